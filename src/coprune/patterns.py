@@ -1,0 +1,127 @@
+"""Where zeros may be: unstructured, or N kept of every M consecutive inputs.
+
+A mask is boolean and True where a weight is kept. A score is float, out × in, and larger means more important.
+Ties go the same way everywhere: of equal scores the one with the lower index is pruned first, as a stable
+ascending sort would have it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coprune.errors import BadInput, NumericalError
+
+Group = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeros anywhere. Which weights compete with each other (row or matrix) is the method's choice."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM:
+    """N weights kept in every group of M consecutive inputs of one output row, 0 < N < M."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise BadInput(f"pattern {self.n}:{self.m} keeps {self.n} of {self.m}; N:M needs 0 < N < M, such as 2:4.")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros that the pattern fixes."""
+        return 1 - self.n / self.m
+
+
+Pattern = Unstructured | NM
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one matrix is to become: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
+
+    pattern: Pattern
+    sparsity: float
+
+    def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
+        """Choose the weights to keep.
+
+        score: O × I float. group: which weights compete when the pattern is unstructured.
+        Returns O × I bool with exactly floor(s·I) zeros per row (row), floor(s·O·I) in all (matrix), or N kept
+        per group of M (N:M). Raises NumericalError on NaN scores, BadInput where M does not divide I.
+        """
+        if bool(torch.isnan(score).any()):
+            raise NumericalError("the scores hold NaN")
+        if isinstance(self.pattern, NM):
+            return keep_n_of_m(score, self.pattern)
+        if group == "row":
+            return keep_largest(score, count_pruned(score.shape[1], self.sparsity))
+        return keep_largest(score.reshape(1, -1), count_pruned(score.numel(), self.sparsity)).view_as(score)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read `unstructured` or `N:M`. Raises BadInput on anything else."""
+    if text == "unstructured":
+        return Unstructured()
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise BadInput(f"unknown pattern {text!r}; use 'unstructured' or N:M such as 2:4 (2 kept of every 4).")
+    return NM(int(match[1]), int(match[2]))
+
+
+def count_pruned(size: int, sparsity: float) -> int:
+    """floor(sparsity · size), not misled by binary fractions (0.29 · 100 is 28.999… in floating point)."""
+    return int(size * sparsity + 1e-6)
+
+
+def keep_largest(score: Tensor, pruned: int) -> Tensor:
+    """Prune the `pruned` smallest entries of every row, the lower index first where scores are equal.
+
+    score: O × I float. Returns O × I bool. A selection, not a sort: kthvalue finds the threshold.
+    """
+    if pruned <= 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
+    keep = score > threshold
+    tied = score == threshold
+    # Of the entries at the threshold only so many fall as the strictly smaller ones leave to prune.
+    quota = pruned - (score < threshold).sum(dim=1, keepdim=True)
+    if bool((tied.sum(dim=1, keepdim=True) > quota).any()):
+        keep |= tied & (tied.cumsum(dim=1) > quota)
+    return keep
+
+
+def keep_n_of_m(score: Tensor, pattern: NM) -> Tensor:
+    """Keep the N largest of every M consecutive entries of a row.
+
+    score: O × I float, M divides I (else BadInput). Returns O × I bool.
+    """
+    rows, width = score.shape
+    if width % pattern.m:
+        raise BadInput(f"pattern {pattern} does not divide a width of {width} inputs.")
+    grouped = score.reshape(rows, width // pattern.m, pattern.m)
+    if pattern.m > 16:
+        order = grouped.argsort(dim=2, stable=True)
+        rank = order.argsort(dim=2)
+    else:
+        # M comparisons of the whole score beat sorting millions of groups of four.
+        rank = torch.zeros(grouped.shape, dtype=torch.int8, device=score.device)
+        index = torch.arange(pattern.m, device=score.device)
+        for j in range(pattern.m):
+            other = grouped[:, :, j : j + 1]
+            rank += (other < grouped) | ((other == grouped) & (j < index))
+    return (rank >= pattern.m - pattern.n).reshape(rows, width)
