@@ -21,10 +21,12 @@ class Pruned(NamedTuple):
 class Method(Protocol):
     """A frozen dataclass whose fields are its hyperparameters, its command-line options and its recipe keys."""
 
-    statistic: ClassVar[type[InputNorm] | None]
-    """What it needs to know of the inputs; None if nothing."""
-
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    # A property only because a protocol's variables are invariant; a method writes `statistic: ClassVar[...] = ...`.
+    @property
+    def statistic(self) -> type[InputNorm] | None:
+        """What it needs to know of the inputs; None if nothing."""
 
     # Any, because each method narrows it to the statistic that it names.
     def prune(self, weight: Tensor, statistic: Any, target: Target) -> Pruned:

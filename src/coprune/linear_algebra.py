@@ -1,0 +1,106 @@
+"""Factorisations that the solvers share: damped, checked, and honest about what they had to repair.
+
+Everything here is float32 unless it says otherwise. A factorisation that fails is never replaced by an identity
+matrix (that would be magnitude pruning under another name): the damping is raised, then the spectrum is clipped,
+each of which leaves a sentence in `events`, and what still fails raises NumericalError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coprune.errors import NumericalError
+
+ESCALATIONS = 3
+"""How often the damping is raised tenfold before the spectrum is clipped."""
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products in true float32 (no TF32, no bfloat16 passes) and without autograd, inside statistics and solvers."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Factor matrix + damping · mean(diag) · I.
+
+    matrix: I × I float32, symmetric; damping > 0. Returns L (I × I float32, lower, LLᵀ = the damped matrix) and the
+    events. Raises NumericalError if the matrix is not finite or cannot be repaired.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError("the Gram matrix holds NaN or infinite values")
+    mean = matrix.diagonal().mean()
+    events: list[str] = []
+    strength = damping
+    for _ in range(ESCALATIONS + 1):
+        damped = matrix.clone()
+        damped.diagonal().add_(strength * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            return lower, tuple(events)
+        strength *= 10
+        events.append(f"the Cholesky factorisation failed; damping raised to {strength:g}")
+    events[-1] = "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64"
+    return _clipped_cholesky(matrix, float(damping * mean)), tuple(events)
+
+
+def _clipped_cholesky(matrix: Tensor, floor: float) -> Tensor:
+    """Lower factor of the matrix whose eigenvalues are raised to at least `floor` (and 1e-6 of the largest)."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    clipped = values.clamp_min(max(floor, 1e-6 * float(values[-1])))
+    repaired: Tensor = (vectors * clipped) @ vectors.T
+    factor, info = torch.linalg.cholesky_ex(repaired)
+    lower: Tensor = factor.to(matrix.dtype)
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        raise NumericalError("the Gram matrix cannot be factored, not even with its eigenvalues clipped from below")
+    return lower
+
+
+class InverseFactor(NamedTuple):
+    """The inverse of a damped Gram matrix as Uᵀ·U with U = diag(pivots) · unit.
+
+    unit: I × I float32, upper triangular with ones on its diagonal; pivots: I float32; dead: I bool, the inputs
+    that are zero in every token.
+    """
+
+    unit: Tensor
+    pivots: Tensor
+    dead: Tensor
+    events: tuple[str, ...]
+
+
+def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
+    """Factor the inverse of gram + damping · mean(diag) · I, the U of SparseGPT (arXiv 2301.00774).
+
+    gram: I × I float32. Raises NumericalError like damped_cholesky.
+
+    The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ
+    with R upper triangular, so U = R⁻¹: half the work, and one place where it can fail instead of two.
+    Dead inputs get the mean of the live diagonal instead of the authors' 1, which depends on the scale of the
+    activations and would leak into everybody's damping.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    live_mean = diagonal.sum() / (~dead).sum().clamp_min(1)
+    filler = torch.where(live_mean > 0, live_mean, torch.ones_like(live_mean))
+    filled = gram + torch.diag(torch.where(dead, filler, torch.zeros_like(diagonal)))
+    lower, events = damped_cholesky(filled.flip(0, 1), damping)
+    reverse = lower.flip(0, 1)
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    upper = torch.linalg.solve_triangular(reverse, identity, upper=True)
+    pivots = upper.diagonal().clone()
+    return InverseFactor(upper / pivots[:, None], pivots, dead, events)

@@ -1,0 +1,121 @@
+"""SparseGPT: prune column by column and let the columns still to come make up for it (arXiv 2301.00774).
+
+Zeroing a weight leaves an error in its row's output; the best change of the later weights of the row is a multiple
+of one row of U, the upper Cholesky factor of the inverse Hessian. Columns are walked in blocks: inside a block errors
+are pushed at once, later blocks get a whole block's errors in one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coprune.errors import BadInput, NumericalError
+from coprune.linear_algebra import InverseFactor, factor_inverse, full_float32
+from coprune.methods.base import Pruned
+from coprune.options import require_positive
+from coprune.patterns import NM, Target
+from coprune.statistics import Gram
+
+Choose = Callable[[Tensor, slice], Tensor]
+"""Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
+
+STRIP = 32
+"""Columns that are brought up to date together: few enough that a column's own update reads little memory."""
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Prune what costs least by W² / U_jj², and update the rest of the row."""
+
+    block_size: int = 128
+    """Columns whose mask is chosen together (unstructured); for N:M it must be a multiple of M."""
+    damping: float = 0.01
+    """What is added to the Hessian's diagonal, as a fraction of its mean."""
+
+    statistic: ClassVar[type[Gram]] = Gram
+
+    def __post_init__(self) -> None:
+        require_positive(block_size=self.block_size, damping=self.damping)
+
+    def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
+        factor = inverse_factor_of(statistic, self.damping)
+
+        def choose(current: Tensor, columns: slice) -> Tensor:
+            return target.keep((current / factor.pivots[columns]).square())
+
+        return update_columns(weight, factor, choose, target, self.block_size)
+
+
+def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
+    """The factor of a statistic's damped inverse, computed once and kept with the statistic."""
+
+    def compute() -> InverseFactor:
+        with full_float32():
+            return factor_inverse(statistic.gram, damping)
+
+    return statistic.remember(("inverse factor", damping), compute)
+
+
+def update_columns(weight: Tensor, factor: InverseFactor, choose: Choose, target: Target, block_size: int) -> Pruned:
+    """Zero the columns one after another, each pruned weight's error pushed into the columns after it.
+
+    weight: O × I. choose is asked once per block (unstructured) or once per group of M columns (N:M), with weights
+    that hold every earlier column's error. Raises BadInput where M does not divide the block size or the width.
+    """
+    rows, width = weight.shape
+    pattern = target.pattern
+    if isinstance(pattern, NM) and block_size % pattern.m:
+        raise BadInput(f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}.")
+    if isinstance(pattern, NM) and width % pattern.m:
+        raise BadInput(f"pattern {pattern} does not divide a width of {width} inputs.")
+    chosen_at_once = pattern.m if isinstance(pattern, NM) else block_size
+    unit = factor.unit
+    with full_float32():
+        # Transposed, so that a column of the weight lies contiguous in memory.
+        columns = weight.to(torch.float32).masked_fill(factor.dead, 0.0).T.contiguous()
+        keep = torch.empty(width, rows, dtype=torch.bool, device=weight.device)
+        for start in range(0, width, block_size):
+            block = slice(start, min(start + block_size, width))
+            errors = torch.empty(block.stop - start, rows, device=weight.device)
+            for first in range(start, block.stop, chosen_at_once):
+                group = slice(first, min(first + chosen_at_once, block.stop))
+                _push(columns[group], errors[: first - start], unit[start:first, group])
+                keep[group] = choose(columns[group].T, group).T
+                _update_group(
+                    columns[group], keep[group], errors[first - start : group.stop - start], unit[group, group]
+                )
+            later = slice(block.stop, width)
+            _push(columns[later], errors, unit[block, later])
+    if not bool(torch.isfinite(columns).all()):
+        raise NumericalError("the update of the weights gave NaN or infinite values")
+    return Pruned(columns.T.contiguous(), keep.T.contiguous(), factor.events)
+
+
+def _push(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
+    """columns (C × O) −= unitᵀ (C × E) · errors (E × O), in place."""
+    if errors.shape[0] and columns.shape[0]:
+        columns.addmm_(unit.T, errors, alpha=-1)
+
+
+def _update_group(columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor) -> None:
+    """Zero one group of columns in order, strip by strip; columns and errors (C × O) are written in place.
+
+    Because U's rows are divided by their pivots, a column's error is just the weight that falls. Each column takes up
+    the errors before it when its turn comes: that reads what pushing forward would read and write.
+    """
+    falls = (~keep).to(columns.dtype)
+    size = columns.shape[0]
+    for start in range(0, size, STRIP):
+        strip = slice(start, min(start + STRIP, size))
+        _push(columns[strip], errors[:start], unit[:start, strip])
+        for j in range(strip.start, strip.stop):
+            column = columns[j]
+            if j > start:
+                column.addmv_(errors[start:j].T, unit[start:j, j], alpha=-1)
+            torch.mul(column, falls[j], out=errors[j])
+    columns.masked_fill_(~keep, 0.0)

@@ -1,0 +1,42 @@
+"""Options of methods and refinements: the fields of a frozen dataclass, checked by name, type and range."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from coprune.errors import BadInput, unknown_name
+
+Configurable = TypeVar("Configurable")
+
+
+def with_options(default: Configurable, kind: str, name: str, options: Mapping[str, object]) -> Configurable:
+    """Copy a dataclass instance with some of its fields changed.
+
+    kind and name are for messages ("method", "sparsegpt"). Raises BadInput for an option that is no field, a value
+    of another type, or one that the class's own check refuses.
+    """
+    fields = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    hints = get_type_hints(type(default))
+    for option, value in options.items():
+        if not fields:
+            raise BadInput(f"{kind} {name!r} has no options, so {option!r} cannot be set.")
+        if option not in fields:
+            raise unknown_name(f"option of {kind} {name!r}:", option, fields)
+        try:
+            TypeAdapter(hints[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise BadInput(f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason}.") from None
+    changed: dict[str, Any] = dict(options)
+    return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+
+
+def require_positive(**values: float) -> None:
+    """Raise BadInput unless every value is a positive, finite number."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise BadInput(f"option {name!r} must be a positive number, not {value!r}.")
