@@ -1,0 +1,152 @@
+"""The safetensors files of one checkpoint folder: which there are, what they hold, and whether they are whole.
+
+Nothing here reads a weight. A safetensors file begins with the length of a JSON header that gives every tensor's
+dtype, shape and place, so a file that was cut off or is no safetensors file at all is recognised in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coprune.errors import BadInput
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, its dtype in the format's letters (F32, BF16 …), shape and size in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_entries(file: Path) -> dict[str, TensorEntry]:
+    """Read the header of a safetensors file and check that the file is as long as the header says.
+
+    Raises BadInput, naming the file, if it is cut off or not in the format.
+    """
+    header, end_of_header = _read_header(file)
+    entries: dict[str, TensorEntry] = {}
+    end = 0
+    try:
+        for name, info in header.items():
+            if name != "__metadata__":
+                start, stop = info["data_offsets"]
+                entries[name] = TensorEntry(file, info["dtype"], tuple(info["shape"]), stop - start)
+                end = max(end, stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{file} is not a safetensors file (its header is malformed); fetch or save it again."
+        ) from error
+    size = file.stat().st_size
+    if size != end_of_header + end:
+        raise BadInput(
+            f"{file} has {size:,} bytes where its header promises {end_of_header + end:,}: it is cut off or damaged; "
+            "fetch or save it again."
+        )
+    return entries
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the header and the position at which it ends."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size):
+                raise ValueError("no header")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("no header")
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.") from error
+    return header, 8 + length
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the safetensors files that make up the model, in the index's order.
+
+    Raises BadInput if there are none, or if the index is malformed or names a file that is missing.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    # The same precedence as transformers: a single file wins over an index.
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise BadInput(_no_weights_message(folder))
+    names = sorted(set(read_weight_map(index).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{index} names {len(names)} shards, of which {len(missing)} are missing, first {missing[0]}; "
+            "fetch or save the checkpoint again."
+        )
+    return [folder / name for name in names]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read an index: tensor name → file name. Raises BadInput if it is malformed."""
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index} has no weight_map; fetch or save the checkpoint again.")
+    return {str(name): str(file) for name, file in weight_map.items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises BadInput, naming the file, if it is missing or malformed."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise BadInput(f"{file} is not valid JSON ({error}); fetch or save the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} does not hold a JSON object; fetch or save the checkpoint again.")
+    return content
+
+
+def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint, by its name in the files.
+
+    Raises BadInput on a damaged shard, and where the index names a tensor that its file does not hold.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in shard_files(folder):
+        entries.update(read_entries(file))
+    if not (folder / SINGLE_FILE).is_file():
+        weight_map = read_weight_map(folder / INDEX_FILE)
+        for name, place in weight_map.items():
+            if name not in entries or entries[name].file.name != place:
+                raise BadInput(f"{folder / place} lacks {name}, which the index places there; fetch or save it again.")
+    if not entries:
+        raise BadInput(f"{folder} holds no tensors; fetch or save the checkpoint again.")
+    return entries
+
+
+def parameter_count(entries: dict[str, TensorEntry]) -> int:
+    """Number of weights in the files."""
+    return sum(math.prod(entry.shape) for entry in entries.values())
+
+
+def _no_weights_message(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter, not a model; merge it into its base model and save that."
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return (
+            f"{folder} holds only pickled weights, which can run code when they are read; convert them where you trust "
+            "them: load with transformers' from_pretrained and write with save_pretrained, which makes safetensors."
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files; name the file itself, such as {min(folder.glob('*.gguf'))}."
+    return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it the folder of a saved model?"
