@@ -1,0 +1,153 @@
+"""Text from datasets of the Hugging Face Hub: as the papers read them, or any other by its id.
+
+What is large is streamed: only the first rows are read, never the whole dataset. When the Hub is out of reach and the
+dataset is not in the cache, that is said at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, choose_text_column, join
+from coprune.errors import BadInput
+
+REACH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of a dataset are read, and how they become text."""
+
+    splits: tuple[str, ...]
+    """The first of these splits that the dataset has."""
+    separator: str | None
+    """What rows are joined with; None keeps them apart as documents."""
+    file: str | None = None
+    """The one file of the dataset that holds them."""
+    first_rows: int | None = None
+    """Stream, and stop after so many rows."""
+    first_characters: int | None = None
+    """Stream, and stop when so many characters were read; with neither limit the whole split is read, and cached."""
+    most_windows: int | None = None
+    """Evaluate at most so many windows."""
+
+    @property
+    def streamed(self) -> bool:
+        return self.first_rows is not None or self.first_characters is not None
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A dataset of the Hub with the parts that calibration and evaluation read."""
+
+    dataset: str
+    config: str | None
+    column: str | None
+    calibration: Part
+    evaluation: Part
+    revision: str | None = None
+
+    def read(self, part: Part, cache_dir: Path | None = None) -> JoinedText | Documents:
+        """Read a part.
+
+        Raises BadInput if the dataset is out of reach, unknown or gated, or has no such config, split or column.
+        """
+        splits = self._load(part, cache_dir)
+        split = next((name for name in part.splits if name in splits), None)
+        if split is None:
+            raise BadInput(
+                f"dataset {self.dataset!r} has no split {' or '.join(map(repr, part.splits))}, only "
+                f"{', '.join(splits)}. {LOCAL_FILE_HINT}"
+            )
+        source = " ".join(filter(None, (self.dataset, self.config, part.file, f"({split})")))
+        try:
+            texts = _texts(splits[split], self.column, part, source)
+        except BadInput:
+            raise
+        except Exception as error:  # a stream can break in any layer: network, decompression, parsing
+            raise _unreadable(self.dataset, error) from error
+        if part.separator is None:
+            return Documents(texts, source)
+        return join(texts, part.separator, source, part.most_windows)
+
+    def _load(self, part: Part, cache_dir: Path | None) -> Any:
+        from datasets.load import load_dataset  # slow to import, and only some corpora need it
+
+        require_dataset(self.dataset, cache_dir)
+        options: dict[str, Any] = {
+            "data_files": {part.splits[0]: part.file} if part.file else None,
+            "revision": self.revision,
+            "cache_dir": str(cache_dir) if cache_dir else None,
+            "streaming": part.streamed,
+        }
+        try:
+            return load_dataset(self.dataset, self.config, **options)
+        except Exception as error:  # the library's own errors share no base class
+            raise _unreadable(self.dataset, error) from error
+
+
+def require_dataset(dataset: str, cache_dir: Path | None = None) -> None:
+    """Ask the Hub once, without retries, whether a dataset is there; a copy in the cache is enough.
+
+    Raises BadInput if it does not exist, needs a login, or the Hub is out of reach.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    cache = Path(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE)
+    if (cache / dataset.replace("/", "___")).is_dir():
+        return
+    try:
+        HfApi().dataset_info(dataset, timeout=REACH_SECONDS)
+    except GatedRepoError as error:
+        raise BadInput(
+            f"dataset {dataset!r} is gated: accept its terms on the Hub and log in (hf auth login). {LOCAL_FILE_HINT}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"dataset {dataset!r} is not on the Hub, or is private. {LOCAL_FILE_HINT}") from error
+    except Exception as error:  # whatever the HTTP client raises: no name, no route, a proxy, offline mode
+        raise BadInput(
+            f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_first_line(error)}). "
+            f"{LOCAL_FILE_HINT} Or use the corpus 'embedded', which needs no network."
+        ) from error
+
+
+def _texts(rows: Any, wanted: str | None, part: Part, source: str) -> list[str]:
+    if not part.streamed:
+        columns = {name: getattr(kind, "dtype", "") in _STRINGS for name, kind in rows.features.items()}
+        return list(rows[choose_text_column(columns, wanted, source)])
+    taken = itertools.islice(rows, part.first_rows)
+    first = next(taken, None)
+    if first is None:
+        return []
+    # A stream need not know its columns before it is read.
+    column = choose_text_column({name: isinstance(value, str) for name, value in first.items()}, wanted, source)
+    return _up_to(itertools.chain([first], taken), column, part.first_characters)
+
+
+def _up_to(rows: Iterable[dict[str, Any]], column: str, characters: int | None) -> list[str]:
+    texts: list[str] = []
+    total = 0
+    for row in rows:
+        text = row[column] or ""
+        texts.append(text)
+        total += len(text)
+        if characters is not None and total >= characters:
+            break
+    return texts
+
+
+_STRINGS = ("string", "large_string")
+
+
+def _unreadable(dataset: str, error: Exception) -> BadInput:
+    return BadInput(f"dataset {dataset!r} cannot be read: {_first_line(error)} {LOCAL_FILE_HINT}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,140 @@
+"""Text of the user's own: .txt, .json, .jsonl and .parquet files (the first three also gzipped), or folders of them.
+
+A .txt file is one document; the other kinds hold one document a row. Everything is joined with blank lines, in the
+order of the files' names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join
+from coprune.errors import BadInput
+
+
+def local_text(name: str) -> JoinedText:
+    """Read a file or folder as one text; `path:column` names the column that holds the text.
+
+    Raises BadInput if it does not exist, has an unsupported ending, no text column or no text, or cannot be decoded.
+    """
+    path, column = split_column(name)
+    texts = [text for file in files_of(path) for text in _read(file, column)]
+    return join(texts, "\n\n", str(path))
+
+
+def split_column(name: str) -> tuple[Path, str | None]:
+    """Split `path:column`; what exists as it stands has no column."""
+    path = Path(name).expanduser()
+    if not path.exists() and ":" in name:
+        before, _, column = name.rpartition(":")
+        if column and Path(before).expanduser().exists():
+            return Path(before).expanduser(), column
+    return path, None
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name means a file or folder: it exists, or is written as only a path would be."""
+    path, _ = split_column(name)
+    return path.exists() or name.startswith((".", "/", "~")) or _ending(path) in READERS or name.count("/") > 1
+
+
+def files_of(path: Path) -> list[Path]:
+    """List the readable files of a folder (recursively, hidden ones left out), or the one file."""
+    if not path.exists():
+        raise BadInput(f"there is no file or folder {str(path)!r}. {LOCAL_FILE_HINT}")
+    if path.is_file():
+        if _ending(path) not in READERS:
+            raise BadInput(f"{path} has an ending that cannot be read as text; known: {', '.join(READERS)}.")
+        return [path]
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and _ending(file) in READERS
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        raise BadInput(f"the folder {path} holds no file to read; known endings: {', '.join(READERS)}.")
+    return files
+
+
+def _ending(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+
+
+def _read(file: Path, column: str | None) -> list[str]:
+    if column is not None and _ending(file).startswith(".txt"):
+        raise BadInput(f"{file} is plain text and has no columns; leave out ':{column}'.")
+    try:
+        return READERS[_ending(file)](file, column)
+    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+
+
+def _content(file: Path) -> str:
+    data = file.read_bytes()
+    if file.suffix.lower() == ".gz":
+        data = gzip.decompress(data)
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def _read_txt(file: Path, column: str | None) -> list[str]:
+    return [_content(file)]
+
+
+def _read_json(file: Path, column: str | None) -> list[str]:
+    content = _content(file)
+    return _texts_of_rows(json.loads(content), column, str(file)) if content.strip() else []
+
+
+def _read_jsonl(file: Path, column: str | None) -> list[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    lines = [line for line in _content(file).split("\n") if line.strip()]
+    return _texts_of_rows([json.loads(line) for line in lines], column, str(file))
+
+
+def _texts_of_rows(rows: Any, column: str | None, source: str) -> list[str]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
+        raise BadInput(f"{source} must hold rows that are JSON objects or strings.")
+    objects = [row for row in rows if isinstance(row, dict)]
+    if not objects:
+        return rows
+    if len(objects) < len(rows):
+        raise BadInput(f"{source} mixes objects and strings; its rows must be of one kind.")
+    names = dict.fromkeys(name for row in objects for name in row)
+    # A row may lack the text or hold null there; it then adds nothing.
+    columns = {name: all(isinstance(row.get(name) or "", str) for row in objects) for name in names}
+    chosen = choose_text_column(columns, column, source)
+    return [row[chosen] for row in objects if row.get(chosen)]
+
+
+def _read_parquet(file: Path, column: str | None) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(file)
+        kinds = {field.name: field.type for field in parquet.schema_arrow}
+        columns = {name: pa.types.is_string(kind) or pa.types.is_large_string(kind) for name, kind in kinds.items()}
+        chosen = choose_text_column(columns, column, str(file))
+        return [text for text in parquet.read([chosen])[chosen].to_pylist() if text]
+    except pa.ArrowException as error:
+        raise BadInput(f"{file} cannot be read as parquet: {error}") from error
+
+
+READERS: dict[str, Callable[[Path, str | None], list[str]]] = {
+    ".txt": _read_txt,
+    ".txt.gz": _read_txt,
+    ".json": _read_json,
+    ".json.gz": _read_json,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+"""Reader of one file by its ending."""

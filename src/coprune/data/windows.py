@@ -1,0 +1,197 @@
+"""From text to tokens: calibration windows drawn as the authors draw them, and the token stream of an evaluation.
+
+Everything is seeded by a generator of its own, which draws the numbers that `random.seed(seed)` would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coprune.data.corpora import calibration_text, evaluation_text
+from coprune.data.text import LOCAL_FILE_HINT, Documents
+from coprune.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration samples: tokens (samples × seqlen, int64), their fingerprint, and where they come from."""
+
+    tokens: Tensor
+    fingerprint: str
+    source: str
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Text for perplexity: tokens (T int64), the UTF-8 bytes that each covers (T int64), fingerprint, source.
+
+    Tokens that stand for no text (a beginning-of-text mark) cover 0 bytes; the bytes add up to those of the text.
+    """
+
+    tokens: Tensor
+    token_bytes: Tensor
+    fingerprint: str
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text that the tokens cover."""
+        return int(self.token_bytes.sum())
+
+
+def calibration_windows(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    cache_dir: Path | None = None,
+) -> Windows:
+    """Draw calibration samples as the authors of Wanda do (arXiv 2306.11695): nsamples × seqlen tokens, int64.
+
+    name: a corpus, a path or a Hub id (see `coprune.data.corpora.calibration_text`). From a joined text windows start
+    anywhere; from separate documents (c4) each window lies in a document of more than seqlen tokens.
+    Raises BadInput for sizes that make no sense, a corpus that cannot be read, or too little text for one sample.
+    """
+    if nsamples < 1:
+        raise BadInput(f"the number of calibration samples must be at least 1, not {nsamples}.")
+    _require_seqlen(seqlen)
+    text = calibration_text(name, cache_dir)
+    if isinstance(text, Documents):
+        tokens = draw_from_documents(
+            text.texts, lambda document: token_ids(tokenizer, document), nsamples, seqlen, seed, text.source
+        )
+    else:
+        tokens = draw_windows(token_ids(tokenizer, text.text), nsamples, seqlen, seed, text.source)
+    return Windows(tokens, fingerprint(tokens), text.source)
+
+
+def evaluation_tokens(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    cache_dir: Path | None = None,
+    limit_tokens: int | None = None,
+) -> EvaluationText:
+    """Tokenise the evaluation part of a corpus, once, as one stream.
+
+    name: as for calibration (see `coprune.data.corpora.evaluation_text`); seqlen: the window length it will be cut
+    to; limit_tokens: keep only the first so many tokens. Of c4 no more than 256 windows are kept, as the authors do.
+    Raises BadInput if the corpus cannot be read or holds less than one window.
+    """
+    _require_seqlen(seqlen)
+    if limit_tokens is not None and limit_tokens < seqlen:
+        raise BadInput(f"a limit of {limit_tokens} tokens is less than one window of {seqlen}; raise it.")
+    text = evaluation_text(name, cache_dir)
+    tokens, sizes = tokens_and_bytes(tokenizer, text.text)
+    limits = [limit for limit in (limit_tokens, text.most_windows and text.most_windows * seqlen) if limit]
+    keep = min([len(tokens), *limits])
+    _require_length(keep, seqlen, text.source)
+    tokens = tokens[:keep].clone()
+    return EvaluationText(tokens, sizes[:keep].clone(), fingerprint(tokens), text.source)
+
+
+def draw_windows(ids: list[int], nsamples: int, seqlen: int, seed: int, source: str = "the text") -> Tensor:
+    """Draw windows of consecutive tokens whose starts are uniform: nsamples × seqlen int64.
+
+    Raises BadInput if there are not more than seqlen tokens.
+    """
+    # The published code never uses the last possible start, hence one token more than a window.
+    _require_length(len(ids), seqlen + 1, source)
+    generator = random.Random(seed)
+    stream = torch.tensor(ids, dtype=torch.int64)
+    starts = [generator.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
+    return torch.stack([stream[start : start + seqlen] for start in starts])
+
+
+def draw_from_documents(
+    documents: list[str],
+    tokenise: Callable[[str], list[int]],
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    source: str = "the text",
+) -> Tensor:
+    """Draw random documents until one has more than seqlen tokens, take a random window of it, for every sample.
+
+    Returns nsamples × seqlen int64. The published code may draw a document again, which among its 356,317 hardly
+    happens; here a document is used once, so that a smaller pool gives no repeated samples.
+    Raises BadInput if fewer than nsamples documents are long enough.
+    """
+    generator = random.Random(seed)
+    drawn: set[int] = set()
+    windows: list[Tensor] = []
+    while len(windows) < nsamples:
+        if len(drawn) == len(documents):
+            raise BadInput(
+                f"only {len(windows)} of the {len(documents)} documents read from {source} are longer than {seqlen} "
+                f"tokens, fewer than the {nsamples} samples asked for. Ask for fewer or shorter samples. "
+                f"{LOCAL_FILE_HINT}"
+            )
+        index = generator.randint(0, len(documents) - 1)
+        if index in drawn:
+            continue
+        drawn.add(index)
+        ids = tokenise(documents[index])
+        if len(ids) > seqlen:
+            start = generator.randint(0, len(ids) - seqlen - 1)
+            windows.append(torch.tensor(ids[start : start + seqlen], dtype=torch.int64))
+    return torch.stack(windows)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise with the tokenizer's own defaults (its beginning-of-text mark included), whatever the length."""
+    # verbose=False: a corpus is longer than any model's limit, and is cut into windows afterwards.
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def tokens_and_bytes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, Tensor]:
+    """Tokenise, and count the UTF-8 bytes that each token covers: T int64 and T int64.
+
+    A token covers the text from its own start to the start of the next, so that the bytes add up exactly. A tokenizer
+    that does not tell where its tokens lie gets the bytes spread evenly.
+    """
+    if not tokenizer.is_fast:
+        ids = token_ids(tokenizer, text)
+        edges = torch.linspace(0, len(text.encode()), len(ids) + 1, dtype=torch.float64).round().to(torch.int64)
+        return torch.tensor(ids, dtype=torch.int64), edges.diff()
+    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
+    # Marks that stand for no text report (0, 0), also at the end.
+    starts = np.maximum.accumulate(starts)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    bytes_before = np.concatenate([[0], np.cumsum(widths)])
+    if len(starts):
+        starts[0] = 0  # leading white space that the tokenizer strips belongs to the first token
+    sizes = np.diff(np.append(bytes_before[starts], bytes_before[-1]))
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64), torch.from_numpy(sizes)
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """Name token ids by their content: 16 hex digits of SHA-256 over the int64 values, and the shape."""
+    values = tokens.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8")
+    return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{'x'.join(map(str, tokens.shape))}"
+
+
+def _require_seqlen(seqlen: int) -> None:
+    if seqlen < 2:
+        raise BadInput(f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict.")
+
+
+def _require_length(tokens: int, needed: int, source: str) -> None:
+    if tokens < needed:
+        raise BadInput(
+            f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}. Use a shorter sequence "
+            f"length or more text. {LOCAL_FILE_HINT}"
+        )
