@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from coprune.errors import NumericalError
 from coprune.methods.base import Pruned, apply_keep
 from coprune.methods.wanda import wanda_score
 from coprune.patterns import NM, Target
@@ -33,6 +34,8 @@ class WandaVariant:
         if isinstance(target.pattern, NM) or target.sparsity == 0:
             keep = target.keep(score, "row")
             return Pruned(apply_keep(weight, keep), keep)
+        if bool(torch.isnan(score).any()):
+            raise NumericalError("the scores hold NaN")
         ascending, order = score.sort(dim=1, stable=True)
         counts = bisect_share(ascending, score.sum(dim=1, keepdim=True), target.sparsity)
         position = torch.arange(score.shape[1], device=score.device)
