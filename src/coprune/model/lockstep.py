@@ -1,0 +1,102 @@
+"""Run one block on all calibration batches in step, so that a matrix can be pruned just before it is first used.
+
+Each batch runs in a lane of its own, a greenlet. A lane stops when it comes to a matrix that is not solved yet; when
+every lane has stopped or ended, the walk solves what they wait for and lets them go on. So the whole calibration set
+crosses the block once, and later matrices (o_proj) see what the earlier ones (pruned q, k, v) really give them.
+
+Greenlets rather than threads: all lanes share one pool of compute threads, nothing runs at the same time, and the
+order is the same in every run. A lane only ever stops inside `Observe`, where the function mode is off, so the lanes'
+modes do not get entangled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import greenlet
+from torch import Tensor
+
+from coprune.model.matrices import Matrix
+from coprune.model.observe import Observe
+
+
+class Lane:
+    """One batch on its way through a block."""
+
+    def __init__(self, run: Callable[[], Tensor], finish: Callable[[Tensor], None]) -> None:
+        self._greenlet = greenlet.greenlet(lambda: finish(run()))
+        self._walk: greenlet.greenlet | None = None
+        self.waits_for: Matrix | None = None
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._greenlet.dead)
+
+    def go_on(self) -> None:
+        """Run until the lane stops at a matrix or ends. An error in the lane is raised here."""
+        self.waits_for = None
+        self._walk = self._greenlet.parent = greenlet.getcurrent()
+        self._greenlet.switch()
+
+    def stop_at(self, matrix: Matrix) -> None:
+        """Called from inside the lane: hand control back to the walk until the matrix is solved."""
+        self.waits_for = matrix
+        assert self._walk is not None
+        self._walk.switch()
+
+
+class Lockstep:
+    """All lanes of one block.
+
+    run: batch number → function of the batch that runs the block; see: called for every product with the batch number,
+    the matrix and its input; returns nothing.
+    """
+
+    def __init__(
+        self,
+        batches: int,
+        matrices: Sequence[Matrix],
+        run: Callable[[int], Tensor],
+        see: Callable[[int, Matrix, Tensor], None],
+        finish: Callable[[int, Tensor], None],
+    ) -> None:
+        self._order = {matrix.name: position for position, matrix in enumerate(matrices)}
+        self._solved: set[str] = set()
+        self._lanes = [self._lane(batch, matrices, run, see, finish) for batch in range(batches)]
+
+    def _lane(
+        self,
+        batch: int,
+        matrices: Sequence[Matrix],
+        run: Callable[[int], Tensor],
+        see: Callable[[int, Matrix, Tensor], None],
+        finish: Callable[[int, Tensor], None],
+    ) -> Lane:
+        def on_product(matrix: Matrix, x: Tensor) -> None:
+            see(batch, matrix, x)
+            if matrix.name not in self._solved:
+                lane.stop_at(matrix)
+
+        def observed() -> Tensor:
+            with Observe(matrices, on_product):
+                return run(batch)
+
+        lane = Lane(observed, lambda output: finish(batch, output))
+        return lane
+
+    def next_matrix(self) -> Matrix | None:
+        """Let every lane run as far as it can; return the matrix to solve next, or None when all have ended."""
+        for lane in self._lanes:
+            if not lane.ended and (lane.waits_for is None or lane.waits_for.name in self._solved):
+                lane.go_on()
+        waiting = [lane.waits_for for lane in self._lanes if lane.waits_for is not None and not lane.ended]
+        if not waiting:
+            return None
+        # Lanes part only inside a mixture, where one batch has no tokens for an expert. The expert that comes first is
+        # solved first: whoever waits further on cannot come back to it.
+        experts = [matrix for matrix in waiting if matrix.expert is not None]
+        return min(experts or waiting, key=lambda m: (m.expert if m.expert is not None else 0, self._order[m.name]))
+
+    def solved(self, matrices: Collection[Matrix]) -> None:
+        """Note that these matrices have their final weights."""
+        self._solved.update(matrix.name for matrix in matrices)

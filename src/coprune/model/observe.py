@@ -1,0 +1,78 @@
+"""Observe the products themselves: see what every tracked matrix is about to be multiplied with.
+
+A `TorchFunctionMode` sees each `linear`, `addmm`, `matmul` … of a running block. An argument that starts where a
+tracked matrix starts in memory is that matrix, and the other argument is its input. No hook per class, no family code,
+and every single expert of a mixture is seen with exactly the tokens routed to it. It acts before the product runs, so
+a matrix may be pruned in the very moment in which it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from coprune.errors import UnsupportedModel
+from coprune.model.matrices import Matrix
+
+# Each product: position of the input and of the weight among the arguments, and the weight's input dimension.
+_PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
+    F.linear: (0, 1, 1),
+    torch.matmul: (0, 1, 0),
+    torch.Tensor.matmul: (0, 1, 0),
+    torch.Tensor.__matmul__: (0, 1, 0),
+    torch.mm: (0, 1, 0),
+    torch.Tensor.mm: (0, 1, 0),
+    torch.addmm: (1, 2, 0),
+    torch.Tensor.addmm: (1, 2, 0),
+}
+_KEYWORDS = {F.linear: ("input", "weight"), torch.addmm: ("mat1", "mat2"), torch.matmul: ("input", "other")}
+
+OnProduct = Callable[[Matrix, Tensor], None]
+
+
+class Observe(TorchFunctionMode):
+    """While active, call `on_product(matrix, input)` just before a tracked matrix is multiplied.
+
+    Raises UnsupportedModel if a matrix is used the other way round than it is stored.
+    """
+
+    def __init__(self, matrices: Iterable[Matrix], on_product: OnProduct) -> None:
+        super().__init__()
+        self._on_product = on_product
+        self._tracked = {_address(m.stored()): m for m in matrices}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        positions = _PRODUCTS.get(func)
+        if positions is not None:
+            self._see(func, positions, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _see(self, func: Any, positions: tuple[int, int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = _KEYWORDS.get(func, ("", ""))
+        x = args[positions[0]] if len(args) > positions[0] else kwargs.get(names[0])
+        weight = args[positions[1]] if len(args) > positions[1] else kwargs.get(names[1])
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.ndim == 2):
+            return
+        matrix = self._tracked.get(_address(weight))
+        if matrix is None:
+            return
+        stored = matrix.stored()
+        if weight.numel() != stored.numel():
+            return  # a part of the matrix; if the whole is never seen, the walk says so
+        as_stored = weight.shape == stored.shape and weight.stride() == stored.stride()
+        input_dim = positions[2] if as_stored else 1 - positions[2]
+        if input_dim != matrix.input_dim:
+            raise UnsupportedModel(f"{matrix.name} is multiplied along its outputs; leave it out with --exclude.")
+        self._on_product(matrix, x)
+
+
+def _address(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.data_ptr()

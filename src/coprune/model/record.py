@@ -1,0 +1,127 @@
+"""Record every block's own arguments in one cheap forward, and prove that replaying them gives the real model.
+
+Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is
+kept. For recording, the blocks do nothing but pass their input on: what a model hands to its blocks besides the hidden
+states depends on shapes and positions only. That this holds is checked on one sample before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from coprune.errors import UnsupportedModel
+from coprune.model.arguments import snapshot
+from coprune.model.blocks import Block
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of one block for one batch, without the hidden states, and the shape of its answer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None
+    """Name of the keyword that carries the hidden states, or None if they come first."""
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Run the block (its module or its forward) on these hidden states and return the new ones."""
+        if self.keyword is None:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+
+
+class Finished(Exception):  # noqa: N818 - not an error: it ends a forward whose rest nobody needs
+    """Raised by the last block of a recording forward, so that the head is not computed."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output: the output itself, or the first entry of a tuple."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states.")
+    return output
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Split a block's arguments into the hidden states and a snapshot of the rest."""
+    args, kwargs = snapshot(args), snapshot(kwargs)
+    if args and isinstance(args[0], Tensor):
+        return args[0], BlockCall(args[1:], kwargs, None)
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        return kwargs["hidden_states"], BlockCall(args, rest, "hidden_states")
+    raise UnsupportedModel("a block is called without hidden states as its first argument.")
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[Block], forward: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    """For a while, let every block run another function instead of its own forward."""
+    with ExitStack() as stack:
+        for block in blocks:
+            own = vars(block.module)
+            # Some tools (accelerate's hooks) already put a forward on the instance: that one comes back afterwards.
+            if "forward" in own:
+                stack.callback(own.__setitem__, "forward", own["forward"])
+            else:
+                stack.callback(own.pop, "forward")
+            own["forward"] = forward(block)
+        yield
+
+
+def run_without_blocks(
+    model: nn.Module, blocks: Sequence[Block], tokens: Tensor, tuples: Sequence[bool]
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run the model on one batch with idle blocks and record their calls.
+
+    tokens: B × S int64; tuples: for every block, whether it answers with a tuple.
+    Returns the first block's hidden states (B × S × H) and one call per block.
+    """
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def record(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = split_call(args, kwargs)
+            if not calls:
+                first.append(hidden)
+            calls.append(call)
+            if len(calls) == len(blocks):
+                raise Finished
+            return (hidden,) if tuples[block.index] else hidden
+
+        return forward
+
+    with replaced_forwards(blocks, record):
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except Finished:
+            pass
+    if len(calls) != len(blocks):
+        raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks.")
+    return first[0], calls
+
+
+def run_after_blocks(
+    model: nn.Module, blocks: Sequence[Block], tokens: Tensor, tuples: Sequence[bool], hidden: Tensor
+) -> Tensor:
+    """What the model makes of the last block's output: final norm and head.
+
+    tokens: B × S int64, hidden: B × S × H. Returns logits, B × S × V.
+    """
+
+    def pass_on(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = hidden if block is blocks[-1] else split_call(args, kwargs)[0]
+            return (out,) if tuples[block.index] else out
+
+        return forward
+
+    with replaced_forwards(blocks, pass_on):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits

@@ -1,0 +1,44 @@
+"""Progress bars with a remaining time, on standard error, so that results can be piped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
+
+Advance = Callable[[float], None]
+
+
+class Reporter:
+    """Says what a run is doing: lines and bars for people, or nothing at all."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+
+    def say(self, line: str) -> None:
+        """Print one line of plain text."""
+        self._console.print(line, markup=False, highlight=False)
+
+    @contextmanager
+    def bar(self, description: str, total: float) -> Iterator[Advance]:
+        """Show a bar while the body runs; the body calls what it is given with the amount done."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            Remaining(),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(description, total=total)
+
+            def advance(amount: float) -> None:
+                progress.advance(task, amount)
+
+            yield advance
+            progress.update(task, completed=total)

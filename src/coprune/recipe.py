@@ -1,0 +1,168 @@
+"""The run as data: everything that decides a run's result, as one frozen and validated object.
+
+The command line makes one, the run folder keeps it as `recipe.yaml`, and a run can be repeated from that file alone.
+The fields' descriptions are the help texts of the command's options. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coprune.errors import BadInput
+
+OptionValue = bool | int | float | str
+
+
+class Recipe(BaseModel):
+    """One pruning run: model, method, target, data, evaluation, output."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(description="Hub id, local folder, GGUF file, or smollm2-135m.", min_length=1)]
+    method: Annotated[str, Field(description="How to choose (and mend) weights; see: coprune methods.")] = "wanda"
+    options: Annotated[
+        dict[str, OptionValue], Field(description="The method's own options, such as block_size of sparsegpt.")
+    ] = {}
+    sparsity: Annotated[
+        float | None, Field(description="Fraction of zeros, 0 ≤ s < 1; an N:M pattern sets it. Without either: 0.5.")
+    ] = None
+    pattern: Annotated[str, Field(description="unstructured, or N:M = N kept of every M inputs (2:4, 4:8, 1:4 …).")] = (
+        "unstructured"
+    )
+    include: Annotated[
+        tuple[str, ...], Field(description="Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable.")
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...], Field(description="Leave matrices that match this pattern alone; repeatable.")
+    ] = ()
+    propagation: Annotated[
+        Literal["block", "sequential"],
+        Field(
+            description="block: statistics of a block from its dense weights, as in the papers; sequential: each matrix "
+            "from the inputs that its pruned predecessors give it, in one pass (faster)."
+        ),
+    ] = "block"
+    dataset: Annotated[
+        str,
+        Field(
+            description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, or a local .txt, .jsonl or "
+            ".parquet file or folder."
+        ),
+    ] = "wikitext2"
+    nsamples: Annotated[int, Field(description="Number of calibration samples.", ge=1)] = 128
+    seqlen: Annotated[
+        int | None, Field(description="Tokens per sample and per perplexity window. [min(2048, model's limit)]", ge=2)
+    ] = None
+    seed: Annotated[int, Field(description="Seed for the choice of calibration samples.")] = 0
+    batch_size: Annotated[int | None, Field(description="Samples per forward pass. [about 4096 tokens]", ge=1)] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
+    ] = "auto"
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto"
+    cache_dir: Annotated[Path | None, Field(description="Where downloads are kept. [the Hugging Face cache]")] = None
+    evaluate: Annotated[bool, Field(description="Measure perplexity.")] = True
+    evaluate_dense: Annotated[bool, Field(description="Measure the dense model's perplexity too.")] = True
+    eval_data: Annotated[
+        str | None, Field(description="Text for perplexity, comma-separated. [test split of the calibration corpus]")
+    ] = None
+    eval_tokens: Annotated[
+        int | None, Field(description="Use only so many tokens of each evaluation text. [all]", ge=2)
+    ] = None
+    layer_error: Annotated[
+        bool, Field(description="Measure every matrix's relative layer error (costs little).")
+    ] = True
+    save: Annotated[
+        Path | None, Field(description="Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]")
+    ] = None
+    save_model: Annotated[Path | None, Field(description="Folder for the pruned model and tokenizer. [not saved]")] = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        pattern = self.pattern
+        fixed = _ratio_of(pattern)
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity:g} is out of range: it is the fraction of zeros, 0 ≤ s < 1.")
+        if fixed is not None and self.sparsity is not None and abs(self.sparsity - fixed) > 1e-9:
+            raise ValueError(
+                f"sparsity {self.sparsity:g} contradicts the pattern {pattern}, which fixes it at {fixed:g}; leave one out."
+            )
+        if self.save is not None and self.save == self.save_model:
+            raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
+        return self
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of zeros that is asked for."""
+        fixed = _ratio_of(self.pattern)
+        return fixed if fixed is not None else 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's report goes."""
+        if self.save is not None:
+            return self.save
+        name = Path(self.model).name.removesuffix(".gguf") or "model"
+        target = f"{self.ratio:g}" if self.pattern == "unstructured" else self.pattern.replace(":", "-")
+        return Path("out") / name / target / self.method
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `Recipe.from_yaml` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        """Read a recipe file. Raises BadInput if it is missing, no YAML, or no valid recipe."""
+        return make_recipe(read_settings(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a recipe file. Raises BadInput if it cannot be read as a mapping."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"the recipe {path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"the recipe {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(data, dict):
+        raise BadInput(f"the recipe {path} holds no settings; it should read like 'model: smollm2-135m'.")
+    return data
+
+
+def make_recipe(settings: dict[str, Any]) -> Recipe:
+    """Build a recipe, turning what pydantic finds wrong into one clear BadInput."""
+    unknown = sorted(set(settings) - set(Recipe.model_fields))
+    if unknown:
+        from coprune.errors import unknown_name
+
+        raise unknown_name("recipe field", unknown[0], Recipe.model_fields)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise BadInput("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: Any) -> str:
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    field = ".".join(str(part) for part in detail["loc"])
+    if not field:
+        return message
+    return f"{field} cannot be {detail['input']!r}: {message}." if detail["type"] != "missing" else f"{field} is missing."
+
+
+def _ratio_of(pattern: str) -> float | None:
+    """The sparsity that an N:M pattern fixes; None for unstructured. The one place that reads patterns without torch."""
+    if pattern == "unstructured":
+        return None
+    kept, _, group = pattern.partition(":")
+    if not (kept.isdigit() and group.isdigit()):
+        raise ValueError(f"unknown pattern {pattern!r}; use 'unstructured' or N:M such as 2:4 (2 kept of every 4).")
+    if not 0 < int(kept) < int(group):
+        raise ValueError(f"pattern {pattern} keeps {kept} of {group}; N:M needs 0 < N < M, such as 2:4.")
+    return 1 - int(kept) / int(group)

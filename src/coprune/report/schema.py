@@ -1,0 +1,120 @@
+"""`report.json`: everything that was measured in a run, and what is needed to believe it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from coprune.checkpoint.writer import write_text
+from coprune.errors import BadInput
+from coprune.pruning import MatrixResult
+from coprune.recipe import Recipe
+
+PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate")
+
+
+class ModelFacts(BaseModel):
+    """Which model was pruned."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    model_type: str
+    dtype: str
+    device: str
+    blocks: int
+    parameters: int
+    quantised_source: bool
+    """True if the weights were dequantised from a quantised file, so that all figures are of those."""
+
+
+class CalibrationFacts(BaseModel):
+    """Which tokens calibrated it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    nsamples: int
+    seqlen: int
+    seed: int
+    fingerprint: str
+
+
+class SparsityFacts(BaseModel):
+    """Fractions of zeros: asked for, in the pruned matrices, and in all parameters of the model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    target: float
+    matrices: float
+    model: float
+
+
+class PerplexityFacts(BaseModel):
+    """Perplexity on one text, with non-overlapping windows of seqlen tokens."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    seqlen: int
+    windows: int
+    fingerprint: str
+    dense: float | None
+    pruned: float
+
+
+class Report(BaseModel):
+    """One pruning run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    recipe: Recipe
+    model: ModelFacts
+    calibration: CalibrationFacts | None
+    sparsity: SparsityFacts
+    perplexity: list[PerplexityFacts]
+    prune_seconds: float
+    """The walk alone, without loading, evaluating and saving."""
+    total_seconds: float
+    peak_memory_bytes: int
+    """Largest resident set of the process."""
+    peak_device_memory_bytes: int | None
+    versions: dict[str, str]
+    events: list[str]
+    """Numerical events, each with the name of its matrix."""
+    matrices: list[MatrixResult]
+    saved_model: Path | None = None
+
+    def write(self, path: Path) -> None:
+        """Write the report whole or not at all."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a report. Raises BadInput if it is missing or no report."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInput(f"the report {path} cannot be read: {error.strerror}.") from None
+        except ValueError:
+            raise BadInput(f"{path} is not a report that this version of coprune can read.") from None
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def seed_log(method: str, sparsity: float, perplexity: float | None) -> str:
+    """The seed system's log: a tab-separated header and one line (an unmeasured perplexity is `nan`)."""
+    value = float("nan") if perplexity is None else perplexity
+    return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{value:.4f}\n"

@@ -1,0 +1,217 @@
+"""The walk: the only loop over blocks in the project.
+
+A generator that takes up one block at a time, shows its matrices with what they were multiplied with, lets the caller
+change them, and moves the calibration inputs on to the next block. What the caller changed is what later blocks see;
+a caller that changes nothing sees the dense model.
+
+Two ways to move the inputs on. `block`, the papers': the statistics of a block come from its dense weights, then the
+block runs again with the pruned ones. `sequential`: every matrix is shown just before its first use, in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from coprune.checkpoint.weights import Weights
+from coprune.errors import NumericalError, UnsupportedModel
+from coprune.model.arguments import TensorPool
+from coprune.model.blocks import Block
+from coprune.model.lockstep import Lockstep
+from coprune.model.matrices import Matrix
+from coprune.model.observe import Observe
+from coprune.model.prove import Structure
+from coprune.model.record import BlockCall, run_without_blocks
+from coprune.statistics import InputNorm, InputSample
+
+Propagation = Literal["block", "sequential"]
+
+
+@dataclass
+class Inputs:
+    """What is known of one tensor that feeds one or more matrices."""
+
+    statistic: InputNorm | None
+    sample: InputSample
+
+    def update(self, x: Tensor) -> None:
+        self.sample.update(x)
+        if self.statistic is not None:
+            self.statistic.update(x)
+
+
+@dataclass(frozen=True)
+class MatricesReady:
+    """Matrices whose inputs are known, to be pruned (or looked at) now. Those of one event share their inputs."""
+
+    block: Block
+    matrices: list[Matrix]
+    inputs: Inputs | None
+    """None where no calibration data runs through the model."""
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """All matrices of a block were shown; the block is let go of when the walk goes on."""
+
+    block: Block
+
+
+@dataclass
+class Recording:
+    """The calibration batches on their way: the inputs of the next block, and every block's calls.
+
+    hidden: one B × S × H tensor per batch; calls: per batch, per block.
+    """
+
+    hidden: list[Tensor]
+    calls: list[list[BlockCall]]
+
+
+@torch.no_grad()
+def record_batches(
+    model: nn.Module, blocks: Sequence[Block], structure: Structure, batches: Sequence[Tensor]
+) -> Recording:
+    """Run every batch through the model with idle blocks. batches: B × S int64 each."""
+    pool = TensorPool()
+    recording = Recording([], [])
+    for tokens in batches:
+        hidden, calls = run_without_blocks(model, blocks, tokens, structure.tuples)
+        recording.hidden.append(hidden)
+        recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
+        pool.forget_batch()
+    return recording
+
+
+@dataclass
+class Walk:
+    """What a walk needs; iterate over it once."""
+
+    weights: Weights
+    blocks: Sequence[Block]
+    matrices: Sequence[Sequence[Matrix]]
+    statistic: type[InputNorm] | None = None
+    """Which statistic to gather for every matrix; None for none (a sample of the inputs is kept all the same)."""
+    structure: Structure | None = None
+    recording: Recording | None = None
+    """None: no data runs through the model; the blocks are shown one after another."""
+    propagation: Propagation = "block"
+    changes: bool = True
+    """False for a caller that only looks: the block then runs once."""
+    need_outputs: bool = False
+    """Whether the last block's outputs are wanted (in `recording.hidden`) when the walk ends."""
+    advance: Callable[[float], None] = lambda blocks: None
+    """Called with the share of a block that was done, for a progress bar."""
+
+    def __iter__(self) -> Iterator[MatricesReady | BlockDone]:
+        self._check_reuse()
+        for block in self.blocks:
+            self.weights.acquire(block.name)
+            try:
+                with torch.no_grad():
+                    yield from self._visit(block)
+                yield BlockDone(block)
+                with torch.no_grad():
+                    self._move_on(block)
+            finally:
+                self.weights.release(block.name)
+
+    def _check_reuse(self) -> None:
+        if self.propagation == "sequential" and self.structure is not None and self.structure.reused:
+            raise UnsupportedModel(
+                f"{self.structure.reused[0]} is used more than once in a forward, so there is no moment just before its "
+                "use; take --propagation block."
+            )
+
+    def _visit(self, block: Block) -> Iterator[MatricesReady]:
+        matrices = self.matrices[block.index]
+        if self.recording is None or self.structure is None:
+            yield from (MatricesReady(block, [matrix], None) for matrix in matrices)
+            self.advance(1.0)
+            return
+        gathered = _Gathered(self.structure.groups[block.index], self.statistic, len(self.recording.hidden))
+        if self.propagation == "sequential" and self.changes:
+            yield from self._visit_in_step(block, gathered)
+        else:
+            for batch in range(len(self.recording.hidden)):
+                with Observe(matrices, lambda matrix, x, batch=batch: gathered.see(batch, matrix, x)):
+                    output = self._run(block, batch)
+                if not self.changes:
+                    self.recording.hidden[batch] = output
+                self.advance((1.0 if not self.changes else 0.5) / len(self.recording.hidden))
+            yield from (MatricesReady(block, group, inputs) for group, inputs in gathered.take_all())
+        # Experts that no token was routed to in sequential mode; in block mode none are left.
+        yield from (MatricesReady(block, group, inputs) for group, inputs in gathered.take_all())
+
+    def _visit_in_step(self, block: Block, gathered: _Gathered) -> Iterator[MatricesReady]:
+        assert self.recording is not None
+        hidden = self.recording.hidden
+
+        def finish(batch: int, output: Tensor) -> None:
+            hidden[batch] = output
+            self.advance(1.0 / len(hidden))
+
+        step = Lockstep(
+            len(hidden), self.matrices[block.index], lambda batch: self._run(block, batch), gathered.see, finish
+        )
+        while (matrix := step.next_matrix()) is not None:
+            group, inputs = gathered.take(matrix)
+            yield MatricesReady(block, group, inputs)
+            step.solved(group)
+
+    def _move_on(self, block: Block) -> None:
+        """Run the changed block on its inputs, which become the next block's (`block` propagation)."""
+        last = block.index == len(self.blocks) - 1
+        if self.recording is None or not self.changes or self.propagation == "sequential" or (last and not self.need_outputs):
+            return
+        for batch in range(len(self.recording.hidden)):
+            self.recording.hidden[batch] = self._run(block, batch)
+            self.advance(0.5 / len(self.recording.hidden))
+
+    def _run(self, block: Block, batch: int) -> Tensor:
+        assert self.recording is not None
+        return self.recording.calls[batch][block.index].run(block.module, self.recording.hidden[batch])
+
+
+class _Gathered:
+    """The inputs of one block's groups of matrices while its batches run."""
+
+    def __init__(self, groups: Sequence[list[Matrix]], statistic: type[InputNorm] | None, batches: int) -> None:
+        self._groups = {group[0].name: group for group in groups}
+        self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
+        self._statistic = statistic
+        self._batches = batches
+        self._inputs: dict[str, Inputs] = {}
+
+    def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
+        """Note one product. The first matrix of a group speaks for all of them."""
+        leader = self._leader[matrix.name]
+        if leader != matrix.name:
+            return
+        try:
+            self._of(leader, x.shape[-1], x.device).update(x)
+        except NumericalError as error:
+            raise NumericalError(f"{matrix.name}, calibration batch {batch}: {error}.") from error
+
+    def _of(self, leader: str, width: int, device: torch.device) -> Inputs:
+        if leader not in self._inputs:
+            statistic = None if self._statistic is None else self._statistic(width, device)
+            self._inputs[leader] = Inputs(statistic, InputSample(width, self._batches))
+        return self._inputs[leader]
+
+    def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:
+        """Hand out a group and what was gathered for it, and forget it."""
+        leader = self._leader[matrix.name]
+        group = self._groups.pop(leader)
+        inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
+        del self._inputs[leader]
+        return group, inputs
+
+    def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
+        """Hand out all groups that are left, in order."""
+        while self._groups:
+            yield self.take(next(iter(self._groups.values()))[0])

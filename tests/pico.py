@@ -1,0 +1,96 @@
+"""Tiny models with random weights, built from configs: one of every family that the tests walk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 256
+
+# Grouped-query attention and odd head counts where the family has them, so that shapes are not all alike.
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_GPT: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _COMMON,
+    "opt": dict(_COMMON, ffn_dim=96, word_embed_proj_dim=64),
+    "gpt2": _GPT,
+    "mistral": dict(_COMMON, sliding_window=8),
+    "qwen2": dict(_COMMON, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": dict(_COMMON, head_dim=16),
+    "gemma2": dict(_COMMON, head_dim=16, sliding_window=8),
+    "gemma3_text": dict(_COMMON, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+    | {"num_hidden_layers": 4},
+    "phi3": _COMMON,
+    "gpt_neox": _COMMON,
+    "bloom": dict(vocab_size=VOCABULARY, hidden_size=64, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2),
+    "falcon": dict(_COMMON, new_decoder_architecture=True, num_kv_heads=2, alibi=False),
+    "olmo2": _COMMON,
+    "stablelm": _COMMON,
+    "granite": _COMMON,
+    "cohere": _COMMON,
+    "starcoder2": dict(_COMMON, sliding_window=8),
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": dict(_COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(
+        _COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+    ),
+    "olmoe": dict(_COMMON, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(
+        _COMMON,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "deepseek_v3": dict(
+        _COMMON,
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+}
+
+
+def pico_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of a family with random weights large enough that every block matters, in evaluation mode."""
+    settings = {**(FAMILIES | MIXTURES)[family], **changes}
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def pico_tokens(samples: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random tokens, samples × length int64."""
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
