@@ -1,0 +1,266 @@
+"""One pruned tensor as bytes: a header, where the kept values are, and the kept values.
+
+A packed tensor is a one-dimensional uint8 tensor that describes itself. "Zero" means that every bit is zero, so that
+negative zeros and the payload of every NaN come back exactly. Two layouts say where the kept values are:
+
+- bitmask: one bit per element, any pattern;
+- N:M: the positions of N values within every M consecutive elements of the last dimension, log2(M) bits each.
+
+All sections start at multiples of 64 bytes, and 64 zero bytes follow the values, so that a kernel may load whole
+vectors at the end. docs/packed-format.md gives every byte.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coprune.errors import BadInput, unknown_name
+
+MAGIC = b"COPRUNE\0"
+VERSION = 1
+ALIGNMENT = 64
+SLACK = 64  # zero bytes after the values
+HEADER = struct.Struct("<8sHBBBBBxIIQ")
+CHECKSUM_AT, CHECKSUM_END = 16, 20  # the checksum covers every other byte
+MAX_DIMENSIONS = 8
+
+Layout = Literal["bitmask", "nm"]
+Format = Literal["auto", "bitmask", "nm"]
+FORMATS = ("auto", "bitmask", "nm")
+LAYOUT_CODES: dict[Layout, int] = {"bitmask": 1, "nm": 2}
+DTYPE_CODES: dict[torch.dtype, int] = {
+    torch.float64: 1,
+    torch.float32: 2,
+    torch.float16: 3,
+    torch.bfloat16: 4,
+    torch.float8_e4m3fn: 5,
+    torch.float8_e5m2: 6,
+}
+BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+GROUP_SIZES = (4, 8, 16, 32)
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of a packed tensor say, checked against its length."""
+
+    layout: Layout
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    kept: int
+    """Stored values."""
+    n: int = 0
+    m: int = 0
+    checksum: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of one position in a group of M."""
+        return max(self.m - 1, 1).bit_length()
+
+    @property
+    def pattern_at(self) -> int:
+        return _aligned(HEADER.size + 8 * len(self.shape))
+
+    @property
+    def pattern_bytes(self) -> int:
+        bits = self.numel if self.layout == "bitmask" else self.kept * self.index_bits
+        return -(-bits // 8)
+
+    @property
+    def values_at(self) -> int:
+        return self.pattern_at + _aligned(self.pattern_bytes)
+
+    @property
+    def values_bytes(self) -> int:
+        return self.kept * self.dtype.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        return self.values_at + _aligned(self.values_bytes + SLACK)
+
+
+def pack_tensor(tensor: Tensor, format: Format = "auto") -> Tensor | None:
+    """Pack a tensor, or return None where no allowed layout is smaller than the dense bytes.
+
+    tensor: any floating dtype of DTYPE_CODES, 2 to 8 dimensions; others return None. format: a layout, or `auto`
+    for the smaller one (bitmask where equal). Returns a one-dimensional uint8 CPU tensor.
+    """
+    if format not in FORMATS:
+        raise unknown_name("packed format", format, FORMATS)
+    if tensor.dtype not in DTYPE_CODES or not 2 <= tensor.ndim <= MAX_DIMENSIONS or tensor.numel() == 0:
+        return None
+    bits = tensor.detach().cpu().contiguous().view(BITS_OF_SIZE[tensor.dtype.itemsize])
+    keep = bits != 0
+    shape = tuple(tensor.shape)
+    candidates: list[Header] = []
+    if format != "nm":
+        candidates.append(Header("bitmask", tensor.dtype, shape, int(keep.sum())))
+    if format != "bitmask":
+        candidates.extend(_nm_headers(tensor.dtype, shape, keep))
+    smallest = min(candidates, key=lambda header: header.total_bytes, default=None)
+    if smallest is None or smallest.total_bytes >= tensor.numel() * tensor.dtype.itemsize:
+        return None
+    if smallest.layout == "bitmask":
+        pattern = np.packbits(keep.reshape(-1).numpy(), bitorder="little")
+        values = bits[keep]
+    else:
+        pattern, values = _encode_nm(bits, keep, smallest)
+    return _assemble(smallest, pattern, values)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor is a packed one, by its type and its first bytes."""
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() < HEADER.size:
+        return False
+    return bytes(tensor[: len(MAGIC)].tolist()) == MAGIC
+
+
+def read_header(blob: Tensor) -> Header:
+    """Read and check the header of a packed tensor. Raises BadInput if it contradicts itself or the length."""
+    if not is_packed(blob):
+        raise BadInput("not a packed tensor: it does not begin with coprune's mark.")
+    start = bytes(blob[: HEADER.size + 8 * MAX_DIMENSIONS].tolist())
+    _, version, layout_code, dtype_code, n, m, ndim, checksum, _, kept = HEADER.unpack_from(start)
+    if version != VERSION:
+        raise BadInput(f"packed format version {version}; this coprune reads version {VERSION}. Update coprune.")
+    layouts = {code: layout for layout, code in LAYOUT_CODES.items()}
+    dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
+    if layout_code not in layouts or dtype_code not in dtypes or not 2 <= ndim <= MAX_DIMENSIONS:
+        raise BadInput("damaged packed tensor: unknown layout, dtype or number of dimensions in its header.")
+    if len(start) < HEADER.size + 8 * ndim:
+        raise BadInput("damaged packed tensor: it ends within its header.")
+    shape = struct.unpack_from(f"<{ndim}Q", start, HEADER.size)
+    header = Header(layouts[layout_code], dtypes[dtype_code], shape, kept, n, m, checksum)
+    if header.layout == "nm" and not (m in GROUP_SIZES and 0 < n < m and shape[-1] % m == 0):
+        raise BadInput(f"damaged packed tensor: {n}:{m} does not fit the shape {shape}.")
+    possible = kept <= header.numel if header.layout == "bitmask" else kept * m == header.numel * n
+    if header.numel == 0 or not possible or header.total_bytes != blob.numel():
+        raise BadInput(
+            f"damaged packed tensor: {blob.numel():,} bytes do not hold {kept:,} values of the shape {shape}; "
+            "pack the model again."
+        )
+    return header
+
+
+def check_packed(blob: Tensor) -> Header:
+    """Check a packed tensor's header, checksum and pattern; BadInput on any damage. Returns the header."""
+    header = read_header(blob)
+    data = blob.numpy()
+    if _checksum(data) != header.checksum:
+        raise BadInput("damaged packed tensor: the checksum does not match; copy or pack the model again.")
+    pattern = data[header.pattern_at : header.pattern_at + header.pattern_bytes]
+    if header.layout == "bitmask":
+        # The checksum covers this, but a wrong count would send a kernel past the end of the values.
+        if count_bits(pattern) != header.kept or (header.numel % 8 and pattern[-1] >> (header.numel % 8)):
+            raise BadInput("damaged packed tensor: the bitmask and the number of values disagree.")
+    else:
+        positions = _positions(header, pattern)
+        if bool((np.diff(positions.astype(np.int16), axis=1) <= 0).any()):
+            raise BadInput("damaged packed tensor: the N:M positions of a group are not ascending.")
+    return header
+
+
+def unpack_tensor(blob: Tensor) -> Tensor:
+    """Give back the dense tensor, bit for bit. blob: uint8 on the CPU. Raises BadInput on any damage."""
+    return expand_checked(blob, check_packed(blob))
+
+
+def expand_checked(blob: Tensor, header: Header) -> Tensor:
+    """The dense tensor of a packed one that check_packed has already accepted."""
+    keep = torch.from_numpy(keep_bits(blob, header)).view(torch.bool)
+    end = header.values_at + header.values_bytes
+    bits_dtype = BITS_OF_SIZE[header.dtype.itemsize]
+    # Sliced from aligned bytes: a view as a wider dtype needs an offset that its size divides.
+    values = aligned_bytes(blob)[header.values_at : end].view(bits_dtype)
+    dense = torch.zeros(header.numel, dtype=bits_dtype)
+    dense[keep] = values
+    return dense.view(header.dtype).reshape(header.shape)
+
+
+def keep_bits(blob: Tensor, header: Header) -> Bytes:
+    """One byte per element in row-major order, 1 where a value is stored (for N:M that value may be a zero)."""
+    pattern = blob.numpy()[header.pattern_at : header.pattern_at + header.pattern_bytes]
+    if header.layout == "bitmask":
+        return np.unpackbits(pattern, count=header.numel, bitorder="little")
+    keep = np.zeros((header.numel // header.m, header.m), dtype=np.uint8)
+    np.put_along_axis(keep, _positions(header, pattern).astype(np.int64), 1, axis=1)
+    return keep.reshape(-1)
+
+
+def aligned_bytes(blob: Tensor) -> Tensor:
+    """The same bytes at an address that 64 divides, copied only where necessary (a mapped file's are arbitrary)."""
+    if blob.storage_offset() % 8 == 0 and blob.data_ptr() % ALIGNMENT == 0:
+        return blob
+    return blob.clone()
+
+
+def count_bits(pattern: Bytes) -> int:
+    """Number of ones in a uint8 array."""
+    whole = pattern.size // 8 * 8
+    words = pattern[:whole].tobytes() if pattern.ctypes.data % 8 else pattern[:whole]
+    ones = np.bitwise_count(np.frombuffer(words, dtype=np.uint64)).sum(dtype=np.int64)
+    return int(ones) + int(np.bitwise_count(pattern[whole:]).sum(dtype=np.int64))
+
+
+def _checksum(data: Bytes) -> int:
+    return zlib.crc32(data[CHECKSUM_END:].data, zlib.crc32(data[:CHECKSUM_AT].data))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _nm_headers(dtype: torch.dtype, shape: tuple[int, ...], keep: Tensor) -> list[Header]:
+    headers = []
+    for m in GROUP_SIZES:
+        if shape[-1] % m == 0:
+            n = max(int(keep.reshape(-1, m).sum(dim=1, dtype=torch.uint8).max()), 1)
+            if n < m:
+                headers.append(Header("nm", dtype, shape, math.prod(shape) // m * n, n, m))
+    return headers
+
+
+def _encode_nm(bits: Tensor, keep: Tensor, header: Header) -> tuple[Bytes, Tensor]:
+    groups = keep.reshape(-1, header.m).to(torch.uint8)
+    # Kept positions first, then (where a group has fewer than N) the lowest of the others, ascending in the end.
+    order = groups.argsort(dim=1, descending=True, stable=True)[:, : header.n].sort(dim=1).values
+    values = bits.reshape(-1, header.m).gather(1, order).reshape(-1)
+    positions = order.to(torch.uint8).reshape(-1, 1).numpy()
+    spread = (positions >> np.arange(header.index_bits, dtype=np.uint8)) & 1
+    return np.packbits(spread.reshape(-1), bitorder="little"), values
+
+
+def _positions(header: Header, pattern: Bytes) -> Bytes:
+    width = header.index_bits
+    spread = np.unpackbits(pattern, count=header.kept * width, bitorder="little").reshape(-1, width)
+    positions: Bytes = (spread << np.arange(width, dtype=np.uint8)).sum(axis=1, dtype=np.uint8).reshape(-1, header.n)
+    return positions
+
+
+def _assemble(header: Header, pattern: Bytes, values: Tensor) -> Tensor:
+    blob = torch.zeros(header.total_bytes, dtype=torch.uint8)
+    data = blob.numpy()
+    codes = (LAYOUT_CODES[header.layout], DTYPE_CODES[header.dtype], header.n, header.m, len(header.shape))
+    start = HEADER.pack(MAGIC, VERSION, *codes, 0, 0, header.kept) + struct.pack(
+        f"<{len(header.shape)}Q", *header.shape
+    )
+    data[: len(start)] = np.frombuffer(start, dtype=np.uint8)
+    data[header.pattern_at : header.pattern_at + pattern.size] = pattern
+    blob[header.values_at : header.values_at + header.values_bytes] = values.contiguous().view(torch.uint8)
+    struct.pack_into("<I", data.data, CHECKSUM_AT, _checksum(data))
+    return blob
