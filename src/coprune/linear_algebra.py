@@ -104,3 +104,80 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     upper = torch.linalg.solve_triangular(reverse, identity, upper=True)
     pivots = upper.diagonal().clone()
     return InverseFactor(upper / pivots[:, None], pivots, dead, events)
+
+
+class ScaledGram(NamedTuple):
+    """A Gram matrix with its diagonal scaled to one: scaled (I × I float32), scale (I float32, 0 for dead inputs)."""
+
+    scaled: Tensor
+    scale: Tensor
+
+    def into(self, weight: Tensor) -> Tensor:
+        """The weight in the scaled problem, O × I float32: multiplied by the root mean square of each input."""
+        return weight.to(torch.float32) * self.scale
+
+    def out_of(self, scaled_weight: Tensor) -> Tensor:
+        """Back to the weight's own scale; what multiplies dead inputs is zero."""
+        return scaled_weight / torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
+
+
+def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
+    """Divide a Gram matrix by the root mean squares of its inputs and add damping to the unit diagonal.
+
+    gram: I × I float32. The diagonal becomes 1 + damping, and just damping for dead inputs.
+    """
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = gram / safe / safe[:, None]
+    scaled.diagonal().add_(damping)
+    return ScaledGram(scaled, scale)
+
+
+def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """Layer error of every row, ΔGΔᵀ. delta: O × I float32. Returns O float32."""
+    return ((delta @ gram) * delta).sum(dim=1)
+
+
+def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, rounds: int) -> Tensor:
+    """Minimise (W − Ŵ)G(W − Ŵ)ᵀ over the kept entries of every row, by conjugate gradients on all rows at once.
+
+    weight: O × I float32, what is aimed at; start: O × I, zero where keep is False; gram: I × I float32.
+    The residual is masked in each round and preconditioned by the diagonal of G, which leaves I × I unknowns as one
+    product per round. Returns O × I float32; a row that rounding has made worse than its start keeps its start.
+    """
+    kept = keep.to(torch.float32)
+    diagonal = gram.diagonal()
+    preconditioner = torch.where(diagonal > 0, 1 / diagonal, torch.zeros_like(diagonal))
+    solution = start.clone()
+    residual = ((weight - solution) @ gram).mul_(kept)
+    direction = residual * preconditioner
+    strength = (residual * direction).sum(dim=1, keepdim=True)
+    for _ in range(rounds):
+        image = (direction @ gram).mul_(kept)
+        step = _ratio(strength, (direction * image).sum(dim=1, keepdim=True))
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        scaled = residual * preconditioner
+        before, strength = strength, (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled.addcmul_(_ratio(strength, before), direction)
+    better = row_errors(weight - solution, gram) <= row_errors(weight - start, gram)
+    return torch.where(better[:, None], solution, start)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, and zero where a row has converged and nothing is left to divide by."""
+    return torch.where(below > 0, above / below, torch.zeros_like(above))
+
+
+def dense_target(weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 0.01) -> tuple[Tensor, tuple[str, ...]]:
+    """The weight that gives, on the inputs behind pruned layers, what the dense model's inputs gave: W̃ = W C G⁻¹.
+
+    weight: O × I; cross: C = X_denseᵀX_pruned / T and gram: G = X_prunedᵀX_pruned / T, I × I float32. Returns O × I
+    float32 and the numerical events. Written as W + W(C − G)(G + λI)⁻¹ with λ = damping · mean(diag G), so that
+    damping pulls toward W and not toward zero, and equal inputs change nothing. Raises NumericalError.
+    """
+    with full_float32():
+        dense = weight.to(torch.float32)
+        lower, events = damped_cholesky(gram, damping)
+        change = torch.cholesky_solve(((cross - gram).T @ dense.T), lower).T
+        return dense + change, events

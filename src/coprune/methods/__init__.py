@@ -6,8 +6,12 @@ from collections.abc import Mapping
 
 from coprune.errors import unknown_name
 from coprune.methods.ablate import Ablate
+from coprune.methods.admm import ADMM
+from coprune.methods.alps import ALPS
 from coprune.methods.base import Method, Pruned
+from coprune.methods.dsnot import DSnoT
 from coprune.methods.magnitude import Magnitude
+from coprune.methods.ria import RIA
 from coprune.methods.sparsegpt import SparseGPT
 from coprune.methods.wanda import Wanda
 from coprune.methods.wanda_variant import WandaVariant
@@ -24,6 +28,10 @@ METHODS: dict[str, Method] = {
     "ablate_wanda_seq": Ablate(score="wanda", selection="sequential"),
     "ablate_mag_iter": Ablate(score="magnitude", selection="iterative"),
     "ablate_wanda_iter": Ablate(score="wanda", selection="iterative"),
+    "ria": RIA(),
+    "dsnot": DSnoT(),
+    "admm": ADMM(),
+    "alps": ALPS(),
 }
 
 

@@ -1,0 +1,46 @@
+"""RIA: a weight counts by its share of its row and of its column (Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF).
+
+Magnitude and Wanda can strip an input or an output almost bare; relative importance keeps the strongest weights of
+each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from coprune.errors import BadInput
+from coprune.methods.base import Pruned, apply_keep
+from coprune.patterns import Group, Target
+from coprune.statistics import InputNorm
+
+
+def ria_score(weight: Tensor, statistic: InputNorm, power: float) -> Tensor:
+    """(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power, O × I float32."""
+    magnitude = weight.abs()
+    tiny = 1e-30  # a row or column of zeros scores zero
+    by_input = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(tiny)
+    by_output = magnitude / magnitude.sum(dim=1, keepdim=True).clamp_min(tiny)
+    return (by_input + by_output) * statistic.root_mean_square.pow(power)
+
+
+@dataclass(frozen=True)
+class RIA:
+    """Prune the weights of least relative importance; no weight is changed."""
+
+    power: float = 0.5
+    """How much the input norms count: n^power."""
+    group: Group = "matrix"
+    """Which weights compete: those of the whole matrix (as in the authors' code) or of one output row."""
+
+    statistic: ClassVar[type[InputNorm]] = InputNorm
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.power < float("inf"):
+            raise BadInput(f"option 'power' must not be negative, and is {self.power!r}.")
+
+    def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
+        keep = target.keep(ria_score(weight, statistic, self.power), self.group)
+        return Pruned(apply_keep(weight, keep), keep)

@@ -1,0 +1,28 @@
+"""Refinements of a pruned matrix, one file each, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coprune.errors import unknown_name
+from coprune.options import with_options
+from coprune.refine.base import Refinement
+from coprune.refine.refit import Refit
+from coprune.refine.swaps import Swaps
+
+__all__ = ["REFINEMENTS", "Refinement", "refinement_named"]
+
+REFINEMENTS: dict[str, Refinement] = {
+    "refit": Refit(),
+    "swaps": Swaps(),
+}
+
+
+def refinement_named(name: str, options: Mapping[str, object] | None = None) -> Refinement:
+    """Look a refinement up and set its options (fields of its dataclass).
+
+    Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
+    """
+    if name not in REFINEMENTS:
+        raise unknown_name("refinement", name, REFINEMENTS)
+    return with_options(REFINEMENTS[name], "refinement", name, options or {})
