@@ -118,7 +118,7 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
     # Transposed, so that a group of columns lies contiguous in memory.
     dense = weight.T.contiguous()
     delta = dense - pruned.weight.T
-    keep = pruned.keep.T.contiguous()
+    keep = pruned.keep.T.clone(memory_format=torch.contiguous_format)  # contiguous() would alias a single row
     width = dense.shape[0]
     block_size = max(BLOCK // group, 1) * group
     for _ in range(sweeps):
