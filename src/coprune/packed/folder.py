@@ -1,0 +1,237 @@
+"""Packing a checkpoint folder and unpacking it again, byte for byte.
+
+A packed folder is a Hugging Face folder whose safetensors files hold packed tensors under the tensors' own names,
+whose `config.json` names coprune as the quantization method, and which keeps what packing rewrote (the
+configuration, the index, the safetensors headers) in `coprune_packed.json`, so that unpacking restores every file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coprune.errors import BadInput, unknown_name
+from coprune.packed.format import FORMATS, VERSION, Format, is_packed, pack_tensor, unpack_tensor
+from coprune.packed.shards import (
+    DTYPE_NAMES,
+    METADATA_KEY,
+    ShardWriter,
+    check_shard,
+    named,
+    read_header_bytes,
+    read_tensors,
+    stored_order,
+    tensor_bytes,
+)
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "coprune_packed.json"
+QUANT_METHOD = "coprune"
+
+
+@dataclass
+class Sizes:
+    """Bytes of a checkpoint's tensors, dense and packed."""
+
+    dense: int = 0
+    packed: int = 0
+    packed_dense: int = 0
+    """Dense bytes of those tensors that were packed."""
+    packed_packed: int = 0
+    """Packed bytes of the same tensors."""
+    names: list[str] = field(default_factory=list)
+    """The tensors that were packed."""
+
+
+def pack_folder(source: Path | str, target: Path | str, format: Format = "auto") -> Sizes:
+    """Write a packed copy of a dense checkpoint folder.
+
+    source: a Hugging Face folder with safetensors; target: a folder that does not exist or is empty; format: `auto`
+    (the smaller layout of each tensor), `bitmask` or `nm`. A tensor that would not shrink stays as it is. One tensor
+    is in memory at a time. Raises BadInput on anything that cannot be packed, before writing.
+    """
+    source, target = Path(source), Path(target)
+    if format not in FORMATS:
+        raise unknown_name("packed format", format, FORMATS)
+    shards = checkpoint_shards(source)
+    config = _read_json(source / CONFIG)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise BadInput(f"{source} is already quantized or packed ({method}); pack a dense folder.")
+    sizes = Sizes()
+    kept: dict[str, str] = {CONFIG: (source / CONFIG).read_text()}
+    headers: dict[str, str] = {}
+    with replacing_folder(source, target) as out:
+        for shard in shards:
+            headers[shard.name] = base64.b64encode(zlib.compress(read_header_bytes(shard))).decode()
+            _pack_shard(shard, out / shard.name, format, sizes)
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": VERSION}
+        _write_json(out / CONFIG, config)
+        if (source / INDEX).exists():
+            kept[INDEX] = (source / INDEX).read_text()
+            index = _read_json(source / INDEX)
+            index.setdefault("metadata", {})["total_size"] = sizes.packed
+            _write_json(out / INDEX, index)
+        _write_json(out / MANIFEST, {"version": VERSION, "files": kept, "safetensors_headers": headers})
+    return sizes
+
+
+def unpack_folder(source: Path | str, target: Path | str) -> None:
+    """Write the dense folder that a packed one came from, byte for byte.
+
+    source: a packed folder; target: a folder that does not exist or is empty. Every checksum is verified. Raises
+    BadInput on damage, and then leaves no target.
+    """
+    source, target = Path(source), Path(target)
+    shards = checkpoint_shards(source)
+    config = _read_json(source / CONFIG)
+    if not is_packed_config(config):
+        raise BadInput(f"{source} is not a packed folder: its config.json does not name {QUANT_METHOD!r}.")
+    # A model that was loaded packed and saved again has no manifest: its tensors come back, not its files' bytes.
+    manifest = _read_json(source / MANIFEST) if (source / MANIFEST).exists() else {}
+    files, headers = manifest.get("files", {}), manifest.get("safetensors_headers", {})
+    if not isinstance(files, dict) or not isinstance(headers, dict) or not set(files) <= {CONFIG, INDEX}:
+        raise BadInput(f"{source / MANIFEST} is damaged; copy or pack the model again.")
+    with replacing_folder(source, target) as out:
+        sizes = {}
+        for shard in shards:
+            check_shard(shard)
+            _unpack_shard(shard, out / shard.name, headers.get(shard.name))
+            sizes[shard.name] = sum(stored_order(read_header_bytes(out / shard.name)).values())
+        del config["quantization_config"]
+        _write_json(out / CONFIG, config)
+        if (source / INDEX).exists():
+            index = _read_json(source / INDEX)
+            index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
+            _write_json(out / INDEX, index)
+        for name, text in files.items():
+            (out / name).write_text(str(text))
+
+
+def checkpoint_shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by name. Raises BadInput if it is not one."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder.")
+    if not (folder / CONFIG).exists():
+        raise BadInput(f"{folder} has no {CONFIG}; give a checkpoint folder in the Hugging Face layout.")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise BadInput(f"{folder} has no safetensors files; save the model with save_pretrained first.")
+    return shards
+
+
+def is_packed_config(config: dict[str, Any]) -> bool:
+    """Whether a config.json's content says that the folder is packed by coprune."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def is_packed_folder(folder: Path | str) -> bool:
+    """Whether a folder is a checkpoint that coprune packed."""
+    path = Path(folder) / CONFIG
+    return path.is_file() and is_packed_config(_read_json(path))
+
+
+@contextmanager
+def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
+    """A temporary folder with source's other files, renamed to target when the block ends well, else removed."""
+    if target.resolve() == source.resolve():
+        raise BadInput(f"{target} is the source itself; give another folder.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target} exists and is not empty; remove it or give another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        out.chmod(0o755)  # mkdtemp makes it private
+        for path in source.iterdir():
+            if path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, MANIFEST):
+                continue
+            if path.is_dir():
+                shutil.copytree(path, out / path.name)
+            else:
+                shutil.copy2(path, out / path.name)
+        yield out
+        out.replace(target)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _pack_shard(source: Path, target: Path, format: Format, sizes: Sizes) -> None:
+    names = list(stored_order(read_header_bytes(source)))
+    packed: list[str] = []
+    checksums: dict[str, int] = {}
+    with ShardWriter(target, names) as writer:
+        for name, tensor in read_tensors(source):
+            with named(source, name):
+                blob = _pack_one(tensor, format)
+            dense_bytes = tensor.numel() * tensor.dtype.itemsize
+            sizes.dense += dense_bytes
+            if blob is None:
+                checksums[name] = zlib.crc32(tensor_bytes(tensor))
+                writer.add(name, tensor)
+            else:
+                packed.append(name)
+                sizes.names.append(name)
+                sizes.packed_dense += dense_bytes
+                sizes.packed_packed += blob.numel()
+                writer.add(name, blob)
+        metadata = {"version": VERSION, "packed": packed, "crc32": checksums}
+        sizes.packed += writer.end
+        writer.finish({"format": "pt", METADATA_KEY: json.dumps(metadata, separators=(",", ":"))})
+
+
+def _pack_one(tensor: Tensor, format: Format) -> Tensor | None:
+    if is_packed(tensor):
+        raise BadInput("it is packed already.")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise BadInput(f"its dtype {tensor.dtype} is not one that coprune can copy.")
+    return pack_tensor(tensor, format)
+
+
+def _unpack_shard(source: Path, target: Path, header: str | None) -> None:
+    tensors = ((name, unpack_tensor(tensor) if is_packed(tensor) else tensor) for name, tensor in read_tensors(source))
+    if header is None:
+        with ShardWriter(target, list(stored_order(read_header_bytes(source)))) as writer:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            writer.finish({"format": "pt"})
+        return
+    try:
+        original = zlib.decompress(base64.b64decode(header))
+    except (binascii.Error, zlib.error, TypeError, ValueError) as error:
+        raise BadInput(f"{source.parent / MANIFEST} is damaged; copy or pack the model again.") from error
+    expected = stored_order(original)
+    with target.open("wb") as file:
+        file.write(len(original).to_bytes(8, "little") + original)
+        # Packing keeps the order of the data, so the tensors come in the order in which the dense file has them.
+        for (wanted, size), (name, tensor) in zip(expected.items(), tensors, strict=False):
+            if name != wanted or tensor.numel() * tensor.dtype.itemsize != size:
+                raise BadInput(f"{source}: tensor {name} does not fit the dense file's header; pack the model again.")
+            file.write(tensor_bytes(tensor))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} does not hold a JSON object.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,172 @@
+"""Reading and writing the safetensors files of a packed folder, one tensor in memory at a time.
+
+safetensors puts its header first and the sizes of packed tensors are known last, so the writer leaves room for the
+header, streams the data, and fills the header in at the end (the format allows trailing spaces in it).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from coprune.errors import BadInput
+from coprune.packed.format import ALIGNMENT, VERSION, Header, check_packed, is_packed
+
+METADATA_KEY = "coprune"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what safetensors says about a file into BadInput with the file's name."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} cannot be read as safetensors ({error}); it may be truncated.") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def read_header_bytes(path: Path) -> bytes:
+    """The JSON header of a safetensors file, as it is in the file."""
+    with readable(path), path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if length > min(path.stat().st_size, 100_000_000):
+            raise BadInput("the header is longer than the file.")
+        return file.read(length)
+
+
+def stored_order(header: bytes) -> dict[str, int]:
+    """Names in the order of their data, and the bytes of each. Raises BadInput on anything that is not a header."""
+    try:
+        entries = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        ordered = sorted(entries, key=lambda name: (entries[name][0], entries[name][1]))
+        return {name: int(entries[name][1] - entries[name][0]) for name in ordered}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BadInput("not the header of a safetensors file.") from error
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a safetensors file in the order of its data. Raises BadInput if it cannot be read."""
+    names = stored_order(read_header_bytes(path))
+    with readable(path), safe_open(str(path), framework="pt") as file:
+        for name in names:
+            yield name, file.get_tensor(name)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What pack wrote into a shard's header: version, names of packed tensors, checksums of dense ones.
+
+    Empty where the file has none. Raises BadInput if it cannot be read.
+    """
+    with readable(path), safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        metadata = json.loads(text)
+        version, checksums = metadata["version"], metadata["crc32"]
+        if version == VERSION and isinstance(checksums, dict) and isinstance(metadata["packed"], list):
+            return dict(metadata)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: coprune's part of the header is damaged.") from error
+    raise BadInput(f"{path}: packed format version {version}; this coprune reads version {VERSION}.")
+
+
+def check_shard(path: Path) -> dict[str, Header]:
+    """Check every tensor of a packed file against its checksum. Returns the headers of the packed ones."""
+    metadata = read_metadata(path)
+    checksums = metadata.get("crc32", {})
+    headers: dict[str, Header] = {}
+    seen = set()
+    for name, tensor in read_tensors(path):
+        seen.add(name)
+        with named(path, name):
+            if is_packed(tensor):
+                headers[name] = check_packed(tensor)
+            elif name in metadata.get("packed", []):
+                raise BadInput("it should be packed and is not; copy or pack the model again.")
+            elif name in checksums and zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
+                raise BadInput("the checksum does not match; copy or pack the model again.")
+    missing = (set(checksums) | set(metadata.get("packed", []))) - seen
+    if missing:
+        raise BadInput(f"{path}: {sorted(missing)[0]} is missing; copy or pack the model again.")
+    return headers
+
+
+@contextmanager
+def named(path: Path, name: str) -> Iterator[None]:
+    """Say which file and tensor a BadInput is about."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{path}: tensor {name}: {error}") from error
+
+
+class ShardWriter:
+    """Writes a safetensors file tensor by tensor. The file must not be used before `finish`."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        """path: the file; names: every tensor that may be added (they set the room left for the header)."""
+        # Per tensor an entry in the header and, quoted once more, one in coprune's metadata.
+        room = 512 + sum(len(json.dumps(name)) + len(json.dumps(json.dumps(name))) + 256 for name in names)
+        self.header_bytes = -(-(8 + room) // ALIGNMENT) * ALIGNMENT - 8
+        self.file = path.open("wb")
+        self.file.seek(8 + self.header_bytes)
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.end = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one contiguous CPU tensor."""
+        data = tensor_bytes(tensor)
+        self.file.write(data)
+        offsets = [self.end, self.end + data.nbytes]
+        self.entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        self.end = offsets[1]
+
+    def finish(self, metadata: dict[str, str]) -> None:
+        """Write the header and close the file."""
+        header = json.dumps({"__metadata__": metadata, **self.entries}, separators=(",", ":")).encode()
+        self.file.seek(0)
+        self.file.write(struct.pack("<Q", self.header_bytes) + header.ljust(self.header_bytes, b" "))
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()

@@ -1,0 +1,149 @@
+"""Packing folders: every file comes back byte for byte, and damaged folders are refused with a message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coprune.errors import BadInput
+from coprune.packed.folder import is_packed_folder, pack_folder, unpack_folder
+
+
+def sparse(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < 0.5)).to(dtype)
+
+
+@pytest.fixture
+def dense_folder(tmp_path: Path) -> Path:
+    """Two shards with an odd width, a fused three-dimensional parameter, dense, integer and empty tensors."""
+    folder = tmp_path / "dense"
+    (folder / "extra").mkdir(parents=True)
+    first = {
+        "a.weight": sparse(33, 47, seed=0),
+        "a.bias": torch.randn(33),
+        "odd": torch.ones(3, dtype=torch.bool),
+        "b.weight": sparse(64, 40, seed=1, dtype=torch.bfloat16),
+        "b.steps": torch.arange(5),
+    }
+    second = {"experts.gate_up": sparse(4, 16, 24, seed=2), "dense": torch.randn(16, 16), "none": torch.zeros(0, 4)}
+    save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    save_file(second, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt", "other": 'tool "x"'})
+    size = sum(t.numel() * t.dtype.itemsize for t in (first | second).values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(first, "model-00001-of-00002.safetensors")}
+    index["weight_map"] |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type":   "llama", "dtype": "float32"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "extra" / "note.txt").write_text("kept")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", ["auto", "bitmask", "nm"])
+def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path, format):
+    sizes = pack_folder(dense_folder, tmp_path / "packed", format)
+    assert is_packed_folder(tmp_path / "packed")
+    assert not is_packed_folder(dense_folder)
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(dense_folder)
+    if format != "nm":
+        assert sizes.names == ["a.weight", "b.weight", "experts.gate_up"]
+        assert sizes.packed < sizes.dense
+    assert sizes.packed_packed <= sizes.packed_dense
+    index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sizes.packed
+
+
+def test_without_the_manifest_the_tensors_still_come_back(dense_folder: Path, tmp_path: Path):
+    pack_folder(dense_folder, tmp_path / "packed")
+    (tmp_path / "packed" / "coprune_packed.json").unlink()
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    from safetensors.torch import load_file
+
+    for shard in dense_folder.glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            assert torch.equal(load_file(tmp_path / "again" / shard.name)[name], tensor)
+
+
+def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: Path):
+    pack_folder(dense_folder, tmp_path / "packed")
+    for source, target, message in (
+        (tmp_path / "nowhere", tmp_path / "x", "not a folder"),
+        (dense_folder, dense_folder, "the source itself"),
+        (dense_folder, tmp_path / "packed", "not empty"),
+        (tmp_path / "packed", tmp_path / "x", "already quantized or packed"),
+        (dense_folder / "extra", tmp_path / "x", r"no config\.json"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            pack_folder(source, target)
+    with pytest.raises(BadInput, match="not a packed folder"):
+        unpack_folder(dense_folder, tmp_path / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "packed"}
+
+
+def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: Path):
+    packed = tmp_path / "packed"
+    pack_folder(dense_folder, packed)
+    generator = torch.Generator().manual_seed(0)
+    originals = {path.name: path.read_bytes() for path in packed.glob("*.safetensors")}
+    names = sorted(originals)
+
+    def number(below: int) -> int:
+        return int(torch.randint(0, below, (1,), generator=generator))
+
+    for case in range(200):
+        name = names[case % 2]
+        data = bytearray(originals[name])
+        header_end = 8 + int.from_bytes(data[:8], "little")
+        kind = case % 5
+        if kind == 0:
+            data = data[: number(len(data))]
+        elif kind == 1:  # anywhere in the data
+            data[header_end + number(len(data) - header_end)] ^= 1 + number(255)
+        elif kind == 2:  # the length of the header
+            data[number(8)] ^= 1 + number(255)
+        elif kind == 3:  # a hole of zeros in the data
+            start = header_end + 64 * number((len(data) - header_end) // 64)
+            data[start : start + 64] = bytes(range(1, 65))
+        else:  # the start of the header, where coprune's own part is
+            data[8 + number(200)] ^= 1 + number(255)
+        (packed / name).write_bytes(data)
+        try:
+            unpack_folder(packed, tmp_path / "again")
+        except BadInput:
+            assert not (tmp_path / "again").exists()
+        else:
+            # Only damage that changes nothing may pass, such as in a key of the header that nobody reads.
+            assert kind == 4
+            assert contents(tmp_path / "again") == contents(dense_folder)
+            shutil.rmtree(tmp_path / "again")
+        (packed / name).write_bytes(originals[name])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": {"../x": "y"}}', '{"safetensors_headers": 3}', "\x00"])
+def test_a_damaged_manifest_is_refused(dense_folder: Path, tmp_path: Path, text: str):
+    pack_folder(dense_folder, tmp_path / "packed")
+    (tmp_path / "packed" / "coprune_packed.json").write_text(text)
+    with pytest.raises(BadInput):
+        unpack_folder(tmp_path / "packed", tmp_path / "again")
+
+
+def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_path: Path):
+    pack_folder(dense_folder, tmp_path / "packed")
+    path = tmp_path / "packed" / "coprune_packed.json"
+    manifest = json.loads(path.read_text())
+    first, second = sorted(manifest["safetensors_headers"])
+    headers = manifest["safetensors_headers"]
+    headers[first], headers[second] = headers[second], headers[first]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="does not fit"):
+        unpack_folder(tmp_path / "packed", tmp_path / "again")
