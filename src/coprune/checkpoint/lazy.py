@@ -105,7 +105,7 @@ class LazyCheckpoint:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """An acquired block's tensors under the checkpoint's names, in its layout, in its dtypes or the one asked for."""
+        """An acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
         below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
         return self._as_written(self._groups_below(prefix), below)
 

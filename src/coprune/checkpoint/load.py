@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils import quantization_config as transformers_quantization
 
 from coprune.checkpoint.locate import GgufFile, Location
-from coprune.errors import BadInput
+from coprune.errors import BadInput, CopruneError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -116,7 +116,9 @@ def explained(location: Location) -> Iterator[None]:
     except ImportError as error:
         fix = "install it with `pip install 'coprune[gguf]'`" if isinstance(location, GgufFile) else "install it"
         raise BadInput(f"{location.name} needs a package that is missing ({_first_line(error)}); {fix}.") from error
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (CopruneError, MemoryError):
+        raise
+    except Exception as error:  # what damaged files raise has no end: struct.error, IndexError, SafetensorError …
         raise BadInput(f"{location.name} cannot be loaded by transformers: {_first_line(error)}") from error
 
 

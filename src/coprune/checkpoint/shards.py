@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,17 @@ from coprune.errors import BadInput
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: its file, its dtype in the format's letters (F32, BF16 …), shape and size in bytes."""
+    """Where one tensor lies: file, dtype in the format's letters (F32, BF16 …), shape, first byte and size in bytes."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
     nbytes: int
 
 
@@ -41,7 +45,9 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
         for name, info in header.items():
             if name != "__metadata__":
                 start, stop = info["data_offsets"]
-                entries[name] = TensorEntry(file, info["dtype"], tuple(info["shape"]), stop - start)
+                entries[name] = TensorEntry(
+                    file, info["dtype"], tuple(info["shape"]), end_of_header + start, stop - start
+                )
                 end = max(end, stop)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
@@ -134,9 +140,34 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def parameter_count(entries: dict[str, TensorEntry]) -> int:
-    """Number of weights in the files."""
-    return sum(math.prod(entry.shape) for entry in entries.values())
+def join_files(files: Sequence[Path], joined: Path) -> None:
+    """Write the tensors of several safetensors files into one, byte by byte, in little memory."""
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        entries |= read_entries(file)
+    # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
+    order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        entry = entries[name]
+        place = [position, position + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": place}
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with joined.open("wb") as target, ExitStack() as stack:
+        sources = {file: stack.enter_context(file.open("rb")) for file in files}
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            entry = entries[name]
+            sources[entry.file].seek(entry.start)
+            for start in range(0, entry.nbytes, COPY_BYTES):
+                target.write(sources[entry.file].read(min(COPY_BYTES, entry.nbytes - start)))
+
+
+def _item_bytes(entry: TensorEntry) -> int:
+    return entry.nbytes // max(math.prod(entry.shape), 1)
 
 
 def _no_weights_message(folder: Path) -> str:

@@ -1,0 +1,45 @@
+"""The files that make a folder of weights a model: configuration, generation settings, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.checkpoint.load import DtypeName
+from coprune.checkpoint.locate import ModelFolder
+from coprune.checkpoint.shards import read_json
+from coprune.files import write_text
+
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
+
+def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
+    """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
+
+    dtype: what the weights are written in, "auto" for the source's own.
+    """
+    paths = {path for pattern in COPIED for path in source.path.glob(pattern)}
+    for path in sorted(paths):
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(source.path / "config.json")
+    if dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Save the configuration, generation settings and tokenizer of a model in memory, as save_pretrained would."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,173 @@
+"""A checkpoint folder written part by part, under its final name only when it is whole.
+
+Everything goes into a hidden folder beside the final one. Each part (a block, or what lies outside the blocks) is one
+safetensors file with a note beside it that holds its checksum and whatever the caller wants to remember of the part,
+so a run that was killed finds out which parts are good, and does the others again. In the end the parts are the
+shards of the checkpoint, or, if they are small, are joined to one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coprune.checkpoint.durable import sync, write_durably
+from coprune.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, join_files, read_entries
+from coprune.errors import BadInput
+from coprune.files import write_text
+
+REST = "rest"
+"""Name of the part that holds what lies outside the blocks."""
+SINGLE_FILE_BYTES = 5_000_000_000  # the customary size of a shard
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder. `parts` are the names of the parts in the order of the shards."""
+
+    def __init__(self, folder: Path, parts: Sequence[str], total_bytes: int) -> None:
+        """total_bytes: size of all tensors, to see beforehand whether they fit on the disk.
+
+        Goes on with what an earlier writer for the same folder left. Raises BadInput if the folder already holds
+        something, if the unfinished one was made for other parts, or if the disk has too little space.
+        """
+        self.folder = folder
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self._parts = list(parts)
+        self._joined = total_bytes <= SINGLE_FILE_BYTES
+        refuse_occupied(folder)
+        self._require_space(total_bytes)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Make the unfinished folder, or take over one that was made for the same parts."""
+        manifest = self.partial / "parts.json"
+        if not manifest.is_file():
+            self.discard()
+            self.partial.mkdir(parents=True)
+            write_text(manifest, json.dumps(self._parts))
+        elif read_json_list(manifest) != self._parts:
+            raise BadInput(
+                f"{self.partial} holds the unfinished checkpoint of another model; finish that run, remove the folder, "
+                "or choose another name."
+            )
+        for pattern in ("*.tmp", ".*.partial"):
+            for leftover in self.partial.glob(pattern):
+                leftover.unlink()
+
+    def _require_space(self, total_bytes: int) -> None:
+        # Joining needs the parts and the joined file at the same time.
+        needed = total_bytes * (2 if self._joined else 1)
+        if self.partial.is_dir():
+            needed -= sum(self.file(part).stat().st_size for part in self._parts if self.file(part).is_file())
+        existing = next(parent for parent in self.partial.resolve().parents if parent.is_dir())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise BadInput(
+                f"writing {self.folder} takes {needed:,} bytes and its disk has {free:,} free; free some space or "
+                "choose another disk."
+            )
+
+    def file(self, part: str) -> Path:
+        """Where a part is written. Raises ValueError for a part that was not announced."""
+        return self.partial / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
+
+    def _note(self, part: str) -> Path:
+        return self.file(part).with_suffix(".json")
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], remember: Mapping[str, Any] | None = None) -> None:
+        """Write a part and wait until it is on the disk.
+
+        remember: JSON values to be given back by `recall`. Raises CopruneError if the disk is full.
+        """
+        file, note = self.file(part), self._note(part)
+        note.unlink(missing_ok=True)
+        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        write_durably(file, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+        content = {"part": part, "bytes": file.stat().st_size, "sha256": _sha256(file), "remember": remember or {}}
+        write_text(note, json.dumps(content))
+
+    def verify(self, part: str) -> bool:
+        """Whether a part was written and its file is what was written then."""
+        return self.recall(part) is not None
+
+    def recall(self, part: str) -> dict[str, Any] | None:
+        """What was remembered of a part that is whole; None if it has to be written (again)."""
+        try:
+            note = json.loads(self._note(part).read_text(encoding="utf-8"))
+            file = self.file(part)
+            same = note["part"] == part and note["bytes"] == file.stat().st_size and note["sha256"] == _sha256(file)
+            remembered: dict[str, Any] = note["remember"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return remembered if same else None
+
+    def finish(self) -> Path:
+        """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
+
+        Raises BadInput if something took the final name meanwhile, ValueError if a part is missing.
+        """
+        missing = [part for part in self._parts if not self._note(part).is_file()]
+        if missing:
+            raise ValueError(f"parts were not written: {', '.join(missing)}")
+        refuse_occupied(self.folder)
+        files = [self.file(part) for part in self._parts]
+        if self._joined:
+            write_durably(self.partial / SINGLE_FILE, lambda temporary: join_files(files, temporary))
+            for file in files:
+                file.unlink()
+        else:
+            self._write_index(files)
+        for part in self._parts:
+            self._note(part).unlink()
+        (self.partial / "parts.json").unlink()
+        for path in [*self.partial.iterdir(), self.partial]:
+            sync(path)
+        # Fails, rather than overwrites, if something took the name meanwhile.
+        self.partial.replace(self.folder)
+        sync(self.folder.parent)
+        return self.folder
+
+    def _write_index(self, files: Sequence[Path]) -> None:
+        entries: dict[str, TensorEntry] = {}
+        for file in files:
+            entries |= read_entries(file)
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+                "total_size": sum(entry.nbytes for entry in entries.values()),
+            },
+            "weight_map": {name: entry.file.name for name, entry in entries.items()},
+        }
+        write_text(self.partial / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise BadInput if a folder that is to be written already holds something."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise BadInput(f"{folder} already exists; remove it or choose another name. Nothing was overwritten.")
+
+
+def read_json_list(file: Path) -> list[Any] | None:
+    """Read a JSON list; None if the file is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, list) else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
