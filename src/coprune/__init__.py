@@ -1,1 +1,53 @@
-"""Prune large language models after training, measure what it did, and save a checkpoint that others can load."""
+"""Prune large language models after training, measure what it did, and save a checkpoint that others can load.
+
+The public face is what `__all__` names. It is loaded on first use, so that `import coprune` and the command's
+`--help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coprune.errors import BadInput, CopruneError, NumericalError, UnsupportedModel
+    from coprune.evaluate.perplexity import perplexity
+    from coprune.recipe import Recipe
+    from coprune.report.schema import Report
+    from coprune.run import Result, prune, run_recipe
+
+_HOME = {
+    "BadInput": "coprune.errors",
+    "CopruneError": "coprune.errors",
+    "NumericalError": "coprune.errors",
+    "UnsupportedModel": "coprune.errors",
+    "Recipe": "coprune.recipe",
+    "Report": "coprune.report.schema",
+    "Result": "coprune.run",
+    "perplexity": "coprune.evaluate.perplexity",
+    "prune": "coprune.run",
+    "run_recipe": "coprune.run",
+}
+
+__all__ = [
+    "BadInput",
+    "CopruneError",
+    "NumericalError",
+    "Recipe",
+    "Report",
+    "Result",
+    "UnsupportedModel",
+    "perplexity",
+    "prune",
+    "run_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'coprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

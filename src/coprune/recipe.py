@@ -73,9 +73,16 @@ class Recipe(BaseModel):
     eval_tokens: Annotated[
         int | None, Field(description="Use only so many tokens of each evaluation text. [all]", ge=2)
     ] = None
-    layer_error: Annotated[
-        bool, Field(description="Measure every matrix's relative layer error (costs little).")
-    ] = True
+    layer_error: Annotated[bool, Field(description="Measure every matrix's relative layer error (costs little).")] = (
+        True
+    )
+    stream: Annotated[
+        bool | None,
+        Field(
+            description="Read and write the model block by block, so that memory holds one block at a time. [yes for "
+            "checkpoint folders; a GGUF file is read whole]"
+        ),
+    ] = None
     save: Annotated[
         Path | None, Field(description="Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]")
     ] = None
@@ -153,7 +160,9 @@ def _explain(detail: Any) -> str:
     field = ".".join(str(part) for part in detail["loc"])
     if not field:
         return message
-    return f"{field} cannot be {detail['input']!r}: {message}." if detail["type"] != "missing" else f"{field} is missing."
+    return (
+        f"{field} cannot be {detail['input']!r}: {message}." if detail["type"] != "missing" else f"{field} is missing."
+    )
 
 
 def _ratio_of(pattern: str) -> float | None:

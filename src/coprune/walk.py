@@ -10,8 +10,9 @@ block runs again with the pruned ones. `sequential`: every matrix is shown just 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from coprune.model.lockstep import Lockstep
 from coprune.model.matrices import Matrix
 from coprune.model.observe import Observe
 from coprune.model.prove import Structure
-from coprune.model.record import BlockCall, run_without_blocks
+from coprune.model.record import BlockCall, run_after_blocks, run_without_blocks
 from coprune.statistics import InputNorm, InputSample
 
 Propagation = Literal["block", "sequential"]
@@ -48,7 +49,6 @@ class Inputs:
 class MatricesReady:
     """Matrices whose inputs are known, to be pruned (or looked at) now. Those of one event share their inputs."""
 
-    block: Block
     matrices: list[Matrix]
     inputs: Inputs | None
     """None where no calibration data runs through the model."""
@@ -65,9 +65,10 @@ class BlockDone:
 class Recording:
     """The calibration batches on their way: the inputs of the next block, and every block's calls.
 
-    hidden: one B × S × H tensor per batch; calls: per batch, per block.
+    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block.
     """
 
+    tokens: list[Tensor]
     hidden: list[Tensor]
     calls: list[list[BlockCall]]
 
@@ -78,9 +79,10 @@ def record_batches(
 ) -> Recording:
     """Run every batch through the model with idle blocks. batches: B × S int64 each."""
     pool = TensorPool()
-    recording = Recording([], [])
+    recording = Recording([], [], [])
     for tokens in batches:
         hidden, calls = run_without_blocks(model, blocks, tokens, structure.tuples)
+        recording.tokens.append(tokens)
         recording.hidden.append(hidden)
         recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
         pool.forget_batch()
@@ -102,6 +104,10 @@ class Walk:
     propagation: Propagation = "block"
     changes: bool = True
     """False for a caller that only looks: the block then runs once."""
+    outside: Sequence[Matrix] = ()
+    """Matrices after the blocks (lm_head), shown when the blocks are done."""
+    finished: Container[str] = ()
+    """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
     need_outputs: bool = False
     """Whether the last block's outputs are wanted (in `recording.hidden`) when the walk ends."""
     advance: Callable[[float], None] = lambda blocks: None
@@ -112,13 +118,17 @@ class Walk:
         for block in self.blocks:
             self.weights.acquire(block.name)
             try:
-                with torch.no_grad():
+                if block.name in self.finished:
+                    self._run_again(block, share=1.0)
+                else:
                     yield from self._visit(block)
-                yield BlockDone(block)
-                with torch.no_grad():
-                    self._move_on(block)
+                    yield BlockDone(block)
+                    if self.changes and self.propagation == "block":
+                        self._run_again(block, share=0.5)
             finally:
                 self.weights.release(block.name)
+        if self.outside:
+            yield from self._visit_outside()
 
     def _check_reuse(self) -> None:
         if self.propagation == "sequential" and self.structure is not None and self.structure.reused:
@@ -130,7 +140,7 @@ class Walk:
     def _visit(self, block: Block) -> Iterator[MatricesReady]:
         matrices = self.matrices[block.index]
         if self.recording is None or self.structure is None:
-            yield from (MatricesReady(block, [matrix], None) for matrix in matrices)
+            yield from (MatricesReady([matrix], None) for matrix in matrices)
             self.advance(1.0)
             return
         gathered = _Gathered(self.structure.groups[block.index], self.statistic, len(self.recording.hidden))
@@ -138,14 +148,14 @@ class Walk:
             yield from self._visit_in_step(block, gathered)
         else:
             for batch in range(len(self.recording.hidden)):
-                with Observe(matrices, lambda matrix, x, batch=batch: gathered.see(batch, matrix, x)):
+                with Observe(matrices, partial(gathered.see, batch)):
                     output = self._run(block, batch)
                 if not self.changes:
                     self.recording.hidden[batch] = output
-                self.advance((1.0 if not self.changes else 0.5) / len(self.recording.hidden))
-            yield from (MatricesReady(block, group, inputs) for group, inputs in gathered.take_all())
+                self.advance((0.5 if self.changes else 1.0) / len(self.recording.hidden))
+            yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
         # Experts that no token was routed to in sequential mode; in block mode none are left.
-        yield from (MatricesReady(block, group, inputs) for group, inputs in gathered.take_all())
+        yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
     def _visit_in_step(self, block: Block, gathered: _Gathered) -> Iterator[MatricesReady]:
         assert self.recording is not None
@@ -160,21 +170,36 @@ class Walk:
         )
         while (matrix := step.next_matrix()) is not None:
             group, inputs = gathered.take(matrix)
-            yield MatricesReady(block, group, inputs)
+            yield MatricesReady(group, inputs)
             step.solved(group)
 
-    def _move_on(self, block: Block) -> None:
-        """Run the changed block on its inputs, which become the next block's (`block` propagation)."""
-        last = block.index == len(self.blocks) - 1
-        if self.recording is None or not self.changes or self.propagation == "sequential" or (last and not self.need_outputs):
+    def _run_again(self, block: Block, share: float) -> None:
+        """Run a block that has its final weights on its inputs; its outputs become the next block's inputs."""
+        last = block is self.blocks[-1]
+        if self.recording is None or (last and not self.need_outputs and not self.outside):
+            self.advance(share)
             return
         for batch in range(len(self.recording.hidden)):
             self.recording.hidden[batch] = self._run(block, batch)
-            self.advance(0.5 / len(self.recording.hidden))
+            self.advance(share / len(self.recording.hidden))
+
+    def _visit_outside(self) -> Iterator[MatricesReady]:
+        """Show the matrices after the blocks, with what the last block's outputs make of their inputs."""
+        if self.recording is None or self.structure is None:
+            yield from (MatricesReady([matrix], None) for matrix in self.outside)
+            return
+        gathered = _Gathered([[matrix] for matrix in self.outside], self.statistic, len(self.recording.hidden))
+        model = self.weights.model
+        for batch, (tokens, hidden) in enumerate(zip(self.recording.tokens, self.recording.hidden, strict=True)):
+            with torch.no_grad(), Observe(self.outside, partial(gathered.see, batch)):
+                run_after_blocks(model, self.blocks, tokens, self.structure.tuples, hidden)
+        yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
     def _run(self, block: Block, batch: int) -> Tensor:
         assert self.recording is not None
-        return self.recording.calls[batch][block.index].run(block.module, self.recording.hidden[batch])
+        # Here and not around the generator: a caller that trains in between needs its own gradient mode.
+        with torch.no_grad():
+            return self.recording.calls[batch][block.index].run(block.module, self.recording.hidden[batch])
 
 
 class _Gathered:

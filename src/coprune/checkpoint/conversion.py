@@ -108,20 +108,9 @@ class Conversion:
 
         Raises BadInput where a shape differs from the configuration's or a conversion fails.
         """
-        config = LoadStateDictConfig(
-            device_map={"": device},
-            dtype=dtype,
-            dtype_plan=self._model._get_dtype_plan(dtype),
-            weight_mapping=list(self._mapping),
-        )
-        info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        _convert_into(self._model, tensors, dtype, device, self._mapping)
         # Loading notes which conversions it used, as what to revert when saving; here that is all of them together.
         self._model.__dict__["_weight_conversions"] = self._used
-        if info.mismatched_keys:
-            name, found, expected = min(info.mismatched_keys)
-            raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}.")
-        for name, reason in info.conversion_errors.items():
-            raise BadInput(f"{name} cannot be converted from the checkpoint: {reason.strip().splitlines()[-1]}")
 
     def revert(self, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters under the checkpoint's names and in its layout.
@@ -153,3 +142,35 @@ def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> 
         if wanted <= named.keys():
             return {name: named[name] for name in wanted}
     return None
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put some tensors of a checkpoint, converted, into a model that is in memory; the others stay as they are.
+
+    Raises BadInput where a shape differs or a conversion fails.
+    """
+    mapping = get_model_conversion_mapping(model)
+    conversions = model.__dict__.get("_weight_conversions")
+    _convert_into(model, tensors, model.dtype, model.device, mapping)
+    model.__dict__.pop("_weight_conversions", None)
+    if conversions is not None:
+        model.__dict__["_weight_conversions"] = conversions
+    model.requires_grad_(False)
+
+
+def _convert_into(
+    model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, device: Any, mapping: Iterable[Any]
+) -> None:
+    """Let transformers convert and load tensors (or lazy slices) of a checkpoint."""
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=list(mapping),
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    if info.mismatched_keys:
+        name, found, expected = min(info.mismatched_keys)
+        raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}.")
+    for name, reason in info.conversion_errors.items():
+        raise BadInput(f"{name} cannot be converted from the checkpoint: {reason.strip().splitlines()[-1]}")

@@ -8,12 +8,16 @@ which for a mixture of experts differ from the model's own, where the experts of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from coprune.checkpoint.conversion import load_tensors
 
 
 class Weights(Protocol):
@@ -33,6 +37,10 @@ class Weights(Protocol):
 
     def release(self, prefix: str) -> None:
         """Say that the block's parameters are not needed for now."""
+        ...
+
+    def read_from(self, file: Path) -> None:
+        """From now on take the tensors that this safetensors file holds from it: a block that was finished."""
         ...
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -63,6 +71,9 @@ class InMemory:
 
     def release(self, prefix: str) -> None:
         pass
+
+    def read_from(self, file: Path) -> None:
+        load_tensors(self._model, load_file(file))
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         return self._revert({name: t for name, t in self._saved().items() if is_below(name, prefix)})

@@ -41,7 +41,9 @@ class TensorPool:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by identity; holds the tensor, so that its id stays its own
+        self._known: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by identity; holds the tensor, so that its id stays its own
 
     def forget_batch(self) -> None:
         """Let go of the identities of one batch's tensors."""

@@ -30,7 +30,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     candidates = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not candidates:
-        raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList), so there is nothing to walk.")
+        raise UnsupportedModel(
+            "the model holds no list of blocks (no torch.nn.ModuleList), so there is nothing to walk."
+        )
     # Of equally large lists the outer one: a list of experts inside the only block is not the list of blocks.
     name, blocks = max(candidates, key=lambda item: (count_parameters(item[1]), -item[0].count(".")))
     embeddings = sum(count_parameters(m) for m in model.modules() if isinstance(m, nn.Embedding))

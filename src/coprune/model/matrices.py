@@ -6,10 +6,12 @@ out × in or in × out as transformers' `is_transposed` says.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -59,6 +61,10 @@ class Matrix:
         stored = self.stored()
         return stored.numel() - int(torch.count_nonzero(stored))
 
+    def mask_checksum(self) -> str:
+        """CRC-32 of where the zeros are, 8 hex digits."""
+        return f"{zlib.crc32(np.packbits((self.stored() != 0).cpu().numpy()).tobytes()):08x}"
+
 
 def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:
     """Yield every weight below `root` that can be seen as out × in matrices, in module order."""
@@ -83,37 +89,62 @@ def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
             yield replace(base, name=f"{base.name}[{expert}]", expert=expert)
 
 
-def block_matrices(blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[list[Matrix]]:
-    """Choose the matrices to prune in every block.
+@dataclass(frozen=True)
+class Chosen:
+    """The matrices to prune: those of every block, and those outside the blocks (lm_head) that were named."""
 
-    Patterns are shell-like (`*.q_proj`, `model.layers.0.*`) and match the name, or the name without the expert's
-    bracket. Routers (linear layers with one output per expert) are left out unless included by name.
-    Raises BadInput for a pattern that matches nothing, or if nothing is left to prune.
+    blocks: list[list[Matrix]]
+    outside: list[Matrix]
+
+    def all(self) -> Iterator[Matrix]:
+        """Every chosen matrix, in the order of the model."""
+        for matrices in self.blocks:
+            yield from matrices
+        yield from self.outside
+
+
+def choose_matrices(
+    model: nn.Module, blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Chosen:
+    """Choose the matrices to prune.
+
+    Patterns are shell-like (`*.q_proj`, `model.layers.0.*`) and match the name, or the name without an expert's
+    bracket. Without patterns: everything in the blocks but routers (linear layers with one output per expert).
+    Routers and what lies outside the blocks are pruned only if an include pattern spells out the end of their name.
+    Raises BadInput for a pattern that matches nothing, if nothing is left, or for a head tied to the embeddings.
     """
     found = [list(find_matrices(block.module, block.name)) for block in blocks]
-    names = [matrix.name for matrices in found for matrix in matrices]
-    for pattern in [*include, *exclude]:
+    inside = {matrix.name for matrices in found for matrix in matrices}
+    rest = [matrix for matrix in find_matrices(model) if matrix.name not in inside]
+    _check_patterns([*include, *exclude], [*sorted(inside), *(matrix.name for matrix in rest)])
+
+    def wanted(matrix: Matrix, special: bool) -> bool:
+        hits = [pattern for pattern in include if _matches(matrix.name, pattern)]
+        named = any(matrix.name.endswith(pattern.rpartition("*")[2] or "\n") for pattern in hits)
+        return (named if special else bool(hits) or not include) and not any(_matches(matrix.name, p) for p in exclude)
+
+    routers = [_router_names(matrices) for matrices in found]
+    chosen = Chosen(
+        [[m for m in matrices if wanted(m, m.name in own)] for matrices, own in zip(found, routers, strict=True)],
+        [m for m in rest if wanted(m, special=True)],
+    )
+    for matrix in chosen.outside:
+        if any(
+            m.weight is getattr(matrix.owner, matrix.attribute) for m in model.modules() if isinstance(m, nn.Embedding)
+        ):
+            raise BadInput(f"{matrix.name} shares its weights with the embeddings, which pruning it would change too.")
+    if not any(True for _ in chosen.all()):
+        raise BadInput("no matrix is left to prune: loosen --include or --exclude.")
+    return chosen
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise BadInput(
                 f"the pattern {pattern!r} matches none of the {len(names)} matrices; names look like {names[0]!r} "
                 "(see them all with: coprune inspect MODEL)."
-                if names
-                else f"the pattern {pattern!r} matches nothing: the blocks hold no matrices."
             )
-    chosen = []
-    for matrices in found:
-        routers = _router_names(matrices)
-        chosen.append(
-            [
-                m
-                for m in matrices
-                if (any(_matches(m.name, p) for p in include) if include else m.name not in routers)
-                and not any(_matches(m.name, p) for p in exclude)
-            ]
-        )
-    if not any(chosen):
-        raise BadInput("no matrix is left to prune: loosen --include or --exclude.")
-    return chosen
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -74,7 +74,9 @@ def prove_replay(
             again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
             weights.release(block.name)
             if not _close(hidden_of(output), again):
-                raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward.")
+                raise UnsupportedModel(
+                    f"{block.name} replayed from its recorded call differs from the model's forward."
+                )
             replayed[:] = [again]
             structure.tuples.append(isinstance(output, tuple | list))
             return output
@@ -96,7 +98,11 @@ def prove_replay(
 
 
 def _observe_block(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], matrices: Sequence[Matrix], structure: Structure
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    matrices: Sequence[Matrix],
+    structure: Structure,
 ) -> Any:
     """Run one block for real and note which matrices share an input, which are reused, which never appear."""
     inputs: list[Tensor] = []  # held until the block is done: the address of a freed tensor comes back as another's

@@ -8,10 +8,11 @@ states depends on shapes and positions only. That this holds is checked on one s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from coprune.errors import UnsupportedModel
@@ -35,8 +36,14 @@ class BlockCall:
         return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
 
 
-class Finished(Exception):  # noqa: N818 - not an error: it ends a forward whose rest nobody needs
+class Finished(Exception):
     """Raised by the last block of a recording forward, so that the head is not computed."""
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its token ids."""
+    embeddings = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    return next((embeddings or model).parameters()).device
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -97,11 +104,8 @@ def run_without_blocks(
 
         return forward
 
-    with replaced_forwards(blocks, record):
-        try:
-            model(input_ids=tokens, use_cache=False)
-        except Finished:
-            pass
+    with replaced_forwards(blocks, record), suppress(Finished):
+        model(input_ids=tokens, use_cache=False)
     if len(calls) != len(blocks):
         raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks.")
     return first[0], calls

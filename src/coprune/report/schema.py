@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.checkpoint.writer import write_text
 from coprune.errors import BadInput
+from coprune.files import write_text
 from coprune.pruning import MatrixResult
 from coprune.recipe import Recipe
 
@@ -59,11 +59,15 @@ class PerplexityFacts(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     data: str
+    source: str
     seqlen: int
     windows: int
     fingerprint: str
     dense: float | None
     pruned: float
+    pruned_interval: tuple[float, float] | None
+    """95 % bootstrap interval over the windows."""
+    pruned_bits_per_byte: float | None
 
 
 class Report(BaseModel):

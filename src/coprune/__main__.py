@@ -1,0 +1,3 @@
+from coprune.cli import main
+
+main()

@@ -1,0 +1,250 @@
+"""The command `coprune`: it turns what was typed into a recipe or a call, and errors into one message. No logic.
+
+Nothing heavy is imported before a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coprune.errors import BadInput, CopruneError, unknown_name
+from coprune.recipe import Recipe, make_recipe, read_settings
+
+app = typer.Typer(
+    name="coprune",
+    help="Prune large language models after training, measure what it did, and save a checkpoint that others can load.",
+    epilog="Try: coprune demo. Every command explains itself with --help.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# The seed system's names of options, and short forms. Every other option is named like its field of the recipe.
+_ALIASES: dict[str, list[str]] = {
+    "method": ["--method", "--prune_method", "--prune-method", "-m"],
+    "sparsity": ["--sparsity", "--sparsity_ratio", "--sparsity-ratio", "-s"],
+    "pattern": ["--pattern", "--sparsity_type", "--sparsity-type", "-p"],
+    "cache_dir": ["--cache-dir", "--cache_dir"],
+    "save_model": ["--save-model", "--save_model"],
+    "evaluate": ["--eval/--no-eval"],
+    "evaluate_dense": ["--eval-dense/--no-eval-dense"],
+    "layer_error": ["--layer-error/--no-layer-error"],
+}
+_NOT_OPTIONS = ("model", "options")
+
+
+def _recipe_options() -> list[inspect.Parameter]:
+    """One command-line option per field of the recipe, with the field's description as its help."""
+    parameters = []
+    for name, field in Recipe.model_fields.items():
+        if name in _NOT_OPTIONS:
+            continue
+        flags = _ALIASES.get(name, [f"--{name.replace('_', '-')}"])
+        kind: Any = list[str] if name in ("include", "exclude") else field.annotation
+        # None means "not typed", so that a recipe file's value is only replaced by what was typed.
+        default = "" if field.default is None or field.default == () else f" [{field.default}]"
+        option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
+        annotation = Annotated[kind | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return parameters
+
+
+def _with_recipe_options(function: Any) -> Any:
+    """Give a command the recipe's options in place of its `**settings`."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [*own, *_recipe_options()]
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+_METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@app.command(context_settings=_METHOD_OPTIONS)
+@_with_recipe_options
+def prune(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)
+    ] = None,
+    model_option: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")] = None,
+    use_variant: Annotated[
+        bool, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+    **settings: Any,
+) -> None:
+    """Prune a model, measure its perplexity before and after, and save what you ask for.
+
+    Example: coprune prune smollm2-135m --dataset embedded -p 2:4 --seqlen 512 --nsamples 32 --save-model out/pruned
+
+    A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
+    """
+    typed = {name: value for name, value in settings.items() if value is not None}
+    chosen = read_settings(recipe) if recipe is not None else {}
+    options = {**chosen.get("options", {}), **_method_options(context.args)}
+    chosen |= typed | {"options": options}
+    if model and model_option and model != model_option:
+        raise BadInput(f"two models are named: {model} and {model_option}.")
+    if model or model_option:
+        chosen["model"] = model or model_option
+    if "model" not in chosen:
+        raise BadInput("no model is named; for example: coprune prune smollm2-135m --dataset embedded.")
+    if use_variant:
+        if chosen.get("method", "wanda") != "wanda":
+            raise BadInput(f"--use_variant is a variant of wanda, not of {chosen['method']}.")
+        chosen["method"] = "wanda_variant"
+    checked = make_recipe(chosen)
+    from coprune.progress import Reporter
+    from coprune.report.summary import summary_lines
+    from coprune.run import run_recipe
+
+    report = run_recipe(checked, reporter=Reporter(quiet)).report
+    typer.echo("\n".join(summary_lines(report)))
+    typer.echo(f"report    {checked.run_folder / 'report.json'}")
+
+
+def _method_options(arguments: list[str]) -> dict[str, Any]:
+    """Read `--block-size 64` or `--block-size=64` as an option of the method; values as in YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise BadInput(f"unexpected argument {flag!r}; options begin with --.")
+        name, has_value, value = flag[2:].partition("=")
+        if not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise _unknown_option(flag)
+            value = rest.pop(0)
+        found[name.replace("-", "_")] = yaml.safe_load(value)
+    if found:
+        _require_known(found)
+    return found
+
+
+def _require_known(options: dict[str, Any]) -> None:
+    """Refuse an option that is no method's, with the nearest of all options."""
+    import dataclasses
+
+    from coprune.methods import METHODS
+
+    known = {f.name for method in METHODS.values() for f in dataclasses.fields(method)}
+    for name in options:
+        if name not in known:
+            raise _unknown_option(f"--{name.replace('_', '-')}")
+
+
+def _unknown_option(flag: str) -> BadInput:
+    flags = [option for parameter in _recipe_options() for option in _flags(parameter)]
+    return unknown_name("option", flag, [*flags, "--model", "--recipe", "--use-variant", "--quiet"])
+
+
+def _flags(parameter: inspect.Parameter) -> list[str]:
+    names: tuple[str, ...] = parameter.annotation.__metadata__[0].param_decls
+    return [flag for name in names for flag in name.split("/") if flag.startswith("--")]
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Only this method.", show_default=False)] = None,
+) -> None:
+    """List the pruning methods and their own options."""
+    from coprune.methods.describe import describe_methods
+
+    typer.echo("\n".join(describe_methods(name)))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
+    data: Annotated[
+        str,
+        typer.Option("--data", "--eval-data", help="Texts, comma-separated: wikitext2, c4, ptb, embedded, a path …"),
+    ] = "wikitext2",
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. [min(2048, model's limit)]", min=2)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass. [about 4096 tokens]", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Use only so many tokens of each text. [all]", min=2)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Measure a model's perplexity on one or more texts, as the papers do (non-overlapping windows)."""
+    from coprune.evaluate.command import evaluate_model
+    from coprune.progress import Reporter
+
+    settings = {"model": model, "dtype": dtype, "device": device, "cache_dir": cache_dir, "seqlen": seqlen}
+    more = {"eval_data": data, "eval_tokens": tokens, "batch_size": batch_size}
+    typer.echo("\n".join(evaluate_model(make_recipe(settings | more), Reporter(quiet))))
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only matrices that match this pattern; repeatable.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Not matrices that match this; repeatable.")] = None,
+    sparsity: Annotated[float | None, typer.Option("--sparsity", "--sparsity_ratio", "-s", help="As in prune.")] = None,
+    pattern: Annotated[str, typer.Option("--pattern", "--sparsity_type", "-p", help="As in prune.")] = "unstructured",
+    matrices: Annotated[bool, typer.Option("--matrices", help="One line per matrix instead of one per kind.")] = False,
+    weights: Annotated[bool, typer.Option(help="Read the weights, to tell how sparse they are already.")] = True,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", "--cache_dir", help="Where downloads are kept.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Show a model's blocks and matrices, what would be pruned, and the present sparsity."""
+    settings = {"model": model, "sparsity": sparsity, "pattern": pattern, "cache_dir": cache_dir}
+    recipe = make_recipe(settings | {"include": include or (), "exclude": exclude or ()})
+    from coprune.inspection import inspect_lines
+    from coprune.progress import Reporter
+
+    typer.echo("\n".join(inspect_lines(recipe, matrices, weights, Reporter(quiet))))
+
+
+@app.command()
+def demo(
+    nsamples: Annotated[int, typer.Option(help="Calibration samples of 512 tokens.", min=1)] = 32,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Prune SmolLM2-135M to 50 % with Wanda, on text that needs no network, and show what that did."""
+    from coprune.demo import run_demo
+    from coprune.progress import Reporter
+
+    typer.echo("\n".join(run_demo(nsamples, Reporter(quiet))))
+
+
+def main() -> None:
+    """Entry point: run the command; a known error is one message on standard error and exit code 2."""
+    # Libraries' notes are for their developers; what matters to a user, coprune says itself.
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except CopruneError as error:
+        typer.echo(f"coprune: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("coprune: stopped; nothing half-written was left under its final name.", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""`coprune inspect`: what a model is made of, what would be pruned, and how sparse it is already."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from coprune.checkpoint.weights import Weights
+from coprune.model.blocks import find_blocks
+from coprune.model.matrices import Matrix, choose_matrices, find_matrices
+from coprune.preparation import check_widths, open_model, prepare_method
+from coprune.progress import Reporter
+from coprune.recipe import Recipe
+
+
+def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporter: Reporter) -> list[str]:
+    """Describe a model's blocks and matrices and what the recipe would prune, without changing anything.
+
+    every_matrix: a line per matrix instead of one per kind; weights_too: read the weights to tell the present sparsity.
+    Raises BadInput as a run with the recipe would.
+    """
+    _, target = prepare_method(recipe)
+    loaded = open_model(recipe, None, None, stream=True)
+    blocks = find_blocks(loaded.model)
+    chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
+    check_widths(chosen, target)
+    wanted = {matrix.name for matrix in chosen.all()}
+    zeros: dict[str, int] = {}
+    matrices: list[Matrix] = []
+    with reporter.bar("Reading weights", len(blocks)) as advance:
+        for block in blocks:
+            found = list(find_matrices(block.module, block.name))
+            matrices += found
+            if weights_too:
+                zeros |= _count_zeros(loaded.weights, block.name, found)
+            advance(1)
+    matrices += chosen.outside
+    lines = _matrix_lines(matrices, wanted, zeros) if every_matrix else _kind_lines(matrices, wanted, zeros)
+    pruned = sum(m.shape[0] * m.shape[1] for m in matrices if m.name in wanted)
+    total = loaded.model.num_parameters()
+    return [
+        f"{loaded.source}: {loaded.model.config.model_type}, {total:,} parameters, {len(blocks)} blocks "
+        f"({blocks[0].name} … {blocks[-1].name})",
+        *lines,
+        f"would prune {len(wanted)} matrices with {pruned:,} weights ({pruned / total:.1%} of the model) to "
+        f"{target.sparsity:.1%} ({target.pattern}), {pruned * target.sparsity / total:.1%} of the model",
+    ]
+
+
+def _count_zeros(weights: Weights, block: str, matrices: list[Matrix]) -> dict[str, int]:
+    weights.acquire(block)
+    zeros = {matrix.name: matrix.zeros() for matrix in matrices}
+    weights.release(block)
+    return zeros
+
+
+def _matrix_lines(matrices: list[Matrix], wanted: set[str], zeros: dict[str, int]) -> list[str]:
+    return [
+        f"  {'prune' if m.name in wanted else 'leave'}  {m.name}  {m.shape[0]} × {m.shape[1]}{_sparsity([m], zeros)}"
+        for m in matrices
+    ]
+
+
+def _kind_lines(matrices: list[Matrix], wanted: set[str], zeros: dict[str, int]) -> list[str]:
+    """One line for all matrices that differ in the numbers in their names only."""
+    kinds: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        parts = matrix.name.partition("[")[0].split(".")
+        kind = ".".join("*" if part.isdigit() else part for part in parts) + (
+            "[*]" if matrix.expert is not None else ""
+        )
+        kinds[kind, matrix.shape, matrix.name in wanted].append(matrix)
+    return [
+        f"  {'prune' if chosen else 'leave'}  {kind}  {shape[0]} × {shape[1]}  ({len(group)}){_sparsity(group, zeros)}"
+        for (kind, shape, chosen), group in kinds.items()
+    ]
+
+
+def _sparsity(matrices: list[Matrix], zeros: dict[str, int]) -> str:
+    counted = [m for m in matrices if m.name in zeros]
+    if not counted:
+        return ""
+    size = sum(m.shape[0] * m.shape[1] for m in counted)
+    return f"  {sum(zeros[m.name] for m in counted) / size:.2%} zero"

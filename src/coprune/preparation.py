@@ -1,0 +1,221 @@
+"""What a run checks and gathers before anything slow starts: method, target, model, matrices, data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.checkpoint.lazy import LazyCheckpoint
+from coprune.checkpoint.load import load_model, load_tokenizer, prepare
+from coprune.checkpoint.locate import GgufFile, ModelFolder, locate
+from coprune.checkpoint.weights import InMemory, Weights
+from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
+from coprune.errors import BadInput, unknown_name
+from coprune.methods import METHODS, Method, method_named
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.matrices import Chosen
+from coprune.model.record import input_device
+from coprune.patterns import NM, Target, parse_pattern
+from coprune.progress import Reporter
+from coprune.recipe import Recipe
+from coprune.statistics import InputSample
+
+# The reports' files; a folder that holds one belongs to a run.
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
+
+
+@dataclass
+class Loaded:
+    """A model that is ready to be walked, with its tokenizer and where it came from."""
+
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+    quantised_source: bool
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.weights.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return input_device(self.model)
+
+    def fingerprint(self, blocks: Sequence[Block]) -> str:
+        """Names the weights by what lies outside the blocks, and the shapes of the rest: 16 hex digits."""
+        digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in self.model.named_parameters()]).encode())
+        for name, tensor in sorted(self.weights.rest_tensors([block.name for block in blocks]).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def prepare_method(recipe: Recipe) -> tuple[Method, Target]:
+    """Look up the method with its options and the target, and try both on a tiny matrix.
+
+    Raises BadInput for an unknown method or option, or a combination that the method cannot do.
+    """
+    method = method_named(recipe.method, recipe.options)
+    target = Target(parse_pattern(recipe.pattern), recipe.ratio)
+    # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
+    width = 2 * target.pattern.m if isinstance(target.pattern, NM) else 8
+    generator = torch.Generator().manual_seed(0)
+    statistic = method.statistic(width) if method.statistic is not None else None
+    if statistic is not None:
+        statistic.update(torch.randn(4 * width, width, generator=generator))
+    method.prune(torch.randn(4, width, generator=generator), statistic, target)
+    return method, target
+
+
+def prepare_folders(recipe: Recipe) -> None:
+    """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
+    run_folder = recipe.run_folder
+    if run_folder.exists() and not run_folder.is_dir():
+        raise BadInput(f"{run_folder} is a file; name another run folder with --save.")
+    if (run_folder / REPORT_FILE).exists():
+        raise BadInput(f"{run_folder} already holds a finished run; name another folder with --save, or remove it.")
+    if run_folder.is_dir() and any(run_folder.iterdir()) and not (run_folder / RECIPE_FILE).exists():
+        raise BadInput(f"{run_folder} already holds something that is no run; name another folder with --save.")
+    target = recipe.save_model
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target} already exists and is not empty; name another folder with --save_model.")
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto` or a device's name into a device that is there. Raises BadInput if it is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the device {name!r} cannot be used here ({reason}); try --device auto or cpu.") from None
+    return device
+
+
+def open_model(
+    recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, stream: bool
+) -> Loaded:
+    """Open the model that the recipe names, or take the one in memory. stream: whether a folder is to be streamed."""
+    if model is not None:
+        return Loaded(InMemory(prepare(model)), tokenizer, recipe.model, False)
+    location = locate(recipe.model, recipe.cache_dir)
+    device = choose_device(recipe.device)
+    if stream and isinstance(location, ModelFolder):
+        lazy = LazyCheckpoint(location, recipe.dtype, device)
+        lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
+        return Loaded(lazy, tokenizer or load_tokenizer(location), location.name, False)
+    loaded, own_tokenizer = load_model(location, recipe.dtype, device)
+    return Loaded(InMemory(loaded), tokenizer or own_tokenizer, location.name, isinstance(location, GgufFile))
+
+
+def check_widths(chosen: Chosen, target: Target) -> None:
+    """Raise BadInput where an N:M pattern does not divide the inputs of a matrix."""
+    if not isinstance(target.pattern, NM):
+        return
+    for matrix in chosen.all():
+        if matrix.shape[1] % target.pattern.m:
+            raise BadInput(
+                f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}; "
+                f"choose another pattern, or leave it out with --exclude '{matrix.name}'."
+            )
+
+
+def choose_seqlen(model: PreTrainedModel, recipe: Recipe) -> int:
+    """The recipe's sequence length, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
+    config: Any = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if recipe.seqlen is None:
+        return min(2048, int(limit)) if limit else 2048
+    if limit and recipe.seqlen > int(limit):
+        raise BadInput(f"seqlen {recipe.seqlen} is above this model's limit of {limit} positions.")
+    return recipe.seqlen
+
+
+def read_calibration(recipe: Recipe, loaded: Loaded, method: Method, seqlen: int, reporter: Reporter) -> Windows | None:
+    """Draw the calibration samples; None if nothing needs them.
+
+    A method without a statistic needs data for its layer errors alone, for which a few samples do.
+    """
+    nsamples = recipe.nsamples
+    if method.statistic is None:
+        if not recipe.layer_error:
+            return None
+        nsamples = min(nsamples, -(-4 * InputSample.tokens // seqlen))
+    reporter.say(f"Calibration: {nsamples} samples of {seqlen} tokens from {recipe.dataset}.")
+    return calibration_windows(recipe.dataset, _tokenizer(loaded), nsamples, seqlen, recipe.seed, recipe.cache_dir)
+
+
+def read_evaluation(recipe: Recipe, loaded: Loaded, seqlen: int, reporter: Reporter) -> dict[str, EvaluationText]:
+    """Read every evaluation text, by name; empty if none is asked for or known."""
+    if not recipe.evaluate:
+        return {}
+    if recipe.eval_data is None:
+        name = evaluation_corpus_for(recipe.dataset)
+        if name is None:
+            reporter.say(f"No perplexity: {recipe.dataset} has no test split. Name a text with --eval-data.")
+            return {}
+        names = [name]
+    else:
+        names = [name.strip() for name in recipe.eval_data.split(",") if name.strip()]
+    return {
+        name: evaluation_tokens(name, _tokenizer(loaded), seqlen, recipe.cache_dir, recipe.eval_tokens)
+        for name in names
+    }
+
+
+def probe_tokens(
+    windows: Windows | None, texts: dict[str, EvaluationText], seqlen: int, loaded: Loaded
+) -> torch.Tensor:
+    """One sample (1 × S int64, at most 512 tokens) to prove the replay with: of the data, or random without any."""
+    length = min(seqlen, 512)
+    if windows is not None:
+        sample = windows.tokens[:1, :length]
+    elif texts:
+        sample = next(iter(texts.values())).tokens[None, :length]
+    else:
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        sample = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    return sample.to(loaded.device)
+
+
+def split_batches(windows: torch.Tensor, batch_size: int | None, device: torch.device) -> Sequence[torch.Tensor]:
+    """Cut calibration samples (N × S) into batches, by default of about 4096 tokens."""
+    return torch.split(windows.to(device), batch_size or max(1, 4096 // windows.shape[1]))
+
+
+def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Sort plain settings into a recipe's fields and the method's own options.
+
+    values: by name. Raises BadInput for a name that is neither, with the nearest match.
+    """
+    own = {f.name for f in dataclasses.fields(METHODS[method])} if method in METHODS else set()
+    fields = set(Recipe.model_fields)
+    for name in values:
+        if name not in fields and name not in own:
+            raise unknown_name("setting", name, fields | own)
+    chosen = {name: value for name, value in values.items() if name in fields}
+    options = {**dict(chosen.get("options") or {}), **{n: v for n, v in values.items() if n not in fields}}
+    return {**chosen, "method": method, "options": options}
+
+
+def _tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
+    if loaded.tokenizer is None:
+        raise BadInput("a model in memory needs its tokenizer to read text: prune(model, tokenizer=...).")
+    return loaded.tokenizer
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """A file of a run folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name

@@ -1,0 +1,27 @@
+"""The few lines that a run prints when it is done."""
+
+from __future__ import annotations
+
+from coprune.report.schema import Report
+
+
+def summary_lines(report: Report) -> list[str]:
+    """What was pruned, how sparse it is, what that did to perplexity, and what it took."""
+    lines = [
+        f"model     {report.model.source}, {report.model.parameters:,} parameters, {report.model.dtype}",
+        f"method    {report.recipe.method}, {report.recipe.pattern}, {report.recipe.propagation} propagation",
+        f"sparsity  {report.sparsity.matrices:.4%} of the {len(report.matrices)} pruned matrices, "
+        f"{report.sparsity.model:.2%} of all parameters",
+    ]
+    for entry in report.perplexity:
+        dense = "" if entry.dense is None else f"dense {entry.dense:.2f} → "
+        lines.append(f"perplexity {dense}pruned {entry.pruned:.2f} on {entry.data} (sequence length {entry.seqlen})")
+    lines.append(
+        f"took      {report.prune_seconds:.1f} s to prune, {report.total_seconds:.1f} s in all, "
+        f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
+    )
+    if report.events:
+        lines.append(f"events    {len(report.events)} numerical events, the first: {report.events[0]}")
+    if report.saved_model is not None:
+        lines.append(f"model in  {report.saved_model} (reloaded and compared)")
+    return lines

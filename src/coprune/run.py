@@ -1,0 +1,220 @@
+"""One run from recipe to report: load, measure, walk and prune, measure again, save, verify, write down."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.checkpoint.weights import InMemory
+from coprune.data import EvaluationText, Windows
+from coprune.evaluate.perplexity import Perplexity, perplexity
+from coprune.evaluate.streamed import streamed_perplexity
+from coprune.files import write_text
+from coprune.methods import Method
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.matrices import Chosen, choose_matrices
+from coprune.model.prove import Structure, prove_replay
+from coprune.output import Output, run_identity
+from coprune.patterns import Target
+from coprune.preparation import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    Loaded,
+    check_widths,
+    choose_seqlen,
+    open_model,
+    path_of,
+    prepare_folders,
+    prepare_method,
+    probe_tokens,
+    read_calibration,
+    read_evaluation,
+    settings_for,
+    split_batches,
+)
+from coprune.progress import Reporter
+from coprune.pruning import MatrixResult, prune_walk
+from coprune.recipe import Recipe, make_recipe
+from coprune.report.card import model_card
+from coprune.report.facts import build_report
+from coprune.report.schema import Report, seed_log
+from coprune.verify import verify_saved
+from coprune.walk import Walk, record_batches
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's report, and its model and tokenizer if they are in memory (a streamed model is only on the disk)."""
+
+    report: Report
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+@dataclass
+class Session:
+    """All that a run has gathered before it changes anything."""
+
+    recipe: Recipe
+    method: Method
+    target: Target
+    loaded: Loaded
+    blocks: list[Block]
+    chosen: Chosen
+    seqlen: int
+    windows: Windows | None
+    texts: dict[str, EvaluationText]
+    structure: Structure
+    reporter: Reporter
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    method: str = "wanda",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Result:
+    """Prune a model and measure what that did.
+
+    model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is changed in place
+    (then give its tokenizer too). method: a name from `coprune methods`. settings: the fields of a recipe (sparsity,
+    pattern, dataset, nsamples, seqlen, save_model …) and the method's own options, by name. A model given by name is
+    loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
+    Raises BadInput for what cannot be done as asked, NumericalError and UnsupportedModel.
+    """
+    in_memory = None if isinstance(model, str | Path) else model
+    name = str(getattr(model, "name_or_path", "") or "in-memory model") if in_memory is not None else str(model)
+    recipe = make_recipe({"stream": False, "model": name, **settings_for(method, settings)})
+    return run_recipe(recipe, in_memory, tokenizer, Reporter(quiet), write=recipe.save is not None)
+
+
+def run_recipe(
+    recipe: Recipe,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reporter: Reporter | None = None,
+    write: bool = True,
+) -> Result:
+    """Do what a recipe says. write: whether to leave a run folder (the model is saved if the recipe names a folder)."""
+    started = time.perf_counter()
+    if write or recipe.save_model:
+        prepare_folders(recipe)
+    session = _prepare(recipe, model, tokenizer, reporter or Reporter())
+    output = _open_output(session)
+    if write:
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
+    dense = _perplexities(session, "dense") if recipe.evaluate_dense else {}
+    results, seconds = _prune(session, output)
+    pruned = _perplexities(session, "pruned")
+    report = build_report(session, results, dense, pruned, seconds, time.perf_counter() - started)
+    _save(session, output, report)
+    if write:
+        _write_run_folder(recipe, report)
+    in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
+    return Result(report, in_memory, session.loaded.tokenizer)
+
+
+def _prepare(
+    recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, reporter: Reporter
+) -> Session:
+    """Check everything that can be checked, cheap things first, and prove that the model can be walked."""
+    method, target = prepare_method(recipe)
+    reporter.say(f"Loading {recipe.model}")
+    loaded = open_model(recipe, model, tokenizer, stream=recipe.stream is not False)
+    blocks = find_blocks(loaded.model)
+    chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
+    check_widths(chosen, target)
+    seqlen = choose_seqlen(loaded.model, recipe)
+    windows = read_calibration(recipe, loaded, method, seqlen, reporter)
+    texts = read_evaluation(recipe, loaded, seqlen, reporter)
+    probe = probe_tokens(windows, texts, seqlen, loaded)
+    structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
+    return Session(recipe, method, target, loaded, blocks, chosen, seqlen, windows, texts, structure, reporter)
+
+
+def _open_output(session: Session) -> Output | None:
+    """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
+    recipe, loaded = session.recipe, session.loaded
+    if recipe.save_model is None and isinstance(loaded.weights, InMemory):
+        return None
+    data = None if session.windows is None else session.windows.fingerprint
+    identity = run_identity(recipe, loaded.fingerprint(session.blocks), data)
+    folder = recipe.save_model or path_of(recipe.run_folder, "checkpoint")
+    return Output(folder, recipe.save_model is not None, loaded.weights, session.blocks, identity)
+
+
+def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult], float]:
+    """Walk over the blocks and prune them, going on where an earlier run stopped; also the seconds that took."""
+    recipe, loaded = session.recipe, session.loaded
+    finished = {} if output is None else output.finished()
+    if finished:
+        session.reporter.say(f"{len(finished)} of {len(session.blocks)} blocks were finished by an earlier run.")
+    started = time.perf_counter()
+    with session.reporter.bar(f"Pruning with {recipe.method}", len(session.blocks)) as advance:
+        recording = None
+        if session.windows is not None:
+            batches = split_batches(session.windows.tokens, recipe.batch_size, loaded.device)
+            recording = record_batches(loaded.model, session.blocks, session.structure, batches)
+        walk = Walk(
+            loaded.weights,
+            session.blocks,
+            session.chosen.blocks,
+            session.method.statistic,
+            session.structure,
+            recording,
+            recipe.propagation,
+            outside=session.chosen.outside,
+            finished=finished,
+            advance=advance,
+        )
+        done = output.write_block if output is not None else lambda block, results: None
+        results = prune_walk(walk, session.method, lambda matrix: session.target, recipe.layer_error, done)
+    earlier = [result for results_of_block in finished.values() for result in results_of_block]
+    return earlier + results, time.perf_counter() - started
+
+
+def _perplexities(session: Session, which: str) -> dict[str, Perplexity]:
+    """Perplexity on every evaluation text, in the way that fits where the weights are."""
+    found = {}
+    weights, size = session.loaded.weights, session.recipe.batch_size
+    for name, text in session.texts.items():
+        arguments = (text.tokens, session.seqlen, size, text.token_bytes)
+        if isinstance(weights, InMemory):
+            with session.reporter.bar(f"Perplexity, {which} model", len(text.tokens) // session.seqlen) as advance:
+                found[name] = perplexity(weights.model, *arguments, advance=advance)
+        else:
+            with session.reporter.bar(f"Perplexity, {which} model", len(session.blocks)) as advance:
+                found[name] = streamed_perplexity(
+                    weights, session.blocks, session.structure, *arguments, advance=advance
+                )
+        session.reporter.say(
+            f"Perplexity of the {which} model on {name} (sequence length {session.seqlen}): {found[name].value:.2f}"
+        )
+    return found
+
+
+def _save(session: Session, output: Output | None, report: Report) -> None:
+    """Finish the checkpoint and prove that it holds what was pruned, or let go of it if nobody wants it."""
+    if output is None:
+        return
+    if not output.keep:
+        output.discard()
+        return
+    output.finish(session.loaded.tokenizer, session.recipe, model_card(report))
+    session.reporter.say(f"Reloading {output.folder} to compare masks and logits")
+    verify_saved(output.folder, session.loaded.weights, session.blocks, session.structure, report.matrices)
+
+
+def _write_run_folder(recipe: Recipe, report: Report) -> None:
+    first = report.perplexity[0].pruned if report.perplexity else None
+    write_text(
+        path_of(recipe.run_folder, f"log_{recipe.method}.txt"), seed_log(recipe.method, report.sparsity.matrices, first)
+    )
+    # Last, since a report marks the run as finished.
+    report.write(path_of(recipe.run_folder, REPORT_FILE))
