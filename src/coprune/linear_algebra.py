@@ -133,17 +133,26 @@ def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
     return ScaledGram(scaled, scale)
 
 
+def damp_diagonal(gram: Tensor, damping: float) -> Tensor:
+    """G + damping · diag(G), I × I: every input damped in proportion to itself, dead ones not at all."""
+    return gram + torch.diag(damping * gram.diagonal())
+
+
 def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """Layer error of every row, ΔGΔᵀ. delta: O × I float32. Returns O float32."""
-    return ((delta @ gram) * delta).sum(dim=1)
+    """Layer error of every row, ΔGΔᵀ. delta: O × I, gram: I × I. Returns O float64.
+
+    In float64, because where there are fewer tokens than inputs the terms cancel to less than float32 can tell.
+    """
+    exact = delta.double()
+    return ((exact @ gram.double()) * exact).sum(dim=1)
 
 
 def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, rounds: int) -> Tensor:
     """Minimise (W − Ŵ)G(W − Ŵ)ᵀ over the kept entries of every row, by conjugate gradients on all rows at once.
 
-    weight: O × I float32, what is aimed at; start: O × I, zero where keep is False; gram: I × I float32.
-    The residual is masked in each round and preconditioned by the diagonal of G, which leaves I × I unknowns as one
-    product per round. Returns O × I float32; a row that rounding has made worse than its start keeps its start.
+    weight: O × I float32, what is aimed at; start: O × I, zero where keep is False; gram: I × I float32, damped if
+    it may be singular. The residual is masked in each round and preconditioned by the diagonal of G, which leaves one
+    product per round for all rows. Returns O × I float32.
     """
     kept = keep.to(torch.float32)
     diagonal = gram.diagonal()
@@ -160,8 +169,12 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
         scaled = residual * preconditioner
         before, strength = strength, (residual * scaled).sum(dim=1, keepdim=True)
         direction = scaled.addcmul_(_ratio(strength, before), direction)
-    better = row_errors(weight - solution, gram) <= row_errors(weight - start, gram)
-    return torch.where(better[:, None], solution, start)
+    return solution
+
+
+def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -> Tensor:
+    """In which rows the layer error of `after` is no greater than that of `before`. All O × I; returns O × 1 bool."""
+    return (row_errors(weight - after, gram) <= row_errors(weight - before, gram))[:, None]
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -40,3 +40,10 @@ def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise BadInput(f"option {name!r} must be a positive number, not {value!r}.")
+
+
+def require_not_negative(**values: float) -> None:
+    """Raise BadInput unless every value is zero or a positive, finite number."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise BadInput(f"option {name!r} must not be negative, and is {value!r}.")

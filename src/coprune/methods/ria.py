@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from coprune.errors import BadInput
 from coprune.methods.base import Pruned, apply_keep
+from coprune.options import require_not_negative
 from coprune.patterns import Group, Target
 from coprune.statistics import InputNorm
 
@@ -38,8 +38,7 @@ class RIA:
     statistic: ClassVar[type[InputNorm]] = InputNorm
 
     def __post_init__(self) -> None:
-        if not 0 <= self.power < float("inf"):
-            raise BadInput(f"option 'power' must not be negative, and is {self.power!r}.")
+        require_not_negative(power=self.power)
 
     def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
         keep = target.keep(ria_score(weight, statistic, self.power), self.group)

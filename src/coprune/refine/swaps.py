@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coprune.linear_algebra import full_float32, row_errors, solve_masked
+from coprune.linear_algebra import damp_diagonal, full_float32, rows_improved, solve_masked
 from coprune.methods.base import Pruned, apply_keep
-from coprune.options import require_positive
+from coprune.options import require_not_negative, require_positive
 from coprune.patterns import NM, Target
 from coprune.statistics import Gram
 
@@ -40,23 +40,29 @@ class Swaps:
     """Unstructured: how many of the cheapest weights to restore and to drop are paired with each other."""
     refit_rounds: int = 20
     """Rounds of conjugate gradients afterwards; 0 leaves the weights alone."""
+    damping: float = 0.01
+    """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
 
     statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
-        require_positive(steps=self.steps, candidates=self.candidates, refit_rounds=self.refit_rounds + 1)
+        require_positive(steps=self.steps, candidates=self.candidates)
+        require_not_negative(refit_rounds=self.refit_rounds, damping=self.damping)
 
     def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
         with full_float32():
             dense, gram = weight.to(torch.float32), statistic.gram
+            damped = damp_diagonal(gram, self.damping)
             if isinstance(target.pattern, NM):
-                swapped = swap_in_groups(dense, pruned, gram, target.pattern.m, self.steps)
+                swapped, keep = swap_in_groups(dense, pruned, damped, target.pattern.m, self.steps)
             else:
-                swapped = swap_in_rows(dense, pruned, gram, self.candidates, self.steps)
+                swapped, keep = swap_in_rows(dense, pruned, damped, self.candidates, self.steps)
             if self.refit_rounds:
-                solved = solve_masked(dense, swapped.weight, swapped.keep, gram, self.refit_rounds)
-                swapped = swapped._replace(weight=solved)
-        return swapped
+                swapped = solve_masked(dense, swapped, keep, damped, self.refit_rounds)
+            improved = rows_improved(dense, pruned.weight, swapped, gram)
+        return pruned._replace(
+            weight=torch.where(improved, swapped, pruned.weight), keep=torch.where(improved, keep, pruned.keep)
+        )
 
 
 def restoring_costs(delta: Tensor, residual: Tensor, diagonal: Tensor) -> Tensor:
@@ -69,11 +75,12 @@ def dropping_costs(current: Tensor, residual: Tensor, diagonal: Tensor) -> Tenso
     return current * (current * diagonal + 2 * residual)
 
 
-def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, steps: int) -> Pruned:
+def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, steps: int) -> tuple[Tensor, Tensor]:
     """Make the best swap of every row, one after another; rows where nothing is gained drop out.
 
     weight: O × I float32, dense; gram: I × I float32. The best pair is looked for among the `candidates` cheapest to
     restore and the `candidates` cheapest to drop (all of them, if there are no more); a pair's interaction is exact.
+    Returns the weight (O × I float32) and its mask.
     """
     delta = weight - pruned.weight
     keep = pruned.keep.clone()
@@ -105,15 +112,16 @@ def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, 
         delta[here, j] = weight[here, j]
         keep[here, i] = True
         keep[here, j] = False
-    return _if_better(weight, pruned, apply_keep(weight - delta, keep), keep, gram)
+    return apply_keep(weight - delta, keep), keep
 
 
-def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, sweeps: int) -> Pruned:
+def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, sweeps: int) -> tuple[Tensor, Tensor]:
     """Sweep over the groups of `group` columns; each row makes the best swap in each group, while any row gains.
 
     weight: O × I float32, dense; gram: I × I float32. Swaps of different groups change each other's costs, so the
     residual is kept up to date: within a block of columns at once, between blocks by one product per block. It ends
     where the published order (the best group of a row first) ends: where no group of any row has a swap that gains.
+    Returns the weight (O × I float32) and its mask.
     """
     # Transposed, so that a group of columns lies contiguous in memory.
     dense = weight.T.contiguous()
@@ -141,7 +149,7 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
         if not any_gained:
             break
     keep = keep.T.contiguous()
-    return _if_better(weight, pruned, apply_keep(weight - delta.T, keep), keep, gram)
+    return apply_keep(weight - delta.T, keep), keep
 
 
 def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor, gram: Tensor) -> Tensor | None:
@@ -165,11 +173,3 @@ def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor
     keep[i[0, row], row] = True
     keep[j[0, row], row] = False
     return moved
-
-
-def _if_better(weight: Tensor, before: Pruned, after: Tensor, keep: Tensor, gram: Tensor) -> Pruned:
-    """Take the new weights and mask in the rows where their layer error is no greater than before."""
-    better = (row_errors(weight - after, gram) <= row_errors(weight - before.weight, gram))[:, None]
-    return before._replace(
-        weight=torch.where(better, after, before.weight), keep=torch.where(better, keep, before.keep)
-    )
