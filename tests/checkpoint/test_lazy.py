@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +183,48 @@ def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
     lazy, blocks = open_lazy(tmp_path)
     with pytest.raises(BadInput, match="where the configuration says"):
         lazy.acquire(blocks[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
+def test_a_file_larger_than_the_address_space_allowed_is_streamed(tmp_path: Path) -> None:
+    """The file is sparse: it says it holds 1 GB of weights in 64 blocks, and takes no room on the disk."""
+    script = f"""
+import json, resource
+from pathlib import Path
+import torch
+from transformers import AutoConfig
+from coprune.checkpoint.lazy import LazyCheckpoint
+from coprune.checkpoint.locate import locate
+folder = Path({str(tmp_path)!r})
+config = AutoConfig.for_model("llama", vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=64,
+    num_attention_heads=8, dtype="float32", tie_word_embeddings=True, pad_token_id=0)
+config.save_pretrained(folder)
+shapes = {{"embed_tokens": (64, 512), "norm": (512,)}}
+for i in range(64):
+    for name in "qkvo":
+        shapes[f"layers.{{i}}.self_attn.{{name}}_proj"] = (512, 512)
+    shapes[f"layers.{{i}}.mlp.up_proj"] = shapes[f"layers.{{i}}.mlp.gate_proj"] = (1536, 512)
+    shapes[f"layers.{{i}}.mlp.down_proj"] = (512, 1536)
+    shapes[f"layers.{{i}}.input_layernorm"] = shapes[f"layers.{{i}}.post_attention_layernorm"] = (512,)
+header, end = {{}}, 0
+for name, shape in shapes.items():
+    size = 4 * torch.Size(shape).numel()
+    header[f"model.{{name}}.weight"] = {{"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}}
+    end += size
+text = json.dumps(header).encode()
+with (folder / "model.safetensors").open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + end // 2
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+lazy = LazyCheckpoint(locate(folder))
+for i in range(64):
+    lazy.acquire(f"model.layers.{{i}}")
+    lazy.release(f"model.layers.{{i}}")
+print(end)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 800_000_000

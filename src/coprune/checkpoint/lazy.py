@@ -1,30 +1,40 @@
 """A checkpoint folder as a model whose blocks are read when they are needed and let go of afterwards.
 
 The model is built on the meta device, where a parameter has a shape but no memory; buffers that no checkpoint holds
-(rotary tables) are computed for real. Files are read with plain reads rather than memory maps, so that the memory in
-use is what the acquired blocks need, whatever the size of the files.
+(rotary tables) are computed for real. The memory in use is what the acquired blocks need, whatever the size of the
+files.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.big_modeling import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from coprune.checkpoint.conversion import Conversion, Group
 from coprune.checkpoint.load import DtypeName, explained, prepare, quiet_transformers
 from coprune.checkpoint.locate import ModelFolder
-from coprune.checkpoint.shards import checkpoint_entries, read_entries
+from coprune.checkpoint.shards import DTYPES, TensorEntry, checkpoint_entries, read_entries, read_tensor
 from coprune.checkpoint.weights import is_below, is_below_any
 from coprune.errors import BadInput, UnsupportedModel
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor in a file, which is read when transformers slices it."""
+
+    entry: TensorEntry
+
+    def __getitem__(self, everything: object) -> Tensor:
+        return read_tensor(self.entry)
 
 
 class LazyCheckpoint:
@@ -45,7 +55,6 @@ class LazyCheckpoint:
         self.device = torch.device(device)
         self._keep_source_dtype = dtype == "auto"
         self._entries = checkpoint_entries(location.path)
-        self._files: dict[Path, Any] = {}
         with quiet_transformers(), explained(location):
             self._model, self.dtype = self._build_skeleton(dtype, trust_remote_code)
         self.conversion = Conversion(self._model, self._entries)
@@ -58,11 +67,12 @@ class LazyCheckpoint:
     @property
     def total_bytes(self) -> int:
         dropped = set(self.conversion.dropped)
-        scale = 1.0
-        if not self._keep_source_dtype:
-            present = next((e.dtype for e in self._entries.values() if e.dtype in DTYPES), "F32")
-            scale = self.dtype.itemsize / DTYPES[present].itemsize
-        return int(sum(entry.nbytes for name, entry in self._entries.items() if name not in dropped) * scale)
+        return sum(self._written_bytes(entry) for name, entry in self._entries.items() if name not in dropped)
+
+    def _written_bytes(self, entry: TensorEntry) -> int:
+        if self._keep_source_dtype or entry.dtype not in FLOATS:
+            return entry.nbytes
+        return math.prod(entry.shape) * self.dtype.itemsize
 
     def _build_skeleton(self, dtype: DtypeName, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
         folder = self.location.path
@@ -81,7 +91,7 @@ class LazyCheckpoint:
         return prepare(model), chosen
 
     def _first_dtype(self) -> torch.dtype:
-        return next((DTYPES[e.dtype] for e in self._entries.values() if e.dtype in DTYPES), torch.float32)
+        return next((DTYPES[e.dtype] for e in self._entries.values() if e.dtype in FLOATS), torch.float32)
 
     def acquire(self, prefix: str) -> None:
         """Read the parameters and buffers below a module's path. Raises BadInput if the files lack one."""
@@ -112,16 +122,12 @@ class LazyCheckpoint:
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         """The tensors outside the blocks as they are written, with those that the model is known not to load."""
         state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
-        carried = {name: self._slice(name)[...] for name in self.conversion.carried}
+        carried = {name: read_tensor(self._entries[name]) for name in self.conversion.carried}
         return self._as_written(self._groups_outside(block_prefixes), state) | carried
 
     def read_from(self, file: Path) -> None:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
         self._entries |= read_entries(file)
-
-    def close(self) -> None:
-        """Close the files; the checkpoint can still be read afterwards."""
-        self._files.clear()
 
     def _groups_below(self, prefix: str) -> list[Group]:
         return [group for group in self.conversion.groups if is_below(group.target, prefix)]
@@ -134,17 +140,10 @@ class LazyCheckpoint:
         plain = [group.originals[0] for group in groups if not group.converted]
         with quiet_transformers():
             for names in [plain, *(group.originals for group in groups if group.converted)]:
-                slices = {name: self._slice(name) for name in names}
+                slices = {name: Unread(self._entries[name]) for name in names}
                 self.conversion.load(slices, self.dtype, self.device)
         for group in groups:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
-
-    def _slice(self, name: str) -> Any:
-        file = self._entries[name].file
-        if file not in self._files:
-            # Opening reads the header only; a memory map would count against the limits set on a process.
-            self._files[file] = safe_open(file, framework="pt", backend="pread")
-        return self._files[file].get_slice(name)
 
     def _as_written(self, groups: Sequence[Group], state: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = self.conversion.revert(groups, state)
@@ -154,11 +153,11 @@ class LazyCheckpoint:
         tensor = tensor.detach().to("cpu")
         if not self._keep_source_dtype:
             return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        written = DTYPES.get(self._entries[name].dtype, tensor.dtype)
+        written = DTYPES[self._entries[name].dtype]
         if written == tensor.dtype:
             return tensor
         # Computing in a smaller dtype must not round what nobody changed (a router's bias kept in float32).
-        source: Tensor = self._slice(name)[...]
+        source = read_tensor(self._entries[name])
         return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)
 
     def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:

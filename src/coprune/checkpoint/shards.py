@@ -1,7 +1,8 @@
 """The safetensors files of one checkpoint folder: which there are, what they hold, and whether they are whole.
 
-Nothing here reads a weight. A safetensors file begins with the length of a JSON header that gives every tensor's
-dtype, shape and place, so a file that was cut off or is no safetensors file at all is recognised in microseconds.
+A safetensors file begins with the length of a JSON header that gives every tensor's dtype, shape and place, so a file
+that was cut off or is no safetensors file at all is recognised in microseconds. Tensors are read with plain reads: the
+library maps the whole file into the address space while it opens it, which a limit set on the process may forbid.
 """
 
 from __future__ import annotations
@@ -14,12 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from coprune.errors import BadInput
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 COPY_BYTES = 1 << 24
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,26 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     if not entries:
         raise BadInput(f"{folder} holds no tensors; fetch or save the checkpoint again.")
     return entries
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor. Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not."""
+    if entry.dtype not in DTYPES:
+        raise BadInput(f"{entry.file} holds {entry.dtype} tensors, which coprune cannot read; use plain weights.")
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(raw)
+    if len(view) != entry.nbytes:
+        raise BadInput(f"{entry.file} has a malformed header: {entry.nbytes:,} bytes for shape {entry.shape}.")
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        done = 0
+        while done < entry.nbytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                raise BadInput(f"{entry.file} was cut off while it was read; fetch or save it again.")
+            done += count
+    return tensor
 
 
 def join_files(files: Sequence[Path], joined: Path) -> None:
