@@ -20,10 +20,10 @@ def run_demo(nsamples: int, reporter: Reporter) -> list[str]:
     recipe = Recipe(
         model="smollm2-135m", dataset="embedded", nsamples=nsamples, seqlen=512, eval_tokens=32 * 512, stream=False
     )
-    loaded = open_model(recipe, None, None, stream=False)
+    loaded = open_model(recipe, stream=False)
     assert loaded.tokenizer is not None
     before = _continue(loaded.model, loaded.tokenizer)
-    result = run_recipe(recipe, loaded.model, loaded.tokenizer, reporter, write=False)
+    result = run_recipe(recipe, loaded, reporter, write=False)
     after = _continue(loaded.model, loaded.tokenizer)
     return [
         *summary_lines(result.report),

@@ -19,7 +19,7 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
     Raises BadInput as a run with the recipe would.
     """
     _, target = prepare_method(recipe)
-    loaded = open_model(recipe, None, None, stream=True)
+    loaded = open_model(recipe, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)

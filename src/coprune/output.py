@@ -91,7 +91,6 @@ class Output:
         self._writer.write(REST, self._weights.rest_tensors(self._names))
         if isinstance(self._weights, LazyCheckpoint):
             copy_companions(self._weights.location, partial, recipe.dtype)
-            self._weights.close()
         else:
             save_companions(self._weights.model, tokenizer, partial)
         write_text(partial / "README.md", card)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.checkpoint.lazy import LazyCheckpoint
-from coprune.checkpoint.load import load_model, load_tokenizer, prepare
+from coprune.checkpoint.load import load_model, load_tokenizer
 from coprune.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
@@ -103,20 +103,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def open_model(
-    recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, stream: bool
-) -> Loaded:
-    """Open the model that the recipe names, or take the one in memory. stream: whether a folder is to be streamed."""
-    if model is not None:
-        return Loaded(InMemory(prepare(model)), tokenizer, recipe.model, False)
+def open_model(recipe: Recipe, stream: bool) -> Loaded:
+    """Open the model that the recipe names. stream: whether the blocks of a folder stay on the disk for now."""
     location = locate(recipe.model, recipe.cache_dir)
     device = choose_device(recipe.device)
     if stream and isinstance(location, ModelFolder):
         lazy = LazyCheckpoint(location, recipe.dtype, device)
         lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
-        return Loaded(lazy, tokenizer or load_tokenizer(location), location.name, False)
-    loaded, own_tokenizer = load_model(location, recipe.dtype, device)
-    return Loaded(InMemory(loaded), tokenizer or own_tokenizer, location.name, isinstance(location, GgufFile))
+        return Loaded(lazy, load_tokenizer(location), location.name, False)
+    model, tokenizer = load_model(location, recipe.dtype, device)
+    return Loaded(InMemory(model), tokenizer, location.name, isinstance(location, GgufFile))
 
 
 def check_widths(chosen: Chosen, target: Target) -> None:

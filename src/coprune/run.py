@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
 from coprune.data import EvaluationText, Windows
 from coprune.evaluate.perplexity import Perplexity, perplexity
@@ -88,24 +89,26 @@ def prune(
     loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
     Raises BadInput for what cannot be done as asked, NumericalError and UnsupportedModel.
     """
-    in_memory = None if isinstance(model, str | Path) else model
-    name = str(getattr(model, "name_or_path", "") or "in-memory model") if in_memory is not None else str(model)
+    loaded = None
+    if not isinstance(model, str | Path):
+        loaded = Loaded(InMemory(prepare(model)), tokenizer, model.name_or_path or type(model).__name__, False)
+    name = str(model) if loaded is None else loaded.source
     recipe = make_recipe({"stream": False, "model": name, **settings_for(method, settings)})
-    return run_recipe(recipe, in_memory, tokenizer, Reporter(quiet), write=recipe.save is not None)
+    return run_recipe(recipe, loaded, Reporter(quiet), write=recipe.save is not None)
 
 
 def run_recipe(
-    recipe: Recipe,
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    reporter: Reporter | None = None,
-    write: bool = True,
+    recipe: Recipe, loaded: Loaded | None = None, reporter: Reporter | None = None, write: bool = True
 ) -> Result:
-    """Do what a recipe says. write: whether to leave a run folder (the model is saved if the recipe names a folder)."""
+    """Do what a recipe says.
+
+    loaded: a model that is open already, instead of the one that the recipe names; write: whether to leave a run
+    folder (the model is saved if the recipe names a folder for it). Raises as `prune`.
+    """
     started = time.perf_counter()
     if write or recipe.save_model:
         prepare_folders(recipe)
-    session = _prepare(recipe, model, tokenizer, reporter or Reporter())
+    session = _prepare(recipe, loaded, reporter or Reporter())
     output = _open_output(session)
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
@@ -120,13 +123,12 @@ def run_recipe(
     return Result(report, in_memory, session.loaded.tokenizer)
 
 
-def _prepare(
-    recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, reporter: Reporter
-) -> Session:
+def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter) -> Session:
     """Check everything that can be checked, cheap things first, and prove that the model can be walked."""
     method, target = prepare_method(recipe)
-    reporter.say(f"Loading {recipe.model}")
-    loaded = open_model(recipe, model, tokenizer, stream=recipe.stream is not False)
+    if loaded is None:
+        reporter.say(f"Loading {recipe.model}")
+        loaded = open_model(recipe, stream=recipe.stream is not False)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)

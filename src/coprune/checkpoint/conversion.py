@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from coprune.errors import BadInput, UnsupportedModel
+
+# Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
+_TENSOR_PARALLEL: dict[str, Any] = (
+    {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
+)
+_SKIPPED: dict[str, Any] = (
+    {"skipped_pp_keys": set()} if "skipped_pp_keys" in signature(LoadStateDictInfo).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class Conversion:
             mismatched_keys=set(),
             error_msgs=[],
             conversion_errors={},
-            **({"skipped_pp_keys": set()} if "skipped_pp_keys" in LoadStateDictInfo.__dataclass_fields__ else {}),
+            **_SKIPPED,
         )
         self._model._adjust_missing_and_unexpected_keys(info)
         return info.missing_keys, info.unexpected_keys

@@ -66,10 +66,11 @@ def closeness(
             "vocabularies, so their distributions cannot be compared; give a dense model of the same family."
         )
     windows = cut_windows(tokens, seqlen)
-    size = batch_size if batch_size is not None else default_batch_size(2 * seqlen, vocabulary)
+    if batch_size is None:
+        batch_size = default_batch_size(2 * seqlen, vocabulary)
     compared: list[LogitComparison] = []
     with inference_logits(dense) as dense_logits, inference_logits(pruned) as pruned_logits:
-        for batch in batches(windows, size):
+        for batch in batches(windows, batch_size):
             comparison = compare_logits(dense_logits(batch), pruned_logits(batch))
             compared.append(LogitComparison(*(values.cpu() for values in comparison)))
             if advance is not None:

@@ -13,7 +13,7 @@ def evaluate_model(recipe: Recipe, reporter: Reporter) -> list[str]:
     """Measure the perplexity on every text of the recipe's eval_data; one line each. Raises BadInput."""
     if not recipe.eval_data:
         raise BadInput("no text is named; for example --data embedded or --data wikitext2,path/to/text.txt.")
-    loaded = open_model(recipe, None, None, stream=False)
+    loaded = open_model(recipe, stream=False)
     seqlen = choose_seqlen(loaded.model, recipe)
     lines = []
     for name, text in read_evaluation(recipe, loaded, seqlen, reporter).items():

@@ -48,13 +48,13 @@ class Perplexity:
         """Bits that the model needs for one byte of the text."""
         if not self.bytes:
             return None
-        return math.log(self.value) * self.tokens / self.bytes / math.log(2)
+        return float(self.nll_per_window.mean()) * self.tokens / self.bytes / math.log(2)
 
     @property
     def per_byte(self) -> float | None:
         """Perplexity per byte instead of per token: comparable between tokenizers."""
         bits = self.bits_per_byte
-        return None if bits is None else 2.0**bits
+        return None if bits is None else _exp(bits * math.log(2))
 
 
 def perplexity(
@@ -73,12 +73,11 @@ def perplexity(
     Raises BadInput if there is not one whole window, NumericalError if the model's output is NaN.
     """
     windows = cut_windows(tokens, seqlen)
-    size = (
-        batch_size if batch_size is not None else default_batch_size(seqlen, model.config.get_text_config().vocab_size)
-    )
+    if batch_size is None:
+        batch_size = default_batch_size(seqlen, model.config.get_text_config().vocab_size)
     nll: list[Tensor] = []
     with inference_logits(model) as logits_of:
-        for batch in batches(windows, size):
+        for batch in batches(windows, batch_size):
             nll.append(window_nll(logits_of(batch), batch).cpu())
             if advance is not None:
                 advance(len(batch))

@@ -25,24 +25,19 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of the largest module list, in order.
 
     Parameters on the meta device count as well, so this works before any weight is loaded.
-    Raises UnsupportedModel if there is no module list, or if it holds less than half of the parameters outside
-    the embeddings.
+    Raises UnsupportedModel if there is no module list, or if a second one (an encoder beside a decoder) holds more
+    than half as much.
     """
-    candidates = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not candidates:
-        raise UnsupportedModel(
-            "the model holds no list of blocks (no torch.nn.ModuleList), so there is nothing to walk."
-        )
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList): nothing to walk.")
     # Of equally large lists the outer one: a list of experts inside the only block is not the list of blocks.
-    name, blocks = max(candidates, key=lambda item: (count_parameters(item[1]), -item[0].count(".")))
-    embeddings = sum(count_parameters(m) for m in model.modules() if isinstance(m, nn.Embedding))
-    rest = count_parameters(model) - embeddings
-    if count_parameters(blocks) * 2 < rest:
-        raise UnsupportedModel(
-            f"the largest list of blocks, {name!r}, holds less than half of the parameters outside the embeddings; "
-            "coprune would leave most of this model as it is."
-        )
-    return [Block(i, f"{name}.{i}", module) for i, module in enumerate(blocks)]
+    name = max(lists, key=lambda path: (count_parameters(lists[path]), -path.count(".")))
+    others = [path for path in lists if not path.startswith(f"{name}.") and path != name]
+    rest = max((count_parameters(lists[path]) for path in others if not name.startswith(f"{path}.")), default=0)
+    if rest * 2 > count_parameters(lists[name]):
+        raise UnsupportedModel(f"the model has more than one long list of blocks beside {name!r}; coprune walks one.")
+    return [Block(i, f"{name}.{i}", module) for i, module in enumerate(lists[name])]
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -120,7 +120,7 @@ def pack_tensor(tensor: Tensor, format: Format = "auto") -> Tensor | None:
         values = bits[keep]
     else:
         pattern, values = _encode_nm(bits, keep, smallest)
-    return _assemble(smallest, pattern, values)
+    return assemble_packed(smallest, pattern, values)
 
 
 def is_packed(tensor: Tensor) -> bool:
@@ -252,7 +252,8 @@ def _positions(header: Header, pattern: Bytes) -> Bytes:
     return positions
 
 
-def _assemble(header: Header, pattern: Bytes, values: Tensor) -> Tensor:
+def assemble_packed(header: Header, pattern: Bytes, values: Tensor) -> Tensor:
+    """A packed tensor from its parts: the bytes of the pattern, and the values as any dtype of their size."""
     blob = torch.zeros(header.total_bytes, dtype=torch.uint8)
     data = blob.numpy()
     codes = (LAYOUT_CODES[header.layout], DTYPE_CODES[header.dtype], header.n, header.m, len(header.shape))
