@@ -177,7 +177,7 @@ def _convert_into(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=list(mapping),
     )
-    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **_TENSOR_PARALLEL)
     if info.mismatched_keys:
         name, found, expected = min(info.mismatched_keys)
         raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}.")
