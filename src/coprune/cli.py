@@ -50,7 +50,7 @@ def _recipe_options() -> list[inspect.Parameter]:
         if name in _NOT_OPTIONS:
             continue
         flags = _ALIASES.get(name, [f"--{name.replace('_', '-')}"])
-        kind: Any = list[str] if name in ("include", "exclude") else field.annotation
+        kind: Any = list[str] if name in ("include", "exclude", "refine") else field.annotation
         # None means "not typed", so that a recipe file's value is only replaced by what was typed.
         default = "" if field.default is None or field.default == () else f" [{field.default}]"
         option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False)

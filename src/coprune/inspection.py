@@ -7,7 +7,7 @@ from collections import defaultdict
 from coprune.checkpoint.weights import Weights
 from coprune.model.blocks import find_blocks
 from coprune.model.matrices import Matrix, choose_matrices, find_matrices
-from coprune.preparation import check_widths, open_model, prepare_method
+from coprune.preparation import check_widths, open_model, prepare_solver
 from coprune.progress import Reporter
 from coprune.recipe import Recipe
 
@@ -18,7 +18,7 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
     every_matrix: a line per matrix instead of one per kind; weights_too: read the weights to tell the present sparsity.
     Raises BadInput as a run with the recipe would.
     """
-    _, target = prepare_method(recipe)
+    _, target = prepare_solver(recipe)
     loaded = open_model(recipe, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)

@@ -65,7 +65,7 @@ class Output:
             )
 
     def finished(self) -> dict[str, list[MatrixResult]]:
-        """Blocks that an earlier run finished, whose weights are now the model's, with what was done in them.
+        """Names of the blocks that an earlier run finished, with what was done in them.
 
         Only the blocks before the first that is missing or damaged count, since later ones are done again anyway.
         """
@@ -75,8 +75,12 @@ class Output:
             if remembered is None:
                 break
             found[name] = _RESULTS.validate_python(remembered["results"])
-            self._weights.read_from(self._writer.file(name))
         return found
+
+    def restore(self, block: Block) -> None:
+        """Give a block that an earlier run finished, and that is acquired, its pruned weights."""
+        self._weights.read_from(self._writer.file(block.name))
+        self._weights.acquire(block.name)
 
     def write_block(self, block: Block, results: list[MatrixResult]) -> None:
         """Write a finished block, which is read from there from now on."""
@@ -94,8 +98,7 @@ class Output:
         else:
             save_companions(self._weights.model, tokenizer, partial)
         write_text(partial / "README.md", card)
-        (partial / _IDENTITY).unlink()
-        self._writer.finish()
+        self._writer.finish(scaffolding=[_IDENTITY])
 
     def discard(self) -> None:
         """Remove what was written; the run is over and nobody asked for the model."""

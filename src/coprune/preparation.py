@@ -18,14 +18,18 @@ from coprune.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
-from coprune.methods import METHODS, Method, method_named
+from coprune.methods import METHODS, method_named
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen
 from coprune.model.record import input_device
 from coprune.patterns import NM, Target, parse_pattern
 from coprune.progress import Reporter
+from coprune.pruning import Solver
 from coprune.recipe import Recipe
+from coprune.refine import refinement_named
+from coprune.refine.reconstruct import Reconstruction
 from coprune.statistics import InputSample
+from coprune.walk import Inputs
 
 # The reports' files; a folder that holds one belongs to a run.
 RECIPE_FILE = "recipe.yaml"
@@ -59,21 +63,34 @@ class Loaded:
         return digest.hexdigest()[:16]
 
 
-def prepare_method(recipe: Recipe) -> tuple[Method, Target]:
-    """Look up the method with its options and the target, and try both on a tiny matrix.
+def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
+    """Look up the method with its options, the refinements and the target, and try them on a tiny matrix.
 
-    Raises BadInput for an unknown method or option, or a combination that the method cannot do.
+    Raises BadInput for an unknown name or option, or a combination that the method cannot do.
     """
-    method = method_named(recipe.method, recipe.options)
+    refinements = tuple(refinement_named(name) for name in recipe.refine)
+    solver = Solver(method_named(recipe.method, recipe.options), refinements, recipe.target)
     target = Target(parse_pattern(recipe.pattern), recipe.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
     width = 2 * target.pattern.m if isinstance(target.pattern, NM) else 8
     generator = torch.Generator().manual_seed(0)
-    statistic = method.statistic(width) if method.statistic is not None else None
-    if statistic is not None:
-        statistic.update(torch.randn(4 * width, width, generator=generator))
-    method.prune(torch.randn(4, width, generator=generator), statistic, target)
-    return method, target
+    inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
+    inputs.update(torch.randn(4 * width, width, generator=generator), None)
+    solver.solve(torch.randn(4, width, generator=generator), inputs, target)
+    return solver, target
+
+
+def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
+    """The training of every pruned block, if the recipe asks for it."""
+    if recipe.reconstruct == 0:
+        return None
+    return Reconstruction(
+        steps=recipe.reconstruct,
+        learning_rate=recipe.reconstruct_lr,
+        dtype=recipe.reconstruct_dtype,
+        parts=recipe.reconstruct_parts,
+        seed=recipe.seed,
+    )
 
 
 def prepare_folders(recipe: Recipe) -> None:
@@ -138,13 +155,13 @@ def choose_seqlen(model: PreTrainedModel, recipe: Recipe) -> int:
     return recipe.seqlen
 
 
-def read_calibration(recipe: Recipe, loaded: Loaded, method: Method, seqlen: int, reporter: Reporter) -> Windows | None:
+def read_calibration(recipe: Recipe, loaded: Loaded, solver: Solver, seqlen: int, reporter: Reporter) -> Windows | None:
     """Draw the calibration samples; None if nothing needs them.
 
     A method without a statistic needs data for its layer errors alone, for which a few samples do.
     """
     nsamples = recipe.nsamples
-    if method.statistic is None:
+    if solver.statistic is None and recipe.reconstruct == 0:
         if not recipe.layer_error:
             return None
         nsamples = min(nsamples, -(-4 * InputSample.tokens // seqlen))

@@ -1,19 +1,28 @@
-"""Prune the blocks that a walk shows with one method, and note what was done to every matrix."""
+"""Prune the matrices that a walk shows, one by one, and note what was done to each."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from coprune.errors import NumericalError
-from coprune.methods.base import Method
+from coprune.linear_algebra import dense_target
+from coprune.methods import METHODS
+from coprune.methods.base import Method, Pruned
 from coprune.model.blocks import Block
-from coprune.model.matrices import Matrix
+from coprune.model.matrices import Matrix, find_matrices
 from coprune.patterns import Target
-from coprune.statistics import Gram, relative_layer_error
-from coprune.walk import BlockDone, Inputs, MatricesReady
+from coprune.refine import Refinement
+from coprune.refine.reconstruct import Reconstruction
+from coprune.statistics import Gram, InputNorm, relative_layer_error
+from coprune.walk import BlockDone, Inputs, MatricesReady, Recording
+
+Aim = Literal["pruned", "dense"]
 
 
 class MatrixResult(BaseModel):
@@ -27,7 +36,7 @@ class MatrixResult(BaseModel):
     sparsity: float
     """Fraction of zeros after pruning."""
     relative_layer_error: float | None
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs; None if not measured."""
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block; None if not measured."""
     tokens: int | None
     """Calibration tokens that it was multiplied with; for an expert, those routed to it."""
     mask_checksum: str
@@ -36,17 +45,59 @@ class MatrixResult(BaseModel):
     events: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Solver:
+    """How every matrix is pruned: a method, refinements of its result, and what the outputs are compared with."""
+
+    method: Method
+    refinements: tuple[Refinement, ...] = ()
+    aim: Aim = "pruned"
+    """pruned: the dense weight on the inputs behind pruned layers, as in the papers; dense: the dense model's outputs."""
+
+    @property
+    def statistic(self) -> type[InputNorm] | None:
+        """What has to be gathered. A Gram matrix serves every method that asks for less."""
+        return Gram if self.refinements or self.aim == "dense" else self.method.statistic
+
+    def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
+        """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
+        statistic, events = _usable_statistic(inputs)
+        if inputs is not None and statistic is None and self.statistic is not None:
+            pruned = METHODS["magnitude"].prune(weight, None, target)
+            return pruned._replace(events=("no calibration token came to it, so it was pruned by magnitude",))
+        if self.aim == "dense" and inputs is not None and inputs.cross is not None:
+            assert isinstance(statistic, Gram)
+            weight, more = dense_target(weight, inputs.cross.cross, statistic.gram)
+            events += more
+        pruned = self.method.prune(weight, statistic, target)
+        for refinement in self.refinements:
+            assert isinstance(statistic, Gram)
+            pruned = refinement.refine(weight, pruned, statistic, target)
+        return pruned._replace(events=events + pruned.events)
+
+
+def _usable_statistic(inputs: Inputs | None) -> tuple[InputNorm | None, tuple[str, ...]]:
+    """The statistic to prune by; an expert's is topped up from its layer's where it saw fewer tokens than inputs."""
+    statistic = None if inputs is None else inputs.statistic
+    if inputs is None or statistic is None or statistic.count == 0:
+        return None, ()
+    if inputs.pool is None or statistic.count >= statistic.width:
+        return statistic, ()
+    event = f"only {statistic.count} tokens for {statistic.width} inputs; the layer's average made up for the rest"
+    return statistic.topped_up(inputs.pool), (event,)
+
+
 def prune_walk(
     walk: Iterable[MatricesReady | BlockDone],
-    method: Method,
+    solver: Solver,
     target_of: Callable[[Matrix], Target],
     layer_error: bool = True,
-    block_done: Callable[[Block, list[MatrixResult]], None] = lambda block, results: None,
+    block_done: Callable[[Block, list[MatrixResult]], list[MatrixResult]] = lambda block, results: results,
 ) -> list[MatrixResult]:
     """Prune every matrix that the walk shows, in place.
 
-    target_of: pattern and sparsity of each matrix; layer_error: measure it (on the Gram matrix where the method has
-    one, else on the sample of inputs); block_done: called with every finished block and what was done in it.
+    target_of: pattern and sparsity of each matrix; layer_error: measure it (on the Gram matrix if there is one, else on
+    the sample of inputs); block_done: called with every finished block and what was done in it, which it may amend.
     Returns the results of all blocks and of what was shown after them.
     Raises NumericalError with the name of the matrix.
     """
@@ -54,42 +105,72 @@ def prune_walk(
     first = 0  # of the block at hand
     for event in walk:
         if isinstance(event, MatricesReady):
-            results += [
-                prune_matrix(matrix, event.inputs, method, target_of(matrix), layer_error) for matrix in event.matrices
-            ]
+            results += [prune_matrix(m, event.inputs, solver, target_of(m), layer_error) for m in event.matrices]
         else:
-            block_done(event.block, results[first:])
+            results[first:] = block_done(event.block, results[first:])
             first = len(results)
     return results
 
 
 def prune_matrix(
-    matrix: Matrix, inputs: Inputs | None, method: Method, target: Target, layer_error: bool
+    matrix: Matrix, inputs: Inputs | None, solver: Solver, target: Target, layer_error: bool
 ) -> MatrixResult:
     """Prune one matrix in place and measure what that did to its outputs."""
     started = time.perf_counter()
     weight = matrix.read()
-    statistic = None if inputs is None else inputs.statistic
     try:
-        pruned = method.prune(weight, statistic, target)
+        pruned = solver.solve(weight, inputs, target)
     except NumericalError as error:
         raise NumericalError(f"{matrix.name}: {error}") from error
     matrix.write(pruned.weight)
-    layer_error_after = None
-    if layer_error and inputs is not None and inputs.sample.count:
-        # The error of what the model now holds, so after rounding to its dtype.
-        after = matrix.read()
-        if isinstance(statistic, Gram):
-            layer_error_after = relative_layer_error(statistic.gram, weight, after)
-        else:
-            layer_error_after = inputs.sample.relative_error(weight, after)
+    # The error of what the model now holds, so after rounding to its dtype.
+    measured = _layer_error(inputs, weight, matrix.read()) if layer_error and inputs is not None else None
     return MatrixResult(
         name=matrix.name,
         shape=matrix.shape,
         sparsity=matrix.zeros() / weight.numel(),
         mask_checksum=matrix.mask_checksum(),
-        relative_layer_error=layer_error_after,
+        relative_layer_error=measured,
         tokens=None if inputs is None else inputs.sample.count,
         seconds=time.perf_counter() - started,
         events=pruned.events,
     )
+
+
+def reconstruct_block(
+    reconstruction: Reconstruction, block: Block, recording: Recording, results: list[MatrixResult]
+) -> list[MatrixResult]:
+    """Train a pruned block toward the dense model's outputs; returns the results with their masks as they are now.
+
+    Raises NumericalError with the block's name if a weight that was zero is not zero any more, or nothing is finite.
+    """
+    assert recording.dense is not None
+    before = {matrix.name: matrix.stored() == 0 for matrix in find_matrices(block.module, block.name)}
+
+    def run(batch: int, hidden: Tensor) -> Tensor:
+        return recording.calls[batch][block.index].run(block.module, hidden)
+
+    try:
+        start, end = reconstruction.improve(block.module, run, recording.hidden, recording.dense)
+    except NumericalError as error:
+        raise NumericalError(f"{block.name}: {error}") from error
+    after = {matrix.name: matrix for matrix in find_matrices(block.module, block.name)}
+    for name, zeros in before.items():
+        if bool((after[name].stored()[zeros] != 0).any()):
+            raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
+    checksums = {result.name: after[result.name].mask_checksum() for result in results}
+    event = f"block reconstruction: relative error {start:.5f} → {end:.5f} on the watched batches"
+    return [
+        result.model_copy(
+            update={"mask_checksum": checksums[result.name], "events": result.events + ((event,) if i == 0 else ())}
+        )
+        for i, result in enumerate(results)
+    ]
+
+
+def _layer_error(inputs: Inputs, weight: Tensor, after: Tensor) -> float | None:
+    if inputs.sample.count == 0:
+        return None
+    if isinstance(inputs.statistic, Gram):
+        return relative_layer_error(inputs.statistic.gram, weight, after)
+    return inputs.sample.relative_error(weight, after)

@@ -46,6 +46,27 @@ class Recipe(BaseModel):
             "from the inputs that its pruned predecessors give it, in one pass (faster)."
         ),
     ] = "block"
+    refine: Annotated[
+        tuple[str, ...],
+        Field(description="Improve every mask's weights: refit, swaps (which ends with a refit); repeatable."),
+    ] = ()
+    target: Annotated[
+        Literal["pruned", "dense"],
+        Field(
+            description="What a matrix aims at: its dense weights on the inputs that it now gets, as in the papers, or "
+            "the dense model's own outputs."
+        ),
+    ] = "pruned"
+    reconstruct: Annotated[
+        int, Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0)
+    ] = 0
+    reconstruct_lr: Annotated[float, Field(description="Learning rate of that.", gt=0)] = 1e-3
+    reconstruct_dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="What blocks compute in while they are trained.")
+    ] = "float32"
+    reconstruct_parts: Annotated[
+        Literal["together", "separate"], Field(description="Train attention and MLP together or one after the other.")
+    ] = "together"
     dataset: Annotated[
         str,
         Field(
@@ -100,6 +121,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"sparsity {self.sparsity:g} contradicts the pattern {pattern}, which fixes it at {fixed:g}; leave one out."
             )
+        if self.target == "dense" and self.propagation == "sequential":
+            raise ValueError("target dense compares two forwards of a block, which needs propagation block.")
         if self.save is not None and self.save == self.save_model:
             raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
         return self

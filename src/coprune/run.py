@@ -15,7 +15,6 @@ from coprune.data import EvaluationText, Windows
 from coprune.evaluate.perplexity import Perplexity, perplexity
 from coprune.evaluate.streamed import streamed_perplexity
 from coprune.files import write_text
-from coprune.methods import Method
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen, choose_matrices
 from coprune.model.prove import Structure, prove_replay
@@ -30,7 +29,8 @@ from coprune.preparation import (
     open_model,
     path_of,
     prepare_folders,
-    prepare_method,
+    prepare_reconstruction,
+    prepare_solver,
     probe_tokens,
     read_calibration,
     read_evaluation,
@@ -38,13 +38,14 @@ from coprune.preparation import (
     split_batches,
 )
 from coprune.progress import Reporter
-from coprune.pruning import MatrixResult, prune_walk
+from coprune.pruning import MatrixResult, Solver, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe
+from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.schema import Report, seed_log
 from coprune.verify import verify_saved
-from coprune.walk import Walk, record_batches
+from coprune.walk import Recording, Walk, record_batches
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Session:
     """All that a run has gathered before it changes anything."""
 
     recipe: Recipe
-    method: Method
+    solver: Solver
     target: Target
+    reconstruction: Reconstruction | None
     loaded: Loaded
     blocks: list[Block]
     chosen: Chosen
@@ -125,7 +127,7 @@ def run_recipe(
 
 def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter) -> Session:
     """Check everything that can be checked, cheap things first, and prove that the model can be walked."""
-    method, target = prepare_method(recipe)
+    solver, target = prepare_solver(recipe)
     if loaded is None:
         reporter.say(f"Loading {recipe.model}")
         loaded = open_model(recipe, stream=recipe.stream is not False)
@@ -133,11 +135,14 @@ def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter) -> Sessi
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)
     seqlen = choose_seqlen(loaded.model, recipe)
-    windows = read_calibration(recipe, loaded, method, seqlen, reporter)
+    windows = read_calibration(recipe, loaded, solver, seqlen, reporter)
     texts = read_evaluation(recipe, loaded, seqlen, reporter)
     probe = probe_tokens(windows, texts, seqlen, loaded)
     structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
-    return Session(recipe, method, target, loaded, blocks, chosen, seqlen, windows, texts, structure, reporter)
+    reconstruction = prepare_reconstruction(recipe)
+    return Session(
+        recipe, solver, target, reconstruction, loaded, blocks, chosen, seqlen, windows, texts, structure, reporter
+    )
 
 
 def _open_output(session: Session) -> Output | None:
@@ -159,26 +164,44 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
         session.reporter.say(f"{len(finished)} of {len(session.blocks)} blocks were finished by an earlier run.")
     started = time.perf_counter()
     with session.reporter.bar(f"Pruning with {recipe.method}", len(session.blocks)) as advance:
-        recording = None
-        if session.windows is not None:
-            batches = split_batches(session.windows.tokens, recipe.batch_size, loaded.device)
-            recording = record_batches(loaded.model, session.blocks, session.structure, batches)
+        recording = _record(session)
         walk = Walk(
             loaded.weights,
             session.blocks,
             session.chosen.blocks,
-            session.method.statistic,
+            session.solver.statistic,
             session.structure,
             recording,
             recipe.propagation,
             outside=session.chosen.outside,
             finished=finished,
+            restore=output.restore if output is not None else lambda block: None,
+            cross=recipe.target == "dense",
+            keep_inputs=session.reconstruction is not None,
             advance=advance,
         )
-        done = output.write_block if output is not None else lambda block, results: None
-        results = prune_walk(walk, session.method, lambda matrix: session.target, recipe.layer_error, done)
+
+        def block_done(block: Block, results: list[MatrixResult]) -> list[MatrixResult]:
+            if session.reconstruction is not None and recording is not None:
+                results = reconstruct_block(session.reconstruction, block, recording, results)
+            if output is not None:
+                output.write_block(block, results)
+            return results
+
+        results = prune_walk(walk, session.solver, lambda matrix: session.target, recipe.layer_error, block_done)
     earlier = [result for results_of_block in finished.values() for result in results_of_block]
     return earlier + results, time.perf_counter() - started
+
+
+def _record(session: Session) -> Recording | None:
+    """Record the calibration batches, with the dense model's hidden states beside them if somebody aims at those."""
+    if session.windows is None:
+        return None
+    batches = split_batches(session.windows.tokens, session.recipe.batch_size, session.loaded.device)
+    recording = record_batches(session.loaded.model, session.blocks, session.structure, batches)
+    if session.solver.aim == "dense" or session.reconstruction is not None:
+        recording.dense = list(recording.hidden)
+    return recording
 
 
 def _perplexities(session: Session, which: str) -> dict[str, Perplexity]:

@@ -92,6 +92,19 @@ class InputNorm(Sums):
         """I float32: n_j, the norm of every channel divided by the square root of the number of tokens."""
         return self.mean_square.sqrt()
 
+    def topped_up(self, pool: Self) -> Self:
+        """A new statistic in which tokens that are missing to as many as there are inputs come from a pool's average.
+
+        For an expert that saw few tokens, whose own Gram matrix would be singular: pool is its layer's statistic.
+        """
+        mixed = type(self)(self.width, self._sum_square().device)
+        missing = max(0, self.width - self.count)
+        share = missing / max(pool.count, 1)
+        for name, total in mixed.sums.items():
+            total += self.sums[name] + share * pool.sums[name]
+        mixed.count = self.count + missing
+        return mixed
+
 
 class InputMoments(InputNorm):
     """Mean and mean square of every input channel (the DSnoT statistic, arXiv 2310.08915)."""

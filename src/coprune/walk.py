@@ -27,7 +27,7 @@ from coprune.model.matrices import Matrix
 from coprune.model.observe import Observe
 from coprune.model.prove import Structure
 from coprune.model.record import BlockCall, run_after_blocks, run_without_blocks
-from coprune.statistics import InputNorm, InputSample
+from coprune.statistics import CrossGram, InputNorm, InputSample
 
 Propagation = Literal["block", "sequential"]
 
@@ -38,11 +38,19 @@ class Inputs:
 
     statistic: InputNorm | None
     sample: InputSample
+    cross: CrossGram | None = None
+    """With the same tokens' inputs in the dense model; None if not asked for, or for experts, whose tokens differ."""
+    pool: InputNorm | None = None
+    """For an expert: the statistic of all experts of its layer, as far as they are known."""
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, x_dense: Tensor | None) -> None:
         self.sample.update(x)
         if self.statistic is not None:
             self.statistic.update(x)
+        if x_dense is not None:
+            if self.cross is None:
+                self.cross = CrossGram(self.sample.width, x.device)
+            self.cross.update(x_dense, x)
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,19 @@ class BlockDone:
 class Recording:
     """The calibration batches on their way: the inputs of the next block, and every block's calls.
 
-    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block.
+    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
+    the blocks of the dense model would be given, if somebody aims at those.
     """
 
     tokens: list[Tensor]
     hidden: list[Tensor]
     calls: list[list[BlockCall]]
+    dense: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
+        """Run a block on hidden states of a batch (B × S × H) with that batch's own arguments."""
+        return self.calls[batch][block.index].run(block.module, hidden)
 
 
 @torch.no_grad()
@@ -108,6 +123,12 @@ class Walk:
     """Matrices after the blocks (lm_head), shown when the blocks are done."""
     finished: Container[str] = ()
     """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
+    restore: Callable[[Block], None] = lambda block: None
+    """Gives a finished block its pruned weights."""
+    cross: bool = False
+    """Whether to gather cross Gram matrices with the dense model's inputs (`recording.dense`; block propagation)."""
+    keep_inputs: bool = False
+    """Whether `recording.hidden` still holds a block's inputs at its BlockDone, for a caller that trains the block."""
     need_outputs: bool = False
     """Whether the last block's outputs are wanted (in `recording.hidden`) when the walk ends."""
     advance: Callable[[float], None] = lambda blocks: None
@@ -119,11 +140,13 @@ class Walk:
             self.weights.acquire(block.name)
             try:
                 if block.name in self.finished:
+                    self._run_dense(block)
+                    self.restore(block)
                     self._run_again(block, share=1.0)
                 else:
                     yield from self._visit(block)
                     yield BlockDone(block)
-                    if self.changes and self.propagation == "block":
+                    if self.changes and (self.propagation == "block" or self.keep_inputs):
                         self._run_again(block, share=0.5)
             finally:
                 self.weights.release(block.name)
@@ -145,9 +168,11 @@ class Walk:
             return
         gathered = _Gathered(self.structure.groups[block.index], self.statistic, len(self.recording.hidden))
         if self.propagation == "sequential" and self.changes:
+            self._run_dense(block)
             yield from self._visit_in_step(block, gathered)
         else:
             for batch in range(len(self.recording.hidden)):
+                gathered.dense = self._run_dense_batch(block, batch)
                 with Observe(matrices, partial(gathered.see, batch)):
                     output = self._run(block, batch)
                 if not self.changes:
@@ -162,8 +187,9 @@ class Walk:
         hidden = self.recording.hidden
 
         def finish(batch: int, output: Tensor) -> None:
-            hidden[batch] = output
-            self.advance(1.0 / len(hidden))
+            if not self.keep_inputs:
+                hidden[batch] = output
+            self.advance((0.5 if self.keep_inputs else 1.0) / len(hidden))
 
         step = Lockstep(
             len(hidden), self.matrices[block.index], lambda batch: self._run(block, batch), gathered.see, finish
@@ -172,6 +198,22 @@ class Walk:
             group, inputs = gathered.take(matrix)
             yield MatricesReady(group, inputs)
             step.solved(group)
+
+    def _run_dense(self, block: Block) -> None:
+        """Move the dense model's hidden states on through the block, which still has its dense weights."""
+        if self.recording is not None and self.recording.dense is not None:
+            for batch in range(len(self.recording.dense)):
+                self._run_dense_batch(block, batch)
+
+    def _run_dense_batch(self, block: Block, batch: int) -> dict[str, Tensor]:
+        """The same for one batch; returns what each matrix is multiplied with, if cross Gram matrices are wanted."""
+        assert self.recording is not None
+        seen: dict[str, Tensor] = {}
+        if self.recording.dense is not None:
+            matrices = [m for m in self.matrices[block.index] if m.expert is None] if self.cross else []
+            with Observe(matrices, lambda matrix, x: seen.__setitem__(matrix.name, x)):
+                self.recording.dense[batch] = self.recording.run(block, batch, self.recording.dense[batch])
+        return seen
 
     def _run_again(self, block: Block, share: float) -> None:
         """Run a block that has its final weights on its inputs; its outputs become the next block's inputs."""
@@ -197,9 +239,7 @@ class Walk:
 
     def _run(self, block: Block, batch: int) -> Tensor:
         assert self.recording is not None
-        # Here and not around the generator: a caller that trains in between needs its own gradient mode.
-        with torch.no_grad():
-            return self.recording.calls[batch][block.index].run(block.module, self.recording.hidden[batch])
+        return self.recording.run(block, batch, self.recording.hidden[batch])
 
 
 class _Gathered:
@@ -211,6 +251,10 @@ class _Gathered:
         self._statistic = statistic
         self._batches = batches
         self._inputs: dict[str, Inputs] = {}
+        self._pools: dict[str, InputNorm] = {}
+        self._pooled: set[str] = set()
+        self.dense: dict[str, Tensor] = {}
+        """What the matrices of the batch at hand are multiplied with in the dense model, by name."""
 
     def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
         """Note one product. The first matrix of a group speaks for all of them."""
@@ -218,7 +262,7 @@ class _Gathered:
         if leader != matrix.name:
             return
         try:
-            self._of(leader, x.shape[-1], x.device).update(x)
+            self._of(leader, x.shape[-1], x.device).update(x, self.dense.get(leader))
         except NumericalError as error:
             raise NumericalError(f"{matrix.name}, calibration batch {batch}: {error}.") from error
 
@@ -233,8 +277,28 @@ class _Gathered:
         leader = self._leader[matrix.name]
         group = self._groups.pop(leader)
         inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
+        if matrix.expert is not None and inputs.statistic is not None:
+            inputs.pool = self._pool_of(matrix)
         del self._inputs[leader]
         return group, inputs
+
+    def _pool_of(self, matrix: Matrix) -> InputNorm:
+        """The merged statistic of the experts that share this one's parameter.
+
+        In `block` propagation all of them are known by now. In `sequential` those further on are not: an expert's pool
+        is then of itself and the experts before it.
+        """
+        layer = matrix.name.partition("[")[0]
+        if layer not in self._pools:
+            assert self._statistic is not None
+            self._pools[layer] = self._statistic(matrix.shape[1], matrix.stored().device)
+        pool = self._pools[layer]
+        for name in [name for name in self._inputs if name.partition("[")[0] == layer and name not in self._pooled]:
+            statistic = self._inputs[name].statistic
+            assert statistic is not None
+            pool.merge(statistic)
+            self._pooled.add(name)
+        return pool
 
     def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
         """Hand out all groups that are left, in order."""
