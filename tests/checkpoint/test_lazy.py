@@ -165,6 +165,25 @@ def test_a_finished_block_can_be_read_from_elsewhere(tmp_path: Path) -> None:
     assert_same_tensors(lazy.original_tensors(blocks[0]), finished)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_memory_takes_over_a_finished_block(name: str, tmp_path: Path) -> None:
+    save_model(name, tmp_path)
+    weights = InMemory(load_clean(tmp_path))
+    blocks = block_names(weights.model)
+    finished = {key: tensor * 2 for key, tensor in weights.original_tensors(blocks[1]).items()}
+    others = [weights.original_tensors(blocks[0]), weights.original_tensors(blocks[2]), weights.rest_tensors(blocks)]
+    save_file({key: tensor.contiguous() for key, tensor in finished.items()}, tmp_path / "finished")
+    weights.read_from(tmp_path / "finished")
+    assert_same_tensors(weights.original_tensors(blocks[1]), finished)
+    for before, after in zip(
+        others,
+        [weights.original_tensors(blocks[0]), weights.original_tensors(blocks[2]), weights.rest_tensors(blocks)],
+        strict=True,
+    ):
+        assert_same_tensors(after, before)
+    assert not any(parameter.requires_grad for parameter in weights.model.parameters())
+
+
 @pytest.mark.parametrize("lost", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_checkpoint_that_lacks_a_weight_is_refused_at_once(lost: str, tmp_path: Path) -> None:
     save_model("llama", tmp_path, shards="1GB")

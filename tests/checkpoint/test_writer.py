@@ -118,6 +118,28 @@ def test_a_later_writer_goes_on_with_the_parts_that_are_whole(tmp_path: Path) ->
         later.finish()
 
 
+def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(files: Sequence[Path], joined: Path) -> None:
+        joined.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    writer = part_writer(tmp_path)
+    for part in ("one", "two"):
+        writer.write(part, {part: torch.ones(3)})
+    (writer.partial / "journal.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "join_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish(scaffolding=["journal.json"])
+    again = part_writer(tmp_path)
+    assert again.verify("one")
+    assert again.verify("two")
+    assert (again.partial / "journal.json").is_file()
+    assert [path.name for path in again.finish(scaffolding=["journal.json"]).iterdir()] == [SINGLE_FILE]
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "note cut", "note gone", "note of another"])
 def test_damage_to_a_part_is_noticed_and_mended(damage: str, tmp_path: Path) -> None:
     writer = part_writer(tmp_path)

@@ -109,9 +109,10 @@ class CheckpointWriter:
             return None
         return remembered if same else None
 
-    def finish(self) -> Path:
+    def finish(self, scaffolding: Sequence[str] = ()) -> Path:
         """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
 
+        scaffolding: names of the caller's own files in `partial` that are to go before that.
         Raises BadInput if something took the final name meanwhile, ValueError if a part is missing.
         """
         missing = [part for part in self._parts if not self._note(part).is_file()]
@@ -121,13 +122,15 @@ class CheckpointWriter:
         files = [self.file(part) for part in self._parts]
         if self._joined:
             write_durably(self.partial / SINGLE_FILE, lambda temporary: join_files(files, temporary))
-            for file in files:
-                file.unlink()
         else:
             self._write_index(files)
-        for part in self._parts:
+        # From the last part to the first, so that a run that is killed here goes on after those that are left.
+        for part in reversed(self._parts):
             self._note(part).unlink()
-        (self.partial / "parts.json").unlink()
+            if self._joined:
+                self.file(part).unlink()
+        for name in ("parts.json", *scaffolding):
+            (self.partial / name).unlink()
         for path in [*self.partial.iterdir(), self.partial]:
             sync(path)
         # Fails, rather than overwrites, if something took the name meanwhile.
