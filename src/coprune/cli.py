@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.errors import BadInput, CopruneError, unknown_name
+from coprune.presets import preset_settings
 from coprune.recipe import Recipe, make_recipe, read_settings
 
 app = typer.Typer(
@@ -80,6 +81,9 @@ def prune(
     ] = None,
     model_option: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="fast, balanced or best: settings that belong together.")
+    ] = None,
     use_variant: Annotated[
         bool, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")
     ] = False,
@@ -93,7 +97,8 @@ def prune(
     A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
     """
     typed = {name: value for name, value in settings.items() if value is not None}
-    chosen = read_settings(recipe) if recipe is not None else {}
+    chosen = preset_settings(preset) if preset is not None else {}
+    chosen |= read_settings(recipe) if recipe is not None else {}
     options = {**chosen.get("options", {}), **_method_options(context.args)}
     chosen |= typed | {"options": options}
     if model and model_option and model != model_option:
@@ -151,7 +156,7 @@ def _require_known(options: dict[str, Any]) -> None:
 
 def _unknown_option(flag: str) -> BadInput:
     flags = [option for parameter in _recipe_options() for option in _flags(parameter)]
-    return unknown_name("option", flag, [*flags, "--model", "--recipe", "--use-variant", "--quiet"])
+    return unknown_name("option", flag, [*flags, "--model", "--recipe", "--preset", "--use-variant", "--quiet"])
 
 
 def _flags(parameter: inspect.Parameter) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coprune.errors import BadInput
 
@@ -110,6 +110,12 @@ class Recipe(BaseModel):
     save_model: Annotated[Path | None, Field(description="Folder for the pruned model and tokenizer. [not saved]")] = (
         None
     )
+
+    @field_validator("include", "exclude", "refine", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        """A single name may be written without a list."""
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
