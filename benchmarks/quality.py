@@ -115,7 +115,8 @@ def measure(settings: dict[str, Any]) -> None:
         **same,
     )
     report = result.report
-    assert result.model is not None and result.tokenizer is not None
+    assert result.model is not None
+    assert result.tokenizer is not None
     dense = open_model(report.recipe, stream=False).model
     text = evaluation_tokens(
         COLUMNS[0], result.tokenizer, settings["seqlen"], limit_tokens=min(16384, settings["eval_tokens"])
