@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved import MODELS, assert_same_tensors, load_clean, save_model, tensors_of
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from coprune.checkpoint.lazy import LazyCheckpoint
 from coprune.checkpoint.load import prepare
@@ -68,6 +69,15 @@ def test_everything_acquired_is_the_model_that_transformers_loads(
     tokens = pico_tokens()
     assert torch.equal(lazy.model(tokens).logits, expected(tokens).logits)
     assert not any(parameter.requires_grad for parameter in lazy.model.parameters())
+
+
+def test_position_tables_are_not_rounded_to_the_dtype_of_the_model(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gptj", vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64, rotary_dim=4)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    lazy, _ = open_lazy(tmp_path)
+    expected = dict(load_clean(tmp_path).named_buffers())
+    assert expected
+    assert_same_tensors(dict(lazy.model.named_buffers()), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -82,6 +82,7 @@ class LazyCheckpoint:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=chosen, trust_remote_code=trust_remote_code
             )
+        compute_buffers(model)
         model.config._name_or_path = model.name_or_path = self.location.name
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -178,3 +179,14 @@ class LazyCheckpoint:
                     f"{prefix} shares {name} with another part of the model, so it cannot be streamed; load the model "
                     "in memory instead."
                 )
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Compute a new model's buffers again in float32, as from_pretrained does.
+
+    While a model is built, the default dtype is its own, and some families round their position tables to it.
+    """
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            module.__dict__["_is_hf_initialized"] = False
+    model.initialize_weights()
