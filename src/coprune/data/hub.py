@@ -7,7 +7,7 @@ dataset is not in the cache, that is said at once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,22 +112,26 @@ def require_dataset(dataset: str, cache_dir: Path | None = None) -> None:
         raise BadInput(f"dataset {dataset!r} is not on the Hub, or is private. {LOCAL_FILE_HINT}") from error
     except Exception as error:  # whatever the HTTP client raises: no name, no route, a proxy, offline mode
         raise BadInput(
-            f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_first_line(error)}). "
+            f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_one_line(error)}). "
             f"{LOCAL_FILE_HINT} Or use the corpus 'embedded', which needs no network."
         ) from error
 
 
 def _texts(rows: Any, wanted: str | None, part: Part, source: str) -> list[str]:
     if not part.streamed:
-        columns = {name: getattr(kind, "dtype", "") in _STRINGS for name, kind in rows.features.items()}
-        return list(rows[choose_text_column(columns, wanted, source)])
+        return [text or "" for text in rows[choose_text_column(_columns(rows.features), wanted, source)]]
     taken = itertools.islice(rows, part.first_rows)
     first = next(taken, None)
     if first is None:
         return []
     # A stream need not know its columns before it is read.
-    column = choose_text_column({name: isinstance(value, str) for name, value in first.items()}, wanted, source)
+    columns = _columns(rows.features) if rows.features else {name: isinstance(first[name], str) for name in first}
+    column = choose_text_column(columns, wanted, source)
     return _up_to(itertools.chain([first], taken), column, part.first_characters)
+
+
+def _columns(features: Mapping[str, Any]) -> dict[str, bool]:
+    return {name: getattr(kind, "dtype", None) in ("string", "large_string") for name, kind in features.items()}
 
 
 def _up_to(rows: Iterable[dict[str, Any]], column: str, characters: int | None) -> list[str]:
@@ -142,12 +146,10 @@ def _up_to(rows: Iterable[dict[str, Any]], column: str, characters: int | None) 
     return texts
 
 
-_STRINGS = ("string", "large_string")
-
-
 def _unreadable(dataset: str, error: Exception) -> BadInput:
-    return BadInput(f"dataset {dataset!r} cannot be read: {_first_line(error)} {LOCAL_FILE_HINT}")
+    return BadInput(f"dataset {dataset!r} cannot be read ({_one_line(error)}). {LOCAL_FILE_HINT}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception, most_characters: int = 300) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= most_characters else words[:most_characters] + "…"

@@ -40,7 +40,9 @@ def split_column(name: str) -> tuple[Path, str | None]:
 def looks_local(name: str) -> bool:
     """Whether a name means a file or folder: it exists, or is written as only a path would be."""
     path, _ = split_column(name)
-    return path.exists() or name.startswith((".", "/", "~")) or _ending(path) in READERS or name.count("/") > 1
+    endings = {_ending(path), _ending(Path(name.rpartition(":")[0]))}
+    written_as_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not endings.isdisjoint(READERS)
+    return name != "" and (path.exists() or written_as_path)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -1,0 +1,129 @@
+"""Files and folders of the user's own, in every format, and what is said when they cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
+from coprune.data.local_text import local_text
+from coprune.errors import BadInput
+
+TEXTS = ["first\nline", "", "zweite Zeile: ä€😀", "a \u2028 b"]
+JOINED = "first\nline\n\nzweite Zeile: ä€😀\n\na \u2028 b"
+
+
+def write(path: Path, kind: str) -> Path:
+    rows = [{"id": number, "text": text, "title": "t"} for number, text in enumerate(TEXTS)]
+    contents = {
+        "jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n",
+        "strings": "\n".join(json.dumps(text) for text in TEXTS if text),
+        "json": json.dumps(rows),
+        "txt": "\ufeff" + JOINED.replace("\n", "\r\n"),
+    }
+    content = contents[kind].encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("a.txt", "txt"),
+        ("a.txt.gz", "txt"),
+        ("a.jsonl", "jsonl"),
+        ("a.b.jsonl.gz", "jsonl"),
+        ("a.jsonl", "strings"),
+        ("A.JSON", "json"),
+        ("a.json.gz", "json"),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_text(tmp_path: Path, file: str, kind: str) -> None:
+    assert local_text(str(write(tmp_path / file, kind))).text == JOINED
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+    table = pa.table({"id": [1, 2, 3], "text": pa.array(["one", None, "two"], kind), "more": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert local_text(str(tmp_path / "a.parquet")).text == "one\n\ntwo"
+    assert local_text(f"{tmp_path / 'a.parquet'}:more").text == "x\n\ny\n\nz"
+
+
+def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path: Path) -> None:
+    for name in ["b/1.txt", "a.txt", "c.md", ".hidden.txt", ".cache/x.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    assert local_text(str(tmp_path)).text == "text of a.txt\n\ntext of b/1.txt"
+
+
+def test_a_column_is_found_by_name_or_by_being_the_only_one_of_strings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "hello", "id": 1}\n{"body": null, "id": 2}\n{"id": 3}')
+    assert local_text(str(path)).text == "hello"
+    path.write_text('{"body": "hello", "title": "short"}')
+    with pytest.raises(BadInput, match=r"no column named 'text'.*'body', 'title'.*path:column"):
+        local_text(str(path))
+    assert local_text(f"{path}:body").text == "hello"
+    with pytest.raises(BadInput, match="no text column 'boby'"):
+        local_text(f"{path}:boby")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.csv", b"text", "ending that cannot be read"),
+        ("a.gz", b"text", "ending that cannot be read"),
+        ("a", b"text", "ending that cannot be read"),
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b" \n\n ", "holds no text"),
+        ("a.txt", b"caf\xe9", "cannot be read.*utf-8"),
+        ("a.txt.gz", b"not gzip", "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"text" * 100)[:-12], "cannot be read"),
+        ("a.json", b"", "holds no text"),
+        ("a.json", b"[]", "holds no text"),
+        ("a.json", b"{}", "must hold rows"),
+        ("a.json", b'[{"text": ', "cannot be read"),
+        ("a.jsonl", b"3\n4", "must hold rows"),
+        ("a.jsonl", b'"a"\n{"text": "b"}', "mixes"),
+        ("a.jsonl", b'{"id": 1}', "no column named 'text'.*none"),
+        ("a.jsonl", b'{"text": ["tokens"]}', "no column named 'text'"),
+        ("a.parquet", b"not parquet", "cannot be read as parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_the_file(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(BadInput, match=message) as error:
+        local_text(str(tmp_path / file))
+    assert str(tmp_path / file) in str(error.value)
+
+
+def test_paths_that_do_not_exist_and_folders_without_text(tmp_path: Path) -> None:
+    for name in [str(tmp_path / "no.txt"), "./no", "~/no/such/folder/of/text", "no_such.jsonl", "no_such.txt:column"]:
+        with pytest.raises(BadInput, match="no file or folder"):
+            calibration_text(name)
+    with pytest.raises(BadInput, match="holds no file to read"):
+        local_text(str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(BadInput, match="has no columns"):
+        local_text(f"{tmp_path / 'a.txt'}:text")
+
+
+def test_a_file_has_no_held_out_part_but_can_be_evaluated_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", "txt")
+    assert evaluation_corpus_for(str(path)) is None
+    assert evaluation_text(str(path)).text == JOINED
+    assert evaluation_corpus_for("wikitext2") == "wikitext2"
+    assert evaluation_corpus_for("owner/name:config") == "owner/name:config"
+    # A corpus keeps its name even where a file is called the same.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").write_text("text")
+    assert evaluation_corpus_for("c4") == "c4"
+    assert evaluation_corpus_for("./c4") is None
