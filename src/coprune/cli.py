@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,6 @@ app = typer.Typer(
     name="coprune",
     help="Prune large language models after training, measure what it did, and save a checkpoint that others can load.",
     epilog="Try: coprune demo. Every command explains itself with --help.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
@@ -41,6 +41,8 @@ _ALIASES: dict[str, list[str]] = {
     "evaluate_dense": ["--eval-dense/--no-eval-dense"],
     "layer_error": ["--layer-error/--no-layer-error"],
 }
+# What every error of typer's own (a missing argument, no number) derives from; it has no public name.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 _NOT_OPTIONS = ("model", "options")
 
 
@@ -122,46 +124,49 @@ def prune(
 
 
 def _method_options(arguments: list[str]) -> dict[str, Any]:
-    """Read `--block-size 64` or `--block-size=64` as an option of the method; values as in YAML."""
-    import yaml
+    """Read `--block-size 64` or `--block-size=64` as an option of the method.
 
+    Raises BadInput for an option that is no method's, with the nearest of all options.
+    """
+    if not arguments:
+        return {}
+    import dataclasses
+
+    from coprune.methods import METHODS
+
+    known = {f.name for method in METHODS.values() for f in dataclasses.fields(method)}
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
             raise BadInput(f"unexpected argument {flag!r}; options begin with --.")
-        name, has_value, value = flag[2:].partition("=")
+        written, has_value, value = flag.partition("=")
+        name = written[2:].replace("-", "_")
+        if name not in known:
+            flags = [option for parameter in _recipe_options() for option in _flags(parameter)]
+            flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
+            raise unknown_name("option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in known)])
         if not has_value:
             if not rest or rest[0].startswith("--"):
-                raise _unknown_option(flag)
+                raise BadInput(f"the option {written} needs a value.")
             value = rest.pop(0)
-        found[name.replace("-", "_")] = yaml.safe_load(value)
-    if found:
-        _require_known(found)
+        found[name] = _value(value)
     return found
 
 
-def _require_known(options: dict[str, Any]) -> None:
-    """Refuse an option that is no method's, with the nearest of all options."""
-    import dataclasses
-
-    from coprune.methods import METHODS
-
-    known = {f.name for method in METHODS.values() for f in dataclasses.fields(method)}
-    for name in options:
-        if name not in known:
-            raise _unknown_option(f"--{name.replace('_', '-')}")
-
-
-def _unknown_option(flag: str) -> BadInput:
-    flags = [option for parameter in _recipe_options() for option in _flags(parameter)]
-    return unknown_name("option", flag, [*flags, "--model", "--recipe", "--preset", "--use-variant", "--quiet"])
+def _value(text: str) -> Any:
+    """A whole number, a number, true or false, or else the text itself."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _flags(parameter: inspect.Parameter) -> list[str]:
-    names: tuple[str, ...] = parameter.annotation.__metadata__[0].param_decls
-    return [flag for name in names for flag in name.split("/") if flag.startswith("--")]
+    option = parameter.annotation.__metadata__[0]
+    # Within Annotated, typer keeps the first name where a default would be.
+    return [flag for name in (option.default, *option.param_decls) for flag in name.split("/") if flag.startswith("--")]
 
 
 @app.command()
@@ -241,14 +246,25 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stopped = False
     try:
-        app()
+        # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
+        stopped = app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130
     except CopruneError as error:
-        typer.echo(f"coprune: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except _UsageError as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        stopped = True
+    if stopped:
         typer.echo("coprune: stopped; nothing half-written was left under its final name.", err=True)
         sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    """Print one line on standard error and exit with 2."""
+    typer.echo(f"coprune: {' '.join(message.replace('Value error, ', '').split())}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
