@@ -116,7 +116,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "missing evaluation text": ([*MODEL, "--eval-data", "absent.txt"], "absent.txt"),
     "evaluation text too short": ([*MODEL, "--eval-data", "short.txt"], "too short"),
     "too few evaluation tokens": ([*MODEL, "--eval-data", "words.txt", "--eval-tokens", "8"], "8 tokens"),
-    "NaN in the weights": (["prune", "nan", *MODEL[2:]], "model.layers.1"),
+    "NaN in the weights": (["prune", "nan", *MODEL[2:]], "model.layers.1 of the dense model gives NaN"),
     "unknown command": (["prone"], "prone"),
     "eval without model": (["eval"], "model"),
     "eval of unknown text": (["eval", "model", "--data", "wrods.txt"], "wrods.txt"),

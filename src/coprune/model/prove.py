@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from coprune.checkpoint.weights import Weights
-from coprune.errors import UnsupportedModel
+from coprune.errors import NumericalError, UnsupportedModel
 from coprune.model.arguments import same_value
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
@@ -54,7 +54,8 @@ def prove_replay(
 ) -> Structure:
     """Compare a real forward of one sample with the replay, block by block and at the logits.
 
-    tokens: 1 × S int64. Raises UnsupportedModel naming the block or matrix in which they part.
+    tokens: 1 × S int64. Raises UnsupportedModel naming the block or matrix in which they part, NumericalError naming a
+    block whose activations are not finite.
     """
     structure = Structure()
     forwards = {block.index: block.module.forward for block in blocks}
@@ -73,6 +74,8 @@ def prove_replay(
             output = _observe_block(forwards[block.index], args, kwargs, matrices[block.index], structure)
             again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
             weights.release(block.name)
+            if not bool(torch.isfinite(hidden_of(output)).all()):
+                raise NumericalError(f"{block.name} of the dense model gives NaN or infinite activations.")
             if not _close(hidden_of(output), again):
                 raise UnsupportedModel(
                     f"{block.name} replayed from its recorded call differs from the model's forward."
