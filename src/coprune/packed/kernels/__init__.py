@@ -1,0 +1,1 @@
+"""The native CPU kernels: C++ sources, compiled on first use, and their C interface."""

@@ -1,0 +1,129 @@
+// The C interface that Python calls: chooses the instruction set once, and shares the rows among threads.
+//
+// Threads come from the OpenMP runtime that PyTorch has already started: Python passes the address of its
+// GOMP_parallel, so there is no second pool that would compete for the cores.
+#include "packed.h"
+
+namespace {
+
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_VBMI2 = 3 };
+
+int detect() {
+#ifdef COPRUNE_X86
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    if (avx512 && avx2 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        return AVX512_VBMI2;
+    if (avx512 && avx2) return AVX512;
+    if (avx2) return AVX2;
+#endif
+    return PORTABLE;
+}
+
+int level = detect();
+
+Kernels chosen() {
+    Kernels kernels = portable_kernels;
+#ifdef COPRUNE_X86
+    const Kernels* all[] = {&portable_kernels, &avx2_kernels, &avx512_kernels, &avx512_vbmi2_kernels};
+    kernels = *all[level];
+#endif
+    if (!kernels.expand_2_bytes) kernels.expand_2_bytes = portable_kernels.expand_2_bytes;
+    return kernels;
+}
+
+Kernels kernels = chosen();
+
+typedef void (*Parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+Parallel parallel = nullptr;
+
+struct Work {
+    MultiplyRows multiply;
+    ExpandRows expand;
+    const Matrix* matrix;
+    const void* x;
+    void* y;
+    int64_t batch, first, last, chunk, next;
+    int64_t bytes;  // of one dense element, for expand
+};
+
+void take_rows(void* data) {
+    Work* work = (Work*)data;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&work->next, work->chunk, __ATOMIC_RELAXED);
+        if (first >= work->last) return;
+        const int64_t last = first + work->chunk < work->last ? first + work->chunk : work->last;
+        if (work->multiply) {
+            work->multiply(work->matrix, work->x, work->y, work->batch, first, last);
+        } else {
+            char* y = (char*)work->y + (first - work->first) * work->matrix->columns * work->bytes;
+            work->expand(work->matrix, y, first, last);
+        }
+    }
+}
+
+void share(Work* work, int threads) {
+    const int64_t rows = work->last - work->first;
+    // Below some thousand weights a thread costs more than it saves.
+    const int64_t useful = rows * work->matrix->columns / 32768 + 1;
+    if (threads > useful) threads = (int)useful;
+    work->next = work->first;
+    if (threads <= 1 || !parallel) {
+        work->chunk = rows;
+        take_rows(work);
+        return;
+    }
+    // Several chunks a thread, since another process may hold a core; multiples of 16 rows, as the kernels' tiles.
+    work->chunk = (rows / (threads * 8) + 15) / 16 * 16;
+    if (work->chunk < 16) work->chunk = 16;
+    parallel(take_rows, work, (unsigned)threads, 0);
+}
+
+}  // namespace
+
+extern "C" {
+
+int coprune_level() { return level; }
+
+// Use a lower instruction set than the processor has (for tests). Returns the one in use.
+int coprune_set_level(int wanted) {
+    const int best = detect();
+    level = wanted < best ? wanted : best;
+    kernels = chosen();
+    return level;
+}
+
+void coprune_set_parallel(void* gomp_parallel) { parallel = (Parallel)gomp_parallel; }
+
+// starts[r]: ones before row r; starts has rows + 1 entries. Returns the number of ones.
+int64_t coprune_count(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* starts) {
+    int64_t total = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        starts[row] = total;
+        for (int64_t column = 0; column < columns; column += 64)
+            total += __builtin_popcountll(mask_word(mask, row * columns + column) & low_bits(columns - column));
+    }
+    return starts[rows] = total;
+}
+
+// bytes: 4 for float32, 2 for bfloat16. dense: not 0 if `values` holds the whole matrix.
+void coprune_multiply(
+    const Matrix* matrix, int bytes, int dense, const void* x, void* y, int64_t batch, int threads) {
+    const MultiplyRows packed = bytes == 4 ? kernels.multiply_float32 : kernels.multiply_bfloat16;
+    const MultiplyRows plain = bytes == 4 ? kernels.dense_float32 : kernels.dense_bfloat16;
+    Work work = {dense ? plain : packed, nullptr, matrix, x, y, batch, 0, matrix->rows, 0, 0, bytes};
+    share(&work, threads);
+}
+
+// Write rows first … last − 1 as dense elements of 2 or 4 bytes.
+void coprune_expand(const Matrix* matrix, int bytes, void* dense, int64_t first, int64_t last, int threads) {
+    const ExpandRows expand = bytes == 4 ? kernels.expand_4_bytes : kernels.expand_2_bytes;
+    Work work = {nullptr, expand, matrix, nullptr, dense, 0, first, last, 0, 0, bytes};
+    share(&work, threads);
+}
+
+uint64_t coprune_read(const uint64_t* words, int64_t count) { return kernels.read_words(words, count); }
+}

@@ -1,0 +1,58 @@
+// Plain C++: walks the ones of the mask. Correct everywhere; used where no vector kernel fits.
+#include "packed.h"
+
+namespace {
+
+template <typename T>
+void multiply(const Matrix* matrix, const void* x_pointer, void* y_pointer, int64_t batch, int64_t first, int64_t last) {
+    const T* x = (const T*)x_pointer;
+    T* y = (T*)y_pointer;
+    for (int64_t row = first; row < last; row++) {
+        for (int64_t b = 0; b < batch; b++) {
+            const T* value = (const T*)matrix->values + matrix->starts[row];
+            const T* x_row = x + b * matrix->columns;
+            float sum = 0;
+            for (int64_t column = 0; column < matrix->columns; column += 64) {
+                uint64_t word = mask_word(matrix->mask, row * matrix->columns + column);
+                word &= low_bits(matrix->columns - column);
+                for (; word; word &= word - 1) sum += to_float(*value++) * to_float(x_row[column + __builtin_ctzll(word)]);
+            }
+            store_output(matrix, y + b * matrix->rows, row, sum);
+        }
+    }
+}
+
+template <typename T>
+void expand(const Matrix* matrix, void* dense_pointer, int64_t first, int64_t last) {
+    T* dense = (T*)dense_pointer;
+    __builtin_memset(dense, 0, (last - first) * matrix->columns * sizeof(T));
+    for (int64_t row = first; row < last; row++, dense += matrix->columns) {
+        const T* value = (const T*)matrix->values + matrix->starts[row];
+        for (int64_t column = 0; column < matrix->columns; column += 64) {
+            uint64_t word = mask_word(matrix->mask, row * matrix->columns + column) & low_bits(matrix->columns - column);
+            for (; word; word &= word - 1) dense[column + __builtin_ctzll(word)] = *value++;
+        }
+    }
+}
+
+template <typename T>
+void dense(const Matrix* matrix, const void* x_pointer, void* y_pointer, int64_t batch, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const T* weights = (const T*)matrix->values + row * matrix->columns;
+        for (int64_t b = 0; b < batch; b++) {
+            const T* x = (const T*)x_pointer + b * matrix->columns;
+            float sums[8] = {0};
+            int64_t column = 0;
+            for (; column + 8 <= matrix->columns; column += 8)
+                for (int i = 0; i < 8; i++) sums[i] += to_float(weights[column + i]) * to_float(x[column + i]);
+            for (; column < matrix->columns; column++) sums[0] += to_float(weights[column]) * to_float(x[column]);
+            for (int i = 1; i < 8; i++) sums[0] += sums[i];
+            store_output(matrix, (T*)y_pointer + b * matrix->rows, row, sums[0]);
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels portable_kernels = {multiply<float>, multiply<uint16_t>, expand<uint16_t>, expand<uint32_t>,
+                                  dense<float>,    dense<uint16_t>,    read_words};

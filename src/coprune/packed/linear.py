@@ -1,0 +1,167 @@
+"""A linear layer that keeps its weight packed in memory and multiplies from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coprune.errors import BadInput
+from coprune.packed.format import check_packed, read_header
+from coprune.packed.matrix import IN_KERNEL, NativeMatrix, dense_matrix, for_kernels, native_matrix, pack_matrix
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` whose weight is one buffer, `packed` (uint8); `weight` unpacks a fresh dense copy on every access.
+
+    Small inputs on the CPU go through the native kernels, in float32 and bfloat16; everything else (other devices
+    and dtypes, inputs that need gradients, no compiler, torch.compile) multiplies by an unpacked copy that lives for
+    the length of the call.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
+        """packed: of a two-dimensional weight, either layout (else BadInput on damage); bias: O, or None."""
+        super().__init__()
+        check_packed(packed)
+        self._finish(packed, bias)
+
+    def _finish(self, packed: Tensor, bias: Tensor | None) -> None:
+        packed = for_kernels(packed)
+        self.header = read_header(packed)
+        self.out_features, self.in_features = self.header.shape
+        self.register_buffer("packed", packed)
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self._native: NativeMatrix | None = None
+        self._prepared = False
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self | None:
+        """Pack a linear layer (its weight is copied); None where packing would not make it smaller."""
+        packed = pack_matrix(linear.weight)
+        return None if packed is None else cls(packed.to(linear.weight.device), linear.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """The ordinary layer with the same weight, bit for bit."""
+        weight = self.weight
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight = _frozen(weight)
+        linear.register_parameter("bias", None if self.bias is None else _frozen(self.bias))
+        return linear.train(self.training)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are not stored."""
+        return 1 - self.header.kept / self.header.numel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """… × I to … × O, in x's dtype."""
+        if torch.compiler.is_compiling():
+            return self._forward_dense(x)
+        native = self._native if self._prepared else self._prepare()
+        if native is None or x.dtype != native.dtype or (x.requires_grad and torch.is_grad_enabled()):
+            return self._forward_dense(x)
+        if x.device.type != "cpu":
+            return self._forward_dense(x)
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"the input's last dimension is {x.shape[-1]}; this layer takes {self.in_features}.")
+        batch = x.numel() // self.in_features
+        if batch <= IN_KERNEL[native.dtype]:
+            return native.multiply(x.contiguous(), batch)
+        return native.multiply_by_tiles(x, batch)
+
+    def _forward_dense(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.weight.to(x.dtype), bias)
+
+    def _prepare(self) -> NativeMatrix | None:
+        self._native = native_matrix(self.packed, self.header, self.bias)
+        self._prepared = True
+        return self._native
+
+    def __getattr__(self, name: str) -> Any:
+        # A property would keep transformers from loading a buffer of this name (see PackedSlot). Called only where
+        # nn.Module finds nothing else.
+        if name == "weight" and "packed" in self.__dict__.get("_buffers", {}):
+            return dense_matrix(self.packed, self.header)
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepared, self._native = False, None  # its pointers are those of the old place
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Another pattern has another length, which nn.Module would refuse to copy.
+        loaded = state_dict.get(prefix + "packed")
+        if loaded is not None:
+            header = check_packed(loaded.cpu())
+            if header.shape != (self.out_features, self.in_features):
+                raise BadInput(f"a packed weight of {header.shape} does not fit this layer.")
+            loaded = for_kernels(loaded.cpu())
+            self.header = read_header(loaded)
+            self._buffers["packed"] = loaded.to(self.packed.device, copy=True)
+            state_dict = {**state_dict, prefix + "packed": loaded}
+        self._prepared, self._native = False, None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pointers must not be copied or pickled.
+        return {**self.__dict__, "_prepared": False, "_native": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.header.dtype}, sparsity={self.sparsity:.2f}"
+        )
+
+
+class PackedSlot(PackedLinear):
+    """A PackedLinear before its weight is there: a `weight` buffer on the meta device for transformers to fill."""
+
+    def __init__(self, packed_bytes: int, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", torch.empty(packed_bytes, dtype=torch.uint8, device="meta"))
+        self.register_parameter("bias", linear.bias)
+
+    def fill(self) -> None:
+        """Become a PackedLinear. The weight has been loaded, and was checked in the file."""
+        packed = self._buffers.pop("weight")
+        assert packed is not None
+        self.__class__ = PackedLinear  # type: ignore[assignment]  # in place: hooks and references stay
+        self._finish(packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, not loaded"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def pack_linears(model: nn.Module, select: Callable[[str, nn.Linear], bool] | None = None) -> list[str]:
+    """Replace, in place, the linear layers that packing makes smaller.
+
+    select: which of them (name, layer) to consider; all if None. Layers whose weight another module shares (tied
+    embeddings) stay as they are. Returns the names of the replaced layers.
+    """
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    replaced = []
+    for name, module in list(model.named_modules()):
+        # Subclasses of nn.Linear may compute something else.
+        if type(module) is not nn.Linear or owners[id(module.weight)] > 1 or (select and not select(name, module)):
+            continue
+        packed = PackedLinear.from_linear(module)
+        if packed is not None:
+            model.set_submodule(name, packed.train(module.training))
+            replaced.append(name)
+    return replaced
