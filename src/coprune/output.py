@@ -25,7 +25,17 @@ from coprune.recipe import Recipe
 
 _IDENTITY = "journal.json"
 # Where results go and what is measured afterwards may differ between a run and its resumption.
-_FREE = {"save", "save_model", "cache_dir", "evaluate", "evaluate_dense", "eval_data", "eval_tokens", "stream"}
+_FREE = {
+    "save",
+    "save_model",
+    "cache_dir",
+    "evaluate",
+    "evaluate_dense",
+    "eval_data",
+    "eval_tokens",
+    "stream",
+    "activation_memory",
+}
 _RESULTS = TypeAdapter(list[MatrixResult])
 
 

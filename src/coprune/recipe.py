@@ -79,6 +79,14 @@ class Recipe(BaseModel):
         int | None, Field(description="Tokens per sample and per perplexity window. [min(2048, model's limit)]", ge=2)
     ] = None
     seed: Annotated[int, Field(description="Seed for the choice of calibration samples.")] = 0
+    activation_memory: Annotated[
+        float | None,
+        Field(
+            description="GiB of calibration activations to keep in memory; the rest goes to a temporary file that is "
+            "mapped into memory batch by batch. [all in memory]",
+            ge=0,
+        ),
+    ] = None
     batch_size: Annotated[int | None, Field(description="Samples per forward pass. [about 4096 tokens]", ge=1)] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

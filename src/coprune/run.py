@@ -15,6 +15,7 @@ from coprune.data import EvaluationText, Windows
 from coprune.evaluate.perplexity import Perplexity, perplexity
 from coprune.evaluate.streamed import streamed_perplexity
 from coprune.files import write_text
+from coprune.model.activations import GIB, Activations
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen, choose_matrices
 from coprune.model.prove import Structure, prove_replay
@@ -198,10 +199,21 @@ def _record(session: Session) -> Recording | None:
     if session.windows is None:
         return None
     batches = split_batches(session.windows.tokens, session.recipe.batch_size, session.loaded.device)
-    recording = record_batches(session.loaded.model, session.blocks, session.structure, batches)
-    if session.solver.aim == "dense" or session.reconstruction is not None:
-        recording.dense = list(recording.hidden)
+    dense = session.solver.aim == "dense" or session.reconstruction is not None
+    activations = _activations(session.recipe, lists=2 if dense else 1)
+    recording = record_batches(session.loaded.model, session.blocks, session.structure, batches, activations)
+    if dense:
+        recording.dense = recording.hidden.copy()
     return recording
+
+
+def _activations(recipe: Recipe, lists: int = 1) -> Activations:
+    """An empty list of hidden states within the recipe's limit, or one of several that share the limit.
+
+    What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
+    """
+    limit = None if recipe.activation_memory is None else int(recipe.activation_memory * GIB / lists)
+    return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
 
 
 def _perplexities(session: Session, which: str) -> dict[str, Perplexity]:
@@ -216,7 +228,12 @@ def _perplexities(session: Session, which: str) -> dict[str, Perplexity]:
         else:
             with session.reporter.bar(f"Perplexity, {which} model", len(session.blocks)) as advance:
                 found[name] = streamed_perplexity(
-                    weights, session.blocks, session.structure, *arguments, advance=advance
+                    weights,
+                    session.blocks,
+                    session.structure,
+                    *arguments,
+                    advance=advance,
+                    activations=_activations(session.recipe),
                 )
         session.reporter.say(
             f"Perplexity of the {which} model on {name} (sequence length {session.seqlen}): {found[name].value:.2f}"

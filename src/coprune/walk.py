@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from coprune.checkpoint.weights import Weights
 from coprune.errors import NumericalError, UnsupportedModel
+from coprune.model.activations import Activations
 from coprune.model.arguments import TensorPool
 from coprune.model.blocks import Block
 from coprune.model.lockstep import Lockstep
@@ -78,9 +79,9 @@ class Recording:
     """
 
     tokens: list[Tensor]
-    hidden: list[Tensor]
+    hidden: Activations
     calls: list[list[BlockCall]]
-    dense: list[Tensor] | None = None
+    dense: Activations | None = None
 
     @torch.no_grad()
     def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
@@ -90,11 +91,18 @@ class Recording:
 
 @torch.no_grad()
 def record_batches(
-    model: nn.Module, blocks: Sequence[Block], structure: Structure, batches: Sequence[Tensor]
+    model: nn.Module,
+    blocks: Sequence[Block],
+    structure: Structure,
+    batches: Sequence[Tensor],
+    activations: Activations | None = None,
 ) -> Recording:
-    """Run every batch through the model with idle blocks. batches: B × S int64 each."""
+    """Run every batch through the model with idle blocks.
+
+    batches: B × S int64 each; activations: an empty list for the hidden states (default: one in memory).
+    """
     pool = TensorPool()
-    recording = Recording([], [], [])
+    recording = Recording([], Activations() if activations is None else activations, [])
     for tokens in batches:
         hidden, calls = run_without_blocks(model, blocks, tokens, structure.tuples)
         recording.tokens.append(tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 from coprune.checkpoint.weights import Weights
 from coprune.evaluate.batches import batches, cut_windows, default_batch_size
 from coprune.evaluate.perplexity import Perplexity, aggregate, window_nll
+from coprune.model.activations import Activations
 from coprune.model.blocks import Block
 from coprune.model.prove import Structure
 from coprune.model.record import input_device, run_after_blocks
@@ -24,12 +25,14 @@ def streamed_logits(
     windows: Sequence[Tensor],
     score: Callable[[Tensor, Tensor], Tensor],
     advance: Callable[[float], None] = lambda blocks: None,
+    activations: Activations | None = None,
 ) -> list[Tensor]:
     """Run batches of windows (B × S int64 each) through the blocks, each read once, and score their logits.
 
-    score: (logits B × S × V, tokens B × S) → what is kept of a batch. advance: called with the share of a block done.
+    score: (logits B × S × V, tokens B × S) → what is kept of a batch. advance: called with the share of a block done;
+    activations: an empty list for the hidden states (default: one in memory).
     """
-    recording = record_batches(weights.model, blocks, structure, windows)
+    recording = record_batches(weights.model, blocks, structure, windows, activations)
     plain = Structure(structure.tuples, [[] for _ in blocks])
     for _ in Walk(
         weights,
@@ -58,12 +61,19 @@ def streamed_perplexity(
     batch_size: int | None = None,
     token_bytes: Tensor | None = None,
     advance: Callable[[float], None] = lambda blocks: None,
+    activations: Activations | None = None,
 ) -> Perplexity:
-    """As `perplexity`, for weights that may be streamed; advance: called with the share of a block done."""
+    """As `perplexity`, for weights that may be streamed; advance and activations as in `streamed_logits`."""
     windows = cut_windows(tokens, seqlen).to(input_device(weights.model))
     size = batch_size or default_batch_size(seqlen, weights.model.config.get_text_config().vocab_size)
     nll = streamed_logits(
-        weights, blocks, structure, list(batches(windows, size)), lambda logits, t: window_nll(logits, t).cpu(), advance
+        weights,
+        blocks,
+        structure,
+        list(batches(windows, size)),
+        lambda logits, t: window_nll(logits, t).cpu(),
+        advance,
+        activations,
     )
     sizes = None if token_bytes is None else cut_windows(token_bytes, seqlen)
     return aggregate(torch.cat(nll), seqlen, sizes)

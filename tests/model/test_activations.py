@@ -1,0 +1,74 @@
+"""Activations on the disk are the same tensors, leave no file behind, and change no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprune.checkpoint.weights import InMemory
+from coprune.methods import METHODS
+from coprune.model.activations import Activations
+from coprune.model.blocks import find_blocks
+from coprune.model.matrices import choose_matrices
+from coprune.model.prove import prove_replay
+from coprune.patterns import NM, Target
+from coprune.pruning import Solver, prune_walk
+from coprune.walk import Walk, record_batches
+from pico import pico_model, pico_tokens
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 33)), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(0, 20_000), st.sampled_from(DTYPES), st.data())
+def test_behaves_like_a_list(
+    sizes: list[tuple[int, int, int]], limit: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    plain = [torch.randn(size).to(dtype) for size in sizes]
+    activations = Activations(plain, limit)
+    other = activations.copy()
+    for _ in range(4):
+        index = data.draw(st.integers(0, len(plain) - 1))
+        new = torch.randn(data.draw(st.sampled_from(sizes))).to(dtype)
+        plain[index] = activations[index] = new
+    assert len(activations) == len(plain)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(activations, plain, strict=True))
+    assert [tuple(tensor.shape) for tensor in other] == sizes  # a copy does not follow
+    assert activations.bytes_in_memory <= limit
+
+
+def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    activations = Activations([tensor, tensor, tensor], limit=30, folder=tmp_path)
+    assert activations.bytes_in_memory == 24
+    assert activations.bytes_on_disk > 0
+    assert list(tmp_path.iterdir()) == []
+    activations[1].zero_()  # a model that works in place does not reach the file
+    assert torch.equal(activations[1], tensor)
+
+
+@pytest.mark.parametrize("propagation", ["block", "sequential"])
+def test_pruning_is_bit_identical_with_activations_on_the_disk(propagation: str) -> None:
+    def pruned(limit: int | None) -> tuple[dict[str, torch.Tensor], list[str]]:
+        model = pico_model("llama")
+        weights, blocks = InMemory(model), find_blocks(model)
+        chosen = choose_matrices(model, blocks)
+        structure = prove_replay(model, weights, blocks, chosen.blocks, pico_tokens(1))
+        hidden = Activations(limit=limit)
+        recording = record_batches(model, blocks, structure, list(pico_tokens().split(1)), hidden)
+        solver = Solver(METHODS["sparsegpt"])
+        walk = Walk(weights, blocks, chosen.blocks, solver.statistic, structure, recording, propagation)
+        results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5))
+        assert (hidden.bytes_on_disk > 0) == (limit is not None)
+        return dict(model.state_dict()), [result.mask_checksum for result in results]
+
+    state, masks = pruned(None)
+    # 4 batches of 32 × 64 float32: room for one of them.
+    other_state, other_masks = pruned(8192)
+    assert masks == other_masks
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
