@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from coprune.errors import BadInput
 from coprune.packed.folder import is_packed_folder, pack_folder, unpack_folder
@@ -63,12 +63,24 @@ def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path,
     assert index["metadata"]["total_size"] == sizes.packed
 
 
+def test_negative_zeros_are_counted_and_can_be_dropped(dense_folder: Path, tmp_path: Path):
+    sizes = pack_folder(dense_folder, tmp_path / "exact")
+    smaller = pack_folder(dense_folder, tmp_path / "packed", drop_negative_zeros=True)
+    assert sizes.negative_zeros == smaller.negative_zeros > 0  # the fixture multiplies by a mask
+    assert smaller.packed < 0.85 * sizes.packed
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    for shard in dense_folder.glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            again = load_file(tmp_path / "again" / shard.name)[name]
+            assert torch.equal(again, tensor)
+            if name in smaller.names:
+                assert not torch.signbit(again[again == 0]).any()
+
+
 def test_without_the_manifest_the_tensors_still_come_back(dense_folder: Path, tmp_path: Path):
     pack_folder(dense_folder, tmp_path / "packed")
     (tmp_path / "packed" / "coprune_packed.json").unlink()
     unpack_folder(tmp_path / "packed", tmp_path / "again")
-    from safetensors.torch import load_file
-
     for shard in dense_folder.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
             assert torch.equal(load_file(tmp_path / "again" / shard.name)[name], tensor)

@@ -55,6 +55,7 @@ def test_weight_is_the_dense_weight_and_memory_is_smaller():
     assert layer.packed.numel() < linear.weight.numel() * 4
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
     assert layer.header.kept == int(linear.weight.count_nonzero())
+    assert float(torch.signbit(linear.weight[linear.weight == 0]).float().mean()) > 0.1  # masks leave −0.0 behind
     assert torch.equal(layer.to_linear().weight, linear.weight)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from coprune.errors import BadInput, unknown_name
-from coprune.packed.format import FORMATS, VERSION, Format, is_packed, pack_tensor, unpack_tensor
+from coprune.packed.format import FORMATS, VERSION, Format, is_packed, negative_zeros, pack_tensor, unpack_tensor
 from coprune.packed.shards import (
     DTYPE_NAMES,
     METADATA_KEY,
@@ -51,16 +51,21 @@ class Sizes:
     """Dense bytes of those tensors that were packed."""
     packed_packed: int = 0
     """Packed bytes of the same tensors."""
+    negative_zeros: int = 0
+    """−0.0 found in matrices. Stored as values, they make a checkpoint larger than its zeros would suggest."""
     names: list[str] = field(default_factory=list)
     """The tensors that were packed."""
 
 
-def pack_folder(source: Path | str, target: Path | str, format: Format = "auto") -> Sizes:
+def pack_folder(
+    source: Path | str, target: Path | str, format: Format = "auto", drop_negative_zeros: bool = False
+) -> Sizes:
     """Write a packed copy of a dense checkpoint folder.
 
     source: a Hugging Face folder with safetensors; target: a folder that does not exist or is empty; format: `auto`
-    (the smaller layout of each tensor), `bitmask` or `nm`. A tensor that would not shrink stays as it is. One tensor
-    is in memory at a time. Raises BadInput on anything that cannot be packed, before writing.
+    (the smaller layout of each tensor), `bitmask` or `nm`; drop_negative_zeros: see pack_tensor (unpacking then gives
+    +0.0 in their places). A tensor that would not shrink stays as it is. One tensor is in memory at a time. Raises
+    BadInput on anything that cannot be packed, before writing.
     """
     source, target = Path(source), Path(target)
     if format not in FORMATS:
@@ -76,7 +81,7 @@ def pack_folder(source: Path | str, target: Path | str, format: Format = "auto")
     with replacing_folder(source, target) as out:
         for shard in shards:
             headers[shard.name] = base64.b64encode(zlib.compress(read_header_bytes(shard))).decode()
-            _pack_shard(shard, out / shard.name, format, sizes)
+            _pack_shard(shard, out / shard.name, format, drop_negative_zeros, sizes)
         config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": VERSION}
         _write_json(out / CONFIG, config)
         if (source / INDEX).exists():
@@ -169,14 +174,16 @@ def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
         raise
 
 
-def _pack_shard(source: Path, target: Path, format: Format, sizes: Sizes) -> None:
+def _pack_shard(source: Path, target: Path, format: Format, drop_negative_zeros: bool, sizes: Sizes) -> None:
     names = list(stored_order(read_header_bytes(source)))
     packed: list[str] = []
     checksums: dict[str, int] = {}
     with ShardWriter(target, names) as writer:
         for name, tensor in read_tensors(source):
             with named(source, name):
-                blob = _pack_one(tensor, format)
+                blob = _pack_one(tensor, format, drop_negative_zeros)
+            if tensor.ndim >= 2 and tensor.is_floating_point():
+                sizes.negative_zeros += int(negative_zeros(tensor).sum())
             dense_bytes = tensor.numel() * tensor.dtype.itemsize
             sizes.dense += dense_bytes
             if blob is None:
@@ -193,12 +200,12 @@ def _pack_shard(source: Path, target: Path, format: Format, sizes: Sizes) -> Non
         writer.finish({"format": "pt", METADATA_KEY: json.dumps(metadata, separators=(",", ":"))})
 
 
-def _pack_one(tensor: Tensor, format: Format) -> Tensor | None:
+def _pack_one(tensor: Tensor, format: Format, drop_negative_zeros: bool) -> Tensor | None:
     if is_packed(tensor):
         raise BadInput("it is packed already.")
     if tensor.dtype not in DTYPE_NAMES:
         raise BadInput(f"its dtype {tensor.dtype} is not one that coprune can copy.")
-    return pack_tensor(tensor, format)
+    return pack_tensor(tensor, format, drop_negative_zeros)
 
 
 def _unpack_shard(source: Path, target: Path, header: str | None) -> None:

@@ -94,18 +94,23 @@ class Header:
         return self.values_at + _aligned(self.values_bytes + SLACK)
 
 
-def pack_tensor(tensor: Tensor, format: Format = "auto") -> Tensor | None:
+def pack_tensor(tensor: Tensor, format: Format = "auto", drop_negative_zeros: bool = False) -> Tensor | None:
     """Pack a tensor, or return None where no allowed layout is smaller than the dense bytes.
 
     tensor: any floating dtype of DTYPE_CODES, 2 to 8 dimensions; others return None. format: a layout, or `auto`
-    for the smaller one (bitmask where equal). Returns a one-dimensional uint8 CPU tensor.
+    for the smaller one (bitmask where equal). drop_negative_zeros: weights that were pruned by multiplication with
+    a mask are full of −0.0, which would be stored as values; True treats them as zeros, and they come back as +0.0.
+    Returns a one-dimensional uint8 CPU tensor.
     """
     if format not in FORMATS:
         raise unknown_name("packed format", format, FORMATS)
     if tensor.dtype not in DTYPE_CODES or not 2 <= tensor.ndim <= MAX_DIMENSIONS or tensor.numel() == 0:
         return None
-    bits = tensor.detach().cpu().contiguous().view(BITS_OF_SIZE[tensor.dtype.itemsize])
+    tensor = tensor.detach().cpu().contiguous()
+    bits = tensor.view(BITS_OF_SIZE[tensor.dtype.itemsize])
     keep = bits != 0
+    if drop_negative_zeros:
+        bits, keep = bits.masked_fill(negative_zeros(tensor), 0), keep & ~negative_zeros(tensor)
     shape = tuple(tensor.shape)
     candidates: list[Header] = []
     if format != "nm":
@@ -121,6 +126,12 @@ def pack_tensor(tensor: Tensor, format: Format = "auto") -> Tensor | None:
     else:
         pattern, values = _encode_nm(bits, keep, smallest)
     return assemble_packed(smallest, pattern, values)
+
+
+def negative_zeros(tensor: Tensor) -> Tensor:
+    """Bool, where a floating tensor is −0.0."""
+    wide = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats cannot be compared
+    return (wide == 0) & torch.signbit(wide)
 
 
 def is_packed(tensor: Tensor) -> bool:

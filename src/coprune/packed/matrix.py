@@ -31,8 +31,11 @@ KERNEL_DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 
 
 def pack_matrix(weight: Tensor) -> Tensor | None:
-    """Pack an O × I weight for multiplication (bitmask layout), or None where that would not be smaller."""
-    return pack_tensor(weight, "bitmask")
+    """Pack an O × I weight for multiplication (bitmask layout), or None where that would not be smaller.
+
+    Negative zeros become zeros, which no product tells apart.
+    """
+    return pack_tensor(weight, "bitmask", drop_negative_zeros=True)
 
 
 def for_kernels(blob: Tensor) -> Tensor:
