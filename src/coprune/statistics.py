@@ -159,7 +159,7 @@ class InputSample:
 
     def __init__(self, width: int, batches: int) -> None:
         self.width = width
-        self._per_batch = max(1, -(-self.tokens // batches))
+        self._per_batch = max(1, -(-self.tokens // max(batches, 1)))
         self._rows: list[Tensor] = []
         self.count = 0  # tokens seen, not kept
 
@@ -169,6 +169,11 @@ class InputSample:
         self.count += x_TI.shape[0]
         step = max(1, x_TI.shape[0] // self._per_batch)
         self._rows.append(x_TI[step // 2 :: step][: self._per_batch].to(torch.float32, copy=True))
+
+    def replace(self, inputs: Tensor, count: int) -> None:
+        """Put in place what several samples hold together. inputs: N × I float32; count: tokens that they saw."""
+        self._rows = [inputs]
+        self.count = count
 
     @property
     def inputs(self) -> Tensor:

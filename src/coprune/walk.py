@@ -139,6 +139,10 @@ class Walk:
     """Whether `recording.hidden` still holds a block's inputs at its BlockDone, for a caller that trains the block."""
     need_outputs: bool = False
     """Whether the last block's outputs are wanted (in `recording.hidden`) when the walk ends."""
+    reduce: Callable[[Inputs], None] = lambda inputs: None
+    """Adds what other processes saw with their share of the samples; called once for all inputs, in the same order."""
+    agree: Callable[[int | None], list[int]] = lambda position: [] if position is None else [position]
+    """Tells which matrices the other processes would solve next (see `Lockstep`)."""
     advance: Callable[[float], None] = lambda blocks: None
     """Called with the share of a block that was done, for a progress bar."""
 
@@ -174,7 +178,7 @@ class Walk:
             yield from (MatricesReady([matrix], None) for matrix in matrices)
             self.advance(1.0)
             return
-        gathered = _Gathered(self.structure.groups[block.index], self.statistic, len(self.recording.hidden))
+        gathered = self._gathered(self.structure.groups[block.index], len(self.recording.hidden))
         if self.propagation == "sequential" and self.changes:
             self._run_dense(block)
             yield from self._visit_in_step(block, gathered)
@@ -200,12 +204,20 @@ class Walk:
             self.advance((0.5 if self.keep_inputs else 1.0) / len(hidden))
 
         step = Lockstep(
-            len(hidden), self.matrices[block.index], lambda batch: self._run(block, batch), gathered.see, finish
+            len(hidden),
+            self.matrices[block.index],
+            lambda batch: self._run(block, batch),
+            gathered.see,
+            finish,
+            self.agree,
         )
         while (matrix := step.next_matrix()) is not None:
             group, inputs = gathered.take(matrix)
             yield MatricesReady(group, inputs)
             step.solved(group)
+
+    def _gathered(self, groups: Sequence[list[Matrix]], batches: int) -> _Gathered:
+        return _Gathered(groups, self.statistic, batches, self.reduce)
 
     def _run_dense(self, block: Block) -> None:
         """Move the dense model's hidden states on through the block, which still has its dense weights."""
@@ -238,7 +250,7 @@ class Walk:
         if self.recording is None or self.structure is None:
             yield from (MatricesReady([matrix], None) for matrix in self.outside)
             return
-        gathered = _Gathered([[matrix] for matrix in self.outside], self.statistic, len(self.recording.hidden))
+        gathered = self._gathered([[matrix] for matrix in self.outside], len(self.recording.hidden))
         model = self.weights.model
         for batch, (tokens, hidden) in enumerate(zip(self.recording.tokens, self.recording.hidden, strict=True)):
             with torch.no_grad(), Observe(self.outside, partial(gathered.see, batch)):
@@ -253,14 +265,21 @@ class Walk:
 class _Gathered:
     """The inputs of one block's groups of matrices while its batches run."""
 
-    def __init__(self, groups: Sequence[list[Matrix]], statistic: type[InputNorm] | None, batches: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[list[Matrix]],
+        statistic: type[InputNorm] | None,
+        batches: int,
+        reduce: Callable[[Inputs], None],
+    ) -> None:
         self._groups = {group[0].name: group for group in groups}
         self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
         self._statistic = statistic
         self._batches = batches
+        self._reduce = reduce
         self._inputs: dict[str, Inputs] = {}
+        self._complete: set[str] = set()
         self._pools: dict[str, InputNorm] = {}
-        self._pooled: set[str] = set()
         self.dense: dict[str, Tensor] = {}
         """What the matrices of the batch at hand are multiplied with in the dense model, by name."""
 
@@ -283,32 +302,36 @@ class _Gathered:
     def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:
         """Hand out a group and what was gathered for it, and forget it."""
         leader = self._leader[matrix.name]
-        group = self._groups.pop(leader)
-        inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
-        if matrix.expert is not None and inputs.statistic is not None:
-            inputs.pool = self._pool_of(matrix)
-        del self._inputs[leader]
-        return group, inputs
-
-    def _pool_of(self, matrix: Matrix) -> InputNorm:
-        """The merged statistic of the experts that share this one's parameter.
-
-        In `block` propagation all of them are known by now. In `sequential` those further on are not: an expert's pool
-        is then of itself and the experts before it.
-        """
-        layer = matrix.name.partition("[")[0]
-        if layer not in self._pools:
-            assert self._statistic is not None
-            self._pools[layer] = self._statistic(matrix.shape[1], matrix.stored().device)
-        pool = self._pools[layer]
-        for name in [name for name in self._inputs if name.partition("[")[0] == layer and name not in self._pooled]:
-            statistic = self._inputs[name].statistic
-            assert statistic is not None
-            pool.merge(statistic)
-            self._pooled.add(name)
-        return pool
+        self._finish(leader)
+        return self._groups.pop(leader), self._inputs.pop(leader)
 
     def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
         """Hand out all groups that are left, in order."""
+        # All of them are complete before the first is shown, so that every expert knows its whole layer.
+        for leader in self._groups:
+            self._finish(leader)
         while self._groups:
             yield self.take(next(iter(self._groups.values()))[0])
+
+    def _finish(self, leader: str) -> None:
+        """Complete the inputs of a group, to which nothing will be added any more."""
+        if leader in self._complete:
+            return
+        matrix = self._groups[leader][0]
+        inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
+        self._reduce(inputs)
+        if matrix.expert is not None and inputs.statistic is not None:
+            inputs.pool = self._pool_of(matrix, inputs.statistic)
+        self._complete.add(leader)
+
+    def _pool_of(self, matrix: Matrix, statistic: InputNorm) -> InputNorm:
+        """The merged statistic of the experts that share this one's parameter.
+
+        In `block` propagation it holds all of them by the time that the first is shown. In `sequential` those further
+        on are not known yet: an expert's pool is then of itself and the experts before it.
+        """
+        layer = matrix.name.partition("[")[0]
+        if layer not in self._pools:
+            self._pools[layer] = type(statistic)(matrix.shape[1], matrix.stored().device)
+        self._pools[layer].merge(statistic)
+        return self._pools[layer]

@@ -49,7 +49,8 @@ class Lockstep:
     """All lanes of one block.
 
     run: batch number → function of the batch that runs the block; see: called for every product with the batch number,
-    the matrix and its input; returns nothing.
+    the matrix and its input, returns nothing; agree: turns the position of the matrix that this process would solve next
+    (None if its lanes have ended) into the positions of all processes that walk in step.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class Lockstep:
         run: Callable[[int], Tensor],
         see: Callable[[int, Matrix, Tensor], None],
         finish: Callable[[int, Tensor], None],
+        agree: Callable[[int | None], list[int]] = lambda position: [] if position is None else [position],
     ) -> None:
+        self._matrices = matrices
+        self._agree = agree
         self._order = {matrix.name: position for position, matrix in enumerate(matrices)}
         self._solved: set[str] = set()
         self._lanes = [self._lane(batch, matrices, run, see, finish) for batch in range(batches)]
@@ -90,6 +94,11 @@ class Lockstep:
             if not lane.ended and (lane.waits_for is None or lane.waits_for.name in self._solved):
                 lane.go_on()
         waiting = [lane.waits_for for lane in self._lanes if lane.waits_for is not None and not lane.ended]
+        own = self._first(waiting)
+        # A process whose own lanes have no token for an expert still solves it together with the others.
+        return self._first([self._matrices[i] for i in self._agree(None if own is None else self._order[own.name])])
+
+    def _first(self, waiting: Sequence[Matrix]) -> Matrix | None:
         if not waiting:
             return None
         # Lanes part only inside a mixture, where one batch has no tokens for an expert. The expert that comes first is
