@@ -1,0 +1,1 @@
+"""Recover what pruning cost: training that keeps every zero a zero."""

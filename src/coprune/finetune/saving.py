@@ -1,0 +1,65 @@
+"""Save a fine-tuned model as an ordinary checkpoint, unless a pruned weight in it is not zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.checkpoint.companions import save_companions
+from coprune.checkpoint.load import prepare
+from coprune.checkpoint.weights import InMemory
+from coprune.checkpoint.writer import REST, CheckpointWriter
+from coprune.files import write_text
+from coprune.finetune.masks import Masks, plain_parameters
+from coprune.model.blocks import find_blocks
+from coprune.model.prove import prove_replay
+from coprune.model.record import input_device
+from coprune.pruning import MatrixResult
+from coprune.verify import verify_saved
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    masks: Masks,
+    dtype: torch.dtype,
+    folder: Path,
+    card: str,
+) -> None:
+    """Write a model in memory to a folder, in the dtype that its checkpoint had, and reload it to compare.
+
+    Raises BrokenMask before anything is written, BadInput if the folder is taken or the disk is full, and
+    VerificationError if what was written is not what was in memory.
+    """
+    torch.nn.Module.to(prepare(model), dtype=dtype)
+    masks.verify(plain_parameters(model))
+    blocks = find_blocks(model)
+    names = [block.name for block in blocks]
+    weights = InMemory(model)
+    writer = CheckpointWriter(folder, [REST, *names], weights.total_bytes)
+    for name in names:
+        writer.write(name, weights.original_tensors(name))
+    writer.write(REST, weights.rest_tensors(names))
+    save_companions(model, tokenizer, writer.partial)
+    write_text(writer.partial / "README.md", card)
+    writer.finish()
+    probe = torch.zeros(1, 8, dtype=torch.int64, device=input_device(model))
+    structure = prove_replay(model, weights, blocks, [[] for _ in blocks], probe)
+    verify_saved(folder, weights, blocks, structure, _checksums(masks))
+
+
+def _checksums(masks: Masks) -> list[MatrixResult]:
+    return [
+        MatrixResult(
+            name=entry.matrix.name,
+            shape=entry.matrix.shape,
+            sparsity=entry.matrix.zeros() / (entry.matrix.shape[0] * entry.matrix.shape[1]),
+            relative_layer_error=None,
+            tokens=None,
+            mask_checksum=entry.matrix.mask_checksum(),
+            seconds=0.0,
+        )
+        for entry in masks.matrices
+    ]
