@@ -23,6 +23,7 @@ from torch import Tensor
 
 from coprune.errors import BadInput, unknown_name
 from coprune.packed.format import FORMATS, VERSION, Format, is_packed, negative_zeros, pack_tensor, unpack_tensor
+from coprune.packed.registration import QUANT_METHOD
 from coprune.packed.shards import (
     DTYPE_NAMES,
     METADATA_KEY,
@@ -38,7 +39,6 @@ from coprune.packed.shards import (
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "coprune_packed.json"
-QUANT_METHOD = "coprune"
 
 
 @dataclass

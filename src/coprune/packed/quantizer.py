@@ -1,0 +1,211 @@
+"""Loading packed folders with transformers' from_pretrained.
+
+A packed tensor has the dense one's name, so all of transformers' renamings and fusions (experts, qkv) apply as they
+are, once it is unpacked: unpacking is put before the operations of every conversion, and on its own for every tensor
+that has none. To keep a linear layer packed, the layer is replaced by a PackedSlot, whose `weight` buffer has the
+length of the packed tensor; transformers fills it as any other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from coprune.errors import BadInput
+from coprune.packed.folder import CONFIG, is_packed_folder
+from coprune.packed.format import VERSION, Header, expand_checked, is_packed, read_header
+from coprune.packed.linear import PackedLinear, PackedSlot
+from coprune.packed.registration import QUANT_METHOD, register_with_transformers
+from coprune.packed.shards import METADATA_KEY, check_shard
+
+logger = logging.getLogger(__name__)
+
+
+class CopruneConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed folder."""
+
+    def __init__(self, version: int = VERSION, keep_packed: bool = False, **other: Any) -> None:
+        """version: of the format; keep_packed: whether linear layers stay packed in memory."""
+        if version != VERSION:
+            raise BadInput(f"packed format version {version}; this coprune reads version {VERSION}. Update coprune.")
+        self.quant_method: Any = QUANT_METHOD  # transformers' own ones are an enum
+        self.version = version
+        self.keep_packed = keep_packed
+
+    @property
+    def dequantize(self) -> bool:
+        """What transformers asks: whether the loaded model is an ordinary dense one."""
+        return not self.keep_packed
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: how a model was held in memory is no property of its folder."""
+        return {"quant_method": QUANT_METHOD, "version": self.version}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a config given to from_pretrained may change of the one in the folder."""
+        return {"keep_packed": self.keep_packed}
+
+
+class Unpack(ConversionOps):
+    """The load operation: packed tensors become dense ones, all others pass."""
+
+    def __init__(self, quantizer: CopruneQuantizer, alone: bool) -> None:
+        """alone: whether this is the only operation, and so has to name its result."""
+        self.slots = quantizer.slots
+        self.alone = alone
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **context: Any) -> dict[str, Any]:
+        """Unpack what is packed, into the dtype of the parameter it is for."""
+        name, model = context["full_layer_name"], context["model"]
+        if self.alone:
+            (tensors,) = input_dict.values()
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            return {name: tensor if name in self.slots else _unpack(tensor, _dtype_of(model, name))}
+        dtype = _dtype_of(model, name)
+        return {
+            key: [_unpack(tensor, dtype) for tensor in tensors]
+            if isinstance(tensors, list)
+            else _unpack(tensors, dtype)
+            for key, tensors in input_dict.items()
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
+        return self  # transformers copies a converter for every tensor
+
+
+class CopruneQuantizer(HfQuantizer):
+    """transformers' hooks around the loading of a packed folder."""
+
+    quantization_config: CopruneConfig
+
+    def __init__(self, quantization_config: CopruneConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.slots: set[str] = set()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to pack on the fly: packing follows pruning."""
+        if not self.pre_quantized:
+            raise BadInput("this folder is not packed: pack it with `coprune pack` first, or load it without a config.")
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Check every checksum before anything is loaded, and replace the layers that stay packed."""
+        headers: dict[str, Header] = {}
+        for path in kwargs.get("checkpoint_files") or []:
+            headers.update(check_shard(Path(path)))
+        if self.quantization_config.keep_packed:
+            self.slots = _insert_slots(model, headers)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Unpack first in every conversion of the model, and on its own for all other tensors."""
+        updated = [
+            conversion.copy(
+                conversion._original_source_patterns.copy(),
+                conversion._original_target_patterns.copy(),
+                operations=[Unpack(self, alone=False), *conversion.operations],
+            )
+            if isinstance(conversion, WeightConverter)
+            else conversion
+            for conversion in weight_conversions
+        ]
+        return [*updated, WeightConverter([r"^(.+)$"], [r"\1"], [Unpack(self, alone=True)])]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for module in list(model.modules()):
+            if isinstance(module, PackedSlot):
+                module.fill()
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # ours do not reverse; saving looks the model's own up again
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """For save_pretrained of a model that is kept packed: packed tensors under the weights' names."""
+        layers = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        state: dict[str, Tensor] = {}
+        for key, tensor in model.state_dict().items():
+            layer, _, last = key.rpartition(".")
+            state[f"{layer}.weight" if last == "packed" and layer in layers else key] = tensor
+        names = [f"{layer}.weight" for layer in sorted(layers)]
+        return state, {METADATA_KEY: json.dumps({"version": VERSION, "packed": names, "crc32": {}})}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, module.to_linear())
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved configuration holds its name
+        return model if wanted is None else model.to(wanted)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) -> Any:
+    """A causal language model from a packed folder, with its linear layers kept packed in memory.
+
+    keep_packed: False unpacks on load, as from_pretrained does. options: those of from_pretrained. Raises BadInput
+    on a folder that is not packed or is damaged.
+    """
+    if not is_packed_folder(folder):
+        raise BadInput(f"{folder} is not a packed folder: its {CONFIG} does not name {QUANT_METHOD!r}.")
+    for shard in sorted(Path(folder).glob("*.safetensors")):
+        check_shard(shard)  # before transformers opens the files, whose own errors name neither cause nor fix
+    register_with_transformers()
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["keep_packed"] = keep_packed
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+
+
+def _insert_slots(model: PreTrainedModel, headers: dict[str, Header]) -> set[str]:
+    """Replace the linear layers whose packed weight arrives whole. Returns the weights' names in the model."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    parameters = dict(model.state_dict())
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    slots = set()
+    for key, header in headers.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if name not in parameters or pattern is not None or name in tied or not name.endswith(".weight"):
+            continue
+        module = model.get_submodule(name.removesuffix(".weight"))
+        if type(module) is not nn.Linear or tuple(module.weight.shape) != header.shape:
+            continue
+        if module.weight.dtype != header.dtype:
+            logger.warning(
+                "%s is stored as %s and wanted as %s, so it is unpacked", name, header.dtype, module.weight.dtype
+            )
+            continue
+        model.set_submodule(name.removesuffix(".weight"), PackedSlot(header.total_bytes, module))
+        slots.add(name)
+    return slots
+
+
+def _unpack(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if not is_packed(tensor):
+        return tensor
+    # Checked already; the header is read again, since it travels with the tensor through renamings.
+    dense = expand_checked(tensor.cpu(), read_header(tensor)).to(tensor.device)
+    return dense if dtype is None else dense.to(dtype)
+
+
+def _dtype_of(model: nn.Module, name: str) -> torch.dtype | None:
+    owner, _, last = name.rpartition(".")
+    wanted = getattr(model.get_submodule(owner), last, None)
+    return wanted.dtype if isinstance(wanted, Tensor) and wanted.is_floating_point() else None
