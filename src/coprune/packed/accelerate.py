@@ -1,0 +1,92 @@
+"""Converting a model in memory, matrix by matrix, only where a measurement on this device wins."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from coprune.errors import BadInput
+from coprune.packed.linear import PackedLinear
+from coprune.packed.semi_structured import can_convert, semi_structured_linear
+from coprune.packed.timing import time_in_turns
+
+MEASURED_LAYERS = 12  # of one kind, in turn, so that their weights come from memory as in a real model
+WORTH_IT = 1.03  # below this the difference is within the noise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured for the linear layers of one shape, dtype and sparsity, and what they became."""
+
+    kind: str
+    """dense, packed or semi-structured."""
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    sparsity: float
+    speedup: float
+    """Median time of the dense layer over that of the best alternative (1.0 where there was none)."""
+
+
+@torch.no_grad()
+def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choice]:
+    """Replace, in place, the linear layers for which another form is faster on this device.
+
+    model: pruned, for inference; batch: the number of inputs at a time to be fast for (1: decoding one sequence).
+    Layers are measured by shape, dtype and sparsity (in steps of 5 %), in turns with the dense ones. Layers with
+    shared weights (tied embeddings) stay. Returns every group with what was measured.
+    """
+    if batch < 1 or repeats < 1:
+        raise BadInput("batch and repeats must be at least 1.")
+    choices = []
+    for (rows, columns, _, tenths), layers in _groups(model).items():
+        choice = _accelerate_group(model, layers, batch, repeats)
+        choices.append(Choice(choice[0], tuple(layers), (rows, columns), tenths / 20, choice[1]))
+    return choices
+
+
+def _groups(model: nn.Module) -> dict[tuple[int, int, torch.dtype, int], dict[str, nn.Linear]]:
+    uses: dict[int, int] = defaultdict(int)
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] += 1
+    groups: dict[tuple[int, int, torch.dtype, int], dict[str, nn.Linear]] = defaultdict(dict)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and uses[id(module.weight)] == 1:
+            zeros = 1 - float(module.weight.count_nonzero()) / module.weight.numel()
+            groups[(*module.weight.shape, module.weight.dtype, round(zeros * 20))][name] = module
+    return groups
+
+
+def _accelerate_group(model: nn.Module, layers: dict[str, nn.Linear], batch: int, repeats: int) -> tuple[str, float]:
+    sample = dict(list(layers.items())[:MEASURED_LAYERS])
+    forms: dict[str, Callable[[nn.Linear], nn.Module | None]] = {"packed": PackedLinear.from_linear}
+    if all(can_convert(layer) for layer in layers.values()):
+        forms["semi-structured"] = semi_structured_linear
+    made: dict[str, list[nn.Module]] = {"dense": list(sample.values())}
+    for kind, form in forms.items():
+        converted = [form(layer) for layer in sample.values()]
+        if all(layer is not None for layer in converted):
+            made[kind] = [layer for layer in converted if layer is not None]
+    if len(made) == 1:
+        return "dense", 1.0
+    weight = next(iter(layers.values())).weight
+    x = torch.randn(batch, weight.shape[1]).to(weight)
+    times = time_in_turns({kind: partial(_run, form, x) for kind, form in made.items()}, repeats)
+    best = min((kind for kind in made if kind != "dense"), key=lambda kind: times[kind].median)
+    speedup = times["dense"].median / times[best].median
+    if speedup < WORTH_IT:
+        return "dense", speedup
+    for name, layer in layers.items():
+        converted_layer = forms[best](layer)
+        if converted_layer is not None:
+            model.set_submodule(name, converted_layer.train(layer.training))
+    return best, speedup
+
+
+def _run(layers: list[nn.Module], x: Tensor) -> None:
+    for layer in layers:
+        layer(x)

@@ -1,0 +1,201 @@
+"""What packing brings on this machine: prefill and decoding, dense against packed, in turns within one process."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from coprune.errors import BadInput
+from coprune.packed.accelerate import accelerate
+from coprune.packed.kernels.build import instruction_set
+from coprune.packed.linear import pack_linears
+from coprune.packed.registration import register_with_transformers
+from coprune.packed.semi_structured import can_convert, semi_structured_linear
+from coprune.packed.timing import Timing, measure_bandwidth, summarise, time_in_turns, time_once
+
+NO_GAIN = 1.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: a form of the model, at one batch size, in one phase."""
+
+    phase: str
+    """prefill (a whole prompt at once) or decode (one token per sequence)."""
+    form: str
+    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured."""
+    batch: int
+    seconds: Timing
+    """Of one forward pass."""
+    tokens_per_second: float
+    speedup: float
+    """Median time of the dense form over this one's."""
+
+
+@dataclass
+class Bench:
+    """Everything that `bench` measured."""
+
+    model: str
+    device: str
+    threads: int
+    dtype: str
+    instruction_set: str
+    bandwidth: float
+    """Bytes per second, measured; 0 where it was not (GPU)."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Of each form's weights in memory."""
+    rows: list[Row] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def bench(
+    folder: Path | str,
+    batches: Sequence[int] = (1, 4),
+    prompt: int = 128,
+    tokens: int = 24,
+    repeats: int = 5,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> Bench:
+    """Measure prefill and decoding of a pruned causal language model in every form that this device has.
+
+    folder: dense or packed checkpoint; batches: sequences at a time; prompt: tokens of the prompt (also what decoding
+    attends to); tokens: decoding steps per form; repeats: of each prefill. The first form, dense, is the baseline.
+    Raises BadInput if the folder is not a checkpoint or a number is not positive.
+    """
+    if min(prompt, tokens, repeats, *batches) < 1:
+        raise BadInput("batches, prompt, tokens and repeats must be at least 1.")
+    if not (Path(folder) / "config.json").exists():
+        raise BadInput(f"{folder} has no config.json; give a checkpoint folder, dense or packed.")
+    register_with_transformers()
+    config = AutoConfig.from_pretrained(folder)
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    return bench_model(dense.to(device).eval(), str(folder), batches, prompt, tokens, repeats)
+
+
+@torch.no_grad()
+def bench_model(
+    dense: Any, name: str, batches: Sequence[int], prompt: int = 128, tokens: int = 24, repeats: int = 5
+) -> Bench:
+    """The same for a model in memory, which is not changed."""
+    forms = make_forms(dense)
+    on_cpu = dense.device.type == "cpu"
+    result = Bench(
+        model=name,
+        device=str(dense.device) if on_cpu else torch.cuda.get_device_name(dense.device),
+        threads=torch.get_num_threads(),
+        dtype=str(dense.dtype).removeprefix("torch."),
+        instruction_set=instruction_set(),
+        bandwidth=measure_bandwidth() if on_cpu else 0.0,
+        bytes={form: weight_bytes(model) for form, model in forms.items()},
+    )
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches:
+        vocabulary = dense.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(dense.device)
+        prefill = time_in_turns({form: partial(_prefill, model, ids) for form, model in forms.items()}, repeats)
+        decode = _time_decoding(forms, ids, tokens)
+        result.rows += _rows("prefill", batch, batch * prompt, prefill)
+        result.rows += _rows("decode", batch, batch, decode)
+    return result
+
+
+def make_forms(dense: nn.Module) -> dict[str, Any]:
+    """The model itself and copies of it in every form that this device has. Weights that stay dense are shared."""
+    forms: dict[str, Any] = {"dense": dense}
+    packed = share_weights(dense)
+    if pack_linears(packed):
+        forms["packed"] = packed
+    accelerated = share_weights(dense)
+    if any(choice.kind != "dense" for choice in accelerate(accelerated)):
+        forms["accelerated"] = accelerated
+    semi_structured = share_weights(dense)
+    convertible = [
+        (name, module)
+        for name, module in semi_structured.named_modules()
+        if type(module) is nn.Linear and can_convert(module)
+    ]
+    for name, module in convertible:
+        semi_structured.set_submodule(name, semi_structured_linear(module))
+    if convertible:
+        forms["semi-structured"] = semi_structured
+    return forms
+
+
+def share_weights(model: nn.Module) -> Any:
+    """A copy of the modules that holds the same parameters."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
+def format_bench(result: Bench) -> str:
+    """A table for people, which says plainly where there is no gain."""
+    lines = [f"{result.model}: {result.dtype}, {result.threads} threads, {result.device}, {result.instruction_set}"]
+    dense = result.bytes["dense"]
+    for form, size in result.bytes.items():
+        limit = f", memory allows {result.bandwidth / size:.1f} tokens/s" if result.bandwidth else ""
+        lines.append(f"{form:<16} {size / 1e6:9.1f} MB in memory ({size / dense:.2f} of dense{limit})")
+    lines.append(f"{'phase':<8} {'batch':>5} {'form':<16} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}")
+    for row in result.rows:
+        t = row.seconds
+        spread = f"{t.median * 1e3:.2f} ({t.low * 1e3:.2f}–{t.high * 1e3:.2f})"
+        verdict = "" if row.form == "dense" or row.speedup >= NO_GAIN else "  no gain here"
+        lines.append(
+            f"{row.phase:<8} {row.batch:>5} {row.form:<16} {spread:>24} {row.tokens_per_second:>9.1f} "
+            f"{row.speedup:>8.2f}×{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def _prefill(model: Any, ids: Tensor) -> None:
+    model(ids, use_cache=True, logits_to_keep=1)
+
+
+def _time_decoding(forms: dict[str, Any], ids: Tensor, tokens: int) -> dict[str, Timing]:
+    """Every form decodes the same tokens, one step of each in turn."""
+    caches: dict[str, dict[str, DynamicCache]] = {}
+    for form, model in forms.items():
+        caches[form] = {_cache_argument(model): DynamicCache(config=model.config)}
+        model(ids, **caches[form], logits_to_keep=1)
+    seconds: dict[str, list[float]] = {form: [] for form in forms}
+    step = ids[:, -1:]
+    for _ in range(tokens):
+        calls: dict[str, Callable[[], object]] = {
+            form: partial(model, step, **caches[form]) for form, model in forms.items()
+        }
+        for form, call in calls.items():
+            seconds[form].append(time_once(call))
+    return {form: summarise(values[1:] or values) for form, values in seconds.items()}
+
+
+def _cache_argument(model: Any) -> str:
+    """transformers renamed the argument in 5.2x and warns about the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _rows(phase: str, batch: int, tokens: int, timings: dict[str, Timing]) -> list[Row]:
+    dense = timings["dense"].median
+    return [
+        Row(phase, form, batch, timing, tokens / timing.median, dense / timing.median)
+        for form, timing in timings.items()
+    ]

@@ -1,0 +1,82 @@
+"""Timing alternatives against each other on a machine that does other things too.
+
+Alternatives take turns within one process, so that what disturbs one disturbs the others; medians and quartiles are
+compared, and only ratios mean anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from coprune.packed.kernels.build import MatrixStruct, load_kernels
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Call each alternative `repeats` times, in turns, after one unmeasured call of each."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(time_once(call))
+    return {name: summarise(values) for name, values in seconds.items()}
+
+
+def time_once(call: Callable[[], object]) -> float:
+    """Seconds of one call, a GPU's work included."""
+    wait_for_device()
+    start = time.perf_counter()
+    call()
+    wait_for_device()
+    return time.perf_counter() - start
+
+
+def summarise(seconds: list[float]) -> Timing:
+    """Median and quartiles of a few measurements."""
+    if len(seconds) < 2:
+        return Timing(seconds[0], seconds[0], seconds[0])
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def wait_for_device() -> None:
+    """Let a GPU finish what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_bandwidth(repeats: int = 7) -> float:
+    """Bytes per second that this machine's memory gives to PyTorch's number of threads: the best of several reads.
+
+    Reads 256 MiB, far more than the caches hold, through the dense kernel (which does nothing but read and add).
+    """
+    rows, columns = 16384, 4096
+    weights = torch.ones(rows, columns)
+    library = load_kernels()
+    best = float("inf")
+    x, y = torch.ones(columns), torch.empty(rows)
+    struct = MatrixStruct(None, weights.data_ptr(), None, None, rows, columns)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        if library is None:
+            weights.sum()
+        else:
+            pointers = (x.data_ptr(), y.data_ptr())
+            library.coprune_multiply(ctypes.addressof(struct), 4, 1, *pointers, 1, torch.get_num_threads())
+        best = min(best, time.perf_counter() - start)
+    return weights.numel() * 4 / best

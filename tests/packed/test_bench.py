@@ -1,0 +1,117 @@
+"""Bench and accelerate: what they report is consistent, and what they convert computes the same. No times asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from coprune.errors import BadInput
+from coprune.packed import accelerate as accelerate_module
+from coprune.packed.accelerate import accelerate
+from coprune.packed.bench import Bench, bench, bench_model, format_bench, make_forms, share_weights
+from coprune.packed.folder import pack_folder
+from coprune.packed.linear import PackedLinear, pack_linears
+from coprune.packed.semi_structured import can_convert, is_two_of_four
+from coprune.packed.timing import Timing, summarise, time_in_turns
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.data.masked_fill_(torch.rand(parameter.shape) < 0.6, 0.0)
+    return model
+
+
+def test_bench_measures_every_form_from_dense_and_packed_folders(model: PreTrainedModel, tmp_path, monkeypatch):
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda: 1e9)
+    model.save_pretrained(tmp_path / "dense")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    for folder in ("dense", "packed"):
+        result = bench(tmp_path / folder, batches=(1, 2), prompt=8, tokens=3, repeats=2)
+        assert {row.form for row in result.rows} >= {"dense", "packed"}
+        assert result.bytes["packed"] < result.bytes["dense"]
+        for row in result.rows:
+            tokens = row.batch * (8 if row.phase == "prefill" else 1)
+            assert row.tokens_per_second == pytest.approx(tokens / row.seconds.median)
+            assert row.seconds.low <= row.seconds.median <= row.seconds.high
+            assert row.form != "dense" or row.speedup == 1.0
+        json.dumps(result.to_dict())
+
+
+def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypatch):
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda: 0.0)
+    result = bench_model(model, "tiny", (1,), prompt=4, tokens=2, repeats=2)
+    assert isinstance(result, Bench)
+    slow = [row for row in result.rows if row.form != "dense" and row.speedup < 1.03]
+    assert format_bench(result).count("no gain here") == len(slow)
+
+
+def test_the_forms_compute_the_same_and_the_model_is_unchanged(model: PreTrainedModel):
+    names = [type(module) for module in model.modules()]
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        for form in make_forms(model).values():
+            torch.testing.assert_close(form(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert [type(module) for module in model.modules()] == names
+
+
+def test_copies_share_the_weights_that_stay_dense(model: PreTrainedModel):
+    copy = share_weights(model)
+    assert [id(p) for p in copy.parameters()] == [id(p) for p in model.parameters()]
+    pack_linears(copy)
+    assert any(isinstance(module, PackedLinear) for module in copy.modules())
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(("packed_seconds", "kind"), [(0.5, "packed"), (2.0, "dense"), (0.99, "dense")])
+def test_only_what_wins_is_converted(model: PreTrainedModel, monkeypatch, packed_seconds: float, kind: str):
+    def timings(calls, repeats):
+        return {name: Timing(*[1.0 if name == "dense" else packed_seconds] * 3) for name in calls}
+
+    monkeypatch.setattr(accelerate_module, "time_in_turns", timings)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        choices = accelerate(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+    pruned = [choice for choice in choices if choice.sparsity > 0.3]
+    assert {choice.kind for choice in pruned} == {kind}
+    assert all(choice.speedup == pytest.approx(1 / packed_seconds) for choice in pruned)
+    head = next(choice for choice in choices if choice.names == ("lm_head",))
+    assert (head.kind, head.speedup) == ("dense", 1.0)
+    converted = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert converted == ({name for choice in pruned for name in choice.names} if kind == "packed" else set())
+
+
+def test_alternatives_take_turns():
+    order: list[str] = []
+    time_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert summarise([3.0, 1.0, 2.0]) == Timing(2.0, 1.5, 2.5)
+    assert summarise([1.0]) == Timing(1.0, 1.0, 1.0)
+
+
+def test_two_of_four_is_recognised():
+    weight = torch.tensor([[1.0, 0, 2, 0, 0, 0, 3, 0]])
+    assert is_two_of_four(weight)
+    weight[0, 1] = 1.0
+    assert not is_two_of_four(weight)
+    assert not is_two_of_four(torch.ones(4, 6))
+    assert not can_convert(torch.nn.Linear(64, 64))  # not on a GPU
+
+
+def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path):
+    with pytest.raises(BadInput, match="at least 1"):
+        accelerate(model, batch=0)
+    with pytest.raises(BadInput, match="at least 1"):
+        bench(tmp_path, tokens=0)
+    with pytest.raises(BadInput, match=r"config\.json"):
+        bench(tmp_path)
