@@ -1,0 +1,120 @@
+"""Products from packed weights against dense ones on this CPU, and a synthetic model, as ratios.
+
+    python benchmarks/decode.py [--threads 2] [--sizes 2048x2048,4096x4096] [--batches 1,4,16] [--model]
+
+For every size, dtype and sparsity: PyTorch's dense product, our own dense kernel, and the packed one, in turns over
+several matrices that together exceed the caches (as the layers of a model do). "of limit" is how close the packed
+product comes to its bytes divided by the measured bandwidth of the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from coprune.packed.bench import bench_model, format_bench
+from coprune.packed.format import read_header
+from coprune.packed.kernels.build import MatrixStruct, instruction_set, load_kernels
+from coprune.packed.matrix import native_matrix, pack_matrix
+from coprune.packed.timing import measure_bandwidth, time_in_turns
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> None:
+    """Print one line per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", default="2048x2048,4096x4096")
+    parser.add_argument("--batches", default="1,2,4,8,16")
+    parser.add_argument("--sparsities", default="0.5,0.8")
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--megabytes", type=int, default=128, help="of dense matrices per measurement")
+    parser.add_argument("--model", action="store_true", help="also a model of 1B width, four blocks deep")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bandwidth = measure_bandwidth()
+    print(f"{options.threads} threads, {instruction_set()}, memory {bandwidth / 1e9:.1f} GB/s")
+    for size in options.sizes.split(","):
+        rows, columns = map(int, size.split("x"))
+        for name, dtype in DTYPES.items():
+            for sparsity in map(float, options.sparsities.split(",")):
+                matrices = _matrices(rows, columns, dtype, sparsity, options.megabytes << 20)
+                for batch in map(int, options.batches.split(",")):
+                    print(f"{size:>11} {name:<9} {sparsity:.0%}", end="")
+                    _print_products(matrices, batch, options.repeats, bandwidth)
+    if options.model:
+        for dtype in DTYPES.values():
+            print(format_bench(bench_model(_synthetic_model(dtype), "synthetic", (1, 4), prompt=64, tokens=24)))
+
+
+def _matrices(
+    rows: int, columns: int, dtype: torch.dtype, sparsity: float, size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    matrices = []
+    for _ in range(max(size // (rows * columns * dtype.itemsize), 1)):
+        weight = torch.randn(rows, columns).to(dtype)
+        weight.masked_fill_(torch.rand(rows, columns) < sparsity, 0.0)
+        packed = pack_matrix(weight)
+        assert packed is not None
+        matrices.append((weight, packed))
+    return matrices
+
+
+def _print_products(
+    matrices: list[tuple[torch.Tensor, torch.Tensor]], batch: int, repeats: int, bandwidth: float
+) -> None:
+    library = load_kernels()
+    if library is None:
+        raise SystemExit("the native kernels could not be compiled")
+    weight, packed = matrices[0]
+    x = torch.randn(batch, weight.shape[1]).to(weight.dtype)
+    y = x.new_empty(batch, weight.shape[0])
+    structs = [MatrixStruct(None, w.data_ptr(), None, None, *w.shape) for w, _ in matrices]
+    natives = [native_matrix(p, read_header(p), None) for _, p in matrices]
+    size, threads = weight.dtype.itemsize, torch.get_num_threads()
+
+    def own_dense() -> None:
+        for struct in structs:
+            pointers = (x.data_ptr(), y.data_ptr())
+            library.coprune_multiply(ctypes.addressof(struct), size, 1, *pointers, batch, threads)
+
+    times = time_in_turns(
+        {
+            "torch": lambda: [functional.linear(x, w) for w, _ in matrices],
+            "own": own_dense,
+            "packed": lambda: [native.multiply(x, batch) for native in natives if native],
+        },
+        repeats,
+    )
+    torch_time, own, fast = (times[name].median / len(matrices) for name in ("torch", "own", "packed"))
+    spread = (times["packed"].high - times["packed"].low) / times["packed"].median
+    print(
+        f" batch {batch:<2} torch {torch_time * 1e6:7.0f} µs, own dense {own * 1e6:7.0f}, packed {fast * 1e6:7.0f} "
+        f"(±{spread / 2:.0%}): {torch_time / fast:4.2f}× torch, {own / fast:4.2f}× own dense, "
+        f"{packed.numel() / bandwidth / fast:4.0%} of limit"
+    )
+
+
+def _synthetic_model(dtype: torch.dtype) -> torch.nn.Module:
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.data.masked_fill_(torch.rand(parameter.shape) < 0.5, 0.0)
+    return model
+
+
+if __name__ == "__main__":
+    main()
