@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,8 @@ def add_adapter(
         "task_type": "CAUSAL_LM",
     }
     config = MaskedLoraConfig(**settings, coprune_masks=masks.fingerprint()) if masked else LoraConfig(**settings)
-    adapted: PeftModel = get_peft_model(model, config)
+    with _without_deprecations():
+        adapted: PeftModel = get_peft_model(model, config)
     return adapted
 
 
@@ -90,7 +93,8 @@ def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftMode
         )
     known: type[LoraConfig] = LoraConfig if made_for is None else MaskedLoraConfig
     fields = {name: value for name, value in config.items() if name in known.__dataclass_fields__}
-    adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=known(**fields))
+    with _without_deprecations():
+        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=known(**fields))
     return adapted
 
 
@@ -132,6 +136,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise BadInput(f"{folder} holds no adapter of LoRA.")
     return config
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """PEFT still asks transformers for properties by names that are on their way out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _require_same_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:

@@ -106,10 +106,26 @@ def curves(history: list[dict[str, Any]]) -> tuple[list[LossPoint], list[HeldOut
 
 
 def finetune_card(report: FinetuneReport) -> str:
-    """Markdown with the Hub's metadata header for the model, or for adapters that stay unmerged."""
+    """Markdown with the Hub's metadata header for the fine-tuned model."""
+    return _card(report, "transformers", "")
+
+
+def adapter_card(report: FinetuneReport, warning: str) -> str:
+    """As `finetune_card`, for adapters; warning: what merging plain ones would do."""
+    if not report.settings.masked:
+        return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
+    return _card(
+        report,
+        "peft",
+        "Masked adapters: the update is (B A) ⊙ keep, with keep where the pruned model is not zero. Load them with "
+        "`coprune.finetune.adapters.load_adapter` or merge them with `coprune merge MODEL ADAPTER OUTPUT`; PEFT alone reads "
+        "the files too, but would add the update without its mask.\n\n",
+    )
+
+
+def _card(report: FinetuneReport, library: str, note: str) -> str:
     settings = report.settings
-    adapter = report.saved_model is None
-    header = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags:", "- coprune", "- pruning"]
+    header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
     header += (
         [f"base_model: {settings.model}"] if settings.model.count("/") == 1 and settings.model[0] not in "./" else []
     )
@@ -122,7 +138,7 @@ def finetune_card(report: FinetuneReport) -> str:
     return "\n".join(header) + (
         f"\n---\n\n# {Path(settings.model).name}, fine-tuned with its zeros kept ({settings.mode})\n\n"
         f"{report.sparsity_after:.2%} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
-        f"as before; this was verified before saving.\n\n## Perplexity\n\n{results}\n\n## How it was made\n\n"
+        f"as before; this was verified before saving.\n\n{note}## Perplexity\n\n{results}\n\n## How it was made\n\n"
         f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} windows of {report.block_size} "
         f"tokens of {report.source} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
         f"```yaml\n{settings.to_yaml()}```\n"

@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from coprune.checkpoint.load import load_model
 from coprune.checkpoint.locate import locate
-from coprune.checkpoint.weights import InMemory
-from coprune.data import EvaluationText
+from coprune.checkpoint.writer import refuse_occupied
 from coprune.errors import BadInput
 from coprune.evaluate.perplexity import perplexity
-from coprune.files import write_text
-from coprune.finetune.adapters import add_adapter, choose_targets, merge, plain_warning, save_adapter
+from coprune.finetune.adapters import merge, merge_adapter, plain_warning, save_adapter
 from coprune.finetune.distill import Distillation, Objective
-from coprune.finetune.masks import Masks, find_masks, plain_parameters, select_parameters
-from coprune.finetune.report import REPORT_FILE, BeforeAfter, FinetuneReport, curves, finetune_card
+from coprune.finetune.masks import find_masks
+from coprune.finetune.report import BeforeAfter, FinetuneReport, adapter_card, curves, finetune_card
+from coprune.finetune.resume import prepare_folders, resume_from
 from coprune.finetune.saving import save_model
+from coprune.finetune.session import Session, device_of, prepare_session
 from coprune.finetune.settings import FinetuneSettings
 from coprune.finetune.teacher_cache import TeacherCache
-from coprune.finetune.text_windows import TrainingText, read_training_text
 from coprune.finetune.trainer import ZeroKeepingTrainer, build_trainer
-from coprune.preparation import Loaded, choose_seqlen, read_evaluation
 from coprune.progress import Reporter
-from coprune.recipe import Recipe, make_recipe
 from coprune.report.schema import installed_versions
-
-_IDENTITY = "identity.json"
-# Where results go and what is measured afterwards may differ between a run and its resumption.
-_FREE = {"save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "report_to", "save_every"}
-
-
-@dataclass
-class Session:
-    """All that a run has gathered before it trains. `model` has its adapters on, if it gets any."""
-
-    settings: FinetuneSettings
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype
-    """Of the checkpoint, in which the result is saved."""
-    masks: Masks
-    text: TrainingText
-    evaluation: dict[str, EvaluationText]
-    block_size: int
-    reporter: Reporter
-
-    @property
-    def training_folder(self) -> Path:
-        """Where the Trainer keeps what a run resumes from; removed when it is over."""
-        return self.settings.run_folder / "training"
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
@@ -70,9 +39,9 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
     first = int(os.environ.get("RANK", "0")) == 0
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
     if first:
-        _prepare_folders(settings)
+        prepare_folders(settings)
     session = prepare_session(settings, reporter)
-    resume = _resume_from(session, first)
+    resume = resume_from(session, first)
     before = _perplexities(session, "before") if first else {}
     objective = _objective(session, first)
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
@@ -90,55 +59,6 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
     return report
 
 
-def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
-    """Check all that can be checked, cheap things first."""
-    recipe = _recipe(settings)
-    location = locate(settings.model, settings.cache_dir)
-    reporter.say(f"Loading {settings.model}")
-    model, tokenizer = load_model(location, "auto")
-    masks = find_masks(model)
-    reporter.say(
-        f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
-        + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
-    )
-    dtype = model.dtype
-    limit = choose_seqlen(model, recipe)
-    block_size = settings.block_size or min(1024, limit)
-    text = read_training_text(settings, tokenizer, block_size)
-    loaded = Loaded(InMemory(model), tokenizer, location.name, False)
-    evaluation = read_evaluation(recipe, loaded, block_size, reporter)
-    prepared = _make_trainable(model, masks, settings, reporter)
-    return Session(settings, prepared, tokenizer, dtype, masks, text, evaluation, block_size, reporter)
-
-
-def _recipe(settings: FinetuneSettings) -> Recipe:
-    """The part of the settings that a pruning run shares, for what it shares with one."""
-    names = ("model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens")
-    return make_recipe({name: getattr(settings, name) for name in names} | {"seqlen": settings.block_size})
-
-
-def _make_trainable(
-    model: PreTrainedModel, masks: Masks, settings: FinetuneSettings, reporter: Reporter
-) -> PreTrainedModel | PeftModel:
-    if settings.mode == "lora":
-        # Seeded here, since adapters are drawn before the Trainer sets its seed.
-        torch.manual_seed(settings.seed)
-        targets = choose_targets(masks, settings.train, settings.rank)
-        left = len(masks.matrices) - len(targets)
-        if left and not settings.train:
-            reporter.say(f"{left} pruned matrices are fused experts and get no adapter; they stay as they are.")
-        if not settings.masked:
-            reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
-        return add_adapter(
-            model, masks, targets, settings.rank, settings.alpha, settings.dropout, masked=settings.masked
-        )
-    # Small updates would vanish in half precision, so what is trained is float32.
-    torch.nn.Module.to(model, dtype=torch.float32)
-    for parameter in select_parameters(model, settings.train):
-        parameter.requires_grad_(True)
-    return model
-
-
 def _objective(session: Session, first: bool) -> Objective | None:
     """The loss of distillation, with its teacher beside the model or run ahead; None for the text's own loss."""
     settings = session.settings
@@ -148,7 +68,7 @@ def _objective(session: Session, first: bool) -> Objective | None:
     session.reporter.say(f"Loading the teacher {settings.teacher}")
     teacher, _ = load_model(locate(settings.teacher, settings.cache_dir), "auto")
     _require_same_vocabulary(session.model, teacher)
-    device = _device(settings)
+    device = device_of(settings)
     torch.nn.Module.to(teacher, device)
     weights = (settings.temperature, settings.kl_weight, settings.weight_of_hidden, settings.text_weight)
     if settings.top_k is None:
@@ -170,17 +90,11 @@ def _require_same_vocabulary(model: PreTrainedModel | PeftModel, teacher: PreTra
         )
 
 
-def _device(settings: FinetuneSettings) -> torch.device:
-    if settings.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def _perplexities(session: Session, when: str) -> dict[str, float]:
     """Perplexity of the model as it is now, adapters included, on every text."""
     found = {}
     model: Any = session.model
-    torch.nn.Module.to(model, _device(session.settings))
+    torch.nn.Module.to(model, device_of(session.settings))
     for name, text in session.evaluation.items():
         windows = len(text.tokens) // session.block_size
         with session.reporter.bar(f"Perplexity {when}", windows) as advance:
@@ -206,7 +120,7 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, flo
     model: Any = session.model
     if adapter is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet
-        save_adapter(model, adapter, finetune_card(draft.model_copy(update={"saved_model": None})))
+        save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         save_model(merged, session.tokenizer, session.masks, session.dtype, folder, finetune_card(draft))
@@ -254,60 +168,15 @@ def _sparsity_now(session: Session) -> float:
     return sum(entry.matrix.zeros() for entry in session.masks.matrices) / sizes
 
 
-def _prepare_folders(settings: FinetuneSettings) -> None:
-    """Refuse to write where something is already; a run folder without a report is an unfinished run's."""
-    folder = settings.run_folder
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; name another run folder with --save.")
-    if (folder / REPORT_FILE).exists():
-        raise BadInput(f"{folder} already holds a finished run; name another folder with --save, or remove it.")
-    target = settings.model_folder
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{target} already exists and is not empty; name another folder with --save-model.")
+def merge_saved(model: str, adapter: Path, output: Path, reporter: Reporter) -> list[str]:
+    """Merge a masked adapter from a folder into its pruned model and save that; returns the lines to print.
 
-
-def _resume_from(session: Session, first: bool) -> Path | None:
-    """The last whole state of an interrupted run with the same settings, model and text, if there is one.
-
-    Raises BadInput if the folder holds an unfinished run of something else.
+    Raises BadInput for an adapter that is plain or of another model, or an output folder that is taken.
     """
-    folder = session.training_folder
-    identity = {k: v for k, v in session.settings.model_dump(mode="json").items() if k not in _FREE}
-    identity |= {
-        "masks": session.masks.fingerprint(),
-        "weights": _fingerprint(session),
-        "text": session.text.fingerprint,
-    }
-    try:
-        earlier = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = None
-    if earlier is None:
-        if first:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_text(folder / _IDENTITY, json.dumps(identity, indent=2))
-        return None
-    differing = [
-        f"{key} was {earlier.get(key)!r} and is {now!r}" for key, now in identity.items() if earlier.get(key) != now
-    ]
-    if differing:
-        raise BadInput(
-            f"{folder} belongs to an unfinished run in which {'; '.join(differing)}. Finish that run with its own "
-            "settings, or remove the folder, or name another run folder with --save."
-        )
-    # The Trainer writes this file last, so a state that has it is whole.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if newest is not None:
-        session.reporter.say(f"Going on from step {newest.name.rpartition('-')[2]} of an interrupted run.")
-    return newest
-
-
-def _fingerprint(session: Session) -> str:
-    """Names the pruned weights by a sample of them: 16 hex digits."""
-    digest = hashlib.sha256()
-    parameters = plain_parameters(session.model)
-    for entry in session.masks.matrices:
-        digest.update(parameters[entry.parameter].detach().flatten()[:64].to(torch.float32).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    refuse_occupied(output)
+    pruned, tokenizer = load_model(locate(model), "auto")
+    masks = find_masks(pruned)
+    reporter.say(f"Merging {adapter} into {model}")
+    merged = merge_adapter(pruned, masks, adapter)
+    save_model(merged, tokenizer, masks, merged.dtype, output, f"# {model} with the masked adapter {adapter} merged\n")
+    return [f"model in  {output} ({masks.sparsity:.4%} zeros in {len(masks.matrices)} matrices, every zero kept)"]

@@ -5,6 +5,7 @@ The fields' descriptions are the help texts of the command's options. Nothing he
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -154,6 +155,10 @@ class FinetuneSettings(BaseModel):
 
 def make_settings(values: dict[str, Any]) -> FinetuneSettings:
     """Build settings, turning what pydantic finds wrong into one clear BadInput."""
+    if find_spec("peft") is None:
+        raise BadInput(
+            "fine-tuning needs a package that is missing; install it with `pip install 'coprune[finetune]'`."
+        )
     for name in values:
         if name not in FinetuneSettings.model_fields:
             raise unknown_name("setting", name, FinetuneSettings.model_fields)

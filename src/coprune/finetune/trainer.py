@@ -154,7 +154,7 @@ def training_arguments(settings: FinetuneSettings, text: TrainingText, folder: P
         bf16=settings.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=settings.device == "cpu",
+        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
