@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.errors import BadInput, CopruneError, unknown_name
+from coprune.finetune.settings import FinetuneSettings, make_settings
 from coprune.presets import preset_settings
 from coprune.recipe import Recipe, make_recipe, read_settings
 
@@ -40,20 +42,22 @@ _ALIASES: dict[str, list[str]] = {
     "evaluate": ["--eval/--no-eval"],
     "evaluate_dense": ["--eval-dense/--no-eval-dense"],
     "layer_error": ["--layer-error/--no-layer-error"],
+    "masked": ["--masked/--no-masked"],
 }
+Command = Callable[..., None]
 # What every error of typer's own (a missing argument, no number) derives from; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 _NOT_OPTIONS = ("model", "options")
 
 
-def _recipe_options() -> list[inspect.Parameter]:
-    """One command-line option per field of the recipe, with the field's description as its help."""
+def _options_of(settings: type[Recipe] | type[FinetuneSettings]) -> list[inspect.Parameter]:
+    """One command-line option per field, with the field's description as its help."""
     parameters = []
-    for name, field in Recipe.model_fields.items():
+    for name, field in settings.model_fields.items():
         if name in _NOT_OPTIONS:
             continue
         flags = _ALIASES.get(name, [f"--{name.replace('_', '-')}"])
-        kind: Any = list[str] if name in ("include", "exclude", "refine") else field.annotation
+        kind: Any = list[str] if field.default == () else field.annotation
         # None means "not typed", so that a recipe file's value is only replaced by what was typed.
         default = "" if field.default is None or field.default == () else f" [{field.default}]"
         option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
@@ -62,20 +66,24 @@ def _recipe_options() -> list[inspect.Parameter]:
     return parameters
 
 
-def _with_recipe_options(function: Any) -> Any:
-    """Give a command the recipe's options in place of its `**settings`."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = [*own, *_recipe_options()]
-    function.__signature__ = inspect.Signature(parameters)
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
+def _with_options_of(settings: type[Recipe] | type[FinetuneSettings]) -> Callable[[Command], Command]:
+    """Give a command one option per field in place of its `**settings`."""
+
+    def decorate(function: Command) -> Command:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = [*own, *_options_of(settings)]
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in parameters}
+        return function
+
+    return decorate
 
 
 _METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 @app.command(context_settings=_METHOD_OPTIONS)
-@_with_recipe_options
+@_with_options_of(Recipe)
 def prune(
     context: typer.Context,
     model: Annotated[
@@ -144,7 +152,7 @@ def _method_options(arguments: list[str]) -> dict[str, Any]:
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
         if name not in known:
-            flags = [option for parameter in _recipe_options() for option in _flags(parameter)]
+            flags = [option for parameter in _options_of(Recipe) for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
             raise unknown_name("option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in known)])
         if not has_value:
@@ -177,6 +185,42 @@ def methods(
     from coprune.methods.describe import describe_methods
 
     typer.echo("\n".join(describe_methods(name)))
+
+
+@app.command()
+@_with_options_of(FinetuneSettings)
+def finetune(
+    model: Annotated[str, typer.Argument(help="The pruned model: a local folder or Hub id.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+    **settings: Any,
+) -> None:
+    """Recover what pruning cost, with every zero kept: masked LoRA, masked dense training, or distillation.
+
+    Example: coprune finetune out/pruned --mode lora --dataset embedded --block-size 512 --minutes 20
+    """
+    checked = make_settings({"model": model} | {name: value for name, value in settings.items() if value is not None})
+    from coprune.finetune.report import summary_lines
+    from coprune.finetune.run import finetune as run_finetune
+    from coprune.progress import Reporter
+
+    report = run_finetune(checked, Reporter(quiet))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("\n".join(summary_lines(report)))
+        typer.echo(f"curves    {checked.run_folder / 'finetune.json'}")
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="The pruned model that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a masked adapter.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Merge a masked adapter into its pruned model; every zero stays one."""
+    from coprune.finetune.run import merge_saved
+    from coprune.progress import Reporter
+
+    typer.echo("\n".join(merge_saved(model, adapter, output, Reporter(quiet))))
 
 
 @app.command("eval")
