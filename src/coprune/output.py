@@ -7,7 +7,7 @@ the same recipe, model and data takes the good ones over and does the rest. Noth
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,11 @@ class Output:
         if isinstance(self._weights, LazyCheckpoint):
             self._weights.read_from(self._writer.file(block.name))
 
-    def finish(self, tokenizer: Any, recipe: Recipe, card: str) -> None:
-        """Write what lies outside the blocks, configuration, tokenizer and model card, and give it its final name."""
+    def finish(self, tokenizer: Any, recipe: Recipe, card: str, check: Callable[[Path], object]) -> None:
+        """Write what lies outside the blocks, configuration, tokenizer and model card, and give it its final name.
+
+        check: called with the whole checkpoint before that.
+        """
         partial = self._writer.partial
         self._writer.write(REST, self._weights.rest_tensors(self._names))
         if isinstance(self._weights, LazyCheckpoint):
@@ -108,7 +111,7 @@ class Output:
         else:
             save_companions(self._weights.model, tokenizer, partial)
         write_text(partial / "README.md", card)
-        self._writer.finish(scaffolding=[_IDENTITY])
+        self._writer.finish(scaffolding=[_IDENTITY], check=check)
 
     def discard(self) -> None:
         """Remove what was written; the run is over and nobody asked for the model."""

@@ -55,11 +55,14 @@ class Loaded:
         return input_device(self.model)
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
-        """Names the weights by what lies outside the blocks, and the shapes of the rest: 16 hex digits."""
+        """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""
         digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in self.model.named_parameters()]).encode())
         for name, tensor in sorted(self.weights.rest_tensors([block.name for block in blocks]).items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for block in blocks:
+            for name, pieces in sorted(self.weights.pieces(block.name).items()):
+                digest.update(name.encode() + pieces)
         return digest.hexdigest()[:16]
 
 

@@ -23,7 +23,6 @@ from coprune.output import Output, run_identity
 from coprune.patterns import Target
 from coprune.preparation import (
     RECIPE_FILE,
-    REPORT_FILE,
     Loaded,
     check_widths,
     choose_seqlen,
@@ -44,7 +43,8 @@ from coprune.recipe import Recipe, make_recipe
 from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
-from coprune.report.schema import Report, seed_log
+from coprune.report.folder import announce, announced, finish_run_folder
+from coprune.report.schema import Report
 from coprune.verify import verify_saved
 from coprune.walk import Recording, Walk, record_batches
 
@@ -109,6 +109,9 @@ def run_recipe(
     folder (the model is saved if the recipe names a folder for it). Raises as `prune`.
     """
     started = time.perf_counter()
+    if write and (report := announced(recipe)) is not None:
+        finish_run_folder(recipe, report)
+        return Result(report, None, None)
     if write or recipe.save_model:
         prepare_folders(recipe)
     session = _prepare(recipe, loaded, reporter or Reporter())
@@ -119,9 +122,11 @@ def run_recipe(
     results, seconds = _prune(session, output)
     pruned = _perplexities(session, "pruned")
     report = build_report(session, results, dense, pruned, seconds, time.perf_counter() - started)
+    if write:
+        announce(recipe, report)
     _save(session, output, report)
     if write:
-        _write_run_folder(recipe, report)
+        finish_run_folder(recipe, report)
     in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
     return Result(report, in_memory, session.loaded.tokenizer)
 
@@ -248,15 +253,9 @@ def _save(session: Session, output: Output | None, report: Report) -> None:
     if not output.keep:
         output.discard()
         return
-    output.finish(session.loaded.tokenizer, session.recipe, model_card(report))
-    session.reporter.say(f"Reloading {output.folder} to compare masks and logits")
-    verify_saved(output.folder, session.loaded.weights, session.blocks, session.structure, report.matrices)
 
+    def check(folder: Path) -> None:
+        session.reporter.say("Reloading the saved model to compare masks and logits")
+        verify_saved(folder, session.loaded.weights, session.blocks, session.structure, report.matrices)
 
-def _write_run_folder(recipe: Recipe, report: Report) -> None:
-    first = report.perplexity[0].pruned if report.perplexity else None
-    write_text(
-        path_of(recipe.run_folder, f"log_{recipe.method}.txt"), seed_log(recipe.method, report.sparsity.matrices, first)
-    )
-    # Last, since a report marks the run as finished.
-    report.write(path_of(recipe.run_folder, REPORT_FILE))
+    output.finish(session.loaded.tokenizer, session.recipe, model_card(report), check)

@@ -21,7 +21,7 @@ from coprune.checkpoint.conversion import Conversion, Group
 from coprune.checkpoint.load import DtypeName, explained, prepare, quiet_transformers
 from coprune.checkpoint.locate import ModelFolder
 from coprune.checkpoint.shards import DTYPES, TensorEntry, checkpoint_entries, read_entries, read_tensor
-from coprune.checkpoint.weights import is_below, is_below_any
+from coprune.checkpoint.weights import is_below, is_below_any, piece_places
 from coprune.errors import BadInput, UnsupportedModel
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -119,6 +119,19 @@ class LazyCheckpoint:
         """An acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
         below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
         return self._as_written(self._groups_below(prefix), below)
+
+    def pieces(self, prefix: str) -> dict[str, bytes]:
+        """A few bytes of every tensor of a block, read from the files."""
+        names = [name for group in self._groups_below(prefix) for name in group.originals]
+        return {name: self._read_pieces(self._entries[name]) for name in names}
+
+    def _read_pieces(self, entry: TensorEntry) -> bytes:
+        with entry.file.open("rb") as stream:
+            found = b""
+            for place in piece_places(entry.nbytes):
+                stream.seek(entry.start + place.start)
+                found += stream.read(place.stop - place.start)
+        return found
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         """The tensors outside the blocks as they are written, with those that the model is known not to load."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from coprune.checkpoint.conversion import load_tensors
+from coprune.checkpoint.load import quiet_transformers
 
 
 class Weights(Protocol):
@@ -47,6 +49,11 @@ class Weights(Protocol):
         """An acquired block's present tensors, as they are written to a checkpoint."""
         ...
 
+    def pieces(self, prefix: str) -> dict[str, bytes]:
+        """A few bytes of every tensor of a block that was not changed yet, as it is in a checkpoint: to tell models apart
+        without reading them whole."""
+        ...
+
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         """The tensors outside all blocks, as they are written to a checkpoint."""
         ...
@@ -73,10 +80,14 @@ class InMemory:
         pass
 
     def read_from(self, file: Path) -> None:
-        load_tensors(self._model, load_file(file))
+        with quiet_transformers():
+            load_tensors(self._model, load_file(file))
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         return self._revert({name: t for name, t in self._saved().items() if is_below(name, prefix)})
+
+    def pieces(self, prefix: str) -> dict[str, bytes]:
+        return {name: _pieces_of(tensor) for name, tensor in self.original_tensors(prefix).items()}
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         return self._revert({name: t for name, t in self._saved().items() if not is_below_any(name, block_prefixes)})
@@ -91,6 +102,16 @@ class InMemory:
     def _revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         reverted: dict[str, Tensor] = revert_weight_conversion(self._model, state)
         return reverted
+
+
+def piece_places(nbytes: int) -> list[slice]:
+    """Which bytes of a tensor are its pieces: eight stretches of up to 512, spread over it."""
+    return [slice(start, min(start + 512, nbytes)) for start in range(0, nbytes, max(512, nbytes // 8))]
+
+
+def _pieces_of(tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return b"".join(raw[place].tobytes() for place in piece_places(len(raw)))
 
 
 def is_below(name: str, prefix: str) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,11 @@ class CheckpointWriter:
             return None
         return remembered if same else None
 
-    def finish(self, scaffolding: Sequence[str] = ()) -> Path:
+    def finish(self, scaffolding: Sequence[str] = (), check: Callable[[Path], object] = lambda folder: None) -> Path:
         """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
 
-        scaffolding: names of the caller's own files in `partial` that are to go before that.
+        scaffolding: names of the caller's own files in `partial` that are to go before that; check: called with the
+        whole checkpoint before it gets its name, which it does not get if that raises.
         Raises BadInput if something took the final name meanwhile, ValueError if a part is missing.
         """
         missing = [part for part in self._parts if not self._note(part).is_file()]
@@ -124,6 +125,7 @@ class CheckpointWriter:
             write_durably(self.partial / SINGLE_FILE, lambda temporary: join_files(files, temporary))
         else:
             self._write_index(files)
+        check(self.partial)
         # From the last part to the first, so that a run that is killed here goes on after those that are left.
         for part in reversed(self._parts):
             self._note(part).unlink()

@@ -1,0 +1,41 @@
+"""The end of a run folder, in an order in which a kill at any moment loses nothing.
+
+A report marks a run as finished, so it gets its name last, after the model got its own. Between the two it lies there
+announced, and the same command finds it, knows that the model is whole, and gives it its name.
+"""
+
+from __future__ import annotations
+
+from coprune.errors import BadInput
+from coprune.files import write_text
+from coprune.preparation import REPORT_FILE, path_of
+from coprune.recipe import Recipe
+from coprune.report.schema import Report, seed_log
+
+_ANNOUNCED = ".report.json"
+
+
+def announce(recipe: Recipe, report: Report) -> None:
+    """Keep a report for the case that the run is killed once its model is whole."""
+    report.write(path_of(recipe.run_folder, _ANNOUNCED))
+
+
+def announced(recipe: Recipe) -> Report | None:
+    """The report of a run of this recipe that was killed when only its name was wanting; None if there is none."""
+    blocks_left = any(recipe.run_folder.glob(".*.partial"))  # what a streamed run without a model to save needs
+    if blocks_left or (recipe.save_model is not None and not recipe.save_model.is_dir()):
+        return None
+    try:
+        report = Report.read(recipe.run_folder / _ANNOUNCED)
+    except BadInput:
+        return None
+    return report if report.recipe == recipe else None
+
+
+def finish_run_folder(recipe: Recipe, report: Report) -> None:
+    """Write the log, and give the announced report its name."""
+    first = report.perplexity[0].pruned if report.perplexity else None
+    write_text(
+        path_of(recipe.run_folder, f"log_{recipe.method}.txt"), seed_log(recipe.method, report.sparsity.matrices, first)
+    )
+    (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)

@@ -1,0 +1,79 @@
+"""Kill a run for real, at a chosen moment: the moment is a number of lines of coprune's own code that were executed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import coprune
+
+_SOURCE = str(Path(coprune.__file__).parent)
+_SECONDS = 120  # after which a child that hangs is ended
+
+
+def count_lines(work: Callable[[], object], files: tuple[str, ...] = ("",)) -> int:
+    """Do some work and count the executed lines of coprune's files whose paths contain one of these words."""
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    _watched(work, files, step)
+    return count
+
+
+def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
+    """Do the work in a child process that is killed with SIGKILL when it executes its n-th line; whether it was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        child = os.fork()
+    if child == 0:
+        _be_killed(work, line, files)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the child failed before it could be killed"
+    return False
+
+
+def _be_killed(work: Callable[[], object], line: int, files: tuple[str, ...]) -> None:
+    left = line
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    code = 1
+    signal.alarm(_SECONDS)
+    try:
+        _watched(work, files, step)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _watched(work: Callable[[], object], files: tuple[str, ...], step: Callable[[], None]) -> None:
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        if not name.startswith(_SOURCE) or not any(word in name for word in files):
+            return None
+        if event == "line":
+            step()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
