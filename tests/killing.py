@@ -17,16 +17,17 @@ _SOURCE = str(Path(coprune.__file__).parent)
 _SECONDS = 120  # after which a child that hangs is ended
 
 
-def count_lines(work: Callable[[], object], files: tuple[str, ...] = ("",)) -> int:
-    """Do some work and count the executed lines of coprune's files whose paths contain one of these words."""
-    count = 0
+def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int, int]:
+    """Do some work and count the executed lines of coprune: all, and those in files whose paths contain a word of files."""
+    everything, some = 0, 0
 
-    def step() -> None:
-        nonlocal count
-        count += 1
+    def step(file: str) -> None:
+        nonlocal everything, some
+        everything += 1
+        some += any(word in file for word in files)
 
-    _watched(work, files, step)
-    return count
+    _watched(work, step)
+    return everything, some
 
 
 def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
@@ -47,28 +48,28 @@ def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("
 def _be_killed(work: Callable[[], object], line: int, files: tuple[str, ...]) -> None:
     left = line
 
-    def step() -> None:
+    def step(file: str) -> None:
         nonlocal left
-        left -= 1
+        left -= any(word in file for word in files)
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     code = 1
     signal.alarm(_SECONDS)
     try:
-        _watched(work, files, step)
+        _watched(work, step)
         code = 0
     finally:
         os._exit(code)
 
 
-def _watched(work: Callable[[], object], files: tuple[str, ...], step: Callable[[], None]) -> None:
+def _watched(work: Callable[[], object], step: Callable[[str], None]) -> None:
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(_SOURCE) or not any(word in name for word in files):
+        if not name.startswith(_SOURCE):
             return None
         if event == "line":
-            step()
+            step(name)
         return trace
 
     before = sys.gettrace()
