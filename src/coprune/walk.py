@@ -104,7 +104,7 @@ def record_batches(
     pool = TensorPool()
     recording = Recording([], Activations() if activations is None else activations, [])
     for tokens in batches:
-        hidden, calls = run_without_blocks(model, blocks, tokens, structure.tuples)
+        hidden, calls = run_without_blocks(model, blocks, tokens, structure.answers)
         recording.tokens.append(tokens)
         recording.hidden.append(hidden)
         recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
@@ -254,7 +254,7 @@ class Walk:
         model = self.weights.model
         for batch, (tokens, hidden) in enumerate(zip(self.recording.tokens, self.recording.hidden, strict=True)):
             with torch.no_grad(), Observe(self.outside, partial(gathered.see, batch)):
-                run_after_blocks(model, self.blocks, tokens, self.structure.tuples, hidden)
+                run_after_blocks(model, self.blocks, tokens, self.structure.answers, hidden)
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
     def _run(self, block: Block, batch: int) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.errors import BadInput
-from coprune.model.record import input_device
+from coprune.model.record import forward_logits, input_device
 
 Logits = Callable[[Tensor], Tensor]
-"""Token ids (windows × seqlen) → logits (windows × seqlen × vocabulary, any floating dtype)."""
+"""A batch as in `forward_logits` → its logits: windows × seqlen × vocabulary, or images × classes; any floating dtype."""
 
 BATCH_TOKENS = 4096
 # The logits of a batch are the largest tensor of an evaluation: at most so many values (1 GiB in float32).
@@ -51,9 +51,8 @@ def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
     device = input_device(model)
     was_training = model.training
 
-    def logits_of(tokens: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
-        return logits
+    def logits_of(batch: Tensor) -> Tensor:
+        return forward_logits(model, batch.to(device))
 
     model.eval()
     try:

@@ -33,7 +33,7 @@ def streamed_logits(
     activations: an empty list for the hidden states (default: one in memory).
     """
     recording = record_batches(weights.model, blocks, structure, windows, activations)
-    plain = Structure(structure.tuples, [[] for _ in blocks])
+    plain = Structure(structure.answers, [[] for _ in blocks])
     for _ in Walk(
         weights,
         blocks,
@@ -47,7 +47,7 @@ def streamed_logits(
         pass
     kept = []
     for position, tokens in enumerate(windows):
-        logits = run_after_blocks(weights.model, blocks, tokens, structure.tuples, recording.hidden[position])
+        logits = run_after_blocks(weights.model, blocks, tokens, structure.answers, recording.hidden[position])
         kept.append(score(logits, tokens))
     return kept
 

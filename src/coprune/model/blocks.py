@@ -1,10 +1,13 @@
-"""Find a model's blocks by structure: the module list that holds most of the parameters.
+"""Find a model's blocks by structure: the list of modules that holds most of the parameters.
 
-No class name and no family is known here, so a model that appears tomorrow is found as well as LLaMA.
+Where the elements of that list are stages, which are lists of blocks themselves (with a change of width and resolution
+between them), the blocks are what the stages are made of, in order; a stage's own down-sampling is a block like any
+other. No class name and no family is known here, so a model that appears tomorrow is found as well as LLaMA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,13 +25,13 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the blocks of the largest module list, in order.
+    """Return the blocks of the largest list of modules (those of its stages, if it is a list of stages), in order.
 
     Parameters on the meta device count as well, so this works before any weight is loaded.
-    Raises UnsupportedModel if there is no module list, or if a second one (an encoder beside a decoder) holds more
-    than half as much.
+    Raises UnsupportedModel if there is no such list, or if a second one (an encoder beside a decoder) holds more than
+    half as much.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in model.named_modules() if _is_list(module)}
     if not lists:
         raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList): nothing to walk.")
     # Of equally large lists the outer one: a list of experts inside the only block is not the list of blocks.
@@ -37,7 +40,52 @@ def find_blocks(model: nn.Module) -> list[Block]:
     rest = max((count_parameters(lists[path]) for path in others if not name.startswith(f"{path}.")), default=0)
     if rest * 2 > count_parameters(lists[name]):
         raise UnsupportedModel(f"the model has more than one long list of blocks beside {name!r}; coprune walks one.")
-    return [Block(i, f"{name}.{i}", module) for i, module in enumerate(lists[name])]
+    return [Block(i, path, module) for i, (path, module) in enumerate(_blocks_of(name, lists[name]))]
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether a module may be a list of blocks: a ModuleList, or a Sequential of modules that are not single layers."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    elements = [element for element in module if count_parameters(element)] if isinstance(module, nn.Sequential) else []
+    return bool(elements) and all(any(count_parameters(part) for part in e.children()) for e in elements)
+
+
+def _blocks_of(name: str, elements: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The elements of a list with their paths; of a list of stages what the stages are made of, in order."""
+    stages = _are_stages([element for element in elements.children() if count_parameters(element)])
+    for path, element in elements.named_children():
+        if stages:
+            yield from _parts_of_stage(f"{name}.{path}", element)
+        else:
+            yield f"{name}.{path}", element
+
+
+def _parts_of_stage(name: str, stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of a stage and what lies before or after them, as far as it has parameters."""
+    for path, part in stage.named_children():
+        if not _is_list(stage) and _is_list(part):
+            yield from ((f"{name}.{path}.{i}", block) for i, block in part.named_children())
+        elif count_parameters(part):
+            yield f"{name}.{path}", part
+
+
+def _are_stages(elements: Sequence[nn.Module]) -> bool:
+    """Whether the elements of a list are stages: most of each is a list, which they run in order.
+
+    A Sequential says so itself. A ModuleList does not: it may as well hold a layer's experts. But stages differ in
+    their widths, while the blocks of a model without stages are alike.
+    """
+    inner = [max([e, *e.children()], key=lambda m: (_is_list(m), count_parameters(m))) for e in elements]
+    if not elements or not all(
+        _is_list(part) and 2 * count_parameters(part) > count_parameters(element)
+        for part, element in zip(inner, elements, strict=True)
+    ):
+        return False
+    if all(isinstance(part, nn.Sequential) for part in inner):
+        return True
+    shapes = {tuple(sorted({p.shape for p in element.parameters()})) for element in elements}
+    return 1 < len(elements) == len(shapes)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,7 +1,9 @@
 """Views of prunable weights as out × in matrices: the one place that knows how modules store them.
 
-`nn.Linear` stores out × in, `Conv1D` in × out, and a mixture of experts a 3-D parameter with one matrix per expert,
-out × in or in × out as transformers' `is_transposed` says.
+`nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a
+mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out as transformers' `is_transposed`
+says. A convolution is a matrix where no two of its positions overlap: 1 × 1, or cutting the image into patches (the
+stride is the kernel). Its inputs are then a patch's values, channel by channel.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class Matrix:
     def stored(self) -> Tensor:
         """The 2-D weight as it is stored, a view of the parameter."""
         parameter: Tensor = getattr(self.owner, self.attribute).detach()
+        if parameter.ndim == 4:
+            return parameter.view(parameter.shape[0], -1)
         return parameter if self.expert is None else parameter[self.expert]
 
     @property
@@ -74,8 +78,31 @@ def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:
             yield Matrix(name, module, "weight", input_dim=1)
         elif isinstance(module, Conv1D):
             yield Matrix(name, module, "weight", input_dim=0)
+        elif isinstance(module, nn.Conv2d):
+            if why_no_matrix(module) is None:
+                yield Matrix(name, module, "weight", input_dim=1)
         else:
             yield from _find_experts(module, name)
+
+
+def find_unprunable(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every convolution below `root` that is no matrix: its name, and the reason."""
+    for path, module in root.named_modules():
+        reason = why_no_matrix(module) if isinstance(module, nn.Conv2d) else None
+        if reason is not None:
+            yield ".".join(part for part in (prefix, path) if part), reason
+
+
+def why_no_matrix(convolution: nn.Conv2d) -> str | None:
+    """Why a convolution cannot be seen as one matrix; None if it can."""
+    kernel, stride = tuple(convolution.kernel_size), tuple(convolution.stride)
+    if convolution.groups > 1:
+        return "depth-wise" if convolution.groups == convolution.in_channels else "a grouped convolution"
+    if convolution.padding not in ("valid", (0, 0)) and kernel != (1, 1):
+        return "a convolution with padding"
+    if kernel not in ((1, 1), stride) or tuple(convolution.dilation) != (1, 1):
+        return "a convolution whose positions overlap"
+    return None
 
 
 def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coprune.errors import UnsupportedModel
@@ -29,8 +29,14 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     torch.Tensor.mm: (0, 1, 0),
     torch.addmm: (1, 2, 0),
     torch.Tensor.addmm: (1, 2, 0),
+    F.conv2d: (0, 1, 1),
 }
-_KEYWORDS = {F.linear: ("input", "weight"), torch.addmm: ("mat1", "mat2"), torch.matmul: ("input", "other")}
+_KEYWORDS = {
+    F.linear: ("input", "weight"),
+    torch.addmm: ("mat1", "mat2"),
+    torch.matmul: ("input", "other"),
+    F.conv2d: ("input", "weight"),
+}
 
 OnProduct = Callable[[Matrix, Tensor], None]
 
@@ -59,11 +65,13 @@ class Observe(TorchFunctionMode):
         names = _KEYWORDS.get(func, ("", ""))
         x = args[positions[0]] if len(args) > positions[0] else kwargs.get(names[0])
         weight = args[positions[1]] if len(args) > positions[1] else kwargs.get(names[1])
-        if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.ndim == 2):
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.ndim == (4 if func is F.conv2d else 2)):
             return
         matrix = self._tracked.get(_address(weight))
         if matrix is None:
             return
+        if func is F.conv2d:
+            x, weight = patches(x, matrix.owner), weight.flatten(1)
         stored = matrix.stored()
         if weight.numel() != stored.numel():
             return  # a part of the matrix; if the whole is never seen, the walk says so
@@ -72,6 +80,18 @@ class Observe(TorchFunctionMode):
         if input_dim != matrix.input_dim:
             raise UnsupportedModel(f"{matrix.name} is multiplied along its outputs; leave it out with --exclude.")
         self._on_product(matrix, x)
+
+
+def patches(x: Tensor, convolution: nn.Module) -> Tensor:
+    """What a convolution without overlaps multiplies its weight with, position by position.
+
+    x: B × C × H × W (or without B). Returns … × positions × (C · kernel height · kernel width).
+    """
+    assert isinstance(convolution, nn.Conv2d)
+    height, width = convolution.stride
+    if tuple(convolution.kernel_size) == (1, 1):
+        return x[..., ::height, ::width].flatten(-2).transpose(-1, -2)
+    return F.unfold(x, (height, width), stride=(height, width)).transpose(-1, -2)
 
 
 def _address(tensor: Tensor) -> tuple[torch.device, int]:

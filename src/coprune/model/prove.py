@@ -1,7 +1,7 @@
 """Prove on one sample that the blocks, replayed one by one, are the model; refuse the model if they are not.
 
 One real forward of one sample, in which every block is also replayed from its recorded call on the output of the
-replayed block before it. It also tells what the walk has to know: whether a block answers with a tuple, which matrices
+replayed block before it. It also tells what the walk has to know: what a block's answer looks like, which matrices
 are fed by the same tensor, and which are used more than once.
 """
 
@@ -21,7 +21,9 @@ from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
 from coprune.model.observe import Observe
 from coprune.model.record import (
+    Answer,
     BlockCall,
+    forward_logits,
     hidden_of,
     replaced_forwards,
     run_after_blocks,
@@ -40,8 +42,8 @@ _HALF_TOLERANCE = 2e-2
 class Structure:
     """What one real forward showed of the blocks."""
 
-    tuples: list[bool] = field(default_factory=list)
-    """For every block, whether it answers with a tuple."""
+    answers: list[Answer] = field(default_factory=list)
+    """For every block, what its answer looks like."""
     groups: list[list[list[Matrix]]] = field(default_factory=list)
     """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
     reused: list[str] = field(default_factory=list)
@@ -50,12 +52,12 @@ class Structure:
 
 @torch.no_grad()
 def prove_replay(
-    model: nn.Module, weights: Weights, blocks: Sequence[Block], matrices: Sequence[Sequence[Matrix]], tokens: Tensor
+    model: nn.Module, weights: Weights, blocks: Sequence[Block], matrices: Sequence[Sequence[Matrix]], sample: Tensor
 ) -> Structure:
     """Compare a real forward of one sample with the replay, block by block and at the logits.
 
-    tokens: 1 × S int64. Raises UnsupportedModel naming the block or matrix in which they part, NumericalError naming a
-    block whose activations are not finite.
+    sample: a batch of one, as in `forward_logits`. Raises UnsupportedModel naming the block or matrix in which they
+    part, NumericalError naming a block whose activations are not finite.
     """
     structure = Structure()
     forwards = {block.index: block.module.forward for block in blocks}
@@ -81,21 +83,21 @@ def prove_replay(
                     f"{block.name} replayed from its recorded call differs from the model's forward."
                 )
             replayed[:] = [again]
-            structure.tuples.append(isinstance(output, tuple | list))
+            structure.answers.append(Answer.of(output, hidden))
             return output
 
         return forward
 
     with replaced_forwards(blocks, watch):
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    _, recorded = run_without_blocks(model, blocks, tokens, structure.tuples)
+        logits = forward_logits(model, sample)
+    _, recorded = run_without_blocks(model, blocks, sample, structure.answers)
     for block, real, idle in zip(blocks, calls, recorded, strict=True):
         if not same_value((real.args, real.kwargs), (idle.args, idle.kwargs)):
             raise UnsupportedModel(
                 f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
                 "shared between layers); coprune cannot prune this model block by block."
             )
-    if not _close(run_after_blocks(model, blocks, tokens, structure.tuples, replayed[-1]), logits):
+    if not _close(run_after_blocks(model, blocks, sample, structure.answers, replayed[-1]), logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward.")
     return structure
 

@@ -36,12 +36,26 @@ class BlockCall:
         return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
 
 
+def forward_logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """Run a model on one batch of whatever it takes: token ids (B × S) or images (B × C × H × W).
+
+    Models of transformers say what their main input is called; images take on the model's dtype.
+    Returns logits: B × S × V, or B × classes.
+    """
+    name: str = getattr(model, "main_input_name", "input_ids")
+    if batch.is_floating_point():
+        batch = batch.to(next(model.parameters()).dtype)
+    options = {"use_cache": False} if name == "input_ids" else {}
+    logits: Tensor = model(**{name: batch}, **options).logits
+    return logits
+
+
 class Finished(Exception):
     """Raised by the last block of a recording forward, so that the head is not computed."""
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its token ids."""
+    """Where a model wants its token ids or images."""
     embeddings = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return next((embeddings or model).parameters()).device
 
@@ -53,6 +67,30 @@ def hidden_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states.")
     return output
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a block's answer looks like, so that an idle block can give one of the same kind."""
+
+    entries: int
+    """Length of the tuple that begins with the hidden states; 0 if they are the answer themselves."""
+    shape: tuple[int, ...] | None
+    """Of one sample's hidden states, where the block changes it (down-sampling); None where it does not."""
+
+    @classmethod
+    def of(cls, output: Any, hidden: Tensor) -> Answer:
+        """hidden: what the block was given."""
+        shape = tuple(hidden_of(output).shape[1:])
+        return cls(len(output) if isinstance(output, tuple | list) else 0, shape if shape != hidden.shape[1:] else None)
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """Hidden states as the block would answer them."""
+        return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
+
+    def idle(self, hidden: Tensor) -> Any:
+        """The answer of a block that does nothing but pass its input on, or zeros where the shape changes."""
+        return self.wrap(hidden if self.shape is None else hidden.new_zeros(hidden.shape[0], *self.shape))
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -82,12 +120,12 @@ def replaced_forwards(blocks: Sequence[Block], forward: Callable[[Block], Callab
 
 
 def run_without_blocks(
-    model: nn.Module, blocks: Sequence[Block], tokens: Tensor, tuples: Sequence[bool]
+    model: nn.Module, blocks: Sequence[Block], batch: Tensor, answers: Sequence[Answer]
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run the model on one batch with idle blocks and record their calls.
 
-    tokens: B × S int64; tuples: for every block, whether it answers with a tuple.
-    Returns the first block's hidden states (B × S × H) and one call per block.
+    batch: as in `forward_logits`; answers: one for every block.
+    Returns the first block's hidden states (B × S × H, or of any other shape for images) and one call per block.
     """
     calls: list[BlockCall] = []
     first: list[Tensor] = []
@@ -100,32 +138,31 @@ def run_without_blocks(
             calls.append(call)
             if len(calls) == len(blocks):
                 raise Finished
-            return (hidden,) if tuples[block.index] else hidden
+            return answers[block.index].idle(hidden)
 
         return forward
 
     with replaced_forwards(blocks, record), suppress(Finished):
-        model(input_ids=tokens, use_cache=False)
+        forward_logits(model, batch)
     if len(calls) != len(blocks):
         raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks.")
     return first[0], calls
 
 
 def run_after_blocks(
-    model: nn.Module, blocks: Sequence[Block], tokens: Tensor, tuples: Sequence[bool], hidden: Tensor
+    model: nn.Module, blocks: Sequence[Block], batch: Tensor, answers: Sequence[Answer], hidden: Tensor
 ) -> Tensor:
     """What the model makes of the last block's output: final norm and head.
 
-    tokens: B × S int64, hidden: B × S × H. Returns logits, B × S × V.
+    batch: as in `forward_logits`; hidden: of the same samples, as the last block answers. Returns logits.
     """
 
     def pass_on(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            out = hidden if block is blocks[-1] else split_call(args, kwargs)[0]
-            return (out,) if tuples[block.index] else out
+            own = answers[block.index]
+            return own.wrap(hidden) if block is blocks[-1] else own.idle(split_call(args, kwargs)[0])
 
         return forward
 
     with replaced_forwards(blocks, pass_on):
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits
+        return forward_logits(model, batch)
