@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import os
@@ -47,6 +48,8 @@ _ALIASES: dict[str, list[str]] = {
 Command = Callable[..., None]
 # What every error of typer's own (a missing argument, no number) derives from; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+# What the user can mend; any other error of the system is a bug that needs its traceback.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _NOT_OPTIONS = ("model", "options")
 
 
@@ -298,6 +301,10 @@ def main() -> None:
         _fail(str(error))
     except _UsageError as error:
         _fail(error.format_message())
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}.")
     except (KeyboardInterrupt, typer.Abort):
         stopped = True
     if stopped:
