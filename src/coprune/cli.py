@@ -125,13 +125,16 @@ def prune(
             raise BadInput(f"--use_variant is a variant of wanda, not of {chosen['method']}.")
         chosen["method"] = "wanda_variant"
     checked = make_recipe(chosen)
+    from coprune.distributed import joined_processes
     from coprune.progress import Reporter
     from coprune.report.summary import summary_lines
     from coprune.run import run_recipe
 
-    report = run_recipe(checked, reporter=Reporter(quiet)).report
-    typer.echo("\n".join(summary_lines(report)))
-    typer.echo(f"report    {checked.run_folder / 'report.json'}")
+    with joined_processes() as processes:
+        report = run_recipe(checked, reporter=Reporter(quiet), processes=processes).report
+    if processes.first:
+        typer.echo("\n".join(summary_lines(report)))
+        typer.echo(f"report    {checked.run_folder / 'report.json'}")
 
 
 def _method_options(arguments: list[str]) -> dict[str, Any]:

@@ -87,10 +87,9 @@ class Output:
             found[name] = _RESULTS.validate_python(remembered["results"])
         return found
 
-    def restore(self, block: Block) -> None:
-        """Give a block that an earlier run finished, and that is acquired, its pruned weights."""
-        self._weights.read_from(self._writer.file(block.name))
-        self._weights.acquire(block.name)
+    def file(self, block: Block) -> Path:
+        """Where a finished block lies until the checkpoint is finished."""
+        return self._writer.file(block.name)
 
     def write_block(self, block: Block, results: list[MatrixResult]) -> None:
         """Write a finished block, which is read from there from now on."""

@@ -96,6 +96,16 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
     )
 
 
+def check_processes(recipe: Recipe, size: int) -> None:
+    """Raise BadInput for what several processes cannot do together."""
+    if size > 1 and recipe.reconstruct:
+        raise BadInput(
+            "reconstruct trains a block on all samples in one process; leave it out, or run without torchrun."
+        )
+    if size > recipe.nsamples:
+        raise BadInput(f"{size} processes cannot share {recipe.nsamples} samples; use fewer processes or more samples.")
+
+
 def prepare_folders(recipe: Recipe) -> None:
     """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
     run_folder = recipe.run_folder

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -87,29 +88,60 @@ def _usable_statistic(inputs: Inputs | None) -> tuple[InputNorm | None, tuple[st
     return statistic.topped_up(inputs.pool), (event,)
 
 
+class Solving(Protocol):
+    """Who prunes which matrix: one process all of them, or several some each."""
+
+    def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
+        """Prune matrices that share their inputs, or leave them to others."""
+        ...
+
+    def collect(self) -> list[MatrixResult]:
+        """See to it that everything shown so far is pruned, and hand out the results since the last time."""
+        ...
+
+
+class SolvingAlone:
+    """One process prunes every matrix when it is shown."""
+
+    def __init__(self) -> None:
+        self._results: list[MatrixResult] = []
+
+    def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
+        self._results += map(prune_one, matrices)
+
+    def collect(self) -> list[MatrixResult]:
+        results, self._results = self._results, []
+        return results
+
+
 def prune_walk(
     walk: Iterable[MatricesReady | BlockDone],
     solver: Solver,
     target_of: Callable[[Matrix], Target],
     layer_error: bool = True,
     block_done: Callable[[Block, list[MatrixResult]], list[MatrixResult]] = lambda block, results: results,
+    solving: Solving | None = None,
 ) -> list[MatrixResult]:
     """Prune every matrix that the walk shows, in place.
 
     target_of: pattern and sparsity of each matrix; layer_error: measure it (on the Gram matrix if there is one, else on
-    the sample of inputs); block_done: called with every finished block and what was done in it, which it may amend.
+    the sample of inputs); block_done: called with every finished block and what was done in it, which it may amend;
+    solving: who prunes which matrix (default: this process all).
     Returns the results of all blocks and of what was shown after them.
     Raises NumericalError with the name of the matrix.
     """
+    solving = solving or SolvingAlone()
     results: list[MatrixResult] = []
-    first = 0  # of the block at hand
+
+    def prune_one(inputs: Inputs | None, matrix: Matrix) -> MatrixResult:
+        return prune_matrix(matrix, inputs, solver, target_of(matrix), layer_error)
+
     for event in walk:
         if isinstance(event, MatricesReady):
-            results += [prune_matrix(m, event.inputs, solver, target_of(m), layer_error) for m in event.matrices]
+            solving.prune(event.matrices, partial(prune_one, event.inputs))
         else:
-            results[first:] = block_done(event.block, results[first:])
-            first = len(results)
-    return results
+            results += block_done(event.block, solving.collect())
+    return results + solving.collect()
 
 
 def prune_matrix(

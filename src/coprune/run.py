@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
 from coprune.data import EvaluationText, Windows
+from coprune.distributed import Processes
 from coprune.evaluate.perplexity import Perplexity, perplexity
 from coprune.evaluate.streamed import streamed_perplexity
 from coprune.files import write_text
@@ -24,6 +26,7 @@ from coprune.patterns import Target
 from coprune.preparation import (
     RECIPE_FILE,
     Loaded,
+    check_processes,
     check_widths,
     choose_seqlen,
     open_model,
@@ -37,14 +40,16 @@ from coprune.preparation import (
     settings_for,
     split_batches,
 )
-from coprune.progress import Reporter
-from coprune.pruning import MatrixResult, Solver, prune_walk, reconstruct_block
+from coprune.progress import Advance, Reporter
+from coprune.pruning import MatrixResult, Solver, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe
 from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
 from coprune.report.schema import Report
+from coprune.sharing import SharedOutput, SharedSolving, shared_perplexity
+from coprune.statistics import Gram
 from coprune.verify import verify_saved
 from coprune.walk import Recording, Walk, record_batches
 
@@ -74,6 +79,7 @@ class Session:
     texts: dict[str, EvaluationText]
     structure: Structure
     reporter: Reporter
+    processes: Processes
 
 
 def prune(
@@ -101,21 +107,29 @@ def prune(
 
 
 def run_recipe(
-    recipe: Recipe, loaded: Loaded | None = None, reporter: Reporter | None = None, write: bool = True
+    recipe: Recipe,
+    loaded: Loaded | None = None,
+    reporter: Reporter | None = None,
+    write: bool = True,
+    processes: Processes | None = None,
 ) -> Result:
     """Do what a recipe says.
 
     loaded: a model that is open already, instead of the one that the recipe names; write: whether to leave a run
-    folder (the model is saved if the recipe names a folder for it). Raises as `prune`.
+    folder (the model is saved if the recipe names a folder for it); processes: this one among those that do the run
+    together, which all call this. Raises as `prune`, and LostProcess.
     """
     started = time.perf_counter()
-    if write and (report := announced(recipe)) is not None:
+    processes = processes or Processes()
+    if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
-    if write or recipe.save_model:
+    if processes.first and (write or recipe.save_model):
         prepare_folders(recipe)
-    session = _prepare(recipe, loaded, reporter or Reporter())
-    output = _open_output(session)
+    reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
+    session = _prepare(recipe, loaded, reporter, processes)
+    output = _open_output(session) if processes.first else None
+    write = write and processes.first
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = _perplexities(session, "dense") if recipe.evaluate_dense else {}
@@ -131,9 +145,10 @@ def run_recipe(
     return Result(report, in_memory, session.loaded.tokenizer)
 
 
-def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter) -> Session:
+def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
     """Check everything that can be checked, cheap things first, and prove that the model can be walked."""
     solver, target = prepare_solver(recipe)
+    check_processes(recipe, processes.size)
     if loaded is None:
         reporter.say(f"Loading {recipe.model}")
         loaded = open_model(recipe, stream=recipe.stream is not False)
@@ -147,7 +162,19 @@ def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter) -> Sessi
     structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
     reconstruction = prepare_reconstruction(recipe)
     return Session(
-        recipe, solver, target, reconstruction, loaded, blocks, chosen, seqlen, windows, texts, structure, reporter
+        recipe,
+        solver,
+        target,
+        reconstruction,
+        loaded,
+        blocks,
+        chosen,
+        seqlen,
+        windows,
+        texts,
+        structure,
+        reporter,
+        processes,
     )
 
 
@@ -165,7 +192,8 @@ def _open_output(session: Session) -> Output | None:
 def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult], float]:
     """Walk over the blocks and prune them, going on where an earlier run stopped; also the seconds that took."""
     recipe, loaded = session.recipe, session.loaded
-    finished = {} if output is None else output.finished()
+    shared = SharedOutput(session.processes, output, loaded.weights)
+    finished = shared.finished()
     if finished:
         session.reporter.say(f"{len(finished)} of {len(session.blocks)} blocks were finished by an earlier run.")
     started = time.perf_counter()
@@ -181,29 +209,46 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
             recipe.propagation,
             outside=session.chosen.outside,
             finished=finished,
-            restore=output.restore if output is not None else lambda block: None,
+            restore=shared.restore,
             cross=recipe.target == "dense",
             keep_inputs=session.reconstruction is not None,
+            reduce=session.processes.reduce,
+            agree=session.processes.positions,
             advance=advance,
         )
 
         def block_done(block: Block, results: list[MatrixResult]) -> list[MatrixResult]:
             if session.reconstruction is not None and recording is not None:
                 results = reconstruct_block(session.reconstruction, block, recording, results)
-            if output is not None:
-                output.write_block(block, results)
+            shared.write_block(block, results)
             return results
 
-        results = prune_walk(walk, session.solver, lambda matrix: session.target, recipe.layer_error, block_done)
+        results = prune_walk(
+            walk, session.solver, lambda matrix: session.target, recipe.layer_error, block_done, _solving(session)
+        )
     earlier = [result for results_of_block in finished.values() for result in results_of_block]
     return earlier + results, time.perf_counter() - started
+
+
+def _solving(session: Session) -> Solving:
+    """Who prunes which matrix. In `sequential`, the matrices of a group are all that can be pruned at the same time."""
+    if session.processes.size == 1:
+        return SolvingAlone()
+    sequential = session.recipe.propagation == "sequential"
+    outside = [[matrix] for matrix in session.chosen.outside]
+    stages = [*session.structure.groups, outside]
+    if sequential:
+        stages = [[group] for groups in stages for group in groups]
+    return SharedSolving(session.processes, stages, sequential, gram=session.solver.statistic is Gram)
 
 
 def _record(session: Session) -> Recording | None:
     """Record the calibration batches, with the dense model's hidden states beside them if somebody aims at those."""
     if session.windows is None:
         return None
-    batches = split_batches(session.windows.tokens, session.recipe.batch_size, session.loaded.device)
+    batches = split_batches(
+        session.processes.share(session.windows.tokens), session.recipe.batch_size, session.loaded.device
+    )
     dense = session.solver.aim == "dense" or session.reconstruction is not None
     activations = _activations(session.recipe, lists=2 if dense else 1)
     recording = record_batches(session.loaded.model, session.blocks, session.structure, batches, activations)
@@ -222,28 +267,33 @@ def _activations(recipe: Recipe, lists: int = 1) -> Activations:
 
 
 def _perplexities(session: Session, which: str) -> dict[str, Perplexity]:
-    """Perplexity on every evaluation text, in the way that fits where the weights are."""
+    """Perplexity on every evaluation text, whose windows the processes share out."""
     found = {}
-    weights, size = session.loaded.weights, session.recipe.batch_size
     for name, text in session.texts.items():
-        arguments = (text.tokens, session.seqlen, size, text.token_bytes)
-        if isinstance(weights, InMemory):
-            with session.reporter.bar(f"Perplexity, {which} model", len(text.tokens) // session.seqlen) as advance:
-                found[name] = perplexity(weights.model, *arguments, advance=advance)
-        else:
-            with session.reporter.bar(f"Perplexity, {which} model", len(session.blocks)) as advance:
-                found[name] = streamed_perplexity(
-                    weights,
-                    session.blocks,
-                    session.structure,
-                    *arguments,
-                    advance=advance,
-                    activations=_activations(session.recipe),
-                )
+        with session.reporter.bar(f"Perplexity, {which} model", 1) as advance:
+            measure = partial(_perplexity, session, advance)
+            found[name] = shared_perplexity(session.processes, text, session.seqlen, measure)
         session.reporter.say(
             f"Perplexity of the {which} model on {name} (sequence length {session.seqlen}): {found[name].value:.2f}"
         )
     return found
+
+
+def _perplexity(session: Session, advance: Advance, text: EvaluationText) -> Perplexity:
+    """Perplexity on one text, in the way that fits where the weights are."""
+    weights, blocks = session.loaded.weights, session.blocks
+    arguments = (text.tokens, session.seqlen, session.recipe.batch_size, text.token_bytes)
+    if isinstance(weights, InMemory):
+        windows = len(text.tokens) // session.seqlen
+        return perplexity(weights.model, *arguments, advance=lambda done: advance(done / windows))
+    return streamed_perplexity(
+        weights,
+        blocks,
+        session.structure,
+        *arguments,
+        advance=lambda done: advance(done / len(blocks)),
+        activations=_activations(session.recipe),
+    )
 
 
 def _save(session: Session, output: Output | None, report: Report) -> None:

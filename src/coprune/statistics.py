@@ -157,8 +157,9 @@ class InputSample:
 
     tokens = 1024
 
-    def __init__(self, width: int, batches: int) -> None:
+    def __init__(self, width: int, batches: int, device: torch.device | str = "cpu") -> None:
         self.width = width
+        self._device = device
         self._per_batch = max(1, -(-self.tokens // max(batches, 1)))
         self._rows: list[Tensor] = []
         self.count = 0  # tokens seen, not kept
@@ -178,7 +179,7 @@ class InputSample:
     @property
     def inputs(self) -> Tensor:
         """Kept inputs, N × I float32 (N = 0 if no token was seen)."""
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width)
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
 
     def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
         """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the kept tokens (0.0 where the dense output is zero). weight, pruned: O × I."""

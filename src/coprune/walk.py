@@ -49,8 +49,7 @@ class Inputs:
         if self.statistic is not None:
             self.statistic.update(x)
         if x_dense is not None:
-            if self.cross is None:
-                self.cross = CrossGram(self.sample.width, x.device)
+            self.cross = self.cross or CrossGram(self.sample.width, x.device)
             self.cross.update(x_dense, x)
 
 
@@ -296,7 +295,7 @@ class _Gathered:
     def _of(self, leader: str, width: int, device: torch.device) -> Inputs:
         if leader not in self._inputs:
             statistic = None if self._statistic is None else self._statistic(width, device)
-            self._inputs[leader] = Inputs(statistic, InputSample(width, self._batches))
+            self._inputs[leader] = Inputs(statistic, InputSample(width, self._batches, device))
         return self._inputs[leader]
 
     def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:
