@@ -1,0 +1,33 @@
+"""The Triton kernel in Triton's interpreter, in a process of its own (the mode is fixed at import)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from coprune.packed.format import pack_tensor, read_header
+from coprune.packed.triton_kernel import multiply, row_starts
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for rows, columns, batch, sparsity in ((16, 64, 1, 0.5), (37, 96, 2, 0.8), (5, 160, 3, 0.99), (20, 32, 1, 0.3)):
+        weight = torch.randn(rows, columns).masked_fill_(torch.rand(rows, columns) < sparsity, 0.0).to(dtype)
+        blob = pack_tensor(weight)
+        assert blob is not None, (rows, columns)
+        header = read_header(blob)
+        x = torch.randn(batch, columns).to(dtype)
+        y = multiply(blob, header, row_starts(blob, header), x)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), rtol=tolerance, atol=tolerance)
+print("checked")
+"""
+
+
+def test_products_equal_the_dense_ones_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "checked", done.stderr
