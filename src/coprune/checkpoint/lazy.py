@@ -15,10 +15,18 @@ from pathlib import Path
 import torch
 from accelerate.big_modeling import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from coprune.checkpoint.conversion import Conversion, Group
-from coprune.checkpoint.load import DtypeName, explained, prepare, quiet_transformers
+from coprune.checkpoint.load import (
+    MODEL_CLASSES,
+    DtypeName,
+    explained,
+    prepare,
+    quiet_transformers,
+    read_config,
+    task_of,
+)
 from coprune.checkpoint.locate import ModelFolder
 from coprune.checkpoint.shards import DTYPES, TensorEntry, checkpoint_entries, read_entries, read_tensor
 from coprune.checkpoint.weights import is_below, is_below_any, piece_places
@@ -76,10 +84,10 @@ class LazyCheckpoint:
 
     def _build_skeleton(self, dtype: DtypeName, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
         folder = self.location.path
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code)
         chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = MODEL_CLASSES[task_of(config)].from_config(
                 config, dtype=chosen, trust_remote_code=trust_remote_code
             )
         compute_buffers(model)

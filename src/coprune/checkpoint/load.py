@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils import quantization_config as transformers_quantization
 
@@ -22,6 +30,25 @@ from coprune.checkpoint.locate import GgufFile, Location
 from coprune.errors import BadInput, CopruneError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+TaskName = Literal["text", "images"]
+
+MODEL_CLASSES: dict[TaskName, Any] = {"text": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+"""What builds a model for each task. timm's models are classifiers of transformers too, under its wrapper."""
+
+
+def task_of(config: Any) -> TaskName:
+    """What a model with this configuration is for: images if it is a classifier of them and no language model."""
+    classes = [name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping]
+    return "images" if classes == ["images"] else "text"
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Read a folder's configuration; timm's is turned into one of transformers' wrapper."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "model_type", None) == "timm_wrapper" and config.model_args:
+        # timm may write the number of classes twice, and the wrapper would pass both on.
+        config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    return config
 
 
 def load_model(
@@ -29,8 +56,8 @@ def load_model(
     dtype: DtypeName = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, ready to be walked: in evaluation mode, without gradients, on one device.
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer or image processor: in evaluation mode, without gradients, on one device.
 
     dtype: "auto" is the checkpoint's own (float32 for GGUF). Raises BadInput if the files cannot be loaded, or do
     not hold every weight of the model.
@@ -43,8 +70,12 @@ def load_model(
         # Newer versions of transformers can keep the weights packed, and have to be told not to.
         if hasattr(transformers_quantization, "GgufConfig"):
             options["quantization_config"] = transformers_quantization.GgufConfig(dequantize=True)
+    task: TaskName = "text"
     with quiet_transformers(), explained(location):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if not isinstance(location, GgufFile):
+            options["config"] = read_config(folder, trust_remote_code)
+            task = task_of(options["config"])
+        loaded: Any = MODEL_CLASSES[task].from_pretrained(folder, **options)
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     require_all_weights(location.name, info["missing_keys"])
@@ -52,7 +83,15 @@ def load_model(
         forget_quantization(model)
     model.config._name_or_path = model.name_or_path = location.name
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
-    return prepare(model), load_tokenizer(location, trust_remote_code)
+    return prepare(model), load_processor(location, task, trust_remote_code)
+
+
+def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:
+    """Load what turns text or images into a model's inputs. Raises BadInput if it is not there."""
+    if task == "text":
+        return load_tokenizer(location, trust_remote_code)
+    with quiet_transformers(), explained(location):
+        return AutoImageProcessor.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -114,7 +153,9 @@ def explained(location: Location) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        fix = "install it with `pip install 'coprune[gguf]'`" if isinstance(location, GgufFile) else "install it"
+        extra = "gguf" if isinstance(location, GgufFile) else "images"
+        known = extra == "gguf" or any(package in str(error) for package in ("timm", "torchvision", "PIL"))
+        fix = f"install it with `pip install 'coprune[{extra}]'`" if known else "install it"
         raise BadInput(f"{location.name} needs a package that is missing ({_first_line(error)}); {fix}.") from error
     except (CopruneError, MemoryError):
         raise
