@@ -35,6 +35,14 @@ _FREE = {
     "eval_tokens",
     "stream",
     "activation_memory",
+    "eval_zero_shot",
+    "tasks",
+    "num_fewshot",
+    "include_path",
+    "limit",
+    "prompt",
+    "report_to",
+    "log_json",
 }
 _RESULTS = TypeAdapter(list[MatrixResult])
 

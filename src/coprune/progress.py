@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
 Advance = Callable[[float], None]
+Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Reporter:
@@ -17,10 +19,18 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
+        self.listeners: list[Listener] = []
+        """Are told of every event, whether people are shown anything or not."""
+
+    def event(self, name: str, /, **facts: Any) -> None:
+        """Tell the listeners that something happened."""
+        for listener in self.listeners:
+            listener(name, facts)
 
     def say(self, line: str) -> None:
         """Print one line of plain text."""
         self._console.print(line, markup=False, highlight=False)
+        self.event("line", text=line)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Advance]:

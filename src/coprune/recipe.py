@@ -102,6 +102,29 @@ class Recipe(BaseModel):
     eval_tokens: Annotated[
         int | None, Field(description="Use only so many tokens of each evaluation text. [all]", ge=2)
     ] = None
+    eval_zero_shot: Annotated[
+        bool, Field(description="Run zero-shot tasks on the dense and the pruned model (needs coprune[eval]).")
+    ] = False
+    tasks: Annotated[
+        str | None,
+        Field(
+            description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot. [boolq,rte,hellaswag,"
+            "winogrande,arc_easy,arc_challenge,openbookqa]"
+        ),
+    ] = None
+    num_fewshot: Annotated[int, Field(description="Solved examples before every question.", ge=0)] = 0
+    include_path: Annotated[Path | None, Field(description="Folder with task definitions of your own (YAML).")] = None
+    limit: Annotated[int | None, Field(description="Only the first so many items of each task. [all]", ge=1)] = None
+    prompt: Annotated[
+        str,
+        Field(description="Text that both models continue, for the report; empty for none, as for streamed models."),
+    ] = "The city of Paris is"
+    report_to: Annotated[
+        str | None, Field(description="Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio.")
+    ] = None
+    log_json: Annotated[
+        Path | None, Field(description="Also write what happens to this file, one JSON object a line.")
+    ] = None
     layer_error: Annotated[bool, Field(description="Measure every matrix's relative layer error (costs little).")] = (
         True
     )
@@ -137,6 +160,11 @@ class Recipe(BaseModel):
             )
         if self.target == "dense" and self.propagation == "sequential":
             raise ValueError("target dense compares two forwards of a block, which needs propagation block.")
+        if self.stream and self.runs_tasks:
+            raise ValueError(
+                "zero-shot tasks need the whole model in memory; leave out --stream, or save the model and run: "
+                "coprune eval FOLDER --tasks …"
+            )
         if self.save is not None and self.save == self.save_model:
             raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
         return self
@@ -146,6 +174,11 @@ class Recipe(BaseModel):
         """The fraction of zeros that is asked for."""
         fixed = _ratio_of(self.pattern)
         return fixed if fixed is not None else 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether zero-shot tasks are run."""
+        return self.eval_zero_shot or self.tasks is not None
 
     @property
     def run_folder(self) -> Path:

@@ -14,6 +14,7 @@ from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
 from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
+from coprune.evaluate.beside import Beside
 from coprune.evaluate.perplexity import Perplexity, perplexity
 from coprune.evaluate.streamed import streamed_perplexity
 from coprune.files import write_text
@@ -48,6 +49,7 @@ from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
 from coprune.report.schema import Report
+from coprune.report.phases import Phases
 from coprune.sharing import SharedOutput, SharedSolving, shared_perplexity
 from coprune.statistics import Gram
 from coprune.verify import verify_saved
@@ -128,14 +130,25 @@ def run_recipe(
         prepare_folders(recipe)
     reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
     session = _prepare(recipe, loaded, reporter, processes)
+    phases = Phases(reporter)
+    beside = Beside.prepare(recipe, processes.size)
     output = _open_output(session) if processes.first else None
+    phases.done("load and prepare")
     write = write and processes.first
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = _perplexities(session, "dense") if recipe.evaluate_dense else {}
     results, seconds = _prune(session, output)
+    if processes.first:
+        beside.measure("dense", session.loaded, reporter)
+    phases.done("measure the dense model")
     pruned = _perplexities(session, "pruned")
-    report = build_report(session, results, dense, pruned, seconds, time.perf_counter() - started)
+    phases.done("prune")
+    if processes.first:
+        beside.measure("pruned", session.loaded, reporter)
+    phases.done("measure the pruned model")
+    total = time.perf_counter() - started
+    report = build_report(session, results, dense, pruned, beside, phases.facts, seconds, total)
     if write:
         announce(recipe, report)
     _save(session, output, report)
@@ -151,7 +164,7 @@ def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processe
     check_processes(recipe, processes.size)
     if loaded is None:
         reporter.say(f"Loading {recipe.model}")
-        loaded = open_model(recipe, stream=recipe.stream is not False)
+        loaded = open_model(recipe, stream=recipe.stream is not False and not recipe.runs_tasks)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)

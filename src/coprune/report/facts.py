@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from coprune.evaluate.beside import Beside
 from coprune.evaluate.perplexity import Perplexity
 from coprune.pruning import MatrixResult
+from coprune.report.phases import PhaseFacts
 from coprune.report.schema import (
     CalibrationFacts,
     ModelFacts,
@@ -28,6 +30,8 @@ def build_report(
     results: list[MatrixResult],
     dense: dict[str, Perplexity],
     pruned: dict[str, Perplexity],
+    beside: Beside,
+    phases: list[PhaseFacts],
     prune_seconds: float,
     total_seconds: float,
 ) -> Report:
@@ -55,6 +59,9 @@ def build_report(
         events=[f"{result.name}: {event}" for result in results for event in result.events],
         matrices=results,
         saved_model=session.recipe.save_model,
+        zero_shot=beside.zero_shot_facts(),
+        sample=beside.sample(),
+        phases=phases,
     )
 
 

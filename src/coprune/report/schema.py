@@ -9,9 +9,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from coprune.errors import BadInput
+from coprune.evaluate.beside import TextSample
+from coprune.evaluate.zero_shot import ZeroShotFacts
 from coprune.files import write_text
 from coprune.pruning import MatrixResult
 from coprune.recipe import Recipe
+from coprune.report.phases import PhaseFacts
 
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate")
 
@@ -91,6 +94,9 @@ class Report(BaseModel):
     """Numerical events, each with the name of its matrix."""
     matrices: list[MatrixResult]
     saved_model: Path | None = None
+    zero_shot: ZeroShotFacts | None = None
+    sample: TextSample | None = None
+    phases: list[PhaseFacts] = []
 
     def write(self, path: Path) -> None:
         """Write the report whole or not at all."""
