@@ -51,12 +51,20 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
         cached = session.model.config.use_cache
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         session.model.config.use_cache = cached
+        _release(session.model, trainer)
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     report = _finish(session, trainer, before, trained) if first else _report(session, trainer, [], trained, None, None)
     accelerator: Any = trainer.accelerator
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
+
+
+def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) -> None:
+    """Take off what training put around a model's forward, so that it computes as the saved model will."""
+    accelerator: Any = trainer.accelerator
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
 
 
 def _objective(session: Session, first: bool) -> Objective | None:
