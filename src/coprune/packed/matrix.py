@@ -8,6 +8,7 @@ prompt) are bound by arithmetic, so rows are unpacked tile by tile and given to 
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from coprune.packed.format import (
 )
 from coprune.packed.kernels.build import MatrixStruct, load_kernels
 
-IN_KERNEL = {torch.float32: 48, torch.bfloat16: 24}  # inputs; measured where the tiles begin to win
-TILE_BYTES = 8 << 20
+IN_KERNEL = {torch.float32: 64, torch.bfloat16: 12}  # inputs; measured where the tiles begin to win
+TILE_BYTES = 4 << 20
 KERNEL_DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 
 
@@ -84,7 +85,7 @@ class NativeMatrix:
         """The same for many inputs: unpack some rows, multiply them as a dense matrix, go on."""
         x_TI = x.reshape(batch, self.columns)
         tile_rows = max(min(TILE_BYTES // (self.columns * self.bytes), self.rows), 1)
-        tile = x.new_empty((tile_rows, self.columns))
+        tile = _scratch(tile_rows * self.columns, x.dtype).view(tile_rows, self.columns)
         parts = []
         for first in range(0, self.rows, tile_rows):
             last = min(first + tile_rows, self.rows)
@@ -97,6 +98,17 @@ class NativeMatrix:
         """Write rows first … last − 1 into out (at least that many rows × I, contiguous)."""
         pointer, threads = out.data_ptr(), torch.get_num_threads()
         self.library.coprune_expand(self.address, self.bytes, pointer, first, last, threads)
+
+
+_scratches = threading.local()
+
+
+def _scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """A buffer that this thread keeps: fresh pages for every product would cost more than unpacking into them."""
+    kept: Tensor | None = getattr(_scratches, "bytes", None)
+    if kept is None or kept.numel() < size * dtype.itemsize:
+        kept = _scratches.bytes = torch.empty(max(size * dtype.itemsize, TILE_BYTES), dtype=torch.uint8)
+    return kept[: size * dtype.itemsize].view(dtype)
 
 
 def native_matrix(blob: Tensor, header: Header, bias: Tensor | None) -> NativeMatrix | None:
