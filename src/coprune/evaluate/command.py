@@ -1,27 +1,66 @@
-"""`coprune eval`: perplexity of any model that can be loaded."""
+"""`coprune eval`: perplexity, zero-shot tasks and closeness to another model, of any model that can be loaded."""
 
 from __future__ import annotations
 
 from coprune.errors import BadInput
-from coprune.evaluate.perplexity import perplexity
-from coprune.preparation import choose_seqlen, open_model, read_evaluation
+from coprune.evaluate.beside import Beside
+from coprune.evaluate.cache import EvaluationCache
+from coprune.evaluate.evaluation import Evaluation, PerplexityResult
+from coprune.evaluate.measure import Subject
+from coprune.evaluate.zero_shot import Estimate
 from coprune.progress import Reporter
 from coprune.recipe import Recipe
 
 
-def evaluate_model(recipe: Recipe, reporter: Reporter) -> list[str]:
-    """Measure the perplexity on every text of the recipe's eval_data; one line each. Raises BadInput."""
-    if not recipe.eval_data:
-        raise BadInput("no text is named; for example --data embedded or --data wikitext2,path/to/text.txt.")
-    loaded = open_model(recipe, stream=False)
-    seqlen = choose_seqlen(loaded.model, recipe)
-    lines = []
-    for name, text in read_evaluation(recipe, loaded, seqlen, reporter).items():
-        with reporter.bar(f"Perplexity on {name}", len(text.tokens) // seqlen) as advance:
-            found = perplexity(loaded.model, text.tokens, seqlen, recipe.batch_size, text.token_bytes, advance)
-        low, high = found.interval or (found.value, found.value)
+def evaluate_model(recipe: Recipe, reporter: Reporter, against: str | None = None) -> Evaluation:
+    """Measure what the recipe asks for: perplexity on every text of its eval_data, and its tasks.
+
+    against: a model to compare next-token distributions with, on the same texts. Raises BadInput.
+    """
+    if not recipe.eval_data and not recipe.runs_tasks:
+        raise BadInput("nothing is asked for; for example --data embedded, --data wikitext2,my.txt, or --tasks piqa.")
+    if against is not None and not recipe.eval_data:
+        raise BadInput("closeness to another model is measured on text; name one with --data.")
+    tasks = Beside.prepare(recipe).tasks
+    cache = EvaluationCache(None)
+    dense = None if against is None else Subject(recipe.model_copy(update={"model": against}), cache, reporter, None)
+    subject = Subject(recipe, cache, reporter, tasks)
+    found = subject.measure()
+    if dense is None:
+        return found
+    return found.model_copy(update={"against": dense.name, "closeness": subject.closeness_to(dense)})
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """What was measured, one line each."""
+    lines = [_perplexity_line(result) for result in evaluation.perplexity]
+    for near in evaluation.closeness:
+        low, high = near.kl_interval or (near.kl, near.kl)
         lines.append(
-            f"perplexity {found.value:.4f} [{low:.2f}, {high:.2f}], {found.bits_per_byte:.4f} bits per byte on {name} "
-            f"({found.windows} windows, sequence length {seqlen})"
+            f"closeness  KL {near.kl:.4f} [{low:.4f}, {high:.4f}] nats, top-1 agreement {near.top1_agreement:.2%} "
+            f"with {evaluation.against} on {near.data}"
         )
+    if evaluation.zero_shot is None:
+        return lines
+    for task in evaluation.zero_shot.tasks:
+        metrics = ", ".join(f"{name} {percent(estimate)}" for name, estimate in task.metrics.items())
+        lines.append(f"{task.task}  {metrics} ({task.items} items, {task.num_fewshot}-shot, version {task.version})")
+    mean = evaluation.zero_shot.mean
+    if mean is not None:
+        lines.append(f"mean of acc over {len(evaluation.zero_shot.tasks)} tasks  {percent(mean)}")
     return lines
+
+
+def percent(estimate: Estimate) -> str:
+    """An estimate in per cent with its standard error."""
+    error = "" if estimate.stderr is None else f" ± {100 * estimate.stderr:.2f}"
+    return f"{100 * estimate.value:.2f}{error} %"
+
+
+def _perplexity_line(found: PerplexityResult) -> str:
+    low, high = found.interval or (found.value, found.value)
+    per_byte = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
+    return (
+        f"perplexity {found.value:.4f} [{low:.2f}, {high:.2f}]{per_byte} on {found.data} "
+        f"({found.windows} windows, sequence length {found.seqlen})"
+    )

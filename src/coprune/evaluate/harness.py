@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.metadata
+import itertools
+import json
 import logging
 import random
 import sys
@@ -65,6 +67,17 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
         except Exception as error:  # a definition is code and data of its own: whatever it raises
             raise BadInput(f"a task cannot be loaded: {_one_line(error)}. {LOCAL_TASKS_HINT}") from error
     return loaded
+
+
+def tasks_fingerprint(tasks: dict[str, Any], limit: int | None = None) -> str:
+    """Name tasks by what is asked: their items (the first `limit`), templates and metrics; 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, task in tasks["tasks"].items():
+        settings = {key: value for key, value in task.dump_config().items() if key != "num_fewshot"}
+        digest.update(json.dumps([name, settings], sort_keys=True, default=_named).encode())
+        for item in itertools.islice(task.eval_docs, limit):
+            digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def zero_shot(
@@ -248,6 +261,11 @@ def _isolated() -> Iterator[None]:
         logger.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _named(value: Any) -> str:
+    # The address of a function in its repr is another in every process.
+    return getattr(value, "__qualname__", None) or str(value)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,169 @@
+"""Measure one model as asked, with nothing measured twice: every part is looked up in the cache first."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from typing import Any
+
+from coprune.checkpoint.locate import Location, locate
+from coprune.errors import BadInput
+from coprune.evaluate.beside import zero_shot_settings
+from coprune.evaluate.cache import EvaluationCache, bytes_of_weights, model_fingerprint, text_fingerprint
+from coprune.evaluate.closeness import closeness
+from coprune.evaluate.evaluation import (
+    ClosenessResult,
+    Evaluation,
+    PerplexityResult,
+    WeightFacts,
+    closeness_result,
+    perplexity_result,
+    weight_facts,
+)
+from coprune.evaluate.perplexity import perplexity
+from coprune.evaluate.zero_shot import ZeroShot
+from coprune.preparation import Loaded, choose_seqlen, open_model, read_evaluation
+from coprune.progress import Reporter
+from coprune.recipe import Recipe
+
+_VERSIONS = ("torch", "transformers", "lm_eval")
+
+
+class Subject:
+    """One model to measure: found and named at once, loaded when a measurement is not in the cache.
+
+    recipe: its model, and how everything is measured. Raises BadInput if there is no such model.
+    """
+
+    def __init__(
+        self, recipe: Recipe, cache: EvaluationCache, reporter: Reporter, tasks: dict[str, Any] | None
+    ) -> None:
+        self.recipe = recipe
+        self.location: Location = locate(recipe.model, recipe.cache_dir)
+        self.fingerprint = model_fingerprint(self.location.path)
+        self.name = self.location.name
+        self._tasks = tasks
+        self._cache = cache
+        self._reporter = reporter
+        self._loaded: Loaded | None = None
+        self._texts: dict[str, Any] = {}
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model in memory."""
+        if self._loaded is None:
+            self._reporter.say(f"Loading {self.name}")
+            self._loaded = open_model(self.recipe, stream=False)
+        return self._loaded
+
+    def release(self) -> None:
+        """Free the model."""
+        self._loaded = None
+        self._texts = {}
+
+    def measure(self) -> Evaluation:
+        """Count weights, measure perplexity on every text, and run the tasks if there are any."""
+        return Evaluation(
+            model=self.name,
+            weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
+            perplexity=tuple(
+                self._cache.get(
+                    self._key("perplexity", **self._text_key(name)), PerplexityResult, self._measure_text(name)
+                )
+                for name in _names(self.recipe.eval_data)
+            ),
+            zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
+        )
+
+    def closeness_to(self, dense: Subject) -> tuple[ClosenessResult, ...]:
+        """Compare the next-token distributions with another model's on every text; both are in memory for that.
+
+        Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
+        """
+        return tuple(
+            self._cache.get(
+                self._key("closeness", dense=dense.fingerprint, **self._text_key(name)),
+                ClosenessResult,
+                self._compare_on(name, dense),
+            )
+            for name in _names(self.recipe.eval_data)
+        )
+
+    def _count(self) -> WeightFacts:
+        return weight_facts(self.loaded.model, bytes_of_weights(self.location.path))
+
+    def text(self, name: str) -> Any:
+        """An evaluation text in this model's tokens."""
+        if name not in self._texts:
+            recipe = self.recipe.model_copy(update={"eval_data": name})
+            self._texts |= read_evaluation(recipe, self.loaded, self._seqlen(), self._reporter)
+        return self._texts[name]
+
+    def _seqlen(self) -> int:
+        return choose_seqlen(self.loaded.model, self.recipe)
+
+    def _measure_text(self, name: str) -> Callable[[], PerplexityResult]:
+        def measure() -> PerplexityResult:
+            text, seqlen = self.text(name), self._seqlen()
+            with self._reporter.bar(f"Perplexity on {name}", len(text.tokens) // seqlen) as advance:
+                found = perplexity(
+                    self.loaded.model, text.tokens, seqlen, self.recipe.batch_size, text.token_bytes, advance
+                )
+            return perplexity_result(name, text.source, text.fingerprint, found)
+
+        return measure
+
+    def _compare_on(self, name: str, dense: Subject) -> Callable[[], ClosenessResult]:
+        def compare() -> ClosenessResult:
+            text, seqlen = self.text(name), self._seqlen()
+            if dense.text(name).fingerprint != text.fingerprint:
+                raise BadInput(
+                    f"{self.name} and {dense.name} cut {name} into different tokens, so their predictions cannot be compared."
+                )
+            with self._reporter.bar(f"Closeness on {name}", len(text.tokens) // seqlen) as advance:
+                batch = self.recipe.batch_size
+                found = closeness(dense.loaded.model, self.loaded.model, text.tokens, seqlen, batch, advance)
+            return closeness_result(name, text.fingerprint, found)
+
+        return compare
+
+    def _zero_shot(self, tasks: dict[str, Any]) -> ZeroShot:
+        from coprune.evaluate.harness import tasks_fingerprint, zero_shot
+
+        settings = zero_shot_settings(self.recipe)
+
+        def run() -> ZeroShot:
+            loaded = self.loaded
+            if loaded.tokenizer is None:
+                raise BadInput(f"{self.name} has no tokenizer, which zero-shot tasks need.")
+            return zero_shot(loaded.model, loaded.tokenizer, settings, tasks, self._reporter)
+
+        # A batch size changes nothing but rounding.
+        key = self._key(
+            "zero-shot",
+            shots=settings.num_fewshot,
+            limit=settings.limit,
+            tasks=tasks_fingerprint(tasks, settings.limit),
+        )
+        return self._cache.get(key, ZeroShot, run)
+
+    def _text_key(self, name: str) -> dict[str, Any]:
+        recipe = self.recipe
+        return {"text": text_fingerprint(name), "name": name, "seqlen": recipe.seqlen, "tokens": recipe.eval_tokens}
+
+    def _key(self, what: str, **settings: Any) -> str:
+        versions = {name: _version(name) for name in _VERSIONS}
+        facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.dtype, **settings, **versions}
+        return json.dumps(facts, sort_keys=True, default=str)
+
+
+def _names(eval_data: str | None) -> list[str]:
+    return [name.strip() for name in (eval_data or "").split(",") if name.strip()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
