@@ -18,8 +18,9 @@ from coprune.model.matrices import choose_matrices
 from coprune.model.prove import prove_replay
 from coprune.patterns import Target
 from coprune.pruning import MatrixResult, Solver, prune_walk
+from coprune.recording import record_batches
 from coprune.statistics import InputNorm
-from coprune.walk import Propagation, Walk, record_batches
+from coprune.walk import Propagation, Walk
 
 Solve = Callable[[Tensor, Tensor], Tensor]
 """From a weight (O × I) and all inputs that it meets (T × I) to the pruned weight."""

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coprune.errors import CopruneError
+from coprune.gathering import Inputs
 from coprune.statistics import Gram, Sums
-from coprune.walk import Inputs
 
 Value = TypeVar("Value")
 

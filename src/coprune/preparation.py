@@ -18,6 +18,7 @@ from coprune.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
+from coprune.gathering import Inputs
 from coprune.methods import METHODS, method_named
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen
@@ -29,7 +30,6 @@ from coprune.recipe import Recipe
 from coprune.refine import refinement_named
 from coprune.refine.reconstruct import Reconstruction
 from coprune.statistics import InputSample
-from coprune.walk import Inputs
 
 # The reports' files; a folder that holds one belongs to a run.
 RECIPE_FILE = "recipe.yaml"

@@ -12,16 +12,18 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.errors import NumericalError
+from coprune.gathering import Inputs
 from coprune.linear_algebra import dense_target
 from coprune.methods import METHODS
 from coprune.methods.base import Method, Pruned
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.patterns import Target
+from coprune.recording import Recording
 from coprune.refine import Refinement
 from coprune.refine.reconstruct import Reconstruction
 from coprune.statistics import Gram, InputNorm, relative_layer_error
-from coprune.walk import BlockDone, Inputs, MatricesReady, Recording
+from coprune.walk import BlockDone, MatricesReady
 
 Aim = Literal["pruned", "dense"]
 

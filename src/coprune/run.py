@@ -44,16 +44,17 @@ from coprune.preparation import (
 from coprune.progress import Advance, Reporter
 from coprune.pruning import MatrixResult, Solver, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe
+from coprune.recording import Recording, record_batches
 from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
-from coprune.report.schema import Report
 from coprune.report.phases import Phases
+from coprune.report.schema import Report
 from coprune.sharing import SharedOutput, SharedSolving, shared_perplexity
 from coprune.statistics import Gram
 from coprune.verify import verify_saved
-from coprune.walk import Recording, Walk, record_batches
+from coprune.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -123,27 +124,29 @@ def run_recipe(
     """
     started = time.perf_counter()
     processes = processes or Processes()
+    if recipe.finetune is not None:
+        return _run_with_finetuning(recipe, loaded, reporter or Reporter(), processes)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
     if processes.first and (write or recipe.save_model):
         prepare_folders(recipe)
     reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
-    session = _prepare(recipe, loaded, reporter, processes)
     phases = Phases(reporter)
     beside = Beside.prepare(recipe, processes.size)
-    output = _open_output(session) if processes.first else None
+    session = _prepare(recipe, loaded, reporter, processes)
     phases.done("load and prepare")
+    output = _open_output(session) if processes.first else None
     write = write and processes.first
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = _perplexities(session, "dense") if recipe.evaluate_dense else {}
-    results, seconds = _prune(session, output)
     if processes.first:
         beside.measure("dense", session.loaded, reporter)
     phases.done("measure the dense model")
-    pruned = _perplexities(session, "pruned")
+    results, seconds = _prune(session, output)
     phases.done("prune")
+    pruned = _perplexities(session, "pruned")
     if processes.first:
         beside.measure("pruned", session.loaded, reporter)
     phases.done("measure the pruned model")
@@ -156,6 +159,17 @@ def run_recipe(
         finish_run_folder(recipe, report)
     in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
     return Result(report, in_memory, session.loaded.tokenizer)
+
+
+def _run_with_finetuning(
+    recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes
+) -> Result:
+    from coprune.finetune.after_pruning import prune_and_finetune
+
+    def prune_only(pruning: Recipe) -> Report:
+        return run_recipe(pruning, loaded, reporter, processes=processes).report
+
+    return Result(prune_and_finetune(recipe, prune_only, reporter, processes.first), None, None)
 
 
 def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:

@@ -16,41 +16,21 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coprune.checkpoint.weights import Weights
-from coprune.errors import NumericalError, UnsupportedModel
-from coprune.model.activations import Activations
-from coprune.model.arguments import TensorPool
+from coprune.errors import UnsupportedModel
+from coprune.gathering import Gathered, Inputs
 from coprune.model.blocks import Block
 from coprune.model.lockstep import Lockstep
 from coprune.model.matrices import Matrix
 from coprune.model.observe import Observe
 from coprune.model.prove import Structure
-from coprune.model.record import BlockCall, run_after_blocks, run_without_blocks
-from coprune.statistics import CrossGram, InputNorm, InputSample
+from coprune.model.record import run_after_blocks
+from coprune.recording import Recording
+from coprune.statistics import InputNorm
 
 Propagation = Literal["block", "sequential"]
-
-
-@dataclass
-class Inputs:
-    """What is known of one tensor that feeds one or more matrices."""
-
-    statistic: InputNorm | None
-    sample: InputSample
-    cross: CrossGram | None = None
-    """With the same tokens' inputs in the dense model; None if not asked for, or for experts, whose tokens differ."""
-    pool: InputNorm | None = None
-    """For an expert: the statistic of all experts of its layer, as far as they are known."""
-
-    def update(self, x: Tensor, x_dense: Tensor | None) -> None:
-        self.sample.update(x)
-        if self.statistic is not None:
-            self.statistic.update(x)
-        if x_dense is not None:
-            self.cross = self.cross or CrossGram(self.sample.width, x.device)
-            self.cross.update(x_dense, x)
 
 
 @dataclass(frozen=True)
@@ -67,48 +47,6 @@ class BlockDone:
     """All matrices of a block were shown; the block is let go of when the walk goes on."""
 
     block: Block
-
-
-@dataclass
-class Recording:
-    """The calibration batches on their way: the inputs of the next block, and every block's calls.
-
-    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
-    the blocks of the dense model would be given, if somebody aims at those.
-    """
-
-    tokens: list[Tensor]
-    hidden: Activations
-    calls: list[list[BlockCall]]
-    dense: Activations | None = None
-
-    @torch.no_grad()
-    def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
-        """Run a block on hidden states of a batch (B × S × H) with that batch's own arguments."""
-        return self.calls[batch][block.index].run(block.module, hidden)
-
-
-@torch.no_grad()
-def record_batches(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    structure: Structure,
-    batches: Sequence[Tensor],
-    activations: Activations | None = None,
-) -> Recording:
-    """Run every batch through the model with idle blocks.
-
-    batches: B × S int64 each; activations: an empty list for the hidden states (default: one in memory).
-    """
-    pool = TensorPool()
-    recording = Recording([], Activations() if activations is None else activations, [])
-    for tokens in batches:
-        hidden, calls = run_without_blocks(model, blocks, tokens, structure.answers)
-        recording.tokens.append(tokens)
-        recording.hidden.append(hidden)
-        recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
-        pool.forget_batch()
-    return recording
 
 
 @dataclass
@@ -193,7 +131,7 @@ class Walk:
         # Experts that no token was routed to in sequential mode; in block mode none are left.
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
-    def _visit_in_step(self, block: Block, gathered: _Gathered) -> Iterator[MatricesReady]:
+    def _visit_in_step(self, block: Block, gathered: Gathered) -> Iterator[MatricesReady]:
         assert self.recording is not None
         hidden = self.recording.hidden
 
@@ -215,8 +153,8 @@ class Walk:
             yield MatricesReady(group, inputs)
             step.solved(group)
 
-    def _gathered(self, groups: Sequence[list[Matrix]], batches: int) -> _Gathered:
-        return _Gathered(groups, self.statistic, batches, self.reduce)
+    def _gathered(self, groups: Sequence[list[Matrix]], batches: int) -> Gathered:
+        return Gathered(groups, self.statistic, batches, self.reduce)
 
     def _run_dense(self, block: Block) -> None:
         """Move the dense model's hidden states on through the block, which still has its dense weights."""
@@ -259,78 +197,3 @@ class Walk:
     def _run(self, block: Block, batch: int) -> Tensor:
         assert self.recording is not None
         return self.recording.run(block, batch, self.recording.hidden[batch])
-
-
-class _Gathered:
-    """The inputs of one block's groups of matrices while its batches run."""
-
-    def __init__(
-        self,
-        groups: Sequence[list[Matrix]],
-        statistic: type[InputNorm] | None,
-        batches: int,
-        reduce: Callable[[Inputs], None],
-    ) -> None:
-        self._groups = {group[0].name: group for group in groups}
-        self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
-        self._statistic = statistic
-        self._batches = batches
-        self._reduce = reduce
-        self._inputs: dict[str, Inputs] = {}
-        self._complete: set[str] = set()
-        self._pools: dict[str, InputNorm] = {}
-        self.dense: dict[str, Tensor] = {}
-        """What the matrices of the batch at hand are multiplied with in the dense model, by name."""
-
-    def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
-        """Note one product. The first matrix of a group speaks for all of them."""
-        leader = self._leader[matrix.name]
-        if leader != matrix.name:
-            return
-        try:
-            self._of(leader, x.shape[-1], x.device).update(x, self.dense.get(leader))
-        except NumericalError as error:
-            raise NumericalError(f"{matrix.name}, calibration batch {batch}: {error}.") from error
-
-    def _of(self, leader: str, width: int, device: torch.device) -> Inputs:
-        if leader not in self._inputs:
-            statistic = None if self._statistic is None else self._statistic(width, device)
-            self._inputs[leader] = Inputs(statistic, InputSample(width, self._batches, device))
-        return self._inputs[leader]
-
-    def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:
-        """Hand out a group and what was gathered for it, and forget it."""
-        leader = self._leader[matrix.name]
-        self._finish(leader)
-        return self._groups.pop(leader), self._inputs.pop(leader)
-
-    def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
-        """Hand out all groups that are left, in order."""
-        # All of them are complete before the first is shown, so that every expert knows its whole layer.
-        for leader in self._groups:
-            self._finish(leader)
-        while self._groups:
-            yield self.take(next(iter(self._groups.values()))[0])
-
-    def _finish(self, leader: str) -> None:
-        """Complete the inputs of a group, to which nothing will be added any more."""
-        if leader in self._complete:
-            return
-        matrix = self._groups[leader][0]
-        inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
-        self._reduce(inputs)
-        if matrix.expert is not None and inputs.statistic is not None:
-            inputs.pool = self._pool_of(matrix, inputs.statistic)
-        self._complete.add(leader)
-
-    def _pool_of(self, matrix: Matrix, statistic: InputNorm) -> InputNorm:
-        """The merged statistic of the experts that share this one's parameter.
-
-        In `block` propagation it holds all of them by the time that the first is shown. In `sequential` those further
-        on are not known yet: an expert's pool is then of itself and the experts before it.
-        """
-        layer = matrix.name.partition("[")[0]
-        if layer not in self._pools:
-            self._pools[layer] = type(statistic)(matrix.shape[1], matrix.stored().device)
-        self._pools[layer].merge(statistic)
-        return self._pools[layer]

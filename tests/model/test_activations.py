@@ -17,7 +17,8 @@ from coprune.model.matrices import choose_matrices
 from coprune.model.prove import prove_replay
 from coprune.patterns import NM, Target
 from coprune.pruning import Solver, prune_walk
-from coprune.walk import Walk, record_batches
+from coprune.recording import record_batches
+from coprune.walk import Walk
 from pico import pico_model, pico_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,8 @@ from coprune.model.activations import Activations
 from coprune.model.blocks import Block
 from coprune.model.prove import Structure
 from coprune.model.record import input_device, run_after_blocks
-from coprune.walk import Walk, record_batches
+from coprune.recording import record_batches
+from coprune.walk import Walk
 
 
 @torch.no_grad()
