@@ -67,11 +67,18 @@ class Recipe(BaseModel):
     reconstruct_parts: Annotated[
         Literal["together", "separate"], Field(description="Train attention and MLP together or one after the other.")
     ] = "together"
+    finetune: Annotated[
+        Literal["lora", "dense", "distill"] | None,
+        Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
+    ] = None
+    finetune_minutes: Annotated[
+        float | None, Field(description="Fine-tune for so long. [one pass over the text]", gt=0)
+    ] = None
     dataset: Annotated[
         str,
         Field(
             description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, or a local .txt, .jsonl or "
-            ".parquet file or folder."
+            ".parquet file or folder. Images: digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
     nsamples: Annotated[int, Field(description="Number of calibration samples.", ge=1)] = 128
@@ -98,6 +105,9 @@ class Recipe(BaseModel):
     evaluate_dense: Annotated[bool, Field(description="Measure the dense model's perplexity too.")] = True
     eval_data: Annotated[
         str | None, Field(description="Text for perplexity, comma-separated. [test split of the calibration corpus]")
+    ] = None
+    eval_images: Annotated[
+        int | None, Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1)
     ] = None
     eval_tokens: Annotated[
         int | None, Field(description="Use only so many tokens of each evaluation text. [all]", ge=2)

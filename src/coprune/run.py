@@ -126,6 +126,8 @@ def run_recipe(
     processes = processes or Processes()
     if recipe.finetune is not None:
         return _run_with_finetuning(recipe, loaded, reporter or Reporter(), processes)
+    if recipe.finetune is not None:
+        return _run_with_finetuning(recipe, loaded, reporter or Reporter(), processes)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
@@ -159,6 +161,17 @@ def run_recipe(
         finish_run_folder(recipe, report)
     in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
     return Result(report, in_memory, session.loaded.tokenizer)
+
+
+def _run_with_finetuning(
+    recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes
+) -> Result:
+    from coprune.finetune.after_pruning import prune_and_finetune
+
+    def prune_only(pruning: Recipe) -> Report:
+        return run_recipe(pruning, loaded, reporter, processes=processes).report
+
+    return Result(prune_and_finetune(recipe, prune_only, reporter, processes.first), None, None)
 
 
 def _run_with_finetuning(

@@ -170,7 +170,7 @@ def training_arguments(settings: FinetuneSettings, text: TrainingText, folder: P
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=settings.report_to,
+        report_to=[name.strip() for name in settings.report_to.split(",")],
         dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,

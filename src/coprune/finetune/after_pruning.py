@@ -1,0 +1,81 @@
+"""Pruning and fine-tuning in one run: the pruned model goes to a folder, and is fine-tuned from there.
+
+So either half can be interrupted and goes on, and the pruned model stays to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coprune.errors import BadInput
+from coprune.files import write_text
+from coprune.finetune.report import FinetuneReport, summary_lines
+from coprune.finetune.run import finetune
+from coprune.finetune.settings import FinetuneSettings, make_settings
+from coprune.preparation import RECIPE_FILE, REPORT_FILE, path_of
+from coprune.progress import Reporter
+from coprune.recipe import Recipe
+from coprune.report.schema import Report
+
+
+def prune_and_finetune(recipe: Recipe, prune: Callable[[Recipe], Report], reporter: Reporter, first: bool) -> Report:
+    """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
+
+    prune: runs a recipe; first: whether this process is the one that writes. Returns the report of the pruning; that of
+    the fine-tuning is `finetune/finetune.json`. Raises as both do.
+    """
+    settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
+    pruning = pruning_of(recipe)
+    done = _pruned_before(pruning)
+    if done is None:
+        report = prune(pruning)
+    else:
+        reporter.say(f"Pruned by an earlier run: {pruning.save_model}")
+        report = done
+    found: FinetuneReport = finetune(settings, reporter)
+    if first:
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
+        for line in summary_lines(found):
+            reporter.say(line)
+    return report
+
+
+def pruning_of(recipe: Recipe) -> Recipe:
+    """The recipe of the pruning alone."""
+    return recipe.model_copy(
+        update={"finetune": None, "finetune_minutes": None, "save_model": recipe.run_folder / "pruned"}
+    )
+
+
+def settings_of(recipe: Recipe) -> FinetuneSettings:
+    """The settings of the fine-tuning: text, length, seed, evaluation and device of the pruning."""
+    return make_settings(
+        {
+            "model": str(recipe.run_folder / "pruned"),
+            "mode": recipe.finetune,
+            "teacher": recipe.model if recipe.finetune == "distill" else None,
+            "dataset": recipe.dataset,
+            "block_size": recipe.seqlen,
+            "minutes": recipe.finetune_minutes,
+            "seed": recipe.seed,
+            "device": "cpu" if recipe.device == "cpu" else "auto",
+            "cache_dir": recipe.cache_dir,
+            "evaluate": recipe.evaluate,
+            "eval_data": recipe.eval_data,
+            "eval_tokens": recipe.eval_tokens,
+            "report_to": recipe.report_to or "none",
+            "save": recipe.run_folder / "finetune",
+            "save_model": recipe.save_model,
+        }
+    )
+
+
+def _pruned_before(pruning: Recipe) -> Report | None:
+    """The report of an earlier run of the same recipe, whose model is there; None if there was none."""
+    path = pruning.run_folder / REPORT_FILE
+    if not path.is_file() or pruning.save_model is None or not pruning.save_model.is_dir():
+        return None
+    report = Report.read(path)
+    if report.recipe != pruning:
+        raise BadInput(f"{pruning.run_folder} already holds another run; name another folder with --save.")
+    return report
