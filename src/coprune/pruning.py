@@ -22,6 +22,7 @@ from coprune.patterns import Target
 from coprune.recording import Recording
 from coprune.refine import Refinement
 from coprune.refine.reconstruct import Reconstruction
+from coprune.report.distributions import Distributions, distributions_of
 from coprune.statistics import Gram, InputNorm, relative_layer_error
 from coprune.walk import BlockDone, MatricesReady
 
@@ -46,6 +47,8 @@ class MatrixResult(BaseModel):
     """CRC-32 of its zeros, by which a reloaded matrix is compared."""
     seconds: float
     events: tuple[str, ...] = ()
+    distributions: Distributions | None = None
+    """Of its weights, inputs and scores before pruning; in a file of their own beside the report."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def prune_matrix(
         raise NumericalError(f"{matrix.name}: {error}") from error
     matrix.write(pruned.weight)
     # The error of what the model now holds, so after rounding to its dtype.
-    measured = _layer_error(inputs, weight, matrix.read()) if layer_error and inputs is not None else None
+    after = matrix.read()
+    measured = _layer_error(inputs, weight, after) if layer_error and inputs is not None else None
     return MatrixResult(
         name=matrix.name,
         shape=matrix.shape,
@@ -168,6 +172,7 @@ def prune_matrix(
         tokens=None if inputs is None else inputs.sample.count,
         seconds=time.perf_counter() - started,
         events=pruned.events,
+        distributions=distributions_of(weight, after != 0, None if inputs is None else _norm(inputs)),
     )
 
 
@@ -200,6 +205,15 @@ def reconstruct_block(
         )
         for i, result in enumerate(results)
     ]
+
+
+def _norm(inputs: Inputs) -> Tensor | None:
+    """Root mean square of every input channel (I float32), on the sample if nothing better was gathered."""
+    if inputs.sample.count == 0:
+        return None
+    if inputs.statistic is not None:
+        return inputs.statistic.root_mean_square
+    return inputs.sample.inputs.square().mean(dim=0).sqrt()
 
 
 def _layer_error(inputs: Inputs, weight: Tensor, after: Tensor) -> float | None:

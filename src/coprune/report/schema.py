@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from coprune.errors import BadInput
 from coprune.evaluate.beside import TextSample
@@ -14,9 +14,13 @@ from coprune.evaluate.zero_shot import ZeroShotFacts
 from coprune.files import write_text
 from coprune.pruning import MatrixResult
 from coprune.recipe import Recipe
+from coprune.report.distributions import Distributions
 from coprune.report.phases import PhaseFacts
 
+DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate")
+
+_DISTRIBUTIONS = TypeAdapter(dict[str, Distributions])
 
 
 class ModelFacts(BaseModel):
@@ -99,18 +103,27 @@ class Report(BaseModel):
     phases: list[PhaseFacts] = []
 
     def write(self, path: Path) -> None:
-        """Write the report whole or not at all."""
-        write_text(path, self.model_dump_json(indent=2) + "\n")
+        """Write the report whole or not at all, and the matrices' distributions to a file beside it."""
+        found = {matrix.name: matrix.distributions for matrix in self.matrices if matrix.distributions is not None}
+        if found:
+            write_text(path.with_name(DISTRIBUTIONS_FILE), _DISTRIBUTIONS.dump_json(found).decode() + "\n")
+        write_text(path, self.model_dump_json(indent=2, exclude={"matrices": {"__all__": {"distributions"}}}) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Read a report. Raises BadInput if it is missing or no report."""
+        """Read a report, with the distributions if they are beside it. Raises BadInput if it is missing or no report."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            report = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BadInput(f"the report {path} cannot be read: {error.strerror}.") from None
         except ValueError:
             raise BadInput(f"{path} is not a report that this version of coprune can read.") from None
+        try:
+            found = _DISTRIBUTIONS.validate_json(path.with_name(DISTRIBUTIONS_FILE).read_bytes())
+        except (OSError, ValueError):
+            return report  # of an earlier version, or copied alone
+        matrices = [matrix.model_copy(update={"distributions": found.get(matrix.name)}) for matrix in report.matrices]
+        return report.model_copy(update={"matrices": matrices})
 
 
 def installed_versions() -> dict[str, str]:

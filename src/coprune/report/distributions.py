@@ -1,0 +1,70 @@
+"""What one matrix looked like when it was pruned, as small histograms: weight magnitudes, input norms, Wanda scores.
+
+All are over the decimal logarithm, since all spread over orders of magnitude. Weights and scores are counted on a sample
+of rows, so that the cost does not depend on the matrix's size; input norms are all counted.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+BINS = 32
+SAMPLED_WEIGHTS = 2**16
+
+
+class Histogram(BaseModel):
+    """Counts in equal bins of log₁₀ between low and high; values of zero are not in them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    low: float
+    high: float
+    kept: tuple[int, ...]
+    pruned: tuple[int, ...]
+    """Empty where nothing is pruned, as among input norms."""
+
+
+class Distributions(BaseModel):
+    """Of one matrix W (O × I) with input norms n: the magnitudes |W|, the norms n, and the scores |W|·n."""
+
+    model_config = ConfigDict(frozen=True)
+
+    magnitude: Histogram | None
+    norm: Histogram | None
+    score: Histogram | None
+
+
+def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distributions:
+    """Count a matrix's magnitudes, norms and scores.
+
+    weight: O × I float32, before pruning; keep: O × I bool, True where a weight is kept; norm: I, root mean square of
+    every input channel, or None if no input was seen. A histogram is None where there is nothing but zeros.
+    """
+    step = max(1, -(-weight.numel() // SAMPLED_WEIGHTS))
+    magnitude, kept = weight[::step].abs(), keep[::step]
+    return Distributions(
+        magnitude=histogram(magnitude, kept),
+        norm=None if norm is None else histogram(norm, None),
+        score=None if norm is None else histogram(magnitude * norm, kept),
+    )
+
+
+def histogram(values: Tensor, keep: Tensor | None) -> Histogram | None:
+    """Count values ≥ 0 by their decimal logarithm, and those that are not kept apart.
+
+    values: any shape, floating; keep: bool, of the same shape, or None if all are. None if no value is above zero.
+    """
+    there = values > 0
+    if not bool(there.any()):
+        return None
+    logarithms = values[there].to(torch.float32).log10()
+    low, high = float(logarithms.min()), float(logarithms.max())
+    high = max(high, low + 1e-3)  # a single value still needs a bin of some width
+    bins = ((logarithms - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)
+    everything = torch.bincount(bins, minlength=BINS)
+    if keep is None:
+        return Histogram(low=low, high=high, kept=tuple(everything.tolist()), pruned=())
+    kept = torch.bincount(bins[keep[there]], minlength=BINS)
+    return Histogram(low=low, high=high, kept=tuple(kept.tolist()), pruned=tuple((everything - kept).tolist()))
