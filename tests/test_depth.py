@@ -1,0 +1,30 @@
+"""A small version of benchmarks/depth.py: the peak does not grow with depth, and a limit below the model's size suffices."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from depth import prune
+from synthetic import write_llama, write_words
+
+MIB = 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux only")
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(nsamples=2, seqlen=32, eval_tokens=0)
+    words = write_words(tmp_path / "words.txt")
+    write_llama(tmp_path / "shallow", 4, 512, torch.float32)
+    size = write_llama(tmp_path / "deep", 64, 512, torch.float32)
+    shallow = prune(arguments, tmp_path / "shallow", words, "wanda")
+    # Python with torch takes about 400 MiB of data, so 60 blocks of 12 MiB that were not let go of would not fit.
+    limit = 720 * MIB
+    deep = prune(arguments, tmp_path / "deep", words, "wanda", {resource.RLIMIT_DATA: limit})
+    assert size > limit
+    assert deep["sparsity"]["matrices"] == pytest.approx(0.5, abs=1e-4)
+    assert deep["peak_memory_bytes"] < 1.1 * shallow["peak_memory_bytes"]
