@@ -33,6 +33,7 @@ _FREE = {
     "evaluate_dense",
     "eval_data",
     "eval_tokens",
+    "eval_images",
     "stream",
     "activation_memory",
     "eval_zero_shot",
@@ -106,7 +107,7 @@ class Output:
         if isinstance(self._weights, LazyCheckpoint):
             self._weights.read_from(self._writer.file(block.name))
 
-    def finish(self, tokenizer: Any, recipe: Recipe, card: str, check: Callable[[Path], object]) -> None:
+    def finish(self, processor: Any, recipe: Recipe, card: str, check: Callable[[Path], object]) -> None:
         """Write what lies outside the blocks, configuration, tokenizer and model card, and give it its final name.
 
         check: called with the whole checkpoint before that.
@@ -116,7 +117,7 @@ class Output:
         if isinstance(self._weights, LazyCheckpoint):
             copy_companions(self._weights.location, partial, recipe.dtype)
         else:
-            save_companions(self._weights.model, tokenizer, partial)
+            save_companions(self._weights.model, processor, partial)
         write_text(partial / "README.md", card)
         self._writer.finish(scaffolding=[_IDENTITY], check=check)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.checkpoint.lazy import LazyCheckpoint
-from coprune.checkpoint.load import load_model, load_tokenizer
+from coprune.checkpoint.load import TaskName, load_model, load_processor, task_of
 from coprune.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
@@ -38,10 +38,10 @@ REPORT_FILE = "report.json"
 
 @dataclass
 class Loaded:
-    """A model that is ready to be walked, with its tokenizer and where it came from."""
+    """A model that is ready to be walked, with its tokenizer or image processor and where it came from."""
 
     weights: Weights
-    tokenizer: PreTrainedTokenizerBase | None
+    processor: Any
     source: str
     quantised_source: bool
 
@@ -50,8 +50,18 @@ class Loaded:
         return self.weights.model
 
     @property
+    def task(self) -> TaskName:
+        """What the model is for."""
+        return task_of(self.model.config)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of a model of text."""
+        return self.processor if self.task == "text" else None
+
+    @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Where token ids or images go."""
         return input_device(self.model)
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
@@ -140,9 +150,9 @@ def open_model(recipe: Recipe, stream: bool) -> Loaded:
     if stream and isinstance(location, ModelFolder):
         lazy = LazyCheckpoint(location, recipe.dtype, device)
         lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
-        return Loaded(lazy, load_tokenizer(location), location.name, False)
-    model, tokenizer = load_model(location, recipe.dtype, device)
-    return Loaded(InMemory(model), tokenizer, location.name, isinstance(location, GgufFile))
+        return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
+    model, processor = load_model(location, recipe.dtype, device)
+    return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
 
 
 def check_widths(chosen: Chosen, target: Target) -> None:

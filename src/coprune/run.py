@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
-from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
 from coprune.evaluate.beside import Beside
-from coprune.evaluate.perplexity import Perplexity, perplexity
-from coprune.evaluate.streamed import streamed_perplexity
 from coprune.files import write_text
 from coprune.model.activations import GIB, Activations
 from coprune.model.blocks import Block, find_blocks
@@ -29,19 +25,14 @@ from coprune.preparation import (
     Loaded,
     check_processes,
     check_widths,
-    choose_seqlen,
     open_model,
     path_of,
     prepare_folders,
     prepare_reconstruction,
     prepare_solver,
-    probe_tokens,
-    read_calibration,
-    read_evaluation,
     settings_for,
-    split_batches,
 )
-from coprune.progress import Advance, Reporter
+from coprune.progress import Reporter
 from coprune.pruning import MatrixResult, Solver, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe
 from coprune.recording import Recording, record_batches
@@ -51,8 +42,9 @@ from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
 from coprune.report.phases import Phases
 from coprune.report.schema import Report
-from coprune.sharing import SharedOutput, SharedSolving, shared_perplexity
+from coprune.sharing import SharedOutput, SharedSolving
 from coprune.statistics import Gram
+from coprune.task import Data, Measured, Samples, Task, task_for
 from coprune.verify import verify_saved
 from coprune.walk import Walk
 
@@ -77,9 +69,9 @@ class Session:
     loaded: Loaded
     blocks: list[Block]
     chosen: Chosen
-    seqlen: int
-    windows: Windows | None
-    texts: dict[str, EvaluationText]
+    task: Task
+    samples: Samples | None
+    data: dict[str, Data]
     structure: Structure
     reporter: Reporter
     processes: Processes
@@ -90,20 +82,23 @@ def prune(
     method: str = "wanda",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    image_processor: Any = None,
     quiet: bool = False,
     **settings: Any,
 ) -> Result:
     """Prune a model and measure what that did.
 
     model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is changed in place
-    (then give its tokenizer too). method: a name from `coprune methods`. settings: the fields of a recipe (sparsity,
-    pattern, dataset, nsamples, seqlen, save_model …) and the method's own options, by name. A model given by name is
-    loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
+    (then give its tokenizer or image processor too). method: a name from `coprune methods`. settings: the fields of a
+    recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …) and the method's own options, by name. A model
+    given by name is loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
     Raises BadInput for what cannot be done as asked, NumericalError and UnsupportedModel.
     """
     loaded = None
     if not isinstance(model, str | Path):
-        loaded = Loaded(InMemory(prepare(model)), tokenizer, model.name_or_path or type(model).__name__, False)
+        loaded = Loaded(
+            InMemory(prepare(model)), tokenizer or image_processor, model.name_or_path or type(model).__name__, False
+        )
     name = str(model) if loaded is None else loaded.source
     recipe = make_recipe({"stream": False, "model": name, **settings_for(method, settings)})
     return run_recipe(recipe, loaded, Reporter(quiet), write=recipe.save is not None)
@@ -126,8 +121,6 @@ def run_recipe(
     processes = processes or Processes()
     if recipe.finetune is not None:
         return _run_with_finetuning(recipe, loaded, reporter or Reporter(), processes)
-    if recipe.finetune is not None:
-        return _run_with_finetuning(recipe, loaded, reporter or Reporter(), processes)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
@@ -142,13 +135,13 @@ def run_recipe(
     write = write and processes.first
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
-    dense = _perplexities(session, "dense") if recipe.evaluate_dense else {}
+    dense = _measure(session, "dense") if recipe.evaluate_dense else {}
     if processes.first:
         beside.measure("dense", session.loaded, reporter)
     phases.done("measure the dense model")
     results, seconds = _prune(session, output)
     phases.done("prune")
-    pruned = _perplexities(session, "pruned")
+    pruned = _measure(session, "pruned")
     if processes.first:
         beside.measure("pruned", session.loaded, reporter)
     phases.done("measure the pruned model")
@@ -163,20 +156,7 @@ def run_recipe(
     return Result(report, in_memory, session.loaded.tokenizer)
 
 
-def _run_with_finetuning(
-    recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes
-) -> Result:
-    from coprune.finetune.after_pruning import prune_and_finetune
-
-    def prune_only(pruning: Recipe) -> Report:
-        return run_recipe(pruning, loaded, reporter, processes=processes).report
-
-    return Result(prune_and_finetune(recipe, prune_only, reporter, processes.first), None, None)
-
-
-def _run_with_finetuning(
-    recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes
-) -> Result:
+def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Result:
     from coprune.finetune.after_pruning import prune_and_finetune
 
     def prune_only(pruning: Recipe) -> Report:
@@ -195,10 +175,12 @@ def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processe
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)
-    seqlen = choose_seqlen(loaded.model, recipe)
-    windows = read_calibration(recipe, loaded, solver, seqlen, reporter)
-    texts = read_evaluation(recipe, loaded, seqlen, reporter)
-    probe = probe_tokens(windows, texts, seqlen, loaded)
+    for left_out in chosen.left_out:
+        reporter.say(f"Left alone: {left_out}.")
+    task = task_for(recipe, loaded)
+    samples = task.calibration(solver, reporter)
+    data = task.evaluation(reporter)
+    probe = task.probe(samples, data)
     structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
     reconstruction = prepare_reconstruction(recipe)
     return Session(
@@ -209,9 +191,9 @@ def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processe
         loaded,
         blocks,
         chosen,
-        seqlen,
-        windows,
-        texts,
+        task,
+        samples,
+        data,
         structure,
         reporter,
         processes,
@@ -223,7 +205,7 @@ def _open_output(session: Session) -> Output | None:
     recipe, loaded = session.recipe, session.loaded
     if recipe.save_model is None and isinstance(loaded.weights, InMemory):
         return None
-    data = None if session.windows is None else session.windows.fingerprint
+    data = None if session.samples is None else session.samples.fingerprint
     identity = run_identity(recipe, loaded.fingerprint(session.blocks), data)
     folder = recipe.save_model or path_of(recipe.run_folder, "checkpoint")
     return Output(folder, recipe.save_model is not None, loaded.weights, session.blocks, identity)
@@ -284,11 +266,9 @@ def _solving(session: Session) -> Solving:
 
 def _record(session: Session) -> Recording | None:
     """Record the calibration batches, with the dense model's hidden states beside them if somebody aims at those."""
-    if session.windows is None:
+    if session.samples is None:
         return None
-    batches = split_batches(
-        session.processes.share(session.windows.tokens), session.recipe.batch_size, session.loaded.device
-    )
+    batches = session.task.batches(session.processes.share(session.samples.tokens))
     dense = session.solver.aim == "dense" or session.reconstruction is not None
     activations = _activations(session.recipe, lists=2 if dense else 1)
     recording = record_batches(session.loaded.model, session.blocks, session.structure, batches, activations)
@@ -306,34 +286,14 @@ def _activations(recipe: Recipe, lists: int = 1) -> Activations:
     return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
 
 
-def _perplexities(session: Session, which: str) -> dict[str, Perplexity]:
-    """Perplexity on every evaluation text, whose windows the processes share out."""
-    found = {}
-    for name, text in session.texts.items():
-        with session.reporter.bar(f"Perplexity, {which} model", 1) as advance:
-            measure = partial(_perplexity, session, advance)
-            found[name] = shared_perplexity(session.processes, text, session.seqlen, measure)
-        session.reporter.say(
-            f"Perplexity of the {which} model on {name} (sequence length {session.seqlen}): {found[name].value:.2f}"
-        )
+def _measure(session: Session, which: str) -> dict[str, Measured]:
+    """Perplexity or accuracy on everything that is measured on."""
+    found: dict[str, Measured] = {}
+    for name, data in session.data.items():
+        with session.reporter.bar(f"{session.task.measure_name}, {which} model", 1) as advance:
+            found[name] = session.task.measure(session, data, _activations(session.recipe), advance)
+        session.reporter.say(session.task.line(which, name, found[name]))
     return found
-
-
-def _perplexity(session: Session, advance: Advance, text: EvaluationText) -> Perplexity:
-    """Perplexity on one text, in the way that fits where the weights are."""
-    weights, blocks = session.loaded.weights, session.blocks
-    arguments = (text.tokens, session.seqlen, session.recipe.batch_size, text.token_bytes)
-    if isinstance(weights, InMemory):
-        windows = len(text.tokens) // session.seqlen
-        return perplexity(weights.model, *arguments, advance=lambda done: advance(done / windows))
-    return streamed_perplexity(
-        weights,
-        blocks,
-        session.structure,
-        *arguments,
-        advance=lambda done: advance(done / len(blocks)),
-        activations=_activations(session.recipe),
-    )
 
 
 def _save(session: Session, output: Output | None, report: Report) -> None:
@@ -348,4 +308,4 @@ def _save(session: Session, output: Output | None, report: Report) -> None:
         session.reporter.say("Reloading the saved model to compare masks and logits")
         verify_saved(folder, session.loaded.weights, session.blocks, session.structure, report.matrices)
 
-    output.finish(session.loaded.tokenizer, session.recipe, model_card(report), check)
+    output.finish(session.loaded.processor, session.recipe, model_card(report), check)

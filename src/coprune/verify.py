@@ -19,7 +19,7 @@ from coprune.model.prove import Structure
 from coprune.model.record import input_device
 from coprune.pruning import MatrixResult
 
-_SAMPLE = 64  # tokens whose logits are compared
+_TOKENS = 64  # of text, whose logits are compared
 
 
 class VerificationError(CopruneError):
@@ -56,7 +56,7 @@ def verify_saved(
 
 
 def _sample_logits(weights: Weights, blocks: Sequence[Block], structure: Structure) -> Tensor:
-    vocabulary = weights.model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (1, _SAMPLE), generator=generator).to(input_device(weights.model))
-    return streamed_logits(weights, blocks, structure, [tokens], lambda logits, _: logits.to(torch.float32))[0]
+    # Images are compared whole.
+    sample = structure.sample if structure.sample.ndim > 2 else structure.sample[:, :_TOKENS]
+    sample = sample.to(input_device(weights.model))
+    return streamed_logits(weights, blocks, structure, [sample], lambda logits, _: logits.to(torch.float32))[0]

@@ -6,10 +6,11 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from coprune.checkpoint.load import DtypeName
+from coprune.checkpoint.load import DtypeName, quiet_transformers
 from coprune.checkpoint.locate import ModelFolder
 from coprune.checkpoint.shards import read_json
 from coprune.files import write_text
@@ -33,13 +34,17 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save the configuration, generation settings and tokenizer of a model in memory, as save_pretrained would."""
+def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Save what save_pretrained would of a model in memory, besides its weights.
+
+    processor: its tokenizer or image processor, None for none. timm's keep theirs in the configuration.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if processor is not None:
+        with quiet_transformers():
+            processor.save_pretrained(folder)

@@ -34,7 +34,7 @@ def streamed_logits(
     activations: an empty list for the hidden states (default: one in memory).
     """
     recording = record_batches(weights.model, blocks, structure, windows, activations)
-    plain = Structure(structure.answers, [[] for _ in blocks])
+    plain = Structure(structure.sample, structure.answers, [[] for _ in blocks])
     for _ in Walk(
         weights,
         blocks,

@@ -8,9 +8,11 @@ stride is the kernel). Its inputs are then a patch's values, channel by channel.
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -93,6 +95,11 @@ def find_unprunable(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, st
             yield ".".join(part for part in (prefix, path) if part), reason
 
 
+def _kinds(unprunable: Iterable[tuple[str, str]]) -> list[str]:
+    kinds = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), why) for name, why in unprunable)
+    return [f"{kind} ({why}; {count} layers)" for (kind, why), count in kinds.items()]
+
+
 def why_no_matrix(convolution: nn.Conv2d) -> str | None:
     """Why a convolution cannot be seen as one matrix; None if it can."""
     kernel, stride = tuple(convolution.kernel_size), tuple(convolution.stride)
@@ -122,6 +129,8 @@ class Chosen:
 
     blocks: list[list[Matrix]]
     outside: list[Matrix]
+    left_out: list[str] = field(default_factory=list)
+    """Layers in the blocks that are no matrices, one line for those that differ in the numbers in their names only."""
 
     def all(self) -> Iterator[Matrix]:
         """Every chosen matrix, in the order of the model."""
@@ -154,6 +163,7 @@ def choose_matrices(
     chosen = Chosen(
         [[m for m in matrices if wanted(m, m.name in own)] for matrices, own in zip(found, routers, strict=True)],
         [m for m in rest if wanted(m, special=True)],
+        _kinds(unprunable for block in blocks for unprunable in find_unprunable(block.module, block.name)),
     )
     for matrix in chosen.outside:
         if any(

@@ -42,6 +42,8 @@ _HALF_TOLERANCE = 2e-2
 class Structure:
     """What one real forward showed of the blocks."""
 
+    sample: Tensor
+    """The batch of one that was sent through."""
     answers: list[Answer] = field(default_factory=list)
     """For every block, what its answer looks like."""
     groups: list[list[list[Matrix]]] = field(default_factory=list)
@@ -59,7 +61,7 @@ def prove_replay(
     sample: a batch of one, as in `forward_logits`. Raises UnsupportedModel naming the block or matrix in which they
     part, NumericalError naming a block whose activations are not finite.
     """
-    structure = Structure()
+    structure = Structure(sample)
     forwards = {block.index: block.module.forward for block in blocks}
     calls: list[BlockCall] = []
     replayed: list[Tensor] = []  # the last replayed hidden states

@@ -5,35 +5,36 @@ from __future__ import annotations
 from coprune.report.schema import Report
 
 _LOAD = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, {processor}
 
-model = AutoModelForCausalLM.from_pretrained("PATH OR ID OF THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH OR ID OF THIS FOLDER")
+model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
+{name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
 ```"""
+_LOAD_TEXT = _LOAD.format(model="AutoModelForCausalLM", processor="AutoTokenizer", name="tokenizer")
+_LOAD_IMAGES = _LOAD.format(
+    model="AutoModelForImageClassification", processor="AutoImageProcessor", name="image_processor"
+)
 
 
 def model_card(report: Report) -> str:
     """Markdown with the Hub's metadata header: what this is, how it was made, what was measured, how to load it."""
     base = report.model.source.partition(" ")[0]
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- coprune", "- pruning"]
+    images = report.model.task == "images"
+    pipeline = "image-classification" if images else "text-generation"
+    header = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- coprune", "- pruning"]
     header += [f"base_model: {base}"] if base.count("/") == 1 and not base.startswith((".", "/")) else []
     note = (
         "The weights were dequantised from a quantised file before they were pruned; all figures are of those.\n\n"
         if report.model.quantised_source
         else ""
     )
-    rows = "\n".join(
-        f"| {p.data} | {p.seqlen} | {'not measured' if p.dense is None else f'{p.dense:.2f}'} | {p.pruned:.2f} |"
-        for p in report.perplexity
-    )
-    results = (
-        f"| text | sequence length | dense | pruned |\n| --- | --- | --- | --- |\n{rows}" if rows else "Not measured."
-    )
+    results = _accuracy_table(report) if images else _perplexity_table(report)
     calibration = report.calibration
+    size = "" if calibration is None else "images" if images else f"samples of {calibration.seqlen} tokens"
     data = (
         "No calibration data was used."
         if calibration is None
-        else f"Calibrated on {calibration.nsamples} samples of {calibration.seqlen} tokens of {calibration.source} "
+        else f"Calibrated on {calibration.nsamples} {size} of {calibration.source} "
         f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`)."
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -41,7 +42,29 @@ def model_card(report: Report) -> str:
         f"\n---\n\n# {base}, pruned with {report.recipe.method}\n\n"
         f"{report.sparsity.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero "
         f"({report.recipe.pattern}), {report.sparsity.model:.2%} of all parameters. The weights are stored dense, so any "
-        f"tool that loads the original loads this.\n\n{note}## Perplexity\n\n{results}\n\n## How it was made\n\n{data}\n\n"
+        f"tool that loads the original loads this.\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
+        f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe, which `coprune prune --recipe` repeats:\n\n```yaml\n"
-        f"{report.recipe.to_yaml()}```\n\n## Load\n\n{_LOAD}\n"
+        f"{report.recipe.to_yaml()}```\n\n## Load\n\n{_LOAD_IMAGES if images else _LOAD_TEXT}\n"
     )
+
+
+def _perplexity_table(report: Report) -> str:
+    rows = [
+        f"| {p.data} | {p.seqlen} | {'not measured' if p.dense is None else f'{p.dense:.2f}'} | {p.pruned:.2f} |"
+        for p in report.perplexity
+    ]
+    return _table("| text | sequence length | dense | pruned |", rows)
+
+
+def _accuracy_table(report: Report) -> str:
+    rows = [
+        f"| {a.data} | {a.images} | {'not measured' if a.dense_top1 is None else f'{a.dense_top1:.2%}'} "
+        f"| {a.pruned_top1:.2%} | {a.pruned_top5:.2%} |"
+        for a in report.accuracy
+    ]
+    return _table("| images | number | dense top-1 | pruned top-1 | pruned top-5 |", rows)
+
+
+def _table(head: str, rows: list[str]) -> str:
+    return "\n".join([head, "| --- " * (head.count("|") - 1) + "|", *rows]) if rows else "Not measured."

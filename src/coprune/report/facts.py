@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from coprune.data import EvaluationText
+from coprune.evaluate.accuracy import Accuracy
 from coprune.evaluate.beside import Beside
 from coprune.evaluate.perplexity import Perplexity
 from coprune.pruning import MatrixResult
 from coprune.report.phases import PhaseFacts
 from coprune.report.schema import (
+    AccuracyFacts,
     CalibrationFacts,
+    ChangedPrediction,
     ModelFacts,
     PerplexityFacts,
     Report,
@@ -23,19 +27,22 @@ from coprune.report.schema import (
 
 if TYPE_CHECKING:
     from coprune.run import Session
+    from coprune.task import Data, Measured
+
+_EXAMPLES = 20  # images with a changed prediction that are named
 
 
 def build_report(
     session: Session,
     results: list[MatrixResult],
-    dense: dict[str, Perplexity],
-    pruned: dict[str, Perplexity],
+    dense: dict[str, Measured],
+    pruned: dict[str, Measured],
     beside: Beside,
     phases: list[PhaseFacts],
     prune_seconds: float,
     total_seconds: float,
 ) -> Report:
-    """Put together everything that a run measured; dense and pruned by the name of the text."""
+    """Put together everything that a run measured; dense and pruned by the name of the data."""
     model = session.loaded.model
     return Report(
         recipe=session.recipe,
@@ -47,10 +54,21 @@ def build_report(
             blocks=len(session.blocks),
             parameters=model.num_parameters(),
             quantised_source=session.loaded.quantised_source,
+            task=session.loaded.task,
         ),
         calibration=_calibration(session),
         sparsity=_sparsity(session, results),
-        perplexity=[_perplexity(session, name, dense.get(name), pruned[name]) for name in session.texts],
+        perplexity=[
+            _perplexity(session.data[name], name, dense.get(name), found)
+            for name, found in pruned.items()
+            if isinstance(found, Perplexity)
+        ],
+        accuracy=[
+            accuracy_facts(name, session.data[name].source, dense.get(name), found)
+            for name, found in pruned.items()
+            if isinstance(found, Accuracy)
+        ],
+        left_out=session.chosen.left_out,
         prune_seconds=prune_seconds,
         total_seconds=total_seconds,
         peak_memory_bytes=peak_memory(),
@@ -72,16 +90,17 @@ def peak_memory() -> int:
 
 
 def _calibration(session: Session) -> CalibrationFacts | None:
-    windows = session.windows
-    if windows is None:
+    samples = session.samples
+    if samples is None:
         return None
-    nsamples, seqlen = windows.tokens.shape
+    nsamples, *shape = samples.tokens.shape
     return CalibrationFacts(
-        source=windows.source,
+        source=samples.source,
         nsamples=nsamples,
-        seqlen=seqlen,
+        seqlen=shape[0] if len(shape) == 1 else None,
+        image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
         seed=session.recipe.seed,
-        fingerprint=windows.fingerprint,
+        fingerprint=samples.fingerprint,
     )
 
 
@@ -94,15 +113,45 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
     )
 
 
-def _perplexity(session: Session, name: str, dense: Perplexity | None, pruned: Perplexity) -> PerplexityFacts:
+def _perplexity(text: Data, name: str, dense: Measured | None, pruned: Perplexity) -> PerplexityFacts:
+    assert isinstance(text, EvaluationText)
     return PerplexityFacts(
         data=name,
-        source=session.texts[name].source,
+        source=text.source,
         seqlen=pruned.seqlen,
         windows=pruned.windows,
-        fingerprint=session.texts[name].fingerprint,
-        dense=None if dense is None else dense.value,
+        fingerprint=text.fingerprint,
+        dense=dense.value if isinstance(dense, Perplexity) else None,
         pruned=pruned.value,
         pruned_interval=pruned.interval,
         pruned_bits_per_byte=pruned.bits_per_byte,
+    )
+
+
+def accuracy_facts(name: str, source: str, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
+    """Both models' accuracies side by side, with the images whose predicted class changed."""
+    before = dense if isinstance(dense, Accuracy) else None
+    changed = [] if before is None else (before.predicted != pruned.predicted).nonzero().flatten().tolist()
+    return AccuracyFacts(
+        data=name,
+        source=source,
+        images=pruned.images,
+        dense_top1=None if before is None else before.top1,
+        dense_top1_interval=None if before is None else before.top1_interval,
+        dense_top5=None if before is None else before.top5,
+        pruned_top1=pruned.top1,
+        pruned_top1_interval=pruned.top1_interval,
+        pruned_top5=pruned.top5,
+        pruned_top5_interval=pruned.top5_interval,
+        changed=len(changed) if before is not None else None,
+        examples=[
+            ChangedPrediction(
+                image=i,
+                label=int(pruned.labels[i]),
+                dense=int(before.predicted[i]),
+                pruned=int(pruned.predicted[i]),
+            )
+            for i in changed[:_EXAMPLES]
+            if before is not None
+        ],
     )

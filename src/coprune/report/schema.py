@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from coprune.checkpoint.load import TaskName
 from coprune.errors import BadInput
 from coprune.evaluate.beside import TextSample
 from coprune.evaluate.zero_shot import ZeroShotFacts
@@ -18,7 +19,7 @@ from coprune.report.distributions import Distributions
 from coprune.report.phases import PhaseFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
-PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate")
+PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
 
 _DISTRIBUTIONS = TypeAdapter(dict[str, Distributions])
 
@@ -36,18 +37,22 @@ class ModelFacts(BaseModel):
     parameters: int
     quantised_source: bool
     """True if the weights were dequantised from a quantised file, so that all figures are of those."""
+    task: TaskName = "text"
 
 
 class CalibrationFacts(BaseModel):
-    """Which tokens calibrated it."""
+    """Which tokens or images calibrated it."""
 
     model_config = ConfigDict(frozen=True)
 
     source: str
     nsamples: int
-    seqlen: int
+    seqlen: int | None
+    """Tokens per sample; None for images."""
     seed: int
     fingerprint: str
+    image_size: tuple[int, int] | None = None
+    """(height, width) that the model's transforms gave; None for text."""
 
 
 class SparsityFacts(BaseModel):
@@ -77,6 +82,38 @@ class PerplexityFacts(BaseModel):
     pruned_bits_per_byte: float | None
 
 
+class ChangedPrediction(BaseModel):
+    """An image on whose class the dense and the pruned model differ, by its position in the evaluation set."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image: int
+    label: int
+    dense: int
+    pruned: int
+
+
+class AccuracyFacts(BaseModel):
+    """Top-1 and top-5 accuracy on one set of images, with Wilson's 95 % intervals."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    source: str
+    images: int
+    dense_top1: float | None
+    dense_top1_interval: tuple[float, float] | None
+    dense_top5: float | None
+    pruned_top1: float
+    pruned_top1_interval: tuple[float, float]
+    pruned_top5: float
+    pruned_top5_interval: tuple[float, float]
+    changed: int | None
+    """Images whose predicted class is another than the dense model's; None if that was not measured."""
+    examples: list[ChangedPrediction]
+    """The first of them."""
+
+
 class Report(BaseModel):
     """One pruning run."""
 
@@ -101,6 +138,9 @@ class Report(BaseModel):
     zero_shot: ZeroShotFacts | None = None
     sample: TextSample | None = None
     phases: list[PhaseFacts] = []
+    accuracy: list[AccuracyFacts] = []
+    left_out: list[str] = []
+    """Layers in the blocks that cannot be pruned as matrices, each with the reason."""
 
     def write(self, path: Path) -> None:
         """Write the report whole or not at all, and the matrices' distributions to a file beside it."""

@@ -16,6 +16,14 @@ def summary_lines(report: Report) -> list[str]:
     for entry in report.perplexity:
         dense = "" if entry.dense is None else f"dense {entry.dense:.2f} → "
         lines.append(f"perplexity {dense}pruned {entry.pruned:.2f} on {entry.data} (sequence length {entry.seqlen})")
+    for images in report.accuracy:
+        before = "" if images.dense_top1 is None else f"dense {images.dense_top1:.2%} → "
+        low, high = images.pruned_top1_interval
+        lines.append(
+            f"accuracy  {before}pruned {images.pruned_top1:.2%} [{low:.2%}, {high:.2%}] top-1, {images.pruned_top5:.2%} "
+            f"top-5 on {images.data} ({images.images} images)"
+        )
+    lines += [f"left      {layer}" for layer in report.left_out]
     lines.append(
         f"took      {report.prune_seconds:.1f} s to prune, {report.total_seconds:.1f} s in all, "
         f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,220 @@
+"""Labelled images: for calibration, drawn by a seed and put through the model's own transforms; for evaluation, in order.
+
+`digits` is scikit-learn's 1,797 handwritten digits, which need no network. Everything else is a folder with one
+subfolder per class (the ImageFolder layout), a parquet file or a folder of them, or a dataset of the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from coprune.data.hub import require_dataset
+from coprune.data.local_text import looks_local
+from coprune.errors import BadInput
+
+Part = Literal["calibration", "evaluation"]
+# The first of these that a dataset or folder has; a folder of classes without such parts serves for both.
+SPLITS: dict[Part, tuple[str, ...]] = {
+    "calibration": ("train", "training"),
+    "evaluation": ("validation", "val", "valid", "test"),
+}
+DIGITS_FOR_EVALUATION = 500
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images that are read one by one: `image(i)` gives a PIL image in RGB.
+
+    labels: N int64; classes: names by label, if they are known.
+    """
+
+    image: Callable[[int], Any]
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, limit: int | None) -> LabelledImages:
+        """Evenly spaced images, since files are often sorted by class: at most so many."""
+        if limit is None or limit >= len(self):
+            return self
+        chosen = [i * len(self) // limit for i in range(limit)]
+        return LabelledImages(lambda i: self.image(chosen[i]), self.labels[chosen], self.classes, self.source)
+
+
+@dataclass(frozen=True)
+class ImageSamples:
+    """Calibration images as the model takes them (N × C × H × W float32), their fingerprint, and their source."""
+
+    tokens: Tensor
+    fingerprint: str
+    source: str
+
+
+def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> LabelledImages:
+    """Open a set of images.
+
+    name: `digits`, a folder of classes, a parquet file or folder of such, or a Hub id.
+    Raises BadInput if it is not there, cannot be read, or has no images or labels.
+    """
+    if name == "digits":
+        return _digits(part)
+    path = Path(name).expanduser()
+    if not looks_local(name):
+        return _from_dataset(_load_hub(name, cache_dir), name, part)
+    if not path.exists():
+        raise BadInput(f"there is no file or folder {name!r}.")
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if files:
+        return _from_dataset(_load_parquet(files, part, cache_dir), name, part)
+    return _from_folder(path, part)
+
+
+def draw_images(images: LabelledImages, transform: Transform, nsamples: int, seed: int) -> ImageSamples:
+    """Draw calibration images without repetition and transform them. Raises BadInput if there are too few."""
+    if nsamples > len(images):
+        raise BadInput(f"{images.source} holds {len(images)} images, fewer than the {nsamples} samples asked for.")
+    chosen = random.Random(seed).sample(range(len(images)), nsamples)
+    pixels = torch.cat([transform([images.image(i)]) for i in chosen])
+    return ImageSamples(pixels, fingerprint(pixels), images.source)
+
+
+def image_batches(
+    images: LabelledImages, transform: Transform, size: int, chosen: Sequence[int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of transformed images (B × C × H × W) with their labels (B), reading no more than one ahead.
+
+    chosen: which images, all by default.
+    """
+    order = range(len(images)) if chosen is None else chosen
+    for start in range(0, len(order), size):
+        part = list(order[start : start + size])
+        yield transform([images.image(i) for i in part]), images.labels[part]
+
+
+Transform = Callable[[list[Any]], Tensor]
+"""PIL images → pixels, B × C × H × W float32."""
+
+
+def transform_of(processor: Any) -> Transform:
+    """The model's own transforms: timm's for its models, those of an image processor otherwise."""
+
+    def transform(images: list[Any]) -> Tensor:
+        pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    return transform
+
+
+def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, classes: int) -> Tensor:
+    """The images' labels as the model numbers its classes: by name if all names are the model's, else as they are.
+
+    Raises BadInput if a label is beyond the model's classes.
+    """
+    names = {str(name): int(number) for number, name in (id2label or {}).items()}
+    if images.classes and all(name in names for name in images.classes):
+        return torch.tensor([names[name] for name in images.classes])[images.labels]
+    if len(images) and int(images.labels.max()) >= classes:
+        raise BadInput(
+            f"{images.source} has labels up to {int(images.labels.max())} and the model only {classes} classes, which are "
+            "named differently; evaluate it on images of its own classes."
+        )
+    return images.labels
+
+
+def fingerprint(pixels: Tensor) -> str:
+    """Name images by their content: 16 hex digits of SHA-256 over the float32 values, and the shape."""
+    values = pixels.to(device="cpu", dtype=torch.float32).contiguous().numpy().astype("<f4")
+    return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{'x'.join(map(str, pixels.shape))}"
+
+
+def _digits(part: Part) -> LabelledImages:
+    try:
+        from PIL import Image
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BadInput("the images 'digits' need scikit-learn and Pillow: pip install 'coprune[images]'.") from error
+    raw, labels = load_digits(return_X_y=True)
+    order = list(range(len(raw)))
+    random.Random(0).shuffle(order)
+    split = {"evaluation": order[:DIGITS_FOR_EVALUATION], "calibration": order[DIGITS_FOR_EVALUATION:]}[part]
+
+    def image(i: int) -> Any:
+        # Their 17 shades of grey, light on dark.
+        pixels = (raw[split[i]].reshape(8, 8) * (255 / 16)).round().astype("uint8")
+        return Image.fromarray(pixels).convert("RGB")
+
+    source = f"{len(split)} of the 1,797 digits in scikit-learn"
+    classes = tuple(map(str, range(10)))
+    return LabelledImages(image, torch.from_numpy(labels)[split].to(torch.int64), classes, source)
+
+
+def _from_folder(path: Path, part: Part) -> LabelledImages:
+    try:
+        from torchvision.datasets import ImageFolder
+    except ImportError as error:
+        raise BadInput("folders of images need torchvision: pip install 'coprune[images]'.") from error
+    root = next((path / split for split in SPLITS[part] if (path / split).is_dir()), path)
+    try:
+        folder = ImageFolder(str(root))
+    except (FileNotFoundError, OSError) as error:
+        raise BadInput(f"{root} is no folder of images with one subfolder per class: {error}.") from error
+    labels = torch.tensor(folder.targets, dtype=torch.int64)
+    # ImageFolder's loader reads a file as PIL in RGB.
+    return LabelledImages(lambda i: folder[i][0], labels, tuple(folder.classes), str(root))
+
+
+def _load_parquet(files: Sequence[Path], part: Part, cache_dir: Path | None) -> Any:
+    from datasets.load import load_dataset
+
+    named = [file for file in files if any(split in file.name for split in SPLITS[part])]
+    try:
+        return load_dataset(
+            "parquet",
+            data_files={"all": [str(file) for file in named or files]},
+            cache_dir=None if cache_dir is None else str(cache_dir),
+        )
+    except Exception as error:  # the library's own errors share no base class
+        raise BadInput(f"{files[0]} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _load_hub(name: str, cache_dir: Path | None) -> Any:
+    from datasets.load import load_dataset
+
+    require_dataset(name, cache_dir)
+    try:
+        return load_dataset(name, cache_dir=None if cache_dir is None else str(cache_dir))
+    except Exception as error:  # the library's own errors share no base class
+        raise BadInput(f"dataset {name!r} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+
+
+def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
+    from datasets import ClassLabel, Image
+
+    split = next((s for s in ("all", *SPLITS[part]) if s in splits), None)
+    if split is None:
+        raise BadInput(f"{name} has no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}.")
+    rows = splits[split]
+    column = next((c for c in ("image", "img", "pixel_values") if c in rows.features), None) or next(
+        (c for c, kind in rows.features.items() if isinstance(kind, Image)), None
+    )
+    label = next((c for c in ("label", "labels", "fine_label") if c in rows.features), None) or next(
+        (c for c, kind in rows.features.items() if isinstance(kind, ClassLabel)), None
+    )
+    if column is None or label is None:
+        raise BadInput(f"{name} needs a column of images and one of labels; it has {', '.join(rows.features)}.")
+    kind = rows.features[label]
+    rows = rows.cast_column(column, Image())
+    labels = torch.tensor(rows[label][:], dtype=torch.int64)
+    classes = tuple(kind.names) if isinstance(kind, ClassLabel) else ()
+    return LabelledImages(lambda i: rows[i][column].convert("RGB"), labels, classes, f"{name} ({split})")

@@ -1,0 +1,276 @@
+"""What differs between models of text and classifiers of images: what they read, and how they are measured.
+
+A run asks its task for samples to calibrate on, for data to measure on, and for the measurement; blocks, matrices,
+methods, the walk and the checkpoint know nothing of it. The two tasks are the entries of one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from coprune.checkpoint.load import TaskName
+from coprune.checkpoint.weights import InMemory
+from coprune.data import EvaluationText, Windows
+from coprune.data.images import (
+    ImageSamples,
+    LabelledImages,
+    Transform,
+    draw_images,
+    image_batches,
+    labelled_images,
+    labels_for,
+    transform_of,
+)
+from coprune.errors import BadInput
+from coprune.evaluate.accuracy import Accuracy, aggregate_accuracy, rank_classes
+from coprune.evaluate.batches import inference_logits
+from coprune.evaluate.perplexity import Perplexity, perplexity
+from coprune.evaluate.streamed import streamed_logits, streamed_perplexity
+from coprune.model.activations import Activations
+from coprune.model.record import input_device
+from coprune.preparation import (
+    Loaded,
+    choose_seqlen,
+    probe_tokens,
+    read_calibration,
+    read_evaluation,
+    split_batches,
+)
+from coprune.progress import Advance, Reporter
+from coprune.pruning import Solver
+from coprune.recipe import Recipe
+from coprune.sharing import shared_perplexity
+
+if TYPE_CHECKING:
+    from coprune.run import Session
+
+Samples = Windows | ImageSamples
+Data = EvaluationText | LabelledImages
+Measured = Perplexity | Accuracy
+
+BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
+STREAMED_IMAGES = 2048  # whose hidden states are held at a time where the blocks are streamed
+
+
+class Task(Protocol):
+    """What a run asks for; `samples.tokens` is a tensor whose first dimension counts the samples."""
+
+    measure_name: str
+
+    def calibration(self, solver: Solver, reporter: Reporter) -> Samples | None:
+        """Draw the calibration samples; None if nothing needs them."""
+        ...
+
+    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
+        """Open everything that is measured on, by name; empty if nothing is asked for or known."""
+        ...
+
+    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
+        """One sample to prove the replay with."""
+        ...
+
+    def batches(self, samples: Tensor) -> Sequence[Tensor]:
+        """Cut calibration samples into batches on the model's device."""
+        ...
+
+    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Measured:
+        """Measure the model as it is now. activations: an empty list, used where the blocks are streamed."""
+        ...
+
+    def line(self, which: str, name: str, found: Measured) -> str:
+        """What was found, for people."""
+        ...
+
+
+class TextTask:
+    """A language model: windows of text, and perplexity."""
+
+    measure_name = "Perplexity"
+
+    def __init__(self, recipe: Recipe, loaded: Loaded) -> None:
+        self._recipe, self._loaded = recipe, loaded
+        self.seqlen = choose_seqlen(loaded.model, recipe)
+
+    def calibration(self, solver: Solver, reporter: Reporter) -> Windows | None:
+        return read_calibration(self._recipe, self._loaded, solver, self.seqlen, reporter)
+
+    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
+        return dict(read_evaluation(self._recipe, self._loaded, self.seqlen, reporter))
+
+    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
+        texts = {name: text for name, text in data.items() if isinstance(text, EvaluationText)}
+        return probe_tokens(samples if isinstance(samples, Windows) else None, texts, self.seqlen, self._loaded)
+
+    def batches(self, samples: Tensor) -> Sequence[Tensor]:
+        return split_batches(samples, self._recipe.batch_size, self._loaded.device)
+
+    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Perplexity:
+        assert isinstance(data, EvaluationText)
+        weights, blocks, structure, size = (
+            session.loaded.weights,
+            session.blocks,
+            session.structure,
+            session.recipe.batch_size,
+        )
+
+        def measure(text: EvaluationText) -> Perplexity:
+            arguments = (text.tokens, self.seqlen, size, text.token_bytes)
+            if isinstance(weights, InMemory):
+                windows = len(text.tokens) // self.seqlen
+                return perplexity(weights.model, *arguments, advance=lambda done: advance(done / windows))
+            return streamed_perplexity(
+                weights,
+                blocks,
+                structure,
+                *arguments,
+                advance=lambda done: advance(done / len(blocks)),
+                activations=activations,
+            )
+
+        return shared_perplexity(session.processes, data, self.seqlen, measure)
+
+    def line(self, which: str, name: str, found: Measured) -> str:
+        assert isinstance(found, Perplexity)
+        return f"Perplexity of the {which} model on {name} (sequence length {self.seqlen}): {found.value:.2f}"
+
+
+class ImageTask:
+    """A classifier: images, and top-1 and top-5 accuracy. Raises BadInput for what only text has."""
+
+    measure_name = "Accuracy"
+
+    def __init__(self, recipe: Recipe, loaded: Loaded) -> None:
+        self._recipe, self._loaded = recipe, loaded
+        if recipe.runs_tasks:
+            raise BadInput(f"{loaded.source} classifies images; zero-shot tasks are for language models.")
+        if "dataset" not in recipe.model_fields_set:
+            raise BadInput(
+                f"{loaded.source} classifies images; name some with --dataset: digits, a folder of classes, a parquet file "
+                "or a datasets id."
+            )
+
+    @cached_property
+    def transform(self) -> Transform:
+        """The model's own transforms."""
+        if self._loaded.processor is None:
+            raise BadInput("a classifier in memory needs its image processor: prune(model, image_processor=...).")
+        return transform_of(self._loaded.processor)
+
+    def calibration(self, solver: Solver, reporter: Reporter) -> ImageSamples | None:
+        recipe = self._recipe
+        needed = solver.statistic is not None or recipe.reconstruct > 0
+        if not needed and not recipe.layer_error:
+            return None
+        # Layer errors alone take a thousand patches or so.
+        nsamples = recipe.nsamples if needed else min(recipe.nsamples, 64)
+        reporter.say(f"Calibration: {nsamples} images from {recipe.dataset}.")
+        images = labelled_images(recipe.dataset, "calibration", recipe.cache_dir)
+        return draw_images(images, self.transform, nsamples, recipe.seed)
+
+    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
+        recipe = self._recipe
+        if not recipe.evaluate:
+            return {}
+        names = [name.strip() for name in (recipe.eval_data or recipe.dataset).split(",") if name.strip()]
+        found: dict[str, Data] = {}
+        for name in names:
+            images = labelled_images(name, "evaluation", recipe.cache_dir).first(recipe.eval_images)
+            if len(images) == 0:
+                raise BadInput(f"{name} holds no image.")
+            labels_for(images, self._loaded.model.config.id2label, self._classes)
+            found[name] = images
+        return found
+
+    @property
+    def _classes(self) -> int:
+        return len(self._loaded.model.config.id2label or {})
+
+    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
+        if samples is not None:
+            return samples.tokens[:1].to(self._loaded.device)
+        images = next(iter(data.values()), None)
+        images = images or labelled_images(self._recipe.dataset, "calibration", self._recipe.cache_dir)
+        assert isinstance(images, LabelledImages)
+        return self.transform([images.image(0)]).to(self._loaded.device)
+
+    def batches(self, samples: Tensor) -> Sequence[Tensor]:
+        return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
+
+    def _batch_size(self, pixels: Tensor) -> int:
+        return self._recipe.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
+
+    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Accuracy:
+        assert isinstance(data, LabelledImages)
+        size = self._batch_size(self.transform([data.image(0)]))
+        own = session.processes.share(torch.arange(len(data))).tolist()
+        tick = partial(self._tick, advance, max(1, len(own)))
+        if isinstance(session.loaded.weights, InMemory):
+            ranked = self._rank_in_memory(session, data, size, own, tick)
+        else:
+            ranked = self._rank_streamed(session, data, size, own, activations, tick)
+        width = min(5, self._classes)
+        own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, width, dtype=torch.int64)
+        labels = labels_for(data, session.loaded.model.config.id2label, self._classes)
+        return aggregate_accuracy(torch.cat(session.processes.gather(own_ranked)), labels)
+
+    @staticmethod
+    def _tick(advance: Advance, total: int, images: int) -> None:
+        advance(images / total)
+
+    def _rank_in_memory(
+        self, session: Session, data: LabelledImages, size: int, own: Sequence[int], tick: Callable[[int], None]
+    ) -> list[Tensor]:
+        ranked = []
+        with inference_logits(session.loaded.model) as logits_of:
+            for pixels, _ in image_batches(data, self.transform, size, own):
+                ranked.append(rank_classes(logits_of(pixels)))
+                tick(len(pixels))
+        return ranked
+
+    def _rank_streamed(
+        self,
+        session: Session,
+        data: LabelledImages,
+        size: int,
+        own: Sequence[int],
+        activations: Activations,
+        tick: Callable[[int], None],
+    ) -> list[Tensor]:
+        """As many images at a time as may be held, since every such part reads all blocks once."""
+        weights = session.loaded.weights
+        device = input_device(weights.model)
+        ranked = []
+        for start in range(0, len(own), STREAMED_IMAGES):
+            part = own[start : start + STREAMED_IMAGES]
+            windows = [pixels.to(device) for pixels, _ in image_batches(data, self.transform, size, part)]
+            ranked += streamed_logits(
+                weights,
+                session.blocks,
+                session.structure,
+                windows,
+                lambda logits, _: rank_classes(logits),
+                activations=activations if len(own) <= STREAMED_IMAGES else None,
+            )
+            tick(len(part))
+        return ranked
+
+    def line(self, which: str, name: str, found: Measured) -> str:
+        assert isinstance(found, Accuracy)
+        low, high = found.top1_interval
+        return (
+            f"Accuracy of the {which} model on {name}: top-1 {found.top1:.2%} [{low:.2%}, {high:.2%}], "
+            f"top-5 {found.top5:.2%} ({found.images} images)"
+        )
+
+
+TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {"text": TextTask, "images": ImageTask}
+
+
+def task_for(recipe: Recipe, loaded: Loaded) -> Task:
+    """The task of a loaded model, ready to be asked. Raises BadInput for settings that make no sense for it."""
+    return TASKS[loaded.task](recipe, loaded)
