@@ -9,14 +9,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from coprune.packed.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from coprune.errors import BadInput, CopruneError, NumericalError, UnsupportedModel
     from coprune.evaluate.perplexity import perplexity
+    from coprune.packed.accelerate import accelerate
+    from coprune.packed.quantizer import load_packed
     from coprune.recipe import Recipe
     from coprune.report.schema import Report
     from coprune.run import Result, prune, run_recipe
 
+# After `import coprune`, transformers loads packed folders like any other; this imports neither it nor torch.
+register_with_transformers()
+
 _HOME = {
+    "accelerate": "coprune.packed.accelerate",
+    "load_packed": "coprune.packed.quantizer",
     "BadInput": "coprune.errors",
     "CopruneError": "coprune.errors",
     "NumericalError": "coprune.errors",
@@ -37,6 +46,8 @@ __all__ = [
     "Report",
     "Result",
     "UnsupportedModel",
+    "accelerate",
+    "load_packed",
     "perplexity",
     "prune",
     "run_recipe",

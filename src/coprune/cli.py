@@ -20,6 +20,7 @@ import typer
 
 from coprune.errors import BadInput, CopruneError, unknown_name
 from coprune.finetune.settings import FinetuneSettings, make_settings
+from coprune.packed.command import bench, pack, unpack
 from coprune.presets import preset_settings
 from coprune.recipe import Recipe, make_recipe, read_settings
 
@@ -391,6 +392,11 @@ def demo(
     from coprune.progress import Reporter
 
     typer.echo("\n".join(run_demo(nsamples, Reporter(quiet))))
+
+
+app.command()(pack)
+app.command()(unpack)
+app.command()(bench)
 
 
 def main() -> None:
