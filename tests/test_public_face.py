@@ -16,6 +16,8 @@ PUBLIC = [
     "Report",
     "Result",
     "UnsupportedModel",
+    "accelerate",
+    "load_packed",
     "perplexity",
     "prune",
     "run_recipe",

@@ -19,6 +19,9 @@ from test_walk import wanda_as_published
 from walking import prune_with_full_forwards
 
 
+RUN_FILES = {"recipe.yaml", "report.json", "distributions.json", "log_wanda.txt"}
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
@@ -86,7 +89,7 @@ def test_a_run_folder_explains_itself(texts, tmp_path):
         eval_data=str(texts / "test.txt"),
         **settings(texts),
     )
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "report.json", "log_wanda.txt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml") == result.report.recipe
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["sparsity"] == 0.6
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -115,7 +118,7 @@ def test_a_streamed_run_without_a_model_to_save_leaves_no_checkpoint(texts, tmp_
     folder = save_pico(tmp_path / "model", num_hidden_layers=2)
     result = coprune.prune(folder, "wanda", stream=True, save=tmp_path / "run", **settings(texts))
     assert result.model is None
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "report.json", "log_wanda.txt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
 
 
 def test_sparsity_zero_changes_nothing(texts):
