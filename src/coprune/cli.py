@@ -350,6 +350,24 @@ def compare(
         write_text(markdown_file, to_markdown(found))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or their report.json.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page. [report.html in the run's folder, or here for several]"),
+    ] = None,
+) -> None:
+    """Make the page of a run again, or one page that compares several runs."""
+    from coprune.report.folder import PAGE_FILE, write_page
+
+    folder = runs[0] if runs[0].is_dir() else runs[0].parent
+    path = output or (folder / PAGE_FILE if len(runs) == 1 else Path(PAGE_FILE))
+    if not write_page(runs, path):
+        raise BadInput("the page needs altair and vl-convert: pip install 'coprune[report]'.")
+    typer.echo(f"page      {path}")
+
+
 def _what_to_measure(data: str | None, tasks: str | None, eval_zero_shot: bool) -> dict[str, Any]:
     """WikiText-2 unless something is named."""
     runs_tasks = eval_zero_shot or tasks is not None

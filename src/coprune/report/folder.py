@@ -6,6 +6,10 @@ announced, and the same command finds it, knows that the model is whole, and giv
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
 from coprune.errors import BadInput
 from coprune.files import write_text
 from coprune.preparation import REPORT_FILE, path_of
@@ -13,6 +17,7 @@ from coprune.recipe import Recipe
 from coprune.report.schema import Report, seed_log
 
 _ANNOUNCED = ".report.json"
+PAGE_FILE = "report.html"
 
 
 def announce(recipe: Recipe, report: Report) -> None:
@@ -38,4 +43,18 @@ def finish_run_folder(recipe: Recipe, report: Report) -> None:
     write_text(
         path_of(recipe.run_folder, f"log_{recipe.method}.txt"), seed_log(recipe.method, report.sparsity.matrices, first)
     )
+    write_page([recipe.run_folder / _ANNOUNCED], recipe.run_folder / PAGE_FILE)
     (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)
+
+
+def write_page(runs: Sequence[Path], path: Path) -> bool:
+    """Write the page of one or several runs; returns whether it could be made, which needs the extra `report`.
+
+    runs: folders of runs, or report files. Raises BadInput if one has no report.
+    """
+    if importlib.util.find_spec("altair") is None or importlib.util.find_spec("vl_convert") is None:
+        return False
+    from coprune.report.several import report_page
+
+    write_text(path, report_page(runs))
+    return True

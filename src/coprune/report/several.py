@@ -1,0 +1,137 @@
+"""One page for several runs: what each reached, and which of them no other beats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coprune.errors import BadInput
+from coprune.evaluate.cache import bytes_of_weights
+from coprune.report.charts import pareto
+from coprune.report.html import chart, page, section, table, text
+from coprune.report.page import estimate, number, run_page
+from coprune.report.schema import PerplexityFacts, Report
+
+_Text = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its name on the page, its report, and the size of its saved model if that is there."""
+
+    name: str
+    report: Report
+    size: int | None
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Read a run folder or a report.json. Raises BadInput if there is no report."""
+        file = path if path.is_file() else path / "report.json"
+        report = Report.read(file)
+        saved = report.saved_model
+        size = bytes_of_weights(saved) if saved is not None and saved.is_dir() else None
+        return cls(file.parent.name or str(path), report, size)
+
+    def perplexity(self, on: _Text) -> PerplexityFacts | None:
+        """Its perplexity on a text, if that was measured."""
+        return next((facts for facts in self.report.perplexity if _text_of(facts) == on), None)
+
+
+def report_page(paths: Sequence[Path]) -> str:
+    """The page of one run, or one page for several. Raises BadInput if a report is missing or cannot be read."""
+    if not paths:
+        raise BadInput("no run is named; for example: coprune report out/MODEL/2-4/wanda.")
+    runs = [Run.read(path) for path in paths]
+    return run_page(runs[0].report) if len(runs) == 1 else runs_page(runs)
+
+
+def runs_page(runs: Sequence[Run]) -> str:
+    """Build the page for several runs."""
+    texts = Counter(_text_of(facts) for run in runs for facts in run.report.perplexity)
+    charts: dict[str, Any] = {}
+    parts = [f"<header><h1>{len(runs)} runs</h1><p class='soft'>{text(_models(runs))}</p></header>"]
+    if texts:
+        shown = max(texts, key=lambda key: texts[key])
+        note = f"Perplexity on {shown[0]} (sequence length {shown[2]}, {texts[shown]} of {len(runs)} runs); lower is better."
+        points = _points(runs, shown)
+        charts["by-sparsity"] = pareto(_with_front(points, "sparsity"), "sparsity", "zeros among all parameters", ".0%")
+        parts.append(
+            section("Perplexity against sparsity", chart("by-sparsity"), note=note + " The line joins the front.")
+        )
+        sized = [point for point in points if point["size"] is not None]
+        if len({point["size"] for point in sized}) > 1:
+            charts["by-size"] = pareto(_with_front(sized, "size", less_is_better=True), "size", "bytes on disk", "~s")
+            parts.append(section("Perplexity against size", chart("by-size"), note=note))
+    parts.append(_table(runs, sorted(texts)))
+    return page(f"{len(runs)} pruning runs", "\n".join(parts), {"charts": charts, "matrices": [], "distributions": {}})
+
+
+def _text_of(facts: PerplexityFacts) -> _Text:
+    return facts.data, facts.fingerprint, facts.seqlen
+
+
+def _models(runs: Sequence[Run]) -> str:
+    return "Of " + ", ".join(dict.fromkeys(run.report.model.source for run in runs)) + "."
+
+
+def _points(runs: Sequence[Run], on: _Text) -> list[dict[str, Any]]:
+    """The runs' points, and one for every dense model among them."""
+    points: list[dict[str, Any]] = []
+    for run in runs:
+        facts = run.perplexity(on)
+        if facts is None:
+            continue
+        source = run.report.model.source
+        method = run.report.recipe.method
+        point = {"name": run.name, "method": method, "perplexity": facts.pruned, "size": run.size}
+        points.append(point | {"sparsity": run.report.sparsity.model})
+        if facts.dense is not None and all(other.get("source") != source for other in points):
+            dense = {"name": "dense", "method": "dense", "perplexity": facts.dense, "size": None, "source": source}
+            points.append(dense | {"sparsity": 0.0})
+    return points
+
+
+def _with_front(points: list[dict[str, Any]], field: str, less_is_better: bool = False) -> list[dict[str, Any]]:
+    """Mark the points that no other beats: none is as good in both and better in one."""
+    sign = 1 if less_is_better else -1
+
+    def beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        ours = (one["perplexity"], sign * one[field])
+        theirs = (other["perplexity"], sign * other[field])
+        return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+    return [point | {"front": not any(beats(other, point) for other in points)} for point in points]
+
+
+def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
+    header = [
+        "run",
+        "method",
+        "pattern",
+        "zeros",
+        "of all",
+        *(f"perplexity {name} ({length})" for name, _, length in texts),
+    ]
+    header += ["mean accuracy %", "difference to dense", "prune time", "size"]
+    rows = []
+    for run in runs:
+        report, facts = run.report, run.report.zero_shot
+        found = [run.perplexity(on) for on in texts]
+        rows.append(
+            [
+                run.name,
+                report.recipe.method,
+                report.recipe.pattern,
+                f"{report.sparsity.matrices:.2%}",
+                f"{report.sparsity.model:.2%}",
+                *("–" if facts is None else number(facts.pruned) for facts in found),
+                estimate(None if facts is None else facts.mean_pruned),
+                estimate(None if facts is None else facts.mean_delta, "+"),
+                f"{report.prune_seconds:.1f} s",
+                "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB",
+            ]
+        )
+    return section("Runs", table(header, rows))
