@@ -48,8 +48,10 @@ def verify_saved(
         return
     before = _sample_logits(weights, blocks, structure)
     after = _sample_logits(saved, saved_blocks, structure)
-    if not torch.equal(before, after):
-        worst = float((before - after).abs().max())
+    worst = float((before - after).abs().max())
+    # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ.
+    tolerance = 32 * torch.finfo(torch.float32).eps if weights.model.dtype == torch.float32 else 2e-2
+    if not worst <= tolerance * float(before.abs().max()):
         raise VerificationError(
             f"the logits of the model in {folder} differ from the pruned model's by up to {worst:g}."
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from coprune.checkpoint.load import DtypeName, quiet_transformers
+from coprune.checkpoint.load import DtypeName, quiet_transformers, undoubled
 from coprune.checkpoint.locate import ModelFolder
 from coprune.checkpoint.shards import read_json
 from coprune.files import write_text
@@ -21,13 +21,16 @@ COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENS
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
     """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
 
-    dtype: what the weights are written in, "auto" for the source's own.
+    dtype: what the weights are written in, "auto" for the source's own. Of timm's configuration, the number of classes
+    that it may hold twice is kept once, so that transformers loads the folder too.
     """
     paths = {path for pattern in COPIED for path in source.path.glob(pattern)}
     for path in sorted(paths):
         if path.is_file() and path.name != "config.json" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = read_json(source.path / "config.json")
+    if config.get("model_args"):
+        config["model_args"] = undoubled(config["model_args"])
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

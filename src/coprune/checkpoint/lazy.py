@@ -86,11 +86,20 @@ class LazyCheckpoint:
         folder = self.location.path
         config = read_config(folder, trust_remote_code)
         chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
-        with init_empty_weights(include_buffers=False):
+
+        def build() -> PreTrainedModel:
             model: PreTrainedModel = MODEL_CLASSES[task_of(config)].from_config(
                 config, dtype=chosen, trust_remote_code=trust_remote_code
             )
-        compute_buffers(model)
+            compute_buffers(model)
+            return model
+
+        with init_empty_weights(include_buffers=False):
+            model = build()
+        if any(buffer.is_meta for buffer in model.buffers()):
+            # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
+            model = build()
+            forget_parameters(model)
         model.config._name_or_path = model.name_or_path = self.location.name
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -119,9 +128,7 @@ class LazyCheckpoint:
 
     def release(self, prefix: str) -> None:
         """Forget the parameters below a module's path; what was changed and not written is lost."""
-        for module in self._model.get_submodule(prefix).modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        forget_parameters(self._model.get_submodule(prefix))
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         """An acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
@@ -200,6 +207,15 @@ class LazyCheckpoint:
                     f"{prefix} shares {name} with another part of the model, so it cannot be streamed; load the model "
                     "in memory instead."
                 )
+
+
+def forget_parameters(root: nn.Module) -> None:
+    """Put the parameters below a module on the meta device; those that are shared stay shared."""
+    forgotten: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            module._parameters[name] = forgotten.setdefault(id(parameter), empty)
 
 
 def compute_buffers(model: PreTrainedModel) -> None:

@@ -45,10 +45,17 @@ def task_of(config: Any) -> TaskName:
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Read a folder's configuration; timm's is turned into one of transformers' wrapper."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "model_type", None) == "timm_wrapper" and config.model_args:
-        # timm may write the number of classes twice, and the wrapper would pass both on.
-        config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    if getattr(config, "model_args", None):
+        config.model_args = undoubled(config.model_args)
     return config
+
+
+def undoubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that timm keeps to build a model with, less the number of classes.
+
+    timm writes it twice, and transformers' wrapper would pass both on.
+    """
+    return {key: value for key, value in arguments.items() if key != "num_classes"}
 
 
 def load_model(
