@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.checkpoint.lazy import LazyCheckpoint
 from coprune.checkpoint.load import TaskName, load_model, load_processor, task_of
-from coprune.checkpoint.locate import GgufFile, ModelFolder, locate
+from coprune.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
@@ -147,7 +147,8 @@ def open_model(recipe: Recipe, stream: bool) -> Loaded:
     """Open the model that the recipe names. stream: whether the blocks of a folder stay on the disk for now."""
     location = locate(recipe.model, recipe.cache_dir)
     device = choose_device(recipe.device)
-    if stream and isinstance(location, ModelFolder):
+    # A packed folder is unpacked by transformers as a whole.
+    if stream and isinstance(location, ModelFolder) and not is_packed(location):
         lazy = LazyCheckpoint(location, recipe.dtype, device)
         lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
         return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from coprune.checkpoint.shards import checkpoint_entries, read_json
 from coprune.errors import BadInput
+from coprune.packed.registration import QUANT_METHOD
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
@@ -87,13 +88,19 @@ def check_folder(folder: ModelFolder) -> ModelFolder:
         raise BadInput(f"{folder.path} has no config.json; is it the folder of a saved model?")
     checkpoint_entries(folder.path)
     quantization = read_json(folder.path / "config.json").get("quantization_config")
-    if quantization:
+    if quantization and not is_packed(folder):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise BadInput(
             f"{folder.name} is quantised ({method}), and pruning needs plain weights; use the unquantised checkpoint, "
             "or load it dequantised with transformers and write it with save_pretrained."
         )
     return folder
+
+
+def is_packed(folder: ModelFolder) -> bool:
+    """Whether the folder is one of coprune's own packed checkpoints, which transformers unpacks bit for bit on loading."""
+    quantization = read_json(folder.path / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def _locate_gguf(path: Path) -> GgufFile:
