@@ -30,7 +30,9 @@ FLAGS = [
 
 def find_browser() -> str | None:
     """Chromium or Chrome, if there is one."""
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
 
 
 class Page:
@@ -64,7 +66,9 @@ class Page:
 
     def open(self, url: str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """Open a page in a window of a size, and wait until it says that it is ready."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.scheme(dark)
         self.call("Page.navigate", url=url)
         self.wait("document.documentElement?.dataset.ready !== undefined")
@@ -143,7 +147,9 @@ class Browser:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.terminate()
         self._process.wait()
         for end in self._pipe:

@@ -1,0 +1,143 @@
+"""The page in a real browser: no error, no request, every chart drawn, the picker works; and what is on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from browser import find_browser, opened_page
+from commands import run_command
+from coprune.evaluate.zero_shot import Estimate, TaskComparison, ZeroShotFacts
+from coprune.report.schema import Report
+from pico_folder import save_pico, write_words
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+from coprune.report.charts import matrix_rows, place_of
+from coprune.report.page import run_page
+from coprune.report.several import Run, runs_page
+
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two finished runs of a pico model, one of them with made-up zero-shot results and a nasty name."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = str(write_words(folder / "text.txt"))
+    model = str(save_pico(folder / "model"))
+    import coprune
+
+    runs = []
+    for method, sparsity in (("wanda", 0.5), ("magnitude", 0.25)):
+        settings = {"dataset": text, "eval_data": text, "seqlen": 32, "nsamples": 4, "save": folder / method}
+        coprune.prune(model, method, sparsity=sparsity, quiet=True, **settings)
+        runs.append(folder / method)
+    return runs
+
+
+def with_tasks(report: Report) -> Report:
+    """A report with zero-shot results, and a name that would end a script element."""
+    tasks = tuple(
+        TaskComparison(
+            task=task,
+            version=1.0,
+            num_fewshot=0,
+            items=100,
+            dense={"acc": Estimate(value=0.6, stderr=0.05)},
+            pruned={"acc": Estimate(value=0.5, stderr=0.05)},
+            delta={"acc": Estimate(value=-0.1, stderr=0.02)},
+        )
+        for task in ("piqa", "</script><b>")
+    )
+    mean = Estimate(value=0.5, stderr=0.03)
+    facts = ZeroShotFacts(tasks=tasks, mean_dense=mean, mean_pruned=mean, mean_delta=mean, harness="0")
+    return report.model_copy(update={"zero_shot": facts, "events": ["<b>event</b>"]})
+
+
+@needs_browser
+def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path], tmp_path: Path) -> None:
+    report = with_tasks(Report.read(runs[0] / "report.json"))
+    file = tmp_path / "report.html"
+    file.write_text(run_page(report), encoding="utf-8")
+    with opened_page() as page:
+        page.open(file.as_uri())
+        assert page.evaluate("document.documentElement.dataset.ready") == "yes"
+        assert page.evaluate(
+            "[...document.querySelectorAll('.chart')].every(c => c.querySelector('svg g path') !== null)"
+        )
+        assert page.evaluate("document.querySelectorAll('.chart').length") == 6
+        names = page.evaluate("[...document.querySelectorAll('#matrix option')].map(o => o.text)")
+        assert names == [matrix.name for matrix in report.matrices]
+        shown = "document.getElementById('matrix-facts').dataset.matrix"
+        assert page.evaluate(shown) == names[0]
+        before = page.evaluate("document.getElementById('distribution-magnitude').innerHTML")
+        page.evaluate("document.getElementById('next').click()")
+        page.wait(f"{shown} === {json.dumps(names[1])}")
+        page.wait("document.getElementById('distribution-magnitude').innerHTML !== " + json.dumps(before))
+        page.evaluate(
+            "{ const s = document.getElementById('matrix'); s.value = '4'; s.dispatchEvent(new Event('change')) }"
+        )
+        page.wait(f"{shown} === {json.dumps(names[4])}")
+        assert f"{report.matrices[4].sparsity:.2%}".replace("%", " %") in page.evaluate(
+            "document.getElementById('matrix-facts').textContent"
+        )
+        # A phone, and dark colours, without a page that scrolls sideways.
+        page.open(file.as_uri(), width=360, dark=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.open(file.as_uri() + "#matrix=" + names[2])
+        page.call("Page.reload")
+        page.wait(f"document.getElementById('matrix-facts')?.dataset.matrix === {json.dumps(names[2])}")
+        assert page.errors == []
+        assert {url.partition("#")[0] for url in page.requests} == {file.as_uri()}
+
+
+@needs_browser
+def test_the_page_of_several_runs(runs: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "runs.html"
+    file.write_text(runs_page([Run.read(run) for run in runs]), encoding="utf-8")
+    with opened_page() as page:
+        page.open(file.as_uri())
+        assert page.evaluate("document.documentElement.dataset.ready") == "yes"
+        assert page.evaluate("document.querySelectorAll('.chart svg g.mark-symbol path').length") >= 3
+        text = page.evaluate("document.body.innerText")
+        for run in runs:
+            assert f"{Report.read(run / 'report.json').perplexity[0].pruned:.2f}" in text
+        assert page.errors == []
+        assert page.requests == [file.as_uri()]
+
+
+def test_every_run_leaves_its_page_and_report_makes_it_again(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (runs[0] / "report.html").read_text(encoding="utf-8")
+    assert "pruned with wanda" in page
+    ended = run_command(["report", str(runs[0]), "-o", str(tmp_path / "again.html")], monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+    ended = run_command(["report", *map(str, runs), "-o", str(tmp_path / "both.html")], monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    assert "2 runs" in (tmp_path / "both.html").read_text(encoding="utf-8")
+    ended = run_command(["report", str(tmp_path)], monkeypatch, capsys)
+    assert ended.code == 2
+    assert "cannot be read" in ended.err
+
+
+def test_nothing_that_is_written_can_end_an_element(runs: list[Path]) -> None:
+    page = run_page(with_tasks(Report.read(runs[0] / "report.json")))
+    assert "</script><b>" not in page
+    assert "<b>event</b>" not in page
+    assert page.count("</script>") == 3
+
+
+def test_names_are_split_into_block_and_kind(runs: list[Path]) -> None:
+    assert place_of("model.layers.3.self_attn.q_proj") == ("3", "self_attn.q_proj")
+    assert place_of("model.layers.12.mlp.experts.up_proj[7]") == ("12", "mlp.experts.up_proj[*]")
+    assert place_of("model.layers.1.mlp.experts.5.w1") == ("1", "mlp.experts.*.w1")
+    assert place_of("lm_head") == ("–", "lm_head")
+    report = Report.read(runs[0] / "report.json")
+    rows = matrix_rows(report.matrices)
+    assert len(rows) == len(report.matrices)
+    assert {row["block"] for row in rows} == {"0", "1", "2"}
