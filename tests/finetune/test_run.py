@@ -18,10 +18,14 @@ from coprune.finetune.masks import BrokenMask, find_masks
 from coprune.finetune.run import finetune, merge_saved
 from coprune.finetune.saving import save_model
 from coprune.finetune.settings import make_settings
+from coprune.finetune.text_windows import read_training_text
 from coprune.finetune.trainer import ZeroKeepingTrainer
 from coprune.patterns import NM
 from coprune.progress import Reporter
+from coprune.recipe import make_recipe
+from coprune.run import run_recipe
 from pico import pico_model
+from words import word_tokenizer
 
 QUIET = Reporter(quiet=True)
 
@@ -152,10 +156,13 @@ def test_early_stop_keeps_the_best_state(home, tmp_path):
     losses = [point.loss for point in report.held_out]
     best = losses.index(min(losses))
     assert report.steps == best + 4 < 20
-    # Training on to where the best state was gives the same weights again; the rate does not depend on how it ends.
-    weights = weights_of(tmp_path / "run" / "model")
-    changed = [n for n, w in weights_of(home / "mixtral").items() if not torch.equal(w, weights[n])]
-    assert bool(changed) == (best >= 0)
+    # What was saved has the best loss that was measured, not the last.
+    settings = make_settings(settings_for(tmp_path, home / "mixtral", home / "text.txt", **more))
+    windows = read_training_text(settings, word_tokenizer(), 16).held_out.tokens
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    with torch.no_grad():
+        assert float(saved(input_ids=windows, labels=windows).loss) == pytest.approx(losses[best], rel=1e-4)
+    assert losses[-1] > losses[best] * 1.001
 
 
 def test_time_ends_a_training(home, tmp_path):
@@ -164,25 +171,61 @@ def test_time_ends_a_training(home, tmp_path):
     assert report.curve[-1].seconds < 60
 
 
+IN_TWO_PROCESSES = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from coprune.finetune.hold_zeros import hold_zeros
+from coprune.finetune.masks import find_masks, plain_parameters
+from coprune.finetune.run import finetune
+from coprune.finetune.settings import make_settings
+
+settings = json.loads(sys.argv[1])
+finetune(make_settings(settings))
+
+# Sharded parameters: the masks are sharded alike.
+if not dist.is_initialized():
+    dist.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(settings["model"])
+masks = find_masks(model)
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+hold_zeros(model, optimizer, masks)
+for step in range(2):
+    tokens = torch.randint(1002, (2, 16), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+masks.verify(plain_parameters(model))
+parameters = dict(model.named_parameters())
+for name, pruned in masks.pruned.items():
+    moment = optimizer.state[parameters[name]]["exp_avg"].full_tensor()
+    assert bool(moment.any()) and not bool(moment[pruned].any())
+dist.destroy_process_group()
+"""
+
+
 def test_two_processes_follow_the_same_curve_as_one(home, tmp_path):
     alone = run(home, tmp_path / "one", mode="dense", batch_size=2, accumulate=2, weight_decay=0.1)
     together = settings_for(
         tmp_path / "two", home / "llama", home / "text.txt", mode="dense", accumulate=2, weight_decay=0.1, batch_size=1
     )
     script = tmp_path / "script.py"
-    script.write_text(
-        "import json, sys\n"
-        "from coprune.finetune.run import finetune\n"
-        "from coprune.finetune.settings import make_settings\n"
-        "finetune(make_settings(json.loads(sys.argv[1])))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    subprocess.run(
+    script.write_text(IN_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
         [*command, str(script), json.dumps(together, default=str)],
-        check=True,
         capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     both = json.loads((tmp_path / "two" / "finetune.json").read_text())
     assert both["processes"] == 2
     assert [p["loss"] for p in both["curve"]] == pytest.approx([p.loss for p in alone.curve], abs=1e-4)
@@ -205,6 +248,32 @@ def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home, tmp_path
 
 def short(folder):
     return write_text(folder / "short.txt", 200)
+
+
+def test_pruning_and_fine_tuning_in_one_run(home, tmp_path):
+    settings = {
+        "model": str(home / "dense"),
+        "dataset": str(home / "text.txt"),
+        "pattern": "2:4",
+        "seqlen": 16,
+        "nsamples": 4,
+        "device": "cpu",
+        "evaluate": False,
+        "save": tmp_path / "run",
+        "save_model": tmp_path / "model",
+        "finetune": "lora",
+    }
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(make_recipe(settings), reporter=StoppedAt(0.5))
+    assert (tmp_path / "run" / "report.json").is_file()
+    run_recipe(make_recipe(settings), reporter=QUIET)
+    pruned = zeros_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned"))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert find_masks(tuned).patterns == {"2:4": 14}
+    assert all(torch.equal(zero, zeros_of(tuned)[name]) for name, zero in pruned.items())
+    assert "finetune: lora" in (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(BadInput, match="finished run"):
+        run_recipe(make_recipe(settings), reporter=QUIET)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(home, tmp_path):

@@ -5,6 +5,7 @@ The fields' descriptions are the help texts of the command's options. Nothing he
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -158,6 +159,10 @@ def make_settings(values: dict[str, Any]) -> FinetuneSettings:
     if find_spec("peft") is None:
         raise BadInput(
             "fine-tuning needs a package that is missing; install it with `pip install 'coprune[finetune]'`."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise BadInput(
+            "fine-tuning over FSDP is not there yet; use data parallel processes (torchrun, or no --use_fsdp)."
         )
     for name in values:
         if name not in FinetuneSettings.model_fields:
