@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
+from coprune.report.listening import final_figures, listening
 from coprune.report.phases import Phases
 from coprune.report.schema import Report
 from coprune.sharing import SharedOutput, SharedSolving
@@ -127,12 +129,19 @@ def run_recipe(
     if processes.first and (write or recipe.save_model):
         prepare_folders(recipe)
     reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
+    with listening(recipe, reporter) if processes.first else nullcontext():
+        return _run(recipe, loaded, reporter, write and processes.first, processes, started)
+
+
+def _run(
+    recipe: Recipe, loaded: Loaded | None, reporter: Reporter, write: bool, processes: Processes, started: float
+) -> Result:
+    """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
     phases = Phases(reporter)
     beside = Beside.prepare(recipe, processes.size)
     session = _prepare(recipe, loaded, reporter, processes)
     phases.done("load and prepare")
     output = _open_output(session) if processes.first else None
-    write = write and processes.first
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = _measure(session, "dense") if recipe.evaluate_dense else {}
@@ -152,6 +161,7 @@ def run_recipe(
     _save(session, output, report)
     if write:
         finish_run_folder(recipe, report)
+    reporter.event("finished", figures=final_figures(report))
     in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
     return Result(report, in_memory, session.loaded.tokenizer)
 
@@ -243,6 +253,8 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
             if session.reconstruction is not None and recording is not None:
                 results = reconstruct_block(session.reconstruction, block, recording, results)
             shared.write_block(block, results)
+            facts = [result.model_dump(mode="json", exclude={"distributions"}) for result in results]
+            session.reporter.event("block", block=block.name, matrices=facts)
             return results
 
         results = prune_walk(

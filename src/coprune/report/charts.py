@@ -111,8 +111,11 @@ def zero_shot_bars(facts: ZeroShotFacts) -> Spec:
     return _spec((bars + reach).properties(width="container", height=32 * len(facts.tasks)))
 
 
-def bins_chart(title: str) -> Spec:
-    """Stacked bars over log₁₀, for bins that the page fills in as the data called `bins`."""
+def bins_chart(title: str, split: bool = True) -> Spec:
+    """Bars over log₁₀, for bins that the page fills in as the data called `bins`.
+
+    split: whether there are pruned ones among the values, so that a legend is wanted.
+    """
     chart = (
         alt.Chart(alt.NamedData("bins"))
         .mark_bar(binSpacing=0.5)
@@ -124,7 +127,7 @@ def bins_chart(title: str) -> Spec:
                 "what:N",
                 title=None,
                 scale=alt.Scale(domain=["kept", "pruned"], range=[DENSE, PRUNED]),
-                legend=alt.Legend(orient="top"),
+                legend=alt.Legend(orient="top") if split else None,
             ),
             order=alt.Order("what:N", sort="descending"),
             tooltip=["what:N", "count:Q", alt.Tooltip("start:Q", format=".2f"), alt.Tooltip("end:Q", format=".2f")],

@@ -40,7 +40,7 @@ def run_page(report: Report) -> str:
     data = {
         "charts": charts,
         "matrices": [_matrix(matrix) for matrix in report.matrices],
-        "distributions": {kind: bins_chart(title) for kind, title in _DISTRIBUTIONS.items()},
+        "distributions": {kind: bins_chart(title, split=kind != "norm") for kind, title in _DISTRIBUTIONS.items()},
     }
     return page(f"{_name(report)}, pruned with {report.recipe.method}", "\n".join(parts), data)
 
