@@ -1,0 +1,50 @@
+"""How one budget of zeros is spread over the matrices: allocations, one file each, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coprune.allocation.alpha import Alpha
+from coprune.allocation.base import Allocation, Unit
+from coprune.allocation.by_file import ByFile
+from coprune.allocation.error import Error
+from coprune.allocation.owl import OWL
+from coprune.allocation.uniform import Uniform
+from coprune.errors import BadInput, unknown_name
+from coprune.options import with_options
+
+__all__ = ["ALLOCATIONS", "Allocation", "Unit", "allocation_named", "is_file"]
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Uniform(),
+    "owl": OWL(),
+    "alpha": Alpha(),
+    "error": Error(),
+}
+
+
+def allocation_named(text: str) -> Allocation:
+    """Look an allocation up: a name, a name with options (`owl:spread=0.1,threshold=7`), or a YAML file.
+
+    Raises BadInput for an unknown name or option, a value of the wrong type or out of range, or an unreadable file.
+    """
+    if is_file(text):
+        return ByFile.read(Path(text))
+    name, _, written = text.partition(":")
+    if name not in ALLOCATIONS:
+        raise unknown_name("allocation", name, [*ALLOCATIONS, "FILE.yaml"])
+    options: dict[str, Any] = {}
+    for part in filter(None, written.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise BadInput(f"the allocation's option {part!r} has no value; write {name}:{part}=VALUE.")
+        options[option.strip().replace("-", "_")] = yaml.safe_load(value)
+    return with_options(ALLOCATIONS[name], "allocation", name, options)
+
+
+def is_file(text: str) -> bool:
+    """Whether an allocation is given by a file."""
+    return text.endswith((".yaml", ".yml"))
