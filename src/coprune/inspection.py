@@ -41,6 +41,7 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
         f"{loaded.source}: {loaded.model.config.model_type}, {total:,} parameters, {len(blocks)} blocks "
         f"({blocks[0].name} … {blocks[-1].name})",
         *lines,
+        *(f"  leave  {layer}" for layer in chosen.left_out),
         f"would prune {len(wanted)} matrices with {pruned:,} weights ({pruned / total:.1%} of the model) to "
         f"{target.sparsity:.1%} ({target.pattern}), {pruned * target.sparsity / total:.1%} of the model",
     ]

@@ -6,8 +6,8 @@ methods, the walk and the checkpoint know nothing of it. The two tasks are the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -148,11 +148,15 @@ class ImageTask:
         self._recipe, self._loaded = recipe, loaded
         if recipe.runs_tasks:
             raise BadInput(f"{loaded.source} classifies images; zero-shot tasks are for language models.")
-        if "dataset" not in recipe.model_fields_set:
+
+    def _named(self, names: str | None) -> str:
+        """The images that were asked for: by these names or else the dataset, whose default is a text."""
+        if names is None and "dataset" not in self._recipe.model_fields_set:
             raise BadInput(
-                f"{loaded.source} classifies images; name some with --dataset: digits, a folder of classes, a parquet file "
-                "or a datasets id."
+                f"{self._loaded.source} classifies images; name some with --dataset: digits, a folder of classes, a "
+                "parquet file or a datasets id."
             )
+        return names or self._recipe.dataset
 
     @cached_property
     def transform(self) -> Transform:
@@ -169,20 +173,20 @@ class ImageTask:
         # Layer errors alone take a thousand patches or so.
         nsamples = recipe.nsamples if needed else min(recipe.nsamples, 64)
         reporter.say(f"Calibration: {nsamples} images from {recipe.dataset}.")
-        images = labelled_images(recipe.dataset, "calibration", recipe.cache_dir)
+        images = labelled_images(self._named(None), "calibration", recipe.cache_dir)
         return draw_images(images, self.transform, nsamples, recipe.seed)
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
         if not recipe.evaluate:
             return {}
-        names = [name.strip() for name in (recipe.eval_data or recipe.dataset).split(",") if name.strip()]
+        names = [name.strip() for name in self._named(recipe.eval_data).split(",") if name.strip()]
         found: dict[str, Data] = {}
         for name in names:
             images = labelled_images(name, "evaluation", recipe.cache_dir).first(recipe.eval_images)
             if len(images) == 0:
                 raise BadInput(f"{name} holds no image.")
-            labels_for(images, self._loaded.model.config.id2label, self._classes)
+            self._labels(images)  # refuses labels that the model does not have
             found[name] = images
         return found
 
@@ -194,7 +198,7 @@ class ImageTask:
         if samples is not None:
             return samples.tokens[:1].to(self._loaded.device)
         images = next(iter(data.values()), None)
-        images = images or labelled_images(self._recipe.dataset, "calibration", self._recipe.cache_dir)
+        images = images or labelled_images(self._named(None), "calibration", self._recipe.cache_dir)
         assert isinstance(images, LabelledImages)
         return self.transform([images.image(0)]).to(self._loaded.device)
 
@@ -206,44 +210,44 @@ class ImageTask:
 
     def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Accuracy:
         assert isinstance(data, LabelledImages)
-        size = self._batch_size(self.transform([data.image(0)]))
         own = session.processes.share(torch.arange(len(data))).tolist()
-        tick = partial(self._tick, advance, max(1, len(own)))
         if isinstance(session.loaded.weights, InMemory):
-            ranked = self._rank_in_memory(session, data, size, own, tick)
+            ranked = self._rank_in_memory(data, own, advance)
         else:
-            ranked = self._rank_streamed(session, data, size, own, activations, tick)
-        width = min(5, self._classes)
-        own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, width, dtype=torch.int64)
-        labels = labels_for(data, session.loaded.model.config.id2label, self._classes)
-        return aggregate_accuracy(torch.cat(session.processes.gather(own_ranked)), labels)
+            ranked = self._rank_streamed(session, data, own, activations, advance)
+        own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, min(5, self._classes), dtype=torch.int64)
+        return aggregate_accuracy(torch.cat(session.processes.gather(own_ranked)), self._labels(data))
 
-    @staticmethod
-    def _tick(advance: Advance, total: int, images: int) -> None:
-        advance(images / total)
+    def measure_in_memory(self, images: LabelledImages, advance: Advance) -> Accuracy:
+        """The accuracy of the loaded model, which is in memory, on these images."""
+        return aggregate_accuracy(
+            torch.cat(self._rank_in_memory(images, range(len(images)), advance)), self._labels(images)
+        )
 
-    def _rank_in_memory(
-        self, session: Session, data: LabelledImages, size: int, own: Sequence[int], tick: Callable[[int], None]
-    ) -> list[Tensor]:
+    def _labels(self, images: LabelledImages) -> Tensor:
+        return labels_for(images, self._loaded.model.config.id2label, self._classes)
+
+    def _rank_in_memory(self, images: LabelledImages, own: Sequence[int], advance: Advance) -> list[Tensor]:
         ranked = []
-        with inference_logits(session.loaded.model) as logits_of:
-            for pixels, _ in image_batches(data, self.transform, size, own):
+        size = self._batch_size(self.transform([images.image(0)]))
+        with inference_logits(self._loaded.model) as logits_of:
+            for pixels, _ in image_batches(images, self.transform, size, own):
                 ranked.append(rank_classes(logits_of(pixels)))
-                tick(len(pixels))
+                advance(len(pixels) / len(own))
         return ranked
 
     def _rank_streamed(
         self,
         session: Session,
         data: LabelledImages,
-        size: int,
         own: Sequence[int],
         activations: Activations,
-        tick: Callable[[int], None],
+        advance: Advance,
     ) -> list[Tensor]:
         """As many images at a time as may be held, since every such part reads all blocks once."""
         weights = session.loaded.weights
         device = input_device(weights.model)
+        size = self._batch_size(self.transform([data.image(0)]))
         ranked = []
         for start in range(0, len(own), STREAMED_IMAGES):
             part = own[start : start + STREAMED_IMAGES]
@@ -256,7 +260,7 @@ class ImageTask:
                 lambda logits, _: rank_classes(logits),
                 activations=activations if len(own) <= STREAMED_IMAGES else None,
             )
-            tick(len(part))
+            advance(len(part) / len(own))
         return ranked
 
     def line(self, which: str, name: str, found: Measured) -> str:

@@ -50,6 +50,14 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def task_at(location: Location) -> TaskName:
+    """What the model at a place is for, by its configuration. Raises BadInput if that cannot be read."""
+    if isinstance(location, GgufFile):
+        return "text"
+    with quiet_transformers(), explained(location):
+        return task_of(read_config(location.path))
+
+
 def undoubled(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that timm keeps to build a model with, less the number of classes.
 

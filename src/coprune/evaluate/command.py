@@ -5,7 +5,7 @@ from __future__ import annotations
 from coprune.errors import BadInput
 from coprune.evaluate.beside import Beside
 from coprune.evaluate.cache import EvaluationCache
-from coprune.evaluate.evaluation import Evaluation, PerplexityResult
+from coprune.evaluate.evaluation import AccuracyResult, Evaluation, PerplexityResult
 from coprune.evaluate.measure import Subject
 from coprune.evaluate.zero_shot import Estimate
 from coprune.progress import Reporter
@@ -34,6 +34,7 @@ def evaluate_model(recipe: Recipe, reporter: Reporter, against: str | None = Non
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
     """What was measured, one line each."""
     lines = [_perplexity_line(result) for result in evaluation.perplexity]
+    lines += [_accuracy_line(result) for result in evaluation.accuracy]
     for near in evaluation.closeness:
         low, high = near.kl_interval or (near.kl, near.kl)
         lines.append(
@@ -55,6 +56,14 @@ def percent(estimate: Estimate) -> str:
     """An estimate in per cent with its standard error."""
     error = "" if estimate.stderr is None else f" ± {100 * estimate.stderr:.2f}"
     return f"{100 * estimate.value:.2f}{error} %"
+
+
+def _accuracy_line(found: AccuracyResult) -> str:
+    (low, high), (low5, high5) = found.top1_interval, found.top5_interval
+    return (
+        f"accuracy  top-1 {found.top1:.2%} [{low:.2%}, {high:.2%}], top-5 {found.top5:.2%} [{low5:.2%}, {high5:.2%}] "
+        f"on {found.data} ({found.images} images)"
+    )
 
 
 def _perplexity_line(found: PerplexityResult) -> str:

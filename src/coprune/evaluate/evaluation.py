@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
+from coprune.evaluate.accuracy import Accuracy
 from coprune.evaluate.closeness import Closeness
 from coprune.evaluate.perplexity import Perplexity
 from coprune.evaluate.zero_shot import ZeroShot
@@ -51,6 +52,18 @@ class PerplexityResult(_Facts):
     """Mean negative log likelihood of every window in nats, from which models are compared by pairs."""
 
 
+class AccuracyResult(_Facts):
+    """Top-1 and top-5 accuracy on one set of images, with Wilson's 95 % intervals."""
+
+    data: str
+    source: str
+    images: int
+    top1: float
+    top1_interval: Interval
+    top5: float
+    top5_interval: Interval
+
+
 class ClosenessResult(_Facts):
     """Closeness to another model on one text, with 95 % bootstrap intervals over the windows."""
 
@@ -71,6 +84,8 @@ class Evaluation(_Facts):
     model: str
     weights: WeightFacts
     perplexity: tuple[PerplexityResult, ...] = ()
+    accuracy: tuple[AccuracyResult, ...] = ()
+    """Of a classifier of images."""
     zero_shot: ZeroShot | None = None
     against: str | None = None
     """The model that closeness was measured to."""
@@ -110,6 +125,19 @@ def perplexity_result(name: str, source: str, fingerprint: str, found: Perplexit
         bits_per_byte=found.bits_per_byte,
         per_byte=found.per_byte,
         window_nll=tuple(found.nll_per_window.tolist()),
+    )
+
+
+def accuracy_result(name: str, source: str, found: Accuracy) -> AccuracyResult:
+    """Turn a measured accuracy into data. name: as it was asked for; source: of the images."""
+    return AccuracyResult(
+        data=name,
+        source=source,
+        images=found.images,
+        top1=found.top1,
+        top1_interval=found.top1_interval,
+        top5=found.top5,
+        top5_interval=found.top5_interval,
     )
 
 

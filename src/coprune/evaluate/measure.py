@@ -7,16 +7,20 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from coprune.checkpoint.load import task_at
 from coprune.checkpoint.locate import Location, locate
+from coprune.data.images import LabelledImages
 from coprune.errors import BadInput
 from coprune.evaluate.beside import zero_shot_settings
 from coprune.evaluate.cache import EvaluationCache, bytes_of_weights, model_fingerprint, text_fingerprint
 from coprune.evaluate.closeness import closeness
 from coprune.evaluate.evaluation import (
+    AccuracyResult,
     ClosenessResult,
     Evaluation,
     PerplexityResult,
     WeightFacts,
+    accuracy_result,
     closeness_result,
     perplexity_result,
     weight_facts,
@@ -43,6 +47,7 @@ class Subject:
         self.location: Location = locate(recipe.model, recipe.cache_dir)
         self.fingerprint = model_fingerprint(self.location.path)
         self.name = self.location.name
+        self._images = task_at(self.location) == "images"
         self._tasks = tasks
         self._cache = cache
         self._reporter = reporter
@@ -71,16 +76,33 @@ class Subject:
                 self._cache.get(
                     self._key("perplexity", **self._text_key(name)), PerplexityResult, self._measure_text(name)
                 )
-                for name in _names(self.recipe.eval_data)
+                for name in ([] if self._images else _names(self.recipe.eval_data))
             ),
+            accuracy=self._accuracies() if self._images else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
         )
+
+    def _accuracies(self) -> tuple[AccuracyResult, ...]:
+        """Measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
+        from coprune.task import ImageTask
+
+        task = ImageTask(self.recipe, self.loaded)
+        found = []
+        for name, images in task.evaluation(self._reporter).items():
+            assert isinstance(images, LabelledImages)
+            with self._reporter.bar(f"Accuracy on {name}", 1) as advance:
+                found.append(accuracy_result(name, images.source, task.measure_in_memory(images, advance)))
+        return tuple(found)
 
     def closeness_to(self, dense: Subject) -> tuple[ClosenessResult, ...]:
         """Compare the next-token distributions with another model's on every text; both are in memory for that.
 
         Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
         """
+        if self._images or dense._images:
+            raise BadInput(
+                "closeness compares next-token distributions; classifiers of images are compared by accuracy."
+            )
         return tuple(
             self._cache.get(
                 self._key("closeness", dense=dense.fingerprint, **self._text_key(name)),
