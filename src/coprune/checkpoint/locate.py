@@ -77,7 +77,18 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
     # With `runs/` here, `runs/mdoel` is a slip of the pen rather than a Hub id.
     if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
         raise BadInput(f"there is no model at {name}{_nearest(path)}")
-    return _fetch(name, cache_dir, revision)
+    return _fetch(_with_tag(name), cache_dir, revision)
+
+
+def _with_tag(name: str) -> str:
+    """timm's name of an architecture (`timm/deit_base_patch16_224`) with the tag of its default weights, as on the Hub."""
+    architecture = name.removeprefix("timm/")
+    if architecture == name or "." in architecture or importlib.util.find_spec("timm") is None:
+        return name
+    from timm.models import get_pretrained_cfg, is_model
+
+    settings = get_pretrained_cfg(architecture) if is_model(architecture) else None
+    return (settings.hf_hub_id if settings is not None else None) or name
 
 
 def check_folder(folder: ModelFolder) -> ModelFolder:
