@@ -93,7 +93,7 @@ def randomise_vectors(model):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def permute(model, method="wanda", pattern=NM(2, 4)):
+def permute(model, method="wanda", pattern=PATTERNS[0]):
     batches = pico_tokens(16, 32).split(8)
     walk = make_walk(model, batches, changes=False)
     chosen = choose_matrices(model, walk.blocks)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from coprune.allocation import is_file
 from coprune.checkpoint.companions import copy_companions, save_companions
 from coprune.checkpoint.lazy import LazyCheckpoint
 from coprune.checkpoint.weights import Weights
@@ -129,4 +130,6 @@ class Output:
 def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> dict[str, Any]:
     """What must be the same for a run to go on where another stopped: recipe, model and data."""
     settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _FREE}
+    if is_file(recipe.allocation):
+        settings["allocation file"] = Path(recipe.allocation).read_text(encoding="utf-8")
     return {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}

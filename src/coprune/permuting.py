@@ -43,7 +43,7 @@ class Permuted:
             return "No inputs could be permuted without changing the model; it is as it was."
         return (
             f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
-            f"or from what could not be proved): N:M retains {self.after / self.before - 1:+.2%} of their score."
+            f"or from what could not be proved): N:M retains {self.after / self.before - 1:.2%} more of their score."
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.allocation import allocation_named
 from coprune.checkpoint.lazy import LazyCheckpoint
 from coprune.checkpoint.load import TaskName, load_model, load_processor, task_of
 from coprune.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
@@ -185,12 +186,17 @@ def read_calibration(recipe: Recipe, loaded: Loaded, solver: Solver, seqlen: int
     A method without a statistic needs data for its layer errors alone, for which a few samples do.
     """
     nsamples = recipe.nsamples
-    if solver.statistic is None and recipe.reconstruct == 0:
+    if solver.statistic is None and recipe.reconstruct == 0 and not looks_at_inputs(recipe):
         if not recipe.layer_error:
             return None
         nsamples = min(nsamples, -(-4 * InputSample.tokens // seqlen))
     reporter.say(f"Calibration: {nsamples} samples of {seqlen} tokens from {recipe.dataset}.")
     return calibration_windows(recipe.dataset, _tokenizer(loaded), nsamples, seqlen, recipe.seed, recipe.cache_dir)
+
+
+def looks_at_inputs(recipe: Recipe) -> bool:
+    """Whether data is needed before anything is pruned, whatever the method: to allocate sparsity or permute channels."""
+    return recipe.permute or allocation_named(recipe.allocation).statistic is not None
 
 
 def read_evaluation(recipe: Recipe, loaded: Loaded, seqlen: int, reporter: Reporter) -> dict[str, EvaluationText]:

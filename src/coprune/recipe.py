@@ -57,6 +57,20 @@ class Recipe(BaseModel):
             "the dense model's own outputs."
         ),
     ] = "pruned"
+    allocation: Annotated[
+        str,
+        Field(
+            description="How the sparsity is spread over the matrices: uniform, owl, alpha or error (options as in "
+            "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities."
+        ),
+    ] = "uniform"
+    permute: Annotated[
+        bool,
+        Field(
+            description="For N:M: reorder channels first so that less is pruned, which leaves the model's outputs as "
+            "they are. Loads the whole model into memory."
+        ),
+    ] = False
     reconstruct: Annotated[
         int, Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0)
     ] = 0
@@ -168,6 +182,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"sparsity {self.sparsity:g} contradicts the pattern {pattern}, which fixes it at {fixed:g}; leave one out."
             )
+        if self.permute and fixed is None:
+            raise ValueError("permute reorders channels for groups of N:M; give a pattern such as 2:4.")
+        if self.permute and self.stream:
+            raise ValueError("permute needs the whole model in memory, which stream does not; leave one out.")
         if self.target == "dense" and self.propagation == "sequential":
             raise ValueError("target dense compares two forwards of a block, which needs propagation block.")
         if self.stream and self.runs_tasks:

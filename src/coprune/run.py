@@ -10,11 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.allocation import allocation_named
 from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
 from coprune.distributed import Processes
 from coprune.evaluate.beside import Beside
 from coprune.files import write_text
+from coprune.looking import look_at_dense
 from coprune.model.activations import GIB, Activations
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen, choose_matrices
@@ -178,10 +180,11 @@ def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, reporter: Report
 def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
     """Check everything that can be checked, cheap things first, and prove that the model can be walked."""
     solver, target = prepare_solver(recipe)
+    allocation_named(recipe.allocation)
     check_processes(recipe, processes.size)
     if loaded is None:
         reporter.say(f"Loading {recipe.model}")
-        loaded = open_model(recipe, stream=recipe.stream is not False and not recipe.runs_tasks)
+        loaded = open_model(recipe, stream=recipe.stream is not False and not recipe.permute and not recipe.runs_tasks)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)
@@ -229,8 +232,9 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
     if finished:
         session.reporter.say(f"{len(finished)} of {len(session.blocks)} blocks were finished by an earlier run.")
     started = time.perf_counter()
+    target_of = look_at_dense(session, lambda: _record(session, dense=False))
     with session.reporter.bar(f"Pruning with {recipe.method}", len(session.blocks)) as advance:
-        recording = _record(session)
+        recording = _record(session, session.solver.aim == "dense" or session.reconstruction is not None)
         walk = Walk(
             loaded.weights,
             session.blocks,
@@ -257,9 +261,7 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
             session.reporter.event("block", block=block.name, matrices=facts)
             return results
 
-        results = prune_walk(
-            walk, session.solver, lambda matrix: session.target, recipe.layer_error, block_done, _solving(session)
-        )
+        results = prune_walk(walk, session.solver, target_of, recipe.layer_error, block_done, _solving(session))
     earlier = [result for results_of_block in finished.values() for result in results_of_block]
     return earlier + results, time.perf_counter() - started
 
@@ -276,12 +278,11 @@ def _solving(session: Session) -> Solving:
     return SharedSolving(session.processes, stages, sequential, gram=session.solver.statistic is Gram)
 
 
-def _record(session: Session) -> Recording | None:
-    """Record the calibration batches, with the dense model's hidden states beside them if somebody aims at those."""
+def _record(session: Session, dense: bool) -> Recording | None:
+    """Record the calibration batches. dense: with the dense model's hidden states beside them, to aim at."""
     if session.samples is None:
         return None
     batches = session.task.batches(session.processes.share(session.samples.tokens))
-    dense = session.solver.aim == "dense" or session.reconstruction is not None
     activations = _activations(session.recipe, lists=2 if dense else 1)
     recording = record_batches(session.loaded.model, session.blocks, session.structure, batches, activations)
     if dense:

@@ -36,6 +36,7 @@ from coprune.model.record import input_device
 from coprune.preparation import (
     Loaded,
     choose_seqlen,
+    looks_at_inputs,
     probe_tokens,
     read_calibration,
     read_evaluation,
@@ -167,7 +168,7 @@ class ImageTask:
 
     def calibration(self, solver: Solver, reporter: Reporter) -> ImageSamples | None:
         recipe = self._recipe
-        needed = solver.statistic is not None or recipe.reconstruct > 0
+        needed = solver.statistic is not None or recipe.reconstruct > 0 or looks_at_inputs(recipe)
         if not needed and not recipe.layer_error:
             return None
         # Layer errors alone take a thousand patches or so.
