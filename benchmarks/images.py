@@ -65,7 +65,7 @@ def train(small: Small, folder: Path, seed: int = 0) -> None:
         optimiser.step()
         schedule.step()
         if step % 200 == 0:
-            print(f"  step {step} of {steps}, loss {float(loss):.3f}", flush=True)
+            print(f"  step {step} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
     save_for_hf(model, str(folder), model_args=small.arguments, safe_serialization=True)
 
 

@@ -181,7 +181,7 @@ def _load_parquet(files: Sequence[Path], part: Part, cache_dir: Path | None) -> 
     try:
         return load_dataset(
             "parquet",
-            data_files={"all": [str(file) for file in named or files]},
+            data_files={"files": [str(file) for file in named or files]},
             cache_dir=None if cache_dir is None else str(cache_dir),
         )
     except Exception as error:  # the library's own errors share no base class
@@ -201,7 +201,7 @@ def _load_hub(name: str, cache_dir: Path | None) -> Any:
 def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
     from datasets import ClassLabel, Image
 
-    split = next((s for s in ("all", *SPLITS[part]) if s in splits), None)
+    split = next((s for s in ("files", *SPLITS[part]) if s in splits), None)
     if split is None:
         raise BadInput(f"{name} has no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}.")
     rows = splits[split]
