@@ -386,6 +386,14 @@ def inspect_command(
     pattern: Annotated[str, typer.Option("--pattern", "--sparsity_type", "-p", help="As in prune.")] = "unstructured",
     matrices: Annotated[bool, typer.Option("--matrices", help="One line per matrix instead of one per kind.")] = False,
     weights: Annotated[bool, typer.Option(help="Read the weights, to tell how sparse they are already.")] = True,
+    plot: Annotated[
+        str | None,
+        typer.Option(help="Draw this matrix: weight magnitudes, input norms, Wanda scores (a pass over data)."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The drawing, .png or .svg.")] = Path("matrix.svg"),
+    dataset: Annotated[str, typer.Option(help="Calibration text for the drawing, as in prune.")] = "wikitext2",
+    nsamples: Annotated[int, typer.Option(help="Calibration samples for the drawing.", min=1)] = 16,
+    seqlen: _Seqlen = None,
     cache_dir: Annotated[
         Path | None, typer.Option("--cache-dir", "--cache_dir", help="Where downloads are kept.")
     ] = None,
@@ -397,6 +405,13 @@ def inspect_command(
     from coprune.inspection import inspect_lines
     from coprune.progress import Reporter
 
+    if plot is not None:
+        from coprune.report.plot import plot_matrix
+
+        data = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
+        plot_matrix(recipe.model_copy(update=data), plot, output, Reporter(quiet))
+        typer.echo(f"plot      {output}")
+        return
     typer.echo("\n".join(inspect_lines(recipe, matrices, weights, Reporter(quiet))))
 
 

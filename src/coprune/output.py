@@ -44,6 +44,7 @@ _FREE = {
     "limit",
     "prompt",
     "report_to",
+    "push_to_hub",
     "log_json",
 }
 _RESULTS = TypeAdapter(list[MatrixResult])

@@ -146,6 +146,9 @@ class Recipe(BaseModel):
     report_to: Annotated[
         str | None, Field(description="Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio.")
     ] = None
+    push_to_hub: Annotated[
+        str | None, Field(description="Upload the saved model with its card to this repository of the Hub.")
+    ] = None
     log_json: Annotated[
         Path | None, Field(description="Also write what happens to this file, one JSON object a line.")
     ] = None
@@ -193,6 +196,8 @@ class Recipe(BaseModel):
                 "zero-shot tasks need the whole model in memory; leave out --stream, or save the model and run: "
                 "coprune eval FOLDER --tasks …"
             )
+        if self.push_to_hub is not None and self.save_model is None:
+            raise ValueError("only a saved model can be pushed to the Hub; name its folder with --save-model.")
         if self.save is not None and self.save == self.save_model:
             raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
         return self

@@ -43,6 +43,7 @@ from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
+from coprune.report.hub import push, require_login
 from coprune.report.listening import final_figures, listening
 from coprune.report.phases import Phases
 from coprune.report.schema import Report
@@ -128,6 +129,8 @@ def run_recipe(
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
+    if recipe.push_to_hub is not None:
+        require_login(recipe.push_to_hub)
     if processes.first and (write or recipe.save_model):
         prepare_folders(recipe)
     reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
@@ -164,6 +167,8 @@ def _run(
     if write:
         finish_run_folder(recipe, report)
     reporter.event("finished", figures=final_figures(report))
+    if processes.first and recipe.push_to_hub is not None and recipe.save_model is not None:
+        reporter.say(f"Pushed to {push(recipe.save_model, recipe.push_to_hub)}")
     in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
     return Result(report, in_memory, session.loaded.tokenizer)
 

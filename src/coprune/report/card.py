@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import yaml
+from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+from coprune.evaluate.zero_shot import Estimate, ZeroShotFacts
 from coprune.report.schema import Report
 
 _LOAD = """```python
@@ -29,6 +33,8 @@ def model_card(report: Report) -> str:
         else ""
     )
     results = _accuracy_table(report) if images else _perplexity_table(report)
+    if report.zero_shot is not None:
+        results += f"\n\n## Zero-shot tasks\n\n{_task_table(report.zero_shot)}"
     calibration = report.calibration
     size = "" if calibration is None else "images" if images else f"samples of {calibration.seqlen} tokens"
     data = (
@@ -39,7 +45,7 @@ def model_card(report: Report) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(header) + (
-        f"\n---\n\n# {base}, pruned with {report.recipe.method}\n\n"
+        f"\n{_model_index(report)}---\n\n# {base}, pruned with {report.recipe.method}\n\n"
         f"{report.sparsity.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero "
         f"({report.recipe.pattern}), {report.sparsity.model:.2%} of all parameters. The weights are stored dense, so any "
         f"tool that loads the original loads this.\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
@@ -55,6 +61,46 @@ def _perplexity_table(report: Report) -> str:
         for p in report.perplexity
     ]
     return _table("| text | sequence length | dense | pruned |", rows)
+
+
+def _task_table(facts: ZeroShotFacts) -> str:
+    rows = [
+        f"| {task.task} (version {task.version}, {task.num_fewshot}-shot) | {metric} | {task.items} "
+        f"| {percent(None if task.dense is None else task.dense.get(metric))} | {percent(found)} "
+        f"| {percent(None if task.delta is None else task.delta.get(metric), '+')} |"
+        for task in facts.tasks
+        for metric, found in task.pruned.items()
+    ]
+    if facts.mean_pruned is not None:
+        means = (percent(facts.mean_dense), percent(facts.mean_pruned), percent(facts.mean_delta, "+"))
+        rows.append(f"| mean | acc | | {' | '.join(means)} |")
+    table = _table("| task | metric | items | dense % | pruned % | difference |", rows)
+    return f"{table}\n\nWith lm-eval {facts.harness}; ± is one standard error, of a difference over the same items."
+
+
+def percent(found: Estimate | None, sign: str = "") -> str:
+    """Per cent with its standard error."""
+    if found is None:
+        return "–"
+    error = "" if found.stderr is None else f" ± {100 * found.stderr:.2f}"
+    return f"{100 * found.value:{sign}.2f}{error}"
+
+
+def _model_index(report: Report) -> str:
+    """The results as the Hub's metadata, which it shows beside the model."""
+    found = [
+        EvalResult("text-generation", "text", p.data, "perplexity", round(p.pruned, 4), metric_name="perplexity")
+        for p in report.perplexity
+    ]
+    for task in () if report.zero_shot is None else report.zero_shot.tasks:
+        for metric, value in task.pruned.items():
+            result = round(value.value, 6)
+            found.append(EvalResult("text-generation", task.task, task.task, metric, result, metric_name=metric))
+    if not found:
+        return ""
+    name = report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
+    index = eval_results_to_model_index(f"{name}-{report.recipe.method}", found)
+    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
 
 
 def _accuracy_table(report: Report) -> str:

@@ -41,7 +41,7 @@ class TensorBoard:
             # The writer makes its folder at once, and a run that is refused leaves none.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._recipe.run_folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(self._recipe.run_folder / "tensorboard"))
             self._writer.add_text("recipe", f"```\n{self._recipe.to_yaml()}```")
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)

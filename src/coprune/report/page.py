@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coprune.evaluate.zero_shot import Estimate, ZeroShotFacts
+from coprune.evaluate.zero_shot import ZeroShotFacts
+from coprune.report.card import percent
 from coprune.report.charts import bins_chart, heat_map, matrix_rows, zero_shot_bars
 from coprune.report.html import card, chart, copyable, page, section, table, text
 from coprune.report.schema import PerplexityFacts, Report
@@ -121,15 +122,15 @@ def _zero_shot(facts: ZeroShotFacts) -> str:
                 [
                     task.task,
                     metric,
-                    estimate(dense),
-                    estimate(pruned),
-                    estimate(delta, "+"),
+                    percent(dense),
+                    percent(pruned),
+                    percent(delta, "+"),
                     str(task.items),
                     str(task.version),
                 ]
             )
     if facts.mean_pruned is not None:
-        mean = [estimate(facts.mean_dense), estimate(facts.mean_pruned), estimate(facts.mean_delta, "+")]
+        mean = [percent(facts.mean_dense), percent(facts.mean_pruned), percent(facts.mean_delta, "+")]
         rows.append(["mean", "acc", *mean, "", ""])
     shots = {task.num_fewshot for task in facts.tasks}
     note = (
@@ -219,14 +220,6 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "∞"
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
-
-
-def estimate(found: Estimate | None, sign: str = "") -> str:
-    """Per cent with its standard error."""
-    if found is None:
-        return "–"
-    error = "" if found.stderr is None else f" ± {100 * found.stderr:.2f}"
-    return f"{100 * found.value:{sign}.2f}{error}"
 
 
 def _seconds(value: float) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from coprune.errors import BadInput
 from coprune.evaluate.cache import bytes_of_weights
+from coprune.report.card import percent
 from coprune.report.charts import pareto
 from coprune.report.html import chart, page, section, table, text
-from coprune.report.page import estimate, number, run_page
+from coprune.report.page import number, run_page
 from coprune.report.schema import PerplexityFacts, Report
 
 _Text = tuple[str, str, int]
@@ -128,8 +129,8 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
                 f"{report.sparsity.matrices:.2%}",
                 f"{report.sparsity.model:.2%}",
                 *("–" if facts is None else number(facts.pruned) for facts in found),
-                estimate(None if facts is None else facts.mean_pruned),
-                estimate(None if facts is None else facts.mean_delta, "+"),
+                percent(None if facts is None else facts.mean_pruned),
+                percent(None if facts is None else facts.mean_delta, "+"),
                 f"{report.prune_seconds:.1f} s",
                 "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB",
             ]

@@ -1,0 +1,101 @@
+"""The model card, the plot of a matrix, and what is refused before a push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import coprune
+from commands import run_command
+from coprune.errors import BadInput
+from coprune.progress import Reporter
+from coprune.recipe import make_recipe
+from coprune.report.card import model_card
+from coprune.report.schema import Report
+from pico import pico_model
+from pico_folder import pico_tokenizer, save_pico, write_words
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("card")
+    return save_pico(folder / "model"), write_words(folder / "text.txt")
+
+
+def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
+    pytest.importorskip("altair")
+    from test_page import with_tasks
+
+    model, text = files
+    settings = {"dataset": str(text), "eval_data": str(text), "seqlen": 32, "nsamples": 2, "quiet": True}
+    report: Report = with_tasks(coprune.prune(str(model), "magnitude", **settings).report)
+    card = model_card(report)
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "transformers"
+    assert "pruning" in header["tags"]
+    results = header["model-index"][0]["results"]
+    values = [metric["value"] for result in results for metric in result["metrics"]]
+    assert values == [pytest.approx(report.perplexity[0].pruned, abs=1e-4), 0.5, 0.5]
+    assert "| piqa (version 1.0, 0-shot) | acc | 100 | 60.00 ± 5.00 | 50.00 ± 5.00 | -10.00 ± 2.00 |" in card
+    assert f"{report.perplexity[0].pruned:.2f}" in card
+
+
+def test_a_plot_shows_the_matrix_of_the_dense_model(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vl_convert")
+    from coprune.report.plot import matrix_distributions
+
+    model, text = files
+    name = "model.layers.1.mlp.down_proj"
+    command = ["inspect", str(model), "--plot", name, "--dataset", str(text), "--nsamples", "2", "--seqlen", "32", "-q"]
+    for suffix, start in ((".svg", b"<svg"), (".png", b"\x89PNG")):
+        file = tmp_path / f"plot{suffix}"
+        ended = run_command([*command, "-o", str(file)], monkeypatch, capsys)
+        assert ended.code == 0, ended.err
+        assert file.read_bytes().startswith(start)
+    recipe = make_recipe({"model": str(model), "dataset": str(text), "nsamples": 2, "seqlen": 32})
+    found = matrix_distributions(recipe, name, Reporter(quiet=True))
+    weight = pico_model("llama").get_parameter(f"{name}.weight")
+    inputs: list[torch.Tensor] = []
+    dense = pico_model("llama")
+    dense.get_submodule(name).register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    from coprune.data import calibration_windows
+
+    dense(calibration_windows(str(text), pico_tokenizer(), 2, 32, 0).tokens)
+    norm = inputs[0].reshape(-1, weight.shape[1]).square().mean(dim=0).sqrt()
+    assert found.norm is not None
+    assert found.score is not None
+    assert found.norm.high == pytest.approx(float(norm.max().log10()), abs=1e-4)
+    assert found.score.high == pytest.approx(float((weight.abs() * norm).max().log10()), abs=1e-4)
+    assert sum(found.score.kept) == sum(found.score.pruned) == weight.numel() // 2
+    ended = run_command([*command, "-o", "plot.pdf"], monkeypatch, capsys)
+    assert "a .png or .svg file" in ended.err
+    several = ["inspect", str(model), "--plot", "*.q_proj", "--dataset", str(text), "-q"]
+    assert "matches 3 matrices" in run_command(several, monkeypatch, capsys).err
+
+
+def test_pushing_needs_a_saved_model_and_a_login(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BadInput, match="--save-model"):
+        make_recipe({"model": "m", "push_to_hub": "me/model"})
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("coprune.report.hub.get_token", lambda: None)
+    with pytest.raises(BadInput, match="hf auth login"):
+        coprune.prune(str(files[0]), save_model=tmp_path / "pruned", push_to_hub="me/model", quiet=True)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_push_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coprune.report.hub import push
+
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BadInput, match="hf upload me/model"):
+        push(tmp_path, "me/model")
+    assert (tmp_path / "model.safetensors").exists()
