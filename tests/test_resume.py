@@ -127,14 +127,17 @@ def test_killed_at_a_random_moment(seed, place, undisturbed, tmp_path):
 
 @pytest.fixture(scope="module")
 def killed(place, undisturbed, tmp_path_factory):
-    """For a run of RUNS: what it leaves if it is killed when half of its lines are done."""
+    """For a run of RUNS: what it leaves if it is killed when it has finished a block, but not all."""
 
     @functools.cache
     def get(name):
-        out = tmp_path_factory.mktemp("killed")
         _, lines, _ = undisturbed(name)
-        assert killed_at(lambda: run(name, place, out), lines // 2)
-        return out
+        for tenth in range(3, 10):
+            out = tmp_path_factory.mktemp("killed")
+            assert killed_at(lambda out=out: run(name, place, out), lines * tenth // 10)
+            if list(out.glob(".pruned.partial/model-*.json")):
+                return out
+        raise AssertionError("no such moment was found")
 
     return get
 
