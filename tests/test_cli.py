@@ -200,7 +200,7 @@ def test_a_new_method_is_one_file_and_one_line(coprune, place, monkeypatch, caps
 
 @pytest.mark.parametrize("text", ["true", "True", "1e-3", "-2", "0.5", "row"])
 def test_values_of_method_options(text):
-    from coprune.cli import _value
+    from coprune.commands.options import _value
 
     expected = {"true": True, "True": True, "1e-3": 0.001, "-2": -2, "0.5": 0.5, "row": "row"}[text]
     assert _value(text) == expected

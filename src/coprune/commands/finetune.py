@@ -1,0 +1,46 @@
+"""The commands that recover what pruning cost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coprune.commands.options import with_options_of
+from coprune.finetune.settings import FinetuneSettings, make_settings
+
+
+@with_options_of(FinetuneSettings)
+def finetune(
+    model: Annotated[str, typer.Argument(help="The pruned model: a local folder or Hub id.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+    **settings: Any,
+) -> None:
+    """Recover what pruning cost, with every zero kept: masked LoRA, masked dense training, or distillation.
+
+    Example: coprune finetune out/pruned --mode lora --dataset embedded --block-size 512 --minutes 20
+    """
+    checked = make_settings({"model": model} | {name: value for name, value in settings.items() if value is not None})
+    from coprune.finetune.report import summary_lines
+    from coprune.finetune.run import finetune as run_finetune
+    from coprune.progress import Reporter
+
+    report = run_finetune(checked, Reporter(quiet))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("\n".join(summary_lines(report)))
+        typer.echo(f"curves    {checked.run_folder / 'finetune.json'}")
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="The pruned model that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a masked adapter.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Merge a masked adapter into its pruned model; every zero stays one."""
+    from coprune.finetune.run import merge_saved
+    from coprune.progress import Reporter
+
+    typer.echo("\n".join(merge_saved(model, adapter, output, Reporter(quiet))))
