@@ -18,7 +18,7 @@ from pico_folder import pico_tokenizer, save, save_pico, write_words
 from test_walk import wanda_as_published
 from walking import prune_with_full_forwards
 
-RUN_FILES = {"recipe.yaml", "report.json", "distributions.json", "log_wanda.txt"}
+RUN_FILES = {"recipe.yaml", "report.json", "report.html", "distributions.json", "log_wanda.txt"}
 
 
 @pytest.fixture(scope="module")
