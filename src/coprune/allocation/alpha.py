@@ -31,7 +31,7 @@ class Alpha:
         if self.epsilon > 1:
             raise BadInput(f"option 'epsilon' must be at most 1, not {self.epsilon!r}.")
 
-    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         return {
             matrix.name: torch.tensor([tail_exponent(matrix.read()), 1.0], dtype=torch.float64) for matrix, _ in shown
         }

@@ -50,9 +50,11 @@ class Allocation(Protocol):
     def statistic(self) -> type[InputNorm] | None:
         """What it needs to know of the inputs; None if nothing."""
 
-    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """Look at the matrices of one block of the dense model, together.
 
+        moved: how much the block changes the hidden states, ‖after − before‖² / ‖after‖², mean over tokens; 1 where
+        that is not known.
         Returns a vector of sums (float64) by name of matrix; sums of experts are added up. A matrix may be missing.
         """
         ...

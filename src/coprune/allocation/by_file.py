@@ -52,7 +52,7 @@ class ByFile:
             _check(path, pattern, value)
         return cls(tuple(data.items()))
 
-    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         return {}
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:

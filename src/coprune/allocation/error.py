@@ -1,7 +1,8 @@
 """Error-driven allocation: measure what every matrix loses at several sparsities, and spend zeros where least is lost.
 
-The errors are those of Wanda's mask, relative to the matrix's own output, so that those of different matrices compare.
-Summed over the matrices they are least, under one budget, where every matrix loses the same for its last weight.
+The errors are those of Wanda's mask, relative to the matrix's own output, so that those of different matrices compare,
+and times what the matrix's block changes in the hidden states, since what a block hardly adds to can hardly be spoilt by
+it. Their sum is least, under one budget, where every matrix loses the same for its last weight.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from coprune.statistics import Gram
 
 @dataclass(frozen=True)
 class Error:
-    """Minimise the summed relative layer error of all matrices."""
+    """Minimise the relative layer errors of all matrices, summed with the weights of their blocks."""
 
     bound: float = 0.15
     """How far a matrix's sparsity may be from the overall one (N:M: at least one of M)."""
@@ -37,24 +38,27 @@ class Error:
     """Outputs of a matrix to measure on, evenly spaced: its error is a sum over them."""
     refit: int = 0
     """Rounds of masked refit before an error is measured, for methods that update weights."""
+    movement: float = 1.0
+    """Errors count by what their block changes in the hidden states, to this power; 0: all blocks alike."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
         require_positive(bound=self.bound, rows=self.rows)
-        require_not_negative(refit=self.refit)
+        require_not_negative(refit=self.refit, movement=self.movement)
         if self.points < 2:
             raise BadInput(f"option 'points' must be at least 2, not {self.points!r}.")
 
-    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
-        """For every matrix the size of its output, and its errors at the sparsities of `grid`."""
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+        """For every matrix the size of its output, and its weighted errors at the sparsities of `grid`."""
         found = {}
         for matrix, statistic in shown:
             if isinstance(statistic, Gram):
                 weight = matrix.read()
                 rows = weight[:: -(-weight.shape[0] // self.rows)]
                 found[matrix.name] = layer_errors(rows, statistic, self.grid(target), self.refit)
+                found[matrix.name][1:] *= moved**self.movement
         return found
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:

@@ -33,7 +33,7 @@ class OWL:
         require_positive(threshold=self.threshold)
         require_not_negative(spread=self.spread)
 
-    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """Outliers and entries of every matrix. Scores are computed twice rather than all kept."""
         known = [(matrix, statistic) for matrix, statistic in shown if statistic is not None]
         total, entries = 0.0, 0

@@ -19,7 +19,7 @@ class Uniform:
     looks: ClassVar[bool] = False
     statistic: ClassVar[None] = None
 
-    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         return {}
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
