@@ -38,7 +38,11 @@ def main() -> None:
     for pattern in patterns:
         run_cell(pruning_cell(arguments, pattern), "perplexity.json")
     if arguments.cost:
-        print(cost_table(pruned_folder(arguments, patterns[0]), arguments.steps))
+        print(
+            cost_table(
+                pruned_folder(arguments, patterns[0]), list(map(int, arguments.tokens.split(","))), arguments.steps
+            )
+        )
         return
     for pattern in patterns:
         for mode in arguments.modes.split(","):
@@ -65,6 +69,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("out/recovery"), help="where models and cells are kept")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     parser.add_argument("--cost", action="store_true", help="time steps instead")
+    parser.add_argument("--tokens", default="512,1024", help="of --cost, per step")
     parser.add_argument("--steps", type=int, default=9, help="of --cost, of each kind")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -189,14 +194,14 @@ def recovered(result: dict[str, Any], found: dict[str, dict[str, float]]) -> flo
     return float((entry["before"] - entry["after"]) / (entry["before"] - found[TEXTS[0]]["dense"]))
 
 
-def cost_table(pruned: Path, steps: int) -> str:
+def cost_table(pruned: Path, sizes: list[int], steps: int) -> str:
     """Seconds of one forward and backward of plain LoRA, masked LoRA and dense training, as ratios to plain LoRA.
 
     The kinds take turns, so that what else the machine does hits all alike; medians.
     """
     lines = ["| tokens | plain LoRA | masked LoRA | dense |", "| ---: | ---: | ---: | ---: |"]
     kinds = {name: step_of(pruned / "model", name) for name in ("plain", "masked", "dense")}
-    for tokens in (512, 1024):
+    for tokens in sizes:
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
         for number in range(steps + 1):
             for name, step in kinds.items():
