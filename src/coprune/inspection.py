@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from coprune.allocation import Allocation, allocation_named
+from coprune.allocation.plan import plan_targets
 from coprune.checkpoint.weights import Weights
-from coprune.model.blocks import find_blocks
-from coprune.model.matrices import Matrix, choose_matrices, find_matrices
-from coprune.preparation import check_widths, open_model, prepare_solver
-from coprune.progress import Reporter
+from coprune.looking import describe_targets
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.matrices import Chosen, Matrix, choose_matrices, find_matrices
+from coprune.model.prove import prove_replay
+from coprune.patterns import Target, Unstructured
+from coprune.preparation import Loaded, check_widths, open_model, prepare_solver
+from coprune.progress import NO_BAR, Reporter
+from coprune.pruning import Solver
 from coprune.recipe import Recipe
+from coprune.recording import record_batches
+from coprune.task import task_for
 
 
 def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporter: Reporter) -> list[str]:
@@ -18,11 +26,13 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
     every_matrix: a line per matrix instead of one per kind; weights_too: read the weights to tell the present sparsity.
     Raises BadInput as a run with the recipe would.
     """
-    _, target = prepare_solver(recipe)
+    solver, target = prepare_solver(recipe)
+    allocation = allocation_named(recipe.allocation)
     loaded = open_model(recipe, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)
+    targets = _plan(recipe, solver, target, allocation, loaded, blocks, chosen, reporter)
     wanted = {matrix.name for matrix in chosen.all()}
     zeros: dict[str, int] = {}
     matrices: list[Matrix] = []
@@ -34,7 +44,9 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
                 zeros |= _count_zeros(loaded.weights, block.name, found)
             advance(1)
     matrices += chosen.outside
-    lines = _matrix_lines(matrices, wanted, zeros) if every_matrix else _kind_lines(matrices, wanted, zeros)
+    lines = _matrix_lines(matrices, targets, zeros) if every_matrix else _kind_lines(matrices, wanted, zeros)
+    if recipe.allocation != "uniform":
+        lines += _allocation_lines(recipe.allocation, blocks, chosen, targets)
     pruned = sum(m.shape[0] * m.shape[1] for m in matrices if m.name in wanted)
     total = loaded.model.num_parameters()
     return [
@@ -54,11 +66,51 @@ def _count_zeros(weights: Weights, block: str, matrices: list[Matrix]) -> dict[s
     return zeros
 
 
-def _matrix_lines(matrices: list[Matrix], wanted: set[str], zeros: dict[str, int]) -> list[str]:
+def _plan(
+    recipe: Recipe,
+    solver: Solver,
+    target: Target,
+    allocation: Allocation,
+    loaded: Loaded,
+    blocks: list[Block],
+    chosen: Chosen,
+    reporter: Reporter,
+) -> dict[str, Target]:
+    """What every chosen matrix would become, by name."""
+    structure = recording = None
+    if allocation.statistic is not None:
+        task = task_for(recipe, loaded)
+        samples = task.calibration(solver, reporter)
+        assert samples is not None
+        structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, task.probe(samples, {}))
+        recording = record_batches(loaded.model, blocks, structure, task.batches(samples.tokens))
+    with reporter.bar("Allocating sparsity", len(blocks)) if allocation.looks else NO_BAR as advance:
+        return plan_targets(allocation, loaded.weights, blocks, chosen, structure, recording, target, advance=advance)
+
+
+def _allocation_lines(name: str, blocks: list[Block], chosen: Chosen, targets: dict[str, Target]) -> list[str]:
+    """Every block's sparsity, and that of its least and most pruned matrix."""
+    lines = [f"allocation {name}: {describe_targets(chosen, targets)}"]
+    places = [(block.name, own) for block, own in zip(blocks, chosen.blocks, strict=True)]
+    for place, matrices in [*places, *((matrix.name, [matrix]) for matrix in chosen.outside)]:
+        sizes = [matrix.shape[0] * matrix.shape[1] for matrix in matrices]
+        own = [targets[matrix.name].sparsity for matrix in matrices]
+        if own:
+            mean = sum(s * size for s, size in zip(own, sizes, strict=True)) / sum(sizes)
+            lines.append(f"  {place}  {mean:.1%}  ({min(own):.1%} … {max(own):.1%})")
+    return lines
+
+
+def _matrix_lines(matrices: list[Matrix], targets: dict[str, Target], zeros: dict[str, int]) -> list[str]:
     return [
-        f"  {'prune' if m.name in wanted else 'leave'}  {m.name}  {m.shape[0]} × {m.shape[1]}{_sparsity([m], zeros)}"
+        f"  {'prune' if m.name in targets else 'leave'}  {m.name}  {m.shape[0]} × {m.shape[1]}"
+        f"{f'  to {_of(targets[m.name])}' if m.name in targets else ''}{_sparsity([m], zeros)}"
         for m in matrices
     ]
+
+
+def _of(target: Target) -> str:
+    return f"{target.sparsity:.1%}" + ("" if isinstance(target.pattern, Unstructured) else f" ({target.pattern})")
 
 
 def _kind_lines(matrices: list[Matrix], wanted: set[str], zeros: dict[str, int]) -> list[str]:

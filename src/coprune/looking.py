@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from coprune.allocation import allocation_named
@@ -11,7 +10,7 @@ from coprune.allocation.plan import plan_targets
 from coprune.model.matrices import Chosen, Matrix
 from coprune.patterns import NM, Target
 from coprune.permuting import permute_model
-from coprune.progress import Advance
+from coprune.progress import NO_BAR
 from coprune.recording import Recording
 
 if TYPE_CHECKING:
@@ -30,9 +29,8 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
         _permute(session, record)
     allocation = allocation_named(session.recipe.allocation)
     data = allocation.statistic is not None
-    with (
-        session.reporter.bar("Allocating sparsity", len(session.blocks)) if allocation.looks else _silence() as advance
-    ):
+    bar = session.reporter.bar("Allocating sparsity", len(session.blocks)) if allocation.looks else NO_BAR
+    with bar as advance:
         targets = plan_targets(
             allocation,
             session.loaded.weights,
@@ -48,12 +46,6 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     if session.recipe.allocation != "uniform":
         session.reporter.say(f"Allocation {session.recipe.allocation}: {describe_targets(session.chosen, targets)}")
     return lambda matrix: targets[matrix.name]
-
-
-@contextmanager
-def _silence() -> Iterator[Advance]:
-    """No bar, where there is nothing to wait for."""
-    yield lambda amount: None
 
 
 def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:

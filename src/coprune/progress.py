@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.progress import TimeRemainingColumn as Remaining
 
 Advance = Callable[[float], None]
+NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)
+"""In place of a bar where there is nothing to wait for."""
 Listener = Callable[[str, dict[str, Any]], None]
 
 

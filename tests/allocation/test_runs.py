@@ -3,6 +3,7 @@
 import pytest
 
 import coprune
+from commands import run_command
 from coprune.allocation import ALLOCATIONS, allocation_named
 from coprune.allocation.plan import plan_targets
 from coprune.errors import BadInput
@@ -12,7 +13,7 @@ from coprune.patterns import NM, Target, Unstructured
 from coprune.pruning import Solver, prune_walk
 from coprune.recipe import make_recipe
 from pico import pico_model, pico_tokens
-from pico_folder import pico_tokenizer, write_words
+from pico_folder import pico_tokenizer, save_pico, write_words
 from walking import make_walk
 
 BATCHES = pico_tokens(16, 32).split(8)
@@ -171,3 +172,29 @@ def test_permute_wants_groups_and_memory():
         make_recipe({"model": "m", "permute": True})
     with pytest.raises(BadInput, match="memory"):
         make_recipe({"model": "m", "permute": True, "pattern": "2:4", "stream": True})
+
+
+@pytest.mark.parametrize("name", ["owl", "alpha"])
+def test_inspect_shows_what_an_allocation_would_do(tmp_path, name, monkeypatch, capsys):
+    save_pico(tmp_path / "model")
+    write_words(tmp_path / "words.txt")
+    arguments = [
+        "inspect",
+        "model",
+        "--allocation",
+        name,
+        "-s",
+        "0.7",
+        "--dataset",
+        "words.txt",
+        "--seqlen",
+        "32",
+        "-q",
+    ]
+    monkeypatch.chdir(tmp_path)
+    ended = run_command(arguments, monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    assert f"allocation {name}: matrices from" in ended.out
+    assert "70.0" in ended.out
+    blocks = [line for line in ended.out.splitlines() if " … " in line and line.startswith("  model.layers.")]
+    assert len(blocks) == 3

@@ -26,7 +26,7 @@ def plan_targets(
     weights: Weights,
     blocks: Sequence[Block],
     chosen: Chosen,
-    structure: Structure,
+    structure: Structure | None,
     recording: Recording | None,
     target: Target,
     reduce: Callable[[Inputs], None] = lambda inputs: None,
@@ -34,9 +34,9 @@ def plan_targets(
 ) -> dict[str, Target]:
     """Give every chosen matrix its target; all together have the sparsity of the overall one.
 
-    recording: calibration batches of its own, since it moves their hidden states on; None for an allocation that needs
-    no data. reduce, advance: as in `Walk`. Returns targets by name of matrix. Raises BadInput if the budget cannot be
-    kept, NumericalError.
+    structure, recording: what the proof showed, and calibration batches of its own, since it moves their hidden states
+    on; None for an allocation that needs no data. reduce, advance: as in `Walk`. Returns targets by name of matrix.
+    Raises BadInput if the budget cannot be kept, NumericalError.
     """
     units = units_of(chosen, [block.name for block in blocks])
     sums: dict[str, Tensor] = {}
