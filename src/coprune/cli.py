@@ -17,11 +17,10 @@ import typer
 
 from coprune.commands.evaluate import compare, evaluate, report
 from coprune.commands.finetune import finetune, merge
-from coprune.commands.options import method_options, with_options_of
 from coprune.commands.packed import bench, pack, unpack
-from coprune.errors import BadInput, CopruneError
-from coprune.presets import preset_settings
-from coprune.recipe import Recipe, make_recipe, read_settings
+from coprune.commands.prune import METHOD_OPTIONS, estimate, prune
+from coprune.errors import CopruneError
+from coprune.recipe import make_recipe
 
 app = typer.Typer(
     name="coprune",
@@ -39,59 +38,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
-_METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-
-@app.command(context_settings=_METHOD_OPTIONS)
-@with_options_of(Recipe)
-def prune(
-    context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)
-    ] = None,
-    model_option: Annotated[str | None, typer.Option("--model", help="The same, as an option.")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")] = None,
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="fast, balanced or best: settings that belong together.")
-    ] = None,
-    use_variant: Annotated[
-        bool, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
-    **settings: Any,
-) -> None:
-    """Prune a model, measure its perplexity before and after, and save what you ask for.
-
-    Example: coprune prune smollm2-135m --dataset embedded -p 2:4 --seqlen 512 --nsamples 32 --save-model out/pruned
-
-    A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
-    """
-    typed = {name: value for name, value in settings.items() if value is not None}
-    chosen = preset_settings(preset) if preset is not None else {}
-    chosen |= read_settings(recipe) if recipe is not None else {}
-    options = {**chosen.get("options", {}), **method_options(context.args)}
-    chosen |= typed | {"options": options}
-    if model and model_option and model != model_option:
-        raise BadInput(f"two models are named: {model} and {model_option}.")
-    if model or model_option:
-        chosen["model"] = model or model_option
-    if "model" not in chosen:
-        raise BadInput("no model is named; for example: coprune prune smollm2-135m --dataset embedded.")
-    if use_variant:
-        if chosen.get("method", "wanda") != "wanda":
-            raise BadInput(f"--use_variant is a variant of wanda, not of {chosen['method']}.")
-        chosen["method"] = "wanda_variant"
-    checked = make_recipe(chosen)
-    from coprune.distributed import joined_processes
-    from coprune.progress import Reporter
-    from coprune.report.summary import summary_lines
-    from coprune.run import run_recipe
-
-    with joined_processes() as processes:
-        report = run_recipe(checked, reporter=Reporter(quiet), processes=processes).report
-    if processes.first:
-        typer.echo("\n".join(summary_lines(report)))
-        typer.echo(f"report    {checked.run_folder / 'report.json'}")
+app.command(context_settings=METHOD_OPTIONS)(prune)
 
 
 @app.command()
@@ -162,6 +109,7 @@ def demo(
 
 
 app.command("eval")(evaluate)
+app.command(context_settings=METHOD_OPTIONS)(estimate)
 app.command()(compare)
 app.command()(report)
 app.command()(finetune)

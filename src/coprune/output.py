@@ -37,6 +37,7 @@ _FREE = {
     "eval_images",
     "stream",
     "activation_memory",
+    "check_memory",
     "eval_zero_shot",
     "tasks",
     "num_fewshot",

@@ -152,6 +152,7 @@ class Recipe(BaseModel):
     log_json: Annotated[
         Path | None, Field(description="Also write what happens to this file, one JSON object a line.")
     ] = None
+    check_memory: Annotated[bool, Field(description="Refuse a run that would not fit the memory.")] = True
     layer_error: Annotated[bool, Field(description="Measure every matrix's relative layer error (costs little).")] = (
         True
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.allocation import allocation_named
 from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
+from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
+from coprune.errors import BadInput
+from coprune.estimate import Estimate
 from coprune.evaluate.beside import Beside
 from coprune.files import write_text
 from coprune.looking import look_at_dense
@@ -23,6 +26,7 @@ from coprune.model.matrices import Chosen, choose_matrices
 from coprune.model.prove import Structure, prove_replay
 from coprune.output import Output, run_identity
 from coprune.patterns import Target
+from coprune.planning import estimate_run
 from coprune.preparation import (
     RECIPE_FILE,
     Loaded,
@@ -49,7 +53,7 @@ from coprune.report.phases import Phases
 from coprune.report.schema import Report
 from coprune.sharing import SharedOutput, SharedSolving
 from coprune.statistics import Gram
-from coprune.task import Data, Measured, Samples, Task, task_for
+from coprune.task import Data, Measured, Samples, Task, TextTask, task_for
 from coprune.verify import verify_saved
 from coprune.walk import Walk
 
@@ -182,8 +186,54 @@ def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, reporter: Report
     return Result(prune_and_finetune(recipe, prune_only, reporter, processes.first), None, None)
 
 
-def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
-    """Check everything that can be checked, cheap things first, and prove that the model can be walked."""
+def estimate_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
+    """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
+    found = _open(recipe, None, reporter or Reporter(), Processes()).estimate()
+    if found is None:
+        raise BadInput("only runs on language models can be estimated so far.")
+    return found
+
+
+@dataclass
+class _Opened:
+    """A run that has read its data, and nothing of its blocks."""
+
+    recipe: Recipe
+    solver: Solver
+    target: Target
+    loaded: Loaded
+    blocks: list[Block]
+    chosen: Chosen
+    task: Task
+    samples: Samples | None
+    data: dict[str, Data]
+    processes: Processes
+    started: float
+
+    def estimate(self) -> Estimate | None:
+        """What the run will take; None for models of images."""
+        if not isinstance(self.task, TextTask):
+            return None
+        texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
+        windows = self.samples if isinstance(self.samples, Windows) else None
+        found = estimate_run(
+            self.recipe,
+            self.solver,
+            self.target,
+            self.loaded,
+            self.blocks,
+            self.chosen,
+            self.task.seqlen,
+            windows,
+            texts,
+            self.processes,
+        )
+        return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
+
+
+def _open(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> _Opened:
+    """Check everything that can be checked without the blocks, cheap things first, and read the data."""
+    started = time.perf_counter()
     solver, target = prepare_solver(recipe)
     allocation_named(recipe.allocation)
     check_processes(recipe, processes.size)
@@ -198,20 +248,31 @@ def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processe
     task = task_for(recipe, loaded)
     samples = task.calibration(solver, reporter)
     data = task.evaluation(reporter)
-    probe = task.probe(samples, data)
+    return _Opened(recipe, solver, target, loaded, blocks, chosen, task, samples, data, processes, started)
+
+
+def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
+    """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
+    opened = _open(recipe, loaded, reporter, processes)
+    if processes.first and (estimate := opened.estimate()) is not None:
+        reporter.say(estimate.line())
+        if recipe.check_memory:
+            estimate.require()
+    loaded, blocks, chosen, task = opened.loaded, opened.blocks, opened.chosen, opened.task
+    probe = task.probe(opened.samples, opened.data)
     structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
     reconstruction = prepare_reconstruction(recipe)
     return Session(
         recipe,
-        solver,
-        target,
+        opened.solver,
+        opened.target,
         reconstruction,
         loaded,
         blocks,
         chosen,
         task,
-        samples,
-        data,
+        opened.samples,
+        opened.data,
         structure,
         reporter,
         processes,

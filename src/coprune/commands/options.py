@@ -29,6 +29,8 @@ _ALIASES: dict[str, list[str]] = {
     "evaluate": ["--eval/--no-eval"],
     "evaluate_dense": ["--eval-dense/--no-eval-dense"],
     "layer_error": ["--layer-error/--no-layer-error"],
+    "stream": ["--stream/--no-stream"],
+    "check_memory": ["--check-memory/--no-check-memory"],
     "masked": ["--masked/--no-masked"],
 }
 Command = Callable[..., None]

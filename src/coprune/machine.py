@@ -1,0 +1,327 @@
+"""What this machine has and how fast it is: memory that may be used, and costs measured on one block of the model.
+
+A calibration takes a second or two: one block runs on one sample, and every kind of matrix is pruned at growing sizes
+until that gets slow; what larger ones cost follows from how the time grew.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from coprune.checkpoint.weights import Weights
+from coprune.evaluate.perplexity import window_nll
+from coprune.gathering import Inputs
+from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix
+from coprune.model.observe import Observe
+from coprune.model.record import Answer, run_without_blocks
+from coprune.patterns import NM, Target
+from coprune.pruning import Solver, prune_matrix
+from coprune.statistics import CrossGram, InputSample
+
+Shape = tuple[int, int]
+"""(out, in) of a matrix."""
+WORKSPACE = 48 << 20
+"""What the linear algebra library takes once for factorisations, measured; no tensor of it is seen."""
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that come into being while it is active: `now`, and at `most`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.most = 0
+        self._known: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._known.setdefault(tensor.untyped_storage(), True)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._known[storage] = True
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What running the largest block costs."""
+
+    read_seconds: float
+    """To make its weights real."""
+    weight_bytes: int
+    seconds_per_token: float
+    bytes_per_token: float
+    """Most that lives at once within the block, besides its input."""
+    waiting_bytes_per_token: float
+    """Most that lives while a matrix waits to be pruned, likewise (`sequential`)."""
+    hidden_bytes_per_token: float
+    """Of the hidden states between two blocks."""
+    tokens_per_sample: int
+    groups: tuple[tuple[Shape, ...], ...]
+    """Shapes of its matrices; those of one group are fed by the same tensor."""
+
+
+@torch.no_grad()
+def measure_block(
+    weights: Weights, blocks: Sequence[Block], matrices: Sequence[Sequence[Matrix]], sample: Tensor
+) -> BlockCosts:
+    """Read the largest block, run it on one sample (1 × S int64 tokens, or pixels), and let go of it."""
+    sizes = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks]
+    block = blocks[max(range(len(blocks)), key=sizes.__getitem__)]
+    started = time.perf_counter()
+    weights.acquire(block.name)
+    read = time.perf_counter() - started
+    try:
+        hidden, calls = run_without_blocks(weights.model, blocks[:1], sample, [Answer(0, None)])
+
+        def run() -> object:
+            return calls[0].run(block.module, hidden)
+
+        groups = _groups(matrices[block.index], run)
+        live, stops = LiveBytes(), [0]
+        with live, Observe(matrices[block.index], lambda matrix, x: stops.append(live.now)):
+            run()
+        seconds = _seconds(run, hidden.device)
+    finally:
+        weights.release(block.name)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    return BlockCosts(
+        read_seconds=read,
+        weight_bytes=max(sizes),
+        seconds_per_token=seconds / tokens,
+        bytes_per_token=live.most / tokens,
+        waiting_bytes_per_token=max(stops) / tokens,
+        hidden_bytes_per_token=hidden.nbytes / tokens,
+        tokens_per_sample=hidden.shape[1],
+        groups=groups,
+    )
+
+
+def _groups(matrices: Sequence[Matrix], run: Callable[[], object]) -> tuple[tuple[Shape, ...], ...]:
+    """The shapes of matrices that share an input; an expert that got no token is a group of its own."""
+    inputs: list[Tensor] = []
+    groups: list[list[Matrix]] = []
+    seen: set[str] = set()
+
+    def on_product(matrix: Matrix, x: Tensor) -> None:
+        if matrix.name in seen:
+            return
+        seen.add(matrix.name)
+        for known, group in zip(inputs, groups, strict=True):
+            if known is x:
+                group.append(matrix)
+                return
+        inputs.append(x)
+        groups.append([matrix])
+
+    with Observe(matrices, on_product):
+        run()
+    groups += [[matrix] for matrix in matrices if matrix.name not in seen]
+    return tuple(tuple(matrix.shape for matrix in group) for group in groups)
+
+
+@dataclass(frozen=True)
+class SolveCosts:
+    """What pruning one matrix of a shape costs, and gathering its statistic."""
+
+    seconds: float
+    seconds_again: float
+    """For a second matrix of the same group, which finds the statistic's factor made."""
+    most_bytes: float
+    statistic_bytes: int
+    """Of the sums that are gathered for its group."""
+    statistic_seconds_per_token: float
+
+
+def measure_solving(
+    shape: Shape, solver: Solver, target: Target, layer_error: bool, device: torch.device, cross: bool, budget: float
+) -> SolveCosts:
+    """Prune random matrices of a shape's proportions, ever larger ones until that takes more than `budget` seconds."""
+
+    def trial(width: int) -> _Trial:
+        rows = max(1, round(shape[0] * width / shape[1]))
+        return _Trial(rows, width, solver, target, layer_error, device, cross)
+
+    widths = _widths(shape[1], target)
+    points: list[tuple[int, float, float]] = []
+    for width in widths:
+        started = time.perf_counter()
+        one = trial(width)
+        points.append((width, _seconds(one.prune, device, once=True), _seconds(one.prune, device, once=True)))
+        # The next takes four to eight times as long; two are needed to see how the time grows.
+        if len(points) > 1 and time.perf_counter() - started > budget / 4:
+            break
+    statistic = solver.statistic
+    sums = {} if statistic is None else statistic.shapes(shape[1])
+    growth = 2 if any(len(size) == 2 for size in sums.values()) else 1
+    return SolveCosts(
+        seconds=_extrapolate([(w, t) for w, t, _ in points], shape[1]),
+        seconds_again=_extrapolate([(w, t) for w, _, t in points], shape[1]),
+        most_bytes=_most_bytes([(w, trial(w)) for w in widths[:2]], shape[1]) + (WORKSPACE if growth == 2 else 0),
+        statistic_bytes=4 * sum(math.prod(size) for size in sums.values())
+        + 4 * InputSample.tokens * shape[1]
+        + (4 * shape[1] ** 2 if cross else 0),
+        statistic_seconds_per_token=one.gathering_seconds * (shape[1] / points[-1][0]) ** growth,
+    )
+
+
+def _most_bytes(trials: Sequence[tuple[int, _Trial]], width: int) -> float:
+    """What lives at most at a width, from smaller ones: a + b·w², since some tables have one size for all."""
+    points = []
+    for trial_width, trial in trials:
+        live = LiveBytes()
+        with live:
+            trial.prune()
+        points.append((trial_width**2, live.most))
+    (x1, y1), (x2, y2) = points[0], points[-1]
+    slope = (y2 - y1) / (x2 - x1) if x2 > x1 else 0.0
+    return y2 + slope * (width**2 - x2)
+
+
+class _Trial:
+    """A random matrix with random inputs, to be pruned."""
+
+    tokens = 256
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        solver: Solver,
+        target: Target,
+        layer_error: bool,
+        device: torch.device,
+        cross: bool,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        module = nn.Linear(width, rows, bias=False, device="meta")
+        module.weight = nn.Parameter(torch.randn(rows, width, generator=generator).to(device), requires_grad=False)
+        self._matrix = Matrix("trial", module, "weight", input_dim=1)
+        self._arguments = (solver, target, layer_error)
+        self._inputs = Inputs(
+            None if solver.statistic is None else solver.statistic(width, device), InputSample(width, 1)
+        )
+        if cross:
+            self._inputs.cross = CrossGram(width, device)
+        x = torch.randn(self.tokens, width, generator=generator).to(device)
+        self._inputs.update(x, x if cross else None)
+        started = time.perf_counter()
+        self._inputs.update(x, x if cross else None)
+        self.gathering_seconds = (time.perf_counter() - started) / self.tokens
+        # As many tokens as there are inputs, without the time that they would take.
+        if self._inputs.statistic is not None:
+            self._inputs.statistic.count = max(width, self._inputs.statistic.count)
+
+    def prune(self) -> None:
+        prune_matrix(self._matrix, self._inputs, *self._arguments)
+
+
+def _widths(width: int, target: Target) -> Sequence[int]:
+    """128, 256 … up to the width itself, in multiples that an N:M pattern divides."""
+    multiple = target.pattern.m if isinstance(target.pattern, NM) else 1
+    smaller = [128 << i for i in range(20) if 128 << i < width]
+    return [*(size - size % multiple for size in smaller), width]
+
+
+def _extrapolate(points: Sequence[tuple[float, float]], width: int) -> float:
+    """The time at a width, from times at smaller ones: a·w² + b·w³ through the last two."""
+    w2, t2 = points[-1]
+    if w2 == width:
+        return t2
+    w1, t1 = points[-2]
+    cubic = max(0.0, (t2 / w2**2 - t1 / w1**2) / (w2 - w1))
+    square = max(0.0, t2 / w2**2 - cubic * w2)
+    return square * width**2 + cubic * width**3
+
+
+@torch.no_grad()
+def measure_head(model: nn.Module, device: torch.device, tokens: int = 64) -> tuple[float, float]:
+    """Seconds and bytes per token of the logits and their likelihood; zeros for a model without a language head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return 0.0, 0.0
+    weight = head.weight
+    x = torch.ones(1, tokens, weight.shape[1], dtype=weight.dtype, device=device)
+    targets = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    seconds = _seconds(lambda: window_nll(head(x), targets), device)
+    return seconds / tokens, float(weight.shape[0] * weight.element_size())
+
+
+def _seconds(run: Callable[[], object], device: torch.device, once: bool = False) -> float:
+    """Seconds of a call; the smaller of two, unless it is to be called once only or takes long."""
+    times: list[float] = []
+    while not times or (not once and len(times) < 2 and times[0] < 0.3):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take: of the machine, its control group, and limits set on the process."""
+    status = _numbers(Path("/proc/self/status"))
+    left = [_numbers(Path("/proc/meminfo")).get("MemAvailable")]
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most = resource.getrlimit(limit)[0]
+        left.append(None if most == resource.RLIM_INFINITY else most - status.get(used, 0))
+    left.append(_left_in_group())
+    known = [value for value in left if value is not None]
+    return min(known) if known else None
+
+
+def _left_in_group() -> int | None:
+    """What the control group (version 2) still allows; None without a limit."""
+    try:
+        path = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition(":")[2]
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
+        files = int(dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"])
+        # Cached files count as used and make way when memory is asked for.
+        return int(most) - int(used) + files
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def resident_peak() -> tuple[int, int]:
+    """Resident set of this process now, and the largest so far, in bytes (zeros where /proc does not tell)."""
+    status = _numbers(Path("/proc/self/status"))
+    return status.get("VmRSS", 0), status.get("VmHWM", 0)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The lines of a file of /proc that hold kilobytes, in bytes; empty where there is none."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}

@@ -1,0 +1,128 @@
+"""From a recipe and an open model to an estimate: measure this machine on the model, and describe the run's work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from coprune.checkpoint.lazy import LazyCheckpoint
+from coprune.checkpoint.locate import ModelFolder
+from coprune.checkpoint.shards import checkpoint_entries
+from coprune.data import EvaluationText, Windows
+from coprune.distributed import Processes
+from coprune.errors import BadInput
+from coprune.estimate import Estimate, Settings, Workload, estimate
+from coprune.evaluate.batches import default_batch_size
+from coprune.machine import available_bytes, measure_block, measure_head, measure_solving, resident_peak
+from coprune.model.activations import GIB
+from coprune.model.blocks import Block
+from coprune.model.matrices import Chosen
+from coprune.patterns import Target
+from coprune.preparation import Loaded
+from coprune.pruning import Solver
+from coprune.recipe import Recipe
+
+CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
+
+
+def estimate_run(
+    recipe: Recipe,
+    solver: Solver,
+    target: Target,
+    loaded: Loaded,
+    blocks: Sequence[Block],
+    chosen: Chosen,
+    seqlen: int,
+    windows: Windows | None,
+    texts: Sequence[EvaluationText],
+    processes: Processes,
+) -> Estimate:
+    """Estimate peak memory and time of a run that has read its data and nothing of its blocks.
+
+    windows: calibration samples, None if none run through the model; texts: those that perplexity is measured on.
+    """
+    resident, _ = resident_peak()
+    settings = _settings(recipe, solver, loaded, seqlen, windows, texts, processes)
+    sample = (
+        (windows.tokens if windows is not None else texts[0].tokens[None])[:1, :seqlen] if windows or texts else None
+    )
+    if sample is None:
+        sample = loaded.model.dummy_inputs["input_ids"][:1]
+    block = measure_block(loaded.weights, blocks, chosen.blocks, sample.to(loaded.device))
+    shapes = Counter(matrix.shape for matrix in chosen.all())
+    cross = settings.dense_target and solver.aim == "dense"
+    budget = CALIBRATION_SECONDS / max(1, len(shapes))
+    solving = {
+        shape: measure_solving(shape, solver, target, recipe.layer_error, loaded.device, cross, budget)
+        for shape in shapes
+    }
+    # What share of the matrices of a shape come first in their group, as seen in one block.
+    in_block = Counter(shape for group in block.groups for shape in group)
+    first = Counter(group[0] for group in block.groups)
+    leaders = Counter({s: round(n * first[s] / in_block[s]) if in_block[s] else n for s, n in shapes.items()})
+    names = [b.name for b in blocks]
+    rest = sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(names).values())
+    seconds, logits = measure_head(loaded.model, loaded.device)
+    work = Workload(
+        resident=resident,
+        peak_so_far=resident_peak()[1],
+        rest_bytes=rest,
+        total_bytes=loaded.weights.total_bytes,
+        blocks=len(blocks),
+        block=block,
+        solving=solving,
+        matrices=shapes,
+        leaders=leaders,
+        head_seconds_per_token=seconds,
+        logit_bytes_per_token=logits,
+    )
+    return estimate(work, settings, available_bytes())
+
+
+def _settings(
+    recipe: Recipe,
+    solver: Solver,
+    loaded: Loaded,
+    seqlen: int,
+    windows: Windows | None,
+    texts: Sequence[EvaluationText],
+    processes: Processes,
+) -> Settings:
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    # As the walk and the evaluations choose them.
+    batch = recipe.batch_size or max(1, 4096 // seqlen)
+    evaluation_batch = recipe.batch_size or default_batch_size(seqlen, vocabulary)
+    windows_of = [len(text.tokens) // seqlen for text in texts]
+    return Settings(
+        samples=0 if windows is None else -(-len(windows.tokens) // processes.size),
+        seqlen=seqlen,
+        batch=batch,
+        evaluation_tokens=tuple(-(-count // processes.size) * seqlen for count in windows_of),
+        evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
+        evaluations=2 if recipe.evaluate_dense else 1,
+        propagation=recipe.propagation,
+        streamed=isinstance(loaded.weights, LazyCheckpoint),
+        dense_target=solver.aim == "dense" or recipe.reconstruct > 0,
+        reconstruction_steps=recipe.reconstruct,
+        activation_limit=None if recipe.activation_memory is None else int(recipe.activation_memory * GIB),
+        saved=recipe.save_model is not None,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        processes=processes.size,
+    )
+
+
+def require_room(location: ModelFolder, blocks: int, stream: bool) -> None:
+    """Raise BadInput if a folder's weights alone would not fit, before any of them is read.
+
+    blocks: how many there are, of which a streamed model holds one.
+    """
+    available = available_bytes()
+    total = sum(entry.nbytes for entry in checkpoint_entries(location.path).values())
+    needed = total // max(1, blocks) if stream else total
+    if available is not None and needed > available:
+        hint = (
+            "use a machine with more memory." if stream else "leave it on the disk with --stream (Python: stream=True)."
+        )
+        raise BadInput(
+            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory and {available / GIB:.1f} are there; {hint}"
+        )
