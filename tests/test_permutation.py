@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import coprune
 from coprune.errors import BadInput
 from coprune.methods import METHODS
 from coprune.model.blocks import find_blocks
@@ -15,6 +16,7 @@ from coprune.patterns import NM
 from coprune.permutation import deal_serpentine, permute_channels, retained_score
 from coprune.permuting import permute_model
 from pico import pico_model, pico_tokens
+from pico_folder import pico_tokenizer, write_words
 from walking import make_walk
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(4, 8), NM(1, 2), NM(3, 4)]
@@ -123,3 +125,40 @@ def test_the_model_computes_what_it_did_before(family):
         if not torch.equal(m.read(), weights[m.name])
     }
     assert changed >= set(permuted.names)
+
+
+def test_a_run_prunes_less_of_strong_channels_that_stand_together(tmp_path):
+    """Channels of the MLP in order of strength, four strong ones to a group: 2:4 would fell half of them."""
+    words = write_words(tmp_path / "words.txt")
+    errors = {}
+    for permute_first in (False, True):
+        model = pico_model("llama", num_hidden_layers=2)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight *= torch.linspace(2, -2, 96).exp()[:, None]
+        report = coprune.prune(
+            model,
+            "wanda",
+            tokenizer=pico_tokenizer(),
+            pattern="2:4",
+            permute=permute_first,
+            dataset=str(words),
+            nsamples=8,
+            seqlen=32,
+            evaluate=False,
+            quiet=True,
+        ).report
+        errors[permute_first] = {m.name: m.relative_layer_error for m in report.matrices}
+        assert all(m.sparsity == 0.5 for m in report.matrices)
+    first = "model.layers.0.mlp.down_proj"
+    assert errors[True][first] < 0.8 * errors[False][first]
+    assert sum(errors[True].values()) < sum(errors[False].values())
+
+
+def test_a_proof_that_fails_puts_everything_back(monkeypatch):
+    """Were the logits to differ after all, the weights are as before and nothing is said to be permuted."""
+    model = pico_model("llama")
+    before = [parameter.clone() for parameter in model.parameters()]
+    monkeypatch.setattr("coprune.permuting.close", lambda output, dense: False)
+    assert permute(model).names == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
