@@ -185,3 +185,15 @@ def test_keys_and_values_shared_between_layers_are_refused_by_name():
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.\d is given something that depends on"):
         make_walk(model, BATCHES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("left_early", [False, True])
+def test_a_walk_in_step_leaves_the_gradient_mode_as_it_was(left_early: bool) -> None:
+    """It belongs to the thread, which all lanes share; training afterwards must find it on."""
+    walk = iter(make_walk(pico_model("llama"), BATCHES, propagation="sequential"))
+    for _ in walk:
+        assert torch.is_grad_enabled()
+        if left_early:
+            walk.close()  # type: ignore[attr-defined]
+            break
+    assert torch.is_grad_enabled()

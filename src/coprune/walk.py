@@ -148,10 +148,13 @@ class Walk:
             finish,
             self.agree,
         )
-        while (matrix := step.next_matrix()) is not None:
-            group, inputs = gathered.take(matrix)
-            yield MatricesReady(group, inputs)
-            step.solved(group)
+        try:
+            while (matrix := step.next_matrix()) is not None:
+                group, inputs = gathered.take(matrix)
+                yield MatricesReady(group, inputs)
+                step.solved(group)
+        finally:
+            step.close()
 
     def _gathered(self, groups: Sequence[list[Matrix]], batches: int) -> Gathered:
         return Gathered(groups, self.statistic, batches, self.reduce)

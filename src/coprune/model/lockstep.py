@@ -11,9 +11,11 @@ modes do not get entangled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import greenlet
+import torch
 from torch import Tensor
 
 from coprune.model.matrices import Matrix
@@ -36,13 +38,30 @@ class Lane:
         """Run until the lane stops at a matrix or ends. An error in the lane is raised here."""
         self.waits_for = None
         self._walk = self._greenlet.parent = greenlet.getcurrent()
-        self._greenlet.switch()
+        with _own_gradient_mode():
+            self._greenlet.switch()
 
     def stop_at(self, matrix: Matrix) -> None:
         """Called from inside the lane: hand control back to the walk until the matrix is solved."""
         self.waits_for = matrix
         assert self._walk is not None
-        self._walk.switch()
+        with _own_gradient_mode():
+            self._walk.switch()
+
+    def abandon(self) -> None:
+        """End a lane that is not wanted any more, now rather than whenever it would be collected."""
+        with _own_gradient_mode():
+            self._greenlet.throw()
+
+
+@contextmanager
+def _own_gradient_mode() -> Iterator[None]:
+    """Come back to the gradient mode of before: it belongs to the thread, and so is shared by all lanes and the walk."""
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
 
 
 class Lockstep:
@@ -109,3 +128,9 @@ class Lockstep:
     def solved(self, matrices: Collection[Matrix]) -> None:
         """Note that these matrices have their final weights."""
         self._solved.update(matrix.name for matrix in matrices)
+
+    def close(self) -> None:
+        """Let go of lanes that have not ended (the walk was left early)."""
+        for lane in self._lanes:
+            if not lane.ended:
+                lane.abandon()
