@@ -25,28 +25,29 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
     held: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in plain_parameters(model).items():
         if name in masks.pruned and parameter.requires_grad:
-            pruned = _like(masks.pruned[name], parameter)
-            parameter.register_post_accumulate_grad_hook(_masked_gradient(pruned))  # type: ignore[no-untyped-call]
-            held.append((parameter, pruned))
+            keep = _like(~masks.pruned[name], parameter)
+            parameter.register_post_accumulate_grad_hook(_masked_gradient(keep))  # type: ignore[no-untyped-call]
+            held.append((parameter, keep))
 
     @torch.no_grad()
     def after_step(*_: object) -> None:
-        for parameter, pruned in held:
-            parameter.masked_fill_(pruned, 0)
+        for parameter, keep in held:
+            # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
+            parameter.mul_(keep)
 
     optimizer.register_step_post_hook(after_step)
 
 
-def _masked_gradient(pruned: Tensor) -> Callable[[Tensor], None]:
+def _masked_gradient(keep: Tensor) -> Callable[[Tensor], None]:
     def mask(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            parameter.grad.masked_fill_(pruned, 0)
+            parameter.grad.mul_(keep)
 
     return mask
 
 
-def _like(pruned: Tensor, parameter: nn.Parameter) -> Tensor:
+def _like(keep: Tensor, parameter: nn.Parameter) -> Tensor:
     """A mask where its parameter is, sharded alike."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(pruned.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return pruned.to(parameter.device)
+        return distribute_tensor(keep.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return keep.to(parameter.device)
