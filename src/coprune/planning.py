@@ -6,11 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from coprune.checkpoint.lazy import LazyCheckpoint
-from coprune.checkpoint.locate import ModelFolder
-from coprune.checkpoint.shards import checkpoint_entries
 from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
-from coprune.errors import BadInput
 from coprune.estimate import Estimate, Settings, Workload, estimate
 from coprune.evaluate.batches import default_batch_size
 from coprune.machine import available_bytes, measure_block, measure_head, measure_solving, resident_peak
@@ -109,20 +106,3 @@ def _settings(
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
     )
-
-
-def require_room(location: ModelFolder, blocks: int, stream: bool) -> None:
-    """Raise BadInput if a folder's weights alone would not fit, before any of them is read.
-
-    blocks: how many there are, of which a streamed model holds one.
-    """
-    available = available_bytes()
-    total = sum(entry.nbytes for entry in checkpoint_entries(location.path).values())
-    needed = total // max(1, blocks) if stream else total
-    if available is not None and needed > available:
-        hint = (
-            "use a machine with more memory." if stream else "leave it on the disk with --stream (Python: stream=True)."
-        )
-        raise BadInput(
-            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory and {available / GIB:.1f} are there; {hint}"
-        )

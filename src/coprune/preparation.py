@@ -16,11 +16,14 @@ from coprune.allocation import allocation_named
 from coprune.checkpoint.lazy import LazyCheckpoint
 from coprune.checkpoint.load import TaskName, load_model, load_processor, task_of
 from coprune.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
+from coprune.checkpoint.shards import checkpoint_entries
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
 from coprune.gathering import Inputs
+from coprune.machine import available_bytes
 from coprune.methods import METHODS, method_named
+from coprune.model.activations import GIB
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen
 from coprune.model.record import input_device
@@ -151,10 +154,29 @@ def open_model(recipe: Recipe, stream: bool) -> Loaded:
     # A packed folder is unpacked by transformers as a whole.
     if stream and isinstance(location, ModelFolder) and not is_packed(location):
         lazy = LazyCheckpoint(location, recipe.dtype, device)
-        lazy.acquire_rest([block.name for block in find_blocks(lazy.model)])
+        blocks = find_blocks(lazy.model)
+        _require_room(recipe, location, parts=len(blocks))
+        lazy.acquire_rest([block.name for block in blocks])
         return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
+    if isinstance(location, ModelFolder):
+        _require_room(recipe, location, parts=1)
     model, processor = load_model(location, recipe.dtype, device)
     return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
+
+
+def _require_room(recipe: Recipe, location: ModelFolder, parts: int) -> None:
+    """Raise BadInput if a folder's weights alone would not fit the memory, before any of them is read.
+
+    parts: how many blocks a streamed model holds one at a time of; 1 for a model that is loaded.
+    """
+    available = available_bytes()
+    needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
+    if recipe.check_memory and available is not None and needed > available:
+        hint = "stream it from the disk (--stream; in Python stream=True)" if parts == 1 else "use a larger machine"
+        raise BadInput(
+            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory at a time, and {available / GIB:.1f} are "
+            f"there; {hint}. --no-check-memory tries it all the same."
+        )
 
 
 def check_widths(chosen: Chosen, target: Target) -> None:
