@@ -150,6 +150,23 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(home, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("mode", ["lora", "dense"])
+def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(home, tmp_path, mode, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.finetune.saving.verify_saved", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, tmp_path / "run", mode=mode, max_steps=2)
+    weights = weights_of(tmp_path / "run" / "model")
+    report = run(home, tmp_path / "run", mode=mode, max_steps=2)
+    assert report.steps == 2
+    assert (tmp_path / "run" / "finetune.json").is_file()
+    assert not (tmp_path / "run" / "training").exists()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(tmp_path / "run" / "model").items())
+
+
 def test_early_stop_keeps_the_best_state(home, tmp_path):
     more = {"mode": "dense", "learning_rate": 0.3, "max_steps": 20, "evaluations": 20, "held_out": 0.1, "patience": 3}
     report = run(home, tmp_path / "run", "mixtral", **more)

@@ -9,16 +9,44 @@ from pathlib import Path
 
 import torch
 
+from coprune.checkpoint.load import load_model
+from coprune.checkpoint.locate import locate
 from coprune.errors import BadInput
 from coprune.files import write_text
-from coprune.finetune.masks import plain_parameters
-from coprune.finetune.report import REPORT_FILE
+from coprune.finetune.masks import find_masks, plain_parameters
+from coprune.finetune.report import REPORT_FILE, FinetuneReport
 from coprune.finetune.session import Session
 from coprune.finetune.settings import FinetuneSettings
 
 _IDENTITY = "identity.json"
+_ANNOUNCED = "announced.json"
 # Where results go and what is measured afterwards may differ between a run and its resumption.
 _FREE = {"save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "report_to", "save_every"}
+
+
+def announce(report: FinetuneReport, training_folder: Path) -> None:
+    """Keep a report for the case that the run is killed once its model is whole."""
+    write_text(training_folder / _ANNOUNCED, report.model_dump_json())
+
+
+def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
+    """Finish a run of these settings that was killed when its model had its name and only the report was wanting.
+
+    Returns its report, or None if there is no such run. Raises BrokenMask if a pruned weight in the model is not zero.
+    """
+    training = settings.run_folder / "training"
+    try:
+        report = FinetuneReport.model_validate_json((training / _ANNOUNCED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if report.settings != settings or not settings.model_folder.is_dir():
+        return None
+    pruned, _ = load_model(locate(settings.model, settings.cache_dir))
+    saved, _ = load_model(locate(settings.model_folder))
+    find_masks(pruned).verify(plain_parameters(saved))
+    report.write(settings.run_folder)
+    shutil.rmtree(training, ignore_errors=True)
+    return report
 
 
 def prepare_folders(settings: FinetuneSettings) -> None:

@@ -20,7 +20,7 @@ from coprune.finetune.adapters import merge, merge_adapter, plain_warning, save_
 from coprune.finetune.distill import Distillation, Objective
 from coprune.finetune.masks import find_masks
 from coprune.finetune.report import BeforeAfter, FinetuneReport, adapter_card, curves, finetune_card
-from coprune.finetune.resume import prepare_folders, resume_from
+from coprune.finetune.resume import announce, finish_announced, prepare_folders, resume_from
 from coprune.finetune.saving import save_model
 from coprune.finetune.session import Session, device_of, prepare_session
 from coprune.finetune.settings import FinetuneSettings
@@ -38,6 +38,8 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
     """
     first = int(os.environ.get("RANK", "0")) == 0
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
+    if os.environ.get("WORLD_SIZE", "1") == "1" and (report := finish_announced(settings)) is not None:
+        return report
     if first:
         prepare_folders(settings)
     session = prepare_session(settings, reporter)
@@ -130,6 +132,7 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, flo
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet
         save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
+        announce(draft, session.training_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         save_model(merged, session.tokenizer, session.masks, session.dtype, folder, finetune_card(draft))
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
