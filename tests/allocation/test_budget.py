@@ -31,13 +31,13 @@ def problems(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems(), sparsity=st.floats(0.05, 0.87))
-def test_the_overall_sparsity_is_the_asked_one_to_half_a_step(problem, sparsity):
+def test_the_overall_sparsity_is_the_asked_one_to_a_step(problem, sparsity):
     units, wishes = problem
     curves = [wish(w, u) for w, u in zip(wishes, units, strict=True)]
     targets = within_budget(units, curves, Target(Unstructured(), sparsity))
     total = sum(u.weights for u in units)
-    half = min(u.rows for u in units) / 2 / total
-    assert abs(overall(units, targets) - sparsity) <= half + 1e-9
+    step = min(u.rows for u in units) / total
+    assert abs(overall(units, targets) - sparsity) <= step + 1e-9
     for u, t in zip(units, targets, strict=True):
         assert 0 <= t.sparsity < 1
         assert t.sparsity * u.width == pytest.approx(round(t.sparsity * u.width), abs=1e-9)

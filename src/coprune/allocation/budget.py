@@ -42,7 +42,7 @@ def wish(sparsity: float, unit: Unit) -> Curve:
 def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target) -> list[Target]:
     """Choose every unit's target so that the summed cost is least and the overall sparsity is the asked one.
 
-    The total is off by at most half of the smallest step (one input of the matrix with the fewest rows), for N:M as
+    The total is off by at most the smallest step (one input of the matrix with the fewest rows), for N:M as
     near as whole N allow. Raises BadInput if the curves' limits do not leave room for the budget.
     """
     pattern = target.pattern

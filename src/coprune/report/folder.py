@@ -7,6 +7,7 @@ announced, and the same command finds it, knows that the model is whole, and giv
 from __future__ import annotations
 
 import importlib.util
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,13 +39,22 @@ def announced(recipe: Recipe) -> Report | None:
 
 
 def finish_run_folder(recipe: Recipe, report: Report) -> None:
-    """Write the log, and give the announced report its name."""
+    """Write the log, give the announced report its name, and make the page of it."""
     first = report.perplexity[0].pruned if report.perplexity else None
     write_text(
         path_of(recipe.run_folder, f"log_{recipe.method}.txt"), seed_log(recipe.method, report.sparsity.matrices, first)
     )
-    write_page([recipe.run_folder / _ANNOUNCED], recipe.run_folder / PAGE_FILE)
     (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)
+    # The charts' library reserves address space by the gigabyte and aborts the process where it gets none. A page is
+    # not worth that; `coprune report RUN` makes it later.
+    if not _memory_is_limited():
+        write_page([recipe.run_folder], recipe.run_folder / PAGE_FILE)
+
+
+def _memory_is_limited() -> bool:
+    """Whether somebody set a limit on this process's address space or data."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def write_page(runs: Sequence[Path], path: Path) -> bool:
