@@ -42,8 +42,9 @@ def wish(sparsity: float, unit: Unit) -> Curve:
 def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target) -> list[Target]:
     """Choose every unit's target so that the summed cost is least and the overall sparsity is the asked one.
 
-    The total is exact where exchanges of up to two steps lead there, as with the many matrices of a model; at
-    worst, with few matrices at their limits, it is off by a step of the largest (one input of each of its rows). Raises BadInput if the curves' limits do not leave room for the budget.
+    The total is exact where exchanges of up to two steps lead there, as with the many matrices of a model; at worst,
+    with few matrices at their limits, it is off by a step of the largest (one input of each of its rows).
+    Raises BadInput if the curves' limits do not leave room for the budget.
     """
     pattern = target.pattern
     periods = [pattern.m if isinstance(pattern, NM) else unit.width for unit in units]
