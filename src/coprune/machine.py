@@ -36,6 +36,8 @@ Shape = tuple[int, int]
 """(out, in) of a matrix."""
 WORKSPACE = 48 << 20
 """What the linear algebra library takes once for factorisations, measured; no tensor of it is seen."""
+SHORT = 0.05
+"""Seconds below which a measurement is repeated."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -173,11 +175,14 @@ def measure_solving(
     widths = _widths(shape[1], target)
     points: list[tuple[int, float, float]] = []
     for width in widths:
-        started = time.perf_counter()
-        one = trial(width)
-        points.append((width, _seconds(one.prune, device, once=True), _seconds(one.prune, device, once=True)))
-        # The next takes four to eight times as long; two are needed to see how the time grows.
-        if len(points) > 1 and time.perf_counter() - started > budget / 4:
+        # The smallest of three, where they are so short that a moment's work of others would change them.
+        times: list[tuple[float, float]] = []
+        while not times or (len(times) < 3 and times[0][0] < SHORT):
+            one = trial(width)
+            times.append((_seconds(one.prune, device, once=True), _seconds(one.prune, device, once=True)))
+        points.append((width, min(first for first, _ in times), min(again for _, again in times)))
+        # The next takes four to eight times as long. Three sizes show how the time grows.
+        if len(points) > 2 and points[-1][1] > budget / 6:
             break
     statistic = solver.statistic
     sums = {} if statistic is None else statistic.shapes(shape[1])
@@ -257,8 +262,8 @@ def _extrapolate(points: Sequence[tuple[float, float]], width: int) -> float:
     if w2 == width:
         return t2
     w1, t1 = points[-2]
-    cubic = max(0.0, (t2 / w2**2 - t1 / w1**2) / (w2 - w1))
-    square = max(0.0, t2 / w2**2 - cubic * w2)
+    cubic = min(max(0.0, (t2 / w2**2 - t1 / w1**2) / (w2 - w1)), t2 / w2**3)
+    square = t2 / w2**2 - cubic * w2
     return square * width**2 + cubic * width**3
 
 
