@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.estimate import Settings, Workload, estimate
-from coprune.machine import BlockCosts, LiveBytes, SolveCosts, _extrapolate, available_bytes, measure_solving
+from coprune.machine import BlockCosts, LiveBytes, SolveCosts, _extrapolate, measure_solving
+from coprune.memory import available_bytes
 from coprune.methods import METHODS
 from coprune.patterns import NM, Target
 from coprune.pruning import Solver
@@ -112,7 +113,7 @@ def test_what_is_proposed_fits(mebibytes: int, streamed: bool, propagation: str)
 
 def test_a_limit_on_the_process_counts() -> None:
     script = (
-        "import resource; from coprune.machine import available_bytes, _numbers; from pathlib import Path;"
+        "import resource; from coprune.memory import available_bytes, _numbers; from pathlib import Path;"
         "used = _numbers(Path('/proc/self/status'))['VmData'];"
         "resource.setrlimit(resource.RLIMIT_DATA, (used + 100 * 2**20, used + 100 * 2**20));"
         "print(available_bytes())"

@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from coprune.report.schema import Report
 from coprune.run import run_recipe
 from coprune.sharing import share_out
 from pico_folder import save_pico, write_words
+from torchrun import ENVIRONMENT, run_together, torchrun
 
 CASES = [
     ("llama", "sparsegpt", "block", {}),
@@ -63,13 +63,6 @@ def recipe_of(models: Path, out: Path, number: int, **changes: Any) -> Recipe:
     return make_recipe(settings | more | changes)
 
 
-def torchrun(processes: int, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 @pytest.fixture(scope="module")
 def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
@@ -86,8 +79,7 @@ def test_equal_masks_and_reports(processes: int, models: Path, alone: Path, tmp_
         path.write_text(recipe_of(models, tmp_path, number).to_yaml())
         paths.append(str(path))
     script = str(Path(__file__).with_name("together.py"))
-    done = subprocess.run(torchrun(processes, script, *paths), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_together(torchrun(processes, script, *paths))
     for number in range(len(CASES)):
         differing, entries = compare_masks(alone / f"{number}-model", tmp_path / f"{number}-model")
         # Sums are added up in another order, so only entries whose scores are equal but for rounding may differ.
@@ -138,11 +130,9 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path
     assert running.returncode != 0
     assert not (killed / "0-model").exists()
 
-    again = subprocess.run(command(killed), env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "blocks were finished by an earlier run" in again.stderr
+    assert "blocks were finished by an earlier run" in run_together(command(killed))
     assert not journal.exists()
-    subprocess.run(command(whole), env=ENVIRONMENT, capture_output=True, check=True)
+    run_together(command(whole))
     resumed, uninterrupted = (load_file(out / "0-model" / "model.safetensors") for out in (killed, whole))
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 

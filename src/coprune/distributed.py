@@ -130,8 +130,9 @@ def joined_processes() -> Iterator[Processes]:
     with _heard():
         dist.init_process_group(backend, timeout=TIMEOUT)
     yield Processes(dist.get_rank(), dist.get_world_size())
-    # Not after an error: the others may be waiting for something else.
-    dist.destroy_process_group()
+    # Not after an error: the others may be waiting for something else. Nor twice: a fine-tuning ends them itself.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

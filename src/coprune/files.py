@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from coprune.checkpoint.durable import write_durably
 from coprune.errors import BadInput
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it when it is on the disk.
+    """Write a UTF-8 text file, whole or not at all. Raises as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
 
-    Raises BadInput if the disk is full or the folder cannot be written to; nothing is left behind then.
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it when it is on the disk.
+
+    Raises CopruneError if the disk is full, BadInput if the folder cannot be written to; nothing is left behind then.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        write_durably(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written: {error.strerror}.") from error

@@ -14,7 +14,7 @@ from coprune.progress import NO_BAR
 from coprune.recording import Recording
 
 if TYPE_CHECKING:
-    from coprune.run import Session
+    from coprune.session import Session
 
 Record = Callable[[], Recording | None]
 """Records the calibration batches anew, since every walk moves their hidden states on."""

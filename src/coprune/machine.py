@@ -1,4 +1,4 @@
-"""What this machine has and how fast it is: memory that may be used, and costs measured on one block of the model.
+"""How fast this machine is: costs measured on one block of the model.
 
 A calibration takes a second or two: one block runs on one sample, and every kind of matrix is pruned at growing sizes
 until that gets slow; what larger ones cost follows from how the time grew.
@@ -7,12 +7,10 @@ until that gets slow; what larger ones cost follows from how the time grew.
 from __future__ import annotations
 
 import math
-import resource
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from coprune.evaluate.perplexity import window_nll
 from coprune.gathering import Inputs
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.observe import Observe
+from coprune.model.observe import Observe, observe_products
 from coprune.model.record import Answer, run_without_blocks
 from coprune.patterns import NM, Target
 from coprune.pruning import Solver, prune_matrix
@@ -107,7 +105,7 @@ def measure_block(
         def run() -> object:
             return calls[0].run(block.module, hidden)
 
-        groups = _groups(matrices[block.index], run)
+        _, products = observe_products(matrices[block.index], run)
         live, stops = LiveBytes(), [0]
         with live, Observe(matrices[block.index], lambda matrix, x: stops.append(live.now)):
             run()
@@ -123,31 +121,11 @@ def measure_block(
         waiting_bytes_per_token=max(stops) / tokens,
         hidden_bytes_per_token=hidden.nbytes / tokens,
         tokens_per_sample=hidden.shape[1],
-        groups=groups,
+        groups=tuple(
+            tuple(matrix.shape for matrix in group)
+            for group in [*products.groups, *([matrix] for matrix in products.unseen)]
+        ),
     )
-
-
-def _groups(matrices: Sequence[Matrix], run: Callable[[], object]) -> tuple[tuple[Shape, ...], ...]:
-    """The shapes of matrices that share an input; an expert that got no token is a group of its own."""
-    inputs: list[Tensor] = []
-    groups: list[list[Matrix]] = []
-    seen: set[str] = set()
-
-    def on_product(matrix: Matrix, x: Tensor) -> None:
-        if matrix.name in seen:
-            return
-        seen.add(matrix.name)
-        for known, group in zip(inputs, groups, strict=True):
-            if known is x:
-                group.append(matrix)
-                return
-        inputs.append(x)
-        groups.append([matrix])
-
-    with Observe(matrices, on_product):
-        run()
-    groups += [[matrix] for matrix in matrices if matrix.name not in seen]
-    return tuple(tuple(matrix.shape for matrix in group) for group in groups)
 
 
 @dataclass(frozen=True)
@@ -290,43 +268,3 @@ def _seconds(run: Callable[[], object], device: torch.device, once: bool = False
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def available_bytes() -> int | None:
-    """Memory that this process may still take: of the machine, its control group, and limits set on the process."""
-    status = _numbers(Path("/proc/self/status"))
-    left = [_numbers(Path("/proc/meminfo")).get("MemAvailable")]
-    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        most = resource.getrlimit(limit)[0]
-        left.append(None if most == resource.RLIM_INFINITY else most - status.get(used, 0))
-    left.append(_left_in_group())
-    known = [value for value in left if value is not None]
-    return min(known) if known else None
-
-
-def _left_in_group() -> int | None:
-    """What the control group (version 2) still allows; None without a limit."""
-    try:
-        path = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition(":")[2]
-        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
-        most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
-        files = int(dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"])
-        # Cached files count as used and make way when memory is asked for.
-        return int(most) - int(used) + files
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def resident_peak() -> tuple[int, int]:
-    """Resident set of this process now, and the largest so far, in bytes (zeros where /proc does not tell)."""
-    status = _numbers(Path("/proc/self/status"))
-    return status.get("VmRSS", 0), status.get("VmHWM", 0)
-
-
-def _numbers(file: Path) -> dict[str, int]:
-    """The lines of a file of /proc that hold kilobytes, in bytes; empty where there is none."""
-    try:
-        lines = file.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return {}
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}

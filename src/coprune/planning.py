@@ -10,7 +10,8 @@ from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
 from coprune.estimate import Estimate, Settings, Workload, estimate
 from coprune.evaluate.batches import default_batch_size
-from coprune.machine import available_bytes, measure_block, measure_head, measure_solving, resident_peak
+from coprune.machine import measure_block, measure_head, measure_solving
+from coprune.memory import available_bytes, resident_peak
 from coprune.model.activations import GIB
 from coprune.model.blocks import Block
 from coprune.model.matrices import Chosen

@@ -21,7 +21,7 @@ from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
 from coprune.gathering import Inputs
-from coprune.machine import available_bytes
+from coprune.memory import available_bytes
 from coprune.methods import METHODS, method_named
 from coprune.model.activations import GIB
 from coprune.model.blocks import Block, find_blocks

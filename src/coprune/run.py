@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.allocation import allocation_named
 from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
-from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
 from coprune.errors import BadInput
 from coprune.estimate import Estimate
@@ -21,29 +19,19 @@ from coprune.evaluate.beside import Beside
 from coprune.files import write_text
 from coprune.looking import look_at_dense
 from coprune.model.activations import GIB, Activations
-from coprune.model.blocks import Block, find_blocks
-from coprune.model.matrices import Chosen, choose_matrices
-from coprune.model.prove import Structure, prove_replay
+from coprune.model.blocks import Block
 from coprune.output import Output, run_identity
-from coprune.patterns import Target
-from coprune.planning import estimate_run
 from coprune.preparation import (
     RECIPE_FILE,
     Loaded,
-    check_processes,
-    check_widths,
-    open_model,
     path_of,
     prepare_folders,
-    prepare_reconstruction,
-    prepare_solver,
     settings_for,
 )
 from coprune.progress import Reporter
-from coprune.pruning import MatrixResult, Solver, Solving, SolvingAlone, prune_walk, reconstruct_block
+from coprune.pruning import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe
 from coprune.recording import Recording, record_batches
-from coprune.refine.reconstruct import Reconstruction
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
@@ -51,9 +39,10 @@ from coprune.report.hub import push, require_login
 from coprune.report.listening import final_figures, listening
 from coprune.report.phases import Phases
 from coprune.report.schema import Report
+from coprune.session import Session, open_run, prepare_run
 from coprune.sharing import SharedOutput, SharedSolving
 from coprune.statistics import Gram
-from coprune.task import Data, Measured, Samples, Task, TextTask, task_for
+from coprune.task import Measured
 from coprune.verify import verify_saved
 from coprune.walk import Walk
 
@@ -65,25 +54,6 @@ class Result:
     report: Report
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
-
-
-@dataclass
-class Session:
-    """All that a run has gathered before it changes anything."""
-
-    recipe: Recipe
-    solver: Solver
-    target: Target
-    reconstruction: Reconstruction | None
-    loaded: Loaded
-    blocks: list[Block]
-    chosen: Chosen
-    task: Task
-    samples: Samples | None
-    data: dict[str, Data]
-    structure: Structure
-    reporter: Reporter
-    processes: Processes
 
 
 def prune(
@@ -128,8 +98,9 @@ def run_recipe(
     """
     started = time.perf_counter()
     processes = processes or Processes()
+    reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
     if recipe.finetune is not None:
-        return _run_with_finetuning(recipe, loaded, reporter or Reporter(), processes)
+        return _run_with_finetuning(recipe, loaded, reporter, processes)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
@@ -137,7 +108,6 @@ def run_recipe(
         require_login(recipe.push_to_hub)
     if processes.first and (write or recipe.save_model):
         prepare_folders(recipe)
-    reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
     with listening(recipe, reporter) if processes.first else nullcontext():
         return _run(recipe, loaded, reporter, write and processes.first, processes, started)
 
@@ -148,7 +118,7 @@ def _run(
     """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
     phases = Phases(reporter)
     beside = Beside.prepare(recipe, processes.size)
-    session = _prepare(recipe, loaded, reporter, processes)
+    session = prepare_run(recipe, loaded, reporter, processes)
     phases.done("load and prepare")
     output = _open_output(session) if processes.first else None
     if write:
@@ -183,100 +153,15 @@ def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, reporter: Report
     def prune_only(pruning: Recipe) -> Report:
         return run_recipe(pruning, loaded, reporter, processes=processes).report
 
-    return Result(prune_and_finetune(recipe, prune_only, reporter, processes.first), None, None)
+    return Result(prune_and_finetune(recipe, prune_only, reporter, processes), None, None)
 
 
 def estimate_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
-    found = _open(recipe, None, reporter or Reporter(), Processes()).estimate()
+    found = open_run(recipe, None, reporter or Reporter(), Processes()).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far.")
     return found
-
-
-@dataclass
-class _Opened:
-    """A run that has read its data, and nothing of its blocks."""
-
-    recipe: Recipe
-    solver: Solver
-    target: Target
-    loaded: Loaded
-    blocks: list[Block]
-    chosen: Chosen
-    task: Task
-    samples: Samples | None
-    data: dict[str, Data]
-    processes: Processes
-    started: float
-
-    def estimate(self) -> Estimate | None:
-        """What the run will take; None for models of images."""
-        if not isinstance(self.task, TextTask):
-            return None
-        texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
-        windows = self.samples if isinstance(self.samples, Windows) else None
-        found = estimate_run(
-            self.recipe,
-            self.solver,
-            self.target,
-            self.loaded,
-            self.blocks,
-            self.chosen,
-            self.task.seqlen,
-            windows,
-            texts,
-            self.processes,
-        )
-        return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
-
-
-def _open(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> _Opened:
-    """Check everything that can be checked without the blocks, cheap things first, and read the data."""
-    started = time.perf_counter()
-    solver, target = prepare_solver(recipe)
-    allocation_named(recipe.allocation)
-    check_processes(recipe, processes.size)
-    if loaded is None:
-        reporter.say(f"Loading {recipe.model}")
-        loaded = open_model(recipe, stream=recipe.stream is not False and not recipe.permute and not recipe.runs_tasks)
-    blocks = find_blocks(loaded.model)
-    chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
-    check_widths(chosen, target)
-    for left_out in chosen.left_out:
-        reporter.say(f"Left alone: {left_out}.")
-    task = task_for(recipe, loaded)
-    samples = task.calibration(solver, reporter)
-    data = task.evaluation(reporter)
-    return _Opened(recipe, solver, target, loaded, blocks, chosen, task, samples, data, processes, started)
-
-
-def _prepare(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
-    """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
-    opened = _open(recipe, loaded, reporter, processes)
-    if processes.first and (estimate := opened.estimate()) is not None:
-        reporter.say(estimate.line())
-        if recipe.check_memory:
-            estimate.require()
-    loaded, blocks, chosen, task = opened.loaded, opened.blocks, opened.chosen, opened.task
-    probe = task.probe(opened.samples, opened.data)
-    structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
-    reconstruction = prepare_reconstruction(recipe)
-    return Session(
-        recipe,
-        opened.solver,
-        opened.target,
-        reconstruction,
-        loaded,
-        blocks,
-        chosen,
-        task,
-        opened.samples,
-        opened.data,
-        structure,
-        reporter,
-        processes,
-    )
 
 
 def _open_output(session: Session) -> Output | None:

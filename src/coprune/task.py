@@ -48,7 +48,7 @@ from coprune.recipe import Recipe
 from coprune.sharing import shared_perplexity
 
 if TYPE_CHECKING:
-    from coprune.run import Session
+    from coprune.session import Session
 
 Samples = Windows | ImageSamples
 Data = EvaluationText | LabelledImages

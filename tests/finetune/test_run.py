@@ -1,9 +1,6 @@
 """Whole runs on a tiny model: every mode keeps every zero, resumes bit for bit, and refuses what it cannot do."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from coprune.progress import Reporter
 from coprune.recipe import make_recipe
 from coprune.run import run_recipe
 from pico import pico_model
+from torchrun import run_together, torchrun
 from words import word_tokenizer
 
 QUIET = Reporter(quiet=True)
@@ -190,6 +188,14 @@ def test_time_ends_a_training(home, tmp_path):
 
 IN_TWO_PROCESSES = """
 import json, sys
+from coprune.finetune.run import finetune
+from coprune.finetune.settings import make_settings
+
+finetune(make_settings(json.loads(sys.argv[1])))
+"""
+
+SHARDED_PARAMETERS = """
+import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -197,16 +203,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from coprune.finetune.hold_zeros import hold_zeros
 from coprune.finetune.masks import find_masks, plain_parameters
-from coprune.finetune.run import finetune
-from coprune.finetune.settings import make_settings
 
-settings = json.loads(sys.argv[1])
-finetune(make_settings(settings))
-
-# Sharded parameters: the masks are sharded alike.
-if not dist.is_initialized():
-    dist.init_process_group("gloo")
-model = AutoModelForCausalLM.from_pretrained(settings["model"])
+dist.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 masks = find_masks(model)
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.model.layers:
@@ -228,25 +227,26 @@ dist.destroy_process_group()
 """
 
 
+def run_script(folder: Path, script: str, *arguments: str) -> None:
+    path = folder / "script.py"
+    path.write_text(script)
+    run_together(torchrun(2, str(path), *arguments))
+
+
 def test_two_processes_follow_the_same_curve_as_one(home, tmp_path):
     alone = run(home, tmp_path / "one", mode="dense", batch_size=2, accumulate=2, weight_decay=0.1)
     together = settings_for(
         tmp_path / "two", home / "llama", home / "text.txt", mode="dense", accumulate=2, weight_decay=0.1, batch_size=1
     )
-    script = tmp_path / "script.py"
-    script.write_text(IN_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), json.dumps(together, default=str)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, IN_TWO_PROCESSES, json.dumps(together, default=str))
     both = json.loads((tmp_path / "two" / "finetune.json").read_text())
     assert both["processes"] == 2
     assert [p["loss"] for p in both["curve"]] == pytest.approx([p.loss for p in alone.curve], abs=1e-4)
     assert both["sparsity_after"] == alone.sparsity_before
+
+
+def test_sharded_parameters_have_their_masks_sharded_alike(home, tmp_path):
+    run_script(tmp_path, SHARDED_PARAMETERS, str(home / "llama"))
 
 
 def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home, tmp_path):
@@ -291,6 +291,15 @@ def test_pruning_and_fine_tuning_in_one_run(home, tmp_path):
     assert "finetune: lora" in (tmp_path / "run" / "recipe.yaml").read_text()
     with pytest.raises(BadInput, match="finished run"):
         run_recipe(make_recipe(settings), reporter=QUIET)
+
+
+def test_two_processes_prune_and_fine_tune_in_one_run(home, tmp_path):
+    options = ["--dataset", str(home / "text.txt"), "--pattern", "2:4", "--seqlen", "16", "--nsamples", "4"]
+    options += ["--device", "cpu", "--no-eval", "--save", str(tmp_path / "run"), "--finetune", "dense"]
+    run_together(torchrun(2, "-m", "coprune", "prune", str(home / "dense"), *options, "--finetune-minutes", "0.01"))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "finetune" / "model")
+    assert find_masks(tuned).patterns == {"2:4": 14}
+    assert json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())["processes"] == 2
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(home, tmp_path):

@@ -58,9 +58,8 @@ class CheckpointWriter:
                 f"{self.partial} holds the unfinished checkpoint of another model; finish that run, remove the folder, "
                 "or choose another name."
             )
-        for pattern in ("*.tmp", ".*.partial"):
-            for leftover in self.partial.glob(pattern):
-                leftover.unlink()
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
 
     def _require_space(self, total_bytes: int) -> None:
         # Joining needs the parts and the joined file at the same time.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from coprune.distributed import Processes
 from coprune.errors import BadInput
 from coprune.files import write_text
 from coprune.finetune.report import FinetuneReport, summary_lines
@@ -18,22 +19,25 @@ from coprune.recipe import Recipe
 from coprune.report.schema import Report
 
 
-def prune_and_finetune(recipe: Recipe, prune: Callable[[Recipe], Report], reporter: Reporter, first: bool) -> Report:
+def prune_and_finetune(
+    recipe: Recipe, prune: Callable[[Recipe], Report], reporter: Reporter, processes: Processes
+) -> Report:
     """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
 
-    prune: runs a recipe; first: whether this process is the one that writes. Returns the report of the pruning; that of
-    the fine-tuning is `finetune/finetune.json`. Raises as both do.
+    prune: runs a recipe; processes: this one among those of the run. Returns the report of the pruning; that of the
+    fine-tuning is `finetune/finetune.json`. Raises as both do.
     """
     settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
     pruning = pruning_of(recipe)
-    done = _pruned_before(pruning)
+    done = processes.from_first(lambda: _pruned_before(pruning))
     if done is None:
         report = prune(pruning)
+        processes.from_first(lambda: None)  # the first one is still saving what all of them are about to read
     else:
         reporter.say(f"Pruned by an earlier run: {pruning.save_model}")
         report = done
     found: FinetuneReport = finetune(settings, reporter)
-    if first:
+    if processes.first:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
         for line in summary_lines(found):
             reporter.say(line)

@@ -49,5 +49,8 @@ def _masked_gradient(keep: Tensor) -> Callable[[Tensor], None]:
 def _like(keep: Tensor, parameter: nn.Parameter) -> Tensor:
     """A mask where its parameter is, sharded alike."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(keep.to(parameter.device), parameter.device_mesh, parameter.placements)
+        # Every process derived the whole mask from the same zeros: it cuts its shard out without hearing the others.
+        return distribute_tensor(
+            keep.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
     return keep.to(parameter.device)

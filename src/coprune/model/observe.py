@@ -9,7 +9,8 @@ a matrix may be pruned in the very moment in which it is first used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ _KEYWORDS = {
     F.conv2d: ("input", "weight"),
 }
 
+Result = TypeVar("Result")
 OnProduct = Callable[[Matrix, Tensor], None]
 
 
@@ -80,6 +82,41 @@ class Observe(TorchFunctionMode):
         if input_dim != matrix.input_dim:
             raise UnsupportedModel(f"{matrix.name} is multiplied along its outputs; leave it out with --exclude.")
         self._on_product(matrix, x)
+
+
+@dataclass
+class Products:
+    """Which matrices were multiplied while a block ran."""
+
+    groups: list[list[Matrix]] = field(default_factory=list)
+    """In order of first use; those of one group are fed by the same tensor."""
+    reused: list[Matrix] = field(default_factory=list)
+    """Once for every use after the first."""
+    unseen: list[Matrix] = field(default_factory=list)
+
+
+def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> tuple[Result, Products]:
+    """Call `run`, which runs a block, and note which matrices share an input, are reused, or never appear."""
+    products = Products()
+    inputs: list[Tensor] = []  # held until the block is done: the address of a freed tensor comes back as another's
+    seen: set[str] = set()
+
+    def on_product(matrix: Matrix, x: Tensor) -> None:
+        if matrix.name in seen:
+            products.reused.append(matrix)
+            return
+        seen.add(matrix.name)
+        for known, group in zip(inputs, products.groups, strict=True):
+            if known is x:
+                group.append(matrix)
+                return
+        inputs.append(x)
+        products.groups.append([matrix])
+
+    with Observe(matrices, on_product):
+        result = run()
+    products.unseen = [matrix for matrix in matrices if matrix.name not in seen]
+    return result, products
 
 
 def patches(x: Tensor, convolution: nn.Module) -> Tensor:

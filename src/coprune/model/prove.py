@@ -19,7 +19,7 @@ from coprune.errors import NumericalError, UnsupportedModel
 from coprune.model.arguments import same_value
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.observe import Observe
+from coprune.model.observe import observe_products
 from coprune.model.record import (
     Answer,
     BlockCall,
@@ -112,34 +112,16 @@ def _observe_block(
     structure: Structure,
 ) -> Any:
     """Run one block for real and note which matrices share an input, which are reused, which never appear."""
-    inputs: list[Tensor] = []  # held until the block is done: the address of a freed tensor comes back as another's
-    groups: list[list[Matrix]] = []
-    seen: set[str] = set()
-
-    def on_product(matrix: Matrix, x: Tensor) -> None:
-        if matrix.name in seen:
-            structure.reused.append(matrix.name)
-            return
-        seen.add(matrix.name)
-        for known, group in zip(inputs, groups, strict=True):
-            if known is x:
-                group.append(matrix)
-                return
-        inputs.append(x)
-        groups.append([matrix])
-
-    with Observe(matrices, on_product):
-        output = forward(*args, **kwargs)
-    for matrix in matrices:
-        if matrix.name in seen:
-            continue
+    output, products = observe_products(matrices, lambda: forward(*args, **kwargs))
+    structure.reused += [matrix.name for matrix in products.reused]
+    for matrix in products.unseen:
         if matrix.expert is None:
             raise UnsupportedModel(
                 f"{matrix.name} takes part in no product that coprune can observe; leave it out with "
                 f"--exclude '{matrix.name}'."
             )
-        groups.append([matrix])  # an expert that this sample was not routed to
-    structure.groups.append(groups)
+    # An expert that this sample was not routed to is a group of its own.
+    structure.groups.append([*products.groups, *([matrix] for matrix in products.unseen)])
     return output
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coprune.checkpoint.shards import read_json
 from coprune.errors import BadInput, unknown_name
 from coprune.packed.format import FORMATS, VERSION, Format, is_packed, negative_zeros, pack_tensor, unpack_tensor
 from coprune.packed.registration import QUANT_METHOD
@@ -71,7 +72,7 @@ def pack_folder(
     if format not in FORMATS:
         raise unknown_name("packed format", format, FORMATS)
     shards = checkpoint_shards(source)
-    config = _read_json(source / CONFIG)
+    config = read_json(source / CONFIG)
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise BadInput(f"{source} is already quantized or packed ({method}); pack a dense folder.")
@@ -86,7 +87,7 @@ def pack_folder(
         _write_json(out / CONFIG, config)
         if (source / INDEX).exists():
             kept[INDEX] = (source / INDEX).read_text()
-            index = _read_json(source / INDEX)
+            index = read_json(source / INDEX)
             index.setdefault("metadata", {})["total_size"] = sizes.packed
             _write_json(out / INDEX, index)
         _write_json(out / MANIFEST, {"version": VERSION, "files": kept, "safetensors_headers": headers})
@@ -101,11 +102,11 @@ def unpack_folder(source: Path | str, target: Path | str) -> None:
     """
     source, target = Path(source), Path(target)
     shards = checkpoint_shards(source)
-    config = _read_json(source / CONFIG)
+    config = read_json(source / CONFIG)
     if not is_packed_config(config):
         raise BadInput(f"{source} is not a packed folder: its config.json does not name {QUANT_METHOD!r}.")
     # A model that was loaded packed and saved again has no manifest: its tensors come back, not its files' bytes.
-    manifest = _read_json(source / MANIFEST) if (source / MANIFEST).exists() else {}
+    manifest = read_json(source / MANIFEST) if (source / MANIFEST).exists() else {}
     files, headers = manifest.get("files", {}), manifest.get("safetensors_headers", {})
     if not isinstance(files, dict) or not isinstance(headers, dict) or not set(files) <= {CONFIG, INDEX}:
         raise BadInput(f"{source / MANIFEST} is damaged; copy or pack the model again.")
@@ -118,7 +119,7 @@ def unpack_folder(source: Path | str, target: Path | str) -> None:
         del config["quantization_config"]
         _write_json(out / CONFIG, config)
         if (source / INDEX).exists():
-            index = _read_json(source / INDEX)
+            index = read_json(source / INDEX)
             index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
             _write_json(out / INDEX, index)
         for name, text in files.items():
@@ -146,7 +147,7 @@ def is_packed_config(config: dict[str, Any]) -> bool:
 def is_packed_folder(folder: Path | str) -> bool:
     """Whether a folder is a checkpoint that coprune packed."""
     path = Path(folder) / CONFIG
-    return path.is_file() and is_packed_config(_read_json(path))
+    return path.is_file() and is_packed_config(read_json(path))
 
 
 @contextmanager
@@ -228,16 +229,6 @@ def _unpack_shard(source: Path, target: Path, header: str | None) -> None:
             if name != wanted or tensor.numel() * tensor.dtype.itemsize != size:
                 raise BadInput(f"{source}: tensor {name} does not fit the dense file's header; pack the model again.")
             file.write(tensor_bytes(tensor))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} does not hold a JSON object.")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +10,7 @@ from coprune.data import EvaluationText
 from coprune.evaluate.accuracy import Accuracy
 from coprune.evaluate.beside import Beside
 from coprune.evaluate.perplexity import Perplexity
+from coprune.memory import peak_memory
 from coprune.pruning import MatrixResult
 from coprune.report.phases import PhaseFacts
 from coprune.report.schema import (
@@ -26,7 +25,7 @@ from coprune.report.schema import (
 )
 
 if TYPE_CHECKING:
-    from coprune.run import Session
+    from coprune.session import Session
     from coprune.task import Data, Measured
 
 _EXAMPLES = 20  # images with a changed prediction that are named
@@ -81,12 +80,6 @@ def build_report(
         sample=beside.sample(),
         phases=phases,
     )
-
-
-def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _calibration(session: Session) -> CalibrationFacts | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from coprune.memory import resident_memory, return_free_memory
 from coprune.progress import Reporter
 
 
@@ -43,21 +41,3 @@ class Phases:
         facts = PhaseFacts(name=name, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
         self.facts.append(facts)
         self._reporter.event("phase", **facts.model_dump())
-
-
-def return_free_memory() -> None:
-    """Let the C library give memory that was freed back to the system, where it can (glibc).
-
-    Otherwise a quarter of one phase's activations would still be there, in pieces, at the peak of the next.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident_memory() -> int | None:
-    """Resident set of this process now, in bytes; None where /proc does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.errors import BadInput
+from coprune.files import write_bytes
 from coprune.model.blocks import find_blocks
 from coprune.model.matrices import choose_matrices
 from coprune.model.prove import prove_replay
@@ -49,12 +50,7 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
         if path.suffix == ".svg"
         else vl_convert.vegalite_to_png(spec, scale=2)
     )
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_bytes(picture)
-        temporary.replace(path)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error.strerror}.") from error
+    write_bytes(path, picture)
 
 
 def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distributions:

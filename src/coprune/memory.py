@@ -1,0 +1,69 @@
+"""Memory: what this process may still take, what it holds, and what it held at most."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take: of the machine, its control group, and limits set on the process."""
+    status = _numbers(Path("/proc/self/status"))
+    left = [_numbers(Path("/proc/meminfo")).get("MemAvailable")]
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most = resource.getrlimit(limit)[0]
+        left.append(None if most == resource.RLIM_INFINITY else most - status.get(used, 0))
+    left.append(_left_in_group())
+    known = [value for value in left if value is not None]
+    return min(known) if known else None
+
+
+def _left_in_group() -> int | None:
+    """What the control group (version 2) still allows; None without a limit."""
+    try:
+        path = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition(":")[2]
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
+        files = int(dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"])
+        # Cached files count as used and make way when memory is asked for.
+        return int(most) - int(used) + files
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def resident_peak() -> tuple[int, int]:
+    """Resident set of this process now, and the largest so far, in bytes (zeros where /proc does not tell)."""
+    status = _numbers(Path("/proc/self/status"))
+    return status.get("VmRSS", 0), status.get("VmHWM", 0)
+
+
+def resident_memory() -> int | None:
+    """Resident set of this process now, in bytes; None where /proc does not tell."""
+    return resident_peak()[0] or None
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The lines of a file of /proc that hold kilobytes, in bytes; empty where there is none."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_free_memory() -> None:
+    """Let the C library give memory that was freed back to the system, where it can (glibc).
+
+    Otherwise a quarter of one phase's activations would still be there, in pieces, at the peak of the next.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
