@@ -29,6 +29,8 @@ RUNS = {
     "mixture in memory": ("sparsegpt", "sequential", "mixtral", False, {}),
     "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"], "target": "dense"}),
     "reconstructed": ("wanda", "sequential", "llama", True, {"reconstruct": 3}),
+    "allocated": ("wanda", "block", "llama", True, {"allocation": "owl", "sparsity": 0.6}),
+    "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
 }
 
 

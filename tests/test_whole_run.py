@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import coprune
@@ -62,6 +63,18 @@ def test_streamed_and_in_memory_are_bit_identical(family, dtype, texts, tmp_path
     for a, b in zip(*(reports[s].perplexity for s in (True, False)), strict=True):
         assert (a.dense, a.pruned) == pytest.approx((b.dense, b.pruned), rel=1e-3 if dtype != "auto" else 1e-5)
     load_clean(tmp_path / "True")
+
+
+def test_a_tensor_that_the_model_does_not_know_is_named(texts, tmp_path):
+    folder = save_pico(tmp_path / "model", "llama")
+    save_file({"somebody.elses": torch.ones(1)}, folder / "more.safetensors", metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["somebody.elses"] = "more.safetensors"
+    index.write_text(json.dumps(content))
+    report = coprune.prune(folder, "magnitude", save_model=tmp_path / "out", evaluate=False, **settings(texts)).report
+    assert report.left_out == ["somebody.elses, a tensor that the model does not know"]
+    load_clean(tmp_path / "out")
 
 
 def test_a_model_in_memory_is_pruned_in_place(texts):

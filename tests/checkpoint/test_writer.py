@@ -194,6 +194,28 @@ def test_the_unfinished_folder_of_another_model_is_refused(tmp_path: Path) -> No
     part_writer(tmp_path, ["one", "two", "three"])
 
 
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from coprune.checkpoint.writer import CheckpointWriter\n"
+        "writer = CheckpointWriter(pathlib.Path(sys.argv[1]), ['one', 'two'], 100)\n"
+        "print('writing', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", script, str(part_writer(tmp_path).folder)]
+    part_writer(tmp_path).discard()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(BadInput, match="another run is writing"):
+            part_writer(tmp_path)
+        other.kill()
+    writer = part_writer(tmp_path)
+    for part in ("one", "two"):
+        writer.write(part, {part: torch.ones(1)})
+    assert {path.name for path in writer.finish().iterdir()} == {SINGLE_FILE}
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"takes 1,000,000,000,000,000,000 bytes and its disk has [\d,]+ free"):
         CheckpointWriter(tmp_path / "new" / "model", ["one"], 10**18)

@@ -17,6 +17,7 @@ from coprune.errors import BadInput
 from coprune.evaluate.cache import EvaluationCache
 from coprune.evaluate.compare import compare_models
 from coprune.evaluate.evaluation import WeightFacts
+from coprune.evaluate.texts import split_texts
 from coprune.progress import Reporter
 from coprune.recipe import make_recipe
 from pico import pico_model
@@ -45,6 +46,37 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_words(tmp_path_factory.mktemp("text") / "words.txt", count=200)
+
+
+def test_a_text_has_settings_of_its_own(
+    checkpoints: list[Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = [f"{text}", f"{text}@seqlen=16", f"{text}@seqlen=16@tokens=64@batch_size=1"]
+    output = tmp_path / "found.json"
+    command = ["eval", str(checkpoints[0]), "--data", ",".join(asked), "--seqlen", str(SEQLEN), "--json", str(output)]
+    assert run_command(command, monkeypatch, capsys).code == 0
+    found = json.loads(output.read_text())["perplexity"]
+    assert [result["data"] for result in found] == asked
+    assert [(result["seqlen"], result["windows"]) for result in found] == [(SEQLEN, 200 // SEQLEN), (16, 12), (16, 4)]
+    assert found[2]["window_nll"] == pytest.approx(found[1]["window_nll"][:4], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("embedded@length=9", "unknown setting of embedded 'length'"),
+        ("embedded@seqlen=1", "whole number of at least 2, not '1'"),
+        ("embedded@seqlen=many", "whole number of at least 2, not 'many'"),
+        ("embedded,embedded", "asked for twice"),
+    ],
+)
+def test_a_setting_that_cannot_be(asked: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        split_texts(asked)
 
 
 def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

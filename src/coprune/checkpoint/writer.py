@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,12 @@ from coprune.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, join
 from coprune.errors import BadInput
 from coprune.files import write_text
 
+if sys.platform != "win32":
+    import fcntl
+
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
+_LOCK = "running.lock"
 SINGLE_FILE_BYTES = 5_000_000_000  # the customary size of a shard
 
 
@@ -36,7 +43,7 @@ class CheckpointWriter:
         """total_bytes: size of all tensors, to see beforehand whether they fit on the disk.
 
         Goes on with what an earlier writer for the same folder left. Raises BadInput if the folder already holds
-        something, if the unfinished one was made for other parts, or if the disk has too little space.
+        something, if the unfinished one was made for other parts or another process is at it, or if the disk is too full.
         """
         self.folder = folder
         self.partial = folder.with_name(f".{folder.name}.partial")
@@ -49,9 +56,12 @@ class CheckpointWriter:
     def _claim(self) -> None:
         """Make the unfinished folder, or take over one that was made for the same parts."""
         manifest = self.partial / "parts.json"
+        if self.partial.is_dir():
+            self._lock()
         if not manifest.is_file():
             self.discard()
             self.partial.mkdir(parents=True)
+            self._lock()
             write_text(manifest, json.dumps(self._parts))
         elif read_json_list(manifest) != self._parts:
             raise BadInput(
@@ -60,6 +70,21 @@ class CheckpointWriter:
             )
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
+
+    def _lock(self) -> None:
+        """Keep other processes out of the unfinished folder for as long as this one lives, however it ends."""
+        if sys.platform == "win32":
+            return
+        lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BadInput(
+                f"another run is writing {self.folder} at this moment; wait for its end, or choose another name."
+            ) from None
+        except OSError:
+            return  # a file system that has no locks
 
     def _require_space(self, total_bytes: int) -> None:
         # Joining needs the parts and the joined file at the same time.
@@ -130,8 +155,8 @@ class CheckpointWriter:
             self._note(part).unlink()
             if self._joined:
                 self.file(part).unlink()
-        for name in ("parts.json", *scaffolding):
-            (self.partial / name).unlink()
+        for name in ("parts.json", _LOCK, *scaffolding):
+            (self.partial / name).unlink(missing_ok=True)
         for path in [*self.partial.iterdir(), self.partial]:
             sync(path)
         # Fails, rather than overwrites, if something took the name meanwhile.

@@ -13,7 +13,7 @@ from coprune.recipe import make_recipe
 # What `eval` and `compare` are asked to measure, and how.
 _Data = Annotated[
     str | None,
-    typer.Option("--data", "--eval-data", help="Texts, comma-separated: embedded, a path … [wikitext2, without tasks]"),
+    typer.Option("--data", "--eval-data", help="Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]"),
 ]
 _Tasks = Annotated[str | None, typer.Option(help="Tasks of lm-eval, comma-separated, such as boolq,arc_easy.")]
 _ZeroShot = Annotated[bool, typer.Option("--eval-zero-shot", "--eval_zero_shot", help="The papers' seven tasks.")]

@@ -26,6 +26,7 @@ from coprune.evaluate.evaluation import (
     weight_facts,
 )
 from coprune.evaluate.perplexity import perplexity
+from coprune.evaluate.texts import Text, split_texts
 from coprune.evaluate.zero_shot import ZeroShot
 from coprune.preparation import Loaded, choose_seqlen, open_model, read_evaluation
 from coprune.progress import Reporter
@@ -47,6 +48,7 @@ class Subject:
         self.location: Location = locate(recipe.model, recipe.cache_dir)
         self.fingerprint = model_fingerprint(self.location.path)
         self.name = self.location.name
+        self._asked = split_texts(recipe.eval_data)
         self._images = task_at(self.location) == "images"
         self._tasks = tasks
         self._cache = cache
@@ -74,9 +76,9 @@ class Subject:
             weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
             perplexity=tuple(
                 self._cache.get(
-                    self._key("perplexity", **self._text_key(name)), PerplexityResult, self._measure_text(name)
+                    self._key("perplexity", **self._text_key(text)), PerplexityResult, self._measure_text(text)
                 )
-                for name in ([] if self._images else _names(self.recipe.eval_data))
+                for text in ([] if self._images else self._asked)
             ),
             accuracy=self._accuracies() if self._images else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
@@ -105,48 +107,47 @@ class Subject:
             )
         return tuple(
             self._cache.get(
-                self._key("closeness", dense=dense.fingerprint, **self._text_key(name)),
+                self._key("closeness", dense=dense.fingerprint, **self._text_key(text)),
                 ClosenessResult,
-                self._compare_on(name, dense),
+                self._compare_on(text, dense),
             )
-            for name in _names(self.recipe.eval_data)
+            for text in self._asked
         )
 
     def _count(self) -> WeightFacts:
         return weight_facts(self.loaded.model, bytes_of_weights(self.location.path))
 
-    def text(self, name: str) -> Any:
+    def text(self, asked: Text) -> Any:
         """An evaluation text in this model's tokens."""
-        if name not in self._texts:
-            recipe = self.recipe.model_copy(update={"eval_data": name})
-            self._texts |= read_evaluation(recipe, self.loaded, self._seqlen(), self._reporter)
-        return self._texts[name]
+        if asked.label not in self._texts:
+            recipe = asked.recipe(self.recipe)
+            read = read_evaluation(recipe, self.loaded, choose_seqlen(self.loaded.model, recipe), self._reporter)
+            self._texts[asked.label] = read[asked.name]
+        return self._texts[asked.label]
 
-    def _seqlen(self) -> int:
-        return choose_seqlen(self.loaded.model, self.recipe)
-
-    def _measure_text(self, name: str) -> Callable[[], PerplexityResult]:
+    def _measure_text(self, asked: Text) -> Callable[[], PerplexityResult]:
         def measure() -> PerplexityResult:
-            text, seqlen = self.text(name), self._seqlen()
-            with self._reporter.bar(f"Perplexity on {name}", len(text.tokens) // seqlen) as advance:
-                found = perplexity(
-                    self.loaded.model, text.tokens, seqlen, self.recipe.batch_size, text.token_bytes, advance
-                )
-            return perplexity_result(name, text.source, text.fingerprint, found)
+            text, recipe = self.text(asked), asked.recipe(self.recipe)
+            seqlen = choose_seqlen(self.loaded.model, recipe)
+            with self._reporter.bar(f"Perplexity on {asked.label}", len(text.tokens) // seqlen) as advance:
+                found = perplexity(self.loaded.model, text.tokens, seqlen, recipe.batch_size, text.token_bytes, advance)
+            return perplexity_result(asked.label, text.source, text.fingerprint, found)
 
         return measure
 
-    def _compare_on(self, name: str, dense: Subject) -> Callable[[], ClosenessResult]:
+    def _compare_on(self, asked: Text, dense: Subject) -> Callable[[], ClosenessResult]:
         def compare() -> ClosenessResult:
-            text, seqlen = self.text(name), self._seqlen()
-            if dense.text(name).fingerprint != text.fingerprint:
+            text, recipe = self.text(asked), asked.recipe(self.recipe)
+            seqlen = choose_seqlen(self.loaded.model, recipe)
+            if dense.text(asked).fingerprint != text.fingerprint:
                 raise BadInput(
-                    f"{self.name} and {dense.name} cut {name} into different tokens, so their predictions cannot be compared."
+                    f"{self.name} and {dense.name} cut {asked.name} into different tokens, so their predictions cannot be "
+                    "compared."
                 )
-            with self._reporter.bar(f"Closeness on {name}", len(text.tokens) // seqlen) as advance:
-                batch = self.recipe.batch_size
-                found = closeness(dense.loaded.model, self.loaded.model, text.tokens, seqlen, batch, advance)
-            return closeness_result(name, text.fingerprint, found)
+            with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
+                models = dense.loaded.model, self.loaded.model
+                found = closeness(*models, text.tokens, seqlen, recipe.batch_size, advance)
+            return closeness_result(asked.label, text.fingerprint, found)
 
         return compare
 
@@ -170,18 +171,19 @@ class Subject:
         )
         return self._cache.get(key, ZeroShot, run)
 
-    def _text_key(self, name: str) -> dict[str, Any]:
-        recipe = self.recipe
-        return {"text": text_fingerprint(name), "name": name, "seqlen": recipe.seqlen, "tokens": recipe.eval_tokens}
+    def _text_key(self, asked: Text) -> dict[str, Any]:
+        recipe = asked.recipe(self.recipe)
+        return {
+            "text": text_fingerprint(asked.name),
+            "name": asked.label,
+            "seqlen": recipe.seqlen,
+            "tokens": recipe.eval_tokens,
+        }
 
     def _key(self, what: str, **settings: Any) -> str:
         versions = {name: _version(name) for name in _VERSIONS}
         facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.dtype, **settings, **versions}
         return json.dumps(facts, sort_keys=True, default=str)
-
-
-def _names(eval_data: str | None) -> list[str]:
-    return [name.strip() for name in (eval_data or "").split(",") if name.strip()]
 
 
 def _version(package: str) -> str | None:

@@ -67,7 +67,7 @@ def build_report(
             for name, found in pruned.items()
             if isinstance(found, Accuracy)
         ],
-        left_out=session.chosen.left_out,
+        left_out=[*session.chosen.left_out, *session.loaded.left_out],
         prune_seconds=prune_seconds,
         total_seconds=total_seconds,
         peak_memory_bytes=peak_memory(),

@@ -140,7 +140,7 @@ class Report(BaseModel):
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
     left_out: list[str] = []
-    """Layers in the blocks that cannot be pruned as matrices, each with the reason."""
+    """Layers that cannot be pruned as matrices, and tensors that are not written again, each with the reason."""
 
     def write(self, path: Path) -> None:
         """Write the report whole or not at all, and the matrices' distributions to a file beside it."""
