@@ -72,7 +72,9 @@ def test_a_tensor_that_the_model_does_not_know_is_named(texts, tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["somebody.elses"] = "more.safetensors"
     index.write_text(json.dumps(content))
-    report = coprune.prune(folder, "magnitude", save_model=tmp_path / "out", evaluate=False, **settings(texts)).report
+    report = coprune.prune(
+        folder, "magnitude", save_model=tmp_path / "out", evaluate=False, stream=True, **settings(texts)
+    ).report
     assert report.left_out == ["somebody.elses, a tensor that the model does not know"]
     load_clean(tmp_path / "out")
 

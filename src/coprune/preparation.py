@@ -20,6 +20,7 @@ from coprune.checkpoint.shards import checkpoint_entries
 from coprune.checkpoint.weights import InMemory, Weights
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
+from coprune.evaluate.texts import plain_names
 from coprune.gathering import Inputs
 from coprune.memory import available_bytes
 from coprune.methods import METHODS, method_named
@@ -33,6 +34,7 @@ from coprune.pruning import Solver
 from coprune.recipe import Recipe
 from coprune.refine import refinement_named
 from coprune.refine.reconstruct import Reconstruction
+from coprune.reuse import Reuse
 from coprune.statistics import InputSample
 
 # The reports' files; a folder that holds one belongs to a run.
@@ -48,6 +50,8 @@ class Loaded:
     processor: Any
     source: str
     quantised_source: bool
+    reuse: Reuse = dataclasses.field(default_factory=Reuse)
+    """What the run takes over from earlier ones."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -67,6 +71,13 @@ class Loaded:
     def device(self) -> torch.device:
         """Where token ids or images go."""
         return input_device(self.model)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors of a streamed checkpoint that the model has no place for, each with the reason."""
+        if not isinstance(self.weights, LazyCheckpoint):
+            return []
+        return [f"{name}, a tensor that the model does not know" for name in self.weights.conversion.dropped]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
         """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""
@@ -147,6 +158,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def streams(recipe: Recipe) -> bool:
+    """Whether a folder's blocks stay on the disk until the walk reaches them."""
+    return recipe.stream is not False and not recipe.permute and not recipe.runs_tasks
+
+
 def open_model(recipe: Recipe, stream: bool) -> Loaded:
     """Open the model that the recipe names. stream: whether the blocks of a folder stay on the disk for now."""
     location = locate(recipe.model, recipe.cache_dir)
@@ -213,7 +229,11 @@ def read_calibration(recipe: Recipe, loaded: Loaded, solver: Solver, seqlen: int
             return None
         nsamples = min(nsamples, -(-4 * InputSample.tokens // seqlen))
     reporter.say(f"Calibration: {nsamples} samples of {seqlen} tokens from {recipe.dataset}.")
-    return calibration_windows(recipe.dataset, _tokenizer(loaded), nsamples, seqlen, recipe.seed, recipe.cache_dir)
+    tokenizer, seed, folder = _tokenizer(loaded), recipe.seed, recipe.cache_dir
+    return loaded.reuse.tokens(
+        ("calibration", loaded.source, recipe.dataset, nsamples, seqlen, seed, folder),
+        lambda: calibration_windows(recipe.dataset, tokenizer, nsamples, seqlen, seed, folder),
+    )
 
 
 def looks_at_inputs(recipe: Recipe) -> bool:
@@ -232,11 +252,16 @@ def read_evaluation(recipe: Recipe, loaded: Loaded, seqlen: int, reporter: Repor
             return {}
         names = [name]
     else:
-        names = [name.strip() for name in recipe.eval_data.split(",") if name.strip()]
-    return {
-        name: evaluation_tokens(name, _tokenizer(loaded), seqlen, recipe.cache_dir, recipe.eval_tokens)
-        for name in names
-    }
+        names = plain_names(recipe.eval_data)
+    tokenizer, folder, limit = _tokenizer(loaded), recipe.cache_dir, recipe.eval_tokens
+
+    def read(name: str) -> EvaluationText:
+        return loaded.reuse.tokens(
+            ("evaluation", loaded.source, name, seqlen, folder, limit),
+            lambda: evaluation_tokens(name, tokenizer, seqlen, folder, limit),
+        )
+
+    return {name: read(name) for name in names}
 
 
 def probe_tokens(

@@ -123,9 +123,7 @@ def _run(
     output = _open_output(session) if processes.first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
-    dense = _measure(session, "dense") if recipe.evaluate_dense else {}
-    if processes.first:
-        beside.measure("dense", session.loaded, reporter)
+    dense = session.loaded.reuse.dense(session, beside, lambda: _measure_dense(session, beside))
     phases.done("measure the dense model")
     results, seconds = _prune(session, output)
     phases.done("prune")
@@ -248,6 +246,14 @@ def _activations(recipe: Recipe, lists: int = 1) -> Activations:
     """
     limit = None if recipe.activation_memory is None else int(recipe.activation_memory * GIB / lists)
     return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
+
+
+def _measure_dense(session: Session, beside: Beside) -> dict[str, Measured]:
+    """Everything that is measured of the dense model."""
+    found = _measure(session, "dense") if session.recipe.evaluate_dense else {}
+    if session.processes.first:
+        beside.measure("dense", session.loaded, session.reporter)
+    return found
 
 
 def _measure(session: Session, which: str) -> dict[str, Measured]:

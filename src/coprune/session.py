@@ -21,6 +21,7 @@ from coprune.preparation import (
     open_model,
     prepare_reconstruction,
     prepare_solver,
+    streams,
 )
 from coprune.progress import Reporter
 from coprune.pruning import Solver
@@ -75,11 +76,11 @@ def open_run(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processe
     check_processes(recipe, processes.size)
     if loaded is None:
         reporter.say(f"Loading {recipe.model}")
-        loaded = open_model(recipe, stream=recipe.stream is not False and not recipe.permute and not recipe.runs_tasks)
+        loaded = open_model(recipe, stream=streams(recipe))
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)
-    for left_out in chosen.left_out:
+    for left_out in [*chosen.left_out, *loaded.left_out]:
         reporter.say(f"Left alone: {left_out}.")
     task = task_for(recipe, loaded)
     samples = task.calibration(solver, reporter)
@@ -98,7 +99,7 @@ class Session(Opened):
 def prepare_run(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
     """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
     opened = open_run(recipe, loaded, reporter, processes)
-    if processes.first and (estimate := opened.estimate()) is not None:
+    if processes.first and (estimate := opened.loaded.reuse.estimate(opened.estimate)) is not None:
         reporter.say(estimate.line())
         if recipe.check_memory:
             estimate.require()

@@ -37,13 +37,18 @@ Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
 
 
+def flags_of(field: str) -> list[str]:
+    """The names of a field's option, its own first."""
+    return _ALIASES.get(field, [f"--{field.replace('_', '-')}"])
+
+
 def _options_of(settings: type[Recipe] | type[FinetuneSettings]) -> list[inspect.Parameter]:
     """One command-line option per field, with the field's description as its help."""
     parameters = []
     for name, field in settings.model_fields.items():
         if name in _NOT_OPTIONS:
             continue
-        flags = _ALIASES.get(name, [f"--{name.replace('_', '-')}"])
+        flags = flags_of(name)
         kind: Any = list[str] if field.default == () else field.annotation
         # None means "not typed", so that a recipe file's value is only replaced by what was typed.
         default = "" if field.default is None or field.default == () else f" [{field.default}]"

@@ -1,0 +1,35 @@
+"""What a run takes over from earlier runs on the same model and data; a run by itself takes nothing.
+
+A sweep gives its runs a `Reuse` that remembers, so that what does not depend on how a model is pruned is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from coprune.estimate import Estimate
+    from coprune.evaluate.beside import Beside
+    from coprune.session import Session
+    from coprune.task import Measured
+
+Tokens = TypeVar("Tokens")
+
+
+class Reuse:
+    """Takes nothing over: everything is done anew."""
+
+    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+        """Text as token ids. key: what decides them besides the model; read: tokenises the text."""
+        return read()
+
+    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
+        """What the run will take."""
+        return estimate()
+
+    def dense(
+        self, session: Session, beside: Beside, measure: Callable[[], dict[str, Measured]]
+    ) -> dict[str, Measured]:
+        """The dense model's figures by the name of the data; also fills in what is measured beside them."""
+        return measure()
