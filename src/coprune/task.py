@@ -24,6 +24,7 @@ from coprune.data.images import (
     image_batches,
     labelled_images,
     labels_for,
+    random_image,
     transform_of,
 )
 from coprune.errors import BadInput
@@ -83,6 +84,10 @@ class Task(Protocol):
         """Measure the model as it is now. activations: an empty list, used where the blocks are streamed."""
         ...
 
+    def measure_in_memory(self, data: Data, advance: Advance) -> Measured:
+        """Measure the loaded model, which is in memory, as it is now and in this process alone."""
+        ...
+
     def line(self, which: str, name: str, found: Measured) -> str:
         """What was found, for people."""
         ...
@@ -120,20 +125,33 @@ class TextTask:
         )
 
         def measure(text: EvaluationText) -> Perplexity:
-            arguments = (text.tokens, self.seqlen, size, text.token_bytes)
             if isinstance(weights, InMemory):
-                windows = len(text.tokens) // self.seqlen
-                return perplexity(weights.model, *arguments, advance=lambda done: advance(done / windows))
+                return self.measure_in_memory(text, advance)
             return streamed_perplexity(
                 weights,
                 blocks,
                 structure,
-                *arguments,
+                text.tokens,
+                self.seqlen,
+                size,
+                text.token_bytes,
                 advance=lambda done: advance(done / len(blocks)),
                 activations=activations,
             )
 
         return shared_perplexity(session.processes, data, self.seqlen, measure)
+
+    def measure_in_memory(self, data: Data, advance: Advance) -> Perplexity:
+        assert isinstance(data, EvaluationText)
+        windows = len(data.tokens) // self.seqlen
+        return perplexity(
+            self._loaded.model,
+            data.tokens,
+            self.seqlen,
+            self._recipe.batch_size,
+            data.token_bytes,
+            advance=lambda done: advance(done / windows),
+        )
 
     def line(self, which: str, name: str, found: Measured) -> str:
         assert isinstance(found, Perplexity)
@@ -177,6 +195,11 @@ class ImageTask:
         images = labelled_images(self._named(None), "calibration", recipe.cache_dir)
         return draw_images(images, self.transform, nsamples, recipe.seed)
 
+    def training_images(self) -> tuple[LabelledImages, Tensor]:
+        """The images of the dataset, and their labels (N int64) as the model numbers its classes."""
+        images = labelled_images(self._named(None), "calibration", self._recipe.cache_dir)
+        return images, self._labels(images)
+
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
         if not recipe.evaluate:
@@ -199,9 +222,8 @@ class ImageTask:
         if samples is not None:
             return samples.tokens[:1].to(self._loaded.device)
         images = next(iter(data.values()), None)
-        images = images or labelled_images(self._named(None), "calibration", self._recipe.cache_dir)
-        assert isinstance(images, LabelledImages)
-        return self.transform([images.image(0)]).to(self._loaded.device)
+        image = images.image(0) if isinstance(images, LabelledImages) else random_image()
+        return self.transform([image]).to(self._loaded.device)
 
     def batches(self, samples: Tensor) -> Sequence[Tensor]:
         return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
@@ -219,11 +241,9 @@ class ImageTask:
         own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, min(5, self._classes), dtype=torch.int64)
         return aggregate_accuracy(torch.cat(session.processes.gather(own_ranked)), self._labels(data))
 
-    def measure_in_memory(self, images: LabelledImages, advance: Advance) -> Accuracy:
-        """The accuracy of the loaded model, which is in memory, on these images."""
-        return aggregate_accuracy(
-            torch.cat(self._rank_in_memory(images, range(len(images)), advance)), self._labels(images)
-        )
+    def measure_in_memory(self, data: Data, advance: Advance) -> Accuracy:
+        assert isinstance(data, LabelledImages)
+        return aggregate_accuracy(torch.cat(self._rank_in_memory(data, range(len(data)), advance)), self._labels(data))
 
     def _labels(self, images: LabelledImages) -> Tensor:
         return labels_for(images, self._loaded.model.config.id2label, self._classes)

@@ -16,6 +16,10 @@ def pair(seed=0, vocabulary=20):
     return [torch.randn(2, 5, vocabulary, generator=generator) * 3 for _ in range(2)]
 
 
+def batch(tokens):
+    return {"input_ids": tokens, "labels": tokens}
+
+
 def top_of(teacher, k, temperature):
     return torch.log_softmax(teacher / temperature, dim=-1).topk(k, dim=-1)
 
@@ -57,11 +61,11 @@ def test_hidden_error_weighs_tokens_by_their_own_size():
 def test_the_gradient_leads_toward_the_teacher():
     teacher, student = pico_model("llama"), pico_model("llama", seed=1).requires_grad_(True)
     objective = Distillation(teacher, 2.0, 1.0, 1.0, 0.5)
-    tokens, windows = pico_tokens(2, 16), torch.arange(2)
+    inputs, windows = batch(pico_tokens(2, 16)), torch.arange(2)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
-        loss = objective(student, tokens, windows)
+        loss = objective(student, inputs, windows)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,8 +80,8 @@ def test_a_teacher_run_ahead_says_what_the_teacher_says(tmp_path):
     cache = TeacherCache(tmp_path)
     cache.fill(teacher, tokens, 256, 2.0, torch.device("cpu"))
     windows = torch.tensor([3, 34])
-    ahead = Distillation(cache, 2.0, 1.0, 0.0, 0.0)(student, tokens[windows], windows)
-    beside = Distillation(teacher, 2.0, 1.0, 0.0, 0.0)(student, tokens[windows], windows)
+    ahead = Distillation(cache, 2.0, 1.0, 0.0, 0.0)(student, batch(tokens[windows]), windows)
+    beside = Distillation(teacher, 2.0, 1.0, 0.0, 0.0)(student, batch(tokens[windows]), windows)
     assert float(ahead) == pytest.approx(float(beside), rel=1e-3)
 
 

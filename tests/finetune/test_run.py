@@ -21,7 +21,7 @@ from coprune.patterns import NM
 from coprune.progress import Reporter
 from coprune.recipe import make_recipe
 from coprune.run import run_recipe
-from pico import pico_model
+from pico import pico_model, pico_tokens
 from torchrun import run_together, torchrun
 from words import word_tokenizer
 
@@ -314,7 +314,7 @@ def test_nothing_is_saved_once_a_zero_is_lost(home, tmp_path, monkeypatch):
     matrix = masks.matrices[4].matrix
     matrix.stored()[tuple((matrix.stored() == 0).nonzero()[0].tolist())] = 0.5
     with pytest.raises(BrokenMask, match=matrix.name):
-        save_model(model, None, masks, torch.float32, tmp_path / "model", "card")
+        save_model(model, None, masks, torch.float32, tmp_path / "model", "card", pico_tokens(1, 8))
     assert not any(tmp_path.iterdir())
     # Neither is a state to resume from, if somebody's change of the weights escapes the optimiser.
     step = ZeroKeepingTrainer.training_step

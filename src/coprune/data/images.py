@@ -116,6 +116,14 @@ def transform_of(processor: Any) -> Transform:
     return transform
 
 
+def random_image() -> Any:
+    """A PIL image of random pixels, always the same: what to try a classifier with where no data were named."""
+    from PIL import Image
+
+    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
 def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, classes: int) -> Tensor:
     """The images' labels as the model numbers its classes: by name if all names are the model's, else as they are.
 

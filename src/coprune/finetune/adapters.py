@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from coprune.checkpoint.load import task_of
 from coprune.checkpoint.writer import refuse_occupied
 from coprune.errors import BadInput
 from coprune.files import write_text
@@ -30,17 +31,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str]:
     """Names of the pruned linear layers that get an adapter.
 
-    patterns: shell-like; without, all of them. Experts that share one parameter get none and stay as they are.
-    Raises BadInput for a pattern that matches none, or a rank above the width of a layer.
+    patterns: shell-like; without, all of them. Experts that share one parameter and convolutions get none and stay as
+    they are. Raises BadInput for a pattern that matches none, or a rank above the width of a layer.
     """
-    matrices = [entry.matrix for entry in masks.matrices if entry.matrix.expert is None]
+    matrices = [entry.matrix for entry in masks.matrices if isinstance(entry.matrix.owner, nn.Linear | Conv1D)]
     names = [matrix.name for matrix in matrices]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BadInput(f"the pattern {pattern!r} matches none of the {len(names)} pruned linear layers.")
     chosen = [m for m in matrices if not patterns or any(fnmatchcase(m.name, p) for p in patterns)]
     if not chosen:
-        raise BadInput("only fused experts are pruned, which get no adapters; use --mode dense.")
+        raise BadInput("only fused experts or convolutions are pruned, which get no adapters; use --mode dense.")
     for matrix in chosen:
         if rank > min(matrix.shape):
             raise BadInput(
@@ -60,7 +61,7 @@ def add_adapter(
         "lora_dropout": dropout,
         "target_modules": targets,
         "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if task_of(model.config) == "text" else None,
     }
     config = MaskedLoraConfig(**settings, coprune_masks=masks.fingerprint()) if masked else LoraConfig(**settings)
     with _without_deprecations():

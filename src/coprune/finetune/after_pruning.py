@@ -52,13 +52,15 @@ def pruning_of(recipe: Recipe) -> Recipe:
 
 
 def settings_of(recipe: Recipe) -> FinetuneSettings:
-    """The settings of the fine-tuning: text, length, seed, evaluation and device of the pruning."""
+    """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
+    # A dataset that nobody named stays so, since it depends on the model what that means.
+    data = {"dataset": recipe.dataset} if "dataset" in recipe.model_fields_set else {}
     return make_settings(
-        {
+        data
+        | {
             "model": str(recipe.run_folder / "pruned"),
             "mode": recipe.finetune,
             "teacher": recipe.model if recipe.finetune == "distill" else None,
-            "dataset": recipe.dataset,
             "block_size": recipe.seqlen,
             "minutes": recipe.finetune_minutes,
             "seed": recipe.seed,
@@ -67,6 +69,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "evaluate": recipe.evaluate,
             "eval_data": recipe.eval_data,
             "eval_tokens": recipe.eval_tokens,
+            "eval_images": recipe.eval_images,
             "report_to": recipe.report_to or "none",
             "save": recipe.run_folder / "finetune",
             "save_model": recipe.save_model,

@@ -59,11 +59,21 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 
 class Objective(Protocol):
-    """A loss of a model on a batch of windows instead of the text's own."""
+    """A loss of a model on a batch of samples."""
 
-    def __call__(self, model: Callable[..., Any], tokens: Tensor, windows: Tensor) -> Tensor:
-        """tokens: B × S int64; windows: B int64, their numbers in the training text. Returns a mean."""
+    def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
+        """inputs: what the model takes, and `labels`; windows: B int64, the samples' numbers. Returns a mean."""
         ...
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the labels, a mean.
+
+    logits: B × S × V with labels B × S, each position's for the next one (text), or B × classes with labels B (images).
+    """
+    if logits.ndim == 3:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return functional.cross_entropy(logits.to(torch.float32), labels)
 
 
 @dataclass(frozen=True)
@@ -76,17 +86,20 @@ class Distillation:
     hidden_weight: float
     text_weight: float
 
-    def __call__(self, model: Callable[..., Any], tokens: Tensor, windows: Tensor) -> Tensor:
+    def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
         """See `Objective`."""
+        taken: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = self.hidden_weight > 0 and not isinstance(self.teacher, TeacherCache)
-        student = model(input_ids=tokens, output_hidden_states=hidden, use_cache=False)
+        if "input_ids" in inputs:
+            taken |= {"output_hidden_states": hidden, "use_cache": False}
+        student = model(**taken)
         loss = torch.zeros((), device=student.logits.device)
         if isinstance(self.teacher, TeacherCache):
             log_teacher, indices = self.teacher.read(windows, student.logits.device)
             loss = loss + self.kl_weight * divergence_of_top(student.logits, log_teacher, indices, self.temperature)
         else:
             with torch.no_grad():
-                dense = self.teacher(input_ids=tokens, output_hidden_states=hidden, use_cache=False)
+                dense = self.teacher(**taken)
             if self.kl_weight:
                 loss = loss + self.kl_weight * divergence(student.logits, dense.logits, self.temperature)
             if hidden:
@@ -94,6 +107,5 @@ class Distillation:
                 error = hidden_error(student.hidden_states[1:], dense.hidden_states[1:])
                 loss = loss + self.hidden_weight * error
         if self.text_weight:
-            logits = student.logits[:, :-1].flatten(0, 1).to(torch.float32)
-            loss = loss + self.text_weight * functional.cross_entropy(logits, tokens[:, 1:].flatten())
+            loss = loss + self.text_weight * label_loss(student.logits, inputs["labels"])
         return loss

@@ -109,10 +109,10 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY) -> Masks:
             continue
         name = parameter_name(matrix)
         matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
+        whole = getattr(matrix.owner, matrix.attribute)
         if matrix.expert is None:
-            pruned[name] = zero
+            pruned[name] = zero.view(whole.shape)
         else:
-            whole = getattr(matrix.owner, matrix.attribute)
             pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
             pruned[name][matrix.expert] = zero
     if not matrices:
@@ -175,8 +175,8 @@ def _plain_name(name: str) -> str:
 
 
 def _rows(stored: Tensor, matrix: Matrix) -> Tensor:
-    """A stored 2-D weight as out × in."""
-    return stored if matrix.input_dim == 1 else stored.T
+    """A stored weight as out × in; a convolution's is out × channels × height × width."""
+    return stored.flatten(1) if matrix.input_dim == 1 else stored.T
 
 
 def _most_kept(keep: Tensor, group: int) -> int:

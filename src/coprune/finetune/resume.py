@@ -1,4 +1,4 @@
-"""Where a run writes, and whether an interrupted one with the same settings, model and text goes on there."""
+"""Where a run writes, and whether an interrupted one with the same settings, model and data goes on there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from coprune.finetune.settings import FinetuneSettings
 _IDENTITY = "identity.json"
 _ANNOUNCED = "announced.json"
 # Where results go and what is measured afterwards may differ between a run and its resumption.
-_FREE = {"save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "report_to", "save_every"}
+_FREE = {
+    "save",
+    "save_model",
+    "cache_dir",
+    "evaluate",
+    "eval_data",
+    "eval_tokens",
+    "eval_images",
+    "report_to",
+    "save_every",
+}
 
 
 def announce(report: FinetuneReport, training_folder: Path) -> None:
@@ -62,7 +72,7 @@ def prepare_folders(settings: FinetuneSettings) -> None:
 
 
 def resume_from(session: Session, first: bool) -> Path | None:
-    """The last whole state of an interrupted run with the same settings, model and text, if there is one.
+    """The last whole state of an interrupted run with the same settings, model and data, if there is one.
 
     Raises BadInput if the folder holds an unfinished run of something else.
     """
@@ -71,7 +81,7 @@ def resume_from(session: Session, first: bool) -> Path | None:
     identity |= {
         "masks": session.masks.fingerprint(),
         "weights": _fingerprint(session),
-        "text": session.text.fingerprint,
+        "data": session.data.fingerprint,
     }
     try:
         earlier = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))

@@ -11,29 +11,41 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from coprune.checkpoint.load import load_model
+from coprune.checkpoint.load import load_model, task_of
 from coprune.checkpoint.locate import locate
+from coprune.checkpoint.weights import InMemory
 from coprune.checkpoint.writer import refuse_occupied
 from coprune.errors import BadInput
-from coprune.evaluate.perplexity import perplexity
 from coprune.finetune.adapters import merge, merge_adapter, plain_warning, save_adapter
 from coprune.finetune.distill import Distillation, Objective
 from coprune.finetune.masks import find_masks
-from coprune.finetune.report import BeforeAfter, FinetuneReport, adapter_card, curves, finetune_card
+from coprune.finetune.report import (
+    AccuracyChange,
+    Change,
+    FinetuneReport,
+    PerplexityChange,
+    adapter_card,
+    change,
+    curves,
+    finetune_card,
+)
 from coprune.finetune.resume import announce, finish_announced, prepare_folders, resume_from
 from coprune.finetune.saving import save_model
 from coprune.finetune.session import Session, device_of, prepare_session
 from coprune.finetune.settings import FinetuneSettings
 from coprune.finetune.teacher_cache import TeacherCache
 from coprune.finetune.trainer import ZeroKeepingTrainer, build_trainer
+from coprune.preparation import Loaded
 from coprune.progress import Reporter
+from coprune.recipe import make_recipe
 from coprune.report.schema import installed_versions
+from coprune.task import Measured, task_for
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
     """Fine-tune a pruned model so that every zero stays zero, and save the result with its curves.
 
-    Goes on where an interrupted run with the same settings, model and text stopped. Under torchrun or accelerate every
+    Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
     process calls this. Raises BadInput for what cannot be done as asked, BrokenMask, NumericalError, VerificationError.
     """
     first = int(os.environ.get("RANK", "0")) == 0
@@ -44,15 +56,16 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
         prepare_folders(settings)
     session = prepare_session(settings, reporter)
     resume = resume_from(session, first)
-    before = _perplexities(session, "before") if first else {}
+    before = _measure(session, "pruned") if first else {}
     objective = _objective(session, first)
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
         trainer = build_trainer(
-            session.model, session.masks, settings, session.text, session.training_folder, objective, advance
+            session.model, session.masks, settings, session.data, session.training_folder, objective, advance
         )
-        cached = session.model.config.use_cache
+        cached = getattr(session.model.config, "use_cache", None)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        session.model.config.use_cache = cached
+        if cached is not None:
+            session.model.config.use_cache = cached
         _release(session.model, trainer)
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     report = _finish(session, trainer, before, trained) if first else _report(session, trainer, [], trained, None, None)
@@ -70,60 +83,61 @@ def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) ->
 
 
 def _objective(session: Session, first: bool) -> Objective | None:
-    """The loss of distillation, with its teacher beside the model or run ahead; None for the text's own loss."""
+    """The loss of distillation, with its teacher beside the model or run ahead; None for the data's own loss."""
     settings = session.settings
     if settings.mode != "distill":
         return None
     assert settings.teacher is not None
     session.reporter.say(f"Loading the teacher {settings.teacher}")
     teacher, _ = load_model(locate(settings.teacher, settings.cache_dir), "auto")
-    _require_same_vocabulary(session.model, teacher)
+    _require_same_outputs(session.loaded.model, teacher)
     device = device_of(settings)
     torch.nn.Module.to(teacher, device)
-    weights = (settings.temperature, settings.kl_weight, settings.weight_of_hidden, settings.text_weight)
+    hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
+    weights = (settings.temperature, settings.kl_weight, hidden, settings.text_weight)
     if settings.top_k is None:
         return Distillation(teacher, *weights)
     cache = TeacherCache(session.training_folder / "teacher")
-    tokens = session.text.train.tokens
+    tokens = session.data.train.tokens
     with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
         if first:
             cache.fill(teacher, tokens, settings.top_k, settings.temperature, device, advance)
     return Distillation(cache, *weights)
 
 
-def _require_same_vocabulary(model: PreTrainedModel | PeftModel, teacher: PreTrainedModel) -> None:
-    mine, dense = (m.config.get_text_config() for m in (model, teacher))
-    if mine.vocab_size != dense.vocab_size:
+def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    mine, dense = (_outputs(m) for m in (model, teacher))
+    if mine != dense:
         raise BadInput(
-            f"the teacher has a vocabulary of {dense.vocab_size} tokens and the model one of {mine.vocab_size}; the "
-            "teacher has to be the dense model that was pruned, or one with the same tokenizer."
+            f"the teacher has a {dense} and the model a {mine}; the teacher has to be the dense model that was pruned, or "
+            "one with the same tokenizer or classes."
         )
 
 
-def _perplexities(session: Session, when: str) -> dict[str, float]:
-    """Perplexity of the model as it is now, adapters included, on every text."""
-    found = {}
+def _outputs(model: PreTrainedModel) -> str:
+    if task_of(model.config) == "images":
+        return f"head of {model.config.num_labels} classes"
+    return f"vocabulary of {model.config.get_text_config().vocab_size} tokens"
+
+
+def _measure(session: Session, which: str) -> dict[str, Measured]:
+    """Perplexity or accuracy of the model as it is now, adapters included, on everything that is measured on."""
+    found: dict[str, Measured] = {}
     model: Any = session.model
     torch.nn.Module.to(model, device_of(session.settings))
-    for name, text in session.evaluation.items():
-        windows = len(text.tokens) // session.block_size
-        with session.reporter.bar(f"Perplexity {when}", windows) as advance:
-            found[name] = perplexity(model, text.tokens, session.block_size, None, text.token_bytes, advance).value
-        session.reporter.say(f"Perplexity {when} on {name} (sequence length {session.block_size}): {found[name]:.2f}")
+    task = session.task
+    for name, data in session.evaluation.items():
+        with session.reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
+            found[name] = task.measure_in_memory(data, advance)
+        session.reporter.say(task.line(which, name, found[name]))
     return found
 
 
-def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, float], trained: int) -> FinetuneReport:
+def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, Measured], trained: int) -> FinetuneReport:
     """Measure, merge, verify and save; what a run resumes from is removed last."""
     settings = session.settings
-    after = _perplexities(session, "after")
-    texts = session.evaluation
-    changes = [
-        BeforeAfter(
-            data=name, source=texts[name].source, seqlen=session.block_size, before=before[name], after=after[name]
-        )
-        for name in texts
-    ]
+    after = _measure(session, "fine-tuned")
+    changes = [change(name, data.source, before[name], after[name]) for name, data in session.evaluation.items()]
     folder = None if settings.mode == "lora" and not settings.masked else settings.model_folder
     adapter = settings.run_folder / "adapter" if settings.mode == "lora" else None
     draft = _report(session, trainer, changes, trained, adapter, folder)
@@ -134,7 +148,8 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, flo
     if folder is not None:
         announce(draft, session.training_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
-        save_model(merged, session.tokenizer, session.masks, session.dtype, folder, finetune_card(draft))
+        probe = session.task.probe(None, session.evaluation)
+        save_model(merged, session.loaded.processor, session.masks, session.dtype, folder, finetune_card(draft), probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     report.write(settings.run_folder)
     shutil.rmtree(session.training_folder, ignore_errors=True)
@@ -144,7 +159,7 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, flo
 def _report(
     session: Session,
     trainer: ZeroKeepingTrainer,
-    changes: list[BeforeAfter],
+    changes: list[Change],
     trained: int,
     adapter: Path | None,
     folder: Path | None,
@@ -152,10 +167,10 @@ def _report(
     curve, held_out = curves(trainer.state.log_history)
     return FinetuneReport(
         settings=session.settings,
-        source=session.text.source,
-        windows=len(session.text.train),
+        source=session.data.source,
+        windows=len(session.data.train),
         block_size=session.block_size,
-        fingerprint=session.text.fingerprint,
+        fingerprint=session.data.fingerprint,
         processes=trainer.args.world_size,
         trained_parameters=trained,
         pruned_matrices=len(session.masks.matrices),
@@ -167,7 +182,8 @@ def _report(
         seconds=curve[-1].seconds if curve else 0.0,
         curve=curve,
         held_out=held_out,
-        perplexity=changes,
+        perplexity=[found for found in changes if isinstance(found, PerplexityChange)],
+        accuracy=[found for found in changes if isinstance(found, AccuracyChange)],
         adapter=adapter,
         saved_model=folder,
         versions=installed_versions(),
@@ -185,9 +201,12 @@ def merge_saved(model: str, adapter: Path, output: Path, reporter: Reporter) -> 
     Raises BadInput for an adapter that is plain or of another model, or an output folder that is taken.
     """
     refuse_occupied(output)
-    pruned, tokenizer = load_model(locate(model), "auto")
+    pruned, processor = load_model(locate(model), "auto")
+    loaded = Loaded(InMemory(pruned), processor, model, False)
+    probe = task_for(make_recipe({"model": model, "seqlen": 8}), loaded).probe(None, {})
     masks = find_masks(pruned)
     reporter.say(f"Merging {adapter} into {model}")
     merged = merge_adapter(pruned, masks, adapter)
-    save_model(merged, tokenizer, masks, merged.dtype, output, f"# {model} with the masked adapter {adapter} merged\n")
+    card = f"# {model} with the masked adapter {adapter} merged\n"
+    save_model(merged, processor, masks, merged.dtype, output, card, probe)
     return [f"model in  {output} ({masks.sparsity:.4%} zeros in {len(masks.matrices)} matrices, every zero kept)"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from coprune.checkpoint.companions import save_companions
 from coprune.checkpoint.load import prepare
@@ -22,14 +24,16 @@ from coprune.verify import verify_saved
 
 def save_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Any,
     masks: Masks,
     dtype: torch.dtype,
     folder: Path,
     card: str,
+    probe: Tensor,
 ) -> None:
     """Write a model in memory to a folder, in the dtype that its checkpoint had, and reload it to compare.
 
+    processor: its tokenizer or image processor, None for none; probe: one sample to compare the two with.
     Raises BrokenMask before anything is written, BadInput if the folder is taken or the disk is full, and
     VerificationError if what was written is not what was in memory.
     """
@@ -42,11 +46,10 @@ def save_model(
     for name in names:
         writer.write(name, weights.original_tensors(name))
     writer.write(REST, weights.rest_tensors(names))
-    save_companions(model, tokenizer, writer.partial)
+    save_companions(model, processor, writer.partial)
     write_text(writer.partial / "README.md", card)
     writer.finish()
-    probe = torch.zeros(1, 8, dtype=torch.int64, device=input_device(model))
-    structure = prove_replay(model, weights, blocks, [[] for _ in blocks], probe)
+    structure = prove_replay(model, weights, blocks, [[] for _ in blocks], probe.to(input_device(model)))
     verify_saved(folder, weights, blocks, structure, _checksums(masks))
 
 

@@ -1,26 +1,30 @@
-"""What a fine-tuning run checks and gathers before it trains: model, masks, adapters, text."""
+"""What a fine-tuning run checks and gathers before it trains: model, masks, adapters, data."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from coprune.checkpoint.load import load_model
 from coprune.checkpoint.locate import locate
 from coprune.checkpoint.weights import InMemory
-from coprune.data import EvaluationText
+from coprune.errors import BadInput
 from coprune.finetune.adapters import add_adapter, choose_targets, plain_warning
 from coprune.finetune.masks import Masks, find_masks, select_parameters
 from coprune.finetune.settings import FinetuneSettings
-from coprune.finetune.text_windows import TrainingText, read_training_text
-from coprune.preparation import Loaded, choose_seqlen, read_evaluation
+from coprune.finetune.text_windows import read_training_text
+from coprune.finetune.training_data import TrainingData
+from coprune.finetune.training_images import read_training_images
+from coprune.preparation import Loaded, choose_seqlen
 from coprune.progress import Reporter
-from coprune.recipe import Recipe, make_recipe
+from coprune.recipe import make_recipe
+from coprune.task import Data, ImageTask, Task, TextTask, task_for
 
 
 @dataclass
@@ -29,14 +33,20 @@ class Session:
 
     settings: FinetuneSettings
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    loaded: Loaded
+    """The same model, without the wrapper around its adapters, and its tokenizer or image processor."""
+    task: Task
     dtype: torch.dtype
     """Of the checkpoint, in which the result is saved."""
     masks: Masks
-    text: TrainingText
-    evaluation: dict[str, EvaluationText]
-    block_size: int
+    data: TrainingData
+    evaluation: dict[str, Data]
     reporter: Reporter
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens per window; None for images."""
+        return self.task.seqlen if isinstance(self.task, TextTask) else None
 
     @property
     def training_folder(self) -> Path:
@@ -46,29 +56,50 @@ class Session:
 
 def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     """Check all that can be checked, cheap things first."""
-    recipe = _recipe(settings)
     location = locate(settings.model, settings.cache_dir)
     reporter.say(f"Loading {settings.model}")
-    model, tokenizer = load_model(location, "auto")
+    model, processor = load_model(location, "auto")
     masks = find_masks(model)
     reporter.say(
         f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
         + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
     )
     dtype = model.dtype
-    limit = choose_seqlen(model, recipe)
-    block_size = settings.block_size or min(1024, limit)
-    text = read_training_text(settings, tokenizer, block_size)
-    loaded = Loaded(InMemory(model), tokenizer, location.name, False)
-    evaluation = read_evaluation(recipe, loaded, block_size, reporter)
+    loaded = Loaded(InMemory(model), processor, location.name, False)
+    task = _task(settings, loaded)
+    data = _training_data(settings, task, processor)
+    evaluation = task.evaluation(reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
-    return Session(settings, prepared, tokenizer, dtype, masks, text, evaluation, block_size, reporter)
+    return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter)
 
 
-def _recipe(settings: FinetuneSettings) -> Recipe:
-    """The part of the settings that a pruning run shares, for what it shares with one."""
-    names = ("model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens")
-    return make_recipe({name: getattr(settings, name) for name in names} | {"seqlen": settings.block_size})
+def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
+    """The task of the model, which pruning has too, for the part of the settings that a pruning run shares."""
+    names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images"}
+    recipe = make_recipe(
+        settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.block_size}
+    )
+    if loaded.task == "text":
+        limit = choose_seqlen(loaded.model, recipe)
+        recipe = recipe.model_copy(update={"seqlen": settings.block_size or min(1024, limit)})
+    return task_for(recipe, loaded)
+
+
+def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> TrainingData:
+    if isinstance(task, ImageTask):
+        _refuse_what_only_text_has(settings)
+        return read_training_images(settings, task)
+    assert isinstance(task, TextTask)
+    return read_training_text(settings, processor, task.seqlen)
+
+
+def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
+    if settings.block_size is not None:
+        raise BadInput("images are not cut into windows; leave out --block-size.")
+    if settings.top_k is not None:
+        raise BadInput("a classifier's teacher runs beside it; leave out --top-k.")
+    if settings.hidden_weight:
+        raise BadInput("a classifier is compared with its teacher by its classes alone; leave out --hidden-weight.")
 
 
 def _make_trainable(
@@ -80,7 +111,7 @@ def _make_trainable(
         targets = choose_targets(masks, settings.train, settings.rank)
         left = len(masks.matrices) - len(targets)
         if left and not settings.train:
-            reporter.say(f"{left} pruned matrices are fused experts and get no adapter; they stay as they are.")
+            reporter.say(f"{left} pruned matrices (fused experts, convolutions) get no adapter; they stay as they are.")
         if not settings.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
         return add_adapter(

@@ -33,16 +33,24 @@ class FinetuneSettings(BaseModel):
         ),
     ] = "lora"
     dataset: Annotated[
-        str, Field(description="Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file.")
+        str,
+        Field(
+            description="Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; or images: "
+            "digits, a folder of classes, .parquet, or a datasets id."
+        ),
     ] = "wikitext2"
     block_size: Annotated[
         int | None, Field(description="Tokens per training window. [min(1024, model's limit)]", ge=2)
     ] = None
-    batch_size: Annotated[int, Field(description="Windows per process and forward pass.", ge=1)] = 1
-    accumulate: Annotated[int, Field(description="Forward passes per optimiser step.", ge=1)] = 8
-    epochs: Annotated[float, Field(description="Passes over the text, unless steps or minutes are given.", gt=0)] = 1.0
+    batch_size: Annotated[
+        int | None, Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1)
+    ] = None
+    accumulate: Annotated[
+        int | None, Field(description="Forward passes per optimiser step. [8 of text, 1 of images]", ge=1)
+    ] = None
+    epochs: Annotated[float, Field(description="Passes over the data, unless steps or minutes are given.", gt=0)] = 1.0
     max_steps: Annotated[int | None, Field(description="Optimiser steps.", ge=1)] = None
-    max_samples: Annotated[int | None, Field(description="Use only so many windows of the text.", ge=1)] = None
+    max_samples: Annotated[int | None, Field(description="Use only so many windows or images.", ge=1)] = None
     minutes: Annotated[
         float | None, Field(description="Train for so long; the learning rate falls with the time.", gt=0)
     ] = None
@@ -75,9 +83,10 @@ class FinetuneSettings(BaseModel):
     temperature: Annotated[float, Field(description="distill: temperature of the compared distributions.", gt=0)] = 2.0
     kl_weight: Annotated[float, Field(description="distill: weight of the divergence of the logits.", ge=0)] = 1.0
     hidden_weight: Annotated[
-        float | None, Field(description="distill: weight of the blocks' relative errors. [1, or 0 with --top-k]", ge=0)
+        float | None,
+        Field(description="distill: weight of the blocks' relative errors. [1; 0 with --top-k or for images]", ge=0),
     ] = None
-    text_weight: Annotated[float, Field(description="distill: weight of the text's own loss.", ge=0)] = 0.0
+    text_weight: Annotated[float, Field(description="distill: weight of the data's own loss.", ge=0)] = 0.0
     top_k: Annotated[
         int | None,
         Field(description="distill: run the teacher ahead and keep its so many largest logits per token.", ge=1),
@@ -87,18 +96,22 @@ class FinetuneSettings(BaseModel):
     seed: Annotated[int, Field(description="Seed of everything random.")] = 0
     device: Annotated[str, Field(description="auto or cpu; auto takes a GPU if there is one.")] = "auto"
     evaluations: Annotated[
-        int, Field(description="How many times during the training to measure the loss on held-out windows.", ge=0)
+        int, Field(description="How many times during the training to measure the loss on held-out samples.", ge=0)
     ] = 5
     held_out: Annotated[
-        float, Field(description="Share of the windows held out for that (at most 64).", ge=0, lt=1)
+        float, Field(description="Share of them held out for that (at most 64 windows or 2,048 images).", ge=0, lt=1)
     ] = 0.05
     patience: Annotated[
         int | None, Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1)
     ] = None
     save_every: Annotated[int, Field(description="Steps between the states from which a run resumes.", ge=1)] = 100
-    evaluate: Annotated[bool, Field(description="Measure perplexity before and after.")] = True
+    evaluate: Annotated[bool, Field(description="Measure perplexity or accuracy before and after.")] = True
     eval_data: Annotated[
-        str | None, Field(description="Text for perplexity, comma-separated. [test split of the corpus]")
+        str | None,
+        Field(description="Text for perplexity or images for accuracy, comma-separated. [test split of the data]"),
+    ] = None
+    eval_images: Annotated[
+        int | None, Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1)
     ] = None
     eval_tokens: Annotated[int | None, Field(description="Use only so many tokens of each. [all]", ge=2)] = None
     cache_dir: Annotated[Path | None, Field(description="Where downloads are kept.")] = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from coprune.data.windows import fingerprint, token_ids
 from coprune.errors import BadInput
 from coprune.evaluate.batches import cut_windows
 from coprune.finetune.settings import FinetuneSettings
+from coprune.finetune.training_data import TrainingData, count_held_out
 
 MOST_HELD_OUT = 64
 
@@ -34,18 +34,8 @@ class TextWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": window, "labels": window, "window": torch.tensor(index)}
 
 
-@dataclass(frozen=True)
-class TrainingText:
-    """The windows to train on, those held out from the end of the text, and where they come from."""
-
-    train: TextWindows
-    held_out: TextWindows | None
-    source: str
-    fingerprint: str
-
-
-def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingText:
-    """Read a corpus and pack it.
+def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
+    """Read a corpus and pack it; windows are held out from its end.
 
     Documents are joined in a random order with the tokenizer's end mark between them; of more windows than
     max_samples, random ones are taken. Raises BadInput if the text does not fill two windows.
@@ -58,19 +48,13 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
             f"a shorter --block-size or more text. {LOCAL_FILE_HINT}"
         )
     windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
-    held_out = _count_held_out(settings, len(windows))
+    held_out = count_held_out(settings, len(windows), MOST_HELD_OUT)
     train = windows[: len(windows) - held_out]
     if settings.max_samples is not None and settings.max_samples < len(train):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
         train = train[order[: settings.max_samples]]
     watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
-    return TrainingText(TextWindows(train.clone()), watched, text.source, fingerprint(train))
-
-
-def _count_held_out(settings: FinetuneSettings, windows: int) -> int:
-    if not settings.evaluations or not settings.held_out:
-        return 0
-    return max(1, min(MOST_HELD_OUT, round(settings.held_out * windows)))
+    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train))
 
 
 def _stream(

@@ -22,7 +22,7 @@ from coprune.finetune.hold_zeros import hold_zeros
 from coprune.finetune.masks import Masks, plain_parameters
 from coprune.finetune.pace import Along, Pace, rate_at
 from coprune.finetune.settings import FinetuneSettings
-from coprune.finetune.text_windows import TrainingText
+from coprune.finetune.training_data import TrainingData
 from coprune.progress import Advance
 
 _OPTIMIZERS: dict[str, tuple[str, str | None]] = {
@@ -43,12 +43,14 @@ class ZeroKeepingTrainer(Trainer):
         settings: FinetuneSettings,
         pace: Pace,
         objective: Objective | None = None,
+        own_loss: Objective | None = None,
         **kwargs: Any,
     ) -> None:
-        """objective: what to train for instead of the text's own loss."""
+        """objective: what to train for instead of the data's own loss; own_loss: that one, None for the model's."""
         super().__init__(*args, **kwargs)
-        self._masks, self._settings, self._pace, self._objective = masks, settings, pace, objective
-        if objective is not None:
+        self._masks, self._settings, self._pace = masks, settings, pace
+        self._objective, self._own_loss = objective or own_loss, own_loss
+        if self._objective is not None:
             # It returns a mean per batch, which the Trainer divides by the number of batches per step.
             self.loss_is_scaled_for_ga = False
 
@@ -76,12 +78,14 @@ class ZeroKeepingTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective while training; the text's own loss without one, and when measuring, so that modes compare."""
+        """The objective while training; the data's own loss without one, and when measuring, so that modes compare."""
         inputs = dict(inputs)
         windows: Tensor = inputs.pop("window")
-        if self._objective is None or not model.training:
+        objective = self._objective if model.training else self._own_loss
+        if objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self._objective(model, inputs["input_ids"], windows)
+        loss = objective(model, inputs, windows)
+        return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Note when it was, so that an interrupted training goes on with the time that is left."""
@@ -106,27 +110,28 @@ def build_trainer(
     model: Any,
     masks: Masks,
     settings: FinetuneSettings,
-    text: TrainingText,
+    data: TrainingData,
     folder: Path,
     objective: Objective | None,
     advance: Advance,
 ) -> ZeroKeepingTrainer:
     """A trainer for these settings that keeps its states in a folder."""
     pace = Pace(settings.minutes)
-    callbacks: list[TrainerCallback] = [Along(settings, pace, text.held_out is not None, advance)]
-    if settings.patience is not None and text.held_out is not None:
+    callbacks: list[TrainerCallback] = [Along(settings, pace, data.held_out is not None, advance)]
+    if settings.patience is not None and data.held_out is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = ZeroKeepingTrainer(
         model=model,
-        args=training_arguments(settings, text, folder),
-        train_dataset=text.train,
-        eval_dataset=text.held_out,
+        args=training_arguments(settings, data, folder),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
         data_collator=stack,
         callbacks=callbacks,
         masks=masks,
         settings=settings,
         pace=pace,
         objective=objective,
+        own_loss=data.loss,
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -134,16 +139,16 @@ def build_trainer(
     return trainer
 
 
-def training_arguments(settings: FinetuneSettings, text: TrainingText, folder: Path) -> TrainingArguments:
+def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: Path) -> TrainingArguments:
     """The settings in transformers' words."""
     optimizer, optimizer_arguments = _OPTIMIZERS[settings.optimizer]
-    watch = settings.patience is not None and text.held_out is not None
+    watch = settings.patience is not None and data.held_out is not None
     until_time = settings.minutes is not None and settings.max_steps is None
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
+        per_device_train_batch_size=settings.batch_size or data.batch_size,
+        per_device_eval_batch_size=settings.batch_size or data.batch_size,
+        gradient_accumulation_steps=settings.accumulate or data.accumulate,
         num_train_epochs=settings.epochs,
         max_steps=_NEVER if until_time else settings.max_steps or -1,
         learning_rate=settings.rate,
@@ -158,8 +163,8 @@ def training_arguments(settings: FinetuneSettings, text: TrainingText, folder: P
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if text.held_out is not None else "no",
-        eval_steps=_NEVER if text.held_out is not None else None,
+        eval_strategy="steps" if data.held_out is not None else "no",
+        eval_steps=_NEVER if data.held_out is not None else None,
         save_strategy=SaveStrategy.STEPS,
         save_steps=_NEVER if watch else settings.save_every,
         save_total_limit=1,
@@ -190,5 +195,5 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Windows of one length make a batch without padding."""
+    """Samples of one size make a batch without padding."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
