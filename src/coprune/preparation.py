@@ -138,7 +138,9 @@ def prepare_folders(recipe: Recipe) -> None:
         raise BadInput(f"{run_folder} is a file; name another run folder with --save.")
     if (run_folder / REPORT_FILE).exists():
         raise BadInput(f"{run_folder} already holds a finished run; name another folder with --save, or remove it.")
-    if run_folder.is_dir() and any(run_folder.iterdir()) and not (run_folder / RECIPE_FILE).exists():
+    # A run that was refused or failed early left no more than its logs.
+    logs = {run_folder / "tensorboard", *([recipe.log_json] if recipe.log_json else [])}
+    if run_folder.is_dir() and set(run_folder.iterdir()) - logs and not (run_folder / RECIPE_FILE).exists():
         raise BadInput(f"{run_folder} already holds something that is no run; name another folder with --save.")
     target = recipe.save_model
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):

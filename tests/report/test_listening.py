@@ -44,6 +44,16 @@ def test_a_failed_run_is_told(tmp_path: Path) -> None:
     assert "nothing.like.it" in last["error"]
 
 
+def test_the_log_of_a_failed_run_does_not_bar_the_next(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "log.jsonl"
+    with pytest.raises(BadInput):
+        prune(tmp_path, log_json=log, include="nothing.like.it")
+    common = {"dataset": str(tmp_path / "text.txt"), "seqlen": 32, "nsamples": 4, "evaluate": False, "quiet": True}
+    coprune.prune(str(tmp_path / "model"), save=tmp_path / "run", log_json=log, **common)
+    events = [json.loads(line)["event"] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert (events.count("failed"), events[-1]) == (1, "finished")
+
+
 def test_tensorboard_holds_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
