@@ -1,7 +1,8 @@
-"""Small files that are written whole or not at all."""
+"""Small files that are written whole or not at all, and where those are kept that can be made again."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from coprune.checkpoint.durable import write_durably
@@ -22,3 +23,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         write_durably(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def user_cache() -> Path:
+    """`coprune` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coprune"

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from coprune.checkpoint.shards import checkpoint_entries, read_json
+from coprune.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
 from coprune.errors import BadInput
 from coprune.packed.registration import QUANT_METHOD
 
@@ -63,7 +64,7 @@ Location = ModelFolder | GgufFile
 def locate(model: str | Path, cache_dir: Path | None = None, revision: str | None = None) -> Location:
     """Find the model's files, fetching them from the Hub into `cache_dir` if they are not here.
 
-    model: a name in PACKAGED, a path to a GGUF file or to a folder, or a Hub id; a path that exists wins.
+    model: a name in PACKAGED, a path to a GGUF file or to a folder, timm/NAME@FILE, or a Hub id; a path that exists wins.
     Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
     """
     path = Path(model).expanduser()
@@ -74,6 +75,8 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
     name = str(model)
     if name in PACKAGED:
         return _locate_packaged(PACKAGED[name], cache_dir)
+    if names_timm_file(name):
+        return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
     # With `runs/` here, `runs/mdoel` is a slip of the pen rather than a Hub id.
     if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
         raise BadInput(f"there is no model at {name}{_nearest(path)}")
@@ -116,7 +119,8 @@ def is_packed(folder: ModelFolder) -> bool:
 
 def _locate_gguf(path: Path) -> GgufFile:
     if path.suffix.lower() != ".gguf":
-        raise BadInput(f"{path} is neither a GGUF file nor a folder; name the folder that holds config.json.")
+        timm = f", or timm's architecture with it: timm/NAME@{path}" if path.suffix in WEIGHT_FILES else ""
+        raise BadInput(f"{path} is neither a GGUF file nor a folder; name the folder that holds config.json{timm}.")
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise BadInput(f"{path} is cut off or not a GGUF file; fetch it again.")

@@ -7,7 +7,6 @@ its, so that nothing is looked up that has changed since. Files that cannot be r
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +14,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from coprune.data.local_text import files_of, looks_local, split_column
-from coprune.files import write_text
+from coprune.files import user_cache, write_text
 
 Kept = TypeVar("Kept", bound=BaseModel)
 
@@ -51,7 +50,7 @@ class EvaluationCache:
 
 def default_cache_folder() -> Path:
     """`coprune/evaluations` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coprune" / "evaluations"
+    return user_cache() / "evaluations"
 
 
 def model_fingerprint(path: Path) -> str:

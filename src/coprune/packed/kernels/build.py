@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from coprune.files import user_cache
+
 SOURCES = Path(__file__).parent
 # The kernels are vectors already; packing their scalar pointers into vectors as well costs a third of the speed.
 BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-tree-slp-vectorize")
@@ -106,7 +108,7 @@ def cache_folder() -> Path:
     """Where compiled kernels are kept."""
     if "COPRUNE_CACHE" in os.environ:
         return Path(os.environ["COPRUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coprune"
+    return user_cache()
 
 
 def _compile() -> Path:
