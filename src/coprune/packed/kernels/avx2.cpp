@@ -27,8 +27,7 @@ inline __m256 expand_8(uint32_t bits, __m256 values) {
 struct Narrow {
     typedef __m256 Input;
     typedef __m256 Sum;
-    static constexpr int LANES = 8, AHEAD = 512;
-    static constexpr bool EIGHT = false;  // 16 registers: 8 sums, 4 inputs and what the expansion needs
+    static constexpr int LANES = 8, AHEAD = 512, REGISTERS = 16;
     static Sum zero() { return _mm256_setzero_ps(); }
     static Sum multiply_add(__m256 weights, Input input, Sum sum) { return _mm256_fmadd_ps(weights, input, sum); }
     static float total(Sum sum) {

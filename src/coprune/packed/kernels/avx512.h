@@ -24,8 +24,7 @@ inline __m512i expand_32(__mmask16 bits, __m512i values) {
 struct Wide {
     typedef __m512 Input;
     typedef __m512 Sum;
-    static constexpr int LANES = 16, AHEAD = 1024;
-    static constexpr bool EIGHT = true;
+    static constexpr int LANES = 16, AHEAD = 2048, REGISTERS = 32;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Sum multiply_add(__m512 weights, Input input, Sum sum) { return _mm512_fmadd_ps(weights, input, sum); }
     static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }

@@ -13,8 +13,7 @@ struct Bfloat16 {
     typedef uint16_t Value;
     typedef __m512i Input;
     typedef __m512 Sum;
-    static constexpr int LANES = 32, AHEAD = 1024;
-    static constexpr bool EIGHT = true;
+    static constexpr int LANES = 32, AHEAD = 2048, REGISTERS = 32;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Input load(const uint16_t* x) { return _mm512_loadu_si512(x); }
     static Input load(const uint16_t* x, int count) { return _mm512_maskz_loadu_epi16((__mmask32)low_bits(count), x); }

@@ -7,26 +7,26 @@
 //   expand(bits, values)    the next values, in the lanes whose bits are set (only the LANES lowest bits count)
 //   multiply_add, zero, total          on partial sums; `total` is the horizontal sum
 //   AHEAD                   how many bytes ahead the values are fetched
-//   EIGHT                   whether eight inputs fit the registers
-// B inputs share the expansion. One row at a time reads values and mask strictly in order, across the ends of rows
-// too, which is what prefetching follows best: four rows at once reached a third of the memory's bandwidth. SETS of
-// sums per row keep the multipliers busy. Only for eight inputs do R = 2 rows share the loads of x.
+//   REGISTERS               how many vector registers there are
+// B inputs share the expansion, and R rows share the loads of x. The rows of a group lie far apart, so that each reads
+// its values and mask strictly in order, across the ends of rows too, which is what prefetching follows best: four
+// neighbouring rows at once reached a third of the memory's bandwidth. SETS of sums per row keep the multipliers busy.
 #pragma once
 #include "packed.h"
 
 namespace {
 
-// 64 columns of R rows. WHOLE: all of them exist; else `count` do. BYTES: rows begin at whole bytes of the mask.
+// 64 columns of R rows, `apart` bits from each other. WHOLE: all of them exist; else `count` do. BYTES: rows begin at whole bytes of the mask.
 template <class Vector, int R, int SETS, int B, bool WHOLE, bool BYTES>
 __attribute__((always_inline)) inline void block(
-    const Matrix* matrix, int64_t bit, typename Vector::Sum (&sums)[R][SETS][B],
+    const Matrix* matrix, int64_t bit, int64_t apart, typename Vector::Sum (&sums)[R][SETS][B],
     const typename Vector::Value* (&values)[R], const typename Vector::Value* x, int64_t count, int first_set) {
     constexpr int LANES = Vector::LANES, STEPS = 64 / LANES;
     uint64_t words[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        words[r] = BYTES ? load_64(matrix->mask + (bit >> 3) + r * (matrix->columns >> 3))
-                         : mask_word(matrix->mask, bit + r * matrix->columns);
+        words[r] = BYTES ? load_64(matrix->mask + (bit >> 3) + r * (apart >> 3))
+                         : mask_word(matrix->mask, bit + r * apart);
         if (!WHOLE) words[r] &= low_bits(count);
         __builtin_prefetch((const char*)values[r] + Vector::AHEAD);
         __builtin_prefetch((const char*)values[r] + Vector::AHEAD + 64);
@@ -56,15 +56,17 @@ __attribute__((always_inline)) inline void block(
     for (int r = 0; r < R; r++) values[r] += __builtin_popcountll(words[r]);
 }
 
+// Rows row, row + gap, …
 template <class Vector, int R, int B, bool BYTES>
-void rows_by_inputs(const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t row) {
-    constexpr int SETS = B == 1 ? 4 : B == 2 ? 2 : 1, STEPS = 64 / Vector::LANES;
+void rows_by_inputs(
+    const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t row, int64_t gap) {
+    constexpr int SETS = R * B == 1 ? 4 : R * B == 2 ? 2 : 1, STEPS = 64 / Vector::LANES;
     constexpr int BLOCKS = STEPS < SETS ? SETS / STEPS : 1;  // so many in turn use every set
-    const int64_t columns = matrix->columns, bit = row * columns;
+    const int64_t columns = matrix->columns, bit = row * columns, apart = gap * columns;
     typename Vector::Sum sums[R][SETS][B];
     const typename Vector::Value* values[R];
     for (int r = 0; r < R; r++) {
-        values[r] = (const typename Vector::Value*)matrix->values + matrix->starts[row + r];
+        values[r] = (const typename Vector::Value*)matrix->values + matrix->starts[row + r * gap];
         for (int set = 0; set < SETS; set++)
             for (int b = 0; b < B; b++) sums[r][set][b] = Vector::zero();
     }
@@ -73,42 +75,45 @@ void rows_by_inputs(const Matrix* matrix, const typename Vector::Value* x, typen
 #pragma GCC unroll 4
         for (int i = 0; i < BLOCKS; i++)
             block<Vector, R, SETS, B, true, BYTES>(
-                matrix, bit + column + 64 * i, sums, values, x + column + 64 * i, 64, i * STEPS);
+                matrix, bit + column + 64 * i, apart, sums, values, x + column + 64 * i, 64, i * STEPS);
     for (; column + 64 <= columns; column += 64)
-        block<Vector, R, SETS, B, true, BYTES>(matrix, bit + column, sums, values, x + column, 64, 0);
+        block<Vector, R, SETS, B, true, BYTES>(matrix, bit + column, apart, sums, values, x + column, 64, 0);
     if (column < columns)
-        block<Vector, R, SETS, B, false, BYTES>(matrix, bit + column, sums, values, x + column, columns - column, 0);
+        block<Vector, R, SETS, B, false, BYTES>(matrix, bit + column, apart, sums, values, x + column, columns - column, 0);
     for (int r = 0; r < R; r++) {
         for (int b = 0; b < B; b++) {
             float sum = 0;
             for (int set = 0; set < SETS; set++) sum += Vector::total(sums[r][set][b]);
-            store_output(matrix, y + b * matrix->rows, row + r, sum);
+            store_output(matrix, y + b * matrix->rows, row + r * gap, sum);
         }
     }
 }
 
+// Rows first … last − 1 against B inputs.
 template <class Vector, int B, bool BYTES>
-void rows_by(const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t& row, int64_t last) {
-    constexpr int R = B == 8 ? 2 : 1;
-    for (; row + R <= last; row += R) rows_by_inputs<Vector, R, B, BYTES>(matrix, x, y, row);
-    for (; row < last; row++) rows_by_inputs<Vector, 1, B, BYTES>(matrix, x, y, row);
+void rows_by(const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t first, int64_t last) {
+    constexpr int R = B <= 2 ? 2 : Vector::REGISTERS < 32 ? 1 : B == 4 ? 4 : 2;
+    const int64_t gap = (last - first) / R;
+    for (int64_t row = first; row < first + gap; row++) rows_by_inputs<Vector, R, B, BYTES>(matrix, x, y, row, gap);
+    for (int64_t row = first + R * gap; row < last; row++) rows_by_inputs<Vector, 1, B, BYTES>(matrix, x, y, row, 1);
 }
 
 template <class Vector, bool BYTES>
 void multiply_tiles(const Matrix* matrix, const void* x_pointer, void* y_pointer, int64_t batch, int64_t first, int64_t last) {
-    // A few rows at a time for all inputs, so that the packed rows come from memory once.
-    constexpr int64_t TILE = 16;
-    for (int64_t start = first; start < last; start += TILE) {
-        const int64_t end = start + TILE < last ? start + TILE : last;
+    // What is multiplied in several rounds: a few rows at a time for all inputs, so that they come from memory once.
+    constexpr int64_t LARGEST = Vector::REGISTERS < 32 ? 4 : 8;
+    const bool one_round = batch <= LARGEST && (batch & (batch - 1)) == 0;
+    const int64_t tile = one_round ? last - first : 16;
+    for (int64_t start = first; start < last; start += tile) {
+        const int64_t end = start + tile < last ? start + tile : last;
         int64_t b = 0;
         while (b < batch) {
             const typename Vector::Value* x = (const typename Vector::Value*)x_pointer + b * matrix->columns;
             typename Vector::Value* y = (typename Vector::Value*)y_pointer + b * matrix->rows;
-            int64_t row = start;
-            if (batch - b >= 8 && Vector::EIGHT) b += 8, rows_by<Vector, 8, BYTES>(matrix, x, y, row, end);
-            else if (batch - b >= 4) b += 4, rows_by<Vector, 4, BYTES>(matrix, x, y, row, end);
-            else if (batch - b >= 2) b += 2, rows_by<Vector, 2, BYTES>(matrix, x, y, row, end);
-            else b += 1, rows_by<Vector, 1, BYTES>(matrix, x, y, row, end);
+            if (batch - b >= 8 && LARGEST == 8) b += 8, rows_by<Vector, 8, BYTES>(matrix, x, y, start, end);
+            else if (batch - b >= 4) b += 4, rows_by<Vector, 4, BYTES>(matrix, x, y, start, end);
+            else if (batch - b >= 2) b += 2, rows_by<Vector, 2, BYTES>(matrix, x, y, start, end);
+            else b += 1, rows_by<Vector, 1, BYTES>(matrix, x, y, start, end);
         }
     }
 }
