@@ -19,6 +19,7 @@ from coprune.commands.evaluate import compare, evaluate, report
 from coprune.commands.finetune import finetune, merge
 from coprune.commands.packed import bench, pack, unpack
 from coprune.commands.prune import METHOD_OPTIONS, estimate, prune
+from coprune.commands.sweep import SweepCommand, sweep
 from coprune.errors import CopruneError
 from coprune.recipe import make_recipe
 
@@ -110,6 +111,7 @@ def demo(
 
 app.command("eval")(evaluate)
 app.command(context_settings=METHOD_OPTIONS)(estimate)
+app.command(cls=SweepCommand, context_settings=METHOD_OPTIONS)(sweep)
 app.command()(compare)
 app.command()(report)
 app.command()(finetune)

@@ -99,7 +99,7 @@ class Estimate:
         """One line for people."""
         there = "" if self.available_bytes is None else f" of {(self.available_bytes + self.resident_bytes) / GIB:.1f}"
         several = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        return f"Estimate: {self.peak_bytes / GIB:.2f}{there} GiB of memory{several} at most, about {_duration(self.seconds)}."
+        return f"Estimate: {self.peak_bytes / GIB:.2f}{there} GiB of memory{several} at most, about {duration(self.seconds)}."
 
     def to_json(self) -> str:
         """All figures as JSON."""
@@ -226,7 +226,8 @@ def _proposal(work: Workload, run: Settings, available: int | None) -> str:
     return f"Even {' '.join(options)} would not be enough;{half} a machine with more memory would help."
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -47,14 +47,19 @@ def finish_run_folder(recipe: Recipe, report: Report) -> None:
     (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)
     # The charts' library reserves address space by the gigabyte and aborts the process where it gets none. A page is
     # not worth that; `coprune report RUN` makes it later.
-    if not _memory_is_limited():
+    if not memory_is_limited():
         write_page([recipe.run_folder], recipe.run_folder / PAGE_FILE)
 
 
-def _memory_is_limited() -> bool:
+def memory_is_limited() -> bool:
     """Whether somebody set a limit on this process's address space or data."""
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
+def can_make_pages() -> bool:
+    """Whether the extra `report` is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("altair", "vl_convert"))
 
 
 def write_page(runs: Sequence[Path], path: Path) -> bool:
@@ -62,7 +67,7 @@ def write_page(runs: Sequence[Path], path: Path) -> bool:
 
     runs: folders of runs, or report files. Raises BadInput if one has no report.
     """
-    if importlib.util.find_spec("altair") is None or importlib.util.find_spec("vl_convert") is None:
+    if not can_make_pages():
         return False
     from coprune.report.several import report_page
 

@@ -28,13 +28,13 @@ class Run:
     size: int | None
 
     @classmethod
-    def read(cls, path: Path) -> Run:
-        """Read a run folder or a report.json. Raises BadInput if there is no report."""
+    def read(cls, path: Path, name: str = "") -> Run:
+        """Read a run folder or a report.json. name: by default the folder's. Raises BadInput if there is no report."""
         file = path if path.is_file() else path / "report.json"
         report = Report.read(file)
         saved = report.saved_model
         size = bytes_of_weights(saved) if saved is not None and saved.is_dir() else None
-        return cls(file.parent.name or str(path), report, size)
+        return cls(name or file.parent.name or str(path), report, size)
 
     def perplexity(self, on: _Text) -> PerplexityFacts | None:
         """Its perplexity on a text, if that was measured."""
@@ -49,11 +49,11 @@ def report_page(paths: Sequence[Path]) -> str:
     return run_page(runs[0].report) if len(runs) == 1 else runs_page(runs)
 
 
-def runs_page(runs: Sequence[Run]) -> str:
-    """Build the page for several runs."""
+def runs_page(runs: Sequence[Run], tables: Sequence[str] = ()) -> str:
+    """Build the page for several runs. tables: sections that come first, HTML."""
     texts = Counter(_text_of(facts) for run in runs for facts in run.report.perplexity)
     charts: dict[str, Any] = {}
-    parts = [f"<header><h1>{len(runs)} runs</h1><p class='soft'>{text(_models(runs))}</p></header>"]
+    parts = [f"<header><h1>{len(runs)} runs</h1><p class='soft'>{text(_models(runs))}</p></header>", *tables]
     if texts:
         shown = max(texts, key=lambda key: texts[key])
         note = f"Perplexity on {shown[0]} (sequence length {shown[2]}, {texts[shown]} of {len(runs)} runs); lower is better."

@@ -1,0 +1,110 @@
+"""`coprune sweep`: many runs from one file or preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from coprune.commands.options import method_options, with_options_of
+from coprune.errors import BadInput
+from coprune.recipe import Recipe
+
+_LOCAL = "local"
+
+
+class SweepCommand(TyperCommand):
+    """Lets `--ray` stand without a value, for a cluster of this machine alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a `--ray` that no address follows one."""
+        complete = list(args)
+        for index, word in enumerate(args):
+            following = args[index + 1 : index + 2]
+            if word == "--ray" and (not following or not _is_address(following[0])):
+                complete[index] = f"--ray={_LOCAL}"
+        rest: list[str] = super().parse_args(ctx, complete)
+        return rest
+
+
+def _is_address(word: str) -> bool:
+    return not word.startswith("-") and (word in ("auto", _LOCAL) or ":" in word)
+
+
+@with_options_of(Recipe)
+def sweep(
+    context: typer.Context,
+    file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="llama-7b, llama-13b, …, opt, ablate-weight-update: the original batch scripts."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Use this model instead.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the commands that the runs stand for, and do nothing.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Run on the Ray cluster at ADDRESS (host:port, auto), or without one on a cluster of this machine.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time. [as many as cores and, by the estimates, memory allow]", min=1)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores of a run. [all of them shared out]", min=1)] = None,
+    retries: Annotated[
+        int, typer.Option(help="Try a run so often again that crashed or whose process was killed.", min=0)
+    ] = 2,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live table.")] = False,
+    **settings: Any,
+) -> None:
+    """Do many runs: every combination of a file's lists, several at a time, and collect what they found in one table.
+
+    Example file, 3 methods × 2 patterns × 2 seeds; any option of prune may have a list:
+
+        {model: smollm2-135m, dataset: embedded, seqlen: 512, nsamples: 32,
+         method: [wanda, sparsegpt, magnitude], pattern: [unstructured, "2:4"], seed: [0, 1], save: out/table}
+
+    Under sweep: a file may also name zip (lists that go in step), include, exclude and folders; see docs/sweeps.md.
+
+    Results: results.md, results.csv, results.parquet and report.html in the sweep's folder, beside one folder a run.
+
+    The same command again goes on after Ctrl-C or a crash: what is finished is not done again.
+
+    Options of prune that are given here replace what the file says for all of its runs.
+    """
+    from coprune.sweep.command_line import command_of
+    from coprune.sweep.file import Sweep
+    from coprune.sweep.presets import sweep_preset
+
+    if (file is None) == (preset is None):
+        raise BadInput("name either a file or a preset, for example: coprune sweep --preset llama-7b --dry-run.")
+    chosen = Sweep.read(file) if file is not None else sweep_preset(preset or "")
+    typed = {name: value for name, value in settings.items() if value is not None}
+    options = method_options(context.args)
+    typed |= ({"model": model} if model else {}) | ({"options": options} if options else {})
+    chosen = chosen.with_settings(typed)
+    from coprune.sweep.finished import finished_report
+    from coprune.sweep.run import check_sweep
+
+    if dry_run:
+        for run in check_sweep(chosen):
+            done = "" if finished_report(run.recipe) is None else "  # done"
+            typer.echo(command_of(run.recipe) + done)
+        return
+    from rich.console import Console
+
+    from coprune.sweep.plan import Execution
+    from coprune.sweep.results import MARKDOWN, print_tables
+    from coprune.sweep.run import run_sweep
+
+    outcome = run_sweep(chosen, Execution(ray, workers, threads, retries), quiet)
+    print_tables(chosen, outcome.runs, outcome.reports, Console())
+    typer.echo(outcome.ledger.line())
+    typer.echo(f"results   {chosen.folder / MARKDOWN}")
+    outcome.require_success(chosen.folder)
