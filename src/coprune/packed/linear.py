@@ -82,6 +82,8 @@ class PackedLinear(nn.Module):
 
     def _prepare(self) -> NativeMatrix | None:
         self._native = native_matrix(self.packed, self.header, self.bias)
+        if self._native is not None:
+            self._buffers["packed"] = self._native.blob
         self._prepared = True
         return self._native
 

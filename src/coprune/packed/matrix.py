@@ -25,6 +25,7 @@ from coprune.packed.format import (
     read_header,
 )
 from coprune.packed.kernels.build import MatrixStruct, load_kernels
+from coprune.packed.pages import on_large_pages
 
 IN_KERNEL = {torch.float32: 64, torch.bfloat16: 12}  # inputs; measured where the tiles begin to win
 TILE_BYTES = 4 << 20
@@ -60,7 +61,8 @@ class NativeMatrix:
     """What a kernel needs to know of one packed matrix: pointers into it, kept alive here."""
 
     def __init__(self, blob: Tensor, header: Header, bias: Tensor | None, library: ctypes.CDLL) -> None:
-        """blob: packed, bitmask layout, on the CPU, checked; bias: O values of its dtype, contiguous."""
+        """blob: packed, bitmask layout, on the CPU, checked, and copied; bias: O values of its dtype, contiguous."""
+        blob = on_large_pages(blob)
         self.blob, self.bias = blob, bias
         self.rows, self.columns = header.shape
         self.dtype, self.bytes = header.dtype, header.dtype.itemsize

@@ -6,7 +6,6 @@ compared, and only ratios mean anything.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from coprune.packed.kernels.build import MatrixStruct, load_kernels
+from coprune.packed.kernels.build import load_kernels
+from coprune.packed.pages import on_large_pages
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,20 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def measure_bandwidth(repeats: int = 7) -> float:
+def measure_bandwidth(repeats: int = 9) -> float:
     """Bytes per second that this machine's memory gives to PyTorch's number of threads: the best of several reads.
 
-    Reads 256 MiB, far more than the caches hold, through the dense kernel (which does nothing but read and add).
+    Reads 256 MiB on large pages, far more than the caches hold, and does nothing else.
     """
-    rows, columns = 16384, 4096
-    weights = torch.ones(rows, columns)
+    size = 256 << 20
+    data = on_large_pages(torch.ones(size, dtype=torch.uint8))
     library = load_kernels()
     best = float("inf")
-    x, y = torch.ones(columns), torch.empty(rows)
-    struct = MatrixStruct(None, weights.data_ptr(), None, None, rows, columns)
     for _ in range(repeats):
         start = time.perf_counter()
         if library is None:
-            weights.sum()
+            data.view(torch.int64).sum()
         else:
-            pointers = (x.data_ptr(), y.data_ptr())
-            library.coprune_multiply(ctypes.addressof(struct), 4, 1, *pointers, 1, torch.get_num_threads())
+            library.coprune_read(data.data_ptr(), size // 8, torch.get_num_threads())
         best = min(best, time.perf_counter() - start)
-    return weights.numel() * 4 / best
+    return size / best

@@ -78,7 +78,7 @@ def load_kernels() -> ctypes.CDLL | None:
     library.coprune_expand.restype = None
     library.coprune_count.argtypes = [pointer, wide, wide, pointer]
     library.coprune_count.restype = wide
-    library.coprune_read.argtypes = [pointer, wide]
+    library.coprune_read.argtypes = [pointer, wide, integer]
     library.coprune_read.restype = ctypes.c_uint64
     library.coprune_set_parallel.argtypes = [pointer]
     library.coprune_set_parallel.restype = None

@@ -82,6 +82,23 @@ void share(Work* work, int threads) {
     parallel(take_rows, work, (unsigned)threads, 0);
 }
 
+struct Reading {
+    const uint64_t* words;
+    int64_t count, next;
+    uint64_t sum;
+};
+
+void take_words(void* data) {
+    Reading* reading = (Reading*)data;
+    const int64_t chunk = 1 << 17;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&reading->next, chunk, __ATOMIC_RELAXED);
+        if (first >= reading->count) return;
+        const int64_t count = first + chunk < reading->count ? chunk : reading->count - first;
+        __atomic_fetch_add(&reading->sum, kernels.read_words(reading->words + first, count), __ATOMIC_RELAXED);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -125,5 +142,11 @@ void coprune_expand(const Matrix* matrix, int bytes, void* dense, int64_t first,
     share(&work, threads);
 }
 
-uint64_t coprune_read(const uint64_t* words, int64_t count) { return kernels.read_words(words, count); }
+// Read count words, to measure the memory's bandwidth. Returns their sum, so that reading them cannot be left out.
+uint64_t coprune_read(const uint64_t* words, int64_t count, int threads) {
+    Reading reading = {words, count, 0, 0};
+    if (threads > 1 && parallel) parallel(take_words, &reading, (unsigned)threads, 0);
+    else take_words(&reading);
+    return reading.sum;
+}
 }
