@@ -13,7 +13,11 @@ from coprune.recipe import make_recipe
 # What `eval` and `compare` are asked to measure, and how.
 _Data = Annotated[
     str | None,
-    typer.Option("--data", "--eval-data", help="Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]"),
+    typer.Option(
+        "--data",
+        "--eval-data",
+        help="Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]; or images: digits, a folder …",
+    ),
 ]
 _Tasks = Annotated[str | None, typer.Option(help="Tasks of lm-eval, comma-separated, such as boolq,arc_easy.")]
 _ZeroShot = Annotated[bool, typer.Option("--eval-zero-shot", "--eval_zero_shot", help="The papers' seven tasks.")]
@@ -23,6 +27,9 @@ _Limit = Annotated[int | None, typer.Option(help="Only the first so many items o
 _Seqlen = Annotated[int | None, typer.Option(help="Tokens per window. [min(2048, model's limit)]", min=2)]
 _BatchSize = Annotated[int | None, typer.Option(help="Windows per forward pass. [about 4096 tokens]", min=1)]
 _Tokens = Annotated[int | None, typer.Option(help="Use only so many tokens of each text. [all]", min=2)]
+_Images = Annotated[
+    int | None, typer.Option("--images", "--eval-images", help="Use only so many images of each set. [all]", min=1)
+]
 _Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 _CacheDir = Annotated[Path | None, typer.Option("--cache-dir", "--cache_dir", help="Where downloads are kept.")]
@@ -44,13 +51,17 @@ def evaluate(
     seqlen: _Seqlen = None,
     batch_size: _BatchSize = None,
     tokens: _Tokens = None,
+    images: _Images = None,
     dtype: _Dtype = "auto",
     device: _Device = "auto",
     cache_dir: _CacheDir = None,
     json_file: _JsonFile = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure a model's perplexity on one or more texts, as the papers do (non-overlapping windows), or run tasks."""
+    """Measure a model's perplexity on one or more texts, as the papers do (non-overlapping windows), or run tasks.
+
+    Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
+    """
     from coprune.evaluate.command import evaluate_model, evaluation_lines
     from coprune.files import write_text
     from coprune.progress import Reporter
@@ -62,7 +73,8 @@ def evaluate(
         "limit": limit,
         "cache_dir": cache_dir,
     }
-    how |= {"seqlen": seqlen, "batch_size": batch_size, "eval_tokens": tokens, "dtype": dtype, "device": device}
+    how |= {"seqlen": seqlen, "batch_size": batch_size, "eval_tokens": tokens, "eval_images": images}
+    how |= {"dtype": dtype, "device": device}
     found = evaluate_model(make_recipe({"model": model, **what, **how}), Reporter(quiet), against)
     typer.echo("\n".join(evaluation_lines(found)))
     if json_file is not None:
@@ -71,7 +83,10 @@ def evaluate(
 
 def compare(
     models: Annotated[
-        list[str], typer.Argument(help="Folders, Hub ids, GGUF files or run folders; the first is the baseline.")
+        list[str],
+        typer.Argument(
+            help="Folders, Hub ids, GGUF files, runs or sweeps that saved models; the first is the baseline."
+        ),
     ],
     data: _Data = None,
     tasks: _Tasks = None,
@@ -82,6 +97,7 @@ def compare(
     seqlen: _Seqlen = None,
     batch_size: _BatchSize = None,
     tokens: _Tokens = None,
+    images: _Images = None,
     dtype: _Dtype = "auto",
     device: _Device = "auto",
     cache_dir: _CacheDir = None,
@@ -94,7 +110,7 @@ def compare(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="The same as Markdown.")] = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Compare models: size, sparsity, perplexity, closeness to the first, and tasks; what is known is not measured again.
+    """Compare models: size, sparsity, perplexity or accuracy, closeness to the first, and tasks; nothing is measured twice.
 
     Example: coprune compare smollm2-135m out/wanda out/sparsegpt --data embedded --seqlen 512 --json table.json
     """
@@ -105,7 +121,9 @@ def compare(
     from coprune.evaluate.tables import print_table, to_csv, to_markdown
     from coprune.files import write_text
     from coprune.progress import Reporter
+    from coprune.sweep.finished import models_to_compare
 
+    models = [model for name in models for model in models_to_compare(name)]
     what = _what_to_measure(data, tasks, eval_zero_shot)
     how: dict[str, Any] = {
         "num_fewshot": num_fewshot,
@@ -113,7 +131,8 @@ def compare(
         "limit": limit,
         "cache_dir": cache_dir,
     }
-    how |= {"seqlen": seqlen, "batch_size": batch_size, "eval_tokens": tokens, "dtype": dtype, "device": device}
+    how |= {"seqlen": seqlen, "batch_size": batch_size, "eval_tokens": tokens, "eval_images": images}
+    how |= {"dtype": dtype, "device": device}
     cache = EvaluationCache(None if fresh else evaluations or default_cache_folder())
     found = compare_models(models, make_recipe({"model": models[0], **what, **how}), Reporter(quiet), cache)
     print_table(found, Console())
@@ -126,7 +145,7 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or their report.json.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, their report.json, or a sweep.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The page. [report.html in the run's folder, or here for several]"),
@@ -134,10 +153,13 @@ def report(
 ) -> None:
     """Make the page of a run again, or one page that compares several runs."""
     from coprune.report.folder import PAGE_FILE, write_page
+    from coprune.sweep.finished import is_sweep
+    from coprune.sweep.page import write_sweep_page
 
     folder = runs[0] if runs[0].is_dir() else runs[0].parent
     path = output or (folder / PAGE_FILE if len(runs) == 1 else Path(PAGE_FILE))
-    if not write_page(runs, path):
+    made = write_sweep_page(folder, path) if len(runs) == 1 and is_sweep(folder) else write_page(runs, path)
+    if not made:
         raise BadInput("the page needs altair and vl-convert: pip install 'coprune[report]'.")
     typer.echo(f"page      {path}")
 

@@ -1,7 +1,7 @@
 """Several models side by side; the first is the baseline that the others are compared with.
 
-Differences are formed by pairs where both models answered the same thing: the same items of a task, or the same windows
-of a text. Perplexities compare as ratios, whose logarithm is a mean of differences over windows.
+Differences are formed by pairs where both models answered the same thing: the same items of a task, the same windows of
+a text, or the same images. Perplexities compare as ratios, whose logarithm is a mean of differences over windows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coprune.errors import BadInput
 from coprune.evaluate.batches import bootstrap_interval
 from coprune.evaluate.beside import Beside
 from coprune.evaluate.cache import EvaluationCache
-from coprune.evaluate.evaluation import Evaluation, Interval, PerplexityResult
+from coprune.evaluate.evaluation import AccuracyResult, Evaluation, Interval, PerplexityResult
 from coprune.evaluate.measure import Subject
 from coprune.evaluate.zero_shot import ZeroShotFacts, compare_zero_shot
 from coprune.preparation import REPORT_FILE
@@ -41,6 +41,21 @@ class PerplexityChange(BaseModel):
     bits_per_byte_difference: float | None
 
 
+class AccuracyChange(BaseModel):
+    """A classifier's accuracy against the baseline's on the same images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    top1_difference: float
+    """This one minus the baseline's."""
+    top1_interval: Interval | None
+    """95 % bootstrap interval of that over the images."""
+    top5_difference: float
+    agreement: float | None
+    """Share of images for which both find the same class likeliest; None where they number classes differently."""
+
+
 class Row(BaseModel):
     """One model of a comparison, and what differs from the baseline (None for the baseline itself)."""
 
@@ -51,6 +66,7 @@ class Row(BaseModel):
     evaluation: Evaluation
     bytes_ratio: float | None
     perplexity_changes: tuple[PerplexityChange, ...] | None
+    accuracy_changes: tuple[AccuracyChange, ...] | None
     zero_shot: ZeroShotFacts | None
 
 
@@ -75,14 +91,23 @@ def compare_models(models: Sequence[str], recipe: Recipe, reporter: Reporter, ca
     found = [recipe.model_copy(update={"model": model_of(name)}) for name in models]
     tasks = Beside.prepare(recipe).tasks
     subjects = [Subject(one, cache, reporter, tasks) for one in found]
+    require_one_task(subjects)
     baseline = subjects[0].measure()
     rows = [row(models[0], baseline, None)]
     for name, subject in zip(models[1:], subjects[1:], strict=True):
-        closeness = subject.closeness_to(subjects[0])
+        closeness = () if subject.classifies else subject.closeness_to(subjects[0])
         evaluation = subject.measure().model_copy(update={"against": subjects[0].name, "closeness": closeness})
         rows.append(row(name, evaluation, baseline))
         subject.release()
     return Comparison(rows=tuple(rows))
+
+
+def require_one_task(subjects: Sequence[Subject]) -> None:
+    """Raise BadInput if some of the models classify images and others do not."""
+    for subject in subjects[1:]:
+        if subject.classifies != subjects[0].classifies:
+            one, other = (subject, subjects[0]) if subject.classifies else (subjects[0], subject)
+            raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare.")
 
 
 def model_of(name: str) -> str:
@@ -105,13 +130,22 @@ def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
     """Put an evaluation beside the baseline's. Raises BadInput if they are of different tasks or items."""
     if baseline is None:
         facts = None if evaluation.zero_shot is None else compare_zero_shot(None, evaluation.zero_shot)
-        return Row(name=name, evaluation=evaluation, bytes_ratio=None, perplexity_changes=None, zero_shot=facts)
+        return Row(
+            name=name,
+            evaluation=evaluation,
+            bytes_ratio=None,
+            perplexity_changes=None,
+            accuracy_changes=None,
+            zero_shot=facts,
+        )
     changes = zip(baseline.perplexity, evaluation.perplexity, strict=True)
+    accuracies = zip(baseline.accuracy, evaluation.accuracy, strict=True)
     return Row(
         name=name,
         evaluation=evaluation,
         bytes_ratio=evaluation.weights.bytes_on_disk / baseline.weights.bytes_on_disk,
         perplexity_changes=tuple(perplexity_change(before, after) for before, after in changes),
+        accuracy_changes=tuple(accuracy_change(before, after) for before, after in accuracies),
         zero_shot=None if evaluation.zero_shot is None else compare_zero_shot(baseline.zero_shot, evaluation.zero_shot),
     )
 
@@ -134,6 +168,22 @@ def perplexity_change(before: PerplexityResult, after: PerplexityResult) -> Perp
         ratio=_exp(float(logs.mean())),
         ratio_interval=None if interval is None else (_exp(interval[0]), _exp(interval[1])),
         bits_per_byte_difference=bits,
+    )
+
+
+def accuracy_change(before: AccuracyResult, after: AccuracyResult) -> AccuracyChange:
+    """Compare two accuracies image by image. Raises BadInput if they are not of the same number of images."""
+    if before.images != after.images:
+        raise BadInput(f"{after.data} had {before.images} images and then {after.images}; measure both again.")
+    first, second = (torch.tensor([found.labels, found.predicted]) for found in (before, after))
+    gained = (second[0] == second[1]).to(torch.float64) - (first[0] == first[1]).to(torch.float64)
+    same = float((first[1] == second[1]).to(torch.float64).mean()) if torch.equal(first[0], second[0]) else None
+    return AccuracyChange(
+        data=after.data,
+        top1_difference=float(gained.mean()),
+        top1_interval=bootstrap_interval(gained),
+        top5_difference=after.top5 - before.top5,
+        agreement=same,
     )
 
 

@@ -62,6 +62,10 @@ class AccuracyResult(_Facts):
     top1_interval: Interval
     top5: float
     top5_interval: Interval
+    labels: tuple[int, ...]
+    """Of every image, as the model numbers its classes."""
+    predicted: tuple[int, ...]
+    """Every image's likeliest class, from which models are compared by pairs."""
 
 
 class ClosenessResult(_Facts):
@@ -138,6 +142,8 @@ def accuracy_result(name: str, source: str, found: Accuracy) -> AccuracyResult:
         top1_interval=found.top1_interval,
         top5=found.top5,
         top5_interval=found.top5_interval,
+        labels=tuple(found.labels.tolist()),
+        predicted=tuple(found.predicted.tolist()),
     )
 
 

@@ -49,7 +49,7 @@ class Subject:
         self.fingerprint = model_fingerprint(self.location.path)
         self.name = self.location.name
         self._asked = split_texts(recipe.eval_data)
-        self._images = task_at(self.location) == "images"
+        self.classifies = task_at(self.location) == "images"
         self._tasks = tasks
         self._cache = cache
         self._reporter = reporter
@@ -78,9 +78,9 @@ class Subject:
                 self._cache.get(
                     self._key("perplexity", **self._text_key(text)), PerplexityResult, self._measure_text(text)
                 )
-                for text in ([] if self._images else self._asked)
+                for text in ([] if self.classifies else self._asked)
             ),
-            accuracy=self._accuracies() if self._images else (),
+            accuracy=self._accuracies() if self.classifies else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
         )
 
@@ -101,7 +101,7 @@ class Subject:
 
         Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
         """
-        if self._images or dense._images:
+        if self.classifies or dense.classifies:
             raise BadInput(
                 "closeness compares next-token distributions; classifiers of images are compared by accuracy."
             )

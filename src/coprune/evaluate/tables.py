@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from coprune.evaluate.compare import Comparison, Row
+from coprune.evaluate.compare import AccuracyChange, Comparison, Row
+from coprune.evaluate.evaluation import AccuracyResult, Interval
 from coprune.evaluate.zero_shot import Estimate
 
 Number = float | int | None
@@ -38,6 +39,8 @@ def columns_of(comparison: Comparison) -> list[Column]:
     ]
     for index, result in enumerate(first.perplexity):
         columns += _perplexity_columns(result.data, index)
+    for index, accuracy in enumerate(first.accuracy):
+        columns += _accuracy_columns(accuracy.data, index)
     if len(comparison.rows) > 1:
         for index, near in enumerate(comparison.rows[1].evaluation.closeness):
             columns += _closeness_columns(near.data, index)
@@ -122,6 +125,42 @@ def _perplexity_columns(data: str, index: int) -> list[Column]:
         Column(f"ratio {data}", ratio, show_ratio),
         _plain(f"bits per byte {data}", lambda row: row.evaluation.perplexity[index].bits_per_byte, "{:.4f}"),
     ]
+
+
+def _accuracy_columns(data: str, index: int) -> list[Column]:
+    def found(row: Row) -> AccuracyResult:
+        return row.evaluation.accuracy[index]
+
+    def change(row: Row) -> AccuracyChange | None:
+        return None if row.accuracy_changes is None else row.accuracy_changes[index]
+
+    return [
+        _share(f"top-1 {data}", lambda row: found(row).top1, lambda row: found(row).top1_interval),
+        _share(
+            f"Δ top-1 {data}",
+            lambda row: None if (it := change(row)) is None else it.top1_difference,
+            lambda row: None if (it := change(row)) is None else it.top1_interval,
+            signed=True,
+        ),
+        _share(f"top-5 {data}", lambda row: found(row).top5, lambda row: found(row).top5_interval),
+        _plain(f"same class {data}", lambda row: None if (it := change(row)) is None else it.agreement, "{:.2%}"),
+    ]
+
+
+def _share(
+    title: str, value: Callable[[Row], float | None], interval: Callable[[Row], Interval | None], signed: bool = False
+) -> Column:
+    """A share, or a difference of shares, in per cent with its interval."""
+    sign = "+" if signed else ""
+
+    def show(row: Row) -> str:
+        share, ends = value(row), interval(row)
+        if share is None:
+            return ""
+        spread = "" if ends is None else f" [{100 * ends[0]:{sign}.2f}, {100 * ends[1]:{sign}.2f}]"
+        return f"{100 * share:{sign}.2f}{spread} %"
+
+    return Column(title, value, show)
 
 
 def _closeness_columns(data: str, index: int) -> list[Column]:
