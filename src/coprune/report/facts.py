@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from coprune.data import EvaluationText
+from coprune.data.images import LabelledImages
 from coprune.evaluate.accuracy import Accuracy
 from coprune.evaluate.beside import Beside
 from coprune.evaluate.perplexity import Perplexity
 from coprune.memory import peak_memory
 from coprune.pruning import MatrixResult
+from coprune.report.examples import accuracy_facts
 from coprune.report.phases import PhaseFacts
 from coprune.report.schema import (
     AccuracyFacts,
     CalibrationFacts,
-    ChangedPrediction,
     ModelFacts,
     PerplexityFacts,
     Report,
@@ -27,8 +28,6 @@ from coprune.report.schema import (
 if TYPE_CHECKING:
     from coprune.session import Session
     from coprune.task import Data, Measured
-
-_EXAMPLES = 20  # images with a changed prediction that are named
 
 
 def build_report(
@@ -63,7 +62,7 @@ def build_report(
             if isinstance(found, Perplexity)
         ],
         accuracy=[
-            accuracy_facts(name, session.data[name].source, dense.get(name), found)
+            _accuracy(session, name, dense.get(name), found)
             for name, found in pruned.items()
             if isinstance(found, Accuracy)
         ],
@@ -121,30 +120,7 @@ def _perplexity(text: Data, name: str, dense: Measured | None, pruned: Perplexit
     )
 
 
-def accuracy_facts(name: str, source: str, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
-    """Both models' accuracies side by side, with the images whose predicted class changed."""
-    before = dense if isinstance(dense, Accuracy) else None
-    changed = [] if before is None else (before.predicted != pruned.predicted).nonzero().flatten().tolist()
-    return AccuracyFacts(
-        data=name,
-        source=source,
-        images=pruned.images,
-        dense_top1=None if before is None else before.top1,
-        dense_top1_interval=None if before is None else before.top1_interval,
-        dense_top5=None if before is None else before.top5,
-        pruned_top1=pruned.top1,
-        pruned_top1_interval=pruned.top1_interval,
-        pruned_top5=pruned.top5,
-        pruned_top5_interval=pruned.top5_interval,
-        changed=len(changed) if before is not None else None,
-        examples=[
-            ChangedPrediction(
-                image=i,
-                label=int(pruned.labels[i]),
-                dense=int(before.predicted[i]),
-                pruned=int(pruned.predicted[i]),
-            )
-            for i in changed[:_EXAMPLES]
-            if before is not None
-        ],
-    )
+def _accuracy(session: Session, name: str, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
+    images, before = session.data[name], dense if isinstance(dense, Accuracy) else None
+    assert isinstance(images, LabelledImages)
+    return accuracy_facts(name, images, session.loaded.model.config.id2label, before, pruned)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from coprune.evaluate.zero_shot import ZeroShotFacts
+from coprune.report.accuracy import accuracy_card, accuracy_section
 from coprune.report.card import percent
 from coprune.report.charts import bins_chart, heat_map, matrix_rows, zero_shot_bars
 from coprune.report.html import card, chart, copyable, page, section, table, text
@@ -25,6 +26,8 @@ def run_page(report: Report) -> str:
     parts = [_head(report), _cards(report)]
     if report.perplexity:
         parts.append(_perplexity(report))
+    if report.accuracy:
+        parts.append(accuracy_section(report.accuracy))
     if report.zero_shot is not None:
         charts["zero-shot"] = zero_shot_bars(report.zero_shot)
         parts.append(_zero_shot(report.zero_shot))
@@ -53,7 +56,10 @@ def _name(report: Report) -> str:
 def _head(report: Report) -> str:
     model, recipe = report.model, report.recipe
     data = report.calibration
-    calibration = "" if data is None else f" Calibrated on {data.nsamples} samples of {data.source}, seed {data.seed}."
+    samples = "images" if model.task == "images" else "samples"
+    calibration = (
+        "" if data is None else f" Calibrated on {data.nsamples} {samples} of {data.source}, seed {data.seed}."
+    )
     lines = (
         f"<h1>{text(_name(report))}, pruned with {text(recipe.method)}</h1>"
         f'<p class="soft">{text(model.source)}: {text(model.model_type)}, {model.blocks} blocks, '
@@ -78,6 +84,7 @@ def _cards(report: Report) -> str:
         cards.append(
             card(f"perplexity on {entry.data}", before + number(entry.pruned), f"sequence length {entry.seqlen}")
         )
+    cards += [accuracy_card(found) for found in report.accuracy[:1]]
     facts = report.zero_shot
     if facts is not None and facts.mean_pruned is not None:
         before = "" if facts.mean_dense is None else f'<span class="from">{100 * facts.mean_dense.value:.1f} →</span> '

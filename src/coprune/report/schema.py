@@ -91,6 +91,10 @@ class ChangedPrediction(BaseModel):
     label: int
     dense: int
     pruned: int
+    names: tuple[str, str, str] | None = None
+    """Of these three classes, in this order."""
+    thumbnail: str | None = None
+    """A small copy as a data URI, of the first of them."""
 
 
 class AccuracyFacts(BaseModel):

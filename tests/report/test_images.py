@@ -1,0 +1,97 @@
+"""The page of a classifier's run: its accuracy, and the images that it now sees otherwise."""
+
+import base64
+import io
+import re
+
+import pytest
+from PIL import Image
+
+import coprune
+from browser import find_browser, opened_page
+from coprune.data.images import LabelledImages, labelled_images
+from coprune.report.examples import class_name, thumbnail
+from coprune.report.schema import Report
+from pico_images import save_classifier
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+from coprune.report.page import run_page
+
+SHOWN = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that changes many predictions."""
+    folder = tmp_path_factory.mktemp("run")
+    source = save_classifier("convnext", folder / "dense")
+    settings = {"sparsity": 0.9, "dataset": "digits", "nsamples": 4, "eval_images": 100, "save": folder / "run"}
+    coprune.prune(source, "magnitude", quiet=True, **settings)
+    return folder / "run"
+
+
+def test_the_report_keeps_the_first_images_that_changed(run):
+    (found,) = Report.read(run / "report.json").accuracy
+    assert found.changed > 20
+    assert len(found.examples) == 20
+    assert [example.thumbnail is not None for example in found.examples] == [True] * SHOWN + [False] * 8
+    evaluated = labelled_images("digits", "evaluation").first(100)
+    for example in found.examples[:SHOWN]:
+        assert example.dense != example.pruned
+        assert example.label == int(evaluated.labels[example.image])
+        # The model only counts its classes, so they are called as in the images.
+        assert example.names == tuple(str(number) for number in (example.label, example.dense, example.pruned))
+        data = base64.b64decode(example.thumbnail.removeprefix("data:image/png;base64,"))
+        assert Image.open(io.BytesIO(data)).tobytes() == evaluated.image(example.image).tobytes()
+
+
+def test_the_page_shows_them_with_both_models_classes(run):
+    page = (run / "report.html").read_text(encoding="utf-8")
+    report = Report.read(run / "report.json")
+    (found,) = report.accuracy
+    assert f"{100 * found.dense_top1:.1f} →</span> {100 * found.pruned_top1:.1f} %" in page
+    assert f"<td>{found.changed}</td>" in page
+    figures = re.findall(r'<figure><img src="(data:image/png;base64,[^"]+)".*?</figure>', page)
+    assert figures == [example.thumbnail for example in found.examples[:SHOWN]]
+    named = found.examples[0].model_copy(update={"names": ("<b>cat</b>", "dog", "</script>")})
+    nasty = found.model_copy(update={"examples": [named, *found.examples[1:]], "data": '"><script>'})
+    page = run_page(report.model_copy(update={"accuracy": [nasty]}))
+    assert "<b>&lt;b&gt;cat&lt;/b&gt;</b>" in page
+    assert '"><script>' not in page
+
+
+def test_a_report_without_thumbnails_or_dense_model_makes_a_page(run):
+    report = Report.read(run / "report.json")
+    (found,) = report.accuracy
+    bare = {"dense_top1": None, "dense_top1_interval": None, "dense_top5": None, "changed": None, "examples": []}
+    page = run_page(report.model_copy(update={"accuracy": [found.model_copy(update=bare)]}))
+    assert "<figure>" not in page
+    assert f"{100 * found.pruned_top1:.2f} [" in page
+
+
+def test_a_photograph_becomes_a_small_jpeg():
+    uri = thumbnail(Image.effect_noise((600, 300), 40).convert("RGB"))
+    data = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(data)).size == (112, 56)
+    assert len(data) < 10_000
+
+
+def test_classes_are_called_as_the_model_calls_them_if_it_does():
+    import torch
+
+    images = LabelledImages(lambda i: None, torch.zeros(1), ("n01", "n02"), "")
+    assert class_name(1, images, {0: "tench", 1: "goldfish"}) == "goldfish"
+    assert class_name(1, images, {0: "LABEL_0", 1: "LABEL_1"}) == "n02"
+    assert class_name(2, images, None) == "class 2"
+
+
+@pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
+def test_the_images_are_drawn_in_a_browser_and_fit_a_phone(run):
+    with opened_page() as page:
+        page.open((run / "report.html").as_uri(), width=360, dark=True)
+        assert page.evaluate("document.documentElement.dataset.ready") == "yes"
+        drawn = "[...document.querySelectorAll('figure img')].filter(i => i.complete && i.naturalWidth === 8).length"
+        assert page.evaluate(drawn) == SHOWN
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.errors == []
