@@ -73,7 +73,7 @@ def _build(architecture: str, file: Path) -> Any:
     settings = get_pretrained_cfg(architecture)
     heads = settings.classifier if settings is not None else None
     head = tensors.get(f"{heads if isinstance(heads, str) else next(iter(heads or ()), '')}.weight")
-    classes = {} if head is None else {"num_classes": len(head)}
+    classes: dict[str, Any] = {} if head is None else {"num_classes": len(head)}
     model = timm.create_model(architecture, checkpoint_path=str(file), **classes)
     dtype = next((t.dtype for t in tensors.values() if torch.is_floating_point(t)), torch.float32)
     return model.to(dtype)

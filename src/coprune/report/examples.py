@@ -70,12 +70,16 @@ def _example(
     pruned: Accuracy,
     shown: bool,
 ) -> ChangedPrediction:
-    classes = [int(found[i]) for found in (pruned.labels, dense.predicted, pruned.predicted)]
+    label, before, after = (int(found[i]) for found in (pruned.labels, dense.predicted, pruned.predicted))
+
+    def name(number: int) -> str:
+        return class_name(number, images, id2label)
+
     return ChangedPrediction(
         image=i,
-        label=classes[0],
-        dense=classes[1],
-        pruned=classes[2],
-        names=[class_name(number, images, id2label) for number in classes],
+        label=label,
+        dense=before,
+        pruned=after,
+        names=(name(label), name(before), name(after)),
         thumbnail=thumbnail(images.image(i)) if shown else None,
     )
