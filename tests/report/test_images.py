@@ -5,6 +5,7 @@ import io
 import re
 
 import pytest
+import yaml
 from PIL import Image
 
 import coprune
@@ -16,7 +17,10 @@ from pico_images import save_classifier
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
+from coprune.report.card import model_card
+from coprune.report.listening import final_figures
 from coprune.report.page import run_page
+from coprune.report.several import Run, runs_page
 
 SHOWN = 12
 
@@ -68,6 +72,19 @@ def test_a_report_without_thumbnails_or_dense_model_makes_a_page(run):
     page = run_page(report.model_copy(update={"accuracy": [found.model_copy(update=bare)]}))
     assert "<figure>" not in page
     assert f"{100 * found.pruned_top1:.2f} [" in page
+
+
+def test_what_else_tells_of_a_run_knows_its_accuracy(run):
+    report = Report.read(run / "report.json")
+    (found,) = report.accuracy
+    page = runs_page([Run.read(run, "one"), Run("two", report.model_copy(update={"accuracy": []}), None)])
+    assert "<th>top-1 % digits (100)</th>" in page
+    assert f"<td>{100 * found.pruned_top1:.2f}</td>" in page
+    figures = final_figures(report)
+    assert figures["top1/digits"] == found.pruned_top1
+    assert figures["top1_dense/digits"] == found.dense_top1
+    results = yaml.safe_load(model_card(report).split("---")[1])["model-index"][0]["results"]
+    assert [one["metrics"][0]["value"] for one in results] == [pytest.approx(found.pruned_top1)]
 
 
 def test_a_photograph_becomes_a_small_jpeg():

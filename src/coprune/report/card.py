@@ -92,6 +92,12 @@ def _model_index(report: Report) -> str:
         EvalResult("text-generation", "text", p.data, "perplexity", round(p.pruned, 4), metric_name="perplexity")
         for p in report.perplexity
     ]
+    found += [
+        EvalResult(
+            "image-classification", "images", a.data, "accuracy", round(a.pruned_top1, 6), metric_name="accuracy"
+        )
+        for a in report.accuracy
+    ]
     for task in () if report.zero_shot is None else report.zero_shot.tasks:
         for metric, value in task.pruned.items():
             result = round(value.value, 6)

@@ -154,6 +154,12 @@ def final_figures(report: Report) -> dict[str, float]:
         "seconds/total": report.total_seconds,
         "memory/peak_bytes": float(report.peak_memory_bytes),
     }
+    for images in report.accuracy:
+        figures |= {
+            f"top1/{_plain(images.data)}": images.pruned_top1,
+            f"top5/{_plain(images.data)}": images.pruned_top5,
+        }
+        figures |= {} if images.dense_top1 is None else {f"top1_dense/{_plain(images.data)}": images.dense_top1}
     for entry in report.perplexity:
         figures |= {f"perplexity/{_plain(entry.data)}": entry.pruned}
         figures |= {} if entry.dense is None else {f"perplexity_dense/{_plain(entry.data)}": entry.dense}

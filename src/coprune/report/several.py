@@ -14,9 +14,10 @@ from coprune.report.card import percent
 from coprune.report.charts import pareto
 from coprune.report.html import chart, page, section, table, text
 from coprune.report.page import number, run_page
-from coprune.report.schema import PerplexityFacts, Report
+from coprune.report.schema import AccuracyFacts, PerplexityFacts, Report
 
 _Text = tuple[str, str, int]
+_Images = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Run:
     def perplexity(self, on: _Text) -> PerplexityFacts | None:
         """Its perplexity on a text, if that was measured."""
         return next((facts for facts in self.report.perplexity if _text_of(facts) == on), None)
+
+    def accuracy(self, on: _Images) -> AccuracyFacts | None:
+        """Its accuracy on a set of images, if that was measured."""
+        return next((facts for facts in self.report.accuracy if _images_of(facts) == on), None)
 
 
 def report_page(paths: Sequence[Path]) -> str:
@@ -72,6 +77,10 @@ def runs_page(runs: Sequence[Run], tables: Sequence[str] = ()) -> str:
 
 def _text_of(facts: PerplexityFacts) -> _Text:
     return facts.data, facts.fingerprint, facts.seqlen
+
+
+def _images_of(facts: AccuracyFacts) -> _Images:
+    return facts.data, facts.source, facts.images
 
 
 def _models(runs: Sequence[Run]) -> str:
@@ -108,6 +117,7 @@ def _with_front(points: list[dict[str, Any]], field: str, less_is_better: bool =
 
 
 def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
+    sets = dict.fromkeys(_images_of(facts) for run in runs for facts in run.report.accuracy)
     header = [
         "run",
         "method",
@@ -115,11 +125,13 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
         "zeros",
         "of all",
         *(f"perplexity {name} ({length})" for name, _, length in texts),
+        *(f"top-1 % {name} ({count:,})" for name, _, count in sets),
     ]
     header += ["mean accuracy %", "difference to dense", "prune time", "size"]
     rows = []
     for run in runs:
         report, facts = run.report, run.report.zero_shot
+        seen = [run.accuracy(on) for on in sets]
         found = [run.perplexity(on) for on in texts]
         rows.append(
             [
@@ -129,6 +141,7 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
                 f"{report.sparsity.matrices:.2%}",
                 f"{report.sparsity.model:.2%}",
                 *("–" if facts is None else number(facts.pruned) for facts in found),
+                *("–" if facts is None else f"{100 * facts.pruned_top1:.2f}" for facts in seen),
                 percent(None if facts is None else facts.mean_pruned),
                 percent(None if facts is None else facts.mean_delta, "+"),
                 f"{report.prune_seconds:.1f} s",
