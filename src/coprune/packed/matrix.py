@@ -109,7 +109,7 @@ def _scratch(size: int, dtype: torch.dtype) -> Tensor:
     """A buffer that this thread keeps: fresh pages for every product would cost more than unpacking into them."""
     kept: Tensor | None = getattr(_scratches, "bytes", None)
     if kept is None or kept.numel() < size * dtype.itemsize:
-        kept = _scratches.bytes = torch.empty(max(size * dtype.itemsize, TILE_BYTES), dtype=torch.uint8)
+        kept = _scratches.bytes = on_large_pages(torch.empty(max(size * dtype.itemsize, TILE_BYTES), dtype=torch.uint8))
     return kept[: size * dtype.itemsize].view(dtype)
 
 

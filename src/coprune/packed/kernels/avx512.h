@@ -57,6 +57,8 @@ inline void expand_4_bytes(const Matrix* matrix, void* dense_pointer, int64_t fi
         const uint32_t* values = (const uint32_t*)matrix->values + matrix->starts[row];
         for (int64_t column = 0; column < matrix->columns; column += 64) {
             uint64_t word = mask_word(matrix->mask, row * matrix->columns + column) & low_bits(matrix->columns - column);
+            __builtin_prefetch((const char*)values + Wide::AHEAD);
+            __builtin_prefetch((const char*)values + Wide::AHEAD + 64);
             for (int64_t at = column; at < column + 64 && at < matrix->columns; at += 16, word >>= 16) {
                 const __m512i lanes = expand_32((__mmask16)word, _mm512_loadu_si512(values));
                 _mm512_mask_storeu_epi32(dense + at, (__mmask16)low_bits(matrix->columns - at), lanes);

@@ -30,7 +30,19 @@ void expand_2_bytes(const Matrix* matrix, void* dense_pointer, int64_t first, in
     uint16_t* dense = (uint16_t*)dense_pointer;
     for (int64_t row = first; row < last; row++, dense += matrix->columns) {
         const uint16_t* values = (const uint16_t*)matrix->values + matrix->starts[row];
-        for (int64_t column = 0; column < matrix->columns; column += 64) {
+        int64_t column = 0;
+        for (; column + 64 <= matrix->columns; column += 64) {
+            const uint64_t word = mask_word(matrix->mask, row * matrix->columns + column);
+            __builtin_prefetch((const char*)values + Bfloat16::AHEAD);
+            __builtin_prefetch((const char*)values + Bfloat16::AHEAD + 64);
+            uint64_t low = (uint32_t)word, high = word >> 32;
+            asm("" : "+r"(low), "+r"(high));  // as in rows.h
+            _mm512_storeu_si512(dense + column, expand_16((__mmask32)low, values));
+            values += __builtin_popcountll(low);
+            _mm512_storeu_si512(dense + column + 32, expand_16((__mmask32)high, values));
+            values += __builtin_popcountll(high);
+        }
+        for (; column < matrix->columns; column += 64) {
             uint64_t word = mask_word(matrix->mask, row * matrix->columns + column) & low_bits(matrix->columns - column);
             for (int64_t at = column; at < column + 64 && at < matrix->columns; at += 32, word >>= 32) {
                 const __m512i lanes = expand_16((__mmask32)word, values);
