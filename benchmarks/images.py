@@ -1,12 +1,16 @@
 """Accuracy of two small image classifiers against sparsity: does updating the weights matter more for a ViT?
 
 A ViT and a ConvNeXt of timm are trained for a minute or two on 1,297 of scikit-learn's digits (once; they are kept in a
-folder), pruned with every method and pattern, and measured on the other 500. Run: python benchmarks/images.py
+folder), pruned with every method and pattern, and measured on the other 500.
+
+    python benchmarks/images.py              # accuracy after pruning
+    python benchmarks/images.py --finetune   # after fine-tuning what was pruned
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,15 @@ from torch.nn import functional
 
 import coprune
 from coprune.data.images import labelled_images
+from coprune.errors import BadInput
+from coprune.finetune.run import finetune
+from coprune.finetune.settings import make_settings
+from coprune.progress import Reporter
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 PATTERNS = ("unstructured", "4:8", "2:4")
+FINETUNED = [(pattern, method) for pattern in ("unstructured", "2:4") for method in ("magnitude", "wanda", "sparsegpt")]
+MODES = ("lora", "dense", "distill")
 
 
 @dataclass(frozen=True)
@@ -69,34 +79,78 @@ def train(small: Small, folder: Path, seed: int = 0) -> None:
     save_for_hf(model, str(folder), model_args=small.arguments, safe_serialization=True)
 
 
+def prune(folder: Path, method: str, pattern: str, nsamples: int, **more: Any) -> Any:
+    """Prune one classifier; returns its accuracy before and after."""
+    settings: dict[str, Any] = {"pattern": pattern, "dataset": "digits", "nsamples": nsamples, "seed": 0, "quiet": True}
+    return coprune.prune(folder, method, **settings, **more).report.accuracy[0]
+
+
+def pruning_table(folder: Path, nsamples: int) -> None:
+    """Print the accuracy that every method leaves."""
+    rows = {(m, p): prune(folder, m, p, nsamples) for p in PATTERNS for m in METHODS}
+    dense = next(iter(rows.values()))
+    low, high = dense.dense_top1_interval
+    print(f"\n{folder.name}: dense {dense.dense_top1:.1%} [{low:.1%}, {high:.1%}]")
+    print("| method | 50 % | 4:8 | 2:4 |\n| --- | --- | --- | --- |")
+    for method in METHODS:
+        cells = [rows[method, pattern] for pattern in PATTERNS]
+        shown = [shares(c.pruned_top1, *c.pruned_top1_interval) for c in cells]
+        print(f"| {method} | {' | '.join(shown)} |", flush=True)
+
+
+def finetuning_table(folder: Path, nsamples: int, epochs: float, rate: float) -> None:
+    """Print the accuracy before and after fine-tuning in every mode that the pruned layers allow."""
+    print(f"\n{folder.name}, {epochs:g} epochs\n| pruned to | by | pruned | {' | '.join(MODES)} |")
+    print("| --- " * (3 + len(MODES)) + "|")
+    for pattern, method in FINETUNED:
+        with tempfile.TemporaryDirectory() as work:
+            pruned = Path(work) / "pruned"
+            found = prune(folder, method, pattern, nsamples, save_model=pruned)
+            cells = [shares(found.pruned_top1, *found.pruned_top1_interval)]
+            for mode in MODES:
+                settings: dict[str, Any] = {"model": str(pruned), "mode": mode, "save": Path(work) / mode}
+                settings |= {"dataset": "digits", "epochs": epochs, "learning_rate": rate, "device": "cpu"}
+                settings |= {"teacher": str(folder)} if mode == "distill" else {}
+                cells.append(accuracy_after(settings))
+        print(f"| {pattern} | {method} | {' | '.join(cells)} |", flush=True)
+
+
+def accuracy_after(settings: dict[str, Any]) -> str:
+    """Fine-tune, and give the accuracy of the model, whose zeros are all there; a dash where its layers get no adapters."""
+    try:
+        report = finetune(make_settings(settings), Reporter(quiet=True))
+    except BadInput as error:
+        if "no adapters" not in str(error):
+            raise
+        return "–"
+    assert report.sparsity_after >= report.sparsity_before
+    (found,) = report.accuracy
+    return shares(found.after_top1, *found.after_top1_interval)
+
+
+def shares(value: float, low: float, high: float) -> str:
+    """An accuracy with its interval."""
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+
+
 def main() -> None:
-    """Train what is not there yet, prune, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Train what is not there yet, prune, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/digit-classifiers"))
     parser.add_argument("--nsamples", type=int, default=512)
+    parser.add_argument("--finetune", action="store_true", help="fine-tune, and print what that changes")
+    parser.add_argument("--epochs", type=float, default=10, help="of fine-tuning")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of fine-tuning")
     options = parser.parse_args()
     for name, small in MODELS.items():
         folder = options.folder / name
         if not (folder / "config.json").is_file():
             print(f"training {name}")
             train(small, folder)
-        rows = {}
-        for pattern in PATTERNS:
-            for method in METHODS:
-                report = coprune.prune(
-                    folder, method, quiet=True, pattern=pattern, dataset="digits", nsamples=options.nsamples, seed=0
-                ).report
-                rows[method, pattern] = report.accuracy[0]
-        dense = next(iter(rows.values()))
-        low, high = dense.dense_top1_interval
-        print(f"\n{name}: {report.model.parameters:,} parameters, dense {dense.dense_top1:.1%} [{low:.1%}, {high:.1%}]")
-        print("| method | 50 % | 4:8 | 2:4 |\n| --- | --- | --- | --- |")
-        for method in METHODS:
-            cells = [rows[method, pattern] for pattern in PATTERNS]
-            shown = [
-                f"{c.pruned_top1:.1%} [{c.pruned_top1_interval[0]:.1%}, {c.pruned_top1_interval[1]:.1%}]" for c in cells
-            ]
-            print(f"| {method} | {' | '.join(shown)} |", flush=True)
+        if options.finetune:
+            finetuning_table(folder, options.nsamples, options.epochs, options.rate)
+        else:
+            pruning_table(folder, options.nsamples)
 
 
 if __name__ == "__main__":
