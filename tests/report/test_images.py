@@ -18,6 +18,7 @@ from pico_images import save_classifier
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 from coprune.report.card import model_card
+from coprune.report.charts import matrix_rows
 from coprune.report.listening import final_figures
 from coprune.report.page import run_page
 from coprune.report.several import Run, runs_page
@@ -48,6 +49,13 @@ def test_the_report_keeps_the_first_images_that_changed(run):
         assert example.names == tuple(str(number) for number in (example.label, example.dense, example.pruned))
         data = base64.b64decode(example.thumbnail.removeprefix("data:image/png;base64,"))
         assert Image.open(io.BytesIO(data)).tobytes() == evaluated.image(example.image).tobytes()
+
+
+def test_blocks_of_stages_have_rows_of_their_own(run):
+    report = Report.read(run / "report.json")
+    rows = matrix_rows(report.matrices, report.model.block_names)
+    assert len(rows) == len(report.matrices)
+    assert {"1", "1.0", "1.1"} <= {row["block"] for row in rows}
 
 
 def test_the_page_shows_them_with_both_models_classes(run):

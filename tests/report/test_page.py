@@ -137,6 +137,11 @@ def test_names_are_split_into_block_and_kind(runs: list[Path]) -> None:
     assert place_of("model.layers.12.mlp.experts.up_proj[7]") == ("12", "mlp.experts.up_proj[*]")
     assert place_of("model.layers.1.mlp.experts.5.w1") == ("1", "mlp.experts.*.w1")
     assert place_of("lm_head") == ("–", "lm_head")
+    stages = ["net.stages.1.downsample", "net.stages.1.blocks.0", "net.stages.1.blocks.10"]
+    assert place_of("net.stages.1.blocks.10.mlp.fc1", stages) == ("1.10", "mlp.fc1")
+    assert place_of("net.stages.1.downsample.1", stages) == ("1", "downsample.*")
+    assert place_of("model.layers.1.mlp.experts.5.w1", ["model.layers.1"]) == ("1", "mlp.experts.*.w1")
+    assert place_of("net.stem.0", stages) == ("–", "net.stem.*")
     report = Report.read(runs[0] / "report.json")
     rows = matrix_rows(report.matrices)
     assert len(rows) == len(report.matrices)

@@ -16,24 +16,27 @@ DENSE, PRUNED = "#4c78a8", "#e4793c"
 _SCHEME = "viridis"
 
 
-def place_of(name: str) -> tuple[str, str]:
+def place_of(name: str, blocks: Sequence[str] = ()) -> tuple[str, str]:
     """Split a matrix's name into its block's number ('–' outside of the blocks) and its kind, experts together.
 
-    `model.layers.3.self_attn.q_proj` → ('3', 'self_attn.q_proj'); `…mlp.experts.up_proj[2]` → '….up_proj[*]'.
+    `model.layers.3.self_attn.q_proj` → ('3', 'self_attn.q_proj'); `…mlp.experts.up_proj[2]` → '….up_proj[*]'; with the blocks'
+    names `stages.1.blocks.2.mlp.fc1` → ('1.2', 'mlp.fc1'). Without them a block's number is the first in the name.
     """
     path, bracket, _ = name.partition("[")
     parts = path.split(".")
-    first = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    kind = parts if first is None else parts[first + 1 :]
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    depth = max((block.count(".") + 1 for block in blocks if f"{path}.".startswith(f"{block}.")), default=0)
+    within = [index for index in numbers if index < depth] or ([] if blocks else numbers[:1])
+    kind = parts[within[-1] + 1 :] if within else parts
     shown = ".".join("*" if part.isdigit() else part for part in kind) + ("[*]" if bracket else "")
-    return ("–" if first is None else parts[first]), shown
+    return ".".join(parts[index] for index in within) or "–", shown
 
 
-def matrix_rows(matrices: Sequence[MatrixResult]) -> list[dict[str, Any]]:
-    """One row per block and kind: experts of a layer are averaged by their size."""
+def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One row per block and kind: experts of a layer are averaged by their size. blocks: their names."""
     groups: dict[tuple[str, str], list[MatrixResult]] = {}
     for matrix in matrices:
-        groups.setdefault(place_of(matrix.name), []).append(matrix)
+        groups.setdefault(place_of(matrix.name, blocks), []).append(matrix)
     rows = []
     for (block, kind), group in groups.items():
         size = sum(matrix.shape[0] * matrix.shape[1] for matrix in group)

@@ -50,6 +50,7 @@ def build_report(
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(session.loaded.device),
             blocks=len(session.blocks),
+            block_names=[block.name for block in session.blocks],
             parameters=model.num_parameters(),
             quantised_source=session.loaded.quantised_source,
             task=session.loaded.task,

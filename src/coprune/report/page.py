@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from coprune.evaluate.zero_shot import ZeroShotFacts
@@ -19,9 +20,9 @@ _DISTRIBUTIONS = {
 }
 
 
-def run_page(report: Report) -> str:
-    """Build the page of one run."""
-    rows = matrix_rows(report.matrices)
+def run_page(report: Report, speed: Sequence[str] = ()) -> str:
+    """Build the page of one run. speed: sections about its speed, HTML."""
+    rows = matrix_rows(report.matrices, report.model.block_names)
     charts: dict[str, Any] = {}
     parts = [_head(report), _cards(report)]
     if report.perplexity:
@@ -40,7 +41,7 @@ def run_page(report: Report) -> str:
     parts.append(_picker(report))
     if report.sample is not None:
         parts.append(_sample(report))
-    parts += [_events(report), _phases(report), _recipe(report)]
+    parts += [*speed, _events(report), _phases(report), _recipe(report)]
     data = {
         "charts": charts,
         "matrices": [_matrix(matrix) for matrix in report.matrices],

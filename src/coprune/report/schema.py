@@ -38,6 +38,7 @@ class ModelFacts(BaseModel):
     quantised_source: bool
     """True if the weights were dequantised from a quantised file, so that all figures are of those."""
     task: TaskName = "text"
+    block_names: list[str] = []
 
 
 class CalibrationFacts(BaseModel):

@@ -15,6 +15,7 @@ from coprune.report.charts import pareto
 from coprune.report.html import chart, page, section, table, text
 from coprune.report.page import number, run_page
 from coprune.report.schema import AccuracyFacts, PerplexityFacts, Report
+from coprune.report.speed import speed_sections
 
 _Text = tuple[str, str, int]
 _Images = tuple[str, str, int]
@@ -51,7 +52,9 @@ def report_page(paths: Sequence[Path]) -> str:
     if not paths:
         raise BadInput("no run is named; for example: coprune report out/MODEL/2-4/wanda.")
     runs = [Run.read(path) for path in paths]
-    return run_page(runs[0].report) if len(runs) == 1 else runs_page(runs)
+    if len(runs) > 1:
+        return runs_page(runs)
+    return run_page(runs[0].report, speed_sections(paths[0] if paths[0].is_dir() else paths[0].parent))
 
 
 def runs_page(runs: Sequence[Run], tables: Sequence[str] = ()) -> str:
