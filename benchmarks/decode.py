@@ -1,6 +1,6 @@
-"""Products from packed weights against dense ones on this CPU, and a synthetic model, as ratios.
+"""Products from packed weights against dense ones on this CPU, as ratios in one run.
 
-    python benchmarks/decode.py [--threads 2] [--sizes 2048x2048,4096x4096] [--batches 1,4,16] [--model]
+    python benchmarks/decode.py [--threads 2] [--sizes 2048x2048,4096x4096] [--batches 1,4,16]
 
 For every size, dtype and sparsity: PyTorch's dense product, our own dense kernel, and the packed one, in turns over
 several matrices that together exceed the caches (as the layers of a model do). Packed matrices lie on large pages of
@@ -15,10 +15,8 @@ import ctypes
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from coprune.packed.bench import bench_model, format_bench
-from coprune.packed.format import read_header
+from coprune.packed.header import read_header
 from coprune.packed.kernels.build import MatrixStruct, instruction_set, load_kernels
 from coprune.packed.matrix import native_matrix, pack_matrix
 from coprune.packed.pages import on_large_pages
@@ -36,7 +34,6 @@ def main() -> None:
     parser.add_argument("--sparsities", default="0.5,0.8")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--megabytes", type=int, default=128, help="of dense matrices per measurement")
-    parser.add_argument("--model", action="store_true", help="also a model of 1B width, four blocks deep")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bandwidth = measure_bandwidth()
@@ -49,9 +46,6 @@ def main() -> None:
                 for batch in map(int, options.batches.split(",")):
                     print(f"{size:>11} {name:<9} {sparsity:.0%}", end="")
                     _print_products(matrices, batch, options.repeats, bandwidth)
-    if options.model:
-        for dtype in DTYPES.values():
-            print(format_bench(bench_model(_synthetic_model(dtype), "synthetic", (1, 4), prompt=64, tokens=24)))
 
 
 def _matrices(
@@ -103,22 +97,6 @@ def _print_products(
         f"(±{spread / 2:.0%}): {plain / fast:4.2f}× torch ({large_time / fast:4.2f}×), {own / fast:4.2f}× own dense, "
         f"{limit / fast:4.0%} of limit"
     )
-
-
-def _synthetic_model(dtype: torch.dtype) -> torch.nn.Module:
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=4,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if "proj" in name:
-            parameter.data.masked_fill_(torch.rand(parameter.shape) < 0.5, 0.0)
-    return model
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprune.packed.format import read_header
+from coprune.packed.header import read_header
 from coprune.packed.kernels import build
 from coprune.packed.kernels.build import LEVELS, load_kernels
 from coprune.packed.matrix import NativeMatrix, native_matrix, pack_matrix

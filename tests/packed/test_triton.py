@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = """
 import torch
-from coprune.packed.format import pack_tensor, read_header
+from coprune.packed.format import pack_tensor
+from coprune.packed.header import read_header
 from coprune.packed.triton_kernel import multiply, row_starts
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

@@ -78,21 +78,28 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header and the position at which it ends."""
+def read_header_bytes(file: Path) -> bytes:
+    """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size):
-                raise ValueError("no header")
-            header = json.loads(stream.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("no header")
+            if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+                return stream.read(length)
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
+    raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.")
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the header and the position at which it ends."""
+    text = read_header_bytes(file)
+    try:
+        header = json.loads(text)
     except ValueError as error:
         raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.") from error
-    return header, 8 + length
+    if not isinstance(header, dict):
+        raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.")
+    return header, 8 + len(text)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from coprune.checkpoint.shards import read_json
+from coprune.checkpoint.shards import read_header_bytes, read_json
 from coprune.errors import BadInput, unknown_name
-from coprune.packed.format import FORMATS, VERSION, Format, is_packed, negative_zeros, pack_tensor, unpack_tensor
+from coprune.packed.format import FORMATS, Format, negative_zeros, pack_tensor, unpack_tensor
+from coprune.packed.header import VERSION, is_packed
 from coprune.packed.registration import QUANT_METHOD
 from coprune.packed.shards import (
     DTYPE_NAMES,
@@ -31,7 +32,6 @@ from coprune.packed.shards import (
     ShardWriter,
     check_shard,
     named,
-    read_header_bytes,
     read_tensors,
     stored_order,
     tensor_bytes,

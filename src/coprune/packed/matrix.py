@@ -16,14 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coprune.errors import BadInput
-from coprune.packed.format import (
-    Header,
-    aligned_bytes,
-    assemble_packed,
-    keep_bits,
-    pack_tensor,
-    read_header,
-)
+from coprune.packed.format import aligned_bytes, assemble_packed, keep_bits, pack_tensor
+from coprune.packed.header import Header, read_header
 from coprune.packed.kernels.build import MatrixStruct, load_kernels
 from coprune.packed.pages import on_large_pages
 

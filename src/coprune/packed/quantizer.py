@@ -23,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from coprune.errors import BadInput
 from coprune.packed.folder import CONFIG, is_packed_folder
-from coprune.packed.format import VERSION, Header, expand_checked, is_packed, read_header
+from coprune.packed.format import expand_checked
+from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
 from coprune.packed.registration import QUANT_METHOD, register_with_transformers
 from coprune.packed.shards import METADATA_KEY, check_shard

@@ -19,23 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from coprune.checkpoint.shards import DTYPES, read_header_bytes
 from coprune.errors import BadInput
-from coprune.packed.format import ALIGNMENT, VERSION, Header, check_packed, is_packed
+from coprune.packed.format import check_packed
+from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed
 
 METADATA_KEY = "coprune"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
 
 
@@ -53,15 +45,6 @@ def readable(path: Path) -> Iterator[None]:
         raise BadInput(f"{path} cannot be read as safetensors ({error}); it may be truncated.") from error
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
-
-
-def read_header_bytes(path: Path) -> bytes:
-    """The JSON header of a safetensors file, as it is in the file."""
-    with readable(path), path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if length > min(path.stat().st_size, 100_000_000):
-            raise BadInput("the header is longer than the file.")
-        return file.read(length)
 
 
 def stored_order(header: bytes) -> dict[str, int]:

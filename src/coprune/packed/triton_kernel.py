@@ -15,7 +15,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from coprune.packed.format import Header
+from coprune.packed.header import Header
 
 BLOCK_ROWS = 16
 WORDS = 2
