@@ -61,9 +61,15 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. [torch's choice]", min=1)] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the figures to this file; RUN/bench.json puts them into RUN's page."),
+    ] = None,
 ) -> None:
-    """Measure prefill and decoding on this machine: dense, packed and semi-structured in turns, as ratios in one run."""
+    """Measure prefill and decoding on this machine: dense, packed and semi-structured in turns, as ratios in one run.
+
+    Example: coprune bench out/pruned --json out/SmolLM2/2-4/wanda/bench.json
+    """
     import torch
 
     from coprune.errors import BadInput
@@ -80,3 +86,14 @@ def bench(
     typer.echo(format_bench(found))
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")
+        _put_into_page(json_file)
+
+
+def _put_into_page(json_file: Path) -> None:
+    """Make the page of the run again whose folder now holds the figures."""
+    from coprune.preparation import REPORT_FILE
+    from coprune.report.folder import PAGE_FILE, write_page
+
+    run = json_file.parent
+    if json_file.name == "bench.json" and (run / REPORT_FILE).is_file() and write_page([run], run / PAGE_FILE):
+        typer.echo(f"page      {run / PAGE_FILE}")

@@ -1,0 +1,57 @@
+"""The section of a run's page with what `coprune bench` measured, if the run's folder holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from coprune.errors import BadInput
+from coprune.packed.bench import NO_GAIN, Bench, Row
+from coprune.report.html import section, table
+
+BENCH_FILE = "bench.json"
+_BENCH = TypeAdapter(Bench)
+
+
+def speed_sections(folder: Path) -> list[str]:
+    """HTML of the figures in a run's folder, none if it has none. Raises BadInput if they are not bench's."""
+    file = folder / BENCH_FILE
+    if not file.is_file():
+        return []
+    try:
+        found = _BENCH.validate_json(file.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise BadInput(f"{file} is not what `coprune bench MODEL --json {file}` writes; measure again.") from error
+    note = (
+        f"coprune bench {found.model}: {found.dtype}, {found.threads} threads on {found.device}, {found.instruction_set} "
+        "kernels. Forms in turns within one process; medians with quartiles."
+    )
+    return [section("Speed and memory when it runs", _sizes(found), _times(found), note=note)]
+
+
+def _sizes(found: Bench) -> str:
+    dense = found.bytes["dense"]
+    rows = []
+    for form, size in found.bytes.items():
+        limit = f"{found.bandwidth / size:.1f}" if found.bandwidth else "–"
+        rows.append([form, f"{size / 1e6:,.1f}", f"{size / dense:.3f}", limit])
+    return table(["form", "MB of weights in memory", "of dense", "tokens/s that memory allows"], rows)
+
+
+def _times(found: Bench) -> str:
+    header = ["phase", "sequences", "form", "ms", "tokens/s", "to dense"]
+    return table(header, [_time(row) for row in found.rows])
+
+
+def _time(row: Row) -> list[str]:
+    t = row.seconds
+    verdict = "" if row.form == "dense" or row.speedup >= NO_GAIN else " (no gain here)"
+    return [
+        row.phase,
+        str(row.batch),
+        row.form,
+        f"{t.median * 1e3:.2f} ({t.low * 1e3:.2f} – {t.high * 1e3:.2f})",
+        f"{row.tokens_per_second:.1f}",
+        f"{row.speedup:.2f} ×{verdict}",
+    ]
