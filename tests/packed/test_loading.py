@@ -183,3 +183,20 @@ print(resident() - before)
     margin = 40 << 20  # activations, the tile of the long input, Python
     assert growth("dense") > sizes.dense - margin
     assert growth("packed") < sizes.packed + margin < sizes.dense - margin
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("gpt2", "transformer.h.*.attn.c_attn.weight (2)"),
+        ("mixtral", "model.layers.*.block_sparse_moe.experts.*.w1.weight (8)"),
+        ("llama-tied", None),
+    ],
+)
+def test_what_cannot_stay_packed_is_named(name: str, kinds: str | None, tmp_path: Path, caplog):
+    save_pruned(CONFIGS[name], tmp_path / "dense")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    load_packed(tmp_path / "packed")
+    messages = [record.getMessage() for record in caplog.records if record.name == "coprune.packed.quantizer"]
+    assert [kinds in message for message in messages if kinds] == [True] * len(messages)
+    assert len(messages) == (kinds is not None)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +183,15 @@ def _insert_slots(model: PreTrainedModel, headers: dict[str, Header]) -> set[str
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     parameters = dict(model.state_dict())
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    slots = set()
+    slots: set[str] = set()
+    left: list[str] = []
     for key, header in headers.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if name not in parameters or pattern is not None or name in tied or not name.endswith(".weight"):
-            continue
-        module = model.get_submodule(name.removesuffix(".weight"))
+        if name in tied:
+            continue  # the embedding, of which single rows are read
+        module = model.get_submodule(name.rpartition(".")[0]) if name in parameters and pattern is None else None
         if type(module) is not nn.Linear or tuple(module.weight.shape) != header.shape:
+            left.append(key)
             continue
         if module.weight.dtype != header.dtype:
             logger.warning(
@@ -195,7 +200,15 @@ def _insert_slots(model: PreTrainedModel, headers: dict[str, Header]) -> set[str
             continue
         model.set_submodule(name.removesuffix(".weight"), PackedSlot(header.total_bytes, module))
         slots.add(name)
+    if left:
+        logger.warning("dense in memory, since only linear layers multiply from packed weights: %s", _kinds(left))
     return slots
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """Names that differ in their numbers only, as one each."""
+    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
 
 
 def _unpack(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
