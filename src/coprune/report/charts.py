@@ -145,8 +145,11 @@ def pareto(rows: list[dict[str, Any]], x: str, x_title: str, x_format: str) -> S
 
     rows: `name`, `method`, `perplexity`, `front` (bool) and the field x.
     """
+    # Padding would go below zero, where no sparsity is.
+    from_zero = any(row[x] == 0 for row in rows)
+    scale = alt.Scale(domain=[0, 1.1 * max(row[x] for row in rows)]) if from_zero else alt.Scale(zero=False, padding=20)
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(format=x_format), scale=alt.Scale(zero=False, padding=20)),
+        x=alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(format=x_format), scale=scale),
         y=alt.Y("perplexity:Q", title="perplexity", scale=alt.Scale(type="log", nice=False, padding=20)),
     )
     front = base.transform_filter("datum.front").mark_line(strokeDash=[4, 3], strokeWidth=1.5, color="#888888")

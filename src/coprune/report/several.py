@@ -151,4 +151,5 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
                 "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB",
             ]
         )
-    return section("Runs", table(header, rows))
+    told = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
+    return section("Runs", table([header[c] for c in told], [[row[c] for c in told] for row in rows]))
