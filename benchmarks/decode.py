@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import time
 
 import torch
 from torch.nn import functional
@@ -20,7 +21,7 @@ from coprune.packed.header import read_header
 from coprune.packed.kernels.build import MatrixStruct, instruction_set, load_kernels
 from coprune.packed.matrix import native_matrix, pack_matrix
 from coprune.packed.pages import on_large_pages
-from coprune.packed.timing import measure_bandwidth, time_in_turns
+from coprune.packed.timing import Clock, measure_bandwidth, time_in_turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,11 +34,15 @@ def main() -> None:
     parser.add_argument("--batches", default="1,2,4,8,16")
     parser.add_argument("--sparsities", default="0.5,0.8")
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--cpu-time", action="store_true", help="for one thread on a machine that others use too")
     parser.add_argument("--megabytes", type=int, default=128, help="of dense matrices per measurement")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bandwidth = measure_bandwidth()
-    print(f"{options.threads} threads, {instruction_set()}, memory {bandwidth / 1e9:.1f} GB/s")
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.cpu_time and options.threads > 1:
+        parser.error("--cpu-time adds up the threads; use it with --threads 1")
+    bandwidth = measure_bandwidth(clock=clock)
+    print(f"{options.threads} threads, {clock.__name__}, {instruction_set()}, memory {bandwidth / 1e9:.1f} GB/s")
     for size in options.sizes.split(","):
         rows, columns = map(int, size.split("x"))
         for name, dtype in DTYPES.items():
@@ -45,7 +50,7 @@ def main() -> None:
                 matrices = _matrices(rows, columns, dtype, sparsity, options.megabytes << 20)
                 for batch in map(int, options.batches.split(",")):
                     print(f"{size:>11} {name:<9} {sparsity:.0%}", end="")
-                    _print_products(matrices, batch, options.repeats, bandwidth)
+                    _print_products(matrices, batch, options.repeats, bandwidth, clock)
 
 
 def _matrices(
@@ -62,7 +67,7 @@ def _matrices(
 
 
 def _print_products(
-    matrices: list[tuple[torch.Tensor, torch.Tensor]], batch: int, repeats: int, bandwidth: float
+    matrices: list[tuple[torch.Tensor, torch.Tensor]], batch: int, repeats: int, bandwidth: float, clock: Clock
 ) -> None:
     library = load_kernels()
     if library is None:
@@ -88,6 +93,7 @@ def _print_products(
             "packed": lambda: [native.multiply(x, batch) for native in natives if native],
         },
         repeats,
+        clock,
     )
     plain, large_time, own, fast = (1e6 * times[name].median / len(matrices) for name in times)
     spread = (times["packed"].high - times["packed"].low) / times["packed"].median

@@ -31,7 +31,7 @@ def model() -> PreTrainedModel:
 
 
 def test_bench_measures_every_form_from_dense_and_packed_folders(model: PreTrainedModel, tmp_path, monkeypatch):
-    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda: 1e9)
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     model.save_pretrained(tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     for folder in ("dense", "packed"):
@@ -47,7 +47,7 @@ def test_bench_measures_every_form_from_dense_and_packed_folders(model: PreTrain
 
 
 def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypatch):
-    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda: 0.0)
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 0.0)
     result = bench_model(model, "tiny", (1,), prompt=4, tokens=2, repeats=2)
     assert isinstance(result, Bench)
     slow = [row for row in result.rows if row.form != "dense" and row.speedup < 1.03]

@@ -20,7 +20,7 @@ from coprune.report.speed import speed_sections
 def test_bench_puts_its_figures_into_the_page_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda: 1e9)
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     text = str(write_words(tmp_path / "text.txt"))
     settings = {"dataset": text, "eval_data": text, "seqlen": 32, "nsamples": 2, "quiet": True}
     run, model = tmp_path / "run", tmp_path / "pruned"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from coprune.packed.kernels.build import instruction_set
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
-from coprune.packed.timing import Timing, measure_bandwidth, summarise, time_in_turns, time_once
+from coprune.packed.timing import Clock, Timing, measure_bandwidth, summarise, time_in_turns, time_once
 
 NO_GAIN = 1.03
 
@@ -89,9 +90,15 @@ def bench(
 
 @torch.no_grad()
 def bench_model(
-    dense: Any, name: str, batches: Sequence[int], prompt: int = 128, tokens: int = 24, repeats: int = 5
+    dense: Any,
+    name: str,
+    batches: Sequence[int],
+    prompt: int = 128,
+    tokens: int = 24,
+    repeats: int = 5,
+    clock: Clock = time.perf_counter,
 ) -> Bench:
-    """The same for a model in memory, which is not changed."""
+    """The same for a model in memory, which is not changed. clock: see time_in_turns."""
     forms = make_forms(dense)
     on_cpu = dense.device.type == "cpu"
     result = Bench(
@@ -100,15 +107,15 @@ def bench_model(
         threads=torch.get_num_threads(),
         dtype=str(dense.dtype).removeprefix("torch."),
         instruction_set=instruction_set(),
-        bandwidth=measure_bandwidth() if on_cpu else 0.0,
+        bandwidth=measure_bandwidth(clock=clock) if on_cpu else 0.0,
         bytes={form: weight_bytes(model) for form, model in forms.items()},
     )
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         vocabulary = dense.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(dense.device)
-        prefill = time_in_turns({form: partial(_prefill, model, ids) for form, model in forms.items()}, repeats)
-        decode = _time_decoding(forms, ids, tokens)
+        prefill = time_in_turns({form: partial(_prefill, model, ids) for form, model in forms.items()}, repeats, clock)
+        decode = _time_decoding(forms, ids, tokens, clock)
         result.rows += _rows("prefill", batch, batch * prompt, prefill)
         result.rows += _rows("decode", batch, batch, decode)
     return result
@@ -171,7 +178,7 @@ def _prefill(model: Any, ids: Tensor) -> None:
     model(ids, use_cache=True, logits_to_keep=1)
 
 
-def _time_decoding(forms: dict[str, Any], ids: Tensor, tokens: int) -> dict[str, Timing]:
+def _time_decoding(forms: dict[str, Any], ids: Tensor, tokens: int, clock: Clock) -> dict[str, Timing]:
     """Every form decodes the same tokens, one step of each in turn."""
     caches: dict[str, dict[str, DynamicCache]] = {}
     for form, model in forms.items():
@@ -184,7 +191,7 @@ def _time_decoding(forms: dict[str, Any], ids: Tensor, tokens: int) -> dict[str,
             form: partial(model, step, **caches[form]) for form, model in forms.items()
         }
         for form, call in calls.items():
-            seconds[form].append(time_once(call))
+            seconds[form].append(time_once(call, clock))
     return {form: summarise(values[1:] or values) for form, values in seconds.items()}
 
 

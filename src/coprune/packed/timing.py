@@ -26,24 +26,32 @@ class Timing:
     high: float
 
 
-def time_in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Call each alternative `repeats` times, in turns, after one unmeasured call of each."""
+Clock = Callable[[], float]
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Clock = time.perf_counter
+) -> dict[str, Timing]:
+    """Call each alternative `repeats` times, in turns, after one unmeasured call of each.
+
+    clock: of seconds; time.process_time counts only what one thread computes, where others take the processor away.
+    """
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            seconds[name].append(time_once(call))
+            seconds[name].append(time_once(call, clock))
     return {name: summarise(values) for name, values in seconds.items()}
 
 
-def time_once(call: Callable[[], object]) -> float:
+def time_once(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """Seconds of one call, a GPU's work included."""
     wait_for_device()
-    start = time.perf_counter()
+    start = clock()
     call()
     wait_for_device()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def summarise(seconds: list[float]) -> Timing:
@@ -60,7 +68,7 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def measure_bandwidth(repeats: int = 9) -> float:
+def measure_bandwidth(repeats: int = 9, clock: Clock = time.perf_counter) -> float:
     """Bytes per second that this machine's memory gives to PyTorch's number of threads: the best of several reads.
 
     Reads 256 MiB on large pages, far more than the caches hold, and does nothing else.
@@ -70,10 +78,10 @@ def measure_bandwidth(repeats: int = 9) -> float:
     library = load_kernels()
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         if library is None:
             data.view(torch.int64).sum()
         else:
             library.coprune_read(data.data_ptr(), size // 8, torch.get_num_threads())
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return size / best
