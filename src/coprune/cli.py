@@ -111,7 +111,7 @@ def demo(
 
 app.command("eval")(evaluate)
 app.command(context_settings=METHOD_OPTIONS)(estimate)
-app.command(cls=SweepCommand, context_settings=METHOD_OPTIONS)(sweep)
+app.command(cls=SweepCommand)(sweep)
 app.command()(compare)
 app.command()(report)
 app.command()(finetune)

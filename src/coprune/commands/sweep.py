@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from coprune.commands.options import method_options, with_options_of
+from coprune.commands.options import with_options_of
 from coprune.errors import BadInput
 from coprune.recipe import Recipe
 
@@ -35,7 +35,6 @@ def _is_address(word: str) -> bool:
 
 @with_options_of(Recipe)
 def sweep(
-    context: typer.Context,
     file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,
     preset: Annotated[
         str | None,
@@ -82,13 +81,13 @@ def sweep(
     from coprune.sweep.file import Sweep
     from coprune.sweep.presets import sweep_preset
 
-    if (file is None) == (preset is None):
-        raise BadInput("name either a file or a preset, for example: coprune sweep --preset llama-7b --dry-run.")
+    if file is None and preset is None:
+        raise BadInput("name a file or a preset, for example: coprune sweep --preset llama-7b --dry-run.")
+    if file is not None and preset is not None:
+        raise BadInput(f"name either a file ({file}) or a preset ({preset}), not both.")
     chosen = Sweep.read(file) if file is not None else sweep_preset(preset or "")
     typed = {name: value for name, value in settings.items() if value is not None}
-    options = method_options(context.args)
-    typed |= ({"model": model} if model else {}) | ({"options": options} if options else {})
-    chosen = chosen.with_settings(typed)
+    chosen = chosen.with_settings(typed | ({"model": model} if model else {}))
     from coprune.sweep.finished import finished_report
     from coprune.sweep.run import check_sweep
 

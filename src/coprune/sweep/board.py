@@ -76,14 +76,14 @@ class Board:
         state.seconds = time.monotonic() - state.since if state.since else None
         if again:
             state.kind, state.text, state.retries = "waiting", _last_line(event.text), state.retries + 1
-            self._say(f"again    {event.name}  {state.text}")
+            self.say(f"again    {event.name}  {state.text}")
         elif event.kind == "done":
             state.kind, state.text = "done", ""
             took, done = duration(state.seconds or 0.0), self._earlier + self._count("done")
-            self._say(f"done     {event.name}  {took}  ({done} of {self._all()})")
+            self.say(f"done     {event.name}  {took}  ({done} of {self._all()})")
         else:
             state.kind, state.text = "failed", _last_line(event.text)
-            self._say(f"failed   {event.name}  {state.text}")
+            self.say(f"failed   {event.name}  {state.text}")
 
     def estimating(self, event: Event, again: bool) -> None:
         """Take note of a run that is only estimated for now."""
@@ -140,7 +140,8 @@ class Board:
     def _all(self) -> int:
         return self._earlier + len(self.states)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line, unless there is a live table."""
         if self._live is None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 

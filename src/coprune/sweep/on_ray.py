@@ -100,6 +100,8 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
+        # By default Ray's workers give way to everything else, local processes do not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
         return
     try:

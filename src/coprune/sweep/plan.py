@@ -85,7 +85,9 @@ class Plan:
             return 0
         if kept is None:
             return None
-        return 0 if kept.estimate is None else kept.estimate.peak_bytes
+        needed, there = kept.estimate.peak_bytes if kept.estimate else 0, self.workers.capacity.memory_each
+        # An estimate that is a little above what there is may be wrong; the run gets a machine for itself.
+        return needed if there is None else min(needed, there)
 
     def _too_large(self, run: Run, kept: KeptEstimate | None) -> str | None:
         if not run.recipe.check_memory or kept is None or kept.estimate is None:

@@ -52,7 +52,8 @@ def collect(
 def print_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], console: Console) -> None:
     """Print the tables, with the best of every column in bold."""
     for one in paper_tables(sweep, runs, reports):
-        shown = Table(title=Text(one.title), title_justify="left", box=box.SIMPLE, pad_edge=False)
+        console.print(Text(one.title), soft_wrap=True)
+        shown = Table(box=box.SIMPLE, pad_edge=False)
         shown.add_column("")
         for column in one.columns:
             shown.add_column(column, justify="right")

@@ -103,7 +103,10 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quie
 
     try:
         with board.shown():
-            conduct(plan.to_estimate(), workers, how.retries, board.estimating)
+            kinds = plan.to_estimate()
+            if kinds:
+                board.say(f"Estimating {len(kinds)} kinds of runs")
+            conduct(kinds, workers, how.retries, board.estimating)
             jobs = plan.to_run()
             board.expect(plan.seconds, workers.at_once)
             for event in plan.too_large:

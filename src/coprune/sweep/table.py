@@ -89,7 +89,7 @@ def _column(run: Run) -> str:
 
 
 def _row(run: Run, beside: Sequence[str]) -> str:
-    others = [folder_part(name, getattr(run.recipe, name)) for name in beside]
+    others = [f"{name} {folder_part(name, getattr(run.recipe, name), bare=True)}" for name in beside]
     return ", ".join([run.recipe.method, *others])
 
 
