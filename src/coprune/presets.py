@@ -9,13 +9,20 @@ from coprune.errors import unknown_name
 # What each of them measured, and what was tried instead, is in docs/methods.md and LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
-    "balanced": {"method": "admm", "propagation": "sequential", "refine": ("refit",)},
+    "balanced": {
+        "method": "sparsegpt",
+        "propagation": "sequential",
+        "refine": ("refit",),
+        "reconstruct": 30,
+        "reconstruct_dtype": "bfloat16",
+        "batch_size": 2,
+    },
     "best": {
         "method": "alps",
         "propagation": "sequential",
         "reconstruct": 200,
-        "reconstruct_lr": 1e-3,
-        "reconstruct_dtype": "float32",
+        "reconstruct_dtype": "bfloat16",
+        "batch_size": 2,
     },
 }
 
