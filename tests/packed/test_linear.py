@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coprune.errors import BadInput
@@ -132,3 +133,19 @@ def test_torch_compile_sees_a_plain_product():
     x = torch.randn(2, 40)
     exported = torch.export.export(layer, (x,))
     torch.testing.assert_close(exported.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_does_not_keep_the_bytes_it_was_made_from(tmp_path):
+    linear = pruned_linear(256, 256, bias=False)
+    file = tmp_path / "packed.safetensors"
+    save_file({"other": torch.ones(4), "weight": packed(linear).packed}, file)
+    mapped = load_file(file)
+    layer = PackedLinear(mapped["weight"])
+    x = torch.randn(2, 256)
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+    if layer._native is not None:
+        assert layer.packed.data_ptr() % 64 == 0
+        assert layer.packed.data_ptr() != mapped["weight"].data_ptr()
+        assert layer.packed.untyped_storage().nbytes() == layer.packed.numel()  # not the region that it lies in
+    assert torch.equal(mapped["weight"], packed(linear).packed)  # taken out of memory, and still what it was

@@ -8,7 +8,9 @@ its memory (in a virtual machine a look-up costs most: reading went from 17 to 3
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import sys
 import threading
 
 import torch
@@ -17,13 +19,14 @@ from torch import Tensor
 PAGE = 2 << 20
 REGION = 32 << 20  # untouched pages of it take no memory
 ALIGNMENT = 64
+_MADV_PAGEOUT = 21  # Python's mmap does not name it
 
 _lock = threading.Lock()
 _region: tuple[mmap.mmap, int] | None = None  # the one being filled, and where it is free
 
 
 def on_large_pages(blob: Tensor) -> Tensor:
-    """A copy of the bytes on large pages; the tensor itself where the system has none.
+    """A copy of the bytes on large pages, instead of `blob`; the tensor itself where the system has none.
 
     blob: one-dimensional uint8 on the CPU. The copy begins at a multiple of 64 bytes. A region goes back to the
     system when the last tensor in it is gone.
@@ -32,7 +35,22 @@ def on_large_pages(blob: Tensor) -> Tensor:
         return blob
     with torch.inference_mode(False):  # a tensor made within that mode could not be changed outside of it
         copy = _take(blob.numel())
-        return copy.copy_(blob.clone() if blob.is_inference() else blob)
+        copy.copy_(blob.clone() if blob.is_inference() else blob)
+    page_out(blob)
+    return copy
+
+
+def page_out(blob: Tensor) -> None:
+    """Take bytes that will hardly be read again out of memory; they stay what they are.
+
+    A tensor from a safetensors file is a part of the mapped file, and as long as one tensor of that file is in use, the
+    pages of all that were read count as this process's memory.
+    """
+    start = -(-blob.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (blob.data_ptr() + blob.numel()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and end > start:
+        # Advice that an older kernel does not know does nothing.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 def _take(size: int) -> Tensor:

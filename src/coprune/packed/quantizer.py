@@ -29,6 +29,7 @@ from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
 from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
+from coprune.packed.pages import page_out
 from coprune.packed.registration import QUANT_METHOD, register_with_transformers
 from coprune.packed.shards import METADATA_KEY, check_shard
 
@@ -215,7 +216,9 @@ def _unpack(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not is_packed(tensor):
         return tensor
     # Checked already; the header is read again, since it travels with the tensor through renamings.
-    dense = expand_checked(tensor.cpu(), read_header(tensor)).to(tensor.device)
+    blob = tensor.cpu()
+    dense = expand_checked(blob, read_header(blob)).to(tensor.device)
+    page_out(blob)
     return dense if dtype is None else dense.to(dtype)
 
 
