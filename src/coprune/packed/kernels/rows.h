@@ -60,7 +60,7 @@ __attribute__((always_inline)) inline void block(
 template <class Vector, int R, int B, bool BYTES>
 void rows_by_inputs(
     const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t row, int64_t gap) {
-    constexpr int SETS = R * B == 1 ? 4 : R * B == 2 ? 2 : 1, STEPS = 64 / Vector::LANES;
+    constexpr int SETS = R * B == 1 ? 4 : R * B <= 3 ? 2 : 1, STEPS = 64 / Vector::LANES;
     constexpr int BLOCKS = STEPS < SETS ? SETS / STEPS : 1;  // so many in turn use every set
     const int64_t columns = matrix->columns, bit = row * columns, apart = gap * columns;
     typename Vector::Sum sums[R][SETS][B];
@@ -89,13 +89,22 @@ void rows_by_inputs(
     }
 }
 
-// Rows first … last − 1 against B inputs.
-template <class Vector, int B, bool BYTES>
-void rows_by(const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t first, int64_t last) {
-    constexpr int R = B <= 2 ? 2 : Vector::REGISTERS < 32 ? 1 : B == 4 ? 4 : 2;
+// Rows first … last − 1 against B inputs, R rows at a time.
+template <class Vector, int R, int B, bool BYTES>
+void rows_in_groups(
+    const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t first, int64_t last) {
     const int64_t gap = (last - first) / R;
     for (int64_t row = first; row < first + gap; row++) rows_by_inputs<Vector, R, B, BYTES>(matrix, x, y, row, gap);
     for (int64_t row = first + R * gap; row < last; row++) rows_by_inputs<Vector, 1, B, BYTES>(matrix, x, y, row, 1);
+}
+
+template <class Vector, int B, bool BYTES>
+void rows_by(const Matrix* matrix, const typename Vector::Value* x, typename Vector::Value* y, int64_t first, int64_t last) {
+    constexpr int R = B <= 2 ? 2 : Vector::REGISTERS < 32 ? 1 : B == 4 ? 4 : 2;
+    // Inputs that fill the first cache come from the second one for every group: then larger groups.
+    const bool wide = B * matrix->columns * sizeof(*x) > 16 << 10;
+    if (B <= 2 && Vector::REGISTERS == 32 && wide) rows_in_groups<Vector, B <= 2 ? 3 : R, B, BYTES>(matrix, x, y, first, last);
+    else rows_in_groups<Vector, R, B, BYTES>(matrix, x, y, first, last);
 }
 
 template <class Vector, bool BYTES>
