@@ -14,6 +14,7 @@ Spec = dict[str, Any]
 
 DENSE, PRUNED = "#4c78a8", "#e4793c"
 _SCHEME = "viridis"
+_NAMED = 8  # more points than these bear their names only on the front
 
 
 def place_of(name: str, blocks: Sequence[str] = ()) -> tuple[str, str]:
@@ -163,7 +164,9 @@ def pareto(rows: list[dict[str, Any]], x: str, x_title: str, x_format: str) -> S
             alt.Tooltip(f"{x}:Q", format=x_format),
         ],
     )
-    names = base.mark_text(align="left", dx=8, dy=-6, fontSize=10, limit=140).encode(text="name:N")
+    # Names of many runs would cover each other; the others have theirs where the pointer is.
+    named = base.transform_filter("datum.front") if len(rows) > _NAMED else base
+    names = named.mark_text(align="left", dx=8, dy=-6, fontSize=10, limit=140).encode(text="name:N")
     return _spec((front + points + names).properties(width="container", height=320))
 
 

@@ -100,7 +100,8 @@ def _points(runs: Sequence[Run], on: _Text) -> list[dict[str, Any]]:
         source = run.report.model.source
         method = run.report.recipe.method
         point = {"name": run.name, "method": method, "perplexity": facts.pruned, "size": run.size}
-        points.append(point | {"sparsity": run.report.sparsity.model})
+        # A few weights more or less, as rounding gives them, make no run better than another.
+        points.append(point | {"sparsity": round(run.report.sparsity.model, 4)})
         if facts.dense is not None and all(other.get("source") != source for other in points):
             dense = {"name": "dense", "method": "dense", "perplexity": facts.dense, "size": None, "source": source}
             points.append(dense | {"sparsity": 0.0})
