@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.errors import BadInput, NumericalError
-from coprune.patterns import NM, Target, Unstructured, count_pruned, keep_largest, keep_n_of_m, parse_pattern
+from coprune.patterns import (
+    FEW_GROUPS,
+    NM,
+    Target,
+    Unstructured,
+    count_pruned,
+    keep_largest,
+    keep_n_of_m,
+    parse_pattern,
+)
 
 few_values = st.sampled_from([0.0, 1.0, 2.0, 3.0])
 
@@ -49,6 +58,13 @@ def test_groups_keep_n_of_m_as_a_stable_sort_would(pattern, data):
     lost = grouped.sort(dim=1, stable=True).indices[:, : pattern.m - pattern.n]
     expected.scatter_(1, lost, False)
     assert torch.equal(keep, expected.view_as(score))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(3, 16)], ids=str)
+def test_many_groups_are_ranked_as_few_are(pattern):
+    score = torch.randint(0, 5, (FEW_GROUPS + 1, pattern.m), generator=torch.Generator().manual_seed(0)).float()
+    few = torch.cat([keep_n_of_m(part, pattern) for part in score.split(FEW_GROUPS)])
+    assert torch.equal(keep_n_of_m(score, pattern), few)
 
 
 def test_four_of_eight_is_not_two_of_four():

@@ -16,7 +16,7 @@ from coprune.model.activations import GIB
 from coprune.model.blocks import Block
 from coprune.model.matrices import Chosen
 from coprune.patterns import Target
-from coprune.preparation import Loaded
+from coprune.preparation import Loaded, samples_per_batch
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
 
@@ -88,7 +88,7 @@ def _settings(
 ) -> Settings:
     vocabulary = loaded.model.config.get_text_config().vocab_size
     # As the walk and the evaluations choose them.
-    batch = recipe.batch_size or max(1, 4096 // seqlen)
+    batch = samples_per_batch(recipe, seqlen, loaded.device)
     evaluation_batch = recipe.batch_size or default_batch_size(seqlen, vocabulary)
     windows_of = [len(text.tokens) // seqlen for text in texts]
     return Settings(

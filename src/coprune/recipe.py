@@ -108,7 +108,9 @@ class Recipe(BaseModel):
             ge=0,
         ),
     ] = None
-    batch_size: Annotated[int | None, Field(description="Samples per forward pass. [about 4096 tokens]", ge=1)] = None
+    batch_size: Annotated[
+        int | None, Field(description="Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]", ge=1)
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),

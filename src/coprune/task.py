@@ -113,7 +113,7 @@ class TextTask:
         return probe_tokens(samples if isinstance(samples, Windows) else None, texts, self.seqlen, self._loaded)
 
     def batches(self, samples: Tensor) -> Sequence[Tensor]:
-        return split_batches(samples, self._recipe.batch_size, self._loaded.device)
+        return split_batches(samples, self._recipe, self._loaded.device)
 
     def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Perplexity:
         assert isinstance(data, EvaluationText)

@@ -69,7 +69,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
     probe = probe_tokens(windows, {}, seqlen, loaded)
     structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
     with reporter.bar(f"Walking to {name}", len(blocks)) as advance:
-        batches = split_batches(windows.tokens, recipe.batch_size, loaded.device)
+        batches = split_batches(windows.tokens, recipe, loaded.device)
         recording = record_batches(loaded.model, blocks, structure, batches)
         walk = Walk(
             loaded.weights,
