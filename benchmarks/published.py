@@ -7,6 +7,7 @@ matrix even where matrices share their input, a Python loop over columns or grou
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,10 +55,8 @@ def first_inputs(model: nn.Module, first: nn.Module, tokens: Tensor) -> tuple[li
 
     hook = first.register_forward_pre_hook(catch, with_kwargs=True)
     for sample in tokens:
-        try:
+        with suppress(Stop):
             model(sample[None], use_cache=False)
-        except Stop:
-            pass
     hook.remove()
     return inputs, arguments
 

@@ -38,9 +38,12 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     settings = prepare(arguments)
     if arguments.llm_compressor:
-        settings["llm-compressor python"] = make_environment(arguments.folder / "llm-compressor")
+        settings["llm-compressor python"] = make_environment(
+            arguments.environment or arguments.folder / "llm-compressor"
+        )
+    blocks = f", its first {arguments.blocks} blocks" if arguments.blocks else ""
     print(
-        f"{arguments.model}, {arguments.nsamples} × {arguments.seqlen} tokens, {arguments.pattern}, "
+        f"{arguments.model}{blocks}, {arguments.nsamples} × {arguments.seqlen} tokens, {arguments.pattern}, "
         f"{arguments.threads} thread(s), medians of {arguments.repeats}",
         flush=True,
     )
@@ -74,6 +77,10 @@ def prepare(arguments: argparse.Namespace) -> Found:
         arguments.folder / "model",
         arguments.folder / f"{arguments.nsamples}x{arguments.seqlen}.safetensors",
     )
+    if arguments.blocks:
+        model = model.with_name(f"model-{arguments.blocks}")
+        loaded.model.model.layers = loaded.model.model.layers[: arguments.blocks]
+        loaded.model.config.num_hidden_layers = arguments.blocks
     if not model.is_dir():
         loaded.model.save_pretrained(model)
         loaded.tokenizer.save_pretrained(model)
@@ -98,7 +105,8 @@ def make_environment(folder: Path) -> str:
 def remembered(settings: Found, run: str, method: str, repeat: int, arguments: argparse.Namespace) -> Found:
     """Do a run, or take over what an earlier benchmark in the same folder found with the same settings."""
     # A forward pass is the same for all methods, but is measured beside each.
-    name = f"{run} {method} {arguments.pattern} {arguments.nsamples}x{arguments.seqlen} {arguments.threads} {repeat}"
+    size = f"{arguments.blocks or 'all'} {arguments.nsamples}x{arguments.seqlen}"
+    name = f"{run} {method} {arguments.pattern} {size} {arguments.threads} {repeat}"
     file = arguments.folder / f"{name.replace(' ', '-').replace(':', '-')}.json"
     if not file.is_file():
         out = arguments.folder / "out"
@@ -116,7 +124,7 @@ def inside(settings: Found, python: str, threads: int) -> Found:
     """Run in a process of its own, with so many threads; returns what it found."""
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     command = [python, str(HERE / "speed_runs.py"), json.dumps(settings | {"started": time.time()})]
-    done = subprocess.run(command, env=os.environ | count, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=os.environ | count, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: Found = json.loads(done.stdout.splitlines()[-1])
@@ -172,9 +180,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=8192, help="0 for no perplexity")
+    parser.add_argument(
+        "--blocks", type=int, help="only the model's first blocks; ratios hardly depend on how many [all]"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--llm-compressor", action="store_true", help="make its environment (1 GB) and time it too")
+    parser.add_argument("--environment", type=Path, help="where that environment is [in the folder]")
     parser.add_argument("--folder", type=Path, default=Path("out/speed"), help="where the runs' results are kept")
     return parser.parse_args()
 
