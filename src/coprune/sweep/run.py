@@ -87,17 +87,22 @@ def check_sweep(sweep: Sweep) -> list[Run]:
 def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quiet: bool) -> None:
     """Do the runs that are not done yet."""
     started = time.perf_counter()
+    outcome.ledger.wall.append(0.0)
     local = SHARED_FOLDER + "/workers.log"
     workers: Workers = LocalWorkers(path_of(sweep.folder, local)) if how.ray is None else RayWorkers(how.ray)
     plan = Plan(sweep, how, workers, waiting)
     board = Board([run.name for run in waiting], len(outcome.runs) - len(waiting), quiet)
+
+    def note_time() -> None:
+        outcome.ledger.wall[-1] = time.perf_counter() - started
+        outcome.ledger.write(sweep.folder)
 
     def listen(event: Event, again: bool) -> None:
         board.note(event, again)
         if event.kind == "done":
             outcome.ledger.saved[event.name] = event.saved
             outcome.ledger.runs[event.name] = board.states[event.name].seconds or 0.0
-            outcome.ledger.write(sweep.folder)
+            note_time()
         elif event.kind != "now" and not again:
             outcome.failures[event.name] = event.text.strip()
 
@@ -114,8 +119,7 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quie
             conduct(jobs, workers, how.retries, listen)
     finally:
         workers.stop()
-        outcome.ledger.wall.append(time.perf_counter() - started)
-        outcome.ledger.write(sweep.folder)
+        note_time()
 
 
 @contextmanager
