@@ -27,7 +27,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 FLOOR = "forward pass"
-RUNS = (FLOOR, "coprune sequential", "coprune block", "plain published", "llm-compressor")
+RUNS = (
+    FLOOR,
+    "coprune sequential",
+    "coprune sequential --activation-memory 0",
+    "coprune block",
+    "plain published",
+    "llm-compressor",
+)
 PUBLISHED = ("wanda", "sparsegpt")
 
 Found = dict[str, Any]

@@ -108,6 +108,7 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
             method=settings["method"],
             pattern=settings["pattern"],
             propagation=settings["run"].split()[1],
+            activation_memory=0 if "--activation-memory" in settings["run"] else None,
             dataset=settings["dataset"],
             nsamples=settings["nsamples"],
             seqlen=settings["seqlen"],

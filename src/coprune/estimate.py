@@ -157,7 +157,8 @@ def _pruning(work: Workload, run: Settings) -> float:
     solve = max((work.solving[shape].most_bytes for group in block.groups for shape in group), default=0)
     batch = min(run.batch, run.samples) * run.seqlen * block.bytes_per_token
     if run.propagation == "sequential":
-        return hidden + tokens * block.waiting_bytes_per_token + max(sums, default=0) + max(solve, batch)
+        waiting = _within(hidden + tokens * block.waiting_bytes_per_token, run.activation_limit)
+        return max(hidden, waiting) + max(sums, default=0) + max(solve, batch)
     training = 0.0
     if run.reconstruction_steps:
         # float32 weights, gradients, two moments, best state; activations are kept for the backward pass.

@@ -103,8 +103,8 @@ class Recipe(BaseModel):
     activation_memory: Annotated[
         float | None,
         Field(
-            description="GiB of calibration activations to keep in memory; the rest goes to a temporary file that is "
-            "mapped into memory batch by batch. [all in memory]",
+            description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes "
+            "back batch by batch. [all in memory]",
             ge=0,
         ),
     ] = None

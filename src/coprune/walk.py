@@ -25,6 +25,7 @@ from coprune.model.blocks import Block
 from coprune.model.lockstep import Lockstep
 from coprune.model.matrices import Matrix
 from coprune.model.observe import Observe
+from coprune.model.paging import Paging
 from coprune.model.prove import Structure
 from coprune.model.record import run_after_blocks
 from coprune.recording import Recording
@@ -133,7 +134,13 @@ class Walk:
 
     def _visit_in_step(self, block: Block, gathered: Gathered) -> Iterator[MatricesReady]:
         assert self.recording is not None
-        hidden = self.recording.hidden
+        recording, hidden = self.recording, self.recording.hidden
+        paging = None if hidden.spare is None else Paging(hidden.spare, hidden.folder)
+
+        def run(batch: int) -> Tensor:
+            # With a limit, the lane's own copy, which can be taken out of memory while the lane waits.
+            own = hidden[batch] if paging is None else hidden[batch].clone()
+            return recording.run(block, batch, own)
 
         def finish(batch: int, output: Tensor) -> None:
             if not self.keep_inputs:
@@ -143,10 +150,11 @@ class Walk:
         step = Lockstep(
             len(hidden),
             self.matrices[block.index],
-            lambda batch: self._run(block, batch),
+            run,
             gathered.see,
             finish,
             self.agree,
+            paging,
         )
         try:
             while (matrix := step.next_matrix()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
 from coprune.methods import METHODS
+from coprune.model import paging
 from coprune.model.activations import Activations
 from coprune.model.blocks import find_blocks
 from coprune.model.matrices import choose_matrices
+from coprune.model.paging import Paging
 from coprune.model.prove import prove_replay
 from coprune.patterns import NM, Target
 from coprune.pruning import Solver, prune_walk
 from coprune.recording import record_batches
 from coprune.walk import Walk
-from pico import pico_model, pico_tokens
+from pico import FAMILIES, MIXTURES, pico_model, pico_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 33)), min_size=1, max_size=5)
@@ -53,23 +57,66 @@ def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> 
     assert torch.equal(activations[1], tensor)
 
 
-@pytest.mark.parametrize("propagation", ["block", "sequential"])
-def test_pruning_is_bit_identical_with_activations_on_the_disk(propagation: str) -> None:
-    def pruned(limit: int | None) -> tuple[dict[str, torch.Tensor], list[str]]:
-        model = pico_model("llama")
-        weights, blocks = InMemory(model), find_blocks(model)
-        chosen = choose_matrices(model, blocks)
-        structure = prove_replay(model, weights, blocks, chosen.blocks, pico_tokens(1))
-        hidden = Activations(limit=limit)
-        recording = record_batches(model, blocks, structure, list(pico_tokens().split(1)), hidden)
-        solver = Solver(METHODS["sparsegpt"])
-        walk = Walk(weights, blocks, chosen.blocks, solver.statistic, structure, recording, propagation)
-        results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5))
-        assert (hidden.bytes_on_disk > 0) == (limit is not None)
-        return dict(model.state_dict()), [result.mask_checksum for result in results]
+def prune_within(family: str, propagation: str, limit: int | None) -> tuple[dict[str, torch.Tensor], list[str], int]:
+    """The weights and masks of a pico model, pruned with activations within a limit, and their bytes on the disk."""
+    model = pico_model(family)
+    weights, blocks = InMemory(prepare(model)), find_blocks(model)
+    chosen = choose_matrices(model, blocks)
+    structure = prove_replay(model, weights, blocks, chosen.blocks, pico_tokens(1))
+    hidden = Activations(limit=limit)
+    recording = record_batches(model, blocks, structure, list(pico_tokens().split(1)), hidden)
+    solver = Solver(METHODS["sparsegpt"])
+    walk = Walk(weights, blocks, chosen.blocks, solver.statistic, structure, recording, propagation)
+    results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5))
+    return dict(model.state_dict()), [result.mask_checksum for result in results], hidden.bytes_on_disk
 
-    state, masks = pruned(None)
+
+@pytest.mark.parametrize(
+    ("propagation", "family", "limit"),
     # 4 batches of 32 × 64 float32: room for one of them.
-    other_state, other_masks = pruned(8192)
+    [("block", "llama", 8192), ("sequential", "llama", 8192)]
+    + [("sequential", family, 0) for family in FAMILIES | MIXTURES],
+)
+def test_pruning_is_bit_identical_with_activations_on_the_disk(
+    propagation: str, family: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paging, "SMALLEST", 256)
+    state, masks, _ = prune_within(family, propagation, None)
+    other_state, other_masks, on_disk = prune_within(family, propagation, limit)
+    assert on_disk > 0
     assert masks == other_masks
     assert all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 400_000), st.lists(st.sampled_from("snaivw"), min_size=1, max_size=30))
+def test_paged_tensors_are_what_they_would_be(limit: int, steps: list[str]) -> None:
+    def play(stop: Callable[[], None]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        held = [torch.randn(130, 130, generator=generator)]
+        for step in steps:
+            if step == "s":
+                stop()
+            elif step == "n":
+                held.append(held[-1] * 2)
+            elif step == "a":
+                held.append(held[0] + held[len(held) // 2])
+            elif step == "i":
+                held[len(held) // 2].mul_(0.5)
+            elif step == "v":
+                held.append(held[-1].T)
+            elif len(held) > 1:
+                held.pop(0)
+        return held
+
+    plain = play(lambda: None)
+    pages = Paging(limit)
+    with pages:
+        paged = play(pages.stop)
+        pages.stop()
+    # No more than the limit is in memory: what is over it has given its memory back.
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in paged}
+    assert sum(storages.values()) <= limit
+    for tensor, expected in zip(paged, plain, strict=True):
+        pages.release(tensor)
+        assert torch.equal(tensor, expected)

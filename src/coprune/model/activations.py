@@ -1,26 +1,22 @@
 """Hidden states of all calibration batches on their way through the model: in memory, or beyond a limit on the disk.
 
-What does not fit the limit lies in one file without a name, which the system removes whatever becomes of the process.
-A batch is mapped into memory when it is read and unmapped when the block is done with it, so that it costs the memory
-of one batch. The bytes are the same in both places, and so are the results.
+What does not fit the limit lies in one file without a name. A batch is mapped into memory when it is read and unmapped
+when the block is done with it, so that it costs the memory of one batch. The bytes are the same in both places, and so
+are the results.
 """
 
 from __future__ import annotations
 
-import errno
 import math
-import mmap
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from coprune.errors import CopruneError
+from coprune.model.scratch import ScratchFile
 
 GIB = 1 << 30
 
@@ -52,10 +48,19 @@ class Activations(Sequence[Tensor]):
         self._folder = folder
         self._places: list[Tensor | _OnDisk] = []
         self._in_memory = 0
-        self._file: IO[bytes] | None = None
-        self._end = 0
+        self._file = ScratchFile(folder)
         for tensor in tensors:
             self.append(tensor)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the file goes; None for the folder for temporary files."""
+        return self._folder
+
+    @property
+    def spare(self) -> int | None:
+        """Bytes that the limit leaves; None for no limit."""
+        return None if self._limit is None else max(0, self._limit - self._in_memory)
 
     def copy(self) -> Activations:
         """The same tensors in a list of their own, under a limit of its own of the same size."""
@@ -69,7 +74,7 @@ class Activations(Sequence[Tensor]):
     @property
     def bytes_on_disk(self) -> int:
         """Size of the file that holds the rest."""
-        return self._end
+        return self._file.size
 
     def append(self, tensor: Tensor) -> None:
         """Add a tensor at the end."""
@@ -103,42 +108,14 @@ class Activations(Sequence[Tensor]):
         if self._limit is None or (old is None and self._in_memory + tensor.nbytes <= self._limit):
             self._in_memory += tensor.nbytes
             return tensor
-        place = _OnDisk(self._end, tensor.shape, tensor.dtype, tensor.device)
-        if old is not None and place.nbytes <= old.nbytes:
-            place = _OnDisk(old.start, tensor.shape, tensor.dtype, tensor.device)
-        else:
-            # A mapping begins at a multiple of the system's pages.
-            self._end += -(-place.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        self._write(place.start, tensor)
-        return place
-
-    def _write(self, start: int, tensor: Tensor) -> None:
-        try:
-            if self._file is None:
-                self._file = _nameless_file(self._folder)
-                weakref.finalize(self, self._file.close)
-            self._file.seek(start)
-            raw: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-            rest = memoryview(raw)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            folder = self._folder or tempfile.gettempdir()
-            raise CopruneError(
-                f"the disk is full: the calibration activations do not fit {folder}. Free some space, use fewer samples, or "
-                "allow more of them in memory (--activation-memory)."
-            ) from error
+        fits = old is not None and tensor.nbytes <= old.nbytes
+        start = old.start if old is not None and fits else self._file.extend(tensor.nbytes)
+        raw: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._file.write(start, raw)
+        return _OnDisk(start, tensor.shape, tensor.dtype, tensor.device)
 
     def _map(self, place: _OnDisk) -> Tensor:
         if place.nbytes == 0:
             return torch.empty(place.shape, dtype=place.dtype, device=place.device)
-        assert self._file is not None
-        # A private mapping: what a model did to its input in place would not reach the file.
-        mapped = mmap.mmap(self._file.fileno(), place.nbytes, access=mmap.ACCESS_COPY, offset=place.start)
+        mapped = self._file.map(place.start, place.nbytes)
         return torch.frombuffer(mapped, dtype=place.dtype).view(place.shape).to(place.device)
-
-
-def _nameless_file(folder: Path | None) -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="coprune-activations-", dir=folder, buffering=0)

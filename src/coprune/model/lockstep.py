@@ -12,7 +12,7 @@ modes do not get entangled.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import greenlet
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coprune.model.matrices import Matrix
 from coprune.model.observe import Observe
+from coprune.model.paging import Paging
 
 
 class Lane:
@@ -69,7 +70,8 @@ class Lockstep:
 
     run: batch number → function of the batch that runs the block; see: called for every product with the batch number,
     the matrix and its input, returns nothing; agree: turns the position of the matrix that this process would solve next
-    (None if its lanes have ended) into the positions of all processes that walk in step.
+    (None if its lanes have ended) into the positions of all processes that walk in step; paging: takes what waiting lanes
+    hold out of memory.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Lockstep:
         see: Callable[[int, Matrix, Tensor], None],
         finish: Callable[[int, Tensor], None],
         agree: Callable[[int | None], list[int]] = lambda position: [] if position is None else [position],
+        paging: Paging | None = None,
     ) -> None:
         self._matrices = matrices
+        self._paging = paging
         self._agree = agree
         self._order = {matrix.name: position for position, matrix in enumerate(matrices)}
         self._solved: set[str] = set()
@@ -95,23 +99,38 @@ class Lockstep:
         see: Callable[[int, Matrix, Tensor], None],
         finish: Callable[[int, Tensor], None],
     ) -> Lane:
+        paging = self._paging
+
         def on_product(matrix: Matrix, x: Tensor) -> None:
-            see(batch, matrix, x)
+            if paging is None:
+                see(batch, matrix, x)
+            else:
+                paging.bring(x)
+                with paging.not_noting():
+                    see(batch, matrix, x)
             if matrix.name not in self._solved:
+                if paging is not None:
+                    paging.stop()
                 lane.stop_at(matrix)
 
         def observed() -> Tensor:
             with Observe(matrices, on_product):
                 return run(batch)
 
-        lane = Lane(observed, lambda output: finish(batch, output))
+        def end(output: Tensor) -> None:
+            if paging is not None:
+                paging.release(output)
+            finish(batch, output)
+
+        lane = Lane(observed, end)
         return lane
 
     def next_matrix(self) -> Matrix | None:
         """Let every lane run as far as it can; return the matrix to solve next, or None when all have ended."""
         for lane in self._lanes:
             if not lane.ended and (lane.waits_for is None or lane.waits_for.name in self._solved):
-                lane.go_on()
+                with self._paging or nullcontext():
+                    lane.go_on()
         waiting = [lane.waits_for for lane in self._lanes if lane.waits_for is not None and not lane.ended]
         own = self._first(waiting)
         # A process whose own lanes have no token for an expert still solves it together with the others.
