@@ -94,7 +94,7 @@ def measure(settings: dict[str, Any]) -> None:
     import coprune
     from coprune.data import evaluation_tokens
     from coprune.evaluate.closeness import closeness
-    from coprune.preparation import open_model
+    from coprune.opening import open_model
     from coprune.presets import PRESETS, preset_settings
 
     chosen: dict[str, Any] = (

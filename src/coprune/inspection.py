@@ -11,8 +11,9 @@ from coprune.looking import describe_targets
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen, Matrix, choose_matrices, find_matrices
 from coprune.model.prove import prove_replay
+from coprune.opening import Loaded, open_model
 from coprune.patterns import Target, Unstructured
-from coprune.preparation import Loaded, check_widths, open_model, prepare_solver
+from coprune.preparation import check_widths, prepare_solver
 from coprune.progress import NO_BAR, Reporter
 from coprune.pruning import Solver
 from coprune.recipe import Recipe

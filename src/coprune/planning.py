@@ -15,8 +15,9 @@ from coprune.memory import available_bytes, resident_peak
 from coprune.model.activations import GIB
 from coprune.model.blocks import Block
 from coprune.model.matrices import Chosen
+from coprune.opening import Loaded
 from coprune.patterns import Target
-from coprune.preparation import Loaded, samples_per_batch
+from coprune.preparation import samples_per_batch
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
 

@@ -20,14 +20,9 @@ from coprune.files import write_text
 from coprune.looking import look_at_dense
 from coprune.model.activations import GIB, Activations
 from coprune.model.blocks import Block
+from coprune.opening import Loaded
 from coprune.output import Output, run_identity
-from coprune.preparation import (
-    RECIPE_FILE,
-    Loaded,
-    path_of,
-    prepare_folders,
-    settings_for,
-)
+from coprune.preparation import RECIPE_FILE, path_of, prepare_folders, settings_for
 from coprune.progress import Reporter
 from coprune.pruning import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe

@@ -12,17 +12,10 @@ from coprune.estimate import Estimate
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen, choose_matrices
 from coprune.model.prove import Structure, prove_replay
+from coprune.opening import Loaded, open_model, streams
 from coprune.patterns import Target
 from coprune.planning import estimate_run
-from coprune.preparation import (
-    Loaded,
-    check_processes,
-    check_widths,
-    open_model,
-    prepare_reconstruction,
-    prepare_solver,
-    streams,
-)
+from coprune.preparation import check_processes, check_widths, prepare_reconstruction, prepare_solver
 from coprune.progress import Reporter
 from coprune.pruning import Solver
 from coprune.recipe import Recipe

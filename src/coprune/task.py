@@ -34,8 +34,8 @@ from coprune.evaluate.perplexity import Perplexity, perplexity
 from coprune.evaluate.streamed import streamed_logits, streamed_perplexity
 from coprune.model.activations import Activations
 from coprune.model.record import input_device
+from coprune.opening import Loaded
 from coprune.preparation import (
-    Loaded,
     choose_seqlen,
     looks_at_inputs,
     probe_tokens,

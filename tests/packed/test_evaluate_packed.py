@@ -9,8 +9,8 @@ import torch
 from coprune.checkpoint.load import load_model
 from coprune.checkpoint.locate import locate
 from coprune.evaluate.perplexity import perplexity
+from coprune.opening import open_model
 from coprune.packed.folder import pack_folder
-from coprune.preparation import open_model
 from coprune.recipe import Recipe
 from pico import VOCABULARY, pico_model
 from words import word_tokenizer

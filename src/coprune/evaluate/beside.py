@@ -15,7 +15,7 @@ from coprune.progress import Reporter
 from coprune.recipe import Recipe
 
 if TYPE_CHECKING:
-    from coprune.preparation import Loaded
+    from coprune.opening import Loaded
 
 Which = Literal["dense", "pruned"]
 

@@ -28,7 +28,8 @@ from coprune.evaluate.evaluation import (
 from coprune.evaluate.perplexity import perplexity
 from coprune.evaluate.texts import Text, split_texts
 from coprune.evaluate.zero_shot import ZeroShot
-from coprune.preparation import Loaded, choose_seqlen, open_model, read_evaluation
+from coprune.opening import Loaded, open_model
+from coprune.preparation import choose_seqlen, read_evaluation
 from coprune.progress import Reporter
 from coprune.recipe import Recipe
 

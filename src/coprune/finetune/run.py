@@ -35,7 +35,7 @@ from coprune.finetune.session import Session, device_of, prepare_session
 from coprune.finetune.settings import FinetuneSettings
 from coprune.finetune.teacher_cache import TeacherCache
 from coprune.finetune.trainer import ZeroKeepingTrainer, build_trainer
-from coprune.preparation import Loaded
+from coprune.opening import Loaded
 from coprune.progress import Reporter
 from coprune.recipe import make_recipe
 from coprune.report.schema import installed_versions

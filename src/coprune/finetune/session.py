@@ -21,7 +21,8 @@ from coprune.finetune.settings import FinetuneSettings
 from coprune.finetune.text_windows import read_training_text
 from coprune.finetune.training_data import TrainingData
 from coprune.finetune.training_images import read_training_images
-from coprune.preparation import Loaded, choose_seqlen
+from coprune.opening import Loaded
+from coprune.preparation import choose_seqlen
 from coprune.progress import Reporter
 from coprune.recipe import make_recipe
 from coprune.task import Data, ImageTask, Task, TextTask, task_for

@@ -10,10 +10,10 @@ from coprune.files import write_bytes
 from coprune.model.blocks import find_blocks
 from coprune.model.matrices import choose_matrices
 from coprune.model.prove import prove_replay
+from coprune.opening import open_model
 from coprune.preparation import (
     check_widths,
     choose_seqlen,
-    open_model,
     prepare_solver,
     probe_tokens,
     read_calibration,

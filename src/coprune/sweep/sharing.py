@@ -25,7 +25,7 @@ from coprune.evaluate.beside import Beside
 from coprune.evaluate.cache import EvaluationCache
 from coprune.evaluate.perplexity import Perplexity
 from coprune.evaluate.zero_shot import ZeroShot
-from coprune.preparation import streams
+from coprune.opening import streams
 from coprune.recipe import Recipe
 from coprune.report.schema import installed_versions
 from coprune.reuse import Reuse

@@ -112,7 +112,8 @@ _ACTIONS: dict[Action, Callable[[Job, Tell], dict[str, float]]] = {"estimate": _
 
 def _open(job: Job) -> tuple[Any, Any]:
     """Open the job's model, with what it may take over from other runs."""
-    from coprune.preparation import open_model, prepare_solver, streams
+    from coprune.opening import open_model, streams
+    from coprune.preparation import prepare_solver
     from coprune.sweep.sharing import SweepReuse
 
     prepare_solver(job.run.recipe)  # what cannot be done is refused before a model is read
