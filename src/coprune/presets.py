@@ -13,7 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "sparsegpt",
         "propagation": "sequential",
         "refine": ("refit",),
-        "reconstruct": 30,
+        "reconstruct": 12,
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,
     },

@@ -103,7 +103,8 @@ class Reconstruction:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         order = _endless(batches, self.seed)
         best_state, patience = copy.deepcopy(block.state_dict()), 3
-        every = max(1, self.steps // 10)
+        # Watching takes a tenth of the batches, which would cost short trainings more than their steps.
+        every = max(5, self.steps // 10)
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
