@@ -18,7 +18,7 @@ from coprune.progress import NO_BAR, Reporter
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
 from coprune.recording import record_batches
-from coprune.task import task_for
+from coprune.tasks import task_for
 
 
 def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporter: Reporter) -> list[str]:

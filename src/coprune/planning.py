@@ -17,9 +17,9 @@ from coprune.model.blocks import Block
 from coprune.model.matrices import Chosen
 from coprune.opening import Loaded
 from coprune.patterns import Target
-from coprune.preparation import samples_per_batch
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
+from coprune.tasks.text import samples_per_batch
 
 CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
 

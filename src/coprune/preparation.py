@@ -1,25 +1,19 @@
-"""What a run checks and gathers before anything slow starts: method, target, model, matrices, data."""
+"""What a run checks before anything slow starts: method, target, matrices, folders."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.allocation import allocation_named
-from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.errors import BadInput, unknown_name
-from coprune.evaluate.texts import plain_names
 from coprune.gathering import Inputs
 from coprune.methods import METHODS, method_named
 from coprune.model.matrices import Chosen
-from coprune.opening import Loaded
 from coprune.patterns import NM, Target, parse_pattern
-from coprune.progress import Reporter
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
 from coprune.refine import refinement_named
@@ -99,92 +93,15 @@ def check_widths(chosen: Chosen, target: Target) -> None:
             )
 
 
-def choose_seqlen(model: PreTrainedModel, recipe: Recipe) -> int:
-    """The recipe's sequence length, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
-    config: Any = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if recipe.seqlen is None:
-        return min(2048, int(limit)) if limit else 2048
-    if limit and recipe.seqlen > int(limit):
-        raise BadInput(f"seqlen {recipe.seqlen} is above this model's limit of {limit} positions.")
-    return recipe.seqlen
-
-
-def read_calibration(recipe: Recipe, loaded: Loaded, solver: Solver, seqlen: int, reporter: Reporter) -> Windows | None:
-    """Draw the calibration samples; None if nothing needs them.
-
-    A method without a statistic needs data for its layer errors alone, for which a few samples do.
-    """
-    nsamples = recipe.nsamples
-    if solver.statistic is None and recipe.reconstruct == 0 and not looks_at_inputs(recipe):
-        if not recipe.layer_error:
-            return None
-        nsamples = min(nsamples, -(-4 * InputSample.tokens // seqlen))
-    reporter.say(f"Calibration: {nsamples} samples of {seqlen} tokens from {recipe.dataset}.")
-    tokenizer, seed, folder = _tokenizer(loaded), recipe.seed, recipe.cache_dir
-    return loaded.reuse.tokens(
-        ("calibration", loaded.source, recipe.dataset, nsamples, seqlen, seed, folder),
-        lambda: calibration_windows(recipe.dataset, tokenizer, nsamples, seqlen, seed, folder),
-    )
-
-
 def looks_at_inputs(recipe: Recipe) -> bool:
     """Whether data is needed before anything is pruned, whatever the method: to allocate sparsity or permute channels."""
     return recipe.permute or allocation_named(recipe.allocation).statistic is not None
 
 
-def read_evaluation(recipe: Recipe, loaded: Loaded, seqlen: int, reporter: Reporter) -> dict[str, EvaluationText]:
-    """Read every evaluation text, by name; empty if none is asked for or known."""
-    if not recipe.evaluate:
-        return {}
-    if recipe.eval_data is None:
-        name = evaluation_corpus_for(recipe.dataset)
-        if name is None:
-            reporter.say(f"No perplexity: {recipe.dataset} has no test split. Name a text with --eval-data.")
-            return {}
-        names = [name]
-    else:
-        names = plain_names(recipe.eval_data)
-    tokenizer, folder, limit = _tokenizer(loaded), recipe.cache_dir, recipe.eval_tokens
-
-    def read(name: str) -> EvaluationText:
-        return loaded.reuse.tokens(
-            ("evaluation", loaded.source, name, seqlen, folder, limit),
-            lambda: evaluation_tokens(name, tokenizer, seqlen, folder, limit),
-        )
-
-    return {name: read(name) for name in names}
-
-
-def probe_tokens(
-    windows: Windows | None, texts: dict[str, EvaluationText], seqlen: int, loaded: Loaded
-) -> torch.Tensor:
-    """One sample (1 × S int64, at most 512 tokens) to prove the replay with: of the data, or random without any."""
-    length = min(seqlen, 512)
-    if windows is not None:
-        sample = windows.tokens[:1, :length]
-    elif texts:
-        sample = next(iter(texts.values())).tokens[None, :length]
-    else:
-        vocabulary = loaded.model.config.get_text_config().vocab_size
-        sample = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    return sample.to(loaded.device)
-
-
-def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
-    """Calibration samples that cross a block together: as many as were asked for, or as many as are fastest.
-
-    On a CPU about 512 tokens, whose activations stay in its caches and leave the allocator alone. A rule and not a
-    measurement, since sums over other batches differ in their last bits, and a run must give the same again.
-    """
-    # Reconstruction takes one step per batch, so there the size decides more than the time.
-    tokens = 512 if device.type == "cpu" and not recipe.reconstruct else 4096
-    return recipe.batch_size or max(1, tokens // seqlen)
-
-
-def split_batches(windows: torch.Tensor, recipe: Recipe, device: torch.device) -> Sequence[torch.Tensor]:
-    """Cut calibration samples (N × S) into batches on the device."""
-    return torch.split(windows.to(device), samples_per_batch(recipe, windows.shape[1], device))
+def path_of(folder: Path, name: str) -> Path:
+    """A file of a run folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -200,15 +117,3 @@ def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
     chosen = {name: value for name, value in values.items() if name in fields}
     options = {**dict(chosen.get("options") or {}), **{n: v for n, v in values.items() if n not in fields}}
     return {**chosen, "method": method, "options": options}
-
-
-def _tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
-    if loaded.tokenizer is None:
-        raise BadInput("a model in memory needs its tokenizer to read text: prune(model, tokenizer=...).")
-    return loaded.tokenizer
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """A file of a run folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coprune.estimate import Estimate
     from coprune.evaluate.beside import Beside
     from coprune.session import Session
-    from coprune.task import Measured
+    from coprune.tasks import Measured
 
 Tokens = TypeVar("Tokens")
 

@@ -37,7 +37,7 @@ from coprune.report.schema import Report
 from coprune.session import Session, open_run, prepare_run
 from coprune.sharing import SharedOutput, SharedSolving
 from coprune.statistics import Gram
-from coprune.task import Measured
+from coprune.tasks import Measured
 from coprune.verify import verify_saved
 from coprune.walk import Walk
 

@@ -20,7 +20,7 @@ from coprune.progress import Reporter
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
 from coprune.refine.reconstruct import Reconstruction
-from coprune.task import Data, Samples, Task, TextTask, task_for
+from coprune.tasks import Data, Samples, Task, TextTask, task_for
 
 
 @dataclass

@@ -29,9 +29,9 @@ from coprune.evaluate.perplexity import perplexity
 from coprune.evaluate.texts import Text, split_texts
 from coprune.evaluate.zero_shot import ZeroShot
 from coprune.opening import Loaded, open_model
-from coprune.preparation import choose_seqlen, read_evaluation
 from coprune.progress import Reporter
 from coprune.recipe import Recipe
+from coprune.tasks.text import choose_seqlen, read_evaluation
 
 _VERSIONS = ("torch", "transformers", "lm_eval")
 
@@ -87,7 +87,7 @@ class Subject:
 
     def _accuracies(self) -> tuple[AccuracyResult, ...]:
         """Measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
-        from coprune.task import ImageTask
+        from coprune.tasks import ImageTask
 
         task = ImageTask(self.recipe, self.loaded)
         found = []

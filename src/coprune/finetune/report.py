@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from coprune.evaluate.accuracy import Accuracy
 from coprune.evaluate.perplexity import Perplexity
 from coprune.finetune.settings import FinetuneSettings
-from coprune.task import Measured
+from coprune.tasks import Measured
 
 REPORT_FILE = "finetune.json"
 

@@ -39,7 +39,7 @@ from coprune.opening import Loaded
 from coprune.progress import Reporter
 from coprune.recipe import make_recipe
 from coprune.report.schema import installed_versions
-from coprune.task import Measured, task_for
+from coprune.tasks import Measured, task_for
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:

@@ -22,10 +22,10 @@ from coprune.finetune.text_windows import read_training_text
 from coprune.finetune.training_data import TrainingData
 from coprune.finetune.training_images import read_training_images
 from coprune.opening import Loaded
-from coprune.preparation import choose_seqlen
 from coprune.progress import Reporter
 from coprune.recipe import make_recipe
-from coprune.task import Data, ImageTask, Task, TextTask, task_for
+from coprune.tasks import Data, ImageTask, Task, TextTask, task_for
+from coprune.tasks.text import choose_seqlen
 
 
 @dataclass

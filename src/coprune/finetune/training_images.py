@@ -15,7 +15,7 @@ from coprune.errors import BadInput
 from coprune.finetune.distill import label_loss
 from coprune.finetune.settings import FinetuneSettings
 from coprune.finetune.training_data import TrainingData, count_held_out
-from coprune.task import ImageTask
+from coprune.tasks import ImageTask
 
 MOST_HELD_OUT = 2048
 _BATCH_SIZE = 32

@@ -27,7 +27,7 @@ from coprune.report.schema import (
 
 if TYPE_CHECKING:
     from coprune.session import Session
-    from coprune.task import Data, Measured
+    from coprune.tasks import Data, Measured
 
 
 def build_report(

@@ -11,18 +11,12 @@ from coprune.model.blocks import find_blocks
 from coprune.model.matrices import choose_matrices
 from coprune.model.prove import prove_replay
 from coprune.opening import open_model
-from coprune.preparation import (
-    check_widths,
-    choose_seqlen,
-    prepare_solver,
-    probe_tokens,
-    read_calibration,
-    split_batches,
-)
+from coprune.preparation import check_widths, prepare_solver
 from coprune.progress import Reporter
 from coprune.recipe import Recipe
 from coprune.recording import record_batches
 from coprune.report.distributions import Distributions, distributions_of
+from coprune.tasks.text import choose_seqlen, probe_tokens, read_calibration, split_batches
 from coprune.walk import MatricesReady, Walk
 
 _PANELS = {

@@ -30,7 +30,7 @@ from coprune.recipe import Recipe
 from coprune.report.schema import installed_versions
 from coprune.reuse import Reuse
 from coprune.session import Session
-from coprune.task import Measured
+from coprune.tasks import Measured
 
 SHARED_FOLDER = ".shared"
 Tokens = TypeVar("Tokens")

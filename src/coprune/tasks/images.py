@@ -1,21 +1,15 @@
-"""What differs between models of text and classifiers of images: what they read, and how they are measured.
-
-A run asks its task for samples to calibrate on, for data to measure on, and for the measurement; blocks, matrices,
-methods, the walk and the checkpoint know nothing of it. The two tasks are the entries of one table.
-"""
+"""Image classifiers: images to calibrate on, and accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from coprune.checkpoint.load import TaskName
 from coprune.checkpoint.weights import InMemory
-from coprune.data import EvaluationText, Windows
 from coprune.data.images import (
     ImageSamples,
     LabelledImages,
@@ -30,132 +24,21 @@ from coprune.data.images import (
 from coprune.errors import BadInput
 from coprune.evaluate.accuracy import Accuracy, aggregate_accuracy, rank_classes
 from coprune.evaluate.batches import inference_logits
-from coprune.evaluate.perplexity import Perplexity, perplexity
-from coprune.evaluate.streamed import streamed_logits, streamed_perplexity
+from coprune.evaluate.streamed import streamed_logits
 from coprune.model.activations import Activations
 from coprune.model.record import input_device
 from coprune.opening import Loaded
-from coprune.preparation import (
-    choose_seqlen,
-    looks_at_inputs,
-    probe_tokens,
-    read_calibration,
-    read_evaluation,
-    split_batches,
-)
+from coprune.preparation import looks_at_inputs
 from coprune.progress import Advance, Reporter
 from coprune.pruning import Solver
 from coprune.recipe import Recipe
-from coprune.sharing import shared_perplexity
+from coprune.tasks.base import Data, Measured, Samples
 
 if TYPE_CHECKING:
     from coprune.session import Session
 
-Samples = Windows | ImageSamples
-Data = EvaluationText | LabelledImages
-Measured = Perplexity | Accuracy
-
 BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
 STREAMED_IMAGES = 2048  # whose hidden states are held at a time where the blocks are streamed
-
-
-class Task(Protocol):
-    """What a run asks for; `samples.tokens` is a tensor whose first dimension counts the samples."""
-
-    measure_name: str
-
-    def calibration(self, solver: Solver, reporter: Reporter) -> Samples | None:
-        """Draw the calibration samples; None if nothing needs them."""
-        ...
-
-    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        """Open everything that is measured on, by name; empty if nothing is asked for or known."""
-        ...
-
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        """One sample to prove the replay with."""
-        ...
-
-    def batches(self, samples: Tensor) -> Sequence[Tensor]:
-        """Cut calibration samples into batches on the model's device."""
-        ...
-
-    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Measured:
-        """Measure the model as it is now. activations: an empty list, used where the blocks are streamed."""
-        ...
-
-    def measure_in_memory(self, data: Data, advance: Advance) -> Measured:
-        """Measure the loaded model, which is in memory, as it is now and in this process alone."""
-        ...
-
-    def line(self, which: str, name: str, found: Measured) -> str:
-        """What was found, for people."""
-        ...
-
-
-class TextTask:
-    """A language model: windows of text, and perplexity."""
-
-    measure_name = "Perplexity"
-
-    def __init__(self, recipe: Recipe, loaded: Loaded) -> None:
-        self._recipe, self._loaded = recipe, loaded
-        self.seqlen = choose_seqlen(loaded.model, recipe)
-
-    def calibration(self, solver: Solver, reporter: Reporter) -> Windows | None:
-        return read_calibration(self._recipe, self._loaded, solver, self.seqlen, reporter)
-
-    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        return dict(read_evaluation(self._recipe, self._loaded, self.seqlen, reporter))
-
-    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        texts = {name: text for name, text in data.items() if isinstance(text, EvaluationText)}
-        return probe_tokens(samples if isinstance(samples, Windows) else None, texts, self.seqlen, self._loaded)
-
-    def batches(self, samples: Tensor) -> Sequence[Tensor]:
-        return split_batches(samples, self._recipe, self._loaded.device)
-
-    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Perplexity:
-        assert isinstance(data, EvaluationText)
-        weights, blocks, structure, size = (
-            session.loaded.weights,
-            session.blocks,
-            session.structure,
-            session.recipe.batch_size,
-        )
-
-        def measure(text: EvaluationText) -> Perplexity:
-            if isinstance(weights, InMemory):
-                return self.measure_in_memory(text, advance)
-            return streamed_perplexity(
-                weights,
-                blocks,
-                structure,
-                text.tokens,
-                self.seqlen,
-                size,
-                text.token_bytes,
-                advance=lambda done: advance(done / len(blocks)),
-                activations=activations,
-            )
-
-        return shared_perplexity(session.processes, data, self.seqlen, measure)
-
-    def measure_in_memory(self, data: Data, advance: Advance) -> Perplexity:
-        assert isinstance(data, EvaluationText)
-        windows = len(data.tokens) // self.seqlen
-        return perplexity(
-            self._loaded.model,
-            data.tokens,
-            self.seqlen,
-            self._recipe.batch_size,
-            data.token_bytes,
-            advance=lambda done: advance(done / windows),
-        )
-
-    def line(self, which: str, name: str, found: Measured) -> str:
-        assert isinstance(found, Perplexity)
-        return f"Perplexity of the {which} model on {name} (sequence length {self.seqlen}): {found.value:.2f}"
 
 
 class ImageTask:
@@ -291,11 +174,3 @@ class ImageTask:
             f"Accuracy of the {which} model on {name}: top-1 {found.top1:.2%} [{low:.2%}, {high:.2%}], "
             f"top-5 {found.top5:.2%} ({found.images} images)"
         )
-
-
-TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {"text": TextTask, "images": ImageTask}
-
-
-def task_for(recipe: Recipe, loaded: Loaded) -> Task:
-    """The task of a loaded model, ready to be asked. Raises BadInput for settings that make no sense for it."""
-    return TASKS[loaded.task](recipe, loaded)
