@@ -13,7 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "sparsegpt",
         "propagation": "sequential",
         "refine": ("refit",),
-        "reconstruct": 12,
+        "reconstruct": 6,
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,
     },
