@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.estimate import Settings, Workload, estimate
-from coprune.machine import BlockCosts, LiveBytes, SolveCosts, _extrapolate, measure_solving
+from coprune.machine import BlockCosts, SolveCosts, _extrapolate, measure_solving
 from coprune.memory import available_bytes
 from coprune.methods import METHODS
+from coprune.model.live_bytes import LiveBytes
 from coprune.patterns import NM, Target
 from coprune.pruning import Solver
 from pico_folder import save_pico, write_words
