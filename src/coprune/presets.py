@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {
         "method": "sparsegpt",
         "propagation": "sequential",
-        "refine": ("refit",),
+        "refine": ("refit:rounds=10",),
         "reconstruct": 6,
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,

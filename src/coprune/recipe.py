@@ -48,7 +48,10 @@ class Recipe(BaseModel):
     ] = "block"
     refine: Annotated[
         tuple[str, ...],
-        Field(description="Improve every mask's weights: refit, swaps (which ends with a refit); repeatable."),
+        Field(
+            description="Improve every mask's weights: refit, swaps (which ends with a refit), options as in "
+            "refit:rounds=10; repeatable."
+        ),
     ] = ()
     target: Annotated[
         Literal["pruned", "dense"],

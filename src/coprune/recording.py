@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,15 @@ class Recording:
     """The calibration batches on their way: the inputs of the next block, and every block's calls.
 
     tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
-    the blocks of the dense model would be given, if somebody aims at those.
+    the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
+    for all.
     """
 
     tokens: list[Tensor]
     hidden: Activations
     calls: list[list[BlockCall]]
     dense: Activations | None = None
+    aims: Container[int] | None = None
 
     @torch.no_grad()
     def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:

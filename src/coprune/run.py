@@ -231,6 +231,8 @@ def _record(session: Session, dense: bool) -> Recording | None:
     recording = record_batches(session.loaded.model, session.blocks, session.structure, batches, activations)
     if dense:
         recording.dense = recording.hidden.copy()
+        if session.solver.aim != "dense" and session.reconstruction is not None:
+            recording.aims = session.reconstruction.batches_used(len(batches))
     return recording
 
 

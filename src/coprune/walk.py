@@ -177,7 +177,7 @@ class Walk:
         """The same for one batch; returns what each matrix is multiplied with, if cross Gram matrices are wanted."""
         assert self.recording is not None
         seen: dict[str, Tensor] = {}
-        if self.recording.dense is not None:
+        if self.recording.dense is not None and (self.recording.aims is None or batch in self.recording.aims):
             matrices = [m for m in self.matrices[block.index] if m.expert is None] if self.cross else []
             with Observe(matrices, lambda matrix, x: seen.__setitem__(matrix.name, x)):
                 self.recording.dense[batch] = self.recording.run(block, batch, self.recording.dense[batch])

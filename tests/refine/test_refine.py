@@ -51,7 +51,7 @@ def test_refit_is_least_squares_on_the_kept_inputs():
     weight, x, statistic = correlated_layer(12, 32, tokens=1024)
     for target in TARGETS:
         pruned = METHODS["wanda"].prune(weight, statistic, target)
-        refined = refinement_named("refit", {"rounds": 100, "damping": 0}).refine(weight, pruned, statistic, target)
+        refined = refinement_named("refit:rounds=100,damping=0").refine(weight, pruned, statistic, target)
         for row, kept in enumerate(pruned.keep):
             best = torch.linalg.lstsq(x[:, kept].double(), (x @ weight[row]).double()[:, None]).solution.squeeze(1)
             torch.testing.assert_close(refined.weight[row, kept].double(), best, rtol=1e-3, atol=1e-3)
@@ -215,14 +215,15 @@ def test_equal_inputs_leave_the_weight_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("text", "message"),
     [
-        ("refits", {}, "did you mean 'refit'"),
-        ("refit", {"rounds": 0}, "positive"),
-        ("swaps", {"refit_rounds": -1}, "negative"),
-        ("swaps", {"steps": 1.5}, "integer"),
+        ("refits", "did you mean 'refit'"),
+        ("refit:rounds=0", "positive"),
+        ("refit:rounds", "no value"),
+        ("swaps:refit-rounds=-1", "negative"),
+        ("swaps:steps=1.5", "integer"),
     ],
 )
-def test_bad_names_and_options_are_refused(name, options, message):
+def test_bad_names_and_options_are_refused(text, message):
     with pytest.raises(BadInput, match=message):
-        refinement_named(name, options)
+        refinement_named(text)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from coprune.allocation.alpha import Alpha
 from coprune.allocation.base import Allocation, Unit
@@ -13,8 +10,8 @@ from coprune.allocation.by_file import ByFile
 from coprune.allocation.error import Error
 from coprune.allocation.owl import OWL
 from coprune.allocation.uniform import Uniform
-from coprune.errors import BadInput, unknown_name
-from coprune.options import with_options
+from coprune.errors import unknown_name
+from coprune.options import parse_options, with_options
 
 __all__ = ["ALLOCATIONS", "Allocation", "Unit", "allocation_named", "is_file"]
 
@@ -33,15 +30,9 @@ def allocation_named(text: str) -> Allocation:
     """
     if is_file(text):
         return ByFile.read(Path(text))
-    name, _, written = text.partition(":")
+    name, options = parse_options("allocation", text)
     if name not in ALLOCATIONS:
         raise unknown_name("allocation", name, [*ALLOCATIONS, "FILE.yaml"])
-    options: dict[str, Any] = {}
-    for part in filter(None, written.split(",")):
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise BadInput(f"the allocation's option {part!r} has no value; write {name}:{part}=VALUE.")
-        options[option.strip().replace("-", "_")] = yaml.safe_load(value)
     return with_options(ALLOCATIONS[name], "allocation", name, options)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from coprune.errors import unknown_name
-from coprune.options import with_options
+from coprune.options import parse_options, with_options
 from coprune.refine.base import Refinement
 from coprune.refine.refit import Refit
 from coprune.refine.swaps import Swaps
@@ -18,11 +16,12 @@ REFINEMENTS: dict[str, Refinement] = {
 }
 
 
-def refinement_named(name: str, options: Mapping[str, object] | None = None) -> Refinement:
-    """Look a refinement up and set its options (fields of its dataclass).
+def refinement_named(text: str) -> Refinement:
+    """Look a refinement up: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.
 
     Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
     """
+    name, options = parse_options("refinement", text)
     if name not in REFINEMENTS:
         raise unknown_name("refinement", name, REFINEMENTS)
-    return with_options(REFINEMENTS[name], "refinement", name, options or {})
+    return with_options(REFINEMENTS[name], "refinement", name, options)

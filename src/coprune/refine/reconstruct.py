@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -74,6 +75,11 @@ class Reconstruction:
                 best = self._train(block, part, loss_of, watch, trained, best)
         return before, best
 
+    def batches_used(self, batches: int) -> set[int]:
+        """Numbers of the batches that are looked at, of so many: short trainings do not see all of them."""
+        watched, trained = self._split(batches)
+        return {*watched, *islice(_endless(trained, self.seed), self.steps)}
+
     def _split(self, batches: int) -> tuple[list[int], list[int]]:
         """Numbers of the batches to watch and to train on; too few batches serve for both."""
         held_out = round(batches * self.held_out) if self.held_out == 0 else max(1, round(batches * self.held_out))
@@ -104,7 +110,7 @@ class Reconstruction:
         order = _endless(batches, self.seed)
         best_state, patience = copy.deepcopy(block.state_dict()), 3
         # Watching takes a tenth of the batches, which would cost short trainings more than their steps.
-        every = max(5, self.steps // 10)
+        every = max(10, self.steps // 10)
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
