@@ -59,7 +59,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=65536)
-    parser.add_argument("--propagation", help="block or sequential [the methods' default: block]")
+    parser.add_argument("--propagation", help="block, sequential or dense [the methods' default: block]")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="where the cells' results are kept")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     parser.add_argument("--cell", help=argparse.SUPPRESS)

@@ -81,6 +81,7 @@ def sweep_of(arguments: argparse.Namespace, folder: Path) -> Sweep:
     data = {"model": arguments.model, "dataset": "embedded", "save": str(folder)}
     data |= {"nsamples": arguments.nsamples, "seqlen": arguments.seqlen, "eval_tokens": arguments.eval_tokens}
     data |= {"method": arguments.methods.split(","), "pattern": ["unstructured", "2:4", "4:8"]}
+    data |= {"propagation": arguments.propagation}
     return Sweep.make(data | {"seed": list(range(arguments.seeds))})
 
 
@@ -88,6 +89,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--methods", default="wanda,magnitude")
+    parser.add_argument("--propagation", default="block", choices=("block", "sequential", "dense"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--nsamples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=128)

@@ -89,6 +89,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown refinement": ([*MODEL, "--refine", "refitt"], "did you mean 'refit'?"),
     "unknown preset": ([*MODEL, "--preset", "bestt"], "did you mean 'best'?"),
     "dense target in sequence": ([*MODEL, "--target", "dense", "--propagation", "sequential"], "propagation block"),
+    "dense target twice": ([*MODEL, "--target", "dense", "--propagation", "dense"], "would be target pruned"),
+    "dense reconstruction": ([*MODEL, "--reconstruct", "5", "--propagation", "dense"], "never computes"),
     "missing model": (["prune", "./modle", "--dataset", "words.txt"], "did you mean model?"),
     "empty folder": (["prune", "empty", "--dataset", "words.txt"], "empty"),
     "no configuration": (["prune", "configless", "--dataset", "words.txt"], "no config.json"),

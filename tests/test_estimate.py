@@ -86,8 +86,18 @@ def test_more_work_takes_more() -> None:
     assert estimate(WORK, replace(RUN, activation_limit=0), None).peak_bytes < base.peak_bytes
 
 
+def test_dense_propagation_takes_one_pass_and_the_memory_of_block() -> None:
+    block, dense, sequential = (
+        estimate(WORK, replace(RUN, propagation=name), None) for name in ("block", "dense", "sequential")
+    )
+    assert dense.peak_bytes == block.peak_bytes
+    assert dense.seconds == sequential.seconds < block.seconds
+    unfit = replace(RUN, propagation="dense")
+    assert "propagation" not in estimate(WORK, unfit, MIB).proposal
+
+
 @settings(deadline=None, max_examples=50)
-@given(st.integers(50, 8000), st.booleans(), st.sampled_from(["block", "sequential"]))
+@given(st.integers(50, 8000), st.booleans(), st.sampled_from(["block", "sequential", "dense"]))
 def test_what_is_proposed_fits(mebibytes: int, streamed: bool, propagation: str) -> None:
     run = replace(RUN, streamed=streamed, propagation=propagation)
     available = mebibytes * MIB

@@ -35,6 +35,7 @@ CASES = [
     ("llama", "wanda", "block", {"allocation": "owl", "sparsity": 0.6}),
     ("mixtral", "wanda", "block", {"allocation": "error:movement=0", "pattern": "4:8"}),
     ("llama", "wanda", "block", {"permute": True, "pattern": "2:4"}),
+    ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
 ]
 
 

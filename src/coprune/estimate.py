@@ -175,7 +175,7 @@ def _seconds(work: Workload, run: Settings) -> float:
     block, read = work.block, work.block.read_seconds * work.blocks if run.streamed else 0.0
     tokens = run.samples * run.seqlen
     one_pass = block.seconds_per_token * work.blocks
-    passes = 1 if run.propagation == "sequential" else 2
+    passes = 2 if run.propagation == "block" else 1
     passes += 1 if run.dense_target else 0
     statistics = sum(work.solving[s].statistic_seconds_per_token * count for s, count in work.leaders.items())
     first = sum(work.solving[s].seconds * count for s, count in work.leaders.items())
@@ -201,7 +201,8 @@ def _proposal(work: Workload, run: Settings, available: int | None) -> str:
     changes: list[tuple[str, Callable[[Settings], Settings]]] = [
         ("--batch-size 1", lambda s: replace(s, batch=1, evaluation_batch=s.seqlen)),
         ("--activation-memory 0", lambda s: replace(s, activation_limit=0)),
-        ("--propagation block", lambda s: replace(s, propagation="block")),
+        # `dense` holds as much at once as `block`.
+        ("--propagation block", lambda s: replace(s, propagation="block") if s.propagation == "sequential" else s),
         (f"--nsamples {max(1, run.samples // 4)}", lambda s: replace(s, samples=max(1, s.samples // 4))),
     ]
     if not run.streamed:

@@ -5,7 +5,7 @@ Matrices fed by the same tensor share one `Inputs`; the first of them to be used
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +45,15 @@ class Gathered:
         statistic: type[InputNorm] | None,
         batches: int,
         reduce: Callable[[Inputs], None],
+        known: Mapping[str, Inputs] | None = None,
     ) -> None:
+        """known: what was gathered before, by the name of a group's first matrix."""
         self._groups = {group[0].name: group for group in groups}
         self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
         self._statistic = statistic
         self._batches = batches
         self._reduce = reduce
-        self._inputs: dict[str, Inputs] = {}
+        self._inputs: dict[str, Inputs] = dict(known or {})
         self._complete: set[str] = set()
         self._pools: dict[str, InputNorm] = {}
         self.dense: dict[str, Tensor] = {}
@@ -101,8 +103,8 @@ class Gathered:
     def _pool_of(self, matrix: Matrix, statistic: InputNorm) -> InputNorm:
         """The merged statistic of the experts that share this one's parameter.
 
-        In `block` propagation it holds all of them by the time that the first is shown. In `sequential` those further
-        on are not known yet: an expert's pool is then of itself and the experts before it.
+        In `block` and `dense` propagation it holds all of them by the time that the first is shown. In `sequential`
+        those further on are not known yet: an expert's pool is then of itself and the experts before it.
         """
         layer = matrix.name.partition("[")[0]
         if layer not in self._pools:

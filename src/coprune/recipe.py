@@ -40,10 +40,11 @@ class Recipe(BaseModel):
         tuple[str, ...], Field(description="Leave matrices that match this pattern alone; repeatable.")
     ] = ()
     propagation: Annotated[
-        Literal["block", "sequential"],
+        Literal["block", "sequential", "dense"],
         Field(
             description="block: statistics of a block from its dense weights, as in the papers; sequential: each matrix "
-            "from the inputs that its pruned predecessors give it, in one pass (faster)."
+            "from the inputs that its pruned predecessors give it, in one pass (faster); dense: each matrix from its inputs in "
+            "the dense model, in one pass, so that all methods and patterns have the same statistics."
         ),
     ] = "block"
     refine: Annotated[
@@ -197,6 +198,16 @@ class Recipe(BaseModel):
             raise ValueError("permute needs the whole model in memory, which stream does not; leave one out.")
         if self.target == "dense" and self.propagation == "sequential":
             raise ValueError("target dense compares two forwards of a block, which needs propagation block.")
+        if self.target == "dense" and self.propagation == "dense":
+            raise ValueError(
+                "in propagation dense every matrix gets the dense model's inputs, so target dense would be target pruned; "
+                "leave it out, or take propagation block."
+            )
+        if self.reconstruct and self.propagation == "dense":
+            raise ValueError(
+                "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never "
+                "computes; take propagation block or sequential."
+            )
         if self.stream and self.runs_tasks:
             raise ValueError(
                 "zero-shot tasks need the whole model in memory; leave out --stream, or save the model and run: "

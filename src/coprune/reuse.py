@@ -5,16 +5,20 @@ A sweep gives its runs a `Reuse` that remembers, so that what does not depend on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from coprune.estimate import Estimate
     from coprune.evaluate.beside import Beside
+    from coprune.gathering import Inputs
+    from coprune.recording import Recording
     from coprune.session import Session
     from coprune.tasks import Measured
 
 Tokens = TypeVar("Tokens")
+Known = dict[str, "Callable[[], dict[str, Inputs]]"]
+"""As `Walk.known`."""
 
 
 class Reuse:
@@ -33,3 +37,12 @@ class Reuse:
     ) -> dict[str, Measured]:
         """The dense model's figures by the name of the data; also fills in what is measured beside them."""
         return measure()
+
+    def gathered(
+        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
+    ) -> Known:
+        """What is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
+
+        finished: blocks that an earlier run finished, of which nothing is known; record: records the calibration batches.
+        """
+        return {}

@@ -177,8 +177,10 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
         session.reporter.say(f"{len(finished)} of {len(session.blocks)} blocks were finished by an earlier run.")
     started = time.perf_counter()
     target_of = look_at_dense(session, lambda: _record(session, dense=False))
+    known = loaded.reuse.gathered(session, finished, lambda: _record(session, dense=False))
     with session.reporter.bar(f"Pruning with {recipe.method}", len(session.blocks)) as advance:
-        recording = _record(session, session.solver.aim == "dense" or session.reconstruction is not None)
+        # In `dense` propagation nothing has to run through blocks that are all known.
+        recording = None if recipe.propagation == "dense" and known else _record_to_prune(session)
         walk = Walk(
             loaded.weights,
             session.blocks,
@@ -190,6 +192,7 @@ def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult],
             outside=session.chosen.outside,
             finished=finished,
             restore=shared.restore,
+            known=known,
             cross=recipe.target == "dense",
             keep_inputs=session.reconstruction is not None,
             reduce=session.processes.reduce,
@@ -220,6 +223,10 @@ def _solving(session: Session) -> Solving:
     if sequential:
         stages = [[group] for groups in stages for group in groups]
     return SharedSolving(session.processes, stages, sequential, gram=session.solver.statistic is Gram)
+
+
+def _record_to_prune(session: Session) -> Recording | None:
+    return _record(session, dense=session.solver.aim == "dense" or session.reconstruction is not None)
 
 
 def _record(session: Session, dense: bool) -> Recording | None:

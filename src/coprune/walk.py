@@ -4,14 +4,15 @@ A generator that takes up one block at a time, shows its matrices with what they
 change them, and moves the calibration inputs on to the next block. What the caller changed is what later blocks see;
 a caller that changes nothing sees the dense model.
 
-Two ways to move the inputs on. `block`, the papers': the statistics of a block come from its dense weights, then the
+Three ways to move the inputs on. `block`, the papers': the statistics of a block come from its dense weights, then the
 block runs again with the pruned ones. `sequential`: every matrix is shown just before its first use, in one pass.
+`dense`: every block sees what it would see in the dense model, whatever is pruned before it, also in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -31,7 +32,9 @@ from coprune.model.record import run_after_blocks
 from coprune.recording import Recording
 from coprune.statistics import InputNorm
 
-Propagation = Literal["block", "sequential"]
+Propagation = Literal["block", "sequential", "dense"]
+OUTSIDE = "outside"
+"""In `Walk.known`, the matrices after the blocks."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,21 @@ class Walk:
     """None: no data runs through the model; the blocks are shown one after another."""
     propagation: Propagation = "block"
     changes: bool = True
-    """False for a caller that only looks: the block then runs once."""
+    """False for a caller that only looks: every block then runs once, as in `dense` propagation."""
     outside: Sequence[Matrix] = ()
     """Matrices after the blocks (lm_head), shown when the blocks are done."""
     finished: Container[str] = ()
     """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
     restore: Callable[[Block], None] = lambda block: None
     """Gives a finished block its pruned weights."""
+    known: Mapping[str, Callable[[], dict[str, Inputs]]] = field(default_factory=dict)
+    """Reads what was gathered before of a block, by its name: the inputs of every group, by the group's first matrix.
+    Such a block is not observed. Not in `sequential` propagation, nor for cross Gram matrices or several processes."""
     cross: bool = False
     """Whether to gather cross Gram matrices with the dense model's inputs (`recording.dense`; block propagation)."""
     keep_inputs: bool = False
-    """Whether `recording.hidden` still holds a block's inputs at its BlockDone, for a caller that trains the block."""
+    """Whether `recording.hidden` still holds a block's inputs at its BlockDone, for a caller that trains the block (not
+    in `dense` propagation)."""
     need_outputs: bool = False
     """Whether the last block's outputs are wanted (in `recording.hidden`) when the walk ends."""
     reduce: Callable[[Inputs], None] = lambda inputs: None
@@ -90,18 +97,30 @@ class Walk:
             self.weights.acquire(block.name)
             try:
                 if block.name in self.finished:
-                    self._run_dense(block)
-                    self.restore(block)
-                    self._run_again(block, share=1.0)
+                    self._pass(block)
                 else:
                     yield from self._visit(block)
                     yield BlockDone(block)
-                    if self.changes and (self.propagation == "block" or self.keep_inputs):
-                        self._run_again(block, share=0.5)
+                    if not self._sees_dense and (self.propagation == "block" or self.keep_inputs):
+                        self._run(block, share=0.5)
             finally:
                 self.weights.release(block.name)
         if self.outside:
             yield from self._visit_outside()
+
+    @property
+    def _sees_dense(self) -> bool:
+        """Whether every block sees what it would see in the dense model, and so runs once, with its dense weights."""
+        return not self.changes or self.propagation == "dense"
+
+    def _pass(self, block: Block) -> None:
+        """Move the inputs on through a finished block."""
+        self._run_dense(block)
+        if self._sees_dense:
+            self._run(block, share=1.0)
+        self.restore(block)
+        if not self._sees_dense:
+            self._run(block, share=1.0)
 
     def _check_reuse(self) -> None:
         if self.propagation == "sequential" and self.structure is not None and self.structure.reused:
@@ -111,26 +130,36 @@ class Walk:
             )
 
     def _visit(self, block: Block) -> Iterator[MatricesReady]:
-        matrices = self.matrices[block.index]
-        if self.recording is None or self.structure is None:
-            yield from (MatricesReady([matrix], None) for matrix in matrices)
+        known = block.name in self.known
+        if self.structure is None or (self.recording is None and not known):
+            yield from (MatricesReady([matrix], None) for matrix in self.matrices[block.index])
             self.advance(1.0)
             return
-        gathered = self._gathered(self.structure.groups[block.index], len(self.recording.hidden))
-        if self.propagation == "sequential" and self.changes:
+        gathered = self._gathered(block.name, self.structure.groups[block.index])
+        if known:
+            self._run_dense(block)
+            if self._sees_dense:
+                self._run(block, share=1.0)
+            else:
+                self.advance(0.5)
+        elif self._sees_dense or self.propagation == "block":
+            self._observe(block, gathered)
+        else:
             self._run_dense(block)
             yield from self._visit_in_step(block, gathered)
-        else:
-            for batch in range(len(self.recording.hidden)):
-                gathered.dense = self._run_dense_batch(block, batch)
-                with Observe(matrices, partial(gathered.see, batch)):
-                    output = self._run(block, batch)
-                if not self.changes:
-                    self.recording.hidden[batch] = output
-                self.advance((0.5 if self.changes else 1.0) / len(self.recording.hidden))
-            yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
-        # Experts that no token was routed to in sequential mode; in block mode none are left.
+        # In sequential mode, experts that no token was routed to; in the others, everything.
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
+
+    def _observe(self, block: Block, gathered: Gathered) -> None:
+        """Run a block with its dense weights on its inputs, and note what its matrices are multiplied with."""
+        assert self.recording is not None
+        for batch in range(len(self.recording.hidden)):
+            gathered.dense = self._run_dense_batch(block, batch)
+            with Observe(self.matrices[block.index], partial(gathered.see, batch)):
+                output = self._run_batch(block, batch)
+            if self._sees_dense:
+                self.recording.hidden[batch] = output
+            self.advance((1.0 if self._sees_dense else 0.5) / len(self.recording.hidden))
 
     def _visit_in_step(self, block: Block, gathered: Gathered) -> Iterator[MatricesReady]:
         assert self.recording is not None
@@ -164,8 +193,11 @@ class Walk:
         finally:
             step.close()
 
-    def _gathered(self, groups: Sequence[list[Matrix]], batches: int) -> Gathered:
-        return Gathered(groups, self.statistic, batches, self.reduce)
+    def _gathered(self, place: str, groups: Sequence[list[Matrix]]) -> Gathered:
+        """Where the inputs of a place's groups are gathered: empty, unless they are known."""
+        batches = 0 if self.recording is None else len(self.recording.hidden)
+        known = self.known[place]() if place in self.known else {}
+        return Gathered(groups, self.statistic, batches, self.reduce, known)
 
     def _run_dense(self, block: Block) -> None:
         """Move the dense model's hidden states on through the block, which still has its dense weights."""
@@ -183,28 +215,31 @@ class Walk:
                 self.recording.dense[batch] = self.recording.run(block, batch, self.recording.dense[batch])
         return seen
 
-    def _run_again(self, block: Block, share: float) -> None:
-        """Run a block that has its final weights on its inputs; its outputs become the next block's inputs."""
+    def _run(self, block: Block, share: float) -> None:
+        """Run a block as it is now on its inputs; its outputs become the next block's inputs."""
         last = block is self.blocks[-1]
         if self.recording is None or (last and not self.need_outputs and not self.outside):
             self.advance(share)
             return
         for batch in range(len(self.recording.hidden)):
-            self.recording.hidden[batch] = self._run(block, batch)
+            self.recording.hidden[batch] = self._run_batch(block, batch)
             self.advance(share / len(self.recording.hidden))
 
     def _visit_outside(self) -> Iterator[MatricesReady]:
         """Show the matrices after the blocks, with what the last block's outputs make of their inputs."""
-        if self.recording is None or self.structure is None:
+        known = OUTSIDE in self.known
+        if self.structure is None or (self.recording is None and not known):
             yield from (MatricesReady([matrix], None) for matrix in self.outside)
             return
-        gathered = self._gathered([[matrix] for matrix in self.outside], len(self.recording.hidden))
-        model = self.weights.model
-        for batch, (tokens, hidden) in enumerate(zip(self.recording.tokens, self.recording.hidden, strict=True)):
+        gathered = self._gathered(OUTSIDE, [[matrix] for matrix in self.outside])
+        batches = (
+            [] if known or self.recording is None else zip(self.recording.tokens, self.recording.hidden, strict=True)
+        )
+        for batch, (tokens, hidden) in enumerate(batches):
             with torch.no_grad(), Observe(self.outside, partial(gathered.see, batch)):
-                run_after_blocks(model, self.blocks, tokens, self.structure.answers, hidden)
+                run_after_blocks(self.weights.model, self.blocks, tokens, self.structure.answers, hidden)
         yield from (MatricesReady(group, inputs) for group, inputs in gathered.take_all())
 
-    def _run(self, block: Block, batch: int) -> Tensor:
+    def _run_batch(self, block: Block, batch: int) -> Tensor:
         assert self.recording is not None
         return self.recording.run(block, batch, self.recording.hidden[batch])

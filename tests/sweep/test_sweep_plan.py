@@ -10,8 +10,9 @@ from coprune.estimate import Estimate
 from coprune.evaluate.cache import EvaluationCache
 from coprune.sweep.expand import expand
 from coprune.sweep.file import Sweep
+from coprune.sweep.keys import estimate_key
 from coprune.sweep.plan import Execution, Plan
-from coprune.sweep.sharing import SHARED_FOLDER, KeptEstimate, estimate_key
+from coprune.sweep.sharing import SHARED_FOLDER, KeptEstimate
 from coprune.sweep.workers import Capacity
 
 GB = 10**9

@@ -12,7 +12,12 @@ from coprune.files import write_text
 from coprune.sweep.sharing import SHARED_FOLDER
 
 _FILE = "ledger.json"
-_NAMES = {"dense": "measuring the dense model", "estimate": "estimating", "tokens": "tokenising"}
+_NAMES = {
+    "dense": "measuring the dense model",
+    "statistics": "gathering statistics",
+    "estimate": "estimating",
+    "tokens": "tokenising",
+}
 
 
 class Ledger(BaseModel):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from coprune.errors import BadInput
 from coprune.sweep.expand import Run
 from coprune.sweep.file import Sweep
-from coprune.sweep.sharing import KeptEstimate, estimate_key, kept_estimate
+from coprune.sweep.keys import estimate_key
+from coprune.sweep.sharing import KeptEstimate, kept_estimate
 from coprune.sweep.work import Event, Job
 from coprune.sweep.workers import Workers
 

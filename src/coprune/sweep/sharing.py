@@ -1,17 +1,17 @@
 """What the runs of a sweep take over from each other: only what is the same to the last bit.
 
-The dense model's figures and the estimates lie in the sweep's folder, where all processes and machines find them; token
-ids are kept by each process. Nothing that depends on how a model is pruned is ever taken over.
+The dense model's figures, its blocks' statistics and the estimates lie in the sweep's folder, where all processes and
+machines find them; token ids are kept by each process. Nothing that depends on how a model is pruned is ever taken over.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,17 +25,16 @@ from coprune.evaluate.beside import Beside
 from coprune.evaluate.cache import EvaluationCache
 from coprune.evaluate.perplexity import Perplexity
 from coprune.evaluate.zero_shot import ZeroShot
-from coprune.opening import streams
 from coprune.recipe import Recipe
-from coprune.report.schema import installed_versions
-from coprune.reuse import Reuse
+from coprune.recording import Recording
+from coprune.reuse import Known, Reuse
 from coprune.session import Session
+from coprune.sweep.keys import dense_key, estimate_key, statistics_key
+from coprune.sweep.statistics_store import StatisticsStore, shared_places
 from coprune.tasks import Measured
 
 SHARED_FOLDER = ".shared"
 Tokens = TypeVar("Tokens")
-# What changes neither the memory of a run nor, by much, its time.
-_NOT_ESTIMATED = ("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory")
 _TEXTS_KEPT = 16
 
 
@@ -90,6 +89,7 @@ class Saved:
     dense: float = 0.0
     tokens: float = 0.0
     estimate: float = 0.0
+    statistics: float = 0.0
 
 
 class SweepReuse(Reuse):
@@ -168,6 +168,24 @@ class SweepReuse(Reuse):
             beside.texts["dense"] = facts.text
         return {name: one.measured() for name, one in facts.perplexity.items()}
 
+    def gathered(
+        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
+    ) -> Known:
+        places = shared_places(session, finished)
+        if not places:
+            return {}
+        key = statistics_key(session)
+        store = StatisticsStore(session, self._folder, key, places)
+        with self._alone(key):
+            present = found = store.find()
+            if len(found) < len(places):
+                store.gather(present, record)
+                found = store.find()
+        if len(found) < len(places):
+            return {}
+        self.saved.statistics += sum(kept.seconds for kept in present.values())
+        return {place: partial(kept.read, session.loaded.device) for place, kept in found.items()}
+
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
         """Let one process at a time measure: the others wait for what it finds. A killed process lets go."""
@@ -189,26 +207,3 @@ def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
         return EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(recipe), KeptEstimate, refuse)
     except Missing:
         return None
-
-
-def estimate_key(recipe: Recipe) -> str:
-    """Names the runs that take about as much memory and time as this one."""
-    fields = recipe.model_dump(mode="json", exclude=set(_NOT_ESTIMATED))
-    return json.dumps(fields | {"save_model": recipe.save_model is not None}, sort_keys=True)
-
-
-def dense_key(session: Session) -> str:
-    """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
-    recipe, loaded = session.recipe, session.loaded
-    facts: dict[str, Any] = {
-        "weights": loaded.fingerprint(session.blocks),
-        "dtype": str(loaded.model.dtype),
-        "device": str(loaded.device),
-        "streamed": streams(recipe),
-        "threads": torch.get_num_threads(),
-        "texts": {n: data.fingerprint for n, data in session.data.items() if isinstance(data, EvaluationText)},
-        "prompt": recipe.prompt,
-        "versions": installed_versions(),
-    }
-    settings = ("model", "seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit")
-    return json.dumps(facts | {name: getattr(recipe, name) for name in settings}, sort_keys=True, default=str)
