@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from coprune.contradictions import contradiction, ratio_of
 from coprune.errors import BadInput
 
 OptionValue = bool | int | float | str
@@ -184,45 +185,14 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        pattern = self.pattern
-        fixed = _ratio_of(pattern)
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity:g} is out of range: it is the fraction of zeros, 0 ≤ s < 1.")
-        if fixed is not None and self.sparsity is not None and abs(self.sparsity - fixed) > 1e-9:
-            raise ValueError(
-                f"sparsity {self.sparsity:g} contradicts the pattern {pattern}, which fixes it at {fixed:g}; leave one out."
-            )
-        if self.permute and fixed is None:
-            raise ValueError("permute reorders channels for groups of N:M; give a pattern such as 2:4.")
-        if self.permute and self.stream:
-            raise ValueError("permute needs the whole model in memory, which stream does not; leave one out.")
-        if self.target == "dense" and self.propagation == "sequential":
-            raise ValueError("target dense compares two forwards of a block, which needs propagation block.")
-        if self.target == "dense" and self.propagation == "dense":
-            raise ValueError(
-                "in propagation dense every matrix gets the dense model's inputs, so target dense would be target pruned; "
-                "leave it out, or take propagation block."
-            )
-        if self.reconstruct and self.propagation == "dense":
-            raise ValueError(
-                "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never "
-                "computes; take propagation block or sequential."
-            )
-        if self.stream and self.runs_tasks:
-            raise ValueError(
-                "zero-shot tasks need the whole model in memory; leave out --stream, or save the model and run: "
-                "coprune eval FOLDER --tasks …"
-            )
-        if self.push_to_hub is not None and self.save_model is None:
-            raise ValueError("only a saved model can be pushed to the Hub; name its folder with --save-model.")
-        if self.save is not None and self.save == self.save_model:
-            raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
+        if (reason := contradiction(self)) is not None:
+            raise ValueError(reason)
         return self
 
     @property
     def ratio(self) -> float:
         """The fraction of zeros that is asked for."""
-        fixed = _ratio_of(self.pattern)
+        fixed = ratio_of(self.pattern)
         return fixed if fixed is not None else 0.5 if self.sparsity is None else self.sparsity
 
     @property
@@ -283,15 +253,3 @@ def _explain(detail: Any) -> str:
     return (
         f"{field} cannot be {detail['input']!r}: {message}." if detail["type"] != "missing" else f"{field} is missing."
     )
-
-
-def _ratio_of(pattern: str) -> float | None:
-    """The sparsity that an N:M pattern fixes; None for unstructured. The one place that reads patterns without torch."""
-    if pattern == "unstructured":
-        return None
-    kept, _, group = pattern.partition(":")
-    if not (kept.isdigit() and group.isdigit()):
-        raise ValueError(f"unknown pattern {pattern!r}; use 'unstructured' or N:M such as 2:4 (2 kept of every 4).")
-    if not 0 < int(kept) < int(group):
-        raise ValueError(f"pattern {pattern} keeps {kept} of {group}; N:M needs 0 < N < M, such as 2:4.")
-    return 1 - int(kept) / int(group)

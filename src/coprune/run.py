@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.blockwise import activations_of, prune_blocks
 from coprune.checkpoint.load import prepare
 from coprune.checkpoint.weights import InMemory
 from coprune.distributed import Processes
@@ -17,16 +18,11 @@ from coprune.errors import BadInput
 from coprune.estimate import Estimate
 from coprune.evaluate.beside import Beside
 from coprune.files import write_text
-from coprune.looking import look_at_dense
-from coprune.model.activations import GIB, Activations
-from coprune.model.blocks import Block
 from coprune.opening import Loaded
 from coprune.output import Output, run_identity
 from coprune.preparation import RECIPE_FILE, path_of, prepare_folders, settings_for
 from coprune.progress import Reporter
-from coprune.pruning import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe import Recipe, make_recipe
-from coprune.recording import Recording, record_batches
 from coprune.report.card import model_card
 from coprune.report.facts import build_report
 from coprune.report.folder import announce, announced, finish_run_folder
@@ -35,11 +31,8 @@ from coprune.report.listening import final_figures, listening
 from coprune.report.phases import Phases
 from coprune.report.schema import Report
 from coprune.session import Session, open_run, prepare_run
-from coprune.sharing import SharedOutput, SharedSolving
-from coprune.statistics import Gram
 from coprune.tasks import Measured
 from coprune.verify import verify_saved
-from coprune.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ def _run(
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = session.loaded.reuse.dense(session, beside, lambda: _measure_dense(session, beside))
     phases.done("measure the dense model")
-    results, seconds = _prune(session, output)
+    results, seconds = prune_blocks(session, output)
     phases.done("prune")
     pruned = _measure(session, "pruned")
     if processes.first:
@@ -168,90 +161,6 @@ def _open_output(session: Session) -> Output | None:
     return Output(folder, recipe.save_model is not None, loaded.weights, session.blocks, identity)
 
 
-def _prune(session: Session, output: Output | None) -> tuple[list[MatrixResult], float]:
-    """Walk over the blocks and prune them, going on where an earlier run stopped; also the seconds that took."""
-    recipe, loaded = session.recipe, session.loaded
-    shared = SharedOutput(session.processes, output, loaded.weights)
-    finished = shared.finished()
-    if finished:
-        session.reporter.say(f"{len(finished)} of {len(session.blocks)} blocks were finished by an earlier run.")
-    started = time.perf_counter()
-    target_of = look_at_dense(session, lambda: _record(session, dense=False))
-    known = loaded.reuse.gathered(session, finished, lambda: _record(session, dense=False))
-    with session.reporter.bar(f"Pruning with {recipe.method}", len(session.blocks)) as advance:
-        # In `dense` propagation nothing has to run through blocks that are all known.
-        recording = None if recipe.propagation == "dense" and known else _record_to_prune(session)
-        walk = Walk(
-            loaded.weights,
-            session.blocks,
-            session.chosen.blocks,
-            session.solver.statistic,
-            session.structure,
-            recording,
-            recipe.propagation,
-            outside=session.chosen.outside,
-            finished=finished,
-            restore=shared.restore,
-            known=known,
-            cross=recipe.target == "dense",
-            keep_inputs=session.reconstruction is not None,
-            reduce=session.processes.reduce,
-            agree=session.processes.positions,
-            advance=advance,
-        )
-
-        def block_done(block: Block, results: list[MatrixResult]) -> list[MatrixResult]:
-            if session.reconstruction is not None and recording is not None:
-                results = reconstruct_block(session.reconstruction, block, recording, results)
-            shared.write_block(block, results)
-            facts = [result.model_dump(mode="json", exclude={"distributions"}) for result in results]
-            session.reporter.event("block", block=block.name, matrices=facts)
-            return results
-
-        results = prune_walk(walk, session.solver, target_of, recipe.layer_error, block_done, _solving(session))
-    earlier = [result for results_of_block in finished.values() for result in results_of_block]
-    return earlier + results, time.perf_counter() - started
-
-
-def _solving(session: Session) -> Solving:
-    """Who prunes which matrix. In `sequential`, the matrices of a group are all that can be pruned at the same time."""
-    if session.processes.size == 1:
-        return SolvingAlone()
-    sequential = session.recipe.propagation == "sequential"
-    outside = [[matrix] for matrix in session.chosen.outside]
-    stages = [*session.structure.groups, outside]
-    if sequential:
-        stages = [[group] for groups in stages for group in groups]
-    return SharedSolving(session.processes, stages, sequential, gram=session.solver.statistic is Gram)
-
-
-def _record_to_prune(session: Session) -> Recording | None:
-    return _record(session, dense=session.solver.aim == "dense" or session.reconstruction is not None)
-
-
-def _record(session: Session, dense: bool) -> Recording | None:
-    """Record the calibration batches. dense: with the dense model's hidden states beside them, to aim at."""
-    if session.samples is None:
-        return None
-    batches = session.task.batches(session.processes.share(session.samples.tokens))
-    activations = _activations(session.recipe, lists=2 if dense else 1)
-    recording = record_batches(session.loaded.model, session.blocks, session.structure, batches, activations)
-    if dense:
-        recording.dense = recording.hidden.copy()
-        if session.solver.aim != "dense" and session.reconstruction is not None:
-            recording.aims = session.reconstruction.batches_used(len(batches))
-    return recording
-
-
-def _activations(recipe: Recipe, lists: int = 1) -> Activations:
-    """An empty list of hidden states within the recipe's limit, or one of several that share the limit.
-
-    What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
-    """
-    limit = None if recipe.activation_memory is None else int(recipe.activation_memory * GIB / lists)
-    return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
-
-
 def _measure_dense(session: Session, beside: Beside) -> dict[str, Measured]:
     """Everything that is measured of the dense model."""
     found = _measure(session, "dense") if session.recipe.evaluate_dense else {}
@@ -265,7 +174,7 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for name, data in session.data.items():
         with session.reporter.bar(f"{session.task.measure_name}, {which} model", 1) as advance:
-            found[name] = session.task.measure(session, data, _activations(session.recipe), advance)
+            found[name] = session.task.measure(session, data, activations_of(session.recipe), advance)
         session.reporter.say(session.task.line(which, name, found[name]))
     return found
 

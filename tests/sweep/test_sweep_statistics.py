@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
 def forwards(monkeypatch):
     """How often blocks were called while a run pruned, by the run's folder."""
     counted = Counter[str]()
-    prune = coprune.run._prune
+    prune = coprune.run.prune_blocks
 
     def counting(session, output):
         def count(module, arguments):
@@ -50,7 +50,7 @@ def forwards(monkeypatch):
             for hook in hooks:
                 hook.remove()
 
-    monkeypatch.setattr(coprune.run, "_prune", counting)
+    monkeypatch.setattr(coprune.run, "prune_blocks", counting)
     return counted
 
 
