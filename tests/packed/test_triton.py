@@ -1,12 +1,8 @@
-"""The Triton kernel in Triton's interpreter, in a process of its own (the mode is fixed at import)."""
+"""Products from packed weights by the Triton kernel, in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from triton_scripts import run_interpreted
 
 SCRIPT = """
 import torch
@@ -28,7 +24,4 @@ print("checked")
 
 
 def test_products_equal_the_dense_ones_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "checked", done.stderr
+    run_interpreted(SCRIPT)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from importlib.util import find_spec
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from coprune.errors import BadInput, NumericalError
 from coprune.linear_algebra import InverseFactor, factor_inverse, full_float32
 from coprune.methods.base import Pruned
 from coprune.options import require_positive
-from coprune.patterns import NM, Target
+from coprune.patterns import NM, Pattern, Target
 from coprune.statistics import Gram
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
+
+UpdateBlock = Callable[[Tensor, Tensor, Tensor, InverseFactor, slice, Choose, Pattern], None]
 
 STRIP = 32
 """Columns that are brought up to date together: few enough that a column's own update reads little memory."""
@@ -36,11 +39,15 @@ class SparseGPT:
     """Columns whose mask is chosen together (unstructured); for N:M it must be a multiple of M."""
     damping: float = 0.01
     """What is added to the Hessian's diagonal, as a fraction of its mean."""
+    inner_loop: Literal["torch", "triton"] = "torch"
+    """What walks over the columns of a block: triton is one kernel for GPUs, which has not been measured on one."""
 
     statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
         require_positive(block_size=self.block_size, damping=self.damping)
+        if self.inner_loop == "triton" and find_spec("triton") is None:
+            raise BadInput("inner_loop triton needs Triton, which PyTorch brings for GPUs: pip install triton.")
 
     def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
         factor = inverse_factor_of(statistic, self.damping)
@@ -48,7 +55,8 @@ class SparseGPT:
         def choose(current: Tensor, columns: slice) -> Tensor:
             return target.keep((current / factor.pivots[columns]).square())
 
-        return update_columns(weight, factor, choose, target, self.block_size)
+        update = update_block if self.inner_loop == "torch" else update_block_by_kernel
+        return update_columns(weight, factor, choose, target, self.block_size, update)
 
 
 def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
@@ -61,11 +69,19 @@ def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
     return statistic.remember(("inverse factor", damping), compute)
 
 
-def update_columns(weight: Tensor, factor: InverseFactor, choose: Choose, target: Target, block_size: int) -> Pruned:
+def update_columns(
+    weight: Tensor,
+    factor: InverseFactor,
+    choose: Choose,
+    target: Target,
+    block_size: int,
+    update: UpdateBlock | None = None,
+) -> Pruned:
     """Zero the columns one after another, each pruned weight's error pushed into the columns after it.
 
     weight: O × I. choose is asked once per block (unstructured) or once per group of M columns (N:M), with weights
-    that hold every earlier column's error. Raises BadInput where M does not divide the block size or the width.
+    that hold every earlier column's error. update: what does one block [update_block]. Raises BadInput where M does not
+    divide the block size or the width.
     """
     rows, width = weight.shape
     pattern = target.pattern
@@ -73,8 +89,6 @@ def update_columns(weight: Tensor, factor: InverseFactor, choose: Choose, target
         raise BadInput(f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}.")
     if isinstance(pattern, NM) and width % pattern.m:
         raise BadInput(f"pattern {pattern} does not divide a width of {width} inputs.")
-    chosen_at_once = pattern.m if isinstance(pattern, NM) else block_size
-    unit = factor.unit
     with full_float32():
         # Transposed, so that a column of the weight lies contiguous in memory.
         columns = weight.to(torch.float32).masked_fill(factor.dead, 0.0).T.contiguous()
@@ -82,18 +96,50 @@ def update_columns(weight: Tensor, factor: InverseFactor, choose: Choose, target
         for start in range(0, width, block_size):
             block = slice(start, min(start + block_size, width))
             errors = torch.empty(block.stop - start, rows, device=weight.device)
-            for first in range(start, block.stop, chosen_at_once):
-                group = slice(first, min(first + chosen_at_once, block.stop))
-                _push(columns[group], errors[: first - start], unit[start:first, group])
-                keep[group] = choose(columns[group].T, group).T
-                _update_group(
-                    columns[group], keep[group], errors[first - start : group.stop - start], unit[group, group]
-                )
+            (update or update_block)(columns[block], keep[block], errors, factor, block, choose, pattern)
             later = slice(block.stop, width)
-            _push(columns[later], errors, unit[block, later])
+            _push(columns[later], errors, factor.unit[block, later])
     if not bool(torch.isfinite(columns).all()):
         raise NumericalError("the update of the weights gave NaN or infinite values")
     return Pruned(columns.T.contiguous(), keep.T.contiguous(), factor.events)
+
+
+def update_block(
+    columns: Tensor,
+    keep: Tensor,
+    errors: Tensor,
+    factor: InverseFactor,
+    block: slice,
+    choose: Choose,
+    pattern: Pattern,
+) -> None:
+    """Choose and zero the weights of one block of columns; columns, keep and errors (C × O) are written in place."""
+    size = columns.shape[0]
+    unit = factor.unit[block, block]
+    chosen_at_once = pattern.m if isinstance(pattern, NM) else size
+    for first in range(0, size, chosen_at_once):
+        group = slice(first, min(first + chosen_at_once, size))
+        _push(columns[group], errors[:first], unit[:first, group])
+        keep[group] = choose(columns[group].T, slice(block.start + group.start, block.start + group.stop)).T
+        _update_group(columns[group], keep[group], errors[group], unit[group, group])
+
+
+def update_block_by_kernel(
+    columns: Tensor,
+    keep: Tensor,
+    errors: Tensor,
+    factor: InverseFactor,
+    block: slice,
+    choose: Choose,
+    pattern: Pattern,
+) -> None:
+    """The same in one Triton kernel, which chooses N:M itself by SparseGPT's score."""
+    from coprune.methods import column_kernel
+
+    grouped = pattern if isinstance(pattern, NM) else None
+    if grouped is None:
+        keep.copy_(choose(columns.T, block).T)
+    column_kernel.update_block(columns, keep, errors, factor.unit[block, block], factor.pivots[block], grouped)
 
 
 def _push(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
