@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of every load")
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--tokens", type=int, default=48, help="decoding steps of every form")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--cpu-time", action="store_true", help="speed: for one thread on a machine that others use too"
@@ -69,7 +70,8 @@ def main() -> None:
     if options.only in (None, "load"):
         print_loads(options.folder, options.repeats, options.threads)
     if options.only in (None, "speed"):
-        print_speed(options.folder, tuple(map(int, options.batches.split(","))), options.tokens, options.cpu_time)
+        batches = tuple(map(int, options.batches.split(",")))
+        print_speed(options.folder, batches, options.prompt, options.tokens, options.cpu_time)
 
 
 def pruned(folder: Path, pattern: str, dtype: str) -> Path:
@@ -175,14 +177,16 @@ def load(form: str, folder: Path) -> dict[str, float]:
     }
 
 
-def print_speed(folder: Path, batches: tuple[int, ...], tokens: int, cpu_time: bool) -> None:
+def print_speed(folder: Path, batches: tuple[int, ...], prompt: int, tokens: int, cpu_time: bool) -> None:
     """Prefill and decoding of whole models."""
     clock = time.process_time if cpu_time else time.perf_counter
     print(clock.__name__)
     for dtype in DTYPES:
         small = AutoModelForCausalLM.from_pretrained(pruned(folder, "50 %", dtype))
         for name, model in (("SmolLM2-135M", small), ("1B width, 4 blocks", wide_model(getattr(torch, dtype)))):
-            print(format_bench(bench_model(model, name, batches, prompt=64, tokens=tokens, clock=clock)), flush=True)
+            print(
+                format_bench(bench_model(model, name, batches, prompt=prompt, tokens=tokens, clock=clock)), flush=True
+            )
 
 
 def wide_model(dtype: torch.dtype) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from coprune.packed.kernels.build import MatrixStruct, load_kernels
 from coprune.packed.pages import on_large_pages
 
 IN_KERNEL = {torch.float32: 64, torch.bfloat16: 12}  # inputs; measured where the tiles begin to win
-TILE_BYTES = 4 << 20
+TILE_BYTES = 16 << 20
 KERNEL_DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 
 
@@ -103,7 +103,7 @@ def _scratch(size: int, dtype: torch.dtype) -> Tensor:
     """A buffer that this thread keeps: fresh pages for every product would cost more than unpacking into them."""
     kept: Tensor | None = getattr(_scratches, "bytes", None)
     if kept is None or kept.numel() < size * dtype.itemsize:
-        kept = _scratches.bytes = on_large_pages(torch.empty(max(size * dtype.itemsize, TILE_BYTES), dtype=torch.uint8))
+        kept = _scratches.bytes = on_large_pages(torch.empty(size * dtype.itemsize, dtype=torch.uint8))
     return kept[: size * dtype.itemsize].view(dtype)
 
 
