@@ -93,8 +93,10 @@ class Walk:
 
     def __iter__(self) -> Iterator[MatricesReady | BlockDone]:
         self._check_reuse()
-        for block in self.blocks:
+        for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             self.weights.acquire(block.name)
+            if following is not None:
+                self.weights.expect(following.name)
             try:
                 if block.name in self.finished:
                     self._pass(block)

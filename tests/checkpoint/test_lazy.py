@@ -71,6 +71,18 @@ def test_everything_acquired_is_the_model_that_transformers_loads(
     assert not any(parameter.requires_grad for parameter in lazy.model.parameters())
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
+def test_a_block_that_is_expected_is_read_ahead_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model("llama", tmp_path, torch.float32)
+    lazy, blocks = open_lazy(tmp_path)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, count, advice: asked.append((start, count)))
+    lazy.expect(blocks[1])
+    names = {name for name in tensors_of(tmp_path) if name.startswith(blocks[1] + ".")}
+    assert sorted(asked) == sorted((e.start, e.nbytes) for e in (lazy._entries[name] for name in names))
+    assert all(parameter.is_meta for parameter in lazy.model.parameters())
+
+
 def test_position_tables_are_not_rounded_to_the_dtype_of_the_model(tmp_path: Path) -> None:
     config = AutoConfig.for_model("gptj", vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64, rotary_dim=4)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)

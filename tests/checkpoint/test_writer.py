@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,7 +111,9 @@ def part_writer(tmp_path: Path, parts: Sequence[str] = ("one", "two")) -> Checkp
 
 
 def test_a_later_writer_goes_on_with_the_parts_that_are_whole(tmp_path: Path) -> None:
-    part_writer(tmp_path).write("one", {"a": torch.ones(3)}, {"error": 0.1 + 0.2})
+    writer = part_writer(tmp_path)
+    writer.write("one", {"a": torch.ones(3)}, {"error": 0.1 + 0.2})
+    writer.settle()
     later = part_writer(tmp_path)
     assert later.recall("one") == {"error": 0.1 + 0.2}
     assert later.verify("one")
@@ -146,6 +150,7 @@ def test_damage_to_a_part_is_noticed_and_mended(damage: str, tmp_path: Path) -> 
     tensors = {"a": torch.randn(64)}
     writer.write("one", tensors)
     writer.write("two", {"b": torch.zeros(3)})
+    writer.settle()
     file = writer.file("one")
     note = file.with_suffix(".json")
     content = file.read_bytes()
@@ -245,6 +250,38 @@ except BaseException as error:
     assert not list(again.partial.glob("*.tmp"))
 
 
+def test_a_part_counts_only_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, may_go = threading.Event(), threading.Event()
+
+    def slow_disk(path: Path) -> None:
+        waiting.set()
+        may_go.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", slow_disk)
+        writer = part_writer(tmp_path)
+        writer.write("one", {"a": torch.ones(3)})
+        waiting.wait()
+        assert tensors_of(writer.file("one").parent)["a"].tolist() == [1, 1, 1]
+        assert not writer.file("one").with_suffix(".json").exists()
+        may_go.set()
+        writer.settle()
+    assert writer.verify("one")
+
+
+def test_what_fails_beside_the_next_part_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = part_writer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", full)
+        writer.write("one", {"a": torch.ones(3)})
+        with pytest.raises(CopruneError, match="the disk is full"):
+            writer.write("two", {"b": torch.ones(3)})
+    assert not writer.verify("one")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     from coprune.checkpoint.durable import write_durably
@@ -268,6 +305,7 @@ import test_writer
 whole, calls = writer.CheckpointWriter.write, []
 def write_twice(self, *args):
     if len(calls) == 2:
+        self.settle()
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(args)
     whole(self, *args)

@@ -28,7 +28,7 @@ from coprune.checkpoint.load import (
     task_of,
 )
 from coprune.checkpoint.locate import ModelFolder
-from coprune.checkpoint.shards import DTYPES, TensorEntry, checkpoint_entries, read_entries, read_tensor
+from coprune.checkpoint.shards import DTYPES, TensorEntry, checkpoint_entries, read_ahead, read_entries, read_tensor
 from coprune.checkpoint.weights import is_below, is_below_any, piece_places
 from coprune.errors import BadInput, UnsupportedModel
 
@@ -125,6 +125,10 @@ class LazyCheckpoint:
         with quiet_transformers():
             self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
+
+    def expect(self, prefix: str) -> None:
+        """Begin to read a block's tensors in the background, where the system can."""
+        read_ahead(self._entries[name] for group in self._groups_below(prefix) for name in group.originals)
 
     def release(self, prefix: str) -> None:
         """Forget the parameters below a module's path; what was changed and not written is lost."""

@@ -37,6 +37,10 @@ class Weights(Protocol):
         """Make the block's parameters real."""
         ...
 
+    def expect(self, prefix: str) -> None:
+        """Say that the block will be acquired soon, so that reading it may begin."""
+        ...
+
     def release(self, prefix: str) -> None:
         """Say that the block's parameters are not needed for now."""
         ...
@@ -74,6 +78,9 @@ class InMemory:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._saved().values())
 
     def acquire(self, prefix: str) -> None:
+        pass
+
+    def expect(self, prefix: str) -> None:
         pass
 
     def release(self, prefix: str) -> None:

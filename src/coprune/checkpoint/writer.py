@@ -2,7 +2,8 @@
 
 Everything goes into a hidden folder beside the final one. Each part (a block, or what lies outside the blocks) is one
 safetensors file with a note beside it that holds its checksum and whatever the caller wants to remember of the part,
-so a run that was killed finds out which parts are good, and does the others again. In the end the parts are the
+so a run that was killed finds out which parts are good, and does the others again. Waiting for the disk and computing
+the checksum happen beside the caller's next part. In the end the parts are the
 shards of the checkpoint, or, if they are small, are joined to one file.
 """
 
@@ -16,13 +17,14 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.checkpoint.durable import sync, write_durably
+from coprune.checkpoint.durable import full_disk_explained, sync, write_durably, write_whole
 from coprune.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, join_files, read_entries
 from coprune.errors import BadInput
 from coprune.files import write_text
@@ -49,6 +51,8 @@ class CheckpointWriter:
         self.partial = folder.with_name(f".{folder.name}.partial")
         self._parts = list(parts)
         self._joined = total_bytes <= SINGLE_FILE_BYTES
+        self._beside = ThreadPoolExecutor(max_workers=1)
+        self._unsettled: Future[None] | None = None
         refuse_occupied(folder)
         self._require_space(total_bytes)
         self._claim()
@@ -107,16 +111,31 @@ class CheckpointWriter:
         return self.file(part).with_suffix(".json")
 
     def write(self, part: str, tensors: Mapping[str, Tensor], remember: Mapping[str, Any] | None = None) -> None:
-        """Write a part and wait until it is on the disk.
+        """Write a part, which can be read from its file at once, and is on the disk before the next one is written.
 
         remember: JSON values to be given back by `recall`. Raises CopruneError if the disk is full.
         """
+        self.settle()
         file, note = self.file(part), self._note(part)
         note.unlink(missing_ok=True)
         whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        write_durably(file, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
-        content = {"part": part, "bytes": file.stat().st_size, "sha256": _sha256(file), "remember": remember or {}}
-        write_text(note, json.dumps(content))
+        write_whole(file, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+        self._unsettled = self._beside.submit(self._secure, part, dict(remember or {}))
+
+    def _secure(self, part: str, remember: dict[str, Any]) -> None:
+        """Wait until a part is on the disk, and only then note that it is good."""
+        file = self.file(part)
+        with full_disk_explained(file):
+            sync(file)
+            sync(file.parent)
+            content = {"part": part, "bytes": file.stat().st_size, "sha256": _sha256(file), "remember": remember}
+            write_text(self._note(part), json.dumps(content))
+
+    def settle(self) -> None:
+        """Wait until the last part that was written is on the disk. Raises what went wrong meanwhile."""
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is not None:
+            unsettled.result()
 
     def verify(self, part: str) -> bool:
         """Whether a part was written and its file is what was written then."""
@@ -124,6 +143,7 @@ class CheckpointWriter:
 
     def recall(self, part: str) -> dict[str, Any] | None:
         """What was remembered of a part that is whole; None if it has to be written (again)."""
+        self.settle()
         try:
             note = json.loads(self._note(part).read_text(encoding="utf-8"))
             file = self.file(part)
@@ -140,6 +160,7 @@ class CheckpointWriter:
         whole checkpoint before it gets its name, which it does not get if that raises.
         Raises BadInput if something took the final name meanwhile, ValueError if a part is missing.
         """
+        self.settle()
         missing = [part for part in self._parts if not self._note(part).is_file()]
         if missing:
             raise ValueError(f"parts were not written: {', '.join(missing)}")
@@ -179,6 +200,9 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove everything that was written."""
+        if self._unsettled is not None:
+            self._unsettled.exception()  # what is removed need not have been written well
+            self._unsettled = None
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
