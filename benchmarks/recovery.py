@@ -35,7 +35,7 @@ def main() -> None:
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     patterns = arguments.patterns.split(",")
-    for pattern in patterns:
+    for pattern in patterns[:1] if arguments.cost else patterns:
         run_cell(pruning_cell(arguments, pattern), "perplexity.json")
     if arguments.cost:
         print(
