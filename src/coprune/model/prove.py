@@ -37,6 +37,10 @@ from coprune.model.record import (
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _HALF_TOLERANCE = 2e-2
 
+COMPARED_LOGITS = 32
+"""Positions at the end whose logits are compared. Every position's hidden states are, up to the head, and with a large
+vocabulary the logits of all would take more memory than the rest of a run."""
+
 
 @dataclass
 class Structure:
@@ -91,7 +95,7 @@ def prove_replay(
         return forward
 
     with replaced_forwards(blocks, watch):
-        logits = forward_logits(model, sample)
+        logits = forward_logits(model, sample, COMPARED_LOGITS)
     _, recorded = run_without_blocks(model, blocks, sample, structure.answers)
     for block, real, idle in zip(blocks, calls, recorded, strict=True):
         if not same_value((real.args, real.kwargs), (idle.args, idle.kwargs)):
@@ -99,7 +103,8 @@ def prove_replay(
                 f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
                 "shared between layers); coprune cannot prune this model block by block."
             )
-    if not _close(run_after_blocks(model, blocks, sample, structure.answers, replayed[-1]), logits):
+    after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
+    if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward.")
     return structure
 

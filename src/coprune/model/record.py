@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,16 +37,19 @@ class BlockCall:
         return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
 
 
-def forward_logits(model: nn.Module, batch: Tensor) -> Tensor:
+def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> Tensor:
     """Run a model on one batch of whatever it takes: token ids (B × S) or images (B × C × H × W).
 
-    Models of transformers say what their main input is called; images take on the model's dtype.
+    Models of transformers say what their main input is called; images take on the model's dtype. last: of text, only the
+    logits of so many positions at the end, where the model's forward has such an option (all take memory: S × V).
     Returns logits: B × S × V, or B × classes.
     """
     name: str = getattr(model, "main_input_name", "input_ids")
     if batch.is_floating_point():
         batch = batch.to(next(model.parameters()).dtype)
-    options = {"use_cache": False} if name == "input_ids" else {}
+    options: dict[str, Any] = {"use_cache": False} if name == "input_ids" else {}
+    if last is not None and "logits_to_keep" in signature(model.forward).parameters:
+        options["logits_to_keep"] = last
     logits: Tensor = model(**{name: batch}, **options).logits
     return logits
 
@@ -150,11 +154,16 @@ def run_without_blocks(
 
 
 def run_after_blocks(
-    model: nn.Module, blocks: Sequence[Block], batch: Tensor, answers: Sequence[Answer], hidden: Tensor
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Tensor,
+    answers: Sequence[Answer],
+    hidden: Tensor,
+    last: int | None = None,
 ) -> Tensor:
     """What the model makes of the last block's output: final norm and head.
 
-    batch: as in `forward_logits`; hidden: of the same samples, as the last block answers. Returns logits.
+    batch, last: as in `forward_logits`; hidden: of the same samples, as the last block answers. Returns logits.
     """
 
     def pass_on(block: Block) -> Callable[..., Any]:
@@ -165,4 +174,4 @@ def run_after_blocks(
         return forward
 
     with replaced_forwards(blocks, pass_on):
-        return forward_logits(model, batch)
+        return forward_logits(model, batch, last)
