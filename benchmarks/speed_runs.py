@@ -102,13 +102,14 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
     from coprune.recipe import make_recipe
     from coprune.run import run_recipe
 
+    limit = settings["run"].partition("--activation-memory ")[2]
     recipe = make_recipe(
         dict(
             model=settings["model"],
             method=settings["method"],
             pattern=settings["pattern"],
             propagation=settings["run"].split()[1],
-            activation_memory=0 if "--activation-memory" in settings["run"] else None,
+            activation_memory=float(limit) if limit else None,
             dataset=settings["dataset"],
             nsamples=settings["nsamples"],
             seqlen=settings["seqlen"],
