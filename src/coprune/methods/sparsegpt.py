@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from coprune.statistics import Gram
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
-
-UpdateBlock = Callable[[Tensor, Tensor, Tensor, InverseFactor, slice, Choose, Pattern], None]
 
 STRIP = 32
 """Columns that are brought up to date together: few enough that a column's own update reads little memory."""
@@ -69,18 +67,55 @@ def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
     return statistic.remember(("inverse factor", damping), compute)
 
 
+class ColumnBlock(NamedTuple):
+    """Columns that are walked through together. columns, keep and errors (C × O) are written in place."""
+
+    columns: Tensor
+    keep: Tensor
+    errors: Tensor
+    factor: InverseFactor
+    place: slice
+    """Where the block lies in the width."""
+    choose: Choose
+    pattern: Pattern
+
+
+def update_block(block: ColumnBlock) -> None:
+    """Choose and zero the weights of one block, a group of columns at a time."""
+    columns, keep, errors, factor, place, choose, pattern = block
+    size = columns.shape[0]
+    unit = factor.unit[place, place]
+    chosen_at_once = pattern.m if isinstance(pattern, NM) else size
+    for first in range(0, size, chosen_at_once):
+        group = slice(first, min(first + chosen_at_once, size))
+        _push(columns[group], errors[:first], unit[:first, group])
+        keep[group] = choose(columns[group].T, slice(place.start + group.start, place.start + group.stop)).T
+        _update_group(columns[group], keep[group], errors[group], unit[group, group])
+
+
+def update_block_by_kernel(block: ColumnBlock) -> None:
+    """The same in one Triton kernel, which chooses N:M itself by SparseGPT's score."""
+    from coprune.methods import column_kernel
+
+    columns, keep, errors, factor, place, choose, pattern = block
+    grouped = pattern if isinstance(pattern, NM) else None
+    if grouped is None:
+        keep.copy_(choose(columns.T, place).T)
+    column_kernel.update_block(columns, keep, errors, factor.unit[place, place], factor.pivots[place], grouped)
+
+
 def update_columns(
     weight: Tensor,
     factor: InverseFactor,
     choose: Choose,
     target: Target,
     block_size: int,
-    update: UpdateBlock | None = None,
+    update: Callable[[ColumnBlock], None] = update_block,
 ) -> Pruned:
     """Zero the columns one after another, each pruned weight's error pushed into the columns after it.
 
     weight: O × I. choose is asked once per block (unstructured) or once per group of M columns (N:M), with weights
-    that hold every earlier column's error. update: what does one block [update_block]. Raises BadInput where M does not
+    that hold every earlier column's error. update: what does one block. Raises BadInput where M does not
     divide the block size or the width.
     """
     rows, width = weight.shape
@@ -96,50 +131,12 @@ def update_columns(
         for start in range(0, width, block_size):
             block = slice(start, min(start + block_size, width))
             errors = torch.empty(block.stop - start, rows, device=weight.device)
-            (update or update_block)(columns[block], keep[block], errors, factor, block, choose, pattern)
+            update(ColumnBlock(columns[block], keep[block], errors, factor, block, choose, pattern))
             later = slice(block.stop, width)
             _push(columns[later], errors, factor.unit[block, later])
     if not bool(torch.isfinite(columns).all()):
         raise NumericalError("the update of the weights gave NaN or infinite values")
     return Pruned(columns.T.contiguous(), keep.T.contiguous(), factor.events)
-
-
-def update_block(
-    columns: Tensor,
-    keep: Tensor,
-    errors: Tensor,
-    factor: InverseFactor,
-    block: slice,
-    choose: Choose,
-    pattern: Pattern,
-) -> None:
-    """Choose and zero the weights of one block of columns; columns, keep and errors (C × O) are written in place."""
-    size = columns.shape[0]
-    unit = factor.unit[block, block]
-    chosen_at_once = pattern.m if isinstance(pattern, NM) else size
-    for first in range(0, size, chosen_at_once):
-        group = slice(first, min(first + chosen_at_once, size))
-        _push(columns[group], errors[:first], unit[:first, group])
-        keep[group] = choose(columns[group].T, slice(block.start + group.start, block.start + group.stop)).T
-        _update_group(columns[group], keep[group], errors[group], unit[group, group])
-
-
-def update_block_by_kernel(
-    columns: Tensor,
-    keep: Tensor,
-    errors: Tensor,
-    factor: InverseFactor,
-    block: slice,
-    choose: Choose,
-    pattern: Pattern,
-) -> None:
-    """The same in one Triton kernel, which chooses N:M itself by SparseGPT's score."""
-    from coprune.methods import column_kernel
-
-    grouped = pattern if isinstance(pattern, NM) else None
-    if grouped is None:
-        keep.copy_(choose(columns.T, block).T)
-    column_kernel.update_block(columns, keep, errors, factor.unit[block, block], factor.pivots[block], grouped)
 
 
 def _push(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
