@@ -18,6 +18,8 @@ from coprune.errors import NumericalError
 
 ESCALATIONS = 3
 """How often the damping is raised tenfold before the spectrum is clipped."""
+SMALLEST_HALF = 128
+"""Size from which on a triangular matrix is inverted at once."""
 
 
 @contextmanager
@@ -97,13 +99,33 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     dead = diagonal == 0
     live_mean = diagonal.sum() / (~dead).sum().clamp_min(1)
     filler = torch.where(live_mean > 0, live_mean, torch.ones_like(live_mean))
-    filled = gram + torch.diag(torch.where(dead, filler, torch.zeros_like(diagonal)))
-    lower, events = damped_cholesky(filled.flip(0, 1), damping)
-    reverse = lower.flip(0, 1)
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    upper = torch.linalg.solve_triangular(reverse, identity, upper=True)
+    reverse = gram.flip(0, 1)
+    reverse.diagonal().add_(filler * dead.flip(0))
+    lower, events = damped_cholesky(reverse, damping)
+    del reverse
+    upper = lower.flip(0, 1)
+    del lower  # few matrices of this size at a time: that is what solving adds to the memory of a run
+    invert_upper(upper)
     pivots = upper.diagonal().clone()
-    return InverseFactor(upper / pivots[:, None], pivots, dead, events)
+    return InverseFactor(upper.div_(pivots[:, None]), pivots, dead, events)
+
+
+def invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in place (I × I, zero below its diagonal).
+
+    By halves: the inverse of [A B; 0 D] is [A⁻¹ −A⁻¹BD⁻¹; 0 D⁻¹], nearly all of it products. Solving for the columns of the
+    identity does not use that they are triangular too.
+    """
+    size = matrix.shape[0]
+    if size <= SMALLEST_HALF:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = size // 2
+    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    invert_upper(first)
+    invert_upper(last)
+    torch.mm(first, corner @ last, out=corner).neg_()
 
 
 class ScaledGram(NamedTuple):

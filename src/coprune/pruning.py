@@ -23,7 +23,7 @@ from coprune.recording import Recording
 from coprune.refine import Refinement
 from coprune.refine.reconstruct import Reconstruction
 from coprune.report.distributions import Distributions, distributions_of
-from coprune.statistics import Gram, InputNorm, relative_layer_error
+from coprune.statistics import Gram, InputNorm
 from coprune.walk import BlockDone, MatricesReady
 
 Aim = Literal["pruned", "dense"]
@@ -219,6 +219,5 @@ def _norm(inputs: Inputs) -> Tensor | None:
 def _layer_error(inputs: Inputs, weight: Tensor, after: Tensor) -> float | None:
     if inputs.sample.count == 0:
         return None
-    if isinstance(inputs.statistic, Gram):
-        return relative_layer_error(inputs.statistic.gram, weight, after)
-    return inputs.sample.relative_error(weight, after)
+    known = inputs.statistic if isinstance(inputs.statistic, Gram) else inputs.sample
+    return known.relative_error(weight, after)

@@ -9,6 +9,7 @@ from coprune.allocation import allocation_named
 from coprune.data import EvaluationText, Windows
 from coprune.distributed import Processes
 from coprune.estimate import Estimate
+from coprune.memory import return_free_memory
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.matrices import Chosen, choose_matrices
 from coprune.model.prove import Structure, prove_replay
@@ -78,6 +79,7 @@ def open_run(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processe
     task = task_for(recipe, loaded)
     samples = task.calibration(solver, reporter)
     data = task.evaluation(reporter)
+    return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
     return Opened(recipe, solver, target, loaded, blocks, chosen, task, samples, data, reporter, processes, started)
 
 

@@ -160,6 +160,22 @@ class Gram(InputNorm):
             gram[panel.stop :, panel] = gram[panel, panel.stop :].T
         return gram
 
+    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
+        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², of all tokens seen (0.0 where the dense output is zero). weight, pruned: O × I."""
+        dense = weight.to(torch.float32)
+        with full_float32():
+            error, total = self._squared_outputs(dense - pruned), self._squared_outputs(dense)
+        return error / total if total > 0 else 0.0
+
+    def _squared_outputs(self, rows: Tensor) -> float:
+        """‖X rowsᵀ‖² (rows: O × I float32), from the half of the Gram matrix that there is."""
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for panel in self._panels():
+            products = (rows[:, panel] @ self.sums["gram"][panel, panel.start :]).mul_(rows[:, panel.start :])
+            own = panel.stop - panel.start
+            total += products[:, :own].sum(dtype=torch.float64) + 2 * products[:, own:].sum(dtype=torch.float64)
+        return float(total)
+
 
 class InputSample:
     """A few of a matrix's input tokens, evenly spaced over every batch, to measure layer errors on.
@@ -229,14 +245,3 @@ class CrossGram(Sums):
         """I × I float32, a fresh copy: X_denseᵀX_pruned / T."""
         return self.sums["cross"] / max(self.count, 1)
 
-
-def relative_layer_error(gram: Tensor, weight: Tensor, pruned: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², from the Gram matrix.
-
-    gram: I × I float32; weight, pruned: O × I. Returns 0.0 for a layer whose dense output is zero.
-    """
-    delta = (weight - pruned).to(torch.float32)
-    dense = weight.to(torch.float32)
-    error = ((delta @ gram) * delta).sum(dtype=torch.float64)
-    total = ((dense @ gram) * dense).sum(dtype=torch.float64)
-    return float(error / total) if float(total) > 0 else 0.0

@@ -13,7 +13,7 @@ from coprune.methods import METHODS, Pruned
 from coprune.patterns import NM, Target, Unstructured
 from coprune.refine import REFINEMENTS, refinement_named
 from coprune.refine.swaps import Swaps, swap_in_rows
-from coprune.statistics import CrossGram, Gram, relative_layer_error
+from coprune.statistics import CrossGram, Gram
 from problems import TARGETS, correlated_layer
 
 patterns = st.sampled_from(
@@ -122,10 +122,10 @@ def test_few_candidates_find_almost_what_all_find():
     weight, _, statistic = correlated_layer(32, 96)
     pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
     few, every = (
-        relative_layer_error(statistic.gram, weight, swap_in_rows(weight, pruned, statistic.gram, count, 200)[0])
+        statistic.relative_error(weight, swap_in_rows(weight, pruned, statistic.gram, count, 200)[0])
         for count in (8, 96)
     )
-    start = relative_layer_error(statistic.gram, weight, pruned.weight)
+    start = statistic.relative_error(weight, pruned.weight)
     assert every < 0.8 * start
     assert few < 1.05 * every
 
@@ -134,7 +134,7 @@ def average_error(run, target, seeds=3):
     total = 0.0
     for seed in range(seeds):
         weight, _, statistic = correlated_layer(48, 96, tokens=1024, seed=seed)
-        total += relative_layer_error(statistic.gram, weight, run(weight, statistic, target).weight)
+        total += statistic.relative_error(weight, run(weight, statistic, target).weight)
     return total / seeds
 
 

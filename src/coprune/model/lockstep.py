@@ -106,7 +106,7 @@ class Lockstep:
                 see(batch, matrix, x)
             else:
                 paging.bring(x)
-                with paging.not_noting():
+                with paging.paused():
                     see(batch, matrix, x)
             if matrix.name not in self._solved:
                 if paging is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from coprune.model.scratch import ScratchFile
 
@@ -33,9 +32,9 @@ SMALLEST = 1 << 16
 class _Place:
     """A storage's bytes, and where they lie in the file if it was emptied before."""
 
+    storage: weakref.ref[torch.UntypedStorage]
     nbytes: int
     start: int | None = None
-    resident: bool = True
     written: bool = False
     """Whether the file has the bytes as they are now."""
 
@@ -51,91 +50,91 @@ class Paging(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._limit = limit
         self._file = ScratchFile(folder)
-        self._places: Any = WeakIdKeyDictionary()
-        self._resident: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Place]] = {}  # by the place's identity
+        # By the address of the storage, which stays the same until it is gone: far cheaper than by weak references.
+        self._resident: dict[int, _Place] = {}
+        self._emptied: dict[int, _Place] = {}
         self._bytes = 0
         self._free: dict[int, list[int]] = {}
-        self._noting = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = list(_tensors((args, kwargs)))
-        for tensor in given:
-            self.bring(tensor)
-            if func._schema.is_mutable and (place := self._places.get(tensor.untyped_storage())) is not None:
-                place.written = False
-        result = func(*args, **(kwargs or {}))
-        if self._noting:
-            known = {tensor.untyped_storage()._cdata for tensor in given}
-            for tensor in _tensors(result):
-                if tensor.untyped_storage()._cdata not in known:
-                    self._note(tensor.untyped_storage())
+        # Called some hundred times for every batch and block, so it does little and calls little.
+        kwargs = kwargs or {}
+        given = set()
+        for tensor in _tensors(args, kwargs):
+            key = tensor.untyped_storage()._cdata
+            given.add(key)
+            if key in self._emptied:
+                self.bring(tensor)
+        if func._schema.is_mutable:
+            for key in given & self._resident.keys():
+                self._resident[key].written = False
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,), {}):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self._note(storage)
         return result
 
     @contextmanager
-    def not_noting(self) -> Iterator[None]:
-        """For a while, note nothing: for tensors that others keep (statistics)."""
-        before, self._noting = self._noting, False
+    def paused(self) -> Iterator[None]:
+        """For a while, inside of what runs, see nothing: for tensors that others keep (statistics)."""
+        self.__exit__(None, None, None)
         try:
             yield
         finally:
-            self._noting = before
+            self.__enter__()
 
     def bring(self, tensor: Tensor) -> None:
         """See to it that a tensor has its bytes."""
         storage = tensor.untyped_storage()
-        place = self._places.get(storage)
-        if place is None or place.resident:
+        place = self._emptied.pop(storage._cdata, None)
+        if place is None:
             return
         storage.resize_(place.nbytes)
+        assert place.start is not None
         if storage.device.type == "cpu":
             self._file.read_into(place.start, _memory_of(storage))
         else:
             raw = bytearray(place.nbytes)
             self._file.read_into(place.start, raw)
             _bytes_of(storage).copy_(torch.frombuffer(raw, dtype=torch.uint8))
-        self._admit(storage, place)
+        self._admit(storage._cdata, place)
 
     def release(self, tensor: Tensor) -> None:
         """Bring a tensor back for good: others keep it from now on."""
         self.bring(tensor)
-        place = self._places.pop(tensor.untyped_storage(), None)
-        if place is not None:
-            self._dismiss(place)
+        self._forget(tensor.untyped_storage()._cdata)
 
     def stop(self) -> None:
         """Empty what is too much, now that a batch waits: the newest first, since the oldest is needed again first."""
-        with self.not_noting():
-            for reference, place in reversed(list(self._resident.values())) if self._bytes > self._limit else ():
-                storage = reference()
+        with self.paused():
+            for key, place in reversed(list(self._resident.items())) if self._bytes > self._limit else ():
+                storage = place.storage()
                 if storage is not None and self._bytes > self._limit:
-                    self._empty(storage, place)
+                    self._empty(storage, key, place)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._places or storage.nbytes() < SMALLEST or not storage.resizable():
+        nbytes, key = storage.nbytes(), storage._cdata
+        if nbytes < SMALLEST or key in self._resident or not storage.resizable():
             return
-        self._places[storage] = place = _Place(storage.nbytes())
-        self._admit(storage, place)
-        weakref.finalize(storage, self._forget, place)
+        self._admit(key, _Place(weakref.ref(storage, lambda _: self._forget(key)), nbytes))
 
-    def _admit(self, storage: torch.UntypedStorage, place: _Place) -> None:
-        place.resident = True
-        self._resident[id(place)] = weakref.ref(storage), place
+    def _admit(self, key: int, place: _Place) -> None:
+        self._resident[key] = place
         self._bytes += place.nbytes
 
-    def _dismiss(self, place: _Place) -> None:
-        if self._resident.pop(id(place), None) is not None:
-            self._bytes -= place.nbytes
-        place.resident = False
-
-    def _forget(self, place: _Place) -> None:
-        """A storage is gone: its piece of the file is free."""
-        self._dismiss(place)
-        if place.start is not None:
+    def _forget(self, key: int) -> None:
+        """A storage is gone, or is not ours any more: its piece of the file is free."""
+        place = self._emptied.pop(key, None)
+        if place is None:
+            place = self._resident.pop(key, None)
+            self._bytes -= place.nbytes if place is not None else 0
+        if place is not None and place.start is not None:
             self._free.setdefault(place.nbytes, []).append(place.start)
 
-    def _empty(self, storage: torch.UntypedStorage, place: _Place) -> None:
+    def _empty(self, storage: torch.UntypedStorage, key: int, place: _Place) -> None:
         if place.start is None:
             free = self._free.get(place.nbytes)
             place.start = free.pop() if free else self._file.extend(place.nbytes)
@@ -144,18 +143,19 @@ class Paging(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._file.write(place.start, _memory_of(here))
             place.written = True
         storage.resize_(0)
-        self._dismiss(place)
+        self._emptied[key] = self._resident.pop(key)
+        self._bytes -= place.nbytes
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments or results. Written out, for it is called for each of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, also those in lists."""
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value, {})
+    return found
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -49,7 +49,9 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
         batch = batch.to(next(model.parameters()).dtype)
     options: dict[str, Any] = {"use_cache": False} if name == "input_ids" else {}
     if last is not None and "logits_to_keep" in signature(model.forward).parameters:
-        options["logits_to_keep"] = last
+        # As positions, not as a number: a slice of the hidden states would make torch copy the head's whole weight.
+        positions = batch.shape[-1]
+        options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
     logits: Tensor = model(**{name: batch}, **options).logits
     return logits
 
