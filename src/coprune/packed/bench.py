@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from coprune.errors import BadInput
 from coprune.packed.accelerate import accelerate
-from coprune.packed.kernels.build import instruction_set
+from coprune.native.build import instruction_set
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.semi_structured import can_convert, semi_structured_linear

@@ -1,5 +1,6 @@
 // Plain C++: walks the ones of the mask. Correct everywhere; used where no vector kernel fits.
 #include "packed.h"
+#include "columns.h"
 
 namespace {
 
@@ -56,3 +57,5 @@ void dense(const Matrix* matrix, const void* x_pointer, void* y_pointer, int64_t
 
 const Kernels portable_kernels = {multiply<float>, multiply<uint16_t>, expand<uint16_t>, expand<uint32_t>,
                                   dense<float>,    dense<uint16_t>,    read_words};
+
+const SolvingKernels portable_solving = {update_columns, nullptr, nullptr};

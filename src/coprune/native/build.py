@@ -1,8 +1,8 @@
 """Compiling the CPU kernels on first use, into the user's cache.
 
 The sources have a plain C interface and include nothing of PyTorch or Python: they compile in about three seconds,
-need no ninja, and do not depend on the ABI of any PyTorch version. Without a compiler everything still works, from
-dense weights that are unpacked for each product.
+need no ninja, and do not depend on the ABI of any PyTorch version. Without a compiler everything still works: packed
+weights are unpacked for each product, and pruning is left to torch alone.
 
 Environment: COPRUNE_KERNELS=0 turns them off, COPRUNE_CACHE sets the cache folder, CXX names the compiler.
 """
@@ -69,7 +69,7 @@ def load_kernels() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_compile()))
     except (CompilationFailed, OSError) as error:
-        logger.warning("packed weights are multiplied without the native kernels: %s", error)
+        logger.warning("the native kernels are left out, which is slower: %s", error)
         return None
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.coprune_multiply.argtypes = [pointer, integer, integer, pointer, pointer, wide, integer]
@@ -80,6 +80,12 @@ def load_kernels() -> ctypes.CDLL | None:
     library.coprune_count.restype = wide
     library.coprune_read.argtypes = [pointer, wide, integer]
     library.coprune_read.restype = ctypes.c_uint64
+    library.coprune_update_columns.argtypes = [pointer, integer]
+    library.coprune_update_columns.restype = integer
+    library.coprune_gram_scratch.argtypes = [wide, wide]
+    library.coprune_gram_scratch.restype = wide
+    library.coprune_gram.argtypes = [pointer, integer]
+    library.coprune_gram.restype = None
     library.coprune_set_parallel.argtypes = [pointer]
     library.coprune_set_parallel.restype = None
     library.coprune_set_parallel(_openmp_parallel())

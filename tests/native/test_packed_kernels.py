@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.packed.header import read_header
-from coprune.packed.kernels import build
-from coprune.packed.kernels.build import LEVELS, load_kernels
+from coprune.native import build
+from coprune.native.build import load_kernels
 from coprune.packed.matrix import NativeMatrix, native_matrix, pack_matrix
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
@@ -26,18 +24,6 @@ def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: i
 def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> NativeMatrix | None:
     blob = pack_matrix(weight)
     return None if blob is None else native_matrix(blob, read_header(blob), bias)
-
-
-@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = load_kernels()
-    assert library is not None
-    best = library.coprune_level()
-    if library.coprune_set_level(request.param) != request.param:
-        library.coprune_set_level(best)
-        pytest.skip("this processor lacks it")
-    yield LEVELS[request.param]
-    library.coprune_set_level(best)
 
 
 @needs_kernels

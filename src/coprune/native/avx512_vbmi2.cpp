@@ -1,6 +1,8 @@
 // AVX-512 with VBMI2 and BF16 (Zen 4, Cooper/Sapphire Rapids and later): 32 bfloat16 lanes, expanded by vexpandw and
 // multiplied in pairs by vdpbf16ps, which sums in float32 (subnormals count as zero).
 #include "avx512.h"
+#include "columns.h"
+#include "gram.h"
 
 namespace {
 
@@ -59,3 +61,5 @@ const Kernels avx512_vbmi2_kernels = {
     multiply_rows<Float32>, multiply_rows<Bfloat16>, expand_2_bytes, expand_4_bytes,
     dense_rows<Float32>,    dense_rows<Bfloat16>,    read_words,
 };
+
+const SolvingKernels avx512_vbmi2_solving = {update_columns, gram_rearrange, gram_multiply};

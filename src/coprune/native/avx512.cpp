@@ -1,5 +1,6 @@
 // AVX-512 without VBMI2 (from Skylake-X): 2-byte elements are expanded as 4-byte ones.
 #include "avx512.h"
+#include "columns.h"
 
 namespace {
 
@@ -26,3 +27,5 @@ const Kernels avx512_kernels = {
     multiply_rows<Float32>, multiply_rows<Bfloat16Widened>, expand_2_bytes, expand_4_bytes,
     dense_rows<Float32>,    dense_rows<Bfloat16Widened>,    read_words,
 };
+
+const SolvingKernels avx512_solving = {update_columns, nullptr, nullptr};

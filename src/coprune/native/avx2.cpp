@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "rows.h"
+#include "columns.h"
 
 namespace {
 
@@ -79,3 +80,5 @@ void expand_4_bytes(const Matrix* matrix, void* dense_pointer, int64_t first, in
 // 2-byte elements have no cheap permutation in AVX2; the plain loop is as fast as splitting and joining them.
 const Kernels avx2_kernels = {multiply_rows<Float32>, multiply_rows<Bfloat16>, nullptr,   expand_4_bytes,
                               dense_rows<Float32>,    dense_rows<Bfloat16>,    read_words};
+
+const SolvingKernels avx2_solving = {update_columns, nullptr, nullptr};
