@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprune.packed.header import read_header
 from coprune.native import build
 from coprune.native.build import load_kernels
+from coprune.packed.header import read_header
 from coprune.packed.matrix import NativeMatrix, native_matrix, pack_matrix
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")

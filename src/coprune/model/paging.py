@@ -80,11 +80,11 @@ class Paging(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def paused(self) -> Iterator[None]:
         """For a while, inside of what runs, see nothing: for tensors that others keep (statistics)."""
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def bring(self, tensor: Tensor) -> None:
         """See to it that a tensor has its bytes."""

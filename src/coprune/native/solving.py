@@ -64,7 +64,7 @@ def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
         return False
     x = x if x.stride(1) == 1 else x.contiguous()
     scratch = torch.empty(words, dtype=torch.int32)
-    for part in x.split(TOKENS):
+    for part in torch.split(x, TOKENS):
         tokens = _Tokens(part.data_ptr(), scratch.data_ptr(), gram.data_ptr(), *part.shape, part.stride(0), panel)
         library.coprune_gram(ctypes.byref(tokens), torch.get_num_threads())
     return True

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from coprune.errors import BadInput
-from coprune.packed.accelerate import accelerate
 from coprune.native.build import instruction_set
+from coprune.packed.accelerate import accelerate
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.semi_structured import can_convert, semi_structured_linear

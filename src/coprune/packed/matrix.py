@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from coprune.errors import BadInput
+from coprune.native.build import MatrixStruct, load_kernels
 from coprune.packed.format import aligned_bytes, assemble_packed, keep_bits, pack_tensor
 from coprune.packed.header import Header, read_header
-from coprune.native.build import MatrixStruct, load_kernels
 from coprune.packed.pages import on_large_pages
 
 IN_KERNEL = {torch.float32: 64, torch.bfloat16: 12}  # inputs; measured where the tiles begin to win
