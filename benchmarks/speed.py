@@ -51,7 +51,7 @@ def main() -> None:
     blocks = f", its first {arguments.blocks} blocks" if arguments.blocks else ""
     print(
         f"{arguments.model}{blocks}, {arguments.nsamples} × {arguments.seqlen} tokens, {arguments.pattern}, "
-        f"{arguments.threads} thread(s), medians of {arguments.repeats}",
+        f"{arguments.dtype}, {arguments.threads} thread(s), medians of {arguments.repeats}",
         flush=True,
     )
     for method in arguments.methods.split(","):
@@ -81,11 +81,11 @@ def prepare(arguments: argparse.Namespace) -> Found:
 
     loaded = open_model(make_recipe({"model": arguments.model, "dtype": arguments.dtype}), stream=False)
     model, tokens = (
-        arguments.folder / "model",
+        arguments.folder / f"model-{arguments.dtype}",
         arguments.folder / f"{arguments.nsamples}x{arguments.seqlen}.safetensors",
     )
     if arguments.blocks:
-        model = model.with_name(f"model-{arguments.blocks}")
+        model = model.with_name(f"{model.name}-{arguments.blocks}")
         loaded.model.model.layers = loaded.model.model.layers[: arguments.blocks]
         loaded.model.config.num_hidden_layers = arguments.blocks
     if not model.is_dir():
@@ -113,7 +113,7 @@ def remembered(settings: Found, run: str, method: str, repeat: int, arguments: a
     """Do a run, or take over what an earlier benchmark in the same folder found with the same settings."""
     # A forward pass is the same for all methods, but is measured beside each.
     size = f"{arguments.blocks or 'all'} {arguments.nsamples}x{arguments.seqlen}"
-    name = f"{run} {method} {arguments.pattern} {size} {arguments.threads} {repeat}"
+    name = f"{run} {method} {arguments.pattern} {arguments.dtype} {size} {arguments.threads} {repeat}"
     file = arguments.folder / f"{name.replace(' ', '-').replace(':', '-')}.json"
     if not file.is_file():
         out = arguments.folder / "out"
