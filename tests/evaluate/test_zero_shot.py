@@ -29,7 +29,8 @@ from pico_folder import pico_tokenizer
 from task_items import DEFINITIONS, TASKS, word_items
 
 pytest.importorskip("lm_eval")
-from coprune.evaluate.harness import find_tasks, zero_shot
+from coprune.evaluate.harness import zero_shot
+from coprune.evaluate.harness_tasks import find_tasks
 
 
 @pytest.fixture

@@ -41,14 +41,14 @@ class Beside:
 
     @classmethod
     def prepare(cls, recipe: Recipe, processes: int = 1) -> Beside:
-        """Find what the recipe asks for. Raises BadInput as `harness.find_tasks`, or for several processes."""
+        """Find what the recipe asks for. Raises BadInput as `harness_tasks.find_tasks`, or for several processes."""
         if not recipe.runs_tasks:
             return cls(recipe, None)
         if processes > 1:
             raise BadInput(
                 "zero-shot tasks run in one process; leave them out, save the model, and use: coprune eval FOLDER --tasks …"
             )
-        from coprune.evaluate.harness import find_tasks
+        from coprune.evaluate.harness_tasks import find_tasks
 
         return cls(recipe, find_tasks(zero_shot_settings(recipe)))
 

@@ -153,7 +153,8 @@ class Subject:
         return compare
 
     def _zero_shot(self, tasks: dict[str, Any]) -> ZeroShot:
-        from coprune.evaluate.harness import tasks_fingerprint, zero_shot
+        from coprune.evaluate.harness import zero_shot
+        from coprune.evaluate.harness_tasks import tasks_fingerprint
 
         settings = zero_shot_settings(self.recipe)
 
