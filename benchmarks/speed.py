@@ -30,6 +30,7 @@ FLOOR = "forward pass"
 RUNS = (
     FLOOR,
     "coprune sequential",
+    "coprune sequential --activation-memory 0.3",
     "coprune sequential --activation-memory 0",
     "coprune block",
     "plain published",
@@ -82,7 +83,7 @@ def prepare(arguments: argparse.Namespace) -> Found:
     loaded = open_model(make_recipe({"model": arguments.model, "dtype": arguments.dtype}), stream=False)
     model, tokens = (
         arguments.folder / f"model-{arguments.dtype}",
-        arguments.folder / f"{arguments.nsamples}x{arguments.seqlen}.safetensors",
+        arguments.folder / f"{arguments.nsamples}x{arguments.seqlen}-{arguments.seed}.safetensors",
     )
     if arguments.blocks:
         model = model.with_name(f"{model.name}-{arguments.blocks}")
@@ -91,9 +92,13 @@ def prepare(arguments: argparse.Namespace) -> Found:
     if not model.is_dir():
         loaded.model.save_pretrained(model)
         loaded.tokenizer.save_pretrained(model)
-    windows = calibration_windows(arguments.dataset, loaded.tokenizer, arguments.nsamples, arguments.seqlen, seed=0)
+    windows = calibration_windows(
+        arguments.dataset, loaded.tokenizer, arguments.nsamples, arguments.seqlen, arguments.seed
+    )
     save_file({"tokens": windows.tokens}, tokens)
-    shared = {key: getattr(arguments, key) for key in ("pattern", "dataset", "nsamples", "seqlen", "eval_tokens")}
+    shared = {
+        key: getattr(arguments, key) for key in ("pattern", "dataset", "nsamples", "seqlen", "seed", "eval_tokens")
+    }
     names = {"model": str(model), "tokenizer": str(model), "tokens": str(tokens), "fingerprint": windows.fingerprint}
     return shared | names
 
@@ -112,7 +117,7 @@ def make_environment(folder: Path) -> str:
 def remembered(settings: Found, run: str, method: str, repeat: int, arguments: argparse.Namespace) -> Found:
     """Do a run, or take over what an earlier benchmark in the same folder found with the same settings."""
     # A forward pass is the same for all methods, but is measured beside each.
-    size = f"{arguments.blocks or 'all'} {arguments.nsamples}x{arguments.seqlen}"
+    size = f"{arguments.blocks or 'all'} {arguments.nsamples}x{arguments.seqlen}-{arguments.seed}"
     name = f"{run} {method} {arguments.pattern} {arguments.dtype} {size} {arguments.threads} {repeat}"
     file = arguments.folder / f"{name.replace(' ', '-').replace(':', '-')}.json"
     if not file.is_file():
@@ -139,41 +144,43 @@ def inside(settings: Found, python: str, threads: int) -> Found:
 
 
 def table(method: str, found: dict[str, list[Found]]) -> str:
-    """One row per run; ratios to the floor of the same repeat, by time and by CPU time."""
+    """One row per run; ratios of time to the floor and to llm-compressor in the same repeat."""
     lines = [
-        f"| {method} | seconds | to a forward pass | CPU s | CPU to a forward pass | peak GiB | whole process s | perplexity |",
+        f"| {method} | seconds | to a forward pass | to llm-compressor | CPU s | peak GiB | whole process s | perplexity |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for run, results in found.items():
-        ratio = {
-            key: [r[key] / f[key] for r, f in zip(results, found[FLOOR], strict=True)] for key in ("seconds", "cpu")
-        }
         cells = [
             run + (f" (batches of {results[0]['batch']})" if run == FLOOR else ""),
             f"{middle(results, 'seconds'):.1f}",
-            f"{statistics.median(ratio['seconds']):.2f} {spread(ratio['seconds'])}",
+            ratio(results, found.get(FLOOR)),
+            ratio(results, found.get("llm-compressor")),
             f"{middle(results, 'cpu'):.1f}",
-            f"{statistics.median(ratio['cpu']):.2f}",
             f"{middle(results, 'peak') / 2**30:.2f}",
             f"{middle(results, 'process'):.1f}",
             f"{results[0]['perplexity']:.2f}" if "perplexity" in results[0] else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    floor = found[FLOOR][0]
-    lines += [
-        "",
-        f"The blocks' products are {floor['gflops']:,.0f} GFLOP; at the {floor['gflops_per_second']:.0f} GFLOP/s that a large "
-        f"product reaches here they take {floor['gflops'] / floor['gflops_per_second']:.1f} s.",
-    ]
+    if FLOOR in found:
+        floor = found[FLOOR][0]
+        lines += [
+            "",
+            f"The blocks' products are {floor['gflops']:,.0f} GFLOP; at the {floor['gflops_per_second']:.0f} GFLOP/s that a "
+            f"large product of float32 reaches here they take {floor['gflops'] / floor['gflops_per_second']:.1f} s.",
+        ]
     return "\n".join(lines)
+
+
+def ratio(results: list[Found], others: list[Found] | None) -> str:
+    """Median of the ratios of time, repeat by repeat, and how far they spread."""
+    if others is None:
+        return "–"
+    ratios = [result["seconds"] / other["seconds"] for result, other in zip(results, others, strict=True)]
+    return f"{statistics.median(ratios):.2f}" + (f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else "")
 
 
 def middle(results: list[Found], key: str) -> float:
     return statistics.median(result[key] for result in results)
-
-
-def spread(ratios: list[float]) -> str:
-    return f"({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
 
 
 def read_arguments() -> argparse.Namespace:
@@ -186,6 +193,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--pattern", default="2:4", help="N:M, or unstructured (50 %%)")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration samples")
     parser.add_argument("--eval-tokens", type=int, default=8192, help="0 for no perplexity")
     parser.add_argument(
         "--blocks", type=int, help="only the model's first blocks; ratios hardly depend on how many [all]"

@@ -113,6 +113,7 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
             dataset=settings["dataset"],
             nsamples=settings["nsamples"],
             seqlen=settings["seqlen"],
+            seed=settings["seed"],
             device="cpu",
             stream=False,
             evaluate=False,
