@@ -27,7 +27,8 @@ CASES = [
     ("llama", "sparsegpt", "block", {}),
     ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
     ("llama", "sparsegpt", "block", {"target": "dense", "include": ["*.q_proj", "*.down_proj", "lm_head"]}),
-    ("mixtral", "sparsegpt", "sequential", {}),
+    # Of samples in which no two scores tie: behind a tie the router may send a token to another expert.
+    ("mixtral", "sparsegpt", "sequential", {"seed": 1}),
     ("mixtral", "wanda", "block", {}),
     # So few tokens that experts go without, and some are seen by one process only.
     ("mixtral", "sparsegpt", "sequential", {"seqlen": 2, "nsamples": 5, "evaluate": False}),
@@ -86,10 +87,8 @@ def test_equal_masks_and_reports(processes: int, models: Path, alone: Path, tmp_
     run_together(torchrun(processes, script, *paths))
     for number in range(len(CASES)):
         differing, entries = compare_masks(alone / f"{number}-model", tmp_path / f"{number}-model")
-        # Sums are added up in another order, so only entries whose scores are equal but for rounding may differ. Behind
-        # one of them a mixture may send a token to another expert, whose matrices then see other inputs.
-        most = entries / (200 if CASES[number][0] == "mixtral" else 10_000)
-        assert differing <= most, (CASES[number], differing)
+        # Sums are added up in another order, so only entries whose scores are equal but for rounding may differ.
+        assert differing <= entries / 10_000, (CASES[number], differing)
         compare_reports(alone / f"{number}-run", tmp_path / f"{number}-run", exact=differing == 0)
 
 
@@ -102,9 +101,8 @@ def compare_masks(one: Path, other: Path) -> tuple[int, int]:
 def compare_reports(one: Path, other: Path, exact: bool) -> None:
     a, b = Report.read(one / "report.json"), Report.read(other / "report.json")
     assert [m.name for m in a.matrices] == [m.name for m in b.matrices]
-    if exact:
-        assert [m.tokens for m in a.matrices] == [m.tokens for m in b.matrices]
-        assert [m.events for m in a.matrices] == [m.events for m in b.matrices]
+    assert [m.tokens for m in a.matrices] == [m.tokens for m in b.matrices]
+    assert [m.events for m in a.matrices] == [m.events for m in b.matrices]
     assert a.sparsity == b.sparsity
     for ours, theirs in zip(a.matrices, b.matrices, strict=True):
         # Wanda's and magnitude's errors are measured on a few tokens, which are others.
@@ -113,7 +111,7 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
     for ours, theirs in zip(a.perplexity, b.perplexity, strict=True):
         assert ours.windows == theirs.windows
         assert ours.dense == pytest.approx(theirs.dense, rel=1e-5)
-        assert ours.pruned == pytest.approx(theirs.pruned, rel=1e-3 if exact else 1e-2)
+        assert ours.pruned == pytest.approx(theirs.pruned, rel=1e-3)
 
 
 def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path: Path) -> None:
