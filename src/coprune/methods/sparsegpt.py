@@ -97,10 +97,12 @@ def update_block(block: ColumnBlock) -> None:
 def update_block_natively(block: ColumnBlock) -> None:
     """The same in the native kernel, which chooses N:M itself by SparseGPT's score; by torch where there is none."""
     columns, keep, errors, factor, place, _, _ = block
+    if not solving.walks_columns(columns.device):
+        update_block(block)
+        return
     group = _choose_first(block)
     pair = None if group is None else (group.n, group.m)
-    if not solving.update_columns(columns, keep, errors, factor.unit[place, place], factor.pivots[place], pair):
-        update_block(block)
+    solving.update_columns(columns, keep, errors, factor.unit[place, place], factor.pivots[place], pair)
 
 
 def update_block_by_triton(block: ColumnBlock) -> None:

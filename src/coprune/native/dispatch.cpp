@@ -95,23 +95,6 @@ void share(Work* work, int threads) {
     parallel(take_rows, work, (unsigned)threads, 0);
 }
 
-struct Reading {
-    const uint64_t* words;
-    int64_t count, next;
-    uint64_t sum;
-};
-
-void take_words(void* data) {
-    Reading* reading = (Reading*)data;
-    const int64_t chunk = 1 << 17;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&reading->next, chunk, __ATOMIC_RELAXED);
-        if (first >= reading->count) return;
-        const int64_t count = first + chunk < reading->count ? chunk : reading->count - first;
-        __atomic_fetch_add(&reading->sum, kernels.read_words(reading->words + first, count), __ATOMIC_RELAXED);
-    }
-}
-
 // Work on pieces 0 … count − 1, which threads take one after another, from the last to the first.
 struct Pieces {
     void (*work)(Pieces* pieces, int64_t piece);
@@ -132,6 +115,20 @@ void share_pieces(Pieces* pieces, int64_t count, int threads) {
     if (threads > count) threads = (int)count;
     if (threads > 1 && parallel) parallel(take_pieces, pieces, (unsigned)threads, 0);
     else take_pieces(pieces);
+}
+
+constexpr int64_t WORDS = 1 << 17;  // of one piece
+
+struct ReadPieces : Pieces {
+    const uint64_t* words;
+    int64_t count;
+    uint64_t sum;
+};
+
+void read_piece(Pieces* pieces, int64_t piece) {
+    ReadPieces* own = (ReadPieces*)pieces;
+    const int64_t first = piece * WORDS, count = own->count - first < WORDS ? own->count - first : WORDS;
+    __atomic_fetch_add(&own->sum, kernels.read_words(own->words + first, count), __ATOMIC_RELAXED);
 }
 
 constexpr int64_t OUTPUTS = 64;  // of one piece of a block of columns; a multiple of what is walked through together
@@ -205,10 +202,9 @@ void coprune_expand(const Matrix* matrix, int bytes, void* dense, int64_t first,
 
 // Read count words, to measure the memory's bandwidth. Returns their sum, so that reading them cannot be left out.
 uint64_t coprune_read(const uint64_t* words, int64_t count, int threads) {
-    Reading reading = {words, count, 0, 0};
-    if (threads > 1 && parallel) parallel(take_words, &reading, (unsigned)threads, 0);
-    else take_words(&reading);
-    return reading.sum;
+    ReadPieces pieces = {{read_piece, 0}, words, count, 0};
+    share_pieces(&pieces, (count + WORDS - 1) / WORDS, threads);
+    return pieces.sum;
 }
 
 // Returns 0, or 1 where memory does not suffice.

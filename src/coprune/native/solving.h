@@ -23,7 +23,7 @@ typedef bool (*UpdateColumns)(const ColumnBlock* block, const float* unit, int64
 // only what lies on the diagonal and right of it is touched.
 struct Tokens {
     const uint16_t* x;
-    uint32_t* pairs;  // scratch: pairs_size() of them
+    uint32_t* pairs;  // scratch, as much as coprune_gram_scratch says
     float* gram;
     int64_t tokens;
     int64_t width;

@@ -1,5 +1,4 @@
-"""What statistics and solvers leave to the native kernels. Each function says whether it did the work, on the CPU and where
-there is a kernel for it; the caller does it with torch otherwise."""
+"""What statistics and solvers leave to the native kernels, on the CPU and where there is a kernel for it."""
 
 from __future__ import annotations
 
@@ -32,28 +31,31 @@ class _Tokens(ctypes.Structure):
     )
 
 
+def walks_columns(device: torch.device) -> bool:
+    """Whether `update_columns` can be called with tensors on this device."""
+    return device.type == "cpu" and load_kernels() is not None
+
+
 def update_columns(
     columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, group: tuple[int, int] | None
-) -> bool:
+) -> None:
     """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place.
 
     columns, errors: C × O float32, keep: C × O bool, contiguous; unit: C × C float32, rows of U divided by their
     pivots; pivots: C float32, contiguous; group: N and M to keep N of every M by SparseGPT's score (of equals the lower index
     falls first), M dividing C; None for a mask that `keep` gives.
     """
-    library = load_kernels() if columns.device.type == "cpu" else None
-    if library is None:
-        return False
+    library = load_kernels()
+    assert library is not None
     n, m = group or (0, 0)
     pointers = [tensor.data_ptr() for tensor in (columns, keep, errors, unit, pivots)]
     block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), n, m)
     if library.coprune_update_columns(ctypes.byref(block), torch.get_num_threads()):
         raise MemoryError("there is no memory for a block of columns")
-    return True
 
 
 def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
-    """Add XᵀX of bfloat16 inputs, summed in float32.
+    """Add XᵀX of bfloat16 inputs, summed in float32; returns whether there was a kernel to do it.
 
     gram: I × I float32, contiguous; x: T × I bfloat16; panel: of every so many rows what lies left of them is left alone.
     """
