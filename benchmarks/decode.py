@@ -17,7 +17,7 @@ import time
 import torch
 from torch.nn import functional
 
-from coprune.native.build import MatrixStruct, instruction_set, load_kernels
+from coprune.base.native.build import MatrixStruct, instruction_set, load_kernels
 from coprune.packed.header import read_header
 from coprune.packed.matrix import native_matrix, pack_matrix
 from coprune.packed.pages import on_large_pages

@@ -21,11 +21,11 @@ from timm.models import save_for_hf
 from torch.nn import functional
 
 import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
 from coprune.data.images import labelled_images
-from coprune.errors import BadInput
-from coprune.finetune.run import finetune
-from coprune.finetune.settings import make_settings
-from coprune.progress import Reporter
+from coprune.training.run import finetune
+from coprune.training.settings import make_settings
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 PATTERNS = ("unstructured", "4:8", "2:4")

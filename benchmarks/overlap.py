@@ -78,8 +78,8 @@ def forget(folder: Path) -> None:
 def prune(way: str, method: str, model: str, words: str, tokens: int) -> None:
     """Prune and save; prints the seconds of pruning, the last block's way to the disk included."""
     import coprune
-    from coprune.checkpoint.lazy import LazyCheckpoint
-    from coprune.checkpoint.writer import REST, CheckpointWriter
+    from coprune.model.checkpoint.lazy import LazyCheckpoint
+    from coprune.model.checkpoint.writer import REST, CheckpointWriter
 
     write, last_wait = CheckpointWriter.write, []
 

@@ -28,13 +28,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import coprune
-from coprune.checkpoint.load import load_model
-from coprune.checkpoint.locate import locate
 from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
 from coprune.model.matrices import find_matrices
 from coprune.packed.bench import bench_model, format_bench
 from coprune.packed.folder import Sizes, pack_folder, unpack_folder
-from coprune.patterns import NM, Target, Unstructured
+from coprune.recipe.pattern import NM, Target, Unstructured
 
 PATTERNS = {
     "50 %": Target(Unstructured(), 0.5),

@@ -86,10 +86,10 @@ def inside(settings: dict[str, Any]) -> None:
     """The part that every process runs: count the time in exchanges, and print it."""
     import torch.distributed as dist
 
-    from coprune import distributed
-    from coprune.progress import Reporter
-    from coprune.recipe import make_recipe
-    from coprune.run import run_recipe
+    from coprune.base import processes as distributed
+    from coprune.base.progress import Reporter
+    from coprune.recipe.recipe import make_recipe
+    from coprune.run.stages import run_recipe
 
     times: Times = {"idle": 0.0, "communication": 0.0}
     heard = distributed._heard

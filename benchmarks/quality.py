@@ -67,8 +67,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def all_methods() -> list[str]:
-    from coprune.methods import METHODS
-    from coprune.presets import PRESETS
+    from coprune.pruning.methods import METHODS
+    from coprune.recipe.presets import PRESETS
 
     return [*METHODS, *PRESETS]
 
@@ -93,9 +93,9 @@ def measure(settings: dict[str, Any]) -> None:
     """Prune, evaluate and write one cell."""
     import coprune
     from coprune.data import evaluation_tokens
-    from coprune.evaluate.closeness import closeness
-    from coprune.opening import open_model
-    from coprune.presets import PRESETS, preset_settings
+    from coprune.evaluation.closeness import closeness
+    from coprune.model.opened import open_model
+    from coprune.recipe.presets import PRESETS, preset_settings
 
     chosen: dict[str, Any] = (
         preset_settings(settings["method"]) if settings["method"] in PRESETS else {"method": settings["method"]}

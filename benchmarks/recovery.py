@@ -150,8 +150,8 @@ def prune(settings: dict[str, Any]) -> None:
 
 def finetune(settings: dict[str, Any]) -> None:
     """Fine-tune and measure; the result is the run's own report."""
-    from coprune.finetune.run import finetune as run
-    from coprune.finetune.settings import make_settings
+    from coprune.training.run import finetune as run
+    from coprune.training.settings import make_settings
 
     run(make_settings(settings))
 
@@ -219,10 +219,10 @@ def step_of(folder: Path, kind: str) -> Callable[[int], None]:
     """One forward and backward on so many random tokens."""
     import torch
 
-    from coprune.checkpoint.load import load_model
-    from coprune.checkpoint.locate import locate
-    from coprune.finetune.adapters import add_adapter, choose_targets
-    from coprune.finetune.masks import find_masks
+    from coprune.model.checkpoint.load import load_model
+    from coprune.model.checkpoint.locate import locate
+    from coprune.training.adapters import add_adapter, choose_targets
+    from coprune.training.masks import find_masks
 
     loaded, _ = load_model(locate(folder))
     masks = find_masks(loaded)

@@ -98,9 +98,9 @@ def product_rate(size: int = 1024) -> float:
 
 
 def coprune(settings: dict[str, Any]) -> dict[str, Any]:
-    from coprune.progress import Reporter
-    from coprune.recipe import make_recipe
-    from coprune.run import run_recipe
+    from coprune.base.progress import Reporter
+    from coprune.recipe.recipe import make_recipe
+    from coprune.run.stages import run_recipe
 
     limit = settings["run"].partition("--activation-memory ")[2]
     recipe = make_recipe(
@@ -178,7 +178,7 @@ def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from coprune.data.windows import evaluation_tokens
-    from coprune.evaluate.perplexity import perplexity
+    from coprune.evaluation.perplexity import perplexity
 
     model, _ = load(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"])

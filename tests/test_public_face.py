@@ -54,8 +54,8 @@ def test_an_unknown_name_is_an_attribute_error():
     [
         "import coprune",
         "import coprune; coprune.Recipe(model='x')",
-        "import sys; sys.argv = ['coprune', '--help']; from coprune.cli import main; main()",
-        "import sys; sys.argv = ['coprune', 'prune', '--help']; from coprune.cli import main; main()",
+        "import sys; sys.argv = ['coprune', '--help']; from coprune.commands.app import main; main()",
+        "import sys; sys.argv = ['coprune', 'prune', '--help']; from coprune.commands.app import main; main()",
     ],
 )
 def test_nothing_heavy_is_loaded_for(program):

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from coprune.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from coprune.errors import BadInput, CopruneError, NumericalError, UnsupportedModel
-    from coprune.evaluate.perplexity import perplexity
+    from coprune.base.errors import BadInput, CopruneError, NumericalError, UnsupportedModel
+    from coprune.evaluation.perplexity import perplexity
     from coprune.packed.accelerate import accelerate
     from coprune.packed.quantizer import load_packed
-    from coprune.recipe import Recipe
+    from coprune.recipe.recipe import Recipe
     from coprune.report.schema import Report
-    from coprune.run import Result, prune, run_recipe
+    from coprune.run.stages import Result, prune, run_recipe
 
 # After `import coprune`, transformers loads packed folders like any other; this imports neither it nor torch.
 register_with_transformers()
@@ -26,16 +26,16 @@ register_with_transformers()
 _HOME = {
     "accelerate": "coprune.packed.accelerate",
     "load_packed": "coprune.packed.quantizer",
-    "BadInput": "coprune.errors",
-    "CopruneError": "coprune.errors",
-    "NumericalError": "coprune.errors",
-    "UnsupportedModel": "coprune.errors",
-    "Recipe": "coprune.recipe",
+    "BadInput": "coprune.base.errors",
+    "CopruneError": "coprune.base.errors",
+    "NumericalError": "coprune.base.errors",
+    "UnsupportedModel": "coprune.base.errors",
+    "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
-    "Result": "coprune.run",
-    "perplexity": "coprune.evaluate.perplexity",
-    "prune": "coprune.run",
-    "run_recipe": "coprune.run",
+    "Result": "coprune.run.stages",
+    "perplexity": "coprune.evaluation.perplexity",
+    "prune": "coprune.run.stages",
+    "run_recipe": "coprune.run.stages",
 }
 
 __all__ = [

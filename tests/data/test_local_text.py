@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from coprune.base.errors import BadInput
 from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
 from coprune.data.local_text import local_text
-from coprune.errors import BadInput
 
 TEXTS = ["first\nline", "", "zweite Zeile: ä€😀", "a \u2028 b"]
 JOINED = "first\nline\n\nzweite Zeile: ä€😀\n\na \u2028 b"

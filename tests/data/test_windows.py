@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
 from coprune.data.windows import draw_from_documents, draw_windows, fingerprint, tokens_and_bytes
-from coprune.errors import BadInput
-from words import word_tokenizer, words
+from support.words import word_tokenizer, words
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import ToyModel
 from transformers.pytorch_utils import Conv1D
 
-from coprune.errors import BadInput, UnsupportedModel
-from coprune.model.arguments import TensorPool, same_value, snapshot
+from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.matrices import choose_matrices, find_matrices
-from coprune.model.observe import Observe
-from pico import FAMILIES, MIXTURES, pico_model
+from coprune.model.walk.arguments import TensorPool, same_value, snapshot
+from coprune.model.walk.observe import Observe
+from support.pico import FAMILIES, MIXTURES, pico_model
+from support.toys import ToyModel
 
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)

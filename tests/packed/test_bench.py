@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed import accelerate as accelerate_module
 from coprune.packed.accelerate import accelerate
 from coprune.packed.bench import Bench, bench, bench_model, format_bench, make_forms, share_weights

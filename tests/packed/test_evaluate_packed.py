@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from coprune.checkpoint.load import load_model
-from coprune.checkpoint.locate import locate
-from coprune.evaluate.perplexity import perplexity
-from coprune.opening import open_model
+from coprune.evaluation.perplexity import perplexity
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
+from coprune.model.opened import open_model
 from coprune.packed.folder import pack_folder
-from coprune.recipe import Recipe
-from pico import VOCABULARY, pico_model
-from words import word_tokenizer
+from coprune.recipe.recipe import Recipe
+from support.pico import VOCABULARY, pico_model
+from support.words import word_tokenizer
 
 
 def test_a_packed_folder_evaluates_to_the_bit_like_the_dense_one(tmp_path: Path):

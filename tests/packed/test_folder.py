@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.folder import is_packed_folder, pack_folder, unpack_folder
 
 

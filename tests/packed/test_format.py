@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.format import BITS_OF_SIZE, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import DTYPE_CODES, is_packed
-from coprune.patterns import NM, keep_n_of_m
+from coprune.recipe.pattern import NM, keep_n_of_m
 
 shapes = st.lists(st.integers(1, 37), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) < 40_000)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.format import pack_tensor
 from coprune.packed.linear import PackedLinear, pack_linears
 from coprune.packed.matrix import IN_KERNEL

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.folder import pack_folder, unpack_folder
 from coprune.packed.linear import PackedLinear
 from coprune.packed.matrix import TILE_BYTES
@@ -167,7 +167,7 @@ def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
-from coprune.native.build import load_kernels
+from coprune.base.native.build import load_kernels
 load_kernels()
 before = resident()
 model = load_packed(sys.argv[1]) if sys.argv[2] == "packed" else AutoModelForCausalLM.from_pretrained(sys.argv[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triton_scripts import run_interpreted
+from support.triton_scripts import run_interpreted
 
 SCRIPT = """
 import torch

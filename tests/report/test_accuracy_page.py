@@ -9,19 +9,19 @@ import yaml
 from PIL import Image
 
 import coprune
-from browser import find_browser, opened_page
 from coprune.data.images import LabelledImages, labelled_images
 from coprune.report.examples import class_name, thumbnail
 from coprune.report.schema import Report
-from pico_images import save_classifier
+from support.browser import find_browser, opened_page
+from support.pico_images import save_classifier
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 from coprune.report.card import model_card
 from coprune.report.charts import matrix_rows
-from coprune.report.listening import final_figures
 from coprune.report.page import run_page
 from coprune.report.several import Run, runs_page
+from coprune.run.trackers import final_figures
 
 SHOWN = 12
 

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 import coprune
-from commands import run_command
-from coprune.errors import BadInput
-from coprune.progress import Reporter
-from coprune.recipe import make_recipe
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
 from coprune.report.card import model_card
 from coprune.report.schema import Report
-from pico import pico_model
-from pico_folder import pico_tokenizer, save_pico, write_words
+from support.commands import run_command
+from support.pico import pico_model
+from support.pico_folder import pico_tokenizer, save_pico, write_words
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
     pytest.importorskip("altair")
-    from test_page import with_tasks
+    from support.reports import with_tasks
 
     model, text = files
     settings = {"dataset": str(text), "eval_data": str(text), "seqlen": 32, "nsamples": 2, "quiet": True}
@@ -47,7 +47,7 @@ def test_a_plot_shows_the_matrix_of_the_dense_model(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vl_convert")
-    from coprune.report.plot import matrix_distributions
+    from coprune.run.plot_matrix import matrix_distributions
 
     model, text = files
     name = "model.layers.1.mlp.down_proj"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from browser import find_browser, opened_page
-from commands import run_command
-from coprune.evaluate.zero_shot import Estimate, TaskComparison, ZeroShotFacts
 from coprune.report.schema import Report
-from pico_folder import save_pico, write_words
+from support.browser import find_browser, opened_page
+from support.commands import run_command
+from support.pico_folder import save_pico, write_words
+from support.reports import with_tasks
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -36,25 +36,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         coprune.prune(model, method, sparsity=sparsity, quiet=True, **settings)
         runs.append(folder / method)
     return runs
-
-
-def with_tasks(report: Report) -> Report:
-    """A report with zero-shot results, and a name that would end a script element."""
-    tasks = tuple(
-        TaskComparison(
-            task=task,
-            version=1.0,
-            num_fewshot=0,
-            items=100,
-            dense={"acc": Estimate(value=0.6, stderr=0.05)},
-            pruned={"acc": Estimate(value=0.5, stderr=0.05)},
-            delta={"acc": Estimate(value=-0.1, stderr=0.02)},
-        )
-        for task in ("piqa", "</script><b>")
-    )
-    mean = Estimate(value=0.5, stderr=0.03)
-    facts = ZeroShotFacts(tasks=tasks, mean_dense=mean, mean_pruned=mean, mean_delta=mean, harness="0")
-    return report.model_copy(update={"zero_shot": facts, "events": ["<b>event</b>"]})
 
 
 @needs_browser

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import coprune
-from commands import run_command
-from pico_folder import save_pico, write_words
+from support.commands import run_command
+from support.pico_folder import save_pico, write_words
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.report.several import report_page
 from coprune.report.speed import speed_sections
 

@@ -1,1 +1,1 @@
-"""The commands by theme; `coprune.cli` puts them together. Nothing heavy is imported before one runs."""
+"""The commands by theme; `coprune.commands.app` puts them together. Nothing heavy is imported before one runs."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.errors import BadInput
-from coprune.recipe import make_recipe
+from coprune.base.errors import BadInput
+from coprune.recipe.recipe import make_recipe
 
 # What `eval` and `compare` are asked to measure, and how.
 _Data = Annotated[
@@ -62,9 +62,9 @@ def evaluate(
 
     Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
     """
-    from coprune.evaluate.command import evaluate_model, evaluation_lines
-    from coprune.files import write_text
-    from coprune.progress import Reporter
+    from coprune.base.files import write_text
+    from coprune.base.progress import Reporter
+    from coprune.evaluation.command import evaluate_model, evaluation_lines
 
     what = _what_to_measure(data, tasks, eval_zero_shot)
     how: dict[str, Any] = {
@@ -116,12 +116,12 @@ def compare(
     """
     from rich.console import Console
 
-    from coprune.evaluate.cache import EvaluationCache, default_cache_folder
-    from coprune.evaluate.compare import compare_models
-    from coprune.evaluate.tables import print_table, to_csv, to_markdown
-    from coprune.files import write_text
-    from coprune.progress import Reporter
-    from coprune.sweep.finished import models_to_compare
+    from coprune.base.files import write_text
+    from coprune.base.progress import Reporter
+    from coprune.evaluation.cache import EvaluationCache, default_cache_folder
+    from coprune.evaluation.compare import compare_models
+    from coprune.evaluation.tables import print_table, to_csv, to_markdown
+    from coprune.run.sweep.finished import models_to_compare
 
     models = [model for name in models for model in models_to_compare(name)]
     what = _what_to_measure(data, tasks, eval_zero_shot)
@@ -153,8 +153,8 @@ def report(
 ) -> None:
     """Make the page of a run again, or one page that compares several runs."""
     from coprune.report.folder import PAGE_FILE, write_page
-    from coprune.sweep.finished import is_sweep
-    from coprune.sweep.page import write_sweep_page
+    from coprune.run.sweep.finished import is_sweep
+    from coprune.run.sweep.page import write_sweep_page
 
     folder = runs[0] if runs[0].is_dir() else runs[0].parent
     path = output or (folder / PAGE_FILE if len(runs) == 1 else Path(PAGE_FILE))

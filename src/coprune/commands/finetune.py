@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.commands.options import with_options_of
-from coprune.finetune.settings import FinetuneSettings, make_settings
+from coprune.training.settings import FinetuneSettings, make_settings
 
 
 @with_options_of(FinetuneSettings)
@@ -23,9 +23,9 @@ def finetune(
     Example: coprune finetune out/pruned --mode lora --dataset embedded --block-size 512 --minutes 20
     """
     checked = make_settings({"model": model} | {name: value for name, value in settings.items() if value is not None})
-    from coprune.finetune.report import summary_lines
-    from coprune.finetune.run import finetune as run_finetune
-    from coprune.progress import Reporter
+    from coprune.base.progress import Reporter
+    from coprune.training.report import summary_lines
+    from coprune.training.run import finetune as run_finetune
 
     report = run_finetune(checked, Reporter(quiet))
     if os.environ.get("RANK", "0") == "0":
@@ -40,7 +40,7 @@ def merge(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Merge a masked adapter into its pruned model; every zero stays one."""
-    from coprune.finetune.run import merge_saved
-    from coprune.progress import Reporter
+    from coprune.base.progress import Reporter
+    from coprune.training.run import merge_saved
 
     typer.echo("\n".join(merge_saved(model, adapter, output, Reporter(quiet))))

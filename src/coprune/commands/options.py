@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.errors import BadInput, unknown_name
-from coprune.finetune.settings import FinetuneSettings
-from coprune.recipe import Recipe
+from coprune.base.errors import BadInput, unknown_name
+from coprune.recipe.recipe import Recipe
+from coprune.training.settings import FinetuneSettings
 
 # The seed system's names of options, and short forms. Every other option is named like its field of the recipe.
 _ALIASES: dict[str, list[str]] = {
@@ -80,7 +80,7 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
         return {}
     import dataclasses
 
-    from coprune.methods import METHODS
+    from coprune.pruning.methods import METHODS
 
     known = {f.name for method in METHODS.values() for f in dataclasses.fields(method)}
     found: dict[str, Any] = {}

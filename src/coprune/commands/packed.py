@@ -24,7 +24,7 @@ def pack(
 
     Example: coprune pack out/pruned out/packed
     """
-    from coprune.errors import unknown_name
+    from coprune.base.errors import unknown_name
     from coprune.packed.folder import pack_folder
     from coprune.packed.format import FORMATS, Format
 
@@ -72,8 +72,8 @@ def bench(
     """
     import torch
 
-    from coprune.errors import BadInput
-    from coprune.files import write_text
+    from coprune.base.errors import BadInput
+    from coprune.base.files import write_text
     from coprune.packed.bench import bench as measure
     from coprune.packed.bench import format_bench
 
@@ -91,8 +91,8 @@ def bench(
 
 def _put_into_page(json_file: Path) -> None:
     """Make the page of the run again whose folder now holds the figures."""
-    from coprune.preparation import REPORT_FILE
     from coprune.report.folder import PAGE_FILE, write_page
+    from coprune.run.checks import REPORT_FILE
 
     run = json_file.parent
     if json_file.name == "bench.json" and (run / REPORT_FILE).is_file() and write_page([run], run / PAGE_FILE):

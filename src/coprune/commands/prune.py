@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.errors import BadInput
 from coprune.commands.options import method_options, with_options_of
-from coprune.errors import BadInput
-from coprune.presets import preset_settings
-from coprune.recipe import Recipe, make_recipe, read_settings
+from coprune.recipe.presets import preset_settings
+from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -44,10 +44,10 @@ def prune(
     A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
     """
     checked = _recipe_typed(context, _one_model(model, model_option), recipe, preset, use_variant, settings)
-    from coprune.distributed import joined_processes
-    from coprune.progress import Reporter
+    from coprune.base.processes import joined_processes
+    from coprune.base.progress import Reporter
     from coprune.report.summary import summary_lines
-    from coprune.run import run_recipe
+    from coprune.run.stages import run_recipe
 
     with joined_processes() as processes:
         report = run_recipe(checked, reporter=Reporter(quiet), processes=processes).report
@@ -70,8 +70,8 @@ def estimate(
 ) -> None:
     """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
     checked = _recipe_typed(context, _one_model(model, model_option), recipe, preset, use_variant, settings)
-    from coprune.progress import Reporter
-    from coprune.run import estimate_recipe
+    from coprune.base.progress import Reporter
+    from coprune.run.stages import estimate_recipe
 
     found = estimate_recipe(checked, Reporter(quiet))
     typer.echo(found.to_json() if as_json else found.line())

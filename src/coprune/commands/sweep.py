@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from coprune.base.errors import BadInput
 from coprune.commands.options import with_options_of
-from coprune.errors import BadInput
-from coprune.recipe import Recipe
+from coprune.recipe.recipe import Recipe
 
 _LOCAL = "local"
 
@@ -77,9 +77,9 @@ def sweep(
 
     Options of prune that are given here replace what the file says for all of its runs.
     """
-    from coprune.sweep.command_line import command_of
-    from coprune.sweep.file import Sweep
-    from coprune.sweep.presets import sweep_preset
+    from coprune.run.sweep.command_line import command_of
+    from coprune.run.sweep.file import Sweep
+    from coprune.run.sweep.presets import sweep_preset
 
     if file is None and preset is None:
         raise BadInput("name a file or a preset, for example: coprune sweep --preset llama-7b --dry-run.")
@@ -88,8 +88,8 @@ def sweep(
     chosen = Sweep.read(file) if file is not None else sweep_preset(preset or "")
     typed = {name: value for name, value in settings.items() if value is not None}
     chosen = chosen.with_settings(typed | ({"model": model} if model else {}))
-    from coprune.sweep.finished import finished_report
-    from coprune.sweep.run import check_sweep
+    from coprune.run.sweep.finished import finished_report
+    from coprune.run.sweep.run import check_sweep
 
     if dry_run:
         for run in check_sweep(chosen):
@@ -98,9 +98,9 @@ def sweep(
         return
     from rich.console import Console
 
-    from coprune.sweep.plan import Execution
-    from coprune.sweep.results import MARKDOWN, print_tables
-    from coprune.sweep.run import run_sweep
+    from coprune.run.sweep.plan import Execution
+    from coprune.run.sweep.results import MARKDOWN, print_tables
+    from coprune.run.sweep.run import run_sweep
 
     outcome = run_sweep(chosen, Execution(ray, workers, threads, retries), quiet)
     print_tables(chosen, outcome.runs, outcome.reports, Console())

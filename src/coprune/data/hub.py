@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coprune.base.errors import BadInput
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, choose_text_column, join
-from coprune.errors import BadInput
 
 REACH_SECONDS = 10.0
 

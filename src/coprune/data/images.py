@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from coprune.base.errors import BadInput
 from coprune.data.hub import require_dataset
 from coprune.data.local_text import looks_local
-from coprune.errors import BadInput
 
 Part = Literal["calibration", "evaluation"]
 # The first of these that a dataset or folder has; a folder of classes without such parts serves for both.

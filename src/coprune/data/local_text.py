@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from coprune.base.errors import BadInput
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join
-from coprune.errors import BadInput
 
 
 def local_text(name: str) -> JoinedText:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 
 LOCAL_FILE_HINT = (
     "To use text of your own, give the path of a .txt, .jsonl, .json or .parquet file or of a folder of such files."

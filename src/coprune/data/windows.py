@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from coprune.base.errors import BadInput
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.text import LOCAL_FILE_HINT, Documents
-from coprune.errors import BadInput
 
 
 @dataclass(frozen=True)

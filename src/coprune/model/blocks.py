@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from coprune.errors import UnsupportedModel
+from coprune.base.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.model.blocks import Block
 
 

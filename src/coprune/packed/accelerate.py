@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.linear import PackedLinear
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import time_in_turns

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from coprune.errors import BadInput
-from coprune.native.build import instruction_set
+from coprune.base.errors import BadInput
+from coprune.base.native.build import instruction_set
 from coprune.packed.accelerate import accelerate
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coprune.errors import BadInput, unknown_name
+from coprune.base.errors import BadInput, unknown_name
 from coprune.packed.header import (
     ALIGNMENT,
     CHECKSUM_AT,

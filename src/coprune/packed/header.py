@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 
 MAGIC = b"COPRUNE\0"
 VERSION = 1

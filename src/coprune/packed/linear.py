@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.format import check_packed
 from coprune.packed.header import read_header
 from coprune.packed.matrix import IN_KERNEL, NativeMatrix, dense_matrix, for_kernels, native_matrix, pack_matrix

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coprune.errors import BadInput
-from coprune.native.build import MatrixStruct, load_kernels
+from coprune.base.errors import BadInput
+from coprune.base.native.build import MatrixStruct, load_kernels
 from coprune.packed.format import aligned_bytes, assemble_packed, keep_bits, pack_tensor
 from coprune.packed.header import Header, read_header
 from coprune.packed.pages import on_large_pages

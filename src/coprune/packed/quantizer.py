@@ -24,7 +24,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
 from coprune.packed.header import VERSION, Header, is_packed, read_header

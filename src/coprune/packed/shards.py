@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coprune.checkpoint.shards import DTYPES, read_header_bytes
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.shards import DTYPES, read_header_bytes
 from coprune.packed.format import check_packed
 from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed
 

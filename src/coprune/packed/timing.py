@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coprune.native.build import load_kernels
+from coprune.base.native.build import load_kernels
 from coprune.packed.pages import on_large_pages
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-from coprune.evaluate.zero_shot import Estimate, ZeroShotFacts
+from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
 from coprune.report.schema import Report
 
 _LOAD = """```python

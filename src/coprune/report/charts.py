@@ -7,8 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from coprune.evaluate.zero_shot import MAIN_METRIC, ZeroShotFacts
-from coprune.pruning import MatrixResult
+from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShotFacts
+from coprune.pruning.pruner import MatrixResult
 
 Spec = dict[str, Any]
 

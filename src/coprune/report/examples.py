@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coprune.data.images import LabelledImages
-from coprune.evaluate.accuracy import Accuracy
+from coprune.evaluation.accuracy import Accuracy
 from coprune.report.schema import AccuracyFacts, ChangedPrediction
 
 _EXAMPLES = 20  # images with a changed prediction that are named

@@ -11,11 +11,11 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from coprune.errors import BadInput
-from coprune.files import write_text
-from coprune.preparation import REPORT_FILE, path_of
-from coprune.recipe import Recipe
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report, seed_log
+from coprune.run.checks import REPORT_FILE, path_of
 
 _ANNOUNCED = ".report.json"
 PAGE_FILE = "report.html"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 
 
 def require_login(repository: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from coprune.evaluate.zero_shot import ZeroShotFacts
+from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.report.accuracy import accuracy_card, accuracy_section
 from coprune.report.card import percent
 from coprune.report.charts import bins_chart, heat_map, matrix_rows, zero_shot_bars

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from coprune.checkpoint.load import TaskName
-from coprune.errors import BadInput
-from coprune.evaluate.beside import TextSample
-from coprune.evaluate.zero_shot import ZeroShotFacts
-from coprune.files import write_text
-from coprune.pruning import MatrixResult
-from coprune.recipe import Recipe
-from coprune.report.distributions import Distributions
-from coprune.report.phases import PhaseFacts
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.evaluation.extras import TextSample
+from coprune.evaluation.zero_shot import ZeroShotFacts
+from coprune.model.checkpoint.load import TaskName
+from coprune.pruning.distributions import Distributions
+from coprune.pruning.pruner import MatrixResult
+from coprune.recipe.recipe import Recipe
+from coprune.run.phases import PhaseFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")

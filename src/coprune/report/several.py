@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coprune.errors import BadInput
-from coprune.evaluate.cache import bytes_of_weights
+from coprune.base.errors import BadInput
+from coprune.evaluation.cache import bytes_of_weights
 from coprune.report.card import percent
 from coprune.report.charts import pareto
 from coprune.report.html import chart, page, section, table, text

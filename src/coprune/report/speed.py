@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from coprune.errors import BadInput
+from coprune.base.errors import BadInput
 from coprune.packed.bench import NO_GAIN, Bench, Row
 from coprune.report.html import section, table
 

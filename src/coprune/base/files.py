@@ -1,0 +1,30 @@
+"""Small files that are written whole or not at all, and where those are kept that can be made again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from coprune.base.durable import write_durably
+from coprune.base.errors import BadInput
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all. Raises as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it when it is on the disk.
+
+    Raises CopruneError if the disk is full, BadInput if the folder cannot be written to; nothing is left behind then.
+    """
+    try:
+        write_durably(path, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def user_cache() -> Path:
+    """`coprune` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coprune"

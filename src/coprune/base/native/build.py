@@ -1,0 +1,158 @@
+"""Compiling the CPU kernels on first use, into the user's cache.
+
+The sources have a plain C interface and include nothing of PyTorch or Python: they compile in about three seconds,
+need no ninja, and do not depend on the ABI of any PyTorch version. Without a compiler everything still works: packed
+weights are unpacked for each product, and pruning is left to torch alone.
+
+Environment: COPRUNE_KERNELS=0 turns them off, COPRUNE_CACHE sets the cache folder, CXX names the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from coprune.base.files import user_cache
+
+SOURCES = Path(__file__).parent
+# The kernels are vectors already; packing their scalar pointers into vectors as well costs a third of the speed.
+BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-tree-slp-vectorize")
+AVX2_FLAGS = ("-mavx2", "-mfma", "-mbmi2", "-mpopcnt")
+AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+# One object per instruction set, so that none of its instructions can reach a processor that lacks them.
+PORTABLE_UNITS: dict[str, tuple[str, ...]] = {"dispatch": (), "portable": ()}
+X86_UNITS: dict[str, tuple[str, ...]] = {
+    "dispatch": ("-DCOPRUNE_X86",),
+    "portable": (),
+    "avx2": ("-DCOPRUNE_X86", *AVX2_FLAGS),
+    "avx512": ("-DCOPRUNE_X86", *AVX512_FLAGS),
+    "avx512_vbmi2": ("-DCOPRUNE_X86", *AVX512_FLAGS, "-mavx512vbmi2", "-mavx512bf16"),
+}
+LEVELS = ("portable", "avx2", "avx512", "avx512_vbmi2")
+
+logger = logging.getLogger(__name__)
+
+
+class MatrixStruct(ctypes.Structure):
+    """`struct Matrix` of packed.h."""
+
+    _fields_ = (
+        ("mask", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    )
+
+
+class CompilationFailed(Exception):
+    """There is no usable compiler; the message says why."""
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (with one log message) where they are turned off or cannot be compiled."""
+    if os.environ.get("COPRUNE_KERNELS") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_compile()))
+    except (CompilationFailed, OSError) as error:
+        logger.warning("the native kernels are left out, which is slower: %s", error)
+        return None
+    pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.coprune_multiply.argtypes = [pointer, integer, integer, pointer, pointer, wide, integer]
+    library.coprune_multiply.restype = None
+    library.coprune_expand.argtypes = [pointer, integer, pointer, wide, wide, integer]
+    library.coprune_expand.restype = None
+    library.coprune_count.argtypes = [pointer, wide, wide, pointer]
+    library.coprune_count.restype = wide
+    library.coprune_read.argtypes = [pointer, wide, integer]
+    library.coprune_read.restype = ctypes.c_uint64
+    library.coprune_update_columns.argtypes = [pointer, integer]
+    library.coprune_update_columns.restype = integer
+    library.coprune_gram_scratch.argtypes = [wide, wide]
+    library.coprune_gram_scratch.restype = wide
+    library.coprune_gram.argtypes = [pointer, integer]
+    library.coprune_gram.restype = None
+    library.coprune_set_parallel.argtypes = [pointer]
+    library.coprune_set_parallel.restype = None
+    library.coprune_set_parallel(_openmp_parallel())
+    return library
+
+
+def instruction_set() -> str:
+    """Name of the kernels in use: portable, avx2, avx512, avx512_vbmi2, or none."""
+    library = load_kernels()
+    return "none" if library is None else LEVELS[library.coprune_level()]
+
+
+def _openmp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch uses; None (one thread) where there is none."""
+    folder = Path(torch.__file__).parent / "lib"
+    for path in sorted(folder.glob("lib*omp*")):
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    if "COPRUNE_CACHE" in os.environ:
+        return Path(os.environ["COPRUNE_CACHE"])
+    return user_cache()
+
+
+def _compile() -> Path:
+    """Compile what is not in the cache. Returns the library's path; raises CompilationFailed."""
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        raise CompilationFailed("no C++ compiler was found; install g++ or clang++, or set CXX")
+    units = X86_UNITS if platform.machine().lower() in ("x86_64", "amd64") else PORTABLE_UNITS
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256(repr((compiler, version, BASE_FLAGS, units, platform.machine())).encode())
+    for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
+        digest.update(path.read_bytes())
+    library = cache_folder() / "kernels" / digest.hexdigest()[:16] / "kernels.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                _run_compiler(compiler, units, Path(folder), library)
+    return library
+
+
+def _run_compiler(compiler: str, units: dict[str, tuple[str, ...]], folder: Path, library: Path) -> None:
+    running = []
+    for name, flags in units.items():
+        source, target = str(SOURCES / f"{name}.cpp"), str(folder / f"{name}.o")
+        command = [compiler, *BASE_FLAGS, *flags, "-c", source, "-o", target]
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate()[1] for process in running]
+    for process, error in zip(running, errors, strict=True):
+        if process.returncode != 0:
+            raise CompilationFailed(f"{compiler} failed: {error.strip()[:500]}")
+    objects = [str(folder / f"{name}.o") for name in units]
+    linked = folder / "kernels.so"
+    link = subprocess.run(
+        [compiler, "-shared", *objects, "-o", str(linked)], capture_output=True, text=True, check=False
+    )
+    if link.returncode != 0:
+        raise CompilationFailed(f"{compiler} could not link: {link.stderr.strip()[:500]}")
+    linked.replace(library)

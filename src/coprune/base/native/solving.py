@@ -1,0 +1,72 @@
+"""What statistics and solvers leave to the native kernels, on the CPU and where there is a kernel for it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from coprune.base.native.build import load_kernels
+
+TOKENS = 512
+"""Inputs of a Gram matrix that are rearranged together, so that they stay in the second cache."""
+
+
+class _ColumnBlock(ctypes.Structure):
+    """`struct ColumnBlock` of solving.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("columns", "keep", "errors", "unit", "pivots")),
+        *((name, ctypes.c_int64) for name in ("size", "outputs", "down", "right", "n", "m")),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    """`struct Tokens` of solving.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "pairs", "gram")),
+        *((name, ctypes.c_int64) for name in ("tokens", "width", "stride", "panel")),
+    )
+
+
+def walks_columns(device: torch.device) -> bool:
+    """Whether `update_columns` can be called with tensors on this device."""
+    return device.type == "cpu" and load_kernels() is not None
+
+
+def update_columns(
+    columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, group: tuple[int, int] | None
+) -> None:
+    """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place.
+
+    columns, errors: C × O float32, keep: C × O bool, contiguous; unit: C × C float32, rows of U divided by their
+    pivots; pivots: C float32, contiguous; group: N and M to keep N of every M by SparseGPT's score (of equals the lower index
+    falls first), M dividing C; None for a mask that `keep` gives.
+    """
+    library = load_kernels()
+    assert library is not None
+    n, m = group or (0, 0)
+    pointers = [tensor.data_ptr() for tensor in (columns, keep, errors, unit, pivots)]
+    block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), n, m)
+    if library.coprune_update_columns(ctypes.byref(block), torch.get_num_threads()):
+        raise MemoryError("there is no memory for a block of columns")
+
+
+def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
+    """Add XᵀX of bfloat16 inputs, summed in float32; returns whether there was a kernel to do it.
+
+    gram: I × I float32, contiguous; x: T × I bfloat16; panel: of every so many rows what lies left of them is left alone.
+    """
+    if gram.device.type != "cpu" or x.dtype != torch.bfloat16 or (library := load_kernels()) is None:
+        return False
+    words: int = library.coprune_gram_scratch(min(TOKENS, x.shape[0]), x.shape[1])
+    if words == 0:
+        return False
+    x = x if x.stride(1) == 1 else x.contiguous()
+    scratch = torch.empty(words, dtype=torch.int32)
+    for part in torch.split(x, TOKENS):
+        tokens = _Tokens(part.data_ptr(), scratch.data_ptr(), gram.data_ptr(), *part.shape, part.stride(0), panel)
+        library.coprune_gram(ctypes.byref(tokens), torch.get_num_threads())
+    return True

@@ -1,0 +1,65 @@
+"""Options of methods and refinements: the fields of a frozen dataclass, checked by name, type and range."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from coprune.base.errors import BadInput, unknown_name
+
+Configurable = TypeVar("Configurable")
+
+
+def with_options(default: Configurable, kind: str, name: str, options: Mapping[str, object]) -> Configurable:
+    """Copy a dataclass instance with some of its fields changed.
+
+    kind and name are for messages ("method", "sparsegpt"). Raises BadInput for an option that is no field, a value
+    of another type, or one that the class's own check refuses.
+    """
+    fields = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    hints = get_type_hints(type(default))
+    for option, value in options.items():
+        if not fields:
+            raise BadInput(f"{kind} {name!r} has no options, so {option!r} cannot be set.")
+        if option not in fields:
+            raise unknown_name(f"option of {kind} {name!r}:", option, fields)
+        try:
+            TypeAdapter(hints[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise BadInput(f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason}.") from None
+    changed: dict[str, Any] = dict(options)
+    return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+
+
+def parse_options(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Split `name:option=value,option=value` into the name and its options; dashes count as underscores.
+
+    kind is for messages. Raises BadInput for an option without a value.
+    """
+    name, _, written = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, written.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise BadInput(f"the {kind}'s option {part!r} has no value; write {name}:{part}=VALUE.")
+        options[option.strip().replace("-", "_")] = yaml.safe_load(value)
+    return name, options
+
+
+def require_positive(**values: float) -> None:
+    """Raise BadInput unless every value is a positive, finite number."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise BadInput(f"option {name!r} must be a positive number, not {value!r}.")
+
+
+def require_not_negative(**values: float) -> None:
+    """Raise BadInput unless every value is zero or a positive, finite number."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise BadInput(f"option {name!r} must not be negative, and is {value!r}.")

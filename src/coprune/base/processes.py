@@ -1,0 +1,148 @@
+"""The processes that prune one model together, as torchrun starts them, and what they tell each other.
+
+Every process makes the same decisions in the same order; only the calibration samples, the solving of a block's
+matrices and the evaluation windows are shared out. A run by itself is a run of one process, for which all of this
+does nothing. gloo on CPU, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from coprune.base.errors import CopruneError
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.statistics import Gram, Sums
+
+Value = TypeVar("Value")
+
+# Longer than any process computes between two meetings: a block of a large model solved by a slow method takes minutes.
+TIMEOUT = timedelta(minutes=30)
+
+
+class LostProcess(CopruneError):
+    """Another process of the run ended, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among those of a run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def share(self, samples: Tensor) -> Tensor:
+        """This process's samples: a run of consecutive ones, as many as the others' or one more. May be none."""
+        return torch.tensor_split(samples, self.size)[self.rank]
+
+    def from_first(self, compute: Callable[[], Value]) -> Value:
+        """What the first process computes; the others get a copy."""
+        if self.size == 1:
+            return compute()
+        values = [compute() if self.first else None]
+        with _heard():
+            dist.broadcast_object_list(values, src=0)
+        value: Value = values[0]  # type: ignore[assignment]
+        return value
+
+    def gather(self, value: Value) -> list[Value]:
+        """Everybody's value, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Value] = [value] * self.size
+        with _heard():
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, tensors: Sequence[tuple[Tensor, int]]) -> None:
+        """Overwrite tensors with those of another process. tensors: each with the rank that has it."""
+        if self.size == 1:
+            return
+        buffers = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor, _ in tensors]
+        with _heard():
+            # As bytes, since not every backend knows every dtype; all at once, since most are small.
+            works = [
+                dist.broadcast(buffer.reshape(-1).view(torch.uint8), src=source, async_op=True)
+                for buffer, (_, source) in zip(buffers, tensors, strict=True)
+            ]
+            for work in works:
+                work.wait()
+        for buffer, (tensor, source) in zip(buffers, tensors, strict=True):
+            if buffer is not tensor and source != self.rank:
+                tensor.copy_(buffer)
+
+    def reduce(self, inputs: Inputs) -> None:
+        """Complete what is known of a tensor with what the other processes saw of it, in place, before it is used."""
+        if self.size == 1:
+            return
+        statistic, sample = inputs.statistic, inputs.sample
+        for sums in (statistic, inputs.cross):
+            if sums is not None:
+                self._add_up(sums)
+        if isinstance(statistic, Gram):
+            sample.replace(sample.inputs, statistic.count)  # errors are measured on the Gram matrix
+        else:
+            sample.replace(*self._gather_rows(sample.inputs, sample.count, sample.tokens))
+
+    def _add_up(self, sums: Sums) -> None:
+        with _heard():
+            for total in sums.sums.values():
+                dist.all_reduce(total)
+        sums.count = sum(self.gather(sums.count))
+
+    def _gather_rows(self, rows: Tensor, count: int, wanted: int) -> tuple[Tensor, int]:
+        """Everybody's rows (N × I), thinned out to about as many as one process would keep, and the tokens seen."""
+        totals = self.gather((len(rows), count))
+        step = max(1, round(sum(kept for kept, _ in totals) / wanted))
+        kept = [-(-number // step) for number, _ in totals]
+        parts = [rows[::step] if r == self.rank else rows.new_empty(n, rows.shape[1]) for r, n in enumerate(kept)]
+        self.broadcast([(part, source) for source, part in enumerate(parts) if len(part)])
+        return torch.cat(parts), sum(seen for _, seen in totals)
+
+    def positions(self, position: int | None) -> list[int]:
+        """Everybody's position; those who have none are left out."""
+        return [other for other in self.gather(position) if other is not None]
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that torchrun started beside this one; without torchrun, be the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    with _heard():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    yield Processes(dist.get_rank(), dist.get_world_size())
+    # Not after an error: the others may be waiting for something else. Nor twice: a fine-tuning ends them itself.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Turn a broken connection into an error of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LostProcess(
+            f"another process of this run ended or did not answer ({reason[:200]}). Its own message says why; the same "
+            "command goes on after the last finished block."
+        ) from error

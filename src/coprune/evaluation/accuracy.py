@@ -1,0 +1,60 @@
+"""Top-1 and top-5 accuracy of an image classifier, with Wilson's 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import NumericalError
+
+_Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of images whose class was ranked first, and among the first five."""
+
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    top5_interval: tuple[float, float]
+    images: int
+    ranked: Tensor
+    """Every image's classes, likeliest first: N × min(5, classes) int64."""
+    labels: Tensor
+    """The right ones: N int64."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """The class ranked first: N int64."""
+        return self.ranked[:, 0]
+
+
+def rank_classes(logits: Tensor) -> Tensor:
+    """The five likeliest classes of each image (fewer if there are not so many): B × 5 int64, on the CPU.
+
+    logits: B × classes. Raises NumericalError for NaN.
+    """
+    if bool(logits.isnan().any()):
+        raise NumericalError("the model's output is NaN for some images")
+    return logits.to(torch.float32).topk(min(5, logits.shape[-1]), dim=-1).indices.cpu()
+
+
+def aggregate_accuracy(ranked: Tensor, labels: Tensor) -> Accuracy:
+    """Form the accuracies from every image's ranked classes (N × 5) and label (N)."""
+    hits = ranked == labels[:, None]
+    first, five, count = int(hits[:, 0].sum()), int(hits.any(dim=1).sum()), len(labels)
+    return Accuracy(
+        first / count, wilson_interval(first, count), five / count, wilson_interval(five, count), count, ranked, labels
+    )
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. hits of count, which is at least 1."""
+    share, z2 = hits / count, _Z * _Z
+    centre = share + z2 / (2 * count)
+    spread = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return max(0.0, (centre - spread) / (1 + z2 / count)), min(1.0, (centre + spread) / (1 + z2 / count))

@@ -1,0 +1,86 @@
+"""What every measurement on text shares: windows, batches of them, the models' logits, and a bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.model.walk.record import forward_logits, input_device
+
+Logits = Callable[[Tensor], Tensor]
+"""A batch as in `forward_logits` → its logits: windows × seqlen × vocabulary, or images × classes; any floating dtype."""
+
+BATCH_TOKENS = 4096
+# The logits of a batch are the largest tensor of an evaluation: at most so many values (1 GiB in float32).
+BATCH_LOGITS = 2**28
+
+
+def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
+    """Cut a stream of T tokens into windows that do not overlap (windows × seqlen); what is left over is dropped.
+
+    Raises BadInput if there is not one whole window, or seqlen leaves nothing to predict.
+    """
+    if seqlen < 2:
+        raise BadInput(f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict.")
+    windows = tokens.numel() // seqlen
+    if windows == 0:
+        raise BadInput(f"the text has {tokens.numel()} tokens, less than one window of {seqlen}; use a shorter one.")
+    return tokens[: windows * seqlen].view(windows, seqlen)
+
+
+def default_batch_size(seqlen: int, vocabulary: int) -> int:
+    """Choose how many windows go through the model at once, from the memory that their logits need."""
+    return max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary) // seqlen)
+
+
+def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Yield batches of windows. Raises BadInput for a batch size below 1."""
+    if batch_size < 1:
+        raise BadInput(f"the batch size must be at least 1, not {batch_size}.")
+    yield from torch.split(windows, batch_size)
+
+
+@contextmanager
+def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
+    """Give the logits of a model in memory, without dropout or gradients; its training mode comes back afterwards."""
+    device = input_device(model)
+    was_training = model.training
+
+    def logits_of(batch: Tensor) -> Tensor:
+        return forward_logits(model, batch.to(device))
+
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield logits_of
+    finally:
+        model.train(was_training)
+
+
+def slices(logits: Tensor, most_values: int = 2**24) -> Iterator[slice]:
+    """Cut the rows of logits (rows × vocabulary) into slices of at most 2²⁴ values, 64 MiB once they are float32."""
+    rows, vocabulary = logits.shape
+    step = max(1, most_values // vocabulary)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def bootstrap_interval(per_window: Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """Estimate the 95 % interval of the mean over windows by the percentile bootstrap, seeded.
+
+    per_window: N floating. Returns None for fewer than two windows, which tell nothing about spread.
+    """
+    count = per_window.numel()
+    if count < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    values = per_window.to(device="cpu", dtype=torch.float64)
+    # One resample at a time: 2000 × N indices at once would be large for a long text.
+    means = torch.stack([values[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)])
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

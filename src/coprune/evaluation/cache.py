@@ -1,0 +1,85 @@
+"""Evaluations that were done already, kept by content: what was measured, of which weights, on what.
+
+Each is one small file named by a hash of its key. A model is named by the bytes of its files, a local text by those of
+its, so that nothing is looked up that has changed since. Files that cannot be read are measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from coprune.base.files import user_cache, write_text
+from coprune.data.local_text import files_of, looks_local, split_column
+
+Kept = TypeVar("Kept", bound=BaseModel)
+
+# Raised whenever a measurement is done differently, so that older ones are not taken for it.
+_GENERATION = 1
+_WEIGHTS = ("*.safetensors", "*.gguf")
+# What else decides a model's outputs: its configuration and how it cuts text into tokens.
+_OTHERS = ("*.json", "*.model", "*.txt", "*.jinja")
+_NOTES = ("report.json", "finetune.json", "distributions.json")
+
+
+class EvaluationCache:
+    """A folder of evaluations; None keeps nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def get(self, key: str, kind: type[Kept], measure: Callable[[], Kept]) -> Kept:
+        """Return what is kept under a key, or else measure and keep it."""
+        if self._folder is None:
+            return measure()
+        name = hashlib.sha256(f"{_GENERATION} {key}".encode()).hexdigest()[:32]
+        file = self._folder / f"{name}.json"
+        try:
+            return kind.model_validate_json(file.read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            pass
+        found = measure()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, found.model_dump_json() + "\n")
+        return found
+
+
+def default_cache_folder() -> Path:
+    """`coprune/evaluations` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    return user_cache() / "evaluations"
+
+
+def model_fingerprint(path: Path) -> str:
+    """Name a model by its files' bytes: a GGUF file, or a folder's weights, configuration and tokenizer; 32 hex digits."""
+    if path.is_file():
+        return _digest([path])
+    files = [file for pattern in (*_WEIGHTS, *_OTHERS) for file in path.glob(pattern) if file.name not in _NOTES]
+    return _digest(sorted(files))
+
+
+def bytes_of_weights(path: Path) -> int:
+    """Size of a model's weight files."""
+    files = [path] if path.is_file() else [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+    return sum(file.stat().st_size for file in files)
+
+
+def text_fingerprint(name: str) -> str:
+    """Name an evaluation text: a local file or folder by its bytes, a corpus by its name."""
+    if not looks_local(name):
+        return name
+    path, column = split_column(name)
+    return f"{_digest(files_of(path))} {column or ''}"
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while part := stream.read(2**22):
+                digest.update(part)
+    return digest.hexdigest()

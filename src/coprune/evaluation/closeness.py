@@ -1,0 +1,116 @@
+"""How close a pruned model stays to the dense one, without labels: on every position of real text that perplexity
+predicts from, the divergence of its next-token distribution and whether its first choice is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput, NumericalError
+from coprune.evaluation.batches import (
+    batches,
+    bootstrap_interval,
+    cut_windows,
+    default_batch_size,
+    inference_logits,
+    slices,
+)
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Divergence and agreement with the dense model, with 95 % bootstrap intervals over the windows."""
+
+    kl: float
+    """Mean KL(dense ‖ pruned) of the next-token distributions, in nats."""
+    kl_interval: tuple[float, float] | None
+    top1_agreement: float
+    """Share of positions at which both models find the same token most likely."""
+    top1_interval: tuple[float, float] | None
+    seqlen: int
+    windows: int
+    positions: int
+
+
+class LogitComparison(NamedTuple):
+    """Means over each window's positions but the last: KL(dense ‖ pruned) in nats and agreement, both B float64."""
+
+    kl: Tensor
+    top1_agreement: Tensor
+
+
+def closeness(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokens: Tensor,
+    seqlen: int,
+    batch_size: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Closeness:
+    """Compare two models in memory on a stream of tokens, cut into windows as for perplexity.
+
+    tokens: T int64; batch_size: windows at once (default: about 2048 tokens, since two models' logits are held);
+    advance: called with the number of windows just done.
+    Raises BadInput if there is not one whole window or the vocabularies differ, NumericalError for NaN.
+    """
+    vocabulary = dense.config.get_text_config().vocab_size
+    if pruned.config.get_text_config().vocab_size != vocabulary:
+        raise BadInput(
+            f"the models have {vocabulary} and {pruned.config.get_text_config().vocab_size} tokens in their "
+            "vocabularies, so their distributions cannot be compared; give a dense model of the same family."
+        )
+    windows = cut_windows(tokens, seqlen)
+    if batch_size is None:
+        batch_size = default_batch_size(2 * seqlen, vocabulary)
+    compared: list[LogitComparison] = []
+    with inference_logits(dense) as dense_logits, inference_logits(pruned) as pruned_logits:
+        for batch in batches(windows, batch_size):
+            comparison = compare_logits(dense_logits(batch), pruned_logits(batch))
+            compared.append(LogitComparison(*(values.cpu() for values in comparison)))
+            if advance is not None:
+                advance(len(batch))
+    return aggregate_closeness(compared, seqlen)
+
+
+def compare_logits(dense: Tensor, pruned: Tensor) -> LogitComparison:
+    """Compare the next-token distributions of two models on the same windows.
+
+    dense, pruned: B × S × vocabulary, any floating dtype and device. Softmax in float32, slice by slice. A window's
+    last position is left out, as perplexity leaves it out.
+    """
+    kl, agreement = [], []
+    for dense_rows, pruned_rows in zip(dense[:, :-1], pruned[:, :-1], strict=True):
+        divergence = torch.zeros((), dtype=torch.float64, device=dense.device)
+        same = torch.zeros((), dtype=torch.float64, device=dense.device)
+        for part in slices(dense_rows):
+            expected = functional.log_softmax(dense_rows[part].to(torch.float32), dim=-1)
+            found = functional.log_softmax(pruned_rows[part].to(device=dense.device, dtype=torch.float32), dim=-1)
+            divergence += functional.kl_div(found, expected, reduction="none", log_target=True).sum(dtype=torch.float64)
+            same += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum()
+        kl.append(divergence / len(dense_rows))
+        agreement.append(same / len(dense_rows))
+    return LogitComparison(torch.stack(kl), torch.stack(agreement))
+
+
+def aggregate_closeness(compared: list[LogitComparison], seqlen: int) -> Closeness:
+    """Form the result from the batches' comparisons. Raises NumericalError if a divergence is NaN."""
+    kl = torch.cat([comparison.kl for comparison in compared])
+    agreement = torch.cat([comparison.top1_agreement for comparison in compared])
+    if bool(kl.isnan().any()):
+        raise NumericalError(f"the models' outputs are NaN in {int(kl.isnan().sum())} of {len(kl)} evaluation windows.")
+    return Closeness(
+        # Rounding can bring the divergence of equal distributions below its true minimum.
+        kl=max(0.0, float(kl.mean())),
+        kl_interval=bootstrap_interval(kl),
+        top1_agreement=float(agreement.mean()),
+        top1_interval=bootstrap_interval(agreement),
+        seqlen=seqlen,
+        windows=len(kl),
+        positions=len(kl) * (seqlen - 1),
+    )

@@ -1,0 +1,194 @@
+"""Several models side by side; the first is the baseline that the others are compared with.
+
+Differences are formed by pairs where both models answered the same thing: the same items of a task, the same windows of
+a text, or the same images. Perplexities compare as ratios, whose logarithm is a mean of differences over windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.evaluation.batches import bootstrap_interval
+from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.evaluation import AccuracyResult, Evaluation, Interval, PerplexityResult
+from coprune.evaluation.extras import Beside
+from coprune.evaluation.measure import Subject
+from coprune.evaluation.zero_shot import ZeroShotFacts, compare_zero_shot
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import Report
+from coprune.run.checks import REPORT_FILE
+
+
+class PerplexityChange(BaseModel):
+    """A perplexity against the baseline's on the same text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    difference: float | None
+    """This one minus the baseline's; None where their tokens differ."""
+    ratio: float | None
+    """This one over the baseline's; None where their tokens differ."""
+    ratio_interval: Interval | None
+    """95 % bootstrap interval over pairs of windows."""
+    bits_per_byte_difference: float | None
+
+
+class AccuracyChange(BaseModel):
+    """A classifier's accuracy against the baseline's on the same images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    top1_difference: float
+    """This one minus the baseline's."""
+    top1_interval: Interval | None
+    """95 % bootstrap interval of that over the images."""
+    top5_difference: float
+    agreement: float | None
+    """Share of images for which both find the same class likeliest; None where they number classes differently."""
+
+
+class Row(BaseModel):
+    """One model of a comparison, and what differs from the baseline (None for the baseline itself)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    """As it was asked for."""
+    evaluation: Evaluation
+    bytes_ratio: float | None
+    perplexity_changes: tuple[PerplexityChange, ...] | None
+    accuracy_changes: tuple[AccuracyChange, ...] | None
+    zero_shot: ZeroShotFacts | None
+
+
+class Comparison(BaseModel):
+    """Several models; the first row is the baseline."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: tuple[Row, ...]
+
+
+def compare_models(models: Sequence[str], recipe: Recipe, reporter: Reporter, cache: EvaluationCache) -> Comparison:
+    """Measure every model as the recipe says (its own model is not looked at) and compare each with the first.
+
+    models: folders, GGUF files, Hub ids, or folders of runs that saved their model. What the cache holds is not
+    measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
+    """
+    if len(models) < 2:
+        raise BadInput("a comparison needs two models or more; the first is the baseline.")
+    if not recipe.eval_data and not recipe.runs_tasks:
+        raise BadInput("nothing is asked for; for example --data embedded, or --tasks piqa.")
+    found = [recipe.model_copy(update={"model": model_of(name)}) for name in models]
+    tasks = Beside.prepare(recipe).tasks
+    subjects = [Subject(one, cache, reporter, tasks) for one in found]
+    require_one_task(subjects)
+    baseline = subjects[0].measure()
+    rows = [row(models[0], baseline, None)]
+    for name, subject in zip(models[1:], subjects[1:], strict=True):
+        closeness = () if subject.classifies else subject.closeness_to(subjects[0])
+        evaluation = subject.measure().model_copy(update={"against": subjects[0].name, "closeness": closeness})
+        rows.append(row(name, evaluation, baseline))
+        subject.release()
+    return Comparison(rows=tuple(rows))
+
+
+def require_one_task(subjects: Sequence[Subject]) -> None:
+    """Raise BadInput if some of the models classify images and others do not."""
+    for subject in subjects[1:]:
+        if subject.classifies != subjects[0].classifies:
+            one, other = (subject, subjects[0]) if subject.classifies else (subjects[0], subject)
+            raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare.")
+
+
+def model_of(name: str) -> str:
+    """The model that a name stands for: a run folder's saved model, or the name itself.
+
+    Raises BadInput for a run that saved no model, or whose model is gone.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").exists() or not (folder / REPORT_FILE).is_file():
+        return name
+    saved = Report.read(folder / REPORT_FILE).saved_model
+    if saved is None:
+        raise BadInput(f"the run {name} did not save its model; repeat it with --save-model FOLDER to compare it.")
+    if not saved.is_dir():
+        raise BadInput(f"the model of the run {name} is not at {saved} any more; name the folder where it is now.")
+    return str(saved)
+
+
+def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
+    """Put an evaluation beside the baseline's. Raises BadInput if they are of different tasks or items."""
+    if baseline is None:
+        facts = None if evaluation.zero_shot is None else compare_zero_shot(None, evaluation.zero_shot)
+        return Row(
+            name=name,
+            evaluation=evaluation,
+            bytes_ratio=None,
+            perplexity_changes=None,
+            accuracy_changes=None,
+            zero_shot=facts,
+        )
+    changes = zip(baseline.perplexity, evaluation.perplexity, strict=True)
+    accuracies = zip(baseline.accuracy, evaluation.accuracy, strict=True)
+    return Row(
+        name=name,
+        evaluation=evaluation,
+        bytes_ratio=evaluation.weights.bytes_on_disk / baseline.weights.bytes_on_disk,
+        perplexity_changes=tuple(perplexity_change(before, after) for before, after in changes),
+        accuracy_changes=tuple(accuracy_change(before, after) for before, after in accuracies),
+        zero_shot=None if evaluation.zero_shot is None else compare_zero_shot(baseline.zero_shot, evaluation.zero_shot),
+    )
+
+
+def perplexity_change(before: PerplexityResult, after: PerplexityResult) -> PerplexityChange:
+    """Compare two perplexities on one text: by windows if both models saw the same tokens, else only per byte."""
+    bits = None
+    if before.bits_per_byte is not None and after.bits_per_byte is not None:
+        bits = after.bits_per_byte - before.bits_per_byte
+    same = before.fingerprint == after.fingerprint and before.seqlen == after.seqlen
+    if not same:
+        return PerplexityChange(
+            data=after.data, difference=None, ratio=None, ratio_interval=None, bits_per_byte_difference=bits
+        )
+    logs = torch.tensor(after.window_nll, dtype=torch.float64) - torch.tensor(before.window_nll, dtype=torch.float64)
+    interval = bootstrap_interval(logs)
+    return PerplexityChange(
+        data=after.data,
+        difference=after.value - before.value,
+        ratio=_exp(float(logs.mean())),
+        ratio_interval=None if interval is None else (_exp(interval[0]), _exp(interval[1])),
+        bits_per_byte_difference=bits,
+    )
+
+
+def accuracy_change(before: AccuracyResult, after: AccuracyResult) -> AccuracyChange:
+    """Compare two accuracies image by image. Raises BadInput if they are not of the same number of images."""
+    if before.images != after.images:
+        raise BadInput(f"{after.data} had {before.images} images and then {after.images}; measure both again.")
+    first, second = (torch.tensor([found.labels, found.predicted]) for found in (before, after))
+    gained = (second[0] == second[1]).to(torch.float64) - (first[0] == first[1]).to(torch.float64)
+    same = float((first[1] == second[1]).to(torch.float64).mean()) if torch.equal(first[0], second[0]) else None
+    return AccuracyChange(
+        data=after.data,
+        top1_difference=float(gained.mean()),
+        top1_interval=bootstrap_interval(gained),
+        top5_difference=after.top5 - before.top5,
+        agreement=same,
+    )
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

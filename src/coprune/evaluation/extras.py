@@ -1,0 +1,89 @@
+"""What a run measures of its dense and its pruned model beside perplexity: zero-shot tasks, and a sample of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.evaluation.sample import continue_text
+from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, ZeroShotSettings, compare_zero_shot
+from coprune.model.checkpoint.weights import InMemory
+from coprune.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from coprune.model.opened import Loaded
+
+Which = Literal["dense", "pruned"]
+
+
+class TextSample(BaseModel):
+    """A prompt with its likeliest continuation by both models (None where it was not asked for)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    dense: str | None
+    pruned: str
+
+
+@dataclass
+class Beside:
+    """The measurements of one run; `prepare` finds the tasks and their data before anything slow starts."""
+
+    recipe: Recipe
+    tasks: dict[str, Any] | None
+    zero_shot: dict[Which, ZeroShot] = field(default_factory=dict)
+    texts: dict[Which, str] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, processes: int = 1) -> Beside:
+        """Find what the recipe asks for. Raises BadInput as `harness_tasks.find_tasks`, or for several processes."""
+        if not recipe.runs_tasks:
+            return cls(recipe, None)
+        if processes > 1:
+            raise BadInput(
+                "zero-shot tasks run in one process; leave them out, save the model, and use: coprune eval FOLDER --tasks …"
+            )
+        from coprune.evaluation.harness_tasks import find_tasks
+
+        return cls(recipe, find_tasks(zero_shot_settings(recipe)))
+
+    def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
+        """Run the tasks and continue the prompt, as far as the model is in memory."""
+        recipe, weights, tokenizer = self.recipe, loaded.weights, loaded.tokenizer
+        if not isinstance(weights, InMemory) or tokenizer is None or (which == "dense" and not recipe.evaluate_dense):
+            return
+        if self.tasks is not None:
+            from coprune.evaluation.harness import zero_shot
+
+            settings = zero_shot_settings(recipe)
+            title = f"Zero-shot tasks, {which}"
+            found = zero_shot(weights.model, tokenizer, settings, self.tasks, reporter, title)
+            self.zero_shot[which] = found
+            if found.mean is not None:
+                reporter.say(
+                    f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {found.mean.value:.2%}"
+                )
+        if recipe.evaluate and recipe.prompt:
+            self.texts[which] = continue_text(weights.model, tokenizer, recipe.prompt)
+
+    def zero_shot_facts(self) -> ZeroShotFacts | None:
+        """Both models' results side by side, if the tasks were run."""
+        pruned = self.zero_shot.get("pruned")
+        return None if pruned is None else compare_zero_shot(self.zero_shot.get("dense"), pruned)
+
+    def sample(self) -> TextSample | None:
+        """Both models' continuations, if there are any."""
+        if "pruned" not in self.texts:
+            return None
+        return TextSample(prompt=self.recipe.prompt, dense=self.texts.get("dense"), pruned=self.texts["pruned"])
+
+
+def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
+    """Which tasks a recipe asks for, and how they are run."""
+    names = PAPER_TASKS if recipe.tasks is None else tuple(n.strip() for n in recipe.tasks.split(",") if n.strip())
+    return ZeroShotSettings(names, recipe.num_fewshot, recipe.include_path, recipe.limit, recipe.batch_size)

@@ -1,0 +1,141 @@
+"""Zero-shot tasks through the EleutherAI harness, lm-eval: its tasks and metrics on a model that is in memory.
+
+The harness is an extra (`coprune[eval]`), imported when it is used. Prompts, scoring and aggregation are upstream's,
+so the numbers are those of calling lm-eval directly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import sys
+from contextlib import redirect_stderr
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Advance, Reporter
+from coprune.evaluation.batches import BATCH_LOGITS
+from coprune.evaluation.harness_tasks import SEED, find_tasks, isolated, one_line
+from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
+
+# Enough for metrics without a closed form (F1, say), where upstream's 100,000 take minutes; acc does not use it.
+_BOOTSTRAP_RESAMPLES = 1000
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ZeroShotSettings,
+    tasks: dict[str, Any] | None = None,
+    reporter: Reporter | None = None,
+    title: str = "Zero-shot tasks",
+) -> ZeroShot:
+    """Run the tasks on a model in memory, which is not changed.
+
+    tasks: what `find_tasks` found for these settings (default: found now); title: what the progress bar is called.
+    Without a batch size, a GPU gets lm-eval's automatic choice and a CPU one that keeps the logits small.
+    Raises BadInput as `find_tasks`.
+    """
+    tasks = find_tasks(settings) if tasks is None else tasks
+    from lm_eval.evaluator import evaluate
+
+    terminal = sys.stderr
+    with isolated():
+        for task in tasks["tasks"].values():
+            # As upstream does: a task that says 0 itself means it.
+            if task.get_config("num_fewshot") != 0 or settings.num_fewshot == 0:
+                task.set_config(key="num_fewshot", value=settings.num_fewshot)
+            task.set_fewshot_seed(seed=SEED)
+        harness = _watched_model(
+            model, tokenizer, settings.batch_size, reporter or Reporter(quiet=True), title, terminal
+        )
+        try:
+            results = evaluate(
+                lm=harness,
+                task_dict=tasks,
+                limit=settings.limit,
+                bootstrap_iters=_BOOTSTRAP_RESAMPLES,
+                fewshot_as_multiturn=False,
+            )
+        except ValueError as error:  # too few few-shot examples, unsafe code, multimodal tasks
+            raise BadInput(f"the tasks cannot be run: {one_line(error)}.") from error
+    return ZeroShot(
+        tasks=tuple(_scores(name, results) for name in tasks["tasks"]),
+        groups={name: _estimates(results["results"][name]) for name in tasks.get("groups", {})},
+        harness=importlib.metadata.version("lm_eval"),
+    )
+
+
+def _watched_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int | None,
+    reporter: Reporter,
+    title: str,
+    terminal: Any,
+) -> Any:
+    """The harness's view of the model, with coprune's progress bar in place of its own."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):  # type: ignore[misc]
+        advance: Advance = staticmethod(lambda amount: None)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            with redirect_stderr(terminal), reporter.bar(title, len(requests)) as self.advance:
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
+            logits = super()._model_call(inps, *arguments, **options)
+            self.advance(len(inps))
+            return logits
+
+    if batch_size is None and model.device.type == "cpu":
+        # Automatic choice tries 64 sequences of full length first, which on a CPU takes minutes and much memory.
+        batch_size = max(1, min(16, BATCH_LOGITS // (512 * model.config.get_text_config().vocab_size)))
+    # What stands before an empty context; a tokenizer without such a mark leaves it to the model's configuration.
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
+    mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
+    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", prefix_token_id=mark)
+
+
+def _scores(name: str, results: dict[str, Any]) -> TaskScores:
+    samples = results["samples"][name]
+    filters = {sample["filter"] for sample in samples}
+    scores: dict[str, list[float]] = {}
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample['doc_id']} {sample['doc_hash']} {sample['prompt_hash']}\n".encode())
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], int | float):
+                scores.setdefault(_metric_name(metric, sample["filter"]), []).append(float(sample[metric]))
+    metrics = _estimates(results["results"][name])
+    return TaskScores(
+        task=name,
+        version=results["versions"].get(name),
+        num_fewshot=results["n-shot"].get(name, 0),
+        items=len(samples) // max(1, len(filters)),
+        fingerprint=digest.hexdigest()[:16],
+        metrics=metrics,
+        # A metric over all items at once (F1, say) has item values that mean something else, of another length.
+        scores={metric: tuple(values) for metric, values in scores.items() if metric in metrics},
+    )
+
+
+def _estimates(result: dict[str, Any]) -> dict[str, Estimate]:
+    """The numbers in `{"acc,none": 0.5, "acc_stderr,none": 0.1, …}` by metric."""
+    found = {}
+    for key, value in result.items():
+        metric, comma, name = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = result.get(f"{metric}_stderr,{name}")
+        found[_metric_name(metric, name)] = Estimate(
+            value=float(value), stderr=float(error) if isinstance(error, int | float) else None
+        )
+    return found
+
+
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"

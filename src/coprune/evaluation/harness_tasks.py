@@ -1,0 +1,144 @@
+"""The tasks of the EleutherAI harness, lm-eval: finding them, with their data, before anything slow starts."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coprune.base.errors import BadInput
+from coprune.data.hub import require_dataset
+from coprune.evaluation.zero_shot import ZeroShotSettings
+
+LOCAL_TASKS_HINT = (
+    "To use files on this machine, write a task definition that names them and give its folder with --include-path; "
+    "docs/tasks holds such definitions of the usual tasks."
+)
+# Dataset builders that read files, where the Hub has no say.
+_FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
+# Upstream's seed, for few-shot examples and everything else.
+SEED = 1234
+
+
+def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
+    """Find the tasks and read their data, as the harness's `TaskManager.load` returns them.
+
+    Raises BadInput if lm-eval is missing, a name is unknown, a number makes no sense, or data are out of reach.
+    """
+    if settings.num_fewshot < 0 or (settings.limit is not None and settings.limit < 1):
+        raise BadInput("the number of few-shot examples must not be negative, and a limit must be at least 1.")
+    if settings.include_path is not None and not settings.include_path.is_dir():
+        raise BadInput(f"{settings.include_path} is no folder; --include-path takes one with task definitions (YAML).")
+    if not settings.tasks:
+        raise BadInput("no task is named; for example --tasks boolq,arc_easy.")
+    manager = _manager(settings)
+    with isolated():
+        for name in settings.tasks:
+            _require_known(name, manager)
+            _require_data(name, manager)
+        try:
+            loaded: dict[str, Any] = manager.load(list(settings.tasks))
+        except BadInput:
+            raise
+        except Exception as error:  # a definition is code and data of its own: whatever it raises
+            raise BadInput(f"a task cannot be loaded: {one_line(error)}. {LOCAL_TASKS_HINT}") from error
+    return loaded
+
+
+def tasks_fingerprint(tasks: dict[str, Any], limit: int | None = None) -> str:
+    """Name tasks by what is asked: their items (the first `limit`), templates and metrics; 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, task in tasks["tasks"].items():
+        settings = {key: value for key, value in task.dump_config().items() if key != "num_fewshot"}
+        digest.update(json.dumps([name, settings], sort_keys=True, default=_named).encode())
+        for item in itertools.islice(task.eval_docs, limit):
+            digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _manager(settings: ZeroShotSettings) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BadInput("zero-shot tasks need lm-eval: pip install 'coprune[eval]'.") from error
+    with isolated():
+        if settings.include_path is None:
+            return _upstream_tasks()
+        own = TaskManager(include_path=str(settings.include_path), include_defaults=False)
+        if all(name in own.task_index and own.task_index[name].kind.name == "TASK" for name in settings.tasks):
+            return own
+        return TaskManager(include_path=str(settings.include_path))
+
+
+@cache
+def _upstream_tasks() -> Any:
+    """The harness's own thousands of definitions, which take seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _require_known(name: str, manager: Any) -> None:
+    if name in manager.all_tasks or Path(name).is_file():
+        return
+    near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise BadInput(f"lm-eval knows no task {name!r}{hint} It lists its own with: lm-eval ls tasks.")
+
+
+def _require_data(name: str, manager: Any) -> None:
+    """Ask the Hub once for a task's dataset, where the harness itself would ask for half a minute."""
+    definition = getattr(manager.task_index.get(name), "cfg", None) or {}
+    dataset = definition.get("dataset_path")
+    local = definition.get("custom_dataset") is not None or dataset in _FILE_BUILDERS
+    if dataset is None or local or Path(dataset).exists():
+        return
+    try:
+        require_dataset(dataset)
+    except BadInput as error:
+        raise BadInput(
+            f"the data of task {name!r} cannot be had: {str(error).partition('. ')[0]}. {LOCAL_TASKS_HINT}"
+        ) from error
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Silence the harness's notes and bars, and seed the global generators for it; the caller's states come back."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        # Its bars know no switch, so that all of standard error is held back; coprune's own bar finds its way around.
+        with redirect_stderr(StringIO()), warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            random.seed(0)
+            np.random.seed(SEED)  # noqa: NPY002
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        logger.setLevel(level)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _named(value: Any) -> str:
+    # The address of a function in its repr is another in every process.
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,195 @@
+"""Measure one model as asked, with nothing measured twice: every part is looked up in the cache first."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.data.images import LabelledImages
+from coprune.evaluation.cache import EvaluationCache, bytes_of_weights, model_fingerprint, text_fingerprint
+from coprune.evaluation.closeness import closeness
+from coprune.evaluation.evaluation import (
+    AccuracyResult,
+    ClosenessResult,
+    Evaluation,
+    PerplexityResult,
+    WeightFacts,
+    accuracy_result,
+    closeness_result,
+    perplexity_result,
+    weight_facts,
+)
+from coprune.evaluation.extras import zero_shot_settings
+from coprune.evaluation.perplexity import perplexity
+from coprune.evaluation.tasks.text import choose_seqlen, read_evaluation
+from coprune.evaluation.texts import Text, split_texts
+from coprune.evaluation.zero_shot import ZeroShot
+from coprune.model.checkpoint.load import task_at
+from coprune.model.checkpoint.locate import Location, locate
+from coprune.model.opened import Loaded, open_model
+from coprune.recipe.recipe import Recipe
+
+_VERSIONS = ("torch", "transformers", "lm_eval")
+
+
+class Subject:
+    """One model to measure: found and named at once, loaded when a measurement is not in the cache.
+
+    recipe: its model, and how everything is measured. Raises BadInput if there is no such model.
+    """
+
+    def __init__(
+        self, recipe: Recipe, cache: EvaluationCache, reporter: Reporter, tasks: dict[str, Any] | None
+    ) -> None:
+        self.recipe = recipe
+        self.location: Location = locate(recipe.model, recipe.cache_dir)
+        self.fingerprint = model_fingerprint(self.location.path)
+        self.name = self.location.name
+        self._asked = split_texts(recipe.eval_data)
+        self.classifies = task_at(self.location) == "images"
+        self._tasks = tasks
+        self._cache = cache
+        self._reporter = reporter
+        self._loaded: Loaded | None = None
+        self._texts: dict[str, Any] = {}
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model in memory."""
+        if self._loaded is None:
+            self._reporter.say(f"Loading {self.name}")
+            self._loaded = open_model(self.recipe, stream=False)
+        return self._loaded
+
+    def release(self) -> None:
+        """Free the model."""
+        self._loaded = None
+        self._texts = {}
+
+    def measure(self) -> Evaluation:
+        """Count weights, measure perplexity on every text, and run the tasks if there are any."""
+        return Evaluation(
+            model=self.name,
+            weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
+            perplexity=tuple(
+                self._cache.get(
+                    self._key("perplexity", **self._text_key(text)), PerplexityResult, self._measure_text(text)
+                )
+                for text in ([] if self.classifies else self._asked)
+            ),
+            accuracy=self._accuracies() if self.classifies else (),
+            zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
+        )
+
+    def _accuracies(self) -> tuple[AccuracyResult, ...]:
+        """Measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
+        from coprune.evaluation.tasks import ImageTask
+
+        task = ImageTask(self.recipe, self.loaded)
+        found = []
+        for name, images in task.evaluation(self._reporter).items():
+            assert isinstance(images, LabelledImages)
+            with self._reporter.bar(f"Accuracy on {name}", 1) as advance:
+                found.append(accuracy_result(name, images.source, task.measure_in_memory(images, advance)))
+        return tuple(found)
+
+    def closeness_to(self, dense: Subject) -> tuple[ClosenessResult, ...]:
+        """Compare the next-token distributions with another model's on every text; both are in memory for that.
+
+        Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
+        """
+        if self.classifies or dense.classifies:
+            raise BadInput(
+                "closeness compares next-token distributions; classifiers of images are compared by accuracy."
+            )
+        return tuple(
+            self._cache.get(
+                self._key("closeness", dense=dense.fingerprint, **self._text_key(text)),
+                ClosenessResult,
+                self._compare_on(text, dense),
+            )
+            for text in self._asked
+        )
+
+    def _count(self) -> WeightFacts:
+        return weight_facts(self.loaded.model, bytes_of_weights(self.location.path))
+
+    def text(self, asked: Text) -> Any:
+        """An evaluation text in this model's tokens."""
+        if asked.label not in self._texts:
+            recipe = asked.recipe(self.recipe)
+            read = read_evaluation(recipe, self.loaded, choose_seqlen(self.loaded.model, recipe), self._reporter)
+            self._texts[asked.label] = read[asked.name]
+        return self._texts[asked.label]
+
+    def _measure_text(self, asked: Text) -> Callable[[], PerplexityResult]:
+        def measure() -> PerplexityResult:
+            text, recipe = self.text(asked), asked.recipe(self.recipe)
+            seqlen = choose_seqlen(self.loaded.model, recipe)
+            with self._reporter.bar(f"Perplexity on {asked.label}", len(text.tokens) // seqlen) as advance:
+                found = perplexity(self.loaded.model, text.tokens, seqlen, recipe.batch_size, text.token_bytes, advance)
+            return perplexity_result(asked.label, text.source, text.fingerprint, found)
+
+        return measure
+
+    def _compare_on(self, asked: Text, dense: Subject) -> Callable[[], ClosenessResult]:
+        def compare() -> ClosenessResult:
+            text, recipe = self.text(asked), asked.recipe(self.recipe)
+            seqlen = choose_seqlen(self.loaded.model, recipe)
+            if dense.text(asked).fingerprint != text.fingerprint:
+                raise BadInput(
+                    f"{self.name} and {dense.name} cut {asked.name} into different tokens, so their predictions cannot be "
+                    "compared."
+                )
+            with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
+                models = dense.loaded.model, self.loaded.model
+                found = closeness(*models, text.tokens, seqlen, recipe.batch_size, advance)
+            return closeness_result(asked.label, text.fingerprint, found)
+
+        return compare
+
+    def _zero_shot(self, tasks: dict[str, Any]) -> ZeroShot:
+        from coprune.evaluation.harness import zero_shot
+        from coprune.evaluation.harness_tasks import tasks_fingerprint
+
+        settings = zero_shot_settings(self.recipe)
+
+        def run() -> ZeroShot:
+            loaded = self.loaded
+            if loaded.tokenizer is None:
+                raise BadInput(f"{self.name} has no tokenizer, which zero-shot tasks need.")
+            return zero_shot(loaded.model, loaded.tokenizer, settings, tasks, self._reporter)
+
+        # A batch size changes nothing but rounding.
+        key = self._key(
+            "zero-shot",
+            shots=settings.num_fewshot,
+            limit=settings.limit,
+            tasks=tasks_fingerprint(tasks, settings.limit),
+        )
+        return self._cache.get(key, ZeroShot, run)
+
+    def _text_key(self, asked: Text) -> dict[str, Any]:
+        recipe = asked.recipe(self.recipe)
+        return {
+            "text": text_fingerprint(asked.name),
+            "name": asked.label,
+            "seqlen": recipe.seqlen,
+            "tokens": recipe.eval_tokens,
+        }
+
+    def _key(self, what: str, **settings: Any) -> str:
+        versions = {name: _version(name) for name in _VERSIONS}
+        facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.dtype, **settings, **versions}
+        return json.dumps(facts, sort_keys=True, default=str)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

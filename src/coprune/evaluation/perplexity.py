@@ -1,0 +1,131 @@
+"""Perplexity as the authors of SparseGPT and Wanda compute it, and the same per byte of text.
+
+The text is one stream of tokens, cut into windows of seqlen that do not overlap; the tail is dropped. Every window
+predicts its tokens but the first, and perplexity is exp of the mean negative log likelihood over all windows (all are
+of one length, so this is also the mean over predicted tokens). Per byte, models with different tokenizers compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from coprune.base.errors import NumericalError
+from coprune.evaluation.batches import (
+    batches,
+    bootstrap_interval,
+    cut_windows,
+    default_batch_size,
+    inference_logits,
+    slices,
+)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity with what it takes to read it."""
+
+    value: float
+    seqlen: int
+    windows: int
+    tokens: int
+    """Predicted tokens: windows × (seqlen − 1)."""
+    nll_per_window: Tensor
+    """Mean negative log likelihood of each window's predicted tokens in nats, float64."""
+    interval: tuple[float, float] | None
+    """95 % bootstrap interval over the windows; None for a single window."""
+    bytes: int | None
+    """UTF-8 bytes of the predicted tokens; None if they were not told."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that the model needs for one byte of the text."""
+        if not self.bytes:
+            return None
+        return float(self.nll_per_window.mean()) * self.tokens / self.bytes / math.log(2)
+
+    @property
+    def per_byte(self) -> float | None:
+        """Perplexity per byte instead of per token: comparable between tokenizers."""
+        bits = self.bits_per_byte
+        return None if bits is None else _exp(bits * math.log(2))
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    seqlen: int,
+    batch_size: int | None = None,
+    token_bytes: Tensor | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Compute the perplexity of a model in memory on a stream of tokens.
+
+    tokens: T int64, on any device; token_bytes: T, the bytes of text behind each token, for the values per byte;
+    batch_size: windows at once (default: about 4096 tokens), which does not change the result; advance: called with
+    the number of windows just done.
+    Raises BadInput if there is not one whole window, NumericalError if the model's output is NaN.
+    """
+    windows = cut_windows(tokens, seqlen)
+    if batch_size is None:
+        batch_size = default_batch_size(seqlen, model.config.get_text_config().vocab_size)
+    nll: list[Tensor] = []
+    with inference_logits(model) as logits_of:
+        for batch in batches(windows, batch_size):
+            nll.append(window_nll(logits_of(batch), batch).cpu())
+            if advance is not None:
+                advance(len(batch))
+    sizes = None if token_bytes is None else cut_windows(token_bytes, seqlen)
+    return aggregate(torch.cat(nll), seqlen, sizes)
+
+
+def window_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean negative log likelihood of every window's tokens but its first, in nats: B float64.
+
+    logits: B × S × vocabulary, any floating dtype, on any device; tokens: B × S int64, on any device. The softmax is
+    taken in float32, slice by slice, so that no second copy of all the logits is made.
+    """
+    predicted = []
+    for window_logits, window in zip(logits, tokens.to(logits.device), strict=True):
+        rows, targets = window_logits[:-1], window[1:]
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for part in slices(rows):
+            loss = functional.cross_entropy(rows[part].to(torch.float32), targets[part], reduction="none")
+            total += loss.sum(dtype=torch.float64)
+        predicted.append(total / len(targets))
+    return torch.stack(predicted)
+
+
+def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = None) -> Perplexity:
+    """Form the perplexity from the windows' mean negative log likelihoods.
+
+    nll_per_window: N, nats; token_bytes: N × S, the bytes of text behind each token. Raises NumericalError for NaN.
+    """
+    nll = nll_per_window.to(device="cpu", dtype=torch.float64)
+    broken = nll.isnan().nonzero().flatten()
+    if len(broken):
+        raise NumericalError(
+            f"the model's output is NaN in {len(broken)} of {len(nll)} evaluation windows (first: {int(broken[0])})."
+        )
+    interval = bootstrap_interval(nll)
+    return Perplexity(
+        value=_exp(float(nll.mean())),
+        seqlen=seqlen,
+        windows=len(nll),
+        tokens=len(nll) * (seqlen - 1),
+        nll_per_window=nll,
+        interval=None if interval is None else (_exp(interval[0]), _exp(interval[1])),
+        # The first token of a window is not predicted, so its bytes are not part of the text that is measured.
+        bytes=None if token_bytes is None else int(token_bytes[:, 1:].sum()),
+    )
+
+
+def _exp(value: float) -> float:
+    # math.exp raises where the result is beyond a float; a model pruned to pieces has perplexity inf.
+    return float(torch.tensor(value, dtype=torch.float64).exp())

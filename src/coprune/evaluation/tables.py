@@ -1,0 +1,184 @@
+"""A comparison as a table: on the terminal, as CSV with bare numbers, and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from coprune.evaluation.compare import AccuracyChange, Comparison, Row
+from coprune.evaluation.evaluation import AccuracyResult, Interval
+from coprune.evaluation.zero_shot import Estimate
+
+Number = float | int | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of every row. value: the bare number; show: the number for people."""
+
+    title: str
+    value: Callable[[Row], Number]
+    show: Callable[[Row], str]
+
+
+def columns_of(comparison: Comparison) -> list[Column]:
+    """The columns that a comparison fills."""
+    first = comparison.rows[0].evaluation
+    columns = [
+        _plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
+        _plain("non-zeros", lambda row: row.evaluation.weights.nonzeros, "{:,}"),
+        _plain("sparsity", lambda row: row.evaluation.weights.sparsity, "{:.2%}"),
+        _plain("matrix sparsity", lambda row: row.evaluation.weights.matrix_sparsity, "{:.2%}"),
+        _plain("bytes", lambda row: row.evaluation.weights.bytes_on_disk, "{:,}"),
+    ]
+    for index, result in enumerate(first.perplexity):
+        columns += _perplexity_columns(result.data, index)
+    for index, accuracy in enumerate(first.accuracy):
+        columns += _accuracy_columns(accuracy.data, index)
+    if len(comparison.rows) > 1:
+        for index, near in enumerate(comparison.rows[1].evaluation.closeness):
+            columns += _closeness_columns(near.data, index)
+    if first.zero_shot is not None:
+        for index, task in enumerate(first.zero_shot.tasks):
+            columns += _task_columns(task.task, task.main_metric, index)
+        columns += [
+            _estimate("mean acc", lambda row: row.zero_shot.mean_pruned if row.zero_shot else None),
+            _estimate("Δ mean acc", lambda row: row.zero_shot.mean_delta if row.zero_shot else None, signed=True),
+        ]
+    return columns
+
+
+def print_table(comparison: Comparison, console: Console) -> None:
+    """Print models as columns and figures as lines, since there are more figures than models."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("")
+    for row in comparison.rows:
+        table.add_column(row.name, justify="right", overflow="fold")
+    for column in columns_of(comparison):
+        table.add_row(column.title, *(column.show(row) for row in comparison.rows))
+    console.print(table)
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The same as Markdown."""
+    lines = ["| | " + " | ".join(row.name.replace("|", "\\|") for row in comparison.rows) + " |"]
+    lines.append("| --- |" + " ---: |" * len(comparison.rows))
+    for column in columns_of(comparison):
+        lines.append(f"| {column.title} | " + " | ".join(column.show(row) for row in comparison.rows) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """One line per model, with bare numbers (fractions rather than per cent) and empty fields where there is none."""
+    columns = columns_of(comparison)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["model", *(column.title for column in columns)])
+    for row in comparison.rows:
+        values = (column.value(row) for column in columns)
+        writer.writerow([row.name, *("" if value is None else repr(value) for value in values)])
+    return stream.getvalue()
+
+
+def _plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
+    def show(row: Row) -> str:
+        number = value(row)
+        return "" if number is None else form.format(number)
+
+    return Column(title, value, show)
+
+
+def _estimate(title: str, estimate: Callable[[Row], Estimate | None], signed: bool = False) -> Column:
+    def value(row: Row) -> Number:
+        found = estimate(row)
+        return None if found is None else found.value
+
+    def show(row: Row) -> str:
+        found = estimate(row)
+        if found is None:
+            return ""
+        error = "" if found.stderr is None else f" ± {100 * found.stderr:.2f}"
+        return f"{100 * found.value:{'+' if signed else ''}.2f}{error} %"
+
+    return Column(title, value, show)
+
+
+def _perplexity_columns(data: str, index: int) -> list[Column]:
+    def ratio(row: Row) -> Number:
+        return None if row.perplexity_changes is None else row.perplexity_changes[index].ratio
+
+    def show_ratio(row: Row) -> str:
+        change = None if row.perplexity_changes is None else row.perplexity_changes[index]
+        if change is None or change.ratio is None:
+            return ""
+        interval = change.ratio_interval
+        return f"× {change.ratio:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
+
+    return [
+        _plain(f"perplexity {data}", lambda row: row.evaluation.perplexity[index].value, "{:.3f}"),
+        Column(f"ratio {data}", ratio, show_ratio),
+        _plain(f"bits per byte {data}", lambda row: row.evaluation.perplexity[index].bits_per_byte, "{:.4f}"),
+    ]
+
+
+def _accuracy_columns(data: str, index: int) -> list[Column]:
+    def found(row: Row) -> AccuracyResult:
+        return row.evaluation.accuracy[index]
+
+    def change(row: Row) -> AccuracyChange | None:
+        return None if row.accuracy_changes is None else row.accuracy_changes[index]
+
+    return [
+        _share(f"top-1 {data}", lambda row: found(row).top1, lambda row: found(row).top1_interval),
+        _share(
+            f"Δ top-1 {data}",
+            lambda row: None if (it := change(row)) is None else it.top1_difference,
+            lambda row: None if (it := change(row)) is None else it.top1_interval,
+            signed=True,
+        ),
+        _share(f"top-5 {data}", lambda row: found(row).top5, lambda row: found(row).top5_interval),
+        _plain(f"same class {data}", lambda row: None if (it := change(row)) is None else it.agreement, "{:.2%}"),
+    ]
+
+
+def _share(
+    title: str, value: Callable[[Row], float | None], interval: Callable[[Row], Interval | None], signed: bool = False
+) -> Column:
+    """A share, or a difference of shares, in per cent with its interval."""
+    sign = "+" if signed else ""
+
+    def show(row: Row) -> str:
+        share, ends = value(row), interval(row)
+        if share is None:
+            return ""
+        spread = "" if ends is None else f" [{100 * ends[0]:{sign}.2f}, {100 * ends[1]:{sign}.2f}]"
+        return f"{100 * share:{sign}.2f}{spread} %"
+
+    return Column(title, value, show)
+
+
+def _closeness_columns(data: str, index: int) -> list[Column]:
+    def kl(row: Row) -> Number:
+        return row.evaluation.closeness[index].kl if row.evaluation.closeness else None
+
+    def agreement(row: Row) -> Number:
+        return row.evaluation.closeness[index].top1_agreement if row.evaluation.closeness else None
+
+    return [_plain(f"KL {data}", kl, "{:.4f}"), _plain(f"top-1 agreement {data}", agreement, "{:.2%}")]
+
+
+def _task_columns(task: str, metric: str, index: int) -> list[Column]:
+    def score(row: Row) -> Estimate | None:
+        return None if row.zero_shot is None else row.zero_shot.tasks[index].pruned.get(metric)
+
+    def delta(row: Row) -> Estimate | None:
+        found = None if row.zero_shot is None else row.zero_shot.tasks[index].delta
+        return None if found is None else found.get(metric)
+
+    return [_estimate(f"{task} {metric}", score), _estimate(f"Δ {task} {metric}", delta, signed=True)]

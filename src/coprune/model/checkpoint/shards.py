@@ -1,0 +1,240 @@
+"""The safetensors files of one checkpoint folder: which there are, what they hold, and whether they are whole.
+
+A safetensors file begins with the length of a JSON header that gives every tensor's dtype, shape and place, so a file
+that was cut off or is no safetensors file at all is recognised in microseconds. Tensors are read with plain reads: the
+library maps the whole file into the address space while it opens it, which a limit set on the process may forbid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+COPY_BYTES = 1 << 24
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, dtype in the format's letters (F32, BF16 …), shape, first byte and size in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_entries(file: Path) -> dict[str, TensorEntry]:
+    """Read the header of a safetensors file and check that the file is as long as the header says.
+
+    Raises BadInput, naming the file, if it is cut off or not in the format.
+    """
+    header, end_of_header = _read_header(file)
+    entries: dict[str, TensorEntry] = {}
+    end = 0
+    try:
+        for name, info in header.items():
+            if name != "__metadata__":
+                start, stop = info["data_offsets"]
+                entries[name] = TensorEntry(
+                    file, info["dtype"], tuple(info["shape"]), end_of_header + start, stop - start
+                )
+                end = max(end, stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{file} is not a safetensors file (its header is malformed); fetch or save it again."
+        ) from error
+    size = file.stat().st_size
+    if size != end_of_header + end:
+        raise BadInput(
+            f"{file} has {size:,} bytes where its header promises {end_of_header + end:,}: it is cut off or damaged; "
+            "fetch or save it again."
+        )
+    return entries
+
+
+def read_header_bytes(file: Path) -> bytes:
+    """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+                return stream.read(length)
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
+    raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.")
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the header and the position at which it ends."""
+    text = read_header_bytes(file)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.") from error
+    if not isinstance(header, dict):
+        raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.")
+    return header, 8 + len(text)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the safetensors files that make up the model, in the index's order.
+
+    Raises BadInput if there are none, or if the index is malformed or names a file that is missing.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    # The same precedence as transformers: a single file wins over an index.
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise BadInput(_no_weights_message(folder))
+    names = sorted(set(read_weight_map(index).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{index} names {len(names)} shards, of which {len(missing)} are missing, first {missing[0]}; "
+            "fetch or save the checkpoint again."
+        )
+    return [folder / name for name in names]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read an index: tensor name → file name. Raises BadInput if it is malformed."""
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index} has no weight_map; fetch or save the checkpoint again.")
+    return {str(name): str(file) for name, file in weight_map.items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises BadInput, naming the file, if it is missing or malformed."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise BadInput(f"{file} is not valid JSON ({error}); fetch or save the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} does not hold a JSON object; fetch or save the checkpoint again.")
+    return content
+
+
+def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint, by its name in the files.
+
+    Raises BadInput on a damaged shard, and where the index names a tensor that its file does not hold.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in shard_files(folder):
+        entries.update(read_entries(file))
+    if not (folder / SINGLE_FILE).is_file():
+        weight_map = read_weight_map(folder / INDEX_FILE)
+        for name, place in weight_map.items():
+            if name not in entries or entries[name].file.name != place:
+                raise BadInput(f"{folder / place} lacks {name}, which the index places there; fetch or save it again.")
+    if not entries:
+        raise BadInput(f"{folder} holds no tensors; fetch or save the checkpoint again.")
+    return entries
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor. Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not."""
+    if entry.dtype not in DTYPES:
+        raise BadInput(f"{entry.file} holds {entry.dtype} tensors, which coprune cannot read; use plain weights.")
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(raw)
+    if len(view) != entry.nbytes:
+        raise BadInput(f"{entry.file} has a malformed header: {entry.nbytes:,} bytes for shape {entry.shape}.")
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        done = 0
+        while done < entry.nbytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                raise BadInput(f"{entry.file} was cut off while it was read; fetch or save it again.")
+            done += count
+    return tensor
+
+
+def read_ahead(entries: Iterable[TensorEntry]) -> None:
+    """Let the system begin to read tensors while others are computed with. It reads into its own cache, which is no
+    memory of this process, and only where it has that call (Linux)."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file, tensors in groupby(sorted(entries, key=lambda e: (e.file, e.start)), key=lambda entry: entry.file):
+        # A file that has gone says so when it is read.
+        with suppress(OSError), file.open("rb", buffering=0) as stream:
+            for entry in tensors:
+                os.posix_fadvise(stream.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def join_files(files: Sequence[Path], joined: Path) -> None:
+    """Write the tensors of several safetensors files into one, byte by byte, in little memory."""
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        entries |= read_entries(file)
+    # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
+    order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        entry = entries[name]
+        place = [position, position + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": place}
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with joined.open("wb") as target, ExitStack() as stack:
+        sources = {file: stack.enter_context(file.open("rb")) for file in files}
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            entry = entries[name]
+            sources[entry.file].seek(entry.start)
+            for start in range(0, entry.nbytes, COPY_BYTES):
+                target.write(sources[entry.file].read(min(COPY_BYTES, entry.nbytes - start)))
+
+
+def _item_bytes(entry: TensorEntry) -> int:
+    return entry.nbytes // max(math.prod(entry.shape), 1)
+
+
+def _no_weights_message(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter, not a model; merge it into its base model and save that."
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return (
+            f"{folder} holds only pickled weights, which can run code when they are read; convert them where you trust "
+            "them: load with transformers' from_pretrained and write with save_pretrained, which makes safetensors."
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files; name the file itself, such as {min(folder.glob('*.gguf'))}."
+    return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it the folder of a saved model?"

@@ -1,0 +1,131 @@
+"""Where the walk gets a block's weights from, and where they go when it moves on.
+
+A model in memory has them all the time; a streamed one (`lazy.LazyCheckpoint`) reads a block when it is acquired and
+lets go of it when it is released. Both give a block's tensors under the names and in the layout of a checkpoint,
+which for a mixture of experts differ from the model's own, where the experts of a layer are one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from coprune.model.checkpoint.conversion import load_tensors
+from coprune.model.checkpoint.load import quiet_transformers
+
+
+class Weights(Protocol):
+    """A model whose blocks are there when they are asked for. A prefix is a module's path: `model.layers.3`."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors as they would be written."""
+        ...
+
+    def acquire(self, prefix: str) -> None:
+        """Make the block's parameters real."""
+        ...
+
+    def expect(self, prefix: str) -> None:
+        """Say that the block will be acquired soon, so that reading it may begin."""
+        ...
+
+    def release(self, prefix: str) -> None:
+        """Say that the block's parameters are not needed for now."""
+        ...
+
+    def read_from(self, file: Path) -> None:
+        """From now on take the tensors that this safetensors file holds from it: a block that was finished."""
+        ...
+
+    def original_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """An acquired block's present tensors, as they are written to a checkpoint."""
+        ...
+
+    def pieces(self, prefix: str) -> dict[str, bytes]:
+        """A few bytes of every tensor of a block that was not changed yet, as it is in a checkpoint: to tell models apart
+        without reading them whole."""
+        ...
+
+    def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors outside all blocks, as they are written to a checkpoint."""
+        ...
+
+
+class InMemory:
+    """A model that is wholly in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._saved().values())
+
+    def acquire(self, prefix: str) -> None:
+        pass
+
+    def expect(self, prefix: str) -> None:
+        pass
+
+    def release(self, prefix: str) -> None:
+        pass
+
+    def read_from(self, file: Path) -> None:
+        with quiet_transformers():
+            load_tensors(self._model, load_file(file))
+
+    def original_tensors(self, prefix: str) -> dict[str, Tensor]:
+        return self._revert({name: t for name, t in self._saved().items() if is_below(name, prefix)})
+
+    def pieces(self, prefix: str) -> dict[str, bytes]:
+        return {name: _pieces_of(tensor) for name, tensor in self.original_tensors(prefix).items()}
+
+    def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
+        return self._revert({name: t for name, t in self._saved().items() if not is_below_any(name, block_prefixes)})
+
+    def _saved(self) -> dict[str, Tensor]:
+        """What save_pretrained would save: of tied weights one, and none that the model says not to save."""
+        ignored = set(self._model._keys_to_ignore_on_save or ())
+        state = {name: tensor for name, tensor in self._model.state_dict().items() if name not in ignored}
+        kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, self._model)
+        return kept
+
+    def _revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        reverted: dict[str, Tensor] = revert_weight_conversion(self._model, state)
+        return reverted
+
+
+def piece_places(nbytes: int) -> list[slice]:
+    """Which bytes of a tensor are its pieces: eight stretches of up to 512, spread over it."""
+    return [slice(start, min(start + 512, nbytes)) for start in range(0, nbytes, max(512, nbytes // 8))]
+
+
+def _pieces_of(tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return b"".join(raw[place].tobytes() for place in piece_places(len(raw)))
+
+
+def is_below(name: str, prefix: str) -> bool:
+    """Whether a parameter's name lies below a module's path."""
+    return name.startswith(f"{prefix}.")
+
+
+def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a parameter's name lies below one of the modules' paths."""
+    return any(is_below(name, prefix) for prefix in prefixes)

@@ -1,0 +1,226 @@
+"""A checkpoint folder written part by part, under its final name only when it is whole.
+
+Everything goes into a hidden folder beside the final one. Each part (a block, or what lies outside the blocks) is one
+safetensors file with a note beside it that holds its checksum and whatever the caller wants to remember of the part,
+so a run that was killed finds out which parts are good, and does the others again. Waiting for the disk and computing
+the checksum happen beside the caller's next part. In the end the parts are the
+shards of the checkpoint, or, if they are small, are joined to one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coprune.base.durable import full_disk_explained, sync, write_durably, write_whole
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, join_files, read_entries
+
+if sys.platform != "win32":
+    import fcntl
+
+REST = "rest"
+"""Name of the part that holds what lies outside the blocks."""
+_LOCK = "running.lock"
+SINGLE_FILE_BYTES = 5_000_000_000  # the customary size of a shard
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder. `parts` are the names of the parts in the order of the shards."""
+
+    def __init__(self, folder: Path, parts: Sequence[str], total_bytes: int) -> None:
+        """total_bytes: size of all tensors, to see beforehand whether they fit on the disk.
+
+        Goes on with what an earlier writer for the same folder left. Raises BadInput if the folder already holds
+        something, if the unfinished one was made for other parts or another process is at it, or if the disk is too full.
+        """
+        self.folder = folder
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self._parts = list(parts)
+        self._joined = total_bytes <= SINGLE_FILE_BYTES
+        self._beside = ThreadPoolExecutor(max_workers=1)
+        self._unsettled: Future[None] | None = None
+        refuse_occupied(folder)
+        self._require_space(total_bytes)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Make the unfinished folder, or take over one that was made for the same parts."""
+        manifest = self.partial / "parts.json"
+        if self.partial.is_dir():
+            self._lock()
+        if not manifest.is_file():
+            self.discard()
+            self.partial.mkdir(parents=True)
+            self._lock()
+            write_text(manifest, json.dumps(self._parts))
+        elif read_json_list(manifest) != self._parts:
+            raise BadInput(
+                f"{self.partial} holds the unfinished checkpoint of another model; finish that run, remove the folder, "
+                "or choose another name."
+            )
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
+
+    def _lock(self) -> None:
+        """Keep other processes out of the unfinished folder for as long as this one lives, however it ends."""
+        if sys.platform == "win32":
+            return
+        lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BadInput(
+                f"another run is writing {self.folder} at this moment; wait for its end, or choose another name."
+            ) from None
+        except OSError:
+            return  # a file system that has no locks
+
+    def _require_space(self, total_bytes: int) -> None:
+        # Joining needs the parts and the joined file at the same time.
+        needed = total_bytes * (2 if self._joined else 1)
+        if self.partial.is_dir():
+            needed -= sum(self.file(part).stat().st_size for part in self._parts if self.file(part).is_file())
+        existing = next(parent for parent in self.partial.resolve().parents if parent.is_dir())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise BadInput(
+                f"writing {self.folder} takes {needed:,} bytes and its disk has {free:,} free; free some space or "
+                "choose another disk."
+            )
+
+    def file(self, part: str) -> Path:
+        """Where a part is written. Raises ValueError for a part that was not announced."""
+        return self.partial / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
+
+    def _note(self, part: str) -> Path:
+        return self.file(part).with_suffix(".json")
+
+    def write(self, part: str, tensors: Mapping[str, Tensor], remember: Mapping[str, Any] | None = None) -> None:
+        """Write a part, which can be read from its file at once, and is on the disk before the next one is written.
+
+        remember: JSON values to be given back by `recall`. Raises CopruneError if the disk is full.
+        """
+        self.settle()
+        file, note = self.file(part), self._note(part)
+        note.unlink(missing_ok=True)
+        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        write_whole(file, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+        self._unsettled = self._beside.submit(self._secure, part, dict(remember or {}))
+
+    def _secure(self, part: str, remember: dict[str, Any]) -> None:
+        """Wait until a part is on the disk, and only then note that it is good."""
+        file = self.file(part)
+        with full_disk_explained(file):
+            sync(file)
+            sync(file.parent)
+            content = {"part": part, "bytes": file.stat().st_size, "sha256": _sha256(file), "remember": remember}
+            write_text(self._note(part), json.dumps(content))
+
+    def settle(self) -> None:
+        """Wait until the last part that was written is on the disk. Raises what went wrong meanwhile."""
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is not None:
+            unsettled.result()
+
+    def verify(self, part: str) -> bool:
+        """Whether a part was written and its file is what was written then."""
+        return self.recall(part) is not None
+
+    def recall(self, part: str) -> dict[str, Any] | None:
+        """What was remembered of a part that is whole; None if it has to be written (again)."""
+        self.settle()
+        try:
+            note = json.loads(self._note(part).read_text(encoding="utf-8"))
+            file = self.file(part)
+            same = note["part"] == part and note["bytes"] == file.stat().st_size and note["sha256"] == _sha256(file)
+            remembered: dict[str, Any] = note["remember"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return remembered if same else None
+
+    def finish(self, scaffolding: Sequence[str] = (), check: Callable[[Path], object] = lambda folder: None) -> Path:
+        """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
+
+        scaffolding: names of the caller's own files in `partial` that are to go before that; check: called with the
+        whole checkpoint before it gets its name, which it does not get if that raises.
+        Raises BadInput if something took the final name meanwhile, ValueError if a part is missing.
+        """
+        self.settle()
+        missing = [part for part in self._parts if not self._note(part).is_file()]
+        if missing:
+            raise ValueError(f"parts were not written: {', '.join(missing)}")
+        refuse_occupied(self.folder)
+        files = [self.file(part) for part in self._parts]
+        if self._joined:
+            write_durably(self.partial / SINGLE_FILE, lambda temporary: join_files(files, temporary))
+        else:
+            self._write_index(files)
+        check(self.partial)
+        # From the last part to the first, so that a run that is killed here goes on after those that are left.
+        for part in reversed(self._parts):
+            self._note(part).unlink()
+            if self._joined:
+                self.file(part).unlink()
+        for name in ("parts.json", _LOCK, *scaffolding):
+            (self.partial / name).unlink(missing_ok=True)
+        for path in [*self.partial.iterdir(), self.partial]:
+            sync(path)
+        # Fails, rather than overwrites, if something took the name meanwhile.
+        self.partial.replace(self.folder)
+        sync(self.folder.parent)
+        return self.folder
+
+    def _write_index(self, files: Sequence[Path]) -> None:
+        entries: dict[str, TensorEntry] = {}
+        for file in files:
+            entries |= read_entries(file)
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+                "total_size": sum(entry.nbytes for entry in entries.values()),
+            },
+            "weight_map": {name: entry.file.name for name, entry in entries.items()},
+        }
+        write_text(self.partial / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        if self._unsettled is not None:
+            self._unsettled.exception()  # what is removed need not have been written well
+            self._unsettled = None
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise BadInput if a folder that is to be written already holds something."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise BadInput(f"{folder} already exists; remove it or choose another name. Nothing was overwritten.")
+
+
+def read_json_list(file: Path) -> list[Any] | None:
+    """Read a JSON list; None if the file is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, list) else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,124 @@
+"""Open the model that a recipe names: whole in memory, or a folder whose blocks stay on the disk until they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.base.memory import available_bytes
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
+from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
+from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.walk.activations import GIB
+from coprune.model.walk.record import input_device
+from coprune.recipe.recipe import Recipe
+from coprune.run.reuse import Reuse
+
+
+@dataclass
+class Loaded:
+    """A model that is ready to be walked, with its tokenizer or image processor and where it came from."""
+
+    weights: Weights
+    processor: Any
+    source: str
+    quantised_source: bool
+    reuse: Reuse = dataclasses.field(default_factory=Reuse)
+    """What the run takes over from earlier ones."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.weights.model
+
+    @property
+    def task(self) -> TaskName:
+        """What the model is for."""
+        return task_of(self.model.config)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of a model of text."""
+        return self.processor if self.task == "text" else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids or images go."""
+        return input_device(self.model)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors of a streamed checkpoint that the model has no place for, each with the reason."""
+        if not isinstance(self.weights, LazyCheckpoint):
+            return []
+        return [f"{name}, a tensor that the model does not know" for name in self.weights.conversion.dropped]
+
+    def fingerprint(self, blocks: Sequence[Block]) -> str:
+        """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""
+        digest = hashlib.sha256(repr([(n, tuple(p.shape)) for n, p in self.model.named_parameters()]).encode())
+        for name, tensor in sorted(self.weights.rest_tensors([block.name for block in blocks]).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for block in blocks:
+            for name, pieces in sorted(self.weights.pieces(block.name).items()):
+                digest.update(name.encode() + pieces)
+        return digest.hexdigest()[:16]
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto` or a device's name into a device that is there. Raises BadInput if it is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the device {name!r} cannot be used here ({reason}); try --device auto or cpu.") from None
+    return device
+
+
+def streams(recipe: Recipe) -> bool:
+    """Whether a folder's blocks stay on the disk until the walk reaches them."""
+    return recipe.stream is not False and not recipe.permute and not recipe.runs_tasks
+
+
+def open_model(recipe: Recipe, stream: bool) -> Loaded:
+    """Open the model that the recipe names. stream: whether the blocks of a folder stay on the disk for now."""
+    location = locate(recipe.model, recipe.cache_dir)
+    device = choose_device(recipe.device)
+    # A packed folder is unpacked by transformers as a whole.
+    if stream and isinstance(location, ModelFolder) and not is_packed(location):
+        lazy = LazyCheckpoint(location, recipe.dtype, device)
+        blocks = find_blocks(lazy.model)
+        _require_room(recipe, location, parts=len(blocks))
+        lazy.acquire_rest([block.name for block in blocks])
+        return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
+    if isinstance(location, ModelFolder):
+        _require_room(recipe, location, parts=1)
+    model, processor = load_model(location, recipe.dtype, device)
+    return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
+
+
+def _require_room(recipe: Recipe, location: ModelFolder, parts: int) -> None:
+    """Raise BadInput if a folder's weights alone would not fit the memory, before any of them is read.
+
+    parts: how many blocks a streamed model holds one at a time of; 1 for a model that is loaded.
+    """
+    available = available_bytes()
+    needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
+    if recipe.check_memory and available is not None and needed > available:
+        hint = "stream it from the disk (--stream; in Python stream=True)" if parts == 1 else "use a larger machine"
+        raise BadInput(
+            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory at a time, and {available / GIB:.1f} are "
+            f"there; {hint}. --no-check-memory tries it all the same."
+        )

@@ -1,0 +1,113 @@
+"""What a block's matrices are multiplied with, gathered while its batches run.
+
+Matrices fed by the same tensor share one `Inputs`; the first of them to be used speaks for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import NumericalError
+from coprune.model.matrices import Matrix
+from coprune.model.walk.statistics import CrossGram, InputNorm, InputSample
+
+
+@dataclass
+class Inputs:
+    """What is known of one tensor that feeds one or more matrices."""
+
+    statistic: InputNorm | None
+    sample: InputSample
+    cross: CrossGram | None = None
+    """With the same tokens' inputs in the dense model; None if not asked for, or for experts, whose tokens differ."""
+    pool: InputNorm | None = None
+    """For an expert: the statistic of all experts of its layer, as far as they are known."""
+
+    def update(self, x: Tensor, x_dense: Tensor | None) -> None:
+        self.sample.update(x)
+        if self.statistic is not None:
+            self.statistic.update(x)
+        if x_dense is not None:
+            self.cross = self.cross or CrossGram(self.sample.width, x.device)
+            self.cross.update(x_dense, x)
+
+
+class Gathered:
+    """The inputs of one block's groups of matrices while its batches run."""
+
+    def __init__(
+        self,
+        groups: Sequence[list[Matrix]],
+        statistic: type[InputNorm] | None,
+        batches: int,
+        reduce: Callable[[Inputs], None],
+        known: Mapping[str, Inputs] | None = None,
+    ) -> None:
+        """known: what was gathered before, by the name of a group's first matrix."""
+        self._groups = {group[0].name: group for group in groups}
+        self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
+        self._statistic = statistic
+        self._batches = batches
+        self._reduce = reduce
+        self._inputs: dict[str, Inputs] = dict(known or {})
+        self._complete: set[str] = set()
+        self._pools: dict[str, InputNorm] = {}
+        self.dense: dict[str, Tensor] = {}
+        """What the matrices of the batch at hand are multiplied with in the dense model, by name."""
+
+    def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
+        """Note one product. The first matrix of a group speaks for all of them."""
+        leader = self._leader[matrix.name]
+        if leader != matrix.name:
+            return
+        try:
+            self._of(leader, x.shape[-1], x.device).update(x, self.dense.get(leader))
+        except NumericalError as error:
+            raise NumericalError(f"{matrix.name}, calibration batch {batch}: {error}.") from error
+
+    def _of(self, leader: str, width: int, device: torch.device) -> Inputs:
+        if leader not in self._inputs:
+            statistic = None if self._statistic is None else self._statistic(width, device)
+            self._inputs[leader] = Inputs(statistic, InputSample(width, self._batches, device))
+        return self._inputs[leader]
+
+    def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:
+        """Hand out a group and what was gathered for it, and forget it."""
+        leader = self._leader[matrix.name]
+        self._finish(leader)
+        return self._groups.pop(leader), self._inputs.pop(leader)
+
+    def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
+        """Hand out all groups that are left, in order."""
+        # All of them are complete before the first is shown, so that every expert knows its whole layer.
+        for leader in self._groups:
+            self._finish(leader)
+        while self._groups:
+            yield self.take(next(iter(self._groups.values()))[0])
+
+    def _finish(self, leader: str) -> None:
+        """Complete the inputs of a group, to which nothing will be added any more."""
+        if leader in self._complete:
+            return
+        matrix = self._groups[leader][0]
+        inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
+        self._reduce(inputs)
+        if matrix.expert is not None and inputs.statistic is not None:
+            inputs.pool = self._pool_of(matrix, inputs.statistic)
+        self._complete.add(leader)
+
+    def _pool_of(self, matrix: Matrix, statistic: InputNorm) -> InputNorm:
+        """The merged statistic of the experts that share this one's parameter.
+
+        In `block` and `dense` propagation it holds all of them by the time that the first is shown. In `sequential`
+        those further on are not known yet: an expert's pool is then of itself and the experts before it.
+        """
+        layer = matrix.name.partition("[")[0]
+        if layer not in self._pools:
+            self._pools[layer] = type(statistic)(matrix.shape[1], matrix.stored().device)
+        self._pools[layer].merge(statistic)
+        return self._pools[layer]

@@ -1,0 +1,138 @@
+"""Prove on one sample that the blocks, replayed one by one, are the model; refuse the model if they are not.
+
+One real forward of one sample, in which every block is also replayed from its recorded call on the output of the
+replayed block before it. It also tells what the walk has to know: what a block's answer looks like, which matrices
+are fed by the same tensor, and which are used more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coprune.base.errors import NumericalError, UnsupportedModel
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.matrices import Matrix
+from coprune.model.walk.arguments import same_value
+from coprune.model.walk.observe import observe_products
+from coprune.model.walk.record import (
+    Answer,
+    BlockCall,
+    forward_logits,
+    hidden_of,
+    replaced_forwards,
+    run_after_blocks,
+    run_without_blocks,
+    split_call,
+)
+
+# The replay repeats the very same operations; only devices that add in no fixed order differ, by rounding. A wrong mask
+# or position table changes some token's hidden states by far more. Compared token by token, since the first token of
+# many models is a thousand times larger than the rest and would hide them.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_HALF_TOLERANCE = 2e-2
+
+COMPARED_LOGITS = 32
+"""Positions at the end whose logits are compared. Every position's hidden states are, up to the head, and with a large
+vocabulary the logits of all would take more memory than the rest of a run."""
+
+
+@dataclass
+class Structure:
+    """What one real forward showed of the blocks."""
+
+    sample: Tensor
+    """The batch of one that was sent through."""
+    answers: list[Answer] = field(default_factory=list)
+    """For every block, what its answer looks like."""
+    groups: list[list[list[Matrix]]] = field(default_factory=list)
+    """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
+    reused: list[str] = field(default_factory=list)
+    """Names of matrices that are multiplied more than once in a forward."""
+
+
+@torch.no_grad()
+def prove_replay(
+    model: nn.Module, weights: Weights, blocks: Sequence[Block], matrices: Sequence[Sequence[Matrix]], sample: Tensor
+) -> Structure:
+    """Compare a real forward of one sample with the replay, block by block and at the logits.
+
+    sample: a batch of one, as in `forward_logits`. Raises UnsupportedModel naming the block or matrix in which they
+    part, NumericalError naming a block whose activations are not finite.
+    """
+    structure = Structure(sample)
+    forwards = {block.index: block.module.forward for block in blocks}
+    calls: list[BlockCall] = []
+    replayed: list[Tensor] = []  # the last replayed hidden states
+
+    def watch(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if block.index != len(calls):
+                raise UnsupportedModel(f"{block.name} runs out of order or twice; coprune walks blocks once, in order.")
+            hidden, call = split_call(args, kwargs)
+            if replayed and not _close(hidden, replayed[-1]):
+                raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}.")
+            calls.append(call)
+            weights.acquire(block.name)
+            output = _observe_block(forwards[block.index], args, kwargs, matrices[block.index], structure)
+            again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
+            weights.release(block.name)
+            if not bool(torch.isfinite(hidden_of(output)).all()):
+                raise NumericalError(f"{block.name} of the dense model gives NaN or infinite activations.")
+            if not _close(hidden_of(output), again):
+                raise UnsupportedModel(
+                    f"{block.name} replayed from its recorded call differs from the model's forward."
+                )
+            replayed[:] = [again]
+            structure.answers.append(Answer.of(output, hidden))
+            return output
+
+        return forward
+
+    with replaced_forwards(blocks, watch):
+        logits = forward_logits(model, sample, COMPARED_LOGITS)
+    _, recorded = run_without_blocks(model, blocks, sample, structure.answers)
+    for block, real, idle in zip(blocks, calls, recorded, strict=True):
+        if not same_value((real.args, real.kwargs), (idle.args, idle.kwargs)):
+            raise UnsupportedModel(
+                f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
+                "shared between layers); coprune cannot prune this model block by block."
+            )
+    after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
+    if not _close(after, logits):
+        raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward.")
+    return structure
+
+
+def _observe_block(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    matrices: Sequence[Matrix],
+    structure: Structure,
+) -> Any:
+    """Run one block for real and note which matrices share an input, which are reused, which never appear."""
+    output, products = observe_products(matrices, lambda: forward(*args, **kwargs))
+    structure.reused += [matrix.name for matrix in products.reused]
+    for matrix in products.unseen:
+        if matrix.expert is None:
+            raise UnsupportedModel(
+                f"{matrix.name} takes part in no product that coprune can observe; leave it out with "
+                f"--exclude '{matrix.name}'."
+            )
+    # An expert that this sample was not routed to is a group of its own.
+    structure.groups.append([*products.groups, *([matrix] for matrix in products.unseen)])
+    return output
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    tolerance = _TOLERANCE.get(a.dtype, _HALF_TOLERANCE)
+    a32, b32 = a.to(torch.float32), b.to(torch.float32)
+    return bool(((a32 - b32).norm(dim=-1) <= tolerance * a32.norm(dim=-1)).all())

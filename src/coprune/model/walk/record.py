@@ -1,0 +1,179 @@
+"""Record every block's own arguments in one cheap forward, and prove that replaying them gives the real model.
+
+Blocks of one model differ in their arguments (sliding and full attention, rotary tables), so each block's call is
+kept. For recording, the blocks do nothing but pass their input on: what a model hands to its blocks besides the hidden
+states depends on shapes and positions only. That this holds is checked on one sample before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.blocks import Block
+from coprune.model.walk.arguments import snapshot
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of one block for one batch, without the hidden states, and the shape of its answer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None
+    """Name of the keyword that carries the hidden states, or None if they come first."""
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Run the block (its module or its forward) on these hidden states and return the new ones."""
+        if self.keyword is None:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+
+
+def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> Tensor:
+    """Run a model on one batch of whatever it takes: token ids (B × S) or images (B × C × H × W).
+
+    Models of transformers say what their main input is called; images take on the model's dtype. last: of text, only the
+    logits of so many positions at the end, where the model's forward has such an option (all take memory: S × V).
+    Returns logits: B × S × V, or B × classes.
+    """
+    name: str = getattr(model, "main_input_name", "input_ids")
+    if batch.is_floating_point():
+        batch = batch.to(next(model.parameters()).dtype)
+    options: dict[str, Any] = {"use_cache": False} if name == "input_ids" else {}
+    if last is not None and "logits_to_keep" in signature(model.forward).parameters:
+        # As positions, not as a number: a slice of the hidden states would make torch copy the head's whole weight.
+        positions = batch.shape[-1]
+        options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
+    logits: Tensor = model(**{name: batch}, **options).logits
+    return logits
+
+
+class Finished(Exception):
+    """Raised by the last block of a recording forward, so that the head is not computed."""
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its token ids or images."""
+    embeddings = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    return next((embeddings or model).parameters()).device
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output: the output itself, or the first entry of a tuple."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states.")
+    return output
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a block's answer looks like, so that an idle block can give one of the same kind."""
+
+    entries: int
+    """Length of the tuple that begins with the hidden states; 0 if they are the answer themselves."""
+    shape: tuple[int, ...] | None
+    """Of one sample's hidden states, where the block changes it (down-sampling); None where it does not."""
+
+    @classmethod
+    def of(cls, output: Any, hidden: Tensor) -> Answer:
+        """hidden: what the block was given."""
+        shape = tuple(hidden_of(output).shape[1:])
+        return cls(len(output) if isinstance(output, tuple | list) else 0, shape if shape != hidden.shape[1:] else None)
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """Hidden states as the block would answer them."""
+        return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
+
+    def idle(self, hidden: Tensor) -> Any:
+        """The answer of a block that does nothing but pass its input on, or zeros where the shape changes."""
+        return self.wrap(hidden if self.shape is None else hidden.new_zeros(hidden.shape[0], *self.shape))
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Split a block's arguments into the hidden states and a snapshot of the rest."""
+    args, kwargs = snapshot(args), snapshot(kwargs)
+    if args and isinstance(args[0], Tensor):
+        return args[0], BlockCall(args[1:], kwargs, None)
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        return kwargs["hidden_states"], BlockCall(args, rest, "hidden_states")
+    raise UnsupportedModel("a block is called without hidden states as its first argument.")
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[Block], forward: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    """For a while, let every block run another function instead of its own forward."""
+    with ExitStack() as stack:
+        for block in blocks:
+            own = vars(block.module)
+            # Some tools (accelerate's hooks) already put a forward on the instance: that one comes back afterwards.
+            if "forward" in own:
+                stack.callback(own.__setitem__, "forward", own["forward"])
+            else:
+                stack.callback(own.pop, "forward")
+            own["forward"] = forward(block)
+        yield
+
+
+def run_without_blocks(
+    model: nn.Module, blocks: Sequence[Block], batch: Tensor, answers: Sequence[Answer]
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run the model on one batch with idle blocks and record their calls.
+
+    batch: as in `forward_logits`; answers: one for every block.
+    Returns the first block's hidden states (B × S × H, or of any other shape for images) and one call per block.
+    """
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def record(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = split_call(args, kwargs)
+            if not calls:
+                first.append(hidden)
+            calls.append(call)
+            if len(calls) == len(blocks):
+                raise Finished
+            return answers[block.index].idle(hidden)
+
+        return forward
+
+    with replaced_forwards(blocks, record), suppress(Finished):
+        forward_logits(model, batch)
+    if len(calls) != len(blocks):
+        raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks.")
+    return first[0], calls
+
+
+def run_after_blocks(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Tensor,
+    answers: Sequence[Answer],
+    hidden: Tensor,
+    last: int | None = None,
+) -> Tensor:
+    """What the model makes of the last block's output: final norm and head.
+
+    batch, last: as in `forward_logits`; hidden: of the same samples, as the last block answers. Returns logits.
+    """
+
+    def pass_on(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            own = answers[block.index]
+            return own.wrap(hidden) if block is blocks[-1] else own.idle(split_call(args, kwargs)[0])
+
+        return forward
+
+    with replaced_forwards(blocks, pass_on):
+        return forward_logits(model, batch, last)

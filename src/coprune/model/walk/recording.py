@@ -1,0 +1,59 @@
+"""The calibration batches on their way through the model: recorded once, then moved from block to block."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coprune.model.blocks import Block
+from coprune.model.walk.activations import Activations
+from coprune.model.walk.arguments import TensorPool
+from coprune.model.walk.prove import Structure
+from coprune.model.walk.record import BlockCall, run_without_blocks
+
+
+@dataclass
+class Recording:
+    """The calibration batches on their way: the inputs of the next block, and every block's calls.
+
+    tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
+    the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
+    for all.
+    """
+
+    tokens: list[Tensor]
+    hidden: Activations
+    calls: list[list[BlockCall]]
+    dense: Activations | None = None
+    aims: Container[int] | None = None
+
+    @torch.no_grad()
+    def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
+        """Run a block on hidden states of a batch (B × S × H) with that batch's own arguments."""
+        return self.calls[batch][block.index].run(block.module, hidden)
+
+
+@torch.no_grad()
+def record_batches(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    structure: Structure,
+    batches: Sequence[Tensor],
+    activations: Activations | None = None,
+) -> Recording:
+    """Run every batch through the model with idle blocks.
+
+    batches: B × S int64 each; activations: an empty list for the hidden states (default: one in memory).
+    """
+    pool = TensorPool()
+    recording = Recording([], Activations() if activations is None else activations, [])
+    for tokens in batches:
+        hidden, calls = run_without_blocks(model, blocks, tokens, structure.answers)
+        recording.tokens.append(tokens)
+        recording.hidden.append(hidden)
+        recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
+        pool.forget_batch()
+    return recording

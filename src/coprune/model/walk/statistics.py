@@ -1,0 +1,256 @@
+"""What is remembered of a matrix's inputs: sums that are updated batch by batch and can be merged.
+
+Shapes: T tokens of one batch, I inputs of the matrix. Sums are float32 on the inputs' device, whatever the
+model's dtype, and matrices that are fed by the same tensor share one statistic.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import NumericalError
+from coprune.base.native.solving import add_to_gram
+from coprune.pruning.linear_algebra import full_float32
+
+Derived = TypeVar("Derived")
+
+PANEL = 128
+"""Rows of a Gram matrix that one product adds to on a CPU: enough that the product runs at full speed."""
+
+
+class Sums(ABC):
+    """Named float32 sums over tokens, and what has been worked out from them."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.width = width
+        self.count = 0  # tokens seen
+        self.sums: dict[str, Tensor] = {}
+        for name, shape in self.shapes(width).items():
+            self.sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._derived: dict[Hashable, Any] = {}
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every float32 sum, from which memory can be estimated."""
+
+    def merge(self, other: Self) -> None:
+        """Add what another statistic of the same kind and width has seen."""
+        for name, total in self.sums.items():
+            total += other.sums[name]
+        self.count += other.count
+        self._derived.clear()
+
+    def remember(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+        """Return what `compute` gave under this key, computed once until the statistic sees more.
+
+        Matrices that share a statistic so share the factor of its Gram matrix; it is freed with the statistic.
+        Whoever changes `sums` from outside (an all-reduce) does so before anything is derived from them.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        value: Derived = self._derived[key]
+        return value
+
+
+class InputNorm(Sums):
+    """Mean square of every input channel (the Wanda statistic, arXiv 2306.11695)."""
+
+    per_channel: ClassVar[str] = "square"
+    """Name of a sum of shape I that everything seen goes into."""
+
+    @classmethod
+    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
+        return {"square": (width,)}
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs.
+
+        x: T × I (any leading dimensions are flattened), any floating dtype.
+        Raises NumericalError if an input is NaN or infinite.
+        """
+        x_TI = x.reshape(-1, self.width)
+        self._derived.clear()
+        with full_float32():
+            self._add(x_TI)
+        self.count += x_TI.shape[0]
+        # A NaN or inf anywhere in a channel shows in that channel's sum, so T × I values need no look.
+        if not bool(torch.isfinite(self.sums[self.per_channel]).all()):
+            raise NumericalError("the activations hold NaN or infinite values")
+
+    def _add(self, x_TI: Tensor) -> None:
+        self.sums["square"] += x_TI.to(torch.float32).square().sum(dim=0)
+
+    def _sum_square(self) -> Tensor:
+        return self.sums["square"]
+
+    @property
+    def mean_square(self) -> Tensor:
+        """I float32: mean over the tokens of each channel's square (zeros if no token was seen)."""
+        return self._sum_square() / max(self.count, 1)
+
+    @property
+    def root_mean_square(self) -> Tensor:
+        """I float32: n_j, the norm of every channel divided by the square root of the number of tokens."""
+        return self.mean_square.sqrt()
+
+    def topped_up(self, pool: Self) -> Self:
+        """A new statistic in which tokens that are missing to as many as there are inputs come from a pool's average.
+
+        For an expert that saw few tokens, whose own Gram matrix would be singular: pool is its layer's statistic.
+        """
+        mixed = type(self)(self.width, self._sum_square().device)
+        missing = max(0, self.width - self.count)
+        share = missing / max(pool.count, 1)
+        for name, total in mixed.sums.items():
+            total += self.sums[name] + share * pool.sums[name]
+        mixed.count = self.count + missing
+        return mixed
+
+
+class InputMoments(InputNorm):
+    """Mean and mean square of every input channel (the DSnoT statistic, arXiv 2310.08915)."""
+
+    @classmethod
+    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
+        return {"square": (width,), "sum": (width,)}
+
+    def _add(self, x_TI: Tensor) -> None:
+        super()._add(x_TI)
+        self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
+
+    @property
+    def mean(self) -> Tensor:
+        """I float32: mean over the tokens of each channel."""
+        return self.sums["sum"] / max(self.count, 1)
+
+
+class Gram(InputNorm):
+    """Gram matrix XᵀX / T of the inputs (the Hessian of SparseGPT up to a factor, arXiv 2301.00774)."""
+
+    per_channel: ClassVar[str] = "sum"  # not the diagonal, which lies far apart in memory
+
+    @classmethod
+    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
+        return {"gram": (width, width), "sum": (width,)}
+
+    def _add(self, x_TI: Tensor) -> None:
+        self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
+        # Only what lies on the diagonal's panels and right of them: little more than half of the products.
+        if not add_to_gram(self.sums["gram"], x_TI, PANEL):
+            x_TI = x_TI.to(torch.float32)
+            for panel in self._panels():
+                self.sums["gram"][panel, panel.start :].addmm_(x_TI[:, panel].T, x_TI[:, panel.start :])
+
+    def _panels(self) -> Iterator[slice]:
+        gram = self.sums["gram"]
+        size = PANEL if gram.device.type == "cpu" else self.width
+        return (slice(start, min(start + size, self.width)) for start in range(0, self.width, size))
+
+    def _sum_square(self) -> Tensor:
+        return self.sums["gram"].diagonal()
+
+    @property
+    def mean(self) -> Tensor:
+        """I float32: mean over the tokens of each channel."""
+        return self.sums["sum"] / max(self.count, 1)
+
+    @property
+    def gram(self) -> Tensor:
+        """I × I float32, a fresh copy: XᵀX / T. Raises NumericalError where finite inputs were too large for it."""
+        gram = self.sums["gram"] / max(self.count, 1)
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise NumericalError("the activations are so large that their Gram matrix is not finite")
+        for panel in self._panels():
+            gram[panel.stop :, panel] = gram[panel, panel.stop :].T
+        return gram
+
+    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
+        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², of all tokens seen (0.0 where the dense output is zero). weight, pruned: O × I."""
+        dense = weight.to(torch.float32)
+        with full_float32():
+            error, total = self._squared_outputs(dense - pruned), self._squared_outputs(dense)
+        return error / total if total > 0 else 0.0
+
+    def _squared_outputs(self, rows: Tensor) -> float:
+        """‖X rowsᵀ‖² (rows: O × I float32), from the half of the Gram matrix that there is."""
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for panel in self._panels():
+            products = (rows[:, panel] @ self.sums["gram"][panel, panel.start :]).mul_(rows[:, panel.start :])
+            own = panel.stop - panel.start
+            total += products[:, :own].sum(dtype=torch.float64) + 2 * products[:, own:].sum(dtype=torch.float64)
+        return float(total)
+
+
+class InputSample:
+    """A few of a matrix's input tokens, evenly spaced over every batch, to measure layer errors on.
+
+    A Gram matrix would give the error exactly but costs as much as the products themselves; for methods that do not
+    need one, the error on about a thousand tokens is within a few per cent of it at a fiftieth of the cost.
+    """
+
+    tokens = 1024
+
+    def __init__(self, width: int, batches: int, device: torch.device | str = "cpu") -> None:
+        self.width = width
+        self._device = device
+        self._per_batch = max(1, -(-self.tokens // max(batches, 1)))
+        self._rows: list[Tensor] = []
+        self.count = 0  # tokens seen, not kept
+
+    def update(self, x: Tensor) -> None:
+        """Keep some rows of a batch of inputs (T × I, any leading dimensions)."""
+        x_TI = x.reshape(-1, self.width)
+        self.count += x_TI.shape[0]
+        step = max(1, x_TI.shape[0] // self._per_batch)
+        self._rows.append(x_TI[step // 2 :: step][: self._per_batch].to(torch.float32, copy=True))
+
+    def replace(self, inputs: Tensor, count: int) -> None:
+        """Put in place what several samples hold together. inputs: N × I float32; count: tokens that they saw."""
+        self._rows = [inputs]
+        self.count = count
+
+    @property
+    def inputs(self) -> Tensor:
+        """Kept inputs, N × I float32 (N = 0 if no token was seen)."""
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
+
+    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
+        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the kept tokens (0.0 where the dense output is zero). weight, pruned: O × I."""
+        x = self.inputs
+        error = (x @ (weight - pruned).T).square().sum(dtype=torch.float64)
+        total = (x @ weight.T).square().sum(dtype=torch.float64)
+        return float(error / total) if float(total) > 0 else 0.0
+
+
+class CrossGram(Sums):
+    """Products X_denseᵀX_pruned / T of what a matrix saw in the dense model with what it sees behind pruned ones."""
+
+    @classmethod
+    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
+        return {"cross": (width, width)}
+
+    def update(self, x_dense: Tensor, x_pruned: Tensor) -> None:
+        """Add a batch of the same tokens' inputs in both models.
+
+        x_dense, x_pruned: T × I (any leading dimensions are flattened), any floating dtype.
+        Raises NumericalError if the products are NaN or infinite.
+        """
+        dense_TI = x_dense.reshape(-1, self.width).to(torch.float32)
+        pruned_TI = x_pruned.reshape(-1, self.width).to(torch.float32)
+        self._derived.clear()
+        with full_float32():
+            self.sums["cross"].addmm_(dense_TI.T, pruned_TI)
+        self.count += dense_TI.shape[0]
+        if not bool(torch.isfinite(self.sums["cross"].sum())):
+            raise NumericalError("the activations hold NaN or infinite values")
+
+    @property
+    def cross(self) -> Tensor:
+        """I × I float32, a fresh copy: X_denseᵀX_pruned / T."""
+        return self.sums["cross"] / max(self.count, 1)

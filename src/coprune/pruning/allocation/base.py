@@ -1,0 +1,93 @@
+"""What an allocation is: it looks at every matrix once and spreads one budget of zeros over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from coprune.model.matrices import Chosen, Matrix
+from coprune.model.walk.statistics import InputNorm
+from coprune.recipe.pattern import Target
+
+Shown = tuple[Matrix, InputNorm | None]
+"""A matrix of a block with the statistic of its inputs (None if none is asked for, or no token came to it)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets one sparsity: a matrix, or all experts of one parameter."""
+
+    name: str
+    """Path of the parameter, without an expert's number."""
+    place: str
+    """Name of its block; its own name if it lies outside the blocks."""
+    rows: int
+    """Outputs, of all its matrices together."""
+    width: int
+    members: tuple[str, ...]
+    """Names of its matrices."""
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.rows * self.width
+
+
+class Allocation(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    # Properties for the same reason as in Method; an allocation writes class variables.
+    @property
+    def looks(self) -> bool:
+        """Whether it has to see the weights at all."""
+
+    @property
+    def statistic(self) -> type[InputNorm] | None:
+        """What it needs to know of the inputs; None if nothing."""
+
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+        """Look at the matrices of one block of the dense model, together.
+
+        moved: how much the block changes the hidden states, ‖after − before‖² / ‖after‖², mean over tokens; 1 where
+        that is not known.
+        Returns a vector of sums (float64) by name of matrix; sums of experts are added up. A matrix may be missing.
+        """
+        ...
+
+    def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
+        """Give every unit its target, so that all together have the sparsity of the overall one.
+
+        sums: what was measured, by name of unit. Raises BadInput if that cannot be.
+        """
+        ...
+
+
+def units_of(chosen: Chosen, block_names: Sequence[str]) -> list[Unit]:
+    """Gather the chosen matrices into units, in the order of the model."""
+    members: dict[str, list[Matrix]] = {}
+    places: dict[str, str] = {}
+    for place, matrices in [*zip(block_names, chosen.blocks, strict=True), (None, chosen.outside)]:
+        for matrix in matrices:
+            name = unit_name(matrix.name)
+            members.setdefault(name, []).append(matrix)
+            places[name] = name if place is None else place
+    return [
+        Unit(
+            name,
+            places[name],
+            sum(matrix.shape[0] for matrix in matrices),
+            matrices[0].shape[1],
+            tuple(matrix.name for matrix in matrices),
+        )
+        for name, matrices in members.items()
+    ]
+
+
+def unit_name(matrix_name: str) -> str:
+    """The unit that a matrix belongs to."""
+    return matrix_name.partition("[")[0]

@@ -1,0 +1,125 @@
+"""Allocation by a file: sparsities by patterns of names, for those who know what they want.
+
+The file is a YAML mapping from shell-like patterns to sparsities, or to N:M where the run's pattern is N:M; of several
+patterns that match a matrix the first counts. Matrices that no pattern matches share what is left of the budget.
+
+    "*.v_proj": 0.4
+    "model.layers.0.*": 0.55
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.pruning.allocation.base import Shown, Unit
+from coprune.pruning.allocation.budget import Curve, within_budget
+from coprune.recipe.pattern import NM, Target, parse_pattern
+
+TOLERANCE = 1e-4
+"""How far the file's sparsities may be from the overall one on average, if they cover all matrices."""
+
+
+@dataclass(frozen=True)
+class ByFile:
+    """Give the matrices the sparsities that a file names."""
+
+    entries: tuple[tuple[str, float | str], ...]
+    """Patterns and sparsities (or N:M), in the file's order."""
+
+    looks: ClassVar[bool] = False
+    statistic: ClassVar[None] = None
+
+    @classmethod
+    def read(cls, path: Path) -> ByFile:
+        """Read a file. Raises BadInput if it is missing, no YAML, or holds something else than sparsities."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInput(f"the allocation {path} cannot be read: {error.strerror}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadInput(f"the allocation {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        if not isinstance(data, dict) or not data:
+            raise BadInput(f"the allocation {path} holds no mapping; it should read like '\"*.v_proj\": 0.4'.")
+        for pattern, value in data.items():
+            _check(path, pattern, value)
+        return cls(tuple(data.items()))
+
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+        return {}
+
+    def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
+        self._check_patterns(units)
+        wanted = [self._wanted(unit, target) for unit in units]
+        total = sum(unit.weights for unit in units)
+        named = sum(u.weights * s for u, s in zip(units, wanted, strict=True) if s is not None)
+        free = sum(u.weights for u, s in zip(units, wanted, strict=True) if s is None)
+        if free == 0 and abs(named / total - target.sparsity) > TOLERANCE:
+            raise BadInput(
+                f"the allocation's file gives a sparsity of {named / total:.5f} in all, and {target.sparsity:g} is asked "
+                f"for; ask for --sparsity {named / total:.5f}, or leave some matrices out of the file."
+            )
+        rest = (target.sparsity * total - named) / free if free else target.sparsity
+        if not 0 <= rest < 1:
+            raise BadInput(
+                f"the allocation's file leaves a sparsity of {rest:.3f} to the matrices that it does not name, if all "
+                f"are to have {target.sparsity:g}; change the file or --sparsity."
+            )
+        curves = [
+            _near(rest, unit, 1.0) if sparsity is None else _near(sparsity, unit, 0.0)
+            for sparsity, unit in zip(wanted, units, strict=True)
+        ]
+        return within_budget(units, curves, target)
+
+    def _wanted(self, unit: Unit, target: Target) -> float | None:
+        for pattern, value in self.entries:
+            if _matches(unit, pattern):
+                return _sparsity_of(value, target)
+        return None
+
+    def _check_patterns(self, units: Sequence[Unit]) -> None:
+        for pattern, _ in self.entries:
+            if not any(_matches(unit, pattern) for unit in units):
+                raise BadInput(
+                    f"the allocation's pattern {pattern!r} matches none of the matrices to prune; names look like "
+                    f"{units[0].name!r}."
+                )
+
+
+def _near(sparsity: float, unit: Unit, reach: float) -> Curve:
+    """The curve of a sparsity that is wished for, and may be left by `reach` at most (and whole steps)."""
+    return Curve(lambda s: unit.weights * (s - sparsity) ** 2, max(0.0, sparsity - reach), min(1.0, sparsity + reach))
+
+
+def _matches(unit: Unit, pattern: str) -> bool:
+    return fnmatchcase(unit.name, pattern)
+
+
+def _sparsity_of(value: float | str, target: Target) -> float:
+    pattern = target.pattern
+    if not isinstance(value, str):
+        return float(value)
+    named = parse_pattern(value)
+    if not isinstance(named, NM) or not isinstance(pattern, NM) or named.m != pattern.m:
+        raise BadInput(
+            f"the allocation's {value} does not fit the pattern {pattern}; give a sparsity or N of the same M."
+        )
+    return named.sparsity
+
+
+def _check(path: Path, pattern: Any, value: Any) -> None:
+    """Raises BadInput unless this is a pattern and a sparsity, or N:M."""
+    if not isinstance(pattern, str):
+        raise BadInput(f"the allocation {path} names {pattern!r}, which is no pattern of names.")
+    # YAML 1.1 reads an unquoted 3:8 as a number to the base 60; quoted it stays what it is.
+    if isinstance(value, str):
+        parse_pattern(value)
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise BadInput(f"the allocation {path} gives {pattern!r} the sparsity {value!r}; it has to be 0 ≤ s < 1.")

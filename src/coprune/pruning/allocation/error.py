@@ -1,0 +1,137 @@
+"""Error-driven allocation: measure what every matrix loses at several sparsities, and spend zeros where least is lost.
+
+The errors are those of Wanda's mask, relative to the matrix's own output, so that those of different matrices compare,
+and times what the matrix's block changes in the hidden states, since what a block hardly adds to can hardly be spoilt by
+it. Their sum is least, under one budget, where every matrix loses the same for its last weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.base.options import require_not_negative, require_positive
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.allocation.base import Shown, Unit
+from coprune.pruning.allocation.budget import Curve, Floats, within_budget
+from coprune.pruning.linear_algebra import damp_diagonal, full_float32, solve_masked
+from coprune.pruning.methods.base import apply_keep
+from coprune.pruning.methods.wanda import wanda_score
+from coprune.recipe.pattern import NM, Target
+
+
+@dataclass(frozen=True)
+class Error:
+    """Minimise the relative layer errors of all matrices, summed with the weights of their blocks."""
+
+    bound: float = 0.15
+    """How far a matrix's sparsity may be from the overall one (N:M: at least one of M)."""
+    points: int = 7
+    """At how many sparsities errors are measured (N:M: at every N within the bound)."""
+    rows: int = 256
+    """Outputs of a matrix to measure on, evenly spaced: its error is a sum over them."""
+    refit: int = 0
+    """Rounds of masked refit before an error is measured, for methods that update weights."""
+    movement: float = 1.0
+    """Errors count by what their block changes in the hidden states, to this power; 0: all blocks alike."""
+
+    looks: ClassVar[bool] = True
+    statistic: ClassVar[type[Gram]] = Gram
+
+    def __post_init__(self) -> None:
+        require_positive(bound=self.bound, rows=self.rows)
+        require_not_negative(refit=self.refit, movement=self.movement)
+        if self.points < 2:
+            raise BadInput(f"option 'points' must be at least 2, not {self.points!r}.")
+
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+        """For every matrix the size of its output, and its weighted errors at the sparsities of `grid`."""
+        found = {}
+        for matrix, statistic in shown:
+            if isinstance(statistic, Gram):
+                weight = matrix.read()
+                rows = weight[:: -(-weight.shape[0] // self.rows)]
+                found[matrix.name] = layer_errors(rows, statistic, self.grid(target), self.refit)
+                found[matrix.name][1:] *= moved**self.movement
+        return found
+
+    def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
+        grid = self.grid(target)
+        sparsities = np.array([point.sparsity for point in grid])
+        curves = []
+        for unit in units:
+            found = sums.get(unit.name)
+            # Of a matrix that no token came to, or whose output is zero, nothing is known to be lost.
+            errors = np.zeros_like(sparsities)
+            if found is not None and float(found[0]) > 0:
+                errors = (found[1:] / found[0]).numpy()
+            curves.append(convex_curve(sparsities, errors))
+        return within_budget(units, curves, target)
+
+    def grid(self, target: Target) -> list[Target]:
+        """The targets at which errors are measured, from the lowest sparsity on."""
+        pattern, sparsity = target.pattern, target.sparsity
+        if isinstance(pattern, NM):
+            reach = max(1, int(self.bound * pattern.m + 1e-6))
+            kept = range(min(pattern.n + reach, pattern.m - 1), max(pattern.n - reach, 1) - 1, -1)
+            return [Target(NM(n, pattern.m), 1 - n / pattern.m) for n in kept]
+        low, high = max(0.0, sparsity - self.bound), min(1.0, sparsity + self.bound)
+        return [Target(pattern, float(s)) for s in np.linspace(low, high, self.points)]
+
+
+def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit: int) -> Tensor:
+    """Size of a layer's output and its errors ‖X(W − Ŵ)ᵀ‖²/T under Wanda's masks, refitted for some rounds.
+
+    weight: O × I float32. Returns float64: the size, then one error per target of the grid.
+    """
+    with full_float32():
+        gram = statistic.gram
+        damped = damp_diagonal(gram, 0.01)
+        score = wanda_score(weight, statistic)
+        found = [_energy(weight, gram)]
+        for target in grid:
+            keep = target.keep(score, "row")
+            pruned = apply_keep(weight, keep)
+            if refit:
+                pruned = solve_masked(weight, pruned, keep, damped, refit)
+            found.append(_energy(weight - pruned, gram))
+    return torch.stack(found).cpu()
+
+
+def _energy(weight: Tensor, gram: Tensor) -> Tensor:
+    return ((weight @ gram) * weight).sum(dtype=torch.float64)
+
+
+def convex_curve(sparsities: Floats, errors: Floats) -> Curve:
+    """The largest convex function below the measured points, with straight lines between its corners.
+
+    sparsities: ascending; errors: one for each.
+    """
+    corners: list[int] = []
+    for i in range(len(sparsities)):
+        while len(corners) > 1 and _above(corners[-2], corners[-1], i, sparsities, errors):
+            corners.pop()
+        corners.append(i)
+    x, y = sparsities[corners], errors[corners]
+
+    def cost(s: Floats) -> Floats:
+        # Straight on beyond the ends, where whole steps may lead by less than one.
+        inside = np.interp(s, x, y)
+        if len(x) < 2:
+            return inside
+        first, last = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
+        result: Floats = inside + first * np.minimum(s - x[0], 0) + last * np.maximum(s - x[-1], 0)
+        return result
+
+    return Curve(cost, float(sparsities[0]), float(sparsities[-1]))
+
+
+def _above(a: int, b: int, c: int, x: Floats, y: Floats) -> bool:
+    """Whether the point b lies on or above the line from a to c."""
+    return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))

@@ -1,0 +1,77 @@
+"""OWL: blocks whose scores hold more outliers are pruned less (Outlier Weighed Layerwise sparsity, arXiv 2310.05175)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coprune.base.options import require_not_negative, require_positive
+from coprune.model.walk.statistics import InputNorm
+from coprune.pruning.allocation.base import Shown, Unit
+from coprune.pruning.allocation.budget import wish, within_budget
+from coprune.pruning.methods.wanda import wanda_score
+from coprune.recipe.pattern import Target
+
+
+@dataclass(frozen=True)
+class OWL:
+    """Give every block a share of kept weights that grows with its share of outliers."""
+
+    threshold: float = 5.0
+    """An outlier is a score |W|·n above so many times the mean of its block."""
+    spread: float = 0.08
+    """Half the distance between the largest and the smallest share of kept weights (the paper's λ)."""
+
+    looks: ClassVar[bool] = True
+    statistic: ClassVar[type[InputNorm]] = InputNorm
+
+    def __post_init__(self) -> None:
+        require_positive(threshold=self.threshold)
+        require_not_negative(spread=self.spread)
+
+    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+        """Outliers and entries of every matrix. Scores are computed twice rather than all kept."""
+        known = [(matrix, statistic) for matrix, statistic in shown if statistic is not None]
+        total, entries = 0.0, 0
+        for matrix, statistic in known:
+            score = wanda_score(matrix.read(), statistic)
+            total += float(score.sum(dtype=torch.float64))
+            entries += score.numel()
+        limit = self.threshold * total / max(entries, 1)
+        found = {}
+        for matrix, statistic in known:
+            score = wanda_score(matrix.read(), statistic)
+            found[matrix.name] = torch.tensor([float((score > limit).sum()), score.numel()], dtype=torch.float64)
+        return found
+
+    def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
+        found: dict[str, Tensor] = {}
+        for unit in units:
+            if unit.name in sums:
+                found[unit.place] = found.get(unit.place, torch.zeros(2, dtype=torch.float64)) + sums[unit.name]
+        shares = torch.tensor([_share(found.get(unit.place)) for unit in units], dtype=torch.float64)
+        counts = torch.tensor([unit.weights for unit in units], dtype=torch.float64)
+        kept = kept_by_outliers(shares, counts, 1 - target.sparsity, self.spread)
+        wishes = [wish(1 - float(ratio), unit) for ratio, unit in zip(kept, units, strict=True)]
+        return within_budget(units, wishes, target)
+
+
+def _share(found: Tensor | None) -> float:
+    return 0.0 if found is None else float(found[0] / found[1])
+
+
+def kept_by_outliers(shares: Tensor, counts: Tensor, kept: float, spread: float) -> Tensor:
+    """Map shares of outliers linearly to shares of kept weights, 2 · spread apart at most.
+
+    shares, counts: one per unit, float64, where counts are the units' weights. Returns shares of kept weights whose
+    mean, weighted by counts, is `kept` (the authors weigh all blocks the same). They may lie outside [0, 1].
+    """
+    distance = shares.max() - shares.min()
+    if float(distance) == 0:
+        return torch.full_like(shares, kept)
+    ratio = (shares - shares.min()) / distance * 2 * spread
+    return ratio - (ratio * counts).sum() / counts.sum() + kept

@@ -1,0 +1,218 @@
+"""Factorisations that the solvers share: damped, checked, and honest about what they had to repair.
+
+Everything here is float32 unless it says otherwise. A factorisation that fails is never replaced by an identity
+matrix (that would be magnitude pruning under another name): the damping is raised, then the spectrum is clipped,
+each of which leaves a sentence in `events`, and what still fails raises NumericalError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import NumericalError
+
+ESCALATIONS = 3
+"""How often the damping is raised tenfold before the spectrum is clipped."""
+SMALLEST_HALF = 128
+"""Size from which on a triangular matrix is inverted at once."""
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products in true float32 (no TF32, no bfloat16 passes) and without autograd, inside statistics and solvers."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Factor matrix + damping · mean(diag) · I.
+
+    matrix: I × I float32, symmetric; damping > 0. Returns L (I × I float32, lower, LLᵀ = the damped matrix) and the
+    events. Raises NumericalError if the matrix is not finite or cannot be repaired.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError("the Gram matrix holds NaN or infinite values")
+    mean = matrix.diagonal().mean()
+    events: list[str] = []
+    strength = damping
+    for _ in range(ESCALATIONS + 1):
+        damped = matrix.clone()
+        damped.diagonal().add_(strength * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            return lower, tuple(events)
+        strength *= 10
+        events.append(f"the Cholesky factorisation failed; damping raised to {strength:g}")
+    events[-1] = "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64"
+    return _clipped_cholesky(matrix, float(damping * mean)), tuple(events)
+
+
+def _clipped_cholesky(matrix: Tensor, floor: float) -> Tensor:
+    """Lower factor of the matrix whose eigenvalues are raised to at least `floor` (and 1e-6 of the largest)."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    clipped = values.clamp_min(max(floor, 1e-6 * float(values[-1])))
+    repaired: Tensor = (vectors * clipped) @ vectors.T
+    factor, info = torch.linalg.cholesky_ex(repaired)
+    lower: Tensor = factor.to(matrix.dtype)
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        raise NumericalError("the Gram matrix cannot be factored, not even with its eigenvalues clipped from below")
+    return lower
+
+
+class InverseFactor(NamedTuple):
+    """The inverse of a damped Gram matrix as Uᵀ·U with U = diag(pivots) · unit.
+
+    unit: I × I float32, upper triangular with ones on its diagonal; pivots: I float32; dead: I bool, the inputs
+    that are zero in every token.
+    """
+
+    unit: Tensor
+    pivots: Tensor
+    dead: Tensor
+    events: tuple[str, ...]
+
+
+def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
+    """Factor the inverse of gram + damping · mean(diag) · I, the U of SparseGPT (arXiv 2301.00774).
+
+    gram: I × I float32. Raises NumericalError like damped_cholesky.
+
+    The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ
+    with R upper triangular, so U = R⁻¹: half the work, and one place where it can fail instead of two.
+    Dead inputs get the mean of the live diagonal instead of the authors' 1, which depends on the scale of the
+    activations and would leak into everybody's damping.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    live_mean = diagonal.sum() / (~dead).sum().clamp_min(1)
+    filler = torch.where(live_mean > 0, live_mean, torch.ones_like(live_mean))
+    reverse = gram.flip(0, 1)
+    reverse.diagonal().add_(filler * dead.flip(0))
+    lower, events = damped_cholesky(reverse, damping)
+    del reverse
+    upper = lower.flip(0, 1)
+    del lower  # few matrices of this size at a time: that is what solving adds to the memory of a run
+    invert_upper(upper)
+    pivots = upper.diagonal().clone()
+    return InverseFactor(upper.div_(pivots[:, None]), pivots, dead, events)
+
+
+def invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in place (I × I, zero below its diagonal).
+
+    By halves: the inverse of [A B; 0 D] is [A⁻¹ −A⁻¹BD⁻¹; 0 D⁻¹], nearly all of it products. Solving for the columns of the
+    identity does not use that they are triangular too.
+    """
+    size = matrix.shape[0]
+    if size <= SMALLEST_HALF:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = size // 2
+    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    invert_upper(first)
+    invert_upper(last)
+    torch.mm(first, corner @ last, out=corner).neg_()
+
+
+class ScaledGram(NamedTuple):
+    """A Gram matrix with its diagonal scaled to one: scaled (I × I float32), scale (I float32, 0 for dead inputs)."""
+
+    scaled: Tensor
+    scale: Tensor
+
+    def into(self, weight: Tensor) -> Tensor:
+        """The weight in the scaled problem, O × I float32: multiplied by the root mean square of each input."""
+        return weight.to(torch.float32) * self.scale
+
+    def out_of(self, scaled_weight: Tensor) -> Tensor:
+        """Back to the weight's own scale; what multiplies dead inputs is zero."""
+        return scaled_weight / torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
+
+
+def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
+    """Divide a Gram matrix by the root mean squares of its inputs and add damping to the unit diagonal.
+
+    gram: I × I float32. The diagonal becomes 1 + damping, and just damping for dead inputs.
+    """
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = gram / safe / safe[:, None]
+    scaled.diagonal().add_(damping)
+    return ScaledGram(scaled, scale)
+
+
+def damp_diagonal(gram: Tensor, damping: float) -> Tensor:
+    """G + damping · diag(G), I × I: every input damped in proportion to itself, dead ones not at all."""
+    return gram + torch.diag(damping * gram.diagonal())
+
+
+def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """Layer error of every row, ΔGΔᵀ. delta: O × I, gram: I × I. Returns O float64.
+
+    In float64, because where there are fewer tokens than inputs the terms cancel to less than float32 can tell.
+    """
+    exact = delta.double()
+    return ((exact @ gram.double()) * exact).sum(dim=1)
+
+
+def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, rounds: int) -> Tensor:
+    """Minimise (W − Ŵ)G(W − Ŵ)ᵀ over the kept entries of every row, by conjugate gradients on all rows at once.
+
+    weight: O × I float32, what is aimed at; start: O × I, zero where keep is False; gram: I × I float32, damped if
+    it may be singular. The residual is masked in each round and preconditioned by the diagonal of G, which leaves one
+    product per round for all rows. Returns O × I float32.
+    """
+    kept = keep.to(torch.float32)
+    diagonal = gram.diagonal()
+    preconditioner = torch.where(diagonal > 0, 1 / diagonal, torch.zeros_like(diagonal))
+    solution = start.clone()
+    residual = ((weight - solution) @ gram).mul_(kept)
+    direction = residual * preconditioner
+    strength = (residual * direction).sum(dim=1, keepdim=True)
+    for _ in range(rounds):
+        image = (direction @ gram).mul_(kept)
+        step = _ratio(strength, (direction * image).sum(dim=1, keepdim=True))
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        scaled = residual * preconditioner
+        before, strength = strength, (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled.addcmul_(_ratio(strength, before), direction)
+    return solution
+
+
+def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -> Tensor:
+    """In which rows the layer error of `after` is no greater than that of `before`. All O × I; returns O × 1 bool."""
+    return (row_errors(weight - after, gram) <= row_errors(weight - before, gram))[:, None]
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, and zero where a row has converged and nothing is left to divide by."""
+    return torch.where(below > 0, above / below, torch.zeros_like(above))
+
+
+def dense_target(weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 0.01) -> tuple[Tensor, tuple[str, ...]]:
+    """The weight that gives, on the inputs behind pruned layers, what the dense model's inputs gave: W̃ = W C G⁻¹.
+
+    weight: O × I; cross: C = X_denseᵀX_pruned / T and gram: G = X_prunedᵀX_pruned / T, I × I float32. Returns O × I
+    float32 and the numerical events. Written as W + W(C − G)(G + λI)⁻¹ with λ = damping · mean(diag G), so that
+    damping pulls toward W and not toward zero, and equal inputs change nothing. Raises NumericalError.
+    """
+    with full_float32():
+        dense = weight.to(torch.float32)
+        lower, events = damped_cholesky(gram, damping)
+        change = torch.cholesky_solve(((cross - gram).T @ dense.T), lower).T
+        return dense + change, events

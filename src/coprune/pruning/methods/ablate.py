@@ -1,0 +1,53 @@
+"""Ablations of SparseGPT: its weight update with the masks of magnitude or Wanda (section 5 of arXiv 2306.11695).
+
+`sequential` fixes the mask of the whole matrix before the update; `iterative` chooses it block by block from
+weights that the update has already changed, as SparseGPT itself does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from coprune.base.options import require_positive
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.methods.base import Pruned
+from coprune.pruning.methods.sparsegpt import inverse_factor_of, update_columns
+from coprune.pruning.methods.wanda import wanda_score
+from coprune.recipe.pattern import Target
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """SparseGPT's update with another criterion for what falls."""
+
+    score: Literal["magnitude", "wanda"] = "wanda"
+    """|W|, or |W| times the input norm."""
+    selection: Literal["sequential", "iterative"] = "sequential"
+    """Whether the mask is chosen before the update or along with it."""
+    block_size: int = 128
+    """Columns whose mask is chosen together (iterative, unstructured); for N:M it must be a multiple of M."""
+    damping: float = 0.01
+    """What is added to the Hessian's diagonal, as a fraction of its mean."""
+
+    statistic: ClassVar[type[Gram]] = Gram
+
+    def __post_init__(self) -> None:
+        require_positive(block_size=self.block_size, damping=self.damping)
+
+    def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
+        factor = inverse_factor_of(statistic, self.damping)
+        if self.selection == "sequential":
+            dense_score = wanda_score(weight, statistic) if self.score == "wanda" else weight.abs()
+            mask = target.keep(dense_score, "row" if self.score == "wanda" else "matrix")
+            return update_columns(weight, factor, lambda _, columns: mask[:, columns], target, self.block_size)
+        # The authors divide these norms by the sample count a second time while they average, which gives early
+        # samples more weight; this is the plain mean over all tokens.
+        norm = statistic.root_mean_square
+
+        def choose(current: Tensor, columns: slice) -> Tensor:
+            return target.keep(current.abs() * norm[columns] if self.score == "wanda" else current.abs())
+
+        return update_columns(weight, factor, choose, target, self.block_size)

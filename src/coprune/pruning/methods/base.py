@@ -1,0 +1,39 @@
+"""What a pruning method is: hyperparameters, the statistic it asks for, and one pure function on tensors."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from coprune.model.walk.statistics import InputNorm
+from coprune.recipe.pattern import Target
+
+
+class Pruned(NamedTuple):
+    """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events."""
+
+    weight: Tensor
+    keep: Tensor
+    events: tuple[str, ...] = ()
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters, its command-line options and its recipe keys."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    # A property only because a protocol's variables are invariant; a method writes `statistic: ClassVar[...] = ...`.
+    @property
+    def statistic(self) -> type[InputNorm] | None:
+        """What it needs to know of the inputs; None if nothing."""
+
+    # Any, because each method narrows it to the statistic that it names.
+    def prune(self, weight: Tensor, statistic: Any, target: Target) -> Pruned:
+        """Prune one matrix. weight: O × I float32, not modified; statistic: of the type asked for."""
+        ...
+
+
+def apply_keep(weight: Tensor, keep: Tensor) -> Tensor:
+    """The weight with zeros where keep is False (a true zero, also where the weight is inf or negative)."""
+    return weight.masked_fill(~keep, 0.0)

@@ -1,0 +1,46 @@
+"""Describe every method from its own file: the class's first sentence, its fields, their defaults and comments."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+
+from coprune.pruning.methods import METHODS, method_named
+from coprune.pruning.methods.base import Method
+
+
+def describe_methods(name: str | None = None) -> list[str]:
+    """Lines that list every method (or one) with its options. Raises BadInput for an unknown name."""
+    chosen = {name: method_named(name)} if name is not None else METHODS
+    lines = []
+    for title, method in chosen.items():
+        needs = method.statistic.__name__ if method.statistic is not None else "nothing"
+        lines.append(f"{title}: {_first_line(type(method).__doc__)} (needs of the inputs: {needs})")
+        comments = field_comments(type(method))
+        for field in dataclasses.fields(method):
+            flag = field.name.replace("_", "-")
+            lines.append(f"    --{flag:<14} {comments.get(field.name, '')} [{getattr(method, field.name)}]")
+    return lines
+
+
+def field_comments(cls: type[Method]) -> dict[str, str]:
+    """The string below each field of a class, on one line. Python keeps no such strings, so the source is read."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    comments = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
+            comments[field.target.id] = " ".join(after.value.value.split())
+    return comments
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]

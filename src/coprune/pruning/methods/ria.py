@@ -1,0 +1,45 @@
+"""RIA: a weight counts by its share of its row and of its column (Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF).
+
+Magnitude and Wanda can strip an input or an output almost bare; relative importance keeps the strongest weights of
+each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from coprune.base.options import require_not_negative
+from coprune.model.walk.statistics import InputNorm
+from coprune.pruning.methods.base import Pruned, apply_keep
+from coprune.recipe.pattern import Group, Target
+
+
+def ria_score(weight: Tensor, statistic: InputNorm, power: float) -> Tensor:
+    """(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power, O × I float32."""
+    magnitude = weight.abs()
+    tiny = 1e-30  # a row or column of zeros scores zero
+    by_input = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(tiny)
+    by_output = magnitude / magnitude.sum(dim=1, keepdim=True).clamp_min(tiny)
+    return (by_input + by_output) * statistic.root_mean_square.pow(power)
+
+
+@dataclass(frozen=True)
+class RIA:
+    """Prune the weights of least relative importance; no weight is changed."""
+
+    power: float = 0.5
+    """How much the input norms count: n^power."""
+    group: Group = "matrix"
+    """Which weights compete: those of the whole matrix (as in the authors' code) or of one output row."""
+
+    statistic: ClassVar[type[InputNorm]] = InputNorm
+
+    def __post_init__(self) -> None:
+        require_not_negative(power=self.power)
+
+    def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
+        keep = target.keep(ria_score(weight, statistic, self.power), self.group)
+        return Pruned(apply_keep(weight, keep), keep)

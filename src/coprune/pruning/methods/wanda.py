@@ -1,0 +1,31 @@
+"""Wanda: weight magnitude times input norm, compared within each output row (arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from coprune.model.walk.statistics import InputNorm
+from coprune.pruning.methods.base import Pruned, apply_keep
+from coprune.recipe.pattern import Group, Target
+
+
+def wanda_score(weight: Tensor, statistic: InputNorm) -> Tensor:
+    """|W_ij| · n_j, O × I float32, where n_j is the root mean square of input channel j."""
+    return weight.abs() * statistic.root_mean_square
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Prune the weights with the smallest |W| · n; no weight is changed."""
+
+    group: Group = "row"
+    """Which weights compete: those of one output row (the paper's choice) or the whole matrix."""
+
+    statistic: ClassVar[type[InputNorm]] = InputNorm
+
+    def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
+        keep = target.keep(wanda_score(weight, statistic), self.group)
+        return Pruned(apply_keep(weight, keep), keep)

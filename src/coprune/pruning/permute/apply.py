@@ -1,0 +1,139 @@
+"""Permute a model's channels for N:M before it is pruned: a consumer of the walk that leaves the function as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.folding import Fold, close, find_folds
+from coprune.model.matrices import Chosen, Matrix
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.prove import Structure
+from coprune.model.walk.record import forward_logits
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.walk import BlockDone, Walk
+from coprune.pruning.methods.base import Method
+from coprune.pruning.methods.ria import RIA, ria_score
+from coprune.pruning.methods.wanda import wanda_score
+from coprune.pruning.permute.search import permute_channels, retained_score
+from coprune.recipe.pattern import NM
+
+
+@dataclass
+class Permuted:
+    """What permuting did: score retained in the permuted matrices before and after, and which matrices those are."""
+
+    before: float = 0.0
+    after: float = 0.0
+    names: list[str] = field(default_factory=list)
+    of: int = 0
+    """How many matrices there are to prune."""
+
+    def describe(self) -> str:
+        """One line."""
+        if not self.names:
+            return "No inputs could be permuted without changing the model; it is as it was."
+        return (
+            f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
+            f"or from what could not be proved): N:M retains {self.after / self.before - 1:.2%} more of their score."
+        )
+
+
+def check_permutable(weights: Weights, pattern: object) -> None:
+    """Raise BadInput where permuting makes no sense or is not possible."""
+    if not isinstance(pattern, NM):
+        raise BadInput("permute reorders channels for groups of N:M; give a pattern such as 2:4.")
+    if not isinstance(weights, InMemory):
+        raise BadInput("permute needs the whole model in memory; add --no-stream.")
+
+
+@torch.no_grad()
+def permute_model(
+    weights: Weights,
+    blocks: Sequence[Block],
+    chosen: Chosen,
+    structure: Structure,
+    recording: Recording,
+    method: Method,
+    pattern: NM,
+    probe: Tensor,
+    reduce: Callable[[Inputs], None] = lambda inputs: None,
+    advance: Callable[[float], None] = lambda blocks: None,
+) -> Permuted:
+    """Permute input channels in place, so that N:M retains more of the score; the model computes what it did before.
+
+    recording: calibration batches of its own, since it moves their hidden states on; method: RIA's own score for RIA,
+    Wanda's for every other; probe: a sample (1 × S int64) on which the logits are compared. If they differ by more
+    than rounding, everything is put back. Raises BadInput, NumericalError.
+    """
+    check_permutable(weights, pattern)
+    logits = forward_logits(weights.model, probe)
+    done: list[tuple[Fold, list[Tensor]]] = []
+    permuted = Permuted(of=sum(1 for _ in chosen.all()))
+    walk = Walk(
+        weights, blocks, chosen.blocks, InputNorm, structure, recording, changes=False, reduce=reduce, advance=advance
+    )
+    statistics: dict[str, InputNorm] = {}
+    before = recording.hidden[0].clone()
+    for event in walk:
+        if not isinstance(event, BlockDone):
+            if event.inputs is not None and event.inputs.statistic is not None and event.inputs.statistic.count:
+                statistics |= dict.fromkeys((m.name for m in event.matrices), event.inputs.statistic)
+            continue
+        block, sample = event.block, before
+
+        def run(block: Block = block, sample: Tensor = sample) -> Tensor:
+            return recording.run(block, 0, sample)
+
+        for fold in find_folds(structure.groups[block.index], _head_size(weights.model), run):
+            if fold.layout.size % pattern.m == 0:
+                done.append((fold, _permute(fold, statistics, method, pattern, permuted)))
+        before = recording.hidden[0].clone()
+        statistics.clear()
+    if not close(forward_logits(weights.model, probe), logits):
+        for fold, orders in reversed(done):
+            fold.undo(orders)
+        return Permuted(of=permuted.of)
+    return permuted
+
+
+def _permute(
+    fold: Fold, statistics: dict[str, InputNorm], method: Method, pattern: NM, permuted: Permuted
+) -> list[Tensor]:
+    """Find the best orders for one fold and apply them."""
+    orders = []
+    for consumer in fold.consumers:
+        score = _score(consumer, statistics.get(consumer.name), method)
+        order = torch.stack([permute_channels(part, pattern) for part in fold.layout.scores(score)])
+        orders.append(order)
+        permuted.before += retained_score(score, pattern)
+        permuted.after += retained_score(score[:, fold.layout.columns(order).to(score.device)], pattern)
+        permuted.names.append(consumer.name)
+    fold.apply(orders)
+    return orders
+
+
+def _score(matrix: Matrix, statistic: InputNorm | None, method: Method) -> Tensor:
+    if statistic is None:
+        return matrix.read().abs()
+    if isinstance(method, RIA):
+        return ria_score(matrix.read(), statistic, method.power)
+    return wanda_score(matrix.read(), statistic)
+
+
+def _head_size(model: Any) -> int | None:
+    """Width of an attention head by the configuration, if it says so."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None)
+    if size is None:
+        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+        size = width // heads if heads and width else None
+    return size

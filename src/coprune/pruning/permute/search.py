@@ -1,0 +1,75 @@
+"""Channel permutation for N:M: put input channels into groups so that less of the score has to be pruned.
+
+N:M keeps N of every M consecutive inputs whatever they are worth; where four strong channels stand together, half of
+them fall. RIA (Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF) sorts the channels by their total score, deals them
+serpentine over the groups, and then exchanges one channel of every group at a time by linear sum assignment.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.recipe.pattern import NM, keep_n_of_m
+
+
+def retained_score(score: Tensor, pattern: NM) -> float:
+    """The summed score of what N:M keeps. score: O × I float."""
+    return float(score[keep_n_of_m(score, pattern)].sum(dtype=torch.float64))
+
+
+def permute_channels(score: Tensor, pattern: NM, rounds: int = 10) -> Tensor:
+    """Find an order of the input channels in which N:M retains more of the score.
+
+    score: O × I float32, not negative, M divides I (else BadInput). rounds: of exchanges at most; they end when
+    nothing is gained any more. Returns I int64 on the CPU: which channel comes to each place, such that
+    score[:, order] retains the most; the identity if nothing better is found.
+    """
+    width = score.shape[1]
+    if width % pattern.m:
+        raise BadInput(f"pattern {pattern} does not divide a width of {width} inputs.")
+    identity = torch.arange(width)
+    groups = deal_serpentine(score.sum(dim=0, dtype=torch.float64).cpu(), pattern.m)
+    best, order = retained_score(score, pattern), identity
+    for _ in range(rounds):
+        groups = _exchange(score, groups, pattern)
+        found = retained_score(score[:, groups.reshape(-1).to(score.device)], pattern)
+        if found <= best * (1 + 1e-7):
+            break
+        best, order = found, groups.reshape(-1).clone()
+    return order
+
+
+def deal_serpentine(totals: Tensor, m: int) -> Tensor:
+    """Deal channels, the greatest first, over groups of m: forwards, backwards, forwards … Returns I/m × m int64."""
+    descending = totals.argsort(descending=True, stable=True).reshape(m, -1)
+    hands = [hand.flip(0) if number % 2 else hand for number, hand in enumerate(descending)]
+    return torch.stack(hands, dim=1)
+
+
+def _exchange(score: Tensor, groups: Tensor, pattern: NM) -> Tensor:
+    """Take one channel out of every group and put them back in the best way, for each of the M places in turn."""
+    groups = groups.clone()
+    for place in range(pattern.m):
+        others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
+        value = _values(score, groups[:, place].to(score.device), others.to(score.device), pattern.n)
+        _, chosen = linear_sum_assignment(value.T.cpu().numpy(), maximize=True)
+        groups[:, place] = groups[torch.from_numpy(chosen), place]
+    return groups
+
+
+def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
+    """What a group retains with a channel added, up to a constant of the group.
+
+    channels: C; others: G × (M − 1), the channels that stay in each group. Returns C × G. Of a row, the group keeps its
+    n − 1 best others in any case, and then the better of the next one and the channel: max(a, b) = (a + b + |a − b|)/2,
+    so that summing over rows is an L1 distance. The constant does not matter, since every group gets one channel.
+    """
+    rows = score.shape[0]
+    rest = score[:, others.reshape(-1)].reshape(rows, *others.shape)
+    threshold = rest.topk(n, dim=2).values[:, :, -1].T.contiguous()
+    added = score[:, channels].T.contiguous()
+    distance = torch.cdist(added, threshold, p=1)
+    return (added.sum(dim=1)[:, None] + threshold.sum(dim=1)[None, :] + distance) / 2

@@ -1,0 +1,223 @@
+"""Prune the matrices that a walk shows, one by one, and note what was done to each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from coprune.base.errors import NumericalError
+from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix, find_matrices
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.statistics import Gram, InputNorm
+from coprune.model.walk.walk import BlockDone, MatricesReady
+from coprune.pruning.distributions import Distributions, distributions_of
+from coprune.pruning.linear_algebra import dense_target
+from coprune.pruning.methods import METHODS
+from coprune.pruning.methods.base import Method, Pruned
+from coprune.pruning.refine import Refinement
+from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.recipe.pattern import Target
+
+Aim = Literal["pruned", "dense"]
+
+
+class MatrixResult(BaseModel):
+    """What became of one matrix."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: tuple[int, int]
+    """(out, in)"""
+    sparsity: float
+    """Fraction of zeros after pruning."""
+    relative_layer_error: float | None
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block; None if not measured."""
+    tokens: int | None
+    """Calibration tokens that it was multiplied with; for an expert, those routed to it."""
+    mask_checksum: str
+    """CRC-32 of its zeros, by which a reloaded matrix is compared."""
+    seconds: float
+    events: tuple[str, ...] = ()
+    distributions: Distributions | None = None
+    """Of its weights, inputs and scores before pruning; in a file of their own beside the report."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How every matrix is pruned: a method, refinements of its result, and what the outputs are compared with."""
+
+    method: Method
+    refinements: tuple[Refinement, ...] = ()
+    aim: Aim = "pruned"
+    """pruned: the dense weight on the inputs behind pruned layers, as in the papers; dense: the dense model's outputs."""
+
+    @property
+    def statistic(self) -> type[InputNorm] | None:
+        """What has to be gathered. A Gram matrix serves every method that asks for less."""
+        return Gram if self.refinements or self.aim == "dense" else self.method.statistic
+
+    def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
+        """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
+        statistic, events = _usable_statistic(inputs)
+        if inputs is not None and statistic is None and self.statistic is not None:
+            pruned = METHODS["magnitude"].prune(weight, None, target)
+            return pruned._replace(events=("no calibration token came to it, so it was pruned by magnitude",))
+        if self.aim == "dense" and inputs is not None and inputs.cross is not None:
+            assert isinstance(statistic, Gram)
+            weight, more = dense_target(weight, inputs.cross.cross, statistic.gram)
+            events += more
+        pruned = self.method.prune(weight, statistic, target)
+        for refinement in self.refinements:
+            assert isinstance(statistic, Gram)
+            pruned = refinement.refine(weight, pruned, statistic, target)
+        return pruned._replace(events=events + pruned.events)
+
+
+def _usable_statistic(inputs: Inputs | None) -> tuple[InputNorm | None, tuple[str, ...]]:
+    """The statistic to prune by; an expert's is topped up from its layer's where it saw fewer tokens than inputs."""
+    statistic = None if inputs is None else inputs.statistic
+    if inputs is None or statistic is None or statistic.count == 0:
+        return None, ()
+    if inputs.pool is None or statistic.count >= statistic.width:
+        return statistic, ()
+    event = f"only {statistic.count} tokens for {statistic.width} inputs; the layer's average made up for the rest"
+    return statistic.topped_up(inputs.pool), (event,)
+
+
+class Solving(Protocol):
+    """Who prunes which matrix: one process all of them, or several some each."""
+
+    def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
+        """Prune matrices that share their inputs, or leave them to others."""
+        ...
+
+    def collect(self) -> list[MatrixResult]:
+        """See to it that everything shown so far is pruned, and hand out the results since the last time."""
+        ...
+
+
+class SolvingAlone:
+    """One process prunes every matrix when it is shown."""
+
+    def __init__(self) -> None:
+        self._results: list[MatrixResult] = []
+
+    def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
+        self._results += map(prune_one, matrices)
+
+    def collect(self) -> list[MatrixResult]:
+        results, self._results = self._results, []
+        return results
+
+
+def prune_walk(
+    walk: Iterable[MatricesReady | BlockDone],
+    solver: Solver,
+    target_of: Callable[[Matrix], Target],
+    layer_error: bool = True,
+    block_done: Callable[[Block, list[MatrixResult]], list[MatrixResult]] = lambda block, results: results,
+    solving: Solving | None = None,
+) -> list[MatrixResult]:
+    """Prune every matrix that the walk shows, in place.
+
+    target_of: pattern and sparsity of each matrix; layer_error: measure it (on the Gram matrix if there is one, else on
+    the sample of inputs); block_done: called with every finished block and what was done in it, which it may amend;
+    solving: who prunes which matrix (default: this process all).
+    Returns the results of all blocks and of what was shown after them.
+    Raises NumericalError with the name of the matrix.
+    """
+    solving = solving or SolvingAlone()
+    results: list[MatrixResult] = []
+
+    def prune_one(inputs: Inputs | None, matrix: Matrix) -> MatrixResult:
+        return prune_matrix(matrix, inputs, solver, target_of(matrix), layer_error)
+
+    for event in walk:
+        if isinstance(event, MatricesReady):
+            solving.prune(event.matrices, partial(prune_one, event.inputs))
+        else:
+            results += block_done(event.block, solving.collect())
+    return results + solving.collect()
+
+
+def prune_matrix(
+    matrix: Matrix, inputs: Inputs | None, solver: Solver, target: Target, layer_error: bool
+) -> MatrixResult:
+    """Prune one matrix in place and measure what that did to its outputs."""
+    started = time.perf_counter()
+    weight = matrix.read()
+    try:
+        pruned = solver.solve(weight, inputs, target)
+    except NumericalError as error:
+        raise NumericalError(f"{matrix.name}: {error}") from error
+    matrix.write(pruned.weight)
+    # The error of what the model now holds, so after rounding to its dtype.
+    after = matrix.read()
+    measured = _layer_error(inputs, weight, after) if layer_error and inputs is not None else None
+    return MatrixResult(
+        name=matrix.name,
+        shape=matrix.shape,
+        sparsity=matrix.zeros() / weight.numel(),
+        mask_checksum=matrix.mask_checksum(),
+        relative_layer_error=measured,
+        tokens=None if inputs is None else inputs.sample.count,
+        seconds=time.perf_counter() - started,
+        events=pruned.events,
+        distributions=distributions_of(weight, after != 0, None if inputs is None else _norm(inputs)),
+    )
+
+
+def reconstruct_block(
+    reconstruction: Reconstruction, block: Block, recording: Recording, results: list[MatrixResult]
+) -> list[MatrixResult]:
+    """Train a pruned block toward the dense model's outputs; returns the results with their masks as they are now.
+
+    Raises NumericalError with the block's name if a weight that was zero is not zero any more, or nothing is finite.
+    """
+    assert recording.dense is not None
+    before = {matrix.name: matrix.stored() == 0 for matrix in find_matrices(block.module, block.name)}
+
+    def run(batch: int, hidden: Tensor) -> Tensor:
+        return recording.calls[batch][block.index].run(block.module, hidden)
+
+    try:
+        start, end = reconstruction.improve(block.module, run, recording.hidden, recording.dense)
+    except NumericalError as error:
+        raise NumericalError(f"{block.name}: {error}") from error
+    after = {matrix.name: matrix for matrix in find_matrices(block.module, block.name)}
+    for name, zeros in before.items():
+        if bool((after[name].stored()[zeros] != 0).any()):
+            raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
+    checksums = {result.name: after[result.name].mask_checksum() for result in results}
+    event = f"block reconstruction: relative error {start:.5f} → {end:.5f} on the watched batches"
+    return [
+        result.model_copy(
+            update={"mask_checksum": checksums[result.name], "events": result.events + ((event,) if i == 0 else ())}
+        )
+        for i, result in enumerate(results)
+    ]
+
+
+def _norm(inputs: Inputs) -> Tensor | None:
+    """Root mean square of every input channel (I float32), on the sample if nothing better was gathered."""
+    if inputs.sample.count == 0:
+        return None
+    if inputs.statistic is not None:
+        return inputs.statistic.root_mean_square
+    return inputs.sample.inputs.square().mean(dim=0).sqrt()
+
+
+def _layer_error(inputs: Inputs, weight: Tensor, after: Tensor) -> float | None:
+    if inputs.sample.count == 0:
+        return None
+    known = inputs.statistic if isinstance(inputs.statistic, Gram) else inputs.sample
+    return known.relative_error(weight, after)

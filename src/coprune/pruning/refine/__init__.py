@@ -1,0 +1,27 @@
+"""Refinements of a pruned matrix, one file each, in one table."""
+
+from __future__ import annotations
+
+from coprune.base.errors import unknown_name
+from coprune.base.options import parse_options, with_options
+from coprune.pruning.refine.base import Refinement
+from coprune.pruning.refine.refit import Refit
+from coprune.pruning.refine.swaps import Swaps
+
+__all__ = ["REFINEMENTS", "Refinement", "refinement_named"]
+
+REFINEMENTS: dict[str, Refinement] = {
+    "refit": Refit(),
+    "swaps": Swaps(),
+}
+
+
+def refinement_named(text: str) -> Refinement:
+    """Look a refinement up: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.
+
+    Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
+    """
+    name, options = parse_options("refinement", text)
+    if name not in REFINEMENTS:
+        raise unknown_name("refinement", name, REFINEMENTS)
+    return with_options(REFINEMENTS[name], "refinement", name, options)

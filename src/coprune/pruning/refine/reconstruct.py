@@ -1,0 +1,184 @@
+"""Block reconstruction: train what a mask has left of a block against the dense block's outputs.
+
+A few hundred steps of AdamW on the kept weights, norms and biases of one block, on the calibration inputs behind the
+pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++, arXiv 2503.04992).
+Autograd reaches through one block only, so memory is that of one block.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from coprune.base.errors import NumericalError
+from coprune.base.options import require_not_negative, require_positive
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Masked AdamW on one block after it was pruned."""
+
+    steps: int = 100
+    """Steps per block (per part, if parts are trained separately)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; it rises over the first tenth of the steps and falls along a cosine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the block computes in; its weights are float32 while they are trained."""
+    parts: Literal["together", "separate"] = "together"
+    """Train the whole block, or its children that hold pruned weights (attention, MLP) one after the other."""
+    held_out: float = 0.1
+    """Share of the calibration batches that only watch for overfitting; 0 turns early stopping off."""
+    seed: int = 0
+    """Order of the batches."""
+
+    def __post_init__(self) -> None:
+        require_positive(steps=self.steps, learning_rate=self.learning_rate)
+        require_not_negative(held_out=self.held_out)
+
+    def improve(
+        self,
+        block: nn.Module,
+        run: Callable[[int, Tensor], Tensor],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> tuple[float, float]:
+        """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
+
+        run: (batch, hidden states) → the block's output, differentiable; inputs: B × S × H per batch; targets: what the
+        dense block gives, likewise. Returns the relative error on the watched batches before and after.
+        Raises NumericalError if the loss is not finite before the first step.
+        """
+        watched, trained = self._split(len(inputs))
+
+        def loss_of(batch: int) -> Tensor:
+            with torch.autocast(inputs[batch].device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                output = run(batch, inputs[batch])
+            return _relative_error(output, targets[batch])
+
+        def watch() -> float:
+            with torch.no_grad():
+                return sum(float(loss_of(batch)) for batch in watched) / len(watched)
+
+        with _float32_parameters(block):
+            before = best = watch()
+            if not math.isfinite(before):
+                raise NumericalError("the block's outputs are not finite, so it cannot be reconstructed")
+            for part in self._parts(block):
+                best = self._train(block, part, loss_of, watch, trained, best)
+        return before, best
+
+    def batches_used(self, batches: int) -> set[int]:
+        """Numbers of the batches that are looked at, of so many: short trainings do not see all of them."""
+        watched, trained = self._split(batches)
+        return {*watched, *islice(_endless(trained, self.seed), self.steps)}
+
+    def _split(self, batches: int) -> tuple[list[int], list[int]]:
+        """Numbers of the batches to watch and to train on; too few batches serve for both."""
+        held_out = round(batches * self.held_out) if self.held_out == 0 else max(1, round(batches * self.held_out))
+        everything = list(range(batches))
+        if held_out == 0 or batches - held_out < 2:
+            return everything, everything
+        return everything[-held_out:], everything[:-held_out]
+
+    def _parts(self, block: nn.Module) -> list[nn.Module]:
+        if self.parts == "together":
+            return [block]
+        return [child for child in block.children() if any(p.ndim >= 2 for p in child.parameters())]
+
+    def _train(
+        self,
+        block: nn.Module,
+        part: nn.Module,
+        loss_of: Callable[[int], Tensor],
+        watch: Callable[[], float],
+        batches: Sequence[int],
+        best: float,
+    ) -> float:
+        """Train one part and leave the block in the best state; returns its error on the watched batches."""
+        parameters = [parameter for parameter in part.parameters() if parameter.is_floating_point()]
+        keeps = [parameter.detach() != 0 if parameter.ndim >= 2 else None for parameter in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        order = _endless(batches, self.seed)
+        best_state, patience = copy.deepcopy(block.state_dict()), 3
+        # Watching takes a tenth of the batches, which would cost short trainings more than their steps.
+        every = max(10, self.steps // 10)
+        with _trainable(parameters):
+            for step in range(1, self.steps + 1):
+                optimizer.zero_grad(set_to_none=True)
+                loss_of(next(order)).backward()  # type: ignore[no-untyped-call]
+                for parameter, keep in zip(parameters, keeps, strict=True):
+                    if parameter.grad is not None and keep is not None:
+                        parameter.grad.mul_(keep)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                # A gradient of zero leaves Adam's moments and so the weight at zero: nothing to mask afterwards.
+                if step % every == 0 or step == self.steps:
+                    error = watch()
+                    if error < best:
+                        best, best_state, patience = error, copy.deepcopy(block.state_dict()), 3
+                    elif (patience := patience - 1) == 0:
+                        break
+        block.load_state_dict(best_state)
+        return best
+
+    def _rate(self, step: int) -> float:
+        warm = max(1, self.steps // 10)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def _relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error, token by token relative to the size of the dense hidden state, mean over the tokens.
+
+    The next block normalises each token by its size; without that weight the first token of many models, a thousand
+    times larger than the others, would be all that counts.
+    """
+    dense = target.to(torch.float32)
+    error = (output.to(torch.float32) - dense).square().sum(dim=-1)
+    return (error / dense.square().sum(dim=-1).clamp_min(1e-12)).mean()
+
+
+def _endless(batches: Sequence[int], seed: int) -> Iterator[int]:
+    """All batches in a random order, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for position in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[position]
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@contextmanager
+def _float32_parameters(block: nn.Module) -> Iterator[None]:
+    """Hold the block's parameters in float32 for a while; small updates would vanish in half precision."""
+    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+    for parameter in block.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32)
+    try:
+        yield
+    finally:
+        for name, parameter in block.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])

@@ -1,0 +1,45 @@
+"""Masked refit: the best values for the weights that a mask has left, by conjugate gradients on all rows at once.
+
+Every row is a least-squares problem of its own (its kept inputs), but all share one Gram matrix, so one product per
+round serves them all. This is the last step of ALPS (arXiv 2406.07831), made available to any mask. Its damping
+pulls toward the dense weights: without it, a matrix that saw fewer tokens than it has inputs (an expert) would be
+fitted to their noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coprune.base.options import require_not_negative, require_positive
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.linear_algebra import damp_diagonal, full_float32, rows_improved, solve_masked
+from coprune.pruning.methods.base import Pruned
+from coprune.recipe.pattern import Target
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Solve for the kept weights; the mask stays."""
+
+    rounds: int = 20
+    """Rounds of conjugate gradients."""
+    damping: float = 0.01
+    """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
+
+    statistic: ClassVar[type[Gram]] = Gram
+
+    def __post_init__(self) -> None:
+        require_positive(rounds=self.rounds)
+        require_not_negative(damping=self.damping)
+
+    def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
+        with full_float32():
+            dense, gram = weight.to(torch.float32), statistic.gram
+            damped = damp_diagonal(gram, self.damping)
+            solved = solve_masked(dense, pruned.weight, pruned.keep, damped, self.rounds)
+            improved = rows_improved(dense, pruned.weight, solved, gram)
+        return pruned._replace(weight=torch.where(improved, solved, pruned.weight))

@@ -1,0 +1,175 @@
+"""SparseSwaps: exchange a pruned for a kept weight of the same row while the layer error falls (arXiv 2512.10922).
+
+With Δ = W − Ŵ and r = ΔG, a row's error is ΔGΔᵀ. Taking pruned weight i back at its dense value removes Δ_i; letting
+kept weight j go adds Ŵ_j to Δ_j. The change of Δ is c = Ŵ_j e_j − Δ_i e_i, and that of the error 2c·r + cGcᵀ:
+
+    (Δ_i² G_ii − 2Δ_i r_i)  +  (Ŵ_j² G_jj + 2Ŵ_j r_j)  −  2 Δ_i Ŵ_j G_ij
+     restoring i                dropping j                 their interaction
+
+(For a mask without weight update Δ_i is W_i and Ŵ_j is W_j, which is the paper's formula.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coprune.base.options import require_not_negative, require_positive
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.linear_algebra import damp_diagonal, full_float32, rows_improved, solve_masked
+from coprune.pruning.methods.base import Pruned, apply_keep
+from coprune.recipe.pattern import NM, Target
+
+BLOCK = 128
+"""Columns whose residual is computed in one product (N:M)."""
+
+NOISE = 1e-5
+"""A swap has to lower the error by more than this share of the terms it is the sum of, or it may be rounding."""
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Swap within rows (for N:M within groups) until nothing is gained, then refit."""
+
+    steps: int = 100
+    """Most swaps a row makes (unstructured), or most sweeps over all groups (N:M)."""
+    candidates: int = 16
+    """Unstructured: how many of the cheapest weights to restore and to drop are paired with each other."""
+    refit_rounds: int = 20
+    """Rounds of conjugate gradients afterwards; 0 leaves the weights alone."""
+    damping: float = 0.01
+    """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
+
+    statistic: ClassVar[type[Gram]] = Gram
+
+    def __post_init__(self) -> None:
+        require_positive(steps=self.steps, candidates=self.candidates)
+        require_not_negative(refit_rounds=self.refit_rounds, damping=self.damping)
+
+    def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
+        with full_float32():
+            dense, gram = weight.to(torch.float32), statistic.gram
+            damped = damp_diagonal(gram, self.damping)
+            if isinstance(target.pattern, NM):
+                swapped, keep = swap_in_groups(dense, pruned, damped, target.pattern.m, self.steps)
+            else:
+                swapped, keep = swap_in_rows(dense, pruned, damped, self.candidates, self.steps)
+            if self.refit_rounds:
+                swapped = solve_masked(dense, swapped, keep, damped, self.refit_rounds)
+            improved = rows_improved(dense, pruned.weight, swapped, gram)
+        return pruned._replace(
+            weight=torch.where(improved, swapped, pruned.weight), keep=torch.where(improved, keep, pruned.keep)
+        )
+
+
+def restoring_costs(delta: Tensor, residual: Tensor, diagonal: Tensor) -> Tensor:
+    """Change of the error from setting Δ to zero in one place: Δ²G_ii − 2Δr."""
+    return delta * (delta * diagonal - 2 * residual)
+
+
+def dropping_costs(current: Tensor, residual: Tensor, diagonal: Tensor) -> Tensor:
+    """Change of the error from setting Ŵ to zero in one place: Ŵ²G_jj + 2Ŵr."""
+    return current * (current * diagonal + 2 * residual)
+
+
+def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Make the best swap of every row, one after another; rows where nothing is gained drop out.
+
+    weight: O × I float32, dense; gram: I × I float32. The best pair is looked for among the `candidates` cheapest to
+    restore and the `candidates` cheapest to drop (all of them, if there are no more); a pair's interaction is exact.
+    Returns the weight (O × I float32) and its mask.
+    """
+    delta = weight - pruned.weight
+    keep = pruned.keep.clone()
+    residual = delta @ gram
+    diagonal = gram.diagonal()
+    count = min(candidates, weight.shape[1])
+    rows = torch.arange(weight.shape[0], device=weight.device)
+    for _ in range(steps):
+        current = weight[rows] - delta[rows]
+        restore = restoring_costs(delta[rows], residual[rows], diagonal).masked_fill(keep[rows], torch.inf)
+        drop = dropping_costs(current, residual[rows], diagonal).masked_fill(~keep[rows], torch.inf)
+        restore_cost, i = restore.topk(count, dim=1, largest=False)
+        drop_cost, j = drop.topk(count, dim=1, largest=False)
+        restored, dropped = delta[rows[:, None], i], current.gather(1, j)
+        pairs = restore_cost[:, :, None] + drop_cost[:, None, :]
+        pairs -= 2 * restored[:, :, None] * dropped[:, None, :] * gram[i[:, :, None], j[:, None, :]]
+        change, best = pairs.flatten(1).min(dim=1)
+        at_i, at_j = (best // count)[:, None], (best % count)[:, None]
+        size = restore_cost.gather(1, at_i).abs() + drop_cost.gather(1, at_j).abs()
+        gained = change < -NOISE * size.squeeze(1)
+        if not bool(gained.any()):
+            break
+        rows, at_i, at_j = rows[gained], at_i[gained], at_j[gained]
+        i, j = i[gained].gather(1, at_i), j[gained].gather(1, at_j)
+        restored, dropped = restored[gained].gather(1, at_i), dropped[gained].gather(1, at_j)
+        residual[rows] += dropped * gram[j.squeeze(1)] - restored * gram[i.squeeze(1)]
+        here = rows[:, None]
+        delta[here, i] = 0.0
+        delta[here, j] = weight[here, j]
+        keep[here, i] = True
+        keep[here, j] = False
+    return apply_keep(weight - delta, keep), keep
+
+
+def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Sweep over the groups of `group` columns; each row makes the best swap in each group, while any row gains.
+
+    weight: O × I float32, dense; gram: I × I float32. Swaps of different groups change each other's costs, so the
+    residual is kept up to date: within a block of columns at once, between blocks by one product per block. It ends
+    where the published order (the best group of a row first) ends: where no group of any row has a swap that gains.
+    Returns the weight (O × I float32) and its mask.
+    """
+    # Transposed, so that a group of columns lies contiguous in memory.
+    dense = weight.T.contiguous()
+    delta = dense - pruned.weight.T
+    keep = pruned.keep.T.clone(memory_format=torch.contiguous_format)  # contiguous() would alias a single row
+    width = dense.shape[0]
+    block_size = max(BLOCK // group, 1) * group
+    for _ in range(sweeps):
+        any_gained = False
+        for start in range(0, width, block_size):
+            block = slice(start, min(start + block_size, width))
+            residual = gram[block] @ delta
+            for first in range(start, block.stop, group):
+                columns = slice(first, first + group)
+                change = _swap_one_group(
+                    dense[columns],
+                    delta[columns],
+                    keep[columns],
+                    residual[first - start :][:group],
+                    gram[columns, columns],
+                )
+                if change is not None:
+                    any_gained = True
+                    residual.addmm_(gram[block, columns], change)
+        if not any_gained:
+            break
+    keep = keep.T.contiguous()
+    return apply_keep(weight - delta.T, keep), keep
+
+
+def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor, gram: Tensor) -> Tensor | None:
+    """Make every row's best swap in one group, in place; all M × O, gram M × M. Returns the change of Δ, if any."""
+    size, rows = delta.shape
+    diagonal = gram.diagonal()[:, None]
+    current = dense - delta
+    restore = restoring_costs(delta, residual, diagonal).masked_fill(keep, torch.inf)
+    drop = dropping_costs(current, residual, diagonal).masked_fill(~keep, torch.inf)
+    pairs = restore[:, None] + drop[None] - 2 * gram[:, :, None] * delta[:, None] * current[None]
+    change, best = pairs.view(size * size, rows).min(dim=0)
+    i, j = (best // size)[None], (best % size)[None]
+    gained = change < -NOISE * (restore.gather(0, i).abs() + drop.gather(0, j).abs()).squeeze(0)
+    if not bool(gained.any()):
+        return None
+    moved = torch.zeros_like(delta)
+    moved.scatter_(0, i, -delta.gather(0, i) * gained)
+    moved.scatter_(0, j, current.gather(0, j) * gained)
+    delta += moved
+    row = gained.nonzero().squeeze(1)
+    keep[i[0, row], row] = True
+    keep[j[0, row], row] = False
+    return moved

@@ -1,0 +1,34 @@
+"""Presets: settings that belong together, for people who do not want to choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coprune.base.errors import unknown_name
+
+# What each of them measured, and what was tried instead, is in docs/methods.md and LOG.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "wanda", "propagation": "sequential"},
+    "balanced": {
+        "method": "sparsegpt",
+        "propagation": "sequential",
+        "refine": ("refit:rounds=10",),
+        "reconstruct": 6,
+        "reconstruct_dtype": "bfloat16",
+        "batch_size": 2,
+    },
+    "best": {
+        "method": "alps",
+        "propagation": "sequential",
+        "reconstruct": 200,
+        "reconstruct_dtype": "bfloat16",
+        "batch_size": 2,
+    },
+}
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The recipe fields of a preset, a fresh copy. Raises BadInput for an unknown name."""
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return dict(PRESETS[name])

@@ -1,0 +1,119 @@
+"""What a run checks before anything slow starts: method, target, matrices, folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coprune.base.errors import BadInput, unknown_name
+from coprune.model.matrices import Chosen
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.statistics import InputSample
+from coprune.pruning.allocation import allocation_named
+from coprune.pruning.methods import METHODS, method_named
+from coprune.pruning.pruner import Solver
+from coprune.pruning.refine import refinement_named
+from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.recipe.pattern import NM, Target, parse_pattern
+from coprune.recipe.recipe import Recipe
+
+# The reports' files; a folder that holds one belongs to a run.
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
+
+
+def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
+    """Look up the method with its options, the refinements and the target, and try them on a tiny matrix.
+
+    Raises BadInput for an unknown name or option, or a combination that the method cannot do.
+    """
+    refinements = tuple(refinement_named(name) for name in recipe.refine)
+    solver = Solver(method_named(recipe.method, recipe.options), refinements, recipe.target)
+    target = Target(parse_pattern(recipe.pattern), recipe.ratio)
+    # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
+    width = 2 * target.pattern.m if isinstance(target.pattern, NM) else 8
+    generator = torch.Generator().manual_seed(0)
+    inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
+    inputs.update(torch.randn(4 * width, width, generator=generator), None)
+    solver.solve(torch.randn(4, width, generator=generator), inputs, target)
+    return solver, target
+
+
+def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
+    """The training of every pruned block, if the recipe asks for it."""
+    if recipe.reconstruct == 0:
+        return None
+    return Reconstruction(
+        steps=recipe.reconstruct,
+        learning_rate=recipe.reconstruct_lr,
+        dtype=recipe.reconstruct_dtype,
+        parts=recipe.reconstruct_parts,
+        seed=recipe.seed,
+    )
+
+
+def check_processes(recipe: Recipe, size: int) -> None:
+    """Raise BadInput for what several processes cannot do together."""
+    if size > 1 and recipe.reconstruct:
+        raise BadInput(
+            "reconstruct trains a block on all samples in one process; leave it out, or run without torchrun."
+        )
+    if size > recipe.nsamples:
+        raise BadInput(f"{size} processes cannot share {recipe.nsamples} samples; use fewer processes or more samples.")
+
+
+def prepare_folders(recipe: Recipe) -> None:
+    """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
+    run_folder = recipe.run_folder
+    if run_folder.exists() and not run_folder.is_dir():
+        raise BadInput(f"{run_folder} is a file; name another run folder with --save.")
+    if (run_folder / REPORT_FILE).exists():
+        raise BadInput(f"{run_folder} already holds a finished run; name another folder with --save, or remove it.")
+    # A run that was refused or failed early left no more than its logs.
+    logs = {run_folder / "tensorboard", *([recipe.log_json] if recipe.log_json else [])}
+    if run_folder.is_dir() and set(run_folder.iterdir()) - logs and not (run_folder / RECIPE_FILE).exists():
+        raise BadInput(f"{run_folder} already holds something that is no run; name another folder with --save.")
+    target = recipe.save_model
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target} already exists and is not empty; name another folder with --save_model.")
+
+
+def check_widths(chosen: Chosen, target: Target) -> None:
+    """Raise BadInput where an N:M pattern does not divide the inputs of a matrix."""
+    if not isinstance(target.pattern, NM):
+        return
+    for matrix in chosen.all():
+        if matrix.shape[1] % target.pattern.m:
+            raise BadInput(
+                f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}; "
+                f"choose another pattern, or leave it out with --exclude '{matrix.name}'."
+            )
+
+
+def looks_at_inputs(recipe: Recipe) -> bool:
+    """Whether data is needed before anything is pruned, whatever the method: to allocate sparsity or permute channels."""
+    return recipe.permute or allocation_named(recipe.allocation).statistic is not None
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """A file of a run folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Sort plain settings into a recipe's fields and the method's own options.
+
+    values: by name. Raises BadInput for a name that is neither, with the nearest match.
+    """
+    own = {f.name for f in dataclasses.fields(METHODS[method])} if method in METHODS else set()
+    fields = set(Recipe.model_fields)
+    for name in values:
+        if name not in fields and name not in own:
+            raise unknown_name("setting", name, fields | own)
+    chosen = {name: value for name, value in values.items() if name in fields}
+    options = {**dict(chosen.get("options") or {}), **{n: v for n, v in values.items() if n not in fields}}
+    return {**chosen, "method": method, "options": options}

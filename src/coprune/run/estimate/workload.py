@@ -1,0 +1,110 @@
+"""From a recipe and an open model to an estimate: measure this machine on the model, and describe the run's work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from coprune.base.memory import available_bytes, resident_peak
+from coprune.base.processes import Processes
+from coprune.data import EvaluationText, Windows
+from coprune.evaluation.batches import default_batch_size
+from coprune.evaluation.tasks.text import samples_per_batch
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.matrices import Chosen
+from coprune.model.opened import Loaded
+from coprune.model.walk.activations import GIB
+from coprune.pruning.pruner import Solver
+from coprune.recipe.pattern import Target
+from coprune.recipe.recipe import Recipe
+from coprune.run.estimate.estimate import Estimate, Settings, Workload, estimate
+from coprune.run.estimate.machine import measure_block, measure_head, measure_solving
+
+CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
+
+
+def estimate_run(
+    recipe: Recipe,
+    solver: Solver,
+    target: Target,
+    loaded: Loaded,
+    blocks: Sequence[Block],
+    chosen: Chosen,
+    seqlen: int,
+    windows: Windows | None,
+    texts: Sequence[EvaluationText],
+    processes: Processes,
+) -> Estimate:
+    """Estimate peak memory and time of a run that has read its data and nothing of its blocks.
+
+    windows: calibration samples, None if none run through the model; texts: those that perplexity is measured on.
+    """
+    resident, _ = resident_peak()
+    settings = _settings(recipe, solver, loaded, seqlen, windows, texts, processes)
+    sample = (
+        (windows.tokens if windows is not None else texts[0].tokens[None])[:1, :seqlen] if windows or texts else None
+    )
+    if sample is None:
+        sample = loaded.model.dummy_inputs["input_ids"][:1]
+    block = measure_block(loaded.weights, blocks, chosen.blocks, sample.to(loaded.device))
+    shapes = Counter(matrix.shape for matrix in chosen.all())
+    cross = settings.dense_target and solver.aim == "dense"
+    budget = CALIBRATION_SECONDS / max(1, len(shapes))
+    solving = {
+        shape: measure_solving(shape, solver, target, recipe.layer_error, loaded.device, cross, budget)
+        for shape in shapes
+    }
+    # What share of the matrices of a shape come first in their group, as seen in one block.
+    in_block = Counter(shape for group in block.groups for shape in group)
+    first = Counter(group[0] for group in block.groups)
+    leaders = Counter({s: round(n * first[s] / in_block[s]) if in_block[s] else n for s, n in shapes.items()})
+    names = [b.name for b in blocks]
+    rest = sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(names).values())
+    seconds, logits = measure_head(loaded.model, loaded.device)
+    work = Workload(
+        resident=resident,
+        peak_so_far=resident_peak()[1],
+        rest_bytes=rest,
+        total_bytes=loaded.weights.total_bytes,
+        blocks=len(blocks),
+        block=block,
+        solving=solving,
+        matrices=shapes,
+        leaders=leaders,
+        head_seconds_per_token=seconds,
+        logit_bytes_per_token=logits,
+    )
+    return estimate(work, settings, available_bytes())
+
+
+def _settings(
+    recipe: Recipe,
+    solver: Solver,
+    loaded: Loaded,
+    seqlen: int,
+    windows: Windows | None,
+    texts: Sequence[EvaluationText],
+    processes: Processes,
+) -> Settings:
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    # As the walk and the evaluations choose them.
+    batch = samples_per_batch(recipe, seqlen, loaded.device)
+    evaluation_batch = recipe.batch_size or default_batch_size(seqlen, vocabulary)
+    windows_of = [len(text.tokens) // seqlen for text in texts]
+    return Settings(
+        samples=0 if windows is None else -(-len(windows.tokens) // processes.size),
+        seqlen=seqlen,
+        batch=batch,
+        evaluation_tokens=tuple(-(-count // processes.size) * seqlen for count in windows_of),
+        evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
+        evaluations=2 if recipe.evaluate_dense else 1,
+        propagation=recipe.propagation,
+        streamed=isinstance(loaded.weights, LazyCheckpoint),
+        dense_target=solver.aim == "dense" or recipe.reconstruct > 0,
+        reconstruction_steps=recipe.reconstruct,
+        activation_limit=None if recipe.activation_memory is None else int(recipe.activation_memory * GIB),
+        saved=recipe.save_model is not None,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        processes=processes.size,
+    )

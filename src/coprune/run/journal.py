@@ -1,0 +1,137 @@
+"""The pruned checkpoint while it comes into being, block by block: it is also the journal that a killed run resumes from.
+
+Every finished block is one file of the future checkpoint, with what was measured in it noted beside. A later run with
+the same recipe, model and data takes the good ones over and does the rest. Nothing has its final name before the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.companions import copy_companions, save_companions
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.pruning.allocation import is_file
+from coprune.pruning.pruner import MatrixResult
+from coprune.recipe.recipe import Recipe
+
+_IDENTITY = "journal.json"
+# Where results go and what is measured afterwards may differ between a run and its resumption.
+_FREE = {
+    "save",
+    "save_model",
+    "cache_dir",
+    "evaluate",
+    "evaluate_dense",
+    "eval_data",
+    "eval_tokens",
+    "eval_images",
+    "stream",
+    "activation_memory",
+    "check_memory",
+    "eval_zero_shot",
+    "tasks",
+    "num_fewshot",
+    "include_path",
+    "limit",
+    "prompt",
+    "report_to",
+    "push_to_hub",
+    "log_json",
+}
+_RESULTS = TypeAdapter(list[MatrixResult])
+
+
+class Output:
+    """One checkpoint folder in the making.
+
+    folder: its final name; keep: whether it is wanted in the end, or only holds what a streamed run cannot hold in
+    memory. Raises BadInput if the folder is taken, or another run's journal is there.
+    """
+
+    def __init__(self, folder: Path, keep: bool, weights: Weights, blocks: Sequence[Block], identity: dict[str, Any]):
+        self.folder = folder
+        self.keep = keep
+        self._weights = weights
+        self._names = [block.name for block in blocks]
+        self._writer = CheckpointWriter(folder, [REST, *self._names], weights.total_bytes)
+        self._claim(identity)
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        path = self._writer.partial / _IDENTITY
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            # Without a readable note of whose they are, finished blocks cannot be trusted.
+            self._writer.discard()
+            self._writer = CheckpointWriter(self.folder, [REST, *self._names], self._weights.total_bytes)
+            write_text(path, json.dumps(identity, indent=2))
+            return
+        now = json.loads(json.dumps(identity))
+        differing = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in now if before.get(key) != now[key]
+        ]
+        if differing:
+            raise BadInput(
+                f"{self._writer.partial} is the journal of an unfinished run in which {'; '.join(differing)}. Finish that "
+                "run with its own settings, or remove the folder, or choose another name."
+            )
+
+    def finished(self) -> dict[str, list[MatrixResult]]:
+        """Names of the blocks that an earlier run finished, with what was done in them.
+
+        Only the blocks before the first that is missing or damaged count, since later ones are done again anyway.
+        """
+        found: dict[str, list[MatrixResult]] = {}
+        for name in self._names:
+            remembered = self._writer.recall(name)
+            if remembered is None:
+                break
+            found[name] = _RESULTS.validate_python(remembered["results"])
+        return found
+
+    def file(self, block: Block) -> Path:
+        """Where a finished block lies until the checkpoint is finished."""
+        return self._writer.file(block.name)
+
+    def write_block(self, block: Block, results: list[MatrixResult]) -> None:
+        """Write a finished block, which is read from there from now on."""
+        remember = {"results": _RESULTS.dump_python(results, mode="json")}
+        self._writer.write(block.name, self._weights.original_tensors(block.name), remember)
+        if isinstance(self._weights, LazyCheckpoint):
+            self._weights.read_from(self._writer.file(block.name))
+
+    def finish(self, processor: Any, recipe: Recipe, card: str, check: Callable[[Path], object]) -> None:
+        """Write what lies outside the blocks, configuration, tokenizer and model card, and give it its final name.
+
+        check: called with the whole checkpoint before that.
+        """
+        partial = self._writer.partial
+        self._writer.write(REST, self._weights.rest_tensors(self._names))
+        if isinstance(self._weights, LazyCheckpoint):
+            copy_companions(self._weights.location, partial, recipe.dtype)
+        else:
+            save_companions(self._weights.model, processor, partial)
+        write_text(partial / "README.md", card)
+        self._writer.finish(scaffolding=[_IDENTITY], check=check)
+
+    def discard(self) -> None:
+        """Remove what was written; the run is over and nobody asked for the model."""
+        self._writer.discard()
+
+
+def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> dict[str, Any]:
+    """What must be the same for a run to go on where another stopped: recipe, model and data."""
+    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _FREE}
+    if is_file(recipe.allocation):
+        settings["allocation file"] = Path(recipe.allocation).read_text(encoding="utf-8")
+    return {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}

@@ -1,0 +1,78 @@
+"""What a run decides from one look at the dense model, before it prunes: every matrix's target, the order of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from coprune.base.progress import NO_BAR
+from coprune.model.matrices import Chosen, Matrix
+from coprune.model.walk.recording import Recording
+from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.permute.apply import permute_model
+from coprune.recipe.pattern import NM, Target
+
+if TYPE_CHECKING:
+    from coprune.run.session import Session
+
+Record = Callable[[], Recording | None]
+"""Records the calibration batches anew, since every walk moves their hidden states on."""
+
+
+def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target]:
+    """Permute channels and allocate the sparsity, as the recipe says; returns which target a matrix has.
+
+    All processes of a run call this together. Raises BadInput, NumericalError.
+    """
+    if session.recipe.permute:
+        _permute(session, record)
+    allocation = allocation_named(session.recipe.allocation)
+    data = allocation.statistic is not None
+    bar = session.reporter.bar("Allocating sparsity", len(session.blocks)) if allocation.looks else NO_BAR
+    with bar as advance:
+        targets = plan_targets(
+            allocation,
+            session.loaded.weights,
+            session.blocks,
+            session.chosen,
+            session.structure,
+            record() if data else None,
+            session.target,
+            session.processes.reduce,
+            advance,
+        )
+    targets = session.processes.from_first(lambda: targets)
+    if session.recipe.allocation != "uniform":
+        session.reporter.say(f"Allocation {session.recipe.allocation}: {describe_targets(session.chosen, targets)}")
+    return lambda matrix: targets[matrix.name]
+
+
+def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:
+    """The range of the planned sparsities, and the overall one, for people."""
+    sizes = {matrix.name: matrix.shape[0] * matrix.shape[1] for matrix in chosen.all()}
+    overall = sum(targets[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
+    sparsities = [target.sparsity for target in targets.values()]
+    return f"matrices from {min(sparsities):.1%} to {max(sparsities):.1%} sparse, {overall:.3%} in all."
+
+
+def _permute(session: Session, record: Record) -> None:
+    pattern = session.target.pattern
+    recording = record()
+    assert isinstance(pattern, NM)
+    assert recording is not None
+    probe = session.task.probe(session.samples, session.data)
+    with session.reporter.bar("Permuting channels", len(session.blocks)) as advance:
+        permuted = permute_model(
+            session.loaded.weights,
+            session.blocks,
+            session.chosen,
+            session.structure,
+            recording,
+            session.solver.method,
+            pattern,
+            probe,
+            session.processes.reduce,
+            advance,
+        )
+    session.reporter.say(permuted.describe())

@@ -1,0 +1,43 @@
+"""How long each phase of a run took, and how much memory it left occupied."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.memory import resident_memory, return_free_memory
+from coprune.base.progress import Reporter
+
+
+class PhaseFacts(BaseModel):
+    """One phase of a run, with the memory in use when it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    seconds: float
+    resident_bytes: int | None
+    """Resident set of the process; None where the system does not tell."""
+    device_bytes: int | None
+    """Memory that tensors occupy on the GPU; None without one."""
+
+
+class Phases:
+    """Notes every phase as it ends, and tells whoever listens to the reporter."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.facts: list[PhaseFacts] = []
+        self._reporter = reporter
+        self._started = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        """Note that a phase has just ended, and give back what it left free."""
+        return_free_memory()
+        now = time.perf_counter()
+        device = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+        seconds, self._started = now - self._started, now
+        facts = PhaseFacts(name=name, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
+        self.facts.append(facts)
+        self._reporter.event("phase", **facts.model_dump())

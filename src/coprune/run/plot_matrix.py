@@ -1,0 +1,105 @@
+"""`coprune inspect --plot`: one matrix before pruning, as a picture of its magnitudes, input norms and Wanda scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_bytes
+from coprune.base.progress import Reporter
+from coprune.evaluation.tasks.text import choose_seqlen, probe_tokens, read_calibration, split_batches
+from coprune.model.blocks import find_blocks
+from coprune.model.matrices import choose_matrices
+from coprune.model.opened import open_model
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.recording import record_batches
+from coprune.model.walk.walk import MatricesReady, Walk
+from coprune.pruning.distributions import Distributions, distributions_of
+from coprune.recipe.recipe import Recipe
+from coprune.run.checks import check_widths, prepare_solver
+
+_PANELS = {
+    "magnitude": "log₁₀ |weight|",
+    "norm": "log₁₀ input norm (RMS per channel)",
+    "score": "log₁₀ |weight| · input norm",
+}
+
+
+def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> None:
+    """Draw a matrix of the dense model, and what Wanda would prune of it, as PNG or SVG.
+
+    recipe: the model, the calibration data, pattern and sparsity; name: of the matrix, or a pattern that only it
+    matches; path: ends in .png or .svg. Raises BadInput, also where the extra `report` is not installed.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise BadInput(f"a plot is a .png or .svg file, not {path.name}.")
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise BadInput("plots need altair and vl-convert: pip install 'coprune[report]'.") from error
+    spec = plot_spec(name, matrix_distributions(recipe, name, reporter))
+    picture = (
+        vl_convert.vegalite_to_svg(spec).encode()
+        if path.suffix == ".svg"
+        else vl_convert.vegalite_to_png(spec, scale=2)
+    )
+    write_bytes(path, picture)
+
+
+def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distributions:
+    """Walk over the dense model up to a matrix and count what it sees. Raises BadInput if not exactly one matches."""
+    solver, target = prepare_solver(recipe.model_copy(update={"method": "wanda", "options": {}}))
+    loaded = open_model(recipe, stream=True)
+    blocks = find_blocks(loaded.model)
+    chosen = choose_matrices(loaded.model, blocks, (name,), ())
+    matching = [matrix.name for matrix in chosen.all()]
+    if len(matching) != 1:
+        raise BadInput(f"{name} matches {len(matching)} matrices ({', '.join(matching[:3])} …); name one to plot it.")
+    check_widths(chosen, target)
+    seqlen = choose_seqlen(loaded.model, recipe)
+    windows = read_calibration(recipe, loaded, solver, seqlen, reporter)
+    assert windows is not None  # Wanda needs data
+    probe = probe_tokens(windows, {}, seqlen, loaded)
+    structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
+    with reporter.bar(f"Walking to {name}", len(blocks)) as advance:
+        batches = split_batches(windows.tokens, recipe, loaded.device)
+        recording = record_batches(loaded.model, blocks, structure, batches)
+        walk = Walk(
+            loaded.weights,
+            blocks,
+            chosen.blocks,
+            solver.statistic,
+            structure,
+            recording,
+            changes=False,
+            outside=chosen.outside,
+            advance=advance,
+        )
+        for event in walk:
+            if isinstance(event, MatricesReady) and event.inputs is not None and event.inputs.statistic is not None:
+                weight = event.matrices[0].read()
+                keep = solver.solve(weight, event.inputs, target).weight != 0
+                return distributions_of(weight, keep, event.inputs.statistic.root_mean_square)
+    raise BadInput(f"no calibration token came to {name}, so there is nothing to plot.")
+
+
+def plot_spec(name: str, found: Distributions) -> dict[str, Any]:
+    """The three histograms beside each other, as one Vega-Lite specification."""
+    from coprune.report.charts import bins_chart
+
+    panels = []
+    for kind, title in _PANELS.items():
+        histogram = getattr(found, kind)
+        if histogram is None:
+            continue
+        width = (histogram.high - histogram.low) / len(histogram.kept)
+        rows = [
+            {"what": what, "count": count, "start": histogram.low + i * width, "end": histogram.low + (i + 1) * width}
+            for what, counts in (("kept", histogram.kept), ("pruned", histogram.pruned))
+            for i, count in enumerate(counts)
+        ]
+        panels.append(bins_chart(title, split=kind != "norm") | {"width": 300, "height": 200, "data": {"values": rows}})
+    schema = panels[0].get("$schema") if panels else None
+    hconcat = [{key: value for key, value in panel.items() if key != "$schema"} for panel in panels]
+    return {"$schema": schema, "title": name, "background": "white", "hconcat": hconcat}

@@ -1,0 +1,48 @@
+"""What a run takes over from earlier runs on the same model and data; a run by itself takes nothing.
+
+A sweep gives its runs a `Reuse` that remembers, so that what does not depend on how a model is pruned is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from coprune.evaluation.extras import Beside
+    from coprune.evaluation.tasks import Measured
+    from coprune.model.walk.inputs import Inputs
+    from coprune.model.walk.recording import Recording
+    from coprune.run.estimate.estimate import Estimate
+    from coprune.run.session import Session
+
+Tokens = TypeVar("Tokens")
+Known = dict[str, "Callable[[], dict[str, Inputs]]"]
+"""As `Walk.known`."""
+
+
+class Reuse:
+    """Takes nothing over: everything is done anew."""
+
+    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+        """Text as token ids. key: what decides them besides the model; read: tokenises the text."""
+        return read()
+
+    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
+        """What the run will take."""
+        return estimate()
+
+    def dense(
+        self, session: Session, beside: Beside, measure: Callable[[], dict[str, Measured]]
+    ) -> dict[str, Measured]:
+        """The dense model's figures by the name of the data; also fills in what is measured beside them."""
+        return measure()
+
+    def gathered(
+        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
+    ) -> Known:
+        """What is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
+
+        finished: blocks that an earlier run finished, of which nothing is known; record: records the calibration batches.
+        """
+        return {}

@@ -1,0 +1,138 @@
+"""How the processes of a run share the work of a block, follow the first one's output, and share an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from coprune.base.processes import LostProcess, Processes
+from coprune.data import EvaluationText
+from coprune.evaluation.batches import cut_windows
+from coprune.evaluation.perplexity import Perplexity, aggregate
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.matrices import Matrix
+from coprune.pruning.pruner import MatrixResult
+from coprune.run.journal import Output
+
+Group = Sequence[Matrix]
+"""Matrices that are fed by the same tensor, and so share a statistic and what is derived from it."""
+
+
+class SharedSolving:
+    """Every matrix is pruned by one process, which sends its weights to the others; implements `pruning.Solving`.
+
+    stages: groups that are known at the same time; their matrices are shared out together, the costly ones first.
+    at_once: whether results are needed as soon as a group was pruned (`sequential`), or only at the block's end.
+    gram: whether a matrix is solved by its Gram matrix, which costs more than in proportion to its size.
+    """
+
+    def __init__(self, processes: Processes, stages: Iterable[Sequence[Group]], at_once: bool, gram: bool) -> None:
+        self._processes = processes
+        self._at_once = at_once
+        self._owners: dict[str, int] = {}
+        for groups in stages:
+            self._owners |= share_out(groups, processes.size, gram)
+        self._pending: list[Matrix] = []
+        self._own: dict[str, MatrixResult] = {}
+        self._results: list[MatrixResult] = []
+
+    def prune(self, matrices: Sequence[Matrix], prune_one: Callable[[Matrix], MatrixResult]) -> None:
+        for matrix in matrices:
+            if self._owners[matrix.name] == self._processes.rank:
+                self._own[matrix.name] = prune_one(matrix)
+        self._pending += matrices
+        if self._at_once:
+            self._exchange()
+
+    def collect(self) -> list[MatrixResult]:
+        self._exchange()
+        results, self._results = self._results, []
+        return results
+
+    def _exchange(self) -> None:
+        if not self._pending:
+            return
+        known = {name: result for own in self._processes.gather(self._own) for name, result in own.items()}
+        self._processes.broadcast([(matrix.stored(), self._owners[matrix.name]) for matrix in self._pending])
+        self._results += [known[matrix.name] for matrix in self._pending]
+        self._pending, self._own = [], {}
+
+
+def share_out(groups: Sequence[Group], processes: int, gram: bool) -> dict[str, int]:
+    """Choose a process for every matrix, so that they end at about the same time: matrix name → rank.
+
+    gram: count O·I² for an O × I matrix, and I³ once for each group that a process has a part of; else O·I.
+    """
+    loads = [0] * processes
+    factored: set[tuple[int, int]] = set()
+    owners: dict[str, int] = {}
+
+    def cost(number: int, matrix: Matrix, rank: int) -> int:
+        rows, width = matrix.shape
+        if not gram:
+            return rows * width
+        return rows * width**2 + (0 if (number, rank) in factored else width**3)
+
+    jobs = [(number, matrix) for number, group in enumerate(groups) for matrix in group]
+    for number, matrix in sorted(jobs, key=lambda job: -job[1].shape[0] * job[1].shape[1] ** 2):
+        rank = min(range(processes), key=lambda r: loads[r] + cost(number, matrix, r))
+        loads[rank] += cost(number, matrix, rank)
+        factored.add((number, rank))
+        owners[matrix.name] = rank
+    return owners
+
+
+class SharedOutput:
+    """The first process's output, from which the others learn what is finished and read what was written.
+
+    output: None in every process but the first, or in all if nothing is written.
+    """
+
+    def __init__(self, processes: Processes, output: Output | None, weights: Weights) -> None:
+        self._processes = processes
+        self._output = output
+        self._weights = weights
+
+    def finished(self) -> dict[str, list[MatrixResult]]:
+        """As `Output.finished`, the first process's answer for all."""
+        return self._processes.from_first(lambda: {} if self._output is None else self._output.finished())
+
+    def restore(self, block: Block) -> None:
+        """Give a block that an earlier run finished its pruned weights."""
+        self._weights.read_from(self._file_of(block))
+        self._weights.acquire(block.name)
+
+    def write_block(self, block: Block, results: list[MatrixResult]) -> None:
+        """Write a finished block in the first process; streamed models read it from there from now on."""
+        if self._output is not None:
+            self._output.write_block(block, results)
+        if isinstance(self._weights, LazyCheckpoint) and self._processes.size > 1:
+            self._weights.read_from(self._file_of(block))
+
+    def _file_of(self, block: Block) -> Path:
+        file = self._processes.from_first(lambda: None if self._output is None else self._output.file(block).resolve())
+        assert file is not None
+        if not file.is_file():
+            raise LostProcess(
+                f"process {self._processes.rank} cannot see {file}, which process 0 wrote; all processes need one file "
+                "system in common. Name a folder there with --save and --save-model."
+            )
+        return file
+
+
+def shared_perplexity(
+    processes: Processes, text: EvaluationText, seqlen: int, measure: Callable[[EvaluationText], Perplexity]
+) -> Perplexity:
+    """Measure every window of a text in one of the processes. measure: perplexity on a text of whole windows."""
+    if processes.size == 1:
+        return measure(text)
+    windows, sizes = cut_windows(text.tokens, seqlen), cut_windows(text.token_bytes, seqlen)
+    own = EvaluationText(
+        processes.share(windows).reshape(-1), processes.share(sizes).reshape(-1), text.fingerprint, text.source
+    )
+    nll = measure(own).nll_per_window if len(own.tokens) else torch.zeros(0, dtype=torch.float64)
+    return aggregate(torch.cat(processes.gather(nll)), seqlen, sizes)

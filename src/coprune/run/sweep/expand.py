@@ -1,0 +1,136 @@
+"""From a sweep to its runs: every combination of its lists, each with a folder of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.run.sweep.file import Sweep, is_axis
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep. name: its folder within the sweep's."""
+
+    name: str
+    recipe: Recipe
+
+
+def expand(sweep: Sweep) -> list[Run]:
+    """List a sweep's runs in the order of its file; the same run twice counts once.
+
+    Raises BadInput for a run that cannot be, a folder for two different runs, or an exclusion that excludes nothing.
+    """
+    combinations = list(_combinations(sweep.settings, sweep.zip))
+    used = [any(_matches(combination, entry) for combination in combinations) for entry in sweep.exclude]
+    if not all(used):
+        raise BadInput(f"exclude {sweep.exclude[used.index(False)]} matches no run; correct it or leave it out.")
+    chosen = [c for c in combinations if not any(_matches(c, entry) for entry in sweep.exclude)]
+    for entry in sweep.include:
+        chosen += _combinations({**sweep.settings, **entry}, sweep.zip)
+    if not chosen:
+        raise BadInput("every run of the sweep is excluded.")
+    runs: dict[str, Run] = {}
+    for combination in chosen:
+        run = _run(sweep, combination)
+        if run.name in runs and runs[run.name].recipe != run.recipe:
+            raise BadInput(
+                f"two different runs would go to {sweep.folder / run.name}; tell them apart in sweep.folders, for example "
+                f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}."
+            )
+        runs[run.name] = run
+    return list(runs.values())
+
+
+def varied(sweep: Sweep) -> list[str]:
+    """The fields in which a sweep's runs may differ, in the order of the file."""
+    added = [name for entry in sweep.include for name in entry]
+    return list(dict.fromkeys([*_axes(sweep.settings), *added]))
+
+
+def _axes(settings: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in settings.items() if is_axis(name, value)]
+
+
+def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterator[Settings]:
+    axes = {name: settings[name] for name in _axes(settings)}
+    together = {name: tuple(other for other in group if other in axes) for group in groups for name in group}
+    # Each factor is a list of settings; the first field of a group stands where the group multiplies.
+    factors: list[list[Settings]] = []
+    for name in axes:
+        members = together.get(name, (name,))
+        if members[0] == name:
+            lists = zip(*(axes[member] for member in members), strict=True)
+            factors.append([dict(zip(members, values, strict=True)) for values in lists])
+    for parts in product(*factors):
+        combination = dict(settings)
+        for part in parts:
+            combination |= part
+        yield combination
+
+
+def _matches(combination: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    return all(
+        combination.get(name, Recipe.model_fields[name].default) in (wanted if isinstance(wanted, list) else [wanted])
+        for name, wanted in entry.items()
+    )
+
+
+def _run(sweep: Sweep, combination: Settings) -> Run:
+    elsewhere = {"save": None, "save_model": None}
+    try:
+        plain = make_recipe({**combination, **elsewhere})
+        name = _default_folder(sweep, combination) if sweep.folders is None else _folder(sweep.folders, plain)
+        places: Settings = {"save": sweep.folder / (name or plain.method)}
+        if combination.get("save_model"):
+            places["save_model"] = Path(combination["save_model"]) / name
+        return Run(name or plain.method, make_recipe({**combination, **elsewhere, **places}))
+    except BadInput as error:
+        told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
+        raise BadInput(f"the run with {told}: {error}" if told else str(error)) from None
+
+
+def _default_folder(sweep: Sweep, combination: Settings) -> str:
+    """One part for each axis; what else an included run has follows the last part, so that no other run is renamed."""
+    axes = _axes(sweep.settings)
+    parts = [folder_part(field, combination.get(field)) for field in axes]
+    changed = [n for n in varied(sweep) if n not in axes and combination.get(n) != sweep.settings.get(n)]
+    return "_".join(["/".join(parts), *(folder_part(name, combination[name]) for name in changed)]).strip("_")
+
+
+def _folder(template: str, recipe: Recipe) -> str:
+    known = {name: folder_part(name, getattr(recipe, name), bare=True) for name in Recipe.model_fields}
+    known["sparsity"] = f"{recipe.ratio:g}"
+    try:
+        name = template.format_map(known)
+    except (KeyError, ValueError, IndexError, AttributeError):
+        raise BadInput(
+            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'."
+        ) from None
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise BadInput(f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's.")
+    return name
+
+
+def folder_part(field: str, value: Any, bare: bool = False) -> str:
+    """A field's value as part of a path: `wanda`, `2-4`, `seed-0`. bare: without the field's name."""
+    if value is None:
+        return "default"
+    if isinstance(value, dict):
+        shown = "_".join(f"{name}-{one}" for name, one in value.items()) or "default"
+    elif isinstance(value, list | tuple):
+        shown = "+".join(map(str, value)) or "none"
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+    if field == "model":
+        shown = Path(shown).name.removesuffix(".gguf")
+    plain = re.sub(r"[^\w.+=-]+", "-", shown).strip("-.") or "none"
+    return plain if bare or field in ("model", "method", "pattern", "options") else f"{field}-{plain}"

@@ -1,0 +1,97 @@
+"""Which runs of a sweep are done: those whose folder holds the report of the very same recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import Report
+from coprune.run.checks import REPORT_FILE
+from coprune.run.sweep.expand import Run, expand
+from coprune.run.sweep.file import SWEEP_FILE, Sweep
+
+# A folder may be named in another way, or have moved; the rest changes no result.
+_FREE = {"save", "save_model", "cache_dir", "check_memory", "activation_memory", "report_to"}
+
+
+def finished_report(recipe: Recipe) -> Report | None:
+    """The report that a finished run left; None if it has not ended.
+
+    Raises BadInput if the folder holds the report of another run, or one that cannot be read.
+    """
+    folder = recipe.run_folder
+    file = folder / REPORT_FILE
+    if not file.is_file():
+        return None
+    try:
+        report = Report.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadInput(f"{file} cannot be read as a report; remove {folder} to do that run again.") from None
+    wanted = _pruning_of(recipe)
+    before, now = _deciding(report.recipe), _deciding(wanted)
+    if before != now:
+        differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
+        raise BadInput(
+            f"{folder} holds another run's report, in which {'; '.join(differing)}. Name another folder with save "
+            "(--save), or remove it."
+        )
+    tuned = recipe.finetune is None or (folder / "finetune" / "finetune.json").is_file()
+    return report if tuned else None
+
+
+def finished_reports(runs: list[Run]) -> dict[str, Report]:
+    """The reports of all finished runs by name, in the order of the runs."""
+    found = {run.name: finished_report(run.recipe) for run in runs}
+    return {name: report for name, report in found.items() if report is not None}
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (folder / SWEEP_FILE).is_file()
+
+
+def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
+    """A sweep from its folder, wherever that lies now: its runs and the reports of those that are finished.
+
+    Raises BadInput if none is.
+    """
+    sweep = Sweep.read(folder / SWEEP_FILE).with_settings({"save": str(folder)})
+    runs = expand(sweep)
+    reports = {run.name: file for run in runs if (file := folder / run.name / REPORT_FILE).is_file()}
+    if not reports:
+        raise BadInput(f"no run of the sweep in {folder} is finished; coprune sweep {folder / SWEEP_FILE} goes on.")
+    return sweep, runs, {name: Report.read(file) for name, file in reports.items()}
+
+
+def models_to_compare(name: str) -> list[str]:
+    """The models that a name stands for: of a sweep its dense models and what its runs saved; else the name itself.
+
+    Raises BadInput for a sweep whose runs saved no models.
+    """
+    folder = Path(name).expanduser()
+    if not is_sweep(folder):
+        return [name]
+    _, runs, reports = read_finished(folder)
+    saved = [folder / run for run, report in reports.items() if report.saved_model is not None]
+    if not saved:
+        raise BadInput(
+            f"the runs of the sweep in {name} saved no models; its tables are in {folder / 'results.md'}, and a sweep "
+            "with save_model keeps the models."
+        )
+    return [*dict.fromkeys(run.recipe.model for run in runs), *map(str, saved)]
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """What makes a run another one: not where its results lie, as long as the same are kept."""
+    return recipe.model_dump(exclude=_FREE) | {"save_model": "a folder" if recipe.save_model else "none"}
+
+
+def _pruning_of(recipe: Recipe) -> Recipe:
+    """The recipe in the report: a run that also fine-tunes reports its pruning."""
+    if recipe.finetune is None:
+        return recipe
+    from coprune.training.after_pruning import pruning_of
+
+    return pruning_of(recipe)

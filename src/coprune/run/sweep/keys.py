@@ -1,0 +1,59 @@
+"""Names for what runs of a sweep take over from each other: everything that decides it to the last bit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from coprune.data import EvaluationText
+from coprune.model.opened import streams
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import installed_versions
+from coprune.run.session import Session
+
+# What changes neither the memory of a run nor, by much, its time.
+_NOT_ESTIMATED = ("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory")
+
+
+def estimate_key(recipe: Recipe) -> str:
+    """Names the runs that take about as much memory and time as this one."""
+    fields = recipe.model_dump(mode="json", exclude=set(_NOT_ESTIMATED))
+    return json.dumps(fields | {"save_model": recipe.save_model is not None}, sort_keys=True)
+
+
+def dense_key(session: Session) -> str:
+    """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
+    texts = {n: data.fingerprint for n, data in session.data.items() if isinstance(data, EvaluationText)}
+    names = ("seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt")
+    settings = {name: getattr(session.recipe, name) for name in names}
+    return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
+
+
+def statistics_key(session: Session) -> str:
+    """Names what is gathered of the dense model's blocks: as `dense_key`, and which matrices share which statistic."""
+    assert session.samples is not None
+    statistic = session.solver.statistic
+    facts = {
+        "samples": session.samples.fingerprint,
+        "batches": [tuple(batch.shape) for batch in session.task.batches(session.samples.tokens)],
+        "statistic": None if statistic is None else statistic.__name__,
+        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in session.structure.groups],
+        "outside": [matrix.name for matrix in session.chosen.outside],
+    }
+    return json.dumps(_computed(session) | facts, sort_keys=True, default=str)
+
+
+def _computed(session: Session) -> dict[str, Any]:
+    """The weights, and how they are computed with."""
+    loaded = session.loaded
+    return {
+        "model": session.recipe.model,
+        "weights": loaded.fingerprint(session.blocks),
+        "dtype": str(loaded.model.dtype),
+        "device": str(loaded.device),
+        "streamed": streams(session.recipe),
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+    }

@@ -1,0 +1,136 @@
+"""A whole sweep: check it, estimate its runs, do those that are not done, and collect what all of them found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.base.files import write_text
+from coprune.report.schema import Report
+from coprune.run.checks import REPORT_FILE, path_of, prepare_solver
+from coprune.run.sweep.board import Board
+from coprune.run.sweep.conduct import conduct
+from coprune.run.sweep.expand import Run, expand
+from coprune.run.sweep.file import SWEEP_FILE, Sweep
+from coprune.run.sweep.finished import finished_reports
+from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.on_ray import RayWorkers
+from coprune.run.sweep.plan import Execution, Plan
+from coprune.run.sweep.pool import LocalWorkers
+from coprune.run.sweep.results import FAILURES, collect
+from coprune.run.sweep.sharing import SHARED_FOLDER
+from coprune.run.sweep.work import Event
+from coprune.run.sweep.workers import Workers
+
+
+@dataclass
+class Outcome:
+    """What has become of a sweep."""
+
+    runs: list[Run]
+    reports: dict[str, Report]
+    """Of the finished runs, by name."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why the others failed."""
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def require_success(self, folder: Path) -> None:
+        """Raise CopruneError if a run failed, with the first of the reasons."""
+        if not self.failures:
+            return
+        name, text = next(iter(self.failures.items()))
+        raise CopruneError(
+            f"{len(self.failures)} of {len(self.runs)} runs failed, all reasons are in {folder / FAILURES}; the first, "
+            f"{name}: {text.splitlines()[-1]}"
+        )
+
+
+def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> Outcome:
+    """Do the runs of a sweep that are not done yet and write its tables.
+
+    Raises BadInput before anything is done if one of its runs cannot be as asked, another process is at the sweep, or
+    its folder belongs to something else.
+    """
+    runs = check_sweep(sweep)
+    outcome = Outcome(runs, finished_reports(runs), ledger=Ledger.read(sweep.folder))
+    waiting = [run for run in runs if run.name not in outcome.reports]
+    with _alone(sweep.folder):
+        write_text(path_of(sweep.folder, SWEEP_FILE), sweep.to_yaml())
+        try:
+            if waiting:
+                _do(sweep, waiting, how, outcome, quiet)
+        finally:
+            outcome.reports = finished_reports(runs)
+            collect(sweep, runs, outcome.reports, outcome.failures, outcome.ledger)
+    return outcome
+
+
+def check_sweep(sweep: Sweep) -> list[Run]:
+    """List the runs of a sweep. Raises BadInput for one that cannot be, or a folder that is no sweep's."""
+    if (sweep.folder / REPORT_FILE).exists():
+        raise BadInput(f"{sweep.folder} holds a single run; name another folder with save (--save).")
+    runs = expand(sweep)
+    for run in runs:
+        try:
+            prepare_solver(run.recipe)
+        except CopruneError as error:
+            raise BadInput(f"the run {run.name}: {error}") from None
+    return runs
+
+
+def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quiet: bool) -> None:
+    """Do the runs that are not done yet."""
+    started = time.perf_counter()
+    outcome.ledger.wall.append(0.0)
+    local = SHARED_FOLDER + "/workers.log"
+    workers: Workers = LocalWorkers(path_of(sweep.folder, local)) if how.ray is None else RayWorkers(how.ray)
+    plan = Plan(sweep, how, workers, waiting)
+    board = Board([run.name for run in waiting], len(outcome.runs) - len(waiting), quiet)
+
+    def note_time() -> None:
+        outcome.ledger.wall[-1] = time.perf_counter() - started
+        outcome.ledger.write(sweep.folder)
+
+    def listen(event: Event, again: bool) -> None:
+        board.note(event, again)
+        if event.kind == "done":
+            outcome.ledger.saved[event.name] = event.saved
+            outcome.ledger.runs[event.name] = board.states[event.name].seconds or 0.0
+            note_time()
+        elif event.kind != "now" and not again:
+            outcome.failures[event.name] = event.text.strip()
+
+    try:
+        with board.shown():
+            kinds = plan.to_estimate()
+            if kinds:
+                board.say(f"Estimating {len(kinds)} kinds of runs")
+            conduct(kinds, workers, how.retries, board.estimating)
+            jobs = plan.to_run()
+            board.expect(plan.seconds, workers.at_once)
+            for event in plan.too_large:
+                listen(event, False)
+            conduct(jobs, workers, how.retries, listen)
+    finally:
+        workers.stop()
+        note_time()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of the folder. Raises BadInput if one is at it."""
+    lock = FileLock(path_of(folder / SHARED_FOLDER, "sweep.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"another process is doing the sweep in {folder} at this moment; wait for its end.") from None
+    try:
+        yield
+    finally:
+        lock.release()

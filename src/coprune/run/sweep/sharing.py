@@ -1,0 +1,209 @@
+"""What the runs of a sweep take over from each other: only what is the same to the last bit.
+
+The dense model's figures, its blocks' statistics and the estimates lie in the sweep's folder, where all processes and
+machines find them; token ids are kept by each process. Nothing that depends on how a model is pruned is ever taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
+
+from coprune.data import EvaluationText
+from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.extras import Beside
+from coprune.evaluation.perplexity import Perplexity
+from coprune.evaluation.tasks import Measured
+from coprune.evaluation.zero_shot import ZeroShot
+from coprune.model.walk.recording import Recording
+from coprune.recipe.recipe import Recipe
+from coprune.run.estimate.estimate import Estimate
+from coprune.run.reuse import Known, Reuse
+from coprune.run.session import Session
+from coprune.run.sweep.keys import dense_key, estimate_key, statistics_key
+from coprune.run.sweep.statistics_store import StatisticsStore, shared_places
+
+SHARED_FOLDER = ".shared"
+Tokens = TypeVar("Tokens")
+_TEXTS_KEPT = 16
+
+
+class DensePerplexity(BaseModel):
+    """A perplexity as data."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    seqlen: int
+    windows: int
+    tokens: int
+    nll_per_window: tuple[float, ...]
+    interval: tuple[float, float] | None
+    bytes: int | None
+
+    @classmethod
+    def of(cls, found: Perplexity) -> DensePerplexity:
+        return cls(**{**vars(found), "nll_per_window": tuple(found.nll_per_window.tolist())})
+
+    def measured(self) -> Perplexity:
+        """The perplexity that it was made of."""
+        nll = torch.tensor(self.nll_per_window, dtype=torch.float64)
+        return Perplexity(**{**self.model_dump(), "nll_per_window": nll})
+
+
+class DenseFacts(BaseModel):
+    """Everything that was measured of a dense model, and how long that took."""
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity: dict[str, DensePerplexity]
+    zero_shot: ZeroShot | None
+    text: str | None
+    seconds: float
+
+
+class KeptEstimate(BaseModel):
+    """An estimate, and how long it took to make."""
+
+    model_config = ConfigDict(frozen=True)
+
+    estimate: Estimate | None
+    """None for models of images."""
+    seconds: float
+
+
+@dataclass
+class Saved:
+    """What one run took over, in seconds of the work that it did not do."""
+
+    dense: float = 0.0
+    tokens: float = 0.0
+    estimate: float = 0.0
+    statistics: float = 0.0
+
+
+class SweepReuse(Reuse):
+    """Takes over what another run of the sweep left.
+
+    recipe: of the run; folder: of the sweep; texts: what this process has tokenised, with the seconds that it took.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, texts: dict[tuple[Hashable, ...], tuple[Any, float]]) -> None:
+        self.saved = Saved()
+        self._recipe = recipe
+        self._folder = folder / SHARED_FOLDER
+        self._texts = texts
+
+    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+        key = (self._recipe.model, *key)
+        if key in self._texts:
+            found, seconds = self._texts[key]
+            self.saved.tokens += seconds
+        else:
+            started = time.perf_counter()
+            found, seconds = read(), time.perf_counter() - started
+            if len(self._texts) >= _TEXTS_KEPT:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts[key] = found, seconds
+        tokens: Tokens = found
+        return tokens
+
+    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
+        kept, anew = self._kept_estimate(estimate)
+        if kept.estimate is None or anew:
+            return kept.estimate
+        self.saved.estimate += kept.seconds
+        # Whether there is room was decided before the run was started.
+        return replace(kept.estimate, available_bytes=None)
+
+    def _kept_estimate(self, estimate: Callable[[], Estimate | None]) -> tuple[KeptEstimate, bool]:
+        """The estimate for runs like this one, and whether it was made just now."""
+        anew = False
+
+        def estimate_now() -> KeptEstimate:
+            nonlocal anew
+            anew, started = True, time.perf_counter()
+            return KeptEstimate(estimate=estimate(), seconds=time.perf_counter() - started)
+
+        key = estimate_key(self._recipe)
+        with self._alone(key):
+            return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
+
+    def dense(
+        self, session: Session, beside: Beside, measure: Callable[[], dict[str, Measured]]
+    ) -> dict[str, Measured]:
+        texts = [data for data in session.data.values() if isinstance(data, EvaluationText)]
+        if not session.recipe.evaluate_dense or len(texts) < len(session.data) or session.processes.size > 1:
+            return measure()
+        anew: dict[str, Measured] | None = None
+
+        def measure_now() -> DenseFacts:
+            nonlocal anew
+            started = time.perf_counter()
+            anew = measure()
+            perplexity = {name: DensePerplexity.of(one) for name, one in anew.items() if isinstance(one, Perplexity)}
+            zero_shot, text = beside.zero_shot.get("dense"), beside.texts.get("dense")
+            seconds = time.perf_counter() - started
+            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, seconds=seconds)
+
+        key = dense_key(session)
+        with self._alone(key):
+            facts = EvaluationCache(self._folder).get(key, DenseFacts, measure_now)
+        if anew is not None:
+            return anew
+        self.saved.dense += facts.seconds
+        if facts.zero_shot is not None:
+            beside.zero_shot["dense"] = facts.zero_shot
+        if facts.text is not None:
+            beside.texts["dense"] = facts.text
+        return {name: one.measured() for name, one in facts.perplexity.items()}
+
+    def gathered(
+        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
+    ) -> Known:
+        places = shared_places(session, finished)
+        if not places:
+            return {}
+        key = statistics_key(session)
+        store = StatisticsStore(session, self._folder, key, places)
+        with self._alone(key):
+            present = found = store.find()
+            if len(found) < len(places):
+                store.gather(present, record)
+                found = store.find()
+        if len(found) < len(places):
+            return {}
+        self.saved.statistics += sum(kept.seconds for kept in present.values())
+        return {place: partial(kept.read, session.loaded.device) for place, kept in found.items()}
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Let one process at a time measure: the others wait for what it finds. A killed process lets go."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.lock"):
+            yield
+
+
+def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
+    """What an earlier estimate in the sweep's folder tells of runs like this one; None if there was none."""
+
+    class Missing(Exception):
+        pass
+
+    def refuse() -> KeptEstimate:
+        raise Missing
+
+    try:
+        return EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(recipe), KeptEstimate, refuse)
+    except Missing:
+        return None

@@ -1,0 +1,212 @@
+"""Statistics of the dense model's blocks in a sweep's folder, so that its runs gather them once.
+
+In `dense` propagation all of them are the same for every run with the same data and the same kind of statistic; in
+`block` propagation those of the first block. A run that finds them missing looks at the dense model, a walk that changes
+nothing, while the others wait; then all of them prune from what is kept. One safetensors file per block, with a digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coprune.base.durable import write_durably
+from coprune.base.errors import BadInput, CopruneError
+from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.statistics import Gram, InputNorm, InputSample
+from coprune.model.walk.walk import OUTSIDE, MatricesReady, Walk
+from coprune.run.session import Session
+
+SPARE = 2
+"""Nothing is kept where the disk has less room than so many times what it takes."""
+Statistic = type[InputNorm] | None
+
+
+def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]:
+    """Where a run's statistics are those of the dense model: names of blocks, or OUTSIDE for what comes after them.
+
+    finished: blocks that an earlier run finished, of which nothing has to be known.
+    """
+    recipe = session.recipe
+    alone = session.processes.size == 1
+    # Permuted weights are others in every run; for a dense target, more than a statistic is gathered.
+    if not alone or session.samples is None or recipe.permute or recipe.target == "dense":
+        return []
+    names = [block.name for block in session.blocks]
+    if recipe.propagation == "dense":
+        places = [*names, OUTSIDE] if session.chosen.outside else names
+    else:
+        # In `sequential` propagation it would be one group, before anything in the first block is pruned.
+        places = names[:1] if recipe.propagation == "block" else []
+    return [name for name in places if name not in finished]
+
+
+class StatisticsStore:
+    """The statistics that a session's run has in common with others.
+
+    folder: where they lie; key: names them; places: which of them the run needs.
+    """
+
+    def __init__(self, session: Session, folder: Path, key: str, places: Sequence[str]) -> None:
+        self._session = session
+        self._folder = folder
+        self._key = key
+        self._places = places
+
+    def find(self) -> dict[str, Kept]:
+        """What is kept and whole, by place."""
+        found = {place: Kept.find(self._file(place), self._session.solver.statistic) for place in self._places}
+        return {place: kept for place, kept in found.items() if kept is not None}
+
+    def gather(self, present: Container[str], record: Callable[[], Recording | None]) -> None:
+        """Look at the dense model for what is missing and keep it, if the disk has room.
+
+        present: places that are kept already; record: records the calibration batches. Raises NumericalError.
+        """
+        missing = [place for place in self._places if place not in present]
+        if shutil.disk_usage(self._folder).free < SPARE * sum(map(self._bytes, missing)):
+            return
+        try:
+            self._look(missing, record)
+        except (CopruneError, OSError) as error:
+            if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError | SafetensorError):
+                raise
+            # The disk filled up meanwhile: leave the room to others. If it was something else, the run meets it again.
+            for place in missing:
+                self._file(place).unlink(missing_ok=True)
+
+    def _look(self, missing: Sequence[str], record: Callable[[], Recording | None]) -> None:
+        session, started = self._session, time.perf_counter()
+        outside = session.chosen.outside if OUTSIDE in missing else ()
+        last = max(i for i, block in enumerate(session.blocks) if outside or block.name in missing)
+        blocks = session.blocks[: last + 1]
+        with session.reporter.bar("Gathering statistics of the dense model", len(blocks)) as advance:
+            walk = Walk(
+                session.loaded.weights,
+                blocks,
+                session.chosen.blocks,
+                session.solver.statistic,
+                session.structure,
+                record(),
+                changes=False,
+                outside=outside,
+                finished={block.name for block in blocks} - set(missing),
+                advance=advance,
+            )
+            gathered: dict[str, Inputs] = {}
+            for event in walk:
+                if isinstance(event, MatricesReady):
+                    assert event.inputs is not None
+                    gathered[event.matrices[0].name] = event.inputs
+                    continue
+                write_kept(self._file(event.block.name), gathered, time.perf_counter() - started)
+                gathered, started = {}, time.perf_counter()
+            if outside:
+                write_kept(self._file(OUTSIDE), gathered, time.perf_counter() - started)
+
+    def _file(self, place: str) -> Path:
+        name = hashlib.sha256(f"{place}\n{self._key}".encode()).hexdigest()[:32]
+        return self._folder / f"{name}.safetensors"
+
+    def _bytes(self, place: str) -> int:
+        """Size of a place's file, or a little more."""
+        session = self._session
+        groups = {block.name: session.structure.groups[block.index] for block in session.blocks}
+        groups[OUTSIDE] = [[matrix] for matrix in session.chosen.outside]
+        statistic, total = session.solver.statistic, 0
+        for group in groups[place]:
+            width = group[0].shape[1]
+            sums = {} if statistic is None else statistic.shapes(width)
+            rows = InputSample.tokens if _needs_rows(statistic) else 0
+            total += 4 * (sum(math.prod(shape) for shape in sums.values()) + rows * width)
+        return total
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One place's statistics, in a file that was found whole."""
+
+    statistic: Statistic
+    facts: dict[str, Any]
+    """By group: its width and counts; and how long it took to gather all of them."""
+    entries: dict[str, TensorEntry]
+
+    @classmethod
+    def find(cls, path: Path, statistic: Statistic) -> Kept | None:
+        """Read a file once to see whether it is as it was written; None if not, or if there is none."""
+        try:
+            header = json.loads(read_header_bytes(path))["__metadata__"]
+            entries = read_entries(path)
+            tensors = ((name, read_tensor(entry)) for name, entry in sorted(entries.items()))
+            whole = header["digest"] == _digest(tensors, header["facts"])
+            return cls(statistic, json.loads(header["facts"]), entries) if whole else None
+        except (BadInput, OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to gather."""
+        return float(self.facts["seconds"])
+
+    def read(self, device: torch.device) -> dict[str, Inputs]:
+        """The inputs of every group, by the name of its first matrix."""
+        return {name: self._read(name, counts, device) for name, counts in self.facts["groups"].items()}
+
+    def _read(self, name: str, counts: dict[str, int], device: torch.device) -> Inputs:
+        def tensor(part: str) -> Tensor:
+            return read_tensor(self.entries[f"{name} {part}"]).to(device)
+
+        width = counts["width"]
+        statistic = None if self.statistic is None else self.statistic(width, device)
+        if statistic is not None:
+            statistic.sums = {part: tensor(part) for part in statistic.sums}
+            statistic.count = counts["tokens"]
+        sample = InputSample(width, 0, device)
+        sample.replace(tensor("sample"), counts["seen"])
+        return Inputs(statistic, sample)
+
+
+def write_kept(path: Path, gathered: Mapping[str, Inputs], seconds: float) -> None:
+    """Write what was gathered of one place, whole or not at all.
+
+    gathered: by the name of each group's first matrix; seconds: that it took. Raises CopruneError if the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    groups: dict[str, dict[str, int]] = {}
+    for name, inputs in gathered.items():
+        statistic, sample = inputs.statistic, inputs.sample
+        sums = {} if statistic is None else statistic.sums
+        rows = sample.inputs if _needs_rows(None if statistic is None else type(statistic)) else sample.inputs[:0]
+        tensors |= {f"{name} {part}": tensor.cpu().contiguous() for part, tensor in {**sums, "sample": rows}.items()}
+        groups[name] = {"width": sample.width, "seen": sample.count}
+        groups[name]["tokens"] = 0 if statistic is None else statistic.count
+    facts = json.dumps({"groups": groups, "seconds": seconds})
+    metadata = {"facts": facts, "digest": _digest(sorted(tensors.items()), facts)}
+    write_durably(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _needs_rows(statistic: Statistic) -> bool:
+    """Whether layer errors are measured on sampled inputs; with a Gram matrix they need no more than their number."""
+    return statistic is None or not issubclass(statistic, Gram)
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], facts: str) -> str:
+    digest = hashlib.blake2b(facts.encode(), digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

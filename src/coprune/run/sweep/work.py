@@ -1,0 +1,149 @@
+"""What a worker does: one job after another, telling what happens; used by local processes and by Ray alike."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from coprune.run.sweep.expand import Run
+
+Action = Literal["estimate", "run"]
+# What a run does next once one of its phases has ended.
+_FOLLOWING = {
+    "load and prepare": "measuring the dense model",
+    "measure the dense model": "pruning",
+    "prune": "measuring the pruned model",
+    "measure the pruned model": "saving",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do, or to estimate. gpu: whether it needs one; memory: bytes that it will take, None if unknown."""
+
+    run: Run
+    action: Action
+    sweep: Path
+    """The sweep's folder."""
+    threads: int
+    gpu: bool = False
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job: what it does now, or how it ended."""
+
+    name: str
+    """Of the run."""
+    kind: Literal["now", "done", "failed", "broken", "lost"]
+    """`failed` would fail again the same way; `broken` was an unforeseen error; `lost` means that the worker is gone."""
+    text: str = ""
+    saved: dict[str, float] = field(default_factory=dict)
+    """Seconds of work that were taken over, by what it was."""
+
+
+Tell = Callable[[Event], None]
+# Texts as tokens, which the later jobs of this process find again.
+_texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
+
+
+def do_job(job: Job, tell: Tell) -> None:
+    """Do a job and tell how it ended; only an interruption passes."""
+    import torch
+
+    from coprune.base.errors import CopruneError
+    from coprune.base.memory import return_free_memory
+
+    _quieten()
+    torch.set_num_threads(job.threads)
+    try:
+        saved = _ACTIONS[job.action](job, tell)
+        tell(Event(job.run.name, "done", saved=saved))
+    except CopruneError as error:
+        tell(Event(job.run.name, "failed", str(error)))
+    except Exception:
+        tell(Event(job.run.name, "broken", traceback.format_exc()))
+    finally:
+        gc.collect()
+        return_free_memory()
+
+
+def _estimate(job: Job, tell: Tell) -> dict[str, float]:
+    from coprune.base.processes import Processes
+    from coprune.base.progress import Reporter
+    from coprune.run.session import open_run
+
+    tell(Event(job.run.name, "now", "estimating"))
+    loaded, _ = _open(job)
+    opened = open_run(job.run.recipe, loaded, Reporter(quiet=True), Processes())
+    opened.loaded.reuse.estimate(opened.estimate)
+    return {}
+
+
+def _run(job: Job, tell: Tell) -> dict[str, float]:
+    from coprune.base.progress import Reporter
+    from coprune.run.stages import run_recipe
+    from coprune.run.sweep.finished import finished_report
+
+    recipe = job.run.recipe
+    if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could tell
+        return {}
+    tell(Event(job.run.name, "now", "loading"))
+    _forget_peak()
+    loaded, reuse = _open(job)
+    reporter = Reporter(quiet=True)
+    reporter.listeners.append(_teller(job.run.name, tell))
+    run_recipe(recipe, loaded, reporter)
+    saved: dict[str, float] = vars(reuse.saved)
+    return saved
+
+
+_ACTIONS: dict[Action, Callable[[Job, Tell], dict[str, float]]] = {"estimate": _estimate, "run": _run}
+
+
+def _open(job: Job) -> tuple[Any, Any]:
+    """Open the job's model, with what it may take over from other runs."""
+    from coprune.model.opened import open_model, streams
+    from coprune.run.checks import prepare_solver
+    from coprune.run.sweep.sharing import SweepReuse
+
+    prepare_solver(job.run.recipe)  # what cannot be done is refused before a model is read
+    loaded = open_model(job.run.recipe, stream=streams(job.run.recipe))
+    loaded.reuse = reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
+    return loaded, reuse
+
+
+def _teller(name: str, tell: Tell) -> Callable[[str, dict[str, Any]], None]:
+    blocks = 0
+
+    def listen(event: str, facts: dict[str, Any]) -> None:
+        nonlocal blocks
+        if event == "phase" and facts["name"] in _FOLLOWING:
+            tell(Event(name, "now", _FOLLOWING[facts["name"]]))
+        elif event == "block":
+            blocks += 1
+            tell(Event(name, "now", f"pruning, {blocks} blocks done"))
+
+    return listen
+
+
+def _forget_peak() -> None:
+    """Start the peak of this process's memory anew, so that a report tells of its own run (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _quieten() -> None:
+    """Leave out the libraries' notes, as the command does."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

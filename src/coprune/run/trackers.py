@@ -1,0 +1,206 @@
+"""Others that hear what a run does: a file of JSON lines, and experiment trackers. All are off unless asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from coprune.base.errors import BadInput, unknown_name
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import Report
+
+
+class Tracker(Protocol):
+    """One run in an experiment tracker."""
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Note figures by name."""
+        ...
+
+    def close(self) -> None:
+        """End the run."""
+        ...
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._writer: Any = None
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            # The writer makes its folder at once, and a run that is refused leaves none.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._recipe.run_folder / "tensorboard"))
+            self._writer.add_text("recipe", f"```\n{self._recipe.to_yaml()}```")
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, in the project `coprune` unless WANDB_PROJECT names another."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        import wandb
+
+        project = os.environ.get("WANDB_PROJECT", "coprune")
+        self._run: Any = wandb.init(project=project, config=recipe.model_dump(mode="json"))
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self._run.log(figures, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, where MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        mlflow.start_run()
+        mlflow.log_params({name: str(value)[:500] for name, value in recipe.model_dump(mode="json").items()})
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(figures, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class Trackio:
+    """A run of Trackio, in the project `coprune`."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        import trackio
+
+        self._trackio: Any = trackio
+        trackio.init(project="coprune", config=recipe.model_dump(mode="json"))
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self._trackio.log(figures, step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+TRACKERS: dict[str, Callable[[Recipe], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+
+
+@contextmanager
+def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
+    """Let the file and the trackers that the recipe names hear the reporter's events while the body runs.
+
+    Raises BadInput for a tracker that is unknown or not installed, or a file that cannot be written.
+    """
+    names = [name.strip() for name in (recipe.report_to or "").split(",") if name.strip()]
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
+        if importlib.util.find_spec(name) is None:
+            raise BadInput(f"--report-to {name} needs a package that is missing: pip install 'coprune[{name}]'.")
+    before = list(reporter.listeners)
+    with ExitStack() as stack:
+        if recipe.log_json is not None:
+            reporter.listeners.append(stack.enter_context(_json_lines(recipe.log_json)))
+        for name in names:
+            tracker = TRACKERS[name](recipe)
+            stack.callback(tracker.close)
+            reporter.listeners.append(_feed(tracker))
+        reporter.event("started", recipe=recipe.model_dump(mode="json"))
+        try:
+            yield
+        except BaseException as error:
+            reporter.event("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            reporter.listeners[:] = before
+
+
+def block_figures(results: list[Any]) -> dict[str, float]:
+    """What is tracked of a finished block (its MatrixResults): mean sparsity and layer error."""
+    errors = [result["relative_layer_error"] for result in results if result["relative_layer_error"] is not None]
+    figures = {"block/sparsity": sum(result["sparsity"] for result in results) / len(results)} if results else {}
+    return figures | ({"block/layer_error": sum(errors) / len(errors)} if errors else {})
+
+
+def final_figures(report: Report) -> dict[str, float]:
+    """The figures of a finished run, by name."""
+    figures = {
+        "sparsity/matrices": report.sparsity.matrices,
+        "sparsity/model": report.sparsity.model,
+        "seconds/prune": report.prune_seconds,
+        "seconds/total": report.total_seconds,
+        "memory/peak_bytes": float(report.peak_memory_bytes),
+    }
+    for images in report.accuracy:
+        figures |= {
+            f"top1/{_plain(images.data)}": images.pruned_top1,
+            f"top5/{_plain(images.data)}": images.pruned_top5,
+        }
+        figures |= {} if images.dense_top1 is None else {f"top1_dense/{_plain(images.data)}": images.dense_top1}
+    for entry in report.perplexity:
+        figures |= {f"perplexity/{_plain(entry.data)}": entry.pruned}
+        figures |= {} if entry.dense is None else {f"perplexity_dense/{_plain(entry.data)}": entry.dense}
+    for task in () if report.zero_shot is None else report.zero_shot.tasks:
+        figures |= {f"{_plain(task.task)}/{_plain(metric)}": found.value for metric, found in task.pruned.items()}
+    return figures
+
+
+def _feed(tracker: Tracker) -> Callable[[str, dict[str, Any]], None]:
+    step = 0
+
+    def hear(name: str, facts: dict[str, Any]) -> None:
+        nonlocal step
+        if name == "block":
+            tracker.log(block_figures(facts["matrices"]), step)
+            step += 1
+        elif name == "finished":
+            tracker.log(facts["figures"], step)
+
+    return hear
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"the log {path} cannot be written: {error.strerror}.") from error
+    with stream:
+
+        def hear(name: str, facts: dict[str, Any]) -> None:
+            stream.write(
+                json.dumps({"time": time.time(), "event": name, **facts}, ensure_ascii=False, default=str) + "\n"
+            )
+            stream.flush()
+
+        yield hear
+
+
+def _plain(name: str) -> str:
+    """A name that every tracker takes: the last part of a path, without signs that some refuse."""
+    last = name.rstrip("/").rpartition("/")[2]
+    return "".join(sign if sign.isalnum() or sign in "-_. " else "_" for sign in last)

@@ -1,0 +1,169 @@
+"""Adapters on a pruned model: put on, saved in PEFT's own format, loaded and merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.model.checkpoint.load import task_of
+from coprune.model.checkpoint.writer import refuse_occupied
+from coprune.training.masked_lora import MaskedLoraConfig
+from coprune.training.masks import Masks, plain_parameters
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str]:
+    """Names of the pruned linear layers that get an adapter.
+
+    patterns: shell-like; without, all of them. Experts that share one parameter and convolutions get none and stay as
+    they are. Raises BadInput for a pattern that matches none, or a rank above the width of a layer.
+    """
+    matrices = [entry.matrix for entry in masks.matrices if isinstance(entry.matrix.owner, nn.Linear | Conv1D)]
+    names = [matrix.name for matrix in matrices]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadInput(f"the pattern {pattern!r} matches none of the {len(names)} pruned linear layers.")
+    chosen = [m for m in matrices if not patterns or any(fnmatchcase(m.name, p) for p in patterns)]
+    if not chosen:
+        raise BadInput("only fused experts or convolutions are pruned, which get no adapters; use --mode dense.")
+    for matrix in chosen:
+        if rank > min(matrix.shape):
+            raise BadInput(
+                f"rank {rank} is above the width of {matrix.name} ({matrix.shape[0]} × {matrix.shape[1]}); "
+                f"use at most {min(matrix.shape)}."
+            )
+    return [matrix.name for matrix in chosen]
+
+
+def add_adapter(
+    model: PreTrainedModel, masks: Masks, targets: list[str], rank: int, alpha: float, dropout: float, masked: bool
+) -> PeftModel:
+    """Put trainable adapters on some layers of a model; masked ones, or PEFT's plain ones."""
+    settings: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": targets,
+        "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+        "task_type": "CAUSAL_LM" if task_of(model.config) == "text" else None,
+    }
+    config = MaskedLoraConfig(**settings, coprune_masks=masks.fingerprint()) if masked else LoraConfig(**settings)
+    with _without_deprecations():
+        adapted: PeftModel = get_peft_model(model, config)
+    return adapted
+
+
+def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
+    """Save adapters in PEFT's format (and a model card), whole or not at all. Raises BadInput if the folder is taken."""
+    refuse_occupied(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    adapted.save_pretrained(str(partial), save_embedding_layers=False)
+    write_text(partial / "README.md", card)
+    partial.replace(folder)
+
+
+def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftModel:
+    """Put saved adapters, masked or plain, on the pruned model that they were trained on.
+
+    Raises BadInput for a folder without adapters, or adapters of another model or of other masks.
+    """
+    config = read_adapter_config(folder)
+    _require_same_model(model, config, folder)
+    made_for = config.get("coprune_masks")
+    if made_for is not None and made_for != masks.fingerprint():
+        raise BadInput(
+            f"the adapter in {folder} was trained on other masks than those of this model; give the pruned model that it "
+            "was trained on."
+        )
+    known: type[LoraConfig] = LoraConfig if made_for is None else MaskedLoraConfig
+    fields = {name: value for name, value in config.items() if name in known.__dataclass_fields__}
+    with _without_deprecations():
+        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=known(**fields))
+    return adapted
+
+
+def merge_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PreTrainedModel:
+    """Merge saved masked adapters into the pruned model that they were trained on.
+
+    Raises BadInput for plain adapters, whose merging would fill the zeros, and as `load_adapter`; BrokenMask.
+    """
+    config = read_adapter_config(folder)
+    if config.get("coprune_masks") is None:
+        raise BadInput(f"the adapter in {folder} is a plain one. {plain_warning(masks)}")
+    return merge(load_adapter(model, masks, folder), masks)
+
+
+def merge(adapted: PeftModel, masks: Masks) -> PreTrainedModel:
+    """Merge masked adapters that are on a model. Raises BrokenMask if that would not keep every zero."""
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    masks.verify(plain_parameters(merged))
+    return merged
+
+
+def plain_warning(masks: Masks) -> str:
+    """What merging plain adapters would do to a model."""
+    zeros = sum(entry.zeros for entry in masks.matrices)
+    return (
+        f"Merging it would make nearly all of the {zeros:,} zeros in the adapted layers nonzero, and the model dense "
+        "again: use it unmerged (PeftModel.from_pretrained), or train a masked adapter, which merges and keeps every zero."
+    )
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises BadInput if it is missing or damaged, or not one of LoRA."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        raise BadInput(f"{folder} holds no adapter: there is no {CONFIG_FILE}.") from None
+    except ValueError:
+        raise BadInput(f"{folder / CONFIG_FILE} is damaged: it is not valid JSON.") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise BadInput(f"{folder} holds no adapter of LoRA.")
+    return config
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """PEFT still asks transformers for properties by names that are on their way out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _require_same_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Compare every tensor of an adapter with the layer that it names."""
+    modules = dict(model.named_modules())
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        raise BadInput(f"{folder / WEIGHTS_FILE} is missing or damaged.") from None
+    for name, shape in shapes.items():
+        layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
+        weight = getattr(modules.get(layer), "weight", None)
+        if weight is None:
+            raise BadInput(f"the adapter in {folder} is of another model: this one has no layer {layer!r}.")
+        rows, columns = weight.shape[::-1] if config.get("fan_in_fan_out") else weight.shape
+        wide = columns if factor.startswith("A") else rows
+        if wide != (shape[1] if factor.startswith("A") else shape[0]):
+            raise BadInput(
+                f"the adapter in {folder} is of another model: {layer} is {rows} × {columns} here, which its tensor of "
+                f"{shape[0]} × {shape[1]} does not fit."
+            )

@@ -1,0 +1,88 @@
+"""Pruning and fine-tuning in one run: the pruned model goes to a folder, and is fine-tuned from there.
+
+So either half can be interrupted and goes on, and the pruned model stays to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.base.processes import Processes
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import Report
+from coprune.run.checks import RECIPE_FILE, REPORT_FILE, path_of
+from coprune.training.report import FinetuneReport, summary_lines
+from coprune.training.run import finetune
+from coprune.training.settings import FinetuneSettings, make_settings
+
+
+def prune_and_finetune(
+    recipe: Recipe, prune: Callable[[Recipe], Report], reporter: Reporter, processes: Processes
+) -> Report:
+    """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
+
+    prune: runs a recipe; processes: this one among those of the run. Returns the report of the pruning; that of the
+    fine-tuning is `finetune/finetune.json`. Raises as both do.
+    """
+    settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
+    pruning = pruning_of(recipe)
+    done = processes.from_first(lambda: _pruned_before(pruning))
+    if done is None:
+        report = prune(pruning)
+        processes.from_first(lambda: None)  # the first one is still saving what all of them are about to read
+    else:
+        reporter.say(f"Pruned by an earlier run: {pruning.save_model}")
+        report = done
+    found: FinetuneReport = finetune(settings, reporter)
+    if processes.first:
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
+        for line in summary_lines(found):
+            reporter.say(line)
+    return report
+
+
+def pruning_of(recipe: Recipe) -> Recipe:
+    """The recipe of the pruning alone."""
+    return recipe.model_copy(
+        update={"finetune": None, "finetune_minutes": None, "save_model": recipe.run_folder / "pruned"}
+    )
+
+
+def settings_of(recipe: Recipe) -> FinetuneSettings:
+    """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
+    # A dataset that nobody named stays so, since it depends on the model what that means.
+    data = {"dataset": recipe.dataset} if "dataset" in recipe.model_fields_set else {}
+    return make_settings(
+        data
+        | {
+            "model": str(recipe.run_folder / "pruned"),
+            "mode": recipe.finetune,
+            "teacher": recipe.model if recipe.finetune == "distill" else None,
+            "block_size": recipe.seqlen,
+            "minutes": recipe.finetune_minutes,
+            "seed": recipe.seed,
+            "device": "cpu" if recipe.device == "cpu" else "auto",
+            "cache_dir": recipe.cache_dir,
+            "evaluate": recipe.evaluate,
+            "eval_data": recipe.eval_data,
+            "eval_tokens": recipe.eval_tokens,
+            "eval_images": recipe.eval_images,
+            "report_to": recipe.report_to or "none",
+            "save": recipe.run_folder / "finetune",
+            "save_model": recipe.save_model,
+        }
+    )
+
+
+def _pruned_before(pruning: Recipe) -> Report | None:
+    """The report of an earlier run of the same recipe, whose model is there; None if there was none."""
+    path = pruning.run_folder / REPORT_FILE
+    if not path.is_file() or pruning.save_model is None or not pruning.save_model.is_dir():
+        return None
+    report = Report.read(path)
+    if report.recipe != pruning:
+        raise BadInput(f"{pruning.run_folder} already holds another run; name another folder with --save.")
+    return report

@@ -1,0 +1,111 @@
+"""Distillation: train a pruned model toward what the dense one says and, block by block, what it holds.
+
+The loss is the divergence of the next-token distributions at a temperature (Hinton et al., arXiv 1503.02531) plus the
+error of every block's hidden states relative to their size (SquareHead, arXiv 2310.06927), here token by token, since
+the first token of many models, a thousand times larger than the others, would be all that counts otherwise. A teacher
+that is run ahead leaves its largest logits: all the others are compared as one outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coprune.training.teacher_cache import TeacherCache
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(teacher ‖ student) of distributions at temperature T, in nats, mean over the tokens.
+
+    student, teacher: … × vocabulary logits. T² keeps the gradient's size independent of T.
+    """
+    log_student = functional.log_softmax(student.to(torch.float32) / temperature, dim=-1)
+    log_teacher = functional.log_softmax(teacher.to(torch.float32) / temperature, dim=-1)
+    kl = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
+    return kl.mean() * temperature**2
+
+
+def divergence_of_top(student: Tensor, log_teacher: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """As `divergence`, of the teacher's k likeliest tokens and of all others taken as one outcome.
+
+    student: … × vocabulary logits; log_teacher: … × k, log probabilities at the temperature; indices: … × k.
+    Never more than the whole divergence, and equal to it where k is the vocabulary.
+    """
+    log_student = functional.log_softmax(student.to(torch.float32) / temperature, dim=-1)
+    top = log_student.gather(-1, indices)
+    kl = (log_teacher.exp() * (log_teacher - top)).sum(dim=-1)
+    rest_teacher = (1 - log_teacher.exp().sum(dim=-1)).clamp_min(1e-9)
+    rest_student = (1 - top.exp().sum(dim=-1)).clamp_min(1e-9)
+    rest = rest_teacher * (rest_teacher.log() - rest_student.log())
+    return (kl + rest).mean() * temperature**2
+
+
+def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared error of every block's hidden states relative to the dense ones, mean over tokens and blocks.
+
+    student, teacher: per block B × S × H.
+    """
+    errors = []
+    for mine, dense in zip(student, teacher, strict=True):
+        target = dense.to(torch.float32)
+        error = (mine.to(torch.float32) - target).square().sum(dim=-1)
+        errors.append((error / target.square().sum(dim=-1).clamp_min(1e-12)).mean())
+    return torch.stack(errors).mean()
+
+
+class Objective(Protocol):
+    """A loss of a model on a batch of samples."""
+
+    def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
+        """inputs: what the model takes, and `labels`; windows: B int64, the samples' numbers. Returns a mean."""
+        ...
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the labels, a mean.
+
+    logits: B × S × V with labels B × S, each position's for the next one (text), or B × classes with labels B (images).
+    """
+    if logits.ndim == 3:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return functional.cross_entropy(logits.to(torch.float32), labels)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of distillation from a teacher beside the student, or from one that was run ahead."""
+
+    teacher: nn.Module | TeacherCache
+    temperature: float
+    kl_weight: float
+    hidden_weight: float
+    text_weight: float
+
+    def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
+        """See `Objective`."""
+        taken: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
+        hidden = self.hidden_weight > 0 and not isinstance(self.teacher, TeacherCache)
+        if "input_ids" in inputs:
+            taken |= {"output_hidden_states": hidden, "use_cache": False}
+        student = model(**taken)
+        loss = torch.zeros((), device=student.logits.device)
+        if isinstance(self.teacher, TeacherCache):
+            log_teacher, indices = self.teacher.read(windows, student.logits.device)
+            loss = loss + self.kl_weight * divergence_of_top(student.logits, log_teacher, indices, self.temperature)
+        else:
+            with torch.no_grad():
+                dense = self.teacher(**taken)
+            if self.kl_weight:
+                loss = loss + self.kl_weight * divergence(student.logits, dense.logits, self.temperature)
+            if hidden:
+                # The first entry is the embeddings, which a mask does not touch.
+                error = hidden_error(student.hidden_states[1:], dense.hidden_states[1:])
+                loss = loss + self.hidden_weight * error
+        if self.text_weight:
+            loss = loss + self.text_weight * label_loss(student.logits, inputs["labels"])
+        return loss

@@ -1,0 +1,183 @@
+"""The zeros of a pruned model: where they are, which pattern they follow, and whether they are still there.
+
+A checkpoint says nothing about how it was pruned, so its zeros are the mask. A matrix counts as pruned when more than
+a small share of it is zero, since trained weights hold a few zeros by chance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.model.matrices import Matrix, find_matrices
+from coprune.recipe.pattern import NM, Pattern, Unstructured
+
+LEAST_SPARSITY = 0.05
+_GROUPS = (2, 4, 8, 16, 32)
+_SLACK = 0.05  # share of weights that may be missing from the groups of an N:M matrix
+
+
+class BrokenMask(CopruneError):
+    """A weight that was pruned is not zero any more, so nothing was saved."""
+
+
+@dataclass(frozen=True)
+class PrunedMatrix:
+    """One pruned matrix: its view, the parameter that holds it, its zeros and their pattern."""
+
+    matrix: Matrix
+    parameter: str
+    zeros: int
+    sparsity: float
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of a model: its pruned matrices, and per parameter the weights that are pruned."""
+
+    matrices: list[PrunedMatrix]
+    pruned: dict[str, Tensor]
+    """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the pruned matrices."""
+        sizes = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in self.matrices)
+        return sum(entry.zeros for entry in self.matrices) / sizes
+
+    @property
+    def patterns(self) -> dict[str, int]:
+        """How many matrices follow each pattern."""
+        counts: dict[str, int] = {}
+        for entry in self.matrices:
+            counts[str(entry.pattern)] = counts.get(str(entry.pattern), 0) + 1
+        return counts
+
+    def fingerprint(self) -> str:
+        """Names the masks by their content: 16 hex digits of SHA-256."""
+        digest = hashlib.sha256()
+        for name, pruned in sorted(self.pruned.items()):
+            digest.update(name.encode())
+            digest.update(pruned.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def verify(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise BrokenMask, naming the first matrix, where a pruned weight is not zero or a pattern does not hold.
+
+        parameters: by their names in the plain model (see `plain_parameters`).
+        """
+        for entry in self.matrices:
+            parameter = parameters[entry.parameter].detach()
+            stored = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            pruned = self.pruned[entry.parameter]
+            if entry.matrix.expert is not None:
+                stored, pruned = stored[entry.matrix.expert], pruned[entry.matrix.expert]
+            kept = stored != 0
+            lost = int((kept & pruned.to(kept.device)).sum())
+            if lost:
+                raise BrokenMask(
+                    f"{lost} weights of {entry.matrix.name} that were pruned are not zero any more; nothing was saved."
+                )
+            if (
+                isinstance(entry.pattern, NM)
+                and _most_kept(_rows(kept, entry.matrix), entry.pattern.m) > entry.pattern.n
+            ):
+                raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more; nothing was saved.")
+
+
+def find_masks(model: nn.Module, least: float = LEAST_SPARSITY) -> Masks:
+    """Derive the masks of a pruned model from its zeros.
+
+    least: a matrix with a smaller fraction of zeros does not count as pruned.
+    Raises BadInput for a dense model, which has no mask to keep.
+    """
+    matrices: list[PrunedMatrix] = []
+    pruned: dict[str, Tensor] = {}
+    for matrix in find_matrices(model):
+        stored = matrix.stored()
+        zero = stored == 0
+        zeros = int(zero.sum())
+        if zeros < least * stored.numel():
+            continue
+        name = parameter_name(matrix)
+        matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
+        whole = getattr(matrix.owner, matrix.attribute)
+        if matrix.expert is None:
+            pruned[name] = zero.view(whole.shape)
+        else:
+            pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
+            pruned[name][matrix.expert] = zero
+    if not matrices:
+        raise BadInput(
+            "the model is dense: it has no zeros to keep, so there is no mask. Prune it first (coprune prune MODEL "
+            "--save-model FOLDER) and fine-tune the result."
+        )
+    return Masks(matrices, pruned)
+
+
+def find_pattern(keep: Tensor) -> Pattern:
+    """The N:M that a mask (out × in bool) follows, or unstructured; of equally tight ones that with the smallest M.
+
+    Small unstructured matrices follow some N:M by chance, but with many groups that hold fewer than N.
+    """
+    best: NM | None = None
+    kept = float(keep.to(torch.float32).mean())
+    for size in _GROUPS:
+        if keep.shape[1] % size:
+            continue
+        most = _most_kept(keep, size)
+        tight = most / size - kept < _SLACK
+        if 0 < most < size and tight and (best is None or most * best.m < best.n * size):
+            best = NM(most, size)
+    return best or Unstructured()
+
+
+def parameter_name(matrix: Matrix) -> str:
+    """Name of the parameter that holds a matrix."""
+    return f"{matrix.name}.{matrix.attribute}" if matrix.expert is None else matrix.name.partition("[")[0]
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's own parameters by their names before adapters, data parallelism or compilation wrapped them."""
+    return {_plain_name(name): p for name, p in model.named_parameters() if ".lora_" not in name}
+
+
+def select_parameters(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[nn.Parameter]:
+    """Parameters whose name, or whose module's name, matches a shell-like pattern; all without patterns.
+
+    Raises BadInput for a pattern that matches nothing.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in parameters):
+            raise BadInput(f"the pattern {pattern!r} matches no parameter; names look like {next(iter(parameters))!r}.")
+    for name, parameter in parameters.items():
+        if not patterns or any(_matches(name, pattern) for pattern in patterns):
+            yield parameter
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+
+
+def _plain_name(name: str) -> str:
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):
+        name = name.removeprefix(prefix)
+    return name.replace(".base_layer", "").replace("._checkpoint_wrapped_module", "")
+
+
+def _rows(stored: Tensor, matrix: Matrix) -> Tensor:
+    """A stored weight as out × in; a convolution's is out × channels × height × width."""
+    return stored.flatten(1) if matrix.input_dim == 1 else stored.T
+
+
+def _most_kept(keep: Tensor, group: int) -> int:
+    return int(keep.reshape(keep.shape[0], -1, group).sum(dim=2).max())

@@ -1,0 +1,226 @@
+"""What a fine-tuning run leaves for people: `finetune.json` with its curves, and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from coprune.evaluation.accuracy import Accuracy
+from coprune.evaluation.perplexity import Perplexity
+from coprune.evaluation.tasks import Measured
+from coprune.training.settings import FinetuneSettings
+
+REPORT_FILE = "finetune.json"
+
+
+class LossPoint(BaseModel):
+    """The training loss at one optimiser step (of distillation: its objective), mean over the step's samples."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    seconds: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float | None = None
+
+
+class HeldOutPoint(BaseModel):
+    """The data's own loss on the held-out samples, in nats per token or image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    seconds: float
+    loss: float
+
+
+class PerplexityChange(BaseModel):
+    """Perplexity on one text that training never saw."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    source: str
+    seqlen: int
+    before: float
+    after: float
+
+
+class AccuracyChange(BaseModel):
+    """Accuracy on one set of images that training never saw, with Wilson's 95 % intervals of top-1."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    source: str
+    images: int
+    before_top1: float
+    before_top1_interval: tuple[float, float]
+    before_top5: float
+    after_top1: float
+    after_top1_interval: tuple[float, float]
+    after_top5: float
+
+
+Change = PerplexityChange | AccuracyChange
+
+
+def change(name: str, source: str, before: Measured, after: Measured) -> Change:
+    """Put two measurements on the same data side by side. name: as it was asked for; source: of the data."""
+    if isinstance(before, Perplexity) and isinstance(after, Perplexity):
+        return PerplexityChange(data=name, source=source, seqlen=after.seqlen, before=before.value, after=after.value)
+    assert isinstance(before, Accuracy)
+    assert isinstance(after, Accuracy)
+    return AccuracyChange(
+        data=name,
+        source=source,
+        images=after.images,
+        before_top1=before.top1,
+        before_top1_interval=before.top1_interval,
+        before_top5=before.top5,
+        after_top1=after.top1,
+        after_top1_interval=after.top1_interval,
+        after_top5=after.top5,
+    )
+
+
+class FinetuneReport(BaseModel):
+    """One fine-tuning run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: FinetuneSettings
+    source: str
+    """The text or images."""
+    windows: int
+    """Of text, or images."""
+    block_size: int | None
+    """Tokens per window; None for images."""
+    fingerprint: str
+    """Of the training data."""
+    processes: int
+    trained_parameters: int
+    pruned_matrices: int
+    patterns: dict[str, int]
+    """How many pruned matrices follow each pattern."""
+    sparsity_before: float
+    sparsity_after: float
+    """Of the pruned matrices; of unmerged adapters: of the weights beside them."""
+    masks: str
+    """Fingerprint of the masks, all of which were verified at every save."""
+    steps: int
+    seconds: float
+    curve: list[LossPoint]
+    held_out: list[HeldOutPoint]
+    perplexity: list[PerplexityChange]
+    adapter: Path | None
+    saved_model: Path | None
+    versions: dict[str, str]
+    accuracy: list[AccuracyChange] = []
+
+    def write(self, folder: Path) -> None:
+        """Write the report whole or not at all."""
+        from coprune.base.files import write_text
+
+        write_text(folder / REPORT_FILE, self.model_dump_json(indent=2) + "\n")
+
+
+def curves(history: list[dict[str, Any]]) -> tuple[list[LossPoint], list[HeldOutPoint]]:
+    """Sort a Trainer's log into the two curves."""
+    training = [
+        LossPoint(
+            step=entry["step"],
+            seconds=entry["seconds"],
+            loss=entry["loss"],
+            learning_rate=entry["learning_rate"],
+            gradient_norm=entry.get("grad_norm"),
+        )
+        for entry in history
+        if "loss" in entry
+    ]
+    held_out = [
+        HeldOutPoint(step=entry["step"], seconds=entry["seconds"], loss=entry["eval_loss"])
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    return training, held_out
+
+
+def finetune_card(report: FinetuneReport) -> str:
+    """Markdown with the Hub's metadata header for the fine-tuned model."""
+    return _card(report, "transformers", "")
+
+
+def adapter_card(report: FinetuneReport, warning: str) -> str:
+    """As `finetune_card`, for adapters; warning: what merging plain ones would do."""
+    if not report.settings.masked:
+        return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
+    return _card(
+        report,
+        "peft",
+        "Masked adapters: the update is (B A) ⊙ keep, with keep where the pruned model is not zero. Load them with "
+        "`coprune.training.adapters.load_adapter` or merge them with `coprune merge MODEL ADAPTER OUTPUT`; PEFT alone reads "
+        "the files too, but would add the update without its mask.\n\n",
+    )
+
+
+def _card(report: FinetuneReport, library: str, note: str) -> str:
+    settings = report.settings
+    header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
+    header += (
+        [f"base_model: {settings.model}"] if settings.model.count("/") == 1 and settings.model[0] not in "./" else []
+    )
+    title, results = _results(report)
+    windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
+    patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return "\n".join(header) + (
+        f"\n---\n\n# {Path(settings.model).name}, fine-tuned with its zeros kept ({settings.mode})\n\n"
+        f"{report.sparsity_after:.2%} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
+        f"as before; this was verified before saving.\n\n{note}## {title}\n\n{results}\n\n## How it was made\n\n"
+        f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
+        f"of {report.source} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
+        f"```yaml\n{settings.to_yaml()}```\n"
+    )
+
+
+def _results(report: FinetuneReport) -> tuple[str, str]:
+    """What was measured: its name, and a table."""
+    if report.block_size is None:
+        title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
+        rows = [
+            f"| {a.data} | {a.images} | {a.before_top1:.2%} | {a.after_top1:.2%} | {a.before_top5:.2%} "
+            f"| {a.after_top5:.2%} |"
+            for a in report.accuracy
+        ]
+    else:
+        title, head = "Perplexity", "| text | sequence length | before | after |"
+        rows = [f"| {p.data} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
+    rule = "| --- " * (head.count("|") - 1) + "|"
+    return title, "\n".join([head, rule, *rows]) if rows else "Not measured."
+
+
+def summary_lines(report: FinetuneReport) -> list[str]:
+    """What was trained, what that did, and where it is."""
+    patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
+    lines = [
+        f"trained   {report.trained_parameters:,} parameters ({report.settings.mode}), {report.steps} steps in "
+        f"{report.seconds / 60:.1f} minutes",
+        f"sparsity  {report.sparsity_before:.4%} before, {report.sparsity_after:.4%} after, in {report.pruned_matrices} "
+        f"matrices ({patterns}); every zero kept",
+    ]
+    lines += [
+        f"perplexity {p.before:.2f} → {p.after:.2f} on {p.data} (sequence length {p.seqlen})" for p in report.perplexity
+    ]
+    for found in report.accuracy:
+        low, high = found.after_top1_interval
+        lines.append(
+            f"accuracy  top-1 {found.before_top1:.2%} → {found.after_top1:.2%} [{low:.2%}, {high:.2%}], top-5 "
+            f"{found.before_top5:.2%} → {found.after_top5:.2%} on {found.data} ({found.images} images)"
+        )
+    lines += [f"adapter in {report.adapter}"] if report.adapter else []
+    lines += [f"model in  {report.saved_model} (reloaded and compared)"] if report.saved_model else []
+    return lines

@@ -1,0 +1,118 @@
+"""Where a run writes, and whether an interrupted one with the same settings, model and data goes on there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
+from coprune.training.masks import find_masks, plain_parameters
+from coprune.training.report import REPORT_FILE, FinetuneReport
+from coprune.training.session import Session
+from coprune.training.settings import FinetuneSettings
+
+_IDENTITY = "identity.json"
+_ANNOUNCED = "announced.json"
+# Where results go and what is measured afterwards may differ between a run and its resumption.
+_FREE = {
+    "save",
+    "save_model",
+    "cache_dir",
+    "evaluate",
+    "eval_data",
+    "eval_tokens",
+    "eval_images",
+    "report_to",
+    "save_every",
+}
+
+
+def announce(report: FinetuneReport, training_folder: Path) -> None:
+    """Keep a report for the case that the run is killed once its model is whole."""
+    write_text(training_folder / _ANNOUNCED, report.model_dump_json())
+
+
+def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
+    """Finish a run of these settings that was killed when its model had its name and only the report was wanting.
+
+    Returns its report, or None if there is no such run. Raises BrokenMask if a pruned weight in the model is not zero.
+    """
+    training = settings.run_folder / "training"
+    try:
+        report = FinetuneReport.model_validate_json((training / _ANNOUNCED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if report.settings != settings or not settings.model_folder.is_dir():
+        return None
+    pruned, _ = load_model(locate(settings.model, settings.cache_dir))
+    saved, _ = load_model(locate(settings.model_folder))
+    find_masks(pruned).verify(plain_parameters(saved))
+    report.write(settings.run_folder)
+    shutil.rmtree(training, ignore_errors=True)
+    return report
+
+
+def prepare_folders(settings: FinetuneSettings) -> None:
+    """Refuse to write where something is already; a run folder without a report is an unfinished run's."""
+    folder = settings.run_folder
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; name another run folder with --save.")
+    if (folder / REPORT_FILE).exists():
+        raise BadInput(f"{folder} already holds a finished run; name another folder with --save, or remove it.")
+    target = settings.model_folder
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target} already exists and is not empty; name another folder with --save-model.")
+
+
+def resume_from(session: Session, first: bool) -> Path | None:
+    """The last whole state of an interrupted run with the same settings, model and data, if there is one.
+
+    Raises BadInput if the folder holds an unfinished run of something else.
+    """
+    folder = session.training_folder
+    identity = {k: v for k, v in session.settings.model_dump(mode="json").items() if k not in _FREE}
+    identity |= {
+        "masks": session.masks.fingerprint(),
+        "weights": _fingerprint(session),
+        "data": session.data.fingerprint,
+    }
+    try:
+        earlier = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = None
+    if earlier is None:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_text(folder / _IDENTITY, json.dumps(identity, indent=2))
+        return None
+    differing = [
+        f"{key} was {earlier.get(key)!r} and is {now!r}" for key, now in identity.items() if earlier.get(key) != now
+    ]
+    if differing:
+        raise BadInput(
+            f"{folder} belongs to an unfinished run in which {'; '.join(differing)}. Finish that run with its own "
+            "settings, or remove the folder, or name another run folder with --save."
+        )
+    # The Trainer writes this file last, so a state that has it is whole.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if newest is not None:
+        session.reporter.say(f"Going on from step {newest.name.rpartition('-')[2]} of an interrupted run.")
+    return newest
+
+
+def _fingerprint(session: Session) -> str:
+    """Names the pruned weights by a sample of them: 16 hex digits."""
+    digest = hashlib.sha256()
+    parameters = plain_parameters(session.model)
+    for entry in session.masks.matrices:
+        digest.update(parameters[entry.parameter].detach().flatten()[:64].to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

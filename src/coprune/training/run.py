@@ -1,0 +1,212 @@
+"""One fine-tuning run from settings to report: load, find the masks, measure, train, measure again, save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.evaluation.tasks import Measured, task_for
+from coprune.model.checkpoint.load import load_model, task_of
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.checkpoint.writer import refuse_occupied
+from coprune.model.opened import Loaded
+from coprune.recipe.recipe import make_recipe
+from coprune.report.schema import installed_versions
+from coprune.training.adapters import merge, merge_adapter, plain_warning, save_adapter
+from coprune.training.distill import Distillation, Objective
+from coprune.training.masks import find_masks
+from coprune.training.report import (
+    AccuracyChange,
+    Change,
+    FinetuneReport,
+    PerplexityChange,
+    adapter_card,
+    change,
+    curves,
+    finetune_card,
+)
+from coprune.training.resume import announce, finish_announced, prepare_folders, resume_from
+from coprune.training.saving import save_model
+from coprune.training.session import Session, device_of, prepare_session
+from coprune.training.settings import FinetuneSettings
+from coprune.training.teacher_cache import TeacherCache
+from coprune.training.trainer import ZeroKeepingTrainer, build_trainer
+
+
+def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
+    """Fine-tune a pruned model so that every zero stays zero, and save the result with its curves.
+
+    Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
+    process calls this. Raises BadInput for what cannot be done as asked, BrokenMask, NumericalError, VerificationError.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
+    if os.environ.get("WORLD_SIZE", "1") == "1" and (report := finish_announced(settings)) is not None:
+        return report
+    if first:
+        prepare_folders(settings)
+    session = prepare_session(settings, reporter)
+    resume = resume_from(session, first)
+    before = _measure(session, "pruned") if first else {}
+    objective = _objective(session, first)
+    with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
+        trainer = build_trainer(
+            session.model, session.masks, settings, session.data, session.training_folder, objective, advance
+        )
+        cached = getattr(session.model.config, "use_cache", None)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if cached is not None:
+            session.model.config.use_cache = cached
+        _release(session.model, trainer)
+    trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
+    report = _finish(session, trainer, before, trained) if first else _report(session, trainer, [], trained, None, None)
+    accelerator: Any = trainer.accelerator
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return report
+
+
+def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) -> None:
+    """Take off what training put around a model's forward, so that it computes as the saved model will."""
+    accelerator: Any = trainer.accelerator
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
+
+
+def _objective(session: Session, first: bool) -> Objective | None:
+    """The loss of distillation, with its teacher beside the model or run ahead; None for the data's own loss."""
+    settings = session.settings
+    if settings.mode != "distill":
+        return None
+    assert settings.teacher is not None
+    session.reporter.say(f"Loading the teacher {settings.teacher}")
+    teacher, _ = load_model(locate(settings.teacher, settings.cache_dir), "auto")
+    _require_same_outputs(session.loaded.model, teacher)
+    device = device_of(settings)
+    torch.nn.Module.to(teacher, device)
+    hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
+    weights = (settings.temperature, settings.kl_weight, hidden, settings.text_weight)
+    if settings.top_k is None:
+        return Distillation(teacher, *weights)
+    cache = TeacherCache(session.training_folder / "teacher")
+    tokens = session.data.train.tokens
+    with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
+        if first:
+            cache.fill(teacher, tokens, settings.top_k, settings.temperature, device, advance)
+    return Distillation(cache, *weights)
+
+
+def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    mine, dense = (_outputs(m) for m in (model, teacher))
+    if mine != dense:
+        raise BadInput(
+            f"the teacher has a {dense} and the model a {mine}; the teacher has to be the dense model that was pruned, or "
+            "one with the same tokenizer or classes."
+        )
+
+
+def _outputs(model: PreTrainedModel) -> str:
+    if task_of(model.config) == "images":
+        return f"head of {model.config.num_labels} classes"
+    return f"vocabulary of {model.config.get_text_config().vocab_size} tokens"
+
+
+def _measure(session: Session, which: str) -> dict[str, Measured]:
+    """Perplexity or accuracy of the model as it is now, adapters included, on everything that is measured on."""
+    found: dict[str, Measured] = {}
+    model: Any = session.model
+    torch.nn.Module.to(model, device_of(session.settings))
+    task = session.task
+    for name, data in session.evaluation.items():
+        with session.reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
+            found[name] = task.measure_in_memory(data, advance)
+        session.reporter.say(task.line(which, name, found[name]))
+    return found
+
+
+def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, Measured], trained: int) -> FinetuneReport:
+    """Measure, merge, verify and save; what a run resumes from is removed last."""
+    settings = session.settings
+    after = _measure(session, "fine-tuned")
+    changes = [change(name, data.source, before[name], after[name]) for name, data in session.evaluation.items()]
+    folder = None if settings.mode == "lora" and not settings.masked else settings.model_folder
+    adapter = settings.run_folder / "adapter" if settings.mode == "lora" else None
+    draft = _report(session, trainer, changes, trained, adapter, folder)
+    model: Any = session.model
+    if adapter is not None:
+        shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet
+        save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
+    if folder is not None:
+        announce(draft, session.training_folder)
+        merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
+        probe = session.task.probe(None, session.evaluation)
+        save_model(merged, session.loaded.processor, session.masks, session.dtype, folder, finetune_card(draft), probe)
+    report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
+    report.write(settings.run_folder)
+    shutil.rmtree(session.training_folder, ignore_errors=True)
+    return report
+
+
+def _report(
+    session: Session,
+    trainer: ZeroKeepingTrainer,
+    changes: list[Change],
+    trained: int,
+    adapter: Path | None,
+    folder: Path | None,
+) -> FinetuneReport:
+    curve, held_out = curves(trainer.state.log_history)
+    return FinetuneReport(
+        settings=session.settings,
+        source=session.data.source,
+        windows=len(session.data.train),
+        block_size=session.block_size,
+        fingerprint=session.data.fingerprint,
+        processes=trainer.args.world_size,
+        trained_parameters=trained,
+        pruned_matrices=len(session.masks.matrices),
+        patterns=session.masks.patterns,
+        sparsity_before=session.masks.sparsity,
+        sparsity_after=_sparsity_now(session),
+        masks=session.masks.fingerprint(),
+        steps=trainer.state.global_step,
+        seconds=curve[-1].seconds if curve else 0.0,
+        curve=curve,
+        held_out=held_out,
+        perplexity=[found for found in changes if isinstance(found, PerplexityChange)],
+        accuracy=[found for found in changes if isinstance(found, AccuracyChange)],
+        adapter=adapter,
+        saved_model=folder,
+        versions=installed_versions(),
+    )
+
+
+def _sparsity_now(session: Session) -> float:
+    sizes = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in session.masks.matrices)
+    return sum(entry.matrix.zeros() for entry in session.masks.matrices) / sizes
+
+
+def merge_saved(model: str, adapter: Path, output: Path, reporter: Reporter) -> list[str]:
+    """Merge a masked adapter from a folder into its pruned model and save that; returns the lines to print.
+
+    Raises BadInput for an adapter that is plain or of another model, or an output folder that is taken.
+    """
+    refuse_occupied(output)
+    pruned, processor = load_model(locate(model), "auto")
+    loaded = Loaded(InMemory(pruned), processor, model, False)
+    probe = task_for(make_recipe({"model": model, "seqlen": 8}), loaded).probe(None, {})
+    masks = find_masks(pruned)
+    reporter.say(f"Merging {adapter} into {model}")
+    merged = merge_adapter(pruned, masks, adapter)
+    card = f"# {model} with the masked adapter {adapter} merged\n"
+    save_model(merged, processor, masks, merged.dtype, output, card, probe)
+    return [f"model in  {output} ({masks.sparsity:.4%} zeros in {len(masks.matrices)} matrices, every zero kept)"]

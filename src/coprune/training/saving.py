@@ -1,0 +1,68 @@
+"""Save a fine-tuned model as an ordinary checkpoint, unless a pruned weight in it is not zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.base.files import write_text
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.companions import save_companions
+from coprune.model.checkpoint.load import prepare
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.verify import verify_saved
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.record import input_device
+from coprune.pruning.pruner import MatrixResult
+from coprune.training.masks import Masks, plain_parameters
+
+
+def save_model(
+    model: PreTrainedModel,
+    processor: Any,
+    masks: Masks,
+    dtype: torch.dtype,
+    folder: Path,
+    card: str,
+    probe: Tensor,
+) -> None:
+    """Write a model in memory to a folder, in the dtype that its checkpoint had, and reload it to compare.
+
+    processor: its tokenizer or image processor, None for none; probe: one sample to compare the two with.
+    Raises BrokenMask before anything is written, BadInput if the folder is taken or the disk is full, and
+    VerificationError if what was written is not what was in memory.
+    """
+    torch.nn.Module.to(prepare(model), dtype=dtype)
+    masks.verify(plain_parameters(model))
+    blocks = find_blocks(model)
+    names = [block.name for block in blocks]
+    weights = InMemory(model)
+    writer = CheckpointWriter(folder, [REST, *names], weights.total_bytes)
+    for name in names:
+        writer.write(name, weights.original_tensors(name))
+    writer.write(REST, weights.rest_tensors(names))
+    save_companions(model, processor, writer.partial)
+    write_text(writer.partial / "README.md", card)
+    writer.finish()
+    structure = prove_replay(model, weights, blocks, [[] for _ in blocks], probe.to(input_device(model)))
+    verify_saved(folder, weights, blocks, structure, _checksums(masks))
+
+
+def _checksums(masks: Masks) -> list[MatrixResult]:
+    return [
+        MatrixResult(
+            name=entry.matrix.name,
+            shape=entry.matrix.shape,
+            sparsity=entry.matrix.zeros() / (entry.matrix.shape[0] * entry.matrix.shape[1]),
+            relative_layer_error=None,
+            tokens=None,
+            mask_checksum=entry.matrix.mask_checksum(),
+            seconds=0.0,
+        )
+        for entry in masks.matrices
+    ]

@@ -1,0 +1,131 @@
+"""What a fine-tuning run checks and gathers before it trains: model, masks, adapters, data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
+from coprune.evaluation.tasks.text import choose_seqlen
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.opened import Loaded
+from coprune.recipe.recipe import make_recipe
+from coprune.training.adapters import add_adapter, choose_targets, plain_warning
+from coprune.training.masks import Masks, find_masks, select_parameters
+from coprune.training.settings import FinetuneSettings
+from coprune.training.text_windows import read_training_text
+from coprune.training.training_data import TrainingData
+from coprune.training.training_images import read_training_images
+
+
+@dataclass
+class Session:
+    """All that a run has gathered before it trains. `model` has its adapters on, if it gets any."""
+
+    settings: FinetuneSettings
+    model: PreTrainedModel | PeftModel
+    loaded: Loaded
+    """The same model, without the wrapper around its adapters, and its tokenizer or image processor."""
+    task: Task
+    dtype: torch.dtype
+    """Of the checkpoint, in which the result is saved."""
+    masks: Masks
+    data: TrainingData
+    evaluation: dict[str, Data]
+    reporter: Reporter
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens per window; None for images."""
+        return self.task.seqlen if isinstance(self.task, TextTask) else None
+
+    @property
+    def training_folder(self) -> Path:
+        """Where the Trainer keeps what a run resumes from; removed when it is over."""
+        return self.settings.run_folder / "training"
+
+
+def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
+    """Check all that can be checked, cheap things first."""
+    location = locate(settings.model, settings.cache_dir)
+    reporter.say(f"Loading {settings.model}")
+    model, processor = load_model(location, "auto")
+    masks = find_masks(model)
+    reporter.say(
+        f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
+        + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
+    )
+    dtype = model.dtype
+    loaded = Loaded(InMemory(model), processor, location.name, False)
+    task = _task(settings, loaded)
+    data = _training_data(settings, task, processor)
+    evaluation = task.evaluation(reporter)
+    prepared = _make_trainable(model, masks, settings, reporter)
+    return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter)
+
+
+def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
+    """The task of the model, which pruning has too, for the part of the settings that a pruning run shares."""
+    names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images"}
+    recipe = make_recipe(
+        settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.block_size}
+    )
+    if loaded.task == "text":
+        limit = choose_seqlen(loaded.model, recipe)
+        recipe = recipe.model_copy(update={"seqlen": settings.block_size or min(1024, limit)})
+    return task_for(recipe, loaded)
+
+
+def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> TrainingData:
+    if isinstance(task, ImageTask):
+        _refuse_what_only_text_has(settings)
+        return read_training_images(settings, task)
+    assert isinstance(task, TextTask)
+    return read_training_text(settings, processor, task.seqlen)
+
+
+def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
+    if settings.block_size is not None:
+        raise BadInput("images are not cut into windows; leave out --block-size.")
+    if settings.top_k is not None:
+        raise BadInput("a classifier's teacher runs beside it; leave out --top-k.")
+    if settings.hidden_weight:
+        raise BadInput("a classifier is compared with its teacher by its classes alone; leave out --hidden-weight.")
+
+
+def _make_trainable(
+    model: PreTrainedModel, masks: Masks, settings: FinetuneSettings, reporter: Reporter
+) -> PreTrainedModel | PeftModel:
+    if settings.mode == "lora":
+        # Seeded here, since adapters are drawn before the Trainer sets its seed.
+        torch.manual_seed(settings.seed)
+        targets = choose_targets(masks, settings.train, settings.rank)
+        left = len(masks.matrices) - len(targets)
+        if left and not settings.train:
+            reporter.say(f"{left} pruned matrices (fused experts, convolutions) get no adapter; they stay as they are.")
+        if not settings.masked:
+            reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
+        return add_adapter(
+            model, masks, targets, settings.rank, settings.alpha, settings.dropout, masked=settings.masked
+        )
+    # Small updates would vanish in half precision, so what is trained is float32.
+    torch.nn.Module.to(model, dtype=torch.float32)
+    for parameter in select_parameters(model, settings.train):
+        parameter.requires_grad_(True)
+    return model
+
+
+def device_of(settings: FinetuneSettings) -> torch.device:
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,192 @@
+"""One fine-tuning run as data: everything that decides its result, as one frozen and validated object.
+
+The fields' descriptions are the help texts of the command's options. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from coprune.base.errors import BadInput, unknown_name
+
+Mode = Literal["lora", "dense", "distill"]
+_LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5}
+
+
+class FinetuneSettings(BaseModel):
+    """One fine-tuning run: pruned model, mode, data, how long, output."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(description="The pruned model: a local folder or Hub id.", min_length=1)]
+    mode: Annotated[
+        Mode,
+        Field(
+            description="lora: low-rank adapters, masked so that merging keeps every zero; dense: the weights themselves; "
+            "distill: the weights, toward the dense model (--teacher)."
+        ),
+    ] = "lora"
+    dataset: Annotated[
+        str,
+        Field(
+            description="Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; or images: "
+            "digits, a folder of classes, .parquet, or a datasets id."
+        ),
+    ] = "wikitext2"
+    block_size: Annotated[
+        int | None, Field(description="Tokens per training window. [min(1024, model's limit)]", ge=2)
+    ] = None
+    batch_size: Annotated[
+        int | None, Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1)
+    ] = None
+    accumulate: Annotated[
+        int | None, Field(description="Forward passes per optimiser step. [8 of text, 1 of images]", ge=1)
+    ] = None
+    epochs: Annotated[float, Field(description="Passes over the data, unless steps or minutes are given.", gt=0)] = 1.0
+    max_steps: Annotated[int | None, Field(description="Optimiser steps.", ge=1)] = None
+    max_samples: Annotated[int | None, Field(description="Use only so many windows or images.", ge=1)] = None
+    minutes: Annotated[
+        float | None, Field(description="Train for so long; the learning rate falls with the time.", gt=0)
+    ] = None
+    learning_rate: Annotated[
+        float | None, Field(description="Peak learning rate. [1e-4 for lora, 5e-5 for dense and distill]", gt=0)
+    ] = None
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], Field(description="How the learning rate falls after the warm-up.")
+    ] = "cosine"
+    warmup: Annotated[float, Field(description="Share of the training in which it rises.", ge=0, lt=1)] = 0.03
+    optimizer: Annotated[Literal["adamw", "sgd", "adafactor"], Field(description="sgd has a momentum of 0.9.")] = (
+        "adamw"
+    )
+    weight_decay: Annotated[float, Field(description="Weight decay.", ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(description="Clip gradients to this norm; 0 for no clipping.", ge=0)] = 1.0
+    train: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. [lora: all pruned linear "
+            "layers; else all weights]"
+        ),
+    ] = ()
+    rank: Annotated[int, Field(description="lora: rank of the adapters.", ge=1)] = 8
+    alpha: Annotated[float, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
+    dropout: Annotated[float, Field(description="lora: dropout before plain adapters (--no-masked).", ge=0, lt=1)] = 0.0
+    masked: Annotated[
+        bool, Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged.")
+    ] = True
+    teacher: Annotated[str | None, Field(description="distill: the dense model.")] = None
+    temperature: Annotated[float, Field(description="distill: temperature of the compared distributions.", gt=0)] = 2.0
+    kl_weight: Annotated[float, Field(description="distill: weight of the divergence of the logits.", ge=0)] = 1.0
+    hidden_weight: Annotated[
+        float | None,
+        Field(description="distill: weight of the blocks' relative errors. [1; 0 with --top-k or for images]", ge=0),
+    ] = None
+    text_weight: Annotated[float, Field(description="distill: weight of the data's own loss.", ge=0)] = 0.0
+    top_k: Annotated[
+        int | None,
+        Field(description="distill: run the teacher ahead and keep its so many largest logits per token.", ge=1),
+    ] = None
+    bf16: Annotated[bool, Field(description="Compute in bfloat16; trained weights stay float32.")] = False
+    gradient_checkpointing: Annotated[bool, Field(description="Recompute activations to save memory.")] = False
+    seed: Annotated[int, Field(description="Seed of everything random.")] = 0
+    device: Annotated[str, Field(description="auto or cpu; auto takes a GPU if there is one.")] = "auto"
+    evaluations: Annotated[
+        int, Field(description="How many times during the training to measure the loss on held-out samples.", ge=0)
+    ] = 5
+    held_out: Annotated[
+        float, Field(description="Share of them held out for that (at most 64 windows or 2,048 images).", ge=0, lt=1)
+    ] = 0.05
+    patience: Annotated[
+        int | None, Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1)
+    ] = None
+    save_every: Annotated[int, Field(description="Steps between the states from which a run resumes.", ge=1)] = 100
+    evaluate: Annotated[bool, Field(description="Measure perplexity or accuracy before and after.")] = True
+    eval_data: Annotated[
+        str | None,
+        Field(description="Text for perplexity or images for accuracy, comma-separated. [test split of the data]"),
+    ] = None
+    eval_images: Annotated[
+        int | None, Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1)
+    ] = None
+    eval_tokens: Annotated[int | None, Field(description="Use only so many tokens of each. [all]", ge=2)] = None
+    cache_dir: Annotated[Path | None, Field(description="Where downloads are kept.")] = None
+    report_to: Annotated[str, Field(description="Trackers as transformers names them, such as wandb.")] = "none"
+    save: Annotated[Path | None, Field(description="Run folder. [out/finetune/MODEL/MODE]")] = None
+    save_model: Annotated[Path | None, Field(description="Folder for the model. [model/ in the run folder]")] = None
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        """A single name may be written without a list."""
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode == "distill" and self.teacher is None:
+            raise ValueError("distill needs the dense model: name it with --teacher.")
+        if self.mode != "distill" and (self.teacher is not None or self.top_k is not None):
+            raise ValueError("a teacher belongs to --mode distill.")
+        if self.top_k is not None and self.hidden_weight:
+            raise ValueError("a teacher run ahead (--top-k) leaves no hidden states; set --hidden-weight 0.")
+        if self.mode == "lora" and self.masked and self.dropout:
+            raise ValueError("the masked update is one product with the weights, which leaves no place for dropout.")
+        if self.patience is not None and not self.evaluations:
+            raise ValueError("--patience needs evaluations during the training.")
+        if self.save is not None and self.save == self.save_model:
+            raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return _LEARNING_RATES[self.mode] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def weight_of_hidden(self) -> float:
+        """Weight of the hidden states' error in distillation."""
+        default = 0.0 if self.top_k is not None else 1.0
+        return default if self.hidden_weight is None else self.hidden_weight
+
+    @property
+    def run_folder(self) -> Path:
+        """Where curves, adapters and resumable states go."""
+        return self.save or Path("out") / "finetune" / (Path(self.model).name or "model") / self.mode
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the model goes."""
+        return self.save_model or self.run_folder / "model"
+
+    def to_yaml(self) -> str:
+        """The settings as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def make_settings(values: dict[str, Any]) -> FinetuneSettings:
+    """Build settings, turning what pydantic finds wrong into one clear BadInput."""
+    if find_spec("peft") is None:
+        raise BadInput(
+            "fine-tuning needs a package that is missing; install it with `pip install 'coprune[finetune]'`."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise BadInput(
+            "fine-tuning over FSDP is not there yet; use data parallel processes (torchrun, or no --use_fsdp)."
+        )
+    for name in values:
+        if name not in FinetuneSettings.model_fields:
+            raise unknown_name("setting", name, FinetuneSettings.model_fields)
+    try:
+        return FinetuneSettings.model_validate(values)
+    except ValidationError as error:
+        raise BadInput("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: Any) -> str:
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    field = ".".join(str(part) for part in detail["loc"])
+    return message if not field else f"{field} cannot be {detail['input']!r}: {message}."

@@ -1,0 +1,75 @@
+"""Training text, packed: one stream of tokens, cut into windows of equal length with nothing padded."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.data.corpora import calibration_text
+from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
+from coprune.data.windows import fingerprint, token_ids
+from coprune.evaluation.batches import cut_windows
+from coprune.training.settings import FinetuneSettings
+from coprune.training.training_data import TrainingData, count_held_out
+
+MOST_HELD_OUT = 64
+
+
+class TextWindows(Dataset[dict[str, Tensor]]):
+    """Windows of tokens (N × S int64) as a data set: every item predicts its own tokens."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = self.tokens[index]
+        return {"input_ids": window, "labels": window, "window": torch.tensor(index)}
+
+
+def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
+    """Read a corpus and pack it; windows are held out from its end.
+
+    Documents are joined in a random order with the tokenizer's end mark between them; of more windows than
+    max_samples, random ones are taken. Raises BadInput if the text does not fill two windows.
+    """
+    text = calibration_text(settings.dataset, settings.cache_dir)
+    ids = _stream(text, tokenizer, settings, block_size)
+    if len(ids) < 2 * block_size:
+        raise BadInput(
+            f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}. Use "
+            f"a shorter --block-size or more text. {LOCAL_FILE_HINT}"
+        )
+    windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
+    held_out = count_held_out(settings, len(windows), MOST_HELD_OUT)
+    train = windows[: len(windows) - held_out]
+    if settings.max_samples is not None and settings.max_samples < len(train):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+        train = train[order[: settings.max_samples]]
+    watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
+    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train))
+
+
+def _stream(
+    text: JoinedText | Documents, tokenizer: PreTrainedTokenizerBase, settings: FinetuneSettings, block_size: int
+) -> list[int]:
+    """All tokens of a text; of documents no more than max_samples and the held-out windows take."""
+    if isinstance(text, JoinedText):
+        return token_ids(tokenizer, text.text)
+    order = list(range(len(text.texts)))
+    random.Random(settings.seed).shuffle(order)
+    most = None if settings.max_samples is None else (settings.max_samples + MOST_HELD_OUT) * block_size
+    mark = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for index in order:
+        ids += token_ids(tokenizer, text.texts[index]) + mark
+        if most is not None and len(ids) >= most:
+            break
+    return ids

@@ -1,0 +1,199 @@
+"""transformers' Trainer with what keeping zeros needs, and nothing else changed.
+
+Its optimiser leaves pruned weights alone, its learning rate can follow the clock, its loss can be one of distillation,
+and it saves nothing in which a pruned weight is not zero.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from coprune.base.progress import Advance
+from coprune.model.checkpoint.load import quiet_transformers
+from coprune.training.distill import Objective
+from coprune.training.hold_zeros import hold_zeros
+from coprune.training.masks import Masks, plain_parameters
+from coprune.training.pace import Along, Pace, rate_at
+from coprune.training.settings import FinetuneSettings
+from coprune.training.training_data import TrainingData
+
+_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
+    "adamw": ("adamw_torch", None),
+    "sgd": ("sgd", "momentum=0.9"),
+    "adafactor": ("adafactor", None),
+}
+_NEVER = 10**9  # steps: for what `Along` decides
+
+
+class ZeroKeepingTrainer(Trainer):
+    """A Trainer of a pruned model, with or without adapters on it."""
+
+    def __init__(
+        self,
+        *args: Any,
+        masks: Masks,
+        settings: FinetuneSettings,
+        pace: Pace,
+        objective: Objective | None = None,
+        own_loss: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """objective: what to train for instead of the data's own loss; own_loss: that one, None for the model's."""
+        super().__init__(*args, **kwargs)
+        self._masks, self._settings, self._pace = masks, settings, pace
+        self._objective, self._own_loss = objective or own_loss, own_loss
+        if self._objective is not None:
+            # It returns a mean per batch, which the Trainer divides by the number of batches per step.
+            self.loss_is_scaled_for_ga = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's own optimiser, which leaves pruned weights at zero."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
+            trained: Any = self.model if model is None else model
+            hold_zeros(trained, optimizer, self._masks)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A learning rate that follows the share of the training that is done, in steps or in minutes."""
+        if self.lr_scheduler is None:
+
+            def rate(_: int) -> float:
+                return rate_at(self._pace.done, self._settings.schedule, self._settings.warmup)
+
+            stepping: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(stepping, rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective while training; the data's own loss without one, and when measuring, so that modes compare."""
+        inputs = dict(inputs)
+        windows: Tensor = inputs.pop("window")
+        objective = self._objective if model.training else self._own_loss
+        if objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = objective(model, inputs, windows)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Note when it was, so that an interrupted training goes on with the time that is left."""
+        super().log({**logs, "seconds": self._pace.seconds}, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write a state to resume from, unless a pruned weight in it is not zero."""
+        model: Any = self.model
+        self._masks.verify(plain_parameters(model))
+        if not self.args.should_save:
+            return
+        # As the model holds its weights, since that is how the Trainer reads them back.
+        layout = (
+            {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {"save_original_format": False}
+        )
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        with quiet_transformers():
+            unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, **layout)
+
+
+def build_trainer(
+    model: Any,
+    masks: Masks,
+    settings: FinetuneSettings,
+    data: TrainingData,
+    folder: Path,
+    objective: Objective | None,
+    advance: Advance,
+) -> ZeroKeepingTrainer:
+    """A trainer for these settings that keeps its states in a folder."""
+    pace = Pace(settings.minutes)
+    callbacks: list[TrainerCallback] = [Along(settings, pace, data.held_out is not None, advance)]
+    if settings.patience is not None and data.held_out is not None:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    trainer = ZeroKeepingTrainer(
+        model=model,
+        args=training_arguments(settings, data, folder),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        data_collator=stack,
+        callbacks=callbacks,
+        masks=masks,
+        settings=settings,
+        pace=pace,
+        objective=objective,
+        own_loss=data.loss,
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)  # the bar is coprune's own
+    return trainer
+
+
+def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: Path) -> TrainingArguments:
+    """The settings in transformers' words."""
+    optimizer, optimizer_arguments = _OPTIMIZERS[settings.optimizer]
+    watch = settings.patience is not None and data.held_out is not None
+    until_time = settings.minutes is not None and settings.max_steps is None
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size or data.batch_size,
+        per_device_eval_batch_size=settings.batch_size or data.batch_size,
+        gradient_accumulation_steps=settings.accumulate or data.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=_NEVER if until_time else settings.max_steps or -1,
+        learning_rate=settings.rate,
+        optim=optimizer,
+        optim_args=optimizer_arguments,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if data.held_out is not None else "no",
+        eval_steps=_NEVER if data.held_out is not None else None,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=_NEVER if watch else settings.save_every,
+        save_total_limit=1,
+        load_best_model_at_end=watch,
+        metric_for_best_model="loss" if watch else None,
+        greater_is_better=False if watch else None,
+        restore_callback_states_from_checkpoint=watch,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[name.strip() for name in settings.report_to.split(",")],
+        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_timeout=24 * 3600,
+        log_level="error",
+        label_names=["labels"],
+        **_checkpointing(settings.gradient_checkpointing),
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Ask for recomputed activations under the name that this version of transformers has for them."""
+    if not wanted:
+        return {}
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Samples of one size make a batch without padding."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -1,0 +1,126 @@
+"""What statistics and SparseGPT leave to native code, on every instruction set that this processor has, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprune.base.errors import NumericalError
+from coprune.base.native import solving
+from coprune.base.native.build import load_kernels
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.methods.sparsegpt import SparseGPT
+from coprune.recipe.pattern import NM, Target, Unstructured
+
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
+
+
+def gathered(tokens: int, width: int, seed: int = 0) -> Gram:
+    generator = torch.Generator().manual_seed(seed)
+    statistic = Gram(width)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5
+    statistic.update(torch.randn(tokens, width, generator=generator) @ mixing)
+    return statistic
+
+
+@needs_kernels
+def test_the_walk_over_columns_is_torchs(level: str):
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.integers(1, 75),
+        st.integers(1, 20),
+        st.sampled_from([NM(2, 4), NM(1, 4), NM(4, 8), NM(3, 6), NM(17, 24), Unstructured()]),
+        st.integers(1, 4),
+        st.integers(0, 99),
+    )
+    def check(rows: int, groups: int, pattern: NM | Unstructured, groups_in_block: int, seed: int) -> None:
+        m = pattern.m if isinstance(pattern, NM) else 8
+        statistic = gathered(4 * m * groups, m * groups, seed)
+        weight = torch.randn(rows, m * groups, generator=torch.Generator().manual_seed(seed))
+        target = Target(pattern, 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 0.6)
+        native = SparseGPT(block_size=m * groups_in_block).prune(weight, statistic, target)
+        plain = SparseGPT(block_size=m * groups_in_block, inner_loop="torch").prune(weight, statistic, target)
+        assert not bool(native.weight[~native.keep].any())
+        # Scores that differ by less than rounding may change places, and what follows them.
+        same = (native.keep == plain.keep).all(dim=1)
+        assert float(same.float().mean()) > 0.9
+        torch.testing.assert_close(native.weight[same], plain.weight[same], rtol=2e-4, atol=2e-5)
+        if isinstance(pattern, NM):
+            assert bool((native.keep.reshape(rows, -1, m).sum(dim=2) == pattern.n).all())
+
+    check()
+
+
+@needs_kernels
+def test_of_equal_scores_the_lower_index_falls_first(level: str):
+    statistic = Gram(8)
+    statistic.update(torch.eye(8))
+    keep = SparseGPT(block_size=8).prune(torch.ones(35, 8), statistic, Target(NM(2, 4), 0.5)).keep
+    assert keep.tolist() == [[False, False, True, True] * 2] * 35
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", [Target(NM(2, 4), 0.5), Target(Unstructured(), 0.5)])
+def test_weights_that_overflow_are_an_error(target: Target):
+    with pytest.raises(NumericalError):
+        SparseGPT().prune(torch.full((3, 8), 3e38), gathered(64, 8), target)
+
+
+@needs_kernels
+def test_gram_matrices_of_bfloat16_are_exact_up_to_float32(level: str):
+    if load_kernels().coprune_gram_scratch(2, 2) == 0:
+        pytest.skip("this level has no products of bfloat16")
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(1, 1100), st.integers(1, 300), st.booleans(), st.integers(0, 99))
+    def check(tokens: int, width: int, strided: bool, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(tokens, width + 3, generator=generator).to(torch.bfloat16)
+        x = x[:, 1 : width + 1] if strided else x[:, :width].contiguous()
+        statistic = Gram(width)
+        for part in (x[: tokens // 2], x[tokens // 2 :]):
+            statistic.update(part)
+        exact = x.double().T @ x.double() / tokens
+        scale = exact.diagonal().max() + 1e-9
+        assert float((statistic.gram.double() - exact).abs().max() / scale) < 4e-6
+        assert torch.equal(statistic.gram, statistic.gram.T)
+        torch.testing.assert_close(statistic.mean.double(), x.double().mean(dim=0), rtol=1e-4, atol=1e-5)
+
+    check()
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads: int):
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight, target = torch.randn(150, 200, generator=torch.Generator().manual_seed(1)), Target(NM(2, 4), 0.5)
+
+    def pruned() -> tuple[torch.Tensor, torch.Tensor]:
+        gram = torch.zeros(200, 200)
+        solving.add_to_gram(gram, x, 128)
+        return gram, SparseGPT(block_size=40).prune(weight, gathered(900, 200), target).keep
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = pruned()
+    torch.set_num_threads(threads)
+    try:
+        together = pruned()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone[0], together[0])
+    assert bool((alone[1] == together[1]).float().mean() > 0.99)
+
+
+def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(solving, "load_kernels", lambda: None)
+    x = torch.randn(64, 16).to(torch.bfloat16)
+    statistic = Gram(16)
+    statistic.update(x)
+    torch.testing.assert_close(statistic.gram.double(), x.double().T @ x.double() / 64, rtol=1e-4, atol=1e-5)
+    target = Target(NM(2, 4), 0.5)
+    weight = torch.randn(5, 16)
+    ours, plain = (SparseGPT(inner_loop=loop).prune(weight, statistic, target) for loop in ("auto", "torch"))
+    assert torch.equal(ours.weight, plain.weight)

@@ -1,0 +1,207 @@
+"""The command line: every field of a recipe is an option, the seed's names work, and methods bring their own options."""
+
+import inspect
+import json
+import re
+import sys
+import textwrap
+
+import pytest
+
+from coprune.commands.app import app
+from coprune.pruning.methods import METHODS
+from coprune.recipe.recipe import Recipe
+from support.commands import run_command
+from support.pico_folder import listing, save_pico, write_words
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    save_pico(tmp_path / "model", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    write_words(tmp_path / "test.txt", count=200, seed=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def coprune(monkeypatch, capsys):
+    """Run a command that has to succeed; its standard output."""
+
+    def run(*arguments):
+        ended = run_command(list(arguments), monkeypatch, capsys)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    return run
+
+
+SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
+
+
+def report_in(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_every_field_of_the_recipe_is_an_option():
+    names = inspect.signature(
+        next(c.callback for c in app.registered_commands if c.callback.__name__ == "prune")
+    ).parameters
+    assert set(Recipe.model_fields) - {"options"} <= set(names)
+
+
+def test_help_shows_every_command_and_every_option(coprune):
+    overview = coprune("--help")
+    assert overview == coprune()
+    for name in ("prune", "eval", "inspect", "methods", "demo"):
+        assert re.search(rf"^  {name} ", overview, re.MULTILINE)
+        assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
+    options = coprune("prune", "--help")
+    for field in Recipe.model_fields:
+        if field not in ("model", "options"):
+            assert f"--{field.replace('_', '-')}" in options or field.startswith("evaluate") or field == "layer_error"
+
+
+def test_a_command_written_for_the_seed(coprune, place):
+    coprune(
+        *("prune", "--model", "model", "--prune_method", "wanda", "--sparsity_ratio", "0.5", "--sparsity_type", "2:4"),
+        *("--dataset", "words.txt", "--nsamples", "4", "--seed", "0", "--cache_dir", "cache", "--save", "out"),
+        *("--save_model", "pruned", "--use_variant", "--seqlen", "32", "--eval-data", "test.txt"),
+    )
+    report = report_in(place / "out")
+    assert report["recipe"]["method"] == "wanda_variant"
+    assert report["sparsity"]["matrices"] == 0.5
+    header, line = (place / "out" / "log_wanda_variant.txt").read_text().splitlines()
+    assert header.split("\t") == ["method", "actual_sparsity", "ppl_test"]
+    method, sparsity, perplexity = line.split("\t")
+    assert (method, float(sparsity)) == ("wanda_variant", 0.5)
+    assert float(perplexity) == pytest.approx(report["perplexity"][0]["pruned"], abs=1e-4)
+
+
+def test_a_run_repeats_from_its_recipe(coprune, place):
+    coprune(
+        "prune", "model", *SMALL, "-m", "sparsegpt", "--block-size=32", "-p", "2:4", "--save", "a", "--save-model", "x"
+    )
+    coprune("prune", "--recipe", "a/recipe.yaml", "--save", "b", "--save-model", "y")
+    assert (place / "x" / "model.safetensors").read_bytes() == (place / "y" / "model.safetensors").read_bytes()
+    first, second = (report_in(place / name) for name in "ab")
+    assert first["recipe"]["options"] == {"block_size": 32}
+    strip = [[{k: v for k, v in m.items() if k != "seconds"} for m in r["matrices"]] for r in (first, second)]
+    assert strip[0] == strip[1]
+
+
+def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune, place):
+    (place / "recipe.yaml").write_text("model: elsewhere\nnsamples: 7\nsparsity: 0.25\n")
+    coprune("prune", "model", "--recipe", "recipe.yaml", "--preset", "fast", "--dataset", "words.txt", "--seqlen", "32",
+            "--sparsity", "0.75", "--save", "out")  # fmt: skip
+    recipe = report_in(place / "out")["recipe"]
+    assert (recipe["model"], recipe["nsamples"], recipe["sparsity"]) == ("model", 7, 0.75)
+    assert recipe["propagation"] == "sequential"
+
+
+def test_the_default_run_folder_names_model_target_and_method(coprune, place):
+    coprune("prune", "model", *SMALL, "-p", "2:4", "--method", "magnitude")
+    assert (place / "out" / "model" / "2-4" / "magnitude" / "report.json").is_file()
+    assert not list(place.rglob("*.partial"))
+
+
+def test_include_and_exclude_repeat(coprune, place):
+    coprune("prune", "model", *SMALL, "--include", "*.q_proj", "--include", "*.layers.0.*", "--exclude", "*.v_proj",
+            "--save", "out")  # fmt: skip
+    names = {matrix["name"] for matrix in report_in(place / "out")["matrices"]}
+    assert "model.layers.1.self_attn.q_proj" in names
+    assert "model.layers.1.self_attn.k_proj" not in names
+    assert "model.layers.0.mlp.down_proj" in names
+    assert "model.layers.0.self_attn.v_proj" not in names
+
+
+def test_eval_agrees_with_prune(coprune, place):
+    coprune("prune", "model", *SMALL, "--eval-data", "test.txt", "--save", "out", "--save-model", "pruned")
+    figures = report_in(place / "out")["perplexity"][0]
+    for model, value in (("model", figures["dense"]), ("pruned", figures["pruned"])):
+        line = coprune("eval", model, "--data", "test.txt", "--seqlen", "32", "--quiet")
+        assert float(line.split()[1]) == pytest.approx(value, rel=1e-4)
+        assert "sequence length 32" in line
+
+
+def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune, place):
+    coprune("prune", "model", *SMALL, "-p", "2:4", "--save", "out", "--save-model", "pruned")
+    before = listing(place)
+    lines = coprune("inspect", "pruned", "--matrices")
+    assert "model.layers.1.mlp.down_proj" in lines
+    assert "50" in lines
+    assert coprune("inspect", "model", "-p", "2:4", "--exclude", "*.q_proj")
+    assert listing(place) == before
+
+
+def test_methods_lists_all_with_their_options(coprune):
+    lines = coprune("methods")
+    for name in METHODS:
+        assert re.search(rf"^{name}\b", lines, re.MULTILINE)
+    assert "--block-size" in coprune("methods", "sparsegpt")
+
+
+METHOD = '''
+"""A method in a file of its own: random scores, tilted towards large weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coprune.pruning.methods.base import Pruned, apply_keep
+from coprune.base.options import require_not_negative
+from coprune.recipe.pattern import Target
+from coprune.model.walk.statistics import InputNorm
+
+
+@dataclass(frozen=True)
+class Lottery:
+    """Prune at random; larger weights have better lots."""
+
+    my_option: float = 1.0
+    """How much the size of a weight counts."""
+    draw: int = 0
+    """Seed of the lots."""
+
+    statistic: ClassVar[type[InputNorm] | None] = None
+
+    def __post_init__(self) -> None:
+        require_not_negative(my_option=self.my_option)
+
+    def prune(self, weight: Tensor, statistic: None, target: Target) -> Pruned:
+        lots = torch.rand(weight.shape, generator=torch.Generator().manual_seed(self.draw))
+        keep = target.keep(lots * weight.abs() ** self.my_option, "row")
+        return Pruned(apply_keep(weight, keep), keep)
+'''
+
+
+def test_a_new_method_is_one_file_and_one_line(coprune, place, monkeypatch, capsys):
+    assert len(METHOD.strip().splitlines()) < 40
+    (place / "lottery.py").write_text(textwrap.dedent(METHOD))
+    monkeypatch.syspath_prepend(place)
+    from lottery import Lottery
+
+    monkeypatch.setitem(METHODS, "lottery", Lottery())  # the line in the table
+    try:
+        coprune("prune", "model", *SMALL, "-m", "lottery", "--my-option", "0.5", "-p", "2:4", "--save", "out",
+                "--save-model", "pruned", "--propagation", "sequential", "--refine", "refit")  # fmt: skip
+        report = report_in(place / "out")
+        assert report["recipe"]["options"] == {"my_option": 0.5}
+        assert report["sparsity"]["matrices"] == 0.5
+        assert "--my-option" in coprune("methods", "lottery")
+        ended = run_command(["prune", "model", "-q", "-m", "lottery", "--my-option", "-1"], monkeypatch, capsys)
+        assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+        assert "my_option" in ended.err
+    finally:
+        sys.modules.pop("lottery", None)
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1e-3", "-2", "0.5", "row"])
+def test_values_of_method_options(text):
+    from coprune.commands.options import _value
+
+    expected = {"true": True, "True": True, "1e-3": 0.001, "-2": -2, "0.5": 0.5, "row": "row"}[text]
+    assert _value(text) == expected
+    assert type(_value(text)) is type(expected)

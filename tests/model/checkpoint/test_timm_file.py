@@ -1,0 +1,74 @@
+"""timm's architectures with weights in a file of one's own."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
+
+NAME = "test_vit"  # timm's smallest
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model of seven classes, and its weights in both kinds of file."""
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=7).eval()
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(model.state_dict(), folder / "w.safetensors")
+    torch.save({"state_dict": model.half().state_dict()}, folder / "half.pth")
+    return model.float(), folder
+
+
+@pytest.mark.parametrize(("file", "dtype"), [("w.safetensors", torch.float32), ("half.pth", torch.float16)])
+def test_a_file_beside_the_name_is_a_model(trained, tmp_path, file, dtype):
+    model, folder = trained
+    name = f"timm/{NAME}@{folder / file}"
+    found = locate(name, tmp_path)
+    assert found.name == name
+    loaded, _ = load_model(found)
+    assert loaded.dtype == dtype
+    for key, tensor in loaded.timm_model.state_dict().items():
+        torch.testing.assert_close(tensor.float(), model.state_dict()[key], atol=1e-3, rtol=1e-3)
+    made = found.path.stat().st_mtime_ns
+    assert locate(name, tmp_path).path == found.path
+    assert found.path.stat().st_mtime_ns == made
+    assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]
+
+
+def test_it_is_pruned_by_that_name(trained, tmp_path):
+    _, folder = trained
+    images = {"dataset": "digits", "nsamples": 4, "eval_images": 10, "eval_data": "digits"}
+    with pytest.raises(BadInput, match="only 7 classes"):
+        coprune.prune(f"timm/{NAME}@{folder / 'w.safetensors'}", cache_dir=tmp_path, quiet=True, **images)
+    settings = {"pattern": "2:4", "evaluate": False, "cache_dir": tmp_path, "save_model": tmp_path / "out"}
+    report = coprune.prune(
+        f"timm/{NAME}@{folder / 'w.safetensors'}", "magnitude", layer_error=False, quiet=True, **settings
+    ).report
+    assert report.sparsity.matrices == 0.5
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/no_such_net@{folder}/w.safetensors", "timm has no model 'no_such_net'"),
+        (f"timm/{NAME}@{{folder}}/other.safetensors", "there is no file"),
+        (f"timm/{NAME}@{{folder}}/notes.txt", "no file of weights"),
+        (f"timm/{NAME}@{{folder}}/cut.safetensors", "does not hold the weights of timm's test_vit"),
+        ("timm/test_vit2@{folder}/w.safetensors", "does not hold the weights of timm's test_vit2"),
+        ("{folder}/w.safetensors", "timm/NAME@"),
+    ],
+)
+def test_what_is_no_such_file_is_refused_and_leaves_nothing(trained, tmp_path, name, message):
+    _, folder = trained
+    (folder / "notes.txt").write_text("no weights")
+    (folder / "cut.safetensors").write_bytes((folder / "w.safetensors").read_bytes()[:5000])
+    with pytest.raises(BadInput, match=message):
+        locate(name.format(folder=folder), tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.partial"))

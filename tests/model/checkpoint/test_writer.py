@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint import writer as writer_module
+from coprune.model.checkpoint.companions import save_companions
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, join_files
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from support.saved import (
+    MODELS,
+    assert_same_tensors,
+    load_clean,
+    random_model,
+    save_model,
+    stream,
+    tensors_of,
+    write_blocks,
+)
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single", "sharded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_streamed_copy_is_the_original(
+    name: str, single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "SINGLE_FILE_BYTES", 10**9 if single else 0)
+    save_model(name, tmp_path / "source", torch.bfloat16)
+    copy = stream(tmp_path / "source", tmp_path / "copy")
+    assert_same_tensors(tensors_of(copy), tensors_of(tmp_path / "source"))
+    model = load_clean(copy)
+    assert_same_tensors(model.state_dict(), load_clean(tmp_path / "source").state_dict())
+    assert json.loads((copy / "config.json").read_text()) == json.loads(
+        (tmp_path / "source" / "config.json").read_text()
+    )
+    locate(copy)
+    weights = {SINGLE_FILE} if single else {f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)} | {INDEX_FILE}
+    assert {path.name for path in copy.iterdir()} == weights | {"config.json", "generation_config.json"}
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["copy", "source"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_memory_is_written_as_save_pretrained_writes_it(name: str, tmp_path: Path) -> None:
+    model = save_model(name, tmp_path / "expected", shards="1GB")
+    weights = InMemory(model)
+    blocks = [block.name for block in find_blocks(model)]
+    writer = CheckpointWriter(tmp_path / "found", [*blocks, REST], weights.total_bytes)
+    write_blocks(weights, writer, blocks)
+    writer.write(REST, weights.rest_tensors(blocks))
+    save_companions(model, None, writer.partial)
+    found = writer.finish()
+    for file in (tmp_path / "expected").iterdir():
+        assert (found / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len(list(found.iterdir())) == len(list((tmp_path / "expected").iterdir()))
+
+
+def test_another_dtype_is_written_and_declared(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "source", torch.float32)
+    copy = stream(tmp_path / "source", tmp_path / "copy", "bfloat16")
+    expected = {name: tensor.bfloat16() for name, tensor in tensors_of(tmp_path / "source").items()}
+    assert_same_tensors(tensors_of(copy), expected)
+    assert load_clean(copy).dtype == torch.bfloat16
+
+
+def test_joined_files_are_what_the_library_writes(tmp_path: Path) -> None:
+    """Also where the parts alone have odd lengths, which would leave wider tensors unaligned."""
+    parts = [
+        {"b": torch.arange(3, dtype=torch.uint8), "ü": torch.randn(3, 5)},
+        {"a": torch.randn(7).bfloat16()},
+        {"c": torch.randn(5, dtype=torch.float64), "scalar": torch.tensor(1.5)},
+    ]
+    files = [tmp_path / f"{i}.safetensors" for i in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, file, metadata={"format": "pt"})
+    join_files(files, tmp_path / "joined")
+    together = {name: tensor for part in parts for name, tensor in part.items()}
+    save_file(together, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def part_writer(tmp_path: Path, parts: Sequence[str] = ("one", "two")) -> CheckpointWriter:
+    return CheckpointWriter(tmp_path / "model", parts, 1000)
+
+
+def test_a_later_writer_goes_on_with_the_parts_that_are_whole(tmp_path: Path) -> None:
+    writer = part_writer(tmp_path)
+    writer.write("one", {"a": torch.ones(3)}, {"error": 0.1 + 0.2})
+    writer.settle()
+    later = part_writer(tmp_path)
+    assert later.recall("one") == {"error": 0.1 + 0.2}
+    assert later.verify("one")
+    assert not later.verify("two")
+    with pytest.raises(ValueError, match="two"):
+        later.finish()
+
+
+def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(files: Sequence[Path], joined: Path) -> None:
+        joined.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    writer = part_writer(tmp_path)
+    for part in ("one", "two"):
+        writer.write(part, {part: torch.ones(3)})
+    (writer.partial / "journal.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "join_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish(scaffolding=["journal.json"])
+    again = part_writer(tmp_path)
+    assert again.verify("one")
+    assert again.verify("two")
+    assert (again.partial / "journal.json").is_file()
+    assert [path.name for path in again.finish(scaffolding=["journal.json"]).iterdir()] == [SINGLE_FILE]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "note cut", "note gone", "note of another"])
+def test_damage_to_a_part_is_noticed_and_mended(damage: str, tmp_path: Path) -> None:
+    writer = part_writer(tmp_path)
+    tensors = {"a": torch.randn(64)}
+    writer.write("one", tensors)
+    writer.write("two", {"b": torch.zeros(3)})
+    writer.settle()
+    file = writer.file("one")
+    note = file.with_suffix(".json")
+    content = file.read_bytes()
+    match damage:
+        case "flip":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "cut":
+            file.write_bytes(content[:-1])
+        case "gone":
+            file.unlink()
+        case "note cut":
+            note.write_text(note.read_text()[:-4])
+        case "note gone":
+            note.unlink()
+        case "note of another":
+            note.write_text(writer.file("two").with_suffix(".json").read_text())
+    again = part_writer(tmp_path)
+    assert not again.verify("one")
+    assert again.verify("two")
+    again.write("one", tensors)
+    assert again.verify("one")
+    assert_same_tensors(tensors_of(again.finish()), {**tensors, "b": torch.zeros(3)})
+
+
+def test_a_folder_that_holds_something_is_never_touched(tmp_path: Path) -> None:
+    occupied = tmp_path / "model"
+    occupied.mkdir()
+    writer = part_writer(tmp_path, ["one"])  # an empty folder is fine
+    writer.write("one", {"a": torch.ones(1)})
+    (occupied / "precious").write_text("mine")
+    with pytest.raises(BadInput, match="already exists"):
+        writer.finish()
+    with pytest.raises(BadInput, match="already exists"):
+        part_writer(tmp_path)
+    assert [path.name for path in occupied.iterdir()] == ["precious"]
+    (occupied / "precious").unlink()
+    assert tensors_of(writer.finish()).keys() == {"a"}
+
+
+def test_the_unfinished_folder_of_another_model_is_refused(tmp_path: Path) -> None:
+    writer = part_writer(tmp_path)
+    writer.write("one", {"a": torch.ones(1)})
+    with pytest.raises(BadInput, match="unfinished checkpoint of another model"):
+        part_writer(tmp_path, ["one", "two", "three"])
+    writer.discard()
+    part_writer(tmp_path, ["one", "two", "three"])
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from coprune.model.checkpoint.writer import CheckpointWriter\n"
+        "writer = CheckpointWriter(pathlib.Path(sys.argv[1]), ['one', 'two'], 100)\n"
+        "print('writing', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", script, str(part_writer(tmp_path).folder)]
+    part_writer(tmp_path).discard()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(BadInput, match="another run is writing"):
+            part_writer(tmp_path)
+        other.kill()
+    writer = part_writer(tmp_path)
+    for part in ("one", "two"):
+        writer.write(part, {part: torch.ones(1)})
+    assert {path.name for path in writer.finish().iterdir()} == {SINGLE_FILE}
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"takes 1,000,000,000,000,000,000 bytes and its disk has [\d,]+ free"):
+        CheckpointWriter(tmp_path / "new" / "model", ["one"], 10**18)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_loses_no_finished_part(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the write fails half-way, in the library's own code."""
+    script = f"""
+import resource, signal, sys, torch
+from pathlib import Path
+from coprune.model.checkpoint.writer import CheckpointWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = CheckpointWriter(Path({str(tmp_path / "model")!r}), ["one", "two"], 1000)
+writer.write("one", {{"a": torch.ones(3)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    writer.write("two", {{"b": torch.ones(100_000)}})
+except BaseException as error:
+    print(type(error).__name__, error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "File too large" in run.stdout
+    again = part_writer(tmp_path)
+    assert again.verify("one")
+    assert not again.verify("two")
+    assert not list(again.partial.glob("*.tmp"))
+
+
+def test_a_part_counts_only_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, may_go = threading.Event(), threading.Event()
+
+    def slow_disk(path: Path) -> None:
+        waiting.set()
+        may_go.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", slow_disk)
+        writer = part_writer(tmp_path)
+        writer.write("one", {"a": torch.ones(3)})
+        waiting.wait()
+        assert tensors_of(writer.file("one").parent)["a"].tolist() == [1, 1, 1]
+        assert not writer.file("one").with_suffix(".json").exists()
+        may_go.set()
+        writer.settle()
+    assert writer.verify("one")
+
+
+def test_what_fails_beside_the_next_part_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = part_writer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "sync", full)
+        writer.write("one", {"a": torch.ones(3)})
+        with pytest.raises(CopruneError, match="the disk is full"):
+            writer.write("two", {"b": torch.ones(3)})
+    assert not writer.verify("one")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    from coprune.base.durable import write_durably
+
+    def fill(temporary: Path) -> None:
+        with open("/dev/full", "w", buffering=1) as full:
+            full.write("x\n")
+
+    with pytest.raises(CopruneError, match="the disk is full"):
+        write_durably(tmp_path / "file", fill)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_between_blocks_leaves_no_folder_of_the_final_name(tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path / "source")
+    script = f"""
+import os, signal
+from pathlib import Path
+import coprune.model.checkpoint.writer as writer
+from support import saved
+whole, calls = writer.CheckpointWriter.write, []
+def write_twice(self, *args):
+    if len(calls) == 2:
+        self.settle()
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(args)
+    whole(self, *args)
+writer.CheckpointWriter.write = write_twice
+saved.stream(Path({str(tmp_path / "source")!r}), Path({str(tmp_path / "copy")!r}))
+"""
+    paths = [str(Path(__file__).parents[2])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "copy").exists()
+    writer = CheckpointWriter(tmp_path / "copy", [REST, *(f"model.layers.{i}" for i in range(3))], 10**6)
+    assert [writer.verify(part) for part in (REST, "model.layers.0", "model.layers.1")] == [True, True, False]
+    copy = stream(tmp_path / "source", tmp_path / "copy")
+    assert_same_tensors(tensors_of(copy), tensors_of(tmp_path / "source"))
+
+
+def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
+    model = random_model("mixtral")
+    model.set_experts_implementation("eager")
+    before = model.config.to_dict()
+    save_companions(model, None, tmp_path)
+    assert model.config.to_dict() == before
+    assert "experts_implementation" not in (tmp_path / "config.json").read_text()

@@ -1,0 +1,122 @@
+"""Activations on the disk are the same tensors, leave no file behind, and change no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.load import prepare
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.matrices import choose_matrices
+from coprune.model.walk import paging
+from coprune.model.walk.activations import Activations
+from coprune.model.walk.paging import Paging
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.recording import record_batches
+from coprune.model.walk.walk import Walk
+from coprune.pruning.methods import METHODS
+from coprune.pruning.pruner import Solver, prune_walk
+from coprune.recipe.pattern import NM, Target
+from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 33)), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(0, 20_000), st.sampled_from(DTYPES), st.data())
+def test_behaves_like_a_list(
+    sizes: list[tuple[int, int, int]], limit: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    plain = [torch.randn(size).to(dtype) for size in sizes]
+    activations = Activations(plain, limit)
+    other = activations.copy()
+    for _ in range(4):
+        index = data.draw(st.integers(0, len(plain) - 1))
+        new = torch.randn(data.draw(st.sampled_from(sizes))).to(dtype)
+        plain[index] = activations[index] = new
+    assert len(activations) == len(plain)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(activations, plain, strict=True))
+    assert [tuple(tensor.shape) for tensor in other] == sizes  # a copy does not follow
+    assert activations.bytes_in_memory <= limit
+
+
+def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    activations = Activations([tensor, tensor, tensor], limit=30, folder=tmp_path)
+    assert activations.bytes_in_memory == 24
+    assert activations.bytes_on_disk > 0
+    assert list(tmp_path.iterdir()) == []
+    activations[1].zero_()  # a model that works in place does not reach the file
+    assert torch.equal(activations[1], tensor)
+
+
+def prune_within(family: str, propagation: str, limit: int | None) -> tuple[dict[str, torch.Tensor], list[str], int]:
+    """The weights and masks of a pico model, pruned with activations within a limit, and their bytes on the disk."""
+    model = pico_model(family)
+    weights, blocks = InMemory(prepare(model)), find_blocks(model)
+    chosen = choose_matrices(model, blocks)
+    structure = prove_replay(model, weights, blocks, chosen.blocks, pico_tokens(1))
+    hidden = Activations(limit=limit)
+    recording = record_batches(model, blocks, structure, list(pico_tokens().split(1)), hidden)
+    solver = Solver(METHODS["sparsegpt"])
+    walk = Walk(weights, blocks, chosen.blocks, solver.statistic, structure, recording, propagation)
+    results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5))
+    return dict(model.state_dict()), [result.mask_checksum for result in results], hidden.bytes_on_disk
+
+
+@pytest.mark.parametrize(
+    ("propagation", "family", "limit"),
+    # 4 batches of 32 × 64 float32: room for one of them.
+    [("block", "llama", 8192), ("sequential", "llama", 8192)]
+    + [("sequential", family, 0) for family in FAMILIES | MIXTURES],
+)
+def test_pruning_is_bit_identical_with_activations_on_the_disk(
+    propagation: str, family: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paging, "SMALLEST", 256)
+    state, masks, _ = prune_within(family, propagation, None)
+    other_state, other_masks, on_disk = prune_within(family, propagation, limit)
+    assert on_disk > 0
+    assert masks == other_masks
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 400_000), st.lists(st.sampled_from("snaivw"), min_size=1, max_size=30))
+def test_paged_tensors_are_what_they_would_be(limit: int, steps: list[str]) -> None:
+    def play(stop: Callable[[], None]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        held = [torch.randn(130, 130, generator=generator)]
+        for step in steps:
+            if step == "s":
+                stop()
+            elif step == "n":
+                held.append(held[-1] * 2)
+            elif step == "a":
+                held.append(held[0] + held[len(held) // 2])
+            elif step == "i":
+                held[len(held) // 2].mul_(0.5)
+            elif step == "v":
+                held.append(held[-1].T)
+            elif len(held) > 1:
+                held.pop(0)
+        return held
+
+    plain = play(lambda: None)
+    pages = Paging(limit)
+    with pages:
+        paged = play(pages.stop)
+        pages.stop()
+    # No more than the limit is in memory: what is over it has given its memory back.
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in paged}
+    assert sum(storages.values()) <= limit
+    for tensor, expected in zip(paged, plain, strict=True):
+        pages.release(tensor)
+        assert torch.equal(tensor, expected)

@@ -1,0 +1,129 @@
+"""What the walk cannot reproduce is refused by name before anything is changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from coprune.base.errors import NumericalError, UnsupportedModel
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.matrices import choose_matrices
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.record import replaced_forwards, run_without_blocks
+from support.toys import ToyModel
+
+TOKENS = torch.arange(12)[None]
+
+
+def prove(model):
+    blocks = find_blocks(model)
+    return prove_replay(model, InMemory(model), blocks, choose_matrices(model, blocks).blocks, TOKENS)
+
+
+class ChangesBetween(ToyModel):
+    def between(self, index, hidden):
+        return hidden * 2 if index == 2 else hidden
+
+
+class RunsTwice(ToyModel):
+    def run_blocks(self, hidden):
+        return self.layers[0](self.layers[0](hidden))
+
+
+class Backwards(ToyModel):
+    def run_blocks(self, hidden):
+        for block in reversed(self.layers):
+            hidden = block(hidden)
+        return hidden
+
+
+class SkipsOne(ToyModel):
+    def run_blocks(self, hidden):
+        return self.layers[1](self.layers[0](hidden))
+
+
+class DependsOnEarlierBlocks(ToyModel):
+    def run_blocks(self, hidden):
+        for block in self.layers:
+            hidden = block(hidden, scale=hidden.square().mean().sqrt())
+        return hidden
+
+
+class AddsTheFirstHidden(ToyModel):
+    def run_blocks(self, hidden):
+        return hidden + super().run_blocks(hidden)
+
+
+class NotANumber(ToyModel):
+    def between(self, index, hidden):
+        return hidden / 0 if index == 1 else hidden
+
+
+class Random(ToyModel):
+    def __init__(self):
+        super().__init__()
+        self.layers[1].first = nn.Sequential(self.layers[1].first, nn.Dropout(0.5).train())
+
+
+REFUSED = {
+    ChangesBetween: "changes the hidden states between the blocks, before layers.2",
+    RunsTwice: "layers.0 runs out of order or twice",
+    Backwards: "layers.2 runs out of order",
+    SkipsOne: "visits 2 of the model's 3 blocks",
+    DependsOnEarlierBlocks: "layers.1 is given something that depends on",
+    Random: "layers.1 replayed",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind):
+    model = kind()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match=REFUSED[kind]):
+        prove(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(block) for block in model.layers)
+
+
+def test_activations_that_are_not_finite_are_named():
+    with pytest.raises(NumericalError, match=r"layers\.1 of the dense model gives NaN or infinite"):
+        prove(NotANumber())
+
+
+def test_what_the_head_is_given_may_hold_more_than_the_blocks_output():
+    # The skip connection around all blocks is the model's own business: it is there again when the head is run.
+    prove(AddsTheFirstHidden())
+
+
+def test_a_matrix_that_is_never_multiplied_is_named():
+    model = ToyModel()
+    model.layers[1].idle = nn.Linear(8, 8)
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.idle takes part in no product"):
+        prove(model)
+
+
+def test_groups_and_reuse():
+    model = ToyModel()
+    structure = prove(model)
+    assert [[m.name for m in group] for group in structure.groups[1]] == [["layers.1.first"], ["layers.1.second"]]
+    assert structure.reused == []
+    model.layers[0].second = model.layers[0].first
+    assert prove(model).reused == ["layers.0.first"]
+
+
+def test_a_forward_that_a_tool_put_on_a_block_comes_back():
+    model = ToyModel()
+    own = model.layers[0].forward
+    model.layers[0].forward = own
+    blocks = find_blocks(model)
+    with replaced_forwards(blocks, lambda block: lambda hidden, **more: hidden):
+        assert model.layers[0].forward is not own
+    assert vars(model.layers[0])["forward"] is own
+    assert "forward" not in vars(model.layers[1])
+
+
+def test_recording_gives_the_first_hidden_states_and_every_call():
+    model = ToyModel()
+    hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, prove(model).answers)
+    assert torch.equal(hidden, model.embeddings(TOKENS))
+    assert [list(call.kwargs) for call in calls] == [["scale"]] * 3

@@ -1,0 +1,197 @@
+"""The walk against full forwards of the whole model: every family, both kinds of propagation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.walk.statistics import Gram, InputNorm
+from coprune.model.walk.walk import BlockDone, MatricesReady
+from coprune.pruning.methods import METHODS
+from coprune.pruning.pruner import Solver
+from coprune.recipe.pattern import NM, Target, parse_pattern
+from support.pico import FAMILIES, pico_model, pico_tokens
+from support.walking import (
+    inputs_by_full_forwards,
+    layers_of,
+    make_walk,
+    masks,
+    prune_with_full_forwards,
+    prune_with_walk,
+    wanda_as_published,
+)
+
+TWO_OF_FOUR = Target(NM(2, 4), 0.5)
+HALF = Target(parse_pattern("unstructured"), 0.5)
+BATCHES = pico_tokens(6, 32).split(2)
+PROPAGATIONS = ["block", "sequential"]
+
+
+def sparsegpt_on(target):
+    def solve(weight, x):
+        gram = Gram(x.shape[1])
+        for batch in x.split(BATCHES[0].numel()):  # the same sums in the same order, for the same rounding
+            gram.update(batch)
+        return METHODS["sparsegpt"].prune(weight.clone(), gram, target).weight
+
+    return solve
+
+
+def share_of_different_entries(a, b):
+    assert a.keys() == b.keys()
+    return sum(int((a[name] != b[name]).sum()) for name in a) / sum(mask.numel() for mask in a.values())
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_are_those_of_full_forwards(family, propagation):
+    model, oracle = pico_model(family), pico_model(family)
+    results = prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
+    prune_with_full_forwards(oracle, BATCHES, wanda_as_published(TWO_OF_FOUR), propagation)
+    found, expected = masks(model), masks(oracle)
+    assert {result.name for result in results} == set(expected)
+    assert share_of_different_entries(found, expected) < 1e-4
+    for name, mask in found.items():
+        assert bool((mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
+    assert all(result.sparsity == 0.5 and result.tokens == 6 * 32 for result in results)
+    assert all(0 < result.relative_layer_error < 1 for result in results)
+    # What is not a matrix of a block is as it was.
+    dense = pico_model(family).state_dict()
+    changed = {f"{name}.weight" for name in expected}
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in changed)
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
+def test_weights_of_sparsegpt_are_those_of_full_forwards(family, propagation):
+    # A solved weight goes on into the next matrix's inputs, so this compares far more than masks.
+    model, oracle = (pico_model(family) for _ in range(2))
+    prune_with_walk(model, BATCHES, Solver(METHODS["sparsegpt"]), HALF, propagation)
+    prune_with_full_forwards(oracle, BATCHES, sparsegpt_on(HALF), propagation)
+    assert share_of_different_entries(masks(model), masks(oracle)) < 2e-3
+    with torch.no_grad():
+        found, expected = model(BATCHES[0]).logits, oracle(BATCHES[0]).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_the_two_kinds_of_propagation_differ():
+    found = []
+    for propagation in PROPAGATIONS:
+        model = pico_model("llama")
+        prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
+        found.append(masks(model))
+    block, sequential = found
+    first = "model.layers.0.self_attn"
+    assert torch.equal(block[f"{first}.q_proj"], sequential[f"{first}.q_proj"])
+    assert not torch.equal(block[f"{first}.o_proj"], sequential[f"{first}.o_proj"])
+
+
+def test_the_sliding_window_matters():
+    # A walk that gave every block the same mask would not notice the difference between these two.
+    found = []
+    for window in (8, 64):
+        model = pico_model("mistral", sliding_window=window)
+        prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR)
+        found.append(masks(model))
+    assert share_of_different_entries(*found) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_looking_changes_nothing_and_sees_the_dense_model(family):
+    model = pico_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    walk = make_walk(model, BATCHES, InputNorm, changes=False)
+    seen, done = {}, []
+    for event in walk:
+        if isinstance(event, BlockDone):
+            done.append(event.block.index)
+            continue
+        assert isinstance(event, MatricesReady)
+        seen |= {matrix.name: event.inputs.statistic.mean_square for matrix in event.matrices}
+    assert done == list(range(len(walk.blocks)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    layers = [layer for block in walk.blocks for layer in layers_of(block)]
+    expected = inputs_by_full_forwards(model, layers, BATCHES)
+    assert seen.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(seen[name], x.square().mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_without_data_every_matrix_is_shown_once():
+    model = pico_model("llama")
+    walk = make_walk(model, BATCHES)
+    walk.recording = None
+    names = [m.name for event in walk if isinstance(event, MatricesReady) for m in event.matrices]
+    assert names == [layer.name for block in walk.blocks for layer in layers_of(block)]
+
+
+@settings(deadline=None, max_examples=6)
+@given(size=st.integers(1, 6), propagation=st.sampled_from(PROPAGATIONS), family=st.sampled_from(["llama", "gpt2"]))
+def test_the_batch_size_does_not_matter(size, propagation, family):
+    found = []
+    for batches in (BATCHES, torch.cat(BATCHES).split(size)):
+        model = pico_model(family, num_hidden_layers=2) if family == "llama" else pico_model(family, n_layer=2)
+        prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
+        found.append(masks(model))
+    assert share_of_different_entries(*found) < 1e-3
+
+
+def test_the_head_is_pruned_from_the_pruned_models_last_hidden_states():
+    model = pico_model("llama", num_hidden_layers=2, tie_word_embeddings=False)
+    choice = {"include": ["*.layers.*", "lm_head"]}
+    results = prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, **choice)
+    assert results[-1].name == "lm_head"
+    oracle = pico_model("llama", num_hidden_layers=2, tie_word_embeddings=False)
+    prune_with_full_forwards(oracle, BATCHES, wanda_as_published(TWO_OF_FOUR), "block")
+    with torch.no_grad():
+        hidden = torch.cat([oracle.model(tokens).last_hidden_state for tokens in BATCHES]).flatten(0, 1)
+    expected = wanda_as_published(TWO_OF_FOUR)(oracle.lm_head.weight.detach(), hidden)
+    assert float(((model.lm_head.weight != 0) != (expected != 0)).float().mean()) < 1e-3
+
+
+def test_half_precision():
+    model = pico_model("llama").to(torch.bfloat16)
+    prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, "sequential")
+    oracle = pico_model("llama").to(torch.bfloat16)
+    prune_with_full_forwards(oracle, BATCHES, wanda_as_published(TWO_OF_FOUR), "sequential")
+    assert share_of_different_entries(masks(model), masks(oracle)) < 1e-4
+
+
+def test_keys_and_values_shared_between_layers_are_refused_by_name():
+    config = AutoConfig.for_model(
+        "gemma3n_text",
+        vocab_size=256,
+        vocab_size_per_layer_input=256,
+        hidden_size=64,
+        hidden_size_per_layer_input=16,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        num_kv_shared_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 5,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.\d is given something that depends on"):
+        make_walk(model, BATCHES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("left_early", [False, True])
+def test_a_walk_in_step_leaves_the_gradient_mode_as_it_was(left_early: bool) -> None:
+    """It belongs to the thread, which all lanes share; training afterwards must find it on."""
+    walk = iter(make_walk(pico_model("llama"), BATCHES, propagation="sequential"))
+    for _ in walk:
+        assert torch.is_grad_enabled()
+        if left_early:
+            walk.close()  # type: ignore[attr-defined]
+            break
+    assert torch.is_grad_enabled()

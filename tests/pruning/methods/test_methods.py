@@ -1,0 +1,109 @@
+"""What holds for every method, whatever the numbers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprune.base.errors import BadInput, NumericalError
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.methods import METHODS, method_named
+from coprune.recipe.pattern import NM, Target, Unstructured, count_pruned
+from support.problems import correlated_layer
+
+
+@st.composite
+def targets(draw):
+    if draw(st.booleans()):
+        return Target(Unstructured(), draw(st.floats(0, 0.95)))
+    pattern = draw(st.sampled_from([NM(1, 2), NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(5, 8), NM(2, 16)]))
+    return Target(pattern, pattern.sparsity)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@settings(max_examples=12, deadline=None)
+@given(target=targets(), seed=st.integers(0, 1000), rows=st.integers(1, 12), groups=st.integers(1, 5))
+def test_exact_sparsity_and_true_zeros(name, target, seed, rows, groups):
+    weight, _, statistic = correlated_layer(rows, 16 * groups, tokens=64, seed=seed)
+    before = weight.clone()
+    pruned = method_named(name).prune(weight, statistic, target)
+    assert torch.equal(weight, before)
+    assert pruned.weight.shape == weight.shape
+    assert pruned.weight.dtype == torch.float32
+    assert pruned.keep.dtype == torch.bool
+    assert torch.equal(pruned.weight == 0, ~pruned.keep)
+    if isinstance(target.pattern, NM):
+        kept = pruned.keep.reshape(rows, -1, target.pattern.m).sum(dim=2)
+        assert bool((kept == target.pattern.n).all())
+    elif name == "wanda_variant":
+        reached = float((~pruned.keep).float().mean())
+        assert bool(pruned.events) == (abs(reached - target.sparsity) > 0.001)
+    else:
+        zeros = int((~pruned.keep).sum())
+        by_row = rows * count_pruned(weight.shape[1], target.sparsity)
+        by_matrix = count_pruned(weight.numel(), target.sparsity)
+        assert zeros in (by_row, by_matrix)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_width_that_m_does_not_divide_is_refused(name):
+    weight, _, statistic = correlated_layer(4, 18)
+    with pytest.raises(BadInput, match="2:4"):
+        METHODS[name].prune(weight, statistic, Target(NM(2, 4), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sparsgpt", {}, "did you mean 'sparsegpt'"),
+        ("sparsegpt", {"blocksize": 64}, "did you mean 'block_size'"),
+        ("sparsegpt", {"block_size": "64"}, "integer"),
+        ("sparsegpt", {"block_size": True}, "integer"),
+        ("sparsegpt", {"block_size": 0}, "positive"),
+        ("sparsegpt", {"damping": -0.1}, "positive"),
+        ("sparsegpt", {"damping": float("nan")}, "positive"),
+        ("wanda", {"group": "column"}, "'row' or 'matrix'"),
+        ("wanda_variant", {"alpha": 0.4}, "no options"),
+    ],
+)
+def test_bad_names_and_options_are_refused(name, options, message):
+    with pytest.raises(BadInput, match=message):
+        method_named(name, options)
+
+
+def test_an_option_that_is_right_is_taken():
+    assert method_named("sparsegpt", {"damping": 1, "block_size": 64}) == type(METHODS["sparsegpt"])(64, 1)
+
+
+def test_a_block_that_m_does_not_divide_is_refused():
+    weight, _, statistic = correlated_layer(4, 24)
+    with pytest.raises(BadInput, match="block of 12 columns"):
+        method_named("sparsegpt", {"block_size": 12}).prune(weight, statistic, Target(NM(4, 8), 0.5))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nan_weights_are_refused(name):
+    weight, _, statistic = correlated_layer(4, 16)
+    weight[1, 3] = float("nan")
+    with pytest.raises(NumericalError):
+        METHODS[name].prune(weight, statistic, Target(Unstructured(), 0.5))
+
+
+def test_matrices_share_the_factor_until_the_statistic_changes(monkeypatch):
+    weight, x, statistic = correlated_layer(4, 16)
+    target = Target(Unstructured(), 0.5)
+    made = []
+    whole = Gram.gram.fget
+    monkeypatch.setattr(Gram, "gram", property(lambda self: made.append(1) or whole(self)))
+    first = METHODS["sparsegpt"].prune(weight, statistic, target)
+    METHODS["ablate_mag_seq"].prune(weight, statistic, target)
+    assert len(made) == 1
+    statistic.update(torch.randn(100, 16))
+    second = METHODS["sparsegpt"].prune(weight, statistic, target)
+    assert len(made) == 2
+    assert not torch.equal(first.weight, second.weight)
+    fresh = Gram(16)
+    fresh.update(x)
+    statistic.merge(fresh)
+    METHODS["sparsegpt"].prune(weight, statistic, target)
+    assert len(made) == 3

@@ -1,0 +1,30 @@
+"""The Triton kernels compile to machine code for GPUs, of which none is needed for that."""
+
+from __future__ import annotations
+
+from support.triton_scripts import run_script
+
+SCRIPT = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from coprune.pruning.methods.column_kernel import _update
+from coprune.packed.triton_kernel import _multiply
+
+def compiled(kernel, pointers, integers, **constants):
+    signature = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
+    for capability in (80, 90):
+        result = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+        assert len(result.asm["cubin"]) > 1000
+
+for group, pruned in ((4, 2), (8, 4), (1, 0)):
+    pointers = {"columns": "*fp32", "keep": "*u8", "left": "*fp32", "unit": "*fp32", "pivots": "*fp32"}
+    compiled(_update, pointers, ("rows", "size", "down", "right"), M=group, PRUNED=pruned, SIZE=128, ROWS=32)
+for dtype in ("*fp32", "*bf16"):
+    pointers = {"mask": "*i32", "values": dtype, "starts": "*i64", "x": dtype, "y": dtype}
+    compiled(_multiply, pointers, ("rows", "columns"), BLOCK_ROWS=16, WORDS=2)
+print("checked")
+"""
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    run_script(SCRIPT, TRITON_CACHE_DIR=str(tmp_path))

@@ -1,0 +1,164 @@
+"""Channel permutation: never worse for the score, and never felt by the model."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.model.blocks import find_blocks
+from coprune.model.matrices import choose_matrices, find_matrices
+from coprune.pruning.methods import METHODS
+from coprune.pruning.permute.apply import permute_model
+from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score
+from coprune.recipe.pattern import NM
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import pico_tokenizer, write_words
+from support.walking import make_walk
+
+PATTERNS = [NM(2, 4), NM(1, 4), NM(4, 8), NM(1, 2), NM(3, 4)]
+
+
+def uneven_scores(rows, width, seed):
+    """Scores in which strong channels stand next to each other."""
+    generator = torch.Generator().manual_seed(seed)
+    strength = torch.linspace(2, -2, width).exp()
+    return torch.rand(rows, width, generator=generator) * strength
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 20), groups=st.integers(1, 8), pattern=st.sampled_from(PATTERNS))
+def test_an_order_is_a_permutation_and_never_retains_less(seed, rows, groups, pattern):
+    score = torch.rand(rows, groups * pattern.m, generator=torch.Generator().manual_seed(seed))
+    order = permute_channels(score, pattern)
+    assert sorted(order.tolist()) == list(range(score.shape[1]))
+    assert retained_score(score[:, order], pattern) >= retained_score(score, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_strong_channels_are_spread(pattern):
+    score = uneven_scores(32, 8 * pattern.m, seed=1)
+    order = permute_channels(score, pattern)
+    assert retained_score(score[:, order], pattern) > 1.02 * retained_score(score, pattern)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_groups_of_four_against_every_split(seed):
+    score = uneven_scores(6, 8, seed)
+    best = max(
+        retained_score(score[:, [*first, *(c for c in range(8) if c not in first)]], NM(2, 4))
+        for first in itertools.combinations(range(8), 4)
+    )
+    found = retained_score(score[:, permute_channels(score, NM(2, 4))], NM(2, 4))
+    assert found >= 0.98 * best
+    assert found <= best + 1e-4
+
+
+def test_serpentine_dealing():
+    totals = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])
+    assert deal_serpentine(totals, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+
+
+def test_a_width_that_m_does_not_divide_is_refused():
+    with pytest.raises(BadInput, match="2:4"):
+        permute_channels(torch.rand(3, 10), NM(2, 4))
+
+
+EXPECTED = {
+    # What can be permuted in a block: outputs of the MLP's inner layer, and of the values within heads.
+    "llama": {"o_proj", "down_proj"},
+    "qwen3": {"o_proj", "down_proj"},
+    "gemma2": {"o_proj", "down_proj"},
+    "opt": {"out_proj", "fc2"},
+    "gpt_neox": {"dense_4h_to_h"},  # its queries, keys and values are one matrix
+    "gpt2": {"c_proj"},
+    "phi3": {"down_proj"},
+    "mixtral": {"o_proj", "down_proj"},
+    "qwen3_moe": {"o_proj", "down_proj"},
+    "gpt_oss": {"o_proj", "down_proj"},
+    "deepseek_v3": {"down_proj"},  # its values are one matrix with a part of the keys
+}
+
+
+def randomise_vectors(model):
+    """Biases and norms that are all zeros and ones would hide that they have to be permuted, or may not be."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def permute(model, method="wanda", pattern=PATTERNS[0]):
+    batches = pico_tokens(16, 32).split(8)
+    walk = make_walk(model, batches, changes=False)
+    chosen = choose_matrices(model, walk.blocks)
+    return permute_model(
+        walk.weights, walk.blocks, chosen, walk.structure, walk.recording, METHODS[method], pattern, batches[0][:1]
+    )
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_the_model_computes_what_it_did_before(family):
+    model = pico_model(family)
+    randomise_vectors(model)
+    tokens = pico_tokens(4, 24, seed=9)
+    with torch.no_grad():
+        before = model(tokens).logits
+        weights = {m.name: m.read() for b in find_blocks(model) for m in find_matrices(b.module, b.name)}
+        permuted = permute(model)
+        after = model(tokens).logits
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    kinds = {name.partition("[")[0].rpartition(".")[2] for name in permuted.names}
+    assert kinds == EXPECTED[family]
+    assert permuted.after > permuted.before
+    changed = {
+        m.name
+        for b in find_blocks(model)
+        for m in find_matrices(b.module, b.name)
+        if not torch.equal(m.read(), weights[m.name])
+    }
+    assert changed >= set(permuted.names)
+
+
+def test_a_run_prunes_less_of_strong_channels_that_stand_together(tmp_path):
+    """Channels of the MLP in order of strength, four strong ones to a group: 2:4 would fell half of them."""
+    words = write_words(tmp_path / "words.txt")
+    errors = {}
+    for permute_first in (False, True):
+        model = pico_model("llama", num_hidden_layers=2)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight *= torch.linspace(2, -2, 96).exp()[:, None]
+        report = coprune.prune(
+            model,
+            "wanda",
+            tokenizer=pico_tokenizer(),
+            pattern="2:4",
+            permute=permute_first,
+            dataset=str(words),
+            nsamples=8,
+            seqlen=32,
+            evaluate=False,
+            quiet=True,
+        ).report
+        errors[permute_first] = {m.name: m.relative_layer_error for m in report.matrices}
+        assert all(m.sparsity == 0.5 for m in report.matrices)
+    first = "model.layers.0.mlp.down_proj"
+    assert errors[True][first] < 0.8 * errors[False][first]
+    assert sum(errors[True].values()) < sum(errors[False].values())
+
+
+def test_a_proof_that_fails_puts_everything_back(monkeypatch):
+    """Were the logits to differ after all, the weights are as before and nothing is said to be permuted."""
+    model = pico_model("llama")
+    before = [parameter.clone() for parameter in model.parameters()]
+    monkeypatch.setattr("coprune.pruning.permute.apply.close", lambda output, dense: False)
+    assert permute(model).names == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

@@ -1,0 +1,229 @@
+"""Refinements: never worse, as good as brute force where that is possible, and the pattern stays."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprune.base.errors import BadInput
+from coprune.model.walk.statistics import CrossGram, Gram
+from coprune.pruning.linear_algebra import dense_target, row_errors, solve_masked
+from coprune.pruning.methods import METHODS, Pruned
+from coprune.pruning.refine import REFINEMENTS, refinement_named
+from coprune.pruning.refine.swaps import Swaps, swap_in_rows
+from coprune.recipe.pattern import NM, Target, Unstructured
+from support.problems import TARGETS, correlated_layer
+
+patterns = st.sampled_from(
+    [Target(Unstructured(), 0.5), Target(Unstructured(), 0.7), *(Target(NM(n, 8), 1 - n / 8) for n in (2, 4, 6)),
+     Target(NM(2, 4), 0.5)]
+)  # fmt: skip
+
+
+def errors(weight, pruned, gram):
+    return row_errors(weight - pruned, gram)
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=8, deadline=None)
+@given(target=patterns, seed=st.integers(0, 1000), rows=st.integers(1, 8), groups=st.integers(1, 4))
+def test_never_worse_and_the_pattern_stays(method, refinement, target, seed, rows, groups):
+    weight, _, statistic = correlated_layer(rows, 16 * groups, tokens=64, seed=seed)
+    pruned = METHODS[method].prune(weight, statistic, target)
+    copies = pruned.weight.clone(), pruned.keep.clone()
+    refined = REFINEMENTS[refinement].refine(weight, pruned, statistic, target)
+    assert torch.equal(pruned.weight, copies[0])
+    assert torch.equal(pruned.keep, copies[1])
+    assert torch.equal(refined.weight == 0, ~refined.keep)
+    assert torch.equal(refined.keep.sum(dim=1), pruned.keep.sum(dim=1))
+    if isinstance(target.pattern, NM):
+        assert bool((refined.keep.reshape(-1, target.pattern.m).sum(dim=1) == target.pattern.n).all())
+    if refinement == "refit":
+        assert torch.equal(refined.keep, pruned.keep)
+    before, after = (errors(weight, p.weight, statistic.gram) for p in (pruned, refined))
+    assert bool((after <= before).all())
+
+
+def test_refit_is_least_squares_on_the_kept_inputs():
+    weight, x, statistic = correlated_layer(12, 32, tokens=1024)
+    for target in TARGETS:
+        pruned = METHODS["wanda"].prune(weight, statistic, target)
+        refined = refinement_named("refit:rounds=100,damping=0").refine(weight, pruned, statistic, target)
+        for row, kept in enumerate(pruned.keep):
+            best = torch.linalg.lstsq(x[:, kept].double(), (x @ weight[row]).double()[:, None]).solution.squeeze(1)
+            torch.testing.assert_close(refined.weight[row, kept].double(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_a_row_that_cannot_be_bettered_is_left_as_it_is():
+    weight, _, statistic = correlated_layer(4, 16)
+    keep = torch.ones(4, 16, dtype=torch.bool)
+    for refinement in REFINEMENTS.values():
+        refined = refinement.refine(weight, Pruned(weight, keep), statistic, Target(Unstructured(), 0.0))
+        assert torch.equal(refined.weight, weight)
+    dead = solve_masked(weight, weight * 0, keep, torch.zeros(16, 16), 5)
+    assert not dead.any()
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_fewer_tokens_than_inputs_do_not_blow_the_weights_up(refinement, method, tokens):
+    weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
+    for target in TARGETS:
+        pruned = METHODS[method].prune(weight, statistic, target)
+        refined = REFINEMENTS[refinement].refine(weight, pruned, statistic, target)
+        before, after = (errors(weight, p.weight, statistic.gram) for p in (pruned, refined))
+        assert bool((after <= before).all())
+        # Measured in what they contribute: the damping is in proportion to each input's own size.
+        largest, largest_after = ((w * statistic.root_mean_square).abs().max() for w in (weight, refined.weight))
+        assert float(largest_after) < 2 * float(largest)
+
+
+@pytest.mark.parametrize("start", ["wanda", "sparsegpt"])
+def test_the_first_swap_of_a_row_is_the_best_of_all(start):
+    weight, _, statistic = correlated_layer(6, 12)
+    gram = statistic.gram.double()
+    pruned = METHODS[start].prune(weight, statistic, TARGETS[0])
+    swapped, _ = swap_in_rows(weight, pruned, statistic.gram, candidates=12, steps=1)
+    for row in range(6):
+        now, keep = pruned.weight[row].double(), pruned.keep[row]
+        best = errors(weight[row : row + 1], now[None], gram)
+        for i, j in itertools.product((~keep).nonzero().flatten(), keep.nonzero().flatten()):
+            trial = now.clone()
+            trial[i], trial[j] = weight[row, i], 0.0
+            best = torch.minimum(best, errors(weight[row : row + 1], trial[None], gram))
+        got = errors(weight[row : row + 1], swapped[row : row + 1], gram)
+        torch.testing.assert_close(got, best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_swaps_end_where_no_swap_gains(target):
+    weight, _, statistic = correlated_layer(4, 16)
+    gram = statistic.gram.double()
+    pruned = METHODS["wanda"].prune(weight, statistic, target)
+    swapped = Swaps(candidates=16, refit_rounds=0, damping=0).refine(weight, pruned, statistic, target)
+    assert torch.equal(swapped.weight, weight * swapped.keep)
+    assert not torch.equal(swapped.keep, pruned.keep)
+    group = target.pattern.m if isinstance(target.pattern, NM) else 16
+    for row in range(4):
+        now, keep = swapped.weight[row].double(), swapped.keep[row]
+        reached = float(errors(weight[row : row + 1], now[None], gram))
+        for i, j in itertools.product((~keep).nonzero().flatten(), keep.nonzero().flatten()):
+            if i // group == j // group:
+                trial = now.clone()
+                trial[i], trial[j] = weight[row, i], 0.0
+                assert float(errors(weight[row : row + 1], trial[None], gram)) > reached * (1 - 1e-3)
+
+
+def test_few_candidates_find_almost_what_all_find():
+    weight, _, statistic = correlated_layer(32, 96)
+    pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
+    few, every = (
+        statistic.relative_error(weight, swap_in_rows(weight, pruned, statistic.gram, count, 200)[0])
+        for count in (8, 96)
+    )
+    start = statistic.relative_error(weight, pruned.weight)
+    assert every < 0.8 * start
+    assert few < 1.05 * every
+
+
+def average_error(run, target, seeds=3):
+    total = 0.0
+    for seed in range(seeds):
+        weight, _, statistic = correlated_layer(48, 96, tokens=1024, seed=seed)
+        total += statistic.relative_error(weight, run(weight, statistic, target).weight)
+    return total / seeds
+
+
+@pytest.mark.parametrize("target", [*TARGETS, Target(Unstructured(), 0.7)], ids=str)
+def test_the_order_of_the_methods(target):
+    def method(name):
+        return average_error(METHODS[name].prune, target)
+
+    def refined(name, refinement):
+        def run(weight, statistic, target):
+            pruned = METHODS[name].prune(weight, statistic, target)
+            return REFINEMENTS[refinement].refine(weight, pruned, statistic, target)
+
+        return average_error(run, target)
+
+    wanda, sparsegpt = method("wanda"), method("sparsegpt")
+    assert method("magnitude") >= wanda >= sparsegpt
+    assert wanda >= refined("wanda", "refit") >= refined("wanda", "swaps")
+    assert sparsegpt >= refined("sparsegpt", "refit")
+    assert sparsegpt >= method("admm") >= method("alps")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_nothing_beats_exhaustive_search(target):
+    weight, _, statistic = correlated_layer(3, 8, tokens=256)
+    group = target.pattern.m if isinstance(target.pattern, NM) else 8
+    masks = []
+    for chosen in itertools.combinations(range(8), 4):
+        mask = torch.zeros(8, dtype=torch.bool)
+        mask[list(chosen)] = True
+        if bool((mask.reshape(-1, group).sum(dim=1) == group // 2).all()):
+            masks.append(mask)
+    gram = statistic.gram.double()
+    best = torch.full((3,), torch.inf, dtype=torch.float64)
+    for mask in masks:
+        solved = torch.zeros(3, 8, dtype=torch.float64)
+        inner = torch.linalg.inv(gram[mask][:, mask])
+        solved[:, mask] = (weight.double() @ gram)[:, mask] @ inner
+        best = torch.minimum(best, errors(weight, solved, gram))
+    reached = {}
+    for name, method in METHODS.items():
+        if "variant" in name:
+            continue
+        for row in range(3):  # row by row, so that a matrix-wide choice cannot give one row more than another
+            one = weight[row : row + 1]
+            pruned = method.prune(one, statistic, target)
+            for refine in (None, *REFINEMENTS.values()):
+                result = refine.refine(one, pruned, statistic, target) if refine else pruned
+                error = float(errors(one, result.weight, gram))
+                assert error >= float(best[row]) * (1 - 1e-4)
+                reached[name, row] = min(error, reached.get((name, row), torch.inf))
+    assert any(reached["alps", row] == pytest.approx(float(best[row]), rel=1e-3) for row in range(3))
+
+
+def test_the_dense_target_reproduces_the_dense_outputs():
+    weight, x_dense, _ = correlated_layer(8, 24, tokens=2048)
+    mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=torch.Generator().manual_seed(5)) / 24**0.5
+    x_pruned = x_dense @ mixing
+    gram, cross = Gram(24), CrossGram(24)
+    gram.update(x_pruned)
+    cross.update(x_dense, x_pruned)
+    aimed, events = dense_target(weight, cross.cross, gram.gram, damping=1e-6)
+    assert events == ()
+    least_squares = torch.linalg.lstsq(x_pruned.double(), (x_dense @ weight.T).double()).solution.T
+    torch.testing.assert_close(aimed.double(), least_squares, rtol=1e-2, atol=1e-2)
+    damped, _ = dense_target(weight, cross.cross, gram.gram, damping=0.01)
+
+    def distance(candidate):
+        return float((x_dense @ weight.T - x_pruned @ candidate.T).square().sum())
+
+    assert distance(aimed) < distance(damped) < 0.5 * distance(weight)
+
+
+def test_equal_inputs_leave_the_weight_alone():
+    weight, _, statistic = correlated_layer(8, 24)
+    aimed, _ = dense_target(weight, statistic.gram, statistic.gram)
+    assert torch.equal(aimed, weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("refits", "did you mean 'refit'"),
+        ("refit:rounds=0", "positive"),
+        ("refit:rounds", "no value"),
+        ("swaps:refit-rounds=-1", "negative"),
+        ("swaps:steps=1.5", "integer"),
+    ],
+)
+def test_bad_names_and_options_are_refused(text, message):
+    with pytest.raises(BadInput, match=message):
+        refinement_named(text)

@@ -1,0 +1,76 @@
+"""Factorisations: right where they can be, honest where they had to repair, loud where they cannot."""
+
+import pytest
+import torch
+
+from coprune.base.errors import NumericalError
+from coprune.pruning.linear_algebra import damped_cholesky, factor_inverse, full_float32, invert_upper
+from support.problems import correlated_layer
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    _, _, statistic = correlated_layer(width=48)
+    gram = statistic.gram
+    factor = factor_inverse(gram, 0.01)
+    upper = factor.pivots[:, None] * factor.unit
+    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(48)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(upper.double(), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(factor.unit.diagonal(), torch.ones(48))
+    assert factor.events == ()
+
+
+@pytest.mark.parametrize("size", [1, 128, 129, 300])
+def test_a_triangular_matrix_is_inverted_by_halves(size):
+    upper = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).triu() / size + torch.eye(size)
+    inverse = upper.clone()
+    invert_upper(inverse)
+    torch.testing.assert_close(inverse.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6)
+    assert torch.equal(inverse, inverse.triu())
+
+
+def test_damping_escalates_and_says_so():
+    matrix = torch.eye(8)
+    matrix[0, 0] = -0.05
+    lower, events = damped_cholesky(matrix, 0.01)
+    assert events == ("the Cholesky factorisation failed; damping raised to 0.1",)
+    damped = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(8)
+    torch.testing.assert_close(lower @ lower.T, damped)
+
+
+def test_then_the_spectrum_is_clipped():
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.9]))
+    lower, events = damped_cholesky(matrix, 1e-4)
+    assert len(events) == 4
+    assert "clipped" in events[-1]
+    spectrum = torch.linalg.eigvalsh(lower @ lower.T)
+    assert float(spectrum[0]) > 0
+    torch.testing.assert_close(spectrum[1:], torch.ones(3))
+
+
+@pytest.mark.parametrize("matrix", [-torch.eye(4), torch.full((4, 4), float("nan")), torch.full((4, 4), float("inf"))])
+def test_what_cannot_be_repaired_stops(matrix):
+    with pytest.raises(NumericalError):
+        damped_cholesky(matrix, 0.01)
+
+
+def test_all_inputs_dead_is_no_division_by_zero():
+    factor = factor_inverse(torch.zeros(4, 4), 0.01)
+    assert bool(factor.dead.all())
+    assert bool(torch.isfinite(factor.unit).all())
+
+
+def test_precision_is_put_back():
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with full_float32():
+            assert backend.fp32_precision == "ieee"
+            assert not torch.is_grad_enabled()
+        assert backend.fp32_precision == "tf32"
+        with pytest.raises(NumericalError), full_float32():
+            damped_cholesky(-torch.eye(2), 0.01)
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before

@@ -1,0 +1,160 @@
+"""What estimates rest on: live bytes that are counted exactly, growth that is extrapolated, and proposals that fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprune.base.memory import available_bytes
+from coprune.pruning.methods import METHODS
+from coprune.pruning.pruner import Solver
+from coprune.recipe.pattern import NM, Target
+from coprune.run.estimate.estimate import Settings, Workload, estimate
+from coprune.run.estimate.live_bytes import LiveBytes
+from coprune.run.estimate.machine import BlockCosts, SolveCosts, _extrapolate, measure_solving
+from support.pico_folder import save_pico, write_words
+
+MIB = 1 << 20
+
+
+def test_live_bytes_are_those_of_the_tensors_alive() -> None:
+    x = torch.ones(256, 256)  # made before: does not count, nor do views of it
+    size = x.nbytes
+    live = LiveBytes()
+    with live:
+        y = x.T[3:].T
+        assert live.now == 0
+        a = x + 1
+        b = a * 2
+        assert live.now == 2 * size
+        del a
+        assert live.now == size
+        b += x @ x
+        assert live.now == size
+        assert y.shape == (256, 253)
+    assert live.most == 2 * size
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-9, 1e-3), st.floats(1e-12, 1e-6), st.sampled_from([512, 4096]))
+def test_extrapolation_finds_square_and_cubic_growth(square: float, cubic: float, width: int) -> None:
+    def time_of(w: int) -> float:
+        return square * w**2 + cubic * w**3
+
+    assert _extrapolate([(128, time_of(128)), (256, time_of(256))], width) == pytest.approx(time_of(width), rel=1e-3)
+
+
+def test_bytes_of_a_solve_are_extrapolated_from_smaller_ones() -> None:
+    solver, target = Solver(METHODS["sparsegpt"]), Target(NM(2, 4), 0.5)
+    small = measure_solving((256, 512), solver, target, True, torch.device("cpu"), False, 0.0)
+    large = measure_solving((512, 1024), solver, target, True, torch.device("cpu"), False, 0.0)
+    assert large.statistic_bytes == pytest.approx(4 * small.statistic_bytes, rel=0.5)
+    assert 1.5 < (large.most_bytes - 48 * MIB) / (small.most_bytes - 48 * MIB) < 6
+
+
+BLOCK = BlockCosts(0.1, 100 * MIB, 1e-4, 40_000, 30_000, 8_000, 512, (((2048, 2048),),))
+SOLVING = {(2048, 2048): SolveCosts(1.0, 0.5, 80 * MIB, 20 * MIB, 1e-5)}
+WORK = Workload(
+    600 * MIB, 600 * MIB, 200 * MIB, 3400 * MIB, 32, BLOCK, SOLVING, Counter({(2048, 2048): 32}),
+    Counter({(2048, 2048): 32}), 1e-5, 64_000,
+)  # fmt: skip
+RUN = Settings(128, 512, 8, (100_000,), 4096, 2, "sequential", True, False, 0, None, True, "float32")
+
+
+def test_more_work_takes_more() -> None:
+    base = estimate(WORK, RUN, None)
+    for more in (
+        replace(RUN, samples=256),
+        replace(RUN, evaluation_tokens=(200_000,)),
+        replace(RUN, reconstruction_steps=100),
+        replace(RUN, dense_target=True),
+    ):
+        other = estimate(WORK, more, None)
+        assert other.seconds > base.seconds
+        assert other.peak_bytes >= base.peak_bytes
+    assert estimate(WORK, replace(RUN, activation_limit=0), None).peak_bytes < base.peak_bytes
+
+
+def test_dense_propagation_takes_one_pass_and_the_memory_of_block() -> None:
+    block, dense, sequential = (
+        estimate(WORK, replace(RUN, propagation=name), None) for name in ("block", "dense", "sequential")
+    )
+    assert dense.peak_bytes == block.peak_bytes
+    assert dense.seconds == sequential.seconds < block.seconds
+    unfit = replace(RUN, propagation="dense")
+    assert "propagation" not in estimate(WORK, unfit, MIB).proposal
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(50, 8000), st.booleans(), st.sampled_from(["block", "sequential", "dense"]))
+def test_what_is_proposed_fits(mebibytes: int, streamed: bool, propagation: str) -> None:
+    run = replace(RUN, streamed=streamed, propagation=propagation)
+    available = mebibytes * MIB
+    found = estimate(WORK, run, available)
+    if found.fits:
+        assert not found.proposal
+        return
+    if not found.proposal.startswith("It would with"):
+        return
+    options = found.proposal.removeprefix("It would with ").rstrip(".").split(" --")
+    changed = run
+    for option in options:
+        name, _, value = option.removeprefix("--").partition(" ")
+        changed = {
+            "batch-size": lambda s, v: replace(s, batch=int(v), evaluation_batch=s.seqlen * int(v)),
+            "activation-memory": lambda s, v: replace(s, activation_limit=int(v)),
+            "propagation": lambda s, v: replace(s, propagation=v),
+            "nsamples": lambda s, v: replace(s, samples=int(v)),
+            "stream": lambda s, v: replace(s, streamed=True),
+        }[name](changed, value)
+    resident = WORK.resident - (WORK.total_bytes - WORK.rest_bytes if changed.streamed and not streamed else 0)
+    assert replace(estimate(replace(WORK, resident=resident), changed, available), resident_bytes=WORK.resident).fits
+
+
+def test_a_limit_on_the_process_counts() -> None:
+    script = (
+        "import resource; from coprune.base.memory import available_bytes, _numbers; from pathlib import Path;"
+        "used = _numbers(Path('/proc/self/status'))['VmData'];"
+        "resource.setrlimit(resource.RLIMIT_DATA, (used + 100 * 2**20, used + 100 * 2**20));"
+        "print(available_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 100 * MIB < (available_bytes() or 0)
+
+
+def test_a_run_that_would_not_fit_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """Samples whose hidden states alone are beyond the limit, which is far above what the process holds."""
+    save_pico(tmp_path / "model", max_position_embeddings=4096)
+    words = write_words(tmp_path / "words.txt", 30_000)
+    arguments = ["--dataset", str(words), "--nsamples", "1024", "--seqlen", "2048", "--no-eval", "--device", "cpu"]
+    limit = 900 * MIB
+
+    def run(command: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "coprune", command, str(tmp_path / "model"), *arguments, *more],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        )
+
+    refused = run("prune", "--save", str(tmp_path / "run"), "--save-model", str(tmp_path / "out"))
+    assert refused.returncode == 2
+    assert "would not fit" in refused.stderr
+    assert "--activation-memory 0" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    found = json.loads(run("estimate", "--json").stdout)
+    assert not found["fits"]
+    assert found["peak_bytes"] > 1024 * 2048 * 64 * 4

@@ -1,0 +1,60 @@
+"""A sweep on a Ray cluster of this machine: the same numbers, also when a task's process is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from coprune.report.schema import Report
+from coprune.run.sweep.conduct import conduct
+from coprune.run.sweep.work import Job
+from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+
+pytest.importorskip("ray")
+from coprune.run.sweep.on_ray import LOCAL, RayWorkers
+
+
+def kill_a_task(name):
+    """Kill the process that does the task of this name, as Ray titles it; whether there was one."""
+    for process in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{process}/cmdline", encoding="utf-8") as file:
+                title = file.read()
+        except OSError:
+            continue
+        if title.startswith("ray::") and name in title:
+            os.kill(int(process), signal.SIGKILL)
+            return True
+    return False
+
+
+def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_place(tmp_path))
+    sweep, runs = pico_sweep(method=["sparsegpt"], seed=[0, 1, 2], nsamples=64)
+    jobs = [Job(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
+    workers = RayWorkers(LOCAL)
+    workers.at_once = 2
+    ends, killed = [], []
+
+    def listen(event, again):
+        if event.kind != "now":
+            ends.append((event.name, event.kind))
+        elif event.text == "pruning, 1 blocks done" and not killed:
+            time.sleep(0.01)
+            killed.append(kill_a_task(event.name))
+
+    try:
+        conduct(jobs, workers, 1, listen)
+    finally:
+        workers.stop()
+    found = Counter(ends)
+    assert {name: found[name, "done"] for name, _ in found} == {run.name: 1 for run in runs}, ends
+    assert sum(count for (_, kind), count in found.items() if kind == "lost") == killed.count(True)
+    for run in runs:
+        assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(
+            alone(run, tmp_path / "separate")
+        )

@@ -1,0 +1,121 @@
+"""Tables in the papers' layout, rows for other programs, the page, and what `report` and `compare` make of a sweep."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coprune.report.schema import Report
+from coprune.run.sweep import work
+from coprune.run.sweep.board import Board
+from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.results import collect
+from coprune.run.sweep.table import markdown, paper_tables
+from coprune.run.sweep.work import Event, Job, do_job
+from support.commands import run_command
+from support.pico_sweep import THREADS, make_place, pico_sweep
+
+RULES = {"exclude": [{"method": "magnitude", "seed": 1}], "include": [{"method": "wanda", "seed": 0, "nsamples": 8}]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A finished sweep, but for one run, in a folder."""
+    folder = make_place(tmp_path_factory.mktemp("place"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(work, "_texts", {})
+        sweep, runs = pico_sweep(
+            method=["wanda", "magnitude"],
+            pattern=["unstructured", "2:4"],
+            seed=[0, 1],
+            save_model="models",
+            sweep=RULES,
+        )
+        Path("out").mkdir()
+        Path("out/sweep.yaml").write_text(sweep.to_yaml(), encoding="utf-8")
+        for run in runs:
+            if run.name != "wanda/2-4/seed-1":
+                do_job(Job(run, "run", sweep.folder, THREADS), lambda event: None)
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    sweep, runs = pico_sweep(**yaml.safe_load(Path("out/sweep.yaml").read_text()))
+    files = {run.name: Path("out", run.name, "report.json") for run in runs}
+    return sweep, runs, {name: Report.read(file) for name, file in files.items() if file.is_file()}
+
+
+def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(here):
+    sweep, runs, reports = here
+    (table,) = paper_tables(sweep, runs, reports)
+    assert table.title == "model: perplexity on test.txt, sequence length 32"
+    assert table.columns == ["50%", "2:4"]
+    assert list(table.rows) == [
+        "dense",
+        "wanda, nsamples 4",
+        "magnitude, nsamples 4",
+        "wanda, nsamples 8",
+    ]
+    pruned = {name: report.perplexity[0].pruned for name, report in reports.items()}
+    both = [pruned["wanda/unstructured/seed-0"], pruned["wanda/unstructured/seed-1"]]
+    first, second = table.rows["wanda, nsamples 4"]
+    assert first.text == f"{statistics.fmean(both):.2f} ± {statistics.stdev(both):.2f}"
+    assert second.text == f"{pruned['wanda/2-4/seed-0']:.2f} (1 of 2)"
+    assert table.rows["magnitude, nsamples 4"][0].text == f"{pruned['magnitude/unstructured/seed-0']:.2f}"
+    methods = [cells for name, cells in table.rows.items() if name != "dense"]
+    for column in (0, 1):
+        best = min(cells[column].mean for cells in methods)
+        assert [cells[column].best for cells in methods] == [cells[column].mean == best for cells in methods]
+    dense = next(iter(reports.values())).perplexity[0].dense
+    assert f"| dense | {dense:.2f} | {dense:.2f} |" in markdown(table).splitlines()
+
+
+def test_the_page_and_the_rows_tell_what_is_done(here, monkeypatch, capsys):
+    sweep, runs, reports = here
+    collect(
+        sweep, runs, reports, {"wanda/2-4/seed-1": "Traceback\nValueError: no"}, Ledger(wall=[3.0], runs={"a": 2.0})
+    )
+    text = Path("out/results.md").read_text(encoding="utf-8")
+    assert "7 of 8 runs are done" in text
+    assert "- failed: wanda/2-4/seed-1: ValueError: no" in text
+    assert "wanda/unstructured/seed-0" in Path("out/report.html").read_text(encoding="utf-8")
+    Path("out/report.html").unlink()
+    assert run_command(["report", "out"], monkeypatch, capsys).code == 0
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert "perplexity on test.txt, sequence length 32" in page
+    assert "wanda, nsamples 8" in page
+
+
+def test_compare_takes_a_sweep_that_has_moved(here, place, monkeypatch, capsys):
+    ended = run_command(
+        ["compare", str(place / "out"), "--data", "test.txt", "--seqlen", "32", "--fresh", "--csv", "table.csv", "-q"],
+        monkeypatch,
+        capsys,
+    )
+    assert ended.code == 0, ended.err
+    rows = Path("table.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + 1 + 7
+    assert rows[1].startswith("model,")
+
+
+def test_the_board_foresees_the_end():
+    board = Board(["a", "b", "c"], earlier=2, quiet=True)
+    assert board.remaining() is None
+    board.expect({"a": 10.0, "b": 10.0, "c": 20.0}, 1)
+    assert board.remaining() == 40
+    board.note(Event("a", "now", "pruning"), False)
+    board.note(Event("a", "done"), False)
+    board.states["a"].seconds = 5.0
+    assert board.remaining() == pytest.approx(15)
+    board.note(Event("b", "lost", "gone"), True)
+    board.note(Event("b", "failed", "first\nlast"), False)
+    assert board.states["b"].text == "last"
+    assert board.remaining() == pytest.approx(10)
+    board.note(Event("c", "done"), False)
+    assert board.remaining() == 0

@@ -1,0 +1,84 @@
+"""What runs take over from each other changes nothing, to the last bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import coprune.run.stages
+from coprune.report.schema import Report
+from coprune.run.sweep import work
+from coprune.run.sweep.work import Job, do_job
+from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_place(tmp_path))
+    monkeypatch.setattr(work, "_texts", {})
+    return tmp_path
+
+
+def do_here(sweep, runs):
+    """Do runs one after another in this process, as one worker would; the last event of each."""
+    events = []
+    for run in runs:
+        do_job(Job(run, "run", sweep.folder, THREADS), events.append)
+    return {event.name: event for event in events if event.kind != "now"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
+    sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
+    times = Counter[str]()
+    measure = coprune.run._measure
+
+    def counting(session, which):
+        times[which] += 1
+        return measure(session, which)
+
+    monkeypatch.setattr(coprune.run, "_measure", counting)
+    ended = do_here(sweep, runs)
+    assert {event.kind for event in ended.values()} == {"done"}, ended
+    assert times == {"dense": 1, "pruned": 4}
+    assert ended[runs[0].name].saved["dense"] == 0
+    assert all(ended[run.name].saved["dense"] > 0 for run in runs[1:])
+    for run in runs:
+        separate = alone(run, place / "separate")
+        assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
+        for file in run.recipe.save_model.glob("*.safetensors"):
+            assert file.read_bytes() == (separate.saved_model / file.name).read_bytes()
+
+
+def test_another_text_or_model_is_measured_anew(place, monkeypatch):
+    make_place(place / "other")
+    sweep, runs = pico_sweep(eval_data=["test.txt", "words.txt"], eval_tokens=320)
+    assert {event.kind for event in do_here(sweep, runs).values()} == {"done"}
+    first, second = (Report.read(run.recipe.run_folder / "report.json").perplexity[0] for run in runs)
+    assert first.dense != second.dense
+    text = (place / "test.txt").read_text()
+    (place / "test.txt").write_text(" ".join(reversed(text.split())))
+    monkeypatch.setattr(work, "_texts", {})  # as a new process has none
+    sweep, runs = pico_sweep(method="magnitude", eval_data=["test.txt"], save="out2", eval_tokens=320)
+    sweep = sweep.with_settings({"save": "out"})
+    do_here(sweep, runs)
+    changed = Report.read(runs[0].recipe.run_folder / "report.json").perplexity[0]
+    assert changed.dense not in (first.dense, second.dense)
+
+
+def test_a_run_that_is_done_is_not_done_again(place):
+    sweep, runs = pico_sweep(method=["magnitude"])
+    do_here(sweep, runs)
+    before = (place / "out/magnitude/report.json").stat().st_mtime_ns
+    assert do_here(sweep, runs)["magnitude"].kind == "done"
+    assert (place / "out/magnitude/report.json").stat().st_mtime_ns == before
+
+
+def test_another_run_in_the_folder_is_refused(place):
+    sweep, runs = pico_sweep(method=["magnitude"])
+    do_here(sweep, runs)
+    sweep, runs = pico_sweep(method=["magnitude"], nsamples=5)
+    event = do_here(sweep, runs)["magnitude"]
+    assert event.kind == "failed"
+    assert "nsamples was 4 and is 5" in event.text

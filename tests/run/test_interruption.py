@@ -1,0 +1,105 @@
+"""Ctrl-C, kills and full disks, with the real command: nothing half-written bears its final name, and a rerun completes."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from support.commands import run_command
+from support.pico_folder import save_pico, write_words
+
+# Many samples, so that the walk takes seconds and the signal finds it at work.
+OPTIONS = ["--seqlen", "64", "--nsamples", "600", "--batch-size", "4", "-m", "sparsegpt", "--eval-data", "test.txt"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    save_pico(tmp_path / "model", num_hidden_layers=4)
+    write_words(tmp_path / "words.txt")
+    write_words(tmp_path / "test.txt", count=200, seed=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*more):
+    return ["prune", "model", "--dataset", "words.txt", "--save", "run", "--save-model", "pruned", "--quiet", *more]
+
+
+def interrupt(place, sent):
+    """Start the command, wait until it has finished a block, and send it a signal; its exit code and standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coprune", *command(*OPTIONS)],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(place.glob(".pruned.partial/model-*.json")):
+            assert process.poll() is None, "the run ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(sent, place, monkeypatch, capsys):
+    code, err = interrupt(place, sent)
+    assert code == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    if sent == signal.SIGINT:
+        assert err.splitlines() == ["coprune: stopped; nothing half-written was left under its final name."]
+    assert not (place / "pruned").exists()
+    assert not (place / "run" / "report.json").exists()
+    for part in place.glob(".pruned.partial/*.safetensors"):
+        load_file(part)  # whole, since it bears its name
+    ended = run_command(command(*OPTIONS), monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    assert (place / "run" / "report.json").is_file()
+    assert (place / "pruned" / "model.safetensors").is_file()
+    assert not list(place.glob(".pruned*"))
+
+
+def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(place, monkeypatch, capsys):
+    def stop(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coprune.evaluation.tasks.text.read_calibration", stop)
+    ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
+    assert ended.code == 130
+    assert "stopped" in ended.err
+    assert sorted(path.name for path in place.iterdir()) == ["model", "test.txt", "words.txt"]
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_copied(place, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        ended = run_command(quick, monkeypatch, capsys)
+        assert ended.code == 2
+        assert len(ended.err.splitlines()) == 1
+        assert "No space left on device" in ended.err
+        assert not (place / "pruned").exists()
+    assert run_command(quick, monkeypatch, capsys).code == 0
+
+
+def test_too_little_space_is_known_before_anything_is_computed(place, monkeypatch, capsys):
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
+    assert ended.code == 2
+    assert "1,000 free" in ended.err
+    assert not (place / "pruned").exists()

@@ -1,0 +1,297 @@
+"""A run that was killed goes on, and ends with the very same bytes and figures as one that was left in peace."""
+
+import functools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from support.killing import count_lines, killed_at
+from support.pico import pico_model
+from support.pico_folder import listing, save, save_pico, write_words
+
+WRITING = ("checkpoint", "output", "files.py", "run.py", "verify", "report")
+# Method, propagation, family, streamed, and more settings of the recipe.
+RUNS = {
+    "wanda": ("wanda", "block", "llama", True, {}),
+    "wanda in memory": ("wanda", "block", "llama", False, {}),
+    "sparsegpt": ("sparsegpt", "block", "llama", True, {"pattern": "2:4"}),
+    "sparsegpt in memory": ("sparsegpt", "sequential", "llama", False, {"pattern": "2:4"}),
+    "alps": ("alps", "sequential", "llama", True, {"pattern": "2:4"}),
+    "mixture": ("wanda", "block", "mixtral", True, {"pattern": "2:4"}),
+    "mixture in memory": ("sparsegpt", "sequential", "mixtral", False, {}),
+    "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"], "target": "dense"}),
+    "reconstructed": ("wanda", "sequential", "llama", True, {"reconstruct": 3}),
+    "allocated": ("wanda", "block", "llama", True, {"allocation": "owl", "sparsity": 0.6}),
+    "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Children are forked, where pools of threads do not follow; and sums must be in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models and texts that every run reads."""
+    folder = tmp_path_factory.mktemp("place")
+    for family in ("llama", "mixtral", "gpt2"):
+        save_pico(folder / family, family)
+    write_words(folder / "words.txt")
+    write_words(folder / "test.txt", count=300, seed=1)
+    write_words(folder / "other.txt", seed=2)
+    return folder
+
+
+def recipe_of(name, place, out, **changes):
+    method, propagation, family, stream, more = RUNS[name]
+    settings = {
+        "model": str(place / family),
+        "method": method,
+        "propagation": propagation,
+        "stream": stream,
+        "dataset": str(place / "words.txt"),
+        "eval_data": str(place / "test.txt"),
+        "evaluate_dense": False,
+        "nsamples": 6,
+        "seqlen": 16,
+        "batch_size": 2,
+        "save": str(out / "run"),
+        "save_model": str(out / "pruned"),
+    }
+    return make_recipe({**settings, **more, **changes})
+
+
+def run(name, place, out, **changes):
+    return run_recipe(recipe_of(name, place, out, **changes), reporter=Reporter(quiet=True))
+
+
+def figures(out):
+    """The report without what may differ between two runs of one recipe: times, memory, places."""
+    report = json.loads((out / "run" / "report.json").read_text())
+    for name in ("prune_seconds", "total_seconds", "phases", "peak_memory_bytes", "saved_model", "recipe"):
+        del report[name]
+    for matrix in report["matrices"]:
+        del matrix["seconds"]
+    return report, json.loads((out / "run" / "distributions.json").read_text())
+
+
+def checkpoint(out):
+    """The saved model's files; the card, which tells times, is left out."""
+    return {name: content for name, content in listing(out / "pruned").items() if name != "README.md"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, tmp_path_factory):
+    """For a run of RUNS: its folder when it was left in peace, and how many lines it takes in all and while writing."""
+
+    @functools.cache
+    def get(name):
+        out = tmp_path_factory.mktemp("undisturbed")
+        return out, *count_lines(lambda: run(name, place, out), WRITING)
+
+    return get
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment(seed, place, undisturbed, tmp_path):
+    generator = random.Random(seed)
+    name = list(RUNS)[seed % len(RUNS)]
+    expected, lines, written = undisturbed(name)
+    # Every other time among the few lines that write, or nearly all moments would be inside the solvers.
+    files, count = (WRITING, written) if generator.random() < 0.5 else (("",), lines)
+    kills = 0
+    for _ in range(2):  # the run that goes on may be killed as well
+        if not (tmp_path / "run" / "report.json").exists():
+            kills += killed_at(lambda: run(name, place, tmp_path), generator.randrange(1, count), files)
+        if (tmp_path / "pruned").exists():
+            assert checkpoint(tmp_path) == checkpoint(expected)
+    assert kills
+    if not (tmp_path / "run" / "report.json").exists():
+        run(name, place, tmp_path)
+    assert checkpoint(tmp_path) == checkpoint(expected)
+    assert figures(tmp_path) == figures(expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "run"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+@pytest.fixture(scope="module")
+def killed(place, undisturbed, tmp_path_factory):
+    """For a run of RUNS: what it leaves if it is killed when it has finished a block, but not all."""
+
+    @functools.cache
+    def get(name):
+        _, lines, _ = undisturbed(name)
+        for tenth in range(3, 10):
+            out = tmp_path_factory.mktemp("killed")
+            assert killed_at(lambda out=out: run(name, place, out), lines * tenth // 10)
+            if list(out.glob(".pruned.partial/model-*.json")):
+                return out
+        raise AssertionError("no such moment was found")
+
+    return get
+
+
+@pytest.fixture
+def half_done(killed, tmp_path):
+    """Put what a killed run leaves into the test's folder; the journal in it, which holds a finished block."""
+
+    def put(name):
+        shutil.copytree(killed(name), tmp_path, dirs_exist_ok=True)
+        journal = tmp_path / ".pruned.partial"
+        assert list(journal.glob("model-*.json"))
+        return journal
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("wanda", "flipped bit"),
+        ("wanda", "cut off"),
+        ("wanda", "no note"),
+        ("wanda", "garbled note"),
+        ("mixture in memory", "flipped bit"),
+        ("mixture in memory", "empty note"),
+    ],
+)
+def test_a_damaged_part_is_done_again(name, damage, place, undisturbed, half_done, tmp_path):
+    journal = half_done(name)
+    part = min(path for path in journal.glob("model-*.safetensors") if path.with_suffix(".json").exists())
+    note, content = part.with_suffix(".json"), bytearray(part.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 16
+        part.write_bytes(content)
+    elif damage == "cut off":
+        part.write_bytes(content[:-100])
+    elif damage == "no note":
+        note.unlink()
+    else:
+        note.write_text(note.read_text()[:40] if damage == "garbled note" else "")
+    run(name, place, tmp_path)
+    assert checkpoint(tmp_path) == checkpoint(undisturbed(name)[0])
+    assert figures(tmp_path) == figures(undisturbed(name)[0])
+
+
+def test_a_journal_that_does_not_say_whose_it_is_is_begun_anew(place, undisturbed, half_done, tmp_path):
+    (half_done("wanda") / "journal.json").write_text("{")
+    run("wanda", place, tmp_path)
+    assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
+
+
+def test_a_journal_that_does_not_say_what_it_holds_is_refused(place, half_done, tmp_path):
+    (half_done("wanda") / "parts.json").write_text("{")
+    with pytest.raises(BadInput, match="remove the folder"):
+        run("wanda", place, tmp_path)
+
+
+def test_finished_blocks_are_not_done_again(place, half_done, tmp_path, capsys):
+    journal = half_done("wanda")
+    noted = len(list(journal.glob("model-*.json")))
+    run_recipe(recipe_of("wanda", place, tmp_path))
+    assert f"{noted} of 3 blocks were finished" in capsys.readouterr().err
+
+
+DIFFERENT = {
+    "method": {"method": "magnitude"},
+    "sparsity": {"sparsity": 0.6},
+    "propagation": {"propagation": "sequential"},
+    "seed": {"seed": 1},
+    "nsamples": {"nsamples": 5},
+    "exclude": {"exclude": ["*.q_proj"]},
+    "options": {"options": {"group": "matrix"}},
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_a_journal_of_another_recipe_is_refused(what, place, half_done, tmp_path):
+    journal = half_done("wanda")
+    before = listing(journal)
+    with pytest.raises(BadInput, match=what):
+        run("wanda", place, tmp_path, **DIFFERENT[what])
+    assert listing(journal) == before
+
+
+def test_a_journal_of_other_data_is_refused(place, half_done, tmp_path):
+    half_done("wanda")
+    text = (place / "words.txt").read_text()
+    try:
+        shutil.copyfile(place / "other.txt", place / "words.txt")
+        with pytest.raises(BadInput, match=r"calibration tokens was .* and is "):
+            run("wanda", place, tmp_path)
+    finally:
+        (place / "words.txt").write_text(text)
+
+
+@pytest.mark.parametrize("name", ["wanda", "wanda in memory"])
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.2.mlp.down_proj"])
+def test_a_journal_of_another_model_is_refused(part, name, place, half_done, tmp_path):
+    half_done(name)
+    model = pico_model("llama")
+    model.get_submodule(part).weight[0, 0] += 1
+    other = tmp_path / "other" / "llama"
+    save(model, other)
+    (place / "llama").rename(place / "own")
+    other.rename(place / "llama")
+    try:
+        with pytest.raises(BadInput, match=r"model weights was .* and is "):
+            run(name, place, tmp_path)
+    finally:
+        (place / "llama").rename(tmp_path / "other" / "llama")
+        (place / "own").rename(place / "llama")
+
+
+def test_what_is_measured_afterwards_may_differ(place, undisturbed, half_done, tmp_path):
+    half_done("wanda")
+    run("wanda", place, tmp_path, evaluate=False)
+    assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
+    assert not figures(tmp_path)[0]["perplexity"]
+
+
+@pytest.mark.parametrize("streamed_first", [True, False])
+def test_a_streamed_run_may_go_on_in_memory_and_the_other_way_round(
+    streamed_first, place, undisturbed, half_done, tmp_path
+):
+    first, then = ("wanda", "wanda in memory") if streamed_first else ("wanda in memory", "wanda")
+    half_done(first)
+    run(then, place, tmp_path)
+    tensors = {n: c for n, c in checkpoint(tmp_path).items() if n.endswith(".safetensors")}
+    assert tensors == {n: c for n, c in checkpoint(undisturbed("wanda")[0]).items() if n.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(("name", "seed"), [("wanda", 0), ("wanda", 1), ("mixture", 2), ("sparsegpt in memory", 3)])
+def test_a_full_disk_costs_nothing(name, seed, place, undisturbed, tmp_path, monkeypatch):
+    """Some write fails for want of space: one clear error, and the run goes on when there is space again."""
+    from coprune.base import durable
+
+    writes = random.Random(seed).randrange(1, 6)
+    real = durable.sync
+
+    def full(path: Path) -> None:
+        nonlocal writes
+        writes -= 1
+        if writes <= 0:
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(durable, "sync", full)
+    with pytest.raises(CopruneError, match=r"disk is full|No space left"):
+        run(name, place, tmp_path)
+    assert not (tmp_path / "pruned").exists()
+    monkeypatch.setattr(durable, "sync", real)
+    run(name, place, tmp_path)
+    assert checkpoint(tmp_path) == checkpoint(undisturbed(name)[0])
+    assert figures(tmp_path) == figures(undisturbed(name)[0])

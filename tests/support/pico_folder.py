@@ -1,0 +1,52 @@
+"""Pico models as checkpoint folders that a command can prune: with a tokenizer of words beside them, and text to read."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from coprune.model.checkpoint.load import quiet_transformers
+from support.pico import VOCABULARY, pico_model
+
+
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """The words w0 … w255 are the tokens 0 … 255."""
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3")
+
+
+def save_pico(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Save a pico model and its tokenizer; returns the folder."""
+    save(pico_model(family, **changes).to(dtype), folder)
+    return folder
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model in several shards, with the tokenizer of words."""
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size="150KB")
+        pico_tokenizer().save_pretrained(folder)
+
+
+def write_words(file: Path, count: int = 3000, seed: int = 0) -> Path:
+    """Write a text of random words, one token each; returns the file."""
+    generator = random.Random(seed)
+    file.write_text(" ".join(f"w{generator.randrange(3, VOCABULARY)}" for _ in range(count)), encoding="utf-8")
+    return file
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: path to content, None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,53 @@
+"""Sweeps of pico models that take a second a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coprune.base.progress import Reporter
+from coprune.report.schema import Report
+from coprune.run.stages import run_recipe
+from coprune.run.sweep.expand import Run, expand
+from coprune.run.sweep.file import Sweep
+from support.pico_folder import save_pico, write_words
+
+THREADS = 1
+
+
+def make_place(folder: Path) -> Path:
+    """A folder with a model and texts; returns it."""
+    save_pico(folder / "model")
+    write_words(folder / "words.txt")
+    write_words(folder / "test.txt", count=300, seed=1)
+    return folder
+
+
+def sweep_data(**changes: Any) -> dict[str, Any]:
+    """What the file of a small sweep says, of paths relative to the place."""
+    data = {"model": "model", "dataset": "words.txt", "eval_data": "test.txt", "seqlen": 32, "nsamples": 4}
+    return data | {"save": "out", "check_memory": False, "report_to": None} | changes
+
+
+def pico_sweep(**changes: Any) -> tuple[Sweep, list[Run]]:
+    """A small sweep and its runs."""
+    sweep = Sweep.make(sweep_data(**changes))
+    return sweep, expand(sweep)
+
+
+def alone(run: Run, folder: Path) -> Report:
+    """The report of a run that is done by itself, in another folder."""
+    torch.set_num_threads(THREADS)
+    places = {"save": folder / run.name}
+    if run.recipe.save_model is not None:
+        places["save_model"] = folder / "models" / run.name
+    return run_recipe(run.recipe.model_copy(update=places), reporter=Reporter(quiet=True)).report
+
+
+def measured(report: Report) -> dict[str, Any]:
+    """Everything in a report that pruning and measuring decide, and nothing of times, memory and places."""
+    fields = {"sparsity", "perplexity", "calibration", "zero_shot", "sample", "events"}
+    matrices = [matrix.model_dump(exclude={"seconds"}) for matrix in report.matrices]
+    return report.model_dump(include=fields) | {"matrices": matrices}

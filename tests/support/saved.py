@@ -1,0 +1,90 @@
+"""Random models as folders on the disk, and what a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.companions import copy_companions
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.load import DtypeName, quiet_transformers
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from support.pico import FAMILIES, pico_model
+
+# One for each way in which a checkpoint can differ from its model: tied and untied, Conv1D, experts fused on load
+# (with other names), experts fused in the files already, dense blocks before mixtures, parameters kept in float32.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {}),
+    **{name: (name, {}) for name in ("gpt2", "opt", "gemma2", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")},
+}
+assert "llama" in FAMILIES
+
+
+def random_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model in which every parameter and persistent buffer is random, so that no two are alike."""
+    family, changes = MODELS[name]
+    model = pico_model(family, **changes)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.normal_(std=0.2)
+    return model.to(dtype)
+
+
+def save_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, shards: str = "100KB") -> PreTrainedModel:
+    """Save a random model in shards, and return it."""
+    model = random_model(name, dtype)
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors in a folder's safetensors files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def load_clean(folder: Path) -> PreTrainedModel:
+    """Load with transformers; fails if a key is missing, unexpected or of another shape."""
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Same names, dtypes, shapes and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def write_blocks(weights: Weights, writer: CheckpointWriter, blocks: Sequence[str]) -> None:
+    for block in blocks:
+        weights.acquire(block)
+        writer.write(block, weights.original_tensors(block), {"block": block})
+        weights.release(block)
+
+
+def stream(source: Path, target: Path, dtype: DtypeName = "auto") -> Path:
+    """Copy a checkpoint through the skeleton, block by block."""
+    lazy = LazyCheckpoint(ModelFolder(source, source.name), dtype)
+    blocks = [block.name for block in find_blocks(lazy.model)]
+    writer = CheckpointWriter(target, [REST, *blocks], lazy.total_bytes)
+    lazy.acquire_rest(blocks)
+    writer.write(REST, lazy.rest_tensors(blocks))
+    write_blocks(lazy, writer, blocks)
+    copy_companions(lazy.location, writer.partial, dtype)
+    assert not target.exists()
+    return writer.finish()

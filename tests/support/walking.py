@@ -1,0 +1,145 @@
+"""Prune a model in memory with the walk, and the same with nothing but full forwards of the whole model: the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.checkpoint.load import prepare
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.matrices import choose_matrices
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.recording import record_batches
+from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.walk import Propagation, Walk
+from coprune.pruning.pruner import MatrixResult, Solver, prune_walk
+from coprune.recipe.pattern import NM, Target
+from support.published import published_wanda
+
+Solve = Callable[[Tensor, Tensor], Tensor]
+"""From a weight (O × I) and all inputs that it meets (T × I) to the pruned weight."""
+
+
+def make_walk(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    statistic: type[InputNorm] | None = InputNorm,
+    propagation: Propagation = "block",
+    changes: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Walk:
+    """A walk over a model in memory that has passed the proof."""
+    weights = InMemory(prepare(model))
+    blocks = find_blocks(model)
+    chosen = choose_matrices(model, blocks, include, exclude)
+    structure = prove_replay(model, weights, blocks, chosen.blocks, batches[0][:1])
+    recording = record_batches(model, blocks, structure, batches)
+    return Walk(
+        weights,
+        blocks,
+        chosen.blocks,
+        statistic,
+        structure,
+        recording,
+        propagation,
+        changes=changes,
+        outside=chosen.outside,
+    )
+
+
+def prune_with_walk(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    solver: Solver,
+    target: Target,
+    propagation: Propagation = "block",
+    **choice: Sequence[str],
+) -> list[MatrixResult]:
+    """Prune the model in place, matrix by matrix as the walk shows them."""
+    walk = make_walk(model, batches, solver.statistic, propagation, **choice)
+    return prune_walk(walk, solver, lambda matrix: target)
+
+
+@dataclass
+class Layer:
+    """One linear layer of a block as the oracle sees it."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """O × I, a view."""
+        weight: Tensor = self.module.weight.detach()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+
+def layers_of(block: Block) -> list[Layer]:
+    """All linear layers of a block."""
+    return [
+        Layer(f"{block.name}.{name}", module)
+        for name, module in block.module.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+@contextmanager
+def watched(layers: Iterable[Layer]) -> Iterator[dict[str, list[Tensor]]]:
+    """While open, gather the inputs of the layers, by name in the order of their first use, T × I."""
+    seen: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], name: str = layer.name) -> None:
+                seen.setdefault(name, []).append(arguments[0].reshape(-1, arguments[0].shape[-1]).float().clone())
+
+            stack.callback(layer.module.register_forward_pre_hook(hook).remove)
+        yield seen
+
+
+@torch.no_grad()
+def inputs_by_full_forwards(
+    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """What the layers are multiplied with when the whole model runs as it now is, in the order of first use."""
+    with watched(layers) as seen:
+        for tokens in batches:
+            model(input_ids=tokens, use_cache=False)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@torch.no_grad()
+def prune_with_full_forwards(
+    model: PreTrainedModel, batches: Sequence[Tensor], solve: Solve, propagation: Propagation
+) -> None:
+    """Prune the model in place: every block, or every matrix, after full forwards of the model pruned so far."""
+    model.eval()
+    for block in find_blocks(model):
+        layers = {layer.name: layer for layer in layers_of(block)}
+        inputs = inputs_by_full_forwards(model, list(layers.values()), batches)
+        for name in inputs:
+            if propagation == "sequential":
+                inputs |= inputs_by_full_forwards(model, [layers[name]], batches)
+            layers[name].weight.copy_(solve(layers[name].weight, inputs[name]))
+
+
+def masks(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Where the weights in the blocks are not zero, by the name of the layer."""
+    return {layer.name: layer.weight != 0 for block in find_blocks(model) for layer in layers_of(block)}
+
+
+def wanda_as_published(target):
+    n, m = (target.pattern.m - target.pattern.n, target.pattern.m) if isinstance(target.pattern, NM) else (0, 0)
+
+    def solve(weight, x):
+        return weight.masked_fill(published_wanda(weight, x.square().mean(dim=0), target.sparsity, n, m), 0)
+
+    return solve

@@ -1,0 +1,149 @@
+"""Fine-tuning of image classifiers: the same run as for text, with the same promises."""
+
+import json
+
+import pytest
+import timm
+import torch
+from transformers import AutoModelForImageClassification
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.training.masks import find_masks
+from coprune.training.run import finetune, merge_saved
+from coprune.training.settings import make_settings
+from support.commands import run_command
+from support.pico_images import pico_pixels, save_classifier
+from support.pruned import StoppedAt
+
+FAMILIES = ["vit", "convnext", "transformers convnext"]
+MODES = ["dense", "lora", "distill"]
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Pico classifiers, pruned to 2:4 by magnitude."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for family in FAMILIES:
+        source = save_classifier(family, folder / "dense" / family)
+        options = {"pattern": "2:4", "layer_error": False, "evaluate": False, "quiet": True}
+        coprune.prune(source, "magnitude", save_model=folder / family, **options)
+    return folder
+
+
+def settings(home, folder, family="vit", **changes):
+    fast = {"max_steps": 6, "max_samples": 64, "batch_size": 8, "learning_rate": 2e-3, "evaluations": 1}
+    data = {"dataset": "digits", "eval_images": 60, "device": "cpu"}
+    return make_settings({"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes})
+
+
+def load(folder):
+    return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"), [(f, m) for f in FAMILIES for m in MODES if (f, m) != ("convnext", "lora")]
+)
+def test_every_mode_keeps_every_zero_of_a_classifier(home, tmp_path, family, mode):
+    teacher = {"teacher": str(home / "dense" / family), "text_weight": 0.5} if mode == "distill" else {}
+    report = finetune(settings(home, tmp_path / "run", family, mode=mode, **teacher), QUIET)
+    before, after = load(home / family), load(tmp_path / "run" / "model")
+    assert find_masks(after).patterns == find_masks(before).patterns
+    tuned = dict(after.named_parameters())
+    changed = {name for name, parameter in before.named_parameters() if not torch.equal(parameter, tuned[name])}
+    for name, zero in find_masks(before).pruned.items():
+        assert not tuned[name][zero].any(), name
+    convolutions = {name for name in find_masks(before).pruned if tuned[name].ndim == 4}
+    assert bool(convolutions) == ("convnext" in family)
+    if mode == "lora":
+        assert changed == set(find_masks(before).pruned) - convolutions
+    else:
+        assert set(find_masks(before).pruned) <= changed
+    assert report.sparsity_after >= report.sparsity_before == 0.5
+    assert report.block_size is None
+    assert report.perplexity == []
+    (accuracy,) = report.accuracy
+    assert (accuracy.data, accuracy.images) == ("digits", 60)
+    low, high = accuracy.after_top1_interval
+    assert low <= accuracy.after_top1 <= high
+    assert f"| digits | 60 | {accuracy.before_top1:.2%} |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    if not family.startswith("transformers"):
+        again = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True).eval()
+        with torch.no_grad():
+            pixels = pico_pixels(family)
+            torch.testing.assert_close(again(pixels), after(pixel_values=pixels).logits)
+
+
+def test_a_classifier_learns_the_digits(home, tmp_path):
+    changes = {"max_steps": 150, "max_samples": None, "batch_size": 32, "eval_images": 300}
+    report = finetune(settings(home, tmp_path / "run", **changes), QUIET)
+    (accuracy,) = report.accuracy
+    assert accuracy.before_top1 < 0.3
+    assert accuracy.after_top1 > accuracy.before_top1_interval[1] + 0.2
+    assert report.held_out[-1].loss < 0.8 * report.curve[0].loss
+    assert report.sparsity_after == 0.5
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(home, tmp_path):
+    finetune(settings(home, tmp_path / "whole", save_every=2), QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings(home, tmp_path / "cut", save_every=2), StoppedAt(0.6))
+    finetune(settings(home, tmp_path / "cut", save_every=2), QUIET)
+    whole, cut = load(tmp_path / "whole" / "model").state_dict(), load(tmp_path / "cut" / "model").state_dict()
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_a_masked_adapter_of_a_classifier_is_merged_from_its_folder(home, tmp_path):
+    finetune(settings(home, tmp_path / "run", mode="lora"), QUIET)
+    merge_saved(str(home / "vit"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
+    expected, found = load(tmp_path / "run" / "model").state_dict(), load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_pruning_and_fine_tuning_in_one_command(home, tmp_path, monkeypatch, capsys):
+    command = ["prune", str(home / "dense" / "convnext"), "-m", "wanda", "-p", "2:4", "--dataset", "digits"]
+    command += ["--nsamples", "16", "--eval-images", "40", "--device", "cpu", "--save", str(tmp_path / "run")]
+    ended = run_command([*command, "--finetune", "dense", "--finetune-minutes", "0.02"], monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    assert found["accuracy"][0]["images"] == 40
+    tuned = load(tmp_path / "run" / "finetune" / "model")
+    for name, zero in find_masks(load(tmp_path / "run" / "pruned")).pruned.items():
+        assert not dict(tuned.named_parameters())[name][zero].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "wikitext2"}, "wikitext2"),
+        ({"dataset": None}, "name some with --dataset"),
+        ({"mode": "distill", "top_k": 5}, "leave out --top-k"),
+        ({"mode": "distill", "hidden_weight": 1.0}, "leave out --hidden-weight"),
+        ({"block_size": 64}, "leave out --block-size"),
+        ({"mode": "lora", "model": "convnext"}, "use --mode dense"),  # its products are 1 × 1 convolutions
+        ({"train": ["nothing"]}, "matches no parameter"),
+    ],
+)
+def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(home, tmp_path, changes, message):
+    family = changes.get("model", "vit")
+    given = settings(home, tmp_path / "run", family).model_dump(exclude_unset=True)
+    given |= {"teacher": str(home / "dense" / "vit")} if changes.get("mode") == "distill" else {}
+    given = {name: value for name, value in {**given, **changes, "model": given["model"]}.items() if value is not None}
+    with pytest.raises(BadInput, match=message):
+        finetune(make_settings(given), QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(home, tmp_path):
+    teacher = load(home / "dense" / "transformers convnext")
+    teacher.config.num_labels = 7
+    teacher.classifier = torch.nn.Linear(teacher.classifier.in_features, 7)
+    teacher.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").write_bytes(
+        (home / "dense" / "transformers convnext" / "preprocessor_config.json").read_bytes()
+    )
+    given = settings(home, tmp_path / "run", "transformers convnext", mode="distill", teacher=str(tmp_path / "other"))
+    with pytest.raises(BadInput, match="head of 7 classes and the model a head of 10"):
+        finetune(given, QUIET)

@@ -1,0 +1,81 @@
+"""Pruned weights stay zero under any optimiser, and so does its state there."""
+
+import pytest
+import torch
+from transformers.optimization import Adafactor
+
+from coprune.training.hold_zeros import hold_zeros
+from coprune.training.masks import find_masks
+from support.pruned import pruned_model, zeros_of
+
+
+class Leaking(torch.optim.Optimizer):
+    """An optimiser that moves every weight, whatever its gradient."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(0.01)
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adafactor": lambda p: Adafactor(p, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False),
+    "leaking": Leaking,
+}
+
+
+def train(model, optimizer, steps=4):
+    for step in range(steps):
+        for part in range(2):
+            generator = torch.Generator().manual_seed(10 * step + part)
+            tokens = torch.randint(1002, (2, 16), generator=generator)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_mask_is_the_same_bit_for_bit_after_training(name, family):
+    model = pruned_model(family).requires_grad_(True)
+    masks = find_masks(model)
+    before, weights = zeros_of(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = OPTIMIZERS[name](model.parameters())
+    hold_zeros(model, optimizer, masks)
+    train(model, optimizer)
+    after = zeros_of(model)
+    parameters = dict(model.named_parameters())
+    for parameter, pruned in masks.pruned.items():
+        assert torch.equal(before[parameter], after[parameter])
+        kept = ~pruned
+        assert bool((parameters[parameter][kept] != weights[parameter][kept]).any())
+        for state in optimizer.state[parameters[parameter]].values():
+            if isinstance(state, torch.Tensor) and state.shape == pruned.shape:
+                assert not bool(state[pruned].any())
+
+
+def test_without_it_the_zeros_are_lost():
+    model = pruned_model().requires_grad_(True)
+    masks = find_masks(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer, steps=1)
+    parameters = dict(model.named_parameters())
+    assert all(bool(parameters[name][pruned].any()) for name, pruned in masks.pruned.items())
+
+
+def test_masked_gradients_are_not_part_of_the_clipped_norm():
+    model = pruned_model().requires_grad_(True)
+    masks = find_masks(model)
+    hold_zeros(model, OPTIMIZERS["sgd"](model.parameters()), masks)
+    tokens = torch.arange(32).reshape(2, 16)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in masks.pruned:
+            assert not bool(parameter.grad[masks.pruned[name]].any())
+            assert bool(parameter.grad[~masks.pruned[name]].any())

@@ -1,0 +1,35 @@
+"""The learning rate along a training, and a training that ends with the time."""
+
+import pytest
+
+from coprune.training import pace
+from coprune.training.pace import Pace, rate_at
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rate_rises_and_then_falls(schedule):
+    rates = [rate_at(i / 100, schedule, 0.1) for i in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == pytest.approx(1)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(1 if schedule == "constant" else 0, abs=1e-12)
+    assert rates[55] == pytest.approx(1 if schedule == "constant" else 0.5)
+
+
+def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now)
+    measured = Pace(minutes=1)
+    measured.start(seconds_before=12)
+    now = 118.0
+    measured.update(10, 100)
+    assert measured.done == pytest.approx(0.5)
+    measured.update(90, 100)
+    assert measured.done == pytest.approx(0.9)
+    now = 200.0
+    measured.update(91, 100)
+    assert measured.done == 1
+    by_steps = Pace(minutes=None)
+    by_steps.update(25, 100)
+    assert by_steps.done == pytest.approx(0.25)

@@ -1,0 +1,336 @@
+"""Whole runs on a tiny model: every mode keeps every zero, resumes bit for bit, and refuses what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from coprune.base.errors import BadInput, NumericalError
+from coprune.base.progress import Reporter
+from coprune.recipe.pattern import NM
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from coprune.training.adapters import load_adapter
+from coprune.training.masks import BrokenMask, find_masks
+from coprune.training.run import finetune, merge_saved
+from coprune.training.saving import save_model
+from coprune.training.settings import make_settings
+from coprune.training.text_windows import read_training_text
+from coprune.training.trainer import ZeroKeepingTrainer
+from support.pico import pico_model, pico_tokens
+from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text, zeros_of
+from support.torchrun import run_together, torchrun
+from support.words import word_tokenizer
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save(pruned_model(num_hidden_layers=2), folder / "llama")
+    save(pruned_model("gpt2", n_layer=2), folder / "gpt2")
+    save(pruned_model("mixtral", num_hidden_layers=2), folder / "mixtral")
+    save(pico_model("llama", vocab_size=1002, num_hidden_layers=2), folder / "dense")
+    write_text(folder / "text.txt", 700)
+    return folder
+
+
+def run(home, folder, family="llama", reporter=QUIET, **changes):
+    return finetune(make_settings(settings_for(folder, home / family, home / "text.txt", **changes)), reporter)
+
+
+def weights_of(folder: Path):
+    return load_file(folder / "model.safetensors")
+
+
+MODES = [
+    ("lora", {}),
+    ("dense", {}),
+    ("distill", {"top_k": 9}),
+    ("distill", {"text_weight": 0.5, "bf16": True, "gradient_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize(("mode", "more"), MODES)
+def test_every_mode_keeps_every_zero(home, tmp_path, mode, more, optimizer):
+    if optimizer != "adamw" and mode == "distill" and "bf16" in more:
+        pytest.skip("one optimiser is enough in bfloat16")
+    more = {**more, "teacher": str(home / "dense")} if mode == "distill" else more
+    report = run(home, tmp_path / "run", mode=mode, optimizer=optimizer, weight_decay=0.1, max_steps=3, **more)
+    assert report.sparsity_after == report.sparsity_before
+    assert len(report.curve) == report.steps == 3
+    before = AutoModelForCausalLM.from_pretrained(home / "llama")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    zeros = zeros_of(after)
+    for name, zero in zeros_of(before).items():
+        if float(zero.float().mean()) > 0.05:
+            assert torch.equal(zero, zeros[name])
+    for matrix in find_masks(after).matrices:
+        if matrix.pattern == NM(2, 4):
+            kept = (matrix.matrix.read() != 0).reshape(matrix.matrix.shape[0], -1, 4).sum(dim=2)
+            assert bool((kept == 2).all())
+    assert find_masks(after).patterns == report.patterns == {"unstructured": 7, "2:4": 7}
+    assert not torch.equal(before.model.layers[0].mlp.up_proj.weight, after.model.layers[0].mlp.up_proj.weight)
+    assert not (tmp_path / "run" / "training").exists()
+
+
+def test_training_teaches_and_the_report_tells(home, tmp_path):
+    report = run(
+        home,
+        tmp_path / "run",
+        mode="dense",
+        max_steps=12,
+        evaluate=True,
+        eval_data=str(home / "text.txt"),
+        evaluations=3,
+        held_out=0.1,
+    )
+    (change,) = report.perplexity
+    assert change.after < 0.8 * change.before
+    assert [point.step for point in report.held_out] == [4, 8, 12]
+    assert report.held_out[-1].loss < report.held_out[0].loss
+    stored = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    assert [point["loss"] for point in stored["curve"]] == [point.loss for point in report.curve]
+    assert stored["curve"][0]["learning_rate"] < stored["curve"][1]["learning_rate"]
+    assert "2:4" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_lora_leaves_an_adapter_that_merges_to_the_saved_model(home, tmp_path):
+    run(home, tmp_path / "run", mode="lora")
+    merge_saved(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
+    saved, merged = weights_of(tmp_path / "run" / "model"), weights_of(tmp_path / "merged")
+    assert saved.keys() == merged.keys()
+    assert all(torch.equal(saved[name], merged[name]) for name in saved)
+    pruned = AutoModelForCausalLM.from_pretrained(home / "llama")
+    unmerged = load_adapter(pruned, find_masks(pruned), tmp_path / "run" / "adapter").eval()
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = unmerged(input_ids=tokens).logits
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=tokens).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_plain_adapters_stay_unmerged(home, tmp_path):
+    report = run(home, tmp_path / "run", mode="lora", masked=False, dropout=0.1)
+    assert report.saved_model is None
+    assert not (tmp_path / "run" / "model").exists()
+    assert "dense again" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    with pytest.raises(BadInput, match=r"plain one.*nonzero"):
+        merge_saved(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
+
+
+def test_only_what_is_named_is_trained(home, tmp_path):
+    run(home, tmp_path / "run", mode="dense", train=("*.v_proj",))
+    before, after = weights_of(home / "llama"), weights_of(tmp_path / "run" / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "v_proj" in name}
+
+
+@pytest.mark.parametrize(("family", "mode"), [("gpt2", "dense"), ("mixtral", "dense"), ("llama", "lora")])
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(home, tmp_path, family, mode):
+    more = {"mode": mode, "save_every": 2, "max_steps": 5, "evaluations": 2, "held_out": 0.1, "weight_decay": 0.1}
+    whole = run(home, tmp_path / "whole", family, **more)
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "cut", family, StoppedAt(0.6), **more)
+    assert (tmp_path / "cut" / "training" / "checkpoint-2").is_dir()
+    with pytest.raises(BadInput, match=r"learning_rate was 0.01 and is 0.5"):
+        run(home, tmp_path / "cut", family, **more, learning_rate=0.5)
+    resumed = run(home, tmp_path / "cut", family, **more)
+    assert [point.loss for point in resumed.curve] == [point.loss for point in whole.curve]
+    assert [point.loss for point in resumed.held_out] == [point.loss for point in whole.held_out]
+    one, other = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("mode", ["lora", "dense"])
+def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(home, tmp_path, mode, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.training.saving.verify_saved", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, tmp_path / "run", mode=mode, max_steps=2)
+    weights = weights_of(tmp_path / "run" / "model")
+    report = run(home, tmp_path / "run", mode=mode, max_steps=2)
+    assert report.steps == 2
+    assert (tmp_path / "run" / "finetune.json").is_file()
+    assert not (tmp_path / "run" / "training").exists()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(tmp_path / "run" / "model").items())
+
+
+def test_early_stop_keeps_the_best_state(home, tmp_path):
+    more = {"mode": "dense", "learning_rate": 0.3, "max_steps": 20, "evaluations": 20, "held_out": 0.1, "patience": 3}
+    report = run(home, tmp_path / "run", "mixtral", **more)
+    losses = [point.loss for point in report.held_out]
+    best = losses.index(min(losses))
+    assert report.steps == best + 4 < 20
+    # What was saved has the best loss that was measured, not the last.
+    settings = make_settings(settings_for(tmp_path, home / "mixtral", home / "text.txt", **more))
+    windows = read_training_text(settings, word_tokenizer(), 16).held_out.tokens
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    with torch.no_grad():
+        assert float(saved(input_ids=windows, labels=windows).loss) == pytest.approx(losses[best], rel=1e-4)
+    assert losses[-1] > losses[best] * 1.001
+
+
+def test_time_ends_a_training(home, tmp_path):
+    report = run(home, tmp_path / "run", mode="lora", max_steps=None, minutes=0.02)
+    assert report.steps >= 1
+    assert report.curve[-1].seconds < 60
+
+
+IN_TWO_PROCESSES = """
+import json, sys
+from coprune.training.run import finetune
+from coprune.training.settings import make_settings
+
+finetune(make_settings(json.loads(sys.argv[1])))
+"""
+
+SHARDED_PARAMETERS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from coprune.training.hold_zeros import hold_zeros
+from coprune.training.masks import find_masks, plain_parameters
+
+dist.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+masks = find_masks(model)
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+hold_zeros(model, optimizer, masks)
+for step in range(2):
+    tokens = torch.randint(1002, (2, 16), generator=torch.Generator().manual_seed(2 * step + dist.get_rank()))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+masks.verify(plain_parameters(model))
+parameters = dict(model.named_parameters())
+for name, pruned in masks.pruned.items():
+    moment = optimizer.state[parameters[name]]["exp_avg"].full_tensor()
+    assert bool(moment.any()) and not bool(moment[pruned].any())
+dist.destroy_process_group()
+"""
+
+
+def run_script(folder: Path, script: str, *arguments: str) -> None:
+    path = folder / "script.py"
+    path.write_text(script)
+    run_together(torchrun(2, str(path), *arguments))
+
+
+def test_two_processes_follow_the_same_curve_as_one(home, tmp_path):
+    alone = run(home, tmp_path / "one", mode="dense", batch_size=2, accumulate=2, weight_decay=0.1)
+    together = settings_for(
+        tmp_path / "two", home / "llama", home / "text.txt", mode="dense", accumulate=2, weight_decay=0.1, batch_size=1
+    )
+    run_script(tmp_path, IN_TWO_PROCESSES, json.dumps(together, default=str))
+    both = json.loads((tmp_path / "two" / "finetune.json").read_text())
+    assert both["processes"] == 2
+    assert [p["loss"] for p in both["curve"]] == pytest.approx([p.loss for p in alone.curve], abs=1e-4)
+    assert both["sparsity_after"] == alone.sparsity_before
+
+
+def test_sharded_parameters_have_their_masks_sharded_alike(home, tmp_path):
+    run_script(tmp_path, SHARDED_PARAMETERS, str(home / "llama"))
+
+
+def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home, tmp_path):
+    with pytest.raises(BadInput, match="Prune it first"):
+        run(home, tmp_path / "run", "dense")
+    with pytest.raises(BadInput, match="rank 65 is above the width"):
+        run(home, tmp_path / "run", rank=65)
+    with pytest.raises(BadInput, match="too short"):
+        run(home, tmp_path / "run", block_size=128, dataset=str(short(tmp_path)))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finetune.json").write_text("{}")
+    with pytest.raises(BadInput, match="finished run"):
+        run(home, tmp_path / "run")
+
+
+def short(folder):
+    return write_text(folder / "short.txt", 200)
+
+
+def test_pruning_and_fine_tuning_in_one_run(home, tmp_path):
+    settings = {
+        "model": str(home / "dense"),
+        "dataset": str(home / "text.txt"),
+        "pattern": "2:4",
+        "seqlen": 16,
+        "nsamples": 4,
+        "device": "cpu",
+        "evaluate": False,
+        "save": tmp_path / "run",
+        "save_model": tmp_path / "model",
+        "finetune": "lora",
+    }
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(make_recipe(settings), reporter=StoppedAt(0.5))
+    assert (tmp_path / "run" / "report.json").is_file()
+    run_recipe(make_recipe(settings), reporter=QUIET)
+    pruned = zeros_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned"))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert find_masks(tuned).patterns == {"2:4": 14}
+    assert all(torch.equal(zero, zeros_of(tuned)[name]) for name, zero in pruned.items())
+    assert "finetune: lora" in (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(BadInput, match="finished run"):
+        run_recipe(make_recipe(settings), reporter=QUIET)
+
+
+def test_two_processes_prune_and_fine_tune_in_one_run(home, tmp_path):
+    options = ["--dataset", str(home / "text.txt"), "--pattern", "2:4", "--seqlen", "16", "--nsamples", "4"]
+    options += ["--device", "cpu", "--no-eval", "--save", str(tmp_path / "run"), "--finetune", "dense"]
+    run_together(torchrun(2, "-m", "coprune", "prune", str(home / "dense"), *options, "--finetune-minutes", "0.01"))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "finetune" / "model")
+    assert find_masks(tuned).patterns == {"2:4": 14}
+    assert json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())["processes"] == 2
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(home, tmp_path):
+    save(pico_model("llama", vocab_size=900), tmp_path / "other")
+    with pytest.raises(BadInput, match="vocabulary of 900"):
+        run(home, tmp_path / "run", mode="distill", teacher=str(tmp_path / "other"))
+
+
+def test_nothing_is_saved_once_a_zero_is_lost(home, tmp_path, monkeypatch):
+    model = pruned_model()
+    masks = find_masks(model)
+    matrix = masks.matrices[4].matrix
+    matrix.stored()[tuple((matrix.stored() == 0).nonzero()[0].tolist())] = 0.5
+    with pytest.raises(BrokenMask, match=matrix.name):
+        save_model(model, None, masks, torch.float32, tmp_path / "model", "card", pico_tokens(1, 8))
+    assert not any(tmp_path.iterdir())
+    # Neither is a state to resume from, if somebody's change of the weights escapes the optimiser.
+    step = ZeroKeepingTrainer.training_step
+
+    def careless(self, model, *args):
+        loss = step(self, model, *args)
+        model.model.layers[0].mlp.up_proj.weight.data.add_(0.1)
+        return loss
+
+    monkeypatch.setattr(ZeroKeepingTrainer, "training_step", careless)
+    monkeypatch.setattr("coprune.training.trainer.hold_zeros", lambda *_: None)
+    with pytest.raises(BrokenMask, match="not zero any more"):
+        run(home, tmp_path / "run", mode="dense", save_every=1)
+    assert not list((tmp_path / "run" / "training").glob("checkpoint-*/model.safetensors"))
+
+
+def test_a_loss_that_is_not_finite_ends_a_training(home, tmp_path):
+    with pytest.raises(NumericalError, match="not finite"):
+        run(home, tmp_path / "run", mode="dense", optimizer="sgd", learning_rate=1e30, max_grad_norm=0)
