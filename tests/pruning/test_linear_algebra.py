@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coprune.base.errors import NumericalError
-from coprune.pruning.linear_algebra import damped_cholesky, factor_inverse, full_float32, invert_upper
+from coprune.pruning.linear_algebra import damped_cholesky, factor_inverse, invert_upper
 from support.problems import correlated_layer
 
 
@@ -58,19 +58,3 @@ def test_all_inputs_dead_is_no_division_by_zero():
     factor = factor_inverse(torch.zeros(4, 4), 0.01)
     assert bool(factor.dead.all())
     assert bool(torch.isfinite(factor.unit).all())
-
-
-def test_precision_is_put_back():
-    backend = torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = "tf32"
-    try:
-        with full_float32():
-            assert backend.fp32_precision == "ieee"
-            assert not torch.is_grad_enabled()
-        assert backend.fp32_precision == "tf32"
-        with pytest.raises(NumericalError), full_float32():
-            damped_cholesky(-torch.eye(2), 0.01)
-        assert backend.fp32_precision == "tf32"
-    finally:
-        backend.fp32_precision = before

@@ -7,34 +7,18 @@ each of which leaves a sentence in `events`, and what still fails raises Numeric
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.precision import full_float32
 
 ESCALATIONS = 3
 """How often the damping is raised tenfold before the spectrum is clipped."""
 SMALLEST_HALF = 128
 """Size from which on a triangular matrix is inverted at once."""
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Products in true float32 (no TF32, no bfloat16 passes) and without autograd, inside statistics and solvers."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:

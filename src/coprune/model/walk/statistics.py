@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coprune.base.errors import NumericalError
 from coprune.base.native.solving import add_to_gram
-from coprune.pruning.linear_algebra import full_float32
+from coprune.base.precision import full_float32
 
 Derived = TypeVar("Derived")
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.options import require_positive
+from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.linear_algebra import ScaledGram, damped_cholesky, full_float32, scale_gram
+from coprune.pruning.linear_algebra import ScaledGram, damped_cholesky, scale_gram
 from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import NM, Group, Target, Unstructured, keep_n_of_m
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.native import solving
 from coprune.base.options import require_positive
+from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.linear_algebra import InverseFactor, factor_inverse, full_float32
+from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import NM, Pattern, Target
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from coprune.base.options import require_not_negative, require_positive
+from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.linear_algebra import damp_diagonal, full_float32, rows_improved, solve_masked
+from coprune.pruning.linear_algebra import damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import NM, Target
 
