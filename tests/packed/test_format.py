@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput
+from coprune.base.selection import keep_n_of_m
 from coprune.packed.format import BITS_OF_SIZE, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import DTYPE_CODES, is_packed
-from coprune.recipe.pattern import NM, keep_n_of_m
 
 shapes = st.lists(st.integers(1, 37), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) < 40_000)
 
@@ -59,7 +59,7 @@ def test_nm_patterns_with_missing_values(pattern, rows, groups, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     n, m = pattern
     score = torch.rand(rows, groups * m, generator=generator)
-    dense = (torch.randn(rows, groups * m, generator=generator) * keep_n_of_m(score, NM(n, m))).to(dtype)
+    dense = (torch.randn(rows, groups * m, generator=generator) * keep_n_of_m(score, n, m)).to(dtype)
     dense[torch.rand(dense.shape, generator=generator) < 0.1] = 0.0
     blob = pack_tensor(dense, "nm")
     if blob is not None:
@@ -93,10 +93,10 @@ def test_sizes_are_what_information_theory_has(dtype, sparsity, limit):
 def test_the_smaller_layout_is_chosen():
     score = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1
     layouts = {}
-    for pattern in (NM(1, 4), NM(2, 4), NM(4, 8)):
-        blob = pack_tensor(score * keep_n_of_m(score, pattern))
+    for n, m in ((1, 4), (2, 4), (4, 8)):
+        blob = pack_tensor(score * keep_n_of_m(score, n, m))
         assert blob is not None
-        layouts[str(pattern)] = check_packed(blob).layout
+        layouts[f"{n}:{m}"] = check_packed(blob).layout
     # 2 bits per kept value: half a bit per weight for 1:4, and one bit, as the bitmask, for 2:4.
     assert layouts == {"1:4": "nm", "2:4": "bitmask", "4:8": "bitmask"}
 
@@ -117,7 +117,7 @@ def test_unknown_format():
 def test_two_hundred_damaged_tensors_are_refused(format):
     generator = torch.Generator().manual_seed(3)
     score = torch.rand(32, 64, generator=generator)
-    blob = pack_tensor(score * keep_n_of_m(score, NM(1, 4)), format)
+    blob = pack_tensor(score * keep_n_of_m(score, 1, 4), format)
     assert blob is not None
     for case in range(200):
         damaged = blob.clone()

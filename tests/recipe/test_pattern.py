@@ -1,4 +1,4 @@
-"""Masks: exactly as many zeros as asked for, in the right places, ties always the same way."""
+"""Patterns: what every one of them has to do, of the program's own and of one that it does not know."""
 
 import pytest
 import torch
@@ -6,92 +6,128 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.recipe.pattern import (
-    FEW_GROUPS,
-    NM,
-    Target,
-    Unstructured,
-    count_pruned,
-    keep_largest,
-    keep_n_of_m,
-    parse_pattern,
-)
+from coprune.recipe.pattern import NM, PATTERNS, Target, Unstructured, find_pattern, parse_pattern
+from support.patterns import Blocks
 
-few_values = st.sampled_from([0.0, 1.0, 2.0, 3.0])
+EXAMPLES = [Unstructured(), NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(7, 20), Blocks(4)]
+sparsities = st.sampled_from([0.0, 0.25, 0.29, 0.5, 0.75, 0.9])
 
 
-@st.composite
-def scores(draw, divisible_by=1):
-    rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 6))
-    width = groups * divisible_by
-    values = draw(st.lists(few_values, min_size=rows * width, max_size=rows * width))
-    return torch.tensor(values).reshape(rows, width)
+@pytest.fixture(autouse=True)
+def _known_patterns(monkeypatch):
+    monkeypatch.setitem(PATTERNS, "1xW", Blocks)  # the line in the table
 
 
-@settings(deadline=None, max_examples=60)
-@given(score=scores(), sparsity=st.floats(0, 0.99))
-def test_rows_lose_what_a_stable_sort_puts_first(score, sparsity):
-    keep = Target(Unstructured(), sparsity).keep(score, "row")
-    pruned = count_pruned(score.shape[1], sparsity)
-    expected = torch.ones_like(score, dtype=torch.bool)
-    expected.scatter_(1, score.sort(dim=1, stable=True).indices[:, :pruned], False)
-    assert torch.equal(keep, expected)
+def scores_for(pattern, rows, groups, seed):
+    return torch.rand(rows, groups * (pattern.group_size or 1), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=30)
-@given(score=scores(), sparsity=st.floats(0, 0.99))
-def test_a_matrix_loses_its_share(score, sparsity):
-    keep = Target(Unstructured(), sparsity).keep(score)
-    assert int((~keep).sum()) == count_pruned(score.numel(), sparsity)
-    if not bool(keep.all()):
-        assert score[~keep].max() <= score[keep].min()
+@pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
+def test_a_pattern_is_read_as_it_is_written(pattern):
+    assert parse_pattern(str(pattern)) == pattern
+    assert len({parse_pattern(str(pattern)), pattern}) == 1
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(7, 20)], ids=str)
-@settings(deadline=None, max_examples=20)
-@given(data=st.data())
-def test_groups_keep_n_of_m_as_a_stable_sort_would(pattern, data):
-    score = data.draw(scores(divisible_by=pattern.m))
-    keep = keep_n_of_m(score, pattern)
-    grouped = score.reshape(-1, pattern.m)
-    expected = torch.ones_like(grouped, dtype=torch.bool)
-    lost = grouped.sort(dim=1, stable=True).indices[:, : pattern.m - pattern.n]
-    expected.scatter_(1, lost, False)
-    assert torch.equal(keep, expected.view_as(score))
-
-
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(3, 16)], ids=str)
-def test_many_groups_are_ranked_as_few_are(pattern):
-    score = torch.randint(0, 5, (FEW_GROUPS + 1, pattern.m), generator=torch.Generator().manual_seed(0)).float()
-    few = torch.cat([keep_n_of_m(part, pattern) for part in score.split(FEW_GROUPS)])
-    assert torch.equal(keep_n_of_m(score, pattern), few)
-
-
-def test_four_of_eight_is_not_two_of_four():
-    score = torch.arange(8.0).reshape(1, 8)
-    assert keep_n_of_m(score, NM(4, 8)).tolist() == [[False] * 4 + [True] * 4]
-    assert keep_n_of_m(score, NM(2, 4)).tolist() == [[False, False, True, True] * 2]
-
-
-def test_counts_are_not_misled_by_binary_fractions():
-    assert count_pruned(100, 0.29) == 29
-    assert count_pruned(10, 0.99) == 9
-    assert bool(keep_largest(torch.ones(2, 3), 0).all())
-
-
-@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "unstructured"])
-def test_patterns_are_written_as_they_are_read(text):
-    assert str(parse_pattern(text)) == text
-
-
-@pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2-4", "semi", ""])
+@pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2-4", "semi", "", "1x", "2:4 "])
 def test_other_patterns_are_refused(text):
     with pytest.raises(BadInput):
         parse_pattern(text)
 
 
-def test_bad_scores_are_refused():
+def test_an_unknown_pattern_is_told_all_that_there_are():
+    with pytest.raises(BadInput, match=r"use 'unstructured' or N:M such as 2:4 .* or 1xW such as 1x4"):
+        parse_pattern("semi")
+
+
+@pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
+@pytest.mark.parametrize("group", ["row", "matrix"])
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 5), groups=st.integers(1, 6), seed=st.integers(0, 999), sparsity=sparsities)
+def test_a_mask_follows_its_pattern_and_has_its_sparsity(pattern, group, rows, groups, seed, sparsity):
+    score = scores_for(pattern, rows, groups, seed)
+    asked = pattern.ratio(sparsity)
+    assert pattern.allowed(asked)
+    keep = Target(pattern, asked).keep(score, group)
+    assert keep.dtype == torch.bool
+    assert keep.shape == score.shape
+    assert pattern.holds(keep)
+    # At most one step of a row, or of the matrix, is missing to the sparsity that was asked for.
+    step = 1 / pattern.steps(score.shape[1])
+    assert asked - step < float((~keep).float().mean()) <= asked + 1e-6
+    # What is kept stays kept if it gets more important.
+    assert torch.equal(Target(pattern, asked).keep(score + keep, group), keep)
+
+
+@pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 5), groups=st.integers(1, 6), seed=st.integers(0, 999), share=st.floats(0, 1))
+def test_on_the_way_to_a_mask_nothing_is_pruned_that_it_keeps(pattern, rows, groups, seed, share):
+    score = scores_for(pattern, rows, groups, seed)
+    sparsity = pattern.ratio(None)
+    final = pattern.choose(score, sparsity, "matrix")
+    early = pattern.choose_early(score, sparsity, share * sparsity, "matrix")
+    assert bool(early[final].all())
+    assert float((~early).float().mean()) <= share * sparsity + 1e-6
+    assert torch.equal(pattern.choose_early(score, sparsity, sparsity, "matrix"), final)
+
+
+@pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
+def test_every_step_is_a_sparsity_that_a_pattern_of_the_kind_has(pattern):
+    target = Target(pattern, pattern.ratio(None))
+    steps = pattern.steps(40)
+    for step in range(pattern.first_step, steps):
+        near = target.with_sparsity(step / steps)
+        assert near.sparsity == pytest.approx(step / steps)
+        assert near.pattern.allowed(near.sparsity)
+        assert type(near.pattern) is type(pattern)
+        assert near.pattern.group_size == pattern.group_size
+    near = pattern.sparsities_near(target.sparsity, 0.25, 5)
+    assert near == sorted(near)
+    assert all(target.with_sparsity(sparsity).sparsity == pytest.approx(sparsity) for sparsity in near)
+
+
+@pytest.mark.parametrize("pattern", [p for p in EXAMPLES if p.group_size], ids=str)
+def test_a_width_that_the_groups_do_not_divide_is_refused(pattern):
+    width = 2 * pattern.group_size + 1
+    assert not pattern.fits(width)
+    with pytest.raises(BadInput, match=f"{pattern}.*{width} inputs"):
+        Target(pattern, pattern.ratio(None)).keep(torch.rand(2, width))
+
+
+@pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
+def test_nan_scores_are_refused(pattern):
+    score = scores_for(pattern, 2, 2, 0)
+    score[0, 1] = float("nan")
     with pytest.raises(NumericalError):
-        Target(Unstructured(), 0.5).keep(torch.tensor([[1.0, float("nan")]]))
-    with pytest.raises(BadInput):
-        keep_n_of_m(torch.ones(1, 6), NM(2, 4))
+        Target(pattern, pattern.ratio(None)).keep(score)
+
+
+def test_a_fixed_sparsity_is_the_only_one():
+    assert NM(2, 4).ratio(None) == 0.5
+    assert NM(1, 4).ratio(0.5) == 0.75
+    assert not NM(2, 4).allowed(0.6)
+    assert Unstructured().ratio(None) == 0.5
+    assert Unstructured().ratio(0.7) == 0.7
+    assert not Unstructured().allowed(1.0)
+    assert not Unstructured().allowed(float("nan"))
+
+
+def test_targets_are_named_for_people():
+    assert str(Target(Unstructured(), 0.5)) == "50.0%"
+    assert str(Target(NM(3, 8), 0.625)) == "62.5% (3:8)"
+    assert [pattern.label("0.7") for pattern in (Unstructured(), NM(2, 4), Blocks(4))] == ["0.7", "2:4", "1x4 0.7"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(["1:4", "2:4", "4:8", "3:4", "8:16"]), st.integers(0, 1000))
+def test_pattern_of_a_pruned_matrix_is_recognised(pattern, seed):
+    score = torch.rand(32, 64, generator=torch.Generator().manual_seed(seed))
+    keep = Target(parse_pattern(pattern), 0.0).keep(score)
+    assert str(find_pattern(keep)) == pattern
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from([0.3, 0.5, 0.6, 0.7]), st.sampled_from(["row", "matrix"]), st.integers(0, 1000))
+def test_unstructured_is_not_mistaken_for_a_pattern(sparsity, group, seed):
+    score = torch.rand(32, 64, generator=torch.Generator().manual_seed(seed))
+    assert find_pattern(Target(Unstructured(), sparsity).keep(score, group)) == Unstructured()

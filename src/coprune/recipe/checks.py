@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coprune.base.errors import BadInput
+from coprune.recipe.pattern import parse_pattern
+
 if TYPE_CHECKING:
     from coprune.recipe.recipe import Recipe
 
@@ -20,16 +23,20 @@ def contradiction(recipe: Recipe) -> str | None:
 
 
 def _of_target(pattern: str, sparsity: float | None) -> str | None:
-    fixed = ratio_of(pattern)
-    if sparsity is not None and not 0 <= sparsity < 1:
+    try:
+        asked = parse_pattern(pattern)
+    except BadInput as error:
+        return str(error)
+    if sparsity is None or asked.allowed(sparsity):
+        return None
+    if not 0 <= sparsity < 1:
         return f"sparsity {sparsity:g} is out of range: it is the fraction of zeros, 0 ≤ s < 1."
-    if fixed is not None and sparsity is not None and abs(sparsity - fixed) > 1e-9:
-        return f"sparsity {sparsity:g} contradicts the pattern {pattern}, which fixes it at {fixed:g}; leave one out."
-    return None
+    fixed = "does not allow it" if asked.sparsity is None else f"fixes it at {asked.sparsity:g}"
+    return f"sparsity {sparsity:g} contradicts the pattern {pattern}, which {fixed}; leave one out."
 
 
 def _of_permutation(recipe: Recipe) -> str | None:
-    if recipe.permute and ratio_of(recipe.pattern) is None:
+    if recipe.permute and parse_pattern(recipe.pattern).n_of_m is None:
         return "permute reorders channels for groups of N:M; give a pattern such as 2:4."
     if recipe.permute and recipe.stream:
         return "permute needs the whole model in memory, which stream does not; leave one out."
@@ -67,18 +74,3 @@ def _of_folders(recipe: Recipe) -> str | None:
     if recipe.save is not None and recipe.save == recipe.save_model:
         return "the run folder and the model folder are the same; give --save_model a folder of its own."
     return None
-
-
-def ratio_of(pattern: str) -> float | None:
-    """The sparsity that an N:M pattern fixes; None for unstructured. The one place that reads patterns without torch.
-
-    Raises ValueError for what is no pattern.
-    """
-    if pattern == "unstructured":
-        return None
-    kept, _, group = pattern.partition(":")
-    if not (kept.isdigit() and group.isdigit()):
-        raise ValueError(f"unknown pattern {pattern!r}; use 'unstructured' or N:M such as 2:4 (2 kept of every 4).")
-    if not 0 < int(kept) < int(group):
-        raise ValueError(f"pattern {pattern} keeps {kept} of {group}; N:M needs 0 < N < M, such as 2:4.")
-    return 1 - int(kept) / int(group)

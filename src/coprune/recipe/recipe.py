@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coprune.base.errors import BadInput
-from coprune.recipe.checks import contradiction, ratio_of
+from coprune.recipe.checks import contradiction
+from coprune.recipe.pattern import parse_pattern
 
 OptionValue = bool | int | float | str
 
@@ -192,8 +193,7 @@ class Recipe(BaseModel):
     @property
     def ratio(self) -> float:
         """The fraction of zeros that is asked for."""
-        fixed = ratio_of(self.pattern)
-        return fixed if fixed is not None else 0.5 if self.sparsity is None else self.sparsity
+        return parse_pattern(self.pattern).ratio(self.sparsity)
 
     @property
     def runs_tasks(self) -> bool:
@@ -206,7 +206,7 @@ class Recipe(BaseModel):
         if self.save is not None:
             return self.save
         name = Path(self.model).name.removesuffix(".gguf") or "model"
-        target = f"{self.ratio:g}" if self.pattern == "unstructured" else self.pattern.replace(":", "-")
+        target = parse_pattern(self.pattern).label(f"{self.ratio:g}").replace(":", "-").replace(" ", "-")
         return Path("out") / name / target / self.method
 
     def to_yaml(self) -> str:

@@ -17,7 +17,7 @@ from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
-from coprune.recipe.pattern import NM, Target, parse_pattern
+from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 
 # The reports' files; a folder that holds one belongs to a run.
@@ -34,7 +34,7 @@ def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
     solver = Solver(method_named(recipe.method, recipe.options), refinements, recipe.target)
     target = Target(parse_pattern(recipe.pattern), recipe.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
-    width = 2 * target.pattern.m if isinstance(target.pattern, NM) else 8
+    width = 2 * (target.pattern.group_size or 4)
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
     inputs.update(torch.randn(4 * width, width, generator=generator), None)
@@ -82,11 +82,9 @@ def prepare_folders(recipe: Recipe) -> None:
 
 
 def check_widths(chosen: Chosen, target: Target) -> None:
-    """Raise BadInput where an N:M pattern does not divide the inputs of a matrix."""
-    if not isinstance(target.pattern, NM):
-        return
+    """Raise BadInput where the pattern does not divide the inputs of a matrix."""
     for matrix in chosen.all():
-        if matrix.shape[1] % target.pattern.m:
+        if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
                 f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}; "
                 f"choose another pattern, or leave it out with --exclude '{matrix.name}'."

@@ -15,7 +15,7 @@ from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import Allocation, allocation_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.pruner import Solver
-from coprune.recipe.pattern import Target, Unstructured
+from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.checks import check_widths, prepare_solver
 from coprune.run.look_at_dense import describe_targets
@@ -105,13 +105,9 @@ def _allocation_lines(name: str, blocks: list[Block], chosen: Chosen, targets: d
 def _matrix_lines(matrices: list[Matrix], targets: dict[str, Target], zeros: dict[str, int]) -> list[str]:
     return [
         f"  {'prune' if m.name in targets else 'leave'}  {m.name}  {m.shape[0]} × {m.shape[1]}"
-        f"{f'  to {_of(targets[m.name])}' if m.name in targets else ''}{_sparsity([m], zeros)}"
+        f"{f'  to {targets[m.name]}' if m.name in targets else ''}{_sparsity([m], zeros)}"
         for m in matrices
     ]
-
-
-def _of(target: Target) -> str:
-    return f"{target.sparsity:.1%}" + ("" if isinstance(target.pattern, Unstructured) else f" ({target.pattern})")
 
 
 def _kind_lines(matrices: list[Matrix], wanted: set[str], zeros: dict[str, int]) -> list[str]:

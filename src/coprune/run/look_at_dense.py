@@ -11,7 +11,7 @@ from coprune.model.walk.recording import Recording
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 
 if TYPE_CHECKING:
     from coprune.run.session import Session
@@ -57,9 +57,7 @@ def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:
 
 
 def _permute(session: Session, record: Record) -> None:
-    pattern = session.target.pattern
     recording = record()
-    assert isinstance(pattern, NM)
     assert recording is not None
     probe = session.task.probe(session.samples, session.data)
     with session.reporter.bar("Permuting channels", len(session.blocks)) as advance:
@@ -70,7 +68,7 @@ def _permute(session: Session, record: Record) -> None:
             session.structure,
             recording,
             session.solver.method,
-            pattern,
+            session.target.pattern,
             probe,
             session.processes.reduce,
             advance,

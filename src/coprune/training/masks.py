@@ -17,11 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.matrices import Matrix, find_matrices
-from coprune.recipe.pattern import NM, Pattern, Unstructured
+from coprune.recipe.pattern import Pattern, find_pattern
 
 LEAST_SPARSITY = 0.05
-_GROUPS = (2, 4, 8, 16, 32)
-_SLACK = 0.05  # share of weights that may be missing from the groups of an N:M matrix
 
 
 class BrokenMask(CopruneError):
@@ -86,10 +84,7 @@ class Masks:
                 raise BrokenMask(
                     f"{lost} weights of {entry.matrix.name} that were pruned are not zero any more; nothing was saved."
                 )
-            if (
-                isinstance(entry.pattern, NM)
-                and _most_kept(_rows(kept, entry.matrix), entry.pattern.m) > entry.pattern.n
-            ):
+            if not entry.pattern.holds(_rows(kept, entry.matrix)):
                 raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more; nothing was saved.")
 
 
@@ -123,23 +118,6 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY) -> Masks:
     return Masks(matrices, pruned)
 
 
-def find_pattern(keep: Tensor) -> Pattern:
-    """The N:M that a mask (out × in bool) follows, or unstructured; of equally tight ones that with the smallest M.
-
-    Small unstructured matrices follow some N:M by chance, but with many groups that hold fewer than N.
-    """
-    best: NM | None = None
-    kept = float(keep.to(torch.float32).mean())
-    for size in _GROUPS:
-        if keep.shape[1] % size:
-            continue
-        most = _most_kept(keep, size)
-        tight = most / size - kept < _SLACK
-        if 0 < most < size and tight and (best is None or most * best.m < best.n * size):
-            best = NM(most, size)
-    return best or Unstructured()
-
-
 def parameter_name(matrix: Matrix) -> str:
     """Name of the parameter that holds a matrix."""
     return f"{matrix.name}.{matrix.attribute}" if matrix.expert is None else matrix.name.partition("[")[0]
@@ -150,22 +128,22 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {_plain_name(name): p for name, p in model.named_parameters() if ".lora_" not in name}
 
 
-def select_parameters(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[nn.Parameter]:
-    """Parameters whose name, or whose module's name, matches a shell-like pattern; all without patterns.
+def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.Parameter]:
+    """Parameters whose name, or whose module's name, matches a shell-like glob; all without globs.
 
-    Raises BadInput for a pattern that matches nothing.
+    Raises BadInput for a glob that matches nothing.
     """
     parameters = dict(model.named_parameters())
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in parameters):
-            raise BadInput(f"the pattern {pattern!r} matches no parameter; names look like {next(iter(parameters))!r}.")
+    for glob in globs:
+        if not any(_matches(name, glob) for name in parameters):
+            raise BadInput(f"the pattern {glob!r} matches no parameter; names look like {next(iter(parameters))!r}.")
     for name, parameter in parameters.items():
-        if not patterns or any(_matches(name, pattern) for pattern in patterns):
+        if not globs or any(_matches(name, glob) for glob in globs):
             yield parameter
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
 
 
 def _plain_name(name: str) -> str:
@@ -177,7 +155,3 @@ def _plain_name(name: str) -> str:
 def _rows(stored: Tensor, matrix: Matrix) -> Tensor:
     """A stored weight as out × in; a convolution's is out × channels × height × width."""
     return stored.flatten(1) if matrix.input_dim == 1 else stored.T
-
-
-def _most_kept(keep: Tensor, group: int) -> int:
-    return int(keep.reshape(keep.shape[0], -1, group).sum(dim=2).max())

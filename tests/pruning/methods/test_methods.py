@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput, NumericalError
+from coprune.base.selection import count_pruned
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS, method_named
-from coprune.recipe.pattern import NM, Target, Unstructured, count_pruned
+from coprune.recipe.pattern import NM, Target, Unstructured
 from support.problems import correlated_layer
 
 

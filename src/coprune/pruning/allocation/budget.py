@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from coprune.base.errors import BadInput
 from coprune.pruning.allocation.base import Unit
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 
 Floats = NDArray[np.float64]
 
@@ -47,9 +47,9 @@ def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target
     Raises BadInput if the curves' limits do not leave room for the budget.
     """
     pattern = target.pattern
-    periods = [pattern.m if isinstance(pattern, NM) else unit.width for unit in units]
+    periods = [pattern.steps(unit.width) for unit in units]
     masses = [unit.weights // period for unit, period in zip(units, periods, strict=True)]
-    least = 1 if isinstance(pattern, NM) else 0
+    least = pattern.first_step
     first, costs = [], []
     for curve, period in zip(curves, periods, strict=True):
         # Rounded first, since 0.29 · 100 is 28.999… in binary.
@@ -60,14 +60,10 @@ def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target
         costs.append(curve.cost(np.arange(low, high + 1, dtype=np.float64) / period))
     budget = sum(unit.weights for unit in units) * target.sparsity
     steps = spend(costs, masses, budget - sum(m * f for m, f in zip(masses, first, strict=True)))
-    return [_target(target, start + taken, period) for start, taken, period in zip(first, steps, periods, strict=True)]
-
-
-def _target(overall: Target, zeros: int, period: int) -> Target:
-    if isinstance(overall.pattern, NM):
-        chosen = NM(period - zeros, period)
-        return Target(chosen, chosen.sparsity)
-    return Target(overall.pattern, zeros / period)
+    return [
+        target.with_sparsity((start + taken) / period)
+        for start, taken, period in zip(first, steps, periods, strict=True)
+    ]
 
 
 def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list[int]:

@@ -1,7 +1,7 @@
-"""Allocation by a file: sparsities by patterns of names, for those who know what they want.
+"""Allocation by a file: sparsities by globs of names, for those who know what they want.
 
-The file is a YAML mapping from shell-like patterns to sparsities, or to N:M where the run's pattern is N:M; of several
-patterns that match a matrix the first counts. Matrices that no pattern matches share what is left of the budget.
+The file is a YAML mapping from shell-like globs to sparsities, or to N:M where the run's pattern is N:M; of several
+globs that match a matrix the first counts. Matrices that no glob matches share what is left of the budget.
 
     "*.v_proj": 0.4
     "model.layers.0.*": 0.55
@@ -21,7 +21,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.pruning.allocation.base import Shown, Unit
 from coprune.pruning.allocation.budget import Curve, within_budget
-from coprune.recipe.pattern import NM, Target, parse_pattern
+from coprune.recipe.pattern import Target, parse_pattern
 
 TOLERANCE = 1e-4
 """How far the file's sparsities may be from the overall one on average, if they cover all matrices."""
@@ -32,7 +32,7 @@ class ByFile:
     """Give the matrices the sparsities that a file names."""
 
     entries: tuple[tuple[str, float | str], ...]
-    """Patterns and sparsities (or N:M), in the file's order."""
+    """Globs and sparsities (or N:M), in the file's order."""
 
     looks: ClassVar[bool] = False
     statistic: ClassVar[None] = None
@@ -48,15 +48,15 @@ class ByFile:
             raise BadInput(f"the allocation {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
         if not isinstance(data, dict) or not data:
             raise BadInput(f"the allocation {path} holds no mapping; it should read like '\"*.v_proj\": 0.4'.")
-        for pattern, value in data.items():
-            _check(path, pattern, value)
+        for glob, value in data.items():
+            _check(path, glob, value)
         return cls(tuple(data.items()))
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         return {}
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
-        self._check_patterns(units)
+        self._check_globs(units)
         wanted = [self._wanted(unit, target) for unit in units]
         total = sum(unit.weights for unit in units)
         named = sum(u.weights * s for u, s in zip(units, wanted, strict=True) if s is not None)
@@ -79,16 +79,16 @@ class ByFile:
         return within_budget(units, curves, target)
 
     def _wanted(self, unit: Unit, target: Target) -> float | None:
-        for pattern, value in self.entries:
-            if _matches(unit, pattern):
+        for glob, value in self.entries:
+            if _matches(unit, glob):
                 return _sparsity_of(value, target)
         return None
 
-    def _check_patterns(self, units: Sequence[Unit]) -> None:
-        for pattern, _ in self.entries:
-            if not any(_matches(unit, pattern) for unit in units):
+    def _check_globs(self, units: Sequence[Unit]) -> None:
+        for glob, _ in self.entries:
+            if not any(_matches(unit, glob) for unit in units):
                 raise BadInput(
-                    f"the allocation's pattern {pattern!r} matches none of the matrices to prune; names look like "
+                    f"the allocation's pattern {glob!r} matches none of the matrices to prune; names look like "
                     f"{units[0].name!r}."
                 )
 
@@ -98,8 +98,8 @@ def _near(sparsity: float, unit: Unit, reach: float) -> Curve:
     return Curve(lambda s: unit.weights * (s - sparsity) ** 2, max(0.0, sparsity - reach), min(1.0, sparsity + reach))
 
 
-def _matches(unit: Unit, pattern: str) -> bool:
-    return fnmatchcase(unit.name, pattern)
+def _matches(unit: Unit, glob: str) -> bool:
+    return fnmatchcase(unit.name, glob)
 
 
 def _sparsity_of(value: float | str, target: Target) -> float:
@@ -107,19 +107,19 @@ def _sparsity_of(value: float | str, target: Target) -> float:
     if not isinstance(value, str):
         return float(value)
     named = parse_pattern(value)
-    if not isinstance(named, NM) or not isinstance(pattern, NM) or named.m != pattern.m:
+    if named.sparsity is None or pattern.with_sparsity(named.sparsity) != named:
         raise BadInput(
             f"the allocation's {value} does not fit the pattern {pattern}; give a sparsity or N of the same M."
         )
     return named.sparsity
 
 
-def _check(path: Path, pattern: Any, value: Any) -> None:
-    """Raises BadInput unless this is a pattern and a sparsity, or N:M."""
-    if not isinstance(pattern, str):
-        raise BadInput(f"the allocation {path} names {pattern!r}, which is no pattern of names.")
+def _check(path: Path, glob: Any, value: Any) -> None:
+    """Raise BadInput unless this is a glob and a sparsity, or N:M."""
+    if not isinstance(glob, str):
+        raise BadInput(f"the allocation {path} names {glob!r}, which is no pattern of names.")
     # YAML 1.1 reads an unquoted 3:8 as a number to the base 60; quoted it stays what it is.
     if isinstance(value, str):
         parse_pattern(value)
     elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise BadInput(f"the allocation {path} gives {pattern!r} the sparsity {value!r}; it has to be 0 ≤ s < 1.")
+        raise BadInput(f"the allocation {path} gives {glob!r} the sparsity {value!r}; it has to be 0 ≤ s < 1.")

@@ -24,7 +24,7 @@ from coprune.pruning.allocation.budget import Curve, Floats, within_budget
 from coprune.pruning.linear_algebra import damp_diagonal, solve_masked
 from coprune.pruning.methods.base import apply_keep
 from coprune.pruning.methods.wanda import wanda_score
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,8 @@ class Error:
 
     def grid(self, target: Target) -> list[Target]:
         """The targets at which errors are measured, from the lowest sparsity on."""
-        pattern, sparsity = target.pattern, target.sparsity
-        if isinstance(pattern, NM):
-            reach = max(1, int(self.bound * pattern.m + 1e-6))
-            kept = range(min(pattern.n + reach, pattern.m - 1), max(pattern.n - reach, 1) - 1, -1)
-            return [Target(NM(n, pattern.m), 1 - n / pattern.m) for n in kept]
-        low, high = max(0.0, sparsity - self.bound), min(1.0, sparsity + self.bound)
-        return [Target(pattern, float(s)) for s in np.linspace(low, high, self.points)]
+        near = target.pattern.sparsities_near(target.sparsity, self.bound, self.points)
+        return [target.with_sparsity(sparsity) for sparsity in near]
 
 
 def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit: int) -> Tensor:

@@ -21,7 +21,7 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import ScaledGram, damped_cholesky, scale_gram
 from coprune.pruning.methods.base import Pruned
-from coprune.recipe.pattern import NM, Group, Target, Unstructured, keep_n_of_m
+from coprune.recipe.pattern import Group, Target
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,8 @@ def keep_on_schedule(score: Tensor, target: Target, progress: float, group: Grou
     """Choose the mask when a share `progress` (0 < progress ≤ 1) of the mask rounds is over.
 
     score: O × I float32. The sparsity is s · (1 − (1 − progress)³). For N:M the N largest of every group are always
-    kept, and of the others the smallest of the whole matrix (or row) fall first. Returns O × I bool; at progress 1
-    exactly the target's mask.
+    kept, and of the others the smallest of the whole matrix (or row) are pruned first. Returns O × I bool; at progress
+    1 exactly the target's mask.
     """
     sparsity = target.sparsity * (1 - (1 - progress) ** 3)
-    if not isinstance(target.pattern, NM):
-        return Target(target.pattern, sparsity).keep(score, group)
-    largest = keep_n_of_m(score, target.pattern)
-    if progress >= 1:
-        return largest
-    return Target(Unstructured(), sparsity).keep(score.masked_fill(largest, torch.inf), group)
+    return target.pattern.choose_early(score, target.sparsity, sparsity, group)

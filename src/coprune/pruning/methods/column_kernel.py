@@ -15,7 +15,6 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.recipe.pattern import NM
 
 ROWS = 32
 
@@ -68,22 +67,21 @@ def _update(  # type: ignore[no-untyped-def]
 
 
 def update_block(
-    columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, pattern: NM | None
+    columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, n_of_m: tuple[int, int] | None
 ) -> None:
     """Zero the columns of one block in order, each pruned weight's error pushed into those after it.
 
-    columns: C × O float32, brought up to date with earlier blocks; keep: C × O bool, chosen here for a pattern (M a power
-    of two, else BadInput) by W² / pivot², and given where pattern is None; errors: C × O float32. All three contiguous,
+    columns: C × O float32, brought up to date with earlier blocks; keep: C × O bool, chosen here for N and M (M a power
+    of two, else BadInput) by W² / pivot², and given where they are None; errors: C × O float32. All three contiguous,
     columns and errors written in place. unit: C × C, rows of U divided by their pivots; pivots: C.
     """
     size, rows = columns.shape
-    group = 1 if pattern is None else pattern.m
+    n, group = n_of_m or (1, 1)
     if group & (group - 1):
         raise BadInput(
-            f"the Triton loop takes groups of a power of two, which {pattern} has not; use inner_loop torch."
+            f"the Triton loop takes groups of a power of two, which {n}:{group} has not; use inner_loop torch."
         )
-    pruned = 0 if pattern is None else pattern.m - pattern.n
     _update[(triton.cdiv(rows, ROWS),)](
         columns, keep.view(torch.uint8), errors, unit, pivots, rows, size, *unit.stride(),
-        M=group, PRUNED=pruned, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
+        M=group, PRUNED=group - n, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
     )  # fmt: skip

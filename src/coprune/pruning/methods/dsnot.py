@@ -19,7 +19,7 @@ from coprune.pruning.methods.base import Method, Pruned, apply_keep
 from coprune.pruning.methods.magnitude import Magnitude
 from coprune.pruning.methods.ria import RIA
 from coprune.pruning.methods.wanda import Wanda, wanda_score
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 
 STARTS: dict[str, Method] = {"magnitude": Magnitude(), "wanda": Wanda(), "ria": RIA()}
 """The methods whose masks DSnoT can begin from: those that need no more than it does itself."""
@@ -40,8 +40,8 @@ class DSnoT:
         require_positive(cycles=self.cycles)
 
     def prune(self, weight: Tensor, statistic: InputMoments | Gram, target: Target) -> Pruned:
+        group = target.pattern.exchange_within() or weight.shape[1]
         keep = STARTS[self.start].prune(weight, statistic, target).keep
-        group = target.pattern.m if isinstance(target.pattern, NM) else weight.shape[1]
         contribution = weight * statistic.mean
         variance = (statistic.mean_square - statistic.mean.square()).clamp_min(1e-12)
         importance = wanda_score(weight, statistic)

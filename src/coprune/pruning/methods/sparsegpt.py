@@ -22,7 +22,7 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
-from coprune.recipe.pattern import NM, Pattern, Target
+from coprune.recipe.pattern import Pattern, Target
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
@@ -87,7 +87,7 @@ def update_block(block: ColumnBlock) -> None:
     columns, keep, errors, factor, place, choose, pattern = block
     size = columns.shape[0]
     unit = factor.unit[place, place]
-    chosen_at_once = pattern.m if isinstance(pattern, NM) else size
+    chosen_at_once = pattern.columns_together(size)
     for first in range(0, size, chosen_at_once):
         group = slice(first, min(first + chosen_at_once, size))
         _push(columns[group], errors[:first], unit[:first, group])
@@ -101,8 +101,7 @@ def update_block_natively(block: ColumnBlock) -> None:
     if not solving.walks_columns(columns.device):
         update_block(block)
         return
-    group = _choose_first(block)
-    pair = None if group is None else (group.n, group.m)
+    pair = _choose_first(block)
     solving.update_columns(columns, keep, errors, factor.unit[place, place], factor.pivots[place], pair)
 
 
@@ -115,10 +114,10 @@ def update_block_by_triton(block: ColumnBlock) -> None:
     column_kernel.update_block(columns, keep, errors, factor.unit[place, place], factor.pivots[place], group)
 
 
-def _choose_first(block: ColumnBlock) -> NM | None:
-    """Choose the block's mask, unless it is chosen group by group along the way; returns the pattern of the groups."""
-    if isinstance(block.pattern, NM):
-        return block.pattern
+def _choose_first(block: ColumnBlock) -> tuple[int, int] | None:
+    """Choose the block's mask, unless it is chosen group by group along the way; returns the N and M of the groups."""
+    if block.pattern.n_of_m is not None:
+        return block.pattern.n_of_m
     block.keep.copy_(block.choose(block.columns.T, block.place).T)
     return None
 
@@ -142,10 +141,9 @@ def update_columns(
     """
     rows, width = weight.shape
     pattern = target.pattern
-    if isinstance(pattern, NM) and block_size % pattern.m:
+    if not pattern.fits(block_size):
         raise BadInput(f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}.")
-    if isinstance(pattern, NM) and width % pattern.m:
-        raise BadInput(f"pattern {pattern} does not divide a width of {width} inputs.")
+    pattern.check_width(width)
     with full_float32():
         # Transposed, so that a column of the weight lies contiguous in memory.
         columns = weight.to(torch.float32).masked_fill(factor.dead, 0.0).T.contiguous()

@@ -17,7 +17,7 @@ from coprune.base.errors import NumericalError
 from coprune.model.walk.statistics import InputNorm
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.pruning.methods.wanda import wanda_score
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 
 TOLERANCE = 0.001
 """How near the sparsity has to come, and how short the interval of α may become (the authors' values)."""
@@ -31,7 +31,7 @@ class WandaVariant:
 
     def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
         score = wanda_score(weight, statistic)
-        if isinstance(target.pattern, NM) or target.sparsity == 0:
+        if target.pattern.group_size is not None or target.sparsity == 0:
             keep = target.keep(score, "row")
             return Pruned(apply_keep(weight, keep), keep)
         if bool(torch.isnan(score).any()):

@@ -24,7 +24,7 @@ from coprune.pruning.methods.base import Method
 from coprune.pruning.methods.ria import RIA, ria_score
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.pruning.permute.search import permute_channels, retained_score
-from coprune.recipe.pattern import NM
+from coprune.recipe.pattern import Pattern
 
 
 @dataclass
@@ -47,12 +47,13 @@ class Permuted:
         )
 
 
-def check_permutable(weights: Weights, pattern: object) -> None:
-    """Raise BadInput where permuting makes no sense or is not possible."""
-    if not isinstance(pattern, NM):
+def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
+    """The N and M to permute channels for. Raises BadInput where permuting makes no sense or is not possible."""
+    if pattern.n_of_m is None:
         raise BadInput("permute reorders channels for groups of N:M; give a pattern such as 2:4.")
     if not isinstance(weights, InMemory):
         raise BadInput("permute needs the whole model in memory; add --no-stream.")
+    return pattern.n_of_m
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def permute_model(
     structure: Structure,
     recording: Recording,
     method: Method,
-    pattern: NM,
+    pattern: Pattern,
     probe: Tensor,
     reduce: Callable[[Inputs], None] = lambda inputs: None,
     advance: Callable[[float], None] = lambda blocks: None,
@@ -74,7 +75,7 @@ def permute_model(
     Wanda's for every other; probe: a sample (1 × S int64) on which the logits are compared. If they differ by more
     than rounding, everything is put back. Raises BadInput, NumericalError.
     """
-    check_permutable(weights, pattern)
+    n, m = check_permutable(weights, pattern)
     logits = forward_logits(weights.model, probe)
     done: list[tuple[Fold, list[Tensor]]] = []
     permuted = Permuted(of=sum(1 for _ in chosen.all()))
@@ -94,8 +95,8 @@ def permute_model(
             return recording.run(block, 0, sample)
 
         for fold in find_folds(structure.groups[block.index], _head_size(weights.model), run):
-            if fold.layout.size % pattern.m == 0:
-                done.append((fold, _permute(fold, statistics, method, pattern, permuted)))
+            if fold.layout.size % m == 0:
+                done.append((fold, _permute(fold, statistics, method, (n, m), permuted)))
         before = recording.hidden[0].clone()
         statistics.clear()
     if not close(forward_logits(weights.model, probe), logits):
@@ -106,16 +107,16 @@ def permute_model(
 
 
 def _permute(
-    fold: Fold, statistics: dict[str, InputNorm], method: Method, pattern: NM, permuted: Permuted
+    fold: Fold, statistics: dict[str, InputNorm], method: Method, n_of_m: tuple[int, int], permuted: Permuted
 ) -> list[Tensor]:
     """Find the best orders for one fold and apply them."""
     orders = []
     for consumer in fold.consumers:
         score = _score(consumer, statistics.get(consumer.name), method)
-        order = torch.stack([permute_channels(part, pattern) for part in fold.layout.scores(score)])
+        order = torch.stack([permute_channels(part, *n_of_m) for part in fold.layout.scores(score)])
         orders.append(order)
-        permuted.before += retained_score(score, pattern)
-        permuted.after += retained_score(score[:, fold.layout.columns(order).to(score.device)], pattern)
+        permuted.before += retained_score(score, *n_of_m)
+        permuted.after += retained_score(score[:, fold.layout.columns(order).to(score.device)], *n_of_m)
         permuted.names.append(consumer.name)
     fold.apply(orders)
     return orders

@@ -12,15 +12,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.recipe.pattern import NM, keep_n_of_m
+from coprune.base.selection import keep_n_of_m
 
 
-def retained_score(score: Tensor, pattern: NM) -> float:
+def retained_score(score: Tensor, n: int, m: int) -> float:
     """The summed score of what N:M keeps. score: O × I float."""
-    return float(score[keep_n_of_m(score, pattern)].sum(dtype=torch.float64))
+    return float(score[keep_n_of_m(score, n, m)].sum(dtype=torch.float64))
 
 
-def permute_channels(score: Tensor, pattern: NM, rounds: int = 10) -> Tensor:
+def permute_channels(score: Tensor, n: int, m: int, rounds: int = 10) -> Tensor:
     """Find an order of the input channels in which N:M retains more of the score.
 
     score: O × I float32, not negative, M divides I (else BadInput). rounds: of exchanges at most; they end when
@@ -28,14 +28,14 @@ def permute_channels(score: Tensor, pattern: NM, rounds: int = 10) -> Tensor:
     score[:, order] retains the most; the identity if nothing better is found.
     """
     width = score.shape[1]
-    if width % pattern.m:
-        raise BadInput(f"pattern {pattern} does not divide a width of {width} inputs.")
+    if width % m:
+        raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs.")
     identity = torch.arange(width)
-    groups = deal_serpentine(score.sum(dim=0, dtype=torch.float64).cpu(), pattern.m)
-    best, order = retained_score(score, pattern), identity
+    groups = deal_serpentine(score.sum(dim=0, dtype=torch.float64).cpu(), m)
+    best, order = retained_score(score, n, m), identity
     for _ in range(rounds):
-        groups = _exchange(score, groups, pattern)
-        found = retained_score(score[:, groups.reshape(-1).to(score.device)], pattern)
+        groups = _exchange(score, groups, n)
+        found = retained_score(score[:, groups.reshape(-1).to(score.device)], n, m)
         if found <= best * (1 + 1e-7):
             break
         best, order = found, groups.reshape(-1).clone()
@@ -49,12 +49,12 @@ def deal_serpentine(totals: Tensor, m: int) -> Tensor:
     return torch.stack(hands, dim=1)
 
 
-def _exchange(score: Tensor, groups: Tensor, pattern: NM) -> Tensor:
+def _exchange(score: Tensor, groups: Tensor, n: int) -> Tensor:
     """Take one channel out of every group and put them back in the best way, for each of the M places in turn."""
     groups = groups.clone()
-    for place in range(pattern.m):
+    for place in range(groups.shape[1]):
         others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
-        value = _values(score, groups[:, place].to(score.device), others.to(score.device), pattern.n)
+        value = _values(score, groups[:, place].to(score.device), others.to(score.device), n)
         _, chosen = linear_sum_assignment(value.T.cpu().numpy(), maximize=True)
         groups[:, place] = groups[torch.from_numpy(chosen), place]
     return groups

@@ -22,7 +22,7 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned, apply_keep
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 
 BLOCK = 128
 """Columns whose residual is computed in one product (N:M)."""
@@ -51,11 +51,12 @@ class Swaps:
         require_not_negative(refit_rounds=self.refit_rounds, damping=self.damping)
 
     def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
+        group = target.pattern.exchange_within()
         with full_float32():
             dense, gram = weight.to(torch.float32), statistic.gram
             damped = damp_diagonal(gram, self.damping)
-            if isinstance(target.pattern, NM):
-                swapped, keep = swap_in_groups(dense, pruned, damped, target.pattern.m, self.steps)
+            if group is not None:
+                swapped, keep = swap_in_groups(dense, pruned, damped, group, self.steps)
             else:
                 swapped, keep = swap_in_rows(dense, pruned, damped, self.candidates, self.steps)
             if self.refit_rounds:

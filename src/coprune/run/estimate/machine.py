@@ -23,7 +23,7 @@ from coprune.model.walk.observe import Observe, observe_products
 from coprune.model.walk.record import Answer, run_without_blocks
 from coprune.model.walk.statistics import CrossGram, InputSample
 from coprune.pruning.pruner import Solver, prune_matrix
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.pattern import Target
 from coprune.run.estimate.live_bytes import LiveBytes
 
 Shape = tuple[int, int]
@@ -192,8 +192,8 @@ class _Trial:
 
 
 def _widths(width: int, target: Target) -> Sequence[int]:
-    """128, 256 … up to the width itself, in multiples that an N:M pattern divides."""
-    multiple = target.pattern.m if isinstance(target.pattern, NM) else 1
+    """128, 256 … up to the width itself, in multiples that the pattern divides."""
+    multiple = target.pattern.group_size or 1
     smaller = [128 << i for i in range(20) if 128 << i < width]
     return [*(size - size % multiple for size in smaller), width]
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from coprune.recipe.pattern import parse_pattern
 from coprune.report.schema import Report
 from coprune.run.sweep.expand import Run, folder_part, varied
 from coprune.run.sweep.file import Sweep
@@ -85,7 +86,7 @@ def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[s
 
 def _column(run: Run) -> str:
     recipe = run.recipe
-    return f"{100 * recipe.ratio:g}%" if recipe.pattern == "unstructured" else recipe.pattern
+    return parse_pattern(recipe.pattern).label(f"{100 * recipe.ratio:g}%")
 
 
 def _row(run: Run, beside: Sequence[str]) -> str:

@@ -1,0 +1,40 @@
+"""Where zeros may be: patterns, one file each, in one table, and the one place that reads their names.
+
+Nothing heavy is imported before a mask is chosen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coprune.base.errors import BadInput
+from coprune.recipe.pattern.base import Group, Pattern
+from coprune.recipe.pattern.n_of_m import NM
+from coprune.recipe.pattern.target import Target
+from coprune.recipe.pattern.unstructured import Unstructured
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NM", "PATTERNS", "Group", "Pattern", "Target", "Unstructured", "find_pattern", "parse_pattern"]
+
+PATTERNS: dict[str, type[Pattern]] = {
+    "unstructured": Unstructured,
+    "N:M": NM,
+}
+"""From the most general to the most special."""
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern, such as `unstructured` or `2:4`. Raises BadInput on anything else."""
+    for kind in PATTERNS.values():
+        if (pattern := kind.read(text)) is not None:
+            return pattern
+    usages = " or ".join(kind.usage for kind in PATTERNS.values())
+    raise BadInput(f"unknown pattern {text!r}; use {usages}.")
+
+
+def find_pattern(keep: Tensor) -> Pattern:
+    """Tell which pattern a mask (O × I bool) follows: the most special of those that fit."""
+    found = [pattern for kind in PATTERNS.values() if (pattern := kind.found_in(keep)) is not None]
+    return found[-1]
