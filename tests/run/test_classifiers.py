@@ -12,77 +12,22 @@ from transformers import AutoModelForImageClassification
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.weights import InMemory
 from coprune.model.matrices import choose_matrices, find_matrices, find_unprunable
-from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.recording import record_batches
-from coprune.model.walk.statistics import InputNorm
-from coprune.model.walk.walk import Walk
+from coprune.model.walk.observe import Observe
 from coprune.pruning.methods import METHODS
-from coprune.pruning.pruner import Solver, prune_walk
+from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
 from support.pico_images import CLASSIFIERS, TIMM, pico_classifier, pico_pixels, save_classifier
-from support.published import published_wanda
+from support.walking import (
+    Layer,
+    masks,
+    prune_with_full_forwards,
+    prune_with_walk,
+    share_of_different_entries,
+    wanda_as_published,
+)
 
 TWO_OF_FOUR = Target(NM(2, 4), 0.5)
-
-
-def walk_over(model, batches, propagation="block", **choice):
-    weights = InMemory(prepare(model))
-    blocks = find_blocks(model)
-    chosen = choose_matrices(model, blocks, **choice)
-    structure = prove_replay(model, weights, blocks, chosen.blocks, batches[0][:1])
-    recording = record_batches(model, blocks, structure, batches)
-    return Walk(weights, blocks, chosen.blocks, InputNorm, structure, recording, propagation, outside=chosen.outside)
-
-
-def rows_of(module, x):
-    """What a layer multiplies its weight with, row by row, by torch's own unfolding."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1])
-    columns = functional.unfold(x, module.kernel_size, stride=module.stride)
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
-
-
-def as_matrix(weight):
-    return weight.reshape(weight.shape[0], -1)
-
-
-@torch.no_grad()
-def prune_with_hooks(model, batches, target, propagation):
-    """Wanda as published, on a block's (or one layer's) inputs in full forwards of the model pruned so far."""
-    for block in find_blocks(model):
-        layers = {
-            f"{block.name}.{name}".removesuffix("."): module
-            for name, module in block.module.named_modules()
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        }
-
-        def inputs(names, layers=layers):
-            seen: dict = {}
-
-            def note(name, seen=seen):
-                return lambda layer, arguments: seen.setdefault(name, []).append(rows_of(layer, arguments[0]))
-
-            hooks = [layers[name].register_forward_pre_hook(note(name)) for name in names]
-            for batch in batches:
-                model(pixel_values=batch)
-            for hook in hooks:
-                hook.remove()
-            return {name: torch.cat(parts) for name, parts in seen.items()}
-
-        found = inputs(list(layers))
-        for name in found:
-            if propagation == "sequential":
-                found |= inputs([name])
-            weight = layers[name].weight
-            drop = published_wanda(as_matrix(weight), found[name].square().mean(dim=0), target.sparsity, 2, 4)
-            weight.copy_(weight.masked_fill(drop.view_as(weight), 0))
-
-
-def zeros(model):
-    return {m.name: m.stored() == 0 for b in find_blocks(model) for m in find_matrices(b.module, b.name)}
 
 
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
@@ -90,13 +35,11 @@ def zeros(model):
 def test_masks_are_those_of_full_forwards(family, propagation):
     model, oracle = pico_classifier(family), pico_classifier(family)
     batches = pico_pixels(family, 4).split(2)
-    walk = walk_over(model, batches, propagation)
-    results = prune_walk(walk, Solver(METHODS["wanda"]), lambda matrix: TWO_OF_FOUR)
-    prune_with_hooks(oracle, batches, TWO_OF_FOUR, propagation)
-    found, expected = zeros(model), zeros(oracle)
+    results = prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
+    prune_with_full_forwards(oracle, batches, wanda_as_published(TWO_OF_FOUR), propagation)
+    found, expected = masks(model), masks(oracle)
     assert {result.name for result in results} == set(expected)
-    wrong = sum(int((found[name] != expected[name]).sum()) for name in found)
-    assert wrong / sum(mask.numel() for mask in found.values()) < 2e-3
+    assert share_of_different_entries(found, expected) < 2e-3
     assert all(result.sparsity == 0.5 for result in results)
     for name, mask in found.items():
         assert bool((mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
@@ -145,8 +88,6 @@ def test_which_convolutions_are_matrices(convolution, is_matrix):
 
 @pytest.mark.parametrize("convolution", [nn.Conv2d(4, 8, 2, stride=2), nn.Conv2d(4, 8, 1, stride=2)])
 def test_patches_times_the_matrix_is_the_convolution(convolution):
-    from coprune.model.walk.observe import Observe
-
     (matrix,) = find_matrices(convolution, "conv")
     x = torch.randn(3, 4, 6, 8)
     seen = []
@@ -159,14 +100,14 @@ def test_patches_times_the_matrix_is_the_convolution(convolution):
 def test_the_patch_embedding_and_the_head_are_pruned_when_they_are_named():
     model = pico_classifier("vit")
     batches = pico_pixels("vit").split(2)
-    dense = [m.stored().clone() for m in find_matrices(model) if m.name.endswith("patch_embed.proj")]
-    walk = walk_over(model, batches, include=["*patch_embed.proj", "*head"])
-    results = {r.name: r for r in prune_walk(walk, Solver(METHODS["wanda"]), lambda matrix: TWO_OF_FOUR)}
+    embedding = Layer("timm_model.patch_embed.proj", model.timm_model.patch_embed.proj)
+    dense = embedding.weight.clone()
+    choice = {"include": ["*patch_embed.proj", "*head"]}
+    results = {r.name: r for r in prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, **choice)}
     assert sorted(results) == ["timm_model.head", "timm_model.patch_embed.proj"]
     assert all(result.sparsity == 0.5 for result in results.values())
-    rows = torch.cat([rows_of(model.timm_model.patch_embed.proj, batch) for batch in batches])
-    drop = published_wanda(dense[0], rows.square().mean(dim=0), 0.5, 2, 4)
-    assert torch.equal(as_matrix(model.timm_model.patch_embed.proj.weight) == 0, drop)
+    rows = torch.cat([embedding.rows(batch) for batch in batches])
+    assert torch.equal(embedding.weight, wanda_as_published(TWO_OF_FOUR)(dense, rows))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -192,7 +133,7 @@ def test_a_saved_classifier_is_loaded_again(tmp_path, family, stream):
     assert accuracy.images == 40
     assert 0 <= accuracy.pruned_top1_interval[0] <= accuracy.pruned_top1 <= accuracy.pruned_top1_interval[1]
     reloaded = AutoModelForImageClassification.from_pretrained(saved).eval()
-    found = zeros(reloaded)
+    found = masks(reloaded)
     assert set(found) == {matrix.name for matrix in report.matrices}
     assert all(bool((mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()) for mask in found.values())
     if family in TIMM:
@@ -223,12 +164,8 @@ def test_images_have_to_be_named(tmp_path):
 def test_the_layer_error_of_a_convolution_is_that_of_its_outputs():
     model, dense = pico_classifier("convnext"), pico_classifier("convnext")
     batches = [pico_pixels("convnext", 1)]
-    results = prune_walk(
-        walk_over(model, batches, include=["*stages.1.downsample.1"]),
-        Solver(METHODS["wanda"]),
-        lambda matrix: TWO_OF_FOUR,
-    )
-    (result,) = results
+    choice = {"include": ["*stages.1.downsample.1"]}
+    (result,) = prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, **choice)
     seen = []
     layer = dense.timm_model.stages[1].downsample[1]
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

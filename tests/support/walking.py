@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -70,7 +71,7 @@ def prune_with_walk(
 
 @dataclass
 class Layer:
-    """One linear layer of a block as the oracle sees it."""
+    """One linear layer of a block as the oracle sees it; a convolution of patches that do not overlap is one too."""
 
     name: str
     module: nn.Module
@@ -79,15 +80,22 @@ class Layer:
     def weight(self) -> Tensor:
         """O × I, a view."""
         weight: Tensor = self.module.weight.detach()
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return weight.T if isinstance(self.module, Conv1D) else weight.flatten(1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What the layer multiplies its weight with, T × I; of a convolution by torch's own unfolding."""
+        if not isinstance(self.module, nn.Conv2d):
+            return x.reshape(-1, x.shape[-1])
+        columns = functional.unfold(x, self.module.kernel_size, stride=self.module.stride)
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
 def layers_of(block: Block) -> list[Layer]:
-    """All linear layers of a block."""
+    """All linear layers of a block; depth-wise convolutions are none."""
     return [
-        Layer(f"{block.name}.{name}", module)
+        Layer(f"{block.name}.{name}".removesuffix("."), module)
         for name, module in block.module.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     ]
 
 
@@ -98,11 +106,19 @@ def watched(layers: Iterable[Layer]) -> Iterator[dict[str, list[Tensor]]]:
     with ExitStack() as stack:
         for layer in layers:
 
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...], name: str = layer.name) -> None:
-                seen.setdefault(name, []).append(arguments[0].reshape(-1, arguments[0].shape[-1]).float().clone())
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], layer: Layer = layer) -> None:
+                seen.setdefault(layer.name, []).append(layer.rows(arguments[0]).float().clone())
 
             stack.callback(layer.module.register_forward_pre_hook(hook).remove)
         yield seen
+
+
+def full_forward(model: PreTrainedModel, batch: Tensor) -> None:
+    """The whole model on a batch of tokens (samples × S) or of pixels (images × channels × height × width)."""
+    if batch.is_floating_point():
+        model(pixel_values=batch)
+    else:
+        model(input_ids=batch, use_cache=False)
 
 
 @torch.no_grad()
@@ -111,8 +127,8 @@ def inputs_by_full_forwards(
 ) -> dict[str, Tensor]:
     """What the layers are multiplied with when the whole model runs as it now is, in the order of first use."""
     with watched(layers) as seen:
-        for tokens in batches:
-            model(input_ids=tokens, use_cache=False)
+        for batch in batches:
+            full_forward(model, batch)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
@@ -136,10 +152,17 @@ def masks(model: PreTrainedModel) -> dict[str, Tensor]:
     return {layer.name: layer.weight != 0 for block in find_blocks(model) for layer in layers_of(block)}
 
 
-def wanda_as_published(target):
+def wanda_as_published(target: Target) -> Solve:
+    """Wanda's published procedure as a function from a weight and all its inputs to the pruned weight."""
     n, m = (target.pattern.m - target.pattern.n, target.pattern.m) if isinstance(target.pattern, NM) else (0, 0)
 
-    def solve(weight, x):
+    def solve(weight: Tensor, x: Tensor) -> Tensor:
         return weight.masked_fill(published_wanda(weight, x.square().mean(dim=0), target.sparsity, n, m), 0)
 
     return solve
+
+
+def share_of_different_entries(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """How many entries of two sets of masks differ, over all entries."""
+    assert a.keys() == b.keys()
+    return sum(int((a[name] != b[name]).sum()) for name in a) / sum(mask.numel() for mask in a.values())

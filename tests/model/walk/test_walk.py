@@ -20,6 +20,7 @@ from support.walking import (
     masks,
     prune_with_full_forwards,
     prune_with_walk,
+    share_of_different_entries,
     wanda_as_published,
 )
 
@@ -37,11 +38,6 @@ def sparsegpt_on(target):
         return METHODS["sparsegpt"].prune(weight.clone(), gram, target).weight
 
     return solve
-
-
-def share_of_different_entries(a, b):
-    assert a.keys() == b.keys()
-    return sum(int((a[name] != b[name]).sum()) for name in a) / sum(mask.numel() for mask in a.values())
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
