@@ -36,6 +36,8 @@ def coprune(monkeypatch, capsys):
     return run
 
 
+SHORTER = {"evaluate": "eval", "evaluate_dense": "eval-dense"}
+"""The fields of the recipe whose option is not spelled as they are."""
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
@@ -56,10 +58,11 @@ def test_help_shows_every_command_and_every_option(coprune):
     for name in ("prune", "eval", "inspect", "methods", "demo"):
         assert re.search(rf"^  {name} ", overview, re.MULTILINE)
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
-    options = coprune("prune", "--help")
-    for field in Recipe.model_fields:
-        if field not in ("model", "options"):
-            assert f"--{field.replace('_', '-')}" in options or field.startswith("evaluate") or field == "layer_error"
+    options = set(re.findall(r"--[\w-]+", coprune("prune", "--help")))
+    for field in set(Recipe.model_fields) - {"model", "options"}:
+        assert "--" + SHORTER.get(field, field.replace("_", "-")) in options
+    for field in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
+        assert "--no-" + SHORTER.get(field, field.replace("_", "-")) in options
 
 
 def test_a_command_written_for_the_seed(coprune, place):
@@ -127,10 +130,17 @@ def test_eval_agrees_with_prune(coprune, place):
 def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune, place):
     coprune("prune", "model", *SMALL, "-p", "2:4", "--save", "out", "--save-model", "pruned")
     before = listing(place)
-    lines = coprune("inspect", "pruned", "--matrices")
-    assert "model.layers.1.mlp.down_proj" in lines
-    assert "50" in lines
-    assert coprune("inspect", "model", "-p", "2:4", "--exclude", "*.q_proj")
+    lines = [line.split() for line in coprune("inspect", "pruned", "--matrices").splitlines()]
+    assert " ".join(lines[0]) == "pruned: llama, 94,528 parameters, 2 blocks (model.layers.0 … model.layers.1)"
+    matrices = report_in(place / "out")["matrices"]
+    assert lines[1:-1] == [
+        ["prune", m["name"], str(m["shape"][0]), "×", str(m["shape"][1]), "to", "50.0%", "50.00%", "zero"]
+        for m in matrices
+    ]
+    lines = coprune("inspect", "model", "-p", "2:4", "--exclude", "*.q_proj").splitlines()
+    assert lines[1] == "  leave  model.layers.*.self_attn.q_proj  64 × 64  (2)  0.00% zero"
+    assert lines[2] == "  prune  model.layers.*.self_attn.k_proj  32 × 64  (2)  0.00% zero"
+    assert lines[-1].startswith("would prune 12 matrices with 53,248 weights (56.3% of the model) to 50.0% (2:4)")
     assert listing(place) == before
 
 

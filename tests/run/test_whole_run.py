@@ -1,6 +1,7 @@
 """A run from recipe to report, streamed and in memory, and for OPT at a real width."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -194,4 +195,8 @@ def test_opt_at_its_real_width(propagation, wide_opt, texts, tmp_path):
     for name, tensor in tensors_of(tmp_path / "pruned").items():
         if not name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
             assert torch.equal(tensor, dense[name]), name
-    assert result.report.perplexity[0].pruned > 0
+    tokens = torch.tensor(pico_tokenizer()((texts / "test.txt").read_text())["input_ids"])[: 3 * 64].view(3, 64)
+    for found, measured in (("dense", load_clean(wide_opt)), ("pruned", model)):
+        with torch.no_grad():
+            loss = measured(tokens, labels=tokens).loss
+        assert getattr(result.report.perplexity[0], found) == pytest.approx(math.exp(loss), rel=1e-4)
