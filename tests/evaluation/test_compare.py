@@ -19,6 +19,7 @@ from coprune.evaluation.compare import compare_models
 from coprune.evaluation.evaluation import WeightFacts
 from coprune.evaluation.texts import split_texts
 from coprune.recipe.recipe import make_recipe
+from coprune.report.folder import model_of
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save, save_pico, write_words
@@ -208,12 +209,12 @@ def test_a_run_folder_stands_for_its_saved_model(
     prune += ["--nsamples", "2", "--no-eval", "--save", str(run)]
     assert run_command([*prune, "--save-model", str(model)], monkeypatch, capsys).code == 0
     cache = EvaluationCache(tmp_path / "cache")
-    found = compare_models([str(checkpoints[0]), str(run)], recipe(text), Reporter(quiet=True), cache)
-    again = compare_models([str(checkpoints[0]), str(model)], recipe(text), Reporter(quiet=True), cache)
+    found = compare_models([str(checkpoints[0]), str(run)], recipe(text), Reporter(quiet=True), cache, model_of)
+    again = compare_models([str(checkpoints[0]), str(model)], recipe(text), Reporter(quiet=True), cache, model_of)
     assert found.rows[1].evaluation == again.rows[1].evaluation
     model.rename(tmp_path / "elsewhere")
     with pytest.raises(BadInput, match="any more"):
-        compare_models([str(checkpoints[0]), str(run)], recipe(text), Reporter(quiet=True), cache)
+        compare_models([str(checkpoints[0]), str(run)], recipe(text), Reporter(quiet=True), cache, model_of)
 
 
 def test_eval_measures_texts_and_closeness_and_writes_json(

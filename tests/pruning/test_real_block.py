@@ -8,6 +8,7 @@ from coprune.data.windows import draw_windows, token_ids
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import MatricesReady
 from coprune.pruning.methods import METHODS
@@ -44,7 +45,7 @@ def real(smollm2_folder):
         # Weights from a 4-bit file are often equal, and the authors' topk breaks ties as it happens to.
         layer.weight.mul_(1 + 1e-3 * torch.randn(layer.weight.shape, generator=generator))
     expected = inputs_by_full_forwards(model, layers, batches)
-    walk = make_walk(model, batches, Gram, changes=False, include=[f"model.layers.{BLOCK}.*"])
+    walk = make_walk(model, batches, Gram, Dense(), include=[f"model.layers.{BLOCK}.*"])
     shown = {}
     for event in walk:
         if isinstance(event, MatricesReady):

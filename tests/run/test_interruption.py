@@ -74,7 +74,7 @@ def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(place, monkeypatch, 
     def stop(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coprune.evaluation.tasks.text.read_calibration", stop)
+    monkeypatch.setattr("coprune.evaluation.tasks.text.calibration_windows", stop)
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
     assert ended.code == 130
     assert "stopped" in ended.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,18 @@ from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.matrices import choose_matrices
+from coprune.model.walk.moves import BY_BLOCK, Dense, Moves, Sequential
 from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.statistics import InputNorm
-from coprune.model.walk.walk import Propagation, Walk
+from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, Solver, prune_walk
 from coprune.recipe.pattern import NM, Target
 from support.published import published_wanda
 
+Propagation = Literal["block", "sequential", "dense"]
+MOVES: dict[Propagation, Moves] = {"block": BY_BLOCK, "sequential": Sequential(), "dense": Dense()}
 Solve = Callable[[Tensor, Tensor], Tensor]
 """From a weight (O × I) and all inputs that it meets (T × I) to the pruned weight."""
 
@@ -32,28 +37,22 @@ def make_walk(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     statistic: type[InputNorm] | None = InputNorm,
-    propagation: Propagation = "block",
-    changes: bool = True,
+    moves: Moves = BY_BLOCK,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Walk:
     """A walk over a model in memory that has passed the proof."""
+    proven = prove(model, batches[0][:1], include, exclude)
+    return Walk(proven, record_batches(proven, batches), statistic, moves)
+
+
+def prove(
+    model: PreTrainedModel, sample: Tensor, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> ProvenModel:
+    """A model in memory with its blocks and chosen matrices, proven on a sample."""
     weights = InMemory(prepare(model))
     blocks = find_blocks(model)
-    chosen = choose_matrices(model, blocks, include, exclude)
-    structure = prove_replay(model, weights, blocks, chosen.blocks, batches[0][:1])
-    recording = record_batches(model, blocks, structure, batches)
-    return Walk(
-        weights,
-        blocks,
-        chosen.blocks,
-        statistic,
-        structure,
-        recording,
-        propagation,
-        changes=changes,
-        outside=chosen.outside,
-    )
+    return prove_replay(FoundModel(weights, blocks, choose_matrices(model, blocks, include, exclude)), sample)
 
 
 def prune_with_walk(
@@ -65,7 +64,7 @@ def prune_with_walk(
     **choice: Sequence[str],
 ) -> list[MatrixResult]:
     """Prune the model in place, matrix by matrix as the walk shows them."""
-    walk = make_walk(model, batches, solver.statistic, propagation, **choice)
+    walk = make_walk(model, batches, solver.statistic, MOVES[propagation], **choice)
     return prune_walk(walk, solver, lambda matrix: target)
 
 

@@ -25,6 +25,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise BadInput(f"{path} cannot be written: {error.strerror}.") from error
 
 
+def path_of(folder: Path, name: str) -> Path:
+    """A file of a run folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
 def user_cache() -> Path:
     """`coprune` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coprune"

@@ -8,7 +8,7 @@ does nothing. gloo on CPU, nccl on GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coprune.base.errors import CopruneError
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.statistics import Gram, Sums
 
 Value = TypeVar("Value")
 
@@ -84,27 +82,19 @@ class Processes:
             if buffer is not tensor and source != self.rank:
                 tensor.copy_(buffer)
 
-    def reduce(self, inputs: Inputs) -> None:
-        """Complete what is known of a tensor with what the other processes saw of it, in place, before it is used."""
+    def add_up(self, totals: Iterable[Tensor], count: int) -> int:
+        """Add everybody's totals up, in place; returns the sum of everybody's counts."""
         if self.size == 1:
-            return
-        statistic, sample = inputs.statistic, inputs.sample
-        for sums in (statistic, inputs.cross):
-            if sums is not None:
-                self._add_up(sums)
-        if isinstance(statistic, Gram):
-            sample.replace(sample.inputs, statistic.count)  # errors are measured on the Gram matrix
-        else:
-            sample.replace(*self._gather_rows(sample.inputs, sample.count, sample.tokens))
-
-    def _add_up(self, sums: Sums) -> None:
+            return count
         with _heard():
-            for total in sums.sums.values():
+            for total in totals:
                 dist.all_reduce(total)
-        sums.count = sum(self.gather(sums.count))
+        return sum(self.gather(count))
 
-    def _gather_rows(self, rows: Tensor, count: int, wanted: int) -> tuple[Tensor, int]:
+    def gather_rows(self, rows: Tensor, count: int, wanted: int) -> tuple[Tensor, int]:
         """Everybody's rows (N × I), thinned out to about as many as one process would keep, and the tokens seen."""
+        if self.size == 1:
+            return rows, count
         totals = self.gather((len(rows), count))
         step = max(1, round(sum(kept for kept, _ in totals) / wanted))
         kept = [-(-number // step) for number, _ in totals]
@@ -115,6 +105,10 @@ class Processes:
     def positions(self, position: int | None) -> list[int]:
         """Everybody's position; those who have none are left out."""
         return [other for other in self.gather(position) if other is not None]
+
+
+ALONE = Processes()
+"""The only process of a run."""
 
 
 @contextmanager

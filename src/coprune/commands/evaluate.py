@@ -121,6 +121,7 @@ def compare(
     from coprune.evaluation.cache import EvaluationCache, default_cache_folder
     from coprune.evaluation.compare import compare_models
     from coprune.evaluation.tables import print_table, to_csv, to_markdown
+    from coprune.report.folder import model_of
     from coprune.run.sweep.finished import models_to_compare
 
     models = [model for name in models for model in models_to_compare(name)]
@@ -134,7 +135,7 @@ def compare(
     how |= {"seqlen": seqlen, "batch_size": batch_size, "eval_tokens": tokens, "eval_images": images}
     how |= {"dtype": dtype, "device": device}
     cache = EvaluationCache(None if fresh else evaluations or default_cache_folder())
-    found = compare_models(models, make_recipe({"model": models[0], **what, **how}), Reporter(quiet), cache)
+    found = compare_models(models, make_recipe({"model": models[0], **what, **how}), Reporter(quiet), cache, model_of)
     print_table(found, Console())
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")

@@ -6,7 +6,7 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.evaluation import AccuracyResult, Evaluation, PerplexityResult
-from coprune.evaluation.extras import Beside
+from coprune.evaluation.extras import Extras
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.zero_shot import Estimate
 from coprune.recipe.recipe import Recipe
@@ -21,7 +21,7 @@ def evaluate_model(recipe: Recipe, reporter: Reporter, against: str | None = Non
         raise BadInput("nothing is asked for; for example --data embedded, --data wikitext2,my.txt, or --tasks piqa.")
     if against is not None and not recipe.eval_data:
         raise BadInput("closeness to another model is measured on text; name one with --data.")
-    tasks = Beside.prepare(recipe).tasks
+    tasks = Extras.prepare(recipe).tasks
     cache = EvaluationCache(None)
     dense = None if against is None else Subject(recipe.model_copy(update={"model": against}), cache, reporter, None)
     subject = Subject(recipe, cache, reporter, tasks)

@@ -7,8 +7,7 @@ a text, or the same images. Perplexities compare as ratios, whose logarithm is a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,12 +17,10 @@ from coprune.base.progress import Reporter
 from coprune.evaluation.batches import bootstrap_interval
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.evaluation import AccuracyResult, Evaluation, Interval, PerplexityResult
-from coprune.evaluation.extras import Beside
+from coprune.evaluation.extras import Extras
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.zero_shot import ZeroShotFacts, compare_zero_shot
 from coprune.recipe.recipe import Recipe
-from coprune.report.schema import Report
-from coprune.run.checks import REPORT_FILE
 
 
 class PerplexityChange(BaseModel):
@@ -78,18 +75,24 @@ class Comparison(BaseModel):
     rows: tuple[Row, ...]
 
 
-def compare_models(models: Sequence[str], recipe: Recipe, reporter: Reporter, cache: EvaluationCache) -> Comparison:
+def compare_models(
+    models: Sequence[str],
+    recipe: Recipe,
+    reporter: Reporter,
+    cache: EvaluationCache,
+    model_of: Callable[[str], str] = str,
+) -> Comparison:
     """Measure every model as the recipe says (its own model is not looked at) and compare each with the first.
 
-    models: folders, GGUF files, Hub ids, or folders of runs that saved their model. What the cache holds is not
-    measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
+    models: as they were asked for; model_of: the folder, GGUF file or Hub id that such a name stands for. What the cache
+    holds is not measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
     """
     if len(models) < 2:
         raise BadInput("a comparison needs two models or more; the first is the baseline.")
     if not recipe.eval_data and not recipe.runs_tasks:
         raise BadInput("nothing is asked for; for example --data embedded, or --tasks piqa.")
     found = [recipe.model_copy(update={"model": model_of(name)}) for name in models]
-    tasks = Beside.prepare(recipe).tasks
+    tasks = Extras.prepare(recipe).tasks
     subjects = [Subject(one, cache, reporter, tasks) for one in found]
     require_one_task(subjects)
     baseline = subjects[0].measure()
@@ -108,22 +111,6 @@ def require_one_task(subjects: Sequence[Subject]) -> None:
         if subject.classifies != subjects[0].classifies:
             one, other = (subject, subjects[0]) if subject.classifies else (subjects[0], subject)
             raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare.")
-
-
-def model_of(name: str) -> str:
-    """The model that a name stands for: a run folder's saved model, or the name itself.
-
-    Raises BadInput for a run that saved no model, or whose model is gone.
-    """
-    folder = Path(name).expanduser()
-    if (folder / "config.json").exists() or not (folder / REPORT_FILE).is_file():
-        return name
-    saved = Report.read(folder / REPORT_FILE).saved_model
-    if saved is None:
-        raise BadInput(f"the run {name} did not save its model; repeat it with --save-model FOLDER to compare it.")
-    if not saved.is_dir():
-        raise BadInput(f"the model of the run {name} is not at {saved} any more; name the folder where it is now.")
-    return str(saved)
 
 
 def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:

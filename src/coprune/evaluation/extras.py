@@ -31,7 +31,7 @@ class TextSample(BaseModel):
 
 
 @dataclass
-class Beside:
+class Extras:
     """The measurements of one run; `prepare` finds the tasks and their data before anything slow starts."""
 
     recipe: Recipe
@@ -40,7 +40,7 @@ class Beside:
     texts: dict[Which, str] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, recipe: Recipe, processes: int = 1) -> Beside:
+    def prepare(cls, recipe: Recipe, processes: int = 1) -> Extras:
         """Find what the recipe asks for. Raises BadInput as `harness_tasks.find_tasks`, or for several processes."""
         if not recipe.runs_tasks:
             return cls(recipe, None)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
 from coprune.evaluation.cache import EvaluationCache, bytes_of_weights, model_fingerprint, text_fingerprint
@@ -25,7 +26,8 @@ from coprune.evaluation.evaluation import (
 )
 from coprune.evaluation.extras import zero_shot_settings
 from coprune.evaluation.perplexity import perplexity
-from coprune.evaluation.tasks.text import choose_seqlen, read_evaluation
+from coprune.evaluation.tasks import read_anew
+from coprune.evaluation.tasks.text import TextTask, choose_seqlen
 from coprune.evaluation.texts import Text, split_texts
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.load import task_at
@@ -89,7 +91,7 @@ class Subject:
         """Measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
         from coprune.evaluation.tasks import ImageTask
 
-        task = ImageTask(self.recipe, self.loaded)
+        task = ImageTask(self.recipe, self.loaded, ALONE, read_anew)
         found = []
         for name, images in task.evaluation(self._reporter).items():
             assert isinstance(images, LabelledImages)
@@ -122,7 +124,7 @@ class Subject:
         """An evaluation text in this model's tokens."""
         if asked.label not in self._texts:
             recipe = asked.recipe(self.recipe)
-            read = read_evaluation(recipe, self.loaded, choose_seqlen(self.loaded.model, recipe), self._reporter)
+            read = TextTask(recipe, self.loaded, ALONE, read_anew).evaluation(self._reporter)
             self._texts[asked.label] = read[asked.name]
         return self._texts[asked.label]
 

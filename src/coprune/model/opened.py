@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.record import input_device
 from coprune.recipe.recipe import Recipe
-from coprune.run.reuse import Reuse
 
 
 @dataclass
@@ -33,8 +31,6 @@ class Loaded:
     processor: Any
     source: str
     quantised_source: bool
-    reuse: Reuse = dataclasses.field(default_factory=Reuse)
-    """What the run takes over from earlier ones."""
 
     @property
     def model(self) -> PreTrainedModel:

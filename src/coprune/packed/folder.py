@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import read_header_bytes, read_json
 from coprune.packed.format import FORMATS, Format, negative_zeros, pack_tensor, unpack_tensor
 from coprune.packed.header import VERSION, is_packed
-from coprune.packed.registration import QUANT_METHOD
 from coprune.packed.shards import (
     DTYPE_NAMES,
     METADATA_KEY,

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-QUANT_METHOD = "coprune"
+from coprune.model.checkpoint.names import QUANT_METHOD
+
 TABLE = "transformers.quantizers.auto"
 
 

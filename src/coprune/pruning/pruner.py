@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Recording
@@ -124,7 +123,7 @@ def prune_walk(
     solver: Solver,
     target_of: Callable[[Matrix], Target],
     layer_error: bool = True,
-    block_done: Callable[[Block, list[MatrixResult]], list[MatrixResult]] = lambda block, results: results,
+    block_done: Callable[[BlockDone, list[MatrixResult]], list[MatrixResult]] = lambda done, results: results,
     solving: Solving | None = None,
 ) -> list[MatrixResult]:
     """Prune every matrix that the walk shows, in place.
@@ -145,7 +144,7 @@ def prune_walk(
         if isinstance(event, MatricesReady):
             solving.prune(event.matrices, partial(prune_one, event.inputs))
         else:
-            results += block_done(event.block, solving.collect())
+            results += block_done(event, solving.collect())
     return results + solving.collect()
 
 
@@ -177,20 +176,20 @@ def prune_matrix(
 
 
 def reconstruct_block(
-    reconstruction: Reconstruction, block: Block, recording: Recording, results: list[MatrixResult]
+    reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
 ) -> list[MatrixResult]:
     """Train a pruned block toward the dense model's outputs; returns the results with their masks as they are now.
 
     Raises NumericalError with the block's name if a weight that was zero is not zero any more, or nothing is finite.
     """
-    assert recording.dense is not None
+    block = done.block
     before = {matrix.name: matrix.stored() == 0 for matrix in find_matrices(block.module, block.name)}
 
     def run(batch: int, hidden: Tensor) -> Tensor:
         return recording.calls[batch][block.index].run(block.module, hidden)
 
     try:
-        start, end = reconstruction.improve(block.module, run, recording.hidden, recording.dense)
+        start, end = reconstruction.improve(block.module, run, done.before, done.after)
     except NumericalError as error:
         raise NumericalError(f"{block.name}: {error}") from error
     after = {matrix.name: matrix for matrix in find_matrices(block.module, block.name)}

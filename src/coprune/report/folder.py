@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
+from coprune.base.files import path_of, write_text
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report, seed_log
-from coprune.run.checks import REPORT_FILE, path_of
 
+# Files of a run folder; a folder that holds one belongs to a run.
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
 _ANNOUNCED = ".report.json"
 PAGE_FILE = "report.html"
 
@@ -73,3 +75,19 @@ def write_page(runs: Sequence[Path], path: Path) -> bool:
 
     write_text(path, report_page(runs))
     return True
+
+
+def model_of(name: str) -> str:
+    """The model that a name stands for: a run folder's saved model, or the name itself.
+
+    Raises BadInput for a run that saved no model, or whose model is gone.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").exists() or not (folder / REPORT_FILE).is_file():
+        return name
+    saved = Report.read(folder / REPORT_FILE).saved_model
+    if saved is None:
+        raise BadInput(f"the run {name} did not save its model; repeat it with --save-model FOLDER to compare it.")
+    if not saved.is_dir():
+        raise BadInput(f"the model of the run {name} is not at {saved} any more; name the folder where it is now.")
+    return str(saved)

@@ -16,7 +16,6 @@ from coprune.model.checkpoint.load import TaskName
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
-from coprune.run.phases import PhaseFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
@@ -117,6 +116,19 @@ class AccuracyFacts(BaseModel):
     """Images whose predicted class is another than the dense model's; None if that was not measured."""
     examples: list[ChangedPrediction]
     """The first of them."""
+
+
+class PhaseFacts(BaseModel):
+    """One phase of a run, with the memory in use when it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    seconds: float
+    resident_bytes: int | None
+    """Resident set of the process; None where the system does not tell."""
+    device_bytes: int | None
+    """Memory that tensors occupy on the GPU; None without one."""
 
 
 class Report(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,7 @@ from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
-
-# The reports' files; a folder that holds one belongs to a run.
-RECIPE_FILE = "recipe.yaml"
-REPORT_FILE = "report.json"
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 
 
 def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
@@ -91,15 +87,10 @@ def check_widths(chosen: Chosen, target: Target) -> None:
             )
 
 
-def looks_at_inputs(recipe: Recipe) -> bool:
-    """Whether data is needed before anything is pruned, whatever the method: to allocate sparsity or permute channels."""
-    return recipe.permute or allocation_named(recipe.allocation).statistic is not None
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """A file of a run folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
+    """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
+    looks = recipe.permute or allocation_named(recipe.allocation).statistic is not None
+    return solver.statistic is not None or recipe.reconstruct > 0 or looks
 
 
 def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:

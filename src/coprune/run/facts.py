@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +10,9 @@ from coprune.base.memory import peak_memory
 from coprune.data import EvaluationText
 from coprune.data.images import LabelledImages
 from coprune.evaluation.accuracy import Accuracy
-from coprune.evaluation.extras import Beside
+from coprune.evaluation.extras import Extras
 from coprune.evaluation.perplexity import Perplexity
+from coprune.evaluation.tasks import Data, Measured
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
 from coprune.report.schema import (
@@ -19,71 +20,77 @@ from coprune.report.schema import (
     CalibrationFacts,
     ModelFacts,
     PerplexityFacts,
+    PhaseFacts,
     Report,
     SparsityFacts,
     installed_versions,
 )
-from coprune.run.phases import PhaseFacts
-
-if TYPE_CHECKING:
-    from coprune.evaluation.tasks import Data, Measured
-    from coprune.run.session import Session
+from coprune.run.session import Opened, Session
 
 
-def build_report(
-    session: Session,
-    results: list[MatrixResult],
-    dense: dict[str, Measured],
-    pruned: dict[str, Measured],
-    beside: Beside,
-    phases: list[PhaseFacts],
-    prune_seconds: float,
-    total_seconds: float,
-) -> Report:
-    """Put together everything that a run measured; dense and pruned by the name of the data."""
-    model = session.loaded.model
+@dataclass(frozen=True)
+class Found:
+    """Everything that a run measured."""
+
+    results: list[MatrixResult]
+    dense: dict[str, Measured]
+    """Of the dense model, by the name of the data."""
+    pruned: dict[str, Measured]
+    extras: Extras
+    phases: list[PhaseFacts]
+    prune_seconds: float
+    total_seconds: float
+
+
+def build_report(session: Session, found: Found) -> Report:
+    """Put together everything that a run measured."""
+    opened, model = session.opened, session.model
+    measured = found.pruned.items()
     return Report(
-        recipe=session.recipe,
-        model=ModelFacts(
-            source=session.loaded.source,
-            model_type=model.config.model_type,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(session.loaded.device),
-            blocks=len(session.blocks),
-            block_names=[block.name for block in session.blocks],
-            parameters=model.num_parameters(),
-            quantised_source=session.loaded.quantised_source,
-            task=session.loaded.task,
-        ),
-        calibration=_calibration(session),
-        sparsity=_sparsity(session, results),
+        recipe=opened.recipe,
+        model=_model(session),
+        calibration=_calibration(opened),
+        sparsity=_sparsity(session, found.results),
         perplexity=[
-            _perplexity(session.data[name], name, dense.get(name), found)
-            for name, found in pruned.items()
-            if isinstance(found, Perplexity)
+            _perplexity(opened.data[name], name, found.dense.get(name), one)
+            for name, one in measured
+            if isinstance(one, Perplexity)
         ],
         accuracy=[
-            _accuracy(session, name, dense.get(name), found)
-            for name, found in pruned.items()
-            if isinstance(found, Accuracy)
+            _accuracy(opened, name, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)
         ],
-        left_out=[*session.chosen.left_out, *session.loaded.left_out],
-        prune_seconds=prune_seconds,
-        total_seconds=total_seconds,
+        left_out=[*model.chosen.left_out, *opened.loaded.left_out],
+        prune_seconds=found.prune_seconds,
+        total_seconds=found.total_seconds,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         versions=installed_versions(),
-        events=[f"{result.name}: {event}" for result in results for event in result.events],
-        matrices=results,
-        saved_model=session.recipe.save_model,
-        zero_shot=beside.zero_shot_facts(),
-        sample=beside.sample(),
-        phases=phases,
+        events=[f"{result.name}: {event}" for result in found.results for event in result.events],
+        matrices=found.results,
+        saved_model=opened.recipe.save_model,
+        zero_shot=found.extras.zero_shot_facts(),
+        sample=found.extras.sample(),
+        phases=found.phases,
     )
 
 
-def _calibration(session: Session) -> CalibrationFacts | None:
-    samples = session.samples
+def _model(session: Session) -> ModelFacts:
+    loaded, module = session.opened.loaded, session.model.module
+    return ModelFacts(
+        source=loaded.source,
+        model_type=module.config.model_type,
+        dtype=str(module.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        blocks=len(session.model.blocks),
+        block_names=session.model.names,
+        parameters=module.num_parameters(),
+        quantised_source=loaded.quantised_source,
+        task=loaded.task,
+    )
+
+
+def _calibration(opened: Opened) -> CalibrationFacts | None:
+    samples = opened.samples
     if samples is None:
         return None
     nsamples, *shape = samples.tokens.shape
@@ -92,7 +99,7 @@ def _calibration(session: Session) -> CalibrationFacts | None:
         nsamples=nsamples,
         seqlen=shape[0] if len(shape) == 1 else None,
         image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
-        seed=session.recipe.seed,
+        seed=opened.recipe.seed,
         fingerprint=samples.fingerprint,
     )
 
@@ -102,7 +109,9 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
     sizes = [result.shape[0] * result.shape[1] for result in results]
     zeros = sum(round(result.sparsity * size) for result, size in zip(results, sizes, strict=True))
     return SparsityFacts(
-        target=session.target.sparsity, matrices=zeros / sum(sizes), model=zeros / session.loaded.model.num_parameters()
+        target=session.opened.target.sparsity,
+        matrices=zeros / sum(sizes),
+        model=zeros / session.model.module.num_parameters(),
     )
 
 
@@ -121,7 +130,7 @@ def _perplexity(text: Data, name: str, dense: Measured | None, pruned: Perplexit
     )
 
 
-def _accuracy(session: Session, name: str, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
-    images, before = session.data[name], dense if isinstance(dense, Accuracy) else None
+def _accuracy(opened: Opened, name: str, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
+    images, before = opened.data[name], dense if isinstance(dense, Accuracy) else None
     assert isinstance(images, LabelledImages)
-    return accuracy_facts(name, images, session.loaded.model.config.id2label, before, pruned)
+    return accuracy_facts(name, images, opened.loaded.model.config.id2label, before, pruned)

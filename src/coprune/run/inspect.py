@@ -11,10 +11,10 @@ from coprune.model.checkpoint.weights import Weights
 from coprune.model.matrices import Chosen, Matrix, choose_matrices, find_matrices
 from coprune.model.opened import Loaded, open_model
 from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import Allocation, allocation_named
 from coprune.pruning.allocation.plan import plan_targets
-from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.checks import check_widths, prepare_solver
@@ -27,13 +27,14 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
     every_matrix: a line per matrix instead of one per kind; weights_too: read the weights to tell the present sparsity.
     Raises BadInput as a run with the recipe would.
     """
-    solver, target = prepare_solver(recipe)
+    _, target = prepare_solver(recipe)
     allocation = allocation_named(recipe.allocation)
     loaded = open_model(recipe, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
     check_widths(chosen, target)
-    targets = _plan(recipe, solver, target, allocation, loaded, blocks, chosen, reporter)
+    found_model = FoundModel(loaded.weights, blocks, chosen)
+    targets = _plan(recipe, loaded, found_model, allocation, target, reporter)
     wanted = {matrix.name for matrix in chosen.all()}
     zeros: dict[str, int] = {}
     matrices: list[Matrix] = []
@@ -69,24 +70,22 @@ def _count_zeros(weights: Weights, block: str, matrices: list[Matrix]) -> dict[s
 
 def _plan(
     recipe: Recipe,
-    solver: Solver,
-    target: Target,
-    allocation: Allocation,
     loaded: Loaded,
-    blocks: list[Block],
-    chosen: Chosen,
+    model: FoundModel,
+    allocation: Allocation,
+    target: Target,
     reporter: Reporter,
 ) -> dict[str, Target]:
     """What every chosen matrix would become, by name."""
-    structure = recording = None
+    recording = None
     if allocation.statistic is not None:
         task = task_for(recipe, loaded)
-        samples = task.calibration(solver, reporter)
+        samples = task.calibration(True, reporter)
         assert samples is not None
-        structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, task.probe(samples, {}))
-        recording = record_batches(loaded.model, blocks, structure, task.batches(samples.tokens))
-    with reporter.bar("Allocating sparsity", len(blocks)) if allocation.looks else NO_BAR as advance:
-        return plan_targets(allocation, loaded.weights, blocks, chosen, structure, recording, target, advance=advance)
+        model = proven = prove_replay(model, task.probe(samples, {}))
+        recording = record_batches(proven, task.batches(samples.tokens))
+    with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR as advance:
+        return plan_targets(allocation, model, recording, target, advance=advance)
 
 
 def _allocation_lines(name: str, blocks: list[Block], chosen: Chosen, targets: dict[str, Target]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from coprune.base.progress import NO_BAR
 from coprune.model.matrices import Chosen, Matrix
@@ -12,9 +11,7 @@ from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
 from coprune.recipe.pattern import Target
-
-if TYPE_CHECKING:
-    from coprune.run.session import Session
+from coprune.run.session import Session
 
 Record = Callable[[], Recording | None]
 """Records the calibration batches anew, since every walk moves their hidden states on."""
@@ -25,26 +22,18 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
 
     All processes of a run call this together. Raises BadInput, NumericalError.
     """
-    if session.recipe.permute:
+    opened, model = session.opened, session.model
+    recipe, reporter, processes = opened.recipe, opened.around.reporter, opened.around.processes
+    if recipe.permute:
         _permute(session, record)
-    allocation = allocation_named(session.recipe.allocation)
+    allocation = allocation_named(recipe.allocation)
     data = allocation.statistic is not None
-    bar = session.reporter.bar("Allocating sparsity", len(session.blocks)) if allocation.looks else NO_BAR
+    bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
     with bar as advance:
-        targets = plan_targets(
-            allocation,
-            session.loaded.weights,
-            session.blocks,
-            session.chosen,
-            session.structure,
-            record() if data else None,
-            session.target,
-            session.processes.reduce,
-            advance,
-        )
-    targets = session.processes.from_first(lambda: targets)
-    if session.recipe.allocation != "uniform":
-        session.reporter.say(f"Allocation {session.recipe.allocation}: {describe_targets(session.chosen, targets)}")
+        targets = plan_targets(allocation, model, record() if data else None, opened.target, processes, advance)
+    targets = processes.from_first(lambda: targets)
+    if recipe.allocation != "uniform":
+        reporter.say(f"Allocation {recipe.allocation}: {describe_targets(model.chosen, targets)}")
     return lambda matrix: targets[matrix.name]
 
 
@@ -57,20 +46,11 @@ def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:
 
 
 def _permute(session: Session, record: Record) -> None:
-    recording = record()
+    opened, recording = session.opened, record()
+    pattern, reporter = opened.target.pattern, opened.around.reporter
     assert recording is not None
-    probe = session.task.probe(session.samples, session.data)
-    with session.reporter.bar("Permuting channels", len(session.blocks)) as advance:
+    with reporter.bar("Permuting channels", len(session.model.blocks)) as advance:
         permuted = permute_model(
-            session.loaded.weights,
-            session.blocks,
-            session.chosen,
-            session.structure,
-            recording,
-            session.solver.method,
-            session.target.pattern,
-            probe,
-            session.processes.reduce,
-            advance,
+            session.model, recording, opened.solver.method, pattern, opened.around.processes, advance
         )
-    session.reporter.say(permuted.describe())
+    reporter.say(permuted.describe())

@@ -5,23 +5,10 @@ from __future__ import annotations
 import time
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from coprune.base.memory import resident_memory, return_free_memory
 from coprune.base.progress import Reporter
-
-
-class PhaseFacts(BaseModel):
-    """One phase of a run, with the memory in use when it ended."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    seconds: float
-    resident_bytes: int | None
-    """Resident set of the process; None where the system does not tell."""
-    device_bytes: int | None
-    """Memory that tensors occupy on the GPU; None without one."""
+from coprune.report.schema import PhaseFacts
 
 
 class Phases:

@@ -8,11 +8,13 @@ from typing import Any
 from coprune.base.errors import BadInput
 from coprune.base.files import write_bytes
 from coprune.base.progress import Reporter
-from coprune.evaluation.tasks.text import choose_seqlen, probe_tokens, read_calibration, split_batches
+from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.matrices import choose_matrices
 from coprune.model.opened import open_model
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.walk import MatricesReady, Walk
 from coprune.pruning.distributions import Distributions, distributions_of
@@ -57,26 +59,13 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
     if len(matching) != 1:
         raise BadInput(f"{name} matches {len(matching)} matrices ({', '.join(matching[:3])} …); name one to plot it.")
     check_widths(chosen, target)
-    seqlen = choose_seqlen(loaded.model, recipe)
-    windows = read_calibration(recipe, loaded, solver, seqlen, reporter)
-    assert windows is not None  # Wanda needs data
-    probe = probe_tokens(windows, {}, seqlen, loaded)
-    structure = prove_replay(loaded.model, loaded.weights, blocks, chosen.blocks, probe)
+    task = task_for(recipe, loaded)
+    samples = task.calibration(True, reporter)
+    assert samples is not None  # Wanda needs data
+    model = prove_replay(FoundModel(loaded.weights, blocks, chosen), task.probe(samples, {}))
     with reporter.bar(f"Walking to {name}", len(blocks)) as advance:
-        batches = split_batches(windows.tokens, recipe, loaded.device)
-        recording = record_batches(loaded.model, blocks, structure, batches)
-        walk = Walk(
-            loaded.weights,
-            blocks,
-            chosen.blocks,
-            solver.statistic,
-            structure,
-            recording,
-            changes=False,
-            outside=chosen.outside,
-            advance=advance,
-        )
-        for event in walk:
+        recording = record_batches(model, task.batches(samples.tokens))
+        for event in Walk(model, recording, solver.statistic, Dense(), advance=advance):
             if isinstance(event, MatricesReady) and event.inputs is not None and event.inputs.statistic is not None:
                 weight = event.matrices[0].read()
                 keep = solver.solve(weight, event.inputs, target).weight != 0

@@ -6,19 +6,16 @@ A sweep gives its runs a `Reuse` that remembers, so that what does not depend on
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from coprune.evaluation.extras import Beside
-    from coprune.evaluation.tasks import Measured
-    from coprune.model.walk.inputs import Inputs
-    from coprune.model.walk.recording import Recording
-    from coprune.run.estimate.estimate import Estimate
-    from coprune.run.session import Session
+from coprune.evaluation.extras import Extras
+from coprune.evaluation.tasks import Measured
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.walk import Known
+from coprune.run.estimate.estimate import Estimate
+from coprune.run.session import Session
 
 Tokens = TypeVar("Tokens")
-Known = dict[str, "Callable[[], dict[str, Inputs]]"]
-"""As `Walk.known`."""
 
 
 class Reuse:
@@ -33,9 +30,9 @@ class Reuse:
         return estimate()
 
     def dense(
-        self, session: Session, beside: Beside, measure: Callable[[], dict[str, Measured]]
+        self, session: Session, extras: Extras, measure: Callable[[], dict[str, Measured]]
     ) -> dict[str, Measured]:
-        """The dense model's figures by the name of the data; also fills in what is measured beside them."""
+        """The dense model's figures by the name of the data; also fills in what else is measured."""
         return measure()
 
     def gathered(

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from coprune.base.memory import return_free_memory
-from coprune.base.processes import Processes
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.data import EvaluationText, Windows
-from coprune.evaluation.tasks import Data, Samples, Task, TextTask, task_for
-from coprune.model.blocks import Block, find_blocks
-from coprune.model.matrices import Chosen, choose_matrices
+from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
+from coprune.model.blocks import find_blocks
+from coprune.model.matrices import choose_matrices
 from coprune.model.opened import Loaded, open_model, streams
-from coprune.model.walk.prove import Structure, prove_replay
+from coprune.model.walk.activations import GIB, Activations
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
-from coprune.run.checks import check_processes, check_widths, prepare_reconstruction, prepare_solver
+from coprune.run.checks import (
+    check_processes,
+    check_widths,
+    needs_inputs,
+    prepare_reconstruction,
+    prepare_solver,
+)
 from coprune.run.estimate.estimate import Estimate
-from coprune.run.estimate.workload import estimate_run
+from coprune.run.estimate.workload import Planned, estimate_run
 
 
-@dataclass
+@dataclass(frozen=True)
+class Surroundings:
+    """Who hears of a run, and who does it together."""
+
+    reporter: Reporter
+    processes: Processes = ALONE
+
+
+@dataclass(frozen=True)
 class Opened:
     """A run that has read its data, and nothing of its blocks."""
 
@@ -32,13 +48,11 @@ class Opened:
     solver: Solver
     target: Target
     loaded: Loaded
-    blocks: list[Block]
-    chosen: Chosen
+    found: FoundModel
     task: Task
     samples: Samples | None
     data: dict[str, Data]
-    reporter: Reporter
-    processes: Processes
+    around: Surroundings
     started: float
 
     def estimate(self) -> Estimate | None:
@@ -47,59 +61,62 @@ class Opened:
             return None
         texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
         windows = self.samples if isinstance(self.samples, Windows) else None
-        found = estimate_run(
-            self.recipe,
-            self.solver,
-            self.target,
-            self.loaded,
-            self.blocks,
-            self.chosen,
-            self.task.seqlen,
-            windows,
-            texts,
-            self.processes,
-        )
+        planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts)
+        found = estimate_run(planned, self.loaded, self.found, self.around.processes)
         return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
 
+    def activations(self, lists: int = 1) -> Activations:
+        """An empty list of hidden states within the recipe's limit, or one of several that share the limit.
 
-def open_run(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Opened:
-    """Check everything that can be checked without the blocks, cheap things first, and read the data."""
+        What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
+        """
+        recipe = self.recipe
+        limit = None if recipe.activation_memory is None else int(recipe.activation_memory * GIB / lists)
+        return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that a run has gathered before it changes anything."""
+
+    opened: Opened
+    model: ProvenModel
+    reconstruction: Reconstruction | None
+
+
+def open_run(recipe: Recipe, loaded: Loaded | None, around: Surroundings, remember: Remember = read_anew) -> Opened:
+    """Check everything that can be checked without the blocks, cheap things first, and read the data.
+
+    Args:
+        recipe: what is asked for.
+        loaded: the model, if it is open already.
+        around: who hears of the run, and who does it together.
+        remember: where tokenised texts come from, if they were tokenised before.
+
+    Raises:
+        BadInput, UnsupportedModel: for what cannot be done as asked.
+    """
     started = time.perf_counter()
     solver, target = prepare_solver(recipe)
     allocation_named(recipe.allocation)
-    check_processes(recipe, processes.size)
+    check_processes(recipe, around.processes.size)
+    reporter = around.reporter
     if loaded is None:
         reporter.say(f"Loading {recipe.model}")
         loaded = open_model(recipe, stream=streams(recipe))
     blocks = find_blocks(loaded.model)
-    chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
-    check_widths(chosen, target)
-    for left_out in [*chosen.left_out, *loaded.left_out]:
+    found = FoundModel(loaded.weights, blocks, choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude))
+    check_widths(found.chosen, target)
+    for left_out in [*found.chosen.left_out, *loaded.left_out]:
         reporter.say(f"Left alone: {left_out}.")
-    task = task_for(recipe, loaded)
-    samples = task.calibration(solver, reporter)
+    task = task_for(recipe, loaded, around.processes, remember)
+    samples = task.calibration(needs_inputs(recipe, solver), reporter)
     data = task.evaluation(reporter)
     return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
-    return Opened(recipe, solver, target, loaded, blocks, chosen, task, samples, data, reporter, processes, started)
+    return Opened(recipe, solver, target, loaded, found, task, samples, data, around, started)
 
 
-@dataclass
-class Session(Opened):
-    """All that a run has gathered before it changes anything."""
-
-    structure: Structure
-    reconstruction: Reconstruction | None
-
-
-def prepare_run(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Session:
-    """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
-    opened = open_run(recipe, loaded, reporter, processes)
-    if processes.first and (estimate := opened.loaded.reuse.estimate(opened.estimate)) is not None:
-        reporter.say(estimate.line())
-        if recipe.check_memory:
-            estimate.require()
+def prove_run(opened: Opened) -> Session:
+    """Prove that the model can be walked. Raises UnsupportedModel and NumericalError."""
     probe = opened.task.probe(opened.samples, opened.data)
-    model, weights = opened.loaded.model, opened.loaded.weights
-    structure = prove_replay(model, weights, opened.blocks, opened.chosen.blocks, probe)
-    gathered = {field.name: getattr(opened, field.name) for field in fields(opened)}
-    return Session(**gathered, structure=structure, reconstruction=prepare_reconstruction(recipe))
+    return Session(opened, prove_replay(opened.found, probe), prepare_reconstruction(opened.recipe))

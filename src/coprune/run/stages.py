@@ -11,10 +11,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
-from coprune.base.processes import Processes
+from coprune.base.files import path_of, write_text
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
-from coprune.evaluation.extras import Beside
+from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
@@ -22,16 +22,17 @@ from coprune.model.opened import Loaded
 from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.card import model_card
-from coprune.report.folder import announce, announced, finish_run_folder
+from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
-from coprune.run.checks import RECIPE_FILE, path_of, prepare_folders, settings_for
+from coprune.run.checks import prepare_folders, settings_for
 from coprune.run.estimate.estimate import Estimate
-from coprune.run.facts import build_report
+from coprune.run.facts import Found, build_report
 from coprune.run.journal import Output, run_identity
 from coprune.run.phases import Phases
-from coprune.run.prune_blocks import activations_of, prune_blocks
-from coprune.run.session import Session, open_run, prepare_run
+from coprune.run.prune_blocks import prune_blocks
+from coprune.run.reuse import Reuse
+from coprune.run.session import Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening
 
 
@@ -76,19 +77,27 @@ def run_recipe(
     loaded: Loaded | None = None,
     reporter: Reporter | None = None,
     write: bool = True,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
+    reuse: Reuse | None = None,
 ) -> Result:
     """Do what a recipe says.
 
-    loaded: a model that is open already, instead of the one that the recipe names; write: whether to leave a run
-    folder (the model is saved if the recipe names a folder for it); processes: this one among those that do the run
-    together, which all call this. Raises as `prune`, and LostProcess.
+    Args:
+        recipe: what is asked for.
+        loaded: a model that is open already, instead of the one that the recipe names.
+        reporter: who hears of it; without it, standard error.
+        write: whether to leave a run folder (the model is saved if the recipe names a folder for it).
+        processes: this one among those that do the run together, which all call this.
+        reuse: what the run takes over from others.
+
+    Raises:
+        BadInput, NumericalError, UnsupportedModel: as `prune`.
+        LostProcess: another process ended.
     """
     started = time.perf_counter()
-    processes = processes or Processes()
-    reporter = (reporter or Reporter()) if processes.first else Reporter(quiet=True)
+    around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes)
     if recipe.finetune is not None:
-        return _run_with_finetuning(recipe, loaded, reporter, processes)
+        return _run_with_finetuning(recipe, loaded, around)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
@@ -96,55 +105,66 @@ def run_recipe(
         require_login(recipe.push_to_hub)
     if processes.first and (write or recipe.save_model):
         prepare_folders(recipe)
-    with listening(recipe, reporter) if processes.first else nullcontext():
-        return _run(recipe, loaded, reporter, write and processes.first, processes, started)
+    with listening(recipe, around.reporter) if processes.first else nullcontext():
+        return _run(recipe, loaded, around, reuse or Reuse(), write and processes.first, started)
 
 
 def _run(
-    recipe: Recipe, loaded: Loaded | None, reporter: Reporter, write: bool, processes: Processes, started: float
+    recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Reuse, write: bool, started: float
 ) -> Result:
     """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
-    phases = Phases(reporter)
-    beside = Beside.prepare(recipe, processes.size)
-    session = prepare_run(recipe, loaded, reporter, processes)
+    phases, first = Phases(around.reporter), around.processes.first
+    extras = Extras.prepare(recipe, around.processes.size)
+    session = _open(recipe, loaded, around, reuse)
+    loaded = session.opened.loaded
     phases.done("load and prepare")
-    output = _open_output(session) if processes.first else None
+    output = _open_output(session) if first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
-    dense = session.loaded.reuse.dense(session, beside, lambda: _measure_dense(session, beside))
+    dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
     phases.done("measure the dense model")
-    results, seconds = prune_blocks(session, output)
+    results, seconds = prune_blocks(session, output, reuse)
     phases.done("prune")
     pruned = _measure(session, "pruned")
-    if processes.first:
-        beside.measure("pruned", session.loaded, reporter)
+    if first:
+        extras.measure("pruned", loaded, around.reporter)
     phases.done("measure the pruned model")
     total = time.perf_counter() - started
-    report = build_report(session, results, dense, pruned, beside, phases.facts, seconds, total)
+    report = build_report(session, Found(results, dense, pruned, extras, phases.facts, seconds, total))
     if write:
         announce(recipe, report)
     _save(session, output, report)
     if write:
         finish_run_folder(recipe, report)
-    reporter.event("finished", figures=final_figures(report))
-    if processes.first and recipe.push_to_hub is not None and recipe.save_model is not None:
-        reporter.say(f"Pushed to {push(recipe.save_model, recipe.push_to_hub)}")
-    in_memory = session.loaded.model if isinstance(session.loaded.weights, InMemory) else None
-    return Result(report, in_memory, session.loaded.tokenizer)
+    around.reporter.event("finished", figures=final_figures(report))
+    if first and recipe.push_to_hub is not None and recipe.save_model is not None:
+        around.reporter.say(f"Pushed to {push(recipe.save_model, recipe.push_to_hub)}")
+    in_memory = loaded.model if isinstance(loaded.weights, InMemory) else None
+    return Result(report, in_memory, loaded.tokenizer)
 
 
-def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, reporter: Reporter, processes: Processes) -> Result:
+def _open(recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Reuse) -> Session:
+    """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
+    opened = open_run(recipe, loaded, around, reuse.tokens)
+    if around.processes.first and (estimate := reuse.estimate(opened.estimate)) is not None:
+        around.reporter.say(estimate.line())
+        if recipe.check_memory:
+            estimate.require()
+    return prove_run(opened)
+
+
+def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, around: Surroundings) -> Result:
     from coprune.training.after_pruning import prune_and_finetune
 
     def prune_only(pruning: Recipe) -> Report:
-        return run_recipe(pruning, loaded, reporter, processes=processes).report
+        return run_recipe(pruning, loaded, around.reporter, processes=around.processes).report
 
-    return Result(prune_and_finetune(recipe, prune_only, reporter, processes), None, None)
+    return Result(prune_and_finetune(recipe, prune_only, around.reporter, around.processes), None, None)
 
 
 def estimate_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
-    found = open_run(recipe, None, reporter or Reporter(), Processes()).estimate()
+    found = open_run(recipe, None, Surroundings(reporter or Reporter())).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far.")
     return found
@@ -152,30 +172,33 @@ def estimate_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Estimat
 
 def _open_output(session: Session) -> Output | None:
     """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
-    recipe, loaded = session.recipe, session.loaded
-    if recipe.save_model is None and isinstance(loaded.weights, InMemory):
+    opened, model = session.opened, session.model
+    recipe, samples = opened.recipe, opened.samples
+    if recipe.save_model is None and isinstance(model.weights, InMemory):
         return None
-    data = None if session.samples is None else session.samples.fingerprint
-    identity = run_identity(recipe, loaded.fingerprint(session.blocks), data)
+    data = None if samples is None else samples.fingerprint
+    identity = run_identity(recipe, opened.loaded.fingerprint(model.blocks), data)
     folder = recipe.save_model or path_of(recipe.run_folder, "checkpoint")
-    return Output(folder, recipe.save_model is not None, loaded.weights, session.blocks, identity)
+    return Output(folder, recipe.save_model is not None, model.weights, model.blocks, identity)
 
 
-def _measure_dense(session: Session, beside: Beside) -> dict[str, Measured]:
+def _measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
     """Everything that is measured of the dense model."""
-    found = _measure(session, "dense") if session.recipe.evaluate_dense else {}
-    if session.processes.first:
-        beside.measure("dense", session.loaded, session.reporter)
+    opened = session.opened
+    found = _measure(session, "dense") if opened.recipe.evaluate_dense else {}
+    if opened.around.processes.first:
+        extras.measure("dense", opened.loaded, opened.around.reporter)
     return found
 
 
 def _measure(session: Session, which: str) -> dict[str, Measured]:
     """Perplexity or accuracy on everything that is measured on."""
-    found: dict[str, Measured] = {}
-    for name, data in session.data.items():
-        with session.reporter.bar(f"{session.task.measure_name}, {which} model", 1) as advance:
-            found[name] = session.task.measure(session, data, activations_of(session.recipe), advance)
-        session.reporter.say(session.task.line(which, name, found[name]))
+    opened, found = session.opened, dict[str, Measured]()
+    reporter, task = opened.around.reporter, opened.task
+    for name, data in opened.data.items():
+        with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
+            found[name] = task.measure(session.model, data, opened.activations(), advance)
+        reporter.say(task.line(which, name, found[name]))
     return found
 
 
@@ -188,7 +211,7 @@ def _save(session: Session, output: Output | None, report: Report) -> None:
         return
 
     def check(folder: Path) -> None:
-        session.reporter.say("Reloading the saved model to compare masks and logits")
-        verify_saved(folder, session.loaded.weights, session.blocks, session.structure, report.matrices)
+        session.opened.around.reporter.say("Reloading the saved model to compare masks and logits")
+        verify_saved(folder, session.model, {result.name: result.mask_checksum for result in report.matrices})
 
-    output.finish(session.loaded.processor, session.recipe, model_card(report), check)
+    output.finish(session.opened.loaded.processor, session.opened.recipe, model_card(report), check)

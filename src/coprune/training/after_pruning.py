@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
+from coprune.base.files import path_of, write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.schema import Report
-from coprune.run.checks import RECIPE_FILE, REPORT_FILE, path_of
 from coprune.training.report import FinetuneReport, summary_lines
 from coprune.training.run import finetune
 from coprune.training.settings import FinetuneSettings, make_settings

@@ -10,15 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.files import write_text
-from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.verify import verify_saved
 from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import input_device
-from coprune.pruning.pruner import MatrixResult
 from coprune.training.masks import Masks, plain_parameters
 
 
@@ -39,9 +38,9 @@ def save_model(
     """
     torch.nn.Module.to(prepare(model), dtype=dtype)
     masks.verify(plain_parameters(model))
-    blocks = find_blocks(model)
-    names = [block.name for block in blocks]
     weights = InMemory(model)
+    found = FoundModel.without_matrices(weights)
+    names = found.names
     writer = CheckpointWriter(folder, [REST, *names], weights.total_bytes)
     for name in names:
         writer.write(name, weights.original_tensors(name))
@@ -49,20 +48,5 @@ def save_model(
     save_companions(model, processor, writer.partial)
     write_text(writer.partial / "README.md", card)
     writer.finish()
-    structure = prove_replay(model, weights, blocks, [[] for _ in blocks], probe.to(input_device(model)))
-    verify_saved(folder, weights, blocks, structure, _checksums(masks))
-
-
-def _checksums(masks: Masks) -> list[MatrixResult]:
-    return [
-        MatrixResult(
-            name=entry.matrix.name,
-            shape=entry.matrix.shape,
-            sparsity=entry.matrix.zeros() / (entry.matrix.shape[0] * entry.matrix.shape[1]),
-            relative_layer_error=None,
-            tokens=None,
-            mask_checksum=entry.matrix.mask_checksum(),
-            seconds=0.0,
-        )
-        for entry in masks.matrices
-    ]
+    proven = prove_replay(found, probe.to(input_device(model)))
+    verify_saved(folder, proven, {entry.matrix.name: entry.matrix.mask_checksum() for entry in masks.matrices})

@@ -10,20 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.matrices import choose_matrices
 from coprune.model.walk import paging
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.paging import Paging
-from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
+from support.walking import MOVES, prove
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 33)), min_size=1, max_size=5)
@@ -60,13 +56,10 @@ def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> 
 def prune_within(family: str, propagation: str, limit: int | None) -> tuple[dict[str, torch.Tensor], list[str], int]:
     """The weights and masks of a pico model, pruned with activations within a limit, and their bytes on the disk."""
     model = pico_model(family)
-    weights, blocks = InMemory(prepare(model)), find_blocks(model)
-    chosen = choose_matrices(model, blocks)
-    structure = prove_replay(model, weights, blocks, chosen.blocks, pico_tokens(1))
-    hidden = Activations(limit=limit)
-    recording = record_batches(model, blocks, structure, list(pico_tokens().split(1)), hidden)
+    proven, hidden = prove(model, pico_tokens(1)), Activations(limit=limit)
+    recording = record_batches(proven, list(pico_tokens().split(1)), hidden)
     solver = Solver(METHODS["sparsegpt"])
-    walk = Walk(weights, blocks, chosen.blocks, solver.statistic, structure, recording, propagation)
+    walk = Walk(proven, recording, solver.statistic, MOVES[propagation])
     results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5))
     return dict(model.state_dict()), [result.mask_checksum for result in results], hidden.bytes_on_disk
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coprune.base.progress import Reporter
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
 from coprune.model.walk.walk import MatricesReady
 from coprune.pruning.methods import METHODS
@@ -16,7 +17,7 @@ from coprune.run.journal import Output
 from coprune.run.stages import run_recipe
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words
-from support.walking import make_walk, prune_with_walk
+from support.walking import MOVES, make_walk, prune_with_walk
 
 TWO_OF_FOUR = Target(NM(2, 4), 0.5)
 BATCHES = pico_tokens(6, 32).split(2)
@@ -42,10 +43,10 @@ def weights_of(model):
 
 @pytest.mark.parametrize(("family", "statistic"), [("llama", Gram), ("gpt2", InputNorm), ("mixtral", InputMoments)])
 def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family, statistic):
-    choice = EVERYTHING | {"propagation": "dense"} if family == "llama" else {"propagation": "dense"}
+    choice = EVERYTHING if family == "llama" else {}
     untied = {"tie_word_embeddings": False}
-    looked = sums_of(make_walk(pico_model(family, **untied), BATCHES, statistic, changes=False, **choice))
-    emptied = make_walk(pico_model(family, **untied), BATCHES, statistic, **choice)
+    looked = sums_of(make_walk(pico_model(family, **untied), BATCHES, statistic, Dense(), **choice))
+    emptied = make_walk(pico_model(family, **untied), BATCHES, statistic, Dense(), **choice)
     found = sums_of(emptied, lambda matrix: matrix.write(torch.zeros(matrix.shape)))
     assert found.keys() == looked.keys()
     assert family != "llama" or "lm_head" in found
@@ -73,12 +74,12 @@ def test_what_is_pruned_before_a_block_does_not_matter(method):
 def test_the_blocks_run_once():
     for propagation, times in (("dense", 1), ("block", 2)):
         model, calls = pico_model("llama"), []
-        walk = make_walk(model, BATCHES, InputNorm, propagation)
-        for block in walk.blocks:
+        walk = make_walk(model, BATCHES, InputNorm, MOVES[propagation])
+        for block in walk.model.blocks:
             block.module.register_forward_pre_hook(lambda module, arguments, calls=calls: calls.append(module))
         sums_of(walk)
         # Nobody wants the last block's outputs.
-        assert len(calls) == len(BATCHES) * (times * len(walk.blocks) - (times - 1))
+        assert len(calls) == len(BATCHES) * (times * len(walk.model.blocks) - (times - 1))
 
 
 @pytest.fixture(scope="module")

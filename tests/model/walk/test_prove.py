@@ -9,6 +9,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.matrices import choose_matrices
 from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import replaced_forwards, run_without_blocks
 from support.toys import ToyModel
 
@@ -17,7 +18,7 @@ TOKENS = torch.arange(12)[None]
 
 def prove(model):
     blocks = find_blocks(model)
-    return prove_replay(model, InMemory(model), blocks, choose_matrices(model, blocks).blocks, TOKENS)
+    return prove_replay(FoundModel(InMemory(model), blocks, choose_matrices(model, blocks)), TOKENS).structure
 
 
 class ChangesBetween(ToyModel):

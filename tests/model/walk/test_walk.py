@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.walk.moves import Dense, Sequential
 from coprune.model.walk.statistics import Gram, InputNorm
 from coprune.model.walk.walk import BlockDone, MatricesReady
 from coprune.pruning.methods import METHODS
@@ -98,7 +99,7 @@ def test_the_sliding_window_matters():
 def test_looking_changes_nothing_and_sees_the_dense_model(family):
     model = pico_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    walk = make_walk(model, BATCHES, InputNorm, changes=False)
+    walk = make_walk(model, BATCHES, InputNorm, Dense())
     seen, done = {}, []
     for event in walk:
         if isinstance(event, BlockDone):
@@ -106,9 +107,9 @@ def test_looking_changes_nothing_and_sees_the_dense_model(family):
             continue
         assert isinstance(event, MatricesReady)
         seen |= {matrix.name: event.inputs.statistic.mean_square for matrix in event.matrices}
-    assert done == list(range(len(walk.blocks)))
+    assert done == list(range(len(walk.model.blocks)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    layers = [layer for block in walk.blocks for layer in layers_of(block)]
+    layers = [layer for block in walk.model.blocks for layer in layers_of(block)]
     expected = inputs_by_full_forwards(model, layers, BATCHES)
     assert seen.keys() == expected.keys()
     for name, x in expected.items():
@@ -120,7 +121,7 @@ def test_without_data_every_matrix_is_shown_once():
     walk = make_walk(model, BATCHES)
     walk.recording = None
     names = [m.name for event in walk if isinstance(event, MatricesReady) for m in event.matrices]
-    assert names == [layer.name for block in walk.blocks for layer in layers_of(block)]
+    assert names == [layer.name for block in walk.model.blocks for layer in layers_of(block)]
 
 
 @settings(deadline=None, max_examples=6)
@@ -184,7 +185,7 @@ def test_keys_and_values_shared_between_layers_are_refused_by_name():
 @pytest.mark.parametrize("left_early", [False, True])
 def test_a_walk_in_step_leaves_the_gradient_mode_as_it_was(left_early: bool) -> None:
     """It belongs to the thread, which all lanes share; training afterwards must find it on."""
-    walk = iter(make_walk(pico_model("llama"), BATCHES, propagation="sequential"))
+    walk = iter(make_walk(pico_model("llama"), BATCHES, moves=Sequential()))
     for _ in walk:
         assert torch.is_grad_enabled()
         if left_early:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from coprune.model.matrices import choose_matrices
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.alpha import sparsities_by_exponent, tail_exponent
@@ -21,12 +20,9 @@ BATCHES = pico_tokens(16, 32).split(8)
 
 
 def plan(model, allocation, target):
-    walk = make_walk(model, BATCHES, changes=False)
-    chosen = choose_matrices(model, walk.blocks)
-    targets = plan_targets(
-        allocation_named(allocation), walk.weights, walk.blocks, chosen, walk.structure, walk.recording, target
-    )
-    return targets, walk.blocks, chosen
+    walk = make_walk(model, BATCHES)
+    targets = plan_targets(allocation_named(allocation), walk.model, walk.recording, target)
+    return targets, walk.model.blocks, walk.model.chosen
 
 
 def test_owl_keeps_more_where_there_are_more_outliers():
@@ -156,8 +152,8 @@ def test_movement_is_relative_and_by_token():
 
 def test_experts_of_one_parameter_are_one_unit():
     model = pico_model("mixtral")
-    walk = make_walk(model, BATCHES, changes=False)
-    units = units_of(choose_matrices(model, walk.blocks), [block.name for block in walk.blocks])
+    walk = make_walk(model, BATCHES)
+    units = units_of(walk.model.chosen, walk.model.names)
     experts = next(unit for unit in units if unit.name == "model.layers.0.mlp.experts.down_proj")
     assert len(experts.members) == 4
     assert (experts.rows, experts.width, experts.place) == (4 * 64, 96, "model.layers.0")
@@ -173,11 +169,9 @@ def test_a_plan_looks_only():
 
 def test_alpha_needs_no_data():
     model = pico_model("llama")
-    walk = make_walk(model, BATCHES, changes=False)
-    chosen = choose_matrices(model, walk.blocks)
-    arguments = (walk.weights, walk.blocks, chosen, walk.structure)
+    proven = make_walk(model, BATCHES).model
     target = Target(Unstructured(), 0.5)
-    without = plan_targets(allocation_named("alpha"), *arguments, None, target)
-    recording = record_batches(model, walk.blocks, walk.structure, BATCHES)
-    assert without == plan_targets(allocation_named("alpha"), *arguments, recording, target)
+    without = plan_targets(allocation_named("alpha"), proven, None, target)
+    recording = record_batches(proven, BATCHES)
+    assert without == plan_targets(allocation_named("alpha"), proven, recording, target)
     assert len({t.sparsity for t in without.values()}) > 1

@@ -6,7 +6,6 @@ import pytest
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.model.matrices import choose_matrices
 from coprune.pruning.allocation import ALLOCATIONS, allocation_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.methods import METHODS
@@ -30,10 +29,9 @@ def plans(request):
     found = {}
     for name in ALLOCATIONS:
         for target in TARGETS:
-            walk = make_walk(model, BATCHES, changes=False)
-            chosen = choose_matrices(model, walk.blocks)
-            arguments = (walk.weights, walk.blocks, chosen, walk.structure, walk.recording, target)
-            found[name, str(target.pattern), target.sparsity] = plan_targets(allocation_named(name), *arguments)
+            walk = make_walk(model, BATCHES)
+            targets = plan_targets(allocation_named(name), walk.model, walk.recording, target)
+            found[name, str(target.pattern), target.sparsity] = targets
     return request.param, found
 
 

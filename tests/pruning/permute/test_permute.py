@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import coprune
 from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
-from coprune.model.matrices import choose_matrices, find_matrices
+from coprune.model.matrices import find_matrices
 from coprune.pruning.methods import METHODS
 from coprune.pruning.permute.apply import permute_model
 from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score
@@ -97,11 +97,8 @@ def randomise_vectors(model):
 
 def permute(model, method="wanda", pattern=PATTERNS[0]):
     batches = pico_tokens(16, 32).split(8)
-    walk = make_walk(model, batches, changes=False)
-    chosen = choose_matrices(model, walk.blocks)
-    return permute_model(
-        walk.weights, walk.blocks, chosen, walk.structure, walk.recording, METHODS[method], pattern, batches[0][:1]
-    )
+    walk = make_walk(model, batches)
+    return permute_model(walk.model, walk.recording, METHODS[method], pattern)
 
 
 @pytest.mark.parametrize("family", EXPECTED)

@@ -1,14 +1,11 @@
 """Block reconstruction: closer to the dense model on what it never trained on, with every zero kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from coprune.base.errors import BadInput
-from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.matrices import choose_matrices
-from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
@@ -16,6 +13,7 @@ from coprune.pruning.pruner import Solver, prune_walk, reconstruct_block
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import NM, Target
 from support.pico import pico_model, pico_tokens
+from support.walking import MOVES, prove
 
 BATCHES = pico_tokens(24, 32).split(2)
 FRESH = pico_tokens(8, 32, seed=1)
@@ -24,27 +22,17 @@ FRESH = pico_tokens(8, 32, seed=1)
 def pruned(reconstruction, propagation="sequential", aims=True):
     """A pico model at 2:4, reconstructed if asked for; aims: whether dense states are kept only where they are looked at."""
     model = pico_model("llama")
-    weights, blocks = InMemory(prepare(model)), find_blocks(model)
-    chosen = choose_matrices(model, blocks)
-    structure = prove_replay(model, weights, blocks, chosen.blocks, BATCHES[0])
-    recording = record_batches(model, blocks, structure, BATCHES)
+    proven = prove(model, BATCHES[0])
+    recording = record_batches(proven, BATCHES)
     solver = Solver(METHODS["wanda"])
     if reconstruction is not None:
         recording.dense = recording.hidden.copy()
         recording.aims = reconstruction.batches_used(len(BATCHES)) if aims else None
-    walk = Walk(
-        weights,
-        blocks,
-        chosen.blocks,
-        solver.statistic,
-        structure,
-        recording,
-        propagation,
-        keep_inputs=reconstruction is not None,
-    )
+    moves = replace(MOVES[propagation], keep_inputs=reconstruction is not None)
+    walk = Walk(proven, recording, solver.statistic, moves)
 
-    def block_done(block, results):
-        return results if reconstruction is None else reconstruct_block(reconstruction, block, recording, results)
+    def block_done(done, results):
+        return results if reconstruction is None else reconstruct_block(reconstruction, done, recording, results)
 
     results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5), block_done=block_done)
     return model, results

@@ -22,7 +22,7 @@ from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
 from coprune.run.estimate.estimate import Settings, Workload, estimate
 from coprune.run.estimate.live_bytes import LiveBytes
-from coprune.run.estimate.machine import BlockCosts, SolveCosts, _extrapolate, measure_solving
+from coprune.run.estimate.machine import BlockCosts, SolveCosts, Trials, _extrapolate, measure_solving
 from support.pico_folder import save_pico, write_words
 
 MIB = 1 << 20
@@ -57,8 +57,9 @@ def test_extrapolation_finds_square_and_cubic_growth(square: float, cubic: float
 
 def test_bytes_of_a_solve_are_extrapolated_from_smaller_ones() -> None:
     solver, target = Solver(METHODS["sparsegpt"]), Target(NM(2, 4), 0.5)
-    small = measure_solving((256, 512), solver, target, True, torch.device("cpu"), False, 0.0)
-    large = measure_solving((512, 1024), solver, target, True, torch.device("cpu"), False, 0.0)
+    trials = Trials(solver, target, layer_error=True, device=torch.device("cpu"), cross=False)
+    small = measure_solving((256, 512), trials, 0.0)
+    large = measure_solving((512, 1024), trials, 0.0)
     assert large.statistic_bytes == pytest.approx(4 * small.statistic_bytes, rel=0.5)
     assert 1.5 < (large.most_bytes - 48 * MIB) / (small.most_bytes - 48 * MIB) < 6
 

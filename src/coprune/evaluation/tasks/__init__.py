@@ -6,18 +6,29 @@ methods, the walk and the checkpoint know nothing of it. The two tasks are the e
 
 from __future__ import annotations
 
-from coprune.evaluation.tasks.base import Data, Measured, Samples, Task
+from coprune.base.processes import ALONE, Processes
+from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples, Task, read_anew
 from coprune.evaluation.tasks.images import ImageTask
 from coprune.evaluation.tasks.text import TextTask
 from coprune.model.checkpoint.load import TaskName
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import Recipe
 
-__all__ = ["TASKS", "Data", "ImageTask", "Measured", "Samples", "Task", "TextTask", "task_for"]
+__all__ = ["TASKS", "Data", "ImageTask", "Measured", "Remember", "Samples", "Task", "TextTask", "read_anew", "task_for"]
 
 TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {"text": TextTask, "images": ImageTask}
 
 
-def task_for(recipe: Recipe, loaded: Loaded) -> Task:
-    """The task of a loaded model, ready to be asked. Raises BadInput for settings that make no sense for it."""
-    return TASKS[loaded.task](recipe, loaded)
+def task_for(recipe: Recipe, loaded: Loaded, processes: Processes = ALONE, remember: Remember = read_anew) -> Task:
+    """The task of a loaded model, ready to be asked.
+
+    Args:
+        recipe: what is asked for.
+        loaded: the model.
+        processes: those that measure together.
+        remember: where tokenised texts come from, if they were tokenised before.
+
+    Raises:
+        BadInput: for settings that make no sense for the model.
+    """
+    return TASKS[loaded.task](recipe, loaded, processes, remember)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,14 +16,23 @@ from coprune.data.images import (
 from coprune.evaluation.accuracy import Accuracy
 from coprune.evaluation.perplexity import Perplexity
 from coprune.model.walk.activations import Activations
-from coprune.pruning.pruner import Solver
-
-if TYPE_CHECKING:
-    from coprune.run.session import Session
+from coprune.model.walk.proven import ProvenModel
 
 Samples = Windows | ImageSamples
 Data = EvaluationText | LabelledImages
 Measured = Perplexity | Accuracy
+Tokens = TypeVar("Tokens")
+
+
+class Remember(Protocol):
+    """Gives what was read before under the same key, or reads it now."""
+
+    def __call__(self, key: tuple[Hashable, ...], read: Callable[[], Tokens], /) -> Tokens: ...
+
+
+def read_anew(key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+    """Remember nothing."""
+    return read()
 
 
 class Task(Protocol):
@@ -31,8 +40,11 @@ class Task(Protocol):
 
     measure_name: str
 
-    def calibration(self, solver: Solver, reporter: Reporter) -> Samples | None:
-        """Draw the calibration samples; None if nothing needs them."""
+    def calibration(self, needed: bool, reporter: Reporter) -> Samples | None:
+        """Draw the calibration samples; None if nothing needs them.
+
+        needed: whether all of them are, or just a few to measure layer errors on.
+        """
         ...
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
@@ -47,8 +59,11 @@ class Task(Protocol):
         """Cut calibration samples into batches on the model's device."""
         ...
 
-    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Measured:
-        """Measure the model as it is now. activations: an empty list, used where the blocks are streamed."""
+    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Measured:
+        """Measure the model as it is now, together with the other processes of the run.
+
+        activations: an empty list, used where the blocks are streamed.
+        """
         ...
 
     def measure_in_memory(self, data: Data, advance: Advance) -> Measured:

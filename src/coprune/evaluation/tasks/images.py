@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.data.images import (
     ImageSamples,
@@ -24,18 +24,14 @@ from coprune.data.images import (
 )
 from coprune.evaluation.accuracy import Accuracy, aggregate_accuracy, rank_classes
 from coprune.evaluation.batches import inference_logits
-from coprune.evaluation.streamed import streamed_logits
-from coprune.evaluation.tasks.base import Data, Measured, Samples
+from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
+from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import input_device
-from coprune.pruning.pruner import Solver
+from coprune.model.walk.streamed import streamed_logits
 from coprune.recipe.recipe import Recipe
-from coprune.run.checks import looks_at_inputs
-
-if TYPE_CHECKING:
-    from coprune.run.session import Session
 
 BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
 STREAMED_IMAGES = 2048  # whose hidden states are held at a time where the blocks are streamed
@@ -46,8 +42,8 @@ class ImageTask:
 
     measure_name = "Accuracy"
 
-    def __init__(self, recipe: Recipe, loaded: Loaded) -> None:
-        self._recipe, self._loaded = recipe, loaded
+    def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
+        self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised
         if recipe.runs_tasks:
             raise BadInput(f"{loaded.source} classifies images; zero-shot tasks are for language models.")
 
@@ -67,9 +63,8 @@ class ImageTask:
             raise BadInput("a classifier in memory needs its image processor: prune(model, image_processor=...).")
         return transform_of(self._loaded.processor)
 
-    def calibration(self, solver: Solver, reporter: Reporter) -> ImageSamples | None:
+    def calibration(self, needed: bool, reporter: Reporter) -> ImageSamples | None:
         recipe = self._recipe
-        needed = solver.statistic is not None or recipe.reconstruct > 0 or looks_at_inputs(recipe)
         if not needed and not recipe.layer_error:
             return None
         # Layer errors alone take a thousand patches or so.
@@ -114,15 +109,15 @@ class ImageTask:
     def _batch_size(self, pixels: Tensor) -> int:
         return self._recipe.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
 
-    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Accuracy:
+    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Accuracy:
         assert isinstance(data, LabelledImages)
-        own = session.processes.share(torch.arange(len(data))).tolist()
-        if isinstance(session.loaded.weights, InMemory):
+        own = self._processes.share(torch.arange(len(data))).tolist()
+        if isinstance(model.weights, InMemory):
             ranked = self._rank_in_memory(data, own, advance)
         else:
-            ranked = self._rank_streamed(session, data, own, activations, advance)
+            ranked = self._rank_streamed(model, data, own, activations, advance)
         own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, min(5, self._classes), dtype=torch.int64)
-        return aggregate_accuracy(torch.cat(session.processes.gather(own_ranked)), self._labels(data))
+        return aggregate_accuracy(torch.cat(self._processes.gather(own_ranked)), self._labels(data))
 
     def measure_in_memory(self, data: Data, advance: Advance) -> Accuracy:
         assert isinstance(data, LabelledImages)
@@ -142,24 +137,21 @@ class ImageTask:
 
     def _rank_streamed(
         self,
-        session: Session,
+        model: ProvenModel,
         data: LabelledImages,
         own: Sequence[int],
         activations: Activations,
         advance: Advance,
     ) -> list[Tensor]:
         """As many images at a time as may be held, since every such part reads all blocks once."""
-        weights = session.loaded.weights
-        device = input_device(weights.model)
+        device = input_device(model.module)
         size = self._batch_size(self.transform([data.image(0)]))
         ranked = []
         for start in range(0, len(own), STREAMED_IMAGES):
             part = own[start : start + STREAMED_IMAGES]
             windows = [pixels.to(device) for pixels, _ in image_batches(data, self.transform, size, part)]
             ranked += streamed_logits(
-                weights,
-                session.blocks,
-                session.structure,
+                model,
                 windows,
                 lambda logits, _: rank_classes(logits),
                 activations=activations if len(own) <= STREAMED_IMAGES else None,

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
+from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.evaluation.perplexity import Perplexity, perplexity
+from coprune.evaluation.shared import shared_perplexity
 from coprune.evaluation.streamed import streamed_perplexity
-from coprune.evaluation.tasks.base import Data, Measured, Samples
+from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples
 from coprune.evaluation.texts import plain_names
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
+from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.statistics import InputSample
-from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
-from coprune.run.checks import looks_at_inputs
-from coprune.run.share import shared_perplexity
-
-if TYPE_CHECKING:
-    from coprune.run.session import Session
 
 
 class TextTask:
@@ -34,48 +31,60 @@ class TextTask:
 
     measure_name = "Perplexity"
 
-    def __init__(self, recipe: Recipe, loaded: Loaded) -> None:
+    def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded = recipe, loaded
+        self._processes, self._remember = processes, remember
         self.seqlen = choose_seqlen(loaded.model, recipe)
 
-    def calibration(self, solver: Solver, reporter: Reporter) -> Windows | None:
-        return read_calibration(self._recipe, self._loaded, solver, self.seqlen, reporter)
+    def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
+        recipe, nsamples = self._recipe, self._recipe.nsamples
+        if not needed:
+            if not recipe.layer_error:
+                return None
+            nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
+        reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.dataset}.")
+        tokenizer, seed, folder = _tokenizer(self._loaded), recipe.seed, recipe.cache_dir
+        return self._remember(
+            ("calibration", self._loaded.source, recipe.dataset, nsamples, self.seqlen, seed, folder),
+            lambda: calibration_windows(recipe.dataset, tokenizer, nsamples, self.seqlen, seed, folder),
+        )
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
-        return dict(read_evaluation(self._recipe, self._loaded, self.seqlen, reporter))
+        recipe = self._recipe
+        if not recipe.evaluate:
+            return {}
+        if recipe.eval_data is not None:
+            return {name: self._read(name) for name in plain_names(recipe.eval_data)}
+        name = evaluation_corpus_for(recipe.dataset)
+        if name is None:
+            reporter.say(f"No perplexity: {recipe.dataset} has no test split. Name a text with --eval-data.")
+            return {}
+        return {name: self._read(name)}
+
+    def _read(self, name: str) -> EvaluationText:
+        tokenizer, folder, limit = _tokenizer(self._loaded), self._recipe.cache_dir, self._recipe.eval_tokens
+        return self._remember(
+            ("evaluation", self._loaded.source, name, self.seqlen, folder, limit),
+            lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
+        )
 
     def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
-        texts = {name: text for name, text in data.items() if isinstance(text, EvaluationText)}
+        texts = [text for text in data.values() if isinstance(text, EvaluationText)]
         return probe_tokens(samples if isinstance(samples, Windows) else None, texts, self.seqlen, self._loaded)
 
     def batches(self, samples: Tensor) -> Sequence[Tensor]:
         return split_batches(samples, self._recipe, self._loaded.device)
 
-    def measure(self, session: Session, data: Data, activations: Activations, advance: Advance) -> Perplexity:
+    def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Perplexity:
         assert isinstance(data, EvaluationText)
-        weights, blocks, structure, size = (
-            session.loaded.weights,
-            session.blocks,
-            session.structure,
-            session.recipe.batch_size,
-        )
+        size, blocks = self._recipe.batch_size, len(model.blocks)
 
         def measure(text: EvaluationText) -> Perplexity:
-            if isinstance(weights, InMemory):
+            if isinstance(model.weights, InMemory):
                 return self.measure_in_memory(text, advance)
-            return streamed_perplexity(
-                weights,
-                blocks,
-                structure,
-                text.tokens,
-                self.seqlen,
-                size,
-                text.token_bytes,
-                advance=lambda done: advance(done / len(blocks)),
-                activations=activations,
-            )
+            return streamed_perplexity(model, text, self.seqlen, size, lambda done: advance(done / blocks), activations)
 
-        return shared_perplexity(session.processes, data, self.seqlen, measure)
+        return shared_perplexity(self._processes, data, self.seqlen, measure)
 
     def measure_in_memory(self, data: Data, advance: Advance) -> Perplexity:
         assert isinstance(data, EvaluationText)
@@ -105,56 +114,13 @@ def choose_seqlen(model: PreTrainedModel, recipe: Recipe) -> int:
     return recipe.seqlen
 
 
-def read_calibration(recipe: Recipe, loaded: Loaded, solver: Solver, seqlen: int, reporter: Reporter) -> Windows | None:
-    """Draw the calibration samples; None if nothing needs them.
-
-    A method without a statistic needs data for its layer errors alone, for which a few samples do.
-    """
-    nsamples = recipe.nsamples
-    if solver.statistic is None and recipe.reconstruct == 0 and not looks_at_inputs(recipe):
-        if not recipe.layer_error:
-            return None
-        nsamples = min(nsamples, -(-4 * InputSample.tokens // seqlen))
-    reporter.say(f"Calibration: {nsamples} samples of {seqlen} tokens from {recipe.dataset}.")
-    tokenizer, seed, folder = _tokenizer(loaded), recipe.seed, recipe.cache_dir
-    return loaded.reuse.tokens(
-        ("calibration", loaded.source, recipe.dataset, nsamples, seqlen, seed, folder),
-        lambda: calibration_windows(recipe.dataset, tokenizer, nsamples, seqlen, seed, folder),
-    )
-
-
-def read_evaluation(recipe: Recipe, loaded: Loaded, seqlen: int, reporter: Reporter) -> dict[str, EvaluationText]:
-    """Read every evaluation text, by name; empty if none is asked for or known."""
-    if not recipe.evaluate:
-        return {}
-    if recipe.eval_data is None:
-        name = evaluation_corpus_for(recipe.dataset)
-        if name is None:
-            reporter.say(f"No perplexity: {recipe.dataset} has no test split. Name a text with --eval-data.")
-            return {}
-        names = [name]
-    else:
-        names = plain_names(recipe.eval_data)
-    tokenizer, folder, limit = _tokenizer(loaded), recipe.cache_dir, recipe.eval_tokens
-
-    def read(name: str) -> EvaluationText:
-        return loaded.reuse.tokens(
-            ("evaluation", loaded.source, name, seqlen, folder, limit),
-            lambda: evaluation_tokens(name, tokenizer, seqlen, folder, limit),
-        )
-
-    return {name: read(name) for name in names}
-
-
-def probe_tokens(
-    windows: Windows | None, texts: dict[str, EvaluationText], seqlen: int, loaded: Loaded
-) -> torch.Tensor:
+def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqlen: int, loaded: Loaded) -> torch.Tensor:
     """One sample (1 × S int64, at most 512 tokens) to prove the replay with: of the data, or random without any."""
     length = min(seqlen, 512)
     if windows is not None:
         sample = windows.tokens[:1, :length]
     elif texts:
-        sample = next(iter(texts.values())).tokens[None, :length]
+        sample = texts[0].tokens[None, :length]
     else:
         vocabulary = loaded.model.config.get_text_config().vocab_size
         sample = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))

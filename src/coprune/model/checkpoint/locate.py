@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
 from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
-from coprune.packed.registration import QUANT_METHOD
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.

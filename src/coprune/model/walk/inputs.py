@@ -5,13 +5,14 @@ Matrices fed by the same tensor share one `Inputs`; the first of them to be used
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.processes import Processes
 from coprune.model.matrices import Matrix
 from coprune.model.walk.statistics import CrossGram, InputNorm, InputSample
 
@@ -35,6 +36,15 @@ class Inputs:
             self.cross = self.cross or CrossGram(self.sample.width, x.device)
             self.cross.update(x_dense, x)
 
+    def reduce(self, processes: Processes) -> None:
+        """Complete what is known with what the other processes saw of the same tensor, in place, before it is used."""
+        if processes.size == 1:
+            return
+        for sums in (self.statistic, self.cross):
+            if sums is not None:
+                sums.reduce(processes)
+        self.sample.reduce(processes, needed=self.statistic is None or not self.statistic.tells_errors)
+
 
 class Gathered:
     """The inputs of one block's groups of matrices while its batches run."""
@@ -44,7 +54,7 @@ class Gathered:
         groups: Sequence[list[Matrix]],
         statistic: type[InputNorm] | None,
         batches: int,
-        reduce: Callable[[Inputs], None],
+        processes: Processes,
         known: Mapping[str, Inputs] | None = None,
     ) -> None:
         """known: what was gathered before, by the name of a group's first matrix."""
@@ -52,7 +62,7 @@ class Gathered:
         self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
         self._statistic = statistic
         self._batches = batches
-        self._reduce = reduce
+        self._processes = processes
         self._inputs: dict[str, Inputs] = dict(known or {})
         self._complete: set[str] = set()
         self._pools: dict[str, InputNorm] = {}
@@ -95,7 +105,7 @@ class Gathered:
             return
         matrix = self._groups[leader][0]
         inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
-        self._reduce(inputs)
+        inputs.reduce(self._processes)
         if matrix.expert is not None and inputs.statistic is not None:
             inputs.pool = self._pool_of(matrix, inputs.statistic)
         self._complete.add(leader)

@@ -8,18 +8,17 @@ are fed by the same tensor, and which are used more than once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.weights import Weights
 from coprune.model.matrices import Matrix
 from coprune.model.walk.arguments import same_value
 from coprune.model.walk.observe import observe_products
+from coprune.model.walk.proven import FoundModel, ProvenModel, Structure
 from coprune.model.walk.record import (
     Answer,
     BlockCall,
@@ -42,29 +41,22 @@ COMPARED_LOGITS = 32
 vocabulary the logits of all would take more memory than the rest of a run."""
 
 
-@dataclass
-class Structure:
-    """What one real forward showed of the blocks."""
-
-    sample: Tensor
-    """The batch of one that was sent through."""
-    answers: list[Answer] = field(default_factory=list)
-    """For every block, what its answer looks like."""
-    groups: list[list[list[Matrix]]] = field(default_factory=list)
-    """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
-    reused: list[str] = field(default_factory=list)
-    """Names of matrices that are multiplied more than once in a forward."""
-
-
 @torch.no_grad()
-def prove_replay(
-    model: nn.Module, weights: Weights, blocks: Sequence[Block], matrices: Sequence[Sequence[Matrix]], sample: Tensor
-) -> Structure:
+def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     """Compare a real forward of one sample with the replay, block by block and at the logits.
 
-    sample: a batch of one, as in `forward_logits`. Raises UnsupportedModel naming the block or matrix in which they
-    part, NumericalError naming a block whose activations are not finite.
+    Args:
+        found: the model; its blocks are acquired one at a time.
+        sample: a batch of one, as in `forward_logits`.
+
+    Returns:
+        The same model with what the forward showed.
+
+    Raises:
+        UnsupportedModel: names the block or matrix in which they part.
+        NumericalError: names a block whose activations are not finite.
     """
+    model, weights, blocks, matrices = found.module, found.weights, found.blocks, found.chosen.blocks
     structure = Structure(sample)
     forwards = {block.index: block.module.forward for block in blocks}
     calls: list[BlockCall] = []
@@ -106,7 +98,7 @@ def prove_replay(
     after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward.")
-    return structure
+    return ProvenModel(found.weights, found.blocks, found.chosen, structure)
 
 
 def _observe_block(

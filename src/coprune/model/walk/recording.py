@@ -6,12 +6,12 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.arguments import TensorPool
-from coprune.model.walk.prove import Structure
+from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import BlockCall, run_without_blocks
 
 
@@ -37,21 +37,21 @@ class Recording:
 
 
 @torch.no_grad()
-def record_batches(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    structure: Structure,
-    batches: Sequence[Tensor],
-    activations: Activations | None = None,
-) -> Recording:
+def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: Activations | None = None) -> Recording:
     """Run every batch through the model with idle blocks.
 
-    batches: B × S int64 each; activations: an empty list for the hidden states (default: one in memory).
+    Args:
+        model: the model, whose blocks are not needed.
+        batches: B × S int64 each, or images.
+        activations: an empty list for the hidden states; without it they are kept in memory.
+
+    Returns:
+        The recording, at the first block.
     """
     pool = TensorPool()
     recording = Recording([], Activations() if activations is None else activations, [])
     for tokens in batches:
-        hidden, calls = run_without_blocks(model, blocks, tokens, structure.answers)
+        hidden, calls = run_without_blocks(model.module, model.blocks, tokens, model.structure.answers)
         recording.tokens.append(tokens)
         recording.hidden.append(hidden)
         recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])

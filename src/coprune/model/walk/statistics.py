@@ -7,7 +7,7 @@ model's dtype, and matrices that are fed by the same tensor share one statistic.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from coprune.base.errors import NumericalError
 from coprune.base.native.solving import add_to_gram
 from coprune.base.precision import full_float32
+from coprune.base.processes import Processes
 
 Derived = TypeVar("Derived")
 
@@ -46,6 +47,16 @@ class Sums(ABC):
         self.count += other.count
         self._derived.clear()
 
+    def reduce(self, processes: Processes) -> None:
+        """Add what the other processes of a run have seen of the same tensor, in place; all of them call this."""
+        self.count = processes.add_up(self.sums.values(), self.count)
+
+    def restore(self, sums: Mapping[str, Tensor], count: int) -> None:
+        """Take over sums that were kept, and the number of tokens that they were summed over."""
+        self.sums = {name: sums[name] for name in self.sums}
+        self.count = count
+        self._derived.clear()
+
     def remember(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
         """Return what `compute` gave under this key, computed once until the statistic sees more.
 
@@ -63,6 +74,8 @@ class InputNorm(Sums):
 
     per_channel: ClassVar[str] = "square"
     """Name of a sum of shape I that everything seen goes into."""
+    tells_errors: ClassVar[bool] = False
+    """Whether layer errors can be measured on it (`relative_error`); otherwise a sample of the inputs is needed."""
 
     @classmethod
     def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
@@ -134,6 +147,7 @@ class Gram(InputNorm):
     """Gram matrix XᵀX / T of the inputs (the Hessian of SparseGPT up to a factor, arXiv 2301.00774)."""
 
     per_channel: ClassVar[str] = "sum"  # not the diagonal, which lies far apart in memory
+    tells_errors: ClassVar[bool] = True
 
     @classmethod
     def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
@@ -210,8 +224,15 @@ class InputSample:
         step = max(1, x_TI.shape[0] // self._per_batch)
         self._rows.append(x_TI[step // 2 :: step][: self._per_batch].to(torch.float32, copy=True))
 
-    def replace(self, inputs: Tensor, count: int) -> None:
-        """Put in place what several samples hold together. inputs: N × I float32; count: tokens that they saw."""
+    def reduce(self, processes: Processes, needed: bool) -> None:
+        """Put in place what the samples of all processes hold together; needed: whether its rows are, or only the count."""
+        if needed:
+            self.restore(*processes.gather_rows(self.inputs, self.count, self.tokens))
+        else:
+            self.count = sum(processes.gather(self.count))
+
+    def restore(self, inputs: Tensor, count: int) -> None:
+        """Take over rows that were kept. inputs: N × I float32; count: tokens that they were chosen from."""
         self._rows = [inputs]
         self.count = count
 

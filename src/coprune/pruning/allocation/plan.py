@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.model.blocks import Block
-from coprune.model.checkpoint.weights import Weights
-from coprune.model.matrices import Chosen
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.prove import Structure
+from coprune.base.processes import ALONE, Processes
+from coprune.model.walk.moves import Dense
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.walk import BlockDone, Walk
 from coprune.pruning.allocation.base import Allocation, Shown, unit_name, units_of
@@ -23,38 +22,37 @@ TOKENS = 1024
 
 def plan_targets(
     allocation: Allocation,
-    weights: Weights,
-    blocks: Sequence[Block],
-    chosen: Chosen,
-    structure: Structure | None,
+    model: FoundModel,
     recording: Recording | None,
     target: Target,
-    reduce: Callable[[Inputs], None] = lambda inputs: None,
+    processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> dict[str, Target]:
     """Give every chosen matrix its target; all together have the sparsity of the overall one.
 
-    structure, recording: what the proof showed, and calibration batches of its own, since it moves their hidden states
-    on; None for an allocation that needs no data. reduce, advance: as in `Walk`. Returns targets by name of matrix.
-    Raises BadInput if the budget cannot be kept, NumericalError.
+    Args:
+        allocation: spreads the sparsity.
+        model: the model; proven, if the allocation needs data.
+        recording: calibration batches of its own, since it moves their hidden states on; None if it needs none.
+        target: of all matrices together.
+        processes, advance: as in `Walk`.
+
+    Returns:
+        Targets by the name of the matrix.
+
+    Raises:
+        BadInput: if the budget cannot be kept.
+        NumericalError: where the activations are not finite.
     """
-    units = units_of(chosen, [block.name for block in blocks])
+    units = units_of(model.chosen, model.names)
     sums: dict[str, Tensor] = {}
     if allocation.looks:
         if allocation.statistic is not None and recording is None:
             raise BadInput("this allocation looks at activations, so it needs calibration data.")
-        walk = Walk(
-            weights,
-            blocks,
-            chosen.blocks,
-            allocation.statistic,
-            structure,
-            recording if allocation.statistic is not None else None,
-            changes=False,
-            outside=chosen.outside,
-            reduce=reduce,
-            advance=advance,
-        )
+        data = recording if allocation.statistic is not None else None
+        count = 0 if data is None else len(data.hidden)
+        looks = Dense(keep=partial(_some_tokens, batches=count))
+        walk = Walk(model, data, allocation.statistic, looks, processes=processes, advance=advance)
         sums = _measure(allocation, walk, target)
     targets = allocation.allocate(units, sums, target)
     return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
@@ -71,12 +69,11 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
             sums[unit] = sums[unit] + found if unit in sums else found
 
     shown: list[Shown] = []
-    before = _some_tokens(walk.recording)
     for event in walk:
         if isinstance(event, BlockDone):
-            after = _some_tokens(walk.recording)
-            measure(shown, movement(before, after))
-            shown, before = [], after
+            after = [_some_tokens(hidden, len(event.after)) for hidden in event.after]
+            measure(shown, movement(_joined(event.before), _joined(after)))
+            shown = []
             continue
         statistic = None if event.inputs is None else event.inputs.statistic
         known = None if statistic is None or statistic.count == 0 else statistic
@@ -87,20 +84,17 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
     return sums
 
 
-def _some_tokens(recording: Recording | None) -> Tensor | None:
-    """Hidden states of about a thousand tokens, evenly spaced over all batches; of other models, of all samples.
+def _some_tokens(hidden: Tensor, batches: int) -> Tensor:
+    """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
+    samples. On the first of several processes only its own, whose plan counts for all."""
+    per_batch = -(-TOKENS // batches)
+    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
+    step = max(1, len(rows) // per_batch)
+    return rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True)
 
-    N × H, on the first process of several only its own, whose plan counts for all. None without data.
-    """
-    if recording is None or not len(recording.hidden):
-        return None
-    per_batch = -(-TOKENS // len(recording.hidden))
-    found = []
-    for hidden in recording.hidden:
-        rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
-        step = max(1, len(rows) // per_batch)
-        found.append(rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True))
-    return torch.cat(found)
+
+def _joined(rows: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat(list(rows)) if len(rows) else None
 
 
 def movement(before: Tensor | None, after: Tensor | None) -> float:

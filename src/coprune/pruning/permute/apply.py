@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.processes import ALONE, Processes
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.folding import Fold, close, find_folds
-from coprune.model.matrices import Chosen, Matrix
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.prove import Structure
+from coprune.model.matrices import Matrix
+from coprune.model.walk.moves import Dense
+from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.statistics import InputNorm
@@ -58,48 +59,56 @@ def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
 
 @torch.no_grad()
 def permute_model(
-    weights: Weights,
-    blocks: Sequence[Block],
-    chosen: Chosen,
-    structure: Structure,
+    model: ProvenModel,
     recording: Recording,
     method: Method,
     pattern: Pattern,
-    probe: Tensor,
-    reduce: Callable[[Inputs], None] = lambda inputs: None,
+    processes: Processes = ALONE,
     advance: Callable[[float], None] = lambda blocks: None,
 ) -> Permuted:
     """Permute input channels in place, so that N:M retains more of the score; the model computes what it did before.
 
-    recording: calibration batches of its own, since it moves their hidden states on; method: RIA's own score for RIA,
-    Wanda's for every other; probe: a sample (1 × S int64) on which the logits are compared. If they differ by more
-    than rounding, everything is put back. Raises BadInput, NumericalError.
+    If the logits of the sample that the model was proven on differ by more than rounding, everything is put back.
+
+    Args:
+        model: a model in memory.
+        recording: calibration batches of its own, since it moves their hidden states on.
+        method: the score is RIA's own for RIA, Wanda's for every other.
+        pattern: N of every M inputs are kept.
+        processes: those that look at the model together.
+        advance: called with the share of a block that was done.
+
+    Returns:
+        What was permuted, and what that retains.
+
+    Raises:
+        BadInput: where permuting makes no sense.
+        NumericalError: where the activations are not finite.
     """
-    n, m = check_permutable(weights, pattern)
-    logits = forward_logits(weights.model, probe)
+    n, m = check_permutable(model.weights, pattern)
+    probe = model.structure.sample
+    logits = forward_logits(model.module, probe)
     done: list[tuple[Fold, list[Tensor]]] = []
-    permuted = Permuted(of=sum(1 for _ in chosen.all()))
-    walk = Walk(
-        weights, blocks, chosen.blocks, InputNorm, structure, recording, changes=False, reduce=reduce, advance=advance
-    )
+    permuted = Permuted(of=sum(1 for _ in model.chosen.all()))
+    inside = replace(model, chosen=replace(model.chosen, outside=[]))
+    # Producers and consumers are proven on the first batch, so no more of the inputs is kept.
+    walk = Walk(inside, recording, InputNorm, Dense(keep=Tensor.clone, batches=1), processes=processes, advance=advance)
     statistics: dict[str, InputNorm] = {}
-    before = recording.hidden[0].clone()
     for event in walk:
         if not isinstance(event, BlockDone):
             if event.inputs is not None and event.inputs.statistic is not None and event.inputs.statistic.count:
                 statistics |= dict.fromkeys((m.name for m in event.matrices), event.inputs.statistic)
             continue
-        block, sample = event.block, before
+        block, sample = event.block, event.before[0]
 
         def run(block: Block = block, sample: Tensor = sample) -> Tensor:
             return recording.run(block, 0, sample)
 
-        for fold in find_folds(structure.groups[block.index], _head_size(weights.model), run):
+        for fold in find_folds(model.structure.groups[block.index], _head_size(model.module), run):
             if fold.layout.size % m == 0:
                 done.append((fold, _permute(fold, statistics, method, (n, m), permuted)))
-        before = recording.hidden[0].clone()
         statistics.clear()
-    if not close(forward_logits(weights.model, probe), logits):
+    if not close(forward_logits(model.module, probe), logits):
         for fold, orders in reversed(done):
             fold.undo(orders)
         return Permuted(of=permuted.of)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from coprune.evaluation.perplexity import window_nll
-from coprune.model.blocks import Block
-from coprune.model.checkpoint.weights import Weights
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.observe import Observe, observe_products
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import Answer, run_without_blocks
 from coprune.model.walk.statistics import CrossGram, InputSample
 from coprune.pruning.pruner import Solver, prune_matrix
@@ -54,10 +53,9 @@ class BlockCosts:
 
 
 @torch.no_grad()
-def measure_block(
-    weights: Weights, blocks: Sequence[Block], matrices: Sequence[Sequence[Matrix]], sample: Tensor
-) -> BlockCosts:
+def measure_block(model: FoundModel, sample: Tensor) -> BlockCosts:
     """Read the largest block, run it on one sample (1 × S int64 tokens, or pixels), and let go of it."""
+    weights, blocks, matrices = model.weights, model.blocks, model.chosen.blocks
     sizes = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks]
     block = blocks[max(range(len(blocks)), key=sizes.__getitem__)]
     started = time.perf_counter()
@@ -105,16 +103,26 @@ class SolveCosts:
     statistic_seconds_per_token: float
 
 
-def measure_solving(
-    shape: Shape, solver: Solver, target: Target, layer_error: bool, device: torch.device, cross: bool, budget: float
-) -> SolveCosts:
+@dataclass(frozen=True)
+class Trials:
+    """How random matrices are pruned to see what that costs."""
+
+    solver: Solver
+    target: Target
+    layer_error: bool
+    device: torch.device
+    cross: bool
+    """Whether a cross Gram matrix is gathered."""
+
+
+def measure_solving(shape: Shape, trials: Trials, budget: float) -> SolveCosts:
     """Prune random matrices of a shape's proportions, ever larger ones until that takes more than `budget` seconds."""
+    solver, device, cross = trials.solver, trials.device, trials.cross
 
     def trial(width: int) -> _Trial:
-        rows = max(1, round(shape[0] * width / shape[1]))
-        return _Trial(rows, width, solver, target, layer_error, device, cross)
+        return _Trial(max(1, round(shape[0] * width / shape[1])), width, trials)
 
-    widths = _widths(shape[1], target)
+    widths = _widths(shape[1], trials.target)
     points: list[tuple[int, float, float]] = []
     for width in widths:
         # The smallest of three, where they are so short that a moment's work of others would change them.
@@ -158,21 +166,13 @@ class _Trial:
 
     tokens = 256
 
-    def __init__(
-        self,
-        rows: int,
-        width: int,
-        solver: Solver,
-        target: Target,
-        layer_error: bool,
-        device: torch.device,
-        cross: bool,
-    ) -> None:
+    def __init__(self, rows: int, width: int, trials: Trials) -> None:
+        solver, device, cross = trials.solver, trials.device, trials.cross
         generator = torch.Generator().manual_seed(0)
         module = nn.Linear(width, rows, bias=False, device="meta")
         module.weight = nn.Parameter(torch.randn(rows, width, generator=generator).to(device), requires_grad=False)
         self._matrix = Matrix("trial", module, "weight", input_dim=1)
-        self._arguments = (solver, target, layer_error)
+        self._arguments = (solver, trials.target, trials.layer_error)
         self._inputs = Inputs(
             None if solver.statistic is None else solver.statistic(width, device), InputSample(width, 1)
         )
@@ -185,7 +185,8 @@ class _Trial:
         self.gathering_seconds = (time.perf_counter() - started) / self.tokens
         # As many tokens as there are inputs, without the time that they would take.
         if self._inputs.statistic is not None:
-            self._inputs.statistic.count = max(width, self._inputs.statistic.count)
+            seen = self._inputs.statistic
+            seen.restore(seen.sums, max(width, seen.count))
 
     def prune(self) -> None:
         prune_matrix(self._matrix, self._inputs, *self._arguments)

@@ -4,70 +4,68 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from coprune.base.memory import available_bytes, resident_peak
 from coprune.base.processes import Processes
 from coprune.data import EvaluationText, Windows
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
-from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.matrices import Chosen
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import GIB
+from coprune.model.walk.proven import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.estimate.estimate import Estimate, Settings, Workload, estimate
-from coprune.run.estimate.machine import measure_block, measure_head, measure_solving
+from coprune.run.estimate.machine import Trials, measure_block, measure_head, measure_solving
 
 CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
 
 
-def estimate_run(
-    recipe: Recipe,
-    solver: Solver,
-    target: Target,
-    loaded: Loaded,
-    blocks: Sequence[Block],
-    chosen: Chosen,
-    seqlen: int,
-    windows: Windows | None,
-    texts: Sequence[EvaluationText],
-    processes: Processes,
-) -> Estimate:
-    """Estimate peak memory and time of a run that has read its data and nothing of its blocks.
+@dataclass(frozen=True)
+class Planned:
+    """What a run is going to do."""
 
-    windows: calibration samples, None if none run through the model; texts: those that perplexity is measured on.
-    """
+    recipe: Recipe
+    solver: Solver
+    target: Target
+    seqlen: int
+    windows: Windows | None
+    """Calibration samples; None if none run through the model."""
+    texts: Sequence[EvaluationText]
+    """Those that perplexity is measured on."""
+
+
+def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes: Processes) -> Estimate:
+    """Estimate peak memory and time of a run that has read its data and nothing of its blocks."""
     resident, _ = resident_peak()
-    settings = _settings(recipe, solver, loaded, seqlen, windows, texts, processes)
+    settings = _settings(planned, loaded, processes)
+    windows, texts, solver, seqlen = planned.windows, planned.texts, planned.solver, planned.seqlen
     sample = (
         (windows.tokens if windows is not None else texts[0].tokens[None])[:1, :seqlen] if windows or texts else None
     )
     if sample is None:
         sample = loaded.model.dummy_inputs["input_ids"][:1]
-    block = measure_block(loaded.weights, blocks, chosen.blocks, sample.to(loaded.device))
-    shapes = Counter(matrix.shape for matrix in chosen.all())
+    block = measure_block(found, sample.to(loaded.device))
+    shapes = Counter(matrix.shape for matrix in found.chosen.all())
     cross = settings.dense_target and solver.aim == "dense"
     budget = CALIBRATION_SECONDS / max(1, len(shapes))
-    solving = {
-        shape: measure_solving(shape, solver, target, recipe.layer_error, loaded.device, cross, budget)
-        for shape in shapes
-    }
+    trials = Trials(solver, planned.target, planned.recipe.layer_error, loaded.device, cross)
+    solving = {shape: measure_solving(shape, trials, budget) for shape in shapes}
     # What share of the matrices of a shape come first in their group, as seen in one block.
     in_block = Counter(shape for group in block.groups for shape in group)
     first = Counter(group[0] for group in block.groups)
     leaders = Counter({s: round(n * first[s] / in_block[s]) if in_block[s] else n for s, n in shapes.items()})
-    names = [b.name for b in blocks]
-    rest = sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(names).values())
+    rest = sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(found.names).values())
     seconds, logits = measure_head(loaded.model, loaded.device)
     work = Workload(
         resident=resident,
         peak_so_far=resident_peak()[1],
         rest_bytes=rest,
         total_bytes=loaded.weights.total_bytes,
-        blocks=len(blocks),
+        blocks=len(found.blocks),
         block=block,
         solving=solving,
         matrices=shapes,
@@ -78,15 +76,8 @@ def estimate_run(
     return estimate(work, settings, available_bytes())
 
 
-def _settings(
-    recipe: Recipe,
-    solver: Solver,
-    loaded: Loaded,
-    seqlen: int,
-    windows: Windows | None,
-    texts: Sequence[EvaluationText],
-    processes: Processes,
-) -> Settings:
+def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Settings:
+    recipe, seqlen, windows, texts = planned.recipe, planned.seqlen, planned.windows, planned.texts
     vocabulary = loaded.model.config.get_text_config().vocab_size
     # As the walk and the evaluations choose them.
     batch = samples_per_batch(recipe, seqlen, loaded.device)
@@ -101,7 +92,7 @@ def _settings(
         evaluations=2 if recipe.evaluate_dense else 1,
         propagation=recipe.propagation,
         streamed=isinstance(loaded.weights, LazyCheckpoint),
-        dense_target=solver.aim == "dense" or recipe.reconstruct > 0,
+        dense_target=planned.solver.aim == "dense" or recipe.reconstruct > 0,
         reconstruction_steps=recipe.reconstruct,
         activation_limit=None if recipe.activation_memory is None else int(recipe.activation_memory * GIB),
         saved=recipe.save_model is not None,

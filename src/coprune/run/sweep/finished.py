@@ -7,8 +7,8 @@ from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.recipe.recipe import Recipe
+from coprune.report.folder import REPORT_FILE
 from coprune.report.schema import Report
-from coprune.run.checks import REPORT_FILE
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import SWEEP_FILE, Sweep
 

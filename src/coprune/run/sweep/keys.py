@@ -25,35 +25,36 @@ def estimate_key(recipe: Recipe) -> str:
 
 def dense_key(session: Session) -> str:
     """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
-    texts = {n: data.fingerprint for n, data in session.data.items() if isinstance(data, EvaluationText)}
+    texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
     names = ("seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt")
-    settings = {name: getattr(session.recipe, name) for name in names}
+    settings = {name: getattr(session.opened.recipe, name) for name in names}
     return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
 
 
 def statistics_key(session: Session) -> str:
     """Names what is gathered of the dense model's blocks: as `dense_key`, and which matrices share which statistic."""
-    assert session.samples is not None
-    statistic = session.solver.statistic
+    opened, model = session.opened, session.model
+    assert opened.samples is not None
+    statistic = opened.solver.statistic
     facts = {
-        "samples": session.samples.fingerprint,
-        "batches": [tuple(batch.shape) for batch in session.task.batches(session.samples.tokens)],
+        "samples": opened.samples.fingerprint,
+        "batches": [tuple(batch.shape) for batch in opened.task.batches(opened.samples.tokens)],
         "statistic": None if statistic is None else statistic.__name__,
-        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in session.structure.groups],
-        "outside": [matrix.name for matrix in session.chosen.outside],
+        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
+        "outside": [matrix.name for matrix in model.chosen.outside],
     }
     return json.dumps(_computed(session) | facts, sort_keys=True, default=str)
 
 
 def _computed(session: Session) -> dict[str, Any]:
     """The weights, and how they are computed with."""
-    loaded = session.loaded
+    loaded, recipe = session.opened.loaded, session.opened.recipe
     return {
-        "model": session.recipe.model,
-        "weights": loaded.fingerprint(session.blocks),
+        "model": recipe.model,
+        "weights": loaded.fingerprint(session.model.blocks),
         "dtype": str(loaded.model.dtype),
         "device": str(loaded.device),
-        "streamed": streams(session.recipe),
+        "streamed": streams(recipe),
         "threads": torch.get_num_threads(),
         "versions": installed_versions(),
     }

@@ -11,9 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.base.files import write_text
+from coprune.base.files import path_of, write_text
+from coprune.report.folder import REPORT_FILE
 from coprune.report.schema import Report
-from coprune.run.checks import REPORT_FILE, path_of, prepare_solver
+from coprune.run.checks import prepare_solver
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.conduct import conduct
 from coprune.run.sweep.expand import Run, expand

@@ -21,14 +21,15 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.data import EvaluationText
 from coprune.evaluation.cache import EvaluationCache
-from coprune.evaluation.extras import Beside
+from coprune.evaluation.extras import Extras
 from coprune.evaluation.perplexity import Perplexity
 from coprune.evaluation.tasks import Measured
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.walk.recording import Recording
+from coprune.model.walk.walk import Known
 from coprune.recipe.recipe import Recipe
 from coprune.run.estimate.estimate import Estimate
-from coprune.run.reuse import Known, Reuse
+from coprune.run.reuse import Reuse
 from coprune.run.session import Session
 from coprune.run.sweep.keys import dense_key, estimate_key, statistics_key
 from coprune.run.sweep.statistics_store import StatisticsStore, shared_places
@@ -140,10 +141,12 @@ class SweepReuse(Reuse):
             return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
 
     def dense(
-        self, session: Session, beside: Beside, measure: Callable[[], dict[str, Measured]]
+        self, session: Session, extras: Extras, measure: Callable[[], dict[str, Measured]]
     ) -> dict[str, Measured]:
-        texts = [data for data in session.data.values() if isinstance(data, EvaluationText)]
-        if not session.recipe.evaluate_dense or len(texts) < len(session.data) or session.processes.size > 1:
+        opened = session.opened
+        texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
+        alone = opened.around.processes.size == 1
+        if not opened.recipe.evaluate_dense or len(texts) < len(opened.data) or not alone:
             return measure()
         anew: dict[str, Measured] | None = None
 
@@ -152,7 +155,7 @@ class SweepReuse(Reuse):
             started = time.perf_counter()
             anew = measure()
             perplexity = {name: DensePerplexity.of(one) for name, one in anew.items() if isinstance(one, Perplexity)}
-            zero_shot, text = beside.zero_shot.get("dense"), beside.texts.get("dense")
+            zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
             seconds = time.perf_counter() - started
             return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, seconds=seconds)
 
@@ -163,9 +166,9 @@ class SweepReuse(Reuse):
             return anew
         self.saved.dense += facts.seconds
         if facts.zero_shot is not None:
-            beside.zero_shot["dense"] = facts.zero_shot
+            extras.zero_shot["dense"] = facts.zero_shot
         if facts.text is not None:
-            beside.texts["dense"] = facts.text
+            extras.texts["dense"] = facts.text
         return {name: one.measured() for name, one in facts.perplexity.items()}
 
     def gathered(
@@ -184,7 +187,7 @@ class SweepReuse(Reuse):
         if len(found) < len(places):
             return {}
         self.saved.statistics += sum(kept.seconds for kept in present.values())
-        return {place: partial(kept.read, session.loaded.device) for place, kept in found.items()}
+        return {place: partial(kept.read, session.opened.loaded.device) for place, kept in found.items()}
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:

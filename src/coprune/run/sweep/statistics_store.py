@@ -26,9 +26,10 @@ from coprune.base.durable import write_durably
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
 from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.statistics import Gram, InputNorm, InputSample
-from coprune.model.walk.walk import OUTSIDE, MatricesReady, Walk
+from coprune.model.walk.statistics import InputNorm, InputSample
+from coprune.model.walk.walk import OUTSIDE, MatricesReady, Past, Walk
 from coprune.run.session import Session
 
 SPARE = 2
@@ -41,14 +42,14 @@ def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]
 
     finished: blocks that an earlier run finished, of which nothing has to be known.
     """
-    recipe = session.recipe
-    alone = session.processes.size == 1
+    opened, model = session.opened, session.model
+    recipe, alone = opened.recipe, opened.around.processes.size == 1
     # Permuted weights are others in every run; for a dense target, more than a statistic is gathered.
-    if not alone or session.samples is None or recipe.permute or recipe.target == "dense":
+    if not alone or opened.samples is None or recipe.permute or recipe.target == "dense":
         return []
-    names = [block.name for block in session.blocks]
+    names = model.names
     if recipe.propagation == "dense":
-        places = [*names, OUTSIDE] if session.chosen.outside else names
+        places = [*names, OUTSIDE] if model.chosen.outside else names
     else:
         # In `sequential` propagation it would be one group, before anything in the first block is pruned.
         places = names[:1] if recipe.propagation == "block" else []
@@ -69,7 +70,7 @@ class StatisticsStore:
 
     def find(self) -> dict[str, Kept]:
         """What is kept and whole, by place."""
-        found = {place: Kept.find(self._file(place), self._session.solver.statistic) for place in self._places}
+        found = {place: Kept.find(self._file(place), self._session.opened.solver.statistic) for place in self._places}
         return {place: kept for place, kept in found.items() if kept is not None}
 
     def gather(self, present: Container[str], record: Callable[[], Recording | None]) -> None:
@@ -90,23 +91,13 @@ class StatisticsStore:
                 self._file(place).unlink(missing_ok=True)
 
     def _look(self, missing: Sequence[str], record: Callable[[], Recording | None]) -> None:
-        session, started = self._session, time.perf_counter()
-        outside = session.chosen.outside if OUTSIDE in missing else ()
-        last = max(i for i, block in enumerate(session.blocks) if outside or block.name in missing)
-        blocks = session.blocks[: last + 1]
-        with session.reporter.bar("Gathering statistics of the dense model", len(blocks)) as advance:
-            walk = Walk(
-                session.loaded.weights,
-                blocks,
-                session.chosen.blocks,
-                session.solver.statistic,
-                session.structure,
-                record(),
-                changes=False,
-                outside=outside,
-                finished={block.name for block in blocks} - set(missing),
-                advance=advance,
-            )
+        opened, model, started = self._session.opened, self._session.model, time.perf_counter()
+        outside = OUTSIDE in missing
+        last = max(i for i, name in enumerate(model.names) if outside or name in missing)
+        model = model.first_blocks(last + 1, outside)
+        with opened.around.reporter.bar("Gathering statistics of the dense model", len(model.blocks)) as advance:
+            past = Past(finished=set(model.names) - set(missing))
+            walk = Walk(model, record(), opened.solver.statistic, Dense(), past, advance=advance)
             gathered: dict[str, Inputs] = {}
             for event in walk:
                 if isinstance(event, MatricesReady):
@@ -124,10 +115,10 @@ class StatisticsStore:
 
     def _bytes(self, place: str) -> int:
         """Size of a place's file, or a little more."""
-        session = self._session
-        groups = {block.name: session.structure.groups[block.index] for block in session.blocks}
-        groups[OUTSIDE] = [[matrix] for matrix in session.chosen.outside]
-        statistic, total = session.solver.statistic, 0
+        model = self._session.model
+        groups = {block.name: model.structure.groups[block.index] for block in model.blocks}
+        groups[OUTSIDE] = [[matrix] for matrix in model.chosen.outside]
+        statistic, total = self._session.opened.solver.statistic, 0
         for group in groups[place]:
             width = group[0].shape[1]
             sums = {} if statistic is None else statistic.shapes(width)
@@ -173,10 +164,9 @@ class Kept:
         width = counts["width"]
         statistic = None if self.statistic is None else self.statistic(width, device)
         if statistic is not None:
-            statistic.sums = {part: tensor(part) for part in statistic.sums}
-            statistic.count = counts["tokens"]
+            statistic.restore({part: tensor(part) for part in statistic.sums}, counts["tokens"])
         sample = InputSample(width, 0, device)
-        sample.replace(tensor("sample"), counts["seen"])
+        sample.restore(tensor("sample"), counts["seen"])
         return Inputs(statistic, sample)
 
 
@@ -190,7 +180,7 @@ def write_kept(path: Path, gathered: Mapping[str, Inputs], seconds: float) -> No
     for name, inputs in gathered.items():
         statistic, sample = inputs.statistic, inputs.sample
         sums = {} if statistic is None else statistic.sums
-        rows = sample.inputs if _needs_rows(None if statistic is None else type(statistic)) else sample.inputs[:0]
+        rows = sample.inputs if _needs_rows(statistic) else sample.inputs[:0]
         tensors |= {f"{name} {part}": tensor.cpu().contiguous() for part, tensor in {**sums, "sample": rows}.items()}
         groups[name] = {"width": sample.width, "seen": sample.count}
         groups[name]["tokens"] = 0 if statistic is None else statistic.count
@@ -199,9 +189,9 @@ def write_kept(path: Path, gathered: Mapping[str, Inputs], seconds: float) -> No
     write_durably(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def _needs_rows(statistic: Statistic) -> bool:
-    """Whether layer errors are measured on sampled inputs; with a Gram matrix they need no more than their number."""
-    return statistic is None or not issubclass(statistic, Gram)
+def _needs_rows(statistic: InputNorm | Statistic) -> bool:
+    """Whether layer errors are measured on sampled inputs; where the statistic tells them, their number is enough."""
+    return statistic is None or not statistic.tells_errors
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], facts: str) -> str:

@@ -78,14 +78,13 @@ def do_job(job: Job, tell: Tell) -> None:
 
 
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
-    from coprune.base.processes import Processes
     from coprune.base.progress import Reporter
-    from coprune.run.session import open_run
+    from coprune.run.session import Surroundings, open_run
 
     tell(Event(job.run.name, "now", "estimating"))
-    loaded, _ = _open(job)
-    opened = open_run(job.run.recipe, loaded, Reporter(quiet=True), Processes())
-    opened.loaded.reuse.estimate(opened.estimate)
+    loaded, reuse = _open(job)
+    opened = open_run(job.run.recipe, loaded, Surroundings(Reporter(quiet=True)), reuse.tokens)
+    reuse.estimate(opened.estimate)
     return {}
 
 
@@ -102,7 +101,7 @@ def _run(job: Job, tell: Tell) -> dict[str, float]:
     loaded, reuse = _open(job)
     reporter = Reporter(quiet=True)
     reporter.listeners.append(_teller(job.run.name, tell))
-    run_recipe(recipe, loaded, reporter)
+    run_recipe(recipe, loaded, reporter, reuse=reuse)
     saved: dict[str, float] = vars(reuse.saved)
     return saved
 
@@ -118,8 +117,7 @@ def _open(job: Job) -> tuple[Any, Any]:
 
     prepare_solver(job.run.recipe)  # what cannot be done is refused before a model is read
     loaded = open_model(job.run.recipe, stream=streams(job.run.recipe))
-    loaded.reuse = reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
-    return loaded, reuse
+    return loaded, SweepReuse(job.run.recipe, job.sweep, _texts)
 
 
 def _teller(name: str, tell: Tell) -> Callable[[str, dict[str, Any]], None]:

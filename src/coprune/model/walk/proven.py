@@ -1,0 +1,72 @@
+"""A model that can be walked: where its weights are, its blocks, the matrices chosen in them, and what a proof showed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.checkpoint.weights import Weights
+from coprune.model.matrices import Chosen, Matrix
+from coprune.model.walk.record import Answer
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model whose blocks and matrices were found by structure, and nothing of it was run yet."""
+
+    weights: Weights
+    blocks: Sequence[Block]
+    chosen: Chosen
+    """The matrices to look at or to prune."""
+
+    @classmethod
+    def without_matrices(cls, weights: Weights) -> FoundModel:
+        """A model of which no matrix is chosen: to be run block by block as it is."""
+        blocks = find_blocks(weights.model)
+        return cls(weights, blocks, Chosen([[] for _ in blocks], []))
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.weights.model
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the blocks, in order."""
+        return [block.name for block in self.blocks]
+
+
+@dataclass
+class Structure:
+    """What one real forward showed of the blocks."""
+
+    sample: Tensor
+    """The batch of one that was sent through."""
+    answers: list[Answer] = field(default_factory=list)
+    """For every block, what its answer looks like."""
+    groups: list[list[list[Matrix]]] = field(default_factory=list)
+    """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
+    reused: list[str] = field(default_factory=list)
+    """Names of matrices that are multiplied more than once in a forward."""
+
+
+@dataclass(frozen=True)
+class ProvenModel(FoundModel):
+    """A model whose blocks, replayed one by one, were seen to be the model."""
+
+    structure: Structure
+
+    def first_blocks(self, count: int, outside: bool) -> ProvenModel:
+        """The model up to a block. outside: whether the chosen matrices after the blocks belong to it."""
+        chosen = replace(self.chosen, outside=self.chosen.outside if outside else [])
+        return replace(self, blocks=self.blocks[:count], chosen=chosen)
+
+    def idle(self) -> ProvenModel:
+        """The same without any chosen matrix."""
+        nothing: list[list[Matrix]] = [[] for _ in self.blocks]
+        structure = replace(self.structure, groups=[[] for _ in self.blocks], reused=[])
+        return replace(self, chosen=Chosen(nothing, []), structure=structure)
