@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput, NumericalError
+from coprune.base.kernels.ranks import FEW_GROUPS
 from coprune.base.selection import (
-    FEW_GROUPS,
     count_pruned,
     keep_largest,
     keep_n_of_m,

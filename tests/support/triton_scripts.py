@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ def run_interpreted(script: str) -> None:
 def run_script(script: str, **variables: str) -> None:
     """Skip where Triton is not installed; the script has to print `checked` and nothing else."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "checked", done.stderr

@@ -8,16 +8,13 @@ have it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
-
-FEW_GROUPS = 4096
-"""Up to so many groups of M, comparing their entries takes less time than telling the machine to."""
+from coprune.base.kernels.ranks import rank_in_groups
+from coprune.base.kernels.table import kernel
 
 
 def refuse_nan(score: Tensor) -> None:
@@ -61,8 +58,8 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     """
     if pruned <= 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _smallest(score, pruned)
-    keep = score > threshold
+    threshold = kernel("find_smallest", score.device)(score, pruned)
+    keep: Tensor = score > threshold
     tied = score == threshold
     # Of the entries at the threshold only so many are pruned as the strictly smaller ones leave to prune.
     quota = pruned - (score < threshold).sum(dim=1, keepdim=True)
@@ -88,12 +85,7 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     rows, width = score.shape
     if width % m:
         raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs.")
-    grouped = score.reshape(-1, m)
-    if m > 16:
-        rank = grouped.argsort(dim=1, stable=True).argsort(dim=1)
-    else:
-        rank = _rank_by_comparisons(grouped)
-    return (rank >= m - n).reshape(rows, width)
+    return (rank_in_groups(score.reshape(-1, m)) >= m - n).reshape(rows, width)
 
 
 def most_kept(keep: Tensor, group: int) -> int:
@@ -123,48 +115,3 @@ def tightest_groups(keep: Tensor, sizes: Iterable[int], slack: float) -> tuple[i
         if 0 < most < size and tight and (best is None or most * best[1] < best[0] * size):
             best = (most, size)
     return best
-
-
-def _smallest(score: Tensor, position: int) -> Tensor:
-    """The position-th smallest value of every row, O × 1."""
-    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
-        # NumPy's selection is vectorised: about forty times as fast as kthvalue on the same core.
-        found = np.partition(score.detach().numpy(), position - 1, axis=1)[:, position - 1]
-        return torch.from_numpy(found.copy())[:, None]
-    return score.kthvalue(position, dim=1, keepdim=True).values
-
-
-def _rank_by_comparisons(grouped: Tensor) -> Tensor:
-    """How many of its group an entry beats (of equals, those before it). grouped: groups × M; returns the same.
-
-    Every pair of positions is compared for all groups at once, on contiguous planes: far cheaper than sorting
-    millions of groups of four.
-    """
-    planes = grouped.T.contiguous()
-    if planes.shape[1] <= FEW_GROUPS:
-        return _rank_at_once(planes).T
-    ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=grouped.device)
-    for j in range(1, len(planes)):
-        for i in range(j):
-            above = (planes[i] <= planes[j]).view(torch.uint8)
-            ranks[j] += above
-            ranks[i] += 1 - above
-    return ranks.T
-
-
-def _rank_at_once(planes: Tensor) -> Tensor:
-    """The same for few groups (M × groups): all pairs of positions in five operations instead of five for each pair."""
-    before, after, wins, start = _pairs(len(planes), planes.device)
-    return torch.addmm(start, wins, (planes[before] <= planes[after]).to(torch.float32))
-
-
-@cache
-def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All pairs of positions i < j, and how they decide ranks: wins (M × pairs float32) is 1 for j and −1 for i, to be
-    added to start (M × 1: every entry beats those after it) where the entry at i is not larger."""
-    before, after = torch.triu_indices(size, size, 1, device=device)
-    pair = torch.arange(len(before), device=device)
-    wins = torch.zeros(size, len(before), dtype=torch.float32, device=device)
-    wins[after, pair] = 1
-    wins[before, pair] = -1
-    return before, after, wins, torch.arange(size - 1, -1, -1, dtype=torch.float32, device=device)[:, None]

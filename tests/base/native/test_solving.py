@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, inf
 
 from coprune.base.errors import NumericalError
-from coprune.base.native import solving
+from coprune.base.native import build, solving
 from coprune.base.native.build import load_kernels
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods.base import Pruned
@@ -74,14 +74,6 @@ def test_the_walk_over_columns_is_the_published_one(level: str):
 
 
 @needs_kernels
-def test_of_equal_scores_the_lower_index_falls_first(level: str):
-    statistic = Gram(8)
-    statistic.update(torch.eye(8))
-    keep = SparseGPT(block_size=8).prune(torch.ones(35, 8), statistic, Target(NM(2, 4), 0.5)).keep
-    assert keep.tolist() == [[False, False, True, True] * 2] * 35
-
-
-@needs_kernels
 @pytest.mark.parametrize("target", [Target(NM(2, 4), 0.5), Target(Unstructured(), 0.5)])
 def test_weights_that_overflow_are_an_error(target: Target):
     with pytest.raises(NumericalError):
@@ -138,7 +130,7 @@ def test_threads_change_nothing(threads: int):
 
 
 def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(solving, "load_kernels", lambda: None)
+    monkeypatch.setattr(build, "load_kernels", lambda: None)
     x = torch.randn(64, 16).to(torch.bfloat16)
     statistic = Gram(16)
     statistic.update(x)

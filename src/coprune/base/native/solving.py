@@ -1,4 +1,4 @@
-"""What statistics and solvers leave to the native kernels, on the CPU and where there is a kernel for it."""
+"""Calls of the native kernels that statistics and solvers use, with tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -31,20 +31,10 @@ class _Tokens(ctypes.Structure):
     )
 
 
-def walks_columns(device: torch.device) -> bool:
-    """Whether `update_columns` can be called with tensors on this device."""
-    return device.type == "cpu" and load_kernels() is not None
-
-
 def update_columns(
     columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, group: tuple[int, int] | None
 ) -> None:
-    """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place.
-
-    columns, errors: C × O float32, keep: C × O bool, contiguous; unit: C × C float32, rows of U divided by their
-    pivots; pivots: C float32, contiguous; group: N and M to keep N of every M by SparseGPT's score (of equals the lower index
-    falls first), M dividing C; None for a mask that `keep` gives.
-    """
+    """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place: see `ColumnBlock`, whose fields these are."""
     library = load_kernels()
     assert library is not None
     n, m = group or (0, 0)
@@ -57,9 +47,10 @@ def update_columns(
 def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
     """Add XᵀX of bfloat16 inputs, summed in float32; returns whether there was a kernel to do it.
 
-    gram: I × I float32, contiguous; x: T × I bfloat16; panel: of every so many rows what lies left of them is left alone.
+    gram: I × I float32, contiguous, on the CPU; x: T × I; panel: of every so many rows what lies left of them is left
+    alone.
     """
-    if gram.device.type != "cpu" or x.dtype != torch.bfloat16 or (library := load_kernels()) is None:
+    if x.dtype != torch.bfloat16 or (library := load_kernels()) is None:
         return False
     words: int = library.coprune_gram_scratch(min(TOKENS, x.shape[0]), x.shape[1])
     if words == 0:

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.base.native.solving import add_to_gram
+from coprune.base.kernels.gram import panels
+from coprune.base.kernels.table import kernel
 from coprune.base.precision import full_float32
 from coprune.base.processes import Processes
 
 Derived = TypeVar("Derived")
-
-PANEL = 128
-"""Rows of a Gram matrix that one product adds to on a CPU: enough that the product runs at full speed."""
 
 
 class Sums(ABC):
@@ -156,15 +154,14 @@ class Gram(InputNorm):
     def _add(self, x_TI: Tensor) -> None:
         self.sums["sum"] += x_TI.sum(dim=0, dtype=torch.float32)
         # Only what lies on the diagonal's panels and right of them: little more than half of the products.
-        if not add_to_gram(self.sums["gram"], x_TI, PANEL):
-            x_TI = x_TI.to(torch.float32)
-            for panel in self._panels():
-                self.sums["gram"][panel, panel.start :].addmm_(x_TI[:, panel].T, x_TI[:, panel.start :])
+        kernel("add_to_gram", x_TI.device)(self.sums["gram"], x_TI, self._panel_size())
+
+    def _panel_size(self) -> int:
+        size: int = kernel("panel_size", self.sums["gram"].device)(self.width)
+        return size
 
     def _panels(self) -> Iterator[slice]:
-        gram = self.sums["gram"]
-        size = PANEL if gram.device.type == "cpu" else self.width
-        return (slice(start, min(start + size, self.width)) for start in range(0, self.width, size))
+        return panels(self.width, self._panel_size())
 
     def _sum_square(self) -> Tensor:
         return self.sums["gram"].diagonal()

@@ -42,7 +42,7 @@ class Ablate:
         if self.selection == "sequential":
             dense_score = wanda_score(weight, statistic) if self.score == "wanda" else weight.abs()
             mask = target.keep(dense_score, "row" if self.score == "wanda" else "matrix")
-            return update_columns(weight, factor, lambda _, columns: mask[:, columns], target, self.block_size)
+            return update_columns(weight, factor, target, self.block_size, lambda _, columns: mask[:, columns])
         # The authors divide these norms by the sample count a second time while they average, which gives early
         # samples more weight; this is the plain mean over all tokens.
         norm = statistic.root_mean_square
@@ -50,4 +50,4 @@ class Ablate:
         def choose(current: Tensor, columns: slice) -> Tensor:
             return target.keep(current.abs() * norm[columns] if self.score == "wanda" else current.abs())
 
-        return update_columns(weight, factor, choose, target, self.block_size)
+        return update_columns(weight, factor, target, self.block_size, choose)

@@ -10,25 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.base.native import solving
+from coprune.base.kernels.columns import ColumnBlock, push_errors
+from coprune.base.kernels.gram import panels
+from coprune.base.kernels.table import kernel
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
-from coprune.recipe.pattern import Pattern, Target
+from coprune.recipe.pattern import Target
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
-
-STRIP = 32
-"""Columns that are brought up to date together: few enough that a column's own update reads little memory."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class SparseGPT:
         def choose(current: Tensor, columns: slice) -> Tensor:
             return target.keep((current / factor.pivots[columns]).square())
 
-        return update_columns(weight, factor, choose, target, self.block_size, _UPDATES[self.inner_loop])
+        own = target.pattern.n_of_m is not None
+        return update_columns(weight, factor, target, self.block_size, None if own else choose, self.inner_loop)
 
 
 def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
@@ -69,116 +69,47 @@ def inverse_factor_of(statistic: Gram, damping: float) -> InverseFactor:
     return statistic.remember(("inverse factor", damping), compute)
 
 
-class ColumnBlock(NamedTuple):
-    """Columns that are walked through together. columns, keep and errors (C × O) are written in place."""
-
-    columns: Tensor
-    keep: Tensor
-    errors: Tensor
-    factor: InverseFactor
-    place: slice
-    """Where the block lies in the width."""
-    choose: Choose
-    pattern: Pattern
-
-
-def update_block(block: ColumnBlock) -> None:
-    """Choose and zero the weights of one block, a group of columns at a time."""
-    columns, keep, errors, factor, place, choose, pattern = block
-    size = columns.shape[0]
-    unit = factor.unit[place, place]
-    chosen_at_once = pattern.columns_together(size)
-    for first in range(0, size, chosen_at_once):
-        group = slice(first, min(first + chosen_at_once, size))
-        _push(columns[group], errors[:first], unit[:first, group])
-        keep[group] = choose(columns[group].T, slice(place.start + group.start, place.start + group.stop)).T
-        _update_group(columns[group], keep[group], errors[group], unit[group, group])
-
-
-def update_block_natively(block: ColumnBlock) -> None:
-    """The same in the native kernel, which chooses N:M itself by SparseGPT's score; by torch where there is none."""
-    columns, keep, errors, factor, place, _, _ = block
-    if not solving.walks_columns(columns.device):
-        update_block(block)
-        return
-    pair = _choose_first(block)
-    solving.update_columns(columns, keep, errors, factor.unit[place, place], factor.pivots[place], pair)
-
-
-def update_block_by_triton(block: ColumnBlock) -> None:
-    """The same in one Triton kernel, which chooses N:M itself by SparseGPT's score."""
-    from coprune.pruning.methods import column_kernel
-
-    columns, keep, errors, factor, place, _, _ = block
-    group = _choose_first(block)
-    column_kernel.update_block(columns, keep, errors, factor.unit[place, place], factor.pivots[place], group)
-
-
-def _choose_first(block: ColumnBlock) -> tuple[int, int] | None:
-    """Choose the block's mask, unless it is chosen group by group along the way; returns the N and M of the groups."""
-    if block.pattern.n_of_m is not None:
-        return block.pattern.n_of_m
-    block.keep.copy_(block.choose(block.columns.T, block.place).T)
-    return None
-
-
-_UPDATES = {"auto": update_block_natively, "torch": update_block, "triton": update_block_by_triton}
-
-
 def update_columns(
-    weight: Tensor,
-    factor: InverseFactor,
-    choose: Choose,
-    target: Target,
-    block_size: int,
-    update: Callable[[ColumnBlock], None] = update_block,
+    weight: Tensor, factor: InverseFactor, target: Target, block_size: int, choose: Choose | None, walk: str = "torch"
 ) -> Pruned:
     """Zero the columns one after another, each pruned weight's error pushed into the columns after it.
 
-    weight: O × I. choose is asked once per block (unstructured) or once per group of M columns (N:M), with weights
-    that hold every earlier column's error. update: what does one block. Raises BadInput where M does not
-    divide the block size or the width.
+    Args:
+        weight: O × I float, not modified.
+        factor: of the inverse of the inputs' damped Gram matrix.
+        target: pattern and sparsity.
+        block_size: columns that are walked through before later ones get their errors.
+        choose: asked for the mask of columns that have to be chosen together, in order, with weights that hold every
+            earlier column's error; None to keep N of M by SparseGPT's own score, which the walk does by itself.
+        walk: name of the kernel for `walk_columns`, or auto.
+
+    Raises:
+        BadInput: the pattern does not fit the block size or the width.
+        NumericalError: the weights that come out are not finite.
     """
     rows, width = weight.shape
     pattern = target.pattern
     if not pattern.fits(block_size):
         raise BadInput(f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}.")
     pattern.check_width(width)
+    n_of_m = pattern.n_of_m if choose is None else None
+    together = block_size if choose is None else pattern.columns_together(block_size)
+    walk_columns = kernel("walk_columns", weight.device, walk)
     with full_float32():
         # Transposed, so that a column of the weight lies contiguous in memory.
         columns = weight.to(torch.float32).masked_fill(factor.dead, 0.0).T.contiguous()
         keep = torch.empty(width, rows, dtype=torch.bool, device=weight.device)
-        for start in range(0, width, block_size):
-            block = slice(start, min(start + block_size, width))
-            errors = torch.empty(block.stop - start, rows, device=weight.device)
-            update(ColumnBlock(columns[block], keep[block], errors, factor, block, choose, pattern))
+        for block in panels(width, block_size):
+            errors = torch.empty(block.stop - block.start, rows, device=weight.device)
+            for group in panels(block.stop - block.start, together):
+                part = slice(block.start + group.start, block.start + group.stop)
+                push_errors(columns[part], errors[: group.start], factor.unit[block.start : part.start, part])
+                if choose is not None:
+                    keep[part] = choose(columns[part].T, part).T
+                unit, pivots = factor.unit[part, part], factor.pivots[part]
+                walk_columns(ColumnBlock(columns[part], keep[part], errors[group], unit, pivots, n_of_m))
             later = slice(block.stop, width)
-            _push(columns[later], errors, factor.unit[block, later])
-    if not bool(torch.isfinite(columns).all()):
+            push_errors(columns[later], errors, factor.unit[block, later])
+    if not bool(torch.isfinite(columns).all() and torch.isfinite(errors).all()):
         raise NumericalError("the update of the weights gave NaN or infinite values")
     return Pruned(columns.T.contiguous(), keep.T.contiguous(), factor.events)
-
-
-def _push(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
-    """columns (C × O) −= unitᵀ (C × E) · errors (E × O), in place."""
-    if errors.shape[0] and columns.shape[0]:
-        columns.addmm_(unit.T, errors, alpha=-1)
-
-
-def _update_group(columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor) -> None:
-    """Zero one group of columns in order, strip by strip; columns and errors (C × O) are written in place.
-
-    Because U's rows are divided by their pivots, a column's error is just the weight that falls. Each column takes up
-    the errors before it when its turn comes: that reads what pushing forward would read and write.
-    """
-    falls = (~keep).to(columns.dtype)
-    size = columns.shape[0]
-    for start in range(0, size, STRIP):
-        strip = slice(start, min(start + STRIP, size))
-        _push(columns[strip], errors[:start], unit[:start, strip])
-        for j in range(strip.start, strip.stop):
-            column = columns[j]
-            if j > start:
-                column.addmv_(errors[start:j].T, unit[start:j, j], alpha=-1)
-            torch.mul(column, falls[j], out=errors[j])
-    columns.masked_fill_(~keep, 0.0)

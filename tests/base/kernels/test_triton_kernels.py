@@ -7,7 +7,7 @@ from support.triton_scripts import run_script
 SCRIPT = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from coprune.pruning.methods.column_kernel import _update
+from coprune.base.kernels.columns_triton import _update
 from coprune.packed.triton_kernel import _multiply
 
 def compiled(kernel, pointers, integers, **constants):

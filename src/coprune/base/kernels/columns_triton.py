@@ -1,4 +1,4 @@
-"""SparseGPT's loop over the columns of a block, with its choice of N:M, as one Triton kernel.
+"""The operation `walk_columns` as one Triton kernel.
 
 On a GPU the plain loop launches several small operations per column; here one launch does a whole block. Not measured on
 a GPU: it is tested for correctness in Triton's interpreter only, so it is used where it is asked for.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
-from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.kernels.columns import ColumnBlock
 
 ROWS = 32
 
@@ -66,15 +66,9 @@ def _update(  # type: ignore[no-untyped-def]
             tl.store(left + j * rows + row, error, mask=exists)
 
 
-def update_block(
-    columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, n_of_m: tuple[int, int] | None
-) -> None:
-    """Zero the columns of one block in order, each pruned weight's error pushed into those after it.
-
-    columns: C × O float32, brought up to date with earlier blocks; keep: C × O bool, chosen here for N and M (M a power
-    of two, else BadInput) by W² / pivot², and given where they are None; errors: C × O float32. All three contiguous,
-    columns and errors written in place. unit: C × C, rows of U divided by their pivots; pivots: C.
-    """
+def walk_columns(block: ColumnBlock) -> None:
+    """Walk through the columns of one block, in place. Raises BadInput where M is not a power of two."""
+    columns, keep, errors, unit, pivots, n_of_m = block
     size, rows = columns.shape
     n, group = n_of_m or (1, 1)
     if group & (group - 1):

@@ -1,0 +1,46 @@
+"""The operations on sums of products of inputs, of which only one half is computed.
+
+`panel_size`: width → how many rows of the I × I sums form a panel. `add_to_gram`: (sums I × I float32, inputs T × I
+floating, size of a panel, a multiple of 64 or at least I) adds XᵀX in place: on every panel's part of the diagonal, and
+right of it. What lies left is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from coprune.base.native import solving
+
+PANEL = 128
+"""Rows of a Gram matrix that one product adds to on a CPU: enough that the product runs at full speed."""
+
+
+def panel_for_caches(width: int) -> int:
+    """Panels, so that little more than half of the products are computed."""
+    return PANEL
+
+
+def whole_matrix(width: int) -> int:
+    """One panel: a GPU takes longer to be told than to compute."""
+    return width
+
+
+def panels(width: int, size: int) -> Iterator[slice]:
+    """The panels of a matrix of this width, in order."""
+    return (slice(start, min(start + size, width)) for start in range(0, width, size))
+
+
+def add_with_torch(gram: Tensor, x: Tensor, panel_size: int) -> None:
+    """By torch's products in float32."""
+    x = x.to(torch.float32)
+    for panel in panels(x.shape[1], panel_size):
+        gram[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
+
+
+def add_natively(gram: Tensor, x: Tensor, panel_size: int) -> None:
+    """By a native kernel for bfloat16, where the processor has such products; they are summed in float32."""
+    if not solving.add_to_gram(gram, x, panel_size):
+        add_with_torch(gram, x, panel_size)

@@ -1,0 +1,65 @@
+"""How the entries of small groups rank among each other."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+FEW_GROUPS = 4096
+"""Up to so many groups of M, comparing their entries takes less time than telling the machine to."""
+LARGE_GROUP = 16
+"""Groups of more entries are sorted."""
+
+
+def rank_in_groups(grouped: Tensor) -> Tensor:
+    """How many of its group an entry beats, of equals those before it.
+
+    Args:
+        grouped: groups × M float.
+
+    Returns:
+        groups × M of some number type, 0 … M − 1 in every group.
+    """
+    if grouped.shape[1] > LARGE_GROUP:
+        return grouped.argsort(dim=1, stable=True).argsort(dim=1)
+    return _rank_by_comparisons(grouped)
+
+
+def _rank_by_comparisons(grouped: Tensor) -> Tensor:
+    """Compare every pair of positions for all groups at once, on contiguous planes.
+
+    That is far cheaper than sorting millions of groups of four.
+    """
+    planes = grouped.T.contiguous()
+    if planes.shape[1] <= FEW_GROUPS:
+        return _rank_at_once(planes).T
+    ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=grouped.device)
+    for j in range(1, len(planes)):
+        for i in range(j):
+            above = (planes[i] <= planes[j]).view(torch.uint8)
+            ranks[j] += above
+            ranks[i] += 1 - above
+    return ranks.T
+
+
+def _rank_at_once(planes: Tensor) -> Tensor:
+    """The same for few groups (M × groups): all pairs of positions in five operations instead of five for each pair."""
+    before, after, wins, start = _pairs(len(planes), planes.device)
+    return torch.addmm(start, wins, (planes[before] <= planes[after]).to(torch.float32))
+
+
+@cache
+def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pairs of positions i < j, and how they decide ranks.
+
+    Returns i and j (pairs int64), and two to be multiplied and added: wins (M × pairs float32) is 1 for j and −1 for i
+    of a pair whose entry at i is not larger, and start (M × 1): before that, every entry beats those after it.
+    """
+    before, after = torch.triu_indices(size, size, 1, device=device)
+    pair = torch.arange(len(before), device=device)
+    wins = torch.zeros(size, len(before), dtype=torch.float32, device=device)
+    wins[after, pair] = 1
+    wins[before, pair] = -1
+    return before, after, wins, torch.arange(size - 1, -1, -1, dtype=torch.float32, device=device)[:, None]

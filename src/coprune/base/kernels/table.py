@@ -1,0 +1,93 @@
+"""Which kernel does what on which device: one table, and the one place that chooses from it.
+
+An operation has the same signature and gives the same results, up to rounding, whichever kernel does it; the file of
+the operation says what they are. A new kernel is a function there and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from coprune.base.devices import Kind, kind_of
+from coprune.base.errors import BadInput
+from coprune.base.kernels import columns, gram, smallest
+from coprune.base.native import build
+
+Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest"]
+
+
+def always() -> bool:
+    return True
+
+
+def native_is_there() -> bool:
+    return build.load_kernels() is not None
+
+
+def triton_is_there() -> bool:
+    return find_spec("triton") is not None
+
+
+def walk_with_triton(block: columns.ColumnBlock) -> None:
+    """By one launch of a Triton kernel, which is imported here: only where it is asked for."""
+    from coprune.base.kernels.columns_triton import walk_columns
+
+    walk_columns(block)
+
+
+class Kernel(NamedTuple):
+    """One way to do an operation."""
+
+    name: str
+    run: Callable[..., Any]
+    there: Callable[[], bool] = always
+    """Whether this machine has what it takes."""
+
+
+KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
+    ("walk_columns", "cpu"): (
+        Kernel("native", columns.walk_natively, native_is_there),
+        Kernel("torch", columns.walk_with_torch),
+        Kernel("triton", walk_with_triton, triton_is_there),  # in its interpreter
+    ),
+    ("walk_columns", "cuda"): (
+        # Triton's kernel has not been measured on a GPU, so it is only taken by its name.
+        Kernel("torch", columns.walk_with_torch),
+        Kernel("triton", walk_with_triton, triton_is_there),
+    ),
+    ("walk_columns", "other"): (Kernel("torch", columns.walk_with_torch),),
+    ("add_to_gram", "cpu"): (
+        Kernel("native", gram.add_natively, native_is_there),
+        Kernel("torch", gram.add_with_torch),
+    ),
+    ("add_to_gram", "cuda"): (Kernel("torch", gram.add_with_torch),),
+    ("add_to_gram", "other"): (Kernel("torch", gram.add_with_torch),),
+    ("panel_size", "cpu"): (Kernel("torch", gram.panel_for_caches),),
+    ("panel_size", "cuda"): (Kernel("torch", gram.whole_matrix),),
+    ("panel_size", "other"): (Kernel("torch", gram.whole_matrix),),
+    ("find_smallest", "cpu"): (Kernel("numpy", smallest.by_partition),),
+    ("find_smallest", "cuda"): (Kernel("torch", smallest.by_kth_value),),
+    ("find_smallest", "other"): (Kernel("torch", smallest.by_kth_value),),
+}
+"""For every operation and kind of device its kernels, the preferred ones first."""
+
+
+def kernel(operation: Operation, device: torch.device, name: str = "auto") -> Callable[..., Any]:
+    """Choose the kernel of an operation.
+
+    Args:
+        operation: what is to be done.
+        device: where its tensors are.
+        name: auto for the first kernel that is there, or the name of one.
+
+    Raises:
+        BadInput: there is no such kernel for this device.
+    """
+    for found in KERNELS[operation, kind_of(device)]:
+        if name in ("auto", found.name) and found.there():
+            return found.run
+    raise BadInput(f"there is no kernel {name!r} for {operation} on a device like {str(device)!r} here.")

@@ -1,0 +1,68 @@
+"""The table of kernels: for every operation and device one, and the best that is there."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from coprune.base.devices import Kind, capability, describe, in_host_memory, kind_of, synchronize
+from coprune.base.errors import BadInput
+from coprune.base.kernels import table
+from coprune.base.kernels.gram import add_natively, add_with_torch, panels
+from coprune.base.kernels.smallest import by_kth_value, by_partition
+from coprune.base.kernels.table import KERNELS, Operation, kernel
+
+CPU = torch.device("cpu")
+
+
+def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device():
+    assert set(KERNELS) == {(operation, kind) for operation in get_args(Operation) for kind in get_args(Kind)}
+    for found in KERNELS.values():
+        assert any(one.there is table.always for one in found)
+        assert len({one.name for one in found}) == len(found)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("cuda:1", "cuda"), ("mps", "other"), ("meta", "other")])
+def test_devices_are_of_a_kind(device: str, kind: str):
+    assert kind_of(torch.device(device)) == kind
+    assert in_host_memory(torch.device(device)) == (kind == "cpu")
+
+
+def test_what_is_asked_about_a_cpu():
+    synchronize(CPU)
+    assert capability(CPU) == (0, 0)
+    assert describe(CPU) == "cpu"
+
+
+def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("coprune.base.native.build.load_kernels", lambda: None)
+    for operation in ("walk_columns", "add_to_gram"):
+        assert kernel(operation, CPU) is kernel(operation, CPU, "torch")
+    with pytest.raises(BadInput, match="no kernel 'native'"):
+        kernel("walk_columns", CPU, "native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_both_find_the_smallest(dtype: torch.dtype):
+    score = torch.randint(0, 20, (7, 30), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = score.sort(dim=1).values
+    for position in (1, 15, 30):
+        for find in (by_partition, by_kth_value):
+            assert torch.equal(find(score, position), expected[:, position - 1 : position])
+
+
+@pytest.mark.parametrize("size", [64, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_add_to_the_same_half(size: int, dtype: torch.dtype):
+    x = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = x.double().T @ x.double()
+    assert [i for panel in panels(300, size) for i in range(300)[panel]] == list(range(300))
+    for add in (add_with_torch, add_natively):
+        sums = torch.full((300, 300), 7.0)
+        add(sums, x, size)
+        for panel in panels(300, size):
+            right = sums[panel, panel.start :].double() - 7
+            torch.testing.assert_close(right, exact[panel, panel.start :], rtol=1e-4, atol=1e-3)
+            assert bool((sums[panel.stop :, panel] == 7).all())
