@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coprune.base.errors import BadInput
+from coprune.base.native.product import IN_KERNEL
 from coprune.packed.format import pack_tensor
 from coprune.packed.linear import PackedLinear, pack_linears
-from coprune.packed.matrix import IN_KERNEL
 
 
 def pruned_linear(columns: int, rows: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:

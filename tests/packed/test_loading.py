@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.base.native.product import TILE_BYTES
 from coprune.packed.folder import pack_folder, unpack_folder
 from coprune.packed.linear import PackedLinear
-from coprune.packed.matrix import TILE_BYTES
 from coprune.packed.quantizer import CopruneConfig, load_packed
 from coprune.packed.registration import register_with_transformers
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.progress import Advance, Reporter
 from coprune.evaluation.batches import BATCH_LOGITS
@@ -91,7 +92,7 @@ def _watched_model(
             self.advance(len(inps))
             return logits
 
-    if batch_size is None and model.device.type == "cpu":
+    if batch_size is None and in_host_memory(model.device):
         # Automatic choice tries 64 sequences of full length first, which on a CPU takes minutes and much memory.
         batch_size = max(1, min(16, BATCH_LOGITS // (512 * model.config.get_text_config().vocab_size)))
     # What stands before an empty context; a tokenizer without such a mark leaves it to the model's configuration.

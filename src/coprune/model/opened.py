@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.model.blocks import Block, find_blocks
@@ -73,7 +74,7 @@ class Loaded:
 def choose_device(name: str) -> torch.device:
     """Turn `auto` or a device's name into a device that is there. Raises BadInput if it is not."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from coprune.base.devices import describe, in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.native.build import instruction_set
 from coprune.packed.accelerate import accelerate
@@ -100,10 +101,10 @@ def bench_model(
 ) -> Bench:
     """The same for a model in memory, which is not changed. clock: see time_in_turns."""
     forms = make_forms(dense)
-    on_cpu = dense.device.type == "cpu"
+    on_cpu = in_host_memory(dense.device)
     result = Bench(
         model=name,
-        device=str(dense.device) if on_cpu else torch.cuda.get_device_name(dense.device),
+        device=describe(dense.device),
         threads=torch.get_num_threads(),
         dtype=str(dense.dtype).removeprefix("torch."),
         instruction_set=instruction_set(),

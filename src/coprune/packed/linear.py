@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coprune.base.errors import BadInput
+from coprune.base.native.product import IN_KERNEL, NativeMatrix
 from coprune.packed.format import check_packed
 from coprune.packed.header import read_header
-from coprune.packed.matrix import IN_KERNEL, NativeMatrix, dense_matrix, for_kernels, native_matrix, pack_matrix
+from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, pack_matrix
 
 
 class PackedLinear(nn.Module):
@@ -68,7 +69,7 @@ class PackedLinear(nn.Module):
         native = self._native if self._prepared else self._prepare()
         if native is None or x.dtype != native.dtype or (x.requires_grad and torch.is_grad_enabled()):
             return self._forward_dense(x)
-        if x.device.type != "cpu":
+        if x.device != native.blob.device:
             return self._forward_dense(x)
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the input's last dimension is {x.shape[-1]}; this layer takes {self.in_features}.")

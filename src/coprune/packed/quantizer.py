@@ -25,12 +25,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from coprune.base.errors import BadInput
+from coprune.base.pages import page_out
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
 from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
-from coprune.packed.pages import page_out
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.shards import METADATA_KEY, check_shard
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from coprune.base.devices import capability
+
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -21,9 +23,9 @@ def is_two_of_four(weight: Tensor) -> bool:
 def can_convert(linear: nn.Linear) -> bool:
     """Whether PyTorch has a semi-structured product for this layer: GPU, dtype, pattern and a shape that it takes."""
     weight = linear.weight
-    if weight.device.type != "cuda" or weight.dtype not in DTYPES:
+    if capability(weight.device) < (8, 0) or weight.dtype not in DTYPES:
         return False
-    if torch.cuda.get_device_capability(weight.device) < (8, 0) or weight.shape[0] % 32 or weight.shape[1] % 64:
+    if weight.shape[0] % 32 or weight.shape[1] % 64:
         return False
     return is_two_of_four(weight)
 

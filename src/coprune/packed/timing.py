@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from coprune.base.native.build import load_kernels
-from coprune.packed.pages import on_large_pages
+from coprune.base.pages import on_large_pages
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from coprune.base.native import build
 from coprune.base.native.build import load_kernels
+from coprune.base.native.product import NativeMatrix
 from coprune.packed.header import read_header
-from coprune.packed.matrix import NativeMatrix, native_matrix, pack_matrix
+from coprune.packed.matrix import native_matrix, pack_matrix
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 

@@ -15,9 +15,9 @@ import torch
 from coprune.base.devices import Kind, kind_of
 from coprune.base.errors import BadInput
 from coprune.base.kernels import columns, gram, smallest
-from coprune.base.native import build
+from coprune.base.native import build, product
 
-Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest"]
+Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "packed_product"]
 
 
 def always() -> bool:
@@ -72,6 +72,13 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
     ("find_smallest", "cpu"): (Kernel("numpy", smallest.by_partition),),
     ("find_smallest", "cuda"): (Kernel("torch", smallest.by_kth_value),),
     ("find_smallest", "other"): (Kernel("torch", smallest.by_kth_value),),
+    ("packed_product", "cpu"): (
+        Kernel("native", product.prepare_natively, native_is_there),
+        Kernel("torch", product.leave_packed),
+    ),
+    # Triton's kernel of packed/triton_kernel has not been measured on a GPU either, and nothing asks for it yet.
+    ("packed_product", "cuda"): (Kernel("torch", product.leave_packed),),
+    ("packed_product", "other"): (Kernel("torch", product.leave_packed),),
 }
 """For every operation and kind of device its kernels, the preferred ones first."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
@@ -134,7 +135,7 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
     measurement, since sums over other batches differ in their last bits, and a run must give the same again.
     """
     # Reconstruction takes one step per batch, so there the size decides more than the time.
-    tokens = 512 if device.type == "cpu" and not recipe.reconstruct else 4096
+    tokens = 512 if in_host_memory(device) and not recipe.reconstruct else 4096
     return recipe.batch_size or max(1, tokens // seqlen)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coprune.base.devices import in_host_memory
 from coprune.model.walk.scratch import ScratchFile
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Paging(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         storage.resize_(place.nbytes)
         assert place.start is not None
-        if storage.device.type == "cpu":
+        if in_host_memory(storage.device):
             self._file.read_into(place.start, _memory_of(storage))
         else:
             raw = bytearray(place.nbytes)
@@ -139,7 +140,7 @@ class Paging(TorchDispatchMode):  # type: ignore[no-untyped-call]
             free = self._free.get(place.nbytes)
             place.start = free.pop() if free else self._file.extend(place.nbytes)
         if not place.written:
-            here = storage if storage.device.type == "cpu" else _bytes_of(storage).cpu().untyped_storage()
+            here = storage if in_host_memory(storage.device) else _bytes_of(storage).cpu().untyped_storage()
             self._file.write(place.start, _memory_of(here))
             place.written = True
         storage.resize_(0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from coprune.base.devices import synchronize
 from coprune.evaluation.perplexity import window_nll
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
@@ -229,7 +230,6 @@ def _seconds(run: Callable[[], object], device: torch.device, once: bool = False
     while not times or (not once and len(times) < 2 and times[0] < 0.3):
         started = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)

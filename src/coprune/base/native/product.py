@@ -1,0 +1,122 @@
+"""The operation `packed_product`: prepare a packed matrix, so that inputs can be multiplied from it as it is.
+
+(blob, places, bias) → an object that multiplies, or None where the matrix has to be unpacked for every product. The
+kernels read the bytes of the file as they are: kept values and bitmask, plus one number per row (how many values come
+before it). Up to `IN_KERNEL` inputs are multiplied straight from the packed weights; more of them (a long prompt) are
+bound by arithmetic, so rows are unpacked tile by tile and given to PyTorch's dense product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coprune.base.errors import BadInput
+from coprune.base.native.build import MatrixStruct, load_kernels
+from coprune.base.pages import on_large_pages
+
+IN_KERNEL = {torch.float32: 64, torch.bfloat16: 12}  # inputs; measured where the tiles begin to win
+TILE_BYTES = 16 << 20
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Places(Protocol):
+    """What a packed matrix is, and where in its bytes what lies: the part of its header that a product needs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def kept(self) -> int: ...
+
+    @property
+    def pattern_at(self) -> int: ...
+
+    @property
+    def values_at(self) -> int: ...
+
+
+class NativeMatrix:
+    """What a kernel needs to know of one packed matrix: pointers into it, kept alive here."""
+
+    def __init__(self, blob: Tensor, places: Places, bias: Tensor | None, library: ctypes.CDLL) -> None:
+        """Prepare the pointers.
+
+        Args:
+            blob: packed in the bitmask layout, one-dimensional uint8 on the CPU, checked; it is copied.
+            places: what its header says.
+            bias: O values of its dtype, contiguous.
+            library: the compiled kernels.
+
+        Raises:
+            BadInput: the bitmask and the number of values disagree.
+        """
+        blob = on_large_pages(blob)
+        self.blob, self.bias = blob, bias
+        self.rows, self.columns = places.shape
+        self.dtype, self.bytes = places.dtype, places.dtype.itemsize
+        self.starts = torch.empty(self.rows + 1, dtype=torch.int64)
+        start = blob.data_ptr()
+        pointers = (start + places.pattern_at, start + places.values_at, self.starts.data_ptr())
+        self.struct = MatrixStruct(*pointers, None if bias is None else bias.data_ptr(), self.rows, self.columns)
+        self.address = ctypes.addressof(self.struct)
+        self.library = library
+        self.call = library.coprune_multiply
+        counted = library.coprune_count(start + places.pattern_at, self.rows, self.columns, self.starts.data_ptr())
+        if counted != places.kept:
+            raise BadInput("damaged packed matrix: the bitmask and the number of values disagree.")
+
+    def multiply(self, x: Tensor, batch: int) -> Tensor:
+        """… × I to … × O in the kernel. x: contiguous, of the weights' dtype, `batch` rows in all."""
+        y = x.new_empty((*x.shape[:-1], self.rows))
+        self.call(self.address, self.bytes, 0, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
+        return y
+
+    def multiply_by_tiles(self, x: Tensor, batch: int) -> Tensor:
+        """The same for many inputs: unpack some rows, multiply them as a dense matrix, go on."""
+        x_TI = x.reshape(batch, self.columns)
+        tile_rows = max(min(TILE_BYTES // (self.columns * self.bytes), self.rows), 1)
+        tile = _scratch(tile_rows * self.columns, x.dtype).view(tile_rows, self.columns)
+        parts = []
+        for first in range(0, self.rows, tile_rows):
+            last = min(first + tile_rows, self.rows)
+            self.expand(tile, first, last)
+            bias = None if self.bias is None else self.bias[first:last]
+            parts.append(functional.linear(x_TI, tile[: last - first], bias))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(*x.shape[:-1], self.rows)
+
+    def expand(self, out: Tensor, first: int, last: int) -> None:
+        """Write rows first … last − 1 into out (at least that many rows × I, contiguous)."""
+        pointer, threads = out.data_ptr(), torch.get_num_threads()
+        self.library.coprune_expand(self.address, self.bytes, pointer, first, last, threads)
+
+
+_scratches = threading.local()
+
+
+def _scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """A buffer that this thread keeps: fresh pages for every product would cost more than unpacking into them."""
+    kept: Tensor | None = getattr(_scratches, "bytes", None)
+    if kept is None or kept.numel() < size * dtype.itemsize:
+        kept = _scratches.bytes = on_large_pages(torch.empty(size * dtype.itemsize, dtype=torch.uint8))
+    return kept[: size * dtype.itemsize].view(dtype)
+
+
+def prepare_natively(blob: Tensor, places: Places, bias: Tensor | None) -> NativeMatrix | None:
+    """For the native kernels; None where they do not serve the dtype."""
+    library = load_kernels()
+    if library is None or places.dtype not in KERNEL_DTYPES or (bias is not None and bias.dtype != places.dtype):
+        return None
+    return NativeMatrix(blob, places, None if bias is None else bias.detach().contiguous(), library)
+
+
+def leave_packed(blob: Tensor, places: Places, bias: Tensor | None) -> None:
+    """There is no kernel: the matrix is unpacked for every product."""
