@@ -117,7 +117,7 @@ def measure(settings: dict[str, Any]) -> None:
     report = result.report
     assert result.model is not None
     assert result.tokenizer is not None
-    dense = open_model(report.recipe, stream=False).model
+    dense = open_model(report.recipe.model, stream=False).model
     text = evaluation_tokens(
         COLUMNS[0], result.tokenizer, settings["seqlen"], limit_tokens=min(16384, settings["eval_tokens"])
     )

@@ -80,7 +80,7 @@ def prepare(arguments: argparse.Namespace) -> Found:
     from coprune.model.opened import open_model
     from coprune.recipe.recipe import make_recipe
 
-    loaded = open_model(make_recipe({"model": arguments.model, "dtype": arguments.dtype}), stream=False)
+    loaded = open_model(make_recipe({"model": arguments.model, "dtype": arguments.dtype}).model, stream=False)
     model, tokens = (
         arguments.folder / f"model-{arguments.dtype}",
         arguments.folder / f"{arguments.nsamples}x{arguments.seqlen}-{arguments.seed}.safetensors",

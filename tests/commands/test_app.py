@@ -10,7 +10,7 @@ import pytest
 
 from coprune.commands.app import app
 from coprune.pruning.methods import METHODS
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.flat import FLAT
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -49,7 +49,7 @@ def test_every_field_of_the_recipe_is_an_option():
     names = inspect.signature(
         next(c.callback for c in app.registered_commands if c.callback.__name__ == "prune")
     ).parameters
-    assert set(Recipe.model_fields) - {"options"} <= set(names)
+    assert set(FLAT) - {"options"} <= set(names)
 
 
 def test_help_shows_every_command_and_every_option(coprune):
@@ -59,10 +59,10 @@ def test_help_shows_every_command_and_every_option(coprune):
         assert re.search(rf"^  {name} ", overview, re.MULTILINE)
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
     options = set(re.findall(r"--[\w-]+", coprune("prune", "--help")))
-    for field in set(Recipe.model_fields) - {"model", "options"}:
-        assert "--" + SHORTER.get(field, field.replace("_", "-")) in options
-    for field in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
-        assert "--no-" + SHORTER.get(field, field.replace("_", "-")) in options
+    for setting in set(FLAT) - {"model", "options"}:
+        assert "--" + SHORTER.get(setting, setting.replace("_", "-")) in options
+    for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
+        assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
 
 
 def test_a_command_written_for_the_seed(coprune, place):
@@ -72,7 +72,7 @@ def test_a_command_written_for_the_seed(coprune, place):
         *("--save_model", "pruned", "--use_variant", "--seqlen", "32", "--eval-data", "test.txt"),
     )
     report = report_in(place / "out")
-    assert report["recipe"]["method"] == "wanda_variant"
+    assert report["recipe"]["method"]["name"] == "wanda_variant"
     assert report["sparsity"]["matrices"] == 0.5
     header, line = (place / "out" / "log_wanda_variant.txt").read_text().splitlines()
     assert header.split("\t") == ["method", "actual_sparsity", "ppl_test"]
@@ -88,7 +88,7 @@ def test_a_run_repeats_from_its_recipe(coprune, place):
     coprune("prune", "--recipe", "a/recipe.yaml", "--save", "b", "--save-model", "y")
     assert (place / "x" / "model.safetensors").read_bytes() == (place / "y" / "model.safetensors").read_bytes()
     first, second = (report_in(place / name) for name in "ab")
-    assert first["recipe"]["options"] == {"block_size": 32}
+    assert first["recipe"]["method"] == {"name": "sparsegpt", "block_size": 32}
     strip = [[{k: v for k, v in m.items() if k != "seconds"} for m in r["matrices"]] for r in (first, second)]
     assert strip[0] == strip[1]
 
@@ -98,8 +98,8 @@ def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune, plac
     coprune("prune", "model", "--recipe", "recipe.yaml", "--preset", "fast", "--dataset", "words.txt", "--seqlen", "32",
             "--sparsity", "0.75", "--save", "out")  # fmt: skip
     recipe = report_in(place / "out")["recipe"]
-    assert (recipe["model"], recipe["nsamples"], recipe["sparsity"]) == ("model", 7, 0.75)
-    assert recipe["propagation"] == "sequential"
+    assert (recipe["model"]["name"], recipe["pattern"]["sparsity"]) == ("model", 0.75)
+    assert (recipe["calibration"]["samples"], recipe["calibration"]["propagation"]) == (7, "sequential")
 
 
 def test_the_default_run_folder_names_model_target_and_method(coprune, place):
@@ -198,7 +198,7 @@ def test_a_new_method_is_one_file_and_one_line(coprune, place, monkeypatch, caps
         coprune("prune", "model", *SMALL, "-m", "lottery", "--my-option", "0.5", "-p", "2:4", "--save", "out",
                 "--save-model", "pruned", "--propagation", "sequential", "--refine", "refit")  # fmt: skip
         report = report_in(place / "out")
-        assert report["recipe"]["options"] == {"my_option": 0.5}
+        assert report["recipe"]["method"] == {"name": "lottery", "my_option": 0.5}
         assert report["sparsity"]["matrices"] == 0.5
         assert "--my-option" in coprune("methods", "lottery")
         ended = run_command(["prune", "model", "-q", "-m", "lottery", "--my-option", "-1"], monkeypatch, capsys)
@@ -206,12 +206,3 @@ def test_a_new_method_is_one_file_and_one_line(coprune, place, monkeypatch, caps
         assert "my_option" in ended.err
     finally:
         sys.modules.pop("lottery", None)
-
-
-@pytest.mark.parametrize("text", ["true", "True", "1e-3", "-2", "0.5", "row"])
-def test_values_of_method_options(text):
-    from coprune.commands.options import _value
-
-    expected = {"true": True, "True": True, "1e-3": 0.001, "-2": -2, "0.5": 0.5, "row": "row"}[text]
-    assert _value(text) == expected
-    assert type(_value(text)) is type(expected)

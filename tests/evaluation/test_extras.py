@@ -66,9 +66,9 @@ def test_a_continuation_is_the_likeliest_one() -> None:
 
 
 def test_the_papers_tasks_unless_others_are_named() -> None:
-    assert not Recipe(model="m").runs_tasks
+    assert not Recipe(model="m").evaluation.runs_tasks
     assert zero_shot_settings(Recipe(model="m", eval_zero_shot=True)).tasks == PAPER_TASKS
-    assert Recipe(model="m", tasks="piqa").runs_tasks
+    assert Recipe(model="m", tasks="piqa").evaluation.runs_tasks
     assert zero_shot_settings(Recipe(model="m", tasks="piqa, rte")).tasks == ("piqa", "rte")
 
 

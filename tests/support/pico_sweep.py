@@ -41,9 +41,9 @@ def alone(run: Run, folder: Path) -> Report:
     """The report of a run that is done by itself, in another folder."""
     torch.set_num_threads(THREADS)
     places = {"save": folder / run.name}
-    if run.recipe.save_model is not None:
+    if run.recipe.output.model is not None:
         places["save_model"] = folder / "models" / run.name
-    return run_recipe(run.recipe.model_copy(update=places), reporter=Reporter(quiet=True)).report
+    return run_recipe(run.recipe.replaced(**places), reporter=Reporter(quiet=True)).report
 
 
 def measured(report: Report) -> dict[str, Any]:

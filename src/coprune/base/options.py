@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput, unknown_name
@@ -34,21 +33,6 @@ def with_options(default: Configurable, kind: str, name: str, options: Mapping[s
             raise BadInput(f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason}.") from None
     changed: dict[str, Any] = dict(options)
     return dataclasses.replace(default, **changed)  # type: ignore[type-var]
-
-
-def parse_options(kind: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Split `name:option=value,option=value` into the name and its options; dashes count as underscores.
-
-    kind is for messages. Raises BadInput for an option without a value.
-    """
-    name, _, written = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in filter(None, written.split(",")):
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise BadInput(f"the {kind}'s option {part!r} has no value; write {name}:{part}=VALUE.")
-        options[option.strip().replace("-", "_")] = yaml.safe_load(value)
-    return name, options
 
 
 def require_positive(**values: float) -> None:

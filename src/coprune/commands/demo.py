@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coprune.base.progress import Reporter
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.recipe import make_recipe
 from coprune.report.summary import summary_lines
 from coprune.run.stages import run_recipe
 
@@ -12,14 +12,12 @@ _PROMPT = "The city of Paris is"
 
 def run_demo(nsamples: int, reporter: Reporter) -> list[str]:
     """Prune SmolLM2-135M to 50 % with Wanda in memory and return the lines to print."""
-    recipe = Recipe(
-        model="smollm2-135m",
-        dataset="embedded",
-        nsamples=nsamples,
-        seqlen=512,
-        eval_tokens=32 * 512,
-        prompt=_PROMPT,
-        stream=False,
+    recipe = make_recipe(
+        {
+            "model": {"name": "smollm2-135m", "stream": False},
+            "calibration": {"data": "embedded", "samples": nsamples, "seqlen": 512},
+            "evaluation": {"tokens": 32 * 512, "prompt": _PROMPT},
+        }
     )
     report = run_recipe(recipe, reporter=reporter, write=False).report
     assert report.sample is not None

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.commands.options import with_options_of
-from coprune.training.settings import FinetuneSettings, make_settings
+from coprune.commands.options import finetune_options, with_options
+from coprune.training.settings import make_settings
 
 
-@with_options_of(FinetuneSettings)
+@with_options(finetune_options())
 def finetune(
     model: Annotated[str, typer.Argument(help="The pruned model: a local folder or Hub id.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,

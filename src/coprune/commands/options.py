@@ -7,63 +7,51 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.choice import Choice
+from coprune.recipe.flags import flags_of
+from coprune.recipe.grammar import read_scalar
+from coprune.recipe.recipe import DEFAULTS, FIELDS
 from coprune.training.settings import FinetuneSettings
 
-# The seed system's names of options, and short forms. Every other option is named like its field of the recipe.
-_ALIASES: dict[str, list[str]] = {
-    "method": ["--method", "--prune_method", "--prune-method", "-m"],
-    "sparsity": ["--sparsity", "--sparsity_ratio", "--sparsity-ratio", "-s"],
-    "pattern": ["--pattern", "--sparsity_type", "--sparsity-type", "-p"],
-    "cache_dir": ["--cache-dir", "--cache_dir"],
-    "save_model": ["--save-model", "--save_model"],
-    "eval_zero_shot": ["--eval-zero-shot", "--eval_zero_shot"],
-    "num_fewshot": ["--num-fewshot", "--num_fewshot"],
-    "include_path": ["--include-path", "--include_path"],
-    "evaluate": ["--eval/--no-eval"],
-    "evaluate_dense": ["--eval-dense/--no-eval-dense"],
-    "layer_error": ["--layer-error/--no-layer-error"],
-    "stream": ["--stream/--no-stream"],
-    "check_memory": ["--check-memory/--no-check-memory"],
-    "masked": ["--masked/--no-masked"],
-}
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
 
 
-def flags_of(field: str) -> list[str]:
-    """The names of a field's option, its own first."""
-    return _ALIASES.get(field, [f"--{field.replace('_', '-')}"])
+def recipe_options() -> list[inspect.Parameter]:
+    """One command-line option per setting of a recipe."""
+    return [_option(name, FIELDS[name], DEFAULTS[name]) for name in FIELDS if name not in _NOT_OPTIONS]
 
 
-def _options_of(settings: type[Recipe] | type[FinetuneSettings]) -> list[inspect.Parameter]:
-    """One command-line option per field, with the field's description as its help."""
-    parameters = []
-    for name, field in settings.model_fields.items():
-        if name in _NOT_OPTIONS:
-            continue
-        flags = flags_of(name)
-        kind: Any = list[str] if field.default == () else field.annotation
-        # None means "not typed", so that a recipe file's value is only replaced by what was typed.
-        default = "" if field.default is None or field.default == () else f" [{field.default}]"
-        option = typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
-        annotation = Annotated[kind | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    return parameters
+def finetune_options() -> list[inspect.Parameter]:
+    """One command-line option per setting of a fine-tuning."""
+    fields = FinetuneSettings.model_fields
+    return [_option(name, field, field.default) for name, field in fields.items() if name not in _NOT_OPTIONS]
 
 
-def with_options_of(settings: type[Recipe] | type[FinetuneSettings]) -> Callable[[Command], Command]:
-    """Give a command one option per field in place of its `**settings`."""
+def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
+    """The option of one setting, with its description and its default as help."""
+    several = default == ()
+    kind: Any = list[str] if several else str if field.annotation is Choice else field.annotation
+    # None means "not typed", so that a recipe file's value is only replaced by what was typed.
+    shown = "" if default is None or several else f" [{default}]"
+    option = typer.Option(*flags_of(name), help=f"{field.description}{shown}", show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Command]:
+    """Give a command options in place of its `**settings`."""
 
     def decorate(function: Command) -> Command:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters = [*own, *_options_of(settings)]
+        parameters = [*own, *options]
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         function.__annotations__ = {p.name: p.annotation for p in parameters}
         return function
@@ -92,23 +80,15 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
         if name not in known:
-            flags = [option for parameter in _options_of(Recipe) for option in _flags(parameter)]
+            flags = [option for parameter in recipe_options() for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
             raise unknown_name("option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in known)])
         if not has_value:
             if not rest or rest[0].startswith("--"):
                 raise BadInput(f"the option {written} needs a value.")
             value = rest.pop(0)
-        found[name] = _value(value)
+        found[name] = read_scalar(value)
     return found
-
-
-def _value(text: str) -> Any:
-    """A whole number, a number, true or false, or else the text itself."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _flags(parameter: inspect.Parameter) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.errors import BadInput
-from coprune.commands.options import method_options, with_options_of
+from coprune.commands.options import method_options, recipe_options, with_options
+from coprune.recipe.flat import flatten, layered
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 
@@ -26,7 +27,7 @@ _UseVariant = Annotated[
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")]
 
 
-@with_options_of(Recipe)
+@with_options(recipe_options())
 def prune(
     context: typer.Context,
     model: _Model = None,
@@ -56,7 +57,7 @@ def prune(
         typer.echo(f"report    {checked.run_folder / 'report.json'}")
 
 
-@with_options_of(Recipe)
+@with_options(recipe_options())
 def estimate(
     context: typer.Context,
     model: _Model = None,
@@ -95,16 +96,13 @@ def _recipe_typed(
 ) -> Recipe:
     """The recipe that a preset, a file and what was typed make together; what comes later wins."""
     typed = {name: value for name, value in settings.items() if value is not None}
-    chosen = preset_settings(preset) if preset is not None else {}
-    chosen |= read_settings(recipe) if recipe is not None else {}
-    options = {**chosen.get("options", {}), **method_options(context.args)}
-    chosen |= typed | {"options": options}
-    if model:
-        chosen["model"] = model
-    if "model" not in chosen:
+    typed |= {"model": model} if model else {}
+    typed |= {"use_variant": True} if use_variant else {}
+    if options := method_options(context.args):
+        typed["options"] = options
+    from_preset = preset_settings(preset) if preset is not None else {}
+    from_file = read_settings(recipe) if recipe is not None else {}
+    chosen = layered(from_preset, from_file, typed)
+    if "model" not in flatten(chosen):
         raise BadInput("no model is named; for example: coprune prune smollm2-135m --dataset embedded.")
-    if use_variant:
-        if chosen.get("method", "wanda") != "wanda":
-            raise BadInput(f"--use_variant is a variant of wanda, not of {chosen['method']}.")
-        chosen["method"] = "wanda_variant"
     return make_recipe(chosen)

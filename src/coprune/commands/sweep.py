@@ -9,8 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from coprune.base.errors import BadInput
-from coprune.commands.options import with_options_of
-from coprune.recipe.recipe import Recipe
+from coprune.commands.options import recipe_options, with_options
 
 _LOCAL = "local"
 
@@ -33,7 +32,7 @@ def _is_address(word: str) -> bool:
     return not word.startswith("-") and (word in ("auto", _LOCAL) or ":" in word)
 
 
-@with_options_of(Recipe)
+@with_options(recipe_options())
 def sweep(
     file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,
     preset: Annotated[

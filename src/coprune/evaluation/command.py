@@ -17,13 +17,13 @@ def evaluate_model(recipe: Recipe, reporter: Reporter, against: str | None = Non
 
     against: a model to compare next-token distributions with, on the same texts. Raises BadInput.
     """
-    if not recipe.eval_data and not recipe.runs_tasks:
+    if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
         raise BadInput("nothing is asked for; for example --data embedded, --data wikitext2,my.txt, or --tasks piqa.")
-    if against is not None and not recipe.eval_data:
+    if against is not None and not recipe.evaluation.data:
         raise BadInput("closeness to another model is measured on text; name one with --data.")
     tasks = Extras.prepare(recipe).tasks
     cache = EvaluationCache(None)
-    dense = None if against is None else Subject(recipe.model_copy(update={"model": against}), cache, reporter, None)
+    dense = None if against is None else Subject(recipe.replaced(model=against), cache, reporter, None)
     subject = Subject(recipe, cache, reporter, tasks)
     found = subject.measure()
     if dense is None:

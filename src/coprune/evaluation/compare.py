@@ -89,9 +89,9 @@ def compare_models(
     """
     if len(models) < 2:
         raise BadInput("a comparison needs two models or more; the first is the baseline.")
-    if not recipe.eval_data and not recipe.runs_tasks:
+    if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
         raise BadInput("nothing is asked for; for example --data embedded, or --tasks piqa.")
-    found = [recipe.model_copy(update={"model": model_of(name)}) for name in models]
+    found = [recipe.replaced(model=model_of(name)) for name in models]
     tasks = Extras.prepare(recipe).tasks
     subjects = [Subject(one, cache, reporter, tasks) for one in found]
     require_one_task(subjects)

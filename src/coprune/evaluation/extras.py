@@ -42,7 +42,7 @@ class Extras:
     @classmethod
     def prepare(cls, recipe: Recipe, processes: int = 1) -> Extras:
         """Find what the recipe asks for. Raises BadInput as `harness_tasks.find_tasks`, or for several processes."""
-        if not recipe.runs_tasks:
+        if not recipe.evaluation.runs_tasks:
             return cls(recipe, None)
         if processes > 1:
             raise BadInput(
@@ -54,13 +54,13 @@ class Extras:
 
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
         """Run the tasks and continue the prompt, as far as the model is in memory."""
-        recipe, weights, tokenizer = self.recipe, loaded.weights, loaded.tokenizer
-        if not isinstance(weights, InMemory) or tokenizer is None or (which == "dense" and not recipe.evaluate_dense):
+        asked, weights, tokenizer = self.recipe.evaluation, loaded.weights, loaded.tokenizer
+        if not isinstance(weights, InMemory) or tokenizer is None or (which == "dense" and not asked.dense):
             return
         if self.tasks is not None:
             from coprune.evaluation.harness import zero_shot
 
-            settings = zero_shot_settings(recipe)
+            settings = zero_shot_settings(self.recipe)
             title = f"Zero-shot tasks, {which}"
             found = zero_shot(weights.model, tokenizer, settings, self.tasks, reporter, title)
             self.zero_shot[which] = found
@@ -68,8 +68,8 @@ class Extras:
                 reporter.say(
                     f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {found.mean.value:.2%}"
                 )
-        if recipe.evaluate and recipe.prompt:
-            self.texts[which] = continue_text(weights.model, tokenizer, recipe.prompt)
+        if asked.perplexity and asked.prompt:
+            self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
 
     def zero_shot_facts(self) -> ZeroShotFacts | None:
         """Both models' results side by side, if the tasks were run."""
@@ -80,10 +80,12 @@ class Extras:
         """Both models' continuations, if there are any."""
         if "pruned" not in self.texts:
             return None
-        return TextSample(prompt=self.recipe.prompt, dense=self.texts.get("dense"), pruned=self.texts["pruned"])
+        prompt = self.recipe.evaluation.prompt
+        return TextSample(prompt=prompt, dense=self.texts.get("dense"), pruned=self.texts["pruned"])
 
 
 def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
     """Which tasks a recipe asks for, and how they are run."""
-    names = PAPER_TASKS if recipe.tasks is None else tuple(n.strip() for n in recipe.tasks.split(",") if n.strip())
-    return ZeroShotSettings(names, recipe.num_fewshot, recipe.include_path, recipe.limit, recipe.batch_size)
+    asked = recipe.evaluation
+    names = PAPER_TASKS if asked.tasks is None else tuple(n.strip() for n in asked.tasks.split(",") if n.strip())
+    return ZeroShotSettings(names, asked.few_shot, asked.task_folder, asked.limit, recipe.calibration.batch_size)

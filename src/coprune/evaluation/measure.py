@@ -48,10 +48,10 @@ class Subject:
         self, recipe: Recipe, cache: EvaluationCache, reporter: Reporter, tasks: dict[str, Any] | None
     ) -> None:
         self.recipe = recipe
-        self.location: Location = locate(recipe.model, recipe.cache_dir)
+        self.location: Location = locate(recipe.model.name, recipe.model.cache_dir)
         self.fingerprint = model_fingerprint(self.location.path)
         self.name = self.location.name
-        self._asked = split_texts(recipe.eval_data)
+        self._asked = split_texts(recipe.evaluation.data)
         self.classifies = task_at(self.location) == "images"
         self._tasks = tasks
         self._cache = cache
@@ -64,7 +64,7 @@ class Subject:
         """The model in memory."""
         if self._loaded is None:
             self._reporter.say(f"Loading {self.name}")
-            self._loaded = open_model(self.recipe, stream=False)
+            self._loaded = open_model(self.recipe.model, stream=False)
         return self._loaded
 
     def release(self) -> None:
@@ -130,18 +130,18 @@ class Subject:
 
     def _measure_text(self, asked: Text) -> Callable[[], PerplexityResult]:
         def measure() -> PerplexityResult:
-            text, recipe = self.text(asked), asked.recipe(self.recipe)
-            seqlen = choose_seqlen(self.loaded.model, recipe)
+            text, asks = self.text(asked), asked.recipe(self.recipe).calibration
+            seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             with self._reporter.bar(f"Perplexity on {asked.label}", len(text.tokens) // seqlen) as advance:
-                found = perplexity(self.loaded.model, text.tokens, seqlen, recipe.batch_size, text.token_bytes, advance)
+                found = perplexity(self.loaded.model, text.tokens, seqlen, asks.batch_size, text.token_bytes, advance)
             return perplexity_result(asked.label, text.source, text.fingerprint, found)
 
         return measure
 
     def _compare_on(self, asked: Text, dense: Subject) -> Callable[[], ClosenessResult]:
         def compare() -> ClosenessResult:
-            text, recipe = self.text(asked), asked.recipe(self.recipe)
-            seqlen = choose_seqlen(self.loaded.model, recipe)
+            text, asks = self.text(asked), asked.recipe(self.recipe).calibration
+            seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             if dense.text(asked).fingerprint != text.fingerprint:
                 raise BadInput(
                     f"{self.name} and {dense.name} cut {asked.name} into different tokens, so their predictions cannot be "
@@ -149,7 +149,7 @@ class Subject:
                 )
             with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
                 models = dense.loaded.model, self.loaded.model
-                found = closeness(*models, text.tokens, seqlen, recipe.batch_size, advance)
+                found = closeness(*models, text.tokens, seqlen, asks.batch_size, advance)
             return closeness_result(asked.label, text.fingerprint, found)
 
         return compare
@@ -180,13 +180,13 @@ class Subject:
         return {
             "text": text_fingerprint(asked.name),
             "name": asked.label,
-            "seqlen": recipe.seqlen,
-            "tokens": recipe.eval_tokens,
+            "seqlen": recipe.calibration.seqlen,
+            "tokens": recipe.evaluation.tokens,
         }
 
     def _key(self, what: str, **settings: Any) -> str:
         versions = {name: _version(name) for name in _VERSIONS}
-        facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.dtype, **settings, **versions}
+        facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.model.dtype, **settings, **versions}
         return json.dumps(facts, sort_keys=True, default=str)
 
 

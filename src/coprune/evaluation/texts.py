@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coprune.base.errors import BadInput, unknown_name
 from coprune.recipe.recipe import Recipe
 
-# What a text may have of its own, and the field of a recipe that it takes the place of.
+# What a text may have of its own, and the setting of a recipe that it takes the place of.
 _SETTINGS = {"seqlen": ("seqlen", 2), "tokens": ("eval_tokens", 2), "batch_size": ("batch_size", 1)}
 _TEXT = re.compile(r"(?P<name>[^,]*?)(?P<settings>(?:@\w+=[^@,]*)*)")
 
@@ -21,11 +21,11 @@ class Text:
     """As it was asked for."""
     name: str
     settings: dict[str, int]
-    """Fields of a recipe, which count for this text alone."""
+    """Settings of a recipe, which count for this text alone."""
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """A recipe that measures on this text alone."""
-        return recipe.model_copy(update={"eval_data": self.name, **self.settings})
+        return recipe.replaced(eval_data=self.name, **self.settings)
 
 
 def split_texts(eval_data: str | None) -> list[Text]:

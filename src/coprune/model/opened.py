@@ -21,6 +21,7 @@ from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.record import input_device
+from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 
 
@@ -86,34 +87,34 @@ def choose_device(name: str) -> torch.device:
 
 def streams(recipe: Recipe) -> bool:
     """Whether a folder's blocks stay on the disk until the walk reaches them."""
-    return recipe.stream is not False and not recipe.permute and not recipe.runs_tasks
+    return recipe.model.stream is not False and not recipe.pattern.permute and not recipe.evaluation.runs_tasks
 
 
-def open_model(recipe: Recipe, stream: bool) -> Loaded:
-    """Open the model that the recipe names. stream: whether the blocks of a folder stay on the disk for now."""
-    location = locate(recipe.model, recipe.cache_dir)
-    device = choose_device(recipe.device)
+def open_model(asked: ModelPart, stream: bool) -> Loaded:
+    """Open the model that a recipe names. stream: whether the blocks of a folder stay on the disk for now."""
+    location = locate(asked.name, asked.cache_dir)
+    device = choose_device(asked.device)
     # A packed folder is unpacked by transformers as a whole.
     if stream and isinstance(location, ModelFolder) and not is_packed(location):
-        lazy = LazyCheckpoint(location, recipe.dtype, device)
+        lazy = LazyCheckpoint(location, asked.dtype, device)
         blocks = find_blocks(lazy.model)
-        _require_room(recipe, location, parts=len(blocks))
+        _require_room(asked.check_memory, location, parts=len(blocks))
         lazy.acquire_rest([block.name for block in blocks])
         return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
     if isinstance(location, ModelFolder):
-        _require_room(recipe, location, parts=1)
-    model, processor = load_model(location, recipe.dtype, device)
+        _require_room(asked.check_memory, location, parts=1)
+    model, processor = load_model(location, asked.dtype, device)
     return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
 
 
-def _require_room(recipe: Recipe, location: ModelFolder, parts: int) -> None:
+def _require_room(check: bool, location: ModelFolder, parts: int) -> None:
     """Raise BadInput if a folder's weights alone would not fit the memory, before any of them is read.
 
     parts: how many blocks a streamed model holds one at a time of; 1 for a model that is loaded.
     """
     available = available_bytes()
     needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
-    if recipe.check_memory and available is not None and needed > available:
+    if check and available is not None and needed > available:
         hint = "stream it from the disk (--stream; in Python stream=True)" if parts == 1 else "use a larger machine"
         raise BadInput(
             f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory at a time, and {available / GIB:.1f} are "

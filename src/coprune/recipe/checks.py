@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def contradiction(recipe: Recipe) -> str | None:
     """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
     return (
-        _of_target(recipe.pattern, recipe.sparsity)
+        _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
         or _of_permutation(recipe)
         or _of_streaming(recipe)
@@ -36,22 +36,22 @@ def _of_target(pattern: str, sparsity: float | None) -> str | None:
 
 
 def _of_permutation(recipe: Recipe) -> str | None:
-    if recipe.permute and parse_pattern(recipe.pattern).n_of_m is None:
+    if recipe.pattern.permute and parse_pattern(recipe.pattern.name).n_of_m is None:
         return "permute reorders channels for groups of N:M; give a pattern such as 2:4."
-    if recipe.permute and recipe.stream:
+    if recipe.pattern.permute and recipe.model.stream:
         return "permute needs the whole model in memory, which stream does not; leave one out."
     return None
 
 
 def _of_propagation(recipe: Recipe) -> str | None:
-    if recipe.target == "dense" and recipe.propagation == "sequential":
+    if recipe.calibration.aim == "dense" and recipe.calibration.propagation == "sequential":
         return "target dense compares two forwards of a block, which needs propagation block."
-    if recipe.target == "dense" and recipe.propagation == "dense":
+    if recipe.calibration.aim == "dense" and recipe.calibration.propagation == "dense":
         return (
             "in propagation dense every matrix gets the dense model's inputs, so target dense would be target pruned; "
             "leave it out, or take propagation block."
         )
-    if recipe.reconstruct and recipe.propagation == "dense":
+    if recipe.reconstruction.steps and recipe.calibration.propagation == "dense":
         return (
             "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never "
             "computes; take propagation block or sequential."
@@ -60,7 +60,7 @@ def _of_propagation(recipe: Recipe) -> str | None:
 
 
 def _of_streaming(recipe: Recipe) -> str | None:
-    if recipe.stream and recipe.runs_tasks:
+    if recipe.model.stream and recipe.evaluation.runs_tasks:
         return (
             "zero-shot tasks need the whole model in memory; leave out --stream, or save the model and run: "
             "coprune eval FOLDER --tasks …"
@@ -69,8 +69,8 @@ def _of_streaming(recipe: Recipe) -> str | None:
 
 
 def _of_folders(recipe: Recipe) -> str | None:
-    if recipe.push_to_hub is not None and recipe.save_model is None:
+    if recipe.output.push_to_hub is not None and recipe.output.model is None:
         return "only a saved model can be pushed to the Hub; name its folder with --save-model."
-    if recipe.save is not None and recipe.save == recipe.save_model:
+    if recipe.output.run is not None and recipe.output.run == recipe.output.model:
         return "the run folder and the model folder are the same; give --save_model a folder of its own."
     return None

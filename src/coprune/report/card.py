@@ -45,9 +45,9 @@ def model_card(report: Report) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(header) + (
-        f"\n{_model_index(report)}---\n\n# {base}, pruned with {report.recipe.method}\n\n"
+        f"\n{_model_index(report)}---\n\n# {base}, pruned with {report.recipe.method.name}\n\n"
         f"{report.sparsity.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero "
-        f"({report.recipe.pattern}), {report.sparsity.model:.2%} of all parameters. The weights are stored dense, so any "
+        f"({report.recipe.pattern.name}), {report.sparsity.model:.2%} of all parameters. The weights are stored dense, so any "
         f"tool that loads the original loads this.\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe, which `coprune prune --recipe` repeats:\n\n```yaml\n"
@@ -105,7 +105,7 @@ def _model_index(report: Report) -> str:
     if not found:
         return ""
     name = report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
-    index = eval_results_to_model_index(f"{name}-{report.recipe.method}", found)
+    index = eval_results_to_model_index(f"{name}-{report.recipe.method.name}", found)
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
 
 

@@ -31,7 +31,7 @@ def announce(recipe: Recipe, report: Report) -> None:
 def announced(recipe: Recipe) -> Report | None:
     """The report of a run of this recipe that was killed when only its name was wanting; None if there is none."""
     blocks_left = any(recipe.run_folder.glob(".*.partial"))  # what a streamed run without a model to save needs
-    if blocks_left or (recipe.save_model is not None and not recipe.save_model.is_dir()):
+    if blocks_left or (recipe.output.model is not None and not recipe.output.model.is_dir()):
         return None
     try:
         report = Report.read(recipe.run_folder / _ANNOUNCED)
@@ -43,9 +43,8 @@ def announced(recipe: Recipe) -> Report | None:
 def finish_run_folder(recipe: Recipe, report: Report) -> None:
     """Write the log, give the announced report its name, and make the page of it."""
     first = report.perplexity[0].pruned if report.perplexity else None
-    write_text(
-        path_of(recipe.run_folder, f"log_{recipe.method}.txt"), seed_log(recipe.method, report.sparsity.matrices, first)
-    )
+    method = recipe.method.name
+    write_text(path_of(recipe.run_folder, f"log_{method}.txt"), seed_log(method, report.sparsity.matrices, first))
     (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)
     # The charts' library reserves address space by the gigabyte and aborts the process where it gets none. A page is
     # not worth that; `coprune report RUN` makes it later.

@@ -7,9 +7,10 @@ from coprune.report.schema import Report
 
 def summary_lines(report: Report) -> list[str]:
     """What was pruned, how sparse it is, what that did to perplexity, and what it took."""
+    recipe = report.recipe
     lines = [
         f"model     {report.model.source}, {report.model.parameters:,} parameters, {report.model.dtype}",
-        f"method    {report.recipe.method}, {report.recipe.pattern}, {report.recipe.propagation} propagation",
+        f"method    {recipe.method.name}, {recipe.pattern.name}, {recipe.calibration.propagation} propagation",
         f"sparsity  {report.sparsity.matrices:.4%} of the {len(report.matrices)} pruned matrices, "
         f"{report.sparsity.model:.2%} of all parameters",
     ]

@@ -16,6 +16,8 @@ from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.recipe.choice import Choice
+from coprune.recipe.flat import FLAT, PARTS, is_setting, layered
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
@@ -26,9 +28,9 @@ def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
 
     Raises BadInput for an unknown name or option, or a combination that the method cannot do.
     """
-    refinements = tuple(refinement_named(name) for name in recipe.refine)
-    solver = Solver(method_named(recipe.method, recipe.options), refinements, recipe.target)
-    target = Target(parse_pattern(recipe.pattern), recipe.ratio)
+    refinements = tuple(refinement_named(asked) for asked in recipe.refine)
+    solver = Solver(method_named(recipe.method.name, recipe.method.options), refinements, recipe.calibration.aim)
+    target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
     width = 2 * (target.pattern.group_size or 4)
     generator = torch.Generator().manual_seed(0)
@@ -40,25 +42,27 @@ def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
 
 def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
     """The training of every pruned block, if the recipe asks for it."""
-    if recipe.reconstruct == 0:
+    asked = recipe.reconstruction
+    if asked.steps == 0:
         return None
     return Reconstruction(
-        steps=recipe.reconstruct,
-        learning_rate=recipe.reconstruct_lr,
-        dtype=recipe.reconstruct_dtype,
-        parts=recipe.reconstruct_parts,
-        seed=recipe.seed,
+        steps=asked.steps,
+        learning_rate=asked.learning_rate,
+        dtype=asked.dtype,
+        parts=asked.parts,
+        seed=recipe.calibration.seed,
     )
 
 
 def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
-    if size > 1 and recipe.reconstruct:
+    if size > 1 and recipe.reconstruction.steps:
         raise BadInput(
             "reconstruct trains a block on all samples in one process; leave it out, or run without torchrun."
         )
-    if size > recipe.nsamples:
-        raise BadInput(f"{size} processes cannot share {recipe.nsamples} samples; use fewer processes or more samples.")
+    samples = recipe.calibration.samples
+    if size > samples:
+        raise BadInput(f"{size} processes cannot share {samples} samples; use fewer processes or more samples.")
 
 
 def prepare_folders(recipe: Recipe) -> None:
@@ -69,10 +73,10 @@ def prepare_folders(recipe: Recipe) -> None:
     if (run_folder / REPORT_FILE).exists():
         raise BadInput(f"{run_folder} already holds a finished run; name another folder with --save, or remove it.")
     # A run that was refused or failed early left no more than its logs.
-    logs = {run_folder / "tensorboard", *([recipe.log_json] if recipe.log_json else [])}
+    logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
     if run_folder.is_dir() and set(run_folder.iterdir()) - logs and not (run_folder / RECIPE_FILE).exists():
         raise BadInput(f"{run_folder} already holds something that is no run; name another folder with --save.")
-    target = recipe.save_model
+    target = recipe.output.model
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{target} already exists and is not empty; name another folder with --save_model.")
 
@@ -89,8 +93,8 @@ def check_widths(chosen: Chosen, target: Target) -> None:
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
-    looks = recipe.permute or allocation_named(recipe.allocation).statistic is not None
-    return solver.statistic is not None or recipe.reconstruct > 0 or looks
+    looks = recipe.pattern.permute or allocation_named(recipe.allocation).statistic is not None
+    return solver.statistic is not None or recipe.reconstruction.steps > 0 or looks
 
 
 def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -98,11 +102,11 @@ def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
 
     values: by name. Raises BadInput for a name that is neither, with the nearest match.
     """
-    own = {f.name for f in dataclasses.fields(METHODS[method])} if method in METHODS else set()
-    fields = set(Recipe.model_fields)
-    for name in values:
-        if name not in fields and name not in own:
-            raise unknown_name("setting", name, fields | own)
-    chosen = {name: value for name, value in values.items() if name in fields}
-    options = {**dict(chosen.get("options") or {}), **{n: v for n, v in values.items() if n not in fields}}
-    return {**chosen, "method": method, "options": options}
+    name = Choice.of(method).name
+    own = {f.name for f in dataclasses.fields(METHODS[name])} if name in METHODS else set()
+    for setting in values:
+        if not is_setting(setting) and setting not in own:
+            raise unknown_name("setting", setting, [*FLAT, *PARTS, *own])
+    settings = {setting: value for setting, value in values.items() if is_setting(setting)}
+    options = {setting: value for setting, value in values.items() if not is_setting(setting)}
+    return layered({"method": method, "options": options}, settings)

@@ -67,7 +67,7 @@ def build_report(session: Session, found: Found) -> Report:
         versions=installed_versions(),
         events=[f"{result.name}: {event}" for result in found.results for event in result.events],
         matrices=found.results,
-        saved_model=opened.recipe.save_model,
+        saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),
         sample=found.extras.sample(),
         phases=found.phases,
@@ -99,7 +99,7 @@ def _calibration(opened: Opened) -> CalibrationFacts | None:
         nsamples=nsamples,
         seqlen=shape[0] if len(shape) == 1 else None,
         image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
-        seed=opened.recipe.seed,
+        seed=opened.recipe.calibration.seed,
         fingerprint=samples.fingerprint,
     )
 

@@ -29,9 +29,9 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
     """
     _, target = prepare_solver(recipe)
     allocation = allocation_named(recipe.allocation)
-    loaded = open_model(recipe, stream=True)
+    loaded = open_model(recipe.model, stream=True)
     blocks = find_blocks(loaded.model)
-    chosen = choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude)
+    chosen = choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude)
     check_widths(chosen, target)
     found_model = FoundModel(loaded.weights, blocks, chosen)
     targets = _plan(recipe, loaded, found_model, allocation, target, reporter)
@@ -47,8 +47,8 @@ def inspect_lines(recipe: Recipe, every_matrix: bool, weights_too: bool, reporte
             advance(1)
     matrices += chosen.outside
     lines = _matrix_lines(matrices, targets, zeros) if every_matrix else _kind_lines(matrices, wanted, zeros)
-    if recipe.allocation != "uniform":
-        lines += _allocation_lines(recipe.allocation, blocks, chosen, targets)
+    if recipe.allocation.name != "uniform":
+        lines += _allocation_lines(str(recipe.allocation), blocks, chosen, targets)
     pruned = sum(m.shape[0] * m.shape[1] for m in matrices if m.name in wanted)
     total = loaded.model.num_parameters()
     return [

@@ -20,34 +20,11 @@ from coprune.model.checkpoint.companions import copy_companions, save_companions
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
-from coprune.pruning.allocation import is_file
 from coprune.pruning.pruner import MatrixResult
+from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 
 _IDENTITY = "journal.json"
-# Where results go and what is measured afterwards may differ between a run and its resumption.
-_FREE = {
-    "save",
-    "save_model",
-    "cache_dir",
-    "evaluate",
-    "evaluate_dense",
-    "eval_data",
-    "eval_tokens",
-    "eval_images",
-    "stream",
-    "activation_memory",
-    "check_memory",
-    "eval_zero_shot",
-    "tasks",
-    "num_fewshot",
-    "include_path",
-    "limit",
-    "prompt",
-    "report_to",
-    "push_to_hub",
-    "log_json",
-}
 _RESULTS = TypeAdapter(list[MatrixResult])
 
 
@@ -118,7 +95,7 @@ class Output:
         partial = self._writer.partial
         self._writer.write(REST, self._weights.rest_tensors(self._names))
         if isinstance(self._weights, LazyCheckpoint):
-            copy_companions(self._weights.location, partial, recipe.dtype)
+            copy_companions(self._weights.location, partial, recipe.model.dtype)
         else:
             save_companions(self._weights.model, processor, partial)
         write_text(partial / "README.md", card)
@@ -131,7 +108,7 @@ class Output:
 
 def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> dict[str, Any]:
     """What must be the same for a run to go on where another stopped: recipe, model and data."""
-    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _FREE}
-    if is_file(recipe.allocation):
-        settings["allocation file"] = Path(recipe.allocation).read_text(encoding="utf-8")
+    settings = recipe.deciding(Decides.RESULT)
+    if recipe.allocation.is_file:
+        settings["allocation file"] = Path(recipe.allocation.name).read_text(encoding="utf-8")
     return {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}

@@ -24,7 +24,7 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     """
     opened, model = session.opened, session.model
     recipe, reporter, processes = opened.recipe, opened.around.reporter, opened.around.processes
-    if recipe.permute:
+    if recipe.pattern.permute:
         _permute(session, record)
     allocation = allocation_named(recipe.allocation)
     data = allocation.statistic is not None
@@ -32,7 +32,7 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     with bar as advance:
         targets = plan_targets(allocation, model, record() if data else None, opened.target, processes, advance)
     targets = processes.from_first(lambda: targets)
-    if recipe.allocation != "uniform":
+    if recipe.allocation.name != "uniform":
         reporter.say(f"Allocation {recipe.allocation}: {describe_targets(model.chosen, targets)}")
     return lambda matrix: targets[matrix.name]
 

@@ -51,8 +51,8 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
 
 def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distributions:
     """Walk over the dense model up to a matrix and count what it sees. Raises BadInput if not exactly one matches."""
-    solver, target = prepare_solver(recipe.model_copy(update={"method": "wanda", "options": {}}))
-    loaded = open_model(recipe, stream=True)
+    solver, target = prepare_solver(recipe.replaced(method="wanda", options={}))
+    loaded = open_model(recipe.model, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, (name,), ())
     matching = [matrix.name for matrix in chosen.all()]

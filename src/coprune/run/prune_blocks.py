@@ -33,9 +33,9 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> tuple
     started = time.perf_counter()
     target_of = look_at_dense(session, lambda: _record(session, dense=False))
     known = reuse.gathered(session, finished, lambda: _record(session, dense=False))
-    with reporter.bar(f"Pruning with {recipe.method}", len(model.blocks)) as advance:
+    with reporter.bar(f"Pruning with {recipe.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
-        recording = None if recipe.propagation == "dense" and known else _record_to_prune(session)
+        recording = None if recipe.calibration.propagation == "dense" and known else _record_to_prune(session)
         walk = Walk(
             model,
             recording,
@@ -64,15 +64,17 @@ def _prune(
         opened.around.reporter.event("block", block=done.block.name, matrices=facts)
         return results
 
-    return prune_walk(walk, opened.solver, target_of, opened.recipe.layer_error, block_done, _solving(session))
+    return prune_walk(
+        walk, opened.solver, target_of, opened.recipe.evaluation.layer_error, block_done, _solving(session)
+    )
 
 
 def moves_of(session: Session) -> Moves:
     """How the walk of a run moves its inputs on."""
-    recipe, keep = session.opened.recipe, session.reconstruction is not None
-    if recipe.propagation == "dense":
+    asked, keep = session.opened.recipe.calibration, session.reconstruction is not None
+    if asked.propagation == "dense":
         return Dense()
-    return Sequential(keep) if recipe.propagation == "sequential" else ByBlock(recipe.target == "dense", keep)
+    return Sequential(keep) if asked.propagation == "sequential" else ByBlock(asked.aim == "dense", keep)
 
 
 def _solving(session: Session) -> Solving:
@@ -80,7 +82,7 @@ def _solving(session: Session) -> Solving:
     processes = session.opened.around.processes
     if processes.size == 1:
         return SolvingAlone()
-    sequential = session.opened.recipe.propagation == "sequential"
+    sequential = session.opened.recipe.calibration.propagation == "sequential"
     outside = [[matrix] for matrix in session.model.chosen.outside]
     stages = [*session.model.structure.groups, outside]
     if sequential:

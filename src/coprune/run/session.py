@@ -71,7 +71,11 @@ class Opened:
         What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
         """
         recipe = self.recipe
-        limit = None if recipe.activation_memory is None else int(recipe.activation_memory * GIB / lists)
+        limit = (
+            None
+            if recipe.calibration.activation_memory is None
+            else int(recipe.calibration.activation_memory * GIB / lists)
+        )
         return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
 
 
@@ -102,10 +106,14 @@ def open_run(recipe: Recipe, loaded: Loaded | None, around: Surroundings, rememb
     check_processes(recipe, around.processes.size)
     reporter = around.reporter
     if loaded is None:
-        reporter.say(f"Loading {recipe.model}")
-        loaded = open_model(recipe, stream=streams(recipe))
+        reporter.say(f"Loading {recipe.model.name}")
+        loaded = open_model(recipe.model, stream=streams(recipe))
     blocks = find_blocks(loaded.model)
-    found = FoundModel(loaded.weights, blocks, choose_matrices(loaded.model, blocks, recipe.include, recipe.exclude))
+    found = FoundModel(
+        loaded.weights,
+        blocks,
+        choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude),
+    )
     check_widths(found.chosen, target)
     for left_out in [*found.chosen.left_out, *loaded.left_out]:
         reporter.say(f"Left alone: {left_out}.")

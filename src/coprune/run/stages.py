@@ -20,6 +20,7 @@ from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.model.verify import verify_saved
+from coprune.recipe.flat import layered
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
@@ -68,8 +69,8 @@ def prune(
             InMemory(prepare(model)), tokenizer or image_processor, model.name_or_path or type(model).__name__, False
         )
     name = str(model) if loaded is None else loaded.source
-    recipe = make_recipe({"stream": False, "model": name, **settings_for(method, settings)})
-    return run_recipe(recipe, loaded, Reporter(quiet), write=recipe.save is not None)
+    recipe = make_recipe(layered({"stream": False, "model": name}, settings_for(method, settings)))
+    return run_recipe(recipe, loaded, Reporter(quiet), write=recipe.output.run is not None)
 
 
 def run_recipe(
@@ -96,14 +97,14 @@ def run_recipe(
     """
     started = time.perf_counter()
     around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes)
-    if recipe.finetune is not None:
+    if recipe.finetune.mode is not None:
         return _run_with_finetuning(recipe, loaded, around)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
-    if recipe.push_to_hub is not None:
-        require_login(recipe.push_to_hub)
-    if processes.first and (write or recipe.save_model):
+    if recipe.output.push_to_hub is not None:
+        require_login(recipe.output.push_to_hub)
+    if processes.first and (write or recipe.output.model):
         prepare_folders(recipe)
     with listening(recipe, around.reporter) if processes.first else nullcontext():
         return _run(recipe, loaded, around, reuse or Reuse(), write and processes.first, started)
@@ -137,8 +138,8 @@ def _run(
     if write:
         finish_run_folder(recipe, report)
     around.reporter.event("finished", figures=final_figures(report))
-    if first and recipe.push_to_hub is not None and recipe.save_model is not None:
-        around.reporter.say(f"Pushed to {push(recipe.save_model, recipe.push_to_hub)}")
+    if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
+        around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
     in_memory = loaded.model if isinstance(loaded.weights, InMemory) else None
     return Result(report, in_memory, loaded.tokenizer)
 
@@ -148,7 +149,7 @@ def _open(recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Re
     opened = open_run(recipe, loaded, around, reuse.tokens)
     if around.processes.first and (estimate := reuse.estimate(opened.estimate)) is not None:
         around.reporter.say(estimate.line())
-        if recipe.check_memory:
+        if recipe.model.check_memory:
             estimate.require()
     return prove_run(opened)
 
@@ -174,18 +175,18 @@ def _open_output(session: Session) -> Output | None:
     """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
     opened, model = session.opened, session.model
     recipe, samples = opened.recipe, opened.samples
-    if recipe.save_model is None and isinstance(model.weights, InMemory):
+    if recipe.output.model is None and isinstance(model.weights, InMemory):
         return None
     data = None if samples is None else samples.fingerprint
     identity = run_identity(recipe, opened.loaded.fingerprint(model.blocks), data)
-    folder = recipe.save_model or path_of(recipe.run_folder, "checkpoint")
-    return Output(folder, recipe.save_model is not None, model.weights, model.blocks, identity)
+    folder = recipe.output.model or path_of(recipe.run_folder, "checkpoint")
+    return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
 
 
 def _measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
     """Everything that is measured of the dense model."""
     opened = session.opened
-    found = _measure(session, "dense") if opened.recipe.evaluate_dense else {}
+    found = _measure(session, "dense") if opened.recipe.evaluation.dense else {}
     if opened.around.processes.first:
         extras.measure("dense", opened.loaded, opened.around.reporter)
     return found

@@ -58,7 +58,7 @@ class Wandb:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "coprune")
-        self._run: Any = wandb.init(project=project, config=recipe.model_dump(mode="json"))
+        self._run: Any = wandb.init(project=project, config=_settings(recipe))
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._run.log(figures, step=step)
@@ -75,7 +75,7 @@ class MLflow:
 
         self._mlflow: Any = mlflow
         mlflow.start_run()
-        mlflow.log_params({name: str(value)[:500] for name, value in recipe.model_dump(mode="json").items()})
+        mlflow.log_params({name: str(value)[:500] for name, value in _settings(recipe).items()})
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._mlflow.log_metrics(figures, step=step)
@@ -91,13 +91,19 @@ class Trackio:
         import trackio
 
         self._trackio: Any = trackio
-        trackio.init(project="coprune", config=recipe.model_dump(mode="json"))
+        trackio.init(project="coprune", config=_settings(recipe))
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._trackio.log(figures, step=step)
 
     def close(self) -> None:
         self._trackio.finish()
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as flat settings of plain values, which trackers can filter by."""
+    settings: dict[str, Any] = json.loads(json.dumps(recipe.flat(), default=str))
+    return settings
 
 
 TRACKERS: dict[str, Callable[[Recipe], Tracker]] = {
@@ -114,7 +120,7 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
 
     Raises BadInput for a tracker that is unknown or not installed, or a file that cannot be written.
     """
-    names = [name.strip() for name in (recipe.report_to or "").split(",") if name.strip()]
+    names = [name.strip() for name in (recipe.output.report_to or "").split(",") if name.strip()]
     for name in names:
         if name not in TRACKERS:
             raise unknown_name("tracker", name, TRACKERS)
@@ -122,8 +128,8 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
             raise BadInput(f"--report-to {name} needs a package that is missing: pip install 'coprune[{name}]'.")
     before = list(reporter.listeners)
     with ExitStack() as stack:
-        if recipe.log_json is not None:
-            reporter.listeners.append(stack.enter_context(_json_lines(recipe.log_json)))
+        if recipe.output.log_json is not None:
+            reporter.listeners.append(stack.enter_context(_json_lines(recipe.output.log_json)))
         for name in names:
             tracker = TRACKERS[name](recipe)
             stack.callback(tracker.close)

@@ -34,7 +34,7 @@ def prune_and_finetune(
         report = prune(pruning)
         processes.from_first(lambda: None)  # the first one is still saving what all of them are about to read
     else:
-        reporter.say(f"Pruned by an earlier run: {pruning.save_model}")
+        reporter.say(f"Pruned by an earlier run: {pruning.output.model}")
         report = done
     found: FinetuneReport = finetune(settings, reporter)
     if processes.first:
@@ -46,33 +46,31 @@ def prune_and_finetune(
 
 def pruning_of(recipe: Recipe) -> Recipe:
     """The recipe of the pruning alone."""
-    return recipe.model_copy(
-        update={"finetune": None, "finetune_minutes": None, "save_model": recipe.run_folder / "pruned"}
-    )
+    return recipe.replaced(finetune=None, finetune_minutes=None, save_model=recipe.run_folder / "pruned")
 
 
 def settings_of(recipe: Recipe) -> FinetuneSettings:
     """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
-    data = {"dataset": recipe.dataset} if "dataset" in recipe.model_fields_set else {}
+    data = {"dataset": recipe.calibration.data} if "data" in recipe.calibration.model_fields_set else {}
     return make_settings(
         data
         | {
             "model": str(recipe.run_folder / "pruned"),
-            "mode": recipe.finetune,
-            "teacher": recipe.model if recipe.finetune == "distill" else None,
-            "block_size": recipe.seqlen,
-            "minutes": recipe.finetune_minutes,
-            "seed": recipe.seed,
-            "device": "cpu" if recipe.device == "cpu" else "auto",
-            "cache_dir": recipe.cache_dir,
-            "evaluate": recipe.evaluate,
-            "eval_data": recipe.eval_data,
-            "eval_tokens": recipe.eval_tokens,
-            "eval_images": recipe.eval_images,
-            "report_to": recipe.report_to or "none",
+            "mode": recipe.finetune.mode,
+            "teacher": recipe.model.name if recipe.finetune.mode == "distill" else None,
+            "block_size": recipe.calibration.seqlen,
+            "minutes": recipe.finetune.minutes,
+            "seed": recipe.calibration.seed,
+            "device": "cpu" if recipe.model.device == "cpu" else "auto",
+            "cache_dir": recipe.model.cache_dir,
+            "evaluate": recipe.evaluation.perplexity,
+            "eval_data": recipe.evaluation.data,
+            "eval_tokens": recipe.evaluation.tokens,
+            "eval_images": recipe.evaluation.images,
+            "report_to": recipe.output.report_to or "none",
             "save": recipe.run_folder / "finetune",
-            "save_model": recipe.save_model,
+            "save_model": recipe.output.model,
         }
     )
 
@@ -80,7 +78,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
 def _pruned_before(pruning: Recipe) -> Report | None:
     """The report of an earlier run of the same recipe, whose model is there; None if there was none."""
     path = pruning.run_folder / REPORT_FILE
-    if not path.is_file() or pruning.save_model is None or not pruning.save_model.is_dir():
+    if not path.is_file() or pruning.output.model is None or not pruning.output.model.is_dir():
         return None
     report = Report.read(path)
     if report.recipe != pruning:

@@ -13,6 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
+from coprune.recipe.decides import Decides, deciding
 from coprune.training.masks import find_masks, plain_parameters
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
@@ -20,18 +21,6 @@ from coprune.training.settings import FinetuneSettings
 
 _IDENTITY = "identity.json"
 _ANNOUNCED = "announced.json"
-# Where results go and what is measured afterwards may differ between a run and its resumption.
-_FREE = {
-    "save",
-    "save_model",
-    "cache_dir",
-    "evaluate",
-    "eval_data",
-    "eval_tokens",
-    "eval_images",
-    "report_to",
-    "save_every",
-}
 
 
 def announce(report: FinetuneReport, training_folder: Path) -> None:
@@ -77,7 +66,8 @@ def resume_from(session: Session, first: bool) -> Path | None:
     Raises BadInput if the folder holds an unfinished run of something else.
     """
     folder = session.training_folder
-    identity = {k: v for k, v in session.settings.model_dump(mode="json").items() if k not in _FREE}
+    settings = session.settings
+    identity = deciding(settings.model_dump(mode="json"), type(settings).model_fields, Decides.RESULT)
     identity |= {
         "masks": session.masks.fingerprint(),
         "weights": _fingerprint(session),

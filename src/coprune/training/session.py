@@ -81,8 +81,8 @@ def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
         settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.block_size}
     )
     if loaded.task == "text":
-        limit = choose_seqlen(loaded.model, recipe)
-        recipe = recipe.model_copy(update={"seqlen": settings.block_size or min(1024, limit)})
+        limit = choose_seqlen(loaded.model, settings.block_size)
+        recipe = recipe.replaced(seqlen=settings.block_size or min(1024, limit))
     return task_for(recipe, loaded)
 
 

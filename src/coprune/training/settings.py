@@ -14,8 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.recipe.decides import Decides
 
 Mode = Literal["lora", "dense", "distill"]
+_RESULT = Decides.RESULT
 _LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5}
 
 
@@ -24,9 +26,10 @@ class FinetuneSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[str, Field(description="The pruned model: a local folder or Hub id.", min_length=1)]
+    model: Annotated[str, _RESULT, Field(description="The pruned model: a local folder or Hub id.", min_length=1)]
     mode: Annotated[
         Mode,
+        _RESULT,
         Field(
             description="lora: low-rank adapters, masked so that merging keeps every zero; dense: the weights themselves; "
             "distill: the weights, toward the dense model (--teacher)."
@@ -34,90 +37,135 @@ class FinetuneSettings(BaseModel):
     ] = "lora"
     dataset: Annotated[
         str,
+        _RESULT,
         Field(
             description="Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; or images: "
             "digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
     block_size: Annotated[
-        int | None, Field(description="Tokens per training window. [min(1024, model's limit)]", ge=2)
+        int | None, _RESULT, Field(description="Tokens per training window. [min(1024, model's limit)]", ge=2)
     ] = None
     batch_size: Annotated[
-        int | None, Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1)
+        int | None,
+        _RESULT,
+        Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1),
     ] = None
     accumulate: Annotated[
-        int | None, Field(description="Forward passes per optimiser step. [8 of text, 1 of images]", ge=1)
+        int | None,
+        _RESULT,
+        Field(description="Forward passes per optimiser step. [8 of text, 1 of images]", ge=1),
     ] = None
-    epochs: Annotated[float, Field(description="Passes over the data, unless steps or minutes are given.", gt=0)] = 1.0
-    max_steps: Annotated[int | None, Field(description="Optimiser steps.", ge=1)] = None
-    max_samples: Annotated[int | None, Field(description="Use only so many windows or images.", ge=1)] = None
+    epochs: Annotated[
+        float, _RESULT, Field(description="Passes over the data, unless steps or minutes are given.", gt=0)
+    ] = 1.0
+    max_steps: Annotated[int | None, _RESULT, Field(description="Optimiser steps.", ge=1)] = None
+    max_samples: Annotated[int | None, _RESULT, Field(description="Use only so many windows or images.", ge=1)] = None
     minutes: Annotated[
-        float | None, Field(description="Train for so long; the learning rate falls with the time.", gt=0)
+        float | None,
+        _RESULT,
+        Field(description="Train for so long; the learning rate falls with the time.", gt=0),
     ] = None
     learning_rate: Annotated[
-        float | None, Field(description="Peak learning rate. [1e-4 for lora, 5e-5 for dense and distill]", gt=0)
+        float | None,
+        _RESULT,
+        Field(description="Peak learning rate. [1e-4 for lora, 5e-5 for dense and distill]", gt=0),
     ] = None
     schedule: Annotated[
-        Literal["cosine", "linear", "constant"], Field(description="How the learning rate falls after the warm-up.")
+        Literal["cosine", "linear", "constant"],
+        _RESULT,
+        Field(description="How the learning rate falls after the warm-up."),
     ] = "cosine"
-    warmup: Annotated[float, Field(description="Share of the training in which it rises.", ge=0, lt=1)] = 0.03
-    optimizer: Annotated[Literal["adamw", "sgd", "adafactor"], Field(description="sgd has a momentum of 0.9.")] = (
-        "adamw"
-    )
-    weight_decay: Annotated[float, Field(description="Weight decay.", ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(description="Clip gradients to this norm; 0 for no clipping.", ge=0)] = 1.0
+    warmup: Annotated[float, _RESULT, Field(description="Share of the training in which it rises.", ge=0, lt=1)] = 0.03
+    optimizer: Annotated[
+        Literal["adamw", "sgd", "adafactor"], _RESULT, Field(description="sgd has a momentum of 0.9.")
+    ] = "adamw"
+    weight_decay: Annotated[float, _RESULT, Field(description="Weight decay.", ge=0)] = 0.0
+    max_grad_norm: Annotated[
+        float, _RESULT, Field(description="Clip gradients to this norm; 0 for no clipping.", ge=0)
+    ] = 1.0
     train: Annotated[
         tuple[str, ...],
+        _RESULT,
         Field(
             description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. [lora: all pruned linear "
             "layers; else all weights]"
         ),
     ] = ()
-    rank: Annotated[int, Field(description="lora: rank of the adapters.", ge=1)] = 8
-    alpha: Annotated[float, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
-    dropout: Annotated[float, Field(description="lora: dropout before plain adapters (--no-masked).", ge=0, lt=1)] = 0.0
+    rank: Annotated[int, _RESULT, Field(description="lora: rank of the adapters.", ge=1)] = 8
+    alpha: Annotated[float, _RESULT, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
+    dropout: Annotated[
+        float, _RESULT, Field(description="lora: dropout before plain adapters (--no-masked).", ge=0, lt=1)
+    ] = 0.0
     masked: Annotated[
-        bool, Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged.")
+        bool,
+        _RESULT,
+        Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
     ] = True
-    teacher: Annotated[str | None, Field(description="distill: the dense model.")] = None
-    temperature: Annotated[float, Field(description="distill: temperature of the compared distributions.", gt=0)] = 2.0
-    kl_weight: Annotated[float, Field(description="distill: weight of the divergence of the logits.", ge=0)] = 1.0
+    teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model.")] = None
+    temperature: Annotated[
+        float, _RESULT, Field(description="distill: temperature of the compared distributions.", gt=0)
+    ] = 2.0
+    kl_weight: Annotated[
+        float, _RESULT, Field(description="distill: weight of the divergence of the logits.", ge=0)
+    ] = 1.0
     hidden_weight: Annotated[
         float | None,
+        _RESULT,
         Field(description="distill: weight of the blocks' relative errors. [1; 0 with --top-k or for images]", ge=0),
     ] = None
-    text_weight: Annotated[float, Field(description="distill: weight of the data's own loss.", ge=0)] = 0.0
+    text_weight: Annotated[float, _RESULT, Field(description="distill: weight of the data's own loss.", ge=0)] = 0.0
     top_k: Annotated[
         int | None,
+        _RESULT,
         Field(description="distill: run the teacher ahead and keep its so many largest logits per token.", ge=1),
     ] = None
-    bf16: Annotated[bool, Field(description="Compute in bfloat16; trained weights stay float32.")] = False
-    gradient_checkpointing: Annotated[bool, Field(description="Recompute activations to save memory.")] = False
-    seed: Annotated[int, Field(description="Seed of everything random.")] = 0
-    device: Annotated[str, Field(description="auto or cpu; auto takes a GPU if there is one.")] = "auto"
+    bf16: Annotated[bool, _RESULT, Field(description="Compute in bfloat16; trained weights stay float32.")] = False
+    gradient_checkpointing: Annotated[bool, _RESULT, Field(description="Recompute activations to save memory.")] = False
+    seed: Annotated[int, _RESULT, Field(description="Seed of everything random.")] = 0
+    device: Annotated[str, _RESULT, Field(description="auto or cpu; auto takes a GPU if there is one.")] = "auto"
     evaluations: Annotated[
-        int, Field(description="How many times during the training to measure the loss on held-out samples.", ge=0)
+        int,
+        _RESULT,
+        Field(description="How many times during the training to measure the loss on held-out samples.", ge=0),
     ] = 5
     held_out: Annotated[
-        float, Field(description="Share of them held out for that (at most 64 windows or 2,048 images).", ge=0, lt=1)
+        float,
+        _RESULT,
+        Field(description="Share of them held out for that (at most 64 windows or 2,048 images).", ge=0, lt=1),
     ] = 0.05
     patience: Annotated[
-        int | None, Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1)
+        int | None,
+        _RESULT,
+        Field(description="Stop after so many evaluations without a better loss, and keep the best.", ge=1),
     ] = None
-    save_every: Annotated[int, Field(description="Steps between the states from which a run resumes.", ge=1)] = 100
-    evaluate: Annotated[bool, Field(description="Measure perplexity or accuracy before and after.")] = True
+    save_every: Annotated[
+        int, Decides.WHERE, Field(description="Steps between the states from which a run resumes.", ge=1)
+    ] = 100
+    evaluate: Annotated[
+        bool, Decides.MEASUREMENT, Field(description="Measure perplexity or accuracy before and after.")
+    ] = True
     eval_data: Annotated[
         str | None,
+        Decides.MEASUREMENT,
         Field(description="Text for perplexity or images for accuracy, comma-separated. [test split of the data]"),
     ] = None
     eval_images: Annotated[
-        int | None, Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1)
+        int | None,
+        Decides.MEASUREMENT,
+        Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
     ] = None
-    eval_tokens: Annotated[int | None, Field(description="Use only so many tokens of each. [all]", ge=2)] = None
-    cache_dir: Annotated[Path | None, Field(description="Where downloads are kept.")] = None
-    report_to: Annotated[str, Field(description="Trackers as transformers names them, such as wandb.")] = "none"
-    save: Annotated[Path | None, Field(description="Run folder. [out/finetune/MODEL/MODE]")] = None
-    save_model: Annotated[Path | None, Field(description="Folder for the model. [model/ in the run folder]")] = None
+    eval_tokens: Annotated[
+        int | None, Decides.MEASUREMENT, Field(description="Use only so many tokens of each. [all]", ge=2)
+    ] = None
+    cache_dir: Annotated[Path | None, Decides.WHERE, Field(description="Where downloads are kept.")] = None
+    report_to: Annotated[
+        str, Decides.WHERE, Field(description="Trackers as transformers names them, such as wandb.")
+    ] = "none"
+    save: Annotated[Path | None, Decides.WHERE, Field(description="Run folder. [out/finetune/MODEL/MODE]")] = None
+    save_model: Annotated[
+        Path | None, Decides.WHERE, Field(description="Folder for the model. [model/ in the run folder]")
+    ] = None
 
     @field_validator("train", mode="before")
     @classmethod

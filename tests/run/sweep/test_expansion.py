@@ -75,7 +75,7 @@ def test_every_preset_expands_and_takes_another_model():
     assert counts.pop("opt") == 5 * 9
     assert counts.pop("ablate-weight-update") == 12
     assert set(counts.values()) == {9}
-    models = {run.recipe.model for run in expand(sweep_preset("opt").with_settings({"model": "mine"}))}
+    models = {run.recipe.model.name for run in expand(sweep_preset("opt").with_settings({"model": "mine"}))}
     assert models == {"mine"}
 
 
@@ -92,7 +92,7 @@ def test_zipped_lists_go_in_step():
     runs = runs_of(
         nsamples=[8, 16], method=["wanda", "magnitude"], seqlen=[32, 64], sweep={"zip": ["nsamples", "seqlen"]}
     )
-    found = [(run.recipe.nsamples, run.recipe.seqlen, run.recipe.method) for run in runs]
+    found = [(run.recipe.calibration.samples, run.recipe.calibration.seqlen, run.recipe.method.name) for run in runs]
     assert found == [(8, 32, "wanda"), (8, 32, "magnitude"), (16, 64, "wanda"), (16, 64, "magnitude")]
 
 
@@ -108,8 +108,8 @@ def test_runs_are_left_out_and_added():
 
 def test_a_field_that_is_a_list_itself_has_a_list_of_lists():
     runs = runs_of(refine=[[], ["refit"], ["swaps", "refit"]])
-    assert [run.recipe.refine for run in runs] == [(), ("refit",), ("swaps", "refit")]
-    assert [run.recipe.refine for run in runs_of(refine=["swaps", "refit"])] == [("swaps", "refit")]
+    assert [run.recipe.setting("refine") for run in runs] == [(), ("refit",), ("swaps", "refit")]
+    assert [run.recipe.setting("refine") for run in runs_of(refine=["swaps", "refit"])] == [("swaps", "refit")]
 
 
 @pytest.mark.parametrize(

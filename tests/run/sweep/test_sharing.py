@@ -47,7 +47,7 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
     for run in runs:
         separate = alone(run, place / "separate")
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
-        for file in run.recipe.save_model.glob("*.safetensors"):
+        for file in run.recipe.output.model.glob("*.safetensors"):
             assert file.read_bytes() == (separate.saved_model / file.name).read_bytes()
 
 

@@ -67,7 +67,7 @@ def do_here(sweep, runs):
 def assert_as_alone(run, place):
     separate = alone(run, place / "separate")
     assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
-    files = list(run.recipe.save_model.glob("*.safetensors"))
+    files = list(run.recipe.output.model.glob("*.safetensors"))
     assert files
     assert all(file.read_bytes() == (separate.saved_model / file.name).read_bytes() for file in files)
 
@@ -150,5 +150,5 @@ def test_other_matrices_samples_or_batches_are_gathered_for_themselves(place, fo
     for number, change in enumerate(({}, {"seed": 1}, {"exclude": ["*.v_proj"]}, {"batch_size": 1})):
         sweep, runs = pico_sweep(**{**SETTINGS, "pattern": "2:4", "propagation": "dense", "save_model": None, **change})
         run = runs[0]
-        recipe = run.recipe.model_copy(update={"save": place / str(number)})
+        recipe = run.recipe.replaced(save=place / str(number))
         assert do_here(sweep, [type(run)(run.name, recipe)]) == {run.name: 0}, change

@@ -44,17 +44,17 @@ class ImageTask:
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised
-        if recipe.runs_tasks:
+        if recipe.evaluation.runs_tasks:
             raise BadInput(f"{loaded.source} classifies images; zero-shot tasks are for language models.")
 
     def _named(self, names: str | None) -> str:
         """The images that were asked for: by these names or else the dataset, whose default is a text."""
-        if names is None and "dataset" not in self._recipe.model_fields_set:
+        if names is None and "data" not in self._recipe.calibration.model_fields_set:
             raise BadInput(
                 f"{self._loaded.source} classifies images; name some with --dataset: digits, a folder of classes, a "
                 "parquet file or a datasets id."
             )
-        return names or self._recipe.dataset
+        return names or self._recipe.calibration.data
 
     @cached_property
     def transform(self) -> Transform:
@@ -65,27 +65,27 @@ class ImageTask:
 
     def calibration(self, needed: bool, reporter: Reporter) -> ImageSamples | None:
         recipe = self._recipe
-        if not needed and not recipe.layer_error:
+        if not needed and not recipe.evaluation.layer_error:
             return None
         # Layer errors alone take a thousand patches or so.
-        nsamples = recipe.nsamples if needed else min(recipe.nsamples, 64)
-        reporter.say(f"Calibration: {nsamples} images from {recipe.dataset}.")
-        images = labelled_images(self._named(None), "calibration", recipe.cache_dir)
-        return draw_images(images, self.transform, nsamples, recipe.seed)
+        nsamples = recipe.calibration.samples if needed else min(recipe.calibration.samples, 64)
+        reporter.say(f"Calibration: {nsamples} images from {recipe.calibration.data}.")
+        images = labelled_images(self._named(None), "calibration", recipe.model.cache_dir)
+        return draw_images(images, self.transform, nsamples, recipe.calibration.seed)
 
     def training_images(self) -> tuple[LabelledImages, Tensor]:
         """The images of the dataset, and their labels (N int64) as the model numbers its classes."""
-        images = labelled_images(self._named(None), "calibration", self._recipe.cache_dir)
+        images = labelled_images(self._named(None), "calibration", self._recipe.model.cache_dir)
         return images, self._labels(images)
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
-        if not recipe.evaluate:
+        if not recipe.evaluation.perplexity:
             return {}
-        names = [name.strip() for name in self._named(recipe.eval_data).split(",") if name.strip()]
+        names = [name.strip() for name in self._named(recipe.evaluation.data).split(",") if name.strip()]
         found: dict[str, Data] = {}
         for name in names:
-            images = labelled_images(name, "evaluation", recipe.cache_dir).first(recipe.eval_images)
+            images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluation.images)
             if len(images) == 0:
                 raise BadInput(f"{name} holds no image.")
             self._labels(images)  # refuses labels that the model does not have
@@ -107,7 +107,7 @@ class ImageTask:
         return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
 
     def _batch_size(self, pixels: Tensor) -> int:
-        return self._recipe.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
+        return self._recipe.calibration.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Accuracy:
         assert isinstance(data, LabelledImages)

@@ -35,35 +35,39 @@ class TextTask:
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded = recipe, loaded
         self._processes, self._remember = processes, remember
-        self.seqlen = choose_seqlen(loaded.model, recipe)
+        self.seqlen = choose_seqlen(loaded.model, recipe.calibration.seqlen)
 
     def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
-        recipe, nsamples = self._recipe, self._recipe.nsamples
+        recipe, nsamples = self._recipe, self._recipe.calibration.samples
         if not needed:
-            if not recipe.layer_error:
+            if not recipe.evaluation.layer_error:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
-        reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.dataset}.")
-        tokenizer, seed, folder = _tokenizer(self._loaded), recipe.seed, recipe.cache_dir
+        reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
+        tokenizer, seed, folder = _tokenizer(self._loaded), recipe.calibration.seed, recipe.model.cache_dir
         return self._remember(
-            ("calibration", self._loaded.source, recipe.dataset, nsamples, self.seqlen, seed, folder),
-            lambda: calibration_windows(recipe.dataset, tokenizer, nsamples, self.seqlen, seed, folder),
+            ("calibration", self._loaded.source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
+            lambda: calibration_windows(recipe.calibration.data, tokenizer, nsamples, self.seqlen, seed, folder),
         )
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
-        if not recipe.evaluate:
+        if not recipe.evaluation.perplexity:
             return {}
-        if recipe.eval_data is not None:
-            return {name: self._read(name) for name in plain_names(recipe.eval_data)}
-        name = evaluation_corpus_for(recipe.dataset)
+        if recipe.evaluation.data is not None:
+            return {name: self._read(name) for name in plain_names(recipe.evaluation.data)}
+        name = evaluation_corpus_for(recipe.calibration.data)
         if name is None:
-            reporter.say(f"No perplexity: {recipe.dataset} has no test split. Name a text with --eval-data.")
+            reporter.say(f"No perplexity: {recipe.calibration.data} has no test split. Name a text with --eval-data.")
             return {}
         return {name: self._read(name)}
 
     def _read(self, name: str) -> EvaluationText:
-        tokenizer, folder, limit = _tokenizer(self._loaded), self._recipe.cache_dir, self._recipe.eval_tokens
+        tokenizer, folder, limit = (
+            _tokenizer(self._loaded),
+            self._recipe.model.cache_dir,
+            self._recipe.evaluation.tokens,
+        )
         return self._remember(
             ("evaluation", self._loaded.source, name, self.seqlen, folder, limit),
             lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
@@ -78,7 +82,7 @@ class TextTask:
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Perplexity:
         assert isinstance(data, EvaluationText)
-        size, blocks = self._recipe.batch_size, len(model.blocks)
+        size, blocks = self._recipe.calibration.batch_size, len(model.blocks)
 
         def measure(text: EvaluationText) -> Perplexity:
             if isinstance(model.weights, InMemory):
@@ -94,7 +98,7 @@ class TextTask:
             self._loaded.model,
             data.tokens,
             self.seqlen,
-            self._recipe.batch_size,
+            self._recipe.calibration.batch_size,
             data.token_bytes,
             advance=lambda done: advance(done / windows),
         )
@@ -104,15 +108,15 @@ class TextTask:
         return f"Perplexity of the {which} model on {name} (sequence length {self.seqlen}): {found.value:.2f}"
 
 
-def choose_seqlen(model: PreTrainedModel, recipe: Recipe) -> int:
-    """The recipe's sequence length, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
+def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
+    """The sequence length that is asked for, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
     config: Any = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if recipe.seqlen is None:
+    if seqlen is None:
         return min(2048, int(limit)) if limit else 2048
-    if limit and recipe.seqlen > int(limit):
-        raise BadInput(f"seqlen {recipe.seqlen} is above this model's limit of {limit} positions.")
-    return recipe.seqlen
+    if limit and seqlen > int(limit):
+        raise BadInput(f"seqlen {seqlen} is above this model's limit of {limit} positions.")
+    return seqlen
 
 
 def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqlen: int, loaded: Loaded) -> torch.Tensor:
@@ -135,8 +139,8 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
     measurement, since sums over other batches differ in their last bits, and a run must give the same again.
     """
     # Reconstruction takes one step per batch, so there the size decides more than the time.
-    tokens = 512 if in_host_memory(device) and not recipe.reconstruct else 4096
-    return recipe.batch_size or max(1, tokens // seqlen)
+    tokens = 512 if in_host_memory(device) and not recipe.reconstruction.steps else 4096
+    return recipe.calibration.batch_size or max(1, tokens // seqlen)
 
 
 def split_batches(windows: torch.Tensor, recipe: Recipe, device: torch.device) -> Sequence[torch.Tensor]:

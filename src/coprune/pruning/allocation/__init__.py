@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from coprune.base.errors import unknown_name
-from coprune.base.options import parse_options, with_options
+from coprune.base.options import with_options
 from coprune.pruning.allocation.alpha import Alpha
 from coprune.pruning.allocation.base import Allocation, Unit
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.error import Error
 from coprune.pruning.allocation.owl import OWL
 from coprune.pruning.allocation.uniform import Uniform
+from coprune.recipe.choice import Choice
 
-__all__ = ["ALLOCATIONS", "Allocation", "Unit", "allocation_named", "is_file"]
+__all__ = ["ALLOCATIONS", "Allocation", "Unit", "allocation_named"]
 
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Uniform(),
@@ -23,19 +26,14 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-def allocation_named(text: str) -> Allocation:
+def allocation_named(asked: Choice | str | Mapping[str, Any]) -> Allocation:
     """Look an allocation up: a name, a name with options (`owl:spread=0.1,threshold=7`), or a YAML file.
 
     Raises BadInput for an unknown name or option, a value of the wrong type or out of range, or an unreadable file.
     """
-    if is_file(text):
-        return ByFile.read(Path(text))
-    name, options = parse_options("allocation", text)
-    if name not in ALLOCATIONS:
-        raise unknown_name("allocation", name, [*ALLOCATIONS, "FILE.yaml"])
-    return with_options(ALLOCATIONS[name], "allocation", name, options)
-
-
-def is_file(text: str) -> bool:
-    """Whether an allocation is given by a file."""
-    return text.endswith((".yaml", ".yml"))
+    choice = Choice.of(asked)
+    if choice.is_file:
+        return ByFile.read(Path(choice.name))
+    if choice.name not in ALLOCATIONS:
+        raise unknown_name("allocation", choice.name, [*ALLOCATIONS, "FILE.yaml"])
+    return with_options(ALLOCATIONS[choice.name], "allocation", choice.name, choice.options)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from coprune.base.errors import unknown_name
-from coprune.base.options import parse_options, with_options
+from coprune.base.options import with_options
 from coprune.pruning.refine.base import Refinement
 from coprune.pruning.refine.refit import Refit
 from coprune.pruning.refine.swaps import Swaps
+from coprune.recipe.choice import Choice
 
 __all__ = ["REFINEMENTS", "Refinement", "refinement_named"]
 
@@ -16,12 +20,12 @@ REFINEMENTS: dict[str, Refinement] = {
 }
 
 
-def refinement_named(text: str) -> Refinement:
+def refinement_named(asked: Choice | str | Mapping[str, Any]) -> Refinement:
     """Look a refinement up: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.
 
     Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
     """
-    name, options = parse_options("refinement", text)
-    if name not in REFINEMENTS:
-        raise unknown_name("refinement", name, REFINEMENTS)
-    return with_options(REFINEMENTS[name], "refinement", name, options)
+    choice = Choice.of(asked)
+    if choice.name not in REFINEMENTS:
+        raise unknown_name("refinement", choice.name, REFINEMENTS)
+    return with_options(REFINEMENTS[choice.name], "refinement", choice.name, choice.options)

@@ -52,7 +52,7 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     shapes = Counter(matrix.shape for matrix in found.chosen.all())
     cross = settings.dense_target and solver.aim == "dense"
     budget = CALIBRATION_SECONDS / max(1, len(shapes))
-    trials = Trials(solver, planned.target, planned.recipe.layer_error, loaded.device, cross)
+    trials = Trials(solver, planned.target, planned.recipe.evaluation.layer_error, loaded.device, cross)
     solving = {shape: measure_solving(shape, trials, budget) for shape in shapes}
     # What share of the matrices of a shape come first in their group, as seen in one block.
     in_block = Counter(shape for group in block.groups for shape in group)
@@ -81,7 +81,8 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
     vocabulary = loaded.model.config.get_text_config().vocab_size
     # As the walk and the evaluations choose them.
     batch = samples_per_batch(recipe, seqlen, loaded.device)
-    evaluation_batch = recipe.batch_size or default_batch_size(seqlen, vocabulary)
+    evaluation_batch = recipe.calibration.batch_size or default_batch_size(seqlen, vocabulary)
+    memory = recipe.calibration.activation_memory
     windows_of = [len(text.tokens) // seqlen for text in texts]
     return Settings(
         samples=0 if windows is None else -(-len(windows.tokens) // processes.size),
@@ -89,13 +90,13 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         batch=batch,
         evaluation_tokens=tuple(-(-count // processes.size) * seqlen for count in windows_of),
         evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
-        evaluations=2 if recipe.evaluate_dense else 1,
-        propagation=recipe.propagation,
+        evaluations=2 if recipe.evaluation.dense else 1,
+        propagation=recipe.calibration.propagation,
         streamed=isinstance(loaded.weights, LazyCheckpoint),
-        dense_target=planned.solver.aim == "dense" or recipe.reconstruct > 0,
-        reconstruction_steps=recipe.reconstruct,
-        activation_limit=None if recipe.activation_memory is None else int(recipe.activation_memory * GIB),
-        saved=recipe.save_model is not None,
+        dense_target=planned.solver.aim == "dense" or recipe.reconstruction.steps > 0,
+        reconstruction_steps=recipe.reconstruction.steps,
+        activation_limit=None if memory is None else int(memory * GIB),
+        saved=recipe.output.model is not None,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
     )

@@ -5,20 +5,20 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from coprune.commands.options import flags_of
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.flags import flags_of
+from coprune.recipe.grammar import write_scalar
+from coprune.recipe.recipe import DEFAULTS, Recipe
 
 
 def command_of(recipe: Recipe) -> str:
     """`coprune prune …` with every field that is not at its default, quoted for a shell."""
-    words = ["coprune", "prune", recipe.model]
-    for name, field in Recipe.model_fields.items():
-        value = getattr(recipe, name)
-        if name not in ("model", "options") and value != field.default:
+    words = ["coprune", "prune", recipe.model.name]
+    for name, value in recipe.flat().items():
+        if name not in ("model", "options") and value != DEFAULTS[name]:
             words += _option(name, value)
         elif name == "options":
             for option, chosen in value.items():
-                words += [f"--{option.replace('_', '-')}", _text(chosen)]
+                words += [f"--{option.replace('_', '-')}", write_scalar(chosen)]
     return shlex.join(words)
 
 
@@ -28,9 +28,5 @@ def _option(name: str, value: Any) -> list[str]:
         yes, _, no = flag.partition("/")
         return [yes if value else no]
     if isinstance(value, tuple):
-        return [word for one in value for word in (flag, _text(one))]
-    return [flag, _text(value)]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return [word for one in value for word in (flag, str(one))]
+    return [flag, str(value)]

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.choice import Choice
+from coprune.recipe.flat import is_setting, word_for
+from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
 from coprune.run.sweep.file import Sweep, is_axis
 
 Settings = dict[str, Any]
@@ -79,7 +81,7 @@ def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterat
 
 def _matches(combination: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return all(
-        combination.get(name, Recipe.model_fields[name].default) in (wanted if isinstance(wanted, list) else [wanted])
+        combination.get(name, DEFAULTS[name]) in (wanted if isinstance(wanted, list) else [wanted])
         for name, wanted in entry.items()
     )
 
@@ -89,10 +91,10 @@ def _run(sweep: Sweep, combination: Settings) -> Run:
     try:
         plain = make_recipe({**combination, **elsewhere})
         name = _default_folder(sweep, combination) if sweep.folders is None else _folder(sweep.folders, plain)
-        places: Settings = {"save": sweep.folder / (name or plain.method)}
+        places: Settings = {"save": sweep.folder / (name or plain.method.name)}
         if combination.get("save_model"):
             places["save_model"] = Path(combination["save_model"]) / name
-        return Run(name or plain.method, make_recipe({**combination, **elsewhere, **places}))
+        return Run(name or plain.method.name, make_recipe({**combination, **elsewhere, **places}))
     except BadInput as error:
         told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
         raise BadInput(f"the run with {told}: {error}" if told else str(error)) from None
@@ -107,10 +109,10 @@ def _default_folder(sweep: Sweep, combination: Settings) -> str:
 
 
 def _folder(template: str, recipe: Recipe) -> str:
-    known = {name: folder_part(name, getattr(recipe, name), bare=True) for name in Recipe.model_fields}
-    known["sparsity"] = f"{recipe.ratio:g}"
+    known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
+    known["sparsity"] = f"{recipe.pattern.ratio:g}"
     try:
-        name = template.format_map(known)
+        name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
     except (KeyError, ValueError, IndexError, AttributeError):
         raise BadInput(
             f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'."
@@ -120,14 +122,21 @@ def _folder(template: str, recipe: Recipe) -> str:
     return name
 
 
+def _by_word(field: re.Match[str]) -> str:
+    """A field of a template by its flat name."""
+    return f"{{{word_for(field[1])}}}" if is_setting(field[1]) else field[0]
+
+
 def folder_part(field: str, value: Any, bare: bool = False) -> str:
     """A field's value as part of a path: `wanda`, `2-4`, `seed-0`. bare: without the field's name."""
     if value is None:
         return "default"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "name" in value:
+        shown = str(Choice.of(value))
+    elif isinstance(value, dict):
         shown = "_".join(f"{name}-{one}" for name, one in value.items()) or "default"
     elif isinstance(value, list | tuple):
-        shown = "+".join(map(str, value)) or "none"
+        shown = "+".join(str(Choice.of(one)) if isinstance(one, dict) else str(one) for one in value) or "none"
     else:
         shown = f"{value:g}" if isinstance(value, float) else str(value)
     if field == "model":

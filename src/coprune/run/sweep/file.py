@@ -8,6 +8,7 @@ everything that no recipe knows under `sweep:`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,10 +16,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.recipe.recipe import Recipe, read_settings
+from coprune.recipe.choice import Choice, split_choice
+from coprune.recipe.flat import FLAT, flatten, layered, word_for
+from coprune.recipe.recipe import DEFAULTS, read_settings
 
 SWEEP_FILE = "sweep.yaml"
-_LIST_FIELDS = tuple(name for name, field in Recipe.model_fields.items() if field.default == ())
+_LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.
 _ONE_RUN_ONLY = ("log_json", "push_to_hub")
 
@@ -55,14 +58,15 @@ class Sweep(BaseModel):
     def make(cls, data: Mapping[str, Any]) -> Self:
         """Build a sweep from what its file says. Raises BadInput for unknown fields or lists that make no sense."""
         rules = data.get("sweep") or {}
-        settings = {name: value for name, value in data.items() if name != "sweep"}
+        settings = flatten({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
             raise BadInput("sweep: must hold zip, include, exclude or folders.")
         for name in rules:
             if name not in cls.model_fields or name == "settings":
                 raise unknown_name("key of sweep", name, set(cls.model_fields) - {"settings"})
+        settings, paired = _methods_with_options(settings)
         try:
-            made = cls(settings=settings, **rules)
+            made = cls(settings=settings, **rules)._by_words(paired)
         except ValidationError as error:
             detail = error.errors()[0]
             raise BadInput(f"sweep.{'.'.join(map(str, detail['loc']))}: {detail['msg']}.") from None
@@ -72,13 +76,24 @@ class Sweep(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a sweep's file; without a folder in it, results go to `out/` and the file's name. Raises BadInput."""
-        return cls.make({"save": str(Path("out") / path.stem), **read_settings(path)})
+        data = read_settings(path)
+        rules = {"sweep": data.pop("sweep")} if "sweep" in data else {}
+        return cls.make(layered({"save": str(Path("out") / path.stem)}, data) | rules)
+
+    def _by_words(self, paired: bool) -> Self:
+        """The same with all settings by their flat names. paired: whether methods and their options go in step."""
+        groups = [tuple(map(word_for, group)) for group in self.zip]
+        if paired:
+            groups = [(*group, "options") if "method" in group else group for group in groups]
+            groups += [] if any("method" in group for group in groups) else [("method", "options")]
+        entries = {name: tuple(map(flatten, getattr(self, name))) for name in ("include", "exclude")}
+        return self.model_copy(update={"zip": tuple(groups), **entries})
 
     def _check(self) -> None:
         for values in (self.settings, *self.include, *self.exclude):
             for name, value in values.items():
-                if name not in Recipe.model_fields:
-                    raise unknown_name("recipe field", name, Recipe.model_fields)
+                if name not in FLAT:
+                    raise BadInput(f"{name} is for one run; in a sweep, name the method wanda_variant.")
                 if is_axis(name, value) and not value:
                     raise BadInput(f"{name} has an empty list, which makes no run at all; leave it out.")
         for name in _ONE_RUN_ONLY:
@@ -106,6 +121,9 @@ class Sweep(BaseModel):
         """The sweep with fields fixed to other values, which also replace those of its included runs."""
         if not typed:
             return self
+        typed = flatten(typed)
+        if "method" in typed and any({"method", "options"} <= set(group) for group in self.zip):
+            typed = {"options": {}, **typed}
         kept = [entry for entry in self.exclude if all(_has(typed[n], v) for n, v in entry.items() if n in typed)]
         groups = [tuple(name for name in group if name not in typed) for group in self.zip]
         changed = self.model_copy(
@@ -130,6 +148,41 @@ class Sweep(BaseModel):
         data = {name: str(value) if isinstance(value, Path) else value for name, value in self.settings.items()}
         data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
         return yaml.safe_dump(data | ({"sweep": rules} if rules else {}), sort_keys=False, allow_unicode=True)
+
+
+def _methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Take apart methods that are listed with their options, and list every combination of options that have lists.
+
+    Returns the settings, in which `method` and `options` are then lists that go in step, and whether they are.
+    """
+    methods, options = settings.get("method"), settings.get("options")
+    if not isinstance(methods, list):
+        lists = isinstance(options, Mapping) and any(isinstance(value, list) for value in options.values())
+        return (settings | {"options": _combined(options)} if lists and options else settings), False
+    if not any(isinstance(one, Mapping | Choice) or (isinstance(one, str) and ":" in one) for one in methods):
+        return settings, False
+    if options is not None:
+        raise BadInput("options are said twice, once with the methods; leave one out.")
+    pairs = [(one["name"], own) for one in map(_split, methods) for own in _combined(one["options"])]
+    taken = {"method": [name for name, _ in pairs], "options": [own for _, own in pairs]}
+    # In the place of the methods, so that the order of the lists stays.
+    rest = [({name: value} if name != "method" else taken) for name, value in settings.items()]
+    return {name: value for part in rest for name, value in part.items()}, True
+
+
+def _split(method: Any) -> dict[str, Any]:
+    if not isinstance(method, Mapping):
+        choice = Choice.of(method)
+        return {"name": choice.name, "options": choice.options}
+    try:
+        return {"name": "wanda", **split_choice(method)}
+    except ValueError as error:
+        raise BadInput(f"method: {error}.") from None
+
+
+def _combined(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lists = [value if isinstance(value, list) else [value] for value in options.values()]
+    return [dict(zip(options, values, strict=True)) for values in product(*lists)]
 
 
 def is_axis(name: str, value: Any) -> bool:

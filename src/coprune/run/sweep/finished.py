@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import REPORT_FILE
 from coprune.report.schema import Report
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import SWEEP_FILE, Sweep
-
-# A folder may be named in another way, or have moved; the rest changes no result.
-_FREE = {"save", "save_model", "cache_dir", "check_memory", "activation_memory", "report_to"}
 
 
 def finished_report(recipe: Recipe) -> Report | None:
@@ -37,7 +35,7 @@ def finished_report(recipe: Recipe) -> Report | None:
             f"{folder} holds another run's report, in which {'; '.join(differing)}. Name another folder with save "
             "(--save), or remove it."
         )
-    tuned = recipe.finetune is None or (folder / "finetune" / "finetune.json").is_file()
+    tuned = recipe.finetune.mode is None or (folder / "finetune" / "finetune.json").is_file()
     return report if tuned else None
 
 
@@ -80,17 +78,17 @@ def models_to_compare(name: str) -> list[str]:
             f"the runs of the sweep in {name} saved no models; its tables are in {folder / 'results.md'}, and a sweep "
             "with save_model keeps the models."
         )
-    return [*dict.fromkeys(run.recipe.model for run in runs), *map(str, saved)]
+    return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What makes a run another one: not where its results lie, as long as the same are kept."""
-    return recipe.model_dump(exclude=_FREE) | {"save_model": "a folder" if recipe.save_model else "none"}
+    return recipe.deciding(Decides.RESULT | Decides.MEASUREMENT)
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:
     """The recipe in the report: a run that also fine-tunes reports its pruning."""
-    if recipe.finetune is None:
+    if recipe.finetune.mode is None:
         return recipe
     from coprune.training.after_pruning import pruning_of
 

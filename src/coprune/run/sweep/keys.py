@@ -9,25 +9,22 @@ import torch
 
 from coprune.data import EvaluationText
 from coprune.model.opened import streams
+from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions
 from coprune.run.session import Session
 
-# What changes neither the memory of a run nor, by much, its time.
-_NOT_ESTIMATED = ("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory")
-
 
 def estimate_key(recipe: Recipe) -> str:
     """Names the runs that take about as much memory and time as this one."""
-    fields = recipe.model_dump(mode="json", exclude=set(_NOT_ESTIMATED))
-    return json.dumps(fields | {"save_model": recipe.save_model is not None}, sort_keys=True)
+    return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
 
 
 def dense_key(session: Session) -> str:
     """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
     texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
     names = ("seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt")
-    settings = {name: getattr(session.opened.recipe, name) for name in names}
+    settings = {name: session.opened.recipe.setting(name) for name in names}
     return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
 
 
@@ -50,7 +47,7 @@ def _computed(session: Session) -> dict[str, Any]:
     """The weights, and how they are computed with."""
     loaded, recipe = session.opened.loaded, session.opened.recipe
     return {
-        "model": recipe.model,
+        "model": recipe.model.name,
         "weights": loaded.fingerprint(session.model.blocks),
         "dtype": str(loaded.model.dtype),
         "device": str(loaded.device),

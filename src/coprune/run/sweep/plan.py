@@ -44,7 +44,7 @@ class Plan:
         """One job for all runs that take about the same, as far as nothing is known of them; none if they go singly."""
         if self._most() == 1:
             return []
-        unknown = [run for run in self.waiting if run.recipe.check_memory and self._kept(run) is None]
+        unknown = [run for run in self.waiting if run.recipe.model.check_memory and self._kept(run) is None]
         kinds = {estimate_key(run.recipe): run for run in reversed(unknown)}
         cores = self.workers.capacity.cores_each
         return [
@@ -78,11 +78,11 @@ class Plan:
         return kept_estimate(run.recipe, self.sweep.folder)
 
     def _needs_gpu(self, run: Run) -> bool:
-        return self.workers.capacity.gpus > 0 and run.recipe.device in ("auto", "cuda")
+        return self.workers.capacity.gpus > 0 and run.recipe.model.device in ("auto", "cuda")
 
     def _memory(self, run: Run, kept: KeptEstimate | None) -> int | None:
         """Bytes to reserve; None where nothing is known, for which a run goes alone."""
-        if not run.recipe.check_memory:
+        if not run.recipe.model.check_memory:
             return 0
         if kept is None:
             return None
@@ -91,7 +91,7 @@ class Plan:
         return needed if there is None else min(needed, there)
 
     def _too_large(self, run: Run, kept: KeptEstimate | None) -> str | None:
-        if not run.recipe.check_memory or kept is None or kept.estimate is None:
+        if not run.recipe.model.check_memory or kept is None or kept.estimate is None:
             return None
         here = replace(kept.estimate, available_bytes=self.workers.capacity.memory_each, resident_bytes=0)
         try:

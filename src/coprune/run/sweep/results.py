@@ -67,7 +67,7 @@ def results_markdown(
 ) -> str:
     """The tables, what is missing in them, and what the sweep took."""
     parts = [markdown(table) for table in paper_tables(sweep, runs, reports)]
-    seeds = {run.recipe.seed for run in runs}
+    seeds = {run.recipe.calibration.seed for run in runs}
     if len(seeds) > 1:
         parts.append(f"Mean ± standard deviation over the seeds {', '.join(map(str, sorted(seeds)))}.\n")
     parts.append(f"{len(reports)} of {len(runs)} runs are done. {ledger.line()}".rstrip() + "\n")
@@ -79,9 +79,9 @@ def results_markdown(
 def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[str]) -> Row:
     recipe = run.recipe
     state = "done" if report is not None else "failed" if failure is not None else "not done"
-    row: Row = {"run": run.name, "state": state, "model": recipe.model, "method": recipe.method}
-    row |= {"pattern": recipe.pattern, "ratio": recipe.ratio, "seed": recipe.seed}
-    row |= {name: _plain(getattr(recipe, name)) for name in ("dataset", "nsamples", "seqlen", *fields)}
+    row: Row = {"run": run.name, "state": state, "model": recipe.model.name, "method": recipe.method.name}
+    row |= {"pattern": recipe.pattern.name, "ratio": recipe.pattern.ratio, "seed": recipe.calibration.seed}
+    row |= {name: _plain(recipe.setting(name)) for name in ("dataset", "nsamples", "seqlen", *fields)}
     if report is not None:
         row |= _measured(report)
     error = None if failure is None else failure.splitlines()[-1] if failure else ""

@@ -106,7 +106,7 @@ class SweepReuse(Reuse):
         self._texts = texts
 
     def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
-        key = (self._recipe.model, *key)
+        key = (self._recipe.model.name, *key)
         if key in self._texts:
             found, seconds = self._texts[key]
             self.saved.tokens += seconds
@@ -146,7 +146,7 @@ class SweepReuse(Reuse):
         opened = session.opened
         texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
         alone = opened.around.processes.size == 1
-        if not opened.recipe.evaluate_dense or len(texts) < len(opened.data) or not alone:
+        if not opened.recipe.evaluation.dense or len(texts) < len(opened.data) or not alone:
             return measure()
         anew: dict[str, Measured] | None = None
 

@@ -45,14 +45,14 @@ def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]
     opened, model = session.opened, session.model
     recipe, alone = opened.recipe, opened.around.processes.size == 1
     # Permuted weights are others in every run; for a dense target, more than a statistic is gathered.
-    if not alone or opened.samples is None or recipe.permute or recipe.target == "dense":
+    if not alone or opened.samples is None or recipe.pattern.permute or recipe.calibration.aim == "dense":
         return []
     names = model.names
-    if recipe.propagation == "dense":
+    if recipe.calibration.propagation == "dense":
         places = [*names, OUTSIDE] if model.chosen.outside else names
     else:
         # In `sequential` propagation it would be one group, before anything in the first block is pruned.
-        places = names[:1] if recipe.propagation == "block" else []
+        places = names[:1] if recipe.calibration.propagation == "block" else []
     return [name for name in places if name not in finished]
 
 

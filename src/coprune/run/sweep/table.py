@@ -50,8 +50,8 @@ def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report
     """Make the tables of a sweep, of what is finished. A column per pattern (and ratio, if unstructured)."""
     beside = [name for name in varied(sweep) if name not in _PLACED]
     tables = []
-    for model in dict.fromkeys(run.recipe.model for run in runs):
-        own = [run for run in runs if run.recipe.model == model]
+    for model in dict.fromkeys(run.recipe.model.name for run in runs):
+        own = [run for run in runs if run.recipe.model.name == model]
         for measure in _measures(own, reports):
             tables.append(_table(model, own, measure, beside))
     return tables
@@ -86,12 +86,12 @@ def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[s
 
 def _column(run: Run) -> str:
     recipe = run.recipe
-    return parse_pattern(recipe.pattern).label(f"{100 * recipe.ratio:g}%")
+    return parse_pattern(recipe.pattern.name).label(f"{100 * recipe.pattern.ratio:g}%")
 
 
 def _row(run: Run, beside: Sequence[str]) -> str:
-    others = [f"{name} {folder_part(name, getattr(run.recipe, name), bare=True)}" for name in beside]
-    return ", ".join([run.recipe.method, *others])
+    others = [f"{name} {folder_part(name, run.recipe.setting(name), bare=True)}" for name in beside]
+    return ", ".join([run.recipe.method.name, *others])
 
 
 def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: Sequence[str]) -> Cell:

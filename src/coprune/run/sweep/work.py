@@ -116,7 +116,7 @@ def _open(job: Job) -> tuple[Any, Any]:
     from coprune.run.sweep.sharing import SweepReuse
 
     prepare_solver(job.run.recipe)  # what cannot be done is refused before a model is read
-    loaded = open_model(job.run.recipe, stream=streams(job.run.recipe))
+    loaded = open_model(job.run.recipe.model, stream=streams(job.run.recipe))
     return loaded, SweepReuse(job.run.recipe, job.sweep, _texts)
 
 

@@ -1,0 +1,77 @@
+"""Something chosen by name, with options: a method, an allocation, a refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+
+from coprune.recipe.grammar import Scalar, read_named, write_named
+
+
+class Choice(BaseModel):
+    """A name, and options of what it names.
+
+    It is made from text (`refit:rounds=10`) as from a mapping (`{name: refit, rounds: 10}`), and written as the latter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, Scalar] = {}
+
+    @classmethod
+    def of(cls, asked: str | Mapping[str, Any] | Choice) -> Self:
+        """Make one from what was asked for. Raises BadInput for text that is no name with options."""
+        return cls.model_validate(asked)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file is named, which says the rest."""
+        return _is_file(self.name)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, asked: Any) -> Any:
+        if isinstance(asked, str) and _is_file(asked):
+            return {"name": asked}
+        if isinstance(asked, str):
+            name, options = read_named(asked)
+            return {"name": name, "options": options}
+        if not isinstance(asked, Mapping):
+            return asked
+        split = split_choice(asked)
+        for key, value in split["options"].items():
+            if value is not None and not isinstance(value, bool | int | float | str):
+                raise ValueError(f"its option {key!r} is one value (a number, a word, true or false), not {value!r}")
+        return split
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.name:
+            raise ValueError("it has no name")
+        return self
+
+    @model_serializer
+    def _write(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+    def __str__(self) -> str:
+        return write_named(self.name, self.options)
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith((".yaml", ".yml"))
+
+
+def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort a mapping into name and options. Raises ValueError where these are no mapping, or one is said twice."""
+    rest = {str(key).replace("-", "_"): value for key, value in asked.items() if key not in ("name", "options")}
+    nested = asked.get("options") or {}
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"its options are a mapping such as {{rounds: 10}}, not {nested!r}")
+    if twice := sorted(set(nested) & set(rest)):
+        raise ValueError(f"its option {twice[0]!r} is said twice")
+    named = {"name": asked["name"]} if "name" in asked else {}
+    return {**named, "options": {**nested, **rest}}

@@ -1,0 +1,26 @@
+"""A setting as options of the command line: its flags."""
+
+from __future__ import annotations
+
+# The Wanda repository's names of options, and short forms. Every other option is named like its setting.
+_FLAGS: dict[str, list[str]] = {
+    "method": ["--method", "--prune_method", "--prune-method", "-m"],
+    "sparsity": ["--sparsity", "--sparsity_ratio", "--sparsity-ratio", "-s"],
+    "pattern": ["--pattern", "--sparsity_type", "--sparsity-type", "-p"],
+    "cache_dir": ["--cache-dir", "--cache_dir"],
+    "save_model": ["--save-model", "--save_model"],
+    "eval_zero_shot": ["--eval-zero-shot", "--eval_zero_shot"],
+    "num_fewshot": ["--num-fewshot", "--num_fewshot"],
+    "include_path": ["--include-path", "--include_path"],
+    "evaluate": ["--eval/--no-eval"],
+    "evaluate_dense": ["--eval-dense/--no-eval-dense"],
+    "layer_error": ["--layer-error/--no-layer-error"],
+    "stream": ["--stream/--no-stream"],
+    "check_memory": ["--check-memory/--no-check-memory"],
+    "masked": ["--masked/--no-masked"],
+}
+
+
+def flags_of(setting: str) -> list[str]:
+    """The names of a setting's option, its own first."""
+    return _FLAGS.get(setting, [f"--{setting.replace('_', '-')}"])

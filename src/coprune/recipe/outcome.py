@@ -1,0 +1,120 @@
+"""The parts of a recipe that say what becomes of the pruned model: how it is trained, measured and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from coprune.recipe.decides import Decides
+from coprune.recipe.parts import Part
+
+_RESULT = Decides.RESULT | Decides.COST
+_MEASUREMENT = Decides.MEASUREMENT | Decides.COST
+
+
+def _joined(value: Any) -> Any:
+    """Names that are separated by commas may be a list too."""
+    named = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+    return ",".join(value) if named else value
+
+
+CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
+
+
+class FinetunePart(Part):
+    """Training of the pruned model."""
+
+    mode: Annotated[
+        Literal["lora", "dense", "distill"] | None,
+        _RESULT,
+        Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
+    ] = None
+    minutes: Annotated[
+        float | None, _RESULT, Field(description="Fine-tune for so long. [one pass over the text]", gt=0)
+    ] = None
+
+
+class EvaluationPart(Part):
+    """What is measured of the dense and the pruned model."""
+
+    perplexity: Annotated[bool, _MEASUREMENT, Field(description="Measure perplexity.")] = True
+    dense: Annotated[bool, _MEASUREMENT, Field(description="Measure the dense model's perplexity too.")] = True
+    data: Annotated[
+        CommaSeparated,
+        _MEASUREMENT,
+        Field(description="Text for perplexity, comma-separated. [test split of the calibration corpus]"),
+    ] = None
+    images: Annotated[
+        int | None,
+        _MEASUREMENT,
+        Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
+    ] = None
+    tokens: Annotated[
+        int | None, _MEASUREMENT, Field(description="Use only so many tokens of each evaluation text. [all]", ge=2)
+    ] = None
+    zero_shot: Annotated[
+        bool,
+        _MEASUREMENT,
+        Field(description="Run zero-shot tasks on the dense and the pruned model (needs coprune[eval])."),
+    ] = False
+    tasks: Annotated[
+        CommaSeparated,
+        _MEASUREMENT,
+        Field(
+            description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot. [boolq,rte,hellaswag,"
+            "winogrande,arc_easy,arc_challenge,openbookqa]"
+        ),
+    ] = None
+    few_shot: Annotated[int, _MEASUREMENT, Field(description="Solved examples before every question.", ge=0)] = 0
+    task_folder: Annotated[
+        Path | None,
+        Decides.MEASUREMENT,
+        Field(description="Folder with task definitions of your own (YAML)."),
+    ] = None
+    limit: Annotated[
+        int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
+    ] = None
+    prompt: Annotated[
+        str,
+        Decides.MEASUREMENT,
+        Field(description="Text that both models continue, for the report; empty for none, as for streamed models."),
+    ] = "The city of Paris is"
+    # Measured while a matrix is pruned, and noted with its block.
+    layer_error: Annotated[
+        bool, _RESULT, Field(description="Measure every matrix's relative layer error (costs little).")
+    ] = True
+
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether zero-shot tasks are run."""
+        return self.zero_shot or self.tasks is not None
+
+
+class OutputPart(Part):
+    """What is written, and who is told."""
+
+    run: Annotated[
+        Path | None,
+        Decides.WHERE,
+        Field(description="Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]"),
+    ] = None
+    model: Annotated[
+        Path | None,
+        _MEASUREMENT | Decides.WHETHER,
+        Field(description="Folder for the pruned model and tokenizer. [not saved]"),
+    ] = None
+    report_to: Annotated[
+        CommaSeparated,
+        Decides.WHERE,
+        Field(description="Also log to these, comma-separated: tensorboard, wandb, mlflow, trackio."),
+    ] = None
+    push_to_hub: Annotated[
+        str | None,
+        Decides.WHERE,
+        Field(description="Upload the saved model with its card to this repository of the Hub."),
+    ] = None
+    log_json: Annotated[
+        Path | None, Decides.WHERE, Field(description="Also write what happens to this file, one JSON object a line.")
+    ] = None

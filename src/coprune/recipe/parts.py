@@ -1,0 +1,182 @@
+"""The parts of a recipe that say what is pruned, and how.
+
+The fields' descriptions are the help texts of the command's options, and every field says what it decides.
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from coprune.recipe.decides import Decides
+from coprune.recipe.pattern import parse_pattern
+
+_RESULT = Decides.RESULT | Decides.COST
+
+
+def _one_is_enough(value: Any) -> Any:
+    """A single name may be written without a list."""
+    return (value,) if isinstance(value, str) else value
+
+
+Globs = Annotated[tuple[str, ...], BeforeValidator(_one_is_enough)]
+
+
+class Part(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelPart(Part):
+    """Which model, and how it is held."""
+
+    name: Annotated[str, _RESULT, Field(description="Hub id, local folder, GGUF file, or smollm2-135m.", min_length=1)]
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _RESULT,
+        Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
+    ] = "auto"
+    device: Annotated[
+        str, _RESULT, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
+    ] = "auto"
+    cache_dir: Annotated[
+        Path | None, Decides.WHERE, Field(description="Where downloads are kept. [the Hugging Face cache]")
+    ] = None
+    # Of a model whose blocks are streamed, less is measured; the weights come out the same.
+    stream: Annotated[
+        bool | None,
+        Decides.MEASUREMENT | Decides.COST,
+        Field(
+            description="Read and write the model block by block, so that memory holds one block at a time. [yes for "
+            "checkpoint folders; a GGUF file is read whole]"
+        ),
+    ] = None
+    check_memory: Annotated[bool, Decides.WHERE, Field(description="Refuse a run that would not fit the memory.")] = (
+        True
+    )
+
+
+class PatternPart(Part):
+    """How much is pruned, and in which pattern."""
+
+    name: Annotated[
+        str,
+        Decides.RESULT,
+        Field(description="unstructured, or N:M = N kept of every M inputs (2:4, 4:8, 1:4 …)."),
+    ] = "unstructured"
+    sparsity: Annotated[
+        float | None,
+        Decides.RESULT,
+        Field(description="Fraction of zeros, 0 ≤ s < 1; an N:M pattern sets it. Without either: 0.5."),
+    ] = None
+    permute: Annotated[
+        bool,
+        _RESULT,
+        Field(
+            description="For N:M: reorder channels first so that less is pruned, which leaves the model's outputs as "
+            "they are. Loads the whole model into memory."
+        ),
+    ] = False
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        """YAML reads 2:4 as two minutes and four seconds."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            minutes, seconds = divmod(value, 60)
+            raise ValueError(f'YAML takes N:M without quotes for a time; write pattern: "{minutes}:{seconds}"')
+        return value
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of zeros that is asked for."""
+        return parse_pattern(self.name).ratio(self.sparsity)
+
+
+class SelectionPart(Part):
+    """Which matrices are pruned."""
+
+    include: Annotated[
+        Globs,
+        _RESULT,
+        Field(description="Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."),
+    ] = ()
+    exclude: Annotated[
+        Globs, _RESULT, Field(description="Leave matrices that match this pattern alone; repeatable.")
+    ] = ()
+
+
+class CalibrationPart(Part):
+    """What the model sees while it is pruned, and what a matrix is held to."""
+
+    data: Annotated[
+        str,
+        _RESULT,
+        Field(
+            description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, or a local .txt, .jsonl or "
+            ".parquet file or folder. Images: digits, a folder of classes, .parquet, or a datasets id."
+        ),
+    ] = "wikitext2"
+    samples: Annotated[int, _RESULT, Field(description="Number of calibration samples.", ge=1)] = 128
+    seqlen: Annotated[
+        int | None,
+        _RESULT,
+        Field(description="Tokens per sample and per perplexity window. [min(2048, model's limit)]", ge=2),
+    ] = None
+    seed: Annotated[int, Decides.RESULT, Field(description="Seed for the choice of calibration samples.")] = 0
+    batch_size: Annotated[
+        int | None,
+        _RESULT,
+        Field(description="Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]", ge=1),
+    ] = None
+    activation_memory: Annotated[
+        float | None,
+        Decides.COST,
+        Field(
+            description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes "
+            "back batch by batch. [all in memory]",
+            ge=0,
+        ),
+    ] = None
+    propagation: Annotated[
+        Literal["block", "sequential", "dense"],
+        _RESULT,
+        Field(
+            description="block: statistics of a block from its dense weights, as in the papers; sequential: each matrix "
+            "from the inputs that its pruned predecessors give it, in one pass (faster); dense: each matrix from its inputs in "
+            "the dense model, in one pass, so that all methods and patterns have the same statistics."
+        ),
+    ] = "block"
+    aim: Annotated[
+        Literal["pruned", "dense"],
+        _RESULT,
+        Field(
+            description="What a matrix aims at: its dense weights on the inputs that it now gets, as in the papers, or "
+            "the dense model's own outputs."
+        ),
+    ] = "pruned"
+
+
+class ReconstructionPart(Part):
+    """Training of every pruned block."""
+
+    steps: Annotated[
+        int,
+        _RESULT,
+        Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0),
+    ] = 0
+    learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 1e-3
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _RESULT,
+        Field(description="What blocks compute in while they are trained."),
+    ] = "float32"
+    parts: Annotated[
+        Literal["together", "separate"],
+        _RESULT,
+        Field(description="Train attention and MLP together or one after the other."),
+    ] = "together"
