@@ -98,8 +98,9 @@ def product_rate(size: int = 1024) -> float:
 
 
 def coprune(settings: dict[str, Any]) -> dict[str, Any]:
-    from coprune.base.progress import Reporter
+    from coprune.base.progress import Event, Reporter
     from coprune.recipe.recipe import make_recipe
+    from coprune.run.events import Phase, PhaseDone
     from coprune.run.stages import run_recipe
 
     limit = settings["run"].partition("--activation-memory ")[2]
@@ -122,11 +123,11 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
     reporter = Reporter(quiet=True)
     clock, found = Clock(), {}
 
-    def hear(name: str, facts: dict[str, Any]) -> None:
+    def hear(event: Event) -> None:
         nonlocal clock
-        if name == "phase" and facts["name"] == "measure the dense model":
+        if isinstance(event, PhaseDone) and event.phase is Phase.MEASURE_DENSE:
             clock = Clock()
-        if name == "phase" and facts["name"] == "prune":
+        if isinstance(event, PhaseDone) and event.phase is Phase.PRUNE:
             found.update(clock.read(settings))
 
     reporter.listeners.append(hear)

@@ -165,7 +165,7 @@ def test_what_is_known_is_not_measured_again_unless_something_changed(
     cache, quiet = EvaluationCache(tmp_path / "cache"), Reporter(quiet=True)
     first = compare_models(names, recipe(text), quiet, cache)
     loads: list[str] = []
-    quiet.listeners.append(lambda name, facts: loads.append(facts["text"]))
+    quiet.listeners.append(lambda event: loads.append(event.facts()["text"]))
     assert compare_models(names, recipe(text), quiet, cache) == first
     assert loads == []
     # Other settings, another text, other weights: measured again.

@@ -12,6 +12,7 @@ import pytest
 
 import coprune
 from coprune.base.errors import BadInput
+from coprune.pruning.pruner import MatrixResult
 from coprune.run.trackers import final_figures
 from support.pico_folder import save_pico, write_words
 
@@ -34,6 +35,17 @@ def test_json_lines_tell_of_every_block_and_the_figures(tmp_path: Path) -> None:
     assert [m["name"] for line in blocks for m in line["matrices"]] == [m.name for m in report.matrices]
     assert lines[-1]["figures"] == final_figures(report)
     assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(lines))
+    # The format, which programs read.
+    keys = {line["event"]: set(line) - {"time", "event"} for line in lines}
+    assert keys == {
+        "started": {"recipe"},
+        "line": {"text"},
+        "phase": {"name", "seconds", "resident_bytes", "device_bytes"},
+        "block": {"block", "matrices"},
+        "finished": {"figures"},
+    }
+    assert [line["name"] for line in lines if line["event"] == "phase"] == [phase.name for phase in report.phases]
+    assert set(blocks[0]["matrices"][0]) == set(MatrixResult.model_fields) - {"distributions"}
 
 
 def test_a_failed_run_is_told(tmp_path: Path) -> None:

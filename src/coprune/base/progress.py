@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -13,7 +14,29 @@ from rich.progress import TimeRemainingColumn as Remaining
 Advance = Callable[[float], None]
 NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)
 """In place of a bar where there is nothing to wait for."""
-Listener = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, of which those who listen are told."""
+
+    kind: ClassVar[str]
+    """What a log calls it."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a log says of it: by default its fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Said(Event):
+    """A line was said to people."""
+
+    kind: ClassVar[str] = "line"
+    text: str
+
+
+Listener = Callable[[Event], None]
 
 
 class Reporter:
@@ -24,15 +47,15 @@ class Reporter:
         self.listeners: list[Listener] = []
         """Are told of every event, whether people are shown anything or not."""
 
-    def event(self, name: str, /, **facts: Any) -> None:
+    def tell(self, event: Event) -> None:
         """Tell the listeners that something happened."""
         for listener in self.listeners:
-            listener(name, facts)
+            listener(event)
 
     def say(self, line: str) -> None:
         """Print one line of plain text."""
         self._console.print(line, markup=False, highlight=False)
-        self.event("line", text=line)
+        self.tell(Said(line))
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Advance]:

@@ -9,6 +9,7 @@ import torch
 from coprune.base.memory import resident_memory, return_free_memory
 from coprune.base.progress import Reporter
 from coprune.report.schema import PhaseFacts
+from coprune.run.events import Phase, PhaseDone
 
 
 class Phases:
@@ -19,12 +20,12 @@ class Phases:
         self._reporter = reporter
         self._started = time.perf_counter()
 
-    def done(self, name: str) -> None:
+    def done(self, phase: Phase) -> None:
         """Note that a phase has just ended, and give back what it left free."""
         return_free_memory()
         now = time.perf_counter()
         device = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
         seconds, self._started = now - self._started, now
-        facts = PhaseFacts(name=name, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
+        facts = PhaseFacts(name=phase.value, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
         self.facts.append(facts)
-        self._reporter.event("phase", **facts.model_dump())
+        self._reporter.tell(PhaseDone(phase, facts))

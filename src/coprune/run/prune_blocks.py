@@ -15,6 +15,7 @@ from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import BlockDone, Past, Walk
 from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe.pattern import Target
+from coprune.run.events import BlockPruned
 from coprune.run.journal import Output
 from coprune.run.look_at_dense import look_at_dense
 from coprune.run.reuse import Reuse
@@ -60,8 +61,7 @@ def _prune(
         if session.reconstruction is not None and walk.recording is not None:
             results = reconstruct_block(session.reconstruction, done, walk.recording, results)
         shared.write_block(done.block, results)
-        facts = [result.model_dump(mode="json", exclude={"distributions"}) for result in results]
-        opened.around.reporter.event("block", block=done.block.name, matrices=facts)
+        opened.around.reporter.tell(BlockPruned(done.block.name, tuple(results)))
         return results
 
     return prune_walk(

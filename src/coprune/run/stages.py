@@ -28,6 +28,7 @@ from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders, settings_for
 from coprune.run.estimate.estimate import Estimate
+from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
 from coprune.run.journal import Output, run_identity
 from coprune.run.phases import Phases
@@ -118,18 +119,18 @@ def _run(
     extras = Extras.prepare(recipe, around.processes.size)
     session = _open(recipe, loaded, around, reuse)
     loaded = session.opened.loaded
-    phases.done("load and prepare")
+    phases.done(Phase.PREPARE)
     output = _open_output(session) if first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
-    phases.done("measure the dense model")
+    phases.done(Phase.MEASURE_DENSE)
     results, seconds = prune_blocks(session, output, reuse)
-    phases.done("prune")
+    phases.done(Phase.PRUNE)
     pruned = _measure(session, "pruned")
     if first:
         extras.measure("pruned", loaded, around.reporter)
-    phases.done("measure the pruned model")
+    phases.done(Phase.MEASURE_PRUNED)
     total = time.perf_counter() - started
     report = build_report(session, Found(results, dense, pruned, extras, phases.facts, seconds, total))
     if write:
@@ -137,7 +138,7 @@ def _run(
     _save(session, output, report)
     if write:
         finish_run_folder(recipe, report)
-    around.reporter.event("finished", figures=final_figures(report))
+    around.reporter.tell(Finished(final_figures(report)))
     if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
         around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
     in_memory = loaded.model if isinstance(loaded.weights, InMemory) else None

@@ -6,15 +6,17 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.base.progress import Reporter
+from coprune.base.progress import Event, Listener, Reporter
+from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
+from coprune.run.events import BlockPruned, Failed, Finished, Started
 
 
 class Tracker(Protocol):
@@ -134,20 +136,20 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
             tracker = TRACKERS[name](recipe)
             stack.callback(tracker.close)
             reporter.listeners.append(_feed(tracker))
-        reporter.event("started", recipe=recipe.model_dump(mode="json"))
+        reporter.tell(Started(recipe))
         try:
             yield
         except BaseException as error:
-            reporter.event("failed", error=f"{type(error).__name__}: {error}")
+            reporter.tell(Failed(f"{type(error).__name__}: {error}"))
             raise
         finally:
             reporter.listeners[:] = before
 
 
-def block_figures(results: list[Any]) -> dict[str, float]:
-    """What is tracked of a finished block (its MatrixResults): mean sparsity and layer error."""
-    errors = [result["relative_layer_error"] for result in results if result["relative_layer_error"] is not None]
-    figures = {"block/sparsity": sum(result["sparsity"] for result in results) / len(results)} if results else {}
+def block_figures(results: Sequence[MatrixResult]) -> dict[str, float]:
+    """What is tracked of a finished block: mean sparsity and layer error."""
+    errors = [result.relative_layer_error for result in results if result.relative_layer_error is not None]
+    figures = {"block/sparsity": sum(result.sparsity for result in results) / len(results)} if results else {}
     return figures | ({"block/layer_error": sum(errors) / len(errors)} if errors else {})
 
 
@@ -174,22 +176,22 @@ def final_figures(report: Report) -> dict[str, float]:
     return figures
 
 
-def _feed(tracker: Tracker) -> Callable[[str, dict[str, Any]], None]:
+def _feed(tracker: Tracker) -> Listener:
     step = 0
 
-    def hear(name: str, facts: dict[str, Any]) -> None:
+    def hear(event: Event) -> None:
         nonlocal step
-        if name == "block":
-            tracker.log(block_figures(facts["matrices"]), step)
+        if isinstance(event, BlockPruned):
+            tracker.log(block_figures(event.matrices), step)
             step += 1
-        elif name == "finished":
-            tracker.log(facts["figures"], step)
+        elif isinstance(event, Finished):
+            tracker.log(event.figures, step)
 
     return hear
 
 
 @contextmanager
-def _json_lines(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+def _json_lines(path: Path) -> Iterator[Listener]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a", encoding="utf-8")
@@ -197,10 +199,9 @@ def _json_lines(path: Path) -> Iterator[Callable[[str, dict[str, Any]], None]]:
         raise BadInput(f"the log {path} cannot be written: {error.strerror}.") from error
     with stream:
 
-        def hear(name: str, facts: dict[str, Any]) -> None:
-            stream.write(
-                json.dumps({"time": time.time(), "event": name, **facts}, ensure_ascii=False, default=str) + "\n"
-            )
+        def hear(event: Event) -> None:
+            line = {"time": time.time(), "event": event.kind, **event.facts()}
+            stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             stream.flush()
 
         yield hear

@@ -8,6 +8,7 @@ import pytest
 
 from coprune.evaluation.cache import EvaluationCache
 from coprune.run.estimate.estimate import Estimate
+from coprune.run.sweep.events import Cause
 from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.keys import estimate_key
@@ -73,5 +74,5 @@ def test_a_run_that_is_too_large_is_told_and_a_little_too_large_gets_a_machine_f
     plan = plan_of(tmp_path, [3 * GB, 10 * GB, 40 * GB], Capacity(8, 18 * GB, 0, 4, 9 * GB))
     assert [job.memory for job in plan.to_run()] == [3 * GB, 9 * GB]
     (event,) = plan.too_large
-    assert (event.name, event.kind) == ("nsamples-3", "failed")
+    assert (event.run, event.cause) == ("nsamples-3", Cause.REFUSED)
     assert "would not fit" in event.text

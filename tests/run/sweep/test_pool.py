@@ -18,6 +18,7 @@ import yaml
 import coprune.run.stages
 from coprune.report.schema import Report
 from coprune.run.sweep.conduct import conduct
+from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.pool import LocalWorkers
 from coprune.run.sweep.work import Job, do_job
 from support.commands import run_command
@@ -39,20 +40,22 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place):
     def listen(event, again):
         events.append(event)
         # Its first block is written by now, and in the journal or about to be.
-        if event.text == "pruning, 1 blocks done" and not killed:
-            worker = next(worker for worker, job in workers._busy if job.run.name == event.name)
+        if event == Doing(event.run, "pruning, 1 blocks done") and not killed:
+            worker = next(worker for worker, job in workers._busy if job.run.name == event.run)
             os.kill(worker.process.pid, signal.SIGKILL)
-            killed.append(event.name)
+            killed.append(event.run)
 
     jobs = [Job(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
     try:
         conduct(jobs, workers, 1, listen)
     finally:
         workers.stop()
-    ends = Counter((event.name, event.kind) for event in events if event.kind != "now")
-    assert ends == {**{(run.name, "done"): 1 for run in runs}, (killed[0], "lost"): 1}
-    assert "SIGKILL" in next(event.text for event in events if event.kind == "lost")
-    blocks = [event for event in events if event.name == killed[0] and event.text.endswith("blocks done")]
+    assert Counter(event.run for event in events if isinstance(event, Done)) == {run.name: 1 for run in runs}
+    (lost,) = (event for event in events if isinstance(event, NotDone))
+    assert (lost.run, lost.cause) == (killed[0], Cause.LOST)
+    assert "SIGKILL" in lost.text
+    doing = [event for event in events if isinstance(event, Doing) and event.run == killed[0]]
+    blocks = [event for event in doing if event.text.endswith("blocks done")]
     assert len(blocks) <= 4  # of three blocks only one that was not in the journal yet was pruned again
     for run in runs:
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(alone(run, place / "separate"))
@@ -106,12 +109,13 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(crashes, place, 
     monkeypatch.setattr(coprune.run, "run_recipe", crashing)
     ends = []
     jobs = [Job(run, "run", sweep.folder, THREADS) for run in runs]
-    conduct(jobs, Here(), 1, lambda event, again: ends.append((event, again)) if event.kind != "now" else None)
+    conduct(jobs, Here(), 1, lambda event, again: ends.append((event, again)) if not isinstance(event, Doing) else None)
     first, second, last = ends
-    assert (first[0].name, first[0].kind, first[1]) == ("magnitude", "broken", True)
+    assert (first[0].run, first[0].cause, first[1]) == ("magnitude", Cause.BROKEN, True)
     assert "RuntimeError: out of luck" in first[0].text
-    assert (second[0].kind, second[1]) == ("done" if crashes == 1 else "broken", False)
-    assert (last[0].name, last[0].kind) == ("wanda", "done")
+    assert isinstance(second[0], Done if crashes == 1 else NotDone)
+    assert second[1] is False
+    assert (last[0].run, type(last[0])) == ("wanda", Done)
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(place, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import pytest
 
 from coprune.report.schema import Report
 from coprune.run.sweep.conduct import conduct
+from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.work import Job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
@@ -41,19 +42,19 @@ def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(tmp_p
     ends, killed = [], []
 
     def listen(event, again):
-        if event.kind != "now":
-            ends.append((event.name, event.kind))
+        if not isinstance(event, Doing):
+            ends.append((event.run, event.cause if isinstance(event, NotDone) else Done))
         elif event.text == "pruning, 1 blocks done" and not killed:
             time.sleep(0.01)
-            killed.append(kill_a_task(event.name))
+            killed.append(kill_a_task(event.run))
 
     try:
         conduct(jobs, workers, 1, listen)
     finally:
         workers.stop()
     found = Counter(ends)
-    assert {name: found[name, "done"] for name, _ in found} == {run.name: 1 for run in runs}, ends
-    assert sum(count for (_, kind), count in found.items() if kind == "lost") == killed.count(True)
+    assert {name: found[name, Done] for name, _ in found} == {run.name: 1 for run in runs}, ends
+    assert sum(count for (_, how), count in found.items() if how is Cause.LOST) == killed.count(True)
     for run in runs:
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(
             alone(run, tmp_path / "separate")

@@ -11,10 +11,11 @@ import yaml
 from coprune.report.schema import Report
 from coprune.run.sweep import work
 from coprune.run.sweep.board import Board
+from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.results import collect
 from coprune.run.sweep.table import markdown, paper_tables
-from coprune.run.sweep.work import Event, Job, do_job
+from coprune.run.sweep.work import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
 
@@ -109,13 +110,13 @@ def test_the_board_foresees_the_end():
     assert board.remaining() is None
     board.expect({"a": 10.0, "b": 10.0, "c": 20.0}, 1)
     assert board.remaining() == 40
-    board.note(Event("a", "now", "pruning"), False)
-    board.note(Event("a", "done"), False)
+    board.note(Doing("a", "pruning"), False)
+    board.note(Done("a"), False)
     board.states["a"].seconds = 5.0
     assert board.remaining() == pytest.approx(15)
-    board.note(Event("b", "lost", "gone"), True)
-    board.note(Event("b", "failed", "first\nlast"), False)
+    board.note(NotDone("b", Cause.LOST, "gone"), True)
+    board.note(NotDone("b", Cause.REFUSED, "first\nlast"), False)
     assert board.states["b"].text == "last"
     assert board.remaining() == pytest.approx(10)
-    board.note(Event("c", "done"), False)
+    board.note(Done("c"), False)
     assert board.remaining() == 0

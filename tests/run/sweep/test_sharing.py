@@ -9,6 +9,7 @@ import pytest
 import coprune.run.stages
 from coprune.report.schema import Report
 from coprune.run.sweep import work
+from coprune.run.sweep.events import Cause, Doing, Done
 from coprune.run.sweep.work import Job, do_job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
@@ -25,7 +26,7 @@ def do_here(sweep, runs):
     events = []
     for run in runs:
         do_job(Job(run, "run", sweep.folder, THREADS), events.append)
-    return {event.name: event for event in events if event.kind != "now"}
+    return {event.run: event for event in events if not isinstance(event, Doing)}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -40,7 +41,7 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
 
     monkeypatch.setattr(coprune.run, "_measure", counting)
     ended = do_here(sweep, runs)
-    assert {event.kind for event in ended.values()} == {"done"}, ended
+    assert {type(event) for event in ended.values()} == {Done}, ended
     assert times == {"dense": 1, "pruned": 4}
     assert ended[runs[0].name].saved["dense"] == 0
     assert all(ended[run.name].saved["dense"] > 0 for run in runs[1:])
@@ -54,7 +55,7 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
 def test_another_text_or_model_is_measured_anew(place, monkeypatch):
     make_place(place / "other")
     sweep, runs = pico_sweep(eval_data=["test.txt", "words.txt"], eval_tokens=320)
-    assert {event.kind for event in do_here(sweep, runs).values()} == {"done"}
+    assert {type(event) for event in do_here(sweep, runs).values()} == {Done}
     first, second = (Report.read(run.recipe.run_folder / "report.json").perplexity[0] for run in runs)
     assert first.dense != second.dense
     text = (place / "test.txt").read_text()
@@ -71,7 +72,7 @@ def test_a_run_that_is_done_is_not_done_again(place):
     sweep, runs = pico_sweep(method=["magnitude"])
     do_here(sweep, runs)
     before = (place / "out/magnitude/report.json").stat().st_mtime_ns
-    assert do_here(sweep, runs)["magnitude"].kind == "done"
+    assert isinstance(do_here(sweep, runs)["magnitude"], Done)
     assert (place / "out/magnitude/report.json").stat().st_mtime_ns == before
 
 
@@ -80,5 +81,5 @@ def test_another_run_in_the_folder_is_refused(place):
     do_here(sweep, runs)
     sweep, runs = pico_sweep(method=["magnitude"], nsamples=5)
     event = do_here(sweep, runs)["magnitude"]
-    assert event.kind == "failed"
+    assert event.cause is Cause.REFUSED
     assert "nsamples was 4 and is 5" in event.text

@@ -9,6 +9,7 @@ import pytest
 import coprune.run.stages
 from coprune.report.schema import Report
 from coprune.run.sweep import statistics_store, work
+from coprune.run.sweep.events import Doing, Done
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.sharing import SHARED_FOLDER
 from coprune.run.sweep.work import Job, do_job
@@ -59,8 +60,8 @@ def do_here(sweep, runs):
     events = []
     for run in runs:
         do_job(Job(run, "run", sweep.folder, THREADS), events.append)
-    ended = {event.name: event for event in events if event.kind != "now"}
-    assert {event.kind for event in ended.values()} == {"done"}, ended
+    ended = {event.run: event for event in events if not isinstance(event, Doing)}
+    assert {type(event) for event in ended.values()} == {Done}, ended
     return {name: event.saved["statistics"] for name, event in ended.items()}
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coprune.run.estimate.estimate import duration
-from coprune.run.sweep.work import Event
+from coprune.run.sweep.events import Doing, Done, JobEvent
 
 _SHOWN = 12  # rows of runs on a terminal
 
@@ -65,32 +65,32 @@ class Board:
         for name, one in seconds.items():
             self.states[name].expected = one
 
-    def note(self, event: Event, again: bool) -> None:
+    def note(self, event: JobEvent, again: bool) -> None:
         """Take note of what happened to a run. again: whether it will be tried again."""
-        state = self.states[event.name]
-        if event.kind == "now":
+        state = self.states[event.run]
+        if isinstance(event, Doing):
             if state.kind != "running":
                 state.kind, state.since = "running", time.monotonic()
             state.text = event.text
             return
         state.seconds = time.monotonic() - state.since if state.since else None
-        if again:
-            state.kind, state.text, state.retries = "waiting", _last_line(event.text), state.retries + 1
-            self.say(f"again    {event.name}  {state.text}")
-        elif event.kind == "done":
+        if isinstance(event, Done):
             state.kind, state.text = "done", ""
             took, done = duration(state.seconds or 0.0), self._earlier + self._count("done")
-            self.say(f"done     {event.name}  {took}  ({done} of {self._all()})")
+            self.say(f"done     {event.run}  {took}  ({done} of {self._all()})")
+        elif again:
+            state.kind, state.text, state.retries = "waiting", _last_line(event.text), state.retries + 1
+            self.say(f"again    {event.run}  {state.text}")
         else:
             state.kind, state.text = "failed", _last_line(event.text)
-            self.say(f"failed   {event.name}  {state.text}")
+            self.say(f"failed   {event.run}  {state.text}")
 
-    def estimating(self, event: Event, again: bool) -> None:
+    def estimating(self, event: JobEvent, again: bool) -> None:
         """Take note of a run that is only estimated for now."""
-        if event.kind == "now":
+        if isinstance(event, Doing):
             self.note(event, again)
         else:
-            self.states[event.name] = State(event.name)
+            self.states[event.run] = State(event.run)
 
     def remaining(self) -> float | None:
         """Seconds until the last run ends; None before anything is known of any."""

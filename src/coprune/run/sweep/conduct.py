@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from coprune.run.sweep.work import Event, Job
+from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
+from coprune.run.sweep.work import Job
 from coprune.run.sweep.workers import Workers
 
 _TICK = 0.25  # seconds between two looks for room that came about elsewhere
 
-Listen = Callable[[Event, bool], None]
+Listen = Callable[[JobEvent, bool], None]
 """Is told of every event, and whether the job will be tried again after it."""
 
 
@@ -29,13 +30,14 @@ def conduct(jobs: Sequence[Job], workers: Workers, retries: int, listen: Listen)
             workers.start(job)
         for event in workers.events(_TICK):
             # What a worker told before it was lost may arrive later.
-            if event.name not in running:
+            if event.run not in running:
                 continue
             again = False
-            if event.kind != "now":
-                job = running.pop(event.name)
-                tries[event.name] += 1
-                again = event.kind in ("broken", "lost") and tries[event.name] <= retries
+            if not isinstance(event, Doing):
+                job = running.pop(event.run)
+                tries[event.run] += 1
+                may_work = isinstance(event, NotDone) and event.cause is not Cause.REFUSED
+                again = may_work and tries[event.run] <= retries
                 if again:
                     waiting.appendleft(job)
             listen(event, again)

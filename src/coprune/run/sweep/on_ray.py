@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.run.sweep.work import Event, Job, do_job
+from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
+from coprune.run.sweep.work import Job, do_job
 from coprune.run.sweep.workers import Capacity
 
 LOCAL = "local"
@@ -52,9 +53,9 @@ class RayWorkers:
         task = self._task.options(**needed, max_retries=0, name=job.run.name)
         self._running[task.remote(job, Path.cwd(), self._told)] = job
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[JobEvent]:
         ended, _ = self._ray.wait(list(self._running), num_returns=1, timeout=seconds)
-        found: list[Event] = self._told.get_nowait_batch(self._told.qsize())
+        found: list[JobEvent] = self._told.get_nowait_batch(self._told.qsize())
         return [*found, *(self._ended(task) for task in ended)]
 
     def stop(self) -> None:
@@ -63,22 +64,22 @@ class RayWorkers:
         self._running = {}
         self._ray.shutdown()
 
-    def _ended(self, task: Any) -> Event:
+    def _ended(self, task: Any) -> JobEvent:
         job = self._running.pop(task)
         try:
-            event: Event = self._ray.get(task)
+            event: JobEvent = self._ray.get(task)
             return event
         except self._ray.exceptions.RayError as error:
-            return Event(job.run.name, "lost", " ".join(str(error).split()))
+            return NotDone(job.run.name, Cause.LOST, " ".join(str(error).split()))
 
 
-def _do(job: Job, folder: Path, told: Any) -> Event:
+def _do(job: Job, folder: Path, told: Any) -> JobEvent:
     """Do a job on a node of the cluster; what it does on the way goes to the queue, how it ended is returned."""
     os.chdir(folder)  # paths of a recipe may be relative
-    ended: list[Event] = []
+    ended: list[JobEvent] = []
 
-    def tell(event: Event) -> None:
-        if event.kind == "now":
+    def tell(event: JobEvent) -> None:
+        if isinstance(event, Doing):
             told.put(event)
         else:
             ended.append(event)

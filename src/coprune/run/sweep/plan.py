@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from coprune.base.errors import BadInput
+from coprune.run.sweep.events import Cause, NotDone
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.keys import estimate_key
 from coprune.run.sweep.sharing import KeptEstimate, kept_estimate
-from coprune.run.sweep.work import Event, Job
+from coprune.run.sweep.work import Job
 from coprune.run.sweep.workers import Workers
 
 
@@ -36,7 +37,7 @@ class Plan:
     how: Execution
     workers: Workers
     waiting: Sequence[Run]
-    too_large: list[Event] = field(default_factory=list)
+    too_large: list[NotDone] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """By run, what it should take, as far as known."""
 
@@ -59,7 +60,7 @@ class Plan:
             if kept is not None and kept.estimate is not None:
                 self.seconds[run.name] = kept.estimate.seconds
             if (why := self._too_large(run, kept)) is not None:
-                self.too_large.append(Event(run.name, "failed", why))
+                self.too_large.append(NotDone(run.name, Cause.REFUSED, why))
                 continue
             fitting.append((run, self._memory(run, kept)))
             memory.append(fitting[-1][1] or 0)

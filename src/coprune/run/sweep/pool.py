@@ -14,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from coprune.base.memory import available_bytes
-from coprune.run.sweep.work import Event, Job, do_job
+from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
+from coprune.run.sweep.work import Job, do_job
 from coprune.run.sweep.workers import Capacity
 
 _GRACE = 10.0  # seconds in which a stopped worker may tidy up
@@ -63,14 +64,14 @@ class LocalWorkers:
             worker.connection.send(job)
         self._busy.append((worker, job))
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[JobEvent]:
         found = []
         for connection in wait([worker.connection for worker, _ in self._busy], seconds):
             pair = next(pair for pair in self._busy if pair[0].connection is connection)
             event = self._event(*pair)
-            if event.kind != "now":
+            if not isinstance(event, Doing):
                 self._busy.remove(pair)
-                if event.kind != "lost":
+                if not (isinstance(event, NotDone) and event.cause is Cause.LOST):
                     self._idle.append(pair[0])
             found.append(event)
         return found
@@ -86,15 +87,15 @@ class LocalWorkers:
             worker.process.join()
             worker.connection.close()
 
-    def _event(self, worker: _Worker, job: Job) -> Event:
+    def _event(self, worker: _Worker, job: Job) -> JobEvent:
         try:
-            event: Event = worker.connection.recv()
+            event: JobEvent = worker.connection.recv()
             return event
         except (EOFError, OSError):
             # Once the process has ended, the locks on its files are free for the next.
             worker.process.join()
             worker.connection.close()
-            return Event(job.run.name, "lost", _how_it_ended(worker.process.exitcode))
+            return NotDone(job.run.name, Cause.LOST, _how_it_ended(worker.process.exitcode))
 
     def _free_gpus(self) -> list[str]:
         taken = {worker.gpu for worker, _ in self._busy}

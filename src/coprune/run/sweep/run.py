@@ -17,6 +17,7 @@ from coprune.report.schema import Report
 from coprune.run.checks import prepare_solver
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.conduct import conduct
+from coprune.run.sweep.events import Done, JobEvent, NotDone
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import SWEEP_FILE, Sweep
 from coprune.run.sweep.finished import finished_reports
@@ -26,7 +27,6 @@ from coprune.run.sweep.plan import Execution, Plan
 from coprune.run.sweep.pool import LocalWorkers
 from coprune.run.sweep.results import FAILURES, collect
 from coprune.run.sweep.sharing import SHARED_FOLDER
-from coprune.run.sweep.work import Event
 from coprune.run.sweep.workers import Workers
 
 
@@ -98,14 +98,14 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quie
         outcome.ledger.wall[-1] = time.perf_counter() - started
         outcome.ledger.write(sweep.folder)
 
-    def listen(event: Event, again: bool) -> None:
+    def listen(event: JobEvent, again: bool) -> None:
         board.note(event, again)
-        if event.kind == "done":
-            outcome.ledger.saved[event.name] = event.saved
-            outcome.ledger.runs[event.name] = board.states[event.name].seconds or 0.0
+        if isinstance(event, Done):
+            outcome.ledger.saved[event.run] = dict(event.saved)
+            outcome.ledger.runs[event.run] = board.states[event.run].seconds or 0.0
             note_time()
-        elif event.kind != "now" and not again:
-            outcome.failures[event.name] = event.text.strip()
+        elif isinstance(event, NotDone) and not again:
+            outcome.failures[event.run] = event.text.strip()
 
     try:
         with board.shown():

@@ -9,20 +9,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from coprune.base.progress import Event, Listener
+from coprune.run.sweep.events import Cause, Doing, Done, NotDone, Tell
 from coprune.run.sweep.expand import Run
 
 Action = Literal["estimate", "run"]
-# What a run does next once one of its phases has ended.
-_FOLLOWING = {
-    "load and prepare": "measuring the dense model",
-    "measure the dense model": "pruning",
-    "prune": "measuring the pruned model",
-    "measure the pruned model": "saving",
-}
 
 
 @dataclass(frozen=True)
@@ -38,20 +33,6 @@ class Job:
     memory: int | None = None
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a job: what it does now, or how it ended."""
-
-    name: str
-    """Of the run."""
-    kind: Literal["now", "done", "failed", "broken", "lost"]
-    """`failed` would fail again the same way; `broken` was an unforeseen error; `lost` means that the worker is gone."""
-    text: str = ""
-    saved: dict[str, float] = field(default_factory=dict)
-    """Seconds of work that were taken over, by what it was."""
-
-
-Tell = Callable[[Event], None]
 # Texts as tokens, which the later jobs of this process find again.
 _texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
 
@@ -67,11 +48,11 @@ def do_job(job: Job, tell: Tell) -> None:
     torch.set_num_threads(job.threads)
     try:
         saved = _ACTIONS[job.action](job, tell)
-        tell(Event(job.run.name, "done", saved=saved))
+        tell(Done(job.run.name, saved))
     except CopruneError as error:
-        tell(Event(job.run.name, "failed", str(error)))
+        tell(NotDone(job.run.name, Cause.REFUSED, str(error)))
     except Exception:
-        tell(Event(job.run.name, "broken", traceback.format_exc()))
+        tell(NotDone(job.run.name, Cause.BROKEN, traceback.format_exc()))
     finally:
         gc.collect()
         return_free_memory()
@@ -81,7 +62,7 @@ def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
     from coprune.run.session import Surroundings, open_run
 
-    tell(Event(job.run.name, "now", "estimating"))
+    tell(Doing(job.run.name, "estimating"))
     loaded, reuse = _open(job)
     opened = open_run(job.run.recipe, loaded, Surroundings(Reporter(quiet=True)), reuse.tokens)
     reuse.estimate(opened.estimate)
@@ -96,7 +77,7 @@ def _run(job: Job, tell: Tell) -> dict[str, float]:
     recipe = job.run.recipe
     if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could tell
         return {}
-    tell(Event(job.run.name, "now", "loading"))
+    tell(Doing(job.run.name, "loading"))
     _forget_peak()
     loaded, reuse = _open(job)
     reporter = Reporter(quiet=True)
@@ -120,16 +101,25 @@ def _open(job: Job) -> tuple[Any, Any]:
     return loaded, SweepReuse(job.run.recipe, job.sweep, _texts)
 
 
-def _teller(name: str, tell: Tell) -> Callable[[str, dict[str, Any]], None]:
+def _teller(name: str, tell: Tell) -> Listener:
+    """A listener to a run's events, which tells of the run by name what it does now."""
+    from coprune.run.events import BlockPruned, Phase, PhaseDone
+
+    following = {
+        Phase.PREPARE: "measuring the dense model",
+        Phase.MEASURE_DENSE: "pruning",
+        Phase.PRUNE: "measuring the pruned model",
+        Phase.MEASURE_PRUNED: "saving",
+    }
     blocks = 0
 
-    def listen(event: str, facts: dict[str, Any]) -> None:
+    def listen(event: Event) -> None:
         nonlocal blocks
-        if event == "phase" and facts["name"] in _FOLLOWING:
-            tell(Event(name, "now", _FOLLOWING[facts["name"]]))
-        elif event == "block":
+        if isinstance(event, PhaseDone):
+            tell(Doing(name, following[event.phase]))
+        elif isinstance(event, BlockPruned):
             blocks += 1
-            tell(Event(name, "now", f"pruning, {blocks} blocks done"))
+            tell(Doing(name, f"pruning, {blocks} blocks done"))
 
     return listen
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from coprune.run.sweep.work import Event, Job
+from coprune.run.sweep.events import JobEvent
+from coprune.run.sweep.work import Job
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Workers(Protocol):
         """Start a job, which there is room for."""
         ...
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[JobEvent]:
         """What happened; waits for something for so long."""
         ...
 

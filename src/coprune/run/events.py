@@ -1,0 +1,76 @@
+"""What happens in a run, as those hear it who listen to its reporter: logs, trackers, a sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from coprune.base.progress import Event
+from coprune.pruning.pruner import MatrixResult
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import PhaseFacts
+
+
+class Phase(StrEnum):
+    """The phases of a run that are timed, in their order, as reports name them."""
+
+    PREPARE = "load and prepare"
+    MEASURE_DENSE = "measure the dense model"
+    PRUNE = "prune"
+    MEASURE_PRUNED = "measure the pruned model"
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """A run began."""
+
+    kind: ClassVar[str] = "started"
+    recipe: Recipe
+
+    def facts(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class PhaseDone(Event):
+    """A phase ended."""
+
+    kind: ClassVar[str] = "phase"
+    phase: Phase
+    measured: PhaseFacts
+    """Its time and memory."""
+
+    def facts(self) -> dict[str, Any]:
+        return self.measured.model_dump()
+
+
+@dataclass(frozen=True)
+class BlockPruned(Event):
+    """A block was pruned and written."""
+
+    kind: ClassVar[str] = "block"
+    block: str
+    matrices: tuple[MatrixResult, ...]
+    """What became of each of its matrices."""
+
+    def facts(self) -> dict[str, Any]:
+        matrices = [result.model_dump(mode="json", exclude={"distributions"}) for result in self.matrices]
+        return {"block": self.block, "matrices": matrices}
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """A run has its report."""
+
+    kind: ClassVar[str] = "finished"
+    figures: dict[str, float]
+    """What was measured, by name."""
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """A run ended without a report."""
+
+    kind: ClassVar[str] = "failed"
+    error: str
