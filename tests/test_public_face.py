@@ -10,12 +10,15 @@ import coprune
 
 PUBLIC = [
     "BadInput",
+    "BrokenMask",
     "CopruneError",
+    "LostProcess",
     "NumericalError",
     "Recipe",
     "Report",
     "Result",
     "UnsupportedModel",
+    "VerificationError",
     "accelerate",
     "load_packed",
     "perplexity",

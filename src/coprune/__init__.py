@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from coprune.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from coprune.base.errors import BadInput, CopruneError, NumericalError, UnsupportedModel
+    from coprune.base.errors import (
+        BadInput,
+        BrokenMask,
+        CopruneError,
+        LostProcess,
+        NumericalError,
+        UnsupportedModel,
+        VerificationError,
+    )
     from coprune.evaluation.perplexity import perplexity
     from coprune.packed.accelerate import accelerate
     from coprune.packed.quantizer import load_packed
@@ -27,9 +35,12 @@ _HOME = {
     "accelerate": "coprune.packed.accelerate",
     "load_packed": "coprune.packed.quantizer",
     "BadInput": "coprune.base.errors",
+    "BrokenMask": "coprune.base.errors",
     "CopruneError": "coprune.base.errors",
+    "LostProcess": "coprune.base.errors",
     "NumericalError": "coprune.base.errors",
     "UnsupportedModel": "coprune.base.errors",
+    "VerificationError": "coprune.base.errors",
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
     "Result": "coprune.run.stages",
@@ -40,12 +51,15 @@ _HOME = {
 
 __all__ = [
     "BadInput",
+    "BrokenMask",
     "CopruneError",
+    "LostProcess",
     "NumericalError",
     "Recipe",
     "Report",
     "Result",
     "UnsupportedModel",
+    "VerificationError",
     "accelerate",
     "load_packed",
     "perplexity",

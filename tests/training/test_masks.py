@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, BrokenMask
 from coprune.recipe.pattern import NM, Unstructured
-from coprune.training.masks import BrokenMask, find_masks, plain_parameters, select_parameters
+from coprune.training.masks import find_masks, plain_parameters, select_parameters
 from support.pico import pico_model
 from support.pruned import pruned_model, zeros_of
 

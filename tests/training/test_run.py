@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coprune.base.errors import BadInput, NumericalError
+from coprune.base.errors import BadInput, BrokenMask, NumericalError
 from coprune.base.progress import Reporter
 from coprune.recipe.pattern import NM
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import run_recipe
 from coprune.training.adapters import load_adapter
-from coprune.training.masks import BrokenMask, find_masks
+from coprune.training.masks import find_masks
 from coprune.training.run import finetune, merge_saved
 from coprune.training.saving import save_model
 from coprune.training.settings import make_settings

@@ -46,7 +46,9 @@ def full_disk_explained(file: Path) -> Iterator[None]:
     except Exception as error:
         # safetensors reports a full disk in words of its own.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CopruneError(f"the disk is full: {file} could not be written. Free some space and go on.") from error
+            raise CopruneError(
+                f"the disk is full: {file} could not be written", fix="free some space and go on"
+            ) from error
         raise
 
 

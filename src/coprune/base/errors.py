@@ -1,16 +1,64 @@
-"""The errors that coprune raises on purpose: each says the cause and the fix in one message."""
+"""The errors that coprune raises on purpose: values that say the cause and the fix.
+
+    CopruneError              anything that stops a run with a message instead of a traceback
+    ├── BadInput              what was asked for cannot be done as asked; also a ValueError
+    ├── NumericalError        the numbers do not allow an honest result
+    ├── UnsupportedModel      the model does what the walk cannot reproduce
+    ├── VerificationError     a saved model is not what was computed
+    ├── BrokenMask            a weight that was pruned is not zero any more
+    └── LostProcess           another process of the run is gone
+
+The text of an error names settings as the face does that speaks (see `coprune.base.words`): arguments in Python, flags
+on the command line.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
+
+from coprune.base.words import Face, Words, parts_of, say
 
 
 class CopruneError(Exception):
-    """Anything that stops a run with a message instead of a traceback; the command exits with 2."""
+    """Anything that stops a run with a message instead of a traceback; the command exits with 2.
+
+    Args:
+        cause: what is wrong, as words without a final full stop.
+        field: the setting that it is about, by its flat name; None where it is about none, or several.
+        value: what that setting was; None where it was not given.
+        fix: what to do about it, as words; where they begin with a capital letter, they are a sentence of their own.
+    """
+
+    def __init__(
+        self, cause: Words, *, field: str | None = None, value: object = None, fix: Words | None = None
+    ) -> None:
+        # One positional argument, and the rest as attributes: so an error survives pickling as it is.
+        super().__init__(cause)
+        self.cause = cause
+        self.field = field
+        self.value = value
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, face: Face | None = None) -> str:
+        """The whole message, as a face says it; by default the one that this process speaks as."""
+        cause = say(self.cause, face)
+        if self.fix is None:
+            return _ended(cause)
+        fix = say(self.fix, face)
+        return _ended(f"{cause.removesuffix('.')}{'.' if fix[:1].isupper() else ';'} {fix}")
+
+    def within(self, place: str) -> Self:
+        """The same error with the place in front where it came about: a run, a file, a matrix."""
+        cause = (f"{place}: ", *parts_of(self.cause))
+        return type(self)(cause, field=self.field, value=self.value, fix=self.fix)
 
 
-class BadInput(CopruneError):
+class BadInput(CopruneError, ValueError):
     """What was asked for cannot be done as asked: an unknown name, a ratio out of range, a missing file."""
 
 
@@ -22,9 +70,33 @@ class UnsupportedModel(CopruneError):
     """The model does something between or inside its blocks that the walk cannot reproduce."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> BadInput:
-    """Build the error for a name that is not in a table, with the nearest match if there is one."""
+class VerificationError(CopruneError):
+    """A saved model is not the one that was computed: another mask, or other logits."""
+
+
+class BrokenMask(CopruneError):
+    """A weight that was pruned is not zero any more, or an N:M group has more than N others."""
+
+
+class LostProcess(CopruneError):
+    """Another process of the run is gone, or does not answer."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None = None) -> BadInput:
+    """Build the error for a name that is not in a table, with the nearest match if there is one.
+
+    Args:
+        kind: what the name should be one of, for the message.
+        name: what was given.
+        known: the names in the table.
+        field: the setting that was given the name.
+    """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return BadInput(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}.")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return BadInput(f"unknown {kind} {name!r}", field=field, value=name, fix=f"{hint}Known: {', '.join(names)}")
+
+
+def _ended(text: str) -> str:
+    """Text that ends like a sentence."""
+    return text if text.endswith((".", "?", "!", "…")) else f"{text}."

@@ -22,7 +22,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         write_durably(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error.strerror}.") from error
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from error
 
 
 def path_of(folder: Path, name: str) -> Path:

@@ -23,14 +23,15 @@ def with_options(default: Configurable, kind: str, name: str, options: Mapping[s
     hints = get_type_hints(type(default))
     for option, value in options.items():
         if not fields:
-            raise BadInput(f"{kind} {name!r} has no options, so {option!r} cannot be set.")
+            raise BadInput(f"{kind} {name!r} has no options, so {option!r} cannot be set", field=option, value=value)
         if option not in fields:
-            raise unknown_name(f"option of {kind} {name!r}:", option, fields)
+            raise unknown_name(f"option of {kind} {name!r}:", option, fields, field=option)
         try:
             TypeAdapter(hints[option]).validate_python(value, strict=True)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise BadInput(f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason}.") from None
+            said = f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason}"
+            raise BadInput(said, field=option, value=value) from None
     changed: dict[str, Any] = dict(options)
     return dataclasses.replace(default, **changed)  # type: ignore[type-var]
 
@@ -39,11 +40,11 @@ def require_positive(**values: float) -> None:
     """Raise BadInput unless every value is a positive, finite number."""
     for name, value in values.items():
         if not 0 < value < float("inf"):
-            raise BadInput(f"option {name!r} must be a positive number, not {value!r}.")
+            raise BadInput(f"option {name!r} must be a positive number, not {value!r}", field=name, value=value)
 
 
 def require_not_negative(**values: float) -> None:
     """Raise BadInput unless every value is zero or a positive, finite number."""
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise BadInput(f"option {name!r} must not be negative, and is {value!r}.")
+            raise BadInput(f"option {name!r} must not be negative, and is {value!r}", field=name, value=value)

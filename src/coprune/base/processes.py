@@ -18,16 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coprune.base.errors import CopruneError
+from coprune.base.errors import LostProcess
 
 Value = TypeVar("Value")
 
 # Longer than any process computes between two meetings: a block of a large model solved by a slow method takes minutes.
 TIMEOUT = timedelta(minutes=30)
-
-
-class LostProcess(CopruneError):
-    """Another process of the run ended, or did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,6 @@ def _heard() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LostProcess(
-            f"another process of this run ended or did not answer ({reason[:200]}). Its own message says why; the same "
-            "command goes on after the last finished block."
+            f"another process of this run ended or did not answer ({reason[:200]})",
+            fix="Its own message says why; the same command goes on after the last finished block.",
         ) from error

@@ -84,7 +84,7 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """
     rows, width = score.shape
     if width % m:
-        raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs.")
+        raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs", field="pattern", value=f"{n}:{m}")
     return (rank_in_groups(score.reshape(-1, m)) >= m - n).reshape(rows, width)
 
 

@@ -16,7 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.errors import CopruneError
+from coprune.base.words import speaking
 from coprune.commands.evaluate import compare, evaluate, report
+from coprune.commands.face import CommandLine
 from coprune.commands.finetune import finetune, merge
 from coprune.commands.packed import bench, pack, unpack
 from coprune.commands.prune import METHOD_OPTIONS, estimate, prune
@@ -36,7 +38,10 @@ app = typer.Typer(
 # What every error of typer's own (a missing argument, no number) derives from; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 # What the user can mend; any other error of the system is a bug that needs its traceback.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_FILE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.EMFILE),
+)
 
 
 app.command(context_settings=METHOD_OPTIONS)(prune)
@@ -130,15 +135,16 @@ def main() -> None:
     stopped = False
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
-        stopped = app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130
+        with speaking(CommandLine()):
+            stopped = app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130
     except CopruneError as error:
-        _fail(str(error))
+        _fail(error.text(CommandLine()))
     except _UsageError as error:
         _fail(error.format_message())
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in _FILE_ERRORS:
             raise
-        _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}.")
+        _fail(f"{error.filename or 'a file'} cannot be opened or written: {error.strerror}.")
     except (KeyboardInterrupt, typer.Abort):
         stopped = True
     if stopped:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coprune.base.errors import CopruneError
+from coprune.base.errors import VerificationError
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
 from coprune.model.checkpoint.weights import InMemory
@@ -18,10 +18,6 @@ from coprune.model.walk.record import input_device
 from coprune.model.walk.streamed import streamed_logits
 
 _TOKENS = 64  # of text, whose logits are compared
-
-
-class VerificationError(CopruneError):
-    """The saved checkpoint does not hold what the run made."""
 
 
 def verify_saved(folder: Path, model: ProvenModel, checksums: Mapping[str, str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from coprune.base.processes import LostProcess, Processes
+from coprune.base.errors import LostProcess
+from coprune.base.processes import Processes
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.weights import Weights

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from coprune.base.errors import BadInput, CopruneError
+from coprune.base.errors import BadInput, BrokenMask
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 
 LEAST_SPARSITY = 0.05
-
-
-class BrokenMask(CopruneError):
-    """A weight that was pruned is not zero any more, so nothing was saved."""
 
 
 @dataclass(frozen=True)
