@@ -17,7 +17,7 @@ from support.killing import count_lines, killed_at
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words
 
-WRITING = ("checkpoint", "output", "files.py", "run.py", "verify", "report")
+WRITING = ("checkpoint", "journal", "files.py", "durable", "stages.py", "verify", "report")
 # Method, propagation, family, streamed, and more settings of the recipe.
 RUNS = {
     "wanda": ("wanda", "block", "llama", True, {}),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import VerificationError
+from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.edit import Edits
 from coprune.model.matrices import find_matrices
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device
@@ -20,20 +22,23 @@ from coprune.model.walk.streamed import streamed_logits
 _TOKENS = 64  # of text, whose logits are compared
 
 
-def verify_saved(folder: Path, model: ProvenModel, checksums: Mapping[str, str]) -> None:
+def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encoding = DENSE) -> None:
     """Reload a saved folder, block by block, and compare every mask and the logits of one sample.
 
     Args:
         folder: the whole checkpoint.
-        model: the pruned model that was saved.
-        checksums: of every matrix that was pruned, by name (`Matrix.mask_checksum`).
+        model: the pruned model that was saved, in which the edits are applied.
+        edits: what was done to it.
+        encoding: how its tensors are stored.
 
     Raises:
         VerificationError: names the first difference.
     """
-    saved = LazyCheckpoint(check_folder(ModelFolder(folder, str(folder))), device=input_device(model.module))
+    location = check_folder(ModelFolder(folder, str(folder)))
+    saved = LazyCheckpoint(location, device=input_device(model.module), encoding=encoding)
     found = FoundModel.without_matrices(saved)
     saved.acquire_rest(found.names)
+    checksums = edits.checksums()
     for block in found.blocks:
         saved.acquire(block.name)
         for matrix in find_matrices(block.module, block.name):
@@ -44,7 +49,8 @@ def verify_saved(folder: Path, model: ProvenModel, checksums: Mapping[str, str])
         # The run's own last files became this folder, so there are no other weights to compute logits from.
         return
     before = _sample_logits(model)
-    after = _sample_logits(ProvenModel(saved, found.blocks, found.chosen, model.structure))
+    answers = [model.structure.answers[block.index] for block in model.blocks if edits.place(block.name) is not None]
+    after = _sample_logits(ProvenModel(saved, found.blocks, found.chosen, replace(model.structure, answers=answers)))
     worst = float((before - after).abs().max())
     # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ.
     tolerance = 32 * torch.finfo(torch.float32).eps if model.module.dtype == torch.float32 else 2e-2

@@ -24,11 +24,11 @@ from torch import Tensor
 from coprune.base.errors import BadInput, unknown_name
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import read_header_bytes, read_json
+from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, negative_zeros, pack_tensor, unpack_tensor
 from coprune.packed.header import VERSION, is_packed
 from coprune.packed.shards import (
     DTYPE_NAMES,
-    METADATA_KEY,
     ShardWriter,
     check_shard,
     named,
@@ -83,7 +83,7 @@ def pack_folder(
         for shard in shards:
             headers[shard.name] = base64.b64encode(zlib.compress(read_header_bytes(shard))).decode()
             _pack_shard(shard, out / shard.name, format, drop_negative_zeros, sizes)
-        config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": VERSION}
+        PackedEncoding(format).configure(config)
         _write_json(out / CONFIG, config)
         if (source / INDEX).exists():
             kept[INDEX] = (source / INDEX).read_text()
@@ -196,9 +196,8 @@ def _pack_shard(source: Path, target: Path, format: Format, drop_negative_zeros:
                 sizes.packed_dense += dense_bytes
                 sizes.packed_packed += blob.numel()
                 writer.add(name, blob)
-        metadata = {"version": VERSION, "packed": packed, "crc32": checksums}
         sizes.packed += writer.end
-        writer.finish({"format": "pt", METADATA_KEY: json.dumps(metadata, separators=(",", ":"))})
+        writer.finish(shard_metadata(packed, checksums))
 
 
 def _pack_one(tensor: Tensor, format: Format, drop_negative_zeros: bool) -> Tensor | None:

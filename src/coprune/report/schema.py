@@ -156,6 +156,8 @@ class Report(BaseModel):
     sample: TextSample | None = None
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
+    edits: list[str] = []
+    """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []
     """Layers that cannot be pruned as matrices, and tensors that are not written again, each with the reason."""
 

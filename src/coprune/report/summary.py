@@ -24,6 +24,7 @@ def summary_lines(report: Report) -> list[str]:
             f"accuracy  {before}pruned {images.pruned_top1:.2%} [{low:.2%}, {high:.2%}] top-1, {images.pruned_top5:.2%} "
             f"top-5 on {images.data} ({images.images} images)"
         )
+    lines += [f"removed   {line}" for line in report.edits]
     lines += [f"left      {layer}" for layer in report.left_out]
     lines.append(
         f"took      {report.prune_seconds:.1f} s to prune, {report.total_seconds:.1f} s in all, "

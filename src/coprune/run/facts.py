@@ -25,6 +25,7 @@ from coprune.report.schema import (
     SparsityFacts,
     installed_versions,
 )
+from coprune.run.prune_blocks import Outcome
 from coprune.run.session import Opened, Session
 
 
@@ -32,25 +33,24 @@ from coprune.run.session import Opened, Session
 class Found:
     """Everything that a run measured."""
 
-    results: list[MatrixResult]
+    outcome: Outcome
     dense: dict[str, Measured]
     """Of the dense model, by the name of the data."""
     pruned: dict[str, Measured]
     extras: Extras
     phases: list[PhaseFacts]
-    prune_seconds: float
     total_seconds: float
 
 
 def build_report(session: Session, found: Found) -> Report:
     """Put together everything that a run measured."""
-    opened, model = session.opened, session.model
-    measured = found.pruned.items()
+    opened, model, edits = session.opened, session.model, found.outcome.edits
+    measured, results = found.pruned.items(), _placed(found.outcome)
     return Report(
         recipe=opened.recipe,
         model=_model(session),
         calibration=_calibration(opened),
-        sparsity=_sparsity(session, found.results),
+        sparsity=_sparsity(session, results),
         perplexity=[
             _perplexity(opened.data[name], name, found.dense.get(name), one)
             for name, one in measured
@@ -60,18 +60,29 @@ def build_report(session: Session, found: Found) -> Report:
             _accuracy(opened, name, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)
         ],
         left_out=[*model.chosen.left_out, *opened.loaded.left_out],
-        prune_seconds=found.prune_seconds,
+        prune_seconds=found.outcome.seconds,
         total_seconds=found.total_seconds,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         versions=installed_versions(),
-        events=[f"{result.name}: {event}" for result in found.results for event in result.events],
-        matrices=found.results,
+        events=[f"{result.name}: {event}" for result in results for event in result.events],
+        matrices=results,
+        edits=edits.lines(),
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),
         sample=found.extras.sample(),
         phases=found.phases,
     )
+
+
+def _placed(outcome: Outcome) -> list[MatrixResult]:
+    """The matrices that are left, under the names that they have in the saved model."""
+    named = [(outcome.edits.place(result.name), result) for result in outcome.results]
+    return [
+        result if name == result.name else result.model_copy(update={"name": name})
+        for name, result in named
+        if name is not None
+    ]
 
 
 def _model(session: Session) -> ModelFacts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,36 @@ from pydantic import TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.companions import copy_companions, save_companions
+from coprune.model.checkpoint.companions import change_config, copy_companions, save_companions
+from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.load import DtypeName
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.edit import Edit, Edits, dump_edits, load_edits
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 
 _IDENTITY = "journal.json"
 _RESULTS = TypeAdapter(list[MatrixResult])
+
+
+@dataclass(frozen=True)
+class BlockOutcome:
+    """What was done in one block: figures of its matrices, and the edits that the saved model takes over."""
+
+    results: list[MatrixResult]
+    edits: list[Edit]
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What lies beside a model's weights: its tokenizer or image processor, its card, and the dtype of its tensors."""
+
+    processor: Any
+    card: str
+    dtype: DtypeName = "auto"
 
 
 class Output:
@@ -63,43 +84,53 @@ class Output:
                 "run with its own settings, or remove the folder, or choose another name."
             )
 
-    def finished(self) -> dict[str, list[MatrixResult]]:
+    def finished(self) -> dict[str, BlockOutcome]:
         """Names of the blocks that an earlier run finished, with what was done in them.
 
         Only the blocks before the first that is missing or damaged count, since later ones are done again anyway.
         """
-        found: dict[str, list[MatrixResult]] = {}
+        found: dict[str, BlockOutcome] = {}
         for name in self._names:
             remembered = self._writer.recall(name)
             if remembered is None:
                 break
-            found[name] = _RESULTS.validate_python(remembered["results"])
+            results = _RESULTS.validate_python(remembered["results"])
+            found[name] = BlockOutcome(results, load_edits(remembered["edits"]))
         return found
 
     def file(self, block: Block) -> Path:
         """Where a finished block lies until the checkpoint is finished."""
         return self._writer.file(block.name)
 
-    def write_block(self, block: Block, results: list[MatrixResult]) -> None:
+    def write_block(self, block: Block, outcome: BlockOutcome) -> None:
         """Write a finished block, which is read from there from now on."""
-        remember = {"results": _RESULTS.dump_python(results, mode="json")}
+        remember = {
+            "results": _RESULTS.dump_python(outcome.results, mode="json"),
+            "edits": dump_edits(outcome.edits),
+        }
         self._writer.write(block.name, self._weights.original_tensors(block.name), remember)
         if isinstance(self._weights, LazyCheckpoint):
             self._weights.read_from(self._writer.file(block.name))
 
-    def finish(self, processor: Any, recipe: Recipe, card: str, check: Callable[[Path], object]) -> None:
-        """Write what lies outside the blocks, configuration, tokenizer and model card, and give it its final name.
+    def finish(self, beside: Companions, edits: Edits, encoding: Encoding, check: Callable[[Path], object]) -> None:
+        """Write what lies outside the blocks and beside the weights, and give the folder its final name.
 
-        check: called with the whole checkpoint before that.
+        Args:
+            beside: what makes a folder of weights a model.
+            edits: what was done to the model.
+            encoding: how its tensors are stored.
+            check: called with the whole checkpoint before it gets its name.
         """
         partial = self._writer.partial
         self._writer.write(REST, self._weights.rest_tensors(self._names))
         if isinstance(self._weights, LazyCheckpoint):
-            copy_companions(self._weights.location, partial, recipe.model.dtype)
+            copy_companions(self._weights.location, partial, beside.dtype)
         else:
-            save_companions(self._weights.model, processor, partial)
-        write_text(partial / "README.md", card)
-        self._writer.finish(scaffolding=[_IDENTITY], check=check)
+            save_companions(self._weights.model, beside.processor, partial)
+        write_text(partial / "README.md", beside.card)
+        edits.write(partial)
+        change_config(partial, edits.configure, encoding.configure)
+        self._writer.finish([_IDENTITY], check, edits.place, encoding)
 
     def discard(self) -> None:
         """Remove what was written; the run is over and nobody asked for the model."""

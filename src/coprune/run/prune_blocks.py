@@ -6,8 +6,11 @@ What comes before and after, loading, measuring and saving, is in stages.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+from coprune.model.checkpoint.writer import REST
+from coprune.model.edit import Edit, Edits, FillZeros
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
 from coprune.model.walk.recording import Recording, record_batches
@@ -16,15 +19,25 @@ from coprune.model.walk.walk import BlockDone, Past, Walk
 from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe.pattern import Target
 from coprune.run.events import BlockPruned
-from coprune.run.journal import Output
+from coprune.run.journal import BlockOutcome, Output
 from coprune.run.look_at_dense import look_at_dense
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput, SharedSolving
 
 
-def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> tuple[list[MatrixResult], float]:
-    """Walk over the blocks and prune them, going on where an earlier run stopped; also the seconds that took."""
+@dataclass(frozen=True)
+class Outcome:
+    """What the walk of a run did."""
+
+    results: list[MatrixResult]
+    """Of every matrix of the source that was pruned."""
+    edits: Edits
+    seconds: float
+
+
+def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outcome:
+    """Walk over the blocks and prune them, going on where an earlier run stopped."""
     opened, model = session.opened, session.model
     recipe, reporter = opened.recipe, opened.around.reporter
     shared = SharedOutput(opened.around.processes, output, model.weights)
@@ -47,8 +60,11 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> tuple
             advance,
         )
         results = _prune(session, walk, shared, target_of)
-    earlier = [result for results_of_block in finished.values() for result in results_of_block]
-    return earlier + results, time.perf_counter() - started
+    earlier = [result for outcome in finished.values() for result in outcome.results]
+    edits: dict[str, list[Edit]] = {name: shared.outcomes[name].edits for name in model.names}
+    outside = {matrix.name for matrix in model.chosen.outside}
+    edits[REST] = [FillZeros(masks=_masks(result for result in results if result.name in outside))]
+    return Outcome(earlier + results, Edits(edits), time.perf_counter() - started)
 
 
 def _prune(
@@ -60,13 +76,25 @@ def _prune(
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         if session.reconstruction is not None and walk.recording is not None:
             results = reconstruct_block(session.reconstruction, done, walk.recording, results)
-        shared.write_block(done.block, results)
+        edits = edits_of(results)
+        for edit in edits:
+            edit.apply(done.block.module)
+        shared.write_block(done.block, BlockOutcome(results, edits))
         opened.around.reporter.tell(BlockPruned(done.block.name, tuple(results)))
         return results
 
     return prune_walk(
         walk, opened.solver, target_of, opened.recipe.evaluation.layer_error, block_done, _solving(session)
     )
+
+
+def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
+    """What was done to a block whose matrices were pruned."""
+    return [FillZeros(masks=_masks(results))]
+
+
+def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:
+    return {result.name: result.mask_checksum for result in results}
 
 
 def moves_of(session: Session) -> Moves:

@@ -12,7 +12,7 @@ from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
-from coprune.run.journal import Output
+from coprune.run.journal import BlockOutcome, Output
 
 Group = Sequence[Matrix]
 """Matrices that are fed by the same tensor, and so share a statistic and what is derived from it."""
@@ -92,20 +92,27 @@ class SharedOutput:
         self._processes = processes
         self._output = output
         self._weights = weights
+        self.outcomes: dict[str, BlockOutcome] = {}
+        """What was done in every block so far, by this run or one before it."""
 
-    def finished(self) -> dict[str, list[MatrixResult]]:
+    def finished(self) -> dict[str, BlockOutcome]:
         """As `Output.finished`, the first process's answer for all."""
-        return self._processes.from_first(lambda: {} if self._output is None else self._output.finished())
+        found = self._processes.from_first(lambda: {} if self._output is None else self._output.finished())
+        self.outcomes |= found
+        return found
 
     def restore(self, block: Block) -> None:
-        """Give a block that an earlier run finished its pruned weights."""
+        """Let a block that an earlier run finished be what that made of it."""
         self._weights.read_from(self._file_of(block))
         self._weights.acquire(block.name)
+        for edit in self.outcomes[block.name].edits:
+            edit.apply(block.module)
 
-    def write_block(self, block: Block, results: list[MatrixResult]) -> None:
+    def write_block(self, block: Block, outcome: BlockOutcome) -> None:
         """Write a finished block in the first process; streamed models read it from there from now on."""
+        self.outcomes[block.name] = outcome
         if self._output is not None:
-            self._output.write_block(block, results)
+            self._output.write_block(block, outcome)
         if isinstance(self._weights, LazyCheckpoint) and self._processes.size > 1:
             self._weights.read_from(self._file_of(block))
 

@@ -16,8 +16,10 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
+from coprune.model.checkpoint.encoding import DENSE
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.edit import Edits
 from coprune.model.opened import Loaded
 from coprune.model.verify import verify_saved
 from coprune.recipe.flat import layered
@@ -30,7 +32,7 @@ from coprune.run.checks import prepare_folders, settings_for
 from coprune.run.estimate.estimate import Estimate
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
-from coprune.run.journal import Output, run_identity
+from coprune.run.journal import Companions, Output, run_identity
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
 from coprune.run.reuse import Reuse
@@ -125,17 +127,17 @@ def _run(
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
     dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
     phases.done(Phase.MEASURE_DENSE)
-    results, seconds = prune_blocks(session, output, reuse)
+    outcome = prune_blocks(session, output, reuse)
     phases.done(Phase.PRUNE)
     pruned = _measure(session, "pruned")
     if first:
         extras.measure("pruned", loaded, around.reporter)
     phases.done(Phase.MEASURE_PRUNED)
     total = time.perf_counter() - started
-    report = build_report(session, Found(results, dense, pruned, extras, phases.facts, seconds, total))
+    report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total))
     if write:
         announce(recipe, report)
-    _save(session, output, report)
+    _save(session, output, report, outcome.edits)
     if write:
         finish_run_folder(recipe, report)
     around.reporter.tell(Finished(final_figures(report)))
@@ -204,7 +206,7 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     return found
 
 
-def _save(session: Session, output: Output | None, report: Report) -> None:
+def _save(session: Session, output: Output | None, report: Report, edits: Edits) -> None:
     """Finish the checkpoint and prove that it holds what was pruned, or let go of it if nobody wants it."""
     if output is None:
         return
@@ -214,6 +216,8 @@ def _save(session: Session, output: Output | None, report: Report) -> None:
 
     def check(folder: Path) -> None:
         session.opened.around.reporter.say("Reloading the saved model to compare masks and logits")
-        verify_saved(folder, session.model, {result.name: result.mask_checksum for result in report.matrices})
+        verify_saved(folder, session.model, edits, encoding)
 
-    output.finish(session.opened.loaded.processor, session.opened.recipe, model_card(report), check)
+    opened, encoding = session.opened, DENSE
+    beside = Companions(opened.loaded.processor, model_card(report), opened.recipe.model.dtype)
+    output.finish(beside, edits, encoding, check)

@@ -7,7 +7,7 @@ a small share of it is zero, since trained weights hold a few zeros by chance.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -84,10 +84,10 @@ class Masks:
                 raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more; nothing was saved.")
 
 
-def find_masks(model: nn.Module, least: float = LEAST_SPARSITY) -> Masks:
+def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container[str] = ()) -> Masks:
     """Derive the masks of a pruned model from its zeros.
 
-    least: a matrix with a smaller fraction of zeros does not count as pruned.
+    least: a matrix with a smaller fraction of zeros does not count as pruned, unless it is named as such.
     Raises BadInput for a dense model, which has no mask to keep.
     """
     matrices: list[PrunedMatrix] = []
@@ -96,7 +96,7 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY) -> Masks:
         stored = matrix.stored()
         zero = stored == 0
         zeros = int(zero.sum())
-        if zeros < least * stored.numel():
+        if zeros < least * stored.numel() and not (zeros and matrix.name in named):
             continue
         name = parameter_name(matrix)
         matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))

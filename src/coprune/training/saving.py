@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 from coprune.base.files import write_text
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.weights import InMemory
+from coprune.model.checkpoint.weights import InMemory, is_below
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.edit import Edits
 from coprune.model.verify import verify_saved
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
@@ -46,7 +48,18 @@ def save_model(
         writer.write(name, weights.original_tensors(name))
     writer.write(REST, weights.rest_tensors(names))
     save_companions(model, processor, writer.partial)
+    edits = edits_of(masks, names)
+    edits.write(writer.partial)
     write_text(writer.partial / "README.md", card)
     writer.finish()
     proven = prove_replay(found, probe.to(input_device(model)))
-    verify_saved(folder, proven, {entry.matrix.name: entry.matrix.mask_checksum() for entry in masks.matrices})
+    verify_saved(folder, proven, edits)
+
+
+def edits_of(masks: Masks, blocks: Sequence[str]) -> Edits:
+    """The masks as edits of the model's blocks; what lies outside of them stands under the last one."""
+    found: dict[str, dict[str, str]] = {block: {} for block in blocks}
+    for entry in masks.matrices:
+        own = next((block for block in blocks if is_below(entry.matrix.name, block)), blocks[-1])
+        found[own][entry.matrix.name] = entry.matrix.mask_checksum()
+    return Edits.of_results(found)

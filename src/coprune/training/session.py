@@ -18,6 +18,7 @@ from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
+from coprune.model.edit import pruned_names
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import add_adapter, choose_targets, plain_warning
@@ -60,7 +61,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     location = locate(settings.model, settings.cache_dir)
     reporter.say(f"Loading {settings.model}")
     model, processor = load_model(location, "auto")
-    masks = find_masks(model)
+    masks = find_masks(model, named=pruned_names(location.path))
     reporter.say(
         f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
         + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())

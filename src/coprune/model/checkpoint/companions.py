@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto"
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> None:
+    """Change the content of a folder's configuration; the file stays as it is where nothing differs."""
+    path = folder / "config.json"
+    before = read_json(path)
+    after = copy.deepcopy(before)
+    for change in changes:
+        change(after)
+    if after != before:
+        write_text(path, json.dumps(after, indent=2, sort_keys=True) + "\n")
 
 
 def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:

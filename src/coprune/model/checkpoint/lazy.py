@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.conversion import Conversion, Group
+from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import (
     MODEL_CLASSES,
     DtypeName,
@@ -47,16 +48,18 @@ class Unread:
     """A tensor in a file, which is read when transformers slices it."""
 
     entry: TensorEntry
+    encoding: Encoding
 
     def __getitem__(self, everything: object) -> Tensor:
-        return read_tensor(self.entry)
+        return self.encoding.decode(read_tensor(self.entry))
 
 
 class LazyCheckpoint:
     """The model of a folder, streamed; implements `weights.Weights`.
 
     dtype: "auto" computes in the configuration's and writes every tensor in its own; another is both computed in and
-    written. Raises BadInput if the folder is damaged or lacks weights, before any weight is read.
+    written. encoding: how the files store their tensors. Raises BadInput if the folder is damaged or lacks weights,
+    before any weight is read.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class LazyCheckpoint:
         dtype: DtypeName = "auto",
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        encoding: Encoding = DENSE,
     ) -> None:
+        self._encoding = encoding
         self.location = location
         self.device = torch.device(device)
         self._keep_source_dtype = dtype == "auto"
@@ -180,7 +185,7 @@ class LazyCheckpoint:
         plain = [group.originals[0] for group in groups if not group.converted]
         with quiet_transformers():
             for names in [plain, *(group.originals for group in groups if group.converted)]:
-                slices = {name: Unread(self._entries[name]) for name in names}
+                slices = {name: Unread(self._entries[name], self._encoding) for name in names}
                 self.conversion.load(slices, self.dtype, self.device)
         for group in groups:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)

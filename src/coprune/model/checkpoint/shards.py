@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -197,19 +197,29 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
                 os.posix_fadvise(stream.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def join_files(files: Sequence[Path], joined: Path) -> None:
-    """Write the tensors of several safetensors files into one, byte by byte, in little memory."""
-    entries: dict[str, TensorEntry] = {}
+def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = str) -> dict[str, TensorEntry]:
+    """The tensors of several safetensors files by the names that they get. place: None for those that are left out."""
+    found: dict[str, TensorEntry] = {}
     for file in files:
-        entries |= read_entries(file)
+        names = ((place(name), entry) for name, entry in read_entries(file).items())
+        found |= {name: entry for name, entry in names if name is not None}
+    return found
+
+
+def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str | None] = str) -> None:
+    """Write the tensors of several safetensors files into one, byte by byte, in little memory.
+
+    place: the name that a tensor gets, None if it is left out.
+    """
+    entries = placed_entries(files, place)
     # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
     order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in order:
         entry = entries[name]
-        place = [position, position + entry.nbytes]
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": place}
+        offsets = [position, position + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
         position += entry.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -27,7 +27,16 @@ from torch import Tensor
 from coprune.base.durable import full_disk_explained, sync, write_durably, write_whole
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, join_files, read_entries
+from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
+from coprune.model.checkpoint.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorEntry,
+    join_files,
+    placed_entries,
+    read_entries,
+    read_tensor,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -153,28 +162,45 @@ class CheckpointWriter:
             return None
         return remembered if same else None
 
-    def finish(self, scaffolding: Sequence[str] = (), check: Callable[[Path], object] = lambda folder: None) -> Path:
+    def finish(
+        self,
+        scaffolding: Sequence[str] = (),
+        check: Callable[[Path], object] = lambda folder: None,
+        place: Place = keep_place,
+        encoding: Encoding = DENSE,
+    ) -> Path:
         """Make the folder a checkpoint and give it its final name; config and tokenizer must be in `partial` by then.
 
-        scaffolding: names of the caller's own files in `partial` that are to go before that; check: called with the
-        whole checkpoint before it gets its name, which it does not get if that raises.
-        Raises BadInput if something took the final name meanwhile, ValueError if a part is missing.
+        Args:
+            scaffolding: names of the caller's own files in `partial` that are to go before that.
+            check: called with the whole checkpoint before it gets its name, which it does not get if that raises.
+            place: the name that every tensor gets, None for one that is left out.
+            encoding: how tensors are stored.
+
+        Returns:
+            The folder under its final name.
+
+        Raises:
+            BadInput: if something took the final name meanwhile.
+            ValueError: if a part is missing.
         """
         self.settle()
         missing = [part for part in self._parts if not self._note(part).is_file()]
         if missing:
             raise ValueError(f"parts were not written: {', '.join(missing)}")
         refuse_occupied(self.folder)
-        files = [self.file(part) for part in self._parts]
+        parts = [self.file(part) for part in self._parts]
         if self._joined:
-            write_durably(self.partial / SINGLE_FILE, lambda temporary: join_files(files, temporary))
+            files = [self.partial / SINGLE_FILE]
+            write_durably(files[0], lambda temporary: copy_tensors(parts, temporary, place, encoding))
         else:
+            files = [file for part in parts if (file := self._final(part, place, encoding)) is not None]
             self._write_index(files)
         check(self.partial)
         # From the last part to the first, so that a run that is killed here goes on after those that are left.
         for part in reversed(self._parts):
             self._note(part).unlink()
-            if self._joined:
+            if self.file(part) not in files:
                 self.file(part).unlink()
         for name in ("parts.json", _LOCK, *scaffolding):
             (self.partial / name).unlink(missing_ok=True)
@@ -184,6 +210,20 @@ class CheckpointWriter:
         self.partial.replace(self.folder)
         sync(self.folder.parent)
         return self.folder
+
+    def _final(self, part: Path, place: Place, encoding: Encoding) -> Path | None:
+        """The shard that a part becomes: itself if nothing in it changes, None if nothing of it is left.
+
+        A part that changes stays until the end, since a run that is killed meanwhile goes on from it.
+        """
+        placed = placed_entries([part], place)
+        if not placed:
+            return None
+        if encoding is DENSE and placed.keys() == read_entries(part).keys():
+            return part
+        file = part.with_name(part.name.replace("model-", f"{encoding.name}-", 1))
+        write_durably(file, lambda temporary: copy_tensors([part], temporary, place, encoding))
+        return file
 
     def _write_index(self, files: Sequence[Path]) -> None:
         entries: dict[str, TensorEntry] = {}
@@ -204,6 +244,15 @@ class CheckpointWriter:
             self._unsettled.exception()  # what is removed need not have been written well
             self._unsettled = None
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: Encoding) -> None:
+    """Write the tensors of several dense files into one, stored as the encoding does; one is in memory at a time."""
+    if encoding is DENSE:
+        join_files(files, target, place)
+        return
+    entries = placed_entries(files, place)
+    encoding.write(target, list(entries), ((name, read_tensor(entry)) for name, entry in entries.items()))
 
 
 def refuse_occupied(folder: Path) -> None:

@@ -1,0 +1,152 @@
+"""What pruning did to a model, as values: one or more edits per block.
+
+A run keeps them in its journal. The writer asks them where every source tensor goes and what becomes of the
+configuration; whoever reloads the model asks which masks to find in it; a resumed run applies them to blocks that were
+finished before; the report says them in words; fine-tuning learns from them what has to stay zero. So a new way of
+making a model smaller is a class here, and none of those changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+
+EDITS_FILE = "coprune_edits.json"
+"""What was done to the model of a folder, beside its weights."""
+
+
+class Edit(BaseModel):
+    """What was done to one block. By itself it changes nothing; a kind of edit overrides what it changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def apply(self, module: nn.Module) -> None:
+        """Let the block, in the model as it was, act as what becomes of it. Its tensors hold their new values already."""
+
+    def place(self, name: str) -> str | None:
+        """Where a source tensor or module goes: its name in the edited model, None if it is left out.
+
+        Names are those of the source. A later block's edits are asked before an earlier one's, so that an edit which
+        moves the names of all later blocks does not have to know of the others.
+        """
+        return name
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Change the content of `config.json`, in place."""
+
+    def checksums(self) -> Mapping[str, str]:
+        """Masks to be found in the saved model: `Matrix.mask_checksum` by the matrix's name in the source."""
+        return {}
+
+    def describe(self) -> str | None:
+        """One line for people; None where the matrices' own figures tell it."""
+        return None
+
+
+class FillZeros(Edit):
+    """Weights were set to zero; the tensors hold the zeros, and this their masks."""
+
+    masks: dict[str, str]
+    """`Matrix.mask_checksum` by the name of the matrix."""
+
+    def checksums(self) -> Mapping[str, str]:
+        return self.masks
+
+
+EDITS: dict[str, type[Edit]] = {"fill_zeros": FillZeros}
+"""Every kind of edit, by its name in journals and folders."""
+
+
+@dataclass(frozen=True)
+class Edits:
+    """All that was done to a model, by block in the order of the model."""
+
+    by_block: Mapping[str, Sequence[Edit]] = field(default_factory=dict)
+
+    def all(self) -> Iterator[Edit]:
+        """Every edit, the first block's first."""
+        for edits in self.by_block.values():
+            yield from edits
+
+    def apply(self, block: str, module: nn.Module) -> None:
+        """Let a block of the source model act as what becomes of it."""
+        for edit in self.by_block.get(block, ()):
+            edit.apply(module)
+
+    def place(self, name: str) -> str | None:
+        """The name that a source tensor, matrix or block has in the edited model; None if it is left out."""
+        placed: str | None = name
+        for edit in reversed(list(self.all())):
+            if placed is None:
+                break
+            placed = edit.place(placed)
+        return placed
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Change the content of `config.json`, in place."""
+        for edit in reversed(list(self.all())):
+            edit.configure(config)
+
+    def checksums(self) -> dict[str, str]:
+        """Masks to be found in the edited model, by the matrix's name there."""
+        found = {name: mask for edit in self.all() for name, mask in edit.checksums().items()}
+        placed = ((self.place(name), mask) for name, mask in found.items())
+        return {name: mask for name, mask in placed if name is not None}
+
+    def lines(self) -> list[str]:
+        """What was done besides zeros, for people."""
+        return [line for edit in self.all() if (line := edit.describe()) is not None]
+
+    def write(self, folder: Path) -> None:
+        """Keep them beside a model's weights, with the names that matrices have there."""
+        content = {"masks": self.checksums(), "edits": {block: dump_edits(own) for block, own in self.by_block.items()}}
+        write_text(folder / EDITS_FILE, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
+        """Edits that only fill in zeros. by_block: checksums by matrix, by block."""
+        return cls({block: [FillZeros(masks=dict(masks))] for block, masks in by_block.items()})
+
+
+def dump_edits(edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    """Edits as JSON values, each with its kind."""
+    kinds = {kind: name for name, kind in EDITS.items()}
+    return [{"kind": kinds[type(edit)], **edit.model_dump(mode="json")} for edit in edits]
+
+
+def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
+    """Read what `dump_edits` wrote. Raises BadInput for what this version does not know."""
+    found = []
+    for value in values:
+        content = dict(value)
+        kind = EDITS.get(str(content.pop("kind", None)))
+        if kind is None:
+            raise BadInput(
+                f"an edit of the kind {value.get('kind')!r} is not one that this coprune knows; update coprune."
+            )
+        try:
+            found.append(kind.model_validate(content))
+        except ValidationError as error:
+            raise BadInput(f"an edit is damaged: {error.errors()[0]['msg']}.") from None
+    return found
+
+
+def pruned_names(folder: Path) -> set[str]:
+    """Names of the matrices that were pruned in a folder's model; empty where nothing tells. Raises BadInput if damaged."""
+    path = folder / EDITS_FILE
+    if not path.is_file():
+        return set()
+    try:
+        masks = json.loads(path.read_text(encoding="utf-8"))["masks"]
+        return {str(name) for name in dict(masks)}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} is damaged; remove it, and the zeros of the weights tell what was pruned.") from None
