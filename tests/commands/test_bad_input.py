@@ -29,6 +29,10 @@ def place(tmp_path_factory):
     (folder / "broken.yaml").write_text("model: [unclosed\n")
     (folder / "list.yaml").write_text("- model\n")
     (folder / "unknown.yaml").write_text("model: model\nsparsitty: 0.5\n")
+    (folder / "misspelt.yaml").write_text("model: model\ncalibration: {sampels: 3}\n")
+    (folder / "twice.yaml").write_text("model: model\nnsamples: 3\ncalibration: {samples: 3}\n")
+    (folder / "untyped.yaml").write_text("model: model\ncalibration: {samples: plenty}\n")
+    (folder / "unquoted.yaml").write_text("model: model\npattern: 2:4\n")
     (folder / "wrong.yaml").write_text("model: model\nnsamples: plenty\noptions: {group: column}\n")
     for name in ("truncated", "shardless", "nan", "configless", "garbled"):
         (folder / name).mkdir()
@@ -87,6 +91,13 @@ BAD: dict[str, tuple[list[str], str]] = {
     "number missing": ([*MODEL, "--nsamples"], "--nsamples"),
     "unknown propagation": ([*MODEL, "--propagation", "diagonal"], "'diagonal'"),
     "unknown refinement": ([*MODEL, "--refine", "refitt"], "did you mean 'refit'?"),
+    "refinement with a bracket": (
+        [*MODEL, "--refine", "refit:rounds=["],
+        "option 'rounds' of refinement 'refit' cannot be '['",
+    ),
+    "refinement without a value": ([*MODEL, "--refine", "refit:rounds"], "write refit:rounds=VALUE"),
+    "allocation without an option": ([*MODEL, "--allocation", "owl:"], "lacks an option; write owl:OPTION=VALUE"),
+    "option twice": ([*MODEL, "-m", "sparsegpt:block_size=2", "--block-size", "4"], "option block_size is said twice"),
     "unknown preset": ([*MODEL, "--preset", "bestt"], "did you mean 'best'?"),
     "dense target in sequence": ([*MODEL, "--target", "dense", "--propagation", "sequential"], "propagation block"),
     "dense target twice": ([*MODEL, "--target", "dense", "--propagation", "dense"], "would be target pruned"),
@@ -112,6 +123,13 @@ BAD: dict[str, tuple[list[str], str]] = {
     "recipe without settings": (with_recipe("list.yaml"), "holds no settings"),
     "unknown recipe field": (with_recipe("unknown.yaml"), "unknown recipe field 'sparsitty'; did you mean 'sparsity'?"),
     "wrong recipe value": (with_recipe("wrong.yaml"), "nsamples cannot be 'plenty'"),
+    "unknown nested field": (
+        with_recipe("misspelt.yaml"),
+        "'calibration.sampels'; did you mean 'calibration.samples'?",
+    ),
+    "nested and flat": (with_recipe("twice.yaml"), "nsamples is said twice, as nsamples and as calibration.samples"),
+    "wrong nested value": (with_recipe("untyped.yaml"), "calibration.samples cannot be 'plenty'"),
+    "pattern without quotes": (with_recipe("unquoted.yaml"), 'write pattern: "2:4"'),
     "missing recipe": (with_recipe("absent.yaml"), "absent.yaml cannot be read"),
     "variant of another method": ([*MODEL, "-m", "sparsegpt", "--use_variant"], "a variant of wanda"),
     "two models": ([*MODEL, "--model", "other"], "two models are named"),

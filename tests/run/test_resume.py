@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
-from coprune.recipe.recipe import make_recipe
+from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
@@ -259,6 +260,16 @@ def test_what_is_measured_afterwards_may_differ(place, undisturbed, half_done, t
     run("wanda", place, tmp_path, evaluate=False)
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
     assert not figures(tmp_path)[0]["perplexity"]
+
+
+def test_a_run_of_flat_settings_goes_on_from_a_nested_recipe(place, undisturbed, half_done, tmp_path, capsys):
+    half_done("wanda")
+    nested = tmp_path / "nested.yaml"
+    nested.write_text(recipe_of("wanda", place, tmp_path).to_yaml())
+    assert yaml.safe_load(nested.read_text())["calibration"]["samples"] == 6
+    run_recipe(Recipe.from_yaml(nested))
+    assert "blocks were finished" in capsys.readouterr().err
+    assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
 
 
 @pytest.mark.parametrize("streamed_first", [True, False])

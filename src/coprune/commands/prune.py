@@ -48,10 +48,18 @@ def prune(
     from coprune.base.processes import joined_processes
     from coprune.base.progress import Reporter
     from coprune.report.summary import summary_lines
+    from coprune.run.repeat import beside_finished
     from coprune.run.stages import run_recipe
 
+    reporter = Reporter(quiet)
     with joined_processes() as processes:
-        report = run_recipe(checked, reporter=Reporter(quiet), processes=processes).report
+        if recipe is not None:
+            asked = checked
+            named = {name for name in ("save", "save_model") if settings[name] is not None}
+            checked = processes.from_first(lambda: beside_finished(asked, named))
+            if processes.first and checked.run_folder != asked.run_folder:
+                reporter.say(f"{asked.run_folder} holds a finished run; this one goes to {checked.run_folder}.")
+        report = run_recipe(checked, reporter=reporter, processes=processes).report
     if processes.first:
         typer.echo("\n".join(summary_lines(report)))
         typer.echo(f"report    {checked.run_folder / 'report.json'}")

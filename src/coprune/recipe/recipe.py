@@ -109,6 +109,10 @@ class Recipe(BaseModel):
                 changed[part] = changed.get(part, getattr(self, part)).model_copy(update={field: value})
         return self.model_copy(update=changed)
 
+    def untold(self) -> Recipe:
+        """The recipe as a run keeps it: repeated, it tells no tracker, log or Hub unless that is asked for again."""
+        return self.replaced(report_to=None, push_to_hub=None, log_json=None)
+
     def deciding(self, what: Decides) -> dict[str, Any]:
         """The settings that decide something, by their flat names."""
         return deciding(self.flat(), FIELDS, what)

@@ -51,7 +51,7 @@ def model_card(report: Report) -> str:
         f"tool that loads the original loads this.\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe, which `coprune prune --recipe` repeats:\n\n```yaml\n"
-        f"{report.recipe.to_yaml()}```\n\n## Load\n\n{_LOAD_IMAGES if images else _LOAD_TEXT}\n"
+        f"{report.recipe.untold().to_yaml()}```\n\n## Load\n\n{_LOAD_IMAGES if images else _LOAD_TEXT}\n"
     )
 
 

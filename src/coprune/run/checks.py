@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.model.matrices import Chosen
@@ -107,6 +109,11 @@ def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
     for setting in values:
         if not is_setting(setting) and setting not in own:
             raise unknown_name("setting", setting, [*FLAT, *PARTS, *own])
-    settings = {setting: value for setting, value in values.items() if is_setting(setting)}
-    options = {setting: value for setting, value in values.items() if not is_setting(setting)}
+    # A part of the recipe may be called like an option (selection), but is a mapping, which no option is.
+    options = {
+        setting: value
+        for setting, value in values.items()
+        if not is_setting(setting) or (setting in own and not isinstance(value, Mapping | BaseModel))
+    }
+    settings = {setting: value for setting, value in values.items() if setting not in options}
     return layered({"method": method, "options": options}, settings)

@@ -124,7 +124,7 @@ def _run(
     phases.done(Phase.PREPARE)
     output = _open_output(session) if first else None
     if write:
-        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
     phases.done(Phase.MEASURE_DENSE)
     outcome = prune_blocks(session, output, reuse)

@@ -36,9 +36,10 @@ def prune_and_finetune(
     else:
         reporter.say(f"Pruned by an earlier run: {pruning.output.model}")
         report = done
+    if processes.first:
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     found: FinetuneReport = finetune(settings, reporter)
     if processes.first:
-        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.to_yaml())
         for line in summary_lines(found):
             reporter.say(line)
     return report

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from coprune.base.errors import BadInput
+from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe
 from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.expand import expand
@@ -112,11 +113,91 @@ def test_a_field_that_is_a_list_itself_has_a_list_of_lists():
     assert [run.recipe.setting("refine") for run in runs_of(refine=["swaps", "refit"])] == [("swaps", "refit")]
 
 
+FLAT_SWEEP = {
+    "dataset": "embedded",
+    "nsamples": [32, 128],
+    "method": ["wanda", "magnitude"],
+    "seqlen": [64, 128],
+    "sweep": {"zip": ["nsamples", "seqlen"], "exclude": [{"nsamples": 128, "method": "magnitude"}]},
+}
+NESTED_SWEEPS = {
+    "parts": {
+        "calibration": {"data": "embedded", "samples": [32, 128], "seqlen": [64, 128]},
+        "method": ["wanda", "magnitude"],
+        "sweep": {
+            "zip": ["calibration.samples", "calibration.seqlen"],
+            "exclude": [{"calibration": {"samples": 128}, "method": {"name": "magnitude"}}],
+        },
+    },
+    "places": {
+        "dataset": "embedded",
+        "calibration.samples": [32, 128],
+        "prune_method": ["wanda", "magnitude"],
+        "calibration": {"seqlen": [64, 128]},
+        "sweep": {
+            "zip": ["nsamples", "calibration.seqlen"],
+            "exclude": [{"calibration.samples": 128, "prune_method": "magnitude"}],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("kind", NESTED_SWEEPS)
+def test_nested_lists_expand_like_flat_ones(kind):
+    found, expected = runs_of(**NESTED_SWEEPS[kind]), runs_of(**FLAT_SWEEP)
+    assert {shlex.join(command_of(run.recipe).split()[:-1]) for run in found} == {
+        shlex.join(command_of(run.recipe).split()[:-1]) for run in expected
+    }
+    assert len(found) == len(expected) == 3
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ["wanda", "sparsegpt:block_size=64", {"name": "sparsegpt", "block_size": 128}],
+        ["wanda", {"name": "sparsegpt", "block_size": [64, 128]}],
+    ],
+)
+def test_methods_are_listed_with_their_options(methods):
+    runs = runs_of(method=methods, seed=[0, 1])
+    assert [(run.recipe.method.name, run.recipe.method.options) for run in runs[::2]] == [
+        ("wanda", {}),
+        ("sparsegpt", {"block_size": 64}),
+        ("sparsegpt", {"block_size": 128}),
+    ]
+    assert [run.name for run in runs[:3]] == [
+        "wanda/default/seed-0",
+        "wanda/default/seed-1",
+        "sparsegpt/block_size-64/seed-0",
+    ]
+    typed = Sweep.make(PLAIN | {"method": methods}).with_settings({"method": "magnitude"})
+    assert [run.recipe.method for run in expand(typed)] == [Choice.of("magnitude")]
+
+
+def test_an_option_of_the_method_may_have_a_list():
+    runs = runs_of(method={"name": "sparsegpt", "block_size": [64, 128], "damping": 0.1})
+    assert [run.recipe.method.options["block_size"] for run in runs] == [64, 128]
+    assert [run.recipe.method.options["damping"] for run in runs] == [0.1, 0.1]
+
+
+def test_folders_are_named_by_words_or_places():
+    flat, placed = ({"folders": name} for name in ("{nsamples}/{method}", "{calibration.samples}/{method.name}"))
+    data = {"nsamples": [32, 128], "method": ["wanda", "magnitude"]}
+    assert names(**data, sweep=flat) == names(**data, sweep=placed)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"metod": ["wanda"]}, "did you mean 'method'"),
         ({"method": []}, "empty list"),
+        ({"calibration": {"sampels": [1, 2]}}, "did you mean 'calibration.samples'"),
+        ({"calibration": {"samples": [1, 2]}, "nsamples": [1, 2]}, "nsamples is said twice"),
+        ({"calibration": {"samples": []}}, "empty list"),
+        ({"method": ["wanda:group=row", "wanda"], "options": {"group": "row"}}, "options are said twice"),
+        ({"output": {"log_json": "x.jsonl"}}, "for one run"),
+        ({"use_variant": True}, "name the method wanda_variant"),
+        ({"sweep": {"zip": ["sead", "nsamples"]}}, "did you mean 'seed'"),
         ({"save": ["a", "b"]}, "the folder of the whole sweep"),
         ({"log_json": "x.jsonl"}, "for one run"),
         ({"sweep": {"zips": []}}, "did you mean 'zip'"),

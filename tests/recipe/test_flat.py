@@ -1,0 +1,148 @@
+"""Flat names, places and parts say the same; nothing is said twice; what is unknown has a nearest match."""
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.pruning.methods import METHODS
+from coprune.recipe.flat import FLAT, PARTS, flatten, layered, nest, word_for
+from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
+
+FLAT_SETTINGS = {
+    "model": "m",
+    "prune_method": "sparsegpt",
+    "options": {"block_size": 64},
+    "sparsity_type": "2:4",
+    "exclude": "*.q_proj",
+    "refine": ["swaps", "refit:rounds=10"],
+    "allocation": "uniform",
+    "nsamples": 32,
+    "seqlen": 64,
+    "target": "dense",
+    "reconstruct": 3,
+    "eval_data": "a.txt,b.txt",
+    "num_fewshot": 2,
+    "include_path": "tasks",
+    "dtype": "bfloat16",
+    "finetune": "lora",
+    "save": "out/run",
+    "save_model": "out/model",
+}
+NESTED_SETTINGS = {
+    "model": {"name": "m", "dtype": "bfloat16"},
+    "method": {"name": "sparsegpt", "block-size": 64},
+    "pattern": {"name": "2:4"},
+    "selection": {"exclude": ["*.q_proj"]},
+    "calibration": {"samples": 32, "seqlen": 64, "aim": "dense"},
+    "allocation": {"name": "uniform"},
+    "refine": [{"name": "swaps"}, {"name": "refit", "rounds": 10}],
+    "reconstruction": {"steps": 3},
+    "finetune": {"mode": "lora"},
+    "evaluation": {"data": ["a.txt", "b.txt"], "few_shot": 2, "task_folder": "tasks"},
+    "output": {"run": "out/run", "model": "out/model"},
+}
+MIXED_SETTINGS = {
+    "model": "m",
+    "model.dtype": "bfloat16",
+    "method": "sparsegpt:block_size=64",
+    "pattern": "2:4",
+    "selection.exclude": "*.q_proj",
+    "calibration": {"samples": 32, "seqlen": 64},
+    "target": "dense",
+    "refine": ["swaps", {"name": "refit", "options": {"rounds": 10}}],
+    "reconstruction.steps": 3,
+    "finetune": "lora",
+    "evaluation": {"data": "a.txt,b.txt", "task_folder": "tasks"},
+    "num_fewshot": 2,
+    "output": {"run": "out/run"},
+    "save_model": "out/model",
+}
+
+
+@pytest.mark.parametrize("settings", [NESTED_SETTINGS, MIXED_SETTINGS])
+def test_all_ways_to_say_it_make_one_recipe(settings):
+    assert make_recipe(settings) == make_recipe(FLAT_SETTINGS)
+    assert Recipe.model_validate(settings) == make_recipe(FLAT_SETTINGS)
+
+
+def test_every_field_of_every_part_has_a_word_and_every_word_a_field():
+    places = set()
+    for part, field in Recipe.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        places |= {part} if inner is None or part == "allocation" else {f"{part}.{name}" for name in inner}
+    assert places == set(FLAT.values())
+    assert all(word_for(place) == word for word, place in FLAT.items())
+    assert all(field.description for field in FIELDS.values())
+
+
+def test_no_option_of_a_method_is_called_like_a_setting():
+    options = {name for method in METHODS.values() for name in vars(method)}
+    assert not options & set(FLAT)
+    assert options & set(PARTS) == {"selection"}  # which calls tell apart, since a part is a mapping
+
+
+def test_the_values_come_back_by_their_words():
+    recipe = make_recipe(FLAT_SETTINGS)
+    assert make_recipe(recipe.flat()) == recipe
+    assert recipe.setting("refine") == ("swaps", "refit:rounds=10")
+    assert recipe.replaced(nsamples=3, save=None).setting("nsamples") == 3
+    assert recipe.replaced(nsamples=3).calibration.seqlen == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nsamples": 3, "calibration": {"samples": 3}}, "nsamples is said twice, as nsamples and as calibration.sam"),
+        ({"sparsity": 0.5, "sparsity_ratio": 0.5}, "sparsity is said twice, as sparsity and as sparsity_ratio"),
+        ({"method": "wanda", "prune_method": "wanda"}, "method is said twice"),
+        ({"method": "wanda:group=row", "options": {"group": "row"}}, "option group is said twice"),
+        ({"method": {"name": "wanda", "group": "row", "options": {"group": "row"}}}, "'group' is said twice"),
+        ({"sparsitty": 0.5}, "unknown recipe field 'sparsitty'; did you mean 'sparsity'?"),
+        (
+            {"calibration": {"sampels": 3}},
+            "unknown recipe field 'calibration.sampels'; did you mean 'calibration.samples'",
+        ),
+        ({"calibration.sampels": 3}, "did you mean 'calibration.samples'"),
+        ({"calibratoin.samples": 3}, "did you mean 'calibration.samples'"),
+        ({"calibratoin": {"samples": 3}}, "did you mean 'calibration'"),
+        ({"calibration": 32}, "calibration has settings of its own, such as calibration.propagation, and cannot be 32"),
+        ({"nsamples": "many"}, "^nsamples cannot be 'many'"),
+        ({"calibration": {"samples": "many"}}, "^calibration.samples cannot be 'many'"),
+        ({"calibration.samples": 0}, "^calibration.samples cannot be 0"),
+        ({"refine": 3}, "^refine cannot be 3"),
+        ({"refine": [{"rounds": 3}]}, "refine.0.name is missing"),
+        ({"refine": ["refit:rounds"]}, "write refit:rounds=VALUE"),
+        ({"options": {"group": ["row"]}}, r"option 'group' is one value .*, not \['row'\]"),
+        ({"method": {"name": "wanda", "options": 3}}, "options are a mapping"),
+        ({"pattern": 124}, 'write pattern: "2:4"'),
+        ({"method": "sparsegpt", "use_variant": True}, "a variant of wanda, not of sparsegpt"),
+        ({"pattern": {"name": "2:4", "sparsity": 0.6}}, "contradicts the pattern"),
+    ],
+)
+def test_what_is_wrong_is_told_by_the_name_that_was_used(settings, message):
+    with pytest.raises(BadInput, match=message):
+        make_recipe({"model": "m", **settings})
+
+
+def test_a_model_has_to_be_named():
+    with pytest.raises(BadInput, match="model is missing"):
+        make_recipe({"calibration": {"samples": 3}})
+
+
+def test_what_comes_later_wins_and_options_add_up():
+    first = {"method": {"name": "sparsegpt", "block_size": 64, "damping": 0.1}, "nsamples": 3}
+    later = layered(first, {"options": {"damping": 0.2}, "calibration": {"samples": 4}})
+    assert flatten(later) == {"method": "sparsegpt", "options": {"block_size": 64, "damping": 0.2}, "nsamples": 4}
+    assert "calibration.samples" in later
+    assert flatten(layered(first, {"method": "sparsegpt"}))["options"] == {"block_size": 64, "damping": 0.1}
+    assert "options" not in flatten(layered(first, {"method": "wanda"}))
+    assert flatten(layered({"options": {"block_size": 64}}, {"method": "sparsegpt"}))["options"] == {"block_size": 64}
+
+
+def test_the_variant_of_wanda_by_the_name_of_its_switch():
+    assert make_recipe({"model": "m", "use_variant": True}).method.name == "wanda_variant"
+    assert make_recipe({"model": "m", "use_variant": False}).method.name == "wanda"
+
+
+def test_nothing_said_is_nothing_nested():
+    assert nest({}) == {}
+    assert nest({"calibration": None, "output": {}}) == {}

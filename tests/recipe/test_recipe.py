@@ -1,0 +1,131 @@
+"""What a recipe decides, how it is written, and that nothing heavy is imported for it."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from coprune.recipe.decides import Decides, decided_by
+from coprune.recipe.presets import PRESETS
+from coprune.recipe.recipe import DEFAULTS, FIELDS, Recipe, make_recipe
+from coprune.training.settings import FinetuneSettings
+
+# What may differ between an interrupted run and its resumption.
+FREE_TO_RESUME = {
+    *("save", "save_model", "cache_dir", "evaluate", "evaluate_dense", "eval_data", "eval_tokens", "eval_images"),
+    *("stream", "activation_memory", "check_memory", "eval_zero_shot", "tasks", "num_fewshot", "include_path"),
+    *("limit", "prompt", "report_to", "push_to_hub", "log_json"),
+}
+# What may differ where a sweep takes a finished run over; that a model was saved may not.
+FREE_WHEN_FINISHED = {
+    *("save", "cache_dir", "check_memory", "activation_memory", "report_to", "push_to_hub", "log_json"),
+}
+# What changes neither the memory of a run nor, by much, its time.
+FREE_OF_COST = {
+    *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
+    *("push_to_hub", "log_json"),
+}
+FREE_TO_RESUME_TRAINING = {
+    *("save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "report_to"),
+    "save_every",
+}
+
+
+@pytest.mark.parametrize("fields", [FIELDS, FinetuneSettings.model_fields])
+def test_every_setting_says_what_it_decides(fields):
+    for field in fields.values():
+        assert isinstance(decided_by(field), Decides)
+
+
+def test_a_field_that_does_not_say_is_refused():
+    class Silent(FinetuneSettings):
+        more: int = 0
+
+    with pytest.raises(TypeError, match="does not say what it decides"):
+        decided_by(Silent.model_fields["more"])
+
+
+@pytest.mark.parametrize(
+    ("what", "free"),
+    [
+        (Decides.RESULT, FREE_TO_RESUME),
+        (Decides.RESULT | Decides.MEASUREMENT, FREE_WHEN_FINISHED),
+        (Decides.COST, FREE_OF_COST),
+    ],
+)
+def test_what_decides(what, free):
+    assert set(FIELDS) - set(make_recipe({"model": "m"}).deciding(what)) == free
+
+
+def test_what_decides_a_training():
+    free = {name for name, field in FinetuneSettings.model_fields.items() if not decided_by(field) & Decides.RESULT}
+    assert free == FREE_TO_RESUME_TRAINING
+
+
+def test_only_whether_a_model_is_saved_counts():
+    told = [make_recipe({"model": "m", "save_model": where}).deciding(Decides.COST) for where in (None, "a", "b")]
+    assert told[1] == told[2] != told[0]
+
+
+RICH = {
+    "model": "m",
+    "method": "sparsegpt:block_size=64",
+    "sparsity": 0.6,
+    "refine": ["refit:rounds=10"],
+    "dataset": "c4",
+    "save": "out/run",
+    "cache_dir": "cache",
+    "report_to": ["wandb", "mlflow"],
+}
+
+
+def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path):
+    recipe = make_recipe(RICH)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+    written = yaml.safe_load(recipe.to_yaml())
+    assert written["method"] == {"name": "sparsegpt", "block_size": 64}
+    assert written["refine"] == [{"name": "refit", "rounds": 10}]
+    assert written["output"] == {"run": "out/run", "report_to": "wandb,mlflow"}
+    assert "output" not in yaml.safe_load(make_recipe({"model": "m"}).to_yaml())
+
+
+def test_a_kept_recipe_tells_nobody():
+    kept = make_recipe({**RICH, "push_to_hub": "me/m", "save_model": "out/m", "log_json": "x.jsonl"}).untold()
+    assert (kept.output.report_to, kept.output.push_to_hub, kept.output.log_json) == (None, None, None)
+    assert kept.output.model is not None
+
+
+def test_data_that_nobody_named_stays_so(tmp_path):
+    for settings, named in (({"model": "m"}, False), ({"model": "m", "dataset": "wikitext2"}, True)):
+        (tmp_path / "recipe.yaml").write_text(make_recipe(settings).to_yaml(), encoding="utf-8")
+        read = Recipe.from_yaml(tmp_path / "recipe.yaml").calibration
+        assert ("data" in read.model_fields_set) is named
+        assert read.data == "wikitext2"
+
+
+def test_a_recipe_in_json_of_before_parts_is_read():
+    """Reports of earlier runs hold flat recipes."""
+    flat = (
+        '{"model": "m", "method": "wanda", "options": {}, "refine": ["refit"], "allocation": "uniform", "save": null}'
+    )
+    assert Recipe.model_validate_json(flat) == make_recipe({"model": "m", "refine": "refit"})
+
+
+def test_presets_make_recipes():
+    for settings in PRESETS.values():
+        assert make_recipe({"model": "m", **settings}).method.name == settings["method"]
+
+
+def test_defaults_are_those_of_a_recipe_that_says_nothing():
+    assert make_recipe({"model": "m"}).flat() == DEFAULTS | {"model": "m"}
+
+
+def test_a_recipe_imports_nothing_heavy():
+    code = (
+        "import sys, coprune.recipe.recipe, coprune.recipe.presets, coprune.recipe.flags; "
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

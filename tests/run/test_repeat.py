@@ -1,0 +1,155 @@
+"""A run's `recipe.yaml` repeats the run as it is, beside it; an interrupted run goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coprune.recipe.recipe import make_recipe
+from coprune.run.journal import run_identity
+from coprune.run.repeat import beside_finished
+from support.commands import run_command
+from support.pico_folder import listing, save_pico, write_words
+
+MODEL = ["prune", "model", "--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32", "--eval-data", "test.txt"]
+REPEATED = {"calibration", "matrices", "perplexity", "sparsity", "events", "sample"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    save_pico(tmp_path / "model", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    write_words(tmp_path / "test.txt", count=200, seed=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def coprune(monkeypatch, capsys):
+    """Run a command that has to succeed; what it tells."""
+
+    def run(*arguments):
+        ended = run_command(list(arguments), monkeypatch, capsys)
+        assert ended.code == 0, ended.err
+        return ended.err
+
+    return run
+
+
+def figures(run):
+    report = json.loads((Path(run) / "report.json").read_text())
+    for matrix in report["matrices"]:
+        del matrix["seconds"]
+    return {name: report[name] for name in REPEATED}
+
+
+def weights(folder):
+    return {name: content for name, content in listing(Path(folder)).items() if name.endswith(".safetensors")}
+
+
+def test_a_run_is_repeated_beside_itself(coprune, place):
+    coprune(*MODEL, "-m", "sparsegpt:block_size=32", "-p", "2:4", "--refine", "refit:rounds=3",
+            "--save", "runs/a", "--save-model", "models/x", "--log-json", "log.jsonl")  # fmt: skip
+    before = listing(place)
+    told = coprune("prune", "--recipe", "runs/a/recipe.yaml")
+    assert "runs/a holds a finished run; this one goes to runs/a-2." in told
+    assert figures("runs/a-2") == figures("runs/a")
+    assert weights("models/x-2") == weights("models/x") != {}
+    assert {name: content for name, content in listing(place).items() if name in before} == before
+    coprune("prune", "--recipe", "runs/a-2/recipe.yaml", "--seed", "1")
+    assert figures("runs/a-2-2")["calibration"] != figures("runs/a")["calibration"]
+
+
+def test_a_run_in_the_default_folder_is_repeated_too(coprune, place):
+    coprune(*MODEL, "-p", "2:4")
+    coprune("prune", "--recipe", "out/model/2-4/wanda/recipe.yaml")
+    coprune("prune", "--recipe", "out/model/2-4/wanda/recipe.yaml")
+    assert figures("out/model/2-4/wanda-2") == figures("out/model/2-4/wanda-3") == figures("out/model/2-4/wanda")
+
+
+def test_a_kept_recipe_is_nested_and_tells_nobody(coprune, place):
+    coprune(*MODEL, "--save", "a", "--log-json", "log.jsonl")
+    kept = yaml.safe_load((place / "a" / "recipe.yaml").read_text())
+    assert kept["model"]["name"] == "model"
+    assert kept["calibration"]["samples"] == 4
+    assert kept["output"] == {"run": "a"}
+
+
+def recipe_in(folder, **more):
+    return make_recipe({"model": "m", "save": folder / "run", "save_model": folder / "model", **more})
+
+
+def finish(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "report.json").touch()
+
+
+def test_folders_that_are_free_stay(tmp_path):
+    asked = recipe_in(tmp_path)
+    assert beside_finished(asked) == asked
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+    asked = recipe_in(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").touch()  # killed when only the report was wanting
+    assert beside_finished(asked) == asked
+    finish(tmp_path / "run")
+    (tmp_path / "run-2").mkdir()
+    assert beside_finished(asked).output.run == tmp_path / "run-2"
+    assert beside_finished(asked).output.model == tmp_path / "model-2"
+
+
+def test_a_model_is_never_written_over(tmp_path):
+    asked = recipe_in(tmp_path)
+    for name in ("model", "model-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").touch()
+    found = beside_finished(asked)
+    assert (found.output.run, found.output.model) == (tmp_path / "run-3", tmp_path / "model-3")
+
+
+def test_folders_that_are_named_now_stay(tmp_path):
+    asked = recipe_in(tmp_path)
+    finish(tmp_path / "run")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").touch()
+    assert beside_finished(asked, {"save", "save_model"}) == asked
+    assert beside_finished(asked, {"save"}).output.run == tmp_path / "run"
+    assert beside_finished(asked, {"save"}).output.model == tmp_path / "model-2"
+    assert beside_finished(asked, {"save_model"}).output.model == tmp_path / "model"
+    assert beside_finished(asked, {"save_model"}).output.run == tmp_path / "run-2"
+
+
+def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path):
+    asked = recipe_in(tmp_path, finetune="lora")
+    finish(tmp_path / "run")
+    assert beside_finished(asked) == asked
+    (tmp_path / "run" / "finetune").mkdir()
+    (tmp_path / "run" / "finetune" / "finetune.json").touch()
+    assert beside_finished(asked).output.run == tmp_path / "run-2"
+
+
+def test_flat_and_nested_recipes_have_one_identity():
+    flat = make_recipe({"model": "m", "method": "sparsegpt", "options": {"block_size": 64}, "refine": "refit:rounds=3",
+                        "allocation": "owl:spread=0.1", "nsamples": 4, "save": "a"})  # fmt: skip
+    nested = make_recipe(
+        {
+            "model": {"name": "m"},
+            "method": {"name": "sparsegpt", "block_size": 64},
+            "refine": [{"name": "refit", "rounds": 3}],
+            "allocation": {"name": "owl", "spread": 0.1},
+            "calibration": {"samples": 4},
+            "output": {"run": "b"},
+        }
+    )
+    identity = run_identity(flat, "weights", "tokens")
+    assert run_identity(nested, "weights", "tokens") == identity
+    # As journals of flat recipes have it, so that those runs go on.
+    assert identity["nsamples"] == 4
+    assert list(identity["refine"]) == ["refit:rounds=3"]
+    assert identity["allocation"] == "owl:spread=0.1"
+    assert identity["options"] == {"block_size": 64}
+    assert run_identity(flat.replaced(nsamples=5), "weights", "tokens") != identity
