@@ -61,6 +61,7 @@ FLAT: dict[str, str] = {
     "stream": "model.stream",
     "save": "output.run",
     "save_model": "output.model",
+    "encoding": "output.encoding",
 }
 # The Wanda repository's words that are not coprune's own.
 _OTHER_WORDS = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}

@@ -105,6 +105,14 @@ class OutputPart(Part):
         _MEASUREMENT | Decides.WHETHER,
         Field(description="Folder for the pruned model and tokenizer. [not saved]"),
     ] = None
+    encoding: Annotated[
+        Literal["dense", "packed"],
+        Decides.WHERE,
+        Field(
+            description="How the saved model's tensors are stored: dense, as any tool reads them, or packed, as coprune "
+            "pack does, which takes less room and needs coprune to load."
+        ),
+    ] = "dense"
     report_to: Annotated[
         CommaSeparated,
         Decides.WHERE,

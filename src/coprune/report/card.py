@@ -20,6 +20,13 @@ _LOAD_IMAGES = _LOAD.format(
 )
 
 
+_STORED = {
+    "dense": "The weights are stored dense, so any tool that loads the original loads this.",
+    "packed": "The weights are stored packed: `import coprune` before transformers loads this folder, and `coprune unpack` "
+    "makes a dense folder of it that needs no coprune.",
+}
+
+
 def model_card(report: Report) -> str:
     """Markdown with the Hub's metadata header: what this is, how it was made, what was measured, how to load it."""
     base = report.model.source.partition(" ")[0]
@@ -47,8 +54,8 @@ def model_card(report: Report) -> str:
     return "\n".join(header) + (
         f"\n{_model_index(report)}---\n\n# {base}, pruned with {report.recipe.method.name}\n\n"
         f"{report.sparsity.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero "
-        f"({report.recipe.pattern.name}), {report.sparsity.model:.2%} of all parameters. The weights are stored dense, so any "
-        f"tool that loads the original loads this.\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
+        f"({report.recipe.pattern.name}), {report.sparsity.model:.2%} of all parameters. "
+        f"{_STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe, which `coprune prune --recipe` repeats:\n\n```yaml\n"
         f"{report.recipe.untold().to_yaml()}```\n\n## Load\n\n{_LOAD_IMAGES if images else _LOAD_TEXT}\n"

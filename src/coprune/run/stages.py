@@ -16,12 +16,13 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
-from coprune.model.checkpoint.encoding import DENSE
+from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edit import Edits
 from coprune.model.opened import Loaded
 from coprune.model.verify import verify_saved
+from coprune.packed.encoding import PackedEncoding
 from coprune.recipe.flat import layered
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.report.card import model_card
@@ -38,6 +39,8 @@ from coprune.run.prune_blocks import prune_blocks
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening
+
+ENCODINGS: dict[str, Encoding] = {"dense": DENSE, "packed": PackedEncoding()}
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,6 @@ def _save(session: Session, output: Output | None, report: Report, edits: Edits)
         session.opened.around.reporter.say("Reloading the saved model to compare masks and logits")
         verify_saved(folder, session.model, edits, encoding)
 
-    opened, encoding = session.opened, DENSE
+    opened, encoding = session.opened, ENCODINGS[session.opened.recipe.output.encoding]
     beside = Companions(opened.loaded.processor, model_card(report), opened.recipe.model.dtype)
     output.finish(beside, edits, encoding, check)
