@@ -1,8 +1,7 @@
-"""Small files that are written whole or not at all, and where those are kept that can be made again."""
+"""Small files that are written whole or not at all."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from coprune.base.durable import write_durably
@@ -29,8 +28,3 @@ def path_of(folder: Path, name: str) -> Path:
     """A file of a run folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
-
-
-def user_cache() -> Path:
-    """`coprune` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coprune"

@@ -7,7 +7,6 @@ does nothing. gloo on CPU, nccl on GPUs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coprune.base import environment
 from coprune.base.errors import LostProcess
 
 Value = TypeVar("Value")
@@ -107,15 +107,20 @@ ALONE = Processes()
 """The only process of a run."""
 
 
+def started_processes() -> Processes:
+    """This process among those that torchrun or accelerate started, which may not have joined each other yet."""
+    return Processes(environment.rank(), environment.world_size())
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """Join the processes that torchrun started beside this one; without torchrun, be the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment.world_size() == 1:
         yield Processes()
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(environment.local_rank())
         backend = "cpu:gloo,cuda:nccl"
     with _heard():
         dist.init_process_group(backend, timeout=TIMEOUT)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.environment import quieten_tokenizers
 from coprune.base.errors import CopruneError
 from coprune.base.words import speaking
 from coprune.commands.evaluate import compare, evaluate, report
@@ -131,7 +131,7 @@ def main() -> None:
     # Libraries' notes are for their developers; what matters to a user, coprune says itself.
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten_tokenizers()
     stopped = False
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from coprune.base.environment import rank
 from coprune.commands.options import finetune_options, with_options
 from coprune.training.settings import make_settings
 
@@ -28,7 +28,7 @@ def finetune(
     from coprune.training.run import finetune as run_finetune
 
     report = run_finetune(checked, Reporter(quiet))
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         typer.echo("\n".join(summary_lines(report)))
         typer.echo(f"curves    {checked.run_folder / 'finetune.json'}")
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.hub import require_dataset
 from coprune.data.local_text import looks_local
@@ -69,7 +70,7 @@ def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> Lab
     """
     if name == "digits":
         return _digits(part)
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if not looks_local(name):
         return _from_dataset(_load_hub(name, cache_dir), name, part)
     if not path.exists():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join
 
@@ -29,11 +30,11 @@ def local_text(name: str) -> JoinedText:
 
 def split_column(name: str) -> tuple[Path, str | None]:
     """Split `path:column`; what exists as it stands has no column."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if not path.exists() and ":" in name:
         before, _, column = name.rpartition(":")
-        if column and Path(before).expanduser().exists():
-            return Path(before).expanduser(), column
+        if column and expand_home(before).exists():
+            return expand_home(before), column
     return path, None
 
 

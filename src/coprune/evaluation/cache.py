@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from coprune.base.files import user_cache, write_text
+from coprune.base.environment import user_cache
+from coprune.base.files import write_text
 from coprune.data.local_text import files_of, looks_local, split_column
 
 Kept = TypeVar("Kept", bound=BaseModel)

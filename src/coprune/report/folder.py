@@ -11,6 +11,7 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.recipe.recipe import Recipe
@@ -81,7 +82,7 @@ def model_of(name: str) -> str:
 
     Raises BadInput for a run that saved no model, or whose model is gone.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if (folder / "config.json").exists() or not (folder / REPORT_FILE).is_file():
         return name
     saved = Report.read(folder / REPORT_FILE).saved_model

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from coprune.base.environment import wandb_project
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.progress import Event, Listener, Reporter
 from coprune.pruning.pruner import MatrixResult
@@ -59,8 +59,7 @@ class Wandb:
     def __init__(self, recipe: Recipe) -> None:
         import wandb
 
-        project = os.environ.get("WANDB_PROJECT", "coprune")
-        self._run: Any = wandb.init(project=project, config=_settings(recipe))
+        self._run: Any = wandb.init(project=wandb_project(), config=_settings(recipe))
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._run.log(figures, step=step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import Measured, task_for
 from coprune.model.checkpoint.load import load_model, task_of
@@ -48,9 +48,10 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
     Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
     process calls this. Raises BadInput for what cannot be done as asked, BrokenMask, NumericalError, VerificationError.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
+    processes = started_processes()
+    first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
-    if os.environ.get("WORLD_SIZE", "1") == "1" and (report := finish_announced(settings)) is not None:
+    if processes.size == 1 and (report := finish_announced(settings)) is not None:
         return report
     if first:
         prepare_folders(settings)

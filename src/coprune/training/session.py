@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from coprune.base.environment import local_rank
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
@@ -129,4 +129,4 @@ def _make_trainable(
 def device_of(settings: FinetuneSettings) -> torch.device:
     if settings.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())

@@ -5,7 +5,6 @@ The fields' descriptions are the help texts of the command's options. Nothing he
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from coprune.base.environment import asks_for_fsdp
 from coprune.base.errors import BadInput, unknown_name
 from coprune.recipe.decides import Decides
 
@@ -221,7 +221,7 @@ def make_settings(values: dict[str, Any]) -> FinetuneSettings:
         raise BadInput(
             "fine-tuning needs a package that is missing; install it with `pip install 'coprune[finetune]'`."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if asks_for_fsdp():
         raise BadInput(
             "fine-tuning over FSDP is not there yet; use data parallel processes (torchrun, or no --use_fsdp)."
         )

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from coprune.base.files import user_cache
+from coprune.base import environment
 
 SOURCES = Path(__file__).parent
 # The kernels are vectors already; packing their scalar pointers into vectors as well costs a third of the speed.
@@ -64,7 +63,7 @@ class CompilationFailed(Exception):
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
     """The compiled kernels, or None (with one log message) where they are turned off or cannot be compiled."""
-    if os.environ.get("COPRUNE_KERNELS") == "0":
+    if not environment.wants_native_kernels():
         return None
     try:
         library = ctypes.CDLL(str(_compile()))
@@ -110,16 +109,9 @@ def _openmp_parallel() -> int | None:
     return None
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    if "COPRUNE_CACHE" in os.environ:
-        return Path(os.environ["COPRUNE_CACHE"])
-    return user_cache()
-
-
 def _compile() -> Path:
     """Compile what is not in the cache. Returns the library's path; raises CompilationFailed."""
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    compiler = next((c for c in (environment.named_compiler(), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
         raise CompilationFailed("no C++ compiler was found; install g++ or clang++, or set CXX")
     units = X86_UNITS if platform.machine().lower() in ("x86_64", "amd64") else PORTABLE_UNITS
@@ -127,7 +119,7 @@ def _compile() -> Path:
     digest = hashlib.sha256(repr((compiler, version, BASE_FLAGS, units, platform.machine())).encode())
     for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
         digest.update(path.read_bytes())
-    library = cache_folder() / "kernels" / digest.hexdigest()[:16] / "kernels.so"
+    library = environment.kernel_cache() / "kernels" / digest.hexdigest()[:16] / "kernels.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

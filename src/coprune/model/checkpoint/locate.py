@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
@@ -67,7 +68,7 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
     model: a name in PACKAGED, a path to a GGUF file or to a folder, timm/NAME@FILE, or a Hub id; a path that exists wins.
     Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
     """
-    path = Path(model).expanduser()
+    path = expand_home(model)
     if path.is_file():
         return _locate_gguf(path)
     if path.is_dir():

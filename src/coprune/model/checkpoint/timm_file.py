@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput
-from coprune.base.files import user_cache
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -28,7 +28,7 @@ def folder_of_timm_file(name: str, cache_dir: Path | None = None) -> Path:
     Raises BadInput for an architecture that timm does not know, or a file that is not there or does not fit it.
     """
     architecture, _, written = name.removeprefix("timm/").partition("@")
-    file = Path(written).expanduser()
+    file = expand_home(written)
     if importlib.util.find_spec("timm") is None:
         raise BadInput(f"{name} needs timm: pip install 'coprune[images]'.")
     from timm.models import is_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
@@ -68,7 +69,7 @@ def models_to_compare(name: str) -> list[str]:
 
     Raises BadInput for a sweep whose runs saved no models.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if not is_sweep(folder):
         return [name]
     _, runs, reports = read_finished(folder)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from coprune.base.environment import give_ray_its_share, keep_ray_private
 from coprune.base.errors import BadInput
 from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
 from coprune.run.sweep.work import Job, do_job
@@ -89,8 +90,7 @@ def _do(job: Job, folder: Path, told: Any) -> JobEvent:
 
 
 def _import_ray() -> Any:
-    # Ray reports how it is used over the network unless told otherwise.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    keep_ray_private()
     try:
         import ray
     except ImportError:
@@ -101,8 +101,7 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
-        # By default Ray's workers give way to everything else, local processes do not.
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        give_ray_its_share()  # as local processes have theirs
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
         return
     try:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from coprune.base.environment import see_only, visible_gpus
 from coprune.base.memory import available_bytes
 from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
 from coprune.run.sweep.work import Job, do_job
@@ -140,7 +141,7 @@ def _gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    named = visible_gpus()
     return named[:count] if named else [str(number) for number in range(count)]
 
 
@@ -151,7 +152,7 @@ def _work(connection: Connection, gpu: str | None, log: Path) -> None:
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        see_only(gpu)
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

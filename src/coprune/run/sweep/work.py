@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Hashable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from coprune.base.environment import quieten_tokenizers
 from coprune.base.progress import Event, Listener
 from coprune.run.sweep.events import Cause, Doing, Done, NotDone, Tell
 from coprune.run.sweep.expand import Run
@@ -134,4 +134,4 @@ def _quieten() -> None:
     """Leave out the libraries' notes, as the command does."""
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten_tokenizers()

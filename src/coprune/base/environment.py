@@ -1,0 +1,116 @@
+"""What coprune reads of the process's environment, and what it sets there; no other module looks at it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+from coprune.base.errors import BadInput
+
+
+def rank() -> int:
+    """Position of this process among those that torchrun or accelerate started (RANK), 0 by itself."""
+    return _number("RANK", 0)
+
+
+def world_size() -> int:
+    """How many processes torchrun or accelerate started (WORLD_SIZE), 1 without them."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Position of this process among those on its machine (LOCAL_RANK), by which it takes a GPU."""
+    return _number("LOCAL_RANK", 0)
+
+
+def asks_for_fsdp() -> bool:
+    """Whether accelerate was told to share every parameter out among the processes (ACCELERATE_USE_FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def user_cache() -> Path:
+    """Where is kept what can be made again: `coprune` in XDG_CACHE_HOME or ~/.cache.
+
+    For a user without a home, as in some containers, it is a folder among the temporary ones.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "coprune"
+    try:
+        return Path.home() / ".cache" / "coprune"
+    except RuntimeError:
+        return _temporary_cache()
+
+
+def kernel_cache() -> Path:
+    """Where compiled kernels are kept (COPRUNE_CACHE), by default the user's cache."""
+    named = os.environ.get("COPRUNE_CACHE")
+    return Path(named) if named else user_cache()
+
+
+def wants_native_kernels() -> bool:
+    """Whether compiled kernels may be used, which COPRUNE_KERNELS=0 turns off."""
+    return os.environ.get("COPRUNE_KERNELS") != "0"
+
+
+def named_compiler() -> str | None:
+    """The C++ compiler that CXX names."""
+    return os.environ.get("CXX") or None
+
+
+def wandb_project() -> str:
+    """The project of Weights & Biases that runs go to (WANDB_PROJECT)."""
+    return os.environ.get("WANDB_PROJECT", "coprune")
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may see, by number or name (CUDA_VISIBLE_DEVICES); empty if nothing is said."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+
+
+def see_only(gpu: str) -> None:
+    """Let this process see one GPU alone; before it uses any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+
+def quieten_tokenizers() -> None:
+    """Spare users the tokenizers' warning about forked processes (TOKENIZERS_PARALLELISM), unless they set it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def keep_ray_private() -> None:
+    """Let Ray not report over the network how it is used (RAY_USAGE_STATS_ENABLED), unless the user wants it to."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def give_ray_its_share() -> None:
+    """Let Ray's workers not give way to all else on this machine (RAY_worker_niceness), unless the user wants it."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def expand_home(name: str | Path) -> Path:
+    """A path with its `~` replaced by the home that it stands for; as it is where there is no such home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise BadInput(f"the environment variable {name} is {value!r} and should be a number.") from None
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    """A folder that only this user can have written to, since compiled code is loaded from it."""
+    folder = Path(tempfile.gettempdir()) / f"coprune-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid == os.getuid() and found.st_mode & 0o022 == 0 and not folder.is_symlink():
+        return folder
+    return Path(tempfile.mkdtemp(prefix="coprune-"))
