@@ -102,7 +102,7 @@ def _number(name: str, default: int) -> int:
     try:
         return int(value)
     except ValueError:
-        raise BadInput(f"the environment variable {name} is {value!r} and should be a number.") from None
+        raise BadInput(f"the environment variable {name} is {value!r}", fix="it should be a number") from None
 
 
 @functools.cache
