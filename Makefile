@@ -1,21 +1,26 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and make:
 #   make demo   prune a real model and show what that did
 #   make test   pass the tests
-# Both make a virtual environment of their own in .venv first. PYTHON names another interpreter.
+# A third is for those who change the code without wanting to change what it computes:
+#   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
+# All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
 
 # One process per core, one thread each: faster than one process with all cores, on models as small as these.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --cov --cov-report=term
+
+golden: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check
 
 lint: $(READY)
 	$(BIN)/ruff check

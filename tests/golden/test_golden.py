@@ -1,0 +1,54 @@
+"""Every figure of every run is what it was before, to the last bit where the arithmetic is the same."""
+
+import math
+
+import pytest
+
+from golden.compare import Golden
+from golden.measure import Workbench, has_real_model, needs_real_model
+from golden.rows import PICO, all_rows
+
+ROWS = all_rows()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden.read()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Workbench(tmp_path_factory.mktemp("golden"))
+
+
+def marked(row):
+    return pytest.param(row, id=row.name.replace(" ", "-"), marks=[pytest.mark.slow] if row.slow else [])
+
+
+@pytest.mark.parametrize("row", [marked(row) for row in ROWS.values()])
+def test_figures_are_what_they_were(row, golden, bench):
+    if needs_real_model(row) and not has_real_model():
+        pytest.skip("the packages with the real model and text are not installed")
+    different = golden.differences(row.name, bench.measure(row))
+    assert not different, f"{row.name} ({golden.regime()}): {'; '.join(different)}"
+
+
+def test_every_run_has_golden_figures_and_nothing_else_has(golden):
+    assert golden.rows.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("family", PICO)
+def test_a_folder_gives_the_same_streamed_and_loaded(family, golden):
+    names = [f"{family} +{how} sparsegpt 2:4" for how in ("streamed", "loaded")]
+    streamed, loaded = (golden.rows[name] for name in names)
+    assert (streamed["masks"], streamed["weights"]) == (loaded["masks"], loaded["weights"])
+
+
+def test_a_difference_in_the_last_bit_is_seen_where_every_bit_counts(golden):
+    name = "llama wanda 50% block"
+    changed = dict(golden.rows[name], perplexity=[math.nextafter(p, 0) for p in golden.rows[name]["perplexity"]])
+    assert bool(golden.differences(name, changed)) == golden.exact
+    worse = dict(golden.rows[name], error=[2 * error for error in golden.rows[name]["error"]])
+    assert golden.differences(name, worse)
+    assert golden.differences(name, {"refused": "no"})
+    assert golden.differences("llama of nowhere", changed)
