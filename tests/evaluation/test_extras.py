@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.evaluation.extras import zero_shot_settings
 from coprune.evaluation.sample import continue_text
 from coprune.evaluation.zero_shot import PAPER_TASKS, compare_zero_shot
-from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from support.commands import run_command
 from support.pico import pico_model
@@ -66,10 +66,10 @@ def test_a_continuation_is_the_likeliest_one() -> None:
 
 
 def test_the_papers_tasks_unless_others_are_named() -> None:
-    assert not Recipe(model="m").evaluation.runs_tasks
-    assert zero_shot_settings(Recipe(model="m", eval_zero_shot=True)).tasks == PAPER_TASKS
-    assert Recipe(model="m", tasks="piqa").evaluation.runs_tasks
-    assert zero_shot_settings(Recipe(model="m", tasks="piqa, rte")).tasks == ("piqa", "rte")
+    assert not make_recipe({"model": "m"}).evaluation.runs_tasks
+    assert zero_shot_settings(make_recipe({"model": "m", "eval_zero_shot": True})).tasks == PAPER_TASKS
+    assert make_recipe({"model": "m", "tasks": "piqa"}).evaluation.runs_tasks
+    assert zero_shot_settings(make_recipe({"model": "m", "tasks": "piqa, rte"})).tasks == ("piqa", "rte")
 
 
 def test_a_streamed_model_is_not_asked() -> None:

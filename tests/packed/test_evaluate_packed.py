@@ -11,7 +11,7 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.opened import open_model
 from coprune.packed.folder import pack_folder
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.parts import ModelPart
 from support.pico import VOCABULARY, pico_model
 from support.words import word_tokenizer
 
@@ -33,5 +33,5 @@ def test_a_packed_folder_evaluates_to_the_bit_like_the_dense_one(tmp_path: Path)
         values.append(perplexity(loaded, tokens, 32).value)
     assert values[0] == values[1]
     # Also where folders are streamed: this one is unpacked as a whole.
-    opened = open_model(Recipe(model=str(tmp_path / "packed")).model, stream=True)
+    opened = open_model(ModelPart(name=str(tmp_path / "packed")), stream=True)
     assert torch.equal(opened.model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)

@@ -110,7 +110,7 @@ def test_the_values_come_back_by_their_words():
         ({"calibration.samples": 0}, "^calibration.samples cannot be 0"),
         ({"refine": 3}, "^refine cannot be 3"),
         ({"refine": [{"rounds": 3}]}, "refine.0.name is missing"),
-        ({"refine": ["refit:rounds"]}, "write refit:rounds=VALUE"),
+        ({"refine": ["refit:rounds"]}, "^the option 'rounds' of refit has no value; write refit:rounds=VALUE.$"),
         ({"options": {"group": ["row"]}}, r"option 'group' is one value .*, not \['row'\]"),
         ({"method": {"name": "wanda", "options": 3}}, "options are a mapping"),
         ({"pattern": 124}, 'write pattern: "2:4"'),
@@ -121,6 +121,17 @@ def test_the_values_come_back_by_their_words():
 def test_what_is_wrong_is_told_by_the_name_that_was_used(settings, message):
     with pytest.raises(BadInput, match=message):
         make_recipe({"model": "m", **settings})
+
+
+def test_an_error_says_its_setting_and_value():
+    with pytest.raises(BadInput) as caught:
+        make_recipe({"model": "m", "calibration": {"samples": "many"}})
+    assert (caught.value.field, caught.value.value) == ("nsamples", "many")
+
+
+def test_all_that_is_wrong_is_told():
+    with pytest.raises(BadInput, match=r"^nsamples cannot be 0: .*1; seqlen cannot be 1: .* 2\.$"):
+        make_recipe({"model": "m", "nsamples": 0, "seqlen": 1})
 
 
 def test_a_model_has_to_be_named():

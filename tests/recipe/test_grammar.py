@@ -69,6 +69,22 @@ def test_what_is_written_reads_the_same(name, options):
     assert [type(value) for value in found[1].values()] == [type(value) for value in options.values()]
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("refit:rounds", "^the option 'rounds' of refit has no value; write refit:rounds=VALUE.$"),
+        ("", "it has no name.$"),
+        ({"rounds": 3}, "names nothing: Field required.$"),
+        ({"name": "refit", "rounds": [3]}, r"option 'rounds' is one value .*, not \[3\].$"),
+        ({"name": "refit", "options": 3}, "its options are a mapping"),
+        (3, "names nothing"),
+    ],
+)
+def test_what_is_no_choice_is_refused(asked, message):
+    with pytest.raises(BadInput, match=message):
+        Choice.of(asked)
+
+
 def test_a_choice_is_text_or_a_mapping():
     asked = Choice(name="refit", options={"rounds": 10})
     assert Choice.of("refit:rounds=10") == asked

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
+from coprune.base.errors import BadInput
 from coprune.recipe.grammar import Scalar, read_named, write_named
 
 
@@ -23,8 +24,14 @@ class Choice(BaseModel):
 
     @classmethod
     def of(cls, asked: str | Mapping[str, Any] | Choice) -> Self:
-        """Make one from what was asked for. Raises BadInput for text that is no name with options."""
-        return cls.model_validate(asked)
+        """Make one from what was asked for. Raises BadInput for what is no name with options."""
+        try:
+            return cls.model_validate(asked)
+        except ValidationError as error:
+            detail: Any = error.errors()[0]
+            own = detail.get("ctx", {}).get("error")
+            message = str(detail["msg"]).removeprefix("Value error, ")
+            raise own if isinstance(own, BadInput) else BadInput(f"{asked!r} names nothing: {message}") from None
 
     @property
     def is_file(self) -> bool:

@@ -171,14 +171,21 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(parts)
     except ValidationError as error:
-        raise BadInput("; ".join(dict.fromkeys(_explain(detail, names) for detail in error.errors()))) from None
+        found = [_explain(detail, names) for detail in error.errors()]
+        told = "; ".join(dict.fromkeys(str(one).removesuffix(".") for one in found))
+        raise found[0] if len(found) == 1 else BadInput(told) from None
 
 
-def _explain(detail: Any, names: Mapping[str, str]) -> str:
-    message = str(detail["msg"]).removeprefix("Value error, ")
+def _explain(detail: Any, names: Mapping[str, str]) -> BadInput:
+    own = detail.get("ctx", {}).get("error")
+    if isinstance(own, BadInput):
+        return own
+    message, value = str(detail["msg"]).removeprefix("Value error, "), detail["input"]
     place = tuple(str(part) for part in detail["loc"])
     if not place:
-        return message
+        return BadInput(message)
     word = next((word for word in FLAT if place_of(word) in (place[:2], (place[0], None))), place[0])
     name = ".".join([names.get(word, word), *place[2 if place_of(word)[1] else 1 :]]) if word in FLAT else word
-    return f"{name} cannot be {detail['input']!r}: {message}." if detail["type"] != "missing" else f"{name} is missing."
+    if detail["type"] == "missing":
+        return BadInput(f"{name} is missing", field=word)
+    return BadInput(f"{name} cannot be {value!r}: {message}", field=word, value=value)

@@ -64,9 +64,10 @@ def prune(
     """Prune a model and measure what that did.
 
     model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is changed in place
-    (then give its tokenizer or image processor too). method: a name from `coprune methods`. settings: the fields of a
-    recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …) and the method's own options, by name. A model
-    given by name is loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
+    (then give its tokenizer or image processor too). method: a name from `coprune methods`, also with options
+    (`sparsegpt:block_size=64`). settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or
+    whole parts, such as calibration={"samples": 32}) and the method's own options, by name. A model given by name is
+    loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
     Raises BadInput for what cannot be done as asked, NumericalError and UnsupportedModel.
     """
     loaded = None

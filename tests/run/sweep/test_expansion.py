@@ -10,7 +10,7 @@ import yaml
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep
@@ -58,13 +58,15 @@ def names(**data):
 @pytest.mark.parametrize(("preset", "listed"), [("llama-7b", LLAMA_7B), ("ablate-weight-update", ABLATION)])
 def test_a_preset_is_exactly_the_script(preset, listed):
     expected = [
-        Recipe(
-            model="decapoda-research/llama-7b-hf",
-            method=method,
-            sparsity=0.5,
-            pattern=pattern,
-            nsamples=128,
-            save=Path(folder),
+        make_recipe(
+            {
+                "model": "decapoda-research/llama-7b-hf",
+                "method": method,
+                "sparsity": 0.5,
+                "pattern": pattern,
+                "nsamples": 128,
+                "save": folder,
+            }
         )
         for method, pattern, folder in (line.split() for line in listed.strip().splitlines())
     ]
