@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import coprune.run.stages
 from coprune.report.schema import Report
+from coprune.run import stages
 from coprune.run.sweep.conduct import conduct
 from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.pool import LocalWorkers
@@ -98,7 +98,7 @@ class Here:
 @pytest.mark.parametrize("crashes", [1, 2])
 def test_an_unforeseen_error_is_retried_and_in_the_end_reported(crashes, place, monkeypatch):
     sweep, runs = pico_sweep(method=["magnitude", "wanda"])
-    left, real = [crashes], coprune.run.run_recipe
+    left, real = [crashes], stages.run_recipe
 
     def crashing(recipe, *others):
         if recipe.method.name == "magnitude" and left[0]:
@@ -106,7 +106,7 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(crashes, place, 
             raise RuntimeError("out of luck")
         return real(recipe, *others)
 
-    monkeypatch.setattr(coprune.run, "run_recipe", crashing)
+    monkeypatch.setattr(stages, "run_recipe", crashing)
     ends = []
     jobs = [Job(run, "run", sweep.folder, THREADS) for run in runs]
     conduct(jobs, Here(), 1, lambda event, again: ends.append((event, again)) if not isinstance(event, Doing) else None)

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-import coprune.run.stages
 from coprune.report.schema import Report
+from coprune.run import stages
 from coprune.run.sweep import work
 from coprune.run.sweep.events import Cause, Doing, Done
 from coprune.run.sweep.work import Job, do_job
@@ -33,13 +33,13 @@ def do_here(sweep, runs):
 def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
     times = Counter[str]()
-    measure = coprune.run._measure
+    measure = stages._measure
 
     def counting(session, which):
         times[which] += 1
         return measure(session, which)
 
-    monkeypatch.setattr(coprune.run, "_measure", counting)
+    monkeypatch.setattr(stages, "_measure", counting)
     ended = do_here(sweep, runs)
     assert {type(event) for event in ended.values()} == {Done}, ended
     assert times == {"dense": 1, "pruned": 4}

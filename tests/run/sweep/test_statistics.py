@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-import coprune.run.stages
 from coprune.report.schema import Report
+from coprune.run import stages
 from coprune.run.sweep import statistics_store, work
 from coprune.run.sweep.events import Doing, Done
 from coprune.run.sweep.ledger import Ledger
@@ -38,7 +38,7 @@ def place(tmp_path, monkeypatch):
 def forwards(monkeypatch):
     """How often blocks were called while a run pruned, by the run's folder."""
     counted = Counter[str]()
-    prune = coprune.run.prune_blocks
+    prune = stages.prune_blocks
 
     def counting(session, output):
         def count(module, arguments):
@@ -51,7 +51,7 @@ def forwards(monkeypatch):
             for hook in hooks:
                 hook.remove()
 
-    monkeypatch.setattr(coprune.run, "prune_blocks", counting)
+    monkeypatch.setattr(stages, "prune_blocks", counting)
     return counted
 
 
