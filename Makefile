@@ -2,6 +2,7 @@
 #   make demo   prune a real model and show what that did
 #   make test   pass the tests
 # A third is for those who change the code without wanting to change what it computes:
+#   make slow   pass the tests that make test leaves out (make test-all: both)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
 # All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test golden lint types clean
+.PHONY: demo test slow test-all golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -18,6 +19,11 @@ demo: $(READY)
 # One process per core, one thread each: faster than one process with all cores, on models as small as these.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --cov --cov-report=term
+
+slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile
+
+test-all: test slow
 
 golden: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check
