@@ -1,5 +1,6 @@
 """The public face is exact, documented, and there before torch is."""
 
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -30,7 +31,11 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors")
 
 def test_the_public_names_are_exactly_these():
     assert coprune.__all__ == PUBLIC
-    assert dir(coprune) == PUBLIC
+    assert dir(coprune) == sorted([*PUBLIC, "__version__"])
+
+
+def test_the_version_is_the_installed_one():
+    assert coprune.__version__ == importlib.metadata.version("coprune")
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -57,6 +62,7 @@ def test_an_unknown_name_is_an_attribute_error():
     [
         "import coprune",
         "import coprune; coprune.Recipe(model='x')",
+        "import coprune; coprune.__version__",
         "import sys; sys.argv = ['coprune', '--help']; from coprune.commands.app import main; main()",
         "import sys; sys.argv = ['coprune', 'prune', '--help']; from coprune.commands.app import main; main()",
     ],

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from coprune.report.schema import Report
     from coprune.run.stages import Result, prune, run_recipe
 
+    __version__: str
+
 # After `import coprune`, transformers loads packed folders like any other; this imports neither it nor torch.
 register_with_transformers()
 
@@ -69,10 +71,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("coprune")
     if name not in _HOME:
         raise AttributeError(f"module 'coprune' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return ["__version__", *__all__]

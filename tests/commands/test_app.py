@@ -2,15 +2,19 @@
 
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 
 import pytest
 
-from coprune.commands.app import app
+from coprune.commands.app import COMMANDS
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import FLAT
+from coprune.recipe.measuring import SETTINGS
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -46,16 +50,13 @@ def report_in(folder):
 
 
 def test_every_field_of_the_recipe_is_an_option():
-    names = inspect.signature(
-        next(c.callback for c in app.registered_commands if c.callback.__name__ == "prune")
-    ).parameters
-    assert set(FLAT) - {"options"} <= set(names)
+    assert set(FLAT) - {"options"} <= set(inspect.signature(COMMANDS["prune"]).parameters)
 
 
 def test_help_shows_every_command_and_every_option(coprune):
     overview = coprune("--help")
     assert overview == coprune()
-    for name in ("prune", "eval", "inspect", "methods", "demo"):
+    for name in COMMANDS:
         assert re.search(rf"^  {name} ", overview, re.MULTILINE)
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
     options = set(re.findall(r"--[\w-]+", coprune("prune", "--help")))
@@ -63,6 +64,41 @@ def test_help_shows_every_command_and_every_option(coprune):
         assert "--" + SHORTER.get(setting, setting.replace("_", "-")) in options
     for setting in ("evaluate", "evaluate_dense", "layer_error", "check_memory", "stream"):  # on unless turned off
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
+
+
+def test_every_command_has_a_file_of_its_own():
+    assert {command.__module__ for command in COMMANDS.values()} == {
+        f"coprune.commands.{command.__name__}" for command in COMMANDS.values()
+    }
+
+
+def test_the_version(coprune):
+    assert coprune("--version").split() == ["coprune", version("coprune")]
+
+
+def test_completion_is_made_for_the_shell(coprune, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    script = coprune("--show-completion", "bash")
+    assert "_COPRUNE_COMPLETE=complete_bash" in script or "COMPLETE=complete_bash" in script
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("coprune pr", ["prune"]), ("coprune eval --to", ["--tokens"]), ("coprune xyz", [])]
+)
+def test_words_are_completed(typed, completed):
+    asked = {"_COPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    program = "import sys; sys.argv = ['coprune']; from coprune.commands.app import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.split() == completed
+
+
+def test_settings_of_a_measurement_go_by_their_short_and_by_the_recipes_names(coprune):
+    for command in ("eval", "compare"):
+        options = set(re.findall(r"--[\w-]+", coprune(command, "--help")))
+        for name, (word, _) in SETTINGS.items():
+            assert {f"--{name.replace('_', '-')}", f"--{word.replace('_', '-')}"} <= options
 
 
 def test_a_command_written_for_the_seed(coprune, place):

@@ -1,8 +1,7 @@
-"""The commands that recover what pruning cost."""
+"""`coprune finetune`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,23 +23,9 @@ def finetune(
     """
     checked = make_settings({"model": model} | {name: value for name, value in settings.items() if value is not None})
     from coprune.base.progress import Reporter
-    from coprune.training.report import summary_lines
     from coprune.training.run import finetune as run_finetune
 
     report = run_finetune(checked, Reporter(quiet))
     if rank() == 0:
-        typer.echo("\n".join(summary_lines(report)))
+        typer.echo(str(report))
         typer.echo(f"curves    {checked.run_folder / 'finetune.json'}")
-
-
-def merge(
-    model: Annotated[str, typer.Argument(help="The pruned model that the adapter was trained on.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of a masked adapter.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
-) -> None:
-    """Merge a masked adapter into its pruned model; every zero stays one."""
-    from coprune.base.progress import Reporter
-    from coprune.training.run import merge_saved
-
-    typer.echo("\n".join(merge_saved(model, adapter, output, Reporter(quiet))))

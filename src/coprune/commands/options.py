@@ -16,6 +16,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.recipe.choice import Choice
 from coprune.recipe.flags import flags_of
 from coprune.recipe.grammar import read_scalar
+from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.recipe import DEFAULTS, FIELDS
 from coprune.training.settings import FinetuneSettings
 
@@ -34,13 +35,27 @@ def finetune_options() -> list[inspect.Parameter]:
     return [_option(name, field, field.default) for name, field in fields.items() if name not in _NOT_OPTIONS]
 
 
-def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
+def measuring_options() -> list[inspect.Parameter]:
+    """One command-line option per setting of a measurement, which goes by the recipe's flags too."""
+    made = []
+    for name, (word, description) in SETTINGS.items():
+        flags = list(dict.fromkeys([*flags_of(name), *flags_of(word)]))
+        default = None if description is not None else DEFAULTS[word]
+        made.append(_option(name, FIELDS[word], default, flags, description))
+    return made
+
+
+def _option(
+    name: str, field: FieldInfo, default: Any, flags: list[str] | None = None, description: str | None = None
+) -> inspect.Parameter:
     """The option of one setting, with its description and its default as help."""
     several = default == ()
     kind: Any = list[str] if several else str if field.annotation is Choice else field.annotation
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     shown = "" if default is None or several else f" [{default}]"
-    option = typer.Option(*flags_of(name), help=f"{field.description}{shown}", show_default=False)
+    option = typer.Option(
+        *flags or flags_of(name), help=f"{description or field.description}{shown}", show_default=False
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
@@ -81,6 +82,11 @@ class PerplexityFacts(BaseModel):
     """95 % bootstrap interval over the windows."""
     pruned_bits_per_byte: float | None
 
+    def line(self) -> str:
+        """Both figures, for people."""
+        dense = "" if self.dense is None else f"dense {self.dense:.2f} → "
+        return f"{dense}pruned {self.pruned:.2f} on {self.data} (sequence length {self.seqlen})"
+
 
 class ChangedPrediction(BaseModel):
     """An image on whose class the dense and the pruned model differ, by its position in the evaluation set."""
@@ -117,6 +123,13 @@ class AccuracyFacts(BaseModel):
     examples: list[ChangedPrediction]
     """The first of them."""
 
+    def line(self) -> str:
+        """Both figures, for people."""
+        before = "" if self.dense_top1 is None else f"dense {self.dense_top1:.2%} → "
+        low, high = self.pruned_top1_interval
+        top = f"pruned {self.pruned_top1:.2%} [{low:.2%}, {high:.2%}] top-1, {self.pruned_top5:.2%} top-5"
+        return f"{before}{top} on {self.data} ({self.images} images)"
+
 
 class PhaseFacts(BaseModel):
     """One phase of a run, with the memory in use when it ended."""
@@ -131,7 +144,7 @@ class PhaseFacts(BaseModel):
     """Memory that tensors occupy on the GPU; None without one."""
 
 
-class Report(BaseModel):
+class Report(Shown, BaseModel):
     """One pruning run."""
 
     model_config = ConfigDict(frozen=True)
@@ -160,6 +173,36 @@ class Report(BaseModel):
     """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []
     """Layers that cannot be pruned as matrices, and tensors that are not written again, each with the reason."""
+
+    def headline(self) -> str:
+        """Model, method and pattern, and what that did to the first text."""
+        recipe, measured = self.recipe, ""
+        for text in self.perplexity[:1]:
+            dense = "" if text.dense is None else f"{text.dense:.2f} → "
+            measured = f", perplexity {dense}{text.pruned:.2f} on {text.data}"
+        asked = f"{recipe.method.name} {recipe.pattern.name}"
+        return f"{Path(self.model.source).name}: {asked}, {self.sparsity.matrices:.2%} zeros{measured}"
+
+    def sheet(self) -> Sheet:
+        """What was pruned, how sparse it is, what that did, and what it took."""
+        recipe, model, zeros = self.recipe, self.model, self.sparsity
+        rows = [
+            ("model", f"{model.source}, {model.parameters:,} parameters, {model.dtype}"),
+            ("method", f"{recipe.method.name}, {recipe.pattern.name}, {recipe.calibration.propagation} propagation"),
+            ("sparsity", f"{zeros.matrices:.4%} of the {len(self.matrices)} pruned matrices, "
+             f"{zeros.model:.2%} of all parameters"),
+        ]  # fmt: skip
+        rows += [("perplexity", text.line()) for text in self.perplexity]
+        rows += [("accuracy", images.line()) for images in self.accuracy]
+        rows += [("removed", line) for line in self.edits]
+        rows += [("left", layer) for layer in self.left_out]
+        took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
+        rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
+        if self.events:
+            rows.append(("events", f"{len(self.events)} numerical events, the first: {self.events[0]}"))
+        if self.saved_model is not None:
+            rows.append(("model in", f"{self.saved_model} (reloaded and compared)"))
+        return Sheet(self.headline(), rows)
 
     def write(self, path: Path) -> None:
         """Write the report whole or not at all, and the matrices' distributions to a file beside it."""

@@ -14,6 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
+from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
 from coprune.model.checkpoint.encoding import DENSE, Encoding
@@ -43,13 +44,28 @@ from coprune.run.trackers import final_figures, listening
 ENCODINGS: dict[str, Encoding] = {"dense": DENSE, "packed": PackedEncoding()}
 
 
-@dataclass(frozen=True)
-class Result:
-    """A run's report, and its model and tokenizer if they are in memory (a streamed model is only on the disk)."""
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
+    """A run's report, its model if that is in memory, and what the model reads with."""
 
     report: Report
     model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
+    """None where it is only on the disk: it was streamed, or pruned by an earlier run."""
+    processor: Any
+    """Tokenizer or image processor; None where no model was opened, or it has none."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The processor of a model of text."""
+        return self.processor if self.report.model.task == "text" else None
+
+    def headline(self) -> str:
+        """As of its report."""
+        return self.report.headline()
+
+    def sheet(self) -> Sheet:
+        """As of its report."""
+        return self.report.sheet()
 
 
 def prune(
@@ -148,7 +164,7 @@ def _run(
     if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
         around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
     in_memory = loaded.model if isinstance(loaded.weights, InMemory) else None
-    return Result(report, in_memory, loaded.tokenizer)
+    return Result(report, in_memory, loaded.processor)
 
 
 def _open(recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Reuse) -> Session:

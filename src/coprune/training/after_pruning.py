@@ -14,7 +14,7 @@ from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.schema import Report
-from coprune.training.report import FinetuneReport, summary_lines
+from coprune.training.report import FinetuneReport
 from coprune.training.run import finetune
 from coprune.training.settings import FinetuneSettings, make_settings
 
@@ -40,7 +40,7 @@ def prune_and_finetune(
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     found: FinetuneReport = finetune(settings, reporter)
     if processes.first:
-        for line in summary_lines(found):
+        for line in str(found).splitlines():
             reporter.say(line)
     return report
 

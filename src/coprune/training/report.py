@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.accuracy import Accuracy
 from coprune.evaluation.perplexity import Perplexity
 from coprune.evaluation.tasks import Measured
@@ -48,6 +49,10 @@ class PerplexityChange(BaseModel):
     before: float
     after: float
 
+    def line(self) -> str:
+        """Both figures, for people."""
+        return f"{self.before:.2f} → {self.after:.2f} on {self.data} (sequence length {self.seqlen})"
+
 
 class AccuracyChange(BaseModel):
     """Accuracy on one set of images that training never saw, with Wilson's 95 % intervals of top-1."""
@@ -63,6 +68,12 @@ class AccuracyChange(BaseModel):
     after_top1: float
     after_top1_interval: tuple[float, float]
     after_top5: float
+
+    def line(self) -> str:
+        """Both figures, for people."""
+        low, high = self.after_top1_interval
+        top1 = f"top-1 {self.before_top1:.2%} → {self.after_top1:.2%} [{low:.2%}, {high:.2%}]"
+        return f"{top1}, top-5 {self.before_top5:.2%} → {self.after_top5:.2%} on {self.data} ({self.images} images)"
 
 
 Change = PerplexityChange | AccuracyChange
@@ -87,7 +98,7 @@ def change(name: str, source: str, before: Measured, after: Measured) -> Change:
     )
 
 
-class FinetuneReport(BaseModel):
+class FinetuneReport(Shown, BaseModel):
     """One fine-tuning run."""
 
     model_config = ConfigDict(frozen=True)
@@ -120,6 +131,26 @@ class FinetuneReport(BaseModel):
     saved_model: Path | None
     versions: dict[str, str]
     accuracy: list[AccuracyChange] = []
+
+    def headline(self) -> str:
+        """Model and mode, and what that did to the first text."""
+        measured = f", perplexity {self.perplexity[0].line()}" if self.perplexity else ""
+        return f"{Path(self.settings.model).name}: {self.settings.mode}, {self.steps} steps{measured}"
+
+    def sheet(self) -> Sheet:
+        """What was trained, what that did, and where it is."""
+        patterns = ", ".join(f"{count} × {name}" for name, count in self.patterns.items())
+        trained = f"{self.trained_parameters:,} parameters ({self.settings.mode}), {self.steps} steps"
+        sparsity = f"{self.sparsity_before:.4%} before, {self.sparsity_after:.4%} after"
+        rows = [
+            ("trained", f"{trained} in {self.seconds / 60:.1f} minutes"),
+            ("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"),
+        ]
+        rows += [("perplexity", found.line()) for found in self.perplexity]
+        rows += [("accuracy", found.line()) for found in self.accuracy]
+        rows += [("adapter in", str(self.adapter))] if self.adapter else []
+        rows += [("model in", f"{self.saved_model} (reloaded and compared)")] if self.saved_model else []
+        return Sheet(self.headline(), rows)
 
     def write(self, folder: Path) -> None:
         """Write the report whole or not at all."""
@@ -201,26 +232,3 @@ def _results(report: FinetuneReport) -> tuple[str, str]:
         rows = [f"| {p.data} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
     rule = "| --- " * (head.count("|") - 1) + "|"
     return title, "\n".join([head, rule, *rows]) if rows else "Not measured."
-
-
-def summary_lines(report: FinetuneReport) -> list[str]:
-    """What was trained, what that did, and where it is."""
-    patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
-    lines = [
-        f"trained   {report.trained_parameters:,} parameters ({report.settings.mode}), {report.steps} steps in "
-        f"{report.seconds / 60:.1f} minutes",
-        f"sparsity  {report.sparsity_before:.4%} before, {report.sparsity_after:.4%} after, in {report.pruned_matrices} "
-        f"matrices ({patterns}); every zero kept",
-    ]
-    lines += [
-        f"perplexity {p.before:.2f} → {p.after:.2f} on {p.data} (sequence length {p.seqlen})" for p in report.perplexity
-    ]
-    for found in report.accuracy:
-        low, high = found.after_top1_interval
-        lines.append(
-            f"accuracy  top-1 {found.before_top1:.2%} → {found.after_top1:.2%} [{low:.2%}, {high:.2%}], top-5 "
-            f"{found.before_top5:.2%} → {found.after_top5:.2%} on {found.data} ({found.images} images)"
-        )
-    lines += [f"adapter in {report.adapter}"] if report.adapter else []
-    lines += [f"model in  {report.saved_model} (reloaded and compared)"] if report.saved_model else []
-    return lines

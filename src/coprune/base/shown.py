@@ -1,0 +1,55 @@
+"""How a result shows itself: in one line where Python shows values, in a few when it is printed, as HTML in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+
+class Sheet(NamedTuple):
+    """A small table for people.
+
+    Without `columns` it is a list of names and values.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    columns: Sequence[str] = ()
+
+    def html(self) -> str:
+        """The table as HTML, with every text escaped."""
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = [f"<tr>{head}</tr>"] if head else []
+        for name, *cells in self.rows:
+            values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            rows.append(f'<tr><th style="text-align:left">{escape(name)}</th>{values}</tr>')
+        return f"<table><caption>{escape(self.title)}</caption>{''.join(rows)}</table>"
+
+    def lines(self) -> list[str]:
+        """Names and values as lines."""
+        return [f"{name:<9} {' '.join(cells)}" for name, *cells in self.rows]
+
+
+class Shown:
+    """A result that shows itself: what derives from it says what there is to see.
+
+    `print` shows what the command prints.
+    """
+
+    def headline(self) -> str:
+        """What it is, in one short line."""
+        raise NotImplementedError
+
+    def sheet(self) -> Sheet:
+        """What it holds, in a few figures."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.headline()}>"
+
+    def __str__(self) -> str:
+        return "\n".join(self.sheet().lines())
+
+    def _repr_html_(self) -> str:
+        return self.sheet().html()

@@ -1,0 +1,71 @@
+"""What `prune` and `estimate` are asked: the options that both have, and the recipe that they make together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coprune.base.errors import BadInput
+from coprune.commands.options import method_options, recipe_options
+from coprune.recipe.flat import flatten, layered
+from coprune.recipe.presets import preset_settings
+from coprune.recipe.recipe import Recipe, make_recipe, read_settings
+
+METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""How typer is told to leave a method's own options to `recipe_asked`."""
+
+_OWN: dict[str, Any] = {
+    "model": Annotated[
+        str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)
+    ],
+    "model_option": Annotated[str | None, typer.Option("--model", help="The same, as an option.")],
+    "recipe": Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")],
+    "preset": Annotated[
+        str | None, typer.Option("--preset", help="fast, balanced or best: settings that belong together.")
+    ],
+    "use_variant": Annotated[
+        bool | None, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")
+    ],
+}
+
+
+def run_options() -> list[inspect.Parameter]:
+    """The options of a run: where its settings come from, and every setting."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _OWN.items()]
+    return [*own, *recipe_options()]
+
+
+def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
+    """The recipe that a preset, a file and what was typed make together; what comes later wins.
+
+    Args:
+        context: of the command, which holds the method's own options.
+        typed: the values of `run_options`; None for what was not typed.
+
+    Raises:
+        BadInput: there is no such preset, file, setting or option, or no model, or it makes no valid recipe.
+    """
+    settings = {name: value for name, value in typed.items() if value is not None and name not in _OWN}
+    if model := _one_model(typed["model"], typed["model_option"]):
+        settings["model"] = model
+    if typed["use_variant"]:
+        settings["use_variant"] = True
+    if options := method_options(context.args):
+        settings["options"] = options
+    from_preset = preset_settings(typed["preset"]) if typed["preset"] is not None else {}
+    from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
+    chosen = layered(from_preset, from_file, settings)
+    if "model" not in flatten(chosen):
+        raise BadInput("no model is named; for example: coprune prune smollm2-135m --dataset embedded.")
+    return make_recipe(chosen)
+
+
+def _one_model(model: str | None, model_option: str | None) -> str | None:
+    if model and model_option and model != model_option:
+        raise BadInput(f"two models are named: {model} and {model_option}.")
+    return model or model_option

@@ -1,0 +1,28 @@
+"""`coprune estimate`, which takes the options of `coprune prune`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from coprune.commands.asked import recipe_asked, run_options
+from coprune.commands.options import with_options
+
+
+@with_options(run_options())
+def estimate(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+    **typed: Any,
+) -> None:
+    """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
+    recipe = recipe_asked(context, typed)
+    from coprune.base.progress import Reporter
+    from coprune.run.stages import estimate_recipe
+
+    found = estimate_recipe(recipe, Reporter(quiet))
+    typer.echo(found.to_json() if as_json else found.line())
+    if not found.fits and not as_json:
+        typer.echo(f"It would not fit. {found.proposal}")

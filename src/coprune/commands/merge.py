@@ -1,0 +1,21 @@
+"""`coprune merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="The pruned model that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a masked adapter.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Merge a masked adapter into its pruned model; every zero stays one."""
+    from coprune.base.progress import Reporter
+    from coprune.training.run import merge_saved
+
+    typer.echo("\n".join(merge_saved(model, adapter, output, Reporter(quiet))))

@@ -1,0 +1,19 @@
+"""`coprune unpack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def unpack(
+    source: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the dense model.")],
+) -> None:
+    """Give back the dense folder that was packed, byte for byte."""
+    from coprune.packed.folder import unpack_folder
+
+    unpack_folder(source, target)
+    typer.echo(f"unpacked  {target}")

@@ -1,0 +1,55 @@
+"""What can be said about a measurement: settings of a recipe, by the names that fit where nothing is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from coprune.recipe.recipe import Recipe, make_recipe
+
+
+class Setting(NamedTuple):
+    """A setting of a measurement."""
+
+    word: str
+    """The recipe's word for it."""
+    description: str | None = None
+    """What it means here; None where it means what it does in a recipe."""
+
+
+SETTINGS: dict[str, Setting] = {
+    "data": Setting(
+        "eval_data",
+        "Texts, comma-separated: embedded,c4@seqlen=1024,a path … [wikitext2]; or images: digits, a folder …",
+    ),
+    "tasks": Setting("tasks", "Tasks of lm-eval, comma-separated, such as boolq,arc_easy."),
+    "zero_shot": Setting("eval_zero_shot", "The papers' seven tasks."),
+    "num_fewshot": Setting("num_fewshot"),
+    "include_path": Setting("include_path"),
+    "limit": Setting("limit"),
+    "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
+    "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
+    "tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
+    "images": Setting("eval_images", "Use only so many images of each set. [all]"),
+    "dtype": Setting("dtype"),
+    "device": Setting("device"),
+    "cache_dir": Setting("cache_dir"),
+}
+"""By name; the names of a command's options are made from these."""
+
+
+def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe that measures a model, on WikiText-2 unless a text or a task is named.
+
+    Args:
+        model: as in a recipe.
+        settings: those of SETTINGS, or others of a recipe.
+
+    Raises:
+        BadInput: a setting is unknown, or has a value that it cannot have.
+    """
+    named = {(SETTINGS[name].word if name in SETTINGS else name): value for name, value in settings.items()}
+    recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
+    if recipe.evaluation.data is None and not recipe.evaluation.runs_tasks:
+        return recipe.replaced(eval_data="wikitext2")
+    return recipe
