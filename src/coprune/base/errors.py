@@ -28,7 +28,7 @@ class CopruneError(Exception):
         cause: what is wrong, as words without a final full stop.
         field: the setting that it is about, by its flat name; None where it is about none, or several.
         value: what that setting was; None where it was not given.
-        fix: what to do about it, as words; where they begin with a capital letter, they are a sentence of their own.
+        fix: what to do about it, likewise; where it begins with a capital letter, it is a sentence of its own.
     """
 
     def __init__(
@@ -51,6 +51,11 @@ class CopruneError(Exception):
             return _ended(cause)
         fix = say(self.fix, face)
         return _ended(f"{cause.removesuffix('.')}{'.' if fix[:1].isupper() else ';'} {fix}")
+
+    def advised(self, fix: Words) -> Self:
+        """The same error with one more thing to do about it."""
+        more = fix if self.fix is None else (*parts_of(self.fix), ". ", *parts_of(fix))
+        return type(self)(self.cause, field=self.field, value=self.value, fix=more)
 
     def within(self, place: str) -> Self:
         """The same error with the place in front where it came about: a run, a file, a matrix."""

@@ -139,5 +139,5 @@ def _heard() -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LostProcess(
             f"another process of this run ended or did not answer ({reason[:200]})",
-            fix="Its own message says why; the same command goes on after the last finished block.",
+            fix="Its own message says why; the same command goes on after the last finished block",
         ) from error

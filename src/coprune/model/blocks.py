@@ -33,13 +33,15 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     lists = {name: module for name, module in model.named_modules() if _is_list(module)}
     if not lists:
-        raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList): nothing to walk.")
+        raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList): nothing to walk")
     # Of equally large lists the outer one: a list of experts inside the only block is not the list of blocks.
     name = max(lists, key=lambda path: (count_parameters(lists[path]), -path.count(".")))
     others = [path for path in lists if not path.startswith(f"{name}.") and path != name]
     rest = max((count_parameters(lists[path]) for path in others if not name.startswith(f"{path}.")), default=0)
     if rest * 2 > count_parameters(lists[name]):
-        raise UnsupportedModel(f"the model has more than one long list of blocks beside {name!r}; coprune walks one.")
+        raise UnsupportedModel(
+            f"the model has more than one long list of blocks beside {name!r}, and coprune walks one"
+        )
     return [Block(i, path, module) for i, (path, module) in enumerate(_blocks_of(name, lists[name]))]
 
 

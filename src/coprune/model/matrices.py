@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Command, Setting
 from coprune.model.blocks import Block
 
 
@@ -152,7 +153,9 @@ def choose_matrices(
     found = [list(find_matrices(block.module, block.name)) for block in blocks]
     inside = {matrix.name for matrices in found for matrix in matrices}
     rest = [matrix for matrix in find_matrices(model) if matrix.name not in inside]
-    _check_patterns([*include, *exclude], [*sorted(inside), *(matrix.name for matrix in rest)])
+    names = [*sorted(inside), *(matrix.name for matrix in rest)]
+    _check_patterns("include", include, names)
+    _check_patterns("exclude", exclude, names)
 
     def wanted(matrix: Matrix, special: bool) -> bool:
         hits = [pattern for pattern in include if _matches(matrix.name, pattern)]
@@ -169,18 +172,25 @@ def choose_matrices(
         if any(
             m.weight is getattr(matrix.owner, matrix.attribute) for m in model.modules() if isinstance(m, nn.Embedding)
         ):
-            raise BadInput(f"{matrix.name} shares its weights with the embeddings, which pruning it would change too.")
+            raise BadInput(
+                f"{matrix.name} shares its weights with the embeddings, which pruning it would change too",
+                field="include",
+                value=tuple(include),
+            )
     if not any(True for _ in chosen.all()):
-        raise BadInput("no matrix is left to prune: loosen --include or --exclude.")
+        loosen = ("loosen ", Setting("include"), " or ", Setting("exclude"))
+        raise BadInput("no matrix is left to prune", field="exclude", value=tuple(exclude), fix=loosen)
     return chosen
 
 
-def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise BadInput(
-                f"the pattern {pattern!r} matches none of the {len(names)} matrices; names look like {names[0]!r} "
-                "(see them all with: coprune inspect MODEL)."
+                f"the pattern {pattern!r} matches none of the {len(names)} matrices",
+                field=field,
+                value=pattern,
+                fix=(f"names look like {names[0]!r}, and ", Command("inspect", "MODEL"), " lists them all"),
             )
 
 

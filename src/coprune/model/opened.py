@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
+from coprune.base.words import Set
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
@@ -81,7 +82,10 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"the device {name!r} cannot be used here ({reason}); try --device auto or cpu.") from None
+        fix = ("try ", Set("device", "auto"), " or ", Set("device", "cpu"))
+        raise BadInput(
+            f"the device {name!r} cannot be used here ({reason})", field="device", value=name, fix=fix
+        ) from None
     return device
 
 
@@ -115,8 +119,15 @@ def _require_room(check: bool, location: ModelFolder, parts: int) -> None:
     available = available_bytes()
     needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
     if check and available is not None and needed > available:
-        hint = "stream it from the disk (--stream; in Python stream=True)" if parts == 1 else "use a larger machine"
+        larger = ("use a larger machine",)
         raise BadInput(
-            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory at a time, and {available / GIB:.1f} are "
-            f"there; {hint}. --no-check-memory tries it all the same."
+            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory at a time, and {available / GIB:.1f} "
+            "are there",
+            field="model",
+            value=location.name,
+            fix=(
+                *(("read them block by block with ", Set("stream", True)) if parts == 1 else larger),
+                ", or try it all the same with ",
+                Set("check_memory", False),
+            ),
         )

@@ -43,7 +43,7 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
         saved.acquire(block.name)
         for matrix in find_matrices(block.module, block.name):
             if matrix.name in checksums and matrix.mask_checksum() != checksums[matrix.name]:
-                raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made.")
+                raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
         saved.release(block.name)
     if not isinstance(model.weights, InMemory):
         # The run's own last files became this folder, so there are no other weights to compute logits from.
@@ -56,7 +56,7 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     tolerance = 32 * torch.finfo(torch.float32).eps if model.module.dtype == torch.float32 else 2e-2
     if not worst <= tolerance * float(before.abs().max()):
         raise VerificationError(
-            f"the logits of the model in {folder} differ from the pruned model's by up to {worst:g}."
+            f"the logits of the model in {folder} differ from the pruned model's by up to {worst:g}"
         )
 
 

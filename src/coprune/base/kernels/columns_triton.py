@@ -15,6 +15,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from coprune.base.errors import BadInput
 from coprune.base.kernels.columns import ColumnBlock
+from coprune.base.words import Set
 
 ROWS = 32
 
@@ -73,7 +74,8 @@ def walk_columns(block: ColumnBlock) -> None:
     n, group = n_of_m or (1, 1)
     if group & (group - 1):
         raise BadInput(
-            f"the Triton loop takes groups of a power of two, which {n}:{group} has not; use inner_loop torch."
+            f"the Triton loop takes groups of a power of two, which {n}:{group} has not",
+            fix=("use ", Set("inner_loop", "torch")),
         )
     _update[(triton.cdiv(rows, ROWS),)](
         columns, keep.view(torch.uint8), errors, unit, pivots, rows, size, *unit.stride(),

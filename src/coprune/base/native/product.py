@@ -72,7 +72,7 @@ class NativeMatrix:
         self.call = library.coprune_multiply
         counted = library.coprune_count(start + places.pattern_at, self.rows, self.columns, self.starts.data_ptr())
         if counted != places.kept:
-            raise BadInput("damaged packed matrix: the bitmask and the number of values disagree.")
+            raise BadInput("damaged packed matrix: the bitmask and the number of values disagree")
 
     def multiply(self, x: Tensor, batch: int) -> Tensor:
         """… × I to … × O in the kernel. x: contiguous, of the weights' dtype, `batch` rows in all."""

@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.words import Set
 
 # Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
 _TENSOR_PARALLEL: dict[str, Any] = (
@@ -69,8 +70,8 @@ class Conversion:
         self._used = [entry for entry in self._mapping if entry.was_used()]
         if missing and not any(len(entry.target_patterns) > 1 for entry in self._used):
             raise BadInput(
-                f"the checkpoint lacks {len(missing)} weights of the model, first {min(missing)}; is it complete, and "
-                "a causal language model?"
+                f"the checkpoint lacks {len(missing)} weights of the model, first {min(missing)}",
+                fix="is it complete, and a causal language model?",
             )
 
     def _group(self, names: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
@@ -137,7 +138,8 @@ class Conversion:
             if back is None:
                 raise UnsupportedModel(
                     f"transformers does not lead {min(found)} back to the checkpoint's {min(wanted)}, so the model "
-                    "cannot be saved in the layout it came in; load it in memory instead of streaming it."
+                    "cannot be saved in the layout it came in",
+                    fix=("load it whole with ", Set("stream", False)),
                 )
             reverted |= back
         return reverted
@@ -180,6 +182,6 @@ def _convert_into(
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **_TENSOR_PARALLEL)
     if info.mismatched_keys:
         name, found, expected = min(info.mismatched_keys)
-        raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}.")
+        raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}")
     for name, reason in info.conversion_errors.items():
         raise BadInput(f"{name} cannot be converted from the checkpoint: {reason.strip().splitlines()[-1]}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.words import Set
 from coprune.model.checkpoint.conversion import Conversion, Group
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import (
@@ -211,17 +212,15 @@ class LazyCheckpoint:
     def _require_real(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.is_meta]
         if missing:
-            raise BadInput(
-                f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)."
-            )
+            raise BadInput(f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)")
 
     def _refuse_shared(self, prefix: str) -> None:
         inside = {id(parameter) for parameter in self._model.get_submodule(prefix).parameters()}
         for name, parameter in self._named_parameters():
             if id(parameter) in inside and not is_below(name, prefix):
                 raise UnsupportedModel(
-                    f"{prefix} shares {name} with another part of the model, so it cannot be streamed; load the model "
-                    "in memory instead."
+                    f"{prefix} shares {name} with another part of the model, so it cannot be streamed",
+                    fix=("load it whole with ", Set("stream", False)),
                 )
 
 

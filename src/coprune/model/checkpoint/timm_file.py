@@ -30,15 +30,17 @@ def folder_of_timm_file(name: str, cache_dir: Path | None = None) -> Path:
     architecture, _, written = name.removeprefix("timm/").partition("@")
     file = expand_home(written)
     if importlib.util.find_spec("timm") is None:
-        raise BadInput(f"{name} needs timm: pip install 'coprune[images]'.")
+        raise BadInput(f"{name} needs timm", field="model", value=name, fix="pip install 'coprune[images]'")
     from timm.models import is_model
 
     if not is_model(architecture):
-        raise BadInput(f"timm has no model {architecture!r}; `python -c 'import timm; print(timm.list_models())'`.")
+        lists = "list its models with `python -c 'import timm; print(timm.list_models())'`"
+        raise BadInput(f"timm has no model {architecture!r}", field="model", value=name, fix=lists)
     if not file.is_file():
-        raise BadInput(f"there is no file {file}.")
+        raise BadInput(f"there is no file {file}", field="model", value=name)
     if file.suffix not in WEIGHT_FILES:
-        raise BadInput(f"{file} is no file of weights; its name should end in {', '.join(WEIGHT_FILES)}.")
+        ends = f"its name should end in {', '.join(WEIGHT_FILES)}"
+        raise BadInput(f"{file} is no file of weights", field="model", value=name, fix=ends)
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = (cache_dir or user_cache()) / "timm-files" / f"{architecture}-{content}"

@@ -78,8 +78,8 @@ class CheckpointWriter:
             write_text(manifest, json.dumps(self._parts))
         elif read_json_list(manifest) != self._parts:
             raise BadInput(
-                f"{self.partial} holds the unfinished checkpoint of another model; finish that run, remove the folder, "
-                "or choose another name."
+                f"{self.partial} holds the unfinished checkpoint of another model",
+                fix="finish that run, remove the folder, or choose another name",
             )
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
@@ -94,7 +94,7 @@ class CheckpointWriter:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise BadInput(
-                f"another run is writing {self.folder} at this moment; wait for its end, or choose another name."
+                f"another run is writing {self.folder} at this moment", fix="wait for its end, or choose another name"
             ) from None
         except OSError:
             return  # a file system that has no locks
@@ -108,8 +108,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise BadInput(
-                f"writing {self.folder} takes {needed:,} bytes and its disk has {free:,} free; free some space or "
-                "choose another disk."
+                f"writing {self.folder} takes {needed:,} bytes and its disk has {free:,} free",
+                fix="free some space or choose another disk",
             )
 
     def file(self, part: str) -> Path:
@@ -258,7 +258,7 @@ def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: En
 def refuse_occupied(folder: Path) -> None:
     """Raise BadInput if a folder that is to be written already holds something."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise BadInput(f"{folder} already exists; remove it or choose another name. Nothing was overwritten.")
+        raise BadInput(f"{folder} already exists", fix="remove it or choose another name. Nothing was overwritten")
 
 
 def read_json_list(file: Path) -> list[Any] | None:

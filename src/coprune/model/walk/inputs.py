@@ -77,7 +77,7 @@ class Gathered:
         try:
             self._of(leader, x.shape[-1], x.device).update(x, self.dense.get(leader))
         except NumericalError as error:
-            raise NumericalError(f"{matrix.name}, calibration batch {batch}: {error}.") from error
+            raise error.within(f"{matrix.name}, calibration batch {batch}") from error
 
     def _of(self, leader: str, width: int, device: torch.device) -> Inputs:
         if leader not in self._inputs:

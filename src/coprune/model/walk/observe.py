@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coprune.base.errors import UnsupportedModel
+from coprune.base.words import Set
 from coprune.model.matrices import Matrix
 
 # Each product: position of the input and of the weight among the arguments, and the weight's input dimension.
@@ -80,7 +81,10 @@ class Observe(TorchFunctionMode):
         as_stored = weight.shape == stored.shape and weight.stride() == stored.stride()
         input_dim = positions[2] if as_stored else 1 - positions[2]
         if input_dim != matrix.input_dim:
-            raise UnsupportedModel(f"{matrix.name} is multiplied along its outputs; leave it out with --exclude.")
+            raise UnsupportedModel(
+                f"{matrix.name} is multiplied along its outputs",
+                fix=("leave it out with ", Set("exclude", matrix.name)),
+            )
         self._on_product(matrix, x)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError, UnsupportedModel
+from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
 from coprune.model.walk.arguments import same_value
@@ -65,21 +66,21 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     def watch(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if block.index != len(calls):
-                raise UnsupportedModel(f"{block.name} runs out of order or twice; coprune walks blocks once, in order.")
+                raise UnsupportedModel(
+                    f"{block.name} runs out of order or twice, and coprune walks blocks once, in order"
+                )
             hidden, call = split_call(args, kwargs)
             if replayed and not _close(hidden, replayed[-1]):
-                raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}.")
+                raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}")
             calls.append(call)
             weights.acquire(block.name)
             output = _observe_block(forwards[block.index], args, kwargs, matrices[block.index], structure)
             again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
             weights.release(block.name)
             if not bool(torch.isfinite(hidden_of(output)).all()):
-                raise NumericalError(f"{block.name} of the dense model gives NaN or infinite activations.")
+                raise NumericalError(f"{block.name} of the dense model gives NaN or infinite activations")
             if not _close(hidden_of(output), again):
-                raise UnsupportedModel(
-                    f"{block.name} replayed from its recorded call differs from the model's forward."
-                )
+                raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
             replayed[:] = [again]
             structure.answers.append(Answer.of(output, hidden))
             return output
@@ -93,11 +94,11 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         if not same_value((real.args, real.kwargs), (idle.args, idle.kwargs)):
             raise UnsupportedModel(
                 f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
-                "shared between layers); coprune cannot prune this model block by block."
+                "shared between layers), so coprune cannot prune this model block by block"
             )
     after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
     if not _close(after, logits):
-        raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward.")
+        raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
     return ProvenModel(found.weights, found.blocks, found.chosen, structure)
 
 
@@ -114,8 +115,8 @@ def _observe_block(
     for matrix in products.unseen:
         if matrix.expert is None:
             raise UnsupportedModel(
-                f"{matrix.name} takes part in no product that coprune can observe; leave it out with "
-                f"--exclude '{matrix.name}'."
+                f"{matrix.name} takes part in no product that coprune can observe",
+                fix=("leave it out with ", Set("exclude", matrix.name)),
             )
     # An expert that this sample was not routed to is a group of its own.
     structure.groups.append([*products.groups, *([matrix] for matrix in products.unseen)])

@@ -71,7 +71,7 @@ def hidden_of(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output:
         output = output[0]
     if not isinstance(output, Tensor):
-        raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states.")
+        raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states")
     return output
 
 
@@ -107,7 +107,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, B
     if isinstance(kwargs.get("hidden_states"), Tensor):
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         return kwargs["hidden_states"], BlockCall(args, rest, "hidden_states")
-    raise UnsupportedModel("a block is called without hidden states as its first argument.")
+    raise UnsupportedModel("a block is called without hidden states as its first argument")
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def run_without_blocks(
     with replaced_forwards(blocks, record), suppress(Finished):
         forward_logits(model, batch)
     if len(calls) != len(blocks):
-        raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks.")
+        raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks")
     return first[0], calls
 
 

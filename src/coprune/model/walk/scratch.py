@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from coprune.base.errors import CopruneError
+from coprune.base.words import Setting
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -48,10 +49,10 @@ class ScratchFile:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            folder = self._folder or tempfile.gettempdir()
+            folder, keep = self._folder or tempfile.gettempdir(), Setting("activation_memory")
             raise CopruneError(
-                f"the disk is full: the calibration activations do not fit {folder}. Free some space, use fewer samples, or "
-                "allow more of them in memory (--activation-memory)."
+                f"the disk is full: the calibration activations do not fit {folder}",
+                fix=("free some space, use fewer samples, or keep more of them in memory with ", keep),
             ) from error
 
     def read_into(self, start: int, raw: Buffer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
 from coprune.base.processes import ALONE, Processes
+from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Gathered, Inputs
@@ -114,8 +115,8 @@ class Walk:
         reused = self.model.structure.reused if isinstance(self.model, ProvenModel) else []
         if isinstance(self.moves, Sequential) and reused:
             raise UnsupportedModel(
-                f"{reused[0]} is used more than once in a forward, so there is no moment just before its "
-                "use; take --propagation block."
+                f"{reused[0]} is used more than once in a forward, so there is no moment just before its use",
+                fix=("take ", Set("propagation", "block")),
             )
 
     def _pass(self, block: Block) -> None:
