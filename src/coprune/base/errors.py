@@ -15,7 +15,8 @@ on the command line.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from coprune.base.words import Face, Words, parts_of, say
@@ -85,6 +86,17 @@ class BrokenMask(CopruneError):
 
 class LostProcess(CopruneError):
     """Another process of the run is gone, or does not answer."""
+
+
+@contextmanager
+def about(field: str, value: object) -> Iterator[None]:
+    """Say which setting a BadInput came from, where it does not say so itself."""
+    try:
+        yield
+    except BadInput as error:
+        if error.field is None:
+            error.field, error.value = field, value
+        raise
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None = None) -> BadInput:

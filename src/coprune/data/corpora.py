@@ -77,7 +77,9 @@ def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | D
     if name in EMBEDDED:
         return EMBEDDED[name]()
     if name in EMBEDDED_EVALUATION:
-        raise BadInput(f"the corpus {name!r} is for evaluation only; calibrate on 'embedded' or on a file of your own.")
+        raise BadInput(
+            f"the corpus {name!r} is for evaluation only", fix="calibrate on 'embedded' or on a file of your own"
+        )
     if name in HUB_CORPORA or not looks_local(name):
         corpus = _hub_corpus(name)
         return corpus.read(corpus.calibration, cache_dir)
@@ -111,8 +113,8 @@ def _hub_corpus(name: str) -> HubCorpus:
         return HUB_CORPORA[name]
     match = _HUB_ID.fullmatch(name)
     if match is None:
-        error = unknown_name("corpus", name, CORPORA)
-        raise BadInput(f"{error} Or give a dataset of the Hub as owner/name[:config][:column]. {LOCAL_FILE_HINT}")
+        other = f"Or give a dataset of the Hub as owner/name[:config][:column]. {LOCAL_FILE_HINT}"
+        raise unknown_name("corpus", name, CORPORA).advised(other)
     return HubCorpus(
         match["dataset"],
         match["config"] or None,

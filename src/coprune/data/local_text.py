@@ -49,10 +49,10 @@ def looks_local(name: str) -> bool:
 def files_of(path: Path) -> list[Path]:
     """List the readable files of a folder (recursively, hidden ones left out), or the one file."""
     if not path.exists():
-        raise BadInput(f"there is no file or folder {str(path)!r}. {LOCAL_FILE_HINT}")
+        raise BadInput(f"there is no file or folder {str(path)!r}", fix=LOCAL_FILE_HINT)
     if path.is_file():
         if _ending(path) not in READERS:
-            raise BadInput(f"{path} has an ending that cannot be read as text; known: {', '.join(READERS)}.")
+            raise BadInput(f"{path} has an ending that cannot be read as text", fix=f"Known: {', '.join(READERS)}")
         return [path]
     files = sorted(
         file
@@ -62,7 +62,7 @@ def files_of(path: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
-        raise BadInput(f"the folder {path} holds no file to read; known endings: {', '.join(READERS)}.")
+        raise BadInput(f"the folder {path} holds no file to read", fix=f"Known endings: {', '.join(READERS)}")
     return files
 
 
@@ -73,7 +73,7 @@ def _ending(path: Path) -> str:
 
 def _read(file: Path, column: str | None) -> list[str]:
     if column is not None and _ending(file).startswith(".txt"):
-        raise BadInput(f"{file} is plain text and has no columns; leave out ':{column}'.")
+        raise BadInput(f"{file} is plain text and has no columns", fix=f"leave out ':{column}'")
     try:
         return READERS[_ending(file)](file, column)
     except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
@@ -104,12 +104,12 @@ def _read_jsonl(file: Path, column: str | None) -> list[str]:
 
 def _texts_of_rows(rows: Any, column: str | None, source: str) -> list[str]:
     if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
-        raise BadInput(f"{source} must hold rows that are JSON objects or strings.")
+        raise BadInput(f"{source} must hold rows that are JSON objects or strings")
     objects = [row for row in rows if isinstance(row, dict)]
     if not objects:
         return rows
     if len(objects) < len(rows):
-        raise BadInput(f"{source} mixes objects and strings; its rows must be of one kind.")
+        raise BadInput(f"{source} mixes objects and strings, and its rows must be of one kind")
     names = dict.fromkeys(name for row in objects for name in row)
     # A row may lack the text or hold null there; it then adds nothing.
     columns = {name: all(isinstance(row.get(name) or "", str) for row in objects) for name in names}

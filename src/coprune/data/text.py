@@ -7,7 +7,7 @@ from typing import NamedTuple
 from coprune.base.errors import BadInput
 
 LOCAL_FILE_HINT = (
-    "To use text of your own, give the path of a .txt, .jsonl, .json or .parquet file or of a folder of such files."
+    "To use text of your own, give the path of a .txt, .jsonl, .json or .parquet file or of a folder of such files"
 )
 
 
@@ -35,7 +35,7 @@ def join(texts: list[str], separator: str, source: str, most_windows: int | None
     """
     text = separator.join(texts)
     if not text or text.isspace():
-        raise BadInput(f"{source} holds no text. {LOCAL_FILE_HINT}")
+        raise BadInput(f"{source} holds no text", fix=LOCAL_FILE_HINT)
     return JoinedText(text, source, most_windows)
 
 
@@ -48,7 +48,7 @@ def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str
     found = f"its columns of text are: {', '.join(map(repr, strings)) or 'none'}"
     if wanted is not None:
         if wanted not in strings:
-            raise BadInput(f"{source} has no text column {wanted!r}; {found}.")
+            raise BadInput(f"{source} has no text column {wanted!r}: {found}")
         return wanted
     for usual in ("text", "sentence", "content", "document"):
         if usual in strings:
@@ -56,6 +56,6 @@ def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str
     if len(strings) == 1:
         return strings[0]
     raise BadInput(
-        f"{source} has no column named 'text' and no single column of strings; {found}. "
-        "Name it: path:column for a file, owner/name::column for a dataset of the Hub."
+        f"{source} has no column named 'text' and no single column of strings: {found}",
+        fix="name it, as in path:column for a file or owner/name::column for a dataset of the Hub",
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.text import LOCAL_FILE_HINT, Documents
 
@@ -63,7 +64,9 @@ def calibration_windows(
     Raises BadInput for sizes that make no sense, a corpus that cannot be read, or too little text for one sample.
     """
     if nsamples < 1:
-        raise BadInput(f"the number of calibration samples must be at least 1, not {nsamples}.")
+        raise BadInput(
+            f"the number of calibration samples must be at least 1, not {nsamples}", field="nsamples", value=nsamples
+        )
     _require_seqlen(seqlen)
     text = calibration_text(name, cache_dir)
     if isinstance(text, Documents):
@@ -90,7 +93,7 @@ def evaluation_tokens(
     """
     _require_seqlen(seqlen)
     if limit_tokens is not None and limit_tokens < seqlen:
-        raise BadInput(f"a limit of {limit_tokens} tokens is less than one window of {seqlen}; raise it.")
+        raise BadInput(f"a limit of {limit_tokens} tokens is less than one window of {seqlen}", fix="raise it")
     text = evaluation_text(name, cache_dir)
     tokens, sizes = tokens_and_bytes(tokenizer, text.text)
     limits = [limit for limit in (limit_tokens, text.most_windows and text.most_windows * seqlen) if limit]
@@ -134,8 +137,8 @@ def draw_from_documents(
         if len(drawn) == len(documents):
             raise BadInput(
                 f"only {len(windows)} of the {len(documents)} documents read from {source} are longer than {seqlen} "
-                f"tokens, fewer than the {nsamples} samples asked for. Ask for fewer or shorter samples. "
-                f"{LOCAL_FILE_HINT}"
+                f"tokens, fewer than the {nsamples} samples asked for",
+                fix=("ask for fewer samples with ", Setting("nsamples"), " or shorter ones with ", Setting("seqlen")),
             )
         index = generator.randint(0, len(documents) - 1)
         if index in drawn:
@@ -186,12 +189,16 @@ def fingerprint(tokens: Tensor) -> str:
 
 def _require_seqlen(seqlen: int) -> None:
     if seqlen < 2:
-        raise BadInput(f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict.")
+        raise BadInput(
+            f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict",
+            field="seqlen",
+            value=seqlen,
+        )
 
 
 def _require_length(tokens: int, needed: int, source: str) -> None:
     if tokens < needed:
         raise BadInput(
-            f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}. Use a shorter sequence "
-            f"length or more text. {LOCAL_FILE_HINT}"
+            f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}",
+            fix=("take more text, or shorter samples with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Setting
 from coprune.model.walk.record import forward_logits, input_device
 
 Logits = Callable[[Tensor], Tensor]
@@ -26,10 +27,17 @@ def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
     Raises BadInput if there is not one whole window, or seqlen leaves nothing to predict.
     """
     if seqlen < 2:
-        raise BadInput(f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict.")
+        raise BadInput(
+            f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict",
+            field="seqlen",
+            value=seqlen,
+        )
     windows = tokens.numel() // seqlen
     if windows == 0:
-        raise BadInput(f"the text has {tokens.numel()} tokens, less than one window of {seqlen}; use a shorter one.")
+        raise BadInput(
+            f"the text has {tokens.numel()} tokens, less than one window of {seqlen}",
+            fix=("use a shorter one with ", Setting("seqlen")),
+        )
     return tokens[: windows * seqlen].view(windows, seqlen)
 
 
@@ -41,7 +49,7 @@ def default_batch_size(seqlen: int, vocabulary: int) -> int:
 def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Yield batches of windows. Raises BadInput for a batch size below 1."""
     if batch_size < 1:
-        raise BadInput(f"the batch size must be at least 1, not {batch_size}.")
+        raise BadInput(f"the batch size must be at least 1, not {batch_size}", field="batch_size", value=batch_size)
     yield from torch.split(windows, batch_size)
 
 

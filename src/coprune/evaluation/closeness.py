@@ -63,7 +63,9 @@ def closeness(
     if pruned.config.get_text_config().vocab_size != vocabulary:
         raise BadInput(
             f"the models have {vocabulary} and {pruned.config.get_text_config().vocab_size} tokens in their "
-            "vocabularies, so their distributions cannot be compared; give a dense model of the same family."
+            "vocabularies, so their distributions cannot be compared",
+            field="against",
+            fix="give a dense model of the same family",
         )
     windows = cut_windows(tokens, seqlen)
     if batch_size is None:
@@ -103,7 +105,7 @@ def aggregate_closeness(compared: list[LogitComparison], seqlen: int) -> Closene
     kl = torch.cat([comparison.kl for comparison in compared])
     agreement = torch.cat([comparison.top1_agreement for comparison in compared])
     if bool(kl.isnan().any()):
-        raise NumericalError(f"the models' outputs are NaN in {int(kl.isnan().sum())} of {len(kl)} evaluation windows.")
+        raise NumericalError(f"the models' outputs are NaN in {int(kl.isnan().sum())} of {len(kl)} evaluation windows")
     return Closeness(
         # Rounding can bring the divergence of equal distributions below its true minimum.
         kl=max(0.0, float(kl.mean())),

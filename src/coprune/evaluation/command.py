@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.words import Setting
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.evaluation import AccuracyResult, Evaluation, PerplexityResult
-from coprune.evaluation.extras import Extras
+from coprune.evaluation.extras import Extras, nothing_to_measure
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.zero_shot import Estimate
 from coprune.recipe.recipe import Recipe
@@ -18,9 +19,14 @@ def evaluate_model(recipe: Recipe, reporter: Reporter, against: str | None = Non
     against: a model to compare next-token distributions with, on the same texts. Raises BadInput.
     """
     if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
-        raise BadInput("nothing is asked for; for example --data embedded, --data wikitext2,my.txt, or --tasks piqa.")
+        raise nothing_to_measure()
     if against is not None and not recipe.evaluation.data:
-        raise BadInput("closeness to another model is measured on text; name one with --data.")
+        raise BadInput(
+            "closeness to another model is measured on text",
+            field="against",
+            value=against,
+            fix=("name a text with ", Setting("data")),
+        )
     tasks = Extras.prepare(recipe).tasks
     cache = EvaluationCache(None)
     dense = None if against is None else Subject(recipe.replaced(model=against), cache, reporter, None)

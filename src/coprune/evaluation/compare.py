@@ -17,7 +17,7 @@ from coprune.base.progress import Reporter
 from coprune.evaluation.batches import bootstrap_interval
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.evaluation import AccuracyResult, Evaluation, Interval, PerplexityResult
-from coprune.evaluation.extras import Extras
+from coprune.evaluation.extras import Extras, nothing_to_measure
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.zero_shot import ZeroShotFacts, compare_zero_shot
 from coprune.recipe.recipe import Recipe
@@ -88,9 +88,11 @@ def compare_models(
     holds is not measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
     """
     if len(models) < 2:
-        raise BadInput("a comparison needs two models or more; the first is the baseline.")
+        raise BadInput(
+            "a comparison needs two models or more, of which the first is the baseline", field="models", value=models
+        )
     if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
-        raise BadInput("nothing is asked for; for example --data embedded, or --tasks piqa.")
+        raise nothing_to_measure()
     found = [recipe.replaced(model=model_of(name)) for name in models]
     tasks = Extras.prepare(recipe).tasks
     subjects = [Subject(one, cache, reporter, tasks) for one in found]
@@ -110,7 +112,7 @@ def require_one_task(subjects: Sequence[Subject]) -> None:
     for subject in subjects[1:]:
         if subject.classifies != subjects[0].classifies:
             one, other = (subject, subjects[0]) if subject.classifies else (subjects[0], subject)
-            raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare.")
+            raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare")
 
 
 def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
@@ -161,7 +163,7 @@ def perplexity_change(before: PerplexityResult, after: PerplexityResult) -> Perp
 def accuracy_change(before: AccuracyResult, after: AccuracyResult) -> AccuracyChange:
     """Compare two accuracies image by image. Raises BadInput if they are not of the same number of images."""
     if before.images != after.images:
-        raise BadInput(f"{after.data} had {before.images} images and then {after.images}; measure both again.")
+        raise BadInput(f"{after.data} had {before.images} images and then {after.images}", fix="measure both again")
     first, second = (torch.tensor([found.labels, found.predicted]) for found in (before, after))
     gained = (second[0] == second[1]).to(torch.float64) - (first[0] == first[1]).to(torch.float64)
     same = float((first[1] == second[1]).to(torch.float64).mean()) if torch.equal(first[0], second[0]) else None

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.words import Command, Set
 from coprune.evaluation.sample import continue_text
 from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, ZeroShotSettings, compare_zero_shot
 from coprune.model.checkpoint.weights import InMemory
@@ -46,7 +47,10 @@ class Extras:
             return cls(recipe, None)
         if processes > 1:
             raise BadInput(
-                "zero-shot tasks run in one process; leave them out, save the model, and use: coprune eval FOLDER --tasks …"
+                "zero-shot tasks run in one process",
+                field="tasks",
+                value=recipe.evaluation.tasks,
+                fix=("leave them out, save the model, and run: ", Command("evaluate", "FOLDER", Set("tasks", ...))),
             )
         from coprune.evaluation.harness_tasks import find_tasks
 
@@ -82,6 +86,12 @@ class Extras:
             return None
         prompt = self.recipe.evaluation.prompt
         return TextSample(prompt=prompt, dense=self.texts.get("dense"), pruned=self.texts["pruned"])
+
+
+def nothing_to_measure() -> BadInput:
+    """What to tell where neither texts nor tasks are named."""
+    fix = ("name texts, as in ", Set("data", "embedded"), ", or tasks, as in ", Set("tasks", "piqa"))
+    return BadInput("there is nothing to measure", field="data", fix=fix)
 
 
 def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:

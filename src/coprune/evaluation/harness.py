@@ -61,7 +61,7 @@ def zero_shot(
                 fewshot_as_multiturn=False,
             )
         except ValueError as error:  # too few few-shot examples, unsafe code, multimodal tasks
-            raise BadInput(f"the tasks cannot be run: {one_line(error)}.") from error
+            raise BadInput(f"the tasks cannot be run: {one_line(error)}", field="tasks") from error
     return ZeroShot(
         tasks=tuple(_scores(name, results) for name in tasks["tasks"]),
         groups={name: _estimates(results["results"][name]) for name in tasks.get("groups", {})},

@@ -20,12 +20,14 @@ import numpy as np
 import torch
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Set, Setting, parts_of
 from coprune.data.hub import require_dataset
 from coprune.evaluation.zero_shot import ZeroShotSettings
 
 LOCAL_TASKS_HINT = (
-    "To use files on this machine, write a task definition that names them and give its folder with --include-path; "
-    "docs/tasks holds such definitions of the usual tasks."
+    "To use files on this machine, write a task definition that names them and give its folder with ",
+    Setting("include_path"),
+    "; docs/tasks holds such definitions of the usual tasks",
 )
 # Dataset builders that read files, where the Hub has no say.
 _FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
@@ -39,11 +41,18 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
     Raises BadInput if lm-eval is missing, a name is unknown, a number makes no sense, or data are out of reach.
     """
     if settings.num_fewshot < 0 or (settings.limit is not None and settings.limit < 1):
-        raise BadInput("the number of few-shot examples must not be negative, and a limit must be at least 1.")
+        raise BadInput(
+            "the number of few-shot examples must not be negative, and a limit must be at least 1", field="num_fewshot"
+        )
     if settings.include_path is not None and not settings.include_path.is_dir():
-        raise BadInput(f"{settings.include_path} is no folder; --include-path takes one with task definitions (YAML).")
+        raise BadInput(
+            f"{settings.include_path} is no folder",
+            field="include_path",
+            value=settings.include_path,
+            fix=("give a folder of task definitions (YAML) with ", Setting("include_path")),
+        )
     if not settings.tasks:
-        raise BadInput("no task is named; for example --tasks boolq,arc_easy.")
+        raise BadInput("no task is named", field="tasks", fix=("name some, as in ", Set("tasks", "boolq,arc_easy")))
     manager = _manager(settings)
     with isolated():
         for name in settings.tasks:
@@ -54,7 +63,12 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
         except BadInput:
             raise
         except Exception as error:  # a definition is code and data of its own: whatever it raises
-            raise BadInput(f"a task cannot be loaded: {one_line(error)}. {LOCAL_TASKS_HINT}") from error
+            raise BadInput(
+                f"a task cannot be loaded: {one_line(error)}",
+                field="tasks",
+                value=",".join(settings.tasks),
+                fix=LOCAL_TASKS_HINT,
+            ) from error
     return loaded
 
 
@@ -73,7 +87,7 @@ def _manager(settings: ZeroShotSettings) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise BadInput("zero-shot tasks need lm-eval: pip install 'coprune[eval]'.") from error
+        raise BadInput("zero-shot tasks need lm-eval", field="tasks", fix="pip install 'coprune[eval]'") from error
     with isolated():
         if settings.include_path is None:
             return _upstream_tasks()
@@ -95,8 +109,9 @@ def _require_known(name: str, manager: Any) -> None:
     if name in manager.all_tasks or Path(name).is_file():
         return
     near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise BadInput(f"lm-eval knows no task {name!r}{hint} It lists its own with: lm-eval ls tasks.")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    fix = f"{hint}It lists its own with: lm-eval ls tasks"
+    raise BadInput(f"lm-eval knows no task {name!r}", field="tasks", value=name, fix=fix)
 
 
 def _require_data(name: str, manager: Any) -> None:
@@ -109,9 +124,8 @@ def _require_data(name: str, manager: Any) -> None:
     try:
         require_dataset(dataset)
     except BadInput as error:
-        raise BadInput(
-            f"the data of task {name!r} cannot be had: {str(error).partition('. ')[0]}. {LOCAL_TASKS_HINT}"
-        ) from error
+        cause = ("the data of task ", repr(name), " cannot be had: ", *parts_of(error.cause))
+        raise BadInput(cause, field="tasks", value=name, fix=LOCAL_TASKS_HINT) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
@@ -106,7 +106,9 @@ class Subject:
         """
         if self.classifies or dense.classifies:
             raise BadInput(
-                "closeness compares next-token distributions; classifiers of images are compared by accuracy."
+                "closeness compares next-token distributions, which classifiers of images have not",
+                field="against",
+                fix="compare them by accuracy",
             )
         return tuple(
             self._cache.get(
@@ -145,7 +147,7 @@ class Subject:
             if dense.text(asked).fingerprint != text.fingerprint:
                 raise BadInput(
                     f"{self.name} and {dense.name} cut {asked.name} into different tokens, so their predictions cannot be "
-                    "compared."
+                    "compared"
                 )
             with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
                 models = dense.loaded.model, self.loaded.model
@@ -163,7 +165,7 @@ class Subject:
         def run() -> ZeroShot:
             loaded = self.loaded
             if loaded.tokenizer is None:
-                raise BadInput(f"{self.name} has no tokenizer, which zero-shot tasks need.")
+                raise BadInput(f"{self.name} has no tokenizer, which zero-shot tasks need", field="tasks")
             return zero_shot(loaded.model, loaded.tokenizer, settings, tasks, self._reporter)
 
         # A batch size changes nothing but rounding.
@@ -177,8 +179,10 @@ class Subject:
 
     def _text_key(self, asked: Text) -> dict[str, Any]:
         recipe = asked.recipe(self.recipe)
+        with about("eval_data", asked.label):
+            fingerprint = text_fingerprint(asked.name)
         return {
-            "text": text_fingerprint(asked.name),
+            "text": fingerprint,
             "name": asked.label,
             "seqlen": recipe.calibration.seqlen,
             "tokens": recipe.evaluation.tokens,

@@ -111,7 +111,7 @@ def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = 
     broken = nll.isnan().nonzero().flatten()
     if len(broken):
         raise NumericalError(
-            f"the model's output is NaN in {len(broken)} of {len(nll)} evaluation windows (first: {int(broken[0])})."
+            f"the model's output is NaN in {len(broken)} of {len(nll)} evaluation windows (first: {int(broken[0])})"
         )
     interval = bootstrap_interval(nll)
     return Perplexity(

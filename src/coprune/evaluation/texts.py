@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import Command, Setting
 from coprune.recipe.recipe import Recipe
 
 # What a text may have of its own, and the setting of a recipe that it takes the place of.
@@ -33,7 +34,7 @@ def split_texts(eval_data: str | None) -> list[Text]:
     found: dict[str, Text] = {}
     for label in (part.strip() for part in (eval_data or "").split(",")):
         if label in found:
-            raise BadInput(f"the text {label} is asked for twice.")
+            raise BadInput(f"the text {label} is asked for twice", field="eval_data", value=eval_data)
         if label:
             matched = _TEXT.fullmatch(label)
             assert matched is not None  # the name takes whatever is no setting
@@ -46,10 +47,12 @@ def _settings(label: str, text: str) -> dict[str, int]:
     for setting in text.split("@")[1:]:
         key, value = setting.split("=", 1)
         if key not in _SETTINGS:
-            raise unknown_name(f"setting of {label.split('@')[0]}", key, _SETTINGS)
+            raise unknown_name(f"setting of {label.split('@')[0]}", key, _SETTINGS, field="eval_data")
         field, least = _SETTINGS[key]
         if not value.isdecimal() or int(value) < least:
-            raise BadInput(f"{label}: {key} is a whole number of at least {least}, not {value!r}.")
+            raise BadInput(
+                f"{label}: {key} is a whole number of at least {least}, not {value!r}", field="eval_data", value=label
+            )
         settings[field] = int(value)
     return settings
 
@@ -60,7 +63,19 @@ def plain_names(eval_data: str) -> list[str]:
     for text in texts:
         if text.settings:
             raise BadInput(
-                f"{text.label}: settings of one text are for `coprune eval` and `coprune compare`; here --seqlen, "
-                "--eval-tokens and --batch-size count for all."
+                (
+                    "settings of one text, as in ",
+                    text.label,
+                    ", are for ",
+                    Command("evaluate"),
+                    " and ",
+                    Command("compare"),
+                ),
+                field="eval_data",
+                value=eval_data,
+                fix=(
+                    *("here ", Setting("seqlen"), ", ", Setting("eval_tokens"), " and ", Setting("batch_size")),
+                    " count for all texts",
+                ),
             )
     return [text.name for text in texts]

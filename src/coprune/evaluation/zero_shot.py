@@ -115,7 +115,7 @@ def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts
     """Put two models' results side by side. Raises BadInput if they are not of the same tasks and items."""
     before = {} if dense is None else {scores.task: scores for scores in dense.tasks}
     if dense is not None and set(before) != {scores.task for scores in pruned.tasks}:
-        raise BadInput("the two models were evaluated on different tasks, so their results cannot be compared.")
+        raise BadInput("the two models were evaluated on different tasks, so their results cannot be compared")
     tasks = tuple(
         TaskComparison(
             task=scores.task,
@@ -144,9 +144,7 @@ def paired_difference(dense: TaskScores, pruned: TaskScores) -> dict[str, Estima
     Raises BadInput if the two did not answer the same items with the same prompts.
     """
     if dense.fingerprint != pruned.fingerprint:
-        raise BadInput(
-            f"the two models answered different items of {pruned.task}, so they cannot be compared by pairs."
-        )
+        raise BadInput(f"the two models answered different items of {pruned.task}, so they cannot be compared by pairs")
     return {
         metric: mean_and_error([after - before for before, after in zip(dense.scores[metric], scores, strict=True)])
         for metric, scores in pruned.scores.items()

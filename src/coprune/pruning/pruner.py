@@ -157,7 +157,7 @@ def prune_matrix(
     try:
         pruned = solver.solve(weight, inputs, target)
     except NumericalError as error:
-        raise NumericalError(f"{matrix.name}: {error}") from error
+        raise error.within(matrix.name) from error
     matrix.write(pruned.weight)
     # The error of what the model now holds, so after rounding to its dtype.
     after = matrix.read()
@@ -191,7 +191,7 @@ def reconstruct_block(
     try:
         start, end = reconstruction.improve(block.module, run, done.before, done.after)
     except NumericalError as error:
-        raise NumericalError(f"{block.name}: {error}") from error
+        raise error.within(block.name) from error
     after = {matrix.name: matrix for matrix in find_matrices(block.module, block.name)}
     for name, zeros in before.items():
         if bool((after[name].stored()[zeros] != 0).any()):

@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
+from coprune.base.words import Setting
 from coprune.data.images import (
     ImageSamples,
     LabelledImages,
@@ -45,14 +46,19 @@ class ImageTask:
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised
         if recipe.evaluation.runs_tasks:
-            raise BadInput(f"{loaded.source} classifies images; zero-shot tasks are for language models.")
+            cause = f"{loaded.source} classifies images, and zero-shot tasks are for language models"
+            raise BadInput(cause, field="tasks", value=recipe.evaluation.tasks)
 
     def _named(self, names: str | None) -> str:
         """The images that were asked for: by these names or else the dataset, whose default is a text."""
         if names is None and "data" not in self._recipe.calibration.model_fields_set:
             raise BadInput(
-                f"{self._loaded.source} classifies images; name some with --dataset: digits, a folder of classes, a "
-                "parquet file or a datasets id."
+                f"{self._loaded.source} classifies images, and none are named",
+                field="dataset",
+                fix=(
+                    *("name some with ", Setting("dataset")),
+                    ": digits, a folder of classes, a parquet file or a datasets id",
+                ),
             )
         return names or self._recipe.calibration.data
 
@@ -60,7 +66,8 @@ class ImageTask:
     def transform(self) -> Transform:
         """The model's own transforms."""
         if self._loaded.processor is None:
-            raise BadInput("a classifier in memory needs its image processor: prune(model, image_processor=...).")
+            needs = "a classifier in memory needs its image processor"
+            raise BadInput(needs, field="image_processor", fix=("give it with ", Setting("image_processor")))
         return transform_of(self._loaded.processor)
 
     def calibration(self, needed: bool, reporter: Reporter) -> ImageSamples | None:
@@ -70,7 +77,8 @@ class ImageTask:
         # Layer errors alone take a thousand patches or so.
         nsamples = recipe.calibration.samples if needed else min(recipe.calibration.samples, 64)
         reporter.say(f"Calibration: {nsamples} images from {recipe.calibration.data}.")
-        images = labelled_images(self._named(None), "calibration", recipe.model.cache_dir)
+        with about("dataset", recipe.calibration.data):
+            images = labelled_images(self._named(None), "calibration", recipe.model.cache_dir)
         return draw_images(images, self.transform, nsamples, recipe.calibration.seed)
 
     def training_images(self) -> tuple[LabelledImages, Tensor]:
@@ -85,10 +93,11 @@ class ImageTask:
         names = [name.strip() for name in self._named(recipe.evaluation.data).split(",") if name.strip()]
         found: dict[str, Data] = {}
         for name in names:
-            images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluation.images)
-            if len(images) == 0:
-                raise BadInput(f"{name} holds no image.")
-            self._labels(images)  # refuses labels that the model does not have
+            with about("eval_data", name):
+                images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluation.images)
+                if len(images) == 0:
+                    raise BadInput(f"{name} holds no image")
+                self._labels(images)  # refuses labels that the model does not have
             found[name] = images
         return found
 

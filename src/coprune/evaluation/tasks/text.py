@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
+from coprune.base.words import Setting, say
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
 from coprune.evaluation.perplexity import Perplexity, perplexity
 from coprune.evaluation.shared import shared_perplexity
@@ -45,10 +46,11 @@ class TextTask:
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
         reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
         tokenizer, seed, folder = _tokenizer(self._loaded), recipe.calibration.seed, recipe.model.cache_dir
-        return self._remember(
-            ("calibration", self._loaded.source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
-            lambda: calibration_windows(recipe.calibration.data, tokenizer, nsamples, self.seqlen, seed, folder),
-        )
+        with about("dataset", recipe.calibration.data):
+            return self._remember(
+                ("calibration", self._loaded.source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
+                lambda: calibration_windows(recipe.calibration.data, tokenizer, nsamples, self.seqlen, seed, folder),
+            )
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
@@ -58,7 +60,8 @@ class TextTask:
             return {name: self._read(name) for name in plain_names(recipe.evaluation.data)}
         name = evaluation_corpus_for(recipe.calibration.data)
         if name is None:
-            reporter.say(f"No perplexity: {recipe.calibration.data} has no test split. Name a text with --eval-data.")
+            untested = f"No perplexity: {recipe.calibration.data} has no test split. Name a text with "
+            reporter.say(say((untested, Setting("eval_data"), ".")))
             return {}
         return {name: self._read(name)}
 
@@ -68,10 +71,11 @@ class TextTask:
             self._recipe.model.cache_dir,
             self._recipe.evaluation.tokens,
         )
-        return self._remember(
-            ("evaluation", self._loaded.source, name, self.seqlen, folder, limit),
-            lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
-        )
+        with about("eval_data", name):
+            return self._remember(
+                ("evaluation", self._loaded.source, name, self.seqlen, folder, limit),
+                lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
+            )
 
     def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
         texts = [text for text in data.values() if isinstance(text, EvaluationText)]
@@ -115,7 +119,9 @@ def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
     if seqlen is None:
         return min(2048, int(limit)) if limit else 2048
     if limit and seqlen > int(limit):
-        raise BadInput(f"seqlen {seqlen} is above this model's limit of {limit} positions.")
+        raise BadInput(
+            f"seqlen {seqlen} is above this model's limit of {limit} positions", field="seqlen", value=seqlen
+        )
     return seqlen
 
 
@@ -150,5 +156,6 @@ def split_batches(windows: torch.Tensor, recipe: Recipe, device: torch.device) -
 
 def _tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
     if loaded.tokenizer is None:
-        raise BadInput("a model in memory needs its tokenizer to read text: prune(model, tokenizer=...).")
+        needs = "a model in memory needs its tokenizer to read text"
+        raise BadInput(needs, field="tokenizer", fix=("give it with ", Setting("tokenizer")))
     return loaded.tokenizer

@@ -35,5 +35,5 @@ def allocation_named(asked: Choice | str | Mapping[str, Any]) -> Allocation:
     if choice.is_file:
         return ByFile.read(Path(choice.name))
     if choice.name not in ALLOCATIONS:
-        raise unknown_name("allocation", choice.name, [*ALLOCATIONS, "FILE.yaml"])
+        raise unknown_name("allocation", choice.name, [*ALLOCATIONS, "FILE.yaml"], field="allocation")
     return with_options(ALLOCATIONS[choice.name], "allocation", choice.name, choice.options)

@@ -29,7 +29,9 @@ class Alpha:
     def __post_init__(self) -> None:
         require_not_negative(epsilon=self.epsilon)
         if self.epsilon > 1:
-            raise BadInput(f"option 'epsilon' must be at most 1, not {self.epsilon!r}.")
+            raise BadInput(
+                f"option 'epsilon' must be at most 1, not {self.epsilon!r}", field="epsilon", value=self.epsilon
+            )
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         return {

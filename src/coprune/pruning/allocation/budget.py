@@ -75,7 +75,9 @@ def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list
     room = sum(mass * (len(cost) - 1) for cost, mass in zip(costs, masses, strict=True))
     slack = min(masses) / 2 + 1e-6
     if not -slack <= budget <= room + slack:
-        raise BadInput("the allocation's limits leave no room for the overall sparsity that is asked for.")
+        raise BadInput(
+            "the allocation's limits leave no room for the overall sparsity that is asked for", field="allocation"
+        )
     taken = [0] * len(costs)
     slopes = [np.diff(cost) / mass for cost, mass in zip(costs, masses, strict=True)]
     queue = [(float(slope[0]), u) for u, slope in enumerate(slopes) if len(slope)]

@@ -49,7 +49,9 @@ class Error:
         require_positive(bound=self.bound, rows=self.rows)
         require_not_negative(refit=self.refit, movement=self.movement)
         if self.points < 2:
-            raise BadInput(f"option 'points' must be at least 2, not {self.points!r}.")
+            raise BadInput(
+                f"option 'points' must be at least 2, not {self.points!r}", field="points", value=self.points
+            )
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """For every matrix the size of its output, and its weighted errors at the sparsities of `grid`."""

@@ -48,7 +48,7 @@ def plan_targets(
     sums: dict[str, Tensor] = {}
     if allocation.looks:
         if allocation.statistic is not None and recording is None:
-            raise BadInput("this allocation looks at activations, so it needs calibration data.")
+            raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
         data = recording if allocation.statistic is not None else None
         count = 0 if data is None else len(data.hidden)
         looks = Dense(keep=partial(_some_tokens, batches=count))

@@ -41,5 +41,5 @@ def method_named(name: str, options: Mapping[str, object] | None = None) -> Meth
     Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
     """
     if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
+        raise unknown_name("method", name, METHODS, field="method")
     return with_options(METHODS[name], "method", name, options or {})

@@ -44,7 +44,11 @@ class ADMM:
     def __post_init__(self) -> None:
         require_positive(rounds=self.rounds, mask_rounds=self.mask_rounds, damping=self.damping, rho=self.rho)
         if self.mask_rounds > self.rounds:
-            raise BadInput(f"{self.mask_rounds} mask_rounds do not fit into {self.rounds} rounds.")
+            raise BadInput(
+                f"{self.mask_rounds} mask_rounds do not fit into {self.rounds} rounds",
+                field="mask_rounds",
+                value=self.mask_rounds,
+            )
 
     def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
         with full_float32():

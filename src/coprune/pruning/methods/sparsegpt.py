@@ -47,7 +47,8 @@ class SparseGPT:
     def __post_init__(self) -> None:
         require_positive(block_size=self.block_size, damping=self.damping)
         if self.inner_loop == "triton" and find_spec("triton") is None:
-            raise BadInput("inner_loop triton needs Triton, which PyTorch brings for GPUs: pip install triton.")
+            needs = "inner_loop triton needs Triton, which PyTorch brings for GPUs"
+            raise BadInput(needs, field="inner_loop", value="triton", fix="pip install triton")
 
     def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
         factor = inverse_factor_of(statistic, self.damping)
@@ -90,7 +91,11 @@ def update_columns(
     rows, width = weight.shape
     pattern = target.pattern
     if not pattern.fits(block_size):
-        raise BadInput(f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}.")
+        raise BadInput(
+            f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}",
+            field="block_size",
+            value=block_size,
+        )
     pattern.check_width(width)
     n_of_m = pattern.n_of_m if choose is None else None
     together = block_size if choose is None else pattern.columns_together(block_size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
+from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.folding import Fold, close, find_folds
@@ -51,9 +52,13 @@ class Permuted:
 def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
     """The N and M to permute channels for. Raises BadInput where permuting makes no sense or is not possible."""
     if pattern.n_of_m is None:
-        raise BadInput("permute reorders channels for groups of N:M; give a pattern such as 2:4.")
+        raise BadInput(
+            "permute reorders channels for groups of N:M",
+            field="permute",
+            fix=("give a pattern of them, such as ", Set("pattern", "2:4")),
+        )
     if not isinstance(weights, InMemory):
-        raise BadInput("permute needs the whole model in memory; add --no-stream.")
+        raise BadInput("permute needs the whole model in memory", field="permute", fix=("add ", Set("stream", False)))
     return pattern.n_of_m
 
 

@@ -29,7 +29,7 @@ def permute_channels(score: Tensor, n: int, m: int, rounds: int = 10) -> Tensor:
     """
     width = score.shape[1]
     if width % m:
-        raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs.")
+        raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs", field="pattern", value=f"{n}:{m}")
     identity = torch.arange(width)
     groups = deal_serpentine(score.sum(dim=0, dtype=torch.float64).cpu(), m)
     best, order = retained_score(score, n, m), identity

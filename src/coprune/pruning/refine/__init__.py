@@ -27,5 +27,5 @@ def refinement_named(asked: Choice | str | Mapping[str, Any]) -> Refinement:
     """
     choice = Choice.of(asked)
     if choice.name not in REFINEMENTS:
-        raise unknown_name("refinement", choice.name, REFINEMENTS)
+        raise unknown_name("refinement", choice.name, REFINEMENTS, field="refine")
     return with_options(REFINEMENTS[choice.name], "refinement", choice.name, choice.options)
