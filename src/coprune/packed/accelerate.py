@@ -41,7 +41,7 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choi
     shared weights (tied embeddings) stay. Returns every group with what was measured.
     """
     if batch < 1 or repeats < 1:
-        raise BadInput("batch and repeats must be at least 1.")
+        raise BadInput("batch and repeats must be at least 1")
     choices = []
     for (rows, columns, _, tenths), layers in _groups(model).items():
         choice = _accelerate_group(model, layers, batch, repeats)

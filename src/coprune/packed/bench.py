@@ -80,9 +80,11 @@ def bench(
     Raises BadInput if the folder is not a checkpoint or a number is not positive.
     """
     if min(prompt, tokens, repeats, *batches) < 1:
-        raise BadInput("batches, prompt, tokens and repeats must be at least 1.")
+        raise BadInput("batches, prompt, tokens and repeats must be at least 1")
     if not (Path(folder) / "config.json").exists():
-        raise BadInput(f"{folder} has no config.json; give a checkpoint folder, dense or packed.")
+        raise BadInput(
+            f"{folder} has no config.json", field="model", value=folder, fix="give a checkpoint folder, dense or packed"
+        )
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)
     dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)

@@ -70,12 +70,17 @@ def pack_folder(
     """
     source, target = Path(source), Path(target)
     if format not in FORMATS:
-        raise unknown_name("packed format", format, FORMATS)
+        raise unknown_name("packed format", format, FORMATS, field="format")
     shards = checkpoint_shards(source)
     config = read_json(source / CONFIG)
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise BadInput(f"{source} is already quantized or packed ({method}); pack a dense folder.")
+        raise BadInput(
+            f"{source} is already quantised or packed ({method})",
+            field="source",
+            value=source,
+            fix="pack a dense folder",
+        )
     sizes = Sizes()
     kept: dict[str, str] = {CONFIG: (source / CONFIG).read_text()}
     headers: dict[str, str] = {}
@@ -104,12 +109,14 @@ def unpack_folder(source: Path | str, target: Path | str) -> None:
     shards = checkpoint_shards(source)
     config = read_json(source / CONFIG)
     if not is_packed_config(config):
-        raise BadInput(f"{source} is not a packed folder: its config.json does not name {QUANT_METHOD!r}.")
+        raise BadInput(
+            f"{source} is not a packed folder: its config.json does not name {QUANT_METHOD!r}", field="source"
+        )
     # A model that was loaded packed and saved again has no manifest: its tensors come back, not its files' bytes.
     manifest = read_json(source / MANIFEST) if (source / MANIFEST).exists() else {}
     files, headers = manifest.get("files", {}), manifest.get("safetensors_headers", {})
     if not isinstance(files, dict) or not isinstance(headers, dict) or not set(files) <= {CONFIG, INDEX}:
-        raise BadInput(f"{source / MANIFEST} is damaged; copy or pack the model again.")
+        raise BadInput(f"{source / MANIFEST} is damaged", fix="copy or pack the model again")
     with replacing_folder(source, target) as out:
         sizes = {}
         for shard in shards:
@@ -129,12 +136,22 @@ def unpack_folder(source: Path | str, target: Path | str) -> None:
 def checkpoint_shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, by name. Raises BadInput if it is not one."""
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder.")
+        raise BadInput(f"{folder} is not a folder", field="source", value=folder)
     if not (folder / CONFIG).exists():
-        raise BadInput(f"{folder} has no {CONFIG}; give a checkpoint folder in the Hugging Face layout.")
+        raise BadInput(
+            f"{folder} has no {CONFIG}",
+            field="source",
+            value=folder,
+            fix="give a checkpoint folder in the Hugging Face layout",
+        )
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise BadInput(f"{folder} has no safetensors files; save the model with save_pretrained first.")
+        raise BadInput(
+            f"{folder} has no safetensors files",
+            field="source",
+            value=folder,
+            fix="save the model with save_pretrained first",
+        )
     return shards
 
 
@@ -154,9 +171,11 @@ def is_packed_folder(folder: Path | str) -> bool:
 def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
     """A temporary folder with source's other files, renamed to target when the block ends well, else removed."""
     if target.resolve() == source.resolve():
-        raise BadInput(f"{target} is the source itself; give another folder.")
+        raise BadInput(f"{target} is the source itself", field="target", value=target, fix="give another folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{target} exists and is not empty; remove it or give another folder.")
+        raise BadInput(
+            f"{target} exists and is not empty", field="target", value=target, fix="remove it or give another folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     out = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -202,9 +221,9 @@ def _pack_shard(source: Path, target: Path, format: Format, drop_negative_zeros:
 
 def _pack_one(tensor: Tensor, format: Format, drop_negative_zeros: bool) -> Tensor | None:
     if is_packed(tensor):
-        raise BadInput("it is packed already.")
+        raise BadInput("it is packed already")
     if tensor.dtype not in DTYPE_NAMES:
-        raise BadInput(f"its dtype {tensor.dtype} is not one that coprune can copy.")
+        raise BadInput(f"its dtype {tensor.dtype} is not one that coprune can copy")
     return pack_tensor(tensor, format, drop_negative_zeros)
 
 
@@ -219,14 +238,16 @@ def _unpack_shard(source: Path, target: Path, header: str | None) -> None:
     try:
         original = zlib.decompress(base64.b64decode(header))
     except (binascii.Error, zlib.error, TypeError, ValueError) as error:
-        raise BadInput(f"{source.parent / MANIFEST} is damaged; copy or pack the model again.") from error
+        raise BadInput(f"{source.parent / MANIFEST} is damaged", fix="copy or pack the model again") from error
     expected = stored_order(original)
     with target.open("wb") as file:
         file.write(len(original).to_bytes(8, "little") + original)
         # Packing keeps the order of the data, so the tensors come in the order in which the dense file has them.
         for (wanted, size), (name, tensor) in zip(expected.items(), tensors, strict=False):
             if name != wanted or tensor.numel() * tensor.dtype.itemsize != size:
-                raise BadInput(f"{source}: tensor {name} does not fit the dense file's header; pack the model again.")
+                raise BadInput(
+                    f"{source}: tensor {name} does not fit the dense file's header", fix="pack the model again"
+                )
             file.write(tensor_bytes(tensor))
 
 

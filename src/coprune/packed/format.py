@@ -53,7 +53,7 @@ def pack_tensor(tensor: Tensor, format: Format = "auto", drop_negative_zeros: bo
     Returns a one-dimensional uint8 CPU tensor.
     """
     if format not in FORMATS:
-        raise unknown_name("packed format", format, FORMATS)
+        raise unknown_name("packed format", format, FORMATS, field="format")
     if tensor.dtype not in DTYPE_CODES or not 2 <= tensor.ndim <= MAX_DIMENSIONS or tensor.numel() == 0:
         return None
     tensor = tensor.detach().cpu().contiguous()
@@ -89,16 +89,16 @@ def check_packed(blob: Tensor) -> Header:
     header = read_header(blob)
     data = blob.numpy()
     if _checksum(data) != header.checksum:
-        raise BadInput("damaged packed tensor: the checksum does not match; copy or pack the model again.")
+        raise BadInput("damaged packed tensor: the checksum does not match", fix="copy or pack the model again")
     pattern = data[header.pattern_at : header.pattern_at + header.pattern_bytes]
     if header.layout == "bitmask":
         # The checksum covers this, but a wrong count would send a kernel past the end of the values.
         if count_bits(pattern) != header.kept or (header.numel % 8 and pattern[-1] >> (header.numel % 8)):
-            raise BadInput("damaged packed tensor: the bitmask and the number of values disagree.")
+            raise BadInput("damaged packed tensor: the bitmask and the number of values disagree")
     else:
         positions = _positions(header, pattern)
         if bool((np.diff(positions.astype(np.int16), axis=1) <= 0).any()):
-            raise BadInput("damaged packed tensor: the N:M positions of a group are not ascending.")
+            raise BadInput("damaged packed tensor: the N:M positions of a group are not ascending")
     return header
 
 

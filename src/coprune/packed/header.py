@@ -87,26 +87,28 @@ def is_packed(tensor: Tensor) -> bool:
 def read_header(blob: Tensor) -> Header:
     """Read and check the header of a packed tensor. Raises BadInput if it contradicts itself or the length."""
     if not is_packed(blob):
-        raise BadInput("not a packed tensor: it does not begin with coprune's mark.")
+        raise BadInput("not a packed tensor: it does not begin with coprune's mark")
     start = bytes(blob[: HEADER.size + 8 * MAX_DIMENSIONS].tolist())
     _, version, layout_code, dtype_code, n, m, ndim, checksum, _, kept = HEADER.unpack_from(start)
     if version != VERSION:
-        raise BadInput(f"packed format version {version}; this coprune reads version {VERSION}. Update coprune.")
+        raise BadInput(
+            f"the packed format has version {version}, and this coprune reads version {VERSION}", fix="update coprune"
+        )
     layouts = {code: layout for layout, code in LAYOUT_CODES.items()}
     dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     if layout_code not in layouts or dtype_code not in dtypes or not 2 <= ndim <= MAX_DIMENSIONS:
-        raise BadInput("damaged packed tensor: unknown layout, dtype or number of dimensions in its header.")
+        raise BadInput("damaged packed tensor: unknown layout, dtype or number of dimensions in its header")
     if len(start) < HEADER.size + 8 * ndim:
-        raise BadInput("damaged packed tensor: it ends within its header.")
+        raise BadInput("damaged packed tensor: it ends within its header")
     shape = struct.unpack_from(f"<{ndim}Q", start, HEADER.size)
     header = Header(layouts[layout_code], dtypes[dtype_code], shape, kept, n, m, checksum)
     if header.layout == "nm" and not (m in GROUP_SIZES and 0 < n < m and shape[-1] % m == 0):
-        raise BadInput(f"damaged packed tensor: {n}:{m} does not fit the shape {shape}.")
+        raise BadInput(f"damaged packed tensor: {n}:{m} does not fit the shape {shape}")
     possible = kept <= header.numel if header.layout == "bitmask" else kept * m == header.numel * n
     if header.numel == 0 or not possible or header.total_bytes != blob.numel():
         raise BadInput(
-            f"damaged packed tensor: {blob.numel():,} bytes do not hold {kept:,} values of the shape {shape}; "
-            "pack the model again."
+            f"damaged packed tensor: {blob.numel():,} bytes do not hold {kept:,} values of the shape {shape}",
+            fix="pack the model again",
         )
     return header
 

@@ -107,7 +107,7 @@ class PackedLinear(nn.Module):
         if loaded is not None:
             header = check_packed(loaded.cpu())
             if header.shape != (self.out_features, self.in_features):
-                raise BadInput(f"a packed weight of {header.shape} does not fit this layer.")
+                raise BadInput(f"a packed weight of {header.shape} does not fit this layer")
             loaded = for_kernels(loaded.cpu())
             self.header = read_header(loaded)
             self._buffers["packed"] = loaded.to(self.packed.device, copy=True)

@@ -28,7 +28,7 @@ def for_kernels(blob: Tensor) -> Tensor:
     """
     header = read_header(blob)
     if len(header.shape) != 2:
-        raise BadInput(f"a packed tensor of the shape {header.shape} is not a matrix.")
+        raise BadInput(f"a packed tensor of the shape {header.shape} is not a matrix")
     if header.layout == "bitmask":
         return aligned_bytes(blob)
     # Padding zeros of the N:M layout stay values: dropping them would need another pass for a few bytes.

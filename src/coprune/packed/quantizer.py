@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from coprune.base.errors import BadInput
 from coprune.base.pages import page_out
+from coprune.base.words import Command
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
@@ -43,7 +44,10 @@ class CopruneConfig(QuantizationConfigMixin):
     def __init__(self, version: int = VERSION, keep_packed: bool = False, **other: Any) -> None:
         """version: of the format; keep_packed: whether linear layers stay packed in memory."""
         if version != VERSION:
-            raise BadInput(f"packed format version {version}; this coprune reads version {VERSION}. Update coprune.")
+            raise BadInput(
+                f"the packed format has version {version}, and this coprune reads version {VERSION}",
+                fix="update coprune",
+            )
         self.quant_method: Any = QUANT_METHOD  # transformers' own ones are an enum
         self.version = version
         self.keep_packed = keep_packed
@@ -101,7 +105,8 @@ class CopruneQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to pack on the fly: packing follows pruning."""
         if not self.pre_quantized:
-            raise BadInput("this folder is not packed: pack it with `coprune pack` first, or load it without a config.")
+            first = ("pack it first with ", Command("pack", "FOLDER", "TARGET"), ", or load it without a config")
+            raise BadInput("this folder is not packed", fix=first)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check every checksum before anything is loaded, and replace the layers that stay packed."""
@@ -169,7 +174,7 @@ def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) ->
     on a folder that is not packed or is damaged.
     """
     if not is_packed_folder(folder):
-        raise BadInput(f"{folder} is not a packed folder: its {CONFIG} does not name {QUANT_METHOD!r}.")
+        raise BadInput(f"{folder} is not a packed folder: its {CONFIG} does not name {QUANT_METHOD!r}")
     for shard in sorted(Path(folder).glob("*.safetensors")):
         check_shard(shard)  # before transformers opens the files, whose own errors name neither cause nor fix
     register_with_transformers()

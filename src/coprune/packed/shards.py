@@ -42,9 +42,9 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} cannot be read as safetensors ({error}); it may be truncated.") from error
+        raise BadInput(f"{path} cannot be read as safetensors ({error})", fix="it may be cut off") from error
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
+        raise error.within(str(path)) from error
 
 
 def stored_order(header: bytes) -> dict[str, int]:
@@ -54,7 +54,7 @@ def stored_order(header: bytes) -> dict[str, int]:
         ordered = sorted(entries, key=lambda name: (entries[name][0], entries[name][1]))
         return {name: int(entries[name][1] - entries[name][0]) for name in ordered}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadInput("not the header of a safetensors file.") from error
+        raise BadInput("it has not the header of a safetensors file") from error
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -80,8 +80,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         if version == VERSION and isinstance(checksums, dict) and isinstance(metadata["packed"], list):
             return dict(metadata)
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: coprune's part of the header is damaged.") from error
-    raise BadInput(f"{path}: packed format version {version}; this coprune reads version {VERSION}.")
+        raise BadInput(f"{path}: coprune's part of the header is damaged") from error
+    raise BadInput(
+        f"{path} has version {version} of the packed format, and this coprune reads version {VERSION}",
+        fix="update coprune",
+    )
 
 
 def check_shard(path: Path) -> dict[str, Header]:
@@ -96,12 +99,12 @@ def check_shard(path: Path) -> dict[str, Header]:
             if is_packed(tensor):
                 headers[name] = check_packed(tensor)
             elif name in metadata.get("packed", []):
-                raise BadInput("it should be packed and is not; copy or pack the model again.")
+                raise BadInput("it should be packed and is not", fix="copy or pack the model again")
             elif name in checksums and zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
-                raise BadInput("the checksum does not match; copy or pack the model again.")
+                raise BadInput("the checksum does not match", fix="copy or pack the model again")
     missing = (set(checksums) | set(metadata.get("packed", []))) - seen
     if missing:
-        raise BadInput(f"{path}: {sorted(missing)[0]} is missing; copy or pack the model again.")
+        raise BadInput(f"{path}: {sorted(missing)[0]} is missing", fix="copy or pack the model again")
     return headers
 
 
@@ -111,7 +114,7 @@ def named(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"{path}: tensor {name}: {error}") from error
+        raise error.within(f"{path}: tensor {name}") from error
 
 
 class ShardWriter:

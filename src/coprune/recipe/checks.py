@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart
 from coprune.recipe.pattern import parse_pattern
@@ -27,7 +28,7 @@ class Parts(Protocol):
     def output(self) -> OutputPart: ...
 
 
-def contradiction(recipe: Parts) -> str | None:
+def contradiction(recipe: Parts) -> BadInput | None:
     """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
     return (
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
@@ -38,56 +39,72 @@ def contradiction(recipe: Parts) -> str | None:
     )
 
 
-def _of_target(pattern: str, sparsity: float | None) -> str | None:
+def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
     try:
         asked = parse_pattern(pattern)
     except BadInput as error:
-        return str(error)
+        return error
     if sparsity is None or asked.allowed(sparsity):
         return None
     if not 0 <= sparsity < 1:
-        return f"sparsity {sparsity:g} is out of range: it is the fraction of zeros, 0 ≤ s < 1."
+        wrong = f"sparsity {sparsity:g} is out of range: it is the fraction of zeros, 0 ≤ s < 1"
+        return BadInput(wrong, field="sparsity", value=sparsity)
     fixed = "does not allow it" if asked.sparsity is None else f"fixes it at {asked.sparsity:g}"
-    return f"sparsity {sparsity:g} contradicts the pattern {pattern}, which {fixed}; leave one out."
+    wrong = f"sparsity {sparsity:g} contradicts the pattern {pattern}, which {fixed}"
+    return BadInput(wrong, field="sparsity", value=sparsity, fix="leave one out")
 
 
-def _of_permutation(recipe: Parts) -> str | None:
+def _of_permutation(recipe: Parts) -> BadInput | None:
     if recipe.pattern.permute and parse_pattern(recipe.pattern.name).n_of_m is None:
-        return "permute reorders channels for groups of N:M; give a pattern such as 2:4."
+        fix: Words = ("give a pattern of them, such as ", Set("pattern", "2:4"))
+        return BadInput("permute reorders channels for groups of N:M", field="permute", value=True, fix=fix)
     if recipe.pattern.permute and recipe.model.stream:
-        return "permute needs the whole model in memory, which stream does not; leave one out."
+        fix = ("leave out ", Set("permute", True), " or ", Set("stream", True))
+        return BadInput("permute needs the whole model in memory", field="permute", value=True, fix=fix)
     return None
 
 
-def _of_propagation(recipe: Parts) -> str | None:
+def _of_propagation(recipe: Parts) -> BadInput | None:
     asked = recipe.calibration
     if asked.aim == "dense" and asked.propagation == "sequential":
-        return "target dense compares two forwards of a block, which needs propagation block."
+        wrong = "target dense compares two forwards of a block, which needs propagation block"
+        return BadInput(wrong, field="target", value="dense", fix=("add ", Set("propagation", "block")))
     if asked.aim == "dense" and asked.propagation == "dense":
-        return (
-            "in propagation dense every matrix gets the dense model's inputs, so target dense would be target pruned; "
-            "leave it out, or take propagation block."
+        wrong = (
+            "in propagation dense every matrix gets the dense model's inputs, so target dense would be target pruned"
         )
+        fix = (LeaveOut("target"), ", or take ", Set("propagation", "block"))
+        return BadInput(wrong, field="target", value="dense", fix=fix)
     if recipe.reconstruction.steps and asked.propagation == "dense":
-        return (
-            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never "
-            "computes; take propagation block or sequential."
+        return BadInput(
+            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
+            field="reconstruct",
+            value=recipe.reconstruction.steps,
+            fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
     return None
 
 
-def _of_streaming(recipe: Parts) -> str | None:
+def _of_streaming(recipe: Parts) -> BadInput | None:
     if recipe.model.stream and recipe.evaluation.runs_tasks:
-        return (
-            "zero-shot tasks need the whole model in memory; leave out --stream, or save the model and run: "
-            "coprune eval FOLDER --tasks …"
+        return BadInput(
+            "zero-shot tasks need the whole model in memory",
+            field="stream",
+            value=True,
+            fix=(LeaveOut("stream"), ", or save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...))),
         )
     return None
 
 
-def _of_folders(output: OutputPart) -> str | None:
+def _of_folders(output: OutputPart) -> BadInput | None:
     if output.push_to_hub is not None and output.model is None:
-        return "only a saved model can be pushed to the Hub; name its folder with --save-model."
+        return BadInput(
+            "only a saved model can be pushed to the Hub",
+            field="push_to_hub",
+            value=output.push_to_hub,
+            fix=("name its folder with ", Setting("save_model")),
+        )
     if output.run is not None and output.run == output.model:
-        return "the run folder and the model folder are the same; give --save_model a folder of its own."
+        same = "the run folder and the model folder are the same"
+        return BadInput(same, field="save_model", value=output.run, fix=("name another with ", Setting("save_model")))
     return None

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import Setting
 from coprune.recipe.choice import Choice, split_choice
 
 FLAT: dict[str, str] = {
@@ -94,7 +95,7 @@ def word_for(name: str) -> str:
     part = name.partition(".")[0]
     inside = [place for place in _WORDS if place.startswith(f"{part}.")]
     known = inside if "." in name and inside else [*FLAT, *PARTS, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
-    raise unknown_name("recipe field", name, known)
+    raise unknown_name("recipe field", name, known, field=name)
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +126,9 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(settings)
     if flat.pop(_VARIANT, False):
         if flat.get(_METHOD, _DEFAULT_METHOD) != "wanda":
-            raise BadInput(f"--use_variant is a variant of wanda, not of {flat[_METHOD]}.")
+            raise BadInput(
+                (Setting(_VARIANT), f" is a variant of wanda, not of {flat[_METHOD]}"), field=_VARIANT, value=True
+            )
         flat[_METHOD] = "wanda_variant"
     if "options" in flat:
         flat.setdefault(_METHOD, _DEFAULT_METHOD)
@@ -154,9 +157,11 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             continue
         earlier, before = found[word]
         if word != "options" or not isinstance(value, Mapping) or not isinstance(before, Mapping):
-            raise BadInput(f"{word} is said twice, as {earlier} and as {name}; leave one out.")
+            raise BadInput(
+                f"{word} is said twice, as {earlier} and as {name}", field=word, value=value, fix="leave one out"
+            )
         if twice := sorted(set(before) & set(value)):
-            raise BadInput(f"the method's option {twice[0]} is said twice; leave one out.")
+            raise BadInput(f"the method's option {twice[0]} is said twice", field="options", fix="leave one out")
         found[word] = "options", {**before, **value}
     return ((word, name, value) for word, (name, value) in found.items())
 
@@ -177,7 +182,9 @@ def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
     elif value is not None:
         example = next(place for place in _WORDS if place.startswith(f"{key}."))
-        raise BadInput(f"{key} has settings of its own, such as {example}, and cannot be {value!r}.")
+        raise BadInput(
+            f"{key} has settings of its own, such as {example}, and cannot be {value!r}", field=key, value=value
+        )
 
 
 def _within_method(key: str, value: str | Mapping[str, Any] | Choice) -> Iterator[tuple[str, Any]]:
@@ -189,7 +196,7 @@ def _within_method(key: str, value: str | Mapping[str, Any] | Choice) -> Iterato
         try:
             split = split_choice(value)
         except ValueError as error:
-            raise BadInput(f"{key}: {error}.") from None
+            raise BadInput(f"{key}: {error}", field="method", value=value) from None
     else:
         choice = Choice.of(value)
         split = {"name": choice.name, "options": choice.options}

@@ -28,12 +28,14 @@ def read_named(text: str) -> tuple[str, dict[str, Scalar]]:
     for part in written.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not key:
-            raise BadInput(f"{text!r} lacks an option; write {name}:OPTION=VALUE, with commas between several.")
+            raise BadInput(
+                f"{text!r} lacks an option", value=text, fix=f"write {name}:OPTION=VALUE, with commas between several"
+            )
         if not equals or not value:
-            raise BadInput(f"the option {key!r} of {name} has no value; write {name}:{key}=VALUE.")
+            raise BadInput(f"the option {key!r} of {name} has no value", field=key, fix=f"write {name}:{key}=VALUE")
         key = key.replace("-", "_")
         if key in options:
-            raise BadInput(f"the option {key!r} of {name} is given twice in {text!r}; leave one out.")
+            raise BadInput(f"the option {key!r} of {name} is given twice in {text!r}", field=key, fix="leave one out")
         options[key] = read_scalar(value)
     return name.strip(), options
 

@@ -11,18 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from coprune.base.validation import one_is_enough
 from coprune.recipe.decides import Decides
 from coprune.recipe.pattern import parse_pattern
 
 _RESULT = Decides.RESULT | Decides.COST
 
 
-def _one_is_enough(value: Any) -> Any:
-    """A single name may be written without a list."""
-    return (value,) if isinstance(value, str) else value
-
-
-Globs = Annotated[tuple[str, ...], BeforeValidator(_one_is_enough)]
+Globs = Annotated[tuple[str, ...], BeforeValidator(one_is_enough)]
 
 
 class Part(BaseModel):

@@ -30,5 +30,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset_settings(name: str) -> dict[str, Any]:
     """The recipe fields of a preset, a fresh copy. Raises BadInput for an unknown name."""
     if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+        raise unknown_name("preset", name, PRESETS, field="preset")
     return dict(PRESETS[name])

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput
+from coprune.base.validation import explain, one_is_enough
 from coprune.recipe.checks import contradiction
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, deciding
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
     ] = Choice(name="uniform")
     refine: Annotated[
         tuple[Choice, ...],
+        BeforeValidator(one_is_enough),
         _RESULT,
         Field(
             description="Improve every mask's weights: refit, swaps (which ends with a refit), options as in "
@@ -64,16 +66,10 @@ class Recipe(BaseModel):
     def _nest(cls, settings: Any) -> Any:
         return nest(settings) if isinstance(settings, Mapping) else settings
 
-    @field_validator("refine", mode="before")
-    @classmethod
-    def _one_is_enough(cls, value: Any) -> Any:
-        """A single refinement may be written without a list."""
-        return (value,) if isinstance(value, str | Mapping) else value
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (reason := contradiction(self)) is not None:
-            raise ValueError(reason)
+        if (error := contradiction(self)) is not None:
+            raise error
         return self
 
     @property
@@ -150,11 +146,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"the recipe {path} cannot be read: {error.strerror}.") from None
+        raise BadInput(f"the recipe {path} cannot be read: {error.strerror}", field="recipe", value=path) from None
     except yaml.YAMLError as error:
-        raise BadInput(f"the recipe {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        raise BadInput(
+            f"the recipe {path} is not valid YAML: {str(error).splitlines()[0]}", field="recipe", value=path
+        ) from None
     if not isinstance(data, dict):
-        raise BadInput(f"the recipe {path} holds no settings; it should read like 'model: smollm2-135m'.")
+        raise BadInput(
+            f"the recipe {path} holds no settings",
+            field="recipe",
+            value=path,
+            fix="it should read like 'model: smollm2-135m'",
+        )
     return data
 
 
@@ -171,21 +174,12 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(parts)
     except ValidationError as error:
-        found = [_explain(detail, names) for detail in error.errors()]
-        told = "; ".join(dict.fromkeys(str(one).removesuffix(".") for one in found))
-        raise found[0] if len(found) == 1 else BadInput(told) from None
+        raise explain(error, lambda place: _named(place, names)) from None
 
 
-def _explain(detail: Any, names: Mapping[str, str]) -> BadInput:
-    own = detail.get("ctx", {}).get("error")
-    if isinstance(own, BadInput):
-        return own
-    message, value = str(detail["msg"]).removeprefix("Value error, "), detail["input"]
-    place = tuple(str(part) for part in detail["loc"])
-    if not place:
-        return BadInput(message)
+def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:
+    """The word of the setting at a place, and what to call it: by the name by which it was said."""
     word = next((word for word in FLAT if place_of(word) in (place[:2], (place[0], None))), place[0])
-    name = ".".join([names.get(word, word), *place[2 if place_of(word)[1] else 1 :]]) if word in FLAT else word
-    if detail["type"] == "missing":
-        return BadInput(f"{name} is missing", field=word)
-    return BadInput(f"{name} cannot be {value!r}: {message}", field=word, value=value)
+    if word not in FLAT:
+        return word, word
+    return word, ".".join([names.get(word, word), *place[2 if place_of(word)[1] else 1 :]])

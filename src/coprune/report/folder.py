@@ -14,6 +14,7 @@ from pathlib import Path
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
+from coprune.base.words import Set
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report, seed_log
 
@@ -87,7 +88,9 @@ def model_of(name: str) -> str:
         return name
     saved = Report.read(folder / REPORT_FILE).saved_model
     if saved is None:
-        raise BadInput(f"the run {name} did not save its model; repeat it with --save-model FOLDER to compare it.")
+        raise BadInput(
+            f"the run {name} did not save its model", fix=("repeat it with ", Set("save_model", ...), " to compare it")
+        )
     if not saved.is_dir():
-        raise BadInput(f"the model of the run {name} is not at {saved} any more; name the folder where it is now.")
+        raise BadInput(f"the model of the run {name} is not at {saved} any more", fix="name the folder where it is now")
     return str(saved)

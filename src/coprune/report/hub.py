@@ -12,7 +12,12 @@ from coprune.base.errors import BadInput
 def require_login(repository: str) -> None:
     """Raise BadInput if nobody is logged in, before a run does anything slow."""
     if get_token() is None:
-        raise BadInput(f"pushing to {repository} needs a login: hf auth login, or the environment variable HF_TOKEN.")
+        raise BadInput(
+            f"pushing to {repository} needs a login",
+            field="push_to_hub",
+            value=repository,
+            fix="use `hf auth login`, or the environment variable HF_TOKEN",
+        )
 
 
 def push(folder: Path, repository: str) -> str:
@@ -27,6 +32,9 @@ def push(folder: Path, repository: str) -> str:
     except Exception as error:  # no name, no route, no right to write, a name that the Hub refuses
         reason = " ".join(str(error).split())[:300]
         raise BadInput(
-            f"{folder} is saved, but could not be pushed to {repository} ({reason}); later: hf upload {repository} {folder}"
+            f"{folder} is saved, but could not be pushed to {repository} ({reason})",
+            field="push_to_hub",
+            value=repository,
+            fix=f"later: hf upload {repository} {folder}",
         ) from error
     return str(made)

@@ -217,9 +217,9 @@ class Report(Shown, BaseModel):
         try:
             report = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise BadInput(f"the report {path} cannot be read: {error.strerror}.") from None
+            raise BadInput(f"the report {path} cannot be read: {error.strerror}") from None
         except ValueError:
-            raise BadInput(f"{path} is not a report that this version of coprune can read.") from None
+            raise BadInput(f"{path} is not a report that this version of coprune can read") from None
         try:
             found = _DISTRIBUTIONS.validate_json(path.with_name(DISTRIBUTIONS_FILE).read_bytes())
         except (OSError, ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Command
 from coprune.evaluation.cache import bytes_of_weights
 from coprune.report.card import percent
 from coprune.report.charts import pareto
@@ -50,7 +51,7 @@ class Run:
 def report_page(paths: Sequence[Path]) -> str:
     """The page of one run, or one page for several. Raises BadInput if a report is missing or cannot be read."""
     if not paths:
-        raise BadInput("no run is named; for example: coprune report out/MODEL/2-4/wanda.")
+        raise BadInput("no run is named", fix=("for example: ", Command("report", Path("out/MODEL/2-4/wanda"))))
     runs = [Run.read(path) for path in paths]
     if len(runs) > 1:
         return runs_page(runs)

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Command, Set
 from coprune.packed.bench import NO_GAIN, Bench, Row
 from coprune.report.html import section, table
 
@@ -22,7 +23,8 @@ def speed_sections(folder: Path) -> list[str]:
     try:
         found = _BENCH.validate_json(file.read_bytes())
     except (ValidationError, OSError) as error:
-        raise BadInput(f"{file} is not what `coprune bench MODEL --json {file}` writes; measure again.") from error
+        measured = Command("bench", "MODEL", Set("json", file))
+        raise BadInput((f"{file} is not what ", measured, " writes"), fix="measure again") from error
     note = (
         f"coprune bench {found.model}: {found.dtype}, {found.threads} threads on {found.device}, {found.instruction_set} "
         "kernels. Forms in turns within one process; medians with quartiles."

@@ -60,27 +60,29 @@ def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
     if size > 1 and recipe.reconstruction.steps:
         raise BadInput(
-            "reconstruct trains a block on all samples in one process; leave it out, or run without torchrun."
+            "reconstruct trains a block on all samples in one process", fix="leave it out, or run without torchrun"
         )
     samples = recipe.calibration.samples
     if size > samples:
-        raise BadInput(f"{size} processes cannot share {samples} samples; use fewer processes or more samples.")
+        raise BadInput(f"{size} processes cannot share {samples} samples", fix="use fewer processes or more samples")
 
 
 def prepare_folders(recipe: Recipe) -> None:
     """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
     run_folder = recipe.run_folder
     if run_folder.exists() and not run_folder.is_dir():
-        raise BadInput(f"{run_folder} is a file; name another run folder with --save.")
+        raise BadInput(f"{run_folder} is a file", fix="name another run folder with --save")
     if (run_folder / REPORT_FILE).exists():
-        raise BadInput(f"{run_folder} already holds a finished run; name another folder with --save, or remove it.")
+        raise BadInput(
+            f"{run_folder} already holds a finished run", fix="name another folder with --save, or remove it"
+        )
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
     if run_folder.is_dir() and set(run_folder.iterdir()) - logs and not (run_folder / RECIPE_FILE).exists():
-        raise BadInput(f"{run_folder} already holds something that is no run; name another folder with --save.")
+        raise BadInput(f"{run_folder} already holds something that is no run", fix="name another folder with --save")
     target = recipe.output.model
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{target} already exists and is not empty; name another folder with --save_model.")
+        raise BadInput(f"{target} already exists and is not empty", fix="name another folder with --save_model")
 
 
 def check_widths(chosen: Chosen, target: Target) -> None:
@@ -88,8 +90,8 @@ def check_widths(chosen: Chosen, target: Target) -> None:
     for matrix in chosen.all():
         if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
-                f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}; "
-                f"choose another pattern, or leave it out with --exclude '{matrix.name}'."
+                f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}",
+                fix=f"choose another pattern, or leave it out with --exclude '{matrix.name}'",
             )
 
 

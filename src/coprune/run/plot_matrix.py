@@ -35,11 +35,11 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
     matches; path: ends in .png or .svg. Raises BadInput, also where the extra `report` is not installed.
     """
     if path.suffix not in (".png", ".svg"):
-        raise BadInput(f"a plot is a .png or .svg file, not {path.name}.")
+        raise BadInput(f"a plot is a .png or .svg file, not {path.name}")
     try:
         import vl_convert
     except ImportError as error:
-        raise BadInput("plots need altair and vl-convert: pip install 'coprune[report]'.") from error
+        raise BadInput("plots need altair and vl-convert: pip install 'coprune[report]'") from error
     spec = plot_spec(name, matrix_distributions(recipe, name, reporter))
     picture = (
         vl_convert.vegalite_to_svg(spec).encode()
@@ -57,7 +57,9 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
     chosen = choose_matrices(loaded.model, blocks, (name,), ())
     matching = [matrix.name for matrix in chosen.all()]
     if len(matching) != 1:
-        raise BadInput(f"{name} matches {len(matching)} matrices ({', '.join(matching[:3])} …); name one to plot it.")
+        raise BadInput(
+            f"{name} matches {len(matching)} matrices ({', '.join(matching[:3])} …)", fix="name one to plot it"
+        )
     check_widths(chosen, target)
     task = task_for(recipe, loaded)
     samples = task.calibration(True, reporter)
@@ -70,7 +72,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
                 weight = event.matrices[0].read()
                 keep = solver.solve(weight, event.inputs, target).weight != 0
                 return distributions_of(weight, keep, event.inputs.statistic.root_mean_square)
-    raise BadInput(f"no calibration token came to {name}, so there is nothing to plot.")
+    raise BadInput(f"no calibration token came to {name}, so there is nothing to plot")
 
 
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:

@@ -122,6 +122,6 @@ class SharedOutput:
         if not file.is_file():
             raise LostProcess(
                 f"process {self._processes.rank} cannot see {file}, which process 0 wrote; all processes need one file "
-                "system in common. Name a folder there with --save and --save-model."
+                "system in common. Name a folder there with --save and --save-model"
             )
         return file

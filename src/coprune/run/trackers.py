@@ -126,7 +126,7 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
         if name not in TRACKERS:
             raise unknown_name("tracker", name, TRACKERS)
         if importlib.util.find_spec(name) is None:
-            raise BadInput(f"--report-to {name} needs a package that is missing: pip install 'coprune[{name}]'.")
+            raise BadInput(f"--report-to {name} needs a package that is missing: pip install 'coprune[{name}]'")
     before = list(reporter.listeners)
     with ExitStack() as stack:
         if recipe.output.log_json is not None:
@@ -195,7 +195,7 @@ def _json_lines(path: Path) -> Iterator[Listener]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a", encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"the log {path} cannot be written: {error.strerror}.") from error
+        raise BadInput(f"the log {path} cannot be written: {error.strerror}") from error
     with stream:
 
         def hear(event: Event) -> None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.words import Set
 from coprune.model.checkpoint.load import task_of
 from coprune.model.checkpoint.writer import refuse_occupied
 from coprune.training.masked_lora import MaskedLoraConfig
@@ -38,15 +39,26 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str
     names = [matrix.name for matrix in matrices]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise BadInput(f"the pattern {pattern!r} matches none of the {len(names)} pruned linear layers.")
+            raise BadInput(
+                f"the pattern {pattern!r} matches none of the {len(names)} pruned linear layers",
+                field="train",
+                value=pattern,
+            )
     chosen = [m for m in matrices if not patterns or any(fnmatchcase(m.name, p) for p in patterns)]
     if not chosen:
-        raise BadInput("only fused experts or convolutions are pruned, which get no adapters; use --mode dense.")
+        raise BadInput(
+            "only fused experts or convolutions are pruned, which get no adapters",
+            field="mode",
+            value="lora",
+            fix=("use ", Set("mode", "dense")),
+        )
     for matrix in chosen:
         if rank > min(matrix.shape):
             raise BadInput(
-                f"rank {rank} is above the width of {matrix.name} ({matrix.shape[0]} × {matrix.shape[1]}); "
-                f"use at most {min(matrix.shape)}."
+                f"rank {rank} is above the width of {matrix.name} ({matrix.shape[0]} × {matrix.shape[1]})",
+                field="rank",
+                value=rank,
+                fix=f"use at most {min(matrix.shape)}",
             )
     return [matrix.name for matrix in chosen]
 
@@ -89,8 +101,10 @@ def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftMode
     made_for = config.get("coprune_masks")
     if made_for is not None and made_for != masks.fingerprint():
         raise BadInput(
-            f"the adapter in {folder} was trained on other masks than those of this model; give the pruned model that it "
-            "was trained on."
+            f"the adapter in {folder} was trained on other masks than those of this model",
+            field="adapter",
+            value=folder,
+            fix="give the pruned model that it was trained on",
         )
     known: type[LoraConfig] = LoraConfig if made_for is None else MaskedLoraConfig
     fields = {name: value for name, value in config.items() if name in known.__dataclass_fields__}
@@ -106,7 +120,9 @@ def merge_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PreTrai
     """
     config = read_adapter_config(folder)
     if config.get("coprune_masks") is None:
-        raise BadInput(f"the adapter in {folder} is a plain one. {plain_warning(masks)}")
+        raise BadInput(
+            f"the adapter in {folder} is a plain one", field="adapter", value=folder, fix=plain_warning(masks)
+        )
     return merge(load_adapter(model, masks, folder), masks)
 
 
@@ -122,7 +138,7 @@ def plain_warning(masks: Masks) -> str:
     zeros = sum(entry.zeros for entry in masks.matrices)
     return (
         f"Merging it would make nearly all of the {zeros:,} zeros in the adapted layers nonzero, and the model dense "
-        "again: use it unmerged (PeftModel.from_pretrained), or train a masked adapter, which merges and keeps every zero."
+        "again. Use it unmerged (PeftModel.from_pretrained), or train a masked adapter, which merges and keeps every zero."
     )
 
 
@@ -131,11 +147,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError:
-        raise BadInput(f"{folder} holds no adapter: there is no {CONFIG_FILE}.") from None
+        raise BadInput(f"{folder} holds no adapter: there is no {CONFIG_FILE}") from None
     except ValueError:
-        raise BadInput(f"{folder / CONFIG_FILE} is damaged: it is not valid JSON.") from None
+        raise BadInput(f"{folder / CONFIG_FILE} is damaged: it is not valid JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} holds no adapter of LoRA.")
+        raise BadInput(f"{folder} holds no adapter of LoRA")
     return config
 
 
@@ -154,16 +170,16 @@ def _require_same_model(model: nn.Module, config: dict[str, Any], folder: Path) 
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
-        raise BadInput(f"{folder / WEIGHTS_FILE} is missing or damaged.") from None
+        raise BadInput(f"{folder / WEIGHTS_FILE} is missing or damaged") from None
     for name, shape in shapes.items():
         layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
         weight = getattr(modules.get(layer), "weight", None)
         if weight is None:
-            raise BadInput(f"the adapter in {folder} is of another model: this one has no layer {layer!r}.")
+            raise BadInput(f"the adapter in {folder} is of another model: this one has no layer {layer!r}")
         rows, columns = weight.shape[::-1] if config.get("fan_in_fan_out") else weight.shape
         wide = columns if factor.startswith("A") else rows
         if wide != (shape[1] if factor.startswith("A") else shape[0]):
             raise BadInput(
                 f"the adapter in {folder} is of another model: {layer} is {rows} × {columns} here, which its tensor of "
-                f"{shape[0]} × {shape[1]} does not fit."
+                f"{shape[0]} × {shape[1]} does not fit"
             )

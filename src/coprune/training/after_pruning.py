@@ -11,6 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
+from coprune.base.words import Setting
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.schema import Report
@@ -83,5 +84,9 @@ def _pruned_before(pruning: Recipe) -> Report | None:
         return None
     report = Report.read(path)
     if report.recipe != pruning:
-        raise BadInput(f"{pruning.run_folder} already holds another run; name another folder with --save.")
+        raise BadInput(
+            f"{pruning.run_folder} already holds another run",
+            field="save",
+            fix=("name another folder with ", Setting("save")),
+        )
     return report

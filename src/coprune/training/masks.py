@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
+from coprune.base.words import Command, Set
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 
@@ -78,10 +79,11 @@ class Masks:
             lost = int((kept & pruned.to(kept.device)).sum())
             if lost:
                 raise BrokenMask(
-                    f"{lost} weights of {entry.matrix.name} that were pruned are not zero any more; nothing was saved."
+                    f"{lost} weights of {entry.matrix.name} that were pruned are not zero any more",
+                    fix="Nothing was saved",
                 )
             if not entry.pattern.holds(_rows(kept, entry.matrix)):
-                raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more; nothing was saved.")
+                raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more", fix="Nothing was saved")
 
 
 def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container[str] = ()) -> Masks:
@@ -108,8 +110,13 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container
             pruned[name][matrix.expert] = zero
     if not matrices:
         raise BadInput(
-            "the model is dense: it has no zeros to keep, so there is no mask. Prune it first (coprune prune MODEL "
-            "--save-model FOLDER) and fine-tune the result."
+            "the model is dense: it has no zeros to keep, so there is no mask",
+            field="model",
+            fix=(
+                "prune it first with ",
+                Command("prune", "MODEL", Set("save_model", ...)),
+                ", and fine-tune the result",
+            ),
         )
     return Masks(matrices, pruned)
 
@@ -132,7 +139,12 @@ def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.P
     parameters = dict(model.named_parameters())
     for glob in globs:
         if not any(_matches(name, glob) for name in parameters):
-            raise BadInput(f"the pattern {glob!r} matches no parameter; names look like {next(iter(parameters))!r}.")
+            raise BadInput(
+                f"the pattern {glob!r} matches no parameter",
+                field="train",
+                value=glob,
+                fix=f"names look like {next(iter(parameters))!r}",
+            )
     for name, parameter in parameters.items():
         if not globs or any(_matches(name, glob) for glob in globs):
             yield parameter

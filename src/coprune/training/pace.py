@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from coprune.base.errors import NumericalError
 from coprune.base.progress import Advance
+from coprune.base.words import LeaveOut, Setting
 from coprune.training.settings import FinetuneSettings
 
 
@@ -100,7 +101,9 @@ class Along(TrainerCallback):
         """Raise NumericalError as soon as the loss is not finite."""
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise NumericalError(
-                f"the loss at step {state.global_step} is not finite; lower --learning-rate, or train without --bf16."
+                f"the loss at step {state.global_step} is not finite",
+                field="learning_rate",
+                fix=("lower ", Setting("learning_rate"), ", or ", LeaveOut("bf16")),
             )
 
     def _due(self) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.words import Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.decides import Decides, deciding
@@ -52,12 +53,24 @@ def prepare_folders(settings: FinetuneSettings) -> None:
     """Refuse to write where something is already; a run folder without a report is an unfinished run's."""
     folder = settings.run_folder
     if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; name another run folder with --save.")
+        raise BadInput(
+            f"{folder} is a file", field="save", value=folder, fix=("name another run folder with ", Setting("save"))
+        )
     if (folder / REPORT_FILE).exists():
-        raise BadInput(f"{folder} already holds a finished run; name another folder with --save, or remove it.")
+        raise BadInput(
+            f"{folder} already holds a finished run",
+            field="save",
+            value=folder,
+            fix=("name another folder with ", Setting("save"), ", or remove it"),
+        )
     target = settings.model_folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{target} already exists and is not empty; name another folder with --save-model.")
+        raise BadInput(
+            f"{target} already exists and is not empty",
+            field="save_model",
+            value=target,
+            fix=("name another folder with ", Setting("save_model")),
+        )
 
 
 def resume_from(session: Session, first: bool) -> Path | None:
@@ -88,8 +101,13 @@ def resume_from(session: Session, first: bool) -> Path | None:
     ]
     if differing:
         raise BadInput(
-            f"{folder} belongs to an unfinished run in which {'; '.join(differing)}. Finish that run with its own "
-            "settings, or remove the folder, or name another run folder with --save."
+            f"{folder} belongs to an unfinished run in which {'; '.join(differing)}",
+            field="save",
+            value=folder,
+            fix=(
+                "Finish that run with its own settings, remove the folder, or name another one with ",
+                Setting("save"),
+            ),
         )
     # The Trainer writes this file last, so a state that has it is whole.
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]

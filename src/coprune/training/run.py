@@ -110,8 +110,9 @@ def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> N
     mine, dense = (_outputs(m) for m in (model, teacher))
     if mine != dense:
         raise BadInput(
-            f"the teacher has a {dense} and the model a {mine}; the teacher has to be the dense model that was pruned, or "
-            "one with the same tokenizer or classes."
+            f"the teacher has a {dense} and the model a {mine}",
+            field="teacher",
+            fix="The teacher has to be the dense model that was pruned, or one with the same tokenizer or classes",
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from coprune.base.environment import local_rank
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.words import LeaveOut
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.checkpoint.load import load_model
@@ -97,11 +98,15 @@ def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> Tr
 
 def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
     if settings.block_size is not None:
-        raise BadInput("images are not cut into windows; leave out --block-size.")
+        raise BadInput("images are not cut into windows", field="block_size", fix=LeaveOut("block_size"))
     if settings.top_k is not None:
-        raise BadInput("a classifier's teacher runs beside it; leave out --top-k.")
+        raise BadInput("a classifier's teacher runs beside it", field="top_k", fix=LeaveOut("top_k"))
     if settings.hidden_weight:
-        raise BadInput("a classifier is compared with its teacher by its classes alone; leave out --hidden-weight.")
+        raise BadInput(
+            "a classifier is compared with its teacher by its classes alone",
+            field="hidden_weight",
+            fix=LeaveOut("hidden_weight"),
+        )
 
 
 def _make_trainable(

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coprune.base.environment import asks_for_fsdp
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.validation import explain
+from coprune.base.words import LeaveOut, Set, Setting, Words
 from coprune.recipe.decides import Decides
+from coprune.recipe.parts import Globs
 
 Mode = Literal["lora", "dense", "distill"]
 _RESULT = Decides.RESULT
@@ -85,7 +88,7 @@ class FinetuneSettings(BaseModel):
         float, _RESULT, Field(description="Clip gradients to this norm; 0 for no clipping.", ge=0)
     ] = 1.0
     train: Annotated[
-        tuple[str, ...],
+        Globs,
         _RESULT,
         Field(
             description="Train only what matches this pattern, e.g. '*.q_proj'; repeatable. [lora: all pruned linear "
@@ -167,26 +170,27 @@ class FinetuneSettings(BaseModel):
         Path | None, Decides.WHERE, Field(description="Folder for the model. [model/ in the run folder]")
     ] = None
 
-    @field_validator("train", mode="before")
-    @classmethod
-    def _one_is_enough(cls, value: Any) -> Any:
-        """A single name may be written without a list."""
-        return (value,) if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.mode == "distill" and self.teacher is None:
-            raise ValueError("distill needs the dense model: name it with --teacher.")
+            raise BadInput("distill needs the dense model", field="teacher", fix=("name it with ", Setting("teacher")))
         if self.mode != "distill" and (self.teacher is not None or self.top_k is not None):
-            raise ValueError("a teacher belongs to --mode distill.")
+            cause: Words = ("a teacher belongs to ", Set("mode", "distill"))
+            raise BadInput(cause, field="mode", value=self.mode)
         if self.top_k is not None and self.hidden_weight:
-            raise ValueError("a teacher run ahead (--top-k) leaves no hidden states; set --hidden-weight 0.")
+            cause = ("a teacher that runs ahead (", Setting("top_k"), ") leaves no hidden states")
+            fix: Words = ("add ", Set("hidden_weight", 0))
+            raise BadInput(cause, field="hidden_weight", value=self.hidden_weight, fix=fix)
         if self.mode == "lora" and self.masked and self.dropout:
-            raise ValueError("the masked update is one product with the weights, which leaves no place for dropout.")
+            product = "the masked update is one product with the weights, which leaves no place for dropout"
+            raise BadInput(product, field="dropout", value=self.dropout, fix=LeaveOut("dropout"))
         if self.patience is not None and not self.evaluations:
-            raise ValueError("--patience needs evaluations during the training.")
+            cause = (Setting("patience"), " needs evaluations during the training")
+            fix = ("ask for some with ", Setting("evaluations"))
+            raise BadInput(cause, field="patience", value=self.patience, fix=fix)
         if self.save is not None and self.save == self.save_model:
-            raise ValueError("the run folder and the model folder are the same; give --save_model a folder of its own.")
+            same = "the run folder and the model folder are the same"
+            raise BadInput(same, field="save_model", value=self.save, fix=("name another with ", Setting("save_model")))
         return self
 
     @property
@@ -218,23 +222,16 @@ class FinetuneSettings(BaseModel):
 def make_settings(values: dict[str, Any]) -> FinetuneSettings:
     """Build settings, turning what pydantic finds wrong into one clear BadInput."""
     if find_spec("peft") is None:
-        raise BadInput(
-            "fine-tuning needs a package that is missing; install it with `pip install 'coprune[finetune]'`."
-        )
+        raise BadInput("fine-tuning needs peft", fix="pip install 'coprune[finetune]'")
     if asks_for_fsdp():
         raise BadInput(
-            "fine-tuning over FSDP is not there yet; use data parallel processes (torchrun, or no --use_fsdp)."
+            "fine-tuning over FSDP is not there yet",
+            fix="use data parallel processes: torchrun, or accelerate without FSDP",
         )
     for name in values:
         if name not in FinetuneSettings.model_fields:
-            raise unknown_name("setting", name, FinetuneSettings.model_fields)
+            raise unknown_name("setting", name, FinetuneSettings.model_fields, field=name)
     try:
         return FinetuneSettings.model_validate(values)
     except ValidationError as error:
-        raise BadInput("; ".join(_explain(detail) for detail in error.errors())) from None
-
-
-def _explain(detail: Any) -> str:
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    field = ".".join(str(part) for part in detail["loc"])
-    return message if not field else f"{field} cannot be {detail['input']!r}: {message}."
+        raise explain(error) from None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coprune.base.durable import write_durably
 from coprune.base.errors import BadInput
+from coprune.base.words import Set
 
 _WINDOWS_PER_FILE = 32
 
@@ -49,7 +50,8 @@ class TeacherCache:
         """Run the teacher over all windows (N × S int64) that an earlier pass did not reach. Raises BadInput."""
         vocabulary = int(teacher.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         if top_k > vocabulary:
-            raise BadInput(f"--top-k {top_k} is above the teacher's vocabulary of {vocabulary} tokens.")
+            cause = (Set("top_k", top_k), f" is above the teacher's vocabulary of {vocabulary} tokens")
+            raise BadInput(cause, field="top_k", value=top_k)
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, part in enumerate(torch.split(tokens, _WINDOWS_PER_FILE)):
             if not self._file(number).is_file():

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
 from coprune.data.windows import fingerprint, token_ids
@@ -44,8 +45,10 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
     ids = _stream(text, tokenizer, settings, block_size)
     if len(ids) < 2 * block_size:
         raise BadInput(
-            f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}. Use "
-            f"a shorter --block-size or more text. {LOCAL_FILE_HINT}"
+            f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}",
+            field="block_size",
+            value=block_size,
+            fix=("take more text, or shorter windows with ", Setting("block_size"), f". {LOCAL_FILE_HINT}"),
         )
     windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
     held_out = count_held_out(settings, len(windows), MOST_HELD_OUT)

@@ -52,7 +52,7 @@ def read_training_images(settings: FinetuneSettings, task: ImageTask) -> Trainin
     """
     images, labels = task.training_images()
     if len(images) < 2:
-        raise BadInput(f"{images.source} holds {len(images)} images; training needs two or more.")
+        raise BadInput(f"{images.source} holds {len(images)} images, and training needs two or more", field="dataset")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
     held_out = count_held_out(settings, len(images), MOST_HELD_OUT)
     chosen = order[held_out:][: settings.max_samples]

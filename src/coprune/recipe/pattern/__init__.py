@@ -31,7 +31,7 @@ def parse_pattern(text: str) -> Pattern:
         if (pattern := kind.read(text)) is not None:
             return pattern
     usages = " or ".join(kind.usage for kind in PATTERNS.values())
-    raise BadInput(f"unknown pattern {text!r}; use {usages}.")
+    raise BadInput(f"unknown pattern {text!r}", field="pattern", value=text, fix=f"use {usages}")
 
 
 def find_pattern(keep: Tensor) -> Pattern:

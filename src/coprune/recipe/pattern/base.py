@@ -96,7 +96,11 @@ class Pattern(ABC):
 
         Raises BadInput where that would break the pattern.
         """
-        raise BadInput(f"the pattern {self} does not let single zeros change places, which swaps and dsnot do.")
+        raise BadInput(
+            f"the pattern {self} does not let single zeros change places, which swaps and dsnot do",
+            field="pattern",
+            value=str(self),
+        )
 
     def ratio(self, asked: float | None) -> float:
         """The fraction of zeros that is meant by what was asked for, if anything was."""
@@ -129,7 +133,9 @@ class Pattern(ABC):
     def check_width(self, width: int) -> None:
         """Raise BadInput where the pattern does not fit so many inputs."""
         if not self.fits(width):
-            raise BadInput(f"pattern {self} does not divide a width of {width} inputs.")
+            raise BadInput(
+                f"pattern {self} does not divide a width of {width} inputs", field="pattern", value=str(self)
+            )
 
     def describe(self, sparsity: float) -> str:
         """A sparsity and the pattern of its zeros, for people."""

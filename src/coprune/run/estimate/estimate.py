@@ -109,7 +109,7 @@ class Estimate:
         """Raise BadInput if the run would not fit."""
         if not self.fits:
             raise BadInput(
-                f"the run would not fit: {self.line()} {self.proposal} --no-check-memory runs it all the same."
+                f"the run would not fit: {self.line()} {self.proposal} --no-check-memory runs it all the same"
             )
 
 

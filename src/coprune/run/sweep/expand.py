@@ -34,19 +34,19 @@ def expand(sweep: Sweep) -> list[Run]:
     combinations = list(_combinations(sweep.settings, sweep.zip))
     used = [any(_matches(combination, entry) for combination in combinations) for entry in sweep.exclude]
     if not all(used):
-        raise BadInput(f"exclude {sweep.exclude[used.index(False)]} matches no run; correct it or leave it out.")
+        raise BadInput(f"exclude {sweep.exclude[used.index(False)]} matches no run", fix="correct it or leave it out")
     chosen = [c for c in combinations if not any(_matches(c, entry) for entry in sweep.exclude)]
     for entry in sweep.include:
         chosen += _combinations({**sweep.settings, **entry}, sweep.zip)
     if not chosen:
-        raise BadInput("every run of the sweep is excluded.")
+        raise BadInput("every run of the sweep is excluded")
     runs: dict[str, Run] = {}
     for combination in chosen:
         run = _run(sweep, combination)
         if run.name in runs and runs[run.name].recipe != run.recipe:
             raise BadInput(
                 f"two different runs would go to {sweep.folder / run.name}; tell them apart in sweep.folders, for example "
-                f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}."
+                f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}"
             )
         runs[run.name] = run
     return list(runs.values())
@@ -115,10 +115,10 @@ def _folder(template: str, recipe: Recipe) -> str:
         name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
     except (KeyError, ValueError, IndexError, AttributeError):
         raise BadInput(
-            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'."
+            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'"
         ) from None
     if any(part in ("", ".", "..") for part in name.split("/")):
-        raise BadInput(f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's.")
+        raise BadInput(f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's")
     return name
 
 

@@ -60,7 +60,7 @@ class Sweep(BaseModel):
         rules = data.get("sweep") or {}
         settings = flatten({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
-            raise BadInput("sweep: must hold zip, include, exclude or folders.")
+            raise BadInput("sweep: must hold zip, include, exclude or folders")
         for name in rules:
             if name not in cls.model_fields or name == "settings":
                 raise unknown_name("key of sweep", name, set(cls.model_fields) - {"settings"})
@@ -69,7 +69,7 @@ class Sweep(BaseModel):
             made = cls(settings=settings, **rules)._by_words(paired)
         except ValidationError as error:
             detail = error.errors()[0]
-            raise BadInput(f"sweep.{'.'.join(map(str, detail['loc']))}: {detail['msg']}.") from None
+            raise BadInput(f"sweep.{'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
         made._check()
         return made
 
@@ -93,29 +93,29 @@ class Sweep(BaseModel):
         for values in (self.settings, *self.include, *self.exclude):
             for name, value in values.items():
                 if name not in FLAT:
-                    raise BadInput(f"{name} is for one run; in a sweep, name the method wanda_variant.")
+                    raise BadInput(f"{name} is for one run; in a sweep, name the method wanda_variant")
                 if is_axis(name, value) and not value:
-                    raise BadInput(f"{name} has an empty list, which makes no run at all; leave it out.")
+                    raise BadInput(f"{name} has an empty list, which makes no run at all", fix="leave it out")
         for name in _ONE_RUN_ONLY:
             if self.settings.get(name) is not None:
-                raise BadInput(f"{name} is for one run; leave it out of a sweep.")
+                raise BadInput(f"{name} is for one run", fix="leave it out of a sweep")
         for name in ("save", "save_model"):
             if isinstance(self.settings.get(name), list):
                 raise BadInput(
-                    f"{name} is the folder of the whole sweep, in which every run gets one; name one folder."
+                    f"{name} is the folder of the whole sweep, in which every run gets one", fix="name one folder"
                 )
         for group in self.zip:
             self._check_group(group)
         if not self.settings.get("save"):
-            raise BadInput("the sweep has no folder; name one with save: out/NAME (--save).")
+            raise BadInput("the sweep has no folder", fix="name one with save: out/NAME (--save)")
 
     def _check_group(self, group: tuple[str, ...]) -> None:
         lengths = {name: len(self.settings[name]) for name in group if is_axis(name, self.settings.get(name))}
         if len(group) < 2 or len(lengths) == 0:
-            raise BadInput(f"zip takes two or more fields that have lists, not {', '.join(group) or 'none'}.")
+            raise BadInput(f"zip takes two or more fields that have lists, not {', '.join(group) or 'none'}")
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} has {count}" for name, count in lengths.items())
-            raise BadInput(f"zipped lists must be of one length: {told}.")
+            raise BadInput(f"zipped lists must be of one length: {told}")
 
     def with_settings(self, typed: Mapping[str, Any]) -> Sweep:
         """The sweep with fields fixed to other values, which also replace those of its included runs."""
@@ -162,7 +162,7 @@ def _methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], boo
     if not any(isinstance(one, Mapping | Choice) or (isinstance(one, str) and ":" in one) for one in methods):
         return settings, False
     if options is not None:
-        raise BadInput("options are said twice, once with the methods; leave one out.")
+        raise BadInput("options are said twice, once with the methods", fix="leave one out")
     pairs = [(one["name"], own) for one in map(_split, methods) for own in _combined(one["options"])]
     taken = {"method": [name for name, _ in pairs], "options": [own for _, own in pairs]}
     # In the place of the methods, so that the order of the lists stays.
@@ -177,7 +177,7 @@ def _split(method: Any) -> dict[str, Any]:
     try:
         return {"name": "wanda", **split_choice(method)}
     except ValueError as error:
-        raise BadInput(f"method: {error}.") from None
+        raise BadInput(f"method: {error}") from None
 
 
 def _combined(options: Mapping[str, Any]) -> list[dict[str, Any]]:

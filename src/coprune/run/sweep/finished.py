@@ -27,14 +27,14 @@ def finished_report(recipe: Recipe) -> Report | None:
     try:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise BadInput(f"{file} cannot be read as a report; remove {folder} to do that run again.") from None
+        raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
     wanted = _pruning_of(recipe)
     before, now = _deciding(report.recipe), _deciding(wanted)
     if before != now:
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(
             f"{folder} holds another run's report, in which {'; '.join(differing)}. Name another folder with save "
-            "(--save), or remove it."
+            "(--save), or remove it"
         )
     tuned = recipe.finetune.mode is None or (folder / "finetune" / "finetune.json").is_file()
     return report if tuned else None
@@ -60,7 +60,7 @@ def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
     runs = expand(sweep)
     reports = {run.name: file for run in runs if (file := folder / run.name / REPORT_FILE).is_file()}
     if not reports:
-        raise BadInput(f"no run of the sweep in {folder} is finished; coprune sweep {folder / SWEEP_FILE} goes on.")
+        raise BadInput(f"no run of the sweep in {folder} is finished; coprune sweep {folder / SWEEP_FILE} goes on")
     return sweep, runs, {name: Report.read(file) for name, file in reports.items()}
 
 
@@ -77,7 +77,7 @@ def models_to_compare(name: str) -> list[str]:
     if not saved:
         raise BadInput(
             f"the runs of the sweep in {name} saved no models; its tables are in {folder / 'results.md'}, and a sweep "
-            "with save_model keeps the models."
+            "with save_model keeps the models"
         )
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
 

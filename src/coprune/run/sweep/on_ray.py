@@ -35,7 +35,7 @@ class RayWorkers:
         self.at_once = 1
         if self.capacity.cores < 1:
             ray.shutdown()
-            raise BadInput("no node of the Ray cluster offers a core; start its nodes with --num-cpus.")
+            raise BadInput("no node of the Ray cluster offers a core; start its nodes with --num-cpus")
         from ray.util.queue import Queue
 
         self._told = Queue(actor_options={"num_cpus": 0})
@@ -94,7 +94,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise BadInput("--ray needs Ray: pip install 'coprune[ray]'.") from None
+        raise BadInput("--ray needs Ray: pip install 'coprune[ray]'") from None
     return ray
 
 
@@ -108,6 +108,6 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BadInput(
-            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); leave the address out for one of "
-            "this machine alone."
+            f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
+            fix=("leave the address out for one of this machine alone"),
         ) from None

@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> Outcome:
 def check_sweep(sweep: Sweep) -> list[Run]:
     """List the runs of a sweep. Raises BadInput for one that cannot be, or a folder that is no sweep's."""
     if (sweep.folder / REPORT_FILE).exists():
-        raise BadInput(f"{sweep.folder} holds a single run; name another folder with save (--save).")
+        raise BadInput(f"{sweep.folder} holds a single run", fix="name another folder with save (--save)")
     runs = expand(sweep)
     for run in runs:
         try:
@@ -130,7 +130,9 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BadInput(f"another process is doing the sweep in {folder} at this moment; wait for its end.") from None
+        raise BadInput(
+            f"another process is doing the sweep in {folder} at this moment", fix="wait for its end"
+        ) from None
     try:
         yield
     finally:

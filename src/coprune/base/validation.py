@@ -1,0 +1,54 @@
+"""What pydantic finds wrong with settings, as one error of coprune's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Words, parts_of
+
+Place = tuple[str, ...]
+"""Where a value is: the names of fields, and indices, from the outside in."""
+
+
+def one_is_enough(value: Any) -> Any:
+    """A validator: a single text or mapping stands for a list of one."""
+    return (value,) if isinstance(value, str | Mapping) else value
+
+
+def explain(error: ValidationError, names: Callable[[Place], tuple[str, str]] | None = None) -> BadInput:
+    """Turn what pydantic found wrong into one BadInput.
+
+    Args:
+        error: what pydantic raised. A BadInput that a validator raised is taken over as it is.
+        names: the setting that a place belongs to, and how to call the place in a message; by default the first name in
+            it, and all of them with dots between.
+    """
+    found = [_explain(detail, names or _plain) for detail in error.errors()]
+    first = found[0]
+    causes = list(dict.fromkeys(parts_of(one.cause) for one in found))
+    if len(causes) == 1:
+        return first
+    cause: Words = tuple(part for one in causes for part in ("; ", *one))[1:]
+    return BadInput(cause, field=first.field, value=first.value)
+
+
+def _explain(detail: Any, names: Callable[[Place], tuple[str, str]]) -> BadInput:
+    inner = detail.get("ctx", {}).get("error")
+    if isinstance(inner, BadInput):
+        return inner
+    message = str(detail["msg"]).removeprefix("Value error, ").removesuffix(".")
+    place = tuple(str(part) for part in detail["loc"])
+    if not place:
+        return BadInput(message)
+    field, name = names(place)
+    if detail["type"] == "missing":
+        return BadInput(f"{name} is missing", field=field)
+    return BadInput(f"{name} cannot be {detail['input']!r}: {message}", field=field, value=detail["input"])
+
+
+def _plain(place: Place) -> tuple[str, str]:
+    return place[0], ".".join(place)
