@@ -242,8 +242,8 @@ def test_eval_measures_texts_and_closeness_and_writes_json(
     ("arguments", "message"),
     [
         (["compare", "{dense}"], "two models or more"),
-        (["eval", "{dense}", "--data", ""], "nothing is asked for"),
-        (["eval", "{dense}", "--tasks", "piqa", "--against", "{dense}"], "name one with --data"),
+        (["eval", "{dense}", "--data", ""], "there is nothing to measure"),
+        (["eval", "{dense}", "--tasks", "piqa", "--against", "{dense}"], "name a text with --data"),
         (["compare", "{dense}", "no/such/model", "--data", "{text}"], "no model at no/such/model"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_plot_shows_the_matrix_of_the_dense_model(
 def test_pushing_needs_a_saved_model_and_a_login(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BadInput, match="--save-model"):
+    with pytest.raises(BadInput, match="save_model=…"):
         make_recipe({"model": "m", "push_to_hub": "me/model"})
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -157,7 +157,7 @@ def test_streamed_and_in_memory_runs_agree(tmp_path):
 
 def test_images_have_to_be_named(tmp_path):
     source = save_classifier("vit", tmp_path / "source")
-    with pytest.raises(BadInput, match="--dataset"):
+    with pytest.raises(BadInput, match="dataset=…"):
         coprune.prune(source, quiet=True)
 
 
