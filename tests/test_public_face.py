@@ -24,6 +24,7 @@ PUBLIC = [
     "load_packed",
     "perplexity",
     "prune",
+    "register_method",
     "run_recipe",
 ]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors")
@@ -43,7 +44,7 @@ def test_every_public_name_is_there_and_documented(name):
     assert inspect.getdoc(getattr(coprune, name)).partition("\n")[0].endswith(".")
 
 
-@pytest.mark.parametrize("name", ["prune", "perplexity", "run_recipe"])
+@pytest.mark.parametrize("name", ["prune", "perplexity", "register_method", "run_recipe"])
 def test_public_functions_are_typed_and_say_what_they_raise(name):
     function = getattr(coprune, name)
     signature = inspect.signature(function)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coprune.evaluation.perplexity import perplexity
     from coprune.packed.accelerate import accelerate
     from coprune.packed.quantizer import load_packed
+    from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
     from coprune.report.schema import Report
     from coprune.run.stages import Result, prune, run_recipe
@@ -48,6 +49,7 @@ _HOME = {
     "Result": "coprune.run.stages",
     "perplexity": "coprune.evaluation.perplexity",
     "prune": "coprune.run.stages",
+    "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "load_packed",
     "perplexity",
     "prune",
+    "register_method",
     "run_recipe",
 ]
 

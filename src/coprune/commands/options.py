@@ -6,8 +6,8 @@ Options that no command knows are the method's own, whose fields they are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
@@ -19,6 +19,9 @@ from coprune.recipe.grammar import read_scalar
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.recipe import DEFAULTS, FIELDS
 from coprune.training.settings import FinetuneSettings
+
+if TYPE_CHECKING:
+    from coprune.pruning.methods import Method
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
@@ -83,9 +86,12 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
         return {}
     import dataclasses
 
-    from coprune.pruning.methods import METHODS
+    from coprune.pruning.methods import METHODS, all_methods
 
-    known = {f.name for method in METHODS.values() for f in dataclasses.fields(method)}
+    def names_of(methods: Iterable[Method]) -> set[str]:
+        return {field.name for method in methods for field in dataclasses.fields(method)}
+
+    known = names_of(METHODS.values())
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -94,6 +100,8 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
             raise BadInput(f"unexpected argument {flag!r}; options begin with --.")
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
+        if name not in known:
+            known |= names_of(all_methods().values())  # those of other packages, loaded only when asked for
         if name not in known:
             flags = [option for parameter in recipe_options() for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]

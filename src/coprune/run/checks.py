@@ -14,7 +14,7 @@ from coprune.model.matrices import Chosen
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import InputSample
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.methods import METHODS, method_named
+from coprune.pruning.methods import find_method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
@@ -106,8 +106,7 @@ def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
 
     values: by name. Raises BadInput for a name that is neither, with the nearest match.
     """
-    name = Choice.of(method).name
-    own = {f.name for f in dataclasses.fields(METHODS[name])} if name in METHODS else set()
+    own = {field.name for field in dataclasses.fields(find_method(Choice.of(method).name))}
     for setting in values:
         if not is_setting(setting) and setting not in own:
             raise unknown_name("setting", setting, [*FLAT, *PARTS, *own])

@@ -1,23 +1,40 @@
-"""Pruning methods, one file each, in one table."""
+"""Pruning methods, one file each, in one table; and what the author of another one needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from coprune.base.errors import unknown_name
+from coprune.base.errors import BadInput, unknown_name
 from coprune.base.options import with_options
+from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
 from coprune.pruning.methods.ablate import Ablate
 from coprune.pruning.methods.admm import ADMM
 from coprune.pruning.methods.alps import ALPS
-from coprune.pruning.methods.base import Method, Pruned
+from coprune.pruning.methods.base import Method, Pruned, apply_keep
 from coprune.pruning.methods.dsnot import DSnoT
 from coprune.pruning.methods.magnitude import Magnitude
+from coprune.pruning.methods.outside import brought_methods, checked_method, names_brought, tell
 from coprune.pruning.methods.ria import RIA
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.pruning.methods.wanda import Wanda
 from coprune.pruning.methods.wanda_variant import WandaVariant
+from coprune.recipe.pattern import Target
 
-__all__ = ["METHODS", "Method", "Pruned", "method_named"]
+__all__ = [
+    "METHODS",
+    "Gram",
+    "InputMoments",
+    "InputNorm",
+    "Method",
+    "Pruned",
+    "Target",
+    "all_methods",
+    "apply_keep",
+    "find_method",
+    "method_named",
+    "origin_of",
+    "register_method",
+]
 
 METHODS: dict[str, Method] = {
     "magnitude": Magnitude(),
@@ -35,11 +52,62 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str, options: Mapping[str, object] | None = None) -> Method:
-    """Look a method up and set its options (fields of its dataclass).
+_registered: dict[str, Method] = {}
 
-    Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
+
+def register_method(name: str, method: Method | type[Method]) -> None:
+    """Make a method of your own known in this process, so that runs can name it.
+
+    A method that an installed package names under the entry-point group `coprune.methods` needs no call and is known in
+    every process.
+
+    Args:
+        name: how it is to be called.
+        method: a frozen dataclass with `statistic` and `prune`, see `Method`; an instance, or the class for its defaults.
+
+    Raises:
+        BadInput: the name is taken or cannot be one, or it is no method.
     """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS, field="method")
-    return with_options(METHODS[name], "method", name, options or {})
+    _registered[name] = checked_method(name, method, {*METHODS, *_registered, *names_brought()})
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method by name: coprune's own, those of installed packages, and those that were registered."""
+    brought = brought_methods(frozenset(METHODS))
+    for problem in brought.problems.values():
+        tell(problem)
+    return METHODS | brought.methods | _registered
+
+
+def origin_of(name: str) -> str | None:
+    """Where a method comes from that is not coprune's own: a package, or the module of its class."""
+    if name in _registered:
+        return type(_registered[name]).__module__
+    return None if name in METHODS else brought_methods(frozenset(METHODS)).packages[name]
+
+
+def find_method(name: str) -> Method:
+    """Look a method up. Raises BadInput for an unknown name, or one whose package does not work."""
+    # Other packages are only loaded for names that are not known without them.
+    known = METHODS | _registered
+    if name in known:
+        return known[name]
+    brought = brought_methods(frozenset(METHODS))
+    if name in brought.methods:
+        return brought.methods[name]
+    if name in brought.problems:
+        raise BadInput(f"the method {name!r} cannot be used: {brought.problems[name]}", field="method", value=name)
+    raise unknown_name("method", name, all_methods(), field="method")
+
+
+def method_named(name: str, options: Mapping[str, object] | None = None) -> Method:
+    """Look a method up and set its options.
+
+    Args:
+        name: of one of `all_methods`.
+        options: fields of its dataclass.
+
+    Raises:
+        BadInput: an unknown name or option, or a value of the wrong type or out of range.
+    """
+    return with_options(find_method(name), "method", name, options or {})

@@ -7,17 +7,19 @@ import dataclasses
 import inspect
 import textwrap
 
-from coprune.pruning.methods import METHODS, method_named
+from coprune.pruning.methods import all_methods, find_method, origin_of
 from coprune.pruning.methods.base import Method
 
 
 def describe_methods(name: str | None = None) -> list[str]:
     """Lines that list every method (or one) with its options. Raises BadInput for an unknown name."""
-    chosen = {name: method_named(name)} if name is not None else METHODS
+    chosen = {name: find_method(name)} if name is not None else all_methods()
     lines = []
     for title, method in chosen.items():
         needs = method.statistic.__name__ if method.statistic is not None else "nothing"
-        lines.append(f"{title}: {_first_line(type(method).__doc__)} (needs of the inputs: {needs})")
+        origin = origin_of(title)
+        source = "" if origin is None else f"; from {origin}"
+        lines.append(f"{title}: {_first_line(type(method).__doc__)} (needs of the inputs: {needs}{source})")
         comments = field_comments(type(method))
         for field in dataclasses.fields(method):
             flag = field.name.replace("_", "-")
@@ -27,7 +29,11 @@ def describe_methods(name: str | None = None) -> list[str]:
 
 def field_comments(cls: type[Method]) -> dict[str, str]:
     """The string below each field of a class, on one line. Python keeps no such strings, so the source is read."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # a class that was made in a shell
+        return {}
+    body = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(body, ast.ClassDef)
     comments = {}
     for field, after in zip(body.body, body.body[1:], strict=False):

@@ -1,0 +1,106 @@
+"""Methods from outside the package: what they have to be, and those that installed packages bring.
+
+A package names its methods under the entry-point group `coprune.methods`. They are loaded once, when somebody asks for
+more than coprune's own; one that cannot be loaded is told of and left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from coprune.base.errors import BadInput
+from coprune.model.walk.statistics import InputNorm
+from coprune.pruning.methods.base import Method
+from coprune.recipe.flat import FLAT
+
+GROUP = "coprune.methods"
+
+logger = logging.getLogger(__name__)
+
+
+class Brought(NamedTuple):
+    """What installed packages bring, by the methods' names."""
+
+    methods: dict[str, Method]
+    packages: dict[str, str]
+    problems: dict[str, str]
+    """Why a method cannot be used."""
+
+
+def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
+    """Look whether something is a method that can be used under a name.
+
+    Args:
+        name: how it is to be called, on the command line too.
+        method: an instance, or its class, which is then taken with its defaults.
+        taken: names of the methods that there are.
+
+    Returns:
+        The instance.
+
+    Raises:
+        BadInput: the name is taken or none that a folder could have, or it is no method.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise BadInput(f"a method cannot be called {name!r}", fix="use letters, digits, '_', '-' and '.'")
+    if name in taken:
+        raise BadInput(f"there is a method {name!r} already", fix="choose another name")
+    made = method() if isinstance(method, type) else method
+    if (missing := _missing_in(made)) is not None:
+        raise BadInput(f"{name!r} is no method: {missing}")
+    own = {field.name for field in dataclasses.fields(made)}
+    if shadowed := sorted(own & set(FLAT)):
+        raise BadInput(f"the method {name!r} has an option {shadowed[0]!r}, which every recipe has", fix="rename it")
+    found: Method = made
+    return found
+
+
+def _missing_in(method: Any) -> str | None:
+    """What something lacks to be a method; None if nothing."""
+    if not dataclasses.is_dataclass(method) or not getattr(type(method), "__dataclass_params__").frozen:  # noqa: B009
+        return f"{type(method).__name__} is not a frozen dataclass"
+    if not callable(getattr(method, "prune", None)):
+        return f"{type(method).__name__} has no function prune(weight, statistic, target)"
+    statistic = getattr(method, "statistic", "missing")
+    if statistic is not None and not (isinstance(statistic, type) and issubclass(statistic, InputNorm)):
+        return f"{type(method).__name__}.statistic has to be InputNorm, InputMoments, Gram or None, not {statistic!r}"
+    return None
+
+
+def names_brought() -> set[str]:
+    """Names under which installed packages bring methods; nothing is loaded."""
+    return {entry.name for entry in entry_points(group=GROUP)}
+
+
+@cache
+def brought_methods(own: frozenset[str]) -> Brought:
+    """Load the methods that installed packages bring, once. own: names that are taken.
+
+    The first of two packages that bring methods of the same name has it.
+    """
+    brought = Brought({}, {}, {})
+    for entry in entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist is not None else entry.module
+        try:
+            brought.methods[entry.name] = checked_method(entry.name, entry.load(), own | set(brought.methods))
+            brought.packages[entry.name] = package
+        except BadInput as error:
+            brought.problems[entry.name] = f"the package {package} brings a method that is left out: {error}"
+        except Exception as error:  # whatever a strange module does must not stop every command
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            brought.problems[entry.name] = (
+                f"the package {package} brings a method {entry.name!r} that cannot be loaded: {reason}"
+            )
+    return brought
+
+
+@cache
+def tell(problem: str) -> None:
+    """Warn of a package that does not work, once."""
+    logger.warning(problem)
