@@ -29,3 +29,8 @@ def smollm2_folder() -> Path:
 def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of SmolLM2-135M-Instruct."""
     return AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=SMOLLM2_FILE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ask first what other tests stumble over when a new version of transformers changes its internals."""
+    items.sort(key=lambda item: item.path.name != "test_transformers_private.py")

@@ -1,8 +1,8 @@
 """Views of prunable weights as out × in matrices: the one place that knows how modules store them.
 
 `nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a
-mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out as transformers' `is_transposed`
-says. A convolution is a matrix where no two of its positions overlap: 1 × 1, or cutting the image into patches (the
+mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out as transformers says of each
+mixture. A convolution is a matrix where no two of its positions overlap: 1 × 1, or cutting the image into patches (the
 stride is the kernel). Its inputs are then a patch's values, channel by channel.
 """
 
@@ -18,11 +18,11 @@ from fnmatch import fnmatchcase
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Setting
 from coprune.model.blocks import Block
+from coprune.model.transformers_private import Conv1D, input_first
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
         if parameter.ndim != 3 or not parameter.is_floating_point():
             continue
         # Set by transformers on every fused mixture; observation confirms it before anything is changed.
-        input_dim = 0 if getattr(module, "is_transposed", False) else 1
+        input_dim = 0 if input_first(module) else 1
         base = Matrix(f"{name}.{attribute}", module, attribute, input_dim)
         for expert in range(parameter.shape[0]):
             yield replace(base, name=f"{base.name}[{expert}]", expert=expert)

@@ -19,15 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from coprune.base.errors import BadInput
 from coprune.base.pages import page_out
 from coprune.base.words import Command
 from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.transformers_private import (
+    Converter,
+    HfQuantizer,
+    Operation,
+    QuantizationConfig,
+    Renaming,
+    begin_with,
+    conversions_of,
+    convert_every_tensor,
+    set_conversions_to_revert,
+    tied_names,
+)
 from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
 from coprune.packed.header import VERSION, Header, is_packed, read_header
@@ -38,7 +46,7 @@ from coprune.packed.shards import METADATA_KEY, check_shard
 logger = logging.getLogger(__name__)
 
 
-class CopruneConfig(QuantizationConfigMixin):
+class CopruneConfig(QuantizationConfig):
     """`quantization_config` of a packed folder."""
 
     def __init__(self, version: int = VERSION, keep_packed: bool = False, **other: Any) -> None:
@@ -66,7 +74,7 @@ class CopruneConfig(QuantizationConfigMixin):
         return {"keep_packed": self.keep_packed}
 
 
-class Unpack(ConversionOps):
+class Unpack(Operation):
     """The load operation: packed tensors become dense ones, all others pass."""
 
     def __init__(self, quantizer: CopruneQuantizer, alone: bool) -> None:
@@ -119,23 +127,16 @@ class CopruneQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Unpack first in every conversion of the model, and on its own for all other tensors."""
         updated = [
-            conversion.copy(
-                conversion._original_source_patterns.copy(),
-                conversion._original_target_patterns.copy(),
-                operations=[Unpack(self, alone=False), *conversion.operations],
-            )
-            if isinstance(conversion, WeightConverter)
-            else conversion
+            begin_with(Unpack(self, alone=False), conversion) if isinstance(conversion, Converter) else conversion
             for conversion in weight_conversions
         ]
-        return [*updated, WeightConverter([r"^(.+)$"], [r"\1"], [Unpack(self, alone=True)])]
+        return [*updated, convert_every_tensor(Unpack(self, alone=True))]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in list(model.modules()):
             if isinstance(module, PackedSlot):
                 module.fill()
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions  # ours do not reverse; saving looks the model's own up again
+        set_conversions_to_revert(model, None)  # ours do not reverse; saving looks the model's own up again
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
@@ -185,18 +186,15 @@ def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) ->
 
 def _insert_slots(model: PreTrainedModel, headers: dict[str, Header]) -> set[str]:
     """Replace the linear layers whose packed weight arrives whole. Returns the weights' names in the model."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     parameters = dict(model.state_dict())
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    renaming, tied = Renaming(model, conversions_of(model), parameters), tied_names(model)
     slots: set[str] = set()
     left: list[str] = []
     for key, header in headers.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        name, changes = renaming.of(key)
         if name in tied:
             continue  # the embedding, of which single rows are read
-        module = model.get_submodule(name.rpartition(".")[0]) if name in parameters and pattern is None else None
+        module = model.get_submodule(name.rpartition(".")[0]) if name in parameters and not changes else None
         if type(module) is not nn.Linear or tuple(module.weight.shape) != header.shape:
             left.append(key)
             continue

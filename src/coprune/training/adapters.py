@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.words import Set
 from coprune.model.checkpoint.load import task_of
 from coprune.model.checkpoint.writer import refuse_occupied
+from coprune.model.transformers_private import Conv1D
 from coprune.training.masked_lora import MaskedLoraConfig
 from coprune.training.masks import Masks, plain_parameters
 

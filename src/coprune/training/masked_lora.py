@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from coprune.model.transformers_private import Conv1D
 
 _ROW_VALUES = 2**22  # of the dense gradient at a time: 16 MiB in float32
 

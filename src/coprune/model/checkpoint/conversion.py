@@ -9,33 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Set
-
-# Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
-_TENSOR_PARALLEL: dict[str, Any] = (
-    {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
-)
-_SKIPPED: dict[str, Any] = (
-    {"skipped_pp_keys": set()} if "skipped_pp_keys" in signature(LoadStateDictInfo).parameters else {}
+from coprune.model.transformers_private import (
+    Renaming,
+    conversions_of,
+    conversions_to_revert,
+    convert_into,
+    in_natural_order,
+    revert_conversion,
+    set_conversions_to_revert,
+    splits,
+    tied_names,
+    used_among,
+    without_known_exceptions,
 )
 
 
@@ -60,15 +53,15 @@ class Conversion:
         Raises BadInput if the checkpoint lacks weights that the model needs.
         """
         self._model = model
-        self._mapping: list[Any] = get_model_conversion_mapping(model)
+        self._mapping = conversions_of(model)
         self.groups, unknown = self._group(names)
         missing, unexpected = self._unmatched(unknown)
         self.carried = sorted(name for name, key in unknown.items() if key not in unexpected)
         """Tensors that the model is known not to load (such as layers for speculative decoding)."""
         self.dropped = sorted(name for name, key in unknown.items() if key in unexpected)
         """Tensors that the model does not know at all."""
-        self._used = [entry for entry in self._mapping if entry.was_used()]
-        if missing and not any(len(entry.target_patterns) > 1 for entry in self._used):
+        self._used = used_among(self._mapping)
+        if missing and not any(map(splits, self._used)):
             raise BadInput(
                 f"the checkpoint lacks {len(missing)} weights of the model, first {min(missing)}",
                 fix="is it complete, and a causal language model?",
@@ -76,19 +69,18 @@ class Conversion:
 
     def _group(self, names: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
         """Return the groups, and the tensors that the model has no place for with the names it would know them by."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        prefix, known = self._model.base_model_prefix, self._model.state_dict()
+        known = self._model.state_dict()
+        renaming = Renaming(self._model, self._mapping, known)
         originals: dict[str, list[str]] = {}
         converted: dict[str, bool] = {}
         unknown: dict[str, str] = {}
-        for name in sorted(names, key=dot_natural_key):
-            key, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        for name in sorted(names, key=in_natural_order):
+            key, changes = renaming.of(name)
             if key not in known and name in known:
-                key, pattern = name, None
+                key, changes = name, False
             if key in known:
                 originals.setdefault(key, []).append(name)
-                converted[key] = pattern is not None
+                converted[key] = changes
             else:
                 unknown[name] = key
         return [Group(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
@@ -96,22 +88,8 @@ class Conversion:
     def _unmatched(self, unknown: Mapping[str, str]) -> tuple[set[str], set[str]]:
         """What transformers would report as missing and as unexpected, after the exceptions that each model has."""
         covered = {group.target for group in self.groups}
-        tied = self._model.all_tied_weights_keys
-        missing = {
-            name
-            for name in self._model.state_dict()
-            if name not in covered and name not in tied and name not in tied.values()
-        }
-        info = LoadStateDictInfo(
-            missing_keys=missing,
-            unexpected_keys=set(unknown.values()),
-            mismatched_keys=set(),
-            error_msgs=[],
-            conversion_errors={},
-            **_SKIPPED,
-        )
-        self._model._adjust_missing_and_unexpected_keys(info)
-        return info.missing_keys, info.unexpected_keys
+        missing = self._model.state_dict().keys() - covered - tied_names(self._model)
+        return without_known_exceptions(self._model, missing, unknown.values())
 
     def load(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
         """Put tensors of the checkpoint (or lazy slices of them) into the model, converted.
@@ -120,7 +98,7 @@ class Conversion:
         """
         _convert_into(self._model, tensors, dtype, device, self._mapping)
         # Loading notes which conversions it used, as what to revert when saving; here that is all of them together.
-        self._model.__dict__["_weight_conversions"] = self._used
+        set_conversions_to_revert(self._model, self._used)
 
     def revert(self, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters under the checkpoint's names and in its layout.
@@ -133,7 +111,7 @@ class Conversion:
         wanted = {original for group in groups if group.converted for original in group.originals}
         if wanted:
             rest = {key: tensor for key, tensor in state.items() if key not in plain}
-            found = revert_weight_conversion(self._model, rest)
+            found = revert_conversion(self._model, rest)
             back = _match_names(found, wanted, self._model.base_model_prefix)
             if back is None:
                 raise UnsupportedModel(
@@ -160,26 +138,17 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 
     Raises BadInput where a shape differs or a conversion fails.
     """
-    mapping = get_model_conversion_mapping(model)
-    conversions = model.__dict__.get("_weight_conversions")
-    _convert_into(model, tensors, model.dtype, model.device, mapping)
-    model.__dict__.pop("_weight_conversions", None)
-    if conversions is not None:
-        model.__dict__["_weight_conversions"] = conversions
+    before = conversions_to_revert(model)
+    _convert_into(model, tensors, model.dtype, model.device, conversions_of(model))
+    set_conversions_to_revert(model, before)
     model.requires_grad_(False)
 
 
 def _convert_into(
     model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, device: Any, mapping: Iterable[Any]
 ) -> None:
-    """Let transformers convert and load tensors (or lazy slices) of a checkpoint."""
-    config = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=list(mapping),
-    )
-    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **_TENSOR_PARALLEL)
+    """Let transformers convert and load tensors (or lazy slices) of a checkpoint; what went wrong is a BadInput."""
+    info = convert_into(model, tensors, dtype, device, mapping)
     if info.mismatched_keys:
         name, found, expected = min(info.mismatched_keys)
         raise BadInput(f"{name} has shape {tuple(found)} where the configuration says {tuple(expected)}")

@@ -40,6 +40,7 @@ from coprune.model.checkpoint.shards import (
     read_tensor,
 )
 from coprune.model.checkpoint.weights import is_below, is_below_any, piece_places
+from coprune.model.transformers_private import initialize_again, name_model, tie_read_weights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -113,7 +114,7 @@ class LazyCheckpoint:
             # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
             model = build()
             forget_parameters(model)
-        model.config._name_or_path = model.name_or_path = self.location.name
+        name_model(model, self.location.name)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         for module in model.modules():
@@ -136,7 +137,7 @@ class LazyCheckpoint:
         outside = [(n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes)]
         missing = {name for name, parameter in outside if parameter.is_meta}
         with quiet_transformers():
-            self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+            tie_read_weights(self._model, missing)
         self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
 
     def expect(self, prefix: str) -> None:
@@ -238,7 +239,4 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
     While a model is built, the default dtype is its own, and some families round their position tables to it.
     """
-    for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):
-            module.__dict__["_is_hf_initialized"] = False
-    model.initialize_weights()
+    initialize_again(model, (module for module in model.modules() if any(True for _ in module.buffers(recurse=False))))

@@ -24,10 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
-from transformers.utils import quantization_config as transformers_quantization
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.checkpoint.locate import GgufFile, Location
+from coprune.model.transformers_private import builds, forget_quantization, name_model, run_experts_singly, unpack_gguf
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "images"]
@@ -38,7 +38,7 @@ MODEL_CLASSES: dict[TaskName, Any] = {"text": AutoModelForCausalLM, "images": Au
 
 def task_of(config: Any) -> TaskName:
     """What a model with this configuration is for: images if it is a classifier of them and no language model."""
-    classes = [name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping]
+    classes = [name for name, auto in MODEL_CLASSES.items() if builds(auto, config)]
     return "images" if classes == ["images"] else "text"
 
 
@@ -82,9 +82,7 @@ def load_model(
     options |= file
     if isinstance(location, GgufFile):
         options["dtype"] = "float32" if dtype == "auto" else dtype
-        # Newer versions of transformers can keep the weights packed, and have to be told not to.
-        if hasattr(transformers_quantization, "GgufConfig"):
-            options["quantization_config"] = transformers_quantization.GgufConfig(dequantize=True)
+        options |= unpack_gguf()
     task: TaskName = "text"
     with quiet_transformers(), explained(location):
         if not isinstance(location, GgufFile):
@@ -96,7 +94,7 @@ def load_model(
     require_all_weights(location.name, info["missing_keys"])
     if isinstance(location, GgufFile):
         forget_quantization(model)
-    model.config._name_or_path = model.name_or_path = location.name
+    name_model(model, location.name)
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
     return prepare(model), load_processor(location, task, trust_remote_code)
 
@@ -123,18 +121,8 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Put a model into the state that the walk needs: evaluation mode, no gradients, experts one by one."""
     model.eval()
     model.requires_grad_(False)
-    # The implementation is a private field of the configuration that is never saved.
-    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
-        model.set_experts_implementation("eager")
+    run_experts_singly(model)
     return model
-
-
-def forget_quantization(model: PreTrainedModel) -> None:
-    """Remove what would make transformers treat dequantised weights as quantised ones when it saves them."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
-        model.__dict__.pop(name, None)
 
 
 def require_all_weights(name: str, missing: set[str]) -> None:

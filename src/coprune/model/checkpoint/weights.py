@@ -7,7 +7,7 @@ which for a mixture of experts differ from the model's own, where the experts of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.transformers_private import revert_conversion, saved_tensors
 
 
 class Weights(Protocol):
@@ -75,7 +74,7 @@ class InMemory:
 
     @property
     def total_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._saved().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in saved_tensors(self._model).values())
 
     def acquire(self, prefix: str) -> None:
         pass
@@ -91,24 +90,18 @@ class InMemory:
             load_tensors(self._model, load_file(file))
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
-        return self._revert({name: t for name, t in self._saved().items() if is_below(name, prefix)})
+        return self._reverted(lambda name: is_below(name, prefix))
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
         return {name: _pieces_of(tensor) for name, tensor in self.original_tensors(prefix).items()}
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        return self._revert({name: t for name, t in self._saved().items() if not is_below_any(name, block_prefixes)})
+        return self._reverted(lambda name: not is_below_any(name, block_prefixes))
 
-    def _saved(self) -> dict[str, Tensor]:
-        """What save_pretrained would save: of tied weights one, and none that the model says not to save."""
-        ignored = set(self._model._keys_to_ignore_on_save or ())
-        state = {name: tensor for name, tensor in self._model.state_dict().items() if name not in ignored}
-        kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, self._model)
-        return kept
-
-    def _revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        reverted: dict[str, Tensor] = revert_weight_conversion(self._model, state)
-        return reverted
+    def _reverted(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those of the saved tensors whose names are wanted, as they are in a checkpoint."""
+        state = {name: tensor for name, tensor in saved_tensors(self._model).items() if wanted(name)}
+        return revert_conversion(self._model, state)
 
 
 def piece_places(nbytes: int) -> list[slice]:

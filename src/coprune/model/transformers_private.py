@@ -1,0 +1,209 @@
+"""What coprune uses of transformers that transformers does not document: it may change in any version.
+
+Everything of that kind is here under a name of our own, so that a new version is met in one place; one test holds
+each of them to what is relied on. Only the import hook of packed folders names its table itself, as it must not import
+transformers, and fine-tuning overrides what a Trainer does when it saves; the same test covers both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import quantization_config
+from transformers.utils.loading_report import LoadStateDictInfo
+
+__all__ = ["Conv1D", "HfQuantizer"]
+
+# Older and newer versions of transformers differ in what they ask for here, where nothing is distributed.
+_TENSOR_PARALLEL: dict[str, Any] = (
+    {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
+)
+_SKIPPED: dict[str, Any] = (
+    {"skipped_pp_keys": set()} if "skipped_pp_keys" in signature(LoadStateDictInfo).parameters else {}
+)
+
+Operation = ConversionOps
+"""One step of a conversion, from tensors of a checkpoint toward a parameter of the model."""
+Converter = WeightConverter
+"""A conversion that changes the layout of tensors."""
+QuantizationConfig = quantization_config.QuantizationConfigMixin
+"""What a configuration says of how weights are stored."""
+in_natural_order = dot_natural_key
+"""A key to sort tensors' names by, so that the tenth expert comes after the ninth."""
+
+
+class Renaming:
+    """How the names of one model's parameters come from those of its checkpoint's tensors."""
+
+    def __init__(self, model: PreTrainedModel, conversions: Iterable[Any], known: dict[str, Any]) -> None:
+        """known: the model's tensors by name."""
+        conversions = list(conversions)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._prefix, self._known = model.base_model_prefix, known
+
+    def of(self, name: str) -> tuple[str, bool]:
+        """The model's name for a tensor of the checkpoint, and whether its layout changes on the way."""
+        key, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._known)
+        return key, pattern is not None
+
+
+def conversions_of(model: PreTrainedModel) -> list[Any]:
+    """The renamings and conversions between a model's parameters and its family's checkpoints."""
+    found: list[Any] = get_model_conversion_mapping(model)
+    return found
+
+
+def used_among(conversions: Iterable[Any]) -> list[Any]:
+    """Those that renamed or converted anything so far."""
+    return [conversion for conversion in conversions if conversion.was_used()]
+
+
+def splits(conversion: Any) -> bool:
+    """Whether several parameters come out of one conversion."""
+    return len(conversion.target_patterns) > 1
+
+
+def convert_into(
+    model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, device: Any, conversions: Iterable[Any]
+) -> LoadStateDictInfo:
+    """Convert tensors of a checkpoint (or lazy slices of them) and put them into a model; returns what went wrong."""
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=list(conversions),
+    )
+    info: LoadStateDictInfo
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **_TENSOR_PARALLEL)
+    return info
+
+
+def revert_conversion(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors under the checkpoint's names and in its layout."""
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return reverted
+
+
+def conversions_to_revert(model: nn.Module) -> list[Any] | None:
+    """The conversions that a model was loaded by, which saving reverts; None if it looks them up."""
+    found: list[Any] | None = model.__dict__.get("_weight_conversions")
+    return found
+
+
+def set_conversions_to_revert(model: nn.Module, conversions: list[Any] | None) -> None:
+    """Say which conversions saving has to revert; None lets it look them up."""
+    model.__dict__.pop("_weight_conversions", None)
+    if conversions is not None:
+        model.__dict__["_weight_conversions"] = conversions
+
+
+def begin_with(operation: Operation, converter: Any) -> Any:
+    """A copy of a converter that does something else first."""
+    return converter.copy(
+        converter._original_source_patterns.copy(),
+        converter._original_target_patterns.copy(),
+        operations=[operation, *converter.operations],
+    )
+
+
+def convert_every_tensor(operation: Operation) -> Converter:
+    """A conversion of all tensors that no other is for, which leaves their names as they are."""
+    return WeightConverter([r"^(.+)$"], [r"\1"], [operation])
+
+
+def without_known_exceptions(
+    model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]
+) -> tuple[set[str], set[str]]:
+    """Which of the missing and of the unexpected names are a surprise, since each model knows some that are none."""
+    info = LoadStateDictInfo(
+        missing_keys=set(missing),
+        unexpected_keys=set(unexpected),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        **_SKIPPED,
+    )
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.missing_keys, info.unexpected_keys
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """The names of all parameters that are tied to another, on both sides."""
+    return {name for pair in model.all_tied_weights_keys.items() for name in pair}
+
+
+def tie_read_weights(model: PreTrainedModel, missing: set[str]) -> None:
+    """Let the missing ones of tied parameters be those that they are tied to."""
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What save_pretrained would save: of tied weights one, and none that the model says not to save."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, model)
+    return kept
+
+
+def initialize_again(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+    """Initialise some modules of a model anew, though that was done before."""
+    for module in modules:
+        module.__dict__["_is_hf_initialized"] = False
+    model.initialize_weights()
+
+
+def input_first(module: nn.Module) -> bool:
+    """Whether a fused mixture of experts stores every expert in × out instead of out × in."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def run_experts_singly(model: PreTrainedModel) -> None:
+    """Let every expert be products of its own, where one product over all of them is the default."""
+    # The implementation is a private field of the configuration that is never saved.
+    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+        model.set_experts_implementation("eager")
+
+
+def builds(auto_class: Any, config: Any) -> bool:
+    """Whether an Auto class has a model for a configuration."""
+    return type(config) in auto_class._model_mapping
+
+
+def name_model(model: PreTrainedModel, name: str) -> None:
+    """Say where a model came from, as from_pretrained does."""
+    model.config._name_or_path = model.name_or_path = name
+
+
+def unpack_gguf() -> dict[str, Any]:
+    """What to tell from_pretrained so that a GGUF file's weights become dense."""
+    # Newer versions can keep the weights packed, and have to be told not to.
+    wanted = getattr(quantization_config, "GgufConfig", None)
+    return {} if wanted is None else {"quantization_config": wanted(dequantize=True)}
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove what would make transformers treat dequantised weights as quantised ones when it saves them."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    set_conversions_to_revert(model, None)
