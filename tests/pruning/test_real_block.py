@@ -9,8 +9,8 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.walk.moves import Dense
+from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram
-from coprune.model.walk.walk import MatricesReady
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from support.problems import TARGETS

@@ -10,7 +10,15 @@ from torch.nn import functional
 
 from coprune.base.errors import BadInput
 from coprune.training import masked_lora
-from coprune.training.adapters import add_adapter, choose_targets, load_adapter, merge, merge_adapter, save_adapter
+from coprune.training.adapters import (
+    AdapterSize,
+    add_adapter,
+    choose_targets,
+    load_adapter,
+    merge,
+    merge_adapter,
+    save_adapter,
+)
 from coprune.training.masked_lora import MaskedProduct
 from coprune.training.masks import find_masks
 from support.pruned import pruned_model, zeros_of
@@ -23,7 +31,7 @@ def adapted(family="llama", masked=True, rank=4, trained=True):
     model = pruned_model(family)
     masks = find_masks(model)
     torch.manual_seed(1)
-    peft = add_adapter(model, masks, choose_targets(masks, (), rank), rank, 8.0, 0.0, masked)
+    peft = add_adapter(model, masks, choose_targets(masks, (), rank), AdapterSize(rank, 8.0, 0.0), masked)
     if trained:
         with torch.no_grad():
             for name, parameter in peft.named_parameters():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from coprune.base.errors import BadInput, BrokenMask, NumericalError
 from coprune.base.progress import Reporter
+from coprune.model.checkpoint.companions import Companions
 from coprune.recipe.pattern import NM
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import run_recipe
@@ -314,7 +315,7 @@ def test_nothing_is_saved_once_a_zero_is_lost(home, tmp_path, monkeypatch):
     matrix = masks.matrices[4].matrix
     matrix.stored()[tuple((matrix.stored() == 0).nonzero()[0].tolist())] = 0.5
     with pytest.raises(BrokenMask, match=matrix.name):
-        save_model(model, None, masks, torch.float32, tmp_path / "model", "card", pico_tokens(1, 8))
+        save_model(model, masks, Companions(None, "card", "float32"), tmp_path / "model", pico_tokens(1, 8))
     assert not any(tmp_path.iterdir())
     # Neither is a state to resume from, if somebody's change of the weights escapes the optimiser.
     step = ZeroKeepingTrainer.training_step

@@ -15,8 +15,8 @@ from coprune.base.errors import NumericalError
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Recording
+from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, InputNorm
-from coprune.model.walk.walk import BlockDone, MatricesReady
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.methods import METHODS

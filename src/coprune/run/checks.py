@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.model.matrices import Chosen
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.statistics import InputSample
+from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.methods import find_method, method_named
 from coprune.pruning.pruner import Solver

@@ -17,10 +17,9 @@ from pydantic import TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.companions import change_config, copy_companions, save_companions
+from coprune.model.checkpoint.companions import Companions, change_config, copy_companions, save_companions
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.checkpoint.load import DtypeName
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit, Edits, dump_edits, load_edits
@@ -38,15 +37,6 @@ class BlockOutcome:
 
     results: list[MatrixResult]
     edits: list[Edit]
-
-
-@dataclass(frozen=True)
-class Companions:
-    """What lies beside a model's weights: its tokenizer or image processor, its card, and the dtype of its tensors."""
-
-    processor: Any
-    card: str
-    dtype: DtypeName = "auto"
 
 
 class Output:

@@ -16,7 +16,8 @@ from coprune.model.walk.moves import Dense
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import record_batches
-from coprune.model.walk.walk import MatricesReady, Walk
+from coprune.model.walk.shown import MatricesReady
+from coprune.model.walk.walk import Walk
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.recipe.recipe import Recipe
 from coprune.run.checks import check_widths, prepare_solver

@@ -14,8 +14,9 @@ from coprune.model.edit import Edit, Edits, FillZeros
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
 from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
-from coprune.model.walk.walk import BlockDone, Past, Walk
+from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
 from coprune.recipe.pattern import Target
 from coprune.run.events import BlockPruned

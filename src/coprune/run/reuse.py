@@ -11,7 +11,7 @@ from typing import TypeVar
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.walk import Known
+from coprune.model.walk.shown import Known
 from coprune.run.estimate.estimate import Estimate
 from coprune.run.session import Session
 

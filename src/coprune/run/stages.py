@@ -17,6 +17,7 @@ from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
+from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
@@ -34,7 +35,7 @@ from coprune.run.checks import prepare_folders, settings_for
 from coprune.run.estimate.estimate import Estimate
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
-from coprune.run.journal import Companions, Output, run_identity
+from coprune.run.journal import Output, run_identity
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
 from coprune.run.reuse import Reuse

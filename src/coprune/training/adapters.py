@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.words import Set
 from coprune.model.checkpoint.load import task_of
-from coprune.model.checkpoint.writer import refuse_occupied
+from coprune.model.checkpoint.part_files import refuse_occupied
 from coprune.model.transformers_private import Conv1D
 from coprune.training.masked_lora import MaskedLoraConfig
 from coprune.training.masks import Masks, plain_parameters
@@ -63,14 +64,21 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str
     return [matrix.name for matrix in chosen]
 
 
-def add_adapter(
-    model: PreTrainedModel, masks: Masks, targets: list[str], rank: int, alpha: float, dropout: float, masked: bool
-) -> PeftModel:
+@dataclass(frozen=True)
+class AdapterSize:
+    """How large an adapter is, and how strong its update."""
+
+    rank: int
+    alpha: float
+    dropout: float
+
+
+def add_adapter(model: PreTrainedModel, masks: Masks, targets: list[str], size: AdapterSize, masked: bool) -> PeftModel:
     """Put trainable adapters on some layers of a model; masked ones, or PEFT's plain ones."""
     settings: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "r": size.rank,
+        "lora_alpha": size.alpha,
+        "lora_dropout": size.dropout,
         "target_modules": targets,
         "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
         "task_type": "CAUSAL_LM" if task_of(model.config) == "text" else None,

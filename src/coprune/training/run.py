@@ -14,10 +14,11 @@ from coprune.base.errors import BadInput
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import Measured, task_for
-from coprune.model.checkpoint.load import load_model, task_of
+from coprune.model.checkpoint.companions import Companions
+from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.part_files import refuse_occupied
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.checkpoint.writer import refuse_occupied
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import installed_versions
@@ -60,9 +61,7 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Fi
     before = _measure(session, "pruned") if first else {}
     objective = _objective(session, first)
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
-        trainer = build_trainer(
-            session.model, session.masks, settings, session.data, session.training_folder, objective, advance
-        )
+        trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if cached is not None:
@@ -151,7 +150,8 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, Mea
         announce(draft, session.training_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.probe(None, session.evaluation)
-        save_model(merged, session.loaded.processor, session.masks, session.dtype, folder, finetune_card(draft), probe)
+        beside = Companions(session.loaded.processor, finetune_card(draft), dtype_name(session.dtype))
+        save_model(merged, session.masks, beside, folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     report.write(settings.run_folder)
     shutil.rmtree(session.training_folder, ignore_errors=True)
@@ -210,5 +210,5 @@ def merge_saved(model: str, adapter: Path, output: Path, reporter: Reporter) -> 
     reporter.say(f"Merging {adapter} into {model}")
     merged = merge_adapter(pruned, masks, adapter)
     card = f"# {model} with the masked adapter {adapter} merged\n"
-    save_model(merged, processor, masks, merged.dtype, output, card, probe)
+    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype)), output, probe)
     return [f"model in  {output} ({masks.sparsity:.4%} zeros in {len(masks.matrices)} matrices, every zero kept)"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.files import write_text
-from coprune.model.checkpoint.companions import save_companions
+from coprune.model.checkpoint.companions import Companions, save_companions
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory, is_below
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
@@ -23,22 +22,14 @@ from coprune.model.walk.record import input_device
 from coprune.training.masks import Masks, plain_parameters
 
 
-def save_model(
-    model: PreTrainedModel,
-    processor: Any,
-    masks: Masks,
-    dtype: torch.dtype,
-    folder: Path,
-    card: str,
-    probe: Tensor,
-) -> None:
-    """Write a model in memory to a folder, in the dtype that its checkpoint had, and reload it to compare.
+def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder: Path, probe: Tensor) -> None:
+    """Write a model in memory to a folder, and reload it to compare.
 
-    processor: its tokenizer or image processor, None for none; probe: one sample to compare the two with.
+    beside: what lies beside the weights, and their dtype; probe: one sample to compare the two models with.
     Raises BrokenMask before anything is written, BadInput if the folder is taken or the disk is full, and
     VerificationError if what was written is not what was in memory.
     """
-    torch.nn.Module.to(prepare(model), dtype=dtype)
+    torch.nn.Module.to(prepare(model), dtype=getattr(torch, beside.dtype))
     masks.verify(plain_parameters(model))
     weights = InMemory(model)
     found = FoundModel.without_matrices(weights)
@@ -47,10 +38,10 @@ def save_model(
     for name in names:
         writer.write(name, weights.original_tensors(name))
     writer.write(REST, weights.rest_tensors(names))
-    save_companions(model, processor, writer.partial)
+    save_companions(model, beside.processor, writer.partial)
     edits = edits_of(masks, names)
     edits.write(writer.partial)
-    write_text(writer.partial / "README.md", card)
+    write_text(writer.partial / "README.md", beside.card)
     writer.finish()
     proven = prove_replay(found, probe.to(input_device(model)))
     verify_saved(folder, proven, edits)

@@ -22,7 +22,7 @@ from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edit import pruned_names
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
-from coprune.training.adapters import add_adapter, choose_targets, plain_warning
+from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
 from coprune.training.masks import Masks, find_masks, select_parameters
 from coprune.training.settings import FinetuneSettings
 from coprune.training.text_windows import read_training_text
@@ -121,9 +121,8 @@ def _make_trainable(
             reporter.say(f"{left} pruned matrices (fused experts, convolutions) get no adapter; they stay as they are.")
         if not settings.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
-        return add_adapter(
-            model, masks, targets, settings.rank, settings.alpha, settings.dropout, masked=settings.masked
-        )
+        size = AdapterSize(settings.rank, settings.alpha, settings.dropout)
+        return add_adapter(model, masks, targets, size, masked=settings.masked)
     # Small updates would vanish in half precision, so what is trained is float32.
     torch.nn.Module.to(model, dtype=torch.float32)
     for parameter in select_parameters(model, settings.train):

@@ -22,6 +22,7 @@ from coprune.training.distill import Objective
 from coprune.training.hold_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
 from coprune.training.pace import Along, Pace, rate_at
+from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData
 
@@ -106,28 +107,21 @@ class ZeroKeepingTrainer(Trainer):
             unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, **layout)
 
 
-def build_trainer(
-    model: Any,
-    masks: Masks,
-    settings: FinetuneSettings,
-    data: TrainingData,
-    folder: Path,
-    objective: Objective | None,
-    advance: Advance,
-) -> ZeroKeepingTrainer:
-    """A trainer for these settings that keeps its states in a folder."""
+def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
+    """A trainer for a session's settings that keeps its states in the session's folder."""
+    settings, data = session.settings, session.data
     pace = Pace(settings.minutes)
     callbacks: list[TrainerCallback] = [Along(settings, pace, data.held_out is not None, advance)]
     if settings.patience is not None and data.held_out is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = ZeroKeepingTrainer(
-        model=model,
-        args=training_arguments(settings, data, folder),
+        model=session.model,
+        args=training_arguments(settings, data, session.training_folder),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=stack,
         callbacks=callbacks,
-        masks=masks,
+        masks=session.masks,
         settings=settings,
         pace=pace,
         objective=objective,
@@ -142,8 +136,8 @@ def build_trainer(
 def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: Path) -> TrainingArguments:
     """The settings in transformers' words."""
     optimizer, optimizer_arguments = _OPTIMIZERS[settings.optimizer]
-    watch = settings.patience is not None and data.held_out is not None
     until_time = settings.minutes is not None and settings.max_steps is None
+    gpu = settings.device != "cpu" and torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size or data.batch_size,
@@ -159,30 +153,45 @@ def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: P
         bf16=settings.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if data.held_out is not None else "no",
-        eval_steps=_NEVER if data.held_out is not None else None,
-        save_strategy=SaveStrategy.STEPS,
-        save_steps=_NEVER if watch else settings.save_every,
-        save_total_limit=1,
-        load_best_model_at_end=watch,
-        metric_for_best_model="loss" if watch else None,
-        greater_is_better=False if watch else None,
-        restore_callback_states_from_checkpoint=watch,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
         report_to=[name.strip() for name in settings.report_to.split(",")],
-        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        ddp_timeout=24 * 3600,
-        log_level="error",
-        label_names=["labels"],
+        **_watching(settings, data),
+        **_ALWAYS,
         **_checkpointing(settings.gradient_checkpointing),
     )
+
+
+# What does not depend on the settings: the bar and the log are coprune's own, and windows are whole batches.
+_ALWAYS: dict[str, Any] = {
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "save_strategy": SaveStrategy.STEPS,
+    "save_total_limit": 1,
+    "prediction_loss_only": True,
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,
+    "ddp_timeout": 24 * 3600,
+    "log_level": "error",
+    "label_names": ["labels"],
+}
+
+
+def _watching(settings: FinetuneSettings, data: TrainingData) -> dict[str, Any]:
+    """When held-out data is measured and states are saved; `Along` decides where a state goes by the watch."""
+    held_out = data.held_out is not None
+    watch = settings.patience is not None and held_out
+    return {
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": _NEVER if held_out else None,
+        "save_steps": _NEVER if watch else settings.save_every,
+        "load_best_model_at_end": watch,
+        "metric_for_best_model": "loss" if watch else None,
+        "greater_is_better": False if watch else None,
+        "restore_callback_states_from_checkpoint": watch,
+    }
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint import part_files
 from coprune.model.checkpoint import writer as writer_module
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.locate import locate
@@ -121,7 +122,7 @@ def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
         writer.write(part, {part: torch.ones(3)})
     (writer.partial / "journal.json").write_text("{}")
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "join_files", interrupted)
+        patch.setattr(part_files, "join_files", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.finish(scaffolding=["journal.json"])
     again = part_writer(tmp_path)

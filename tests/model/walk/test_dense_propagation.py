@@ -7,8 +7,8 @@ import torch
 
 from coprune.base.progress import Reporter
 from coprune.model.walk.moves import Dense
+from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
-from coprune.model.walk.walk import MatricesReady
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target

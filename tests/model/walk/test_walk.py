@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.walk.moves import Dense, Sequential
+from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, InputNorm
-from coprune.model.walk.walk import BlockDone, MatricesReady
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target, parse_pattern

@@ -24,7 +24,7 @@ from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.statistics import InputSample
+from coprune.model.walk.sample import InputSample
 from coprune.recipe.recipe import Recipe
 
 

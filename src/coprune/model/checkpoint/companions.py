@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import read_json
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What lies beside a model's weights: its tokenizer or image processor, its card, and the dtype of its tensors."""
+
+    processor: Any
+    card: str
+    dtype: DtypeName = "auto"
 
 
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:

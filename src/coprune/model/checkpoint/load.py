@@ -183,3 +183,13 @@ def _arguments(location: Location) -> tuple[Path, dict[str, str]]:
     if isinstance(location, GgufFile):
         return location.path.parent, {"gguf_file": location.path.name}
     return location.path, {}
+
+
+def dtype_name(dtype: torch.dtype) -> DtypeName:
+    """The name of a dtype that weights may have."""
+    names: dict[torch.dtype, DtypeName] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return names[dtype]

@@ -28,14 +28,13 @@ from coprune.base.durable import full_disk_explained, sync, write_durably, write
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
+from coprune.model.checkpoint.part_files import copy_tensors, read_json_list, refuse_occupied
 from coprune.model.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorEntry,
-    join_files,
     placed_entries,
     read_entries,
-    read_tensor,
 )
 
 if sys.platform != "win32":
@@ -244,30 +243,6 @@ class CheckpointWriter:
             self._unsettled.exception()  # what is removed need not have been written well
             self._unsettled = None
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: Encoding) -> None:
-    """Write the tensors of several dense files into one, stored as the encoding does; one is in memory at a time."""
-    if encoding is DENSE:
-        join_files(files, target, place)
-        return
-    entries = placed_entries(files, place)
-    encoding.write(target, list(entries), ((name, read_tensor(entry)) for name, entry in entries.items()))
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raise BadInput if a folder that is to be written already holds something."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise BadInput(f"{folder} already exists", fix="remove it or choose another name. Nothing was overwritten")
-
-
-def read_json_list(file: Path) -> list[Any] | None:
-    """Read a JSON list; None if the file is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, list) else None
 
 
 def _sha256(file: Path) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 from coprune.base.errors import NumericalError
 from coprune.base.processes import Processes
 from coprune.model.matrices import Matrix
-from coprune.model.walk.statistics import CrossGram, InputNorm, InputSample
+from coprune.model.walk.sample import InputSample
+from coprune.model.walk.statistics import CrossGram, InputNorm
 
 
 @dataclass

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import greenlet
 import torch
@@ -65,22 +66,31 @@ def _own_gradient_mode() -> Iterator[None]:
         torch.set_grad_enabled(enabled)
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """What the lanes of a block do."""
+
+    run: Callable[[int], Tensor]
+    """From a batch's number to the block's output for it."""
+    see: Callable[[int, Matrix, Tensor], None]
+    """Called for every product with the batch's number, the matrix and its input."""
+    finish: Callable[[int, Tensor], None]
+    """Called with a batch's number and the block's output."""
+
+
 class Lockstep:
     """All lanes of one block.
 
-    run: batch number → function of the batch that runs the block; see: called for every product with the batch number,
-    the matrix and its input, returns nothing; agree: turns the position of the matrix that this process would solve next
-    (None if its lanes have ended) into the positions of all processes that walk in step; paging: takes what waiting lanes
-    hold out of memory.
+    batches: how many lanes there are; lanes: what they do; agree: turns the position of the matrix that this process
+    would solve next (None if its lanes have ended) into the positions of all processes that walk in step; paging: takes
+    what waiting lanes hold out of memory.
     """
 
     def __init__(
         self,
         batches: int,
         matrices: Sequence[Matrix],
-        run: Callable[[int], Tensor],
-        see: Callable[[int, Matrix, Tensor], None],
-        finish: Callable[[int, Tensor], None],
+        lanes: Lanes,
         agree: Callable[[int | None], list[int]] = lambda position: [] if position is None else [position],
         paging: Paging | None = None,
     ) -> None:
@@ -89,17 +99,10 @@ class Lockstep:
         self._agree = agree
         self._order = {matrix.name: position for position, matrix in enumerate(matrices)}
         self._solved: set[str] = set()
-        self._lanes = [self._lane(batch, matrices, run, see, finish) for batch in range(batches)]
+        self._lanes = [self._lane(batch, matrices, lanes) for batch in range(batches)]
 
-    def _lane(
-        self,
-        batch: int,
-        matrices: Sequence[Matrix],
-        run: Callable[[int], Tensor],
-        see: Callable[[int, Matrix, Tensor], None],
-        finish: Callable[[int, Tensor], None],
-    ) -> Lane:
-        paging = self._paging
+    def _lane(self, batch: int, matrices: Sequence[Matrix], lanes: Lanes) -> Lane:
+        paging, run, see, finish = self._paging, lanes.run, lanes.see, lanes.finish
 
         def on_product(matrix: Matrix, x: Tensor) -> None:
             if paging is None:

@@ -7,8 +7,8 @@ a caller that changes nothing sees the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,53 +19,16 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.walk.inputs import Gathered, Inputs
-from coprune.model.walk.lockstep import Lockstep
+from coprune.model.walk.inputs import Gathered
+from coprune.model.walk.lockstep import Lanes, Lockstep
 from coprune.model.walk.moves import BY_BLOCK, ByBlock, Dense, Moves, Sequential
 from coprune.model.walk.observe import Observe
 from coprune.model.walk.paging import Paging
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording
+from coprune.model.walk.shown import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.statistics import InputNorm
-
-OUTSIDE = "outside"
-"""In `Past.known`, the matrices after the blocks."""
-Known = Mapping[str, Callable[[], dict[str, Inputs]]]
-
-
-@dataclass(frozen=True)
-class MatricesReady:
-    """Matrices whose inputs are known, to be pruned (or looked at) now. Those of one event share their inputs."""
-
-    matrices: list[Matrix]
-    inputs: Inputs | None
-    """None where no calibration data runs through the model."""
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """All matrices of a block were shown; the block is let go of when the walk goes on."""
-
-    block: Block
-    before: Sequence[Tensor] = ()
-    """Hidden states that the block was given, one tensor per batch, as far as the walk was asked to keep them."""
-    after: Sequence[Tensor] = ()
-    """What the dense block made of them: in `Dense` moves of the same inputs, else of the dense model's, if those go
-    along (`Recording.dense`)."""
-
-
-@dataclass(frozen=True)
-class Past:
-    """What earlier runs left: nothing, unless it is said."""
-
-    finished: Container[str] = ()
-    """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
-    restore: Callable[[Block], None] = lambda block: None
-    """Gives a finished block its pruned weights."""
-    known: Known = field(default_factory=dict)
-    """Reads what was gathered before of a block, by its name: the inputs of every group, by the group's first matrix.
-    Such a block is not observed."""
 
 
 @dataclass
@@ -83,7 +46,7 @@ class Walk:
     """Which statistic to gather for every matrix; None for none (a sample of the inputs is kept all the same)."""
     moves: Moves = BY_BLOCK
     """How the inputs go from block to block, and what is kept of them."""
-    past: Past = Past()
+    past: Past = NO_PAST
     processes: Processes = ALONE
     """Those that walk together, each with its share of the samples."""
     advance: Callable[[float], None] = lambda blocks: None
@@ -200,7 +163,7 @@ class Walk:
             self.advance((0.5 if keep_inputs else 1.0) / len(hidden))
 
         matrices, agree = self.model.chosen.blocks[block.index], self.processes.positions
-        step = Lockstep(len(hidden), matrices, run, gathered.see, finish, agree, paging)
+        step = Lockstep(len(hidden), matrices, Lanes(run, gathered.see, finish), agree, paging)
         try:
             while (matrix := step.next_matrix()) is not None:
                 group, inputs = gathered.take(matrix)

@@ -13,7 +13,8 @@ from coprune.base.processes import ALONE, Processes
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.walk import BlockDone, Walk
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.base import Allocation, Shown, unit_name, units_of
 from coprune.recipe.pattern import Target
 

@@ -20,8 +20,9 @@ from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits
 from coprune.model.walk.recording import Recording
+from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import InputNorm
-from coprune.model.walk.walk import BlockDone, Walk
+from coprune.model.walk.walk import Walk
 from coprune.pruning.methods.base import Method
 from coprune.pruning.methods.ria import RIA, ria_score
 from coprune.pruning.methods.wanda import wanda_score

@@ -21,7 +21,8 @@ from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.observe import Observe, observe_products
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import Answer, run_without_blocks
-from coprune.model.walk.statistics import CrossGram, InputSample
+from coprune.model.walk.sample import InputSample
+from coprune.model.walk.statistics import CrossGram
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import Target
 from coprune.run.estimate.live_bytes import LiveBytes

@@ -26,7 +26,7 @@ from coprune.evaluation.perplexity import Perplexity
 from coprune.evaluation.tasks import Measured
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.walk import Known
+from coprune.model.walk.shown import Known
 from coprune.recipe.recipe import Recipe
 from coprune.run.estimate.estimate import Estimate
 from coprune.run.reuse import Reuse

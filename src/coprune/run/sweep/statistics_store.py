@@ -28,8 +28,10 @@ from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_head
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import Recording
-from coprune.model.walk.statistics import InputNorm, InputSample
-from coprune.model.walk.walk import OUTSIDE, MatricesReady, Past, Walk
+from coprune.model.walk.sample import InputSample
+from coprune.model.walk.shown import OUTSIDE, MatricesReady, Past
+from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.walk import Walk
 from coprune.run.session import Session
 
 SPARE = 2

@@ -1,0 +1,53 @@
+"""What a walk shows its caller, and what it takes over from earlier runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix
+from coprune.model.walk.inputs import Inputs
+
+OUTSIDE = "outside"
+"""In `Past.known`, the matrices after the blocks."""
+Known = Mapping[str, Callable[[], dict[str, Inputs]]]
+
+
+@dataclass(frozen=True)
+class MatricesReady:
+    """Matrices whose inputs are known, to be pruned (or looked at) now. Those of one event share their inputs."""
+
+    matrices: list[Matrix]
+    inputs: Inputs | None
+    """None where no calibration data runs through the model."""
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """All matrices of a block were shown; the block is let go of when the walk goes on."""
+
+    block: Block
+    before: Sequence[Tensor] = ()
+    """Hidden states that the block was given, one tensor per batch, as far as the walk was asked to keep them."""
+    after: Sequence[Tensor] = ()
+    """What the dense block made of them: in `Dense` moves of the same inputs, else of the dense model's, if those go
+    along (`Recording.dense`)."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What earlier runs left: nothing, unless it is said."""
+
+    finished: Container[str] = ()
+    """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
+    restore: Callable[[Block], None] = lambda block: None
+    """Gives a finished block its pruned weights."""
+    known: Known = field(default_factory=dict)
+    """Reads what was gathered before of a block, by its name: the inputs of every group, by the group's first matrix.
+    Such a block is not observed."""
+
+
+NO_PAST = Past()
