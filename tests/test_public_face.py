@@ -4,56 +4,89 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+import typing
 
 import pytest
 
 import coprune
+from coprune.evaluation.arguments import MeasureArguments
+from coprune.recipe.measuring import SETTINGS
 
-PUBLIC = [
-    "BadInput",
-    "BrokenMask",
-    "CopruneError",
-    "LostProcess",
-    "NumericalError",
-    "Recipe",
-    "Report",
-    "Result",
-    "UnsupportedModel",
-    "VerificationError",
+FUNCTIONS = [
     "accelerate",
+    "compare",
+    "evaluate",
     "load_packed",
     "perplexity",
     "prune",
     "register_method",
     "run_recipe",
 ]
+ERRORS = [
+    "BadInput",
+    "BrokenMask",
+    "CopruneError",
+    "LostProcess",
+    "NumericalError",
+    "UnsupportedModel",
+    "VerificationError",
+]
+VALUES = [
+    "Comparison",
+    "Evaluation",
+    "Recipe",
+    "Report",
+    "Result",
+]
+PUBLIC = sorted([*FUNCTIONS, *ERRORS, *VALUES])
 HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors")
 
 
-def test_the_public_names_are_exactly_these():
+def test_the_public_names_are_exactly_these() -> None:
     assert coprune.__all__ == PUBLIC
     assert dir(coprune) == sorted([*PUBLIC, "__version__"])
 
 
-def test_the_version_is_the_installed_one():
+def test_the_version_is_the_installed_one() -> None:
     assert coprune.__version__ == importlib.metadata.version("coprune")
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_there_and_documented(name):
-    assert inspect.getdoc(getattr(coprune, name)).partition("\n")[0].endswith(".")
+def test_every_public_name_is_there_under_its_own_name_and_documented(name: str) -> None:
+    found = getattr(coprune, name)
+    assert found.__name__ == name
+    assert found.__module__.startswith("coprune.")
+    assert not any(part.startswith("_") for part in found.__module__.split("."))
+    assert (inspect.getdoc(found) or "").partition("\n")[0].endswith(".")
 
 
-@pytest.mark.parametrize("name", ["prune", "perplexity", "register_method", "run_recipe"])
-def test_public_functions_are_typed_and_say_what_they_raise(name):
+def test_what_is_public_is_what_checkers_see() -> None:
+    source = inspect.getsource(coprune)
+    seen = source[source.index("if TYPE_CHECKING:") : source.index("__version__: str")]
+    assert sorted(word.strip(" ,()") for word in seen.split() if word.strip(" ,()") in PUBLIC) == PUBLIC
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: str) -> None:
     function = getattr(coprune, name)
     signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty
-    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
-    assert "Raises" in inspect.getdoc(function)
+    text = inspect.getdoc(function) or ""
+    returns = int(signature.return_annotation not in (None, "None"))
+    assert [text.count(section) for section in ("Args:\n", "Returns:\n", "Raises:\n")] == [1, returns, 1]
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert f"\n    {parameter.name}: " in text
+        if parameter.kind is parameter.VAR_KEYWORD and name not in ("load_packed", "prune"):  # transformers' options
+            assert "Unpack" in str(parameter.annotation)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_the_settings_of_a_measurement_are_typed() -> None:
+    typed = typing.get_type_hints(MeasureArguments)
+    assert set(typed) == set(SETTINGS) - {"data"}
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'prnue'"):
         coprune.prnue  # noqa: B018
 
@@ -68,7 +101,7 @@ def test_an_unknown_name_is_an_attribute_error():
         "import sys; sys.argv = ['coprune', 'prune', '--help']; from coprune.commands.app import main; main()",
     ],
 )
-def test_nothing_heavy_is_loaded_for(program):
+def test_nothing_heavy_is_loaded_for(program: str) -> None:
     wrapped = f"""
 import atexit, sys
 heavy = {HEAVY!r}

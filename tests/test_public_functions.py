@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 import coprune
+from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
-SMALL = {"nsamples": 4, "seqlen": 32, "quiet": True}
+SMALL: dict[str, Any] = {"nsamples": 4, "seqlen": 32, "quiet": True}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pico model, a text to calibrate on and one to measure on."""
     folder = tmp_path_factory.mktemp("place")
     save_pico(folder / "model", num_hidden_layers=2)
@@ -22,25 +28,37 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def inside(place, monkeypatch):
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
     return place
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that has to succeed; its standard output."""
+
+    def run(*arguments: object) -> str:
+        ended = run_command([str(argument) for argument in arguments], monkeypatch, capsys)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def pruned(place):
+def pruned(place: Path) -> coprune.Result:
     """The pico model pruned to 2:4 in memory."""
     texts = {"dataset": str(place / "words.txt"), "eval_data": str(place / "test.txt")}
     return coprune.prune(place / "model", pattern="2:4", **texts, **SMALL)
 
 
-def test_a_result_holds_what_the_model_reads_with(pruned):
+def test_a_result_holds_what_the_model_reads_with(pruned: coprune.Result) -> None:
     assert isinstance(pruned.processor, PreTrainedTokenizerBase)
     assert pruned.tokenizer is pruned.processor
     assert pruned.model is not None
 
 
-def test_a_streamed_result_has_the_tokenizer_too(inside, tmp_path):
+def test_a_streamed_result_has_the_tokenizer_too(inside: Path, tmp_path: Path) -> None:
     found = coprune.prune(
         "model", dataset="words.txt", stream=True, save_model=tmp_path / "out", evaluate=False, **SMALL
     )
@@ -48,7 +66,7 @@ def test_a_streamed_result_has_the_tokenizer_too(inside, tmp_path):
     assert isinstance(found.tokenizer, PreTrainedTokenizerBase)
 
 
-def test_a_result_shows_itself_in_one_line(pruned, place):
+def test_a_result_shows_itself_in_one_line(pruned: coprune.Result, place: Path) -> None:
     figures = pruned.report.perplexity[0]
     headline = (
         f"model: wanda 2:4, 50.00% zeros, perplexity {figures.dense:.2f} → {figures.pruned:.2f} on {place}/test.txt"
@@ -57,7 +75,7 @@ def test_a_result_shows_itself_in_one_line(pruned, place):
     assert repr(pruned.report) == f"<Report of {headline}>"
 
 
-def test_a_result_prints_and_renders_its_figures(pruned, place):
+def test_a_result_prints_and_renders_its_figures(pruned: coprune.Result, place: Path) -> None:
     lines = str(pruned).splitlines()
     assert lines[0] == f"model     {place}/model, 94,528 parameters, float32"
     assert lines[2].startswith("sparsity  50.0000% of the 14 pruned matrices")
@@ -65,3 +83,56 @@ def test_a_result_prints_and_renders_its_figures(pruned, place):
     html = pruned._repr_html_()
     assert html.count("<tr>") == len(lines)
     assert f"<td>{place}/model, 94,528 parameters, float32</td>" in html
+
+
+def test_evaluate_measures_what_the_command_does(
+    inside: Path, tmp_path: Path, pruned: coprune.Result, command: Callable[..., str]
+) -> None:
+    assert pruned.model is not None
+    pruned.model.save_pretrained(tmp_path / "pruned")
+    pruned.processor.save_pretrained(tmp_path / "pruned")
+    options = ["--data", "test.txt", "--seqlen", 32, "--against", "model", "--quiet"]
+    told = command("eval", tmp_path / "pruned", *options, "--json", tmp_path / "found.json")
+    found = coprune.evaluate(tmp_path / "pruned", "test.txt", seqlen=32, against="model", quiet=True)
+    assert told == f"{found}\n"
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(found.model_dump_json())
+    assert found.perplexity[0].value == pytest.approx(pruned.report.perplexity[0].pruned, rel=1e-6)
+
+
+def test_evaluate_measures_a_model_in_memory_and_leaves_it_as_it_is(inside: Path, pruned: coprune.Result) -> None:
+    assert pruned.model is not None
+    pruned.model.train()
+    found = coprune.evaluate(
+        pruned.model, ["test.txt"], against=pruned.model, processor=pruned.processor, seqlen=32, quiet=True
+    )
+    assert pruned.model.training
+    assert found.perplexity[0].value == pytest.approx(pruned.report.perplexity[0].pruned, rel=1e-6)
+    assert found.closeness[0].kl == pytest.approx(0, abs=1e-6)
+    assert found.weights.bytes_on_disk == 4 * found.weights.parameters
+    assert repr(found) == f"<Evaluation of model: perplexity {found.perplexity[0].value:.2f} on test.txt>"
+    assert "<td>KL " in found._repr_html_()
+
+
+def test_evaluate_says_what_a_model_in_memory_lacks(inside: Path, pruned: coprune.Result) -> None:
+    assert pruned.model is not None
+    with pytest.raises(coprune.BadInput, match=r"a model in memory has its dtype already; leave out dtype"):
+        coprune.evaluate(pruned.model, "test.txt", processor=pruned.processor, dtype="bfloat16")
+    with pytest.raises(coprune.BadInput, match="tokenizer"):
+        coprune.evaluate(pruned.model, "test.txt", quiet=True)
+    with pytest.raises(coprune.BadInput, match="unknown recipe field 'sequence'"):
+        coprune.evaluate("model", "test.txt", sequence=32)  # type: ignore[call-arg]
+
+
+def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+    kept = ["--evaluations", tmp_path / "kept", "--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv"]
+    told = command("compare", "model", "model", "--data", "test.txt", "--seqlen", 32, "--quiet", *kept)
+    found = coprune.compare(["model", Path("model")], "test.txt", seqlen=32, evaluations=tmp_path / "kept", quiet=True)
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(found.model_dump_json())
+    assert (tmp_path / "found.csv").read_text() == found.to_csv()
+    assert [line.split() for line in told.split("\n") if line.split()] == [
+        line.split() for line in str(found).splitlines()
+    ] or "─" in told
+    assert repr(found) == "<Comparison of model with model>"
+    assert found._repr_html_().count("<th>model</th>") == 2
+    assert found.rows[1].perplexity_changes is not None
+    assert found.rows[1].perplexity_changes[0].ratio == 1

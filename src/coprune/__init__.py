@@ -21,12 +21,16 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VerificationError,
     )
+    from coprune.evaluation.comparison import Comparison
+    from coprune.evaluation.evaluate import evaluate
+    from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
     from coprune.packed.accelerate import accelerate
     from coprune.packed.quantizer import load_packed
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
     from coprune.report.schema import Report
+    from coprune.run.compare import compare
     from coprune.run.stages import Result, prune, run_recipe
 
     __version__: str
@@ -44,6 +48,10 @@ _HOME = {
     "NumericalError": "coprune.base.errors",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",
+    "Comparison": "coprune.evaluation.comparison",
+    "Evaluation": "coprune.evaluation.evaluation",
+    "compare": "coprune.run.compare",
+    "evaluate": "coprune.evaluation.evaluate",
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
     "Result": "coprune.run.stages",
@@ -56,7 +64,9 @@ _HOME = {
 __all__ = [
     "BadInput",
     "BrokenMask",
+    "Comparison",
     "CopruneError",
+    "Evaluation",
     "LostProcess",
     "NumericalError",
     "Recipe",
@@ -65,6 +75,8 @@ __all__ = [
     "UnsupportedModel",
     "VerificationError",
     "accelerate",
+    "compare",
+    "evaluate",
     "load_packed",
     "perplexity",
     "prune",

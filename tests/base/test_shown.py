@@ -35,3 +35,8 @@ def test_a_notebook_shows_a_table_with_every_text_escaped():
 def test_columns_are_named():
     assert "<tr><th></th><th>a</th><th>b</th></tr>" in Columns()._repr_html_()
     assert Columns()._repr_html_().endswith(">size</th><td>1</td><td>2</td></tr></table>")
+
+
+def test_columns_are_aligned():
+    sheet = Sheet("several", [("size", "1", "22222"), ("perplexity", "333", "")], ("", "a", "b"))
+    assert sheet.lines() == ["              a      b", "size          1  22222", "perplexity  333"]

@@ -27,8 +27,12 @@ class Sheet(NamedTuple):
         return f"<table><caption>{escape(self.title)}</caption>{''.join(rows)}</table>"
 
     def lines(self) -> list[str]:
-        """Names and values as lines."""
-        return [f"{name:<9} {' '.join(cells)}" for name, *cells in self.rows]
+        """Names and values as lines, or named columns below each other."""
+        if not self.columns:
+            return [f"{name:<9} {' '.join(cells)}" for name, *cells in self.rows]
+        table = [self.columns, *self.rows]
+        widths = [max(len(row[column]) for row in table) for column in range(len(self.columns))]
+        return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
 
 
 class Shown:

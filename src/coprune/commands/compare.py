@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from coprune.commands.options import measuring_options, with_options
-from coprune.recipe.measuring import measuring_recipe
 
 
 @with_options(measuring_options())
@@ -35,24 +34,15 @@ def compare(
 
     Example: coprune compare smollm2-135m out/wanda out/sparsegpt --data embedded --seqlen 512 --json table.json
     """
-    from rich.console import Console
-
     from coprune.base.files import write_text
-    from coprune.base.progress import Reporter
-    from coprune.evaluation.cache import EvaluationCache, default_cache_folder
-    from coprune.evaluation.compare import compare_models
-    from coprune.evaluation.tables import print_table, to_csv, to_markdown
-    from coprune.report.folder import model_of
-    from coprune.run.sweep.finished import models_to_compare
+    from coprune.commands.terminal import print_sheet
+    from coprune.run.compare import compare
 
-    named = [model for name in models for model in models_to_compare(name)]
-    recipe = measuring_recipe(named[0], settings)
-    cache = EvaluationCache(None if fresh else evaluations or default_cache_folder())
-    found = compare_models(named, recipe, Reporter(quiet), cache, model_of)
-    print_table(found, Console())
+    found = compare(models, evaluations=evaluations, fresh=fresh, quiet=quiet, **settings)
+    print_sheet(found.sheet())
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     if csv_file is not None:
-        write_text(csv_file, to_csv(found))
+        write_text(csv_file, found.to_csv())
     if markdown_file is not None:
-        write_text(markdown_file, to_markdown(found))
+        write_text(markdown_file, found.to_markdown())

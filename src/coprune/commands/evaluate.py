@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from coprune.commands.options import measuring_options, with_options
-from coprune.recipe.measuring import measuring_recipe
 
 
 @with_options(measuring_options())
@@ -28,10 +27,9 @@ def evaluate(
     Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
     """
     from coprune.base.files import write_text
-    from coprune.base.progress import Reporter
-    from coprune.evaluation.command import evaluate_model, evaluation_lines
+    from coprune.evaluation.evaluate import evaluate
 
-    found = evaluate_model(measuring_recipe(model, settings), Reporter(quiet), against)
-    typer.echo("\n".join(evaluation_lines(found)))
+    found = evaluate(model, against=against, quiet=quiet, **settings)
+    typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")

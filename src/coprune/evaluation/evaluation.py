@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
+from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.accuracy import Accuracy
 from coprune.evaluation.closeness import Closeness
 from coprune.evaluation.perplexity import Perplexity
-from coprune.evaluation.zero_shot import ZeroShot
+from coprune.evaluation.zero_shot import Estimate, ZeroShot
 
 Interval = tuple[float, float]
 
@@ -51,6 +54,13 @@ class PerplexityResult(_Facts):
     window_nll: tuple[float, ...]
     """Mean negative log likelihood of every window in nats, from which models are compared by pairs."""
 
+    def line(self) -> str:
+        """The figures, for people."""
+        low, high = self.interval or (self.value, self.value)
+        per_byte = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        windows = f"({self.windows} windows, sequence length {self.seqlen})"
+        return f"{self.value:.4f} [{low:.2f}, {high:.2f}]{per_byte} on {self.data} {windows}"
+
 
 class AccuracyResult(_Facts):
     """Top-1 and top-5 accuracy on one set of images, with Wilson's 95 % intervals."""
@@ -67,6 +77,12 @@ class AccuracyResult(_Facts):
     predicted: tuple[int, ...]
     """Every image's likeliest class, from which models are compared by pairs."""
 
+    def line(self) -> str:
+        """The figures, for people."""
+        (low, high), (low5, high5) = self.top1_interval, self.top5_interval
+        top1 = f"top-1 {self.top1:.2%} [{low:.2%}, {high:.2%}]"
+        return f"{top1}, top-5 {self.top5:.2%} [{low5:.2%}, {high5:.2%}] on {self.data} ({self.images} images)"
+
 
 class ClosenessResult(_Facts):
     """Closeness to another model on one text, with 95 % bootstrap intervals over the windows."""
@@ -81,8 +97,14 @@ class ClosenessResult(_Facts):
     top1_agreement: float
     top1_interval: Interval | None
 
+    def line(self, against: str | None) -> str:
+        """The figures, for people. against: the other model."""
+        low, high = self.kl_interval or (self.kl, self.kl)
+        kl = f"KL {self.kl:.4f} [{low:.4f}, {high:.4f}] nats"
+        return f"{kl}, top-1 agreement {self.top1_agreement:.2%} with {against} on {self.data}"
 
-class Evaluation(_Facts):
+
+class Evaluation(Shown, _Facts):
     """One model and what was measured of it."""
 
     model: str
@@ -94,6 +116,33 @@ class Evaluation(_Facts):
     against: str | None = None
     """The model that closeness was measured to."""
     closeness: tuple[ClosenessResult, ...] = ()
+
+    def headline(self) -> str:
+        """The model, and the first of what was measured."""
+        first = [f"perplexity {found.value:.2f} on {found.data}" for found in self.perplexity]
+        first += [f"top-1 accuracy {found.top1:.2%} on {found.data}" for found in self.accuracy]
+        if self.zero_shot is not None and self.zero_shot.mean is not None:
+            first.append(f"mean acc {self.zero_shot.mean.value:.2%} over {len(self.zero_shot.tasks)} tasks")
+        return ": ".join([Path(self.model).name, *first[:1]])
+
+    def sheet(self) -> Sheet:
+        """Everything that was measured."""
+        rows = [("perplexity", found.line()) for found in self.perplexity]
+        rows += [("accuracy", found.line()) for found in self.accuracy]
+        rows += [("closeness", found.line(self.against)) for found in self.closeness]
+        zero_shot = self.zero_shot
+        for task in () if zero_shot is None else zero_shot.tasks:
+            metrics = ", ".join(f"{name} {percent(estimate)}" for name, estimate in task.metrics.items())
+            rows.append((task.task, f"{metrics} ({task.items} items, {task.num_fewshot}-shot, version {task.version})"))
+        if zero_shot is not None and zero_shot.mean is not None:
+            rows.append((f"mean of acc over {len(zero_shot.tasks)} tasks", percent(zero_shot.mean)))
+        return Sheet(self.headline(), rows)
+
+
+def percent(estimate: Estimate) -> str:
+    """An estimate in per cent with its standard error."""
+    error = "" if estimate.stderr is None else f" ± {100 * estimate.stderr:.2f}"
+    return f"{100 * estimate.value:.2f}{error} %"
 
 
 def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:

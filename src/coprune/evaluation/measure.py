@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
-from coprune.evaluation.cache import EvaluationCache, bytes_of_weights, model_fingerprint, text_fingerprint
+from coprune.evaluation.cache import EvaluationCache, text_fingerprint
 from coprune.evaluation.closeness import closeness
 from coprune.evaluation.evaluation import (
     AccuracyResult,
@@ -26,13 +26,12 @@ from coprune.evaluation.evaluation import (
 )
 from coprune.evaluation.extras import zero_shot_settings
 from coprune.evaluation.perplexity import perplexity
+from coprune.evaluation.sources import Source, Stored
 from coprune.evaluation.tasks import read_anew
 from coprune.evaluation.tasks.text import TextTask, choose_seqlen
 from coprune.evaluation.texts import Text, split_texts
 from coprune.evaluation.zero_shot import ZeroShot
-from coprune.model.checkpoint.load import task_at
-from coprune.model.checkpoint.locate import Location, locate
-from coprune.model.opened import Loaded, open_model
+from coprune.model.opened import Loaded
 from coprune.recipe.recipe import Recipe
 
 _VERSIONS = ("torch", "transformers", "lm_eval")
@@ -41,18 +40,30 @@ _VERSIONS = ("torch", "transformers", "lm_eval")
 class Subject:
     """One model to measure: found and named at once, loaded when a measurement is not in the cache.
 
-    recipe: its model, and how everything is measured. Raises BadInput if there is no such model.
+    Args:
+        recipe: its model, and how everything is measured.
+        cache: what was measured before.
+        reporter: who hears of it.
+        tasks: what lm-eval is to run, as `Extras` found it; None for nothing.
+        source: the model, if the recipe does not name it.
+
+    Raises:
+        BadInput: there is no such model.
     """
 
     def __init__(
-        self, recipe: Recipe, cache: EvaluationCache, reporter: Reporter, tasks: dict[str, Any] | None
+        self,
+        recipe: Recipe,
+        cache: EvaluationCache,
+        reporter: Reporter,
+        tasks: dict[str, Any] | None,
+        source: Source | None = None,
     ) -> None:
         self.recipe = recipe
-        self.location: Location = locate(recipe.model.name, recipe.model.cache_dir)
-        self.fingerprint = model_fingerprint(self.location.path)
-        self.name = self.location.name
+        self._source = source or Stored(recipe.model)
+        self.fingerprint, self.name = self._source.fingerprint, self._source.name
+        self.classifies = self._source.classifies
         self._asked = split_texts(recipe.evaluation.data)
-        self.classifies = task_at(self.location) == "images"
         self._tasks = tasks
         self._cache = cache
         self._reporter = reporter
@@ -63,8 +74,9 @@ class Subject:
     def loaded(self) -> Loaded:
         """The model in memory."""
         if self._loaded is None:
-            self._reporter.say(f"Loading {self.name}")
-            self._loaded = open_model(self.recipe.model, stream=False)
+            if isinstance(self._source, Stored):
+                self._reporter.say(f"Loading {self.name}")
+            self._loaded = self._source.open()
         return self._loaded
 
     def release(self) -> None:
@@ -120,7 +132,7 @@ class Subject:
         )
 
     def _count(self) -> WeightFacts:
-        return weight_facts(self.loaded.model, bytes_of_weights(self.location.path))
+        return weight_facts(self.loaded.model, self._source.bytes_of_weights())
 
     def text(self, asked: Text) -> Any:
         """An evaluation text in this model's tokens."""

@@ -67,10 +67,20 @@ def perplexity(
 ) -> Perplexity:
     """Compute the perplexity of a model in memory on a stream of tokens.
 
-    tokens: T int64, on any device; token_bytes: T, the bytes of text behind each token, for the values per byte;
-    batch_size: windows at once (default: about 4096 tokens), which does not change the result; advance: called with
-    the number of windows just done.
-    Raises BadInput if there is not one whole window, NumericalError if the model's output is NaN.
+    Args:
+        model: a language model, which is not changed.
+        tokens: T int64, on any device.
+        seqlen: tokens per window.
+        batch_size: windows at once (default: about 4096 tokens), which does not change the result.
+        token_bytes: T, the bytes of text behind each token, for the values per byte.
+        advance: called with the number of windows just done.
+
+    Returns:
+        The perplexity with its 95 % bootstrap interval over the windows.
+
+    Raises:
+        BadInput: there is not one whole window.
+        NumericalError: the model's output is NaN.
     """
     windows = cut_windows(tokens, seqlen)
     if batch_size is None:

@@ -1,17 +1,11 @@
-"""A comparison as a table: on the terminal, as CSV with bare numbers, and as Markdown."""
+"""The figures of compared models: which there are, as bare numbers and for people."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from coprune.evaluation.compare import AccuracyChange, Comparison, Row
+from coprune.evaluation.changes import AccuracyChange, Row
 from coprune.evaluation.evaluation import AccuracyResult, Interval
 from coprune.evaluation.zero_shot import Estimate
 
@@ -27,9 +21,9 @@ class Column:
     show: Callable[[Row], str]
 
 
-def columns_of(comparison: Comparison) -> list[Column]:
-    """The columns that a comparison fills."""
-    first = comparison.rows[0].evaluation
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """The columns that compared models fill; the first of them is the baseline."""
+    first = rows[0].evaluation
     columns = [
         _plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
         _plain("non-zeros", lambda row: row.evaluation.weights.nonzeros, "{:,}"),
@@ -41,8 +35,8 @@ def columns_of(comparison: Comparison) -> list[Column]:
         columns += _perplexity_columns(result.data, index)
     for index, accuracy in enumerate(first.accuracy):
         columns += _accuracy_columns(accuracy.data, index)
-    if len(comparison.rows) > 1:
-        for index, near in enumerate(comparison.rows[1].evaluation.closeness):
+    if len(rows) > 1:
+        for index, near in enumerate(rows[1].evaluation.closeness):
             columns += _closeness_columns(near.data, index)
     if first.zero_shot is not None:
         for index, task in enumerate(first.zero_shot.tasks):
@@ -52,38 +46,6 @@ def columns_of(comparison: Comparison) -> list[Column]:
             _estimate("Δ mean acc", lambda row: row.zero_shot.mean_delta if row.zero_shot else None, signed=True),
         ]
     return columns
-
-
-def print_table(comparison: Comparison, console: Console) -> None:
-    """Print models as columns and figures as lines, since there are more figures than models."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("")
-    for row in comparison.rows:
-        table.add_column(row.name, justify="right", overflow="fold")
-    for column in columns_of(comparison):
-        table.add_row(column.title, *(column.show(row) for row in comparison.rows))
-    console.print(table)
-
-
-def to_markdown(comparison: Comparison) -> str:
-    """The same as Markdown."""
-    lines = ["| | " + " | ".join(row.name.replace("|", "\\|") for row in comparison.rows) + " |"]
-    lines.append("| --- |" + " ---: |" * len(comparison.rows))
-    for column in columns_of(comparison):
-        lines.append(f"| {column.title} | " + " | ".join(column.show(row) for row in comparison.rows) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def to_csv(comparison: Comparison) -> str:
-    """One line per model, with bare numbers (fractions rather than per cent) and empty fields where there is none."""
-    columns = columns_of(comparison)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["model", *(column.title for column in columns)])
-    for row in comparison.rows:
-        values = (column.value(row) for column in columns)
-        writer.writerow([row.name, *("" if value is None else repr(value) for value in values)])
-    return stream.getvalue()
 
 
 def _plain(title: str, value: Callable[[Row], Number], form: str) -> Column:

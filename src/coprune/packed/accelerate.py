@@ -36,9 +36,19 @@ class Choice:
 def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choice]:
     """Replace, in place, the linear layers for which another form is faster on this device.
 
-    model: pruned, for inference; batch: the number of inputs at a time to be fast for (1: decoding one sequence).
     Layers are measured by shape, dtype and sparsity (in steps of 5 %), in turns with the dense ones. Layers with
-    shared weights (tied embeddings) stay. Returns every group with what was measured.
+    shared weights (tied embeddings) stay.
+
+    Args:
+        model: pruned, for inference.
+        batch: the number of inputs at a time to be fast for (1: decoding one sequence).
+        repeats: measurements of each form.
+
+    Returns:
+        Every group of layers with what was measured.
+
+    Raises:
+        BadInput: batch or repeats is below 1.
     """
     if batch < 1 or repeats < 1:
         raise BadInput("batch and repeats must be at least 1")

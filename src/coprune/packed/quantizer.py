@@ -171,8 +171,16 @@ class CopruneQuantizer(HfQuantizer):
 def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) -> Any:
     """A causal language model from a packed folder, with its linear layers kept packed in memory.
 
-    keep_packed: False unpacks on load, as from_pretrained does. options: those of from_pretrained. Raises BadInput
-    on a folder that is not packed or is damaged.
+    Args:
+        folder: as `coprune.pack` writes it.
+        keep_packed: False unpacks on load, as from_pretrained does.
+        options: those of from_pretrained.
+
+    Returns:
+        The model, as from_pretrained gives it.
+
+    Raises:
+        BadInput: the folder is not packed, or is damaged.
     """
     if not is_packed_folder(folder):
         raise BadInput(f"{folder} is not a packed folder: its {CONFIG} does not name {QUANT_METHOD!r}")

@@ -80,12 +80,25 @@ def prune(
 ) -> Result:
     """Prune a model and measure what that did.
 
-    model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is changed in place
-    (then give its tokenizer or image processor too). method: a name from `coprune methods`, also with options
-    (`sparsegpt:block_size=64`). settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or
-    whole parts, such as calibration={"samples": 32}) and the method's own options, by name. A model given by name is
-    loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is given.
-    Raises BadInput for what cannot be done as asked, NumericalError and UnsupportedModel.
+    A model given by name is loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is
+    given.
+
+    Args:
+        model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is changed in place.
+        method: a name from `coprune methods`, also with options (`sparsegpt:block_size=64`).
+        tokenizer: of a language model in memory.
+        image_processor: of a classifier in memory.
+        quiet: no progress bars and lines on standard error.
+        settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
+            calibration={"samples": 32}) and the method's own options, by name.
+
+    Returns:
+        The report, with the model and its processor as far as they are in memory.
+
+    Raises:
+        BadInput: for what cannot be done as asked.
+        NumericalError: the numbers allow no honest result.
+        UnsupportedModel: the model cannot be walked.
     """
     loaded = None
     if not isinstance(model, str | Path):
@@ -114,6 +127,9 @@ def run_recipe(
         write: whether to leave a run folder (the model is saved if the recipe names a folder for it).
         processes: this one among those that do the run together, which all call this.
         reuse: what the run takes over from others.
+
+    Returns:
+        The report, with the model and its processor as far as they are in memory.
 
     Raises:
         BadInput, NumericalError, UnsupportedModel: as `prune`.

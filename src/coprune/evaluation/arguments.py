@@ -1,0 +1,24 @@
+"""What `coprune.evaluate` and `coprune.compare` take by name, as a type; a test keeps it equal to what they know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypedDict
+
+
+class MeasureArguments(TypedDict, total=False):
+    """What is measured of a model, and how."""
+
+    tasks: str | Sequence[str] | None
+    zero_shot: bool
+    num_fewshot: int
+    include_path: str | Path | None
+    limit: int | None
+    seqlen: int | None
+    batch_size: int | None
+    tokens: int | None
+    images: int | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: str
+    cache_dir: str | Path | None

@@ -1,0 +1,85 @@
+"""One model measured: perplexity, zero-shot tasks and closeness to another model, in memory or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.base.words import LeaveOut, Setting
+from coprune.evaluation.arguments import MeasureArguments
+from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.evaluation import Evaluation
+from coprune.evaluation.extras import Extras, nothing_to_measure
+from coprune.evaluation.measure import Subject
+from coprune.evaluation.sources import Held, Model
+from coprune.recipe.measuring import measuring_recipe
+
+
+def evaluate(
+    model: Model,
+    data: str | Sequence[str] | None = None,
+    *,
+    against: Model | None = None,
+    processor: Any = None,
+    quiet: bool = False,
+    **settings: Unpack[MeasureArguments],
+) -> Evaluation:
+    """Measure a model: perplexity as the papers do (windows that do not overlap), accuracy on images, or tasks.
+
+    Args:
+        model: a Hub id, a folder (packed or not), a GGUF file, `smollm2-135m`, or a model in memory, which is not changed.
+        data: texts, as a list or with commas between: corpora (`embedded`, `wikitext2`, `c4`, `ptb`), paths, ids of the
+            Hub, each perhaps with settings of its own (`c4@seqlen=1024@tokens=65536`); of a classifier, sets of images.
+            Without any, and without tasks, `wikitext2`.
+        against: another model, as `model`, whose next-token distributions are compared on the same texts.
+        processor: the tokenizer or image processor of models in memory.
+        quiet: no progress bars and lines on standard error.
+        settings: `tasks` of lm-eval, or the papers' seven with `zero_shot=True`, with `num_fewshot`, `include_path` and
+            `limit` (items of each); `seqlen`, `batch_size` and `tokens` of the texts; `images` of each set; `dtype`,
+            `device` and `cache_dir` of models that are loaded.
+
+    Returns:
+        Everything that was measured, with 95 % intervals.
+
+    Raises:
+        BadInput: for what cannot be done as asked.
+        NumericalError: the model's output is NaN.
+    """
+    held = [Held(one, processor) if isinstance(one, PreTrainedModel) else None for one in (model, against)]
+    if held[0] is not None and (held[1] is not None or against is None):
+        _refuse_what_loading_decides(settings)
+    recipe = measuring_recipe(held[0].name if held[0] else str(model), {"data": data, **settings})
+    if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
+        raise nothing_to_measure()
+    if against is not None and not recipe.evaluation.data:
+        raise BadInput(
+            "closeness to another model is measured on text",
+            field="against",
+            value=against,
+            fix=("name a text with ", Setting("data")),
+        )
+    reporter, cache, dense = Reporter(quiet), EvaluationCache(None), None
+    tasks = Extras.prepare(recipe).tasks
+    if against is not None:
+        dense = Subject(recipe.replaced(model=str(against)), cache, reporter, None, held[1])
+    subject = Subject(recipe, cache, reporter, tasks, held[0])
+    found = subject.measure()
+    if dense is None:
+        return found
+    return found.model_copy(update={"against": dense.name, "closeness": subject.closeness_to(dense)})
+
+
+def _refuse_what_loading_decides(settings: MeasureArguments) -> None:
+    """Raise BadInput for settings that a model in memory has decided already."""
+    for name, value in (("dtype", settings.get("dtype")), ("device", settings.get("device"))):
+        if value is not None:
+            raise BadInput(
+                f"a model in memory has its {name} already",
+                field=name,
+                value=value,
+                fix=(LeaveOut(name), ", or convert the model itself"),
+            )

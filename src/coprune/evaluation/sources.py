@@ -1,0 +1,72 @@
+"""Where a model that is measured comes from: from files, when a measurement needs it, or from memory, where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from coprune.evaluation.cache import bytes_of_weights, model_fingerprint
+from coprune.model.checkpoint.load import task_at
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.opened import Loaded, open_model
+from coprune.recipe.parts import ModelPart
+
+Model = str | Path | PreTrainedModel
+"""What a caller may name or hand over."""
+
+
+class Source(Protocol):
+    """A model that can be opened."""
+
+    name: str
+    fingerprint: str
+    """By which measurements of it are kept."""
+    classifies: bool
+    """Whether it is a classifier of images."""
+
+    def open(self) -> Loaded:
+        """The model in memory."""
+        ...
+
+    def bytes_of_weights(self) -> int:
+        """Size of its files, or in memory."""
+        ...
+
+
+class Stored:
+    """A model in files, which are found at once. Raises BadInput if there is none."""
+
+    def __init__(self, asked: ModelPart) -> None:
+        self._asked = asked
+        location = locate(asked.name, asked.cache_dir)
+        self._path = location.path
+        self.name = location.name
+        self.fingerprint = model_fingerprint(location.path)
+        self.classifies = task_at(location) == "images"
+
+    def open(self) -> Loaded:
+        return open_model(self._asked, stream=False)
+
+    def bytes_of_weights(self) -> int:
+        return bytes_of_weights(self._path)
+
+
+class Held:
+    """A model in memory, of which no measurement is kept, since it may change."""
+
+    fingerprint = "in memory"
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self.name = model.name_or_path or type(model).__name__
+        self._loaded = Loaded(InMemory(model), processor, self.name, False)
+        self.classifies = self._loaded.task == "images"
+
+    def open(self) -> Loaded:
+        return self._loaded
+
+    def bytes_of_weights(self) -> int:
+        tensors = {id(tensor): tensor for tensor in self._loaded.model.parameters()}
+        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())

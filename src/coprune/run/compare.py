@@ -1,0 +1,50 @@
+"""Models compared that may be named by the runs and sweeps that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+from coprune.base.progress import Reporter
+from coprune.evaluation.arguments import MeasureArguments
+from coprune.evaluation.cache import EvaluationCache, default_cache_folder
+from coprune.evaluation.compare import compare_models
+from coprune.evaluation.comparison import Comparison
+from coprune.recipe.measuring import measuring_recipe
+from coprune.report.folder import model_of
+from coprune.run.sweep.finished import models_to_compare
+
+
+def compare(
+    models: Sequence[str | Path],
+    data: str | Sequence[str] | None = None,
+    *,
+    evaluations: str | Path | None = None,
+    fresh: bool = False,
+    quiet: bool = False,
+    **settings: Unpack[MeasureArguments],
+) -> Comparison:
+    """Compare models: size, sparsity, perplexity or accuracy, closeness to the first, and tasks.
+
+    Args:
+        models: two or more Hub ids, folders (packed or not), GGUF files, or folders of runs and sweeps that saved models;
+            the first is the baseline.
+        data: texts or images to measure on, as in `coprune.evaluate`.
+        evaluations: the folder where evaluations are kept, so that nothing is measured twice; without it,
+            `~/.cache/coprune/evaluations`.
+        fresh: measure everything again, and keep nothing.
+        quiet: no progress bars and lines on standard error.
+        settings: as in `coprune.evaluate`.
+
+    Returns:
+        A row per model, with what differs from the baseline; `to_csv` and `to_markdown` write it.
+
+    Raises:
+        BadInput: for what cannot be done as asked, or models that do not compare.
+        NumericalError: a model's output is NaN.
+    """
+    named = [name for model in models for name in models_to_compare(str(model))]
+    recipe = measuring_recipe(named[0] if named else "-", {"data": data, **settings})
+    folder = default_cache_folder() if evaluations is None else Path(evaluations)
+    return compare_models(named, recipe, Reporter(quiet), EvaluationCache(None if fresh else folder), model_of)
