@@ -19,6 +19,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint import part_files
 from coprune.model.checkpoint import writer as writer_module
 from coprune.model.checkpoint.companions import save_companions
+from coprune.model.checkpoint.encoding import Place
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, join_files
 from coprune.model.checkpoint.weights import InMemory
@@ -113,7 +114,7 @@ def test_a_later_writer_goes_on_with_the_parts_that_are_whole(tmp_path: Path) ->
 def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(files: Sequence[Path], joined: Path) -> None:
+    def interrupted(files: Sequence[Path], joined: Path, place: Place) -> None:
         joined.write_bytes(b"half")
         raise KeyboardInterrupt
 
