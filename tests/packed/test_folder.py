@@ -92,7 +92,7 @@ def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: 
         (tmp_path / "nowhere", tmp_path / "x", "not a folder"),
         (dense_folder, dense_folder, "the source itself"),
         (dense_folder, tmp_path / "packed", "not empty"),
-        (tmp_path / "packed", tmp_path / "x", "already quantized or packed"),
+        (tmp_path / "packed", tmp_path / "x", "already quantised or packed"),
         (dense_folder / "extra", tmp_path / "x", r"no config\.json"),
     ):
         with pytest.raises(BadInput, match=message):

@@ -109,7 +109,7 @@ def test_damage_is_bad_input_before_anything_is_loaded(tmp_path: Path):
     with pytest.raises(BadInput, match="checksum"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     path.write_bytes(data[:-1000])
-    with pytest.raises(BadInput, match="truncated"):
+    with pytest.raises(BadInput, match="cut off"):
         load_packed(tmp_path / "packed")
     with pytest.raises(BadInput, match="not a packed folder"):
         load_packed(tmp_path / "dense")
@@ -119,7 +119,7 @@ def test_a_newer_format_and_packing_on_the_fly_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="version 2"):
         CopruneConfig(version=2)
     save_pruned(CONFIGS["llama"], tmp_path / "dense")
-    with pytest.raises(BadInput, match="coprune pack"):
+    with pytest.raises(BadInput, match=r"coprune\.pack"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CopruneConfig())
 
 

@@ -51,8 +51,8 @@ def test_a_text_of_less_than_two_windows_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_refused(tmp_path):
     good = settings_for(tmp_path, tmp_path, tmp_path)
     for changes, message in [
-        ({"mode": "distill"}, "--teacher"),
-        ({"teacher": "x"}, "belongs to --mode distill"),
+        ({"mode": "distill"}, "teacher=…"),
+        ({"teacher": "x"}, "belongs to mode='distill'"),
         ({"mode": "distill", "teacher": "x", "top_k": 5, "hidden_weight": 1.0}, "leaves no hidden states"),
         ({"dropout": 0.1}, "no place for dropout"),
         ({"patience": 1}, "needs evaluations"),

@@ -55,6 +55,16 @@ class LeaveOut:
         return f"leave out {face.name(self.name)}"
 
 
+@dataclass(frozen=True)
+class Together:
+    """Several settings at once: `stream=True, batch_size=1`, `--stream --batch-size 1`."""
+
+    settings: tuple[Set, ...]
+
+    def said_in(self, face: Face) -> str:
+        return face.between.join(setting.said_in(face) for setting in self.settings)
+
+
 @dataclass(frozen=True, init=False)
 class Command:
     """A call: `coprune.evaluate(folder, tasks=…)`, `coprune eval FOLDER --tasks …`.
@@ -77,6 +87,9 @@ class Command:
 
 class Face:
     """How settings and commands are named; this one names them as in Python."""
+
+    between = ", "
+    """What stands between settings that are given together."""
 
     def name(self, setting: str) -> str:
         """A setting's bare name."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Command, Set
 from coprune.commands.options import method_options, recipe_options
 from coprune.recipe.flat import flatten, layered
 from coprune.recipe.presets import preset_settings
@@ -61,11 +62,12 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
     chosen = layered(from_preset, from_file, settings)
     if "model" not in flatten(chosen):
-        raise BadInput("no model is named; for example: coprune prune smollm2-135m --dataset embedded.")
+        example = ("for example: ", Command("prune", "smollm2-135m", Set("dataset", "embedded")))
+        raise BadInput("no model is named", field="model", fix=example)
     return make_recipe(chosen)
 
 
 def _one_model(model: str | None, model_option: str | None) -> str | None:
     if model and model_option and model != model_option:
-        raise BadInput(f"two models are named: {model} and {model_option}.")
+        raise BadInput(f"two models are named: {model} and {model_option}", field="model", value=model)
     return model or model_option

@@ -36,7 +36,8 @@ def bench(
 
     sizes = [part.strip() for part in batches.split(",")]
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise BadInput(f"--batches {batches!r} should be positive numbers with commas between, such as 1,4,16.")
+        numbers = "they should be positive numbers with commas between, such as 1,4,16"
+        raise BadInput(f"the batches cannot be {batches!r}", field="batches", value=batches, fix=numbers)
     if threads is not None:
         torch.set_num_threads(threads)
     found = measure(model, tuple(map(int, sizes)), prompt, tokens, repeats, dtype, device)

@@ -16,6 +16,8 @@ _COMMANDS = {"evaluate": "eval"}
 class CommandLine(Face):
     """Settings are flags, calls are commands."""
 
+    between = " "
+
     def name(self, setting: str) -> str:
         return flags_of(setting)[0].partition("/")[0]
 

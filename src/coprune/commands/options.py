@@ -97,7 +97,7 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            raise BadInput(f"unexpected argument {flag!r}; options begin with --.")
+            raise BadInput(f"unexpected argument {flag!r}", value=flag, fix="options begin with --")
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
         if name not in known:
@@ -108,7 +108,7 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
             raise unknown_name("option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in known)])
         if not has_value:
             if not rest or rest[0].startswith("--"):
-                raise BadInput(f"the option {written} needs a value.")
+                raise BadInput(f"the option {written} needs a value")
             value = rest.pop(0)
         found[name] = read_scalar(value)
     return found

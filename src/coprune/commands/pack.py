@@ -28,7 +28,7 @@ def pack(
     from coprune.packed.format import FORMATS, Format
 
     if form not in FORMATS:
-        raise unknown_name("packed format", form, FORMATS)
+        raise unknown_name("packed format", form, FORMATS, field="format")
     sizes = pack_folder(source, target, cast(Format, form), drop_negative_zeros)
     typer.echo(f"packed    {len(sizes.names)} tensors, {sizes.packed_dense:,} → {sizes.packed_packed:,} bytes")
     typer.echo(

@@ -26,5 +26,5 @@ def report(
     path = output or (folder / PAGE_FILE if len(runs) == 1 else Path(PAGE_FILE))
     made = write_sweep_page(folder, path) if len(runs) == 1 and is_sweep(folder) else write_page(runs, path)
     if not made:
-        raise BadInput("the page needs altair and vl-convert: pip install 'coprune[report]'.")
+        raise BadInput("the page needs altair and vl-convert", fix="pip install 'coprune[report]'")
     typer.echo(f"page      {path}")

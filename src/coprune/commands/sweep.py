@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Command, Set
 from coprune.commands.options import recipe_options, with_options
 
 _LOCAL = "local"
@@ -81,9 +82,12 @@ def sweep(
     from coprune.run.sweep.presets import sweep_preset
 
     if file is None and preset is None:
-        raise BadInput("name a file or a preset, for example: coprune sweep --preset llama-7b --dry-run.")
+        example = Command("sweep", Set("preset", "llama-7b"), Set("dry_run", True))
+        raise BadInput("neither a file nor a preset is named", field="file", fix=("for example: ", example))
     if file is not None and preset is not None:
-        raise BadInput(f"name either a file ({file}) or a preset ({preset}), not both.")
+        raise BadInput(
+            f"a file ({file}) and a preset ({preset}) are named", field="preset", value=preset, fix="leave one out"
+        )
     chosen = Sweep.read(file) if file is not None else sweep_preset(preset or "")
     typed = {name: value for name, value in settings.items() if value is not None}
     chosen = chosen.with_settings(typed | ({"model": model} if model else {}))

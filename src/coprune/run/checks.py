@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.matrices import Chosen
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sample import InputSample
@@ -60,29 +61,48 @@ def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
     if size > 1 and recipe.reconstruction.steps:
         raise BadInput(
-            "reconstruct trains a block on all samples in one process", fix="leave it out, or run without torchrun"
+            "reconstruct trains a block on all samples in one process",
+            field="reconstruct",
+            value=recipe.reconstruction.steps,
+            fix=(LeaveOut("reconstruct"), ", or run without torchrun"),
         )
     samples = recipe.calibration.samples
     if size > samples:
-        raise BadInput(f"{size} processes cannot share {samples} samples", fix="use fewer processes or more samples")
+        raise BadInput(
+            f"{size} processes cannot share {samples} samples",
+            field="nsamples",
+            value=samples,
+            fix="use fewer processes or more samples",
+        )
 
 
 def prepare_folders(recipe: Recipe) -> None:
     """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
     run_folder = recipe.run_folder
+    another = ("name another run folder with ", Setting("save"))
     if run_folder.exists() and not run_folder.is_dir():
-        raise BadInput(f"{run_folder} is a file", fix="name another run folder with --save")
+        raise BadInput(f"{run_folder} is a file", field="save", value=run_folder, fix=another)
     if (run_folder / REPORT_FILE).exists():
         raise BadInput(
-            f"{run_folder} already holds a finished run", fix="name another folder with --save, or remove it"
+            f"{run_folder} already holds a finished run",
+            field="save",
+            value=run_folder,
+            fix=(*another, ", or remove it"),
         )
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
     if run_folder.is_dir() and set(run_folder.iterdir()) - logs and not (run_folder / RECIPE_FILE).exists():
-        raise BadInput(f"{run_folder} already holds something that is no run", fix="name another folder with --save")
+        raise BadInput(
+            f"{run_folder} already holds something that is no run", field="save", value=run_folder, fix=another
+        )
     target = recipe.output.model
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{target} already exists and is not empty", fix="name another folder with --save_model")
+        raise BadInput(
+            f"{target} already exists and is not empty",
+            field="save_model",
+            value=target,
+            fix=("name another folder with ", Setting("save_model")),
+        )
 
 
 def check_widths(chosen: Chosen, target: Target) -> None:
@@ -91,7 +111,9 @@ def check_widths(chosen: Chosen, target: Target) -> None:
         if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
                 f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}",
-                fix=f"choose another pattern, or leave it out with --exclude '{matrix.name}'",
+                field="pattern",
+                value=str(target.pattern),
+                fix=("choose another pattern, or leave it out with ", Set("exclude", matrix.name)),
             )
 
 
@@ -109,7 +131,7 @@ def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(find_method(Choice.of(method).name))}
     for setting in values:
         if not is_setting(setting) and setting not in own:
-            raise unknown_name("setting", setting, [*FLAT, *PARTS, *own])
+            raise unknown_name("setting", setting, [*FLAT, *PARTS, *own], field=setting)
     # A part of the recipe may be called like an option (selection), but is a mapping, which no option is.
     options = {
         setting: value

@@ -70,8 +70,10 @@ class Output:
         ]
         if differing:
             raise BadInput(
-                f"{self._writer.partial} is the journal of an unfinished run in which {'; '.join(differing)}. Finish that "
-                "run with its own settings, or remove the folder, or choose another name"
+                f"{self._writer.partial} is the journal of an unfinished run in which {'; '.join(differing)}",
+                field="save_model",
+                value=self.folder,
+                fix="Finish that run with its own settings, or remove the folder, or choose another name",
             )
 
     def finished(self) -> dict[str, BlockOutcome]:

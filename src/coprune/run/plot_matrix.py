@@ -36,11 +36,11 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
     matches; path: ends in .png or .svg. Raises BadInput, also where the extra `report` is not installed.
     """
     if path.suffix not in (".png", ".svg"):
-        raise BadInput(f"a plot is a .png or .svg file, not {path.name}")
+        raise BadInput(f"a plot is a .png or .svg file, not {path.name}", field="output", value=path)
     try:
         import vl_convert
     except ImportError as error:
-        raise BadInput("plots need altair and vl-convert: pip install 'coprune[report]'") from error
+        raise BadInput("plots need altair and vl-convert", field="plot", fix="pip install 'coprune[report]'") from error
     spec = plot_spec(name, matrix_distributions(recipe, name, reporter))
     picture = (
         vl_convert.vegalite_to_svg(spec).encode()
@@ -59,7 +59,10 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
     matching = [matrix.name for matrix in chosen.all()]
     if len(matching) != 1:
         raise BadInput(
-            f"{name} matches {len(matching)} matrices ({', '.join(matching[:3])} …)", fix="name one to plot it"
+            f"{name} matches {len(matching)} matrices ({', '.join(matching[:3])} …)",
+            field="plot",
+            value=name,
+            fix="name one to plot it",
         )
     check_widths(chosen, target)
     task = task_for(recipe, loaded)
@@ -73,7 +76,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
                 weight = event.matrices[0].read()
                 keep = solver.solve(weight, event.inputs, target).weight != 0
                 return distributions_of(weight, keep, event.inputs.statistic.root_mean_square)
-    raise BadInput(f"no calibration token came to {name}, so there is nothing to plot")
+    raise BadInput(f"no calibration token came to {name}, so there is nothing to plot", field="plot", value=name)
 
 
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:

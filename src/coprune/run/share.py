@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coprune.base.errors import LostProcess
 from coprune.base.processes import Processes
+from coprune.base.words import Setting
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.weights import Weights
@@ -121,7 +122,8 @@ class SharedOutput:
         assert file is not None
         if not file.is_file():
             raise LostProcess(
-                f"process {self._processes.rank} cannot see {file}, which process 0 wrote; all processes need one file "
-                "system in common. Name a folder there with --save and --save-model"
+                f"process {self._processes.rank} cannot see {file}, which process 0 wrote: all processes need one file "
+                "system in common",
+                fix=("name folders there with ", Setting("save"), " and ", Setting("save_model")),
             )
         return file

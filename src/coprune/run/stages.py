@@ -207,7 +207,7 @@ def estimate_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Estimat
     """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
     found = open_run(recipe, None, Surroundings(reporter or Reporter())).estimate()
     if found is None:
-        raise BadInput("only runs on language models can be estimated so far")
+        raise BadInput("only runs on language models can be estimated so far", field="model")
     return found
 
 

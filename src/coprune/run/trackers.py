@@ -124,9 +124,10 @@ def listening(recipe: Recipe, reporter: Reporter) -> Iterator[None]:
     names = [name.strip() for name in (recipe.output.report_to or "").split(",") if name.strip()]
     for name in names:
         if name not in TRACKERS:
-            raise unknown_name("tracker", name, TRACKERS)
+            raise unknown_name("tracker", name, TRACKERS, field="report_to")
         if importlib.util.find_spec(name) is None:
-            raise BadInput(f"--report-to {name} needs a package that is missing: pip install 'coprune[{name}]'")
+            missing = f"the tracker {name} needs a package that is missing"
+            raise BadInput(missing, field="report_to", value=name, fix=f"pip install 'coprune[{name}]'")
     before = list(reporter.listeners)
     with ExitStack() as stack:
         if recipe.output.log_json is not None:
@@ -195,7 +196,7 @@ def _json_lines(path: Path) -> Iterator[Listener]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a", encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"the log {path} cannot be written: {error.strerror}") from error
+        raise BadInput(f"the log {path} cannot be written: {error.strerror}", field="log_json", value=path) from error
     with stream:
 
         def hear(event: Event) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Set, parts_of
 from coprune.model.walk.activations import GIB
 from coprune.run.estimate.machine import BlockCosts, Shape, SolveCosts
+from coprune.run.estimate.proposal import Proposal
 
 # Beyond the tensors that are counted: workspaces of the libraries, and what the allocator cannot give back at once.
 SLACK = 1.1
@@ -86,8 +88,8 @@ class Estimate:
     phases: dict[str, int] = field(default_factory=dict)
     """Peak of each phase."""
     processes: int = 1
-    proposal: str = ""
-    """Options with which the run would fit, if it would not."""
+    proposal: Proposal | None = None
+    """Settings with which the run would fit, if it would not."""
 
     @property
     def fits(self) -> bool:
@@ -108,9 +110,9 @@ class Estimate:
     def require(self) -> None:
         """Raise BadInput if the run would not fit."""
         if not self.fits:
-            raise BadInput(
-                f"the run would not fit: {self.line()} {self.proposal} --no-check-memory runs it all the same"
-            )
+            proposal = () if self.proposal is None else (*parts_of(self.proposal.words()), ". ")
+            anyway = ("Or run it all the same with ", Set("check_memory", False))
+            raise BadInput(f"the run would not fit. {self.line()}", field="check_memory", fix=(*proposal, *anyway))
 
 
 def estimate(workload: Workload, settings: Settings, available: int | None) -> Estimate:
@@ -196,36 +198,37 @@ def _seconds(work: Workload, run: Settings) -> float:
     )
 
 
-def _proposal(work: Workload, run: Settings, available: int | None) -> str:
+def _proposal(work: Workload, run: Settings, available: int | None) -> Proposal:
     """The first single change that makes the run fit, or several together."""
-    changes: list[tuple[str, Callable[[Settings], Settings]]] = [
-        ("--batch-size 1", lambda s: replace(s, batch=1, evaluation_batch=s.seqlen)),
-        ("--activation-memory 0", lambda s: replace(s, activation_limit=0)),
+    fewer = max(1, run.samples // 4)
+    changes: list[tuple[str, bool | int | str, Callable[[Settings], Settings]]] = [
+        ("batch_size", 1, lambda s: replace(s, batch=1, evaluation_batch=s.seqlen)),
+        ("activation_memory", 0, lambda s: replace(s, activation_limit=0)),
         # `dense` holds as much at once as `block`.
-        ("--propagation block", lambda s: replace(s, propagation="block") if s.propagation == "sequential" else s),
-        (f"--nsamples {max(1, run.samples // 4)}", lambda s: replace(s, samples=max(1, s.samples // 4))),
+        ("propagation", "block", lambda s: replace(s, propagation="block") if s.propagation == "sequential" else s),
+        ("nsamples", fewer, lambda s: replace(s, samples=fewer)),
     ]
     if not run.streamed:
         # What the blocks hold now is let go of.
-        changes.insert(0, ("--stream", lambda s: replace(s, streamed=True)))
+        changes.insert(0, ("stream", True, lambda s: replace(s, streamed=True)))
 
     def fits(settings: Settings) -> bool:
         resident = work.resident - (work.total_bytes - work.rest_bytes if settings.streamed and not run.streamed else 0)
         peak = max(size for _, size in _phases(replace(work, resident=resident), settings))
         return Estimate(peak, 0.0, available, work.resident, processes=run.processes).fits
 
-    useful = [(option, change) for option, change in changes if change(run) != run]
-    for option, change in useful:
+    halves = run.dtype == "float32"
+    useful = [(name, value, change) for name, value, change in changes if change(run) != run]
+    for name, value, change in useful:
         if fits(change(run)):
-            return f"It would with {option}."
+            return Proposal({name: value}, True, halves)
     settings = run
-    options: list[str] = []
-    for option, change in useful:
-        settings, options = change(settings), [*options, option]
+    taken: dict[str, bool | int | str] = {}
+    for name, value, change in useful:
+        settings, taken[name] = change(settings), value
         if fits(settings):
-            return f"It would with {' '.join(options)}."
-    half = " --dtype bfloat16 and" if run.dtype == "float32" else ""
-    return f"Even {' '.join(options)} would not be enough;{half} a machine with more memory would help."
+            return Proposal(taken, True, halves)
+    return Proposal(taken, False, halves)
 
 
 def duration(seconds: float) -> str:

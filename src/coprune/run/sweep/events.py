@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from coprune.base.errors import CopruneError
+
 
 @dataclass(frozen=True)
 class Doing:
@@ -42,8 +44,12 @@ class NotDone:
 
     run: str
     cause: Cause
-    text: str
-    """What people are told of it."""
+    reason: str | CopruneError
+
+    @property
+    def text(self) -> str:
+        """What people are told of it."""
+        return str(self.reason).strip()
 
 
 JobEvent = Doing | Done | NotDone

@@ -34,19 +34,26 @@ def expand(sweep: Sweep) -> list[Run]:
     combinations = list(_combinations(sweep.settings, sweep.zip))
     used = [any(_matches(combination, entry) for combination in combinations) for entry in sweep.exclude]
     if not all(used):
-        raise BadInput(f"exclude {sweep.exclude[used.index(False)]} matches no run", fix="correct it or leave it out")
+        raise BadInput(
+            f"exclude {sweep.exclude[used.index(False)]} matches no run",
+            field="sweep.exclude",
+            fix="correct it or leave it out",
+        )
     chosen = [c for c in combinations if not any(_matches(c, entry) for entry in sweep.exclude)]
     for entry in sweep.include:
         chosen += _combinations({**sweep.settings, **entry}, sweep.zip)
     if not chosen:
-        raise BadInput("every run of the sweep is excluded")
+        raise BadInput("every run of the sweep is excluded", field="sweep.exclude")
     runs: dict[str, Run] = {}
     for combination in chosen:
         run = _run(sweep, combination)
         if run.name in runs and runs[run.name].recipe != run.recipe:
             raise BadInput(
-                f"two different runs would go to {sweep.folder / run.name}; tell them apart in sweep.folders, for example "
-                f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}"
+                f"two different runs would go to {sweep.folder / run.name}",
+                field="sweep.folders",
+                value=sweep.folders,
+                fix="tell them apart in sweep.folders, for example "
+                f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}",
             )
         runs[run.name] = run
     return list(runs.values())
@@ -97,7 +104,7 @@ def _run(sweep: Sweep, combination: Settings) -> Run:
         return Run(name or plain.method.name, make_recipe({**combination, **elsewhere, **places}))
     except BadInput as error:
         told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
-        raise BadInput(f"the run with {told}: {error}" if told else str(error)) from None
+        raise (error.within(f"the run with {told}") if told else error) from None
 
 
 def _default_folder(sweep: Sweep, combination: Settings) -> str:
@@ -115,10 +122,16 @@ def _folder(template: str, recipe: Recipe) -> str:
         name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
     except (KeyError, ValueError, IndexError, AttributeError):
         raise BadInput(
-            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'"
+            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'",
+            field="sweep.folders",
+            value=template,
         ) from None
     if any(part in ("", ".", "..") for part in name.split("/")):
-        raise BadInput(f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's")
+        raise BadInput(
+            f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's",
+            field="sweep.folders",
+            value=template,
+        )
     return name
 
 

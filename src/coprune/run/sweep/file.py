@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.validation import explain
+from coprune.base.words import Set
 from coprune.recipe.choice import Choice, split_choice
 from coprune.recipe.flat import FLAT, flatten, layered, word_for
 from coprune.recipe.recipe import DEFAULTS, read_settings
@@ -60,16 +62,15 @@ class Sweep(BaseModel):
         rules = data.get("sweep") or {}
         settings = flatten({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
-            raise BadInput("sweep: must hold zip, include, exclude or folders")
+            raise BadInput("sweep must hold zip, include, exclude or folders", field="sweep", value=rules)
         for name in rules:
             if name not in cls.model_fields or name == "settings":
-                raise unknown_name("key of sweep", name, set(cls.model_fields) - {"settings"})
+                raise unknown_name("key of sweep", name, set(cls.model_fields) - {"settings"}, field=f"sweep.{name}")
         settings, paired = _methods_with_options(settings)
         try:
             made = cls(settings=settings, **rules)._by_words(paired)
         except ValidationError as error:
-            detail = error.errors()[0]
-            raise BadInput(f"sweep.{'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+            raise explain(error, lambda place: (f"sweep.{place[0]}", f"sweep.{'.'.join(place)}")) from None
         made._check()
         return made
 
@@ -93,29 +94,38 @@ class Sweep(BaseModel):
         for values in (self.settings, *self.include, *self.exclude):
             for name, value in values.items():
                 if name not in FLAT:
-                    raise BadInput(f"{name} is for one run; in a sweep, name the method wanda_variant")
+                    in_sweep = "in a sweep, name the method wanda_variant"
+                    raise BadInput(f"{name} is for one run", field=name, value=value, fix=in_sweep)
                 if is_axis(name, value) and not value:
-                    raise BadInput(f"{name} has an empty list, which makes no run at all", fix="leave it out")
+                    raise BadInput(
+                        f"{name} has an empty list, which makes no run at all",
+                        field=name,
+                        value=value,
+                        fix="leave it out",
+                    )
         for name in _ONE_RUN_ONLY:
             if self.settings.get(name) is not None:
-                raise BadInput(f"{name} is for one run", fix="leave it out of a sweep")
+                raise BadInput(f"{name} is for one run", field=name, fix="leave it out of a sweep")
         for name in ("save", "save_model"):
             if isinstance(self.settings.get(name), list):
                 raise BadInput(
-                    f"{name} is the folder of the whole sweep, in which every run gets one", fix="name one folder"
+                    f"{name} is the folder of the whole sweep, in which every run gets one",
+                    field=name,
+                    fix="name one folder",
                 )
         for group in self.zip:
             self._check_group(group)
         if not self.settings.get("save"):
-            raise BadInput("the sweep has no folder", fix="name one with save: out/NAME (--save)")
+            raise BadInput("the sweep has no folder", field="save", fix=("name one with ", Set("save", "out/NAME")))
 
     def _check_group(self, group: tuple[str, ...]) -> None:
         lengths = {name: len(self.settings[name]) for name in group if is_axis(name, self.settings.get(name))}
         if len(group) < 2 or len(lengths) == 0:
-            raise BadInput(f"zip takes two or more fields that have lists, not {', '.join(group) or 'none'}")
+            wrong = f"zip takes two or more fields that have lists, not {', '.join(group) or 'none'}"
+            raise BadInput(wrong, field="sweep.zip", value=group)
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} has {count}" for name, count in lengths.items())
-            raise BadInput(f"zipped lists must be of one length: {told}")
+            raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.zip", value=group)
 
     def with_settings(self, typed: Mapping[str, Any]) -> Sweep:
         """The sweep with fields fixed to other values, which also replace those of its included runs."""
@@ -162,7 +172,7 @@ def _methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], boo
     if not any(isinstance(one, Mapping | Choice) or (isinstance(one, str) and ":" in one) for one in methods):
         return settings, False
     if options is not None:
-        raise BadInput("options are said twice, once with the methods", fix="leave one out")
+        raise BadInput("options are said twice, once with the methods", field="options", fix="leave one out")
     pairs = [(one["name"], own) for one in map(_split, methods) for own in _combined(one["options"])]
     taken = {"method": [name for name, _ in pairs], "options": [own for _, own in pairs]}
     # In the place of the methods, so that the order of the lists stays.
@@ -177,7 +187,7 @@ def _split(method: Any) -> dict[str, Any]:
     try:
         return {"name": "wanda", **split_choice(method)}
     except ValueError as error:
-        raise BadInput(f"method: {error}") from None
+        raise BadInput(f"method: {error}", field="method", value=method) from None
 
 
 def _combined(options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.words import Command, Setting
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import REPORT_FILE
@@ -33,8 +34,10 @@ def finished_report(recipe: Recipe) -> Report | None:
     if before != now:
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(
-            f"{folder} holds another run's report, in which {'; '.join(differing)}. Name another folder with save "
-            "(--save), or remove it"
+            f"{folder} holds another run's report, in which {'; '.join(differing)}",
+            field="save",
+            value=folder,
+            fix=("Name another folder with ", Setting("save"), ", or remove it"),
         )
     tuned = recipe.finetune.mode is None or (folder / "finetune" / "finetune.json").is_file()
     return report if tuned else None
@@ -60,7 +63,9 @@ def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
     runs = expand(sweep)
     reports = {run.name: file for run in runs if (file := folder / run.name / REPORT_FILE).is_file()}
     if not reports:
-        raise BadInput(f"no run of the sweep in {folder} is finished; coprune sweep {folder / SWEEP_FILE} goes on")
+        raise BadInput(
+            f"no run of the sweep in {folder} is finished", fix=(Command("sweep", folder / SWEEP_FILE), " goes on")
+        )
     return sweep, runs, {name: Report.read(file) for name, file in reports.items()}
 
 
@@ -76,8 +81,12 @@ def models_to_compare(name: str) -> list[str]:
     saved = [folder / run for run, report in reports.items() if report.saved_model is not None]
     if not saved:
         raise BadInput(
-            f"the runs of the sweep in {name} saved no models; its tables are in {folder / 'results.md'}, and a sweep "
-            "with save_model keeps the models"
+            f"the runs of the sweep in {name} saved no models",
+            fix=(
+                f"its tables are in {folder / 'results.md'}, and a sweep with ",
+                Setting("save_model"),
+                " keeps the models",
+            ),
         )
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
 

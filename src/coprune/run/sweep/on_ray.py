@@ -35,7 +35,9 @@ class RayWorkers:
         self.at_once = 1
         if self.capacity.cores < 1:
             ray.shutdown()
-            raise BadInput("no node of the Ray cluster offers a core; start its nodes with --num-cpus")
+            raise BadInput(
+                "no node of the Ray cluster offers a core", field="ray", fix="start its nodes with --num-cpus"
+            )
         from ray.util.queue import Queue
 
         self._told = Queue(actor_options={"num_cpus": 0})
@@ -94,7 +96,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise BadInput("--ray needs Ray: pip install 'coprune[ray]'") from None
+        raise BadInput("a sweep on a cluster needs Ray", field="ray", fix="pip install 'coprune[ray]'") from None
     return ray
 
 
@@ -109,5 +111,7 @@ def _connect(ray: Any, address: str) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BadInput(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]})",
-            fix=("leave the address out for one of this machine alone"),
+            field="ray",
+            value=address,
+            fix="leave the address out for one of this machine alone",
         ) from None

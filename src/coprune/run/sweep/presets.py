@@ -56,5 +56,5 @@ SWEEPS: dict[str, dict[str, Any]] = {
 def sweep_preset(name: str) -> Sweep:
     """A shipped sweep. Raises BadInput for an unknown name."""
     if name not in SWEEPS:
-        raise unknown_name("sweep preset", name, SWEEPS)
+        raise unknown_name("sweep preset", name, SWEEPS, field="preset")
     return Sweep.make(SWEEPS[name])

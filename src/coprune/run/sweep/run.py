@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import path_of, write_text
+from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_solver
@@ -47,8 +48,8 @@ class Outcome:
             return
         name, text = next(iter(self.failures.items()))
         raise CopruneError(
-            f"{len(self.failures)} of {len(self.runs)} runs failed, all reasons are in {folder / FAILURES}; the first, "
-            f"{name}: {text.splitlines()[-1]}"
+            f"{len(self.failures)} of {len(self.runs)} runs failed, the first, {name}, because: {text.splitlines()[-1]}",
+            fix=f"All reasons are in {folder / FAILURES}",
         )
 
 
@@ -75,13 +76,18 @@ def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> Outcome:
 def check_sweep(sweep: Sweep) -> list[Run]:
     """List the runs of a sweep. Raises BadInput for one that cannot be, or a folder that is no sweep's."""
     if (sweep.folder / REPORT_FILE).exists():
-        raise BadInput(f"{sweep.folder} holds a single run", fix="name another folder with save (--save)")
+        raise BadInput(
+            f"{sweep.folder} holds a single run",
+            field="save",
+            value=sweep.folder,
+            fix=("name another folder with ", Setting("save")),
+        )
     runs = expand(sweep)
     for run in runs:
         try:
             prepare_solver(run.recipe)
         except CopruneError as error:
-            raise BadInput(f"the run {run.name}: {error}") from None
+            raise error.within(f"the run {run.name}") from None
     return runs
 
 
@@ -105,7 +111,7 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quie
             outcome.ledger.runs[event.run] = board.states[event.run].seconds or 0.0
             note_time()
         elif isinstance(event, NotDone) and not again:
-            outcome.failures[event.run] = event.text.strip()
+            outcome.failures[event.run] = event.text
 
     try:
         with board.shown():

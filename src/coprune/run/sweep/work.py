@@ -50,7 +50,7 @@ def do_job(job: Job, tell: Tell) -> None:
         saved = _ACTIONS[job.action](job, tell)
         tell(Done(job.run.name, saved))
     except CopruneError as error:
-        tell(NotDone(job.run.name, Cause.REFUSED, str(error)))
+        tell(NotDone(job.run.name, Cause.REFUSED, error))
     except Exception:
         tell(NotDone(job.run.name, Cause.BROKEN, traceback.format_exc()))
     finally:
