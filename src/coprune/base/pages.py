@@ -26,10 +26,15 @@ _region: tuple[mmap.mmap, int] | None = None  # the one being filled, and where 
 
 
 def on_large_pages(blob: Tensor) -> Tensor:
-    """A copy of the bytes on large pages, instead of `blob`; the tensor itself where the system has none.
+    """Copy bytes to large pages, to be used instead of them.
 
-    blob: one-dimensional uint8 on the CPU. The copy begins at a multiple of 64 bytes. A region goes back to the
-    system when the last tensor in it is gone.
+    A region of pages goes back to the system when the last tensor in it is gone.
+
+    Args:
+        blob: one-dimensional uint8 on the CPU.
+
+    Returns:
+        The copy, which begins at a multiple of 64 bytes; the tensor itself where the system has no large pages.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return blob

@@ -39,8 +39,13 @@ class Distributions(BaseModel):
 def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distributions:
     """Count a matrix's magnitudes, norms and scores.
 
-    weight: O × I float32, before pruning; keep: O × I bool, True where a weight is kept; norm: I, root mean square of
-    every input channel, or None if no input was seen. A histogram is None where there is nothing but zeros.
+    Args:
+        weight: O × I float32, before pruning.
+        keep: O × I bool, True where a weight is kept.
+        norm: I, root mean square of every input channel, or None if no input was seen.
+
+    Returns:
+        Histograms, None where there is nothing but zeros.
     """
     step = max(1, -(-weight.numel() // SAMPLED_WEIGHTS))
     magnitude, kept = weight[::step].abs(), keep[::step]
@@ -54,7 +59,12 @@ def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distr
 def histogram(values: Tensor, keep: Tensor | None) -> Histogram | None:
     """Count values ≥ 0 by their decimal logarithm, and those that are not kept apart.
 
-    values: any shape, floating; keep: bool, of the same shape, or None if all are. None if no value is above zero.
+    Args:
+        values: any shape, floating.
+        keep: bool, of the same shape, or None if all are.
+
+    Returns:
+        None if no value is above zero.
     """
     there = values > 0
     if not bool(there.any()):

@@ -24,8 +24,15 @@ SMALLEST_HALF = 128
 def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
     """Factor matrix + damping · mean(diag) · I.
 
-    matrix: I × I float32, symmetric; damping > 0. Returns L (I × I float32, lower, LLᵀ = the damped matrix) and the
-    events. Raises NumericalError if the matrix is not finite or cannot be repaired.
+    Args:
+        matrix: I × I float32, symmetric.
+        damping: above 0.
+
+    Returns:
+        L (I × I float32, lower, LLᵀ = the damped matrix) and the events.
+
+    Raises:
+        NumericalError: the matrix is not finite or cannot be repaired.
     """
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError("the Gram matrix holds NaN or infinite values")
@@ -72,12 +79,17 @@ class InverseFactor(NamedTuple):
 def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     """Factor the inverse of gram + damping · mean(diag) · I, the U of SparseGPT (arXiv 2301.00774).
 
-    gram: I × I float32. Raises NumericalError like damped_cholesky.
-
     The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ
     with R upper triangular, so U = R⁻¹: half the work, and one place where it can fail instead of two.
     Dead inputs get the mean of the live diagonal instead of the authors' 1, which depends on the scale of the
     activations and would leak into everybody's damping.
+
+    Args:
+        gram: I × I float32.
+        damping: above 0.
+
+    Raises:
+        NumericalError: like damped_cholesky.
     """
     diagonal = gram.diagonal()
     dead = diagonal == 0
@@ -95,10 +107,13 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
 
 
 def invert_upper(matrix: Tensor) -> None:
-    """Invert an upper triangular matrix in place (I × I, zero below its diagonal).
+    """Invert an upper triangular matrix in place.
 
     By halves: the inverse of [A B; 0 D] is [A⁻¹ −A⁻¹BD⁻¹; 0 D⁻¹], nearly all of it products. Solving for the columns of the
     identity does not use that they are triangular too.
+
+    Args:
+        matrix: I × I, zero below its diagonal.
     """
     size = matrix.shape[0]
     if size <= SMALLEST_HALF:
@@ -130,7 +145,12 @@ class ScaledGram(NamedTuple):
 def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
     """Divide a Gram matrix by the root mean squares of its inputs and add damping to the unit diagonal.
 
-    gram: I × I float32. The diagonal becomes 1 + damping, and just damping for dead inputs.
+    Args:
+        gram: I × I float32.
+        damping: what is added.
+
+    Returns:
+        The matrix with a diagonal of 1 + damping, and of just damping for dead inputs.
     """
     scale = gram.diagonal().clamp_min(0).sqrt()
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -145,9 +165,16 @@ def damp_diagonal(gram: Tensor, damping: float) -> Tensor:
 
 
 def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """Layer error of every row, ΔGΔᵀ. delta: O × I, gram: I × I. Returns O float64.
+    """Layer error of every row, ΔGΔᵀ.
 
     In float64, because where there are fewer tokens than inputs the terms cancel to less than float32 can tell.
+
+    Args:
+        delta: O × I.
+        gram: I × I.
+
+    Returns:
+        O float64.
     """
     exact = delta.double()
     return ((exact @ gram.double()) * exact).sum(dim=1)
@@ -156,9 +183,18 @@ def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
 def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, rounds: int) -> Tensor:
     """Minimise (W − Ŵ)G(W − Ŵ)ᵀ over the kept entries of every row, by conjugate gradients on all rows at once.
 
-    weight: O × I float32, what is aimed at; start: O × I, zero where keep is False; gram: I × I float32, damped if
-    it may be singular. The residual is masked in each round and preconditioned by the diagonal of G, which leaves one
-    product per round for all rows. Returns O × I float32.
+    The residual is masked in each round and preconditioned by the diagonal of G, which leaves one product per round for
+    all rows.
+
+    Args:
+        weight: O × I float32, what is aimed at.
+        start: O × I float32, zero where keep is False.
+        keep: O × I bool.
+        gram: I × I float32, damped if it may be singular.
+        rounds: of conjugate gradients.
+
+    Returns:
+        O × I float32.
     """
     kept = keep.to(torch.float32)
     diagonal = gram.diagonal()
@@ -179,7 +215,17 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
 
 
 def rows_improved(weight: Tensor, before: Tensor, after: Tensor, gram: Tensor) -> Tensor:
-    """In which rows the layer error of `after` is no greater than that of `before`. All O × I; returns O × 1 bool."""
+    """Tell in which rows the layer error of `after` is no greater than that of `before`.
+
+    Args:
+        weight: O × I, what is aimed at.
+        before: O × I.
+        after: O × I.
+        gram: I × I.
+
+    Returns:
+        O × 1 bool.
+    """
     return (row_errors(weight - after, gram) <= row_errors(weight - before, gram))[:, None]
 
 
@@ -191,9 +237,20 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 def dense_target(weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 0.01) -> tuple[Tensor, tuple[str, ...]]:
     """The weight that gives, on the inputs behind pruned layers, what the dense model's inputs gave: W̃ = W C G⁻¹.
 
-    weight: O × I; cross: C = X_denseᵀX_pruned / T and gram: G = X_prunedᵀX_pruned / T, I × I float32. Returns O × I
-    float32 and the numerical events. Written as W + W(C − G)(G + λI)⁻¹ with λ = damping · mean(diag G), so that
-    damping pulls toward W and not toward zero, and equal inputs change nothing. Raises NumericalError.
+    Written as W + W(C − G)(G + λI)⁻¹ with λ = damping · mean(diag G), so that damping pulls toward W and not toward zero,
+    and equal inputs change nothing.
+
+    Args:
+        weight: O × I.
+        cross: C = X_denseᵀX_pruned / T, I × I float32.
+        gram: G = X_prunedᵀX_pruned / T, I × I float32.
+        damping: above 0.
+
+    Returns:
+        O × I float32, and the numerical events.
+
+    Raises:
+        NumericalError: like damped_cholesky.
     """
     with full_float32():
         dense = weight.to(torch.float32)

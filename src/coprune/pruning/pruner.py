@@ -128,11 +128,19 @@ def prune_walk(
 ) -> list[MatrixResult]:
     """Prune every matrix that the walk shows, in place.
 
-    target_of: pattern and sparsity of each matrix; layer_error: measure it (on the Gram matrix if there is one, else on
-    the sample of inputs); block_done: called with every finished block and what was done in it, which it may amend;
-    solving: who prunes which matrix (default: this process all).
-    Returns the results of all blocks and of what was shown after them.
-    Raises NumericalError with the name of the matrix.
+    Args:
+        walk: shows matrices with what is known of their inputs, and blocks that are done.
+        solver: how each is pruned.
+        target_of: pattern and sparsity of each matrix.
+        layer_error: whether to measure it (on the Gram matrix if there is one, else on the sample of inputs).
+        block_done: called with every finished block and what was done in it, which it may amend.
+        solving: who prunes which matrix; by default this process all.
+
+    Returns:
+        The results of all blocks and of what was shown after them.
+
+    Raises:
+        NumericalError: with the name of the matrix.
     """
     solving = solving or SolvingAlone()
     results: list[MatrixResult] = []
@@ -178,9 +186,13 @@ def prune_matrix(
 def reconstruct_block(
     reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
 ) -> list[MatrixResult]:
-    """Train a pruned block toward the dense model's outputs; returns the results with their masks as they are now.
+    """Train a pruned block toward the dense model's outputs.
 
-    Raises NumericalError with the block's name if a weight that was zero is not zero any more, or nothing is finite.
+    Returns:
+        The results with their masks as they are now.
+
+    Raises:
+        NumericalError: with the block's name, if a weight that was zero is not zero any more, or nothing is finite.
     """
     block = done.block
     before = {matrix.name: matrix.stored() == 0 for matrix in find_matrices(block.module, block.name)}

@@ -45,10 +45,15 @@ def update_columns(
 
 
 def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
-    """Add XᵀX of bfloat16 inputs, summed in float32; returns whether there was a kernel to do it.
+    """Add XᵀX of bfloat16 inputs, summed in float32.
 
-    gram: I × I float32, contiguous, on the CPU; x: T × I; panel: of every so many rows what lies left of them is left
-    alone.
+    Args:
+        gram: I × I float32, contiguous, on the CPU.
+        x: T × I.
+        panel: of every so many rows what lies left of them is left alone.
+
+    Returns:
+        Whether there was a kernel to do it.
     """
     if x.dtype != torch.bfloat16 or (library := load_kernels()) is None:
         return False

@@ -27,9 +27,13 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def allocation_named(asked: Choice | str | Mapping[str, Any]) -> Allocation:
-    """Look an allocation up: a name, a name with options (`owl:spread=0.1,threshold=7`), or a YAML file.
+    """Look an allocation up.
 
-    Raises BadInput for an unknown name or option, a value of the wrong type or out of range, or an unreadable file.
+    Args:
+        asked: a name, a name with options (`owl:spread=0.1,threshold=7`), or a YAML file.
+
+    Raises:
+        BadInput: an unknown name or option, a value of the wrong type or out of range, or an unreadable file.
     """
     choice = Choice.of(asked)
     if choice.is_file:

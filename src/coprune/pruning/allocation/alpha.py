@@ -18,7 +18,10 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class Alpha:
-    """Give every block a sparsity that grows with the tail exponent of its matrices; needs no data."""
+    """Give every block a sparsity that grows with the tail exponent of its matrices; needs no data.
+
+    Paper: AlphaPruning, arXiv 2410.10912.
+    """
 
     epsilon: float = 0.3
     """Sparsities lie between 1 − ε and 1 + ε times the overall one, before they are scaled to the exact budget."""
@@ -52,9 +55,11 @@ class Alpha:
 def tail_exponent(weight: Tensor) -> float:
     """Hill's estimate of the power law that the larger half of the squared singular values follows.
 
-    weight: O × I. 1 + k / Σ ln(λ_i / λ_k'), over the k = n − ⌊n/2⌋ largest of n, λ_k' the smallest of those, in
-    float64; values that are zero up to rounding do not count. A spectrum without any spread has no tail: infinity is
-    bounded to 1 + k · 1e6.
+    1 + k / Σ ln(λ_i / λ_k'), over the k = n − ⌊n/2⌋ largest of n, λ_k' the smallest of those, in float64; values that are
+    zero up to rounding do not count. A spectrum without any spread has no tail: infinity is bounded to 1 + k · 1e6.
+
+    Args:
+        weight: O × I float.
     """
     exact = weight.double()
     small = exact @ exact.T if exact.shape[0] <= exact.shape[1] else exact.T @ exact
@@ -70,8 +75,16 @@ def tail_exponent(weight: Tensor) -> float:
 def sparsities_by_exponent(exponents: Tensor, counts: Tensor, sparsity: float, epsilon: float) -> Tensor:
     """Map tail exponents linearly to sparsities, scaled so that their mean is the asked one.
 
-    exponents, counts: one per unit, float64, where counts are the units' weights. What the scaling would lift above
-    all weights stays at all of them, and the others take the rest. Returns float64 in [0, 1].
+    What the scaling would lift above all weights stays at all of them, and the others take the rest.
+
+    Args:
+        exponents: float64, one per unit.
+        counts: float64, the units' weights.
+        sparsity: the overall one.
+        epsilon: relative sparsities lie between 1 − ε and 1 + ε before they are scaled.
+
+    Returns:
+        Float64 in [0, 1], one per unit.
     """
     distance = exponents.max() - exponents.min()
     if float(distance) == 0:

@@ -53,16 +53,27 @@ class Allocation(Protocol):
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """Look at the matrices of one block of the dense model, together.
 
-        moved: how much the block changes the hidden states, ‖after − before‖² / ‖after‖², mean over tokens; 1 where
-        that is not known.
-        Returns a vector of sums (float64) by name of matrix; sums of experts are added up. A matrix may be missing.
+        Args:
+            shown: the block's matrices with the statistics of their inputs.
+            moved: how much the block changes the hidden states, ‖after − before‖² / ‖after‖², mean over tokens; 1 where that
+                is not known.
+            target: the overall one.
+
+        Returns:
+            A vector of sums (float64) by name of matrix; sums of experts are added up. A matrix may be missing.
         """
         ...
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
         """Give every unit its target, so that all together have the sparsity of the overall one.
 
-        sums: what was measured, by name of unit. Raises BadInput if that cannot be.
+        Args:
+            units: all that are to be pruned.
+            sums: what was measured, by name of unit.
+            target: the overall one.
+
+        Raises:
+            BadInput: that cannot be.
         """
         ...
 

@@ -42,9 +42,16 @@ def wish(sparsity: float, unit: Unit) -> Curve:
 def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target) -> list[Target]:
     """Choose every unit's target so that the summed cost is least and the overall sparsity is the asked one.
 
-    The total is exact where exchanges of up to two steps lead there, as with the many matrices of a model; at worst,
-    with few matrices at their limits, it is off by a step of the largest (one input of each of its rows).
-    Raises BadInput if the curves' limits do not leave room for the budget.
+    The total is exact where exchanges of up to two steps lead there, as with the many matrices of a model; at worst, with
+    few matrices at their limits, it is off by a step of the largest (one input of each of its rows).
+
+    Args:
+        units: all that are to be pruned.
+        curves: what the sparsity of each costs.
+        target: the overall one.
+
+    Raises:
+        BadInput: the curves' limits do not leave room for the budget.
     """
     pattern = target.pattern
     periods = [pattern.steps(unit.width) for unit in units]
@@ -69,8 +76,16 @@ def within_budget(units: Sequence[Unit], curves: Sequence[Curve], target: Target
 def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list[int]:
     """Take steps of least cost until the budget is spent.
 
-    costs: for every unit the cost after 0, 1, 2 … steps, convex; masses: what one step of a unit takes from the budget.
-    Returns the number of steps of every unit. Raises BadInput if the budget is out of reach by more than half a step.
+    Args:
+        costs: for every unit the cost after 0, 1, 2 … steps, convex.
+        masses: what one step of a unit takes from the budget.
+        budget: in the same unit.
+
+    Returns:
+        The number of steps of every unit.
+
+    Raises:
+        BadInput: the budget is out of reach by more than half a step.
     """
     room = sum(mass * (len(cost) - 1) for cost, mass in zip(costs, masses, strict=True))
     slack = min(masses) / 2 + 1e-6

@@ -86,7 +86,14 @@ class Error:
 def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit: int) -> Tensor:
     """Size of a layer's output and its errors ‖X(W − Ŵ)ᵀ‖²/T under Wanda's masks, refitted for some rounds.
 
-    weight: O × I float32. Returns float64: the size, then one error per target of the grid.
+    Args:
+        weight: O × I float32.
+        statistic: of its inputs.
+        grid: the targets to measure at.
+        refit: rounds of conjugate gradients.
+
+    Returns:
+        Float64: the size, then one error per target.
     """
     with full_float32():
         gram = statistic.gram
@@ -109,7 +116,9 @@ def _energy(weight: Tensor, gram: Tensor) -> Tensor:
 def convex_curve(sparsities: Floats, errors: Floats) -> Curve:
     """The largest convex function below the measured points, with straight lines between its corners.
 
-    sparsities: ascending; errors: one for each.
+    Args:
+        sparsities: ascending.
+        errors: one for each.
     """
     corners: list[int] = []
     for i in range(len(sparsities)):

@@ -19,7 +19,10 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class OWL:
-    """Give every block a share of kept weights that grows with its share of outliers."""
+    """Give every block a share of kept weights that grows with its share of outliers.
+
+    Paper: Outlier Weighed Layerwise sparsity, arXiv 2310.05175.
+    """
 
     threshold: float = 5.0
     """An outlier is a score |W|·n above so many times the mean of its block."""
@@ -67,8 +70,15 @@ def _share(found: Tensor | None) -> float:
 def kept_by_outliers(shares: Tensor, counts: Tensor, kept: float, spread: float) -> Tensor:
     """Map shares of outliers linearly to shares of kept weights, 2 · spread apart at most.
 
-    shares, counts: one per unit, float64, where counts are the units' weights. Returns shares of kept weights whose
-    mean, weighted by counts, is `kept` (the authors weigh all blocks the same). They may lie outside [0, 1].
+    Args:
+        shares: float64, one per unit.
+        counts: float64, the units' weights.
+        kept: the overall share of kept weights.
+        spread: half the distance between the largest and the smallest share.
+
+    Returns:
+        Shares of kept weights whose mean, weighted by counts, is `kept` (the authors weigh all blocks the same). They may
+        lie outside [0, 1].
     """
     distance = shares.max() - shares.min()
     if float(distance) == 0:

@@ -101,8 +101,14 @@ def _joined(rows: Sequence[Tensor]) -> Tensor | None:
 def movement(before: Tensor | None, after: Tensor | None) -> float:
     """How much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
 
-    before, after: N × H. 1 where that means nothing: without data, or where a block changes their shape. By rows,
-    because the first token of many models is a thousand times larger than the rest.
+    By rows, because the first token of many models is a thousand times larger than the rest.
+
+    Args:
+        before: N × H.
+        after: N × H.
+
+    Returns:
+        1 where that means nothing: without data, or where a block changes their shape.
     """
     if before is None or after is None or before.shape != after.shape:
         return 1.0

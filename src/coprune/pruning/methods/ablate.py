@@ -21,7 +21,10 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class Ablate:
-    """SparseGPT's update with another criterion for what falls."""
+    """SparseGPT's update with another criterion for what falls.
+
+    Paper: section 5 of arXiv 2306.11695.
+    """
 
     score: Literal["magnitude", "wanda"] = "wanda"
     """|W|, or |W| times the input norm."""

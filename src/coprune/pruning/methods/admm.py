@@ -26,7 +26,10 @@ from coprune.recipe.pattern import Group, Target
 
 @dataclass(frozen=True)
 class ADMM:
-    """Prune gradually while the kept weights are solved for."""
+    """Prune gradually while the kept weights are solved for.
+
+    Paper: arXiv 2401.02938.
+    """
 
     rounds: int = 20
     """Rounds of the alternation."""
@@ -82,11 +85,19 @@ class ADMM:
 
 
 def keep_on_schedule(score: Tensor, target: Target, progress: float, group: Group) -> Tensor:
-    """Choose the mask when a share `progress` (0 < progress ≤ 1) of the mask rounds is over.
+    """Choose the mask when a share `progress` of the mask rounds is over.
 
-    score: O × I float32. The sparsity is s · (1 − (1 − progress)³). For N:M the N largest of every group are always
-    kept, and of the others the smallest of the whole matrix (or row) are pruned first. Returns O × I bool; at progress
-    1 exactly the target's mask.
+    The sparsity is s · (1 − (1 − progress)³). For N:M the N largest of every group are always kept, and of the others the
+    smallest of the whole matrix (or row) are pruned first.
+
+    Args:
+        score: O × I float32.
+        target: pattern and sparsity in the end.
+        progress: 0 < progress ≤ 1.
+        group: which weights compete where the pattern leaves that open.
+
+    Returns:
+        O × I bool; at progress 1 exactly the target's mask.
     """
     sparsity = target.sparsity * (1 - (1 - progress) ** 3)
     return target.pattern.choose_early(score, target.sparsity, sparsity, group)

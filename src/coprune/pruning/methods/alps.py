@@ -34,7 +34,10 @@ class Spectrum(NamedTuple):
 
 @dataclass(frozen=True)
 class ALPS:
-    """Prune by an alternation with rising penalty, and solve for the weights that are left."""
+    """Prune by an alternation with rising penalty, and solve for the weights that are left.
+
+    Paper: arXiv 2406.07831.
+    """
 
     rho: float = 0.1
     """The penalty at the start."""
@@ -98,7 +101,15 @@ class ALPS:
 
 
 def decompose(gram: Tensor, damping: float) -> Spectrum:
-    """Scale a Gram matrix and decompose it in float64. gram: I × I float32. Raises NumericalError on NaN."""
+    """Scale a Gram matrix and decompose it in float64.
+
+    Args:
+        gram: I × I float32.
+        damping: what is added to the unit diagonal.
+
+    Raises:
+        NumericalError: the matrix is not finite.
+    """
     if not bool(torch.isfinite(gram).all()):
         raise NumericalError("the Gram matrix holds NaN or infinite values")
     problem = scale_gram(gram, damping)

@@ -30,7 +30,16 @@ class Method(Protocol):
 
     # Any, because each method narrows it to the statistic that it names.
     def prune(self, weight: Tensor, statistic: Any, target: Target) -> Pruned:
-        """Prune one matrix. weight: O × I float32, not modified; statistic: of the type asked for."""
+        """Prune one matrix.
+
+        Args:
+            weight: O × I float32, not modified.
+            statistic: what is known of its inputs, of the type asked for or a richer one.
+            target: pattern and sparsity.
+
+        Raises:
+            NumericalError: the numbers do not allow an honest result.
+        """
         ...
 
 

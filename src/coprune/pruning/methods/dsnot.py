@@ -27,7 +27,10 @@ STARTS: dict[str, Method] = {"magnitude": Magnitude(), "wanda": Wanda(), "ria": 
 
 @dataclass(frozen=True)
 class DSnoT:
-    """Begin with another method's mask and swap within each row."""
+    """Begin with another method's mask and swap within each row.
+
+    Paper: arXiv 2310.08915.
+    """
 
     start: Literal["magnitude", "wanda", "ria"] = "wanda"
     """The method whose mask it begins from."""
@@ -54,9 +57,19 @@ def swap_by_mean(
 ) -> Tensor:
     """Swap one pruned for one kept weight per row and cycle, while that brings the row's mean error nearer to zero.
 
-    keep: O × I bool; contribution (W·E[x]), gain (contribution / variance) and importance: O × I float32; group: how
-    many consecutive inputs a swap stays within. Returns O × I bool. The authors stop at a fixed error of 0.1, which
-    depends on the activations' scale; here a row stops when no swap that it would choose lowers its error.
+    The authors stop at a fixed error of 0.1, which depends on the activations' scale; here a row stops when no swap that it
+    would choose lowers its error.
+
+    Args:
+        keep: O × I bool, not modified.
+        contribution: O × I float32, W·E[x].
+        gain: O × I float32, contribution / variance.
+        importance: O × I float32.
+        group: how many consecutive inputs a swap stays within.
+        cycles: swaps of a row at most.
+
+    Returns:
+        O × I bool.
     """
     keep = keep.clone()
     rows, width = keep.shape

@@ -80,9 +80,12 @@ def names_brought() -> set[str]:
 
 @cache
 def brought_methods(own: frozenset[str]) -> Brought:
-    """Load the methods that installed packages bring, once. own: names that are taken.
+    """Load the methods that installed packages bring, once.
 
     The first of two packages that bring methods of the same name has it.
+
+    Args:
+        own: names that are taken.
     """
     brought = Brought({}, {}, {})
     for entry in entry_points(group=GROUP):

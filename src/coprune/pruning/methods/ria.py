@@ -18,7 +18,16 @@ from coprune.recipe.pattern import Group, Target
 
 
 def ria_score(weight: Tensor, statistic: InputNorm, power: float) -> Tensor:
-    """(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power, O × I float32."""
+    """(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power.
+
+    Args:
+        weight: O × I float32.
+        statistic: of its inputs, whose norms are n_j.
+        power: how much the norms count.
+
+    Returns:
+        O × I float32.
+    """
     magnitude = weight.abs()
     tiny = 1e-30  # a row or column of zeros scores zero
     by_input = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(tiny)
@@ -28,7 +37,10 @@ def ria_score(weight: Tensor, statistic: InputNorm, power: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RIA:
-    """Prune the weights of least relative importance; no weight is changed."""
+    """Prune the weights of least relative importance; no weight is changed.
+
+    Paper: Plug-and-Play, ICLR 2024, OpenReview Tr0lPx9woF.
+    """
 
     power: float = 0.5
     """How much the input norms count: n^power."""

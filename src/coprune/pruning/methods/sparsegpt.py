@@ -24,7 +24,7 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
-from coprune.recipe.pattern import Target
+from coprune.recipe.pattern import Pattern, Target
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
@@ -32,7 +32,10 @@ Choose = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Prune what costs least by W² / U_jj², and update the rest of the row."""
+    """Prune what costs least by W² / U_jj², and update the rest of the row.
+
+    Paper: arXiv 2301.00774.
+    """
 
     block_size: int = 128
     """Columns whose mask is chosen together (unstructured); for N:M it must be a multiple of M."""
@@ -90,13 +93,7 @@ def update_columns(
     """
     rows, width = weight.shape
     pattern = target.pattern
-    if not pattern.fits(block_size):
-        raise BadInput(
-            f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}",
-            field="block_size",
-            value=block_size,
-        )
-    pattern.check_width(width)
+    _check_fit(pattern, block_size, width)
     n_of_m = pattern.n_of_m if choose is None else None
     together = block_size if choose is None else pattern.columns_together(block_size)
     walk_columns = kernel("walk_columns", weight.device, walk)
@@ -118,3 +115,14 @@ def update_columns(
     if not bool(torch.isfinite(columns).all() and torch.isfinite(errors).all()):
         raise NumericalError("the update of the weights gave NaN or infinite values")
     return Pruned(columns.T.contiguous(), keep.T.contiguous(), factor.events)
+
+
+def _check_fit(pattern: Pattern, block_size: int, width: int) -> None:
+    """Raise BadInput where a pattern does not fit the columns that are walked through together, or all of them."""
+    if not pattern.fits(block_size):
+        raise BadInput(
+            f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}",
+            field="block_size",
+            value=block_size,
+        )
+    pattern.check_width(width)

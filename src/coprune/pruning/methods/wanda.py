@@ -13,13 +13,24 @@ from coprune.recipe.pattern import Group, Target
 
 
 def wanda_score(weight: Tensor, statistic: InputNorm) -> Tensor:
-    """|W_ij| · n_j, O × I float32, where n_j is the root mean square of input channel j."""
+    """|W_ij| · n_j, where n_j is the root mean square of input channel j.
+
+    Args:
+        weight: O × I float32.
+        statistic: of its inputs.
+
+    Returns:
+        O × I float32.
+    """
     return weight.abs() * statistic.root_mean_square
 
 
 @dataclass(frozen=True)
 class Wanda:
-    """Prune the weights with the smallest |W| · n; no weight is changed."""
+    """Prune the weights with the smallest |W| · n; no weight is changed.
+
+    Paper: arXiv 2306.11695.
+    """
 
     group: Group = "row"
     """Which weights compete: those of one output row (the paper's choice) or the whole matrix."""

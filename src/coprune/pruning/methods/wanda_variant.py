@@ -25,7 +25,10 @@ TOLERANCE = 0.001
 
 @dataclass(frozen=True)
 class WandaVariant:
-    """Prune in each row the smallest scores that add up to the share α of the row's total."""
+    """Prune in each row the smallest scores that add up to the share α of the row's total.
+
+    Paper: appendix of arXiv 2306.11695.
+    """
 
     statistic: ClassVar[type[InputNorm]] = InputNorm
 
@@ -50,8 +53,16 @@ class WandaVariant:
 def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> Tensor:
     """Find how many weights each row loses under the one share α that gives the sparsity.
 
-    ascending: O × I, each row's scores sorted; total: O × 1, their sum. Returns O × 1 int64. α is searched in
-    [0, 0.8] from 0.4 on. A row in which nothing qualifies loses nothing (the published code prunes all of it).
+    α is searched in [0, 0.8] from 0.4 on. A row in which nothing qualifies loses nothing (the published code prunes all of
+    it).
+
+    Args:
+        ascending: O × I, each row's scores sorted.
+        total: O × 1, their sum.
+        sparsity: of the matrix.
+
+    Returns:
+        O × 1 int64.
     """
     cumulative = ascending.cumsum(dim=1)
     low, high, share = 0.0, 0.8, 0.4

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
-from coprune.model.blocks import Block
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.folding import Fold, close, find_folds
 from coprune.model.matrices import Matrix
@@ -91,34 +91,37 @@ def permute_model(
         BadInput: where permuting makes no sense.
         NumericalError: where the activations are not finite.
     """
-    n, m = check_permutable(model.weights, pattern)
+    n_of_m = check_permutable(model.weights, pattern)
     probe = model.structure.sample
     logits = forward_logits(model.module, probe)
-    done: list[tuple[Fold, list[Tensor]]] = []
     permuted = Permuted(of=sum(1 for _ in model.chosen.all()))
     inside = replace(model, chosen=replace(model.chosen, outside=[]))
     # Producers and consumers are proven on the first batch, so no more of the inputs is kept.
     walk = Walk(inside, recording, InputNorm, Dense(keep=Tensor.clone, batches=1), processes=processes, advance=advance)
+    done = [
+        (fold, _permute(fold, statistics, method, n_of_m, permuted))
+        for fold, statistics in _folds(model, walk, recording)
+        if fold.layout.size % n_of_m[1] == 0
+    ]
+    if not close(forward_logits(model.module, probe), logits):
+        for fold, orders in reversed(done):
+            fold.undo(orders)
+        return Permuted(of=permuted.of)
+    return permuted
+
+
+def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tuple[Fold, dict[str, InputNorm]]]:
+    """What can be permuted in every block that the walk has passed, with the statistics of its matrices by name."""
     statistics: dict[str, InputNorm] = {}
     for event in walk:
         if not isinstance(event, BlockDone):
             if event.inputs is not None and event.inputs.statistic is not None and event.inputs.statistic.count:
                 statistics |= dict.fromkeys((m.name for m in event.matrices), event.inputs.statistic)
             continue
-        block, sample = event.block, event.before[0]
-
-        def run(block: Block = block, sample: Tensor = sample) -> Tensor:
-            return recording.run(block, 0, sample)
-
-        for fold in find_folds(model.structure.groups[block.index], _head_size(model.module), run):
-            if fold.layout.size % m == 0:
-                done.append((fold, _permute(fold, statistics, method, (n, m), permuted)))
-        statistics.clear()
-    if not close(forward_logits(model.module, probe), logits):
-        for fold, orders in reversed(done):
-            fold.undo(orders)
-        return Permuted(of=permuted.of)
-    return permuted
+        run = partial(recording.run, event.block, 0, event.before[0])
+        for fold in find_folds(model.structure.groups[event.block.index], _head_size(model.module), run):
+            yield fold, statistics
+        statistics = {}
 
 
 def _permute(

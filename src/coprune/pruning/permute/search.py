@@ -23,9 +23,18 @@ def retained_score(score: Tensor, n: int, m: int) -> float:
 def permute_channels(score: Tensor, n: int, m: int, rounds: int = 10) -> Tensor:
     """Find an order of the input channels in which N:M retains more of the score.
 
-    score: O × I float32, not negative, M divides I (else BadInput). rounds: of exchanges at most; they end when
-    nothing is gained any more. Returns I int64 on the CPU: which channel comes to each place, such that
-    score[:, order] retains the most; the identity if nothing better is found.
+    Args:
+        score: O × I float32, not negative.
+        n: how many of a group are kept.
+        m: size of a group.
+        rounds: of exchanges at most; they end when nothing is gained any more.
+
+    Returns:
+        I int64 on the CPU: which channel comes to each place, such that score[:, order] retains the most; the identity if
+        nothing better is found.
+
+    Raises:
+        BadInput: M does not divide I.
     """
     width = score.shape[1]
     if width % m:

@@ -21,9 +21,13 @@ REFINEMENTS: dict[str, Refinement] = {
 
 
 def refinement_named(asked: Choice | str | Mapping[str, Any]) -> Refinement:
-    """Look a refinement up: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.
+    """Look a refinement up and set its options.
 
-    Raises BadInput for an unknown name or option, or a value of the wrong type or out of range.
+    Args:
+        asked: a name, or a name with options (`refit:rounds=10`), the fields of its dataclass.
+
+    Raises:
+        BadInput: an unknown name or option, or a value of the wrong type or out of range.
     """
     choice = Choice.of(asked)
     if choice.name not in REFINEMENTS:

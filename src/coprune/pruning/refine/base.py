@@ -16,14 +16,13 @@ class Refinement(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    # A property for the same reason as in Method.
-    @property
-    def statistic(self) -> type[Gram]:
-        """What it needs to know of the inputs."""
-
     def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
         """Improve one pruned matrix; no row's layer error grows and the pattern stays.
 
-        weight: O × I float32, the dense weight that is aimed at; pruned: as its method left it. Neither is modified.
+        Args:
+            weight: O × I float32, the dense weight that is aimed at; not modified.
+            pruned: as its method left it; not modified.
+            statistic: the Gram matrix of its inputs.
+            target: pattern and sparsity.
         """
         ...

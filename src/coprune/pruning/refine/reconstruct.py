@@ -24,7 +24,10 @@ from coprune.base.options import require_not_negative, require_positive
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Masked AdamW on one block after it was pruned."""
+    """Masked AdamW on one block after it was pruned.
+
+    Paper: EBFT, arXiv 2402.12419; Wanda++, arXiv 2503.04992.
+    """
 
     steps: int = 100
     """Steps per block (per part, if parts are trained separately)."""
@@ -52,9 +55,17 @@ class Reconstruction:
     ) -> tuple[float, float]:
         """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
 
-        run: (batch, hidden states) → the block's output, differentiable; inputs: B × S × H per batch; targets: what the
-        dense block gives, likewise. Returns the relative error on the watched batches before and after.
-        Raises NumericalError if the loss is not finite before the first step.
+        Args:
+            block: the pruned block.
+            run: (batch, hidden states) → the block's output, differentiable.
+            inputs: B × S × H per batch.
+            targets: what the dense block gives, likewise.
+
+        Returns:
+            The relative error on the watched batches before and after.
+
+        Raises:
+            NumericalError: the loss is not finite before the first step.
         """
         watched, trained = self._split(len(inputs))
 

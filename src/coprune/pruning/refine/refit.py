@@ -9,7 +9,6 @@ fitted to their noise.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +23,15 @@ from coprune.recipe.pattern import Target
 
 @dataclass(frozen=True)
 class Refit:
-    """Solve for the kept weights; the mask stays."""
+    """Solve for the kept weights; the mask stays.
+
+    Paper: the last step of ALPS, arXiv 2406.07831.
+    """
 
     rounds: int = 20
     """Rounds of conjugate gradients."""
     damping: float = 0.01
     """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
-
-    statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
         require_positive(rounds=self.rounds)

@@ -12,7 +12,6 @@ kept weight j go adds Ŵ_j to Δ_j. The change of Δ is c = Ŵ_j e_j − Δ_i e_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +32,10 @@ NOISE = 1e-5
 
 @dataclass(frozen=True)
 class Swaps:
-    """Swap within rows (for N:M within groups) until nothing is gained, then refit."""
+    """Swap within rows (for N:M within groups) until nothing is gained, then refit.
+
+    Paper: SparseSwaps, arXiv 2512.10922.
+    """
 
     steps: int = 100
     """Most swaps a row makes (unstructured), or most sweeps over all groups (N:M)."""
@@ -43,8 +45,6 @@ class Swaps:
     """Rounds of conjugate gradients afterwards; 0 leaves the weights alone."""
     damping: float = 0.01
     """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
-
-    statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
         require_positive(steps=self.steps, candidates=self.candidates)
@@ -80,9 +80,18 @@ def dropping_costs(current: Tensor, residual: Tensor, diagonal: Tensor) -> Tenso
 def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, steps: int) -> tuple[Tensor, Tensor]:
     """Make the best swap of every row, one after another; rows where nothing is gained drop out.
 
-    weight: O × I float32, dense; gram: I × I float32. The best pair is looked for among the `candidates` cheapest to
-    restore and the `candidates` cheapest to drop (all of them, if there are no more); a pair's interaction is exact.
-    Returns the weight (O × I float32) and its mask.
+    The best pair is looked for among the `candidates` cheapest to restore and the `candidates` cheapest to drop (all of
+    them, if there are no more); a pair's interaction is exact.
+
+    Args:
+        weight: O × I float32, dense.
+        pruned: the matrix as it is pruned.
+        gram: I × I float32.
+        candidates: how many of each kind are paired.
+        steps: swaps of a row at most.
+
+    Returns:
+        The weight (O × I float32) and its mask.
     """
     delta = weight - pruned.weight
     keep = pruned.keep.clone()
@@ -118,12 +127,21 @@ def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, 
 
 
 def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Sweep over the groups of `group` columns; each row makes the best swap in each group, while any row gains.
+    """Sweep over groups of columns; each row makes the best swap in each group, while any row gains.
 
-    weight: O × I float32, dense; gram: I × I float32. Swaps of different groups change each other's costs, so the
-    residual is kept up to date: within a block of columns at once, between blocks by one product per block. It ends
-    where the published order (the best group of a row first) ends: where no group of any row has a swap that gains.
-    Returns the weight (O × I float32) and its mask.
+    Swaps of different groups change each other's costs, so the residual is kept up to date: within a block of columns at
+    once, between blocks by one product per block. It ends where the published order (the best group of a row first) ends:
+    where no group of any row has a swap that gains.
+
+    Args:
+        weight: O × I float32, dense.
+        pruned: the matrix as it is pruned.
+        gram: I × I float32.
+        group: columns of a group.
+        sweeps: over all groups at most.
+
+    Returns:
+        The weight (O × I float32) and its mask.
     """
     # Transposed, so that a group of columns lies contiguous in memory.
     dense = weight.T.contiguous()
