@@ -12,7 +12,6 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set
 from coprune.evaluation.sample import continue_text
 from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, ZeroShotSettings, compare_zero_shot
-from coprune.model.checkpoint.weights import InMemory
 from coprune.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Extras:
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
         """Run the tasks and continue the prompt, as far as the model is in memory."""
         asked, weights, tokenizer = self.recipe.evaluation, loaded.weights, loaded.tokenizer
-        if not isinstance(weights, InMemory) or tokenizer is None or (which == "dense" and not asked.dense):
+        if weights.streams or tokenizer is None or (which == "dense" and not asked.dense):
             return
         if self.tasks is not None:
             from coprune.evaluation.harness import zero_shot

@@ -57,9 +57,7 @@ class Loaded:
     @property
     def left_out(self) -> list[str]:
         """Tensors of a streamed checkpoint that the model has no place for, each with the reason."""
-        if not isinstance(self.weights, LazyCheckpoint):
-            return []
-        return [f"{name}, a tensor that the model does not know" for name in self.weights.conversion.dropped]
+        return [f"{name}, a tensor that the model does not know" for name in self.weights.unknown]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
         """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""

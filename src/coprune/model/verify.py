@@ -12,7 +12,6 @@ from coprune.base.errors import VerificationError
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
-from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edit import Edits
 from coprune.model.matrices import find_matrices
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -45,7 +44,7 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
             if matrix.name in checksums and matrix.mask_checksum() != checksums[matrix.name]:
                 raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
         saved.release(block.name)
-    if not isinstance(model.weights, InMemory):
+    if model.weights.streams:
         # The run's own last files became this folder, so there are no other weights to compute logits from.
         return
     before = _sample_logits(model)

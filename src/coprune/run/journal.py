@@ -17,9 +17,8 @@ from pydantic import TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.companions import Companions, change_config, copy_companions, save_companions
+from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import Encoding
-from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit, Edits, dump_edits, load_edits
@@ -101,7 +100,7 @@ class Output:
             "edits": dump_edits(outcome.edits),
         }
         self._writer.write(block.name, self._weights.original_tensors(block.name), remember)
-        if isinstance(self._weights, LazyCheckpoint):
+        if self._weights.streams:
             self._weights.read_from(self._writer.file(block.name))
 
     def finish(self, beside: Companions, edits: Edits, encoding: Encoding, check: Callable[[Path], object]) -> None:
@@ -115,11 +114,7 @@ class Output:
         """
         partial = self._writer.partial
         self._writer.write(REST, self._weights.rest_tensors(self._names))
-        if isinstance(self._weights, LazyCheckpoint):
-            copy_companions(self._weights.location, partial, beside.dtype)
-        else:
-            save_companions(self._weights.model, beside.processor, partial)
-        write_text(partial / "README.md", beside.card)
+        self._weights.write_companions(partial, beside)
         edits.write(partial)
         change_config(partial, edits.configure, encoding.configure)
         self._writer.finish([_IDENTITY], check, edits.place, encoding)

@@ -9,7 +9,6 @@ from coprune.base.errors import LostProcess
 from coprune.base.processes import Processes
 from coprune.base.words import Setting
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
@@ -114,7 +113,7 @@ class SharedOutput:
         self.outcomes[block.name] = outcome
         if self._output is not None:
             self._output.write_block(block, outcome)
-        if isinstance(self._weights, LazyCheckpoint) and self._processes.size > 1:
+        if self._weights.streams and self._processes.size > 1:
             self._weights.read_from(self._file_of(block))
 
     def _file_of(self, block: Block) -> Path:

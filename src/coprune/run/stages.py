@@ -180,7 +180,7 @@ def _run(
     around.reporter.tell(Finished(final_figures(report)))
     if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
         around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
-    in_memory = loaded.model if isinstance(loaded.weights, InMemory) else None
+    in_memory = None if loaded.weights.streams else loaded.model
     return Result(report, in_memory, loaded.processor)
 
 
@@ -215,7 +215,7 @@ def _open_output(session: Session) -> Output | None:
     """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
     opened, model = session.opened, session.model
     recipe, samples = opened.recipe, opened.samples
-    if recipe.output.model is None and isinstance(model.weights, InMemory):
+    if recipe.output.model is None and not model.weights.streams:
         return None
     data = None if samples is None else samples.fingerprint
     identity = run_identity(recipe, opened.loaded.fingerprint(model.blocks), data)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.words import Set
+from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import task_of
 from coprune.model.checkpoint.part_files import refuse_occupied
 from coprune.model.transformers_private import Conv1D
@@ -95,7 +96,7 @@ def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     adapted.save_pretrained(str(partial), save_embedding_layers=False)
-    write_text(partial / "README.md", card)
+    write_text(partial / CARD_FILE, card)
     partial.replace(folder)
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coprune.base.files import write_text
-from coprune.model.checkpoint.companions import Companions, save_companions
+from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory, is_below
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
@@ -38,10 +37,9 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
     for name in names:
         writer.write(name, weights.original_tensors(name))
     writer.write(REST, weights.rest_tensors(names))
-    save_companions(model, beside.processor, writer.partial)
+    weights.write_companions(writer.partial, beside)
     edits = edits_of(masks, names)
     edits.write(writer.partial)
-    write_text(writer.partial / "README.md", beside.card)
     writer.finish()
     proven = prove_replay(found, probe.to(input_device(model)))
     verify_saved(folder, proven, edits)

@@ -26,7 +26,6 @@ from coprune.data.images import (
 from coprune.evaluation.accuracy import Accuracy, aggregate_accuracy, rank_classes
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples
-from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
@@ -121,10 +120,10 @@ class ImageTask:
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Accuracy:
         assert isinstance(data, LabelledImages)
         own = self._processes.share(torch.arange(len(data))).tolist()
-        if isinstance(model.weights, InMemory):
-            ranked = self._rank_in_memory(data, own, advance)
-        else:
+        if model.weights.streams:
             ranked = self._rank_streamed(model, data, own, activations, advance)
+        else:
+            ranked = self._rank_in_memory(data, own, advance)
         own_ranked = torch.cat(ranked) if ranked else torch.zeros(0, min(5, self._classes), dtype=torch.int64)
         return aggregate_accuracy(torch.cat(self._processes.gather(own_ranked)), self._labels(data))
 

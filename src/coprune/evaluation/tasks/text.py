@@ -20,7 +20,6 @@ from coprune.evaluation.shared import shared_perplexity
 from coprune.evaluation.streamed import streamed_perplexity
 from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples
 from coprune.evaluation.texts import plain_names
-from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
@@ -89,7 +88,7 @@ class TextTask:
         size, blocks = self._recipe.calibration.batch_size, len(model.blocks)
 
         def measure(text: EvaluationText) -> Perplexity:
-            if isinstance(model.weights, InMemory):
+            if not model.weights.streams:
                 return self.measure_in_memory(text, advance)
             return streamed_perplexity(model, text, self.seqlen, size, lambda done: advance(done / blocks), activations)
 

@@ -17,6 +17,7 @@ from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubl
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import read_json
 
+CARD_FILE = "README.md"
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
 

@@ -1,8 +1,6 @@
 """A checkpoint folder as a model whose blocks are read when they are needed and let go of afterwards.
 
-The model is built on the meta device, where a parameter has a shape but no memory; buffers that no checkpoint holds
-(rotary tables) are computed for real. The memory in use is what the acquired blocks need, whatever the size of the
-files.
+The memory in use is what the acquired blocks need, whatever the size of the files.
 """
 
 from __future__ import annotations
@@ -13,23 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.big_modeling import init_empty_weights
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.files import write_text
 from coprune.base.words import Set
+from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Group
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.checkpoint.load import (
-    MODEL_CLASSES,
-    DtypeName,
-    explained,
-    prepare,
-    quiet_transformers,
-    read_config,
-    task_of,
-)
+from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import (
     DTYPES,
@@ -39,8 +30,9 @@ from coprune.model.checkpoint.shards import (
     read_entries,
     read_tensor,
 )
+from coprune.model.checkpoint.skeleton import build_skeleton, forget_parameters
 from coprune.model.checkpoint.weights import is_below, is_below_any, piece_places
-from coprune.model.transformers_private import initialize_again, name_model, tie_read_weights
+from coprune.model.transformers_private import tie_read_weights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -64,6 +56,8 @@ class LazyCheckpoint:
     before any weight is read.
     """
 
+    streams = True
+
     def __init__(
         self,
         location: ModelFolder,
@@ -78,13 +72,20 @@ class LazyCheckpoint:
         self._keep_source_dtype = dtype == "auto"
         self._entries = checkpoint_entries(location.path)
         with quiet_transformers(), explained(location):
-            self._model, self.dtype = self._build_skeleton(dtype, trust_remote_code)
+            config = read_config(location.path, trust_remote_code)
+            self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
+            self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
         self.conversion = Conversion(self._model, self._entries)
 
     @property
     def model(self) -> PreTrainedModel:
         """The model; parameters that are not acquired are on the meta device."""
         return self._model
+
+    @property
+    def unknown(self) -> list[str]:
+        """Tensors in its files that the model does not know."""
+        return self.conversion.dropped
 
     @property
     def total_bytes(self) -> int:
@@ -95,32 +96,6 @@ class LazyCheckpoint:
         if self._keep_source_dtype or entry.dtype not in FLOATS:
             return entry.nbytes
         return math.prod(entry.shape) * self.dtype.itemsize
-
-    def _build_skeleton(self, dtype: DtypeName, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
-        folder = self.location.path
-        config = read_config(folder, trust_remote_code)
-        chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
-
-        def build() -> PreTrainedModel:
-            model: PreTrainedModel = MODEL_CLASSES[task_of(config)].from_config(
-                config, dtype=chosen, trust_remote_code=trust_remote_code
-            )
-            compute_buffers(model)
-            return model
-
-        with init_empty_weights(include_buffers=False):
-            model = build()
-        if any(buffer.is_meta for buffer in model.buffers()):
-            # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
-            model = build()
-            forget_parameters(model)
-        name_model(model, self.location.name)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.device)
-        return prepare(model), chosen
 
     def _first_dtype(self) -> torch.dtype:
         return next((DTYPES[e.dtype] for e in self._entries.values() if e.dtype in FLOATS), torch.float32)
@@ -171,6 +146,11 @@ class LazyCheckpoint:
         state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
         carried = {name: read_tensor(self._entries[name]) for name in self.conversion.carried}
         return self._as_written(self._groups_outside(block_prefixes), state) | carried
+
+    def write_companions(self, folder: Path, beside: Companions) -> None:
+        """Copy what lies beside the weights, with another card; a processor is as it was read from there."""
+        copy_companions(self.location, folder, beside.dtype)
+        write_text(folder / CARD_FILE, beside.card)
 
     def read_from(self, file: Path) -> None:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
@@ -223,20 +203,3 @@ class LazyCheckpoint:
                     f"{prefix} shares {name} with another part of the model, so it cannot be streamed",
                     fix=("load it whole with ", Set("stream", False)),
                 )
-
-
-def forget_parameters(root: nn.Module) -> None:
-    """Put the parameters below a module on the meta device; those that are shared stay shared."""
-    forgotten: dict[int, nn.Parameter] = {}
-    for module in root.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-            module._parameters[name] = forgotten.setdefault(id(parameter), empty)
-
-
-def compute_buffers(model: PreTrainedModel) -> None:
-    """Compute a new model's buffers again in float32, as from_pretrained does.
-
-    While a model is built, the default dtype is its own, and some families round their position tables to it.
-    """
-    initialize_again(model, (module for module in model.modules() if any(True for _ in module.buffers(recurse=False))))

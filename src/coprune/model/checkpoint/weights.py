@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.base.files import write_text
+from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.transformers_private import revert_conversion, saved_tensors
@@ -28,8 +30,18 @@ class Weights(Protocol):
     def model(self) -> PreTrainedModel: ...
 
     @property
+    def streams(self) -> bool:
+        """Whether a block is in memory only between acquiring and releasing it, and what was changed is lost then."""
+        ...
+
+    @property
     def total_bytes(self) -> int:
         """Size of all tensors as they would be written."""
+        ...
+
+    @property
+    def unknown(self) -> list[str]:
+        """Tensors in its files that the model does not know, as far as it is read from files."""
         ...
 
     def acquire(self, prefix: str) -> None:
@@ -61,9 +73,16 @@ class Weights(Protocol):
         """The tensors outside all blocks, as they are written to a checkpoint."""
         ...
 
+    def write_companions(self, folder: Path, beside: Companions) -> None:
+        """Write what makes a folder of these weights a model: configuration, generation settings, tokenizer, card."""
+        ...
+
 
 class InMemory:
     """A model that is wholly in memory."""
+
+    streams = False
+    unknown: ClassVar[list[str]] = []
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -97,6 +116,10 @@ class InMemory:
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         return self._reverted(lambda name: not is_below_any(name, block_prefixes))
+
+    def write_companions(self, folder: Path, beside: Companions) -> None:
+        save_companions(self._model, beside.processor, folder)
+        write_text(folder / CARD_FILE, beside.card)
 
     def _reverted(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Those of the saved tensors whose names are wanted, as they are in a checkpoint."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
-from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.checkpoint.weights import Weights
 from coprune.model.folding import Fold, close, find_folds
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import Dense
@@ -58,7 +58,7 @@ def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
             field="permute",
             fix=("give a pattern of them, such as ", Set("pattern", "2:4")),
         )
-    if not isinstance(weights, InMemory):
+    if weights.streams:
         raise BadInput("permute needs the whole model in memory", field="permute", fix=("add ", Set("stream", False)))
     return pattern.n_of_m
 

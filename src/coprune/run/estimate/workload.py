@@ -11,7 +11,6 @@ from coprune.base.processes import Processes
 from coprune.data import EvaluationText, Windows
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
-from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.proven import FoundModel
@@ -92,7 +91,7 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
         evaluations=2 if recipe.evaluation.dense else 1,
         propagation=recipe.calibration.propagation,
-        streamed=isinstance(loaded.weights, LazyCheckpoint),
+        streamed=loaded.weights.streams,
         dense_target=planned.solver.aim == "dense" or recipe.reconstruction.steps > 0,
         reconstruction_steps=recipe.reconstruction.steps,
         activation_limit=None if memory is None else int(memory * GIB),

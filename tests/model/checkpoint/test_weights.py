@@ -1,0 +1,63 @@
+"""What models in memory and streamed ones have in common, so that nobody has to ask which of them one is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import coprune
+from coprune.model.checkpoint.companions import Companions
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.weights import InMemory, Weights
+from support.saved import load_clean, save_model
+
+
+def both(folder: Path) -> dict[bool, Weights]:
+    """The model of a folder, by whether it is streamed."""
+    return {False: InMemory(load_clean(folder)), True: LazyCheckpoint(ModelFolder(folder, str(folder)))}
+
+
+def test_they_say_whether_they_stream(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "model")
+    for streams, weights in both(tmp_path / "model").items():
+        assert weights.streams is streams
+        block = weights.model.get_submodule("model.layers.0")
+        weights.acquire("model.layers.0")
+        with torch.no_grad():
+            next(block.parameters()).zero_()
+        weights.release("model.layers.0")
+        weights.acquire("model.layers.0")
+        assert bool((next(block.parameters()) != 0).any()) is streams  # what was changed is lost
+
+
+def test_they_write_what_makes_their_weights_a_model(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "model")
+    for streams, weights in both(tmp_path / "model").items():
+        folder = tmp_path / str(streams)
+        folder.mkdir()
+        weights.write_companions(folder, Companions(None, "# A card", "bfloat16" if streams else "auto"))
+        config = AutoConfig.from_pretrained(folder)
+        assert (folder / "README.md").read_text(encoding="utf-8") == "# A card"
+        assert config.architectures == ["LlamaForCausalLM"]
+        assert config.dtype == (torch.bfloat16 if streams else torch.float32)
+
+
+def test_they_name_tensors_that_the_model_does_not_know(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "model", shards="1GB")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), "model.extra": torch.zeros(2)}, file, metadata={"format": "pt"})
+    assert LazyCheckpoint(ModelFolder(tmp_path / "model", "model")).unknown == ["model.extra"]
+    save_model("llama", tmp_path / "other")
+    assert [weights.unknown for weights in both(tmp_path / "other").values()] == [[], []]
+
+
+def test_nobody_asks_which_of_them_one_is() -> None:
+    sources = Path(coprune.__file__).parent
+    for file in sources.rglob("*.py"):
+        asked = re.findall(r"isinstance\([^)]*\b(?:InMemory|LazyCheckpoint)\b", file.read_text(encoding="utf-8"))
+        assert asked == [], file
