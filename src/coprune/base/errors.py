@@ -19,7 +19,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from coprune.base.words import Face, Words, parts_of, say
+from coprune.base.words import Face, Words, ended, parts_of, say
+
+_FEW = 30
+"""So many names are listed in a message."""
 
 
 class CopruneError(Exception):
@@ -49,9 +52,9 @@ class CopruneError(Exception):
         """The whole message, as a face says it; by default the one that this process speaks as."""
         cause = say(self.cause, face)
         if self.fix is None:
-            return _ended(cause)
+            return ended(cause)
         fix = say(self.fix, face)
-        return _ended(f"{cause.removesuffix('.')}{'.' if fix[:1].isupper() else ';'} {fix}")
+        return ended(f"{cause.removesuffix('.')}{'.' if fix[:1].isupper() else ';'} {fix}")
 
     def advised(self, fix: Words) -> Self:
         """The same error with one more thing to do about it."""
@@ -102,18 +105,16 @@ def about(field: str, value: object) -> Iterator[None]:
 def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None = None) -> BadInput:
     """Build the error for a name that is not in a table, with the nearest match if there is one.
 
+    A long table is only listed where nothing in it is near.
+
     Args:
         kind: what the name should be one of, for the message.
         name: what was given.
         known: the names in the table.
         field: the setting that was given the name.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return BadInput(f"unknown {kind} {name!r}", field=field, value=name, fix=f"{hint}Known: {', '.join(names)}")
-
-
-def _ended(text: str) -> str:
-    """Text that ends like a sentence."""
-    return text if text.endswith((".", "?", "!", "…")) else f"{text}."
+    listed = f"Known: {', '.join(names)}" if not near or len(names) <= _FEW else ""
+    hint = f"did you mean {near[0]!r}?" if near else ""
+    return BadInput(f"unknown {kind} {name!r}", field=field, value=name, fix=f"{hint} {listed}".strip())

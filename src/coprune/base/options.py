@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.validation import reason
 
 Configurable = TypeVar("Configurable")
 
@@ -29,8 +30,7 @@ def with_options(default: Configurable, kind: str, name: str, options: Mapping[s
         try:
             TypeAdapter(hints[option]).validate_python(value, strict=True)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            said = f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason}"
+            said = f"option {option!r} of {kind} {name!r} cannot be {value!r}: {reason(error.errors()[0])}"
             raise BadInput(said, field=option, value=value) from None
     changed: dict[str, Any] = dict(options)
     return dataclasses.replace(default, **changed)  # type: ignore[type-var]

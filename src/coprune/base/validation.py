@@ -19,6 +19,12 @@ def one_is_enough(value: Any) -> Any:
     return (value,) if isinstance(value, str | Mapping) else value
 
 
+def reason(detail: Any) -> str:
+    """What pydantic says of one value, as the end of a sentence."""
+    said = str(detail["msg"]).removeprefix("Value error, ").removesuffix(".")
+    return said.replace("Input should", "it should", 1)
+
+
 def explain(error: ValidationError, names: Callable[[Place], tuple[str, str]] | None = None) -> BadInput:
     """Turn what pydantic found wrong into one BadInput.
 
@@ -40,7 +46,7 @@ def _explain(detail: Any, names: Callable[[Place], tuple[str, str]]) -> BadInput
     inner = detail.get("ctx", {}).get("error")
     if isinstance(inner, BadInput):
         return inner
-    message = str(detail["msg"]).removeprefix("Value error, ").removesuffix(".")
+    message = reason(detail)
     place = tuple(str(part) for part in detail["loc"])
     if not place:
         return BadInput(message)

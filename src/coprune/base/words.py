@@ -138,6 +138,11 @@ def say(words: Words, face: Face | None = None) -> str:
     return "".join(part if isinstance(part, str) else part.said_in(chosen) for part in parts_of(words))
 
 
+def ended(text: str) -> str:
+    """Text that ends like a sentence."""
+    return text if text.endswith((".", "?", "!", "…")) else f"{text}."
+
+
 def parts_of(words: Words) -> tuple[str | Piece, ...]:
     """The parts of words, also where they are a single one."""
     return words if isinstance(words, tuple) else (words,)

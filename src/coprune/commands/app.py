@@ -16,7 +16,7 @@ import typer
 
 from coprune.base.environment import quieten_tokenizers
 from coprune.base.errors import CopruneError
-from coprune.base.words import speaking
+from coprune.base.words import ended, speaking
 from coprune.commands.asked import METHOD_OPTIONS
 from coprune.commands.bench import bench
 from coprune.commands.compare import compare
@@ -110,7 +110,9 @@ def main() -> None:
     except CopruneError as error:
         _fail(error.text(CommandLine()))
     except _UsageError as error:
-        _fail(error.format_message())
+        # What pydantic says of a value, in the words of coprune's own errors.
+        said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
+        _fail(ended(said))
     except OSError as error:
         if error.errno not in _FILE_ERRORS:
             raise
@@ -124,7 +126,7 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     """Print one line on standard error and exit with 2."""
-    typer.echo(f"coprune: {' '.join(message.replace('Value error, ', '').split())}", err=True)
+    typer.echo(f"coprune: {' '.join(message.split())}", err=True)
     sys.exit(2)
 
 

@@ -6,7 +6,7 @@ Options that no command knows are the method's own, whose fields they are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +21,7 @@ from coprune.recipe.recipe import DEFAULTS, FIELDS
 from coprune.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
-    from coprune.pruning.methods import Method
+    pass
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
@@ -84,14 +84,8 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
     """
     if not arguments:
         return {}
-    import dataclasses
+    from coprune.pruning.methods import is_option, option_names
 
-    from coprune.pruning.methods import METHODS, all_methods
-
-    def names_of(methods: Iterable[Method]) -> set[str]:
-        return {field.name for method in methods for field in dataclasses.fields(method)}
-
-    known = names_of(METHODS.values())
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -100,12 +94,12 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
             raise BadInput(f"unexpected argument {flag!r}", value=flag, fix="options begin with --")
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
-        if name not in known:
-            known |= names_of(all_methods().values())  # those of other packages, loaded only when asked for
-        if name not in known:
+        if not is_option(name):
             flags = [option for parameter in recipe_options() for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
-            raise unknown_name("option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in known)])
+            raise unknown_name(
+                "option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in option_names())]
+            )
         if not has_value:
             if not rest or rest[0].startswith("--"):
                 raise BadInput(f"the option {written} needs a value")

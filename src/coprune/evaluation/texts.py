@@ -34,7 +34,9 @@ def split_texts(eval_data: str | None) -> list[Text]:
     found: dict[str, Text] = {}
     for label in (part.strip() for part in (eval_data or "").split(",")):
         if label in found:
-            raise BadInput(f"the text {label} is asked for twice", field="eval_data", value=eval_data)
+            raise BadInput(
+                f"the text {label} is asked for twice", field="eval_data", value=eval_data, fix="leave one out"
+            )
         if label:
             matched = _TEXT.fullmatch(label)
             assert matched is not None  # the name takes whatever is no setting
@@ -47,7 +49,7 @@ def _settings(label: str, text: str) -> dict[str, int]:
     for setting in text.split("@")[1:]:
         key, value = setting.split("=", 1)
         if key not in _SETTINGS:
-            raise unknown_name(f"setting of {label.split('@')[0]}", key, _SETTINGS, field="eval_data")
+            raise unknown_name(f"setting of {label.split('@')[0]}:", key, _SETTINGS, field="eval_data")
         field, least = _SETTINGS[key]
         if not value.isdecimal() or int(value) < least:
             raise BadInput(

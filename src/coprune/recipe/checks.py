@@ -70,9 +70,7 @@ def _of_propagation(recipe: Parts) -> BadInput | None:
         wrong = "target dense compares two forwards of a block, which needs propagation block"
         return BadInput(wrong, field="target", value="dense", fix=("add ", Set("propagation", "block")))
     if asked.aim == "dense" and asked.propagation == "dense":
-        wrong = (
-            "in propagation dense every matrix gets the dense model's inputs, so target dense would be target pruned"
-        )
+        wrong = "with propagation dense every matrix gets the dense model's inputs, so target dense would be no other than pruned"
         fix = (LeaveOut("target"), ", or take ", Set("propagation", "block"))
         return BadInput(wrong, field="target", value="dense", fix=fix)
     if recipe.reconstruction.steps and asked.propagation == "dense":

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.base.words import Setting
+from coprune.base.words import LeaveOut, Set
 from coprune.recipe.choice import Choice, split_choice
 
 FLAT: dict[str, str] = {
@@ -127,7 +127,10 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
     if flat.pop(_VARIANT, False):
         if flat.get(_METHOD, _DEFAULT_METHOD) != "wanda":
             raise BadInput(
-                (Setting(_VARIANT), f" is a variant of wanda, not of {flat[_METHOD]}"), field=_VARIANT, value=True
+                (Set(_VARIANT, True), f" is a variant of wanda, not of {flat[_METHOD]}"),
+                field=_VARIANT,
+                value=True,
+                fix=LeaveOut(_VARIANT),
             )
         flat[_METHOD] = "wanda_variant"
     if "options" in flat:

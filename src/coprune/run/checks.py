@@ -13,9 +13,11 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.matrices import Chosen
 from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.methods import find_method, method_named
+from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.methods import find_method, is_option, method_named, option_names
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
@@ -117,6 +119,13 @@ def check_widths(chosen: Chosen, target: Target) -> None:
             )
 
 
+def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
+    """Raise BadInput where the sparsity cannot be spread as asked, as far as no block has to be looked at for that."""
+    allocation = allocation_named(recipe.allocation)
+    if not allocation.looks:
+        plan_targets(allocation, model, None, target)
+
+
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
     looks = recipe.pattern.permute or allocation_named(recipe.allocation).statistic is not None
@@ -126,12 +135,13 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
 def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
     """Sort plain settings into a recipe's fields and the method's own options.
 
-    values: by name. Raises BadInput for a name that is neither, with the nearest match.
+    values: by name. Raises BadInput for a name that is neither, with the nearest match; the option of another method is
+    left to the method to refuse.
     """
     own = {field.name for field in dataclasses.fields(find_method(Choice.of(method).name))}
     for setting in values:
-        if not is_setting(setting) and setting not in own:
-            raise unknown_name("setting", setting, [*FLAT, *PARTS, *own], field=setting)
+        if not is_setting(setting) and setting not in own and not is_option(setting):
+            raise unknown_name("setting", setting, [*FLAT, *PARTS, *option_names()], field=setting)
     # A part of the recipe may be called like an option (selection), but is a mapping, which no option is.
     options = {
         setting: value

@@ -22,6 +22,7 @@ from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.checks import (
+    check_allocation,
     check_processes,
     check_widths,
     needs_inputs,
@@ -115,6 +116,7 @@ def open_run(recipe: Recipe, loaded: Loaded | None, around: Surroundings, rememb
         choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude),
     )
     check_widths(found.chosen, target)
+    check_allocation(recipe, found, target)
     for left_out in [*found.chosen.left_out, *loaded.left_out]:
         reporter.say(f"Left alone: {left_out}.")
     task = task_for(recipe, loaded, around.processes, remember)

@@ -178,14 +178,14 @@ class FinetuneSettings(BaseModel):
             cause: Words = ("a teacher belongs to ", Set("mode", "distill"))
             raise BadInput(cause, field="mode", value=self.mode)
         if self.top_k is not None and self.hidden_weight:
-            cause = ("a teacher that runs ahead (", Setting("top_k"), ") leaves no hidden states")
+            cause = ("a teacher that runs ahead (", Set("top_k", self.top_k), ") leaves no hidden states")
             fix: Words = ("add ", Set("hidden_weight", 0))
             raise BadInput(cause, field="hidden_weight", value=self.hidden_weight, fix=fix)
         if self.mode == "lora" and self.masked and self.dropout:
             product = "the masked update is one product with the weights, which leaves no place for dropout"
             raise BadInput(product, field="dropout", value=self.dropout, fix=LeaveOut("dropout"))
         if self.patience is not None and not self.evaluations:
-            cause = (Setting("patience"), " needs evaluations during the training")
+            cause = (Set("patience", self.patience), " needs evaluations during the training")
             fix = ("ask for some with ", Setting("evaluations"))
             raise BadInput(cause, field="patience", value=self.patience, fix=fix)
         if self.save is not None and self.save == self.save_model:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.words import Setting, Words
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
@@ -70,11 +70,12 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
     Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
     """
     path = expand_home(model)
+    name = str(model)
     if path.is_file():
         return _locate_gguf(path)
     if path.is_dir():
-        return check_folder(ModelFolder(path, str(model)))
-    name = str(model)
+        with about("model", name):
+            return check_folder(ModelFolder(path, name))
     if name in PACKAGED:
         return _locate_packaged(PACKAGED[name], cache_dir)
     if names_timm_file(name):
@@ -99,7 +100,7 @@ def _with_tag(name: str) -> str:
 def check_folder(folder: ModelFolder) -> ModelFolder:
     """Return the folder if it holds a whole, unquantised checkpoint. Raises BadInput, naming the file, if not."""
     if not any(folder.path.iterdir()):
-        raise BadInput(f"{folder.path} is empty", field="model", value=folder.name)
+        raise BadInput(f"{folder.path} is an empty folder", field="model", value=folder.name)
     if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
         why = f"{folder.path} has no config.json"
         raise BadInput(why, field="model", value=folder.name, fix="is it the folder of a saved model?")

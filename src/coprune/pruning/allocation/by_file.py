@@ -44,11 +44,20 @@ class ByFile:
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise BadInput(f"the allocation {path} cannot be read: {error.strerror}") from None
+            raise BadInput(
+                f"the allocation {path} cannot be read: {error.strerror}", field="allocation", value=path
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadInput(f"the allocation {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+            raise BadInput(
+                f"the allocation {path} is not valid YAML: {str(error).splitlines()[0]}", field="allocation", value=path
+            ) from None
         if not isinstance(data, dict) or not data:
-            raise BadInput(f"the allocation {path} holds no mapping", fix="it should read like '\"*.v_proj\": 0.4'")
+            raise BadInput(
+                f"the allocation {path} holds no mapping",
+                field="allocation",
+                value=path,
+                fix="it should read like '\"*.v_proj\": 0.4'",
+            )
         for glob, value in data.items():
             _check(path, glob, value)
         return cls(tuple(data.items()))
@@ -65,7 +74,8 @@ class ByFile:
         if free == 0 and abs(named / total - target.sparsity) > TOLERANCE:
             raise BadInput(
                 f"the allocation's file gives a sparsity of {named / total:.5f} in all, and {target.sparsity:g} is asked "
-                f"for",
+                "for",
+                field="allocation",
                 fix=("ask for ", Set("sparsity", round(named / total, 5)), ", or leave some matrices out of the file"),
             )
         rest = (target.sparsity * total - named) / free if free else target.sparsity
@@ -73,6 +83,7 @@ class ByFile:
             raise BadInput(
                 f"the allocation's file leaves a sparsity of {rest:.3f} to the matrices that it does not name, if all "
                 f"are to have {target.sparsity:g}",
+                field="allocation",
                 fix=("change the file or ", Setting("sparsity")),
             )
         curves = [
@@ -92,6 +103,8 @@ class ByFile:
             if not any(_matches(unit, glob) for unit in units):
                 raise BadInput(
                     f"the allocation's pattern {glob!r} matches none of the matrices to prune",
+                    field="allocation",
+                    value=glob,
                     fix=f"names look like {units[0].name!r}",
                 )
 
@@ -112,7 +125,10 @@ def _sparsity_of(value: float | str, target: Target) -> float:
     named = parse_pattern(value)
     if named.sparsity is None or pattern.with_sparsity(named.sparsity) != named:
         raise BadInput(
-            f"the allocation's {value} does not fit the pattern {pattern}", fix="give a sparsity or N of the same M"
+            f"the allocation's {value} does not fit the pattern {pattern}",
+            field="allocation",
+            value=value,
+            fix="give a sparsity or N of the same M",
         )
     return named.sparsity
 
@@ -120,9 +136,15 @@ def _sparsity_of(value: float | str, target: Target) -> float:
 def _check(path: Path, glob: Any, value: Any) -> None:
     """Raise BadInput unless this is a glob and a sparsity, or N:M."""
     if not isinstance(glob, str):
-        raise BadInput(f"the allocation {path} names {glob!r}, which is no pattern of names")
+        raise BadInput(
+            f"the allocation {path} names {glob!r}, which is no pattern of names", field="allocation", value=path
+        )
     # YAML 1.1 reads an unquoted 3:8 as a number to the base 60; quoted it stays what it is.
     if isinstance(value, str):
         parse_pattern(value)
     elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise BadInput(f"the allocation {path} gives {glob!r} the sparsity {value!r}, which has to be 0 ≤ s < 1")
+        raise BadInput(
+            f"the allocation {path} gives {glob!r} the sparsity {value!r}, which has to be 0 ≤ s < 1",
+            field="allocation",
+            value=path,
+        )

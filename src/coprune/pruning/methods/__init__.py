@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from coprune.base.errors import BadInput, unknown_name
@@ -84,6 +85,21 @@ def origin_of(name: str) -> str | None:
     if name in _registered:
         return type(_registered[name]).__module__
     return None if name in METHODS else brought_methods(frozenset(METHODS)).packages[name]
+
+
+def is_option(name: str) -> bool:
+    """Whether some method has an option of this name."""
+    # Other packages are only loaded for names that are not known without them.
+    return name in _options_of(METHODS | _registered) or name in option_names()
+
+
+def option_names() -> set[str]:
+    """The names of all methods' options."""
+    return _options_of(all_methods())
+
+
+def _options_of(methods: Mapping[str, Method]) -> set[str]:
+    return {field.name for method in methods.values() for field in dataclasses.fields(method)}
 
 
 def find_method(name: str) -> Method:

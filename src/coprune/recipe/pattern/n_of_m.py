@@ -31,7 +31,7 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             cause = f"pattern {self} keeps {self.n} of {self.m}"
-            raise BadInput(cause, field="pattern", value=str(self), fix="N:M needs 0 < N < M, such as 2:4")
+            raise BadInput(cause, field="pattern", value=str(self), fix="take 0 < N < M, such as 2:4")
 
     @classmethod
     def read(cls, text: str) -> Self | None:
