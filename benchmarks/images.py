@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 from torch.nn import functional
 
@@ -58,7 +59,7 @@ def train(small: Small, folder: Path, seed: int = 0) -> None:
     model = timm.create_model(
         small.architecture, num_classes=10, pretrained_cfg_overlay=overlay, drop_path_rate=0.0, **small.arguments
     )
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+    transform = create_transform(**resolve_data_config(model.pretrained_cfg))
     images = labelled_images("digits", "calibration")
     pixels = torch.stack([transform(images.image(i)) for i in range(len(images))])
     batch, steps = 64, small.epochs * (len(images) // 64)

@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--inside", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        prune(*arguments.inside, tokens=arguments.tokens)
+        way, method, model, words = arguments.inside
+        prune(way, method, model, words, tokens=arguments.tokens)
         return
     folder = Path(tempfile.mkdtemp(prefix="coprune-overlap-", dir=arguments.folder))
     try:
@@ -95,7 +96,13 @@ def prune(way: str, method: str, model: str, words: str, tokens: int) -> None:
     CheckpointWriter.write = watched_write  # type: ignore[method-assign, assignment]
     if way == WAYS[0]:
         LazyCheckpoint.expect = lambda self, prefix: None  # type: ignore[method-assign]
-    settings = {"dataset": words, "nsamples": tokens // 128, "seqlen": 128, "evaluate": False, "stream": True}
+    settings: dict[str, Any] = {
+        "dataset": words,
+        "nsamples": tokens // 128,
+        "seqlen": 128,
+        "evaluate": False,
+        "stream": True,
+    }
     out = Path(model).with_name("out")
     result = coprune.prune(model, method, save_model=out, prompt="", check_memory=False, quiet=True, **settings)
     print(result.report.prune_seconds + sum(last_wait))

@@ -24,7 +24,8 @@ class Stop(Exception):
 @torch.no_grad()
 def prune_published(model: nn.Module, tokens: Tensor, method: str, group: tuple[int, int] | None) -> None:
     """Prune a decoder model in place to half of its weights. tokens: samples × S; group: (N, M), N kept of M, or None."""
-    layers = model.model.layers
+    decoder: Any = model.model
+    layers = decoder.layers
     inputs, arguments = first_inputs(model, layers[0], tokens)
     for layer in layers:
         matrices = [module for module in layer.modules() if isinstance(module, nn.Linear)]
@@ -40,7 +41,8 @@ def prune_published(model: nn.Module, tokens: Tensor, method: str, group: tuple[
 
 
 def hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def first_inputs(model: nn.Module, first: nn.Module, tokens: Tensor) -> tuple[list[Tensor], dict[str, Any]]:

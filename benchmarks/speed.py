@@ -85,6 +85,7 @@ def prepare(arguments: argparse.Namespace) -> Found:
         arguments.folder / f"model-{arguments.dtype}",
         arguments.folder / f"{arguments.nsamples}x{arguments.seqlen}-{arguments.seed}.safetensors",
     )
+    assert loaded.tokenizer is not None
     if arguments.blocks:
         model = model.with_name(f"{model.name}-{arguments.blocks}")
         loaded.model.model.layers = loaded.model.model.layers[: arguments.blocks]
@@ -180,7 +181,7 @@ def ratio(results: list[Found], others: list[Found] | None) -> str:
 
 
 def middle(results: list[Found], key: str) -> float:
-    return statistics.median(result[key] for result in results)
+    return float(statistics.median(result[key] for result in results))
 
 
 def read_arguments() -> argparse.Namespace:

@@ -164,7 +164,7 @@ def llm_compressor(settings: dict[str, Any]) -> dict[str, Any]:
         modifier = SparseGPTModifier(**options, block_size=128, dampening_frac=0.01)
     else:
         modifier = WandaPruningModifier(**options)
-    samples = [{"input_ids": sample, "attention_mask": sample.new_ones(len(sample))} for sample in tokens]
+    samples: Any = [{"input_ids": sample, "attention_mask": sample.new_ones(len(sample))} for sample in tokens]
     clock = Clock()
     oneshot(model=model, dataset=DataLoader(samples, batch_size=1), recipe=[modifier], pipeline="sequential")
     found = clock.read(settings)

@@ -50,7 +50,7 @@ def write_llama(
 def _block(config: LlamaConfig, number: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
     width, inner = config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * 64
+    keys = width // 128 * 64
     shapes = {
         "self_attn.q_proj": (width, width),
         "self_attn.k_proj": (keys, width),

@@ -48,7 +48,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="module")
 def pruned(place: Path) -> coprune.Result:
     """The pico model pruned to 2:4 in memory."""
-    texts = {"dataset": str(place / "words.txt"), "eval_data": str(place / "test.txt")}
+    texts: dict[str, Any] = {"dataset": str(place / "words.txt"), "eval_data": str(place / "test.txt")}
     return coprune.prune(place / "model", pattern="2:4", **texts, **SMALL)
 
 

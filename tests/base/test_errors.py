@@ -1,8 +1,11 @@
 """Errors are values: what they say depends on the face, and nothing is lost on the way to another process."""
 
+from __future__ import annotations
+
 import inspect
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,12 +43,12 @@ SAID = [
 
 
 @pytest.mark.parametrize(("words", "python", "command"), SAID)
-def test_words_are_said_as_the_face_says_them(words, python, command):
+def test_words_are_said_as_the_face_says_them(words: Any, python: str, command: str | None) -> None:
     assert say(words) == python
     assert command is None or say(words, CommandLine()) == command
 
 
-def test_the_face_that_speaks_is_the_default_and_only_while_it_does():
+def test_the_face_that_speaks_is_the_default_and_only_while_it_does() -> None:
     error = BadInput("two at once", fix=LeaveOut("stream"))
     with speaking(CommandLine()):
         assert str(error) == "two at once; leave out --stream."
@@ -66,14 +69,14 @@ def test_the_face_that_speaks_is_the_default_and_only_while_it_does():
         (BadInput((Set("top_k", 9), " is too many")), "top_k=9 is too many."),
     ],
 )
-def test_a_text_is_the_cause_and_the_fix_in_sentences(error, text):
+def test_a_text_is_the_cause_and_the_fix_in_sentences(error: CopruneError, text: str) -> None:
     assert str(error) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_error_is_public_documented_and_survives_pickling(kind):
+def test_every_error_is_public_documented_and_survives_pickling(kind: type[CopruneError]) -> None:
     assert getattr(coprune, kind.__name__) is kind
-    assert kind.__name__ in inspect.getdoc(errors)
+    assert kind.__name__ in (inspect.getdoc(errors) or "")
     error = kind(("x ", Set("stream", True)), field="stream", value=True, fix=LeaveOut("stream"))
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
@@ -82,11 +85,12 @@ def test_every_error_is_public_documented_and_survives_pickling(kind):
     assert again.text(CommandLine()) == error.text(CommandLine()) == "x --stream; leave out --stream."
 
 
-def test_bad_input_alone_is_a_value_error():
-    assert [kind for kind in KINDS if issubclass(kind, ValueError)] == [BadInput]
+def test_bad_input_alone_is_a_value_error() -> None:
+    kinds: list[type[Exception]] = [kind for kind in KINDS if issubclass(kind, ValueError)]
+    assert kinds == [BadInput]
 
 
-def test_where_an_error_came_about_goes_in_front_and_the_rest_is_kept():
+def test_where_an_error_came_about_goes_in_front_and_the_rest_is_kept() -> None:
     error = NumericalError("the scores hold NaN", field="dtype", value="float16", fix=("try ", Set("dtype", "float32")))
     placed = error.within("layer 3").within("run a")
     assert isinstance(placed, NumericalError)
@@ -94,7 +98,7 @@ def test_where_an_error_came_about_goes_in_front_and_the_rest_is_kept():
     assert (placed.field, placed.value, placed.fix) == ("dtype", "float16", error.fix)
 
 
-def test_an_unknown_name_comes_with_the_nearest_one_if_there_is_one():
+def test_an_unknown_name_comes_with_the_nearest_one_if_there_is_one() -> None:
     near, far = (unknown_name("method", name, ["wanda", "ria"], field="method") for name in ("wandaa", "foo"))
     assert str(near) == "unknown method 'wandaa'; did you mean 'wanda'? Known: ria, wanda."
     assert str(far) == "unknown method 'foo'. Known: ria, wanda."

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from coprune.base.errors import NumericalError
 from coprune.base.precision import full_float32
 
 
-def test_precision_is_put_back():
+def test_precision_is_put_back() -> None:
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision
     backend.fp32_precision = "tf32"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
+
 from coprune.base.progress import Event, Reporter, Said
 
 
@@ -15,7 +17,7 @@ class Counted(Event):
     unit: str
 
 
-def test_listeners_hear_what_a_quiet_reporter_does_not_show(capsys) -> None:
+def test_listeners_hear_what_a_quiet_reporter_does_not_show(capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[Event] = []
     reporter = Reporter(quiet=True)
     reporter.listeners.append(heard.append)
@@ -29,6 +31,6 @@ def test_listeners_hear_what_a_quiet_reporter_does_not_show(capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_a_line_is_shown_as_it_is(capsys) -> None:
+def test_a_line_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     Reporter().say("[bold] is no markup")
     assert capsys.readouterr().err == "[bold] is no markup\n"

@@ -1,9 +1,12 @@
 """Masks by score: exactly as many zeros as asked for, in the right places, ties always the same way."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.kernels.ranks import FEW_GROUPS
@@ -20,7 +23,7 @@ few_values = st.sampled_from([0.0, 1.0, 2.0, 3.0])
 
 
 @st.composite
-def scores(draw, divisible_by=1):
+def scores(draw: st.DrawFn, divisible_by: int = 1) -> Tensor:
     rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     width = groups * divisible_by
     values = draw(st.lists(few_values, min_size=rows * width, max_size=rows * width))
@@ -29,7 +32,7 @@ def scores(draw, divisible_by=1):
 
 @settings(deadline=None, max_examples=60)
 @given(score=scores(), sparsity=st.floats(0, 0.99))
-def test_rows_lose_what_a_stable_sort_puts_first(score, sparsity):
+def test_rows_lose_what_a_stable_sort_puts_first(score: Tensor, sparsity: float) -> None:
     keep = keep_share(score, sparsity, by_row=True)
     pruned = count_pruned(score.shape[1], sparsity)
     expected = torch.ones_like(score, dtype=torch.bool)
@@ -39,7 +42,7 @@ def test_rows_lose_what_a_stable_sort_puts_first(score, sparsity):
 
 @settings(deadline=None, max_examples=30)
 @given(score=scores(), sparsity=st.floats(0, 0.99))
-def test_a_matrix_loses_its_share(score, sparsity):
+def test_a_matrix_loses_its_share(score: Tensor, sparsity: float) -> None:
     keep = keep_share(score, sparsity, by_row=False)
     assert int((~keep).sum()) == count_pruned(score.numel(), sparsity)
     if not bool(keep.all()):
@@ -49,7 +52,7 @@ def test_a_matrix_loses_its_share(score, sparsity):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4), (7, 20)])
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
-def test_groups_keep_n_of_m_as_a_stable_sort_would(n, m, data):
+def test_groups_keep_n_of_m_as_a_stable_sort_would(n: int, m: int, data: st.DataObject) -> None:
     score = data.draw(scores(divisible_by=m))
     keep = keep_n_of_m(score, n, m)
     grouped = score.reshape(-1, m)
@@ -60,32 +63,32 @@ def test_groups_keep_n_of_m_as_a_stable_sort_would(n, m, data):
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (3, 16)])
-def test_many_groups_are_ranked_as_few_are(n, m):
+def test_many_groups_are_ranked_as_few_are(n: int, m: int) -> None:
     score = torch.randint(0, 5, (FEW_GROUPS + 1, m), generator=torch.Generator().manual_seed(0)).float()
     few = torch.cat([keep_n_of_m(part, n, m) for part in score.split(FEW_GROUPS)])
     assert torch.equal(keep_n_of_m(score, n, m), few)
 
 
-def test_four_of_eight_is_not_two_of_four():
+def test_four_of_eight_is_not_two_of_four() -> None:
     score = torch.arange(8.0).reshape(1, 8)
     assert keep_n_of_m(score, 4, 8).tolist() == [[False] * 4 + [True] * 4]
     assert keep_n_of_m(score, 2, 4).tolist() == [[False, False, True, True] * 2]
 
 
-def test_counts_are_not_misled_by_binary_fractions():
+def test_counts_are_not_misled_by_binary_fractions() -> None:
     assert count_pruned(100, 0.29) == 29
     assert count_pruned(10, 0.99) == 9
     assert bool(keep_largest(torch.ones(2, 3), 0).all())
 
 
-def test_bad_scores_are_refused():
+def test_bad_scores_are_refused() -> None:
     with pytest.raises(NumericalError):
         refuse_nan(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(BadInput, match="2:4"):
         keep_n_of_m(torch.ones(1, 6), 2, 4)
 
 
-def test_the_tightest_groups_of_a_mask_are_those_with_the_smallest_m():
+def test_the_tightest_groups_of_a_mask_are_those_with_the_smallest_m() -> None:
     keep = torch.tensor([True, True, False, False] * 8).repeat(5, 1)
     assert tightest_groups(keep, (2, 4, 8), 0.05) == (2, 4)
     keep[0, :4] = True

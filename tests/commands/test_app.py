@@ -1,5 +1,7 @@
 """The command line: every field of a recipe is an option, the seed's names work, and methods bring their own options."""
 
+from __future__ import annotations
+
 import inspect
 import json
 import os
@@ -7,7 +9,10 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +25,7 @@ from support.pico_folder import listing, save_pico, write_words
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
     write_words(tmp_path / "test.txt", count=200, seed=1)
@@ -29,10 +34,10 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def coprune(monkeypatch, capsys):
+def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that has to succeed; its standard output."""
 
-    def run(*arguments):
+    def run(*arguments: Any) -> str:
         ended = run_command(list(arguments), monkeypatch, capsys)
         assert ended.code == 0, ended.err
         return ended.out
@@ -45,15 +50,15 @@ SHORTER = {"evaluate": "eval", "evaluate_dense": "eval-dense"}
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
-def report_in(folder):
+def report_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
 
-def test_every_field_of_the_recipe_is_an_option():
+def test_every_field_of_the_recipe_is_an_option() -> None:
     assert set(FLAT) - {"options"} <= set(inspect.signature(COMMANDS["prune"]).parameters)
 
 
-def test_help_shows_every_command_and_every_option(coprune):
+def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) -> None:
     overview = coprune("--help")
     assert overview == coprune()
     for name in COMMANDS:
@@ -66,17 +71,17 @@ def test_help_shows_every_command_and_every_option(coprune):
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
 
 
-def test_every_command_has_a_file_of_its_own():
+def test_every_command_has_a_file_of_its_own() -> None:
     assert {command.__module__ for command in COMMANDS.values()} == {
         f"coprune.commands.{command.__name__}" for command in COMMANDS.values()
     }
 
 
-def test_the_version(coprune):
+def test_the_version(coprune: Callable[..., str]) -> None:
     assert coprune("--version").split() == ["coprune", version("coprune")]
 
 
-def test_completion_is_made_for_the_shell(coprune, monkeypatch):
+def test_completion_is_made_for_the_shell(coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     script = coprune("--show-completion", "bash")
     assert "_COPRUNE_COMPLETE=complete_bash" in script or "COMPLETE=complete_bash" in script
@@ -85,7 +90,7 @@ def test_completion_is_made_for_the_shell(coprune, monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "completed"), [("coprune pr", ["prune"]), ("coprune eval --to", ["--tokens"]), ("coprune xyz", [])]
 )
-def test_words_are_completed(typed, completed):
+def test_words_are_completed(typed: str, completed: list[str]) -> None:
     asked = {"_COPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
     program = "import sys; sys.argv = ['coprune']; from coprune.commands.app import main; main()"
     ended = subprocess.run(
@@ -94,14 +99,14 @@ def test_words_are_completed(typed, completed):
     assert ended.stdout.split() == completed
 
 
-def test_settings_of_a_measurement_go_by_their_short_and_by_the_recipes_names(coprune):
+def test_settings_of_a_measurement_go_by_their_short_and_by_the_recipes_names(coprune: Callable[..., str]) -> None:
     for command in ("eval", "compare"):
         options = set(re.findall(r"--[\w-]+", coprune(command, "--help")))
         for name, (word, _) in SETTINGS.items():
             assert {f"--{name.replace('_', '-')}", f"--{word.replace('_', '-')}"} <= options
 
 
-def test_a_command_written_for_the_seed(coprune, place):
+def test_a_command_written_for_the_seed(coprune: Callable[..., str], place: Path) -> None:
     coprune(
         *("prune", "--model", "model", "--prune_method", "wanda", "--sparsity_ratio", "0.5", "--sparsity_type", "2:4"),
         *("--dataset", "words.txt", "--nsamples", "4", "--seed", "0", "--cache_dir", "cache", "--save", "out"),
@@ -117,7 +122,7 @@ def test_a_command_written_for_the_seed(coprune, place):
     assert float(perplexity) == pytest.approx(report["perplexity"][0]["pruned"], abs=1e-4)
 
 
-def test_a_run_repeats_from_its_recipe(coprune, place):
+def test_a_run_repeats_from_its_recipe(coprune: Callable[..., str], place: Path) -> None:
     coprune(
         "prune", "model", *SMALL, "-m", "sparsegpt", "--block-size=32", "-p", "2:4", "--save", "a", "--save-model", "x"
     )
@@ -129,7 +134,7 @@ def test_a_run_repeats_from_its_recipe(coprune, place):
     assert strip[0] == strip[1]
 
 
-def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune, place):
+def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune: Callable[..., str], place: Path) -> None:
     (place / "recipe.yaml").write_text("model: elsewhere\nnsamples: 7\nsparsity: 0.25\n")
     coprune("prune", "model", "--recipe", "recipe.yaml", "--preset", "fast", "--dataset", "words.txt", "--seqlen", "32",
             "--sparsity", "0.75", "--save", "out")  # fmt: skip
@@ -138,13 +143,13 @@ def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune, plac
     assert (recipe["calibration"]["samples"], recipe["calibration"]["propagation"]) == (7, "sequential")
 
 
-def test_the_default_run_folder_names_model_target_and_method(coprune, place):
+def test_the_default_run_folder_names_model_target_and_method(coprune: Callable[..., str], place: Path) -> None:
     coprune("prune", "model", *SMALL, "-p", "2:4", "--method", "magnitude")
     assert (place / "out" / "model" / "2-4" / "magnitude" / "report.json").is_file()
     assert not list(place.rglob("*.partial"))
 
 
-def test_include_and_exclude_repeat(coprune, place):
+def test_include_and_exclude_repeat(coprune: Callable[..., str], place: Path) -> None:
     coprune("prune", "model", *SMALL, "--include", "*.q_proj", "--include", "*.layers.0.*", "--exclude", "*.v_proj",
             "--save", "out")  # fmt: skip
     names = {matrix["name"] for matrix in report_in(place / "out")["matrices"]}
@@ -154,7 +159,7 @@ def test_include_and_exclude_repeat(coprune, place):
     assert "model.layers.0.self_attn.v_proj" not in names
 
 
-def test_eval_agrees_with_prune(coprune, place):
+def test_eval_agrees_with_prune(coprune: Callable[..., str], place: Path) -> None:
     coprune("prune", "model", *SMALL, "--eval-data", "test.txt", "--save", "out", "--save-model", "pruned")
     figures = report_in(place / "out")["perplexity"][0]
     for model, value in (("model", figures["dense"]), ("pruned", figures["pruned"])):
@@ -163,7 +168,7 @@ def test_eval_agrees_with_prune(coprune, place):
         assert "sequence length 32" in line
 
 
-def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune, place):
+def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune: Callable[..., str], place: Path) -> None:
     coprune("prune", "model", *SMALL, "-p", "2:4", "--save", "out", "--save-model", "pruned")
     before = listing(place)
     lines = [line.split() for line in coprune("inspect", "pruned", "--matrices").splitlines()]
@@ -173,14 +178,14 @@ def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune, place):
         ["prune", m["name"], str(m["shape"][0]), "×", str(m["shape"][1]), "to", "50.0%", "50.00%", "zero"]
         for m in matrices
     ]
-    lines = coprune("inspect", "model", "-p", "2:4", "--exclude", "*.q_proj").splitlines()
-    assert lines[1] == "  leave  model.layers.*.self_attn.q_proj  64 × 64  (2)  0.00% zero"
-    assert lines[2] == "  prune  model.layers.*.self_attn.k_proj  32 × 64  (2)  0.00% zero"
-    assert lines[-1].startswith("would prune 12 matrices with 53,248 weights (56.3% of the model) to 50.0% (2:4)")
+    kinds = coprune("inspect", "model", "-p", "2:4", "--exclude", "*.q_proj").splitlines()
+    assert kinds[1] == "  leave  model.layers.*.self_attn.q_proj  64 × 64  (2)  0.00% zero"
+    assert kinds[2] == "  prune  model.layers.*.self_attn.k_proj  32 × 64  (2)  0.00% zero"
+    assert kinds[-1].startswith("would prune 12 matrices with 53,248 weights (56.3% of the model) to 50.0% (2:4)")
     assert listing(place) == before
 
 
-def test_methods_lists_all_with_their_options(coprune):
+def test_methods_lists_all_with_their_options(coprune: Callable[..., str]) -> None:
     lines = coprune("methods")
     for name in METHODS:
         assert re.search(rf"^{name}\b", lines, re.MULTILINE)
@@ -223,11 +228,13 @@ class Lottery:
 '''
 
 
-def test_a_new_method_is_one_file_and_one_line(coprune, place, monkeypatch, capsys):
+def test_a_new_method_is_one_file_and_one_line(
+    coprune: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert len(METHOD.strip().splitlines()) < 40
     (place / "lottery.py").write_text(textwrap.dedent(METHOD))
     monkeypatch.syspath_prepend(place)
-    from lottery import Lottery
+    from lottery import Lottery  # type: ignore[import-not-found]
 
     monkeypatch.setitem(METHODS, "lottery", Lottery())  # the line in the table
     try:

@@ -1,8 +1,11 @@
 """What cannot be done as asked: one clear line in either face, exit code 2, and nothing written or overwritten."""
 
+from __future__ import annotations
+
 import ast
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ FOREIGN = ("pip install --no-deps ", "start its nodes with --num-cpus")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a text, and things that are in the way; no test may change any of it."""
     folder = tmp_path_factory.mktemp("place")
     make_place(folder)
@@ -31,7 +34,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def untouched(place, monkeypatch):
+def untouched(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """That folder, in which the test runs, and which has to be the same afterwards."""
     monkeypatch.chdir(place)
     before = listing(place)
@@ -40,7 +43,9 @@ def untouched(place, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TYPED)
-def test_the_command_line_says_one_line_and_ends_with_2(name, untouched, monkeypatch, capsys):
+def test_the_command_line_says_one_line_and_ends_with_2(
+    name: str, untouched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     case = CASES[name]
     ended = run_command(case.arguments(), monkeypatch, capsys)
     assert ended.code == 2
@@ -52,7 +57,9 @@ def test_the_command_line_says_one_line_and_ends_with_2(name, untouched, monkeyp
 
 
 @pytest.mark.parametrize("name", IN_PYTHON)
-def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(name, untouched, capfd):
+def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(
+    name: str, untouched: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     case = CASES[name]
     with pytest.raises(coprune.CopruneError) as caught:
         case.ask()
@@ -70,14 +77,16 @@ def test_python_raises_an_error_that_says_what_is_wrong_with_which_setting(name,
         assert says(error.text(CommandLine()), case.on_command_line), error.text(CommandLine())
 
 
-def test_the_table_is_what_it_says():
+def test_the_table_is_what_it_says() -> None:
     both = [case for case in CASES.values() if case.python is not None and case.command is not None]
     assert len(both) >= 60
     assert sum(case.flags is not None for case in both) >= 30
     assert all(not FLAG.search(case.text) for case in CASES.values() if case.python is not None)
 
 
-def test_a_good_command_in_the_same_place_works(place, monkeypatch, capsys, tmp_path):
+def test_a_good_command_in_the_same_place_works(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.chdir(place)
     words = ["prune", "model", "--dataset", "words.txt", "--seqlen", "32", "--nsamples", "4"]
     ended = run_command([*words, "--save", str(tmp_path / "run")], monkeypatch, capsys)
@@ -85,7 +94,7 @@ def test_a_good_command_in_the_same_place_works(place, monkeypatch, capsys, tmp_
     assert Path(tmp_path / "run" / "report.json").is_file()
 
 
-def texts_of_errors(file):
+def texts_of_errors(file: Path) -> Iterator[object]:
     """The strings in what a file raises, or hands to the class of an error."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
@@ -93,7 +102,7 @@ def texts_of_errors(file):
             yield from (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant))
 
 
-def test_only_the_command_line_names_flags():
+def test_only_the_command_line_names_flags() -> None:
     for file in sorted(SOURCE.rglob("*.py")):
         if file.relative_to(SOURCE).parts[0] == "commands":
             continue

@@ -65,7 +65,7 @@ def test_wikitext2_is_read_and_joined_as_the_authors_do(hub: LocalHub) -> None:
 
 def test_ptb_is_read_from_the_converted_files(hub: LocalHub) -> None:
     hub.give("ptb-text-only/ptb_text_only", train={"sentence": ["a b", "c"]}, test={"sentence": ["d", "e"]})
-    assert calibration_text("ptb", hub.cache).text == "a b c"  # type: ignore[union-attr]
+    assert calibration_text("ptb", hub.cache).text == "a b c"
     assert evaluation_text("ptb", hub.cache).text == "d e"
     assert hub.asked[0][2]["revision"] == "refs/convert/parquet"
 
@@ -119,8 +119,8 @@ def test_any_dataset_is_streamed_up_to_a_limit(hub: LocalHub, monkeypatch: pytes
     hub.give("owner/name", train={"id": [1, 2, 3, 4], "body": ["123456", "1234", "more", "never"]})
     text = calibration_text("owner/name:config:body", hub.cache)
     assert text == JoinedText("123456\n\n1234", "owner/name config (train)")
-    assert calibration_text("owner/name::body", hub.cache).text == text.text  # type: ignore[union-attr]
-    assert calibration_text("owner/name", hub.cache).text == text.text  # type: ignore[union-attr]
+    assert calibration_text("owner/name::body", hub.cache).text == text.text
+    assert calibration_text("owner/name", hub.cache).text == text.text
     assert [(config, options["streaming"]) for _, config, options in hub.asked] == [
         ("config", True),
         (None, True),
@@ -140,7 +140,7 @@ def test_the_test_split_comes_before_validation(hub: LocalHub) -> None:
 
 def test_a_first_row_without_text_does_not_hide_the_column(hub: LocalHub) -> None:
     hub.give("owner/name", train={"text": [None, "a"], "more": ["x", "y"]})
-    assert calibration_text("owner/name", hub.cache).text == "\n\na"  # type: ignore[union-attr]
+    assert calibration_text("owner/name", hub.cache).text == "\n\na"
 
 
 def test_an_empty_stream_holds_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ class Refusal(BaseHTTPRequestHandler):
 def test_a_refusal_of_the_hub_is_told_without_retries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
 ) -> None:
-    handler = type("Answer", (Refusal,), {"status": status, "code": code, "requests": 0})
+    handler: Any = type("Answer", (Refusal,), {"status": status, "code": code, "requests": 0})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

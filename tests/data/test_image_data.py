@@ -1,6 +1,11 @@
 """Where images come from, how they are drawn and labelled, and how accuracy is formed."""
 
+from __future__ import annotations
+
 import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,23 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy.stats import binomtest
+from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.data.images import draw_images, image_batches, labelled_images, labels_for
 from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes, wilson_interval
 
 
-def grey(value):
+def grey(value: int) -> Pillow.Image:
     return Pillow.new("L", (6, 4), value)
 
 
-def brightness(images):
+def brightness(images: Sequence[Pillow.Image]) -> Tensor:
     """A transform that makes an image one number."""
-    return torch.tensor([[[[image.getpixel((0, 0))[0]]]] for image in images], dtype=torch.float32)
+    return torch.tensor([[[[image.getpixel((0, 0))[0]]]] for image in images], dtype=torch.float32)  # type: ignore[index]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     for split, offset in (("train", 0), ("val", 100)):
         for number, name in enumerate(("cat", "dog")):
             place = tmp_path / split / name
@@ -35,7 +41,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_of_classes_with_parts(folder):
+def test_a_folder_of_classes_with_parts(folder: Path) -> None:
     train, val = labelled_images(str(folder), "calibration"), labelled_images(str(folder), "evaluation")
     assert train.classes == ("cat", "dog")
     assert train.labels.tolist() == val.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -43,21 +49,21 @@ def test_a_folder_of_classes_with_parts(folder):
     assert val.image(5).getpixel((0, 0)) == (112, 112, 112)
 
 
-def test_a_folder_without_parts_serves_for_both(folder):
+def test_a_folder_without_parts_serves_for_both(folder: Path) -> None:
     found = [labelled_images(str(folder / "val"), part) for part in ("calibration", "evaluation")]
     assert found[0].labels.tolist() == found[1].labels.tolist()
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_parquet_with_images(tmp_path, typed):
-    def encoded(value):
+def test_parquet_with_images(tmp_path: Path, typed: bool) -> None:
+    def encoded(value: int) -> dict[str, Any]:
         buffer = io.BytesIO()
         grey(value).save(buffer, format="PNG")
         return {"bytes": buffer.getvalue(), "path": None}
 
     rows = {"image": [encoded(v) for v in (5, 6, 7)], "label": [1, 0, 1]}
-    kinds = Features({"image": Image(), "label": ClassLabel(names=["no", "yes"])})
-    plain = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("int64")})
+    kinds = Features(image=Image(), label=ClassLabel(names=["no", "yes"]))
+    plain = Features(image={"bytes": Value("binary"), "path": Value("string")}, label=Value("int64"))
     Dataset.from_dict(rows, features=kinds if typed else plain).to_parquet(tmp_path / "some.parquet")
     images = labelled_images(str(tmp_path / "some.parquet"), "calibration", tmp_path / "cache")
     assert images.labels.tolist() == [1, 0, 1]
@@ -65,7 +71,7 @@ def test_parquet_with_images(tmp_path, typed):
     assert images.classes == (("no", "yes") if typed else ())
 
 
-def test_the_digits_are_split_without_overlap():
+def test_the_digits_are_split_without_overlap() -> None:
     train, test = labelled_images("digits", "calibration"), labelled_images("digits", "evaluation")
     assert len(train) + len(test) == 1797
     seen = {train.image(i).tobytes() for i in range(len(train))}
@@ -75,10 +81,10 @@ def test_the_digits_are_split_without_overlap():
 
 @settings(deadline=None, max_examples=15)
 @given(nsamples=st.integers(1, 40), seed=st.integers(0, 5))
-def test_samples_are_drawn_without_repetition_and_by_the_seed(nsamples, seed):
+def test_samples_are_drawn_without_repetition_and_by_the_seed(nsamples: int, seed: int) -> None:
     images = labelled_images("digits", "calibration").first(40)
 
-    def number(pictures):
+    def number(pictures: Sequence[Pillow.Image]) -> Tensor:
         return torch.tensor([[[[hash(picture.tobytes()) % 2**20]]] for picture in pictures], dtype=torch.float32)
 
     drawn, again = (draw_images(images, number, nsamples, seed) for _ in range(2))
@@ -86,25 +92,25 @@ def test_samples_are_drawn_without_repetition_and_by_the_seed(nsamples, seed):
     assert len(set(drawn.tokens.flatten().tolist())) == nsamples
 
 
-def test_too_few_images_are_refused(folder):
+def test_too_few_images_are_refused(folder: Path) -> None:
     with pytest.raises(BadInput, match="6 images, fewer than the 7"):
         draw_images(labelled_images(str(folder), "calibration"), brightness, 7, 0)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/at/all", "./nothing"])
-def test_what_is_not_there_is_refused(name):
+def test_what_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match="there is no file or folder"):
         labelled_images(name, "calibration")
 
 
-def test_batches_hold_every_image_once_in_order(folder):
+def test_batches_hold_every_image_once_in_order(folder: Path) -> None:
     images = labelled_images(str(folder), "calibration")
     batches = list(image_batches(images, brightness, 4))
     assert [len(labels) for _, labels in batches] == [4, 2]
     assert torch.cat([pixels for pixels, _ in batches]).flatten().tolist() == [0, 1, 2, 10, 11, 12]
 
 
-def test_labels_go_by_the_models_names(folder):
+def test_labels_go_by_the_models_names(folder: Path) -> None:
     images = labelled_images(str(folder), "calibration")
     assert labels_for(images, {0: "dog", 1: "bird", 2: "cat"}, 3).tolist() == [2, 2, 2, 0, 0, 0]
     assert labels_for(images, {0: "LABEL_0", 1: "LABEL_1"}, 2).tolist() == [0, 0, 0, 1, 1, 1]
@@ -112,7 +118,7 @@ def test_labels_go_by_the_models_names(folder):
         labels_for(images, {0: "LABEL_0"}, 1)
 
 
-def test_evenly_spaced_images(folder):
+def test_evenly_spaced_images(folder: Path) -> None:
     images = labelled_images(str(folder), "calibration").first(3)
     assert [images.image(i).getpixel((0, 0))[0] for i in range(3)] == [0, 2, 11]
     assert images.labels.tolist() == [0, 0, 1]
@@ -120,13 +126,13 @@ def test_evenly_spaced_images(folder):
 
 @settings(deadline=None, max_examples=30)
 @given(count=st.integers(1, 500), data=st.data())
-def test_wilsons_interval(count, data):
+def test_wilsons_interval(count: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, count))
     expected = binomtest(hits, count).proportion_ci(method="wilson")
     assert wilson_interval(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_top1_and_top5():
+def test_top1_and_top5() -> None:
     logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(50) % 8
     found = aggregate_accuracy(rank_classes(logits), labels)

@@ -1,10 +1,15 @@
 """`coprune eval` and `coprune compare` of classifiers, against the models' own logits."""
 
+from __future__ import annotations
+
 import csv
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import coprune
 from coprune.data.images import labelled_images, transform_of
@@ -18,17 +23,17 @@ LIMIT = 80
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pico classifier, and the same pruned by a run that saved it."""
     folder = tmp_path_factory.mktemp("models")
     dense = save_classifier("vit", folder / "dense")
-    settings = {"sparsity": 0.9, "layer_error": False, "evaluate": False, "save": folder / "run"}
+    settings: dict[str, Any] = {"sparsity": 0.9, "layer_error": False, "evaluate": False, "save": folder / "run"}
     coprune.prune(dense, "magnitude", save_model=folder / "pruned", quiet=True, **settings)
     return dense, folder / "run"
 
 
 @torch.no_grad()
-def predictions(folder):
+def predictions(folder: Path) -> tuple[Tensor, Tensor]:
     """Classes from the likeliest, of the images that are measured on; and the right ones."""
     model, processor = load_model(locate(folder))
     images = labelled_images("digits", "evaluation")
@@ -38,7 +43,9 @@ def predictions(folder):
     return logits.argsort(dim=1, descending=True), images.labels[chosen]
 
 
-def test_two_classifiers_side_by_side(models, tmp_path, monkeypatch, capsys):
+def test_two_classifiers_side_by_side(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["compare", *map(str, models), "--data", "digits", "--images", str(LIMIT), "--fresh"]
     files = ["--json", str(tmp_path / "c.json"), "--csv", str(tmp_path / "c.csv"), "--markdown", str(tmp_path / "c.md")]
     ended = run_command([*command, *files], monkeypatch, capsys)
@@ -70,7 +77,9 @@ def test_two_classifiers_side_by_side(models, tmp_path, monkeypatch, capsys):
     assert "top-5 digits" in ended.out
 
 
-def test_eval_of_a_classifier(models, tmp_path, monkeypatch, capsys):
+def test_eval_of_a_classifier(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["eval", str(models[0]), "--data", "digits", "--images", str(LIMIT), "--json", str(tmp_path / "e.json")]
     ended = run_command(command, monkeypatch, capsys)
     assert ended.code == 0, ended.err
@@ -81,7 +90,9 @@ def test_eval_of_a_classifier(models, tmp_path, monkeypatch, capsys):
     assert f"top-1 {(ranked[:, 0] == labels).double().mean():.2%}" in ended.out
 
 
-def test_a_classifier_and_a_language_model_do_not_compare(models, tmp_path, monkeypatch, capsys):
+def test_a_classifier_and_a_language_model_do_not_compare(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = save_pico(tmp_path / "text")
     for pair in ((models[0], text), (text, models[0])):
         ended = run_command(["compare", *map(str, pair), "--data", "digits", "--fresh"], monkeypatch, capsys)

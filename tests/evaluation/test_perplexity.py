@@ -54,7 +54,7 @@ def test_perplexity_is_the_published_one_whatever_the_batch_size(
 
 
 def test_perplexity_in_half_precision_takes_the_softmax_in_float32(tokens: torch.Tensor) -> None:
-    model = pico_model("llama").to(torch.bfloat16)
+    model = pico_model("llama", dtype=torch.bfloat16)
     logits = model(cut_windows(tokens, SEQLEN)).logits
     expected = nn.functional.cross_entropy(
         logits[:, :-1].float().reshape(-1, VOCABULARY), cut_windows(tokens, SEQLEN)[:, 1:].reshape(-1)

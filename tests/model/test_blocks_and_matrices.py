@@ -1,10 +1,15 @@
 """Blocks are found by structure, matrices are views, and patterns choose among them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput, UnsupportedModel
@@ -17,7 +22,7 @@ from support.toys import ToyModel
 
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
-def test_the_blocks_of_every_family(family):
+def test_the_blocks_of_every_family(family: str) -> None:
     model = pico_model(family)
     blocks = find_blocks(model)
     assert len(blocks) == (model.config.num_hidden_layers)
@@ -25,26 +30,26 @@ def test_the_blocks_of_every_family(family):
     assert all(model.get_submodule(block.name) is block.module for block in blocks)
 
 
-def test_no_list_of_blocks():
+def test_no_list_of_blocks() -> None:
     with pytest.raises(UnsupportedModel, match="no list of blocks"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_two_lists_of_blocks():
+def test_two_lists_of_blocks() -> None:
     model = ToyModel()
     model.encoder = ToyModel().layers
     with pytest.raises(UnsupportedModel, match="more than one long list"):
         find_blocks(model)
 
 
-def test_a_list_within_the_only_block_is_not_the_list_of_blocks():
+def test_a_list_within_the_only_block_is_not_the_list_of_blocks() -> None:
     model = ToyModel(blocks=1)
     model.layers[0].experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
     assert [block.name for block in find_blocks(model)] == ["layers.0"]
 
 
 class Fused(nn.Module):
-    def __init__(self, transposed):
+    def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.is_transposed = transposed
         self.down_proj = nn.Parameter(torch.randn(3, 6, 4))
@@ -52,11 +57,10 @@ class Fused(nn.Module):
 
 @settings(deadline=None, max_examples=20)
 @given(kind=st.sampled_from(["linear", "conv1d", "fused", "transposed"]), seed=st.integers(0, 99), half=st.booleans())
-def test_what_is_written_is_read(kind, seed, half):
+def test_what_is_written_is_read(kind: str, seed: int, half: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    module = {"linear": lambda: nn.Linear(6, 4), "conv1d": lambda: Conv1D(4, 6)}.get(
-        kind, lambda: Fused(kind == "transposed")
-    )()
+    made: dict[str, nn.Module] = {"linear": nn.Linear(6, 4), "conv1d": Conv1D(4, 6)}
+    module = made.get(kind) or Fused(kind == "transposed")
     module.to(torch.bfloat16 if half else torch.float32)
     matrices = list(find_matrices(module, "here"))
     assert len(matrices) == (3 if kind in ("fused", "transposed") else 1)
@@ -76,11 +80,11 @@ def test_what_is_written_is_read(kind, seed, half):
     assert torch.equal(matrix.read(), weight)
 
 
-def names(model, include=(), exclude=()):
+def names(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
     return [matrix.name for matrix in choose_matrices(model, find_blocks(model), include, exclude).all()]
 
 
-def test_patterns_choose():
+def test_patterns_choose() -> None:
     model = pico_model("mixtral", num_hidden_layers=2)
     everything = names(model)
     assert len(everything) == 2 * (4 + 2 * 4)
@@ -91,7 +95,7 @@ def test_patterns_choose():
     assert not any("gate_up" not in name and ".gate" in name for name in everything)
 
 
-def test_the_head_is_left_alone_unless_named():
+def test_the_head_is_left_alone_unless_named() -> None:
     model = ToyModel()
     assert "head" not in names(model)
     assert names(model, ["*"]) == names(model)
@@ -99,19 +103,19 @@ def test_the_head_is_left_alone_unless_named():
     assert names(model, ["layers.*", "head"])[-1] == "head"
 
 
-def test_a_head_tied_to_the_embeddings_is_refused():
+def test_a_head_tied_to_the_embeddings_is_refused() -> None:
     model = pico_model("llama", tie_word_embeddings=True)
     with pytest.raises(BadInput, match="shares its weights with the embeddings"):
         names(model, ["lm_head"])
 
 
 @pytest.mark.parametrize(("include", "exclude"), [(["*.nothing"], []), ([], ["*.nothing"])])
-def test_a_pattern_that_matches_nothing(include, exclude):
+def test_a_pattern_that_matches_nothing(include: list[str], exclude: list[str]) -> None:
     with pytest.raises(BadInput, match=r"'\*\.nothing' matches none"):
         names(ToyModel(), include, exclude)
 
 
-PRODUCTS = {
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": lambda x, w: nn.functional.linear(x, w),
     "linear by keyword": lambda x, w: nn.functional.linear(input=x, weight=w),
     "matmul of the transpose": lambda x, w: torch.matmul(x, w.T),
@@ -123,7 +127,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_products_are_seen(product):
+def test_products_are_seen(product: str) -> None:
     module = nn.Linear(6, 4, bias=False)
     x, seen = torch.randn(5, 6), []
     with Observe(list(find_matrices(module, "it")), lambda matrix, inputs: seen.append((matrix.name, inputs))):
@@ -133,7 +137,7 @@ def test_products_are_seen(product):
     assert torch.allclose(out, x @ module.weight.T)
 
 
-def test_other_products_are_not_seen_and_a_wrong_direction_is_refused():
+def test_other_products_are_not_seen_and_a_wrong_direction_is_refused() -> None:
     module = nn.Linear(4, 4, bias=False)
     matrices, seen = list(find_matrices(module, "it")), []
     with Observe(matrices, lambda matrix, inputs: seen.append(matrix)):
@@ -144,9 +148,9 @@ def test_other_products_are_not_seen_and_a_wrong_direction_is_refused():
         _ = torch.randn(3, 4) @ module.weight
 
 
-def test_recorded_arguments_are_snapshots_and_compare_by_value():
+def test_recorded_arguments_are_snapshots_and_compare_by_value() -> None:
     tensor = torch.arange(4.0)
-    value = {"a": [1, (tensor, None)], "b": True}
+    value: dict[str, Any] = {"a": [1, (tensor, None)], "b": True}
     copy = snapshot(value)
     value["a"].append(2)
     assert same_value(copy, {"a": [1, (tensor.clone(), None)], "b": True})
@@ -157,7 +161,7 @@ def test_recorded_arguments_are_snapshots_and_compare_by_value():
     assert same_value(object(), object())
 
 
-def test_equal_tensors_are_kept_once():
+def test_equal_tensors_are_kept_once() -> None:
     pool = TensorPool()
     first = pool.share({"mask": torch.ones(3), "more": [torch.zeros(3), 5]})
     pool.forget_batch()

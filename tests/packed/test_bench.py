@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +33,9 @@ def model() -> PreTrainedModel:
     return model
 
 
-def test_bench_measures_every_form_from_dense_and_packed_folders(model: PreTrainedModel, tmp_path, monkeypatch):
+def test_bench_measures_every_form_from_dense_and_packed_folders(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     model.save_pretrained(tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
@@ -46,7 +51,7 @@ def test_bench_measures_every_form_from_dense_and_packed_folders(model: PreTrain
         json.dumps(result.to_dict())
 
 
-def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypatch):
+def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 0.0)
     result = bench_model(model, "tiny", (1,), prompt=4, tokens=2, repeats=2)
     assert isinstance(result, Bench)
@@ -54,7 +59,7 @@ def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypat
     assert format_bench(result).count("no gain here") == len(slow)
 
 
-def test_the_forms_compute_the_same_and_the_model_is_unchanged(model: PreTrainedModel):
+def test_the_forms_compute_the_same_and_the_model_is_unchanged(model: PreTrainedModel) -> None:
     names = [type(module) for module in model.modules()]
     ids = torch.arange(6)[None]
     with torch.no_grad():
@@ -63,7 +68,7 @@ def test_the_forms_compute_the_same_and_the_model_is_unchanged(model: PreTrained
     assert [type(module) for module in model.modules()] == names
 
 
-def test_copies_share_the_weights_that_stay_dense(model: PreTrainedModel):
+def test_copies_share_the_weights_that_stay_dense(model: PreTrainedModel) -> None:
     copy = share_weights(model)
     assert [id(p) for p in copy.parameters()] == [id(p) for p in model.parameters()]
     pack_linears(copy)
@@ -72,8 +77,10 @@ def test_copies_share_the_weights_that_stay_dense(model: PreTrainedModel):
 
 
 @pytest.mark.parametrize(("packed_seconds", "kind"), [(0.5, "packed"), (2.0, "dense"), (0.99, "dense")])
-def test_only_what_wins_is_converted(model: PreTrainedModel, monkeypatch, packed_seconds: float, kind: str):
-    def timings(calls, repeats):
+def test_only_what_wins_is_converted(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, packed_seconds: float, kind: str
+) -> None:
+    def timings(calls: Mapping[str, Any], repeats: int) -> dict[str, Timing]:
         return {name: Timing(*[1.0 if name == "dense" else packed_seconds] * 3) for name in calls}
 
     monkeypatch.setattr(accelerate_module, "time_in_turns", timings)
@@ -91,7 +98,7 @@ def test_only_what_wins_is_converted(model: PreTrainedModel, monkeypatch, packed
     assert converted == ({name for choice in pruned for name in choice.names} if kind == "packed" else set())
 
 
-def test_alternatives_take_turns():
+def test_alternatives_take_turns() -> None:
     order: list[str] = []
     time_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
     assert order == ["a", "b"] * 3
@@ -99,7 +106,7 @@ def test_alternatives_take_turns():
     assert summarise([1.0]) == Timing(1.0, 1.0, 1.0)
 
 
-def test_two_of_four_is_recognised():
+def test_two_of_four_is_recognised() -> None:
     weight = torch.tensor([[1.0, 0, 2, 0, 0, 0, 3, 0]])
     assert is_two_of_four(weight)
     weight[0, 1] = 1.0
@@ -108,7 +115,7 @@ def test_two_of_four_is_recognised():
     assert not can_convert(torch.nn.Linear(64, 64))  # not on a GPU
 
 
-def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path):
+def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least 1"):
         accelerate(model, batch=0)
     with pytest.raises(BadInput, match="at least 1"):

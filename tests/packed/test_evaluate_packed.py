@@ -16,7 +16,7 @@ from support.pico import VOCABULARY, pico_model
 from support.words import word_tokenizer
 
 
-def test_a_packed_folder_evaluates_to_the_bit_like_the_dense_one(tmp_path: Path):
+def test_a_packed_folder_evaluates_to_the_bit_like_the_dense_one(tmp_path: Path) -> None:
     model = pico_model("llama")
     with torch.no_grad():
         for block in model.model.layers:

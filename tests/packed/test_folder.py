@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from coprune.base.errors import BadInput
 from coprune.packed.folder import is_packed_folder, pack_folder, unpack_folder
+from coprune.packed.format import Format
 
 
 def sparse(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -35,7 +37,10 @@ def dense_folder(tmp_path: Path) -> Path:
     save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     save_file(second, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt", "other": 'tool "x"'})
     size = sum(t.numel() * t.dtype.itemsize for t in (first | second).values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(first, "model-00001-of-00002.safetensors")}
+    index: dict[str, Any] = {
+        "metadata": {"total_size": size},
+        "weight_map": dict.fromkeys(first, "model-00001-of-00002.safetensors"),
+    }
     index["weight_map"] |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text('{"model_type":   "llama", "dtype": "float32"}')
@@ -49,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", ["auto", "bitmask", "nm"])
-def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path, format):
+def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path, format: Format) -> None:
     sizes = pack_folder(dense_folder, tmp_path / "packed", format)
     assert is_packed_folder(tmp_path / "packed")
     assert not is_packed_folder(dense_folder)
@@ -63,7 +68,7 @@ def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path,
     assert index["metadata"]["total_size"] == sizes.packed
 
 
-def test_negative_zeros_are_counted_and_can_be_dropped(dense_folder: Path, tmp_path: Path):
+def test_negative_zeros_are_counted_and_can_be_dropped(dense_folder: Path, tmp_path: Path) -> None:
     sizes = pack_folder(dense_folder, tmp_path / "exact")
     smaller = pack_folder(dense_folder, tmp_path / "packed", drop_negative_zeros=True)
     assert sizes.negative_zeros == smaller.negative_zeros > 0  # the fixture multiplies by a mask
@@ -77,7 +82,7 @@ def test_negative_zeros_are_counted_and_can_be_dropped(dense_folder: Path, tmp_p
                 assert not torch.signbit(again[again == 0]).any()
 
 
-def test_without_the_manifest_the_tensors_still_come_back(dense_folder: Path, tmp_path: Path):
+def test_without_the_manifest_the_tensors_still_come_back(dense_folder: Path, tmp_path: Path) -> None:
     pack_folder(dense_folder, tmp_path / "packed")
     (tmp_path / "packed" / "coprune_packed.json").unlink()
     unpack_folder(tmp_path / "packed", tmp_path / "again")
@@ -86,7 +91,7 @@ def test_without_the_manifest_the_tensors_still_come_back(dense_folder: Path, tm
             assert torch.equal(load_file(tmp_path / "again" / shard.name)[name], tensor)
 
 
-def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: Path):
+def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: Path) -> None:
     pack_folder(dense_folder, tmp_path / "packed")
     for source, target, message in (
         (tmp_path / "nowhere", tmp_path / "x", "not a folder"),
@@ -102,7 +107,7 @@ def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "packed"}
 
 
-def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: Path):
+def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     pack_folder(dense_folder, packed)
     generator = torch.Generator().manual_seed(0)
@@ -142,14 +147,14 @@ def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": {"../x": "y"}}', '{"safetensors_headers": 3}', "\x00"])
-def test_a_damaged_manifest_is_refused(dense_folder: Path, tmp_path: Path, text: str):
+def test_a_damaged_manifest_is_refused(dense_folder: Path, tmp_path: Path, text: str) -> None:
     pack_folder(dense_folder, tmp_path / "packed")
     (tmp_path / "packed" / "coprune_packed.json").write_text(text)
     with pytest.raises(BadInput):
         unpack_folder(tmp_path / "packed", tmp_path / "again")
 
 
-def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_path: Path):
+def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_path: Path) -> None:
     pack_folder(dense_folder, tmp_path / "packed")
     path = tmp_path / "packed" / "coprune_packed.json"
     manifest = json.loads(path.read_text())

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.selection import keep_n_of_m
-from coprune.packed.format import BITS_OF_SIZE, check_packed, pack_tensor, unpack_tensor
+from coprune.packed.format import BITS_OF_SIZE, Format, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import DTYPE_CODES, is_packed
 
 shapes = st.lists(st.integers(1, 37), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) < 40_000)
@@ -38,7 +39,9 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, sparsity: float, see
     st.sampled_from(["auto", "bitmask", "nm"]),
     st.integers(0, 2**31),
 )
-def test_every_bit_comes_back_and_nothing_grows(shape, dtype, sparsity, format, seed):
+def test_every_bit_comes_back_and_nothing_grows(
+    shape: tuple[int, ...], dtype: torch.dtype, sparsity: float, format: Format, seed: int
+) -> None:
     dense = random_bits(tuple(shape), dtype, sparsity, seed)
     blob = pack_tensor(dense, format)
     if blob is not None:
@@ -55,7 +58,9 @@ def test_every_bit_comes_back_and_nothing_grows(shape, dtype, sparsity, format, 
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 2**31),
 )
-def test_nm_patterns_with_missing_values(pattern, rows, groups, dtype, seed):
+def test_nm_patterns_with_missing_values(
+    pattern: tuple[int, int], rows: int, groups: int, dtype: torch.dtype, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     n, m = pattern
     score = torch.rand(rows, groups * m, generator=generator)
@@ -67,7 +72,7 @@ def test_nm_patterns_with_missing_values(pattern, rows, groups, dtype, seed):
         assert same_bits(unpack_tensor(blob), dense)
 
 
-def test_special_values_are_kept_bit_for_bit():
+def test_special_values_are_kept_bit_for_bit() -> None:
     bits = torch.zeros(64, 64, dtype=torch.int32)
     bits[0, :4] = torch.tensor([-(2**31), 0x7FC00001, 0x7F800001, 1], dtype=torch.int32)  # -0, two NaNs, subnormal
     dense = bits.view(torch.float32)
@@ -80,7 +85,7 @@ def test_special_values_are_kept_bit_for_bit():
 @pytest.mark.parametrize(("dtype", "sparsity", "limit"), [
     (torch.float32, 0.5, 0.535), (torch.bfloat16, 0.5, 0.57), (torch.bfloat16, 0.8, 0.27), (torch.float32, 0.8, 0.235),
 ])  # fmt: skip
-def test_sizes_are_what_information_theory_has(dtype, sparsity, limit):
+def test_sizes_are_what_information_theory_has(dtype: torch.dtype, sparsity: float, limit: float) -> None:
     dense = torch.randn(576, 576, generator=torch.Generator().manual_seed(0)).to(dtype)
     dense.view(-1)[
         torch.randperm(dense.numel(), generator=torch.Generator().manual_seed(1))[: int(sparsity * 576**2)]
@@ -90,7 +95,7 @@ def test_sizes_are_what_information_theory_has(dtype, sparsity, limit):
     assert blob.numel() / (dense.numel() * dtype.itemsize) < limit
 
 
-def test_the_smaller_layout_is_chosen():
+def test_the_smaller_layout_is_chosen() -> None:
     score = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1
     layouts = {}
     for n, m in ((1, 4), (2, 4), (4, 8)):
@@ -104,17 +109,17 @@ def test_the_smaller_layout_is_chosen():
 @pytest.mark.parametrize(
     "dense", [torch.zeros(10), torch.zeros(0, 5), torch.zeros(4, 4, dtype=torch.int64), torch.ones(8, 8)]
 )
-def test_what_cannot_shrink_stays_dense(dense):
+def test_what_cannot_shrink_stays_dense(dense: Tensor) -> None:
     assert pack_tensor(dense) is None
 
 
-def test_unknown_format():
+def test_unknown_format() -> None:
     with pytest.raises(BadInput, match="did you mean 'bitmask'"):
         pack_tensor(torch.zeros(8, 8), "bitmsk")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("format", ["bitmask", "nm"])
-def test_two_hundred_damaged_tensors_are_refused(format):
+def test_two_hundred_damaged_tensors_are_refused(format: Format) -> None:
     generator = torch.Generator().manual_seed(3)
     score = torch.rand(32, 64, generator=generator)
     blob = pack_tensor(score * keep_n_of_m(score, 1, 4), format)

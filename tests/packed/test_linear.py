@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def packed(linear: nn.Linear) -> PackedLinear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (2, IN_KERNEL[torch.float32]), (0,), ()])
 @torch.no_grad()
-def test_same_outputs_as_the_dense_layer(dtype: torch.dtype, shape: tuple[int, ...]):
+def test_same_outputs_as_the_dense_layer(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     linear = pruned_linear(67, 45, dtype=dtype)
     x = torch.randn(*shape, 67).to(dtype)
     y = packed(linear)(x)
@@ -42,14 +43,14 @@ def test_same_outputs_as_the_dense_layer(dtype: torch.dtype, shape: tuple[int, .
     torch.testing.assert_close(y, linear(x), rtol=tolerance, atol=tolerance)
 
 
-def test_a_view_that_is_not_contiguous():
+def test_a_view_that_is_not_contiguous() -> None:
     linear = pruned_linear(64, 64, bias=False)
     x = torch.randn(64, 7).t()
     with torch.no_grad():
         torch.testing.assert_close(packed(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
-def test_weight_is_the_dense_weight_and_memory_is_smaller():
+def test_weight_is_the_dense_weight_and_memory_is_smaller() -> None:
     linear = pruned_linear(64, 64)
     layer = packed(linear)
     assert torch.equal(layer.weight, linear.weight)
@@ -60,7 +61,7 @@ def test_weight_is_the_dense_weight_and_memory_is_smaller():
     assert torch.equal(layer.to_linear().weight, linear.weight)
 
 
-def test_gradients_flow_to_the_input():
+def test_gradients_flow_to_the_input() -> None:
     linear = pruned_linear(32, 16)
     x = torch.randn(4, 32, requires_grad=True)
     (gradient,) = torch.autograd.grad(packed(linear)(x).square().sum(), x)
@@ -69,7 +70,7 @@ def test_gradients_flow_to_the_input():
 
 
 @torch.no_grad()
-def test_copies_pickles_and_state_dicts():
+def test_copies_pickles_and_state_dicts() -> None:
     linear, other = pruned_linear(40, 24), pruned_linear(40, 24)
     layer = packed(linear)
     x = torch.randn(1, 40)
@@ -86,7 +87,7 @@ def test_copies_pickles_and_state_dicts():
 
 
 @torch.no_grad()
-def test_moving_and_casting_keep_the_packed_weight():
+def test_moving_and_casting_keep_the_packed_weight() -> None:
     layer = packed(pruned_linear(40, 24))
     x = torch.randn(1, 40)
     expected = layer(x)
@@ -95,13 +96,13 @@ def test_moving_and_casting_keep_the_packed_weight():
     assert layer.packed.dtype == torch.uint8
 
 
-def test_wrong_width_is_an_error_not_a_crash():
+def test_wrong_width_is_an_error_not_a_crash() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="takes 40"):
         packed(pruned_linear(40, 24))(torch.randn(2, 20))
 
 
 @torch.no_grad()
-def test_nm_layout_is_accepted():
+def test_nm_layout_is_accepted() -> None:
     weight = torch.zeros(8, 32)
     weight[:, ::4] = torch.randn(8, 8)
     weight[0, 0] = 0.0  # a group with nothing in it
@@ -111,7 +112,7 @@ def test_nm_layout_is_accepted():
     torch.testing.assert_close(PackedLinear(blob)(x), x @ weight.T)
 
 
-def test_damage_is_refused():
+def test_damage_is_refused() -> None:
     blob = pack_tensor(pruned_linear(40, 24).weight)
     assert blob is not None
     blob[100] ^= 1
@@ -119,7 +120,7 @@ def test_damage_is_refused():
         PackedLinear(blob)
 
 
-def test_only_layers_that_shrink_and_are_not_tied_are_replaced():
+def test_only_layers_that_shrink_and_are_not_tied_are_replaced() -> None:
     model = nn.Sequential(
         pruned_linear(32, 32), nn.Linear(32, 32), pruned_linear(32, 50, bias=False), nn.Embedding(50, 32)
     )
@@ -128,7 +129,7 @@ def test_only_layers_that_shrink_and_are_not_tied_are_replaced():
     assert isinstance(model[0], PackedLinear)
 
 
-def test_torch_compile_sees_a_plain_product():
+def test_torch_compile_sees_a_plain_product() -> None:
     layer = packed(pruned_linear(40, 24)).requires_grad_(False)
     x = torch.randn(2, 40)
     exported = torch.export.export(layer, (x,))
@@ -136,7 +137,7 @@ def test_torch_compile_sees_a_plain_product():
 
 
 @torch.no_grad()
-def test_a_layer_does_not_keep_the_bytes_it_was_made_from(tmp_path):
+def test_a_layer_does_not_keep_the_bytes_it_was_made_from(tmp_path: Path) -> None:
     linear = pruned_linear(256, 256, bias=False)
     file = tmp_path / "packed.safetensors"
     save_file({"other": torch.ones(4), "weight": packed(linear).packed}, file)

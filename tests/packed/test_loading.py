@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.native.product import TILE_BYTES
@@ -17,8 +19,8 @@ from coprune.packed.linear import PackedLinear
 from coprune.packed.quantizer import CopruneConfig, load_packed
 from coprune.packed.registration import register_with_transformers
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, **HEADS),
     "llama-tied": LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True),
@@ -28,7 +30,7 @@ CONFIGS = {
 register_with_transformers()
 
 
-def save_pruned(config, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def save_pruned(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
@@ -50,7 +52,7 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_unpacked_on_load_is_the_dense_model(name: str, tmp_path: Path):
+def test_unpacked_on_load_is_the_dense_model(name: str, tmp_path: Path) -> None:
     dense = save_pruned(CONFIGS[name], tmp_path / "dense")
     sizes = pack_folder(tmp_path / "dense", tmp_path / "packed")
     assert sizes.packed < 0.75 * sizes.dense
@@ -63,7 +65,7 @@ def test_unpacked_on_load_is_the_dense_model(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kept_packed_gives_the_same_outputs_and_saves_packed(name: str, dtype: torch.dtype, tmp_path: Path):
+def test_kept_packed_gives_the_same_outputs_and_saves_packed(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     dense = save_pruned(CONFIGS[name], tmp_path / "dense", dtype)
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     model = load_packed(tmp_path / "packed")
@@ -80,8 +82,8 @@ def test_kept_packed_gives_the_same_outputs_and_saves_packed(name: str, dtype: t
     assert equal_states(model.dequantize(), dense)
 
 
-def test_generation_from_a_packed_model(tmp_path: Path):
-    dense = save_pruned(CONFIGS["llama"], tmp_path / "dense")
+def test_generation_from_a_packed_model(tmp_path: Path) -> None:
+    dense: Any = save_pruned(CONFIGS["llama"], tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed", "nm")
     pack_folder(tmp_path / "dense", tmp_path / "bitmask")
     prompt = torch.arange(1, 6)[None]
@@ -91,15 +93,15 @@ def test_generation_from_a_packed_model(tmp_path: Path):
         assert torch.equal(load_packed(tmp_path / folder).generate(prompt, **options), expected)
 
 
-def test_another_dtype_is_unpacked_and_cast(tmp_path: Path):
+def test_another_dtype_is_unpacked_and_cast(tmp_path: Path) -> None:
     dense = save_pruned(CONFIGS["llama"], tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     model = load_packed(tmp_path / "packed", dtype=torch.bfloat16)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
-    assert equal_states(model, dense.to(torch.bfloat16))
+    assert equal_states(model, nn.Module.to(dense, torch.bfloat16))
 
 
-def test_damage_is_bad_input_before_anything_is_loaded(tmp_path: Path):
+def test_damage_is_bad_input_before_anything_is_loaded(tmp_path: Path) -> None:
     save_pruned(CONFIGS["llama"], tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     path = tmp_path / "packed" / "model.safetensors"
@@ -115,7 +117,7 @@ def test_damage_is_bad_input_before_anything_is_loaded(tmp_path: Path):
         load_packed(tmp_path / "dense")
 
 
-def test_a_newer_format_and_packing_on_the_fly_are_refused(tmp_path: Path):
+def test_a_newer_format_and_packing_on_the_fly_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="version 2"):
         CopruneConfig(version=2)
     save_pruned(CONFIGS["llama"], tmp_path / "dense")
@@ -124,7 +126,7 @@ def test_a_newer_format_and_packing_on_the_fly_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_registration_in_either_order_and_without_imports(order: str, tmp_path: Path):
+def test_registration_in_either_order_and_without_imports(order: str, tmp_path: Path) -> None:
     save_pruned(CONFIGS["llama"], tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     script = """
@@ -145,7 +147,7 @@ assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(transformers.quantizers.aut
     subprocess.run([sys.executable, "-c", script, order, str(tmp_path / "packed")], check=True)
 
 
-def test_memory_of_the_process_is_that_of_the_packed_weights(tmp_path: Path):
+def test_memory_of_the_process_is_that_of_the_packed_weights(tmp_path: Path) -> None:
     """Resident memory of a fresh process, which reads the same model packed and dense."""
     config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
                          num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
@@ -194,7 +196,9 @@ print(resident() - before)
         ("llama-tied", None),
     ],
 )
-def test_what_cannot_stay_packed_is_named(name: str, kinds: str | None, tmp_path: Path, caplog):
+def test_what_cannot_stay_packed_is_named(
+    name: str, kinds: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_pruned(CONFIGS[name], tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     load_packed(tmp_path / "packed")

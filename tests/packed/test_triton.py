@@ -23,5 +23,5 @@ print("checked")
 """
 
 
-def test_products_equal_the_dense_ones_in_the_interpreter():
+def test_products_equal_the_dense_ones_in_the_interpreter() -> None:
     run_interpreted(SCRIPT)

@@ -1,14 +1,17 @@
 """Factorisations: right where they can be, honest where they had to repair, loud where they cannot."""
 
+from __future__ import annotations
+
 import pytest
 import torch
+from torch import Tensor
 
 from coprune.base.errors import NumericalError
 from coprune.pruning.linear_algebra import damped_cholesky, factor_inverse, invert_upper
 from support.problems import correlated_layer
 
 
-def test_the_factor_is_that_of_the_damped_inverse():
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
     _, _, statistic = correlated_layer(width=48)
     gram = statistic.gram
     factor = factor_inverse(gram, 0.01)
@@ -21,7 +24,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
 
 
 @pytest.mark.parametrize("size", [1, 128, 129, 300])
-def test_a_triangular_matrix_is_inverted_by_halves(size):
+def test_a_triangular_matrix_is_inverted_by_halves(size: int) -> None:
     upper = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).triu() / size + torch.eye(size)
     inverse = upper.clone()
     invert_upper(inverse)
@@ -29,7 +32,7 @@ def test_a_triangular_matrix_is_inverted_by_halves(size):
     assert torch.equal(inverse, inverse.triu())
 
 
-def test_damping_escalates_and_says_so():
+def test_damping_escalates_and_says_so() -> None:
     matrix = torch.eye(8)
     matrix[0, 0] = -0.05
     lower, events = damped_cholesky(matrix, 0.01)
@@ -38,7 +41,7 @@ def test_damping_escalates_and_says_so():
     torch.testing.assert_close(lower @ lower.T, damped)
 
 
-def test_then_the_spectrum_is_clipped():
+def test_then_the_spectrum_is_clipped() -> None:
     matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.9]))
     lower, events = damped_cholesky(matrix, 1e-4)
     assert len(events) == 4
@@ -49,12 +52,12 @@ def test_then_the_spectrum_is_clipped():
 
 
 @pytest.mark.parametrize("matrix", [-torch.eye(4), torch.full((4, 4), float("nan")), torch.full((4, 4), float("inf"))])
-def test_what_cannot_be_repaired_stops(matrix):
+def test_what_cannot_be_repaired_stops(matrix: Tensor) -> None:
     with pytest.raises(NumericalError):
         damped_cholesky(matrix, 0.01)
 
 
-def test_all_inputs_dead_is_no_division_by_zero():
+def test_all_inputs_dead_is_no_division_by_zero() -> None:
     factor = factor_inverse(torch.zeros(4, 4), 0.01)
     assert bool(factor.dead.all())
     assert bool(torch.isfinite(factor.unit).all())

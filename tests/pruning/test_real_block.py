@@ -1,7 +1,13 @@
 """Parity on a block of a real model with its real inputs: the authors' formulas, whose inputs come from full forwards."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from coprune.data.corpora import calibration_text
 from coprune.data.windows import draw_windows, token_ids
@@ -13,6 +19,7 @@ from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
+from coprune.recipe.pattern import Target
 from support.problems import TARGETS
 from support.published import published_column_update, published_magnitude, published_wanda
 from support.walking import inputs_by_full_forwards, layers_of, make_walk
@@ -31,7 +38,7 @@ SEED_METHODS = [
 
 
 @pytest.fixture(scope="module")
-def real(smollm2_folder):
+def real(smollm2_folder: Path) -> dict[str, Any]:
     """The first blocks of SmolLM2-135M, 8 × 128 tokens of real text, what the walk shows of the last block, and what
     full forwards show of it: (name of the matrix, weight, walk's inputs, oracle's T × I)."""
     model, tokenizer = load_model(locate("smollm2-135m"))
@@ -46,7 +53,7 @@ def real(smollm2_folder):
         layer.weight.mul_(1 + 1e-3 * torch.randn(layer.weight.shape, generator=generator))
     expected = inputs_by_full_forwards(model, layers, batches)
     walk = make_walk(model, batches, Gram, Dense(), include=[f"model.layers.{BLOCK}.*"])
-    shown = {}
+    shown: dict[str, Any] = {}
     for event in walk:
         if isinstance(event, MatricesReady):
             shown |= {matrix.name: (matrix.read(), event.inputs) for matrix in event.matrices}
@@ -54,7 +61,7 @@ def real(smollm2_folder):
     return {name.rpartition(".")[2]: (*shown[name], expected[name]) for name in shown}
 
 
-def published(name, weight, x, target):
+def published(name: str, weight: Tensor, x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Which weights the authors' code prunes, and what it makes of the others."""
     counts, square = COUNTS[str(target.pattern)], x.square().mean(dim=0)
     if name == "magnitude":
@@ -69,7 +76,7 @@ def published(name, weight, x, target):
     if name == "ablate_wanda_seq":
         fixed = published_wanda(weight, square, 0.5, *counts)
 
-    def metric(w, diagonal, columns):
+    def metric(w: Tensor, diagonal: Tensor, columns: slice) -> Tensor:
         if name == "sparsegpt":
             return w**2 / diagonal.reshape(1, -1) ** 2
         return w.abs() * square[columns].sqrt() if "wanda" in name else w.abs()
@@ -78,13 +85,13 @@ def published(name, weight, x, target):
     return published_column_update(weight, x.T @ x / len(x), metric, 0.5, *counts, fixed=fixed)
 
 
-def relative_error(x, weight, pruned):
+def relative_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
     return float((x @ (weight - pruned.float()).T).norm() / (x @ weight.T).norm())
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", SEED_METHODS)
-def test_the_authors_formulas_on_a_real_block(name, target, real):
+def test_the_authors_formulas_on_a_real_block(name: str, target: Target, real: dict[str, Any]) -> None:
     # The wide matrix is left to two methods: the plain loops in float64 take their time.
     matrices = ["k_proj", "o_proj"] + (["down_proj"] if name in ("wanda", "sparsegpt") else [])
     for matrix in matrices:

@@ -1,5 +1,9 @@
 """Flat names, places and parts say the same; nothing is said twice; what is unknown has a nearest match."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 
 from coprune.base.errors import BadInput
@@ -59,12 +63,12 @@ MIXED_SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", [NESTED_SETTINGS, MIXED_SETTINGS])
-def test_all_ways_to_say_it_make_one_recipe(settings):
+def test_all_ways_to_say_it_make_one_recipe(settings: dict[str, Any]) -> None:
     assert make_recipe(settings) == make_recipe(FLAT_SETTINGS)
     assert Recipe.model_validate(settings) == make_recipe(FLAT_SETTINGS)
 
 
-def test_every_field_of_every_part_has_a_word_and_every_word_a_field():
+def test_every_field_of_every_part_has_a_word_and_every_word_a_field() -> None:
     places = set()
     for part, field in Recipe.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
@@ -74,13 +78,13 @@ def test_every_field_of_every_part_has_a_word_and_every_word_a_field():
     assert all(field.description for field in FIELDS.values())
 
 
-def test_no_option_of_a_method_is_called_like_a_setting():
+def test_no_option_of_a_method_is_called_like_a_setting() -> None:
     options = {name for method in METHODS.values() for name in vars(method)}
     assert not options & set(FLAT)
     assert options & set(PARTS) == {"selection"}  # which calls tell apart, since a part is a mapping
 
 
-def test_the_values_come_back_by_their_words():
+def test_the_values_come_back_by_their_words() -> None:
     recipe = make_recipe(FLAT_SETTINGS)
     assert make_recipe(recipe.flat()) == recipe
     assert recipe.setting("refine") == ("swaps", "refit:rounds=10")
@@ -118,28 +122,28 @@ def test_the_values_come_back_by_their_words():
         ({"pattern": {"name": "2:4", "sparsity": 0.6}}, "contradicts the pattern"),
     ],
 )
-def test_what_is_wrong_is_told_by_the_name_that_was_used(settings, message):
+def test_what_is_wrong_is_told_by_the_name_that_was_used(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         make_recipe({"model": "m", **settings})
 
 
-def test_an_error_says_its_setting_and_value():
+def test_an_error_says_its_setting_and_value() -> None:
     with pytest.raises(BadInput) as caught:
         make_recipe({"model": "m", "calibration": {"samples": "many"}})
     assert (caught.value.field, caught.value.value) == ("nsamples", "many")
 
 
-def test_all_that_is_wrong_is_told():
+def test_all_that_is_wrong_is_told() -> None:
     with pytest.raises(BadInput, match=r"^nsamples cannot be 0: .*1; seqlen cannot be 1: .* 2\.$"):
         make_recipe({"model": "m", "nsamples": 0, "seqlen": 1})
 
 
-def test_a_model_has_to_be_named():
+def test_a_model_has_to_be_named() -> None:
     with pytest.raises(BadInput, match="model is missing"):
         make_recipe({"calibration": {"samples": 3}})
 
 
-def test_what_comes_later_wins_and_options_add_up():
+def test_what_comes_later_wins_and_options_add_up() -> None:
     first = {"method": {"name": "sparsegpt", "block_size": 64, "damping": 0.1}, "nsamples": 3}
     later = layered(first, {"options": {"damping": 0.2}, "calibration": {"samples": 4}})
     assert flatten(later) == {"method": "sparsegpt", "options": {"block_size": 64, "damping": 0.2}, "nsamples": 4}
@@ -149,11 +153,11 @@ def test_what_comes_later_wins_and_options_add_up():
     assert flatten(layered({"options": {"block_size": 64}}, {"method": "sparsegpt"}))["options"] == {"block_size": 64}
 
 
-def test_the_variant_of_wanda_by_the_name_of_its_switch():
+def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
     assert make_recipe({"model": "m", "use_variant": True}).method.name == "wanda_variant"
     assert make_recipe({"model": "m", "use_variant": False}).method.name == "wanda"
 
 
-def test_nothing_said_is_nothing_nested():
+def test_nothing_said_is_nothing_nested() -> None:
     assert nest({}) == {}
     assert nest({"calibration": None, "output": {}}) == {}

@@ -1,5 +1,9 @@
 """`name:key=value,…` as text: read, written, and refused with one exact message."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,12 +34,12 @@ from coprune.recipe.grammar import read_named, read_scalar, write_named
         ("&a", "&a"),
     ],
 )
-def test_a_value_is_one_scalar(text, value):
+def test_a_value_is_one_scalar(text: str, value: bool | float | str | None) -> None:
     assert read_scalar(text) == value
     assert type(read_scalar(text)) is type(value)
 
 
-def test_a_name_has_options_after_a_colon():
+def test_a_name_has_options_after_a_colon() -> None:
     assert read_named("refit") == ("refit", {})
     assert read_named("owl:spread=0.1, threshold=7") == ("owl", {"spread": 0.1, "threshold": 7})
     assert read_named("sparsegpt:block-size=64") == ("sparsegpt", {"block_size": 64})
@@ -52,7 +56,7 @@ def test_a_name_has_options_after_a_colon():
         ("refit:max-rounds=1,max_rounds=2", "the option 'max_rounds' of refit is given twice"),
     ],
 )
-def test_what_is_no_option_is_refused(text, message):
+def test_what_is_no_option_is_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         read_named(text)
 
@@ -63,7 +67,7 @@ values = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.
 
 
 @given(names, st.dictionaries(names, values, max_size=3))
-def test_what_is_written_reads_the_same(name, options):
+def test_what_is_written_reads_the_same(name: str, options: dict[str, Any]) -> None:
     found = read_named(write_named(name, options))
     assert found == (name, options)
     assert [type(value) for value in found[1].values()] == [type(value) for value in options.values()]
@@ -80,12 +84,12 @@ def test_what_is_written_reads_the_same(name, options):
         (3, "names nothing"),
     ],
 )
-def test_what_is_no_choice_is_refused(asked, message):
+def test_what_is_no_choice_is_refused(asked: dict[str, Any] | int | str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        Choice.of(asked)
+        Choice.of(asked)  # type: ignore[arg-type]
 
 
-def test_a_choice_is_text_or_a_mapping():
+def test_a_choice_is_text_or_a_mapping() -> None:
     asked = Choice(name="refit", options={"rounds": 10})
     assert Choice.of("refit:rounds=10") == asked
     assert Choice.of({"name": "refit", "rounds": 10}) == asked

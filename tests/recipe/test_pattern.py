@@ -1,12 +1,16 @@
 """Patterns: what every one of them has to do, of the program's own and of one that it does not know."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
-from coprune.recipe.pattern import NM, PATTERNS, Target, Unstructured, find_pattern, parse_pattern
+from coprune.recipe.pattern import NM, PATTERNS, Pattern, Target, Unstructured, find_pattern, parse_pattern
+from coprune.recipe.pattern.base import Group
 from support.patterns import Blocks
 
 EXAMPLES = [Unstructured(), NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(7, 20), Blocks(4)]
@@ -14,27 +18,27 @@ sparsities = st.sampled_from([0.0, 0.25, 0.29, 0.5, 0.75, 0.9])
 
 
 @pytest.fixture(autouse=True)
-def _known_patterns(monkeypatch):
+def _known_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PATTERNS, "1xW", Blocks)  # the line in the table
 
 
-def scores_for(pattern, rows, groups, seed):
+def scores_for(pattern: Pattern, rows: int, groups: int, seed: int) -> Tensor:
     return torch.rand(rows, groups * (pattern.group_size or 1), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
-def test_a_pattern_is_read_as_it_is_written(pattern):
+def test_a_pattern_is_read_as_it_is_written(pattern: Pattern) -> None:
     assert parse_pattern(str(pattern)) == pattern
     assert len({parse_pattern(str(pattern)), pattern}) == 1
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2-4", "semi", "", "1x", "2:4 "])
-def test_other_patterns_are_refused(text):
+def test_other_patterns_are_refused(text: str) -> None:
     with pytest.raises(BadInput):
         parse_pattern(text)
 
 
-def test_an_unknown_pattern_is_told_all_that_there_are():
+def test_an_unknown_pattern_is_told_all_that_there_are() -> None:
     with pytest.raises(BadInput, match=r"use 'unstructured' or N:M such as 2:4 .* or 1xW such as 1x4"):
         parse_pattern("semi")
 
@@ -43,7 +47,9 @@ def test_an_unknown_pattern_is_told_all_that_there_are():
 @pytest.mark.parametrize("group", ["row", "matrix"])
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 6), seed=st.integers(0, 999), sparsity=sparsities)
-def test_a_mask_follows_its_pattern_and_has_its_sparsity(pattern, group, rows, groups, seed, sparsity):
+def test_a_mask_follows_its_pattern_and_has_its_sparsity(
+    pattern: Pattern, group: Group, rows: int, groups: int, seed: int, sparsity: float
+) -> None:
     score = scores_for(pattern, rows, groups, seed)
     asked = pattern.ratio(sparsity)
     assert pattern.allowed(asked)
@@ -61,7 +67,9 @@ def test_a_mask_follows_its_pattern_and_has_its_sparsity(pattern, group, rows, g
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 6), seed=st.integers(0, 999), share=st.floats(0, 1))
-def test_on_the_way_to_a_mask_nothing_is_pruned_that_it_keeps(pattern, rows, groups, seed, share):
+def test_on_the_way_to_a_mask_nothing_is_pruned_that_it_keeps(
+    pattern: Pattern, rows: int, groups: int, seed: int, share: float
+) -> None:
     score = scores_for(pattern, rows, groups, seed)
     sparsity = pattern.ratio(None)
     final = pattern.choose(score, sparsity, "matrix")
@@ -72,7 +80,7 @@ def test_on_the_way_to_a_mask_nothing_is_pruned_that_it_keeps(pattern, rows, gro
 
 
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
-def test_every_step_is_a_sparsity_that_a_pattern_of_the_kind_has(pattern):
+def test_every_step_is_a_sparsity_that_a_pattern_of_the_kind_has(pattern: Pattern) -> None:
     target = Target(pattern, pattern.ratio(None))
     steps = pattern.steps(40)
     for step in range(pattern.first_step, steps):
@@ -81,28 +89,28 @@ def test_every_step_is_a_sparsity_that_a_pattern_of_the_kind_has(pattern):
         assert near.pattern.allowed(near.sparsity)
         assert type(near.pattern) is type(pattern)
         assert near.pattern.group_size == pattern.group_size
-    near = pattern.sparsities_near(target.sparsity, 0.25, 5)
-    assert near == sorted(near)
-    assert all(target.with_sparsity(sparsity).sparsity == pytest.approx(sparsity) for sparsity in near)
+    choices = pattern.sparsities_near(target.sparsity, 0.25, 5)
+    assert choices == sorted(choices)
+    assert all(target.with_sparsity(sparsity).sparsity == pytest.approx(sparsity) for sparsity in choices)
 
 
 @pytest.mark.parametrize("pattern", [p for p in EXAMPLES if p.group_size], ids=str)
-def test_a_width_that_the_groups_do_not_divide_is_refused(pattern):
-    width = 2 * pattern.group_size + 1
+def test_a_width_that_the_groups_do_not_divide_is_refused(pattern: Pattern) -> None:
+    width = 2 * (pattern.group_size or 0) + 1
     assert not pattern.fits(width)
     with pytest.raises(BadInput, match=f"{pattern}.*{width} inputs"):
         Target(pattern, pattern.ratio(None)).keep(torch.rand(2, width))
 
 
 @pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
-def test_nan_scores_are_refused(pattern):
+def test_nan_scores_are_refused(pattern: Pattern) -> None:
     score = scores_for(pattern, 2, 2, 0)
     score[0, 1] = float("nan")
     with pytest.raises(NumericalError):
         Target(pattern, pattern.ratio(None)).keep(score)
 
 
-def test_a_fixed_sparsity_is_the_only_one():
+def test_a_fixed_sparsity_is_the_only_one() -> None:
     assert NM(2, 4).ratio(None) == 0.5
     assert NM(1, 4).ratio(0.5) == 0.75
     assert not NM(2, 4).allowed(0.6)
@@ -112,7 +120,7 @@ def test_a_fixed_sparsity_is_the_only_one():
     assert not Unstructured().allowed(float("nan"))
 
 
-def test_targets_are_named_for_people():
+def test_targets_are_named_for_people() -> None:
     assert str(Target(Unstructured(), 0.5)) == "50.0%"
     assert str(Target(NM(3, 8), 0.625)) == "62.5% (3:8)"
     assert [pattern.label("0.7") for pattern in (Unstructured(), NM(2, 4), Blocks(4))] == ["0.7", "2:4", "1x4 0.7"]
@@ -120,7 +128,7 @@ def test_targets_are_named_for_people():
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from(["1:4", "2:4", "4:8", "3:4", "8:16"]), st.integers(0, 1000))
-def test_pattern_of_a_pruned_matrix_is_recognised(pattern, seed):
+def test_pattern_of_a_pruned_matrix_is_recognised(pattern: str, seed: int) -> None:
     score = torch.rand(32, 64, generator=torch.Generator().manual_seed(seed))
     keep = Target(parse_pattern(pattern), 0.0).keep(score)
     assert str(find_pattern(keep)) == pattern
@@ -128,6 +136,6 @@ def test_pattern_of_a_pruned_matrix_is_recognised(pattern, seed):
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from([0.3, 0.5, 0.6, 0.7]), st.sampled_from(["row", "matrix"]), st.integers(0, 1000))
-def test_unstructured_is_not_mistaken_for_a_pattern(sparsity, group, seed):
+def test_unstructured_is_not_mistaken_for_a_pattern(sparsity: float, group: Group, seed: int) -> None:
     score = torch.rand(32, 64, generator=torch.Generator().manual_seed(seed))
     assert find_pattern(Target(Unstructured(), sparsity).keep(score, group)) == Unstructured()

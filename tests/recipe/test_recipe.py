@@ -1,10 +1,14 @@
 """What a recipe decides, how it is written, and that nothing heavy is imported for it."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 
 from coprune.recipe.decides import Decides, decided_by
 from coprune.recipe.presets import PRESETS
@@ -33,12 +37,12 @@ FREE_TO_RESUME_TRAINING = {
 
 
 @pytest.mark.parametrize("fields", [FIELDS, FinetuneSettings.model_fields])
-def test_every_setting_says_what_it_decides(fields):
+def test_every_setting_says_what_it_decides(fields: dict[str, FieldInfo]) -> None:
     for field in fields.values():
         assert isinstance(decided_by(field), Decides)
 
 
-def test_a_field_that_does_not_say_is_refused():
+def test_a_field_that_does_not_say_is_refused() -> None:
     class Silent(FinetuneSettings):
         more: int = 0
 
@@ -54,16 +58,16 @@ def test_a_field_that_does_not_say_is_refused():
         (Decides.COST, FREE_OF_COST),
     ],
 )
-def test_what_decides(what, free):
+def test_what_decides(what: Decides, free: set[str]) -> None:
     assert set(FIELDS) - set(make_recipe({"model": "m"}).deciding(what)) == free
 
 
-def test_what_decides_a_training():
+def test_what_decides_a_training() -> None:
     free = {name for name, field in FinetuneSettings.model_fields.items() if not decided_by(field) & Decides.RESULT}
     assert free == FREE_TO_RESUME_TRAINING
 
 
-def test_only_whether_a_model_is_saved_counts():
+def test_only_whether_a_model_is_saved_counts() -> None:
     told = [make_recipe({"model": "m", "save_model": where}).deciding(Decides.COST) for where in (None, "a", "b")]
     assert told[1] == told[2] != told[0]
 
@@ -80,7 +84,7 @@ RICH = {
 }
 
 
-def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path):
+def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path: Path) -> None:
     recipe = make_recipe(RICH)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
@@ -91,13 +95,13 @@ def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path):
     assert "output" not in yaml.safe_load(make_recipe({"model": "m"}).to_yaml())
 
 
-def test_a_kept_recipe_tells_nobody():
+def test_a_kept_recipe_tells_nobody() -> None:
     kept = make_recipe({**RICH, "push_to_hub": "me/m", "save_model": "out/m", "log_json": "x.jsonl"}).untold()
     assert (kept.output.report_to, kept.output.push_to_hub, kept.output.log_json) == (None, None, None)
     assert kept.output.model is not None
 
 
-def test_data_that_nobody_named_stays_so(tmp_path):
+def test_data_that_nobody_named_stays_so(tmp_path: Path) -> None:
     for settings, named in (({"model": "m"}, False), ({"model": "m", "dataset": "wikitext2"}, True)):
         (tmp_path / "recipe.yaml").write_text(make_recipe(settings).to_yaml(), encoding="utf-8")
         read = Recipe.from_yaml(tmp_path / "recipe.yaml").calibration
@@ -105,7 +109,7 @@ def test_data_that_nobody_named_stays_so(tmp_path):
         assert read.data == "wikitext2"
 
 
-def test_a_recipe_in_json_of_before_parts_is_read():
+def test_a_recipe_in_json_of_before_parts_is_read() -> None:
     """Reports of earlier runs hold flat recipes."""
     flat = (
         '{"model": "m", "method": "wanda", "options": {}, "refine": ["refit"], "allocation": "uniform", "save": null}'
@@ -113,16 +117,16 @@ def test_a_recipe_in_json_of_before_parts_is_read():
     assert Recipe.model_validate_json(flat) == make_recipe({"model": "m", "refine": "refit"})
 
 
-def test_presets_make_recipes():
+def test_presets_make_recipes() -> None:
     for settings in PRESETS.values():
         assert make_recipe({"model": "m", **settings}).method.name == settings["method"]
 
 
-def test_defaults_are_those_of_a_recipe_that_says_nothing():
+def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:
     assert make_recipe({"model": "m"}).flat() == DEFAULTS | {"model": "m"}
 
 
-def test_a_recipe_imports_nothing_heavy():
+def test_a_recipe_imports_nothing_heavy() -> None:
     code = (
         "import sys, coprune.recipe.recipe, coprune.recipe.presets, coprune.recipe.flags; "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,13 @@ def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
     from support.reports import with_tasks
 
     model, text = files
-    settings = {"dataset": str(text), "eval_data": str(text), "seqlen": 32, "nsamples": 2, "quiet": True}
+    settings: dict[str, Any] = {
+        "dataset": str(text),
+        "eval_data": str(text),
+        "seqlen": 32,
+        "nsamples": 2,
+        "quiet": True,
+    }
     report: Report = with_tasks(coprune.prune(str(model), "magnitude", **settings).report)
     card = model_card(report)
     header = yaml.safe_load(card.split("---")[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
     runs = []
     for method, sparsity in (("wanda", 0.5), ("magnitude", 0.25)):
-        settings = {"dataset": text, "eval_data": text, "seqlen": 32, "nsamples": 4, "save": folder / method}
+        settings: dict[str, Any] = {
+            "dataset": text,
+            "eval_data": text,
+            "seqlen": 32,
+            "nsamples": 4,
+            "save": folder / method,
+        }
         coprune.prune(model, method, sparsity=sparsity, quiet=True, **settings)
         runs.append(folder / method)
     return runs

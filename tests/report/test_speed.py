@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,10 @@ from coprune.report.speed import speed_sections
 
 def test_bench_puts_its_figures_into_the_page_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     text = str(write_words(tmp_path / "text.txt"))
-    settings = {"dataset": text, "eval_data": text, "seqlen": 32, "nsamples": 2, "quiet": True}
+    settings: dict[str, Any] = {"dataset": text, "eval_data": text, "seqlen": 32, "nsamples": 2, "quiet": True}
     run, model = tmp_path / "run", tmp_path / "pruned"
     coprune.prune(str(save_pico(tmp_path / "model")), "magnitude", save=run, save_model=model, **settings)
     assert "Speed and memory" not in (run / "report.html").read_text()

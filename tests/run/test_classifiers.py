@@ -1,6 +1,9 @@
 """Image classifiers on the walk that prunes text, against full forwards with hooks on every layer."""
 
-import math
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,6 +23,7 @@ from coprune.recipe.pattern import NM, Target
 from support.pico_images import CLASSIFIERS, TIMM, pico_classifier, pico_pixels, save_classifier
 from support.walking import (
     Layer,
+    Propagation,
     masks,
     prune_with_full_forwards,
     prune_with_walk,
@@ -32,7 +36,7 @@ TWO_OF_FOUR = Target(NM(2, 4), 0.5)
 
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_masks_are_those_of_full_forwards(family, propagation):
+def test_masks_are_those_of_full_forwards(family: str, propagation: Propagation) -> None:
     model, oracle = pico_classifier(family), pico_classifier(family)
     batches = pico_pixels(family, 4).split(2)
     results = prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)
@@ -48,7 +52,7 @@ def test_masks_are_those_of_full_forwards(family, propagation):
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in pruned)
 
 
-def test_stages_are_taken_apart_in_the_order_in_which_they_run():
+def test_stages_are_taken_apart_in_the_order_in_which_they_run() -> None:
     blocks = [block.name for block in find_blocks(pico_classifier("convnext"))]
     assert blocks[:4] == [
         "timm_model.stages.0.blocks.0",
@@ -59,7 +63,7 @@ def test_stages_are_taken_apart_in_the_order_in_which_they_run():
     assert len(blocks) == 6 + 3
 
 
-def test_depthwise_convolutions_are_left_out_by_name():
+def test_depthwise_convolutions_are_left_out_by_name() -> None:
     model = pico_classifier("convnext")
     blocks = find_blocks(model)
     left = choose_matrices(model, blocks).left_out
@@ -79,7 +83,7 @@ def test_depthwise_convolutions_are_left_out_by_name():
         (nn.Conv2d(4, 4, 3, groups=4, padding=1), False),
     ],
 )
-def test_which_convolutions_are_matrices(convolution, is_matrix):
+def test_which_convolutions_are_matrices(convolution: nn.Conv2d, is_matrix: bool) -> None:
     assert [len(list(find_matrices(convolution))), len(list(find_unprunable(convolution)))] == [
         is_matrix,
         not is_matrix,
@@ -87,23 +91,26 @@ def test_which_convolutions_are_matrices(convolution, is_matrix):
 
 
 @pytest.mark.parametrize("convolution", [nn.Conv2d(4, 8, 2, stride=2), nn.Conv2d(4, 8, 1, stride=2)])
-def test_patches_times_the_matrix_is_the_convolution(convolution):
+def test_patches_times_the_matrix_is_the_convolution(convolution: nn.Conv2d) -> None:
     (matrix,) = find_matrices(convolution, "conv")
     x = torch.randn(3, 4, 6, 8)
     seen = []
     with torch.no_grad(), Observe([matrix], lambda m, rows: seen.append(rows)):
         expected = convolution(x)
+    assert convolution.bias is not None
     found = seen[0] @ matrix.read().T + convolution.bias
     torch.testing.assert_close(found.transpose(1, 2).reshape(expected.shape), expected.detach())
 
 
-def test_the_patch_embedding_and_the_head_are_pruned_when_they_are_named():
-    model = pico_classifier("vit")
+def test_the_patch_embedding_and_the_head_are_pruned_when_they_are_named() -> None:
+    model: Any = pico_classifier("vit")
     batches = pico_pixels("vit").split(2)
     embedding = Layer("timm_model.patch_embed.proj", model.timm_model.patch_embed.proj)
     dense = embedding.weight.clone()
-    choice = {"include": ["*patch_embed.proj", "*head"]}
-    results = {r.name: r for r in prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, **choice)}
+    pruned = prune_with_walk(
+        model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, include=["*patch_embed.proj", "*head"]
+    )
+    results = {result.name: result for result in pruned}
     assert sorted(results) == ["timm_model.head", "timm_model.patch_embed.proj"]
     assert all(result.sparsity == 0.5 for result in results.values())
     rows = torch.cat([embedding.rows(batch) for batch in batches])
@@ -112,7 +119,7 @@ def test_the_patch_embedding_and_the_head_are_pruned_when_they_are_named():
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("family", ["convnext", "deit distilled", "transformers vit"])
-def test_a_saved_classifier_is_loaded_again(tmp_path, family, stream):
+def test_a_saved_classifier_is_loaded_again(tmp_path: Path, family: str, stream: bool) -> None:
     source = save_classifier(family, tmp_path / "source")
     saved = tmp_path / "saved"
     result = coprune.prune(
@@ -143,7 +150,7 @@ def test_a_saved_classifier_is_loaded_again(tmp_path, family, stream):
             torch.testing.assert_close(again(pixels), reloaded(pixel_values=pixels).logits)
 
 
-def test_streamed_and_in_memory_runs_agree(tmp_path):
+def test_streamed_and_in_memory_runs_agree(tmp_path: Path) -> None:
     source = save_classifier("swin", tmp_path / "source")
     found = [
         coprune.prune(
@@ -155,17 +162,18 @@ def test_streamed_and_in_memory_runs_agree(tmp_path):
     assert [m.mask_checksum for m in found[0].matrices] == [m.mask_checksum for m in found[1].matrices]
 
 
-def test_images_have_to_be_named(tmp_path):
+def test_images_have_to_be_named(tmp_path: Path) -> None:
     source = save_classifier("vit", tmp_path / "source")
     with pytest.raises(BadInput, match="dataset=…"):
         coprune.prune(source, quiet=True)
 
 
-def test_the_layer_error_of_a_convolution_is_that_of_its_outputs():
-    model, dense = pico_classifier("convnext"), pico_classifier("convnext")
+def test_the_layer_error_of_a_convolution_is_that_of_its_outputs() -> None:
+    model: Any = pico_classifier("convnext")
+    dense: Any = pico_classifier("convnext")
     batches = [pico_pixels("convnext", 1)]
-    choice = {"include": ["*stages.1.downsample.1"]}
-    (result,) = prune_with_walk(model, batches, Solver(METHODS["wanda"]), TWO_OF_FOUR, **choice)
+    solver, include = Solver(METHODS["wanda"]), ["*stages.1.downsample.1"]
+    (result,) = prune_with_walk(model, batches, solver, TWO_OF_FOUR, include=include)
     seen = []
     layer = dense.timm_model.stages[1].downsample[1]
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -177,4 +185,4 @@ def test_the_layer_error_of_a_convolution_is_that_of_its_outputs():
             for w in (layer.weight, model.timm_model.stages[1].downsample[1].weight)
         ]
     expected = float((outputs[0] - outputs[1]).square().sum() / outputs[0].square().sum())
-    assert math.isclose(result.relative_layer_error, expected, rel_tol=1e-4)
+    assert result.relative_layer_error == pytest.approx(expected, rel=1e-4)

@@ -1,5 +1,7 @@
 """Ctrl-C, kills and full disks, with the real command: nothing half-written bears its final name, and a rerun completes."""
 
+from __future__ import annotations
+
 import errno
 import os
 import shutil
@@ -7,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -19,7 +23,7 @@ OPTIONS = ["--seqlen", "64", "--nsamples", "600", "--batch-size", "4", "-m", "sp
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_pico(tmp_path / "model", num_hidden_layers=4)
     write_words(tmp_path / "words.txt")
     write_words(tmp_path / "test.txt", count=200, seed=1)
@@ -27,11 +31,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def command(*more):
+def command(*more: Any) -> list[str]:
     return ["prune", "model", "--dataset", "words.txt", "--save", "run", "--save-model", "pruned", "--quiet", *more]
 
 
-def interrupt(place, sent):
+def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
     """Start the command, wait until it has finished a block, and send it a signal; its exit code and standard error."""
     process = subprocess.Popen(
         [sys.executable, "-m", "coprune", *command(*OPTIONS)],
@@ -54,7 +58,9 @@ def interrupt(place, sent):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(sent, place, monkeypatch, capsys):
+def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
+    sent: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, err = interrupt(place, sent)
     assert code == (130 if sent == signal.SIGINT else -signal.SIGKILL)
     if sent == signal.SIGINT:
@@ -70,8 +76,10 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(sent, pl
     assert not list(place.glob(".pruned*"))
 
 
-def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(place, monkeypatch, capsys):
-    def stop(*arguments, **settings):
+def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("coprune.evaluation.tasks.text.calibration_windows", stop)
@@ -81,8 +89,10 @@ def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(place, monkeypatch, 
     assert sorted(path.name for path in place.iterdir()) == ["model", "test.txt", "words.txt"]
 
 
-def test_a_disk_that_is_full_when_the_tokenizer_is_copied(place, monkeypatch, capsys):
-    def full(source, target):
+def test_a_disk_that_is_full_when_the_tokenizer_is_copied(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: object, target: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
     quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval")
@@ -96,7 +106,9 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_copied(place, monkeypatch, ca
     assert run_command(quick, monkeypatch, capsys).code == 0
 
 
-def test_too_little_space_is_known_before_anything_is_computed(place, monkeypatch, capsys):
+def test_too_little_space_is_known_before_anything_is_computed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     usage = shutil.disk_usage(place)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)

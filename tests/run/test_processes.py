@@ -23,7 +23,7 @@ from coprune.run.stages import run_recipe
 from support.pico_folder import save_pico, write_words
 from support.torchrun import ENVIRONMENT, run_together, torchrun
 
-CASES = [
+CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "sparsegpt", "block", {}),
     ("llama", "wanda", "sequential", {"pattern": "2:4", "stream": False}),
     ("llama", "sparsegpt", "block", {"target": "dense", "include": ["*.q_proj", "*.down_proj", "lm_head"]}),
@@ -108,10 +108,10 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
         # Wanda's and magnitude's errors are measured on a few tokens, which are others.
         if exact and a.recipe.method.name == "sparsegpt":
             assert ours.relative_layer_error == pytest.approx(theirs.relative_layer_error, rel=1e-3)
-    for ours, theirs in zip(a.perplexity, b.perplexity, strict=True):
-        assert ours.windows == theirs.windows
-        assert ours.dense == pytest.approx(theirs.dense, rel=1e-5)
-        assert ours.pruned == pytest.approx(theirs.pruned, rel=1e-3)
+    for one_text, other_text in zip(a.perplexity, b.perplexity, strict=True):
+        assert one_text.windows == other_text.windows
+        assert one_text.dense == pytest.approx(other_text.dense, rel=1e-5)
+        assert one_text.pruned == pytest.approx(other_text.pruned, rel=1e-3)
 
 
 def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """A run's `recipe.yaml` repeats the run as it is, beside it; an interrupted run goes on."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from coprune.recipe.recipe import make_recipe
+from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.journal import run_identity
 from coprune.run.repeat import beside_finished
 from support.commands import run_command
@@ -17,7 +21,7 @@ REPEATED = {"calibration", "matrices", "perplexity", "sparsity", "events", "samp
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
     write_words(tmp_path / "test.txt", count=200, seed=1)
@@ -26,10 +30,10 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def coprune(monkeypatch, capsys):
+def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that has to succeed; what it tells."""
 
-    def run(*arguments):
+    def run(*arguments: Any) -> str:
         ended = run_command(list(arguments), monkeypatch, capsys)
         assert ended.code == 0, ended.err
         return ended.err
@@ -37,18 +41,18 @@ def coprune(monkeypatch, capsys):
     return run
 
 
-def figures(run):
+def figures(run: str) -> dict[str, Any]:
     report = json.loads((Path(run) / "report.json").read_text())
     for matrix in report["matrices"]:
         del matrix["seconds"]
     return {name: report[name] for name in REPEATED}
 
 
-def weights(folder):
+def weights(folder: str) -> dict[str, bytes | None]:
     return {name: content for name, content in listing(Path(folder)).items() if name.endswith(".safetensors")}
 
 
-def test_a_run_is_repeated_beside_itself(coprune, place):
+def test_a_run_is_repeated_beside_itself(coprune: Callable[..., str], place: Path) -> None:
     coprune(*MODEL, "-m", "sparsegpt:block_size=32", "-p", "2:4", "--refine", "refit:rounds=3",
             "--save", "runs/a", "--save-model", "models/x", "--log-json", "log.jsonl")  # fmt: skip
     before = listing(place)
@@ -61,14 +65,14 @@ def test_a_run_is_repeated_beside_itself(coprune, place):
     assert figures("runs/a-2-2")["calibration"] != figures("runs/a")["calibration"]
 
 
-def test_a_run_in_the_default_folder_is_repeated_too(coprune, place):
+def test_a_run_in_the_default_folder_is_repeated_too(coprune: Callable[..., str], place: Path) -> None:
     coprune(*MODEL, "-p", "2:4")
     coprune("prune", "--recipe", "out/model/2-4/wanda/recipe.yaml")
     coprune("prune", "--recipe", "out/model/2-4/wanda/recipe.yaml")
     assert figures("out/model/2-4/wanda-2") == figures("out/model/2-4/wanda-3") == figures("out/model/2-4/wanda")
 
 
-def test_a_kept_recipe_is_nested_and_tells_nobody(coprune, place):
+def test_a_kept_recipe_is_nested_and_tells_nobody(coprune: Callable[..., str], place: Path) -> None:
     coprune(*MODEL, "--save", "a", "--log-json", "log.jsonl")
     kept = yaml.safe_load((place / "a" / "recipe.yaml").read_text())
     assert kept["model"]["name"] == "model"
@@ -76,21 +80,21 @@ def test_a_kept_recipe_is_nested_and_tells_nobody(coprune, place):
     assert kept["output"] == {"run": "a"}
 
 
-def recipe_in(folder, **more):
+def recipe_in(folder: Path, **more: Any) -> Recipe:
     return make_recipe({"model": "m", "save": folder / "run", "save_model": folder / "model", **more})
 
 
-def finish(folder):
+def finish(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "report.json").touch()
 
 
-def test_folders_that_are_free_stay(tmp_path):
+def test_folders_that_are_free_stay(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     assert beside_finished(asked) == asked
 
 
-def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "model").mkdir()
@@ -102,7 +106,7 @@ def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
     assert beside_finished(asked).output.model == tmp_path / "model-2"
 
 
-def test_a_model_is_never_written_over(tmp_path):
+def test_a_model_is_never_written_over(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     for name in ("model", "model-2"):
         (tmp_path / name).mkdir()
@@ -111,7 +115,7 @@ def test_a_model_is_never_written_over(tmp_path):
     assert (found.output.run, found.output.model) == (tmp_path / "run-3", tmp_path / "model-3")
 
 
-def test_folders_that_are_named_now_stay(tmp_path):
+def test_folders_that_are_named_now_stay(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path)
     finish(tmp_path / "run")
     (tmp_path / "model").mkdir()
@@ -123,7 +127,7 @@ def test_folders_that_are_named_now_stay(tmp_path):
     assert beside_finished(asked, {"save_model"}).output.run == tmp_path / "run-2"
 
 
-def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path):
+def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path: Path) -> None:
     asked = recipe_in(tmp_path, finetune="lora")
     finish(tmp_path / "run")
     assert beside_finished(asked) == asked
@@ -132,7 +136,7 @@ def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path):
     assert beside_finished(asked).output.run == tmp_path / "run-2"
 
 
-def test_flat_and_nested_recipes_have_one_identity():
+def test_flat_and_nested_recipes_have_one_identity() -> None:
     flat = make_recipe({"model": "m", "method": "sparsegpt", "options": {"block_size": 64}, "refine": "refit:rounds=3",
                         "allocation": "owl:spread=0.1", "nsamples": 4, "save": "a"})  # fmt: skip
     nested = make_recipe(

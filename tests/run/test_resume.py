@@ -1,10 +1,14 @@
 """A run that was killed goes on, and ends with the very same bytes and figures as one that was left in peace."""
 
+from __future__ import annotations
+
 import functools
 import json
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +17,18 @@ import yaml
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.stages import run_recipe
+from coprune.run.stages import Result, run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words
 
+Undisturbed = Callable[[str], tuple[Path, int, int]]
+"""From a run's name to its folder, the lines that it takes, and those that write."""
+Left = Callable[[str], Path]
+"""From a run's name to what is left of it."""
 WRITING = ("checkpoint", "journal", "files.py", "durable", "stages.py", "verify", "report")
 # Method, propagation, family, streamed, and more settings of the recipe.
-RUNS = {
+RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "wanda": ("wanda", "block", "llama", True, {}),
     "wanda in memory": ("wanda", "block", "llama", False, {}),
     "sparsegpt": ("sparsegpt", "block", "llama", True, {"pattern": "2:4"}),
@@ -36,7 +44,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Children are forked, where pools of threads do not follow; and sums must be in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,7 +53,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and texts that every run reads."""
     folder = tmp_path_factory.mktemp("place")
     for family in ("llama", "mixtral", "gpt2"):
@@ -56,7 +64,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def recipe_of(name, place, out, **changes):
+def recipe_of(name: str, place: Path, out: Path, **changes: Any) -> Recipe:
     method, propagation, family, stream, more = RUNS[name]
     settings = {
         "model": str(place / family),
@@ -75,11 +83,11 @@ def recipe_of(name, place, out, **changes):
     return make_recipe({**settings, **more, **changes})
 
 
-def run(name, place, out, **changes):
+def run(name: str, place: Path, out: Path, **changes: Any) -> Result:
     return run_recipe(recipe_of(name, place, out, **changes), reporter=Reporter(quiet=True))
 
 
-def figures(out):
+def figures(out: Path) -> tuple[Any, Any]:
     """The report without what may differ between two runs of one recipe: times, memory, places."""
     report = json.loads((out / "run" / "report.json").read_text())
     for name in ("prune_seconds", "total_seconds", "phases", "peak_memory_bytes", "saved_model", "recipe"):
@@ -89,17 +97,17 @@ def figures(out):
     return report, json.loads((out / "run" / "distributions.json").read_text())
 
 
-def checkpoint(out):
+def checkpoint(out: Path) -> dict[str, bytes | None]:
     """The saved model's files; the card, which tells times, is left out."""
     return {name: content for name, content in listing(out / "pruned").items() if name != "README.md"}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place, tmp_path_factory):
+def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """For a run of RUNS: its folder when it was left in peace, and how many lines it takes in all and while writing."""
 
     @functools.cache
-    def get(name):
+    def get(name: str) -> tuple[Path, int, int]:
         out = tmp_path_factory.mktemp("undisturbed")
         return out, *count_lines(lambda: run(name, place, out), WRITING)
 
@@ -107,7 +115,7 @@ def undisturbed(place, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_at_a_random_moment(seed, place, undisturbed, tmp_path):
+def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     generator = random.Random(seed)
     name = list(RUNS)[seed % len(RUNS)]
     expected, lines, written = undisturbed(name)
@@ -129,15 +137,15 @@ def test_killed_at_a_random_moment(seed, place, undisturbed, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def killed(place, undisturbed, tmp_path_factory):
+def killed(place: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Left:
     """For a run of RUNS: what it leaves if it is killed when it has finished a block, but not all."""
 
     @functools.cache
-    def get(name):
+    def get(name: str) -> Path:
         _, lines, _ = undisturbed(name)
         for tenth in range(3, 10):
             out = tmp_path_factory.mktemp("killed")
-            assert killed_at(lambda out=out: run(name, place, out), lines * tenth // 10)
+            assert killed_at(functools.partial(run, name, place, out), lines * tenth // 10)
             if list(out.glob(".pruned.partial/model-*.json")):
                 return out
         raise AssertionError("no such moment was found")
@@ -146,10 +154,10 @@ def killed(place, undisturbed, tmp_path_factory):
 
 
 @pytest.fixture
-def half_done(killed, tmp_path):
+def half_done(killed: Left, tmp_path: Path) -> Left:
     """Put what a killed run leaves into the test's folder; the journal in it, which holds a finished block."""
 
-    def put(name):
+    def put(name: str) -> Path:
         shutil.copytree(killed(name), tmp_path, dirs_exist_ok=True)
         journal = tmp_path / ".pruned.partial"
         assert list(journal.glob("model-*.json"))
@@ -169,7 +177,14 @@ def half_done(killed, tmp_path):
         ("mixture in memory", "empty note"),
     ],
 )
-def test_a_damaged_part_is_done_again(name, damage, place, undisturbed, half_done, tmp_path):
+def test_a_damaged_part_is_done_again(
+    name: str,
+    damage: str,
+    place: Path,
+    undisturbed: Undisturbed,
+    half_done: Left,
+    tmp_path: Path,
+) -> None:
     journal = half_done(name)
     part = min(path for path in journal.glob("model-*.safetensors") if path.with_suffix(".json").exists())
     note, content = part.with_suffix(".json"), bytearray(part.read_bytes())
@@ -187,26 +202,30 @@ def test_a_damaged_part_is_done_again(name, damage, place, undisturbed, half_don
     assert figures(tmp_path) == figures(undisturbed(name)[0])
 
 
-def test_a_journal_that_does_not_say_whose_it_is_is_begun_anew(place, undisturbed, half_done, tmp_path):
+def test_a_journal_that_does_not_say_whose_it_is_is_begun_anew(
+    place: Path, undisturbed: Undisturbed, half_done: Left, tmp_path: Path
+) -> None:
     (half_done("wanda") / "journal.json").write_text("{")
     run("wanda", place, tmp_path)
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
 
 
-def test_a_journal_that_does_not_say_what_it_holds_is_refused(place, half_done, tmp_path):
+def test_a_journal_that_does_not_say_what_it_holds_is_refused(place: Path, half_done: Left, tmp_path: Path) -> None:
     (half_done("wanda") / "parts.json").write_text("{")
     with pytest.raises(BadInput, match="remove the folder"):
         run("wanda", place, tmp_path)
 
 
-def test_finished_blocks_are_not_done_again(place, half_done, tmp_path, capsys):
+def test_finished_blocks_are_not_done_again(
+    place: Path, half_done: Left, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     journal = half_done("wanda")
     noted = len(list(journal.glob("model-*.json")))
     run_recipe(recipe_of("wanda", place, tmp_path))
     assert f"{noted} of 3 blocks were finished" in capsys.readouterr().err
 
 
-DIFFERENT = {
+DIFFERENT: dict[str, dict[str, Any]] = {
     "method": {"method": "magnitude"},
     "sparsity": {"sparsity": 0.6},
     "propagation": {"propagation": "sequential"},
@@ -218,7 +237,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_a_journal_of_another_recipe_is_refused(what, place, half_done, tmp_path):
+def test_a_journal_of_another_recipe_is_refused(what: str, place: Path, half_done: Left, tmp_path: Path) -> None:
     journal = half_done("wanda")
     before = listing(journal)
     with pytest.raises(BadInput, match=what):
@@ -226,7 +245,7 @@ def test_a_journal_of_another_recipe_is_refused(what, place, half_done, tmp_path
     assert listing(journal) == before
 
 
-def test_a_journal_of_other_data_is_refused(place, half_done, tmp_path):
+def test_a_journal_of_other_data_is_refused(place: Path, half_done: Left, tmp_path: Path) -> None:
     half_done("wanda")
     text = (place / "words.txt").read_text()
     try:
@@ -239,10 +258,12 @@ def test_a_journal_of_other_data_is_refused(place, half_done, tmp_path):
 
 @pytest.mark.parametrize("name", ["wanda", "wanda in memory"])
 @pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.2.mlp.down_proj"])
-def test_a_journal_of_another_model_is_refused(part, name, place, half_done, tmp_path):
+def test_a_journal_of_another_model_is_refused(
+    part: str, name: str, place: Path, half_done: Left, tmp_path: Path
+) -> None:
     half_done(name)
     model = pico_model("llama")
-    model.get_submodule(part).weight[0, 0] += 1
+    model.get_parameter(f"{part}.weight")[0, 0] += 1
     other = tmp_path / "other" / "llama"
     save(model, other)
     (place / "llama").rename(place / "own")
@@ -255,14 +276,22 @@ def test_a_journal_of_another_model_is_refused(part, name, place, half_done, tmp
         (place / "own").rename(place / "llama")
 
 
-def test_what_is_measured_afterwards_may_differ(place, undisturbed, half_done, tmp_path):
+def test_what_is_measured_afterwards_may_differ(
+    place: Path, undisturbed: Undisturbed, half_done: Left, tmp_path: Path
+) -> None:
     half_done("wanda")
     run("wanda", place, tmp_path, evaluate=False)
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])
     assert not figures(tmp_path)[0]["perplexity"]
 
 
-def test_a_run_of_flat_settings_goes_on_from_a_nested_recipe(place, undisturbed, half_done, tmp_path, capsys):
+def test_a_run_of_flat_settings_goes_on_from_a_nested_recipe(
+    place: Path,
+    undisturbed: Undisturbed,
+    half_done: Left,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     half_done("wanda")
     nested = tmp_path / "nested.yaml"
     nested.write_text(recipe_of("wanda", place, tmp_path).to_yaml())
@@ -274,8 +303,12 @@ def test_a_run_of_flat_settings_goes_on_from_a_nested_recipe(place, undisturbed,
 
 @pytest.mark.parametrize("streamed_first", [True, False])
 def test_a_streamed_run_may_go_on_in_memory_and_the_other_way_round(
-    streamed_first, place, undisturbed, half_done, tmp_path
-):
+    streamed_first: bool,
+    place: Path,
+    undisturbed: Undisturbed,
+    half_done: Left,
+    tmp_path: Path,
+) -> None:
     first, then = ("wanda", "wanda in memory") if streamed_first else ("wanda in memory", "wanda")
     half_done(first)
     run(then, place, tmp_path)
@@ -284,7 +317,14 @@ def test_a_streamed_run_may_go_on_in_memory_and_the_other_way_round(
 
 
 @pytest.mark.parametrize(("name", "seed"), [("wanda", 0), ("wanda", 1), ("mixture", 2), ("sparsegpt in memory", 3)])
-def test_a_full_disk_costs_nothing(name, seed, place, undisturbed, tmp_path, monkeypatch):
+def test_a_full_disk_costs_nothing(
+    name: str,
+    seed: int,
+    place: Path,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Some write fails for want of space: one clear error, and the run goes on when there is space again."""
     from coprune.base import durable
 

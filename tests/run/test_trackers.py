@@ -19,7 +19,14 @@ from support.pico_folder import save_pico, write_words
 
 def prune(folder: Path, **settings: Any) -> Any:
     text = str(write_words(folder / "text.txt"))
-    common = {"dataset": text, "eval_data": text, "seqlen": 32, "nsamples": 4, "save": folder / "run", "quiet": True}
+    common: dict[str, Any] = {
+        "dataset": text,
+        "eval_data": text,
+        "seqlen": 32,
+        "nsamples": 4,
+        "save": folder / "run",
+        "quiet": True,
+    }
     return coprune.prune(str(save_pico(folder / "model")), **common, **settings)
 
 
@@ -60,7 +67,13 @@ def test_the_log_of_a_failed_run_does_not_bar_the_next(tmp_path: Path) -> None:
     log = tmp_path / "run" / "log.jsonl"
     with pytest.raises(BadInput):
         prune(tmp_path, log_json=log, include="nothing.like.it")
-    common = {"dataset": str(tmp_path / "text.txt"), "seqlen": 32, "nsamples": 4, "evaluate": False, "quiet": True}
+    common: dict[str, Any] = {
+        "dataset": str(tmp_path / "text.txt"),
+        "seqlen": 32,
+        "nsamples": 4,
+        "evaluate": False,
+        "quiet": True,
+    }
     coprune.prune(str(tmp_path / "model"), save=tmp_path / "run", log_json=log, **common)
     events = [json.loads(line)["event"] for line in log.read_text(encoding="utf-8").splitlines()]
     assert (events.count("failed"), events[-1]) == (1, "finished")

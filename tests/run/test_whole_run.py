@@ -1,7 +1,11 @@
 """A run from recipe to report, streamed and in memory, and for OPT at a real width."""
 
+from __future__ import annotations
+
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,33 +18,34 @@ from coprune.model.blocks import find_blocks
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target
 from coprune.recipe.recipe import Recipe
+from coprune.report.schema import Report
 from support.pico import FAMILIES, MIXTURES, pico_model
 from support.pico_folder import pico_tokenizer, save, save_pico, write_words
 from support.saved import load_clean, tensors_of
-from support.walking import prune_with_full_forwards, wanda_as_published
+from support.walking import Propagation, prune_with_full_forwards, wanda_as_published
 
 RUN_FILES = {"recipe.yaml", "report.json", "report.html", "distributions.json", "log_wanda.txt"}
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     write_words(folder / "words.txt")
     write_words(folder / "test.txt", count=200, seed=1)
     return folder
 
 
-def settings(texts, **more):
+def settings(texts: Path, **more: Any) -> dict[str, Any]:
     return {"dataset": str(texts / "words.txt"), "nsamples": 6, "seqlen": 32, "batch_size": 2, "quiet": True, **more}
 
 
-def without_seconds(report):
+def without_seconds(report: Report) -> list[dict[str, Any]]:
     return [matrix.model_dump(exclude={"seconds"}) for matrix in report.matrices]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma2", "mixtral", "gpt_oss"])
-def test_streamed_and_in_memory_are_bit_identical(family, dtype, texts, tmp_path):
+def test_streamed_and_in_memory_are_bit_identical(family: str, dtype: str, texts: Path, tmp_path: Path) -> None:
     assert family in FAMILIES | MIXTURES
     folder = save_pico(tmp_path / "model", family)
     reports = {}
@@ -65,7 +70,7 @@ def test_streamed_and_in_memory_are_bit_identical(family, dtype, texts, tmp_path
     load_clean(tmp_path / "True")
 
 
-def test_a_tensor_that_the_model_does_not_know_is_named(texts, tmp_path):
+def test_a_tensor_that_the_model_does_not_know_is_named(texts: Path, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", "llama")
     save_file({"somebody.elses": torch.ones(1)}, folder / "more.safetensors", metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
@@ -79,7 +84,7 @@ def test_a_tensor_that_the_model_does_not_know_is_named(texts, tmp_path):
     load_clean(tmp_path / "out")
 
 
-def test_a_model_in_memory_is_pruned_in_place(texts):
+def test_a_model_in_memory_is_pruned_in_place(texts: Path) -> None:
     model, oracle = pico_model("llama"), pico_model("llama")
     result = coprune.prune(model, "wanda", tokenizer=pico_tokenizer(), pattern="2:4", **settings(texts))
     assert result.model is model
@@ -92,7 +97,7 @@ def test_a_model_in_memory_is_pruned_in_place(texts):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_run_folder_explains_itself(texts, tmp_path):
+def test_a_run_folder_explains_itself(texts: Path, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model")
     result = coprune.prune(
         folder,
@@ -122,27 +127,27 @@ def test_a_run_folder_explains_itself(texts, tmp_path):
     assert report["calibration"]["fingerprint"] in card
 
 
-def test_nothing_is_written_unless_asked(texts, tmp_path, monkeypatch):
+def test_nothing_is_written_unless_asked(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     coprune.prune(pico_model("llama", num_hidden_layers=1), "magnitude", tokenizer=pico_tokenizer(), **settings(texts))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_streamed_run_without_a_model_to_save_leaves_no_checkpoint(texts, tmp_path):
+def test_a_streamed_run_without_a_model_to_save_leaves_no_checkpoint(texts: Path, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", num_hidden_layers=2)
     result = coprune.prune(folder, "wanda", stream=True, save=tmp_path / "run", **settings(texts))
     assert result.model is None
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
 
 
-def test_sparsity_zero_changes_nothing(texts):
+def test_sparsity_zero_changes_nothing(texts: Path) -> None:
     model, dense = pico_model("llama"), pico_model("llama")
     coprune.prune(model, "sparsegpt", tokenizer=pico_tokenizer(), sparsity=0, **settings(texts))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
 @pytest.fixture(scope="module")
-def wide_opt(tmp_path_factory):
+def wide_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """facebook/opt-125m in every dimension but the number of layers and the vocabulary."""
     config = AutoConfig.for_model(
         "opt",
@@ -172,7 +177,7 @@ def wide_opt(tmp_path_factory):
 
 
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
-def test_opt_at_its_real_width(propagation, wide_opt, texts, tmp_path):
+def test_opt_at_its_real_width(propagation: Propagation, wide_opt: Path, texts: Path, tmp_path: Path) -> None:
     result = coprune.prune(
         wide_opt,
         "sparsegpt",
@@ -186,7 +191,9 @@ def test_opt_at_its_real_width(propagation, wide_opt, texts, tmp_path):
     assert {matrix.name.rpartition(".")[2] for matrix in result.report.matrices} == {
         *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     }
-    assert all(matrix.sparsity == 0.5 and 0 < matrix.relative_layer_error < 1 for matrix in result.report.matrices)
+    assert all(
+        matrix.sparsity == 0.5 and 0 < (matrix.relative_layer_error or 0) < 1 for matrix in result.report.matrices
+    )
     model, dense = load_clean(tmp_path / "pruned"), tensors_of(wide_opt)
     for block in find_blocks(model):
         for matrix in find_matrices(block.module, block.name):

@@ -22,7 +22,7 @@ class DropBlock(Edit):
     index: int
 
     def apply(self, module: nn.Module) -> None:
-        module.forward = lambda hidden_states, *args, **kwargs: hidden_states  # type: ignore[method-assign]
+        module.forward = lambda hidden_states, *args, **kwargs: hidden_states
 
     def place(self, name: str) -> str | None:
         if not name.startswith(f"{PREFIX}."):

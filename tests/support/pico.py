@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 256
@@ -79,7 +80,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def pico_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
     settings = {**(FAMILIES | MIXTURES)[family], **changes}
     torch.manual_seed(seed)
@@ -88,6 +89,7 @@ def pico_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, 0.1)
+    nn.Module.to(model, dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -26,7 +26,7 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_pico(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Save a pico model and its tokenizer; returns the folder."""
-    save(pico_model(family, **changes).to(dtype), folder)
+    save(pico_model(family, dtype=dtype, **changes), folder)
     return folder
 
 

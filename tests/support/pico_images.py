@@ -26,7 +26,7 @@ def mixer_pico(pretrained: bool = False, **arguments: Any) -> MlpMixer:
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         arguments.pop(name, None)
     model = MlpMixer(patch_size=8, num_blocks=2, embed_dim=32, img_size=SIZE, **arguments)
-    model.pretrained_cfg = {}
+    model.pretrained_cfg = {}  # type: ignore[assignment]
     return model
 
 
@@ -70,7 +70,8 @@ def pico_classifier(family: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     if family in TIMM:
         architecture, arguments = TIMM[family]
-        config: Any = TimmWrapperConfig(architecture=architecture, model_args=arguments, num_labels=CLASSES)
+        config: Any = TimmWrapperConfig(architecture=architecture, model_args=arguments)
+        config.num_labels = CLASSES
         config.pretrained_cfg = {"input_size": [3, SIZE, SIZE], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
     else:
         kind, arguments = TRANSFORMERS[family]

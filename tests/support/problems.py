@@ -1,6 +1,9 @@
 """Random layers whose inputs are correlated and of very different scales, as those of language models are."""
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
 
 from coprune.model.walk.statistics import Gram
 from coprune.recipe.pattern import Target, parse_pattern
@@ -12,7 +15,7 @@ TARGETS = [
 ]
 
 
-def correlated_layer(rows=24, width=64, tokens=512, seed=0):
+def correlated_layer(rows: int = 24, width: int = 64, tokens: int = 512, seed: int = 0) -> tuple[Tensor, Tensor, Gram]:
     """A weight (rows × width), its inputs (tokens × width) and their Gram statistic."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator) * torch.linspace(0, -3, width).exp()

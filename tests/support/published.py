@@ -5,10 +5,15 @@ than asked (per matrix for magnitude, per block of 128 columns for SparseGPT and
 `< sorted[k]`; `test_the_published_threshold_prunes_one_more` shows that nothing else differs.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 
-def smallest_of_each_group(metric, prune_n, prune_m):
+def smallest_of_each_group(metric: Tensor, prune_n: int, prune_m: int) -> Tensor:
     drop = torch.zeros_like(metric, dtype=torch.bool)
     for start in range(0, metric.shape[1], prune_m):
         group = metric[:, start : start + prune_m]
@@ -16,17 +21,19 @@ def smallest_of_each_group(metric, prune_n, prune_m):
     return drop
 
 
-def below_global_threshold(metric, ratio):
+def below_global_threshold(metric: Tensor, ratio: float) -> Tensor:
     return metric < metric.flatten().sort().values[int(metric.numel() * ratio)]
 
 
-def published_magnitude(weight, ratio, prune_n, prune_m):
+def published_magnitude(weight: Tensor, ratio: float, prune_n: int, prune_m: int) -> Tensor:
     if prune_n:
         return smallest_of_each_group(weight.abs(), prune_n, prune_m)
     return below_global_threshold(weight.abs(), ratio)
 
 
-def published_wanda(weight, mean_square, ratio, prune_n, prune_m, use_variant=False):
+def published_wanda(
+    weight: Tensor, mean_square: Tensor, ratio: float, prune_n: int, prune_m: int, use_variant: bool = False
+) -> Tensor:
     metric = weight.abs() * mean_square.sqrt().reshape(1, -1)
     if prune_n:
         return smallest_of_each_group(metric, prune_n, prune_m)
@@ -38,7 +45,7 @@ def published_wanda(weight, mean_square, ratio, prune_n, prune_m, use_variant=Fa
     cumulative = values.cumsum(dim=1)
     total = metric.sum(dim=1)
 
-    def with_alpha(alpha):
+    def with_alpha(alpha: float) -> tuple[Tensor, Tensor]:
         below = cumulative <= (total * alpha).reshape(-1, 1)
         threshold = values.gather(1, below.sum(dim=1, keepdim=True) - 1)
         mask = metric <= threshold
@@ -56,7 +63,17 @@ def published_wanda(weight, mean_square, ratio, prune_n, prune_m, use_variant=Fa
     return mask
 
 
-def published_column_update(weight, hessian, metric_of, ratio, prune_n, prune_m, fixed=None, block=128, damping=0.01):
+def published_column_update(
+    weight: Tensor,
+    hessian: Tensor,
+    metric_of: Callable[[Tensor, Tensor, slice], Tensor],
+    ratio: float,
+    prune_n: int,
+    prune_m: int,
+    fixed: Tensor | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+) -> tuple[Tensor, Tensor]:
     """The loop that SparseGPT.fasterprune and AblateGPT.fasterprune share, in float64."""
     weight, hessian = weight.double().clone(), hessian.double().clone()
     dropped = torch.zeros_like(weight, dtype=torch.bool)

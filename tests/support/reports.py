@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from coprune.evaluation.zero_shot import Estimate, TaskComparison
-from coprune.report.schema import Report, ZeroShotFacts
+from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts
+from coprune.report.schema import Report
 
 
 def with_tasks(report: Report) -> Report:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coprune.model.blocks import find_blocks
@@ -38,7 +38,8 @@ def random_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.normal_(std=0.2)
-    return model.to(dtype)
+    nn.Module.to(model, dtype)
+    return model
 
 
 def save_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, shards: str = "100KB") -> PreTrainedModel:
@@ -57,7 +58,8 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def load_clean(folder: Path) -> PreTrainedModel:
     """Load with transformers; fails if a key is missing, unexpected or of another shape."""
     with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert not any(info.values()), info
     return model.eval()
 

@@ -78,7 +78,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """O × I, a view."""
-        weight: Tensor = self.module.weight.detach()
+        weight = self.module.get_parameter("weight").detach()
         return weight.T if isinstance(self.module, Conv1D) else weight.flatten(1)
 
     def rows(self, x: Tensor) -> Tensor:

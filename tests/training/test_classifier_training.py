@@ -1,18 +1,22 @@
 """Fine-tuning of image classifiers: the same run as for text, with the same promises."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.training.masks import find_masks
 from coprune.training.run import finetune, merge_saved
-from coprune.training.settings import make_settings
+from coprune.training.settings import FinetuneSettings, make_settings
 from support.commands import run_command
 from support.pico_images import pico_pixels, save_classifier
 from support.pruned import StoppedAt
@@ -23,30 +27,30 @@ QUIET = Reporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pico classifiers, pruned to 2:4 by magnitude."""
     folder = tmp_path_factory.mktemp("classifiers")
     for family in FAMILIES:
         source = save_classifier(family, folder / "dense" / family)
-        options = {"pattern": "2:4", "layer_error": False, "evaluate": False, "quiet": True}
+        options: dict[str, Any] = {"pattern": "2:4", "layer_error": False, "evaluate": False, "quiet": True}
         coprune.prune(source, "magnitude", save_model=folder / family, **options)
     return folder
 
 
-def settings(home, folder, family="vit", **changes):
+def settings(home: Path, folder: Path, family: str = "vit", **changes: Any) -> FinetuneSettings:
     fast = {"max_steps": 6, "max_samples": 64, "batch_size": 8, "learning_rate": 2e-3, "evaluations": 1}
     data = {"dataset": "digits", "eval_images": 60, "device": "cpu"}
     return make_settings({"model": str(home / family), "mode": "dense", "save": folder, **fast, **data, **changes})
 
 
-def load(folder):
+def load(folder: Path) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize(
     ("family", "mode"), [(f, m) for f in FAMILIES for m in MODES if (f, m) != ("convnext", "lora")]
 )
-def test_every_mode_keeps_every_zero_of_a_classifier(home, tmp_path, family, mode):
+def test_every_mode_keeps_every_zero_of_a_classifier(home: Path, tmp_path: Path, family: str, mode: str) -> None:
     teacher = {"teacher": str(home / "dense" / family), "text_weight": 0.5} if mode == "distill" else {}
     report = finetune(settings(home, tmp_path / "run", family, mode=mode, **teacher), QUIET)
     before, after = load(home / family), load(tmp_path / "run" / "model")
@@ -76,8 +80,8 @@ def test_every_mode_keeps_every_zero_of_a_classifier(home, tmp_path, family, mod
             torch.testing.assert_close(again(pixels), after(pixel_values=pixels).logits)
 
 
-def test_a_classifier_learns_the_digits(home, tmp_path):
-    changes = {"max_steps": 150, "max_samples": None, "batch_size": 32, "eval_images": 300}
+def test_a_classifier_learns_the_digits(home: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_steps": 150, "max_samples": None, "batch_size": 32, "eval_images": 300}
     report = finetune(settings(home, tmp_path / "run", **changes), QUIET)
     (accuracy,) = report.accuracy
     assert accuracy.before_top1 < 0.3
@@ -86,7 +90,7 @@ def test_a_classifier_learns_the_digits(home, tmp_path):
     assert report.sparsity_after == 0.5
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(home, tmp_path):
+def test_an_interrupted_training_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:
     finetune(settings(home, tmp_path / "whole", save_every=2), QUIET)
     with pytest.raises(KeyboardInterrupt):
         finetune(settings(home, tmp_path / "cut", save_every=2), StoppedAt(0.6))
@@ -95,14 +99,16 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(home, tmp_path):
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
 
 
-def test_a_masked_adapter_of_a_classifier_is_merged_from_its_folder(home, tmp_path):
+def test_a_masked_adapter_of_a_classifier_is_merged_from_its_folder(home: Path, tmp_path: Path) -> None:
     finetune(settings(home, tmp_path / "run", mode="lora"), QUIET)
     merge_saved(str(home / "vit"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
     expected, found = load(tmp_path / "run" / "model").state_dict(), load(tmp_path / "merged").state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
-def test_pruning_and_fine_tuning_in_one_command(home, tmp_path, monkeypatch, capsys):
+def test_pruning_and_fine_tuning_in_one_command(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["prune", str(home / "dense" / "convnext"), "-m", "wanda", "-p", "2:4", "--dataset", "digits"]
     command += ["--nsamples", "16", "--eval-images", "40", "--device", "cpu", "--save", str(tmp_path / "run")]
     ended = run_command([*command, "--finetune", "dense", "--finetune-minutes", "0.02"], monkeypatch, capsys)
@@ -126,7 +132,9 @@ def test_pruning_and_fine_tuning_in_one_command(home, tmp_path, monkeypatch, cap
         ({"train": ["nothing"]}, "matches no parameter"),
     ],
 )
-def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(home, tmp_path, changes, message):
+def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
+    home: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     family = changes.get("model", "vit")
     given = settings(home, tmp_path / "run", family).model_dump(exclude_unset=True)
     given |= {"teacher": str(home / "dense" / "vit")} if changes.get("mode") == "distill" else {}
@@ -136,10 +144,10 @@ def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(home,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_of_other_classes_is_refused(home, tmp_path):
+def test_a_teacher_of_other_classes_is_refused(home: Path, tmp_path: Path) -> None:
     teacher = load(home / "dense" / "transformers convnext")
     teacher.config.num_labels = 7
-    teacher.classifier = torch.nn.Linear(teacher.classifier.in_features, 7)
+    teacher.classifier = torch.nn.Linear(teacher.config.hidden_size, 7)
     teacher.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "preprocessor_config.json").write_bytes(
         (home / "dense" / "transformers convnext" / "preprocessor_config.json").read_bytes()

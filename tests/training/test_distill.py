@@ -1,9 +1,15 @@
 """Distillation's losses against their formulas, and the teacher that is run ahead."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.training.distill import Distillation, divergence, divergence_of_top, hidden_error
@@ -11,21 +17,22 @@ from coprune.training.teacher_cache import TeacherCache
 from support.pico import pico_model, pico_tokens
 
 
-def pair(seed=0, vocabulary=20):
+def pair(seed: int = 0, vocabulary: int = 20) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(2, 5, vocabulary, generator=generator) * 3 for _ in range(2)]
 
 
-def batch(tokens):
+def batch(tokens: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def top_of(teacher, k, temperature):
-    return torch.log_softmax(teacher / temperature, dim=-1).topk(k, dim=-1)
+def top_of(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    values, indices = torch.log_softmax(teacher / temperature, dim=-1).topk(k, dim=-1)
+    return values, indices
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_divergence_is_the_formula(temperature):
+def test_divergence_is_the_formula(temperature: float) -> None:
     student, teacher = pair()
     p, q = (torch.softmax(logits.double() / temperature, dim=-1) for logits in (teacher, student))
     expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()
@@ -35,7 +42,9 @@ def test_divergence_is_the_formula(temperature):
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 19), st.sampled_from([1.0, 2.0]))
-def test_divergence_of_the_likeliest_bounds_the_whole_from_below_and_grows(seed, k, temperature):
+def test_divergence_of_the_likeliest_bounds_the_whole_from_below_and_grows(
+    seed: int, k: int, temperature: float
+) -> None:
     student, teacher = pair(seed)
     whole = float(divergence(student, teacher, temperature))
     some, more = (float(divergence_of_top(student, *top_of(teacher, n, temperature), temperature)) for n in (k, k + 1))
@@ -43,14 +52,14 @@ def test_divergence_of_the_likeliest_bounds_the_whole_from_below_and_grows(seed,
     assert more <= whole + 1e-4
 
 
-def test_divergence_of_all_is_the_whole():
+def test_divergence_of_all_is_the_whole() -> None:
     student, teacher = pair()
     assert float(divergence_of_top(student, *top_of(teacher, 20, 2.0), 2.0)) == pytest.approx(
         float(divergence(student, teacher, 2.0)), rel=1e-4
     )
 
 
-def test_hidden_error_weighs_tokens_by_their_own_size():
+def test_hidden_error_weighs_tokens_by_their_own_size() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(1, 3, 8, generator=generator)
     dense[:, 0] *= 1000
@@ -58,7 +67,7 @@ def test_hidden_error_weighs_tokens_by_their_own_size():
     assert float(hidden_error([student, dense], [dense, dense])) == pytest.approx(0.01 / 2, rel=1e-4)
 
 
-def test_the_gradient_leads_toward_the_teacher():
+def test_the_gradient_leads_toward_the_teacher() -> None:
     teacher, student = pico_model("llama"), pico_model("llama", seed=1).requires_grad_(True)
     objective = Distillation(teacher, 2.0, 1.0, 1.0, 0.5)
     inputs, windows = batch(pico_tokens(2, 16)), torch.arange(2)
@@ -74,7 +83,7 @@ def test_the_gradient_leads_toward_the_teacher():
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_teacher_run_ahead_says_what_the_teacher_says(tmp_path):
+def test_a_teacher_run_ahead_says_what_the_teacher_says(tmp_path: Path) -> None:
     teacher, student = pico_model("llama"), pico_model("llama", seed=1)
     tokens = pico_tokens(35, 8)  # more than one file
     cache = TeacherCache(tmp_path)
@@ -85,12 +94,12 @@ def test_a_teacher_run_ahead_says_what_the_teacher_says(tmp_path):
     assert float(ahead) == pytest.approx(float(beside), rel=1e-3)
 
 
-def test_an_interrupted_pass_of_the_teacher_goes_on(tmp_path):
+def test_an_interrupted_pass_of_the_teacher_goes_on(tmp_path: Path) -> None:
     teacher, tokens = pico_model("llama"), pico_tokens(40, 8)
     TeacherCache(tmp_path / "whole").fill(teacher, tokens, 5, 2.0, torch.device("cpu"))
     calls = []
 
-    def stop(*_):
+    def stop(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 36:
             raise KeyboardInterrupt
@@ -108,6 +117,6 @@ def test_an_interrupted_pass_of_the_teacher_goes_on(tmp_path):
         assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
 
 
-def test_more_than_the_vocabulary_is_refused(tmp_path):
+def test_more_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="above the teacher's vocabulary of 256"):
         TeacherCache(tmp_path).fill(pico_model("llama"), pico_tokens(2, 8), 257, 1.0, torch.device("cpu"))

@@ -1,7 +1,12 @@
 """Pruned weights stay zero under any optimiser, and so does its state there."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 from transformers.optimization import Adafactor
 
 from coprune.training.hold_zeros import hold_zeros
@@ -12,11 +17,11 @@ from support.pruned import pruned_model, zeros_of
 class Leaking(torch.optim.Optimizer):
     """An optimiser that moves every weight, whatever its gradient."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.add_(0.01)
@@ -30,7 +35,7 @@ OPTIMIZERS = {
 }
 
 
-def train(model, optimizer, steps=4):
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
     for step in range(steps):
         for part in range(2):
             generator = torch.Generator().manual_seed(10 * step + part)
@@ -42,7 +47,7 @@ def train(model, optimizer, steps=4):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_the_mask_is_the_same_bit_for_bit_after_training(name, family):
+def test_the_mask_is_the_same_bit_for_bit_after_training(name: str, family: str) -> None:
     model = pruned_model(family).requires_grad_(True)
     masks = find_masks(model)
     before, weights = zeros_of(model), {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -60,7 +65,7 @@ def test_the_mask_is_the_same_bit_for_bit_after_training(name, family):
                 assert not bool(state[pruned].any())
 
 
-def test_without_it_the_zeros_are_lost():
+def test_without_it_the_zeros_are_lost() -> None:
     model = pruned_model().requires_grad_(True)
     masks = find_masks(model)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -69,7 +74,7 @@ def test_without_it_the_zeros_are_lost():
     assert all(bool(parameters[name][pruned].any()) for name, pruned in masks.pruned.items())
 
 
-def test_masked_gradients_are_not_part_of_the_clipped_norm():
+def test_masked_gradients_are_not_part_of_the_clipped_norm() -> None:
     model = pruned_model().requires_grad_(True)
     masks = find_masks(model)
     hold_zeros(model, OPTIMIZERS["sgd"](model.parameters()), masks)
@@ -77,5 +82,6 @@ def test_masked_gradients_are_not_part_of_the_clipped_norm():
     model(input_ids=tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
         if name in masks.pruned:
+            assert parameter.grad is not None
             assert not bool(parameter.grad[masks.pruned[name]].any())
             assert bool(parameter.grad[~masks.pruned[name]].any())

@@ -1,11 +1,16 @@
 """Masked LoRA: its product and gradients, merging, and adapters in PEFT's format."""
 
+from __future__ import annotations
+
 import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.nn import functional
 
 from coprune.base.errors import BadInput
@@ -20,13 +25,13 @@ from coprune.training.adapters import (
     save_adapter,
 )
 from coprune.training.masked_lora import MaskedProduct
-from coprune.training.masks import find_masks
+from coprune.training.masks import Masks, find_masks
 from support.pruned import pruned_model, zeros_of
 
 TOKENS = torch.arange(64).reshape(2, 32) * 7 % 1002
 
 
-def adapted(family="llama", masked=True, rank=4, trained=True):
+def adapted(family: str = "llama", masked: bool = True, rank: int = 4, trained: bool = True) -> tuple[Any, Masks]:
     """A pruned model with adapters whose B is no longer zero."""
     model = pruned_model(family)
     masks = find_masks(model)
@@ -40,13 +45,13 @@ def adapted(family="llama", masked=True, rank=4, trained=True):
     return peft.eval(), masks
 
 
-def logits_of(model):
+def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 8, 2**22])
-def test_product_and_gradients_are_those_of_the_formula(rows_at_once, monkeypatch):
+def test_product_and_gradients_are_those_of_the_formula(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_lora, "_ROW_VALUES", rows_at_once * 16)
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(24, 16, generator=generator) > 0.6
@@ -55,7 +60,7 @@ def test_product_and_gradients_are_those_of_the_formula(rows_at_once, monkeypatc
     a = torch.randn(3, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     b = torch.randn(24, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 24, generator=generator, dtype=torch.float64)
-    ours = MaskedProduct.apply(x, weight, a, b, 0.7)
+    ours = MaskedProduct.apply(x, weight, a, b, 0.7)  # type: ignore[no-untyped-call]
     plain = functional.linear(x, weight + 0.7 * (b @ a) * keep)
     torch.testing.assert_close(ours, plain)
     expected = torch.autograd.grad(plain, (x, a, b), target)
@@ -63,7 +68,7 @@ def test_product_and_gradients_are_those_of_the_formula(rows_at_once, monkeypatc
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_merging_keeps_every_zero_and_the_logits(family):
+def test_merging_keeps_every_zero_and_the_logits(family: str) -> None:
     peft, masks = adapted(family)
     pruned = pruned_model(family)
     unmerged = logits_of(peft)
@@ -75,14 +80,14 @@ def test_merging_keeps_every_zero_and_the_logits(family):
     torch.testing.assert_close(logits_of(merged), unmerged, rtol=1e-5, atol=1e-5 * float(unmerged.abs().max()))
 
 
-def test_plain_adapters_fill_the_zeros_when_merged():
+def test_plain_adapters_fill_the_zeros_when_merged() -> None:
     peft, masks = adapted(masked=False)
     merged = zeros_of(peft.merge_and_unload())
     filled = sum(int((pruned & ~merged[name]).sum()) for name, pruned in masks.pruned.items())
     assert filled > 0.99 * sum(entry.zeros for entry in masks.matrices)
 
 
-def test_unmerging_and_disabling_give_the_pruned_model_back():
+def test_unmerging_and_disabling_give_the_pruned_model_back() -> None:
     peft, _ = adapted()
     plain, unmerged = logits_of(pruned_model()), logits_of(peft)
     with peft.disable_adapter():
@@ -92,7 +97,7 @@ def test_unmerging_and_disabling_give_the_pruned_model_back():
     torch.testing.assert_close(logits_of(peft), unmerged, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_adapters_are_trained_and_under_autocast_too():
+def test_only_the_adapters_are_trained_and_under_autocast_too() -> None:
     peft, _ = adapted(trained=False)
     with torch.autocast("cpu", torch.bfloat16):
         loss = peft(input_ids=TOKENS, labels=TOKENS).loss
@@ -104,7 +109,7 @@ def test_only_the_adapters_are_trained_and_under_autocast_too():
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_saved_adapters_are_loaded_again(masked, tmp_path):
+def test_saved_adapters_are_loaded_again(masked: bool, tmp_path: Path) -> None:
     peft, masks = adapted(masked=masked)
     save_adapter(peft, tmp_path / "adapter", "card")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
@@ -118,7 +123,7 @@ def test_saved_adapters_are_loaded_again(masked, tmp_path):
         save_adapter(peft, tmp_path / "adapter", "card")
 
 
-def test_peft_alone_reads_the_files_and_warns(tmp_path):
+def test_peft_alone_reads_the_files_and_warns(tmp_path: Path) -> None:
     peft, _ = adapted()
     save_adapter(peft, tmp_path / "adapter", "card")
     with warnings.catch_warnings(record=True) as caught:
@@ -127,7 +132,7 @@ def test_peft_alone_reads_the_files_and_warns(tmp_path):
     assert any("coprune_masks" in str(warning.message) for warning in caught)
 
 
-def test_saved_masked_adapters_merge_and_plain_ones_do_not(tmp_path):
+def test_saved_masked_adapters_merge_and_plain_ones_do_not(tmp_path: Path) -> None:
     peft, masks = adapted()
     save_adapter(peft, tmp_path / "masked", "card")
     merged = merge_adapter(pruned_model(), masks, tmp_path / "masked")
@@ -138,7 +143,7 @@ def test_saved_masked_adapters_merge_and_plain_ones_do_not(tmp_path):
         merge_adapter(pruned_model(), masks, tmp_path / "plain")
 
 
-def test_an_adapter_from_another_model_is_refused(tmp_path):
+def test_an_adapter_from_another_model_is_refused(tmp_path: Path) -> None:
     peft, _ = adapted()
     folder = tmp_path / "adapter"
     save_adapter(peft, folder, "card")
@@ -161,7 +166,7 @@ def test_an_adapter_from_another_model_is_refused(tmp_path):
         load_adapter(pruned_model(), find_masks(pruned_model()), tmp_path)
 
 
-def test_a_rank_above_the_width_is_refused():
+def test_a_rank_above_the_width_is_refused() -> None:
     masks = find_masks(pruned_model())
     with pytest.raises(BadInput, match=r"rank 33 is above the width.*k_proj.*at most 32"):
         choose_targets(masks, (), 33)

@@ -1,5 +1,7 @@
 """Masks from a checkpoint's zeros: found, and verified."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from support.pruned import pruned_model, zeros_of
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_masks_are_exactly_the_zeros_of_the_pruned_matrices(family):
+def test_masks_are_exactly_the_zeros_of_the_pruned_matrices(family: str) -> None:
     model = pruned_model(family)
     masks = find_masks(model)
     zeros = zeros_of(model)
@@ -23,13 +25,13 @@ def test_masks_are_exactly_the_zeros_of_the_pruned_matrices(family):
     assert {entry.pattern for entry in masks.matrices} == {NM(2, 4), Unstructured()}
 
 
-def test_a_dense_model_has_no_mask():
+def test_a_dense_model_has_no_mask() -> None:
     with pytest.raises(BadInput, match=r"dense.*prune it first"):
         find_masks(pico_model("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_verification_names_the_matrix_in_which_a_zero_is_lost(family):
+def test_verification_names_the_matrix_in_which_a_zero_is_lost(family: str) -> None:
     model = pruned_model(family)
     masks = find_masks(model)
     masks.verify(plain_parameters(model))
@@ -43,7 +45,7 @@ def test_verification_names_the_matrix_in_which_a_zero_is_lost(family):
         stored[row, column] = 0
 
 
-def test_a_kept_weight_may_become_zero():
+def test_a_kept_weight_may_become_zero() -> None:
     model = pruned_model()
     masks = find_masks(model)
     stored = masks.matrices[1].matrix.stored()
@@ -51,7 +53,7 @@ def test_a_kept_weight_may_become_zero():
     masks.verify(plain_parameters(model))
 
 
-def test_parameters_are_selected_by_pattern():
+def test_parameters_are_selected_by_pattern() -> None:
     model = pruned_model()
     chosen = list(select_parameters(model, ("*.q_proj", "*norm.weight")))
     names = {name for name, parameter in model.named_parameters() if any(parameter is c for c in chosen)}

@@ -1,13 +1,14 @@
 """The learning rate along a training, and a training that ends with the time."""
 
+from __future__ import annotations
+
 import pytest
 
-from coprune.training import pace
 from coprune.training.pace import Pace, rate_at
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_the_rate_rises_and_then_falls(schedule):
+def test_the_rate_rises_and_then_falls(schedule: str) -> None:
     rates = [rate_at(i / 100, schedule, 0.1) for i in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10] == pytest.approx(1)
@@ -17,9 +18,9 @@ def test_the_rate_rises_and_then_falls(schedule):
     assert rates[55] == pytest.approx(1 if schedule == "constant" else 0.5)
 
 
-def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch):
+def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("coprune.training.pace.time.perf_counter", lambda: now)
     measured = Pace(minutes=1)
     measured.start(seconds_before=12)
     now = 118.0

@@ -1,11 +1,15 @@
 """Whole runs on a tiny model: every mode keeps every zero, resumes bit for bit, and refuses what it cannot do."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from coprune.base.errors import BadInput, BrokenMask, NumericalError
@@ -30,7 +34,7 @@ QUIET = Reporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save(pruned_model(num_hidden_layers=2), folder / "llama")
     save(pruned_model("gpt2", n_layer=2), folder / "gpt2")
@@ -40,11 +44,11 @@ def home(tmp_path_factory):
     return folder
 
 
-def run(home, folder, family="llama", reporter=QUIET, **changes):
+def run(home: Path, folder: Path, family: str = "llama", reporter: Reporter = QUIET, **changes: Any) -> Any:
     return finetune(make_settings(settings_for(folder, home / family, home / "text.txt", **changes)), reporter)
 
 
-def weights_of(folder: Path):
+def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
@@ -58,7 +62,9 @@ MODES = [
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
 @pytest.mark.parametrize(("mode", "more"), MODES)
-def test_every_mode_keeps_every_zero(home, tmp_path, mode, more, optimizer):
+def test_every_mode_keeps_every_zero(
+    home: Path, tmp_path: Path, mode: str, more: dict[str, Any], optimizer: str
+) -> None:
     if optimizer != "adamw" and mode == "distill" and "bf16" in more:
         pytest.skip("one optimiser is enough in bfloat16")
     more = {**more, "teacher": str(home / "dense")} if mode == "distill" else more
@@ -80,7 +86,7 @@ def test_every_mode_keeps_every_zero(home, tmp_path, mode, more, optimizer):
     assert not (tmp_path / "run" / "training").exists()
 
 
-def test_training_teaches_and_the_report_tells(home, tmp_path):
+def test_training_teaches_and_the_report_tells(home: Path, tmp_path: Path) -> None:
     report = run(
         home,
         tmp_path / "run",
@@ -101,7 +107,7 @@ def test_training_teaches_and_the_report_tells(home, tmp_path):
     assert "2:4" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_lora_leaves_an_adapter_that_merges_to_the_saved_model(home, tmp_path):
+def test_lora_leaves_an_adapter_that_merges_to_the_saved_model(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "run", mode="lora")
     merge_saved(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
     saved, merged = weights_of(tmp_path / "run" / "model"), weights_of(tmp_path / "merged")
@@ -116,7 +122,7 @@ def test_lora_leaves_an_adapter_that_merges_to_the_saved_model(home, tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_plain_adapters_stay_unmerged(home, tmp_path):
+def test_plain_adapters_stay_unmerged(home: Path, tmp_path: Path) -> None:
     report = run(home, tmp_path / "run", mode="lora", masked=False, dropout=0.1)
     assert report.saved_model is None
     assert not (tmp_path / "run" / "model").exists()
@@ -125,7 +131,7 @@ def test_plain_adapters_stay_unmerged(home, tmp_path):
         merge_saved(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
 
 
-def test_only_what_is_named_is_trained(home, tmp_path):
+def test_only_what_is_named_is_trained(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "run", mode="dense", train=("*.v_proj",))
     before, after = weights_of(home / "llama"), weights_of(tmp_path / "run" / "model")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -133,8 +139,17 @@ def test_only_what_is_named_is_trained(home, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "mode"), [("gpt2", "dense"), ("mixtral", "dense"), ("llama", "lora")])
-def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(home, tmp_path, family, mode):
-    more = {"mode": mode, "save_every": 2, "max_steps": 5, "evaluations": 2, "held_out": 0.1, "weight_decay": 0.1}
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(
+    home: Path, tmp_path: Path, family: str, mode: str
+) -> None:
+    more: dict[str, Any] = {
+        "mode": mode,
+        "save_every": 2,
+        "max_steps": 5,
+        "evaluations": 2,
+        "held_out": 0.1,
+        "weight_decay": 0.1,
+    }
     whole = run(home, tmp_path / "whole", family, **more)
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path / "cut", family, StoppedAt(0.6), **more)
@@ -150,8 +165,10 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(home, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["lora", "dense"])
-def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(home, tmp_path, mode, monkeypatch):
-    def killed(*_):
+def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
+    home: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -166,8 +183,15 @@ def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
     assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(tmp_path / "run" / "model").items())
 
 
-def test_early_stop_keeps_the_best_state(home, tmp_path):
-    more = {"mode": "dense", "learning_rate": 0.3, "max_steps": 20, "evaluations": 20, "held_out": 0.1, "patience": 3}
+def test_early_stop_keeps_the_best_state(home: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "mode": "dense",
+        "learning_rate": 0.3,
+        "max_steps": 20,
+        "evaluations": 20,
+        "held_out": 0.1,
+        "patience": 3,
+    }
     report = run(home, tmp_path / "run", "mixtral", **more)
     losses = [point.loss for point in report.held_out]
     best = losses.index(min(losses))
@@ -181,7 +205,7 @@ def test_early_stop_keeps_the_best_state(home, tmp_path):
     assert losses[-1] > losses[best] * 1.001
 
 
-def test_time_ends_a_training(home, tmp_path):
+def test_time_ends_a_training(home: Path, tmp_path: Path) -> None:
     report = run(home, tmp_path / "run", mode="lora", max_steps=None, minutes=0.02)
     assert report.steps >= 1
     assert report.curve[-1].seconds < 60
@@ -234,7 +258,7 @@ def run_script(folder: Path, script: str, *arguments: str) -> None:
     run_together(torchrun(2, str(path), *arguments))
 
 
-def test_two_processes_follow_the_same_curve_as_one(home, tmp_path):
+def test_two_processes_follow_the_same_curve_as_one(home: Path, tmp_path: Path) -> None:
     alone = run(home, tmp_path / "one", mode="dense", batch_size=2, accumulate=2, weight_decay=0.1)
     together = settings_for(
         tmp_path / "two", home / "llama", home / "text.txt", mode="dense", accumulate=2, weight_decay=0.1, batch_size=1
@@ -246,11 +270,11 @@ def test_two_processes_follow_the_same_curve_as_one(home, tmp_path):
     assert both["sparsity_after"] == alone.sparsity_before
 
 
-def test_sharded_parameters_have_their_masks_sharded_alike(home, tmp_path):
+def test_sharded_parameters_have_their_masks_sharded_alike(home: Path, tmp_path: Path) -> None:
     run_script(tmp_path, SHARDED_PARAMETERS, str(home / "llama"))
 
 
-def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home, tmp_path):
+def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="Prune it first"):
         run(home, tmp_path / "run", "dense")
     with pytest.raises(BadInput, match="rank 65 is above the width"):
@@ -264,12 +288,12 @@ def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home, tmp_path
         run(home, tmp_path / "run")
 
 
-def short(folder):
+def short(folder: Path) -> Path:
     return write_text(folder / "short.txt", 200)
 
 
-def test_pruning_and_fine_tuning_in_one_run(home, tmp_path):
-    settings = {
+def test_pruning_and_fine_tuning_in_one_run(home: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
         "model": str(home / "dense"),
         "dataset": str(home / "text.txt"),
         "pattern": "2:4",
@@ -294,7 +318,7 @@ def test_pruning_and_fine_tuning_in_one_run(home, tmp_path):
         run_recipe(make_recipe(settings), reporter=QUIET)
 
 
-def test_two_processes_prune_and_fine_tune_in_one_run(home, tmp_path):
+def test_two_processes_prune_and_fine_tune_in_one_run(home: Path, tmp_path: Path) -> None:
     options = ["--dataset", str(home / "text.txt"), "--pattern", "2:4", "--seqlen", "16", "--nsamples", "4"]
     options += ["--device", "cpu", "--no-eval", "--save", str(tmp_path / "run"), "--finetune", "dense"]
     run_together(torchrun(2, "-m", "coprune", "prune", str(home / "dense"), *options, "--finetune-minutes", "0.01"))
@@ -303,13 +327,13 @@ def test_two_processes_prune_and_fine_tune_in_one_run(home, tmp_path):
     assert json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())["processes"] == 2
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(home, tmp_path):
+def test_a_teacher_of_another_vocabulary_is_refused(home: Path, tmp_path: Path) -> None:
     save(pico_model("llama", vocab_size=900), tmp_path / "other")
     with pytest.raises(BadInput, match="vocabulary of 900"):
         run(home, tmp_path / "run", mode="distill", teacher=str(tmp_path / "other"))
 
 
-def test_nothing_is_saved_once_a_zero_is_lost(home, tmp_path, monkeypatch):
+def test_nothing_is_saved_once_a_zero_is_lost(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pruned_model()
     masks = find_masks(model)
     matrix = masks.matrices[4].matrix
@@ -320,7 +344,7 @@ def test_nothing_is_saved_once_a_zero_is_lost(home, tmp_path, monkeypatch):
     # Neither is a state to resume from, if somebody's change of the weights escapes the optimiser.
     step = ZeroKeepingTrainer.training_step
 
-    def careless(self, model, *args):
+    def careless(self: ZeroKeepingTrainer, model: Any, *args: Any) -> Any:
         loss = step(self, model, *args)
         model.model.layers[0].mlp.up_proj.weight.data.add_(0.1)
         return loss
@@ -332,6 +356,6 @@ def test_nothing_is_saved_once_a_zero_is_lost(home, tmp_path, monkeypatch):
     assert not list((tmp_path / "run" / "training").glob("checkpoint-*/model.safetensors"))
 
 
-def test_a_loss_that_is_not_finite_ends_a_training(home, tmp_path):
+def test_a_loss_that_is_not_finite_ends_a_training(home: Path, tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match="not finite"):
         run(home, tmp_path / "run", mode="dense", optimizer="sgd", learning_rate=1e30, max_grad_norm=0)

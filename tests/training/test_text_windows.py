@@ -1,6 +1,10 @@
 """Training text: packed without padding, held out from its end, chosen with a seed."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +16,13 @@ from support.pruned import settings_for
 from support.words import word_tokenizer, words
 
 
-def read(tmp_path, path, **changes):
+def read(tmp_path: Path, path: Path, **changes: Any) -> Any:
     return read_training_text(
         make_settings(settings_for(tmp_path / "run", tmp_path, path, **changes)), word_tokenizer(), 8
     )
 
 
-def test_windows_are_the_text_in_order_and_its_end_is_held_out(tmp_path):
+def test_windows_are_the_text_in_order_and_its_end_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 805))
     text = read(tmp_path, path, evaluations=2, held_out=0.1)
@@ -31,7 +35,7 @@ def test_windows_are_the_text_in_order_and_its_end_is_held_out(tmp_path):
     assert read(tmp_path, path, evaluations=0).held_out is None
 
 
-def test_of_too_many_windows_random_ones_are_taken_with_the_seed(tmp_path):
+def test_of_too_many_windows_random_ones_are_taken_with_the_seed(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 800))
     first, again, other = (read(tmp_path, path, max_samples=10, seed=seed).train.tokens for seed in (0, 0, 1))
@@ -41,16 +45,16 @@ def test_of_too_many_windows_random_ones_are_taken_with_the_seed(tmp_path):
     assert bool((first[:, 0] % 8 == 0).all())
 
 
-def test_a_text_of_less_than_two_windows_is_refused(tmp_path):
+def test_a_text_of_less_than_two_windows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 15))
     with pytest.raises(BadInput, match=r"too short.*15 tokens.*two windows of 8"):
         read(tmp_path, path)
 
 
-def test_settings_that_make_no_sense_are_refused(tmp_path):
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     good = settings_for(tmp_path, tmp_path, tmp_path)
-    for changes, message in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"mode": "distill"}, "teacher=…"),
         ({"teacher": "x"}, "belongs to mode='distill'"),
         ({"mode": "distill", "teacher": "x", "top_k": 5, "hidden_weight": 1.0}, "leaves no hidden states"),
@@ -59,7 +63,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         ({"rank": 0}, "rank cannot be 0"),
         ({"save_model": tmp_path}, "the same"),
         ({"learning_rte": 1.0}, "did you mean 'learning_rate'"),
-    ]:
+    ]
+    for changes, message in refused:
         with pytest.raises(BadInput, match=message):
             make_settings({**good, **changes})
     assert json.loads(make_settings(good).model_dump_json())["mode"] == "lora"

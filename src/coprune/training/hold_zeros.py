@@ -26,7 +26,7 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
     for name, parameter in plain_parameters(model).items():
         if name in masks.pruned and parameter.requires_grad:
             keep = _like(~masks.pruned[name], parameter)
-            parameter.register_post_accumulate_grad_hook(_masked_gradient(keep))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(_masked_gradient(keep))
             held.append((parameter, keep))
 
     @torch.no_grad()

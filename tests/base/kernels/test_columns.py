@@ -19,12 +19,12 @@ NAMES = sorted(
 )
 
 
-def test_these_are_all_kernels():
+def test_these_are_all_kernels() -> None:
     assert NAMES == ["native", "torch", "triton"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_walks_as_published(name: str):
+def test_a_kernel_walks_as_published(name: str) -> None:
     if name == "native" and load_kernels() is None:
         pytest.skip("no C++ compiler")
     if name == "triton":
@@ -33,7 +33,7 @@ def test_a_kernel_walks_as_published(name: str):
         check(name)
 
 
-def test_the_native_kernel_of_every_instruction_set_does(level: str):
+def test_the_native_kernel_of_every_instruction_set_does(level: str) -> None:
     check("native")
 
 
@@ -54,12 +54,12 @@ except BadInput as error:
 """
 
 
-def test_triton_refuses_groups_that_are_no_power_of_two():
+def test_triton_refuses_groups_that_are_no_power_of_two() -> None:
     run_interpreted(REFUSED)
 
 
 @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
-def test_without_triton_the_option_says_what_is_missing():
+def test_without_triton_the_option_says_what_is_missing() -> None:
     with pytest.raises(BadInput, match="pip install triton"):
         SparseGPT(inner_loop="triton")
     with pytest.raises(BadInput, match="no kernel 'triton' for walk_columns"):

@@ -17,7 +17,7 @@ from coprune.base.kernels.table import KERNELS, Operation, kernel
 CPU = torch.device("cpu")
 
 
-def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device():
+def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device() -> None:
     assert set(KERNELS) == {(operation, kind) for operation in get_args(Operation) for kind in get_args(Kind)}
     for found in KERNELS.values():
         assert any(one.there is table.always for one in found)
@@ -25,18 +25,18 @@ def test_every_operation_has_a_kernel_that_needs_nothing_on_every_kind_of_device
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("cuda:1", "cuda"), ("mps", "other"), ("meta", "other")])
-def test_devices_are_of_a_kind(device: str, kind: str):
+def test_devices_are_of_a_kind(device: str, kind: str) -> None:
     assert kind_of(torch.device(device)) == kind
     assert in_host_memory(torch.device(device)) == (kind == "cpu")
 
 
-def test_what_is_asked_about_a_cpu():
+def test_what_is_asked_about_a_cpu() -> None:
     synchronize(CPU)
     assert capability(CPU) == (0, 0)
     assert describe(CPU) == "cpu"
 
 
-def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch):
+def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.base.native.build.load_kernels", lambda: None)
     for operation in ("walk_columns", "add_to_gram"):
         assert kernel(operation, CPU) is kernel(operation, CPU, "torch")
@@ -45,7 +45,7 @@ def test_without_native_code_torch_is_taken(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_both_find_the_smallest(dtype: torch.dtype):
+def test_both_find_the_smallest(dtype: torch.dtype) -> None:
     score = torch.randint(0, 20, (7, 30), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = score.sort(dim=1).values
     for position in (1, 15, 30):
@@ -55,7 +55,7 @@ def test_both_find_the_smallest(dtype: torch.dtype):
 
 @pytest.mark.parametrize("size", [64, 128, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_add_to_the_same_half(size: int, dtype: torch.dtype):
+def test_both_add_to_the_same_half(size: int, dtype: torch.dtype) -> None:
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = x.double().T @ x.double()
     assert [i for panel in panels(300, size) for i in range(300)[panel]] == list(range(300))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from support.triton_scripts import run_script
 
 SCRIPT = """
@@ -26,5 +28,5 @@ print("checked")
 """
 
 
-def test_kernels_compile_for_gpus(tmp_path):
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     run_script(SCRIPT, TRITON_CACHE_DIR=str(tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> NativeMat
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_equal_the_dense_ones(level: str, dtype: torch.dtype):
+def test_products_equal_the_dense_ones(level: str, dtype: torch.dtype) -> None:
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
 
     @settings(max_examples=60, deadline=None)
@@ -57,7 +59,7 @@ def test_products_equal_the_dense_ones(level: str, dtype: torch.dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_lies_behind_the_input_does_not_leak(level: str, dtype: torch.dtype):
+def test_what_lies_behind_the_input_does_not_leak(level: str, dtype: torch.dtype) -> None:
     weight = torch.zeros(8, 70, dtype=dtype)
     weight[:, ::3] = 1.0
     native = prepare(weight)
@@ -71,7 +73,7 @@ def test_what_lies_behind_the_input_does_not_leak(level: str, dtype: torch.dtype
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_the_rows(threads: int):
+def test_threads_share_the_rows(threads: int) -> None:
     weight = sparse(517, 640, 0.6, torch.float32, 0)
     native = prepare(weight)
     assert native is not None
@@ -86,11 +88,13 @@ def test_threads_share_the_rows(threads: int):
 
 
 @needs_kernels
-def test_threads_come_from_pytorchs_own_runtime():
+def test_threads_come_from_pytorchs_own_runtime() -> None:
     assert build._openmp_parallel() is not None
 
 
-def test_without_a_compiler_there_are_no_kernels_and_a_message(monkeypatch, tmp_path, caplog):
+def test_without_a_compiler_there_are_no_kernels_and_a_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("COPRUNE_CACHE", str(tmp_path))
@@ -98,7 +102,9 @@ def test_without_a_compiler_there_are_no_kernels_and_a_message(monkeypatch, tmp_
     assert "install g++ or clang++" in caplog.text
 
 
-def test_a_failing_compiler_is_reported(monkeypatch, tmp_path, caplog):
+def test_a_failing_compiler_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
     compiler.chmod(0o755)
@@ -108,6 +114,6 @@ def test_a_failing_compiler_is_reported(monkeypatch, tmp_path, caplog):
     assert "no such instruction" in caplog.text
 
 
-def test_kernels_can_be_turned_off(monkeypatch):
+def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COPRUNE_KERNELS", "0")
     assert load_kernels.__wrapped__() is None

@@ -51,7 +51,7 @@ def require_published(pruned: Pruned, weight: Tensor, gram: Tensor, target: Targ
 
 
 @needs_kernels
-def test_the_walk_over_columns_is_the_published_one(level: str):
+def test_the_walk_over_columns_is_the_published_one(level: str) -> None:
     @settings(max_examples=40, deadline=None)
     @given(
         st.integers(1, 75),
@@ -75,14 +75,16 @@ def test_the_walk_over_columns_is_the_published_one(level: str):
 
 @needs_kernels
 @pytest.mark.parametrize("target", [Target(NM(2, 4), 0.5), Target(Unstructured(), 0.5)])
-def test_weights_that_overflow_are_an_error(target: Target):
+def test_weights_that_overflow_are_an_error(target: Target) -> None:
     with pytest.raises(NumericalError):
         SparseGPT().prune(torch.full((3, 8), 3e38), gathered(64, 8), target)
 
 
 @needs_kernels
-def test_gram_matrices_of_bfloat16_are_exact_up_to_float32(level: str):
-    if load_kernels().coprune_gram_scratch(2, 2) == 0:
+def test_gram_matrices_of_bfloat16_are_exact_up_to_float32(level: str) -> None:
+    library = load_kernels()
+    assert library is not None
+    if library.coprune_gram_scratch(2, 2) == 0:
         pytest.skip("this level has no products of bfloat16")
 
     @settings(max_examples=40, deadline=None)
@@ -105,7 +107,7 @@ def test_gram_matrices_of_bfloat16_are_exact_up_to_float32(level: str):
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_nothing(threads: int):
+def test_threads_change_nothing(threads: int) -> None:
     """To the last bit, in what native code does: what torch multiplies and factorises around it is done once."""
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     weight = torch.randn(150, 200, generator=torch.Generator().manual_seed(1))
@@ -129,7 +131,7 @@ def test_threads_change_nothing(threads: int):
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch):
+def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "load_kernels", lambda: None)
     x = torch.randn(64, 16).to(torch.bfloat16)
     statistic = Gram(16)

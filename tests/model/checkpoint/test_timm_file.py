@@ -1,9 +1,15 @@
 """timm's architectures with weights in a file of one's own."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import coprune
 from coprune.base.errors import BadInput
@@ -14,7 +20,7 @@ NAME = "test_vit"  # timm's smallest
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     """A model of seven classes, and its weights in both kinds of file."""
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=7).eval()
@@ -25,7 +31,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("file", "dtype"), [("w.safetensors", torch.float32), ("half.pth", torch.float16)])
-def test_a_file_beside_the_name_is_a_model(trained, tmp_path, file, dtype):
+def test_a_file_beside_the_name_is_a_model(
+    trained: tuple[nn.Module, Path], tmp_path: Path, file: str, dtype: torch.dtype
+) -> None:
     model, folder = trained
     name = f"timm/{NAME}@{folder / file}"
     found = locate(name, tmp_path)
@@ -40,12 +48,17 @@ def test_a_file_beside_the_name_is_a_model(trained, tmp_path, file, dtype):
     assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]
 
 
-def test_it_is_pruned_by_that_name(trained, tmp_path):
+def test_it_is_pruned_by_that_name(trained: tuple[nn.Module, Path], tmp_path: Path) -> None:
     _, folder = trained
-    images = {"dataset": "digits", "nsamples": 4, "eval_images": 10, "eval_data": "digits"}
+    images: dict[str, Any] = {"dataset": "digits", "nsamples": 4, "eval_images": 10, "eval_data": "digits"}
     with pytest.raises(BadInput, match="only 7 classes"):
         coprune.prune(f"timm/{NAME}@{folder / 'w.safetensors'}", cache_dir=tmp_path, quiet=True, **images)
-    settings = {"pattern": "2:4", "evaluate": False, "cache_dir": tmp_path, "save_model": tmp_path / "out"}
+    settings: dict[str, Any] = {
+        "pattern": "2:4",
+        "evaluate": False,
+        "cache_dir": tmp_path,
+        "save_model": tmp_path / "out",
+    }
     report = coprune.prune(
         f"timm/{NAME}@{folder / 'w.safetensors'}", "magnitude", layer_error=False, quiet=True, **settings
     ).report
@@ -64,7 +77,9 @@ def test_it_is_pruned_by_that_name(trained, tmp_path):
         ("{folder}/w.safetensors", "timm/NAME@"),
     ],
 )
-def test_what_is_no_such_file_is_refused_and_leaves_nothing(trained, tmp_path, name, message):
+def test_what_is_no_such_file_is_refused_and_leaves_nothing(
+    trained: tuple[nn.Module, Path], tmp_path: Path, name: str, message: str
+) -> None:
     _, folder = trained
     (folder / "notes.txt").write_text("no weights")
     (folder / "cut.safetensors").write_bytes((folder / "w.safetensors").read_bytes()[:5000])

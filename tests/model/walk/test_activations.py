@@ -19,7 +19,7 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
-from support.walking import MOVES, prove
+from support.walking import MOVES, Propagation, prove
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 shapes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 33)), min_size=1, max_size=5)
@@ -53,7 +53,9 @@ def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> 
     assert torch.equal(activations[1], tensor)
 
 
-def prune_within(family: str, propagation: str, limit: int | None) -> tuple[dict[str, torch.Tensor], list[str], int]:
+def prune_within(
+    family: str, propagation: Propagation, limit: int | None
+) -> tuple[dict[str, torch.Tensor], list[str], int]:
     """The weights and masks of a pico model, pruned with activations within a limit, and their bytes on the disk."""
     model = pico_model(family)
     proven, hidden = prove(model, pico_tokens(1)), Activations(limit=limit)
@@ -71,7 +73,7 @@ def prune_within(family: str, propagation: str, limit: int | None) -> tuple[dict
     + [("sequential", family, 0) for family in FAMILIES | MIXTURES],
 )
 def test_pruning_is_bit_identical_with_activations_on_the_disk(
-    propagation: str, family: str, limit: int, monkeypatch: pytest.MonkeyPatch
+    propagation: Propagation, family: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paging, "SMALLEST", 256)
     state, masks, _ = prune_within(family, propagation, None)

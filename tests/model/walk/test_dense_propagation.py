@@ -1,30 +1,39 @@
 """Dense propagation: every block's statistics are the dense model's, whatever was pruned before it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
+from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
+from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
 from coprune.recipe.recipe import make_recipe
+from coprune.report.schema import Report
 from coprune.run.journal import Output
 from coprune.run.stages import run_recipe
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words
-from support.walking import MOVES, make_walk, prune_with_walk
+from support.walking import MOVES, Propagation, make_walk, prune_with_walk
 
 TWO_OF_FOUR = Target(NM(2, 4), 0.5)
 BATCHES = pico_tokens(6, 32).split(2)
 EVERYTHING = {"include": ["*.layers.*", "lm_head"]}
 
 
-def sums_of(walk, change=lambda matrix: None):
+def sums_of(walk: Walk, change: Callable[[Matrix], object] = lambda matrix: None) -> dict[str, Any]:
     """What the walk shows of every group, by the name of its first matrix."""
     found = {}
     for event in walk:
@@ -37,14 +46,14 @@ def sums_of(walk, change=lambda matrix: None):
     return found
 
 
-def weights_of(model):
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name.endswith("weight")}
 
 
 @pytest.mark.parametrize(("family", "statistic"), [("llama", Gram), ("gpt2", InputNorm), ("mixtral", InputMoments)])
-def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family, statistic):
+def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family: str, statistic: type[InputNorm]) -> None:
     choice = EVERYTHING if family == "llama" else {}
-    untied = {"tie_word_embeddings": False}
+    untied: dict[str, Any] = {"tie_word_embeddings": False}
     looked = sums_of(make_walk(pico_model(family, **untied), BATCHES, statistic, Dense(), **choice))
     emptied = make_walk(pico_model(family, **untied), BATCHES, statistic, Dense(), **choice)
     found = sums_of(emptied, lambda matrix: matrix.write(torch.zeros(matrix.shape)))
@@ -56,7 +65,7 @@ def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family, statist
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_what_is_pruned_before_a_block_does_not_matter(method):
+def test_what_is_pruned_before_a_block_does_not_matter(method: str) -> None:
     found = {}
     for propagation in ("dense", "block"):
         for exclude in ([], ["model.layers.0.*"]):
@@ -71,9 +80,10 @@ def test_what_is_pruned_before_a_block_does_not_matter(method):
     assert all(torch.equal(found["dense", False][name], found["block", False][name]) for name in first)
 
 
-def test_the_blocks_run_once():
-    for propagation, times in (("dense", 1), ("block", 2)):
-        model, calls = pico_model("llama"), []
+def test_the_blocks_run_once() -> None:
+    runs: list[tuple[Propagation, int]] = [("dense", 1), ("block", 2)]
+    for propagation, times in runs:
+        model, calls = pico_model("llama"), list[nn.Module]()
         walk = make_walk(model, BATCHES, InputNorm, MOVES[propagation])
         for block in walk.model.blocks:
             block.module.register_forward_pre_hook(lambda module, arguments, calls=calls: calls.append(module))
@@ -83,14 +93,14 @@ def test_the_blocks_run_once():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     save_pico(folder / "llama", tie_word_embeddings=False)
     write_words(folder / "words.txt")
     return folder
 
 
-def run(place: Path, out: Path, **changes):
+def run(place: Path, out: Path, **changes: Any) -> Report:
     settings = {
         "model": str(place / "llama"),
         "method": "sparsegpt",
@@ -107,18 +117,18 @@ def run(place: Path, out: Path, **changes):
     return run_recipe(make_recipe(settings | changes), reporter=Reporter(quiet=True)).report
 
 
-def checkpoint(out: Path):
+def checkpoint(out: Path) -> dict[str, bytes | None]:
     return {name: content for name, content in listing(out / "pruned").items() if name.endswith(".safetensors")}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_resumed_run_is_the_same(stream, place, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same(stream: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     include = ["*.layers.*", "lm_head"]
     report = run(place, tmp_path / "whole", stream=stream, include=include)
     write = Output.write_block
-    written = []
+    written: list[Any] = []
 
-    def interrupted(self, block, results):
+    def interrupted(self: Output, block: Any, results: Any) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(block.name)
@@ -136,7 +146,7 @@ def test_a_resumed_run_is_the_same(stream, place, tmp_path, monkeypatch):
     ]
 
 
-def test_streamed_is_the_same_as_in_memory(place, tmp_path):
+def test_streamed_is_the_same_as_in_memory(place: Path, tmp_path: Path) -> None:
     for stream in (True, False):
         run(place, tmp_path / str(stream), stream=stream)
     assert checkpoint(tmp_path / "True") == checkpoint(tmp_path / "False")

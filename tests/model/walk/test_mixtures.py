@@ -1,12 +1,19 @@
 """Mixtures of experts: every expert is pruned from the tokens routed to it, in whatever layout the family stores it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import coprune
 from coprune.model.blocks import find_blocks
-from coprune.model.matrices import find_matrices
+from coprune.model.matrices import Matrix, find_matrices
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target, parse_pattern
@@ -14,24 +21,24 @@ from support.pico import MIXTURES, pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.published import published_magnitude, published_wanda
 from support.saved import load_clean
-from support.walking import inputs_by_full_forwards, layers_of, prune_with_walk
+from support.walking import Propagation, inputs_by_full_forwards, layers_of, prune_with_walk
 
 TWO_OF_FOUR = Target(NM(2, 4), 0.5)
 BATCHES = pico_tokens(40, 32).split(8)
-PROPAGATIONS = ["block", "sequential"]
+PROPAGATIONS: list[Propagation] = ["block", "sequential"]
 
 
-def wanda(weight, x):
+def wanda(weight: Tensor, x: Tensor) -> Tensor:
     return weight.masked_fill(published_wanda(weight, x.square().mean(dim=0), 0.5, 2, 4), 0)
 
 
-def by_hand(experts, hidden, index):
+def by_hand(experts: Any, hidden: Tensor, index: Tensor) -> Iterator[tuple[int, Tensor, Callable[[], Tensor]]]:
     """What every expert's two products are multiplied with: (expert, gate_up input, function of gate_up → down input)."""
     transposed = getattr(experts, "is_transposed", False)
     for expert in range(experts.gate_up_proj.shape[0]):
         x = hidden[(index == expert).any(dim=1)]
 
-        def down_input(x=x, expert=expert):
+        def down_input(x: Tensor = x, expert: int = expert) -> Tensor:
             stored = experts.gate_up_proj[expert]
             if not transposed:
                 gate, up = (x @ stored.T).chunk(2, dim=-1)
@@ -44,13 +51,13 @@ def by_hand(experts, hidden, index):
         yield expert, x, down_input
 
 
-def weight_of(experts, attribute, expert):
+def weight_of(experts: nn.Module, attribute: str, expert: int) -> Tensor:
     stored = getattr(experts, attribute)[expert]
     return stored.T if getattr(experts, "is_transposed", False) else stored
 
 
 @torch.no_grad()
-def routed(model, experts):
+def routed(model: PreTrainedModel, experts: nn.Module) -> tuple[Tensor, Tensor]:
     """The hidden states and the chosen experts, as full forwards give them to a module of experts."""
     seen = []
     handle = experts.register_forward_pre_hook(
@@ -64,7 +71,7 @@ def routed(model, experts):
 
 
 @torch.no_grad()
-def oracle_masks(model, propagation):
+def oracle_masks(model: PreTrainedModel, propagation: Propagation) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Prune with full forwards and experts computed by hand; returns masks (out × in) and token counts by name."""
     kept, tokens = {}, {}
     for block in find_blocks(model):
@@ -94,13 +101,13 @@ def oracle_masks(model, propagation):
     return kept, tokens
 
 
-def matrices_of(model):
+def matrices_of(model: PreTrainedModel) -> dict[str, Matrix]:
     return {m.name: m for block in find_blocks(model) for m in find_matrices(block.module, block.name)}
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("family", MIXTURES)
-def test_every_expert_is_pruned_from_its_own_tokens(family, propagation):
+def test_every_expert_is_pruned_from_its_own_tokens(family: str, propagation: Propagation) -> None:
     model = pico_model(family)
     results = {r.name: r for r in prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TWO_OF_FOUR, propagation)}
     kept, tokens = oracle_masks(pico_model(family), propagation)
@@ -116,7 +123,7 @@ def test_every_expert_is_pruned_from_its_own_tokens(family, propagation):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_routers_are_left_alone(family):
+def test_routers_are_left_alone(family: str) -> None:
     model, dense = pico_model(family), pico_model(family)
     names = {r.name for r in prune_with_walk(model, BATCHES[:1], Solver(METHODS["wanda"]), TWO_OF_FOUR)}
     assert not any(name.endswith((".gate", ".router")) for name in names)
@@ -126,7 +133,7 @@ def test_routers_are_left_alone(family):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_and_pattern_prunes_experts(name):
+def test_every_method_and_pattern_prunes_experts(name: str) -> None:
     for target in (TWO_OF_FOUR, Target(parse_pattern("unstructured"), 0.625)):
         model = pico_model("mixtral", num_hidden_layers=1)
         results = prune_with_walk(model, BATCHES[:2], Solver(METHODS[name]), target, "sequential")
@@ -137,10 +144,10 @@ def test_every_method_and_pattern_prunes_experts(name):
         assert all(result.relative_layer_error is not None for result in experts)
 
 
-def starved(family):
+def starved(family: str) -> PreTrainedModel:
     """A mixture in whose first block nobody is routed to expert 2."""
     model = pico_model(family, num_experts_per_tok=1)
-    block = find_blocks(model)[0].module
+    block: Any = find_blocks(model)[0].module
     if family == "gpt_oss":
         block.mlp.router.bias[2] = -1e4
     else:
@@ -153,7 +160,9 @@ def starved(family):
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(family, propagation, method):
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(
+    family: str, propagation: Propagation, method: str
+) -> None:
     model = starved(family)
     dense = matrices_of(starved(family))
     results = prune_with_walk(model, BATCHES, Solver(METHODS[method]), TWO_OF_FOUR, propagation)
@@ -169,14 +178,14 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(family, propa
         assert any("magnitude" in event for event in result.events)
 
 
-def test_an_expert_with_few_tokens_leans_on_its_layers_average():
+def test_an_expert_with_few_tokens_leans_on_its_layers_average() -> None:
     model = pico_model("mixtral", num_hidden_layers=1)
     few = BATCHES[:1]
     tokens = few[0][:2]
     results = {r.name: r for r in prune_with_walk(model, [tokens], Solver(METHODS["wanda"]), TWO_OF_FOUR)}
     dense = pico_model("mixtral", num_hidden_layers=1)
     seen = []
-    experts = find_blocks(dense)[0].module.mlp.experts
+    experts: Any = find_blocks(dense)[0].module.mlp.experts
     experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
     with torch.no_grad():
         dense(input_ids=tokens)
@@ -195,7 +204,7 @@ def test_an_expert_with_few_tokens_leans_on_its_layers_average():
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("family", MIXTURES)
-def test_a_saved_mixture_reloads_clean(family, stream, tmp_path):
+def test_a_saved_mixture_reloads_clean(family: str, stream: bool, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model", family)
     data = write_words(tmp_path / "words.txt")
     result = coprune.prune(

@@ -1,69 +1,74 @@
 """What the walk cannot reproduce is refused by name before anything is changed."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.matrices import choose_matrices
 from coprune.model.walk.prove import prove_replay
-from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.proven import FoundModel, Structure
 from coprune.model.walk.record import replaced_forwards, run_without_blocks
 from support.toys import ToyModel
 
 TOKENS = torch.arange(12)[None]
 
 
-def prove(model):
+def prove(model: Any) -> Structure:
     blocks = find_blocks(model)
     return prove_replay(FoundModel(InMemory(model), blocks, choose_matrices(model, blocks)), TOKENS).structure
 
 
 class ChangesBetween(ToyModel):
-    def between(self, index, hidden):
+    def between(self, index: int, hidden: Tensor) -> Tensor:
         return hidden * 2 if index == 2 else hidden
 
 
 class RunsTwice(ToyModel):
-    def run_blocks(self, hidden):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
         return self.layers[0](self.layers[0](hidden))
 
 
 class Backwards(ToyModel):
-    def run_blocks(self, hidden):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
         for block in reversed(self.layers):
             hidden = block(hidden)
         return hidden
 
 
 class SkipsOne(ToyModel):
-    def run_blocks(self, hidden):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
         return self.layers[1](self.layers[0](hidden))
 
 
 class DependsOnEarlierBlocks(ToyModel):
-    def run_blocks(self, hidden):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
         for block in self.layers:
             hidden = block(hidden, scale=hidden.square().mean().sqrt())
         return hidden
 
 
 class AddsTheFirstHidden(ToyModel):
-    def run_blocks(self, hidden):
+    def run_blocks(self, hidden: Tensor) -> Tensor:
         return hidden + super().run_blocks(hidden)
 
 
 class NotANumber(ToyModel):
-    def between(self, index, hidden):
+    def between(self, index: int, hidden: Tensor) -> Tensor:
         return hidden / 0 if index == 1 else hidden
 
 
 class Random(ToyModel):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.layers[1].first = nn.Sequential(self.layers[1].first, nn.Dropout(0.5).train())
+        second: Any = self.layers[1]
+        second.first = nn.Sequential(second.first, nn.Dropout(0.5).train())
 
 
 REFUSED = {
@@ -77,7 +82,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(kind):
+def test_refused(kind: type[ToyModel]) -> None:
     model = kind()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedModel, match=REFUSED[kind]):
@@ -86,24 +91,24 @@ def test_refused(kind):
     assert not any("forward" in vars(block) for block in model.layers)
 
 
-def test_activations_that_are_not_finite_are_named():
+def test_activations_that_are_not_finite_are_named() -> None:
     with pytest.raises(NumericalError, match=r"layers\.1 of the dense model gives NaN or infinite"):
         prove(NotANumber())
 
 
-def test_what_the_head_is_given_may_hold_more_than_the_blocks_output():
+def test_what_the_head_is_given_may_hold_more_than_the_blocks_output() -> None:
     # The skip connection around all blocks is the model's own business: it is there again when the head is run.
     prove(AddsTheFirstHidden())
 
 
-def test_a_matrix_that_is_never_multiplied_is_named():
+def test_a_matrix_that_is_never_multiplied_is_named() -> None:
     model = ToyModel()
     model.layers[1].idle = nn.Linear(8, 8)
     with pytest.raises(UnsupportedModel, match=r"layers\.1\.idle takes part in no product"):
         prove(model)
 
 
-def test_groups_and_reuse():
+def test_groups_and_reuse() -> None:
     model = ToyModel()
     structure = prove(model)
     assert [[m.name for m in group] for group in structure.groups[1]] == [["layers.1.first"], ["layers.1.second"]]
@@ -112,7 +117,7 @@ def test_groups_and_reuse():
     assert prove(model).reused == ["layers.0.first"]
 
 
-def test_a_forward_that_a_tool_put_on_a_block_comes_back():
+def test_a_forward_that_a_tool_put_on_a_block_comes_back() -> None:
     model = ToyModel()
     own = model.layers[0].forward
     model.layers[0].forward = own
@@ -123,7 +128,7 @@ def test_a_forward_that_a_tool_put_on_a_block_comes_back():
     assert "forward" not in vars(model.layers[1])
 
 
-def test_recording_gives_the_first_hidden_states_and_every_call():
+def test_recording_gives_the_first_hidden_states_and_every_call() -> None:
     model = ToyModel()
     hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, prove(model).answers)
     assert torch.equal(hidden, model.embeddings(TOKENS))

@@ -1,9 +1,16 @@
 """Each allocation's formula against the paper's, written plainly."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from coprune.model.blocks import Block
+from coprune.model.matrices import Chosen
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.alpha import sparsities_by_exponent, tail_exponent
@@ -14,18 +21,18 @@ from coprune.pruning.allocation.plan import movement, plan_targets
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.pico import pico_model, pico_tokens
 from support.problems import correlated_layer
-from support.walking import inputs_by_full_forwards, layers_of, make_walk
+from support.walking import inputs_by_full_forwards, layers_of, make_walk, prove
 
 BATCHES = pico_tokens(16, 32).split(8)
 
 
-def plan(model, allocation, target):
+def plan(model: PreTrainedModel, allocation: str, target: Target) -> tuple[dict[str, Target], Sequence[Block], Chosen]:
     walk = make_walk(model, BATCHES)
     targets = plan_targets(allocation_named(allocation), walk.model, walk.recording, target)
     return targets, walk.model.blocks, walk.model.chosen
 
 
-def test_owl_keeps_more_where_there_are_more_outliers():
+def test_owl_keeps_more_where_there_are_more_outliers() -> None:
     model = pico_model("llama")
     with torch.no_grad():  # some blocks with outliers, in different numbers
         model.model.layers[1].mlp.gate_proj.weight[0, :40] *= 60
@@ -45,7 +52,7 @@ def test_owl_keeps_more_where_there_are_more_outliers():
         assert own == pytest.approx([sparsity] * len(own), abs=1 / 64)
 
 
-def test_shares_of_kept_weights_are_weighed_by_size():
+def test_shares_of_kept_weights_are_weighed_by_size() -> None:
     shares = torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64)
     counts = torch.tensor([100.0, 300.0, 50.0], dtype=torch.float64)
     kept = kept_by_outliers(shares, counts, 0.3, 0.08)
@@ -55,7 +62,7 @@ def test_shares_of_kept_weights_are_weighed_by_size():
     assert kept_by_outliers(torch.ones(3), counts, 0.3, 0.08).tolist() == pytest.approx([0.3] * 3)
 
 
-def test_the_tail_exponent_is_hills_estimate_over_the_larger_half():
+def test_the_tail_exponent_is_hills_estimate_over_the_larger_half() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 64, generator=generator)
     values = np.sort(np.linalg.svd(weight.double().numpy(), compute_uv=False) ** 2)
@@ -66,7 +73,7 @@ def test_the_tail_exponent_is_hills_estimate_over_the_larger_half():
     assert tail_exponent(3 * weight) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_heavier_tail_has_a_smaller_exponent_and_is_pruned_less():
+def test_a_heavier_tail_has_a_smaller_exponent_and_is_pruned_less() -> None:
     values = torch.arange(1, 33, dtype=torch.float64)
     heavy, light = torch.diag(values**-2).float(), torch.diag(values**-0.5).float()
     assert tail_exponent(heavy) < tail_exponent(light)
@@ -75,7 +82,7 @@ def test_a_heavier_tail_has_a_smaller_exponent_and_is_pruned_less():
     assert sparsities.tolist() == pytest.approx([0.35, 0.65])
 
 
-def test_what_scaling_would_lift_above_all_weights_goes_to_the_others():
+def test_what_scaling_would_lift_above_all_weights_goes_to_the_others() -> None:
     exponents = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
     counts = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
     sparsities = sparsities_by_exponent(exponents, counts, 0.85, 0.3)
@@ -84,7 +91,7 @@ def test_what_scaling_would_lift_above_all_weights_goes_to_the_others():
 
 
 @pytest.mark.parametrize("target", [Target(Unstructured(), 0.6), Target(NM(2, 4), 0.5)])
-def test_layer_errors_are_those_of_wandas_mask(target):
+def test_layer_errors_are_those_of_wandas_mask(target: Target) -> None:
     weight, x, statistic = correlated_layer()
     size, error = layer_errors(weight, statistic, [target], refit=0)
     score = weight.abs() * x.square().mean(dim=0).sqrt()
@@ -95,13 +102,13 @@ def test_layer_errors_are_those_of_wandas_mask(target):
     assert float(refitted) < 0.9 * float(error)
 
 
-def test_curves_are_the_convex_hull_from_below():
+def test_curves_are_the_convex_hull_from_below() -> None:
     curve = convex_curve(np.array([0.4, 0.5, 0.6, 0.7]), np.array([0.1, 0.3, 0.3, 0.7]))
     assert curve.cost(np.array([0.4, 0.5, 0.6, 0.65, 0.7])) == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.7])
     assert (curve.low, curve.high) == (0.4, 0.7)
 
 
-def test_error_spends_where_least_is_lost():
+def test_error_spends_where_least_is_lost() -> None:
     """Of two matrices, the one whose channels are worth little loses less and is pruned more."""
     model = pico_model("llama")
     with torch.no_grad():
@@ -111,7 +118,7 @@ def test_error_spends_where_least_is_lost():
     assert targets["model.layers.1.self_attn.o_proj"].sparsity > targets["model.layers.0.self_attn.o_proj"].sparsity
 
 
-def test_error_beats_uniform_in_summed_relative_error():
+def test_error_beats_uniform_in_summed_relative_error() -> None:
     model = pico_model("llama")
     target = Target(Unstructured(), 0.6)
     targets, blocks, _ = plan(model, "error:rows=1000,movement=0.0", target)
@@ -128,29 +135,29 @@ def test_error_beats_uniform_in_summed_relative_error():
     assert total["error"] < total["uniform"]
 
 
-def test_errors_count_by_what_their_block_changes():
+def test_errors_count_by_what_their_block_changes() -> None:
     """In a block that hardly adds anything to the hidden states, zeros cost little."""
     model = pico_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight *= 0.01
         model.model.layers[1].mlp.down_proj.weight *= 0.01
 
-    def mean_sparsity(allocation):
+    def mean_sparsity(allocation: str) -> float:
         targets, _, _ = plan(model, allocation, Target(Unstructured(), 0.6))
-        return np.mean([t.sparsity for name, t in targets.items() if ".layers.1." in name])
+        return float(np.mean([t.sparsity for name, t in targets.items() if ".layers.1." in name]))
 
     assert mean_sparsity("error") >= 0.74
     assert abs(mean_sparsity("error:movement=0.0") - 0.6) < 0.05
 
 
-def test_movement_is_relative_and_by_token():
+def test_movement_is_relative_and_by_token() -> None:
     before = torch.tensor([[3.0, 4.0], [1000.0, 0.0]])
     after = torch.tensor([[3.0, 0.0], [1000.0, 0.0]])
     assert movement(before, after) == pytest.approx((16 / 9 + 0) / 2)
     assert movement(None, None) == movement(before, after[:1]) == 1.0
 
 
-def test_experts_of_one_parameter_are_one_unit():
+def test_experts_of_one_parameter_are_one_unit() -> None:
     model = pico_model("mixtral")
     walk = make_walk(model, BATCHES)
     units = units_of(walk.model.chosen, walk.model.names)
@@ -160,16 +167,16 @@ def test_experts_of_one_parameter_are_one_unit():
     assert {unit_name(name) for name in experts.members} == {experts.name}
 
 
-def test_a_plan_looks_only():
+def test_a_plan_looks_only() -> None:
     model, dense = pico_model("llama"), pico_model("llama")
     for name in ("owl", "alpha", "error"):
         plan(model, name, Target(Unstructured(), 0.5))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
-def test_alpha_needs_no_data():
+def test_alpha_needs_no_data() -> None:
     model = pico_model("llama")
-    proven = make_walk(model, BATCHES).model
+    proven = prove(model, BATCHES[0])
     target = Target(Unstructured(), 0.5)
     without = plan_targets(allocation_named("alpha"), proven, None, target)
     recording = record_batches(proven, BATCHES)

@@ -1,17 +1,23 @@
 """Every allocation in a run: exact in the model, whatever the method; files, options, and what is refused."""
 
+from __future__ import annotations
+
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.allocation import ALLOCATIONS, allocation_named
+from coprune.pruning.allocation.owl import OWL
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target, Unstructured
 from coprune.recipe.recipe import make_recipe
+from coprune.report.schema import Report
 from support.commands import run_command
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import pico_tokenizer, save_pico, write_words
@@ -23,7 +29,7 @@ TARGETS = [Target(Unstructured(), 0.5), Target(Unstructured(), 0.7), Target(NM(4
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
-def plans(request):
+def plans(request: pytest.FixtureRequest) -> tuple[str, dict[tuple[str, str, float], dict[str, Target]]]:
     """Every allocation's plan for a model, by allocation and target."""
     model = pico_model(request.param, num_hidden_layers=2)
     found = {}
@@ -38,7 +44,9 @@ def plans(request):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("method", ["wanda", "magnitude", "alps"])
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_the_achieved_sparsity_is_the_asked_one(plans, name, method, target):
+def test_the_achieved_sparsity_is_the_asked_one(
+    plans: tuple[str, dict[tuple[str, str, float], dict[str, Target]]], name: str, method: str, target: Target
+) -> None:
     family, found = plans
     targets = found[name, str(target.pattern), target.sparsity]
     model = pico_model(family, num_hidden_layers=2)
@@ -62,7 +70,7 @@ def test_the_achieved_sparsity_is_the_asked_one(plans, name, method, target):
             assert result.sparsity == pytest.approx(asked, abs=1e-9)
 
 
-def test_a_real_models_shapes_are_met_within_a_hundredth_of_a_per_cent():
+def test_a_real_models_shapes_are_met_within_a_hundredth_of_a_per_cent() -> None:
     from coprune.pruning.allocation.base import Unit
     from coprune.pruning.allocation.budget import wish, within_budget
 
@@ -80,7 +88,7 @@ def test_a_real_models_shapes_are_met_within_a_hundredth_of_a_per_cent():
         assert abs(reached - target.sparsity) <= (1e-4 if isinstance(target.pattern, Unstructured) else 1e-9)
 
 
-def run(tmp_path, allocation, **settings):
+def run(tmp_path: Path, allocation: str, **settings: Any) -> Report:
     words = write_words(tmp_path / "words.txt")
     return coprune.prune(
         pico_model("llama"),
@@ -96,19 +104,19 @@ def run(tmp_path, allocation, **settings):
     ).report
 
 
-def test_data_is_read_for_the_allocation_even_if_the_method_needs_none(tmp_path):
+def test_data_is_read_for_the_allocation_even_if_the_method_needs_none(tmp_path: Path) -> None:
     report = run(tmp_path, "owl", method="magnitude", sparsity=0.7, layer_error=False)
     assert report.sparsity.matrices == pytest.approx(0.7, abs=2e-4)
     assert len({m.sparsity for m in report.matrices}) > 1
 
 
-def test_n_of_any_m_is_chosen_per_matrix(tmp_path):
+def test_n_of_any_m_is_chosen_per_matrix(tmp_path: Path) -> None:
     report = run(tmp_path, "error", pattern="2:4")
     assert report.sparsity.matrices == pytest.approx(0.5, abs=1e-9)
     assert {m.sparsity for m in report.matrices} == {0.25, 0.5, 0.75}
 
 
-def test_a_file_is_followed_and_the_rest_share_what_is_left(tmp_path):
+def test_a_file_is_followed_and_the_rest_share_what_is_left(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text('"*.0.*": 0.5\n"*.v_proj": 0.25\n"*.gate_proj": 0.75\n')
     report = run(tmp_path, str(file), sparsity=0.6)
@@ -121,7 +129,7 @@ def test_a_file_is_followed_and_the_rest_share_what_is_left(tmp_path):
     assert report.sparsity.matrices == pytest.approx(0.6, abs=2e-4)
 
 
-def test_a_file_may_name_n_of_m(tmp_path):
+def test_a_file_may_name_n_of_m(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text('"*.v_proj": "6:8"\n')
     found = {m.name: m.sparsity for m in run(tmp_path, str(file), pattern="4:8").matrices}
@@ -143,7 +151,9 @@ def test_a_file_may_name_n_of_m(tmp_path):
         (None, {}, "cannot be read"),
     ],
 )
-def test_files_that_cannot_be_followed(tmp_path, text, settings, message):
+def test_files_that_cannot_be_followed(
+    tmp_path: Path, text: str | None, settings: dict[str, Any], message: str
+) -> None:
     file = tmp_path / "plan.yaml"
     if text is not None:
         file.write_text(text)
@@ -164,16 +174,16 @@ def test_files_that_cannot_be_followed(tmp_path, text, settings, message):
         ("uniform:spread=0.1", "no options"),
     ],
 )
-def test_bad_names_and_options(text, message):
+def test_bad_names_and_options(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         allocation_named(text)
 
 
-def test_options_are_taken():
-    assert allocation_named("owl:spread=0.1,threshold=7") == type(ALLOCATIONS["owl"])(7, 0.1)
+def test_options_are_taken() -> None:
+    assert allocation_named("owl:spread=0.1,threshold=7") == OWL(threshold=7, spread=0.1)
 
 
-def test_permute_wants_groups_and_memory():
+def test_permute_wants_groups_and_memory() -> None:
     with pytest.raises(BadInput, match="2:4"):
         make_recipe({"model": "m", "permute": True})
     with pytest.raises(BadInput, match="memory"):
@@ -181,7 +191,9 @@ def test_permute_wants_groups_and_memory():
 
 
 @pytest.mark.parametrize("name", ["owl", "alpha"])
-def test_inspect_shows_what_an_allocation_would_do(tmp_path, name, monkeypatch, capsys):
+def test_inspect_shows_what_an_allocation_would_do(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_pico(tmp_path / "model")
     write_words(tmp_path / "words.txt")
     arguments = [

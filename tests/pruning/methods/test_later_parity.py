@@ -1,12 +1,15 @@
 """RIA, DSnoT, ADMM and ALPS against their papers' formulas, written out plainly in float64."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.model.walk.statistics import InputMoments
+from coprune.model.walk.statistics import Gram, InputMoments
 from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.methods.admm import keep_on_schedule
 from coprune.pruning.methods.dsnot import STARTS
@@ -17,25 +20,25 @@ SIXTY_PERCENT = Target(Unstructured(), 0.6)
 
 
 @pytest.fixture(scope="module", params=[0, 1])
-def layer(request):
+def layer(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Gram]:
     return correlated_layer(rows=16, width=64, tokens=1024, seed=request.param)
 
 
-def largest(score, target):
+def largest(score: Tensor, target: Target) -> Tensor:
     """Mask of the largest scores: by matrix, or N of every M."""
     if isinstance(target.pattern, NM):
         grouped = score.reshape(-1, target.pattern.m)
         kept = grouped.topk(target.pattern.n, dim=1).indices
         return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, kept, True).view_as(score)
     order = score.flatten().argsort(descending=True)
-    kept = score.numel() - int(score.numel() * target.sparsity + 1e-6)
+    count = score.numel() - int(score.numel() * target.sparsity + 1e-6)
     mask = torch.zeros(score.numel(), dtype=torch.bool)
-    mask[order[:kept]] = True
+    mask[order[:count]] = True
     return mask.view_as(score)
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
-def test_ria(layer, target):
+def test_ria(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
     size = weight.double().abs()
     score = torch.empty_like(size)
@@ -46,7 +49,7 @@ def test_ria(layer, target):
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
-def test_admm(layer, target):
+def test_admm(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
     norm = x.double().square().mean(dim=0).sqrt()
     gram = x.double().T @ x.double() / len(x)
@@ -70,7 +73,7 @@ def test_admm(layer, target):
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
-def test_alps(layer, target):
+def test_alps(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
     norm = x.double().square().mean(dim=0).sqrt()
     scaled = x.double().T @ x.double() / len(x) / torch.outer(norm, norm)
@@ -98,14 +101,14 @@ def test_alps(layer, target):
     torch.testing.assert_close(pruned.weight, (solved / norm).float(), rtol=1e-2, atol=1e-3)
 
 
-def test_alps_says_when_its_mask_did_not_settle(layer):
+def test_alps_says_when_its_mask_did_not_settle(layer: tuple[Tensor, Tensor, Gram]) -> None:
     weight, _, statistic = layer
     pruned = method_named("alps", {"rounds": 3}).prune(weight, statistic, SIXTY_PERCENT)
     assert pruned.events == ("the mask of alps still changed after 3 rounds",)
 
 
 @pytest.mark.parametrize("name", ["admm", "alps"])
-def test_four_of_eight_is_not_two_of_four(layer, name):
+def test_four_of_eight_is_not_two_of_four(layer: tuple[Tensor, Tensor, Gram], name: str) -> None:
     weight, _, statistic = layer
     keep = METHODS[name].prune(weight, statistic, Target(NM(4, 8), 0.5)).keep
     assert bool((keep.reshape(-1, 8).sum(dim=1) == 4).all())
@@ -114,7 +117,7 @@ def test_four_of_eight_is_not_two_of_four(layer, name):
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), progress=st.floats(0.01, 1), nm=st.sampled_from([NM(2, 4), NM(4, 8), NM(1, 4)]))
-def test_the_schedule_of_masks(seed, progress, nm):
+def test_the_schedule_of_masks(seed: int, progress: float, nm: NM) -> None:
     score = torch.rand(6, 32, generator=torch.Generator().manual_seed(seed))
     share = 1 - (1 - progress) ** 3
     keep = keep_on_schedule(score, Target(nm, nm.sparsity), progress, "matrix")
@@ -124,18 +127,20 @@ def test_the_schedule_of_masks(seed, progress, nm):
     assert ((~keep).sum(dim=1) == int(32 * 0.6 * share + 1e-6)).all()
 
 
-def test_at_the_end_the_schedule_is_the_target():
+def test_at_the_end_the_schedule_is_the_target() -> None:
     score = torch.rand(6, 32, generator=torch.Generator().manual_seed(0))
     for target in [*TARGETS, SIXTY_PERCENT]:
         assert torch.equal(keep_on_schedule(score, target, 1.0, "matrix"), target.keep(score))
 
 
-def test_more_mask_rounds_than_rounds_are_refused():
+def test_more_mask_rounds_than_rounds_are_refused() -> None:
     with pytest.raises(BadInput, match="mask_rounds"):
         method_named("admm", {"rounds": 10})
 
 
-def dsnot_of_one_row(weight, keep, mean, variance, norm, group, cycles=50):
+def dsnot_of_one_row(
+    weight: Tensor, keep: Tensor, mean: Tensor, variance: Tensor, norm: Tensor, group: int, cycles: int = 50
+) -> Tensor:
     """The published loop for one row, in plain Python."""
     keep = keep.clone()
     for _ in range(cycles):
@@ -156,7 +161,7 @@ def dsnot_of_one_row(weight, keep, mean, variance, norm, group, cycles=50):
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("start", STARTS)
-def test_dsnot(layer, target, start):
+def test_dsnot(layer: tuple[Tensor, Tensor, Gram], target: Target, start: str) -> None:
     weight, x, _ = layer
     x = x + 0.3 * x.std(dim=0)
     statistic = InputMoments(64)

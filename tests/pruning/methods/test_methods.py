@@ -1,20 +1,26 @@
 """What holds for every method, whatever the numbers."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.selection import count_pruned
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS, method_named
+from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.problems import correlated_layer
 
 
 @st.composite
-def targets(draw):
+def targets(draw: st.DrawFn) -> Target:
     if draw(st.booleans()):
         return Target(Unstructured(), draw(st.floats(0, 0.95)))
     pattern = draw(st.sampled_from([NM(1, 2), NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(5, 8), NM(2, 16)]))
@@ -24,7 +30,7 @@ def targets(draw):
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=12, deadline=None)
 @given(target=targets(), seed=st.integers(0, 1000), rows=st.integers(1, 12), groups=st.integers(1, 5))
-def test_exact_sparsity_and_true_zeros(name, target, seed, rows, groups):
+def test_exact_sparsity_and_true_zeros(name: str, target: Target, seed: int, rows: int, groups: int) -> None:
     weight, _, statistic = correlated_layer(rows, 16 * groups, tokens=64, seed=seed)
     before = weight.clone()
     pruned = method_named(name).prune(weight, statistic, target)
@@ -47,7 +53,7 @@ def test_exact_sparsity_and_true_zeros(name, target, seed, rows, groups):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_width_that_m_does_not_divide_is_refused(name):
+def test_a_width_that_m_does_not_divide_is_refused(name: str) -> None:
     weight, _, statistic = correlated_layer(4, 18)
     with pytest.raises(BadInput, match="2:4"):
         METHODS[name].prune(weight, statistic, Target(NM(2, 4), 0.5))
@@ -67,35 +73,40 @@ def test_a_width_that_m_does_not_divide_is_refused(name):
         ("wanda_variant", {"alpha": 0.4}, "no options"),
     ],
 )
-def test_bad_names_and_options_are_refused(name, options, message):
+def test_bad_names_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         method_named(name, options)
 
 
-def test_an_option_that_is_right_is_taken():
-    assert method_named("sparsegpt", {"damping": 1, "block_size": 64}) == type(METHODS["sparsegpt"])(64, 1)
+def test_an_option_that_is_right_is_taken() -> None:
+    assert method_named("sparsegpt", {"damping": 1, "block_size": 64}) == SparseGPT(block_size=64, damping=1)
 
 
-def test_a_block_that_m_does_not_divide_is_refused():
+def test_a_block_that_m_does_not_divide_is_refused() -> None:
     weight, _, statistic = correlated_layer(4, 24)
     with pytest.raises(BadInput, match="block of 12 columns"):
         method_named("sparsegpt", {"block_size": 12}).prune(weight, statistic, Target(NM(4, 8), 0.5))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_nan_weights_are_refused(name):
+def test_nan_weights_are_refused(name: str) -> None:
     weight, _, statistic = correlated_layer(4, 16)
     weight[1, 3] = float("nan")
     with pytest.raises(NumericalError):
         METHODS[name].prune(weight, statistic, Target(Unstructured(), 0.5))
 
 
-def test_matrices_share_the_factor_until_the_statistic_changes(monkeypatch):
+def test_matrices_share_the_factor_until_the_statistic_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, statistic = correlated_layer(4, 16)
     target = Target(Unstructured(), 0.5)
     made = []
-    whole = Gram.gram.fget
-    monkeypatch.setattr(Gram, "gram", property(lambda self: made.append(1) or whole(self)))
+    whole = Gram.__dict__["gram"].fget
+
+    def counted(self: Gram) -> Tensor:
+        made.append(1)
+        return whole(self)
+
+    monkeypatch.setattr(Gram, "gram", property(counted))
     first = METHODS["sparsegpt"].prune(weight, statistic, target)
     METHODS["ablate_mag_seq"].prune(weight, statistic, target)
     assert len(made) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +29,7 @@ METHODS_FOR_BLOCKS = [name for name in METHODS if name not in SWAPS_SINGLE_WEIGH
 @pytest.mark.parametrize("name", METHODS_FOR_BLOCKS)
 @settings(max_examples=10, deadline=None)
 @given(sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.8]), seed=st.integers(0, 999), rows=st.integers(1, 12))
-def test_a_method_keeps_and_prunes_blocks_whole(name, sparsity, seed, rows):
+def test_a_method_keeps_and_prunes_blocks_whole(name: str, sparsity: float, seed: int, rows: int) -> None:
     weight, _, statistic = correlated_layer(rows, 32, tokens=64, seed=seed)
     before = weight.clone()
     pruned = method_named(name).prune(weight, statistic, Target(Blocks(4), sparsity))
@@ -38,21 +41,22 @@ def test_a_method_keeps_and_prunes_blocks_whole(name, sparsity, seed, rows):
     assert zeros in (int(sparsity * blocks + 1e-6), rows * int(sparsity * 8 + 1e-6))
 
 
-def test_refitting_keeps_the_blocks_and_swapping_refuses_them():
+def test_refitting_keeps_the_blocks_and_swapping_refuses_them() -> None:
     weight, _, statistic = correlated_layer(8, 32)
     target = Target(Blocks(4), 0.5)
     pruned = METHODS["wanda"].prune(weight, statistic, target)
     refined = refinement_named("refit").refine(weight, pruned, statistic, target)
     assert torch.equal(refined.keep, pruned.keep)
-    for prune in (
+    refused: tuple[Callable[[], object], ...] = (
         lambda: refinement_named("swaps").refine(weight, pruned, statistic, target),
         lambda: METHODS["dsnot"].prune(weight, statistic, target),
-    ):
+    )
+    for prune in refused:
         with pytest.raises(BadInput, match=r"pattern 1x4 .* single zeros"):
             prune()
 
 
-def test_a_budget_is_spent_in_whole_blocks():
+def test_a_budget_is_spent_in_whole_blocks() -> None:
     units = [Unit(f"u{i}", f"b{i}", 8, 32, (f"u{i}",)) for i in range(3)]
     wishes = [wish(sparsity, unit) for sparsity, unit in zip((0.3, 0.5, 0.7), units, strict=True)]
     targets = within_budget(units, wishes, Target(Blocks(4), 0.5))
@@ -61,7 +65,7 @@ def test_a_budget_is_spent_in_whole_blocks():
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_a_run_with_it(method, tmp_path, monkeypatch):
+def test_a_run_with_it(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PATTERNS, "1xW", Blocks)  # the line in the table
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
@@ -79,6 +83,7 @@ def test_a_run_with_it(method, tmp_path, monkeypatch):
         allocation="owl",
     )
     assert result.report.sparsity.matrices == pytest.approx(0.5, abs=1e-3)
+    assert result.model is not None
     matrices = [m for m in find_matrices(result.model) if m.zeros() > m.shape[0] * m.shape[1] / 10]
     assert len(matrices) == 14
     assert all(Blocks(4).holds(matrix.read() != 0) for matrix in matrices)

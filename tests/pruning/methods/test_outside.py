@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from torch import Tensor
@@ -19,6 +19,7 @@ from coprune.base.errors import BadInput
 from coprune.pruning import methods
 from coprune.pruning.methods import METHODS, Pruned, Target, all_methods, apply_keep, method_named
 from coprune.pruning.methods.describe import describe_methods
+from coprune.pruning.methods.outside import brought_methods
 from support.pico_folder import save_pico, write_words
 from support.plugin import install_package, method_in_docs
 from support.problems import TARGETS, correlated_layer
@@ -41,12 +42,12 @@ class Largest:
 @pytest.fixture(autouse=True)
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(methods, "_registered", {})
-    methods.brought_methods.cache_clear()
+    brought_methods.cache_clear()
     yield
-    methods.brought_methods.cache_clear()
+    brought_methods.cache_clear()
 
 
-def test_a_registered_method_is_looked_up_like_any_other():
+def test_a_registered_method_is_looked_up_like_any_other() -> None:
     coprune.register_method("largest", Largest(0.5))
     assert method_named("largest") == Largest(0.5)
     assert method_named("largest", {"share": 2.0}) == Largest(2.0)
@@ -61,7 +62,7 @@ def test_a_registered_method_is_looked_up_like_any_other():
         method_named("largst")
 
 
-def test_a_class_is_taken_with_its_defaults():
+def test_a_class_is_taken_with_its_defaults() -> None:
     coprune.register_method("largest", Largest)
     assert method_named("largest") == Largest()
 
@@ -93,13 +94,13 @@ Shadowing = make_dataclass(
         ("largest", Shadowing, "option 'seed', which every recipe has"),
     ],
 )
-def test_what_is_no_method_or_has_a_taken_name_is_refused(name, method, message):
+def test_what_is_no_method_or_has_a_taken_name_is_refused(name: Any, method: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         coprune.register_method(name, method)
     assert list(all_methods()) == list(METHODS)
 
 
-def test_a_name_is_registered_once():
+def test_a_name_is_registered_once() -> None:
     coprune.register_method("largest", Largest())
     with pytest.raises(BadInput, match="already"):
         coprune.register_method("largest", Largest())
@@ -121,7 +122,7 @@ def run(place: Path, *arguments: str, site: list[Path]) -> subprocess.CompletedP
 SMALL = ("--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32", "--no-eval", "-p", "2:4", "-q")
 
 
-def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(tmp_path: Path):
+def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(tmp_path: Path) -> None:
     entries = {"lottery": "lottery:Lottery", "wanda": "lottery:Lottery"}
     site = install_package(tmp_path, "coprune-lottery", "lottery", method_in_docs(), entries)
     save_pico(tmp_path / "model", num_hidden_layers=2)
@@ -154,7 +155,7 @@ def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(tmp_path: Path):
     assert "unknown method 'lottery'" in gone.stderr
 
 
-def test_a_package_that_is_broken_stops_only_its_own_method(tmp_path: Path):
+def test_a_package_that_is_broken_stops_only_its_own_method(tmp_path: Path) -> None:
     site = install_package(
         tmp_path,
         "coprune-broken",

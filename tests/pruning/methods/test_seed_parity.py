@@ -1,11 +1,14 @@
 """The seed's methods against the authors' published procedures, which `published.py` writes out plainly."""
 
+from __future__ import annotations
+
 import pytest
 import torch
+from torch import Tensor
 
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Gram, InputNorm
 from coprune.pruning.methods import METHODS, method_named
-from coprune.recipe.pattern import NM
+from coprune.recipe.pattern import NM, Target
 from support.problems import TARGETS, correlated_layer
 from support.published import below_global_threshold, published_column_update, published_magnitude, published_wanda
 
@@ -13,12 +16,12 @@ pruned_of = {"2:4": (2, 4), "4:8": (4, 8), "unstructured": (0, 0)}
 
 
 @pytest.fixture(scope="module", params=[0, 1])
-def layer(request):
+def layer(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Gram]:
     return correlated_layer(rows=20, width=304, tokens=1024, seed=request.param)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_magnitude(layer, target):
+def test_magnitude(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, _, _ = layer
     pruned = METHODS["magnitude"].prune(weight, None, target)
     dropped = published_magnitude(weight, 0.5, *pruned_of[str(target.pattern)])
@@ -28,7 +31,7 @@ def test_magnitude(layer, target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", ["wanda", "wanda_variant"])
-def test_wanda_and_its_variant(layer, target, name):
+def test_wanda_and_its_variant(layer: tuple[Tensor, Tensor, Gram], target: Target, name: str) -> None:
     weight, x, _ = layer
     statistic = InputNorm(x.shape[1])
     for batch in x.split(100):
@@ -41,7 +44,7 @@ def test_wanda_and_its_variant(layer, target, name):
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_sparsegpt(layer, target):
+def test_sparsegpt(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, _, statistic = layer
     pruned = METHODS["sparsegpt"].prune(weight, statistic, target)
     expected, dropped = published_column_update(
@@ -53,7 +56,7 @@ def test_sparsegpt(layer, target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", ["ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"])
-def test_ablations(layer, target, name):
+def test_ablations(layer: tuple[Tensor, Tensor, Gram], target: Target, name: str) -> None:
     weight, _, statistic = layer
     square = statistic.mean_square
     counts = pruned_of[str(target.pattern)]
@@ -63,7 +66,7 @@ def test_ablations(layer, target, name):
     elif name == "ablate_wanda_seq":
         fixed = published_wanda(weight, square, 0.5, *counts)
 
-    def metric(w, _, columns):
+    def metric(w: Tensor, _: Tensor, columns: slice) -> Tensor:
         return w.abs() * square[columns].sqrt() if "wanda" in name else w.abs()
 
     pruned = METHODS[name].prune(weight, statistic, target)
@@ -72,27 +75,27 @@ def test_ablations(layer, target, name):
     torch.testing.assert_close(pruned.weight, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_published_threshold_prunes_one_more(layer):
+def test_the_published_threshold_prunes_one_more(layer: tuple[Tensor, Tensor, Gram]) -> None:
     weight, _, _ = layer
     published = weight.abs() <= weight.abs().flatten().sort().values[int(weight.numel() * 0.5)]
     keep = METHODS["magnitude"].prune(weight, None, TARGETS[0]).keep
     assert int((published == keep).sum()) == 1
 
 
-def test_a_block_prunes_its_own_share(layer):
+def test_a_block_prunes_its_own_share(layer: tuple[Tensor, Tensor, Gram]) -> None:
     weight, _, statistic = layer
     keep = method_named("sparsegpt", {"block_size": 96}).prune(weight, statistic, TARGETS[0]).keep
     for block in keep.split(96, dim=1):
         assert int((~block).sum()) == block.numel() // 2
 
 
-def test_wanda_over_the_whole_matrix(layer):
+def test_wanda_over_the_whole_matrix(layer: tuple[Tensor, Tensor, Gram]) -> None:
     weight, x, statistic = layer
     keep = method_named("wanda", {"group": "matrix"}).prune(weight, statistic, TARGETS[0]).keep
     assert torch.equal(~keep, below_global_threshold(weight.abs() * x.square().mean(dim=0).sqrt(), 0.5))
 
 
-def test_dead_inputs_are_pruned_and_leave_the_rest_alone():
+def test_dead_inputs_are_pruned_and_leave_the_rest_alone() -> None:
     weight, x, statistic = correlated_layer(width=32)
     wide_x = torch.cat([x[:, :16], torch.zeros(len(x), 16), x[:, 16:]], dim=1)
     wide = torch.cat([weight[:, :16], torch.ones(24, 16), weight[:, 16:]], dim=1)
@@ -106,7 +109,7 @@ def test_dead_inputs_are_pruned_and_leave_the_rest_alone():
     torch.testing.assert_close(live, expected.weight, rtol=1e-3, atol=1e-4)
 
 
-def test_the_scale_of_the_inputs_does_not_matter():
+def test_the_scale_of_the_inputs_does_not_matter() -> None:
     weight, x, statistic = correlated_layer(width=64)
     small = type(statistic)(64)
     small.update(x * 1e-4)
@@ -116,7 +119,7 @@ def test_the_scale_of_the_inputs_does_not_matter():
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-3, atol=1e-4)
 
 
-def test_nm_groups_are_chosen_within_the_strip_of_a_wide_group():
+def test_nm_groups_are_chosen_within_the_strip_of_a_wide_group() -> None:
     weight, _, statistic = correlated_layer(width=128)
     target = type(TARGETS[0])(NM(16, 64), 0.75)
     pruned = METHODS["sparsegpt"].prune(weight, statistic, target)

@@ -1,11 +1,15 @@
 """Refinements: never worse, as good as brute force where that is possible, and the pattern stays."""
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import CrossGram, Gram
@@ -22,7 +26,7 @@ patterns = st.sampled_from(
 )  # fmt: skip
 
 
-def errors(weight, pruned, gram):
+def errors(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
     return row_errors(weight - pruned, gram)
 
 
@@ -30,7 +34,9 @@ def errors(weight, pruned, gram):
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=8, deadline=None)
 @given(target=patterns, seed=st.integers(0, 1000), rows=st.integers(1, 8), groups=st.integers(1, 4))
-def test_never_worse_and_the_pattern_stays(method, refinement, target, seed, rows, groups):
+def test_never_worse_and_the_pattern_stays(
+    method: str, refinement: str, target: Target, seed: int, rows: int, groups: int
+) -> None:
     weight, _, statistic = correlated_layer(rows, 16 * groups, tokens=64, seed=seed)
     pruned = METHODS[method].prune(weight, statistic, target)
     copies = pruned.weight.clone(), pruned.keep.clone()
@@ -47,7 +53,7 @@ def test_never_worse_and_the_pattern_stays(method, refinement, target, seed, row
     assert bool((after <= before).all())
 
 
-def test_refit_is_least_squares_on_the_kept_inputs():
+def test_refit_is_least_squares_on_the_kept_inputs() -> None:
     weight, x, statistic = correlated_layer(12, 32, tokens=1024)
     for target in TARGETS:
         pruned = METHODS["wanda"].prune(weight, statistic, target)
@@ -57,7 +63,7 @@ def test_refit_is_least_squares_on_the_kept_inputs():
             torch.testing.assert_close(refined.weight[row, kept].double(), best, rtol=1e-3, atol=1e-3)
 
 
-def test_a_row_that_cannot_be_bettered_is_left_as_it_is():
+def test_a_row_that_cannot_be_bettered_is_left_as_it_is() -> None:
     weight, _, statistic = correlated_layer(4, 16)
     keep = torch.ones(4, 16, dtype=torch.bool)
     for refinement in REFINEMENTS.values():
@@ -70,7 +76,7 @@ def test_a_row_that_cannot_be_bettered_is_left_as_it_is():
 @pytest.mark.parametrize("refinement", REFINEMENTS)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("tokens", [1, 12])
-def test_fewer_tokens_than_inputs_do_not_blow_the_weights_up(refinement, method, tokens):
+def test_fewer_tokens_than_inputs_do_not_blow_the_weights_up(refinement: str, method: str, tokens: int) -> None:
     weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
     for target in TARGETS:
         pruned = METHODS[method].prune(weight, statistic, target)
@@ -83,7 +89,7 @@ def test_fewer_tokens_than_inputs_do_not_blow_the_weights_up(refinement, method,
 
 
 @pytest.mark.parametrize("start", ["wanda", "sparsegpt"])
-def test_the_first_swap_of_a_row_is_the_best_of_all(start):
+def test_the_first_swap_of_a_row_is_the_best_of_all(start: str) -> None:
     weight, _, statistic = correlated_layer(6, 12)
     gram = statistic.gram.double()
     pruned = METHODS[start].prune(weight, statistic, TARGETS[0])
@@ -100,7 +106,7 @@ def test_the_first_swap_of_a_row_is_the_best_of_all(start):
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_swaps_end_where_no_swap_gains(target):
+def test_swaps_end_where_no_swap_gains(target: Target) -> None:
     weight, _, statistic = correlated_layer(4, 16)
     gram = statistic.gram.double()
     pruned = METHODS["wanda"].prune(weight, statistic, target)
@@ -118,7 +124,7 @@ def test_swaps_end_where_no_swap_gains(target):
                 assert float(errors(weight[row : row + 1], trial[None], gram)) > reached * (1 - 1e-3)
 
 
-def test_few_candidates_find_almost_what_all_find():
+def test_few_candidates_find_almost_what_all_find() -> None:
     weight, _, statistic = correlated_layer(32, 96)
     pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
     few, every = (
@@ -130,7 +136,7 @@ def test_few_candidates_find_almost_what_all_find():
     assert few < 1.05 * every
 
 
-def average_error(run, target, seeds=3):
+def average_error(run: Callable[[Tensor, Gram, Target], Pruned], target: Target, seeds: int = 3) -> float:
     total = 0.0
     for seed in range(seeds):
         weight, _, statistic = correlated_layer(48, 96, tokens=1024, seed=seed)
@@ -139,12 +145,12 @@ def average_error(run, target, seeds=3):
 
 
 @pytest.mark.parametrize("target", [*TARGETS, Target(Unstructured(), 0.7)], ids=str)
-def test_the_order_of_the_methods(target):
-    def method(name):
+def test_the_order_of_the_methods(target: Target) -> None:
+    def method(name: str) -> float:
         return average_error(METHODS[name].prune, target)
 
-    def refined(name, refinement):
-        def run(weight, statistic, target):
+    def refined(name: str, refinement: str) -> float:
+        def run(weight: Tensor, statistic: Gram, target: Target) -> Pruned:
             pruned = METHODS[name].prune(weight, statistic, target)
             return REFINEMENTS[refinement].refine(weight, pruned, statistic, target)
 
@@ -158,7 +164,7 @@ def test_the_order_of_the_methods(target):
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_nothing_beats_exhaustive_search(target):
+def test_nothing_beats_exhaustive_search(target: Target) -> None:
     weight, _, statistic = correlated_layer(3, 8, tokens=256)
     group = target.pattern.m if isinstance(target.pattern, NM) else 8
     masks = []
@@ -174,7 +180,7 @@ def test_nothing_beats_exhaustive_search(target):
         inner = torch.linalg.inv(gram[mask][:, mask])
         solved[:, mask] = (weight.double() @ gram)[:, mask] @ inner
         best = torch.minimum(best, errors(weight, solved, gram))
-    reached = {}
+    reached: dict[tuple[str, int], float] = {}
     for name, method in METHODS.items():
         if "variant" in name:
             continue
@@ -189,7 +195,7 @@ def test_nothing_beats_exhaustive_search(target):
     assert any(reached["alps", row] == pytest.approx(float(best[row]), rel=1e-3) for row in range(3))
 
 
-def test_the_dense_target_reproduces_the_dense_outputs():
+def test_the_dense_target_reproduces_the_dense_outputs() -> None:
     weight, x_dense, _ = correlated_layer(8, 24, tokens=2048)
     mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=torch.Generator().manual_seed(5)) / 24**0.5
     x_pruned = x_dense @ mixing
@@ -202,13 +208,13 @@ def test_the_dense_target_reproduces_the_dense_outputs():
     torch.testing.assert_close(aimed.double(), least_squares, rtol=1e-2, atol=1e-2)
     damped, _ = dense_target(weight, cross.cross, gram.gram, damping=0.01)
 
-    def distance(candidate):
+    def distance(candidate: Tensor) -> float:
         return float((x_dense @ weight.T - x_pruned @ candidate.T).square().sum())
 
     assert distance(aimed) < distance(damped) < 0.5 * distance(weight)
 
 
-def test_equal_inputs_leave_the_weight_alone():
+def test_equal_inputs_leave_the_weight_alone() -> None:
     weight, _, statistic = correlated_layer(8, 24)
     aimed, _ = dense_target(weight, statistic.gram, statistic.gram)
     assert torch.equal(aimed, weight)
@@ -224,6 +230,6 @@ def test_equal_inputs_leave_the_weight_alone():
         ("swaps:steps=1.5", "integer"),
     ],
 )
-def test_bad_names_and_options_are_refused(text, message):
+def test_bad_names_and_options_are_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         refinement_named(text)

@@ -22,7 +22,7 @@ from torch import nn
 from coprune.base.memory import available_bytes
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.statistics import InputSample
+from coprune.model.walk.sample import InputSample
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import NM, Target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.sweep.command_line import command_of
-from coprune.run.sweep.expand import expand
+from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.presets import SWEEPS, sweep_preset
 from support.commands import run_command
@@ -47,16 +48,16 @@ ablate_wanda_iter 2:4          out/llama_7b_ablation/2-4/ablate_wanda_iter
 """
 
 
-def runs_of(**data):
+def runs_of(**data: Any) -> list[Run]:
     return expand(Sweep.make(PLAIN | data))
 
 
-def names(**data):
+def names(**data: Any) -> list[str]:
     return [run.name for run in runs_of(**data)]
 
 
 @pytest.mark.parametrize(("preset", "listed"), [("llama-7b", LLAMA_7B), ("ablate-weight-update", ABLATION)])
-def test_a_preset_is_exactly_the_script(preset, listed):
+def test_a_preset_is_exactly_the_script(preset: str, listed: str) -> None:
     expected = [
         make_recipe(
             {
@@ -73,7 +74,7 @@ def test_a_preset_is_exactly_the_script(preset, listed):
     assert [run.recipe for run in expand(sweep_preset(preset))] == expected
 
 
-def test_every_preset_expands_and_takes_another_model():
+def test_every_preset_expands_and_takes_another_model() -> None:
     counts = {name: len(expand(sweep_preset(name))) for name in SWEEPS}
     assert counts.pop("opt") == 5 * 9
     assert counts.pop("ablate-weight-update") == 12
@@ -82,7 +83,7 @@ def test_every_preset_expands_and_takes_another_model():
     assert models == {"mine"}
 
 
-def test_the_first_list_is_outermost():
+def test_the_first_list_is_outermost() -> None:
     assert names(method=["wanda", "magnitude"], seed=[0, 1]) == [
         "wanda/seed-0",
         "wanda/seed-1",
@@ -91,7 +92,7 @@ def test_the_first_list_is_outermost():
     ]
 
 
-def test_zipped_lists_go_in_step():
+def test_zipped_lists_go_in_step() -> None:
     runs = runs_of(
         nsamples=[8, 16], method=["wanda", "magnitude"], seqlen=[32, 64], sweep={"zip": ["nsamples", "seqlen"]}
     )
@@ -99,7 +100,7 @@ def test_zipped_lists_go_in_step():
     assert found == [(8, 32, "wanda"), (8, 32, "magnitude"), (16, 64, "wanda"), (16, 64, "magnitude")]
 
 
-def test_runs_are_left_out_and_added():
+def test_runs_are_left_out_and_added() -> None:
     rules = {
         "exclude": [{"method": "magnitude", "pattern": ["2:4", "4:8"]}],
         "include": [{"method": "sparsegpt", "pattern": "2:4", "options": {"block_size": 64}}],
@@ -109,7 +110,7 @@ def test_runs_are_left_out_and_added():
     assert found == [*kept, "sparsegpt/2-4_block_size-64"]
 
 
-def test_a_field_that_is_a_list_itself_has_a_list_of_lists():
+def test_a_field_that_is_a_list_itself_has_a_list_of_lists() -> None:
     runs = runs_of(refine=[[], ["refit"], ["swaps", "refit"]])
     assert [run.recipe.setting("refine") for run in runs] == [(), ("refit",), ("swaps", "refit")]
     assert [run.recipe.setting("refine") for run in runs_of(refine=["swaps", "refit"])] == [("swaps", "refit")]
@@ -122,7 +123,7 @@ FLAT_SWEEP = {
     "seqlen": [64, 128],
     "sweep": {"zip": ["nsamples", "seqlen"], "exclude": [{"nsamples": 128, "method": "magnitude"}]},
 }
-NESTED_SWEEPS = {
+NESTED_SWEEPS: dict[str, dict[str, Any]] = {
     "parts": {
         "calibration": {"data": "embedded", "samples": [32, 128], "seqlen": [64, 128]},
         "method": ["wanda", "magnitude"],
@@ -145,7 +146,7 @@ NESTED_SWEEPS = {
 
 
 @pytest.mark.parametrize("kind", NESTED_SWEEPS)
-def test_nested_lists_expand_like_flat_ones(kind):
+def test_nested_lists_expand_like_flat_ones(kind: str) -> None:
     found, expected = runs_of(**NESTED_SWEEPS[kind]), runs_of(**FLAT_SWEEP)
     assert {shlex.join(command_of(run.recipe).split()[:-1]) for run in found} == {
         shlex.join(command_of(run.recipe).split()[:-1]) for run in expected
@@ -160,7 +161,7 @@ def test_nested_lists_expand_like_flat_ones(kind):
         ["wanda", {"name": "sparsegpt", "block_size": [64, 128]}],
     ],
 )
-def test_methods_are_listed_with_their_options(methods):
+def test_methods_are_listed_with_their_options(methods: list[dict[str, Any] | str]) -> None:
     runs = runs_of(method=methods, seed=[0, 1])
     assert [(run.recipe.method.name, run.recipe.method.options) for run in runs[::2]] == [
         ("wanda", {}),
@@ -176,13 +177,13 @@ def test_methods_are_listed_with_their_options(methods):
     assert [run.recipe.method for run in expand(typed)] == [Choice.of("magnitude")]
 
 
-def test_an_option_of_the_method_may_have_a_list():
+def test_an_option_of_the_method_may_have_a_list() -> None:
     runs = runs_of(method={"name": "sparsegpt", "block_size": [64, 128], "damping": 0.1})
     assert [run.recipe.method.options["block_size"] for run in runs] == [64, 128]
     assert [run.recipe.method.options["damping"] for run in runs] == [0.1, 0.1]
 
 
-def test_folders_are_named_by_words_or_places():
+def test_folders_are_named_by_words_or_places() -> None:
     flat, placed = ({"folders": name} for name in ("{nsamples}/{method}", "{calibration.samples}/{method.name}"))
     data = {"nsamples": [32, 128], "method": ["wanda", "magnitude"]}
     assert names(**data, sweep=flat) == names(**data, sweep=placed)
@@ -217,30 +218,32 @@ def test_folders_are_named_by_words_or_places():
         ({"save": None}, "has no folder"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(data, message):
+def test_what_makes_no_sense_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         runs_of(**data)
 
 
-def test_a_sweep_is_what_its_file_says(tmp_path):
+def test_a_sweep_is_what_its_file_says(tmp_path: Path) -> None:
     sweep = Sweep.make(PLAIN | {"seed": [0, 1], "refine": ["refit"], "sweep": {"exclude": [{"seed": 1}]}})
     (tmp_path / "sweep.yaml").write_text(sweep.to_yaml(), encoding="utf-8")
     assert expand(Sweep.read(tmp_path / "sweep.yaml")) == expand(sweep)
 
 
-def test_a_file_without_a_folder_gets_one_of_its_name(tmp_path):
+def test_a_file_without_a_folder_gets_one_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: pico\n", encoding="utf-8")
     assert Sweep.read(tmp_path / "mine.yaml").folder == Path("out/mine")
 
 
-def test_the_command_of_a_run_makes_that_run(monkeypatch, capsys):
+def test_the_command_of_a_run_makes_that_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = runs_of(method="sparsegpt", options={"block_size": 64}, refine=["refit"], evaluate=False, seqlen=64)[
         0
     ].recipe
     words = shlex.split(command_of(recipe))
     understood: list[Recipe] = []
 
-    def stop(recipe, **others):
+    def stop(recipe: Recipe, **others: Any) -> None:
         understood.append(recipe)
         raise BadInput("understood")
 
@@ -249,7 +252,9 @@ def test_the_command_of_a_run_makes_that_run(monkeypatch, capsys):
     assert understood == [recipe]
 
 
-def test_a_dry_run_lists_commands_and_touches_nothing(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_lists_commands_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("table.yaml").write_text(yaml.safe_dump({"model": "pico", "method": ["wanda", "magnitude"]}), encoding="utf-8")
     ended = run_command(["sweep", "table.yaml", "--dry-run", "--nsamples", "4"], monkeypatch, capsys)
@@ -272,7 +277,9 @@ def test_a_dry_run_lists_commands_and_touches_nothing(tmp_path, monkeypatch, cap
         (["--preset", "llama-7b", "--dry-run", "--block-size=64"], "No such option"),
     ],
 )
-def test_a_command_that_cannot_be_is_refused(words, message, tmp_path, monkeypatch, capsys):
+def test_a_command_that_cannot_be_is_refused(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     ended = run_command(["sweep", *words], monkeypatch, capsys)
     assert ended.code == 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,15 +22,15 @@ from coprune.run.sweep.workers import Capacity
 GB = 10**9
 
 
-def plan_of(folder, sizes, capacity, how=None, **settings):
+def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None = None, **settings: Any) -> Plan:
     """A plan for one run per size, each a kind of its own; a size of None has no estimate."""
     data = {"model": "pico", "nsamples": list(range(1, len(sizes) + 1)), "save": str(folder)} | settings
     sweep = Sweep.make(data)
     runs = expand(sweep)
     for run, size in zip(runs, sizes, strict=True):
         if size is not None:
-            kept = KeptEstimate(estimate=Estimate(size, 60.0, None, GB), seconds=1.0)
-            EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, lambda kept=kept: kept)
+            estimated = partial(KeptEstimate, estimate=Estimate(size, 60.0, None, GB), seconds=1.0)
+            EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, estimated)
     return Plan(sweep, how or Execution(), SimpleNamespace(capacity=capacity, at_once=0), runs)
 
 
@@ -43,7 +46,9 @@ def plan_of(folder, sizes, capacity, how=None, **settings):
         (Capacity(16, None, 0, 16, None), Execution(), 4, 4),  # memory unknown
     ],
 )
-def test_runs_share_out_what_there_is(capacity, how, at_once, threads, tmp_path):
+def test_runs_share_out_what_there_is(
+    capacity: Capacity, how: Execution, at_once: int, threads: int, tmp_path: Path
+) -> None:
     plan = plan_of(tmp_path, [3 * GB] * 4, capacity, how)
     assert plan.to_estimate() == []
     jobs = plan.to_run()
@@ -52,7 +57,7 @@ def test_runs_share_out_what_there_is(capacity, how, at_once, threads, tmp_path)
     assert plan.seconds == {job.run.name: 60.0 for job in jobs}
 
 
-def test_what_is_unknown_is_estimated_first_and_once_per_kind(tmp_path):
+def test_what_is_unknown_is_estimated_first_and_once_per_kind(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [3 * GB, None, None], Capacity(4, 9 * GB, 0, 4, 9 * GB))
     assert [job.run.name for job in plan.to_estimate()] == ["nsamples-2", "nsamples-3"]
     # Seeds and patterns are of one kind.
@@ -64,13 +69,13 @@ def test_what_is_unknown_is_estimated_first_and_once_per_kind(tmp_path):
     assert plan_of(tmp_path, [None], Capacity(4, 9 * GB, 0, 4, 9 * GB)).to_estimate() == []
 
 
-def test_a_run_without_an_estimate_goes_alone_and_one_without_a_check_takes_nothing(tmp_path):
+def test_a_run_without_an_estimate_goes_alone_and_one_without_a_check_takes_nothing(tmp_path: Path) -> None:
     capacity = Capacity(4, 9 * GB, 0, 4, 9 * GB)
     assert [job.memory for job in plan_of(tmp_path, [3 * GB, None], capacity).to_run()] == [3 * GB, None]
     assert [job.memory for job in plan_of(tmp_path, [3 * GB, None], capacity, check_memory=False).to_run()] == [0, 0]
 
 
-def test_a_run_that_is_too_large_is_told_and_a_little_too_large_gets_a_machine_for_itself(tmp_path):
+def test_a_run_that_is_too_large_is_told_and_a_little_too_large_gets_a_machine_for_itself(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [3 * GB, 10 * GB, 40 * GB], Capacity(8, 18 * GB, 0, 4, 9 * GB))
     assert [job.memory for job in plan.to_run()] == [3 * GB, 9 * GB]
     (event,) = plan.too_large

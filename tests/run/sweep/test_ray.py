@@ -6,12 +6,13 @@ import os
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from coprune.report.schema import Report
 from coprune.run.sweep.conduct import conduct
-from coprune.run.sweep.events import Cause, Doing, Done, NotDone
+from coprune.run.sweep.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.run.sweep.work import Job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
@@ -19,7 +20,7 @@ pytest.importorskip("ray")
 from coprune.run.sweep.on_ray import LOCAL, RayWorkers
 
 
-def kill_a_task(name):
+def kill_a_task(name: str) -> bool:
     """Kill the process that does the task of this name, as Ray titles it; whether there was one."""
     for process in os.listdir("/proc"):
         try:
@@ -33,15 +34,17 @@ def kill_a_task(name):
     return False
 
 
-def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(tmp_path, monkeypatch):
+def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(make_place(tmp_path))
     sweep, runs = pico_sweep(method=["sparsegpt"], seed=[0, 1, 2], nsamples=64)
     jobs = [Job(run, "run", sweep.folder, THREADS, memory=0) for run in runs]
     workers = RayWorkers(LOCAL)
     workers.at_once = 2
-    ends, killed = [], []
+    ends, killed = [], list[bool]()
 
-    def listen(event, again):
+    def listen(event: JobEvent, again: bool) -> None:
         if not isinstance(event, Doing):
             ends.append((event.run, event.cause if isinstance(event, NotDone) else Done))
         elif event.text == "pruning, 1 blocks done" and not killed:

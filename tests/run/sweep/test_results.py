@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from coprune.report.schema import Report
 from coprune.run.sweep import work
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.events import Cause, Doing, Done, NotDone
+from coprune.run.sweep.expand import Run
+from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.results import collect
 from coprune.run.sweep.table import markdown, paper_tables
@@ -23,7 +26,7 @@ RULES = {"exclude": [{"method": "magnitude", "seed": 1}], "include": [{"method":
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep, but for one run, in a folder."""
     folder = make_place(tmp_path_factory.mktemp("place"))
     with pytest.MonkeyPatch.context() as patch:
@@ -45,14 +48,16 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def here(place, monkeypatch):
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Sweep, list[Run], dict[str, Report]]:
     monkeypatch.chdir(place)
     sweep, runs = pico_sweep(**yaml.safe_load(Path("out/sweep.yaml").read_text()))
     files = {run.name: Path("out", run.name, "report.json") for run in runs}
     return sweep, runs, {name: Report.read(file) for name, file in files.items() if file.is_file()}
 
 
-def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(here):
+def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(
+    here: tuple[Sweep, list[Run], dict[str, Report]],
+) -> None:
     sweep, runs, reports = here
     (table,) = paper_tables(sweep, runs, reports)
     assert table.title == "model: perplexity on test.txt, sequence length 32"
@@ -71,13 +76,17 @@ def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(here):
     assert table.rows["magnitude, nsamples 4"][0].text == f"{pruned['magnitude/unstructured/seed-0']:.2f}"
     methods = [cells for name, cells in table.rows.items() if name != "dense"]
     for column in (0, 1):
-        best = min(cells[column].mean for cells in methods)
+        best = min(cells[column].mean or inf for cells in methods)
         assert [cells[column].best for cells in methods] == [cells[column].mean == best for cells in methods]
     dense = next(iter(reports.values())).perplexity[0].dense
     assert f"| dense | {dense:.2f} | {dense:.2f} |" in markdown(table).splitlines()
 
 
-def test_the_page_and_the_rows_tell_what_is_done(here, monkeypatch, capsys):
+def test_the_page_and_the_rows_tell_what_is_done(
+    here: tuple[Sweep, list[Run], dict[str, Report]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     sweep, runs, reports = here
     collect(
         sweep, runs, reports, {"wanda/2-4/seed-1": "Traceback\nValueError: no"}, Ledger(wall=[3.0], runs={"a": 2.0})
@@ -93,7 +102,12 @@ def test_the_page_and_the_rows_tell_what_is_done(here, monkeypatch, capsys):
     assert "wanda, nsamples 8" in page
 
 
-def test_compare_takes_a_sweep_that_has_moved(here, place, monkeypatch, capsys):
+def test_compare_takes_a_sweep_that_has_moved(
+    here: tuple[Sweep, list[Run], dict[str, Report]],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ended = run_command(
         ["compare", str(place / "out"), "--data", "test.txt", "--seqlen", "32", "--fresh", "--csv", "table.csv", "-q"],
         monkeypatch,
@@ -105,7 +119,7 @@ def test_compare_takes_a_sweep_that_has_moved(here, place, monkeypatch, capsys):
     assert rows[1].startswith("model,")
 
 
-def test_the_board_foresees_the_end():
+def test_the_board_foresees_the_end() -> None:
     board = Board(["a", "b", "c"], earlier=2, quiet=True)
     assert board.remaining() is None
     board.expect({"a": 10.0, "b": 10.0, "c": 20.0}, 1)

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coprune.report.schema import Report
 from coprune.run import stages
+from coprune.run.session import Session
 from coprune.run.sweep import work
-from coprune.run.sweep.events import Cause, Doing, Done
+from coprune.run.sweep.events import Cause, Doing, Done, JobEvent
+from coprune.run.sweep.expand import Run
+from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.work import Job, do_job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(make_place(tmp_path))
     monkeypatch.setattr(work, "_texts", {})
     return tmp_path
 
 
-def do_here(sweep, runs):
+def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
     """Do runs one after another in this process, as one worker would; the last event of each."""
-    events = []
+    events: list[JobEvent] = []
     for run in runs:
         do_job(Job(run, "run", sweep.folder, THREADS), events.append)
     return {event.run: event for event in events if not isinstance(event, Doing)}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
+def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
     times = Counter[str]()
     measure = stages._measure
 
-    def counting(session, which):
+    def counting(session: Session, which: str) -> Any:
         times[which] += 1
         return measure(session, which)
 
@@ -49,10 +55,11 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream, place, monkeypatch):
         separate = alone(run, place / "separate")
         assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
         for file in run.recipe.output.model.glob("*.safetensors"):
+            assert separate.saved_model is not None
             assert file.read_bytes() == (separate.saved_model / file.name).read_bytes()
 
 
-def test_another_text_or_model_is_measured_anew(place, monkeypatch):
+def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_place(place / "other")
     sweep, runs = pico_sweep(eval_data=["test.txt", "words.txt"], eval_tokens=320)
     assert {type(event) for event in do_here(sweep, runs).values()} == {Done}
@@ -68,7 +75,7 @@ def test_another_text_or_model_is_measured_anew(place, monkeypatch):
     assert changed.dense not in (first.dense, second.dense)
 
 
-def test_a_run_that_is_done_is_not_done_again(place):
+def test_a_run_that_is_done_is_not_done_again(place: Path) -> None:
     sweep, runs = pico_sweep(method=["magnitude"])
     do_here(sweep, runs)
     before = (place / "out/magnitude/report.json").stat().st_mtime_ns
@@ -76,7 +83,7 @@ def test_a_run_that_is_done_is_not_done_again(place):
     assert (place / "out/magnitude/report.json").stat().st_mtime_ns == before
 
 
-def test_another_run_in_the_folder_is_refused(place):
+def test_another_run_in_the_folder_is_refused(place: Path) -> None:
     sweep, runs = pico_sweep(method=["magnitude"])
     do_here(sweep, runs)
     sweep, runs = pico_sweep(method=["magnitude"], nsamples=5)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from coprune.report.schema import Report
 from coprune.run import stages
+from coprune.run.session import Session
 from coprune.run.sweep import statistics_store, work
-from coprune.run.sweep.events import Doing, Done
+from coprune.run.sweep.events import Doing, Done, JobEvent
+from coprune.run.sweep.expand import Run
+from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.sharing import SHARED_FOLDER
 from coprune.run.sweep.work import Job, do_job
 from support.pico_folder import save_pico
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+from support.walking import Propagation
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "pattern": ["unstructured", "2:4"],
     "batch_size": 2,
     "evaluate": False,
@@ -28,25 +36,25 @@ RECORDING, ONE_PASS, FIRST_BLOCK, NOT_LAST = 6, 6, 2, 4
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(make_place(tmp_path))
     monkeypatch.setattr(work, "_texts", {})
     return tmp_path
 
 
 @pytest.fixture
-def forwards(monkeypatch):
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often blocks were called while a run pruned, by the run's folder."""
     counted = Counter[str]()
-    prune = stages.prune_blocks
+    prune = stages.__dict__["prune_blocks"]
 
-    def counting(session, output):
-        def count(module, arguments):
-            counted[session.recipe.run_folder.as_posix()] += 1
+    def counting(session: Session, *others: Any) -> Any:
+        def count(module: nn.Module, arguments: Any) -> None:
+            counted[session.opened.recipe.run_folder.as_posix()] += 1
 
-        hooks = [block.module.register_forward_pre_hook(count) for block in session.blocks]
+        hooks = [block.module.register_forward_pre_hook(count) for block in session.model.blocks]
         try:
-            return prune(session, output)
+            return prune(session, *others)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -55,9 +63,9 @@ def forwards(monkeypatch):
     return counted
 
 
-def do_here(sweep, runs):
+def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, float]:
     """Do runs one after another in this process; the seconds of gathering that each took over."""
-    events = []
+    events: list[JobEvent] = []
     for run in runs:
         do_job(Job(run, "run", sweep.folder, THREADS), events.append)
     ended = {event.run: event for event in events if not isinstance(event, Doing)}
@@ -65,7 +73,7 @@ def do_here(sweep, runs):
     return {name: event.saved["statistics"] for name, event in ended.items()}
 
 
-def assert_as_alone(run, place):
+def assert_as_alone(run: Run, place: Path) -> None:
     separate = alone(run, place / "separate")
     assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
     files = list(run.recipe.output.model.glob("*.safetensors"))
@@ -73,12 +81,14 @@ def assert_as_alone(run, place):
     assert all(file.read_bytes() == (separate.saved_model / file.name).read_bytes() for file in files)
 
 
-def kept(place):
+def kept(place: Path) -> list[Path]:
     return sorted((place / "out" / SHARED_FOLDER).glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("propagation", ["dense", "block"])
-def test_every_method_has_the_numbers_of_separate_runs(propagation, place, forwards):
+def test_every_method_has_the_numbers_of_separate_runs(
+    propagation: Propagation, place: Path, forwards: Counter[str]
+) -> None:
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt", "magnitude"], propagation=propagation, **SETTINGS)
     saved = do_here(sweep, runs)
     times = {run.name: forwards[run.recipe.run_folder.as_posix()] for run in runs}
@@ -100,7 +110,7 @@ def test_every_method_has_the_numbers_of_separate_runs(propagation, place, forwa
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut off", "removed", "other header"])
-def test_a_damaged_file_is_gathered_anew(damage, place, forwards):
+def test_a_damaged_file_is_gathered_anew(damage: str, place: Path, forwards: Counter[str]) -> None:
     sweep, runs = pico_sweep(method=["wanda"], propagation="dense", **SETTINGS)
     do_here(sweep, runs[:1])
     file = kept(place)[1]
@@ -123,7 +133,9 @@ def test_a_damaged_file_is_gathered_anew(damage, place, forwards):
     assert_as_alone(runs[1], place)
 
 
-def test_a_disk_without_room_keeps_nothing(place, forwards, monkeypatch):
+def test_a_disk_without_room_keeps_nothing(
+    place: Path, forwards: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(statistics_store, "SPARE", 10**12)
     sweep, runs = pico_sweep(method=["sparsegpt"], propagation="dense", **SETTINGS)
     assert set(do_here(sweep, runs).values()) == {0}
@@ -131,7 +143,7 @@ def test_a_disk_without_room_keeps_nothing(place, forwards, monkeypatch):
     assert set(forwards.values()) == {RECORDING + ONE_PASS}
 
 
-def test_experts_and_the_head(place, forwards):
+def test_experts_and_the_head(place: Path, forwards: Counter[str]) -> None:
     """So few tokens that experts lean on their layer's average, which comes of all of them."""
     save_pico(place / "mixtral", "mixtral", tie_word_embeddings=False)
     settings = SETTINGS | {"nsamples": 2, "seqlen": 16, "batch_size": 1}
@@ -147,8 +159,9 @@ def test_experts_and_the_head(place, forwards):
     assert report.matrices[-1].name == "lm_head"
 
 
-def test_other_matrices_samples_or_batches_are_gathered_for_themselves(place, forwards):
-    for number, change in enumerate(({}, {"seed": 1}, {"exclude": ["*.v_proj"]}, {"batch_size": 1})):
+def test_other_matrices_samples_or_batches_are_gathered_for_themselves(place: Path, forwards: Counter[str]) -> None:
+    changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"exclude": ["*.v_proj"]}, {"batch_size": 1}]
+    for number, change in enumerate(changes):
         sweep, runs = pico_sweep(**{**SETTINGS, "pattern": "2:4", "propagation": "dense", "save_model": None, **change})
         run = runs[0]
         recipe = run.recipe.replaced(save=place / str(number))

@@ -40,7 +40,7 @@ class _Place:
     """Whether the file has the bytes as they are now."""
 
 
-class Paging(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Paging(TorchDispatchMode):
     """While active, notes the storages that come into being and brings back those that an operation needs.
 
     limit: bytes of them that may stay in memory when a batch stops; folder: of the file (default: the folder for temporary

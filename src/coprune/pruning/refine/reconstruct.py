@@ -125,7 +125,7 @@ class Reconstruction:
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
-                loss_of(next(order)).backward()  # type: ignore[no-untyped-call]
+                loss_of(next(order)).backward()
                 for parameter, keep in zip(parameters, keeps, strict=True):
                     if parameter.grad is not None and keep is not None:
                         parameter.grad.mul_(keep)
