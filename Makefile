@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and make:
 #   make demo   prune a real model and show what that did
 #   make test   pass the tests
-# A third is for those who change the code without wanting to change what it computes:
-#   make slow   pass the tests that make test leaves out (make test-all: both)
+# The others are for those who change the code:
+#   make lint, make types
+#   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
 # All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow test-all golden lint types clean
+.PHONY: demo test slow test-all wheel golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -24,6 +25,9 @@ slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile
 
 test-all: test slow
+
+wheel: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py
 
 golden: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check
