@@ -13,9 +13,10 @@ from golden.measure import Figures
 
 FILE = Path(__file__).with_name("figures.json")
 
-# Under another arithmetic. A method that mends weights as it goes is chaotic in the last bits of its sums.
-ERROR_TOLERANCE = 0.05
-PERPLEXITY_TOLERANCE = 0.05
+# Under another arithmetic. A method that mends weights as it goes is chaotic in the last bits of its sums: between
+# instruction sets, with and without kernels, layer errors of ALPS differed by 0.4 % and its perplexities by 3.5 %.
+ERROR_TOLERANCE = 0.02
+PERPLEXITY_TOLERANCE = 0.1
 
 
 @dataclass
