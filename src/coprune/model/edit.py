@@ -19,6 +19,7 @@ from torch import nn
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.validation import reason
 
 EDITS_FILE = "coprune_edits.json"
 """What was done to the model of a folder, beside its weights."""
@@ -131,12 +132,12 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
         kind = EDITS.get(str(content.pop("kind", None)))
         if kind is None:
             raise BadInput(
-                f"an edit of the kind {value.get('kind')!r} is not one that this coprune knows; update coprune."
+                f"an edit of the kind {value.get('kind')!r} is not one that this coprune knows", fix="update coprune"
             )
         try:
             found.append(kind.model_validate(content))
         except ValidationError as error:
-            raise BadInput(f"an edit is damaged: {error.errors()[0]['msg']}.") from None
+            raise BadInput(f"an edit is damaged: {reason(error.errors()[0])}") from None
     return found
 
 
@@ -149,4 +150,6 @@ def pruned_names(folder: Path) -> set[str]:
         masks = json.loads(path.read_text(encoding="utf-8"))["masks"]
         return {str(name) for name in dict(masks)}
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{path} is damaged; remove it, and the zeros of the weights tell what was pruned.") from None
+        raise BadInput(
+            f"{path} is damaged", fix="remove it, and the zeros of the weights tell what was pruned"
+        ) from None

@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
 from coprune.base.errors import BadInput
+from coprune.base.validation import reason
 from coprune.recipe.grammar import Scalar, read_named, write_named
 
 
@@ -30,8 +31,7 @@ class Choice(BaseModel):
         except ValidationError as error:
             detail: Any = error.errors()[0]
             own = detail.get("ctx", {}).get("error")
-            message = str(detail["msg"]).removeprefix("Value error, ")
-            raise own if isinstance(own, BadInput) else BadInput(f"{asked!r} names nothing: {message}") from None
+            raise own if isinstance(own, BadInput) else BadInput(f"{asked!r} names nothing: {reason(detail)}") from None
 
     @property
     def is_file(self) -> bool:
