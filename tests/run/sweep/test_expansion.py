@@ -269,8 +269,8 @@ def test_a_dry_run_lists_commands_and_touches_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a file or a preset"),
-        (["some.yaml", "--preset", "llama-7b"], "either a file (some.yaml) or a preset"),
+        ([], "neither a file nor a preset is named"),
+        (["some.yaml", "--preset", "llama-7b"], "a file (some.yaml) and a preset (llama-7b) are named"),
         (["--preset", "llama-7bb", "--dry-run"], "did you mean 'llama-7b'"),
         (["missing.yaml", "--dry-run"], "cannot be read"),
         (["--preset", "llama-7b", "--dry-run", "--method", "wnda"], "the run unstructured/wnda: unknown method"),
