@@ -57,7 +57,8 @@ def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
     return process.returncode, err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+# That a kill at any moment is survived, test_resume shows without starting a command.
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
     sent: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
