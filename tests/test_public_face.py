@@ -15,6 +15,7 @@ from coprune.recipe.measuring import SETTINGS
 FUNCTIONS = [
     "accelerate",
     "compare",
+    "estimate",
     "evaluate",
     "load_packed",
     "perplexity",
@@ -33,6 +34,7 @@ ERRORS = [
 ]
 VALUES = [
     "Comparison",
+    "Estimate",
     "Evaluation",
     "Recipe",
     "Report",
@@ -77,7 +79,7 @@ def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: 
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty
         assert f"\n    {parameter.name}: " in text
-        if parameter.kind is parameter.VAR_KEYWORD and name not in ("load_packed", "prune"):  # transformers' options
+        if parameter.kind is parameter.VAR_KEYWORD and name != "load_packed":  # transformers' options
             assert "Unpack" in str(parameter.annotation)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import coprune
+from coprune.pruning.methods import Gram, Pruned, Target
+from coprune.pruning.methods.sparsegpt import SparseGPT
 from support.commands import run_command
-from support.pico_folder import save_pico, write_words
+from support.pico import pico_model
+from support.pico_folder import pico_tokenizer, save_pico, write_words
 
 SMALL: dict[str, Any] = {"nsamples": 4, "seqlen": 32, "quiet": True}
 
@@ -85,6 +91,84 @@ def test_a_result_prints_and_renders_its_figures(pruned: coprune.Result, place: 
     assert f"<td>{place}/model, 94,528 parameters, float32</td>" in html
 
 
+def test_a_method_is_an_object_or_a_name(inside: Path) -> None:
+    found = [
+        coprune.prune("model", method, dataset="words.txt", evaluate=False, **SMALL).report
+        for method in ("sparsegpt:block_size=32", SparseGPT(block_size=32), Copied())
+    ]
+    assert found[0].recipe == found[1].recipe
+    assert len({tuple(matrix.mask_checksum for matrix in report.matrices) for report in found}) == 1
+    assert found[2].recipe.method.name == f"{__name__}.Copied"
+
+
+@dataclass(frozen=True)
+class Copied:
+    """SparseGPT by another name, which no recipe knows."""
+
+    statistic: ClassVar[type[Gram]] = Gram
+
+    def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
+        return SparseGPT(block_size=32).prune(weight, statistic, target)
+
+
+def test_a_run_of_an_unknown_method_says_that_its_recipe_does_not_repeat_it(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coprune.prune("model", Copied(), dataset="words.txt", evaluate=False, save=tmp_path / "run", **SMALL)
+    assert (tmp_path / "run" / "recipe.yaml").read_text().startswith("# This file alone does not repeat the run")
+    ended = run_command(["prune", "--recipe", str(tmp_path / "run" / "recipe.yaml")], monkeypatch, capsys)
+    assert ended.code == 2
+    assert "Copied was handed over in Python, and a recipe cannot hold it" in ended.err
+
+
+def test_a_preset_is_what_the_command_makes_of_it(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+    command("prune", "model", "--preset", "balanced", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32,
+            "--no-eval", "--no-stream", "--save", tmp_path / "run", "-q")  # fmt: skip
+    report = coprune.prune("model", preset="balanced", dataset="words.txt", evaluate=False, **SMALL).report
+    told = coprune.Report.read(tmp_path / "run" / "report.json")
+    assert report.recipe.method.name == "sparsegpt"
+    assert [m.mask_checksum for m in report.matrices] == [m.mask_checksum for m in told.matrices]
+    assert report.recipe == told.recipe.replaced(save=None)
+
+
+def test_a_model_in_memory_is_pruned_and_otherwise_left_as_it_is(inside: Path) -> None:
+    model = pico_model("mixtral").train().requires_grad_(True)
+    model.set_experts_implementation("grouped_mm")
+    model.lm_head.requires_grad_(False)
+    found = coprune.prune(model, "magnitude", processor=pico_tokenizer(), dataset="words.txt", evaluate=False, **SMALL)
+    assert id(found.model) == id(model)
+    assert found.report.sparsity.matrices == pytest.approx(0.5, abs=1e-3)
+    assert all(module.training for module in model.modules())
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["lm_head.weight"]
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(coprune.BadInput, match="a Linear is no model of transformers"):
+        coprune.prune(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(coprune.BadInput, match="a model in memory is not loaded"):
+        coprune.prune(pico_model("llama"), dtype="bfloat16")
+
+
+def test_estimate_tells_what_the_command_does(inside: Path, command: Callable[..., str]) -> None:
+    told = json.loads(command("estimate", "model", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32, "--json"))
+    found = coprune.estimate("model", dataset="words.txt", stream=None, **SMALL)
+    assert found.phases.keys() == told["phases"].keys()
+    assert found.fits is told["fits"] is True
+    assert found.peak_bytes == pytest.approx(told["peak_bytes"], rel=0.2)
+    assert repr(found).startswith("<Estimate of a run: 0.")
+    assert str(found) == found.line()
+    assert "<th style" in found._repr_html_()
+
+
+def test_estimate_leaves_a_model_in_memory_as_it_is(inside: Path) -> None:
+    model = pico_model("llama").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert coprune.estimate(model, processor=pico_tokenizer(), dataset="words.txt", **SMALL).fits
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_evaluate_measures_what_the_command_does(
     inside: Path, tmp_path: Path, pruned: coprune.Result, command: Callable[..., str]
 ) -> None:
@@ -115,7 +199,9 @@ def test_evaluate_measures_a_model_in_memory_and_leaves_it_as_it_is(inside: Path
 
 def test_evaluate_says_what_a_model_in_memory_lacks(inside: Path, pruned: coprune.Result) -> None:
     assert pruned.model is not None
-    with pytest.raises(coprune.BadInput, match=r"a model in memory has its dtype already; leave out dtype"):
+    with pytest.raises(
+        coprune.BadInput, match="a model in memory is not loaded, which is what dtype is about; leave out dtype"
+    ):
         coprune.evaluate(pruned.model, "test.txt", processor=pruned.processor, dtype="bfloat16")
     with pytest.raises(coprune.BadInput, match="tokenizer"):
         coprune.evaluate(pruned.model, "test.txt", quiet=True)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from coprune.recipe.recipe import Recipe
     from coprune.report.schema import Report
     from coprune.run.compare import compare
-    from coprune.run.stages import Result, prune, run_recipe
+    from coprune.run.estimate.found import Estimate
+    from coprune.run.prune import estimate, prune
+    from coprune.run.stages import Result, run_recipe
 
     __version__: str
 
@@ -56,7 +58,9 @@ _HOME = {
     "Report": "coprune.report.schema",
     "Result": "coprune.run.stages",
     "perplexity": "coprune.evaluation.perplexity",
-    "prune": "coprune.run.stages",
+    "Estimate": "coprune.run.estimate.found",
+    "estimate": "coprune.run.prune",
+    "prune": "coprune.run.prune",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
 }
@@ -66,6 +70,7 @@ __all__ = [
     "BrokenMask",
     "Comparison",
     "CopruneError",
+    "Estimate",
     "Evaluation",
     "LostProcess",
     "NumericalError",
@@ -76,6 +81,7 @@ __all__ = [
     "VerificationError",
     "accelerate",
     "compare",
+    "estimate",
     "evaluate",
     "load_packed",
     "perplexity",

@@ -14,7 +14,7 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Prune SmolLM2-135M to 50 % with Wanda, on text that needs no network, and show what that did."""
-    from coprune.run.stages import prune
+    from coprune.run.prune import prune
 
     report = prune(
         "smollm2-135m",

@@ -20,10 +20,7 @@ def estimate(
     """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
     recipe = recipe_asked(context, typed)
     from coprune.base.progress import Reporter
-    from coprune.base.words import say
-    from coprune.run.stages import estimate_recipe
+    from coprune.run.prune import estimate_recipe
 
     found = estimate_recipe(recipe, Reporter(quiet))
-    typer.echo(found.to_json() if as_json else found.line())
-    if found.proposal is not None and not as_json:
-        typer.echo(f"It would not fit. {say(found.proposal.words())}.")
+    typer.echo(found.to_json() if as_json else str(found))

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.base.words import LeaveOut, Setting
+from coprune.base.words import Setting
 from coprune.evaluation.arguments import MeasureArguments
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.evaluation import Evaluation
 from coprune.evaluation.extras import Extras, nothing_to_measure
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.sources import Held, Model
+from coprune.model.opened import refuse_what_loading_decides
 from coprune.recipe.measuring import measuring_recipe
 
 
@@ -51,7 +52,7 @@ def evaluate(
     """
     held = [Held(one, processor) if isinstance(one, PreTrainedModel) else None for one in (model, against)]
     if held[0] is not None and (held[1] is not None or against is None):
-        _refuse_what_loading_decides(settings)
+        refuse_what_loading_decides(settings)
     recipe = measuring_recipe(held[0].name if held[0] else str(model), {"data": data, **settings})
     if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
         raise nothing_to_measure()
@@ -71,15 +72,3 @@ def evaluate(
     if dense is None:
         return found
     return found.model_copy(update={"against": dense.name, "closeness": subject.closeness_to(dense)})
-
-
-def _refuse_what_loading_decides(settings: MeasureArguments) -> None:
-    """Raise BadInput for settings that a model in memory has decided already."""
-    for name, value in (("dtype", settings.get("dtype")), ("device", settings.get("device"))):
-        if value is not None:
-            raise BadInput(
-                f"a model in memory has its {name} already",
-                field=name,
-                value=value,
-                fix=(LeaveOut(name), ", or convert the model itself"),
-            )

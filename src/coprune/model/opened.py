@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
-from coprune.base.words import Set
+from coprune.base.words import LeaveOut, Set
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
@@ -129,3 +129,15 @@ def _require_room(check: bool, location: ModelFolder, parts: int) -> None:
                 Set("check_memory", False),
             ),
         )
+
+
+def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:
+    """Raise BadInput for settings that a model in memory has decided already."""
+    for name in ("dtype", "device", "cache_dir"):
+        if settings.get(name) not in (None, "auto"):
+            raise BadInput(
+                f"a model in memory is not loaded, which is what {name} is about",
+                field=name,
+                value=settings[name],
+                fix=(LeaveOut(name), ", or convert the model itself"),
+            )

@@ -179,8 +179,14 @@ def input_first(module: nn.Module) -> bool:
 def run_experts_singly(model: PreTrainedModel) -> None:
     """Let every expert be products of its own, where one product over all of them is the default."""
     # The implementation is a private field of the configuration that is never saved.
-    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+    if experts_run_as(model) not in (None, "eager"):
         model.set_experts_implementation("eager")
+
+
+def experts_run_as(model: PreTrainedModel) -> str | None:
+    """How a model's experts are run; None where it has none, or says nothing."""
+    implementation: str | None = getattr(model.config, "_experts_implementation", None)
+    return implementation
 
 
 def builds(auto_class: Any, config: Any) -> bool:

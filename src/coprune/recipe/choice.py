@@ -11,6 +11,9 @@ from coprune.base.errors import BadInput
 from coprune.base.validation import reason
 from coprune.recipe.grammar import Scalar, read_named, write_named
 
+# The option by which a recipe says that a choice was handed over by a call from Python, as an object.
+_GIVEN = "given"
+
 
 class Choice(BaseModel):
     """A name, and options of what it names.
@@ -32,6 +35,16 @@ class Choice(BaseModel):
             detail: Any = error.errors()[0]
             own = detail.get("ctx", {}).get("error")
             raise own if isinstance(own, BadInput) else BadInput(f"{asked!r} names nothing: {reason(detail)}") from None
+
+    @classmethod
+    def given(cls, name: str, options: Mapping[str, Scalar]) -> Self:
+        """Tell of an object that was handed over by a call from Python, and that no name stands for."""
+        return cls(name=name, options={_GIVEN: True, **options})
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it tells of an object, without which nothing can be repeated."""
+        return self.options.get(_GIVEN) is True
 
     @property
     def is_file(self) -> bool:

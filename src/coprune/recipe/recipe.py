@@ -24,6 +24,7 @@ from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
 
+_NOT_HELD = "This file alone does not repeat the run: {what} was handed over in Python."
 _RESULT = Decides.RESULT | Decides.COST
 
 
@@ -109,17 +110,26 @@ class Recipe(BaseModel):
         """The recipe as a run keeps it: repeated, it tells no tracker, log or Hub unless that is asked for again."""
         return self.replaced(report_to=None, push_to_hub=None, log_json=None)
 
+    @property
+    def given(self) -> list[str]:
+        """What a call from Python handed over, so that the recipe by itself does not repeat the run."""
+        return [f"the method {self.method.name}"] if self.method.is_given else []
+
     def deciding(self, what: Decides) -> dict[str, Any]:
         """The settings that decide something, by their flat names."""
         return deciding(self.flat(), FIELDS, what)
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that `Recipe.from_yaml` reads back: its parts, without what is not set."""
+        """The recipe as YAML that `Recipe.from_yaml` reads back: its parts, without what is not set.
+
+        Where a call from Python handed something over that no file holds, a comment says so.
+        """
         parts = self.model_dump(mode="json", exclude_none=True)
         if "data" not in self.calibration.model_fields_set:
             del parts["calibration"]["data"]  # its default depends on what the model reads
         said = {part: settings for part, settings in parts.items() if settings not in ({}, [])}
-        return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+        note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
+        return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:

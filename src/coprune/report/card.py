@@ -57,7 +57,8 @@ def model_card(report: Report) -> str:
         f"({report.recipe.pattern.name}), {report.sparsity.model:.2%} of all parameters. "
         f"{_STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
-        f"Made with {versions}. The recipe, which `coprune prune --recipe` repeats:\n\n```yaml\n"
+        f"Made with {versions}. The recipe{'' if report.recipe.given else ', which `coprune prune --recipe` repeats'}:"
+        "\n\n```yaml\n"
         f"{report.recipe.untold().to_yaml()}```\n\n## Load\n\n{_LOAD_IMAGES if images else _LOAD_TEXT}\n"
     )
 

@@ -204,7 +204,11 @@ def _phases(report: Report) -> str:
 
 def _recipe(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    note = "Save it as recipe.yaml; coprune prune --recipe recipe.yaml repeats the run."
+    note = (
+        "A part of it was handed over in Python, so it does not repeat the run by itself."
+        if report.recipe.given
+        else "Save it as recipe.yaml; coprune prune --recipe recipe.yaml repeats the run."
+    )
     return section("Recipe", copyable("recipe", report.recipe.untold().to_yaml()), note=note) + section(
         "Versions", note=versions
     )

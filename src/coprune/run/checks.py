@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from pydantic import BaseModel
 
-from coprune.base.errors import BadInput, unknown_name
+from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.matrices import Chosen
 from coprune.model.walk.inputs import Inputs
@@ -17,24 +12,29 @@ from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
-from coprune.pruning.methods import find_method, is_option, method_named, option_names
+from coprune.pruning.methods import Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import FLAT, PARTS, is_setting, layered
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 
 
-def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
+def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver, Target]:
     """Look up the method with its options, the refinements and the target, and try them on a tiny matrix.
 
-    Raises BadInput for an unknown name or option, or a combination that the method cannot do.
+    Args:
+        recipe: what is asked for.
+        given: the method, if it was handed over.
+
+    Raises:
+        BadInput: a name or option is unknown, or a combination cannot be.
     """
+    method = given if given is not None else _method_of(recipe.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
-    solver = Solver(method_named(recipe.method.name, recipe.method.options), refinements, recipe.calibration.aim)
+    solver = Solver(method, refinements, recipe.calibration.aim)
     target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
     width = 2 * (target.pattern.group_size or 4)
@@ -43,6 +43,17 @@ def prepare_solver(recipe: Recipe) -> tuple[Solver, Target]:
     inputs.update(torch.randn(4 * width, width, generator=generator), None)
     solver.solve(torch.randn(4, width, generator=generator), inputs, target)
     return solver, target
+
+
+def _method_of(asked: Choice) -> Method:
+    if asked.is_given:
+        raise BadInput(
+            f"the method {asked.name} was handed over in Python, and a recipe cannot hold it",
+            field="method",
+            value=asked.name,
+            fix="hand it over again, or name another one",
+        )
+    return method_named(asked.name, asked.options)
 
 
 def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
@@ -130,23 +141,3 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
     looks = recipe.pattern.permute or allocation_named(recipe.allocation).statistic is not None
     return solver.statistic is not None or recipe.reconstruction.steps > 0 or looks
-
-
-def settings_for(method: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Sort plain settings into a recipe's fields and the method's own options.
-
-    values: by name. Raises BadInput for a name that is neither, with the nearest match; the option of another method is
-    left to the method to refuse.
-    """
-    own = {field.name for field in dataclasses.fields(find_method(Choice.of(method).name))}
-    for setting in values:
-        if not is_setting(setting) and setting not in own and not is_option(setting):
-            raise unknown_name("setting", setting, [*FLAT, *PARTS, *option_names()], field=setting)
-    # A part of the recipe may be called like an option (selection), but is a mapping, which no option is.
-    options = {
-        setting: value
-        for setting, value in values.items()
-        if not is_setting(setting) or (setting in own and not isinstance(value, Mapping | BaseModel))
-    }
-    settings = {setting: value for setting, value in values.items() if setting not in options}
-    return layered({"method": method, "options": options}, settings)

@@ -12,7 +12,7 @@ from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import Known
-from coprune.run.estimate.estimate import Estimate
+from coprune.run.estimate.found import Estimate
 from coprune.run.session import Session
 
 Tokens = TypeVar("Tokens")

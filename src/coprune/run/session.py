@@ -29,8 +29,9 @@ from coprune.run.checks import (
     prepare_reconstruction,
     prepare_solver,
 )
-from coprune.run.estimate.estimate import Estimate
+from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.workload import Planned, estimate_run
+from coprune.run.given import Given
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ class Session:
     reconstruction: Reconstruction | None
 
 
-def open_run(recipe: Recipe, loaded: Loaded | None, around: Surroundings, remember: Remember = read_anew) -> Opened:
+def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remember = read_anew) -> Opened:
     """Check everything that can be checked without the blocks, cheap things first, and read the data.
 
     Args:
         recipe: what is asked for.
-        loaded: the model, if it is open already.
+        given: what is taken instead of what the recipe names.
         around: who hears of the run, and who does it together.
         remember: where tokenised texts come from, if they were tokenised before.
 
@@ -102,10 +103,10 @@ def open_run(recipe: Recipe, loaded: Loaded | None, around: Surroundings, rememb
         BadInput, UnsupportedModel: for what cannot be done as asked.
     """
     started = time.perf_counter()
-    solver, target = prepare_solver(recipe)
+    solver, target = prepare_solver(recipe, given.method)
     allocation_named(recipe.allocation)
     check_processes(recipe, around.processes.size)
-    reporter = around.reporter
+    reporter, loaded = around.reporter, given.loaded
     if loaded is None:
         reporter.say(f"Loading {recipe.model.name}")
         loaded = open_model(recipe.model, stream=streams(recipe))

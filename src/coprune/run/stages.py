@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
@@ -19,22 +18,18 @@ from coprune.evaluation.extras import Extras
 from coprune.evaluation.tasks import Measured
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.weights import InMemory
 from coprune.model.edit import Edits
-from coprune.model.opened import Loaded
 from coprune.model.verify import verify_saved
 from coprune.packed.encoding import PackedEncoding
-from coprune.recipe.flat import layered
-from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
-from coprune.run.checks import prepare_folders, settings_for
-from coprune.run.estimate.estimate import Estimate
+from coprune.run.checks import prepare_folders
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
+from coprune.run.given import NOTHING, Given
 from coprune.run.journal import Output, run_identity
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
@@ -69,50 +64,9 @@ class Result(Shown):
         return self.report.sheet()
 
 
-def prune(
-    model: str | Path | PreTrainedModel,
-    method: str = "wanda",
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    image_processor: Any = None,
-    quiet: bool = False,
-    **settings: Any,
-) -> Result:
-    """Prune a model and measure what that did.
-
-    A model given by name is loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is
-    given.
-
-    Args:
-        model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is changed in place.
-        method: a name from `coprune methods`, also with options (`sparsegpt:block_size=64`).
-        tokenizer: of a language model in memory.
-        image_processor: of a classifier in memory.
-        quiet: no progress bars and lines on standard error.
-        settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
-            calibration={"samples": 32}) and the method's own options, by name.
-
-    Returns:
-        The report, with the model and its processor as far as they are in memory.
-
-    Raises:
-        BadInput: for what cannot be done as asked.
-        NumericalError: the numbers allow no honest result.
-        UnsupportedModel: the model cannot be walked.
-    """
-    loaded = None
-    if not isinstance(model, str | Path):
-        loaded = Loaded(
-            InMemory(prepare(model)), tokenizer or image_processor, model.name_or_path or type(model).__name__, False
-        )
-    name = str(model) if loaded is None else loaded.source
-    recipe = make_recipe(layered({"stream": False, "model": name}, settings_for(method, settings)))
-    return run_recipe(recipe, loaded, Reporter(quiet), write=recipe.output.run is not None)
-
-
 def run_recipe(
     recipe: Recipe,
-    loaded: Loaded | None = None,
+    given: Given = NOTHING,
     reporter: Reporter | None = None,
     write: bool = True,
     processes: Processes = ALONE,
@@ -122,7 +76,7 @@ def run_recipe(
 
     Args:
         recipe: what is asked for.
-        loaded: a model that is open already, instead of the one that the recipe names.
+        given: what is taken instead of what the recipe names, such as a model that is open already.
         reporter: who hears of it; without it, standard error.
         write: whether to leave a run folder (the model is saved if the recipe names a folder for it).
         processes: this one among those that do the run together, which all call this.
@@ -138,7 +92,7 @@ def run_recipe(
     started = time.perf_counter()
     around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes)
     if recipe.finetune.mode is not None:
-        return _run_with_finetuning(recipe, loaded, around)
+        return _run_with_finetuning(recipe, given, around)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report, None, None)
@@ -147,16 +101,14 @@ def run_recipe(
     if processes.first and (write or recipe.output.model):
         prepare_folders(recipe)
     with listening(recipe, around.reporter) if processes.first else nullcontext():
-        return _run(recipe, loaded, around, reuse or Reuse(), write and processes.first, started)
+        return _run(recipe, given, around, reuse or Reuse(), write and processes.first, started)
 
 
-def _run(
-    recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Reuse, write: bool, started: float
-) -> Result:
+def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write: bool, started: float) -> Result:
     """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
     phases, first = Phases(around.reporter), around.processes.first
     extras = Extras.prepare(recipe, around.processes.size)
-    session = _open(recipe, loaded, around, reuse)
+    session = _open(recipe, given, around, reuse)
     loaded = session.opened.loaded
     phases.done(Phase.PREPARE)
     output = _open_output(session) if first else None
@@ -184,9 +136,9 @@ def _run(
     return Result(report, in_memory, loaded.processor)
 
 
-def _open(recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Reuse) -> Session:
+def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> Session:
     """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
-    opened = open_run(recipe, loaded, around, reuse.tokens)
+    opened = open_run(recipe, given, around, reuse.tokens)
     if around.processes.first and (estimate := reuse.estimate(opened.estimate)) is not None:
         around.reporter.say(estimate.line())
         if recipe.model.check_memory:
@@ -194,21 +146,13 @@ def _open(recipe: Recipe, loaded: Loaded | None, around: Surroundings, reuse: Re
     return prove_run(opened)
 
 
-def _run_with_finetuning(recipe: Recipe, loaded: Loaded | None, around: Surroundings) -> Result:
+def _run_with_finetuning(recipe: Recipe, given: Given, around: Surroundings) -> Result:
     from coprune.training.after_pruning import prune_and_finetune
 
     def prune_only(pruning: Recipe) -> Report:
-        return run_recipe(pruning, loaded, around.reporter, processes=around.processes).report
+        return run_recipe(pruning, given, around.reporter, processes=around.processes).report
 
     return Result(prune_and_finetune(recipe, prune_only, around.reporter, around.processes), None, None)
-
-
-def estimate_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
-    """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
-    found = open_run(recipe, None, Surroundings(reporter or Reporter())).estimate()
-    if found is None:
-        raise BadInput("only runs on language models can be estimated so far", field="model")
-    return found
 
 
 def _open_output(session: Session) -> Output | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coprune.evaluation.cache import EvaluationCache
-from coprune.run.estimate.estimate import Estimate
+from coprune.run.estimate.found import Estimate
 from coprune.run.sweep.events import Cause
 from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep

@@ -27,7 +27,14 @@ from transformers.utils import logging as transformers_logging
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.checkpoint.locate import GgufFile, Location
-from coprune.model.transformers_private import builds, forget_quantization, name_model, run_experts_singly, unpack_gguf
+from coprune.model.transformers_private import (
+    builds,
+    experts_run_as,
+    forget_quantization,
+    name_model,
+    run_experts_singly,
+    unpack_gguf,
+)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "images"]
@@ -123,6 +130,27 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.requires_grad_(False)
     run_experts_singly(model)
     return model
+
+
+@contextmanager
+def prepared(model: PreTrainedModel | None) -> Iterator[None]:
+    """Put somebody's model into that state for a while; afterwards it is as it was, but for its weights."""
+    if model is None:
+        yield
+        return
+    training = [module for module in model.modules() if module.training]
+    gradients = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    experts = experts_run_as(model)
+    prepare(model)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for name in gradients:
+            model.get_parameter(name).requires_grad_(True)
+        if experts is not None and experts != experts_run_as(model):
+            model.set_experts_implementation(experts)
 
 
 def require_all_weights(name: str, missing: set[str]) -> None:

@@ -52,7 +52,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
     if name in taken:
         raise BadInput(f"there is a method {name!r} already", fix="choose another name")
     made = method() if isinstance(method, type) else method
-    if (missing := _missing_in(made)) is not None:
+    if (missing := missing_in(made)) is not None:
         raise BadInput(f"{name!r} is no method: {missing}")
     own = {field.name for field in dataclasses.fields(made)}
     if shadowed := sorted(own & set(FLAT)):
@@ -61,7 +61,7 @@ def checked_method(name: str, method: Any, taken: Collection[str]) -> Method:
     return found
 
 
-def _missing_in(method: Any) -> str | None:
+def missing_in(method: Any) -> str | None:
     """What something lacks to be a method; None if nothing."""
     if not dataclasses.is_dataclass(method) or not getattr(type(method), "__dataclass_params__").frozen:  # noqa: B009
         return f"{type(method).__name__} is not a frozen dataclass"

@@ -7,21 +7,16 @@ with settings that would.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from coprune.base.errors import BadInput
-from coprune.base.words import Set, parts_of
-from coprune.model.walk.activations import GIB
+from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.machine import BlockCosts, Shape, SolveCosts
 from coprune.run.estimate.proposal import Proposal
 
 # Beyond the tensors that are counted: workspaces of the libraries, and what the allocator cannot give back at once.
 SLACK = 1.1
-# An estimate may be too high by so much, so only a run that is above what there is by more is refused.
-ERROR = 0.15
 PROBE_TOKENS = 512
 SLICE_BYTES = 2 * 4 * 2**24  # a slice of logits in float32 and its logarithm (see evaluate.perplexity.window_nll)
 
@@ -72,47 +67,6 @@ class Workload:
     """Number of groups by the shape of their first matrix."""
     head_seconds_per_token: float
     logit_bytes_per_token: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take."""
-
-    peak_bytes: int
-    """Largest resident set of one process."""
-    seconds: float
-    """Of the whole run."""
-    available_bytes: int | None
-    """What the process may still take; None if the system does not tell."""
-    resident_bytes: int
-    phases: dict[str, int] = field(default_factory=dict)
-    """Peak of each phase."""
-    processes: int = 1
-    proposal: Proposal | None = None
-    """Settings with which the run would fit, if it would not."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the run fits what there is, if the estimate is not wrong by more than it may be."""
-        more = (self.peak_bytes - self.resident_bytes) * self.processes
-        return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
-
-    def line(self) -> str:
-        """One line for people."""
-        there = "" if self.available_bytes is None else f" of {(self.available_bytes + self.resident_bytes) / GIB:.1f}"
-        several = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        return f"Estimate: {self.peak_bytes / GIB:.2f}{there} GiB of memory{several} at most, about {duration(self.seconds)}."
-
-    def to_json(self) -> str:
-        """All figures as JSON."""
-        return json.dumps(asdict(self) | {"fits": self.fits}, indent=2)
-
-    def require(self) -> None:
-        """Raise BadInput if the run would not fit."""
-        if not self.fits:
-            proposal = () if self.proposal is None else (*parts_of(self.proposal.words()), ". ")
-            anyway = ("Or run it all the same with ", Set("check_memory", False))
-            raise BadInput(f"the run would not fit. {self.line()}", field="check_memory", fix=(*proposal, *anyway))
 
 
 def estimate(workload: Workload, settings: Settings, available: int | None) -> Estimate:
@@ -229,10 +183,3 @@ def _proposal(work: Workload, run: Settings, available: int | None) -> Proposal:
         if fits(settings):
             return Proposal(taken, True, halves)
     return Proposal(taken, False, halves)
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -17,7 +17,8 @@ from coprune.model.walk.proven import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
-from coprune.run.estimate.estimate import Estimate, Settings, Workload, estimate
+from coprune.run.estimate.estimate import Settings, Workload, estimate
+from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.machine import Trials, measure_block, measure_head, measure_solving
 
 CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from coprune.run.estimate.estimate import duration
+from coprune.run.estimate.found import duration
 from coprune.run.sweep.events import Doing, Done, JobEvent
 
 _SHOWN = 12  # rows of runs on a terminal

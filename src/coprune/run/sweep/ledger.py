@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import BaseModel, ValidationError
 
 from coprune.base.files import write_text
-from coprune.run.estimate.estimate import duration
+from coprune.run.estimate.found import duration
 from coprune.run.sweep.sharing import SHARED_FOLDER
 
 _FILE = "ledger.json"

@@ -28,7 +28,7 @@ from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import Known
 from coprune.recipe.recipe import Recipe
-from coprune.run.estimate.estimate import Estimate
+from coprune.run.estimate.found import Estimate
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session
 from coprune.run.sweep.keys import dense_key, estimate_key, statistics_key

@@ -60,17 +60,19 @@ def do_job(job: Job, tell: Tell) -> None:
 
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
+    from coprune.run.given import Given
     from coprune.run.session import Surroundings, open_run
 
     tell(Doing(job.run.name, "estimating"))
     loaded, reuse = _open(job)
-    opened = open_run(job.run.recipe, loaded, Surroundings(Reporter(quiet=True)), reuse.tokens)
+    opened = open_run(job.run.recipe, Given(loaded), Surroundings(Reporter(quiet=True)), reuse.tokens)
     reuse.estimate(opened.estimate)
     return {}
 
 
 def _run(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
+    from coprune.run.given import Given
     from coprune.run.stages import run_recipe
     from coprune.run.sweep.finished import finished_report
 
@@ -82,7 +84,7 @@ def _run(job: Job, tell: Tell) -> dict[str, float]:
     loaded, reuse = _open(job)
     reporter = Reporter(quiet=True)
     reporter.listeners.append(_teller(job.run.name, tell))
-    run_recipe(recipe, loaded, reporter, reuse=reuse)
+    run_recipe(recipe, Given(loaded), reporter, reuse=reuse)
     saved: dict[str, float] = vars(reuse.saved)
     return saved
 

@@ -1,0 +1,113 @@
+"""What `coprune.prune` and `coprune.estimate` take by name, as a type: so editors complete it, and checkers check it.
+
+A test keeps it equal to the settings of a recipe and the options of the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+from coprune.recipe.choice import Choice
+from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
+from coprune.recipe.parts import CalibrationPart, PatternPart, ReconstructionPart, SelectionPart
+
+File = str | Path
+Options = Mapping[str, bool | int | float | str | None]
+Named = str | Mapping[str, Any] | Choice
+"""Something by name, perhaps with options: `owl:spread=0.1`, or `{"name": "owl", "spread": 0.1}`."""
+
+
+class MethodArguments(TypedDict, total=False):
+    """The methods' own options, each for the methods that have it; see `coprune methods`."""
+
+    block_size: int
+    cycles: int
+    damping: float
+    group: Literal["row", "matrix"]
+    inner_loop: Literal["auto", "torch", "triton"]
+    mask_rounds: int
+    power: float
+    refit_rounds: int
+    rho: float
+    rounds: int
+    rounds_per_rho: int
+    score: Literal["magnitude", "wanda"]
+    start: Literal["magnitude", "wanda", "ria"]
+
+
+class CalibrationArguments(TypedDict, total=False):
+    """How much is pruned, of what, on which data."""
+
+    options: Options
+    use_variant: bool
+    sparsity: float | None
+    sparsity_ratio: float | None
+    pattern: str | PatternPart | Mapping[str, Any]
+    sparsity_type: str
+    permute: bool
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    selection: Literal["sequential", "iterative"] | SelectionPart | Mapping[str, Any]
+    calibration: CalibrationPart | Mapping[str, Any]
+    dataset: str
+    nsamples: int
+    seqlen: int | None
+    seed: int
+    batch_size: int | None
+    activation_memory: float | None
+    propagation: Literal["block", "sequential", "dense"]
+    target: Literal["pruned", "dense"]
+    allocation: Named
+    refine: Named | Sequence[Named]
+    reconstruction: ReconstructionPart | Mapping[str, Any]
+    reconstruct: int
+    reconstruct_lr: float
+    reconstruct_dtype: Literal["float32", "bfloat16"]
+    reconstruct_parts: Literal["together", "separate"]
+
+
+class OutcomeArguments(TypedDict, total=False):
+    """How the model is held, trained, measured and written."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: str
+    cache_dir: File | None
+    stream: bool | None
+    check_memory: bool
+    finetune: Literal["lora", "dense", "distill"] | FinetunePart | Mapping[str, Any] | None
+    finetune_minutes: float | None
+    evaluation: EvaluationPart | Mapping[str, Any]
+    evaluate: bool
+    evaluate_dense: bool
+    eval_data: str | Sequence[str] | None
+    eval_images: int | None
+    eval_tokens: int | None
+    eval_zero_shot: bool
+    tasks: str | Sequence[str] | None
+    num_fewshot: int
+    include_path: File | None
+    limit: int | None
+    prompt: str
+    layer_error: bool
+    output: OutputPart | Mapping[str, Any]
+    save: File | None
+    save_model: File | None
+    encoding: Literal["dense", "packed"]
+    report_to: str | Sequence[str] | None
+    push_to_hub: str | None
+    log_json: File | None
+
+
+class ProcessorArguments(TypedDict, total=False):
+    """Other names of `processor`."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    image_processor: Any
+
+
+class PruneArguments(ProcessorArguments, MethodArguments, CalibrationArguments, OutcomeArguments, total=False):
+    """A recipe's settings, but for the model and the method's name, and the methods' own options."""

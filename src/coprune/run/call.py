@@ -1,0 +1,91 @@
+"""A call from Python, read: the recipe that it asks for, and what it hands over beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput, unknown_name
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.opened import Loaded, refuse_what_loading_decides
+from coprune.pruning.methods import Method, find_method, is_option, option_names
+from coprune.pruning.methods.given import choice_of
+from coprune.recipe.choice import Choice
+from coprune.recipe.flat import FLAT, PARTS, is_setting, layered
+from coprune.recipe.presets import preset_settings
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.run.given import Given
+
+Named = str | Mapping[str, Any] | Choice
+"""Something by name, perhaps with options: `owl:spread=0.1`, or `{"name": "owl", "spread": 0.1}`."""
+_PROCESSORS = ("tokenizer", "image_processor")
+_DEFAULT_METHOD = "wanda"
+
+
+def read_call(
+    model: str | Path | PreTrainedModel,
+    method: Named | Method | type[Method] | None,
+    preset: str | None,
+    processor: Any,
+    settings: Mapping[str, Any],
+) -> tuple[Recipe, Given]:
+    """Turn a call's arguments into a recipe; what is said by itself wins over the preset.
+
+    Raises:
+        BadInput: something is unknown, said twice, or of the wrong kind.
+    """
+    said = {name: value for name, value in settings.items() if name not in _PROCESSORS}
+    for name in _PROCESSORS:
+        processor = settings[name] if settings.get(name) is not None else processor
+    loaded = None if isinstance(model, str | Path) else _in_memory(model, processor, said)
+    named, given = (method, None) if method is None or isinstance(method, str | Mapping | Choice) else choice_of(method)
+    from_preset = {} if preset is None else preset_settings(preset)
+    chosen = named if named is not None else from_preset.get("method", _DEFAULT_METHOD)
+    own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
+    by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
+    base = {"stream": False, "model": str(model) if loaded is None else loaded.source}
+    return make_recipe(layered(base, from_preset, by_call)), Given(loaded, given)
+
+
+def options_of(method: Named) -> set[str]:
+    """The names of a method's own options. Raises BadInput for an unknown method."""
+    return {field.name for field in dataclasses.fields(find_method(Choice.of(method).name))}
+
+
+def sort_options(settings: Mapping[str, Any], own: set[str] | None) -> dict[str, Any]:
+    """Put a method's options among plain settings under `options`; those of another method are left to it to refuse.
+
+    Args:
+        settings: by name.
+        own: the names of the method's options; None if it was handed over with all that it has.
+
+    Raises:
+        BadInput: a name is neither a setting's nor an option's; with the nearest match.
+    """
+    for name in settings:
+        if not is_setting(name) and (own is None or (name not in own and not is_option(name))):
+            raise unknown_name("setting", name, [*FLAT, *PARTS, *(() if own is None else option_names())], field=name)
+    # A part of the recipe may be called like an option (selection), but is a mapping, which no option is.
+    options = {
+        name: value
+        for name, value in settings.items()
+        if not is_setting(name) or (own is not None and name in own and not isinstance(value, Mapping | BaseModel))
+    }
+    rest = {name: value for name, value in settings.items() if name not in options}
+    return layered({"options": options}, rest) if options else rest
+
+
+def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loaded:
+    if not isinstance(model, PreTrainedModel):
+        raise BadInput(
+            f"a {type(model).__name__} is no model of transformers",
+            field="model",
+            fix="give one, or the name of one; adapters have to be merged first",
+        )
+    refuse_what_loading_decides(settings)
+    return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)

@@ -1,0 +1,83 @@
+"""What a run will take, as an estimate: whether that fits, and how it is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from coprune.base.errors import BadInput
+from coprune.base.shown import Sheet, Shown
+from coprune.base.words import Set, parts_of, say
+from coprune.model.walk.activations import GIB
+from coprune.run.estimate.proposal import Proposal
+
+# An estimate may be too high by so much, so only a run that is above what there is by more is refused.
+ERROR = 0.15
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate(Shown):
+    """What a run will take."""
+
+    peak_bytes: int
+    """Largest resident set of one process."""
+    seconds: float
+    """Of the whole run."""
+    available_bytes: int | None
+    """What the process may still take; None if the system does not tell."""
+    resident_bytes: int
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of each phase."""
+    processes: int = 1
+    proposal: Proposal | None = None
+    """Settings with which the run would fit, if it would not."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits what there is, if the estimate is not wrong by more than it may be."""
+        more = (self.peak_bytes - self.resident_bytes) * self.processes
+        return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
+
+    def line(self) -> str:
+        """One line for people."""
+        there = "" if self.available_bytes is None else f" of {(self.available_bytes + self.resident_bytes) / GIB:.1f}"
+        several = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        return f"Estimate: {self.peak_bytes / GIB:.2f}{there} GiB of memory{several} at most, about {duration(self.seconds)}."
+
+    def headline(self) -> str:
+        """Memory and time."""
+        fits = "" if self.fits else ", which would not fit"
+        return f"a run: {self.peak_bytes / GIB:.2f} GiB, about {duration(self.seconds)}{fits}"
+
+    def sheet(self) -> Sheet:
+        """Memory at most and in every phase, and time."""
+        rows = [("memory", f"{self.peak_bytes / GIB:.2f} GiB at most"), ("time", f"about {duration(self.seconds)}")]
+        if self.available_bytes is not None:
+            rows.append(("available", f"{(self.available_bytes + self.resident_bytes) / GIB:.2f} GiB"))
+        rows += [(phase, f"{size / GIB:.2f} GiB") for phase, size in self.phases.items()]
+        if self.proposal is not None:
+            rows.append(("would not fit", say(self.proposal.words())))
+        return Sheet(self.headline(), rows)
+
+    def __str__(self) -> str:
+        return (
+            self.line() if self.proposal is None else f"{self.line()}\nIt would not fit. {say(self.proposal.words())}."
+        )
+
+    def to_json(self) -> str:
+        """All figures as JSON."""
+        return json.dumps(asdict(self) | {"fits": self.fits}, indent=2)
+
+    def require(self) -> None:
+        """Raise BadInput if the run would not fit."""
+        if not self.fits:
+            proposal = () if self.proposal is None else (*parts_of(self.proposal.words()), ". ")
+            anyway = ("Or run it all the same with ", Set("check_memory", False))
+            raise BadInput(f"the run would not fit. {self.line()}", field="check_memory", fix=(*proposal, *anyway))
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

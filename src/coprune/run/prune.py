@@ -1,0 +1,96 @@
+"""Runs that are called from Python: `coprune.prune`, and what one would take, `coprune.estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Unpack
+
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.model.checkpoint.load import prepared
+from coprune.pruning.methods import Method
+from coprune.recipe.recipe import Recipe
+from coprune.run.arguments import PruneArguments
+from coprune.run.call import Named, read_call
+from coprune.run.estimate.found import Estimate
+from coprune.run.given import NOTHING, Given
+from coprune.run.session import Surroundings, open_run
+from coprune.run.stages import Result, run_recipe
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    method: Named | Method | type[Method] | None = None,
+    *,
+    preset: str | None = None,
+    processor: Any = None,
+    quiet: bool = False,
+    **settings: Unpack[PruneArguments],
+) -> Result:
+    """Prune a model and measure what that did.
+
+    A model given by name is loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is
+    given.
+
+    Args:
+        model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is pruned in place.
+        method: a name from `coprune methods`, also with options (`sparsegpt:block_size=64`); or a method itself, such as
+            `SparseGPT(block_size=64)` or one of your own. Without it, the preset's, or else `wanda`.
+        preset: `fast`, `balanced` or `best`: settings that belong together; what else is said wins.
+        processor: the tokenizer or image processor of a model in memory.
+        quiet: no progress bars and lines on standard error.
+        settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
+            calibration={"samples": 32}) and the method's own options, by name.
+
+    Returns:
+        The report, with the model and its processor as far as they are in memory.
+
+    Raises:
+        BadInput: for what cannot be done as asked.
+        NumericalError: the numbers allow no honest result.
+        UnsupportedModel: the model cannot be walked.
+    """
+    recipe, given = read_call(model, method, preset, processor, settings)
+    with prepared(given.model):
+        return run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
+
+
+def estimate(
+    model: str | Path | PreTrainedModel,
+    method: Named | Method | type[Method] | None = None,
+    *,
+    preset: str | None = None,
+    processor: Any = None,
+    quiet: bool = False,
+    **settings: Unpack[PruneArguments],
+) -> Estimate:
+    """Tell how much memory and time `coprune.prune` would take here with the same arguments, without doing it.
+
+    Args:
+        model: as in `coprune.prune`.
+        method: as in `coprune.prune`.
+        preset: as in `coprune.prune`.
+        processor: as in `coprune.prune`.
+        quiet: no progress bars and lines on standard error.
+        settings: as in `coprune.prune`.
+
+    Returns:
+        Peak memory and time, whether that fits, and settings that would.
+
+    Raises:
+        BadInput: for what cannot be done as asked.
+        UnsupportedModel: the model cannot be walked.
+    """
+    recipe, given = read_call(model, method, preset, processor, settings)
+    with prepared(given.model):
+        return estimate_recipe(recipe, Reporter(quiet), given)
+
+
+def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING) -> Estimate:
+    """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
+    found = open_run(recipe, given, Surroundings(reporter)).estimate()
+    if found is None:
+        raise BadInput("only runs on language models can be estimated so far", field="model")
+    return found

@@ -1,0 +1,170 @@
+"""How a call from Python is read: its plain settings, its preset and its method become a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.pruning.methods import METHODS, Pruned, apply_keep, method_named
+from coprune.pruning.methods.given import choice_of
+from coprune.pruning.methods.sparsegpt import SparseGPT
+from coprune.recipe.choice import Choice
+from coprune.recipe.flat import FLAT, PARTS, flatten
+from coprune.recipe.pattern import Target
+from coprune.recipe.presets import PRESETS
+from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
+from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
+from coprune.run.call import options_of, read_call, sort_options
+from coprune.run.checks import prepare_solver
+
+OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}
+
+
+def recipe_of(method: Any = None, preset: str | None = None, **settings: Any) -> Recipe:
+    return read_call("model", method, preset, None, settings)[0]
+
+
+def sorted_for(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return flatten(sort_options(settings, options_of(method)))
+
+
+def test_settings_are_the_recipes_or_the_methods_own() -> None:
+    said = sorted_for("sparsegpt", {"nsamples": 3, "block_size": 64, "calibration": {"seed": 1}})
+    assert said == {"options": {"block_size": 64}, "nsamples": 3, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("sparsegpt:block_size=64", {"damping": 0.1}), ("sparsegpt", {"options": {"block_size": 64}, "damping": 0.1})],
+)
+def test_options_may_come_with_the_name_or_by_themselves(method: str, settings: dict[str, Any]) -> None:
+    assert recipe_of(method, **settings).method == Choice(name="sparsegpt", options={"block_size": 64, "damping": 0.1})
+
+
+def test_an_option_may_be_called_like_a_part() -> None:
+    assert sorted_for("ablate_mag_seq", {"selection": "iterative"})["options"] == {"selection": "iterative"}
+    assert recipe_of("ablate_mag_seq", selection={"exclude": "*.q_proj"}).selection.exclude == ("*.q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nsampels": 3}, "unknown setting 'nsampels'; did you mean 'nsamples'"),
+        ({"block_sise": 3}, "did you mean 'block_size'"),
+        ({"nsamples": 3, "calibration": {"samples": 3}}, "said twice"),
+        ({"preset": "fasst"}, "did you mean 'fast'"),
+        ({"method": "spargpt"}, "did you mean 'sparsegpt'"),
+    ],
+)
+def test_what_is_neither_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        recipe_of(**{"method": "sparsegpt", **settings})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_gives_what_is_not_said(preset: str) -> None:
+    base = {"model": "model", "stream": False}
+    assert recipe_of(preset=preset) == make_recipe(base | PRESETS[preset])
+    assert recipe_of(preset=preset, seed=3) == make_recipe(base | PRESETS[preset] | {"seed": 3})
+    assert recipe_of("wanda", preset=preset).method == Choice(name="wanda")
+    assert recipe_of(preset="balanced", damping=0.1).method.options == {"damping": 0.1}
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """Prune the smallest weights of every row."""
+
+    power: float = 1.0
+    """Of the magnitude."""
+    names: tuple[str, ...] = ("a",)
+    """What no recipe can hold."""
+
+    statistic: ClassVar[None] = None
+
+    def prune(self, weight: Tensor, statistic: None, target: Target) -> Pruned:
+        keep = target.keep(weight.abs() ** self.power, "row")
+        return Pruned(apply_keep(weight, keep), keep)
+
+
+@pytest.mark.parametrize(
+    ("method", "choice"),
+    [
+        (SparseGPT(block_size=64), Choice(name="sparsegpt", options={"block_size": 64})),
+        (SparseGPT, Choice(name="sparsegpt")),
+        *((method, Choice(name=name)) for name, method in METHODS.items()),
+    ],
+)
+def test_a_known_method_is_named_by_what_repeats_it(method: Any, choice: Choice) -> None:
+    recipe = recipe_of(method)
+    assert recipe.method == choice
+    assert recipe.given == []
+    made = method() if isinstance(method, type) else method
+    assert method_named(recipe.method.name, recipe.method.options) == made
+
+
+def test_an_unknown_method_is_named_by_its_class_and_the_recipe_says_so() -> None:
+    recipe, given = read_call("model", Smallest(power=2.0), None, None, {})
+    assert given.method == Smallest(power=2.0)
+    assert recipe.method.name == f"{__name__}.Smallest"
+    assert recipe.method.options == {"given": True, "power": 2.0, "names": "('a',)"}
+    told = recipe.to_yaml()
+    assert told.startswith("# This file alone does not repeat the run: the method ")
+    again = make_recipe(yaml.safe_load(told))
+    assert again == recipe
+    with pytest.raises(BadInput, match=r"\.Smallest was handed over in Python, and a recipe cannot hold it"):
+        prepare_solver(again)
+    solver, target = prepare_solver(again, given.method)
+    assert solver.solve(torch.tensor([[1.0, 2.0]]), None, target).keep.tolist() == [[False, True]]
+
+
+def test_options_of_an_unknown_method_are_its_own_business() -> None:
+    with pytest.raises(BadInput, match="unknown setting 'power'"):
+        recipe_of(Smallest(), power=2.0)
+
+
+@pytest.mark.parametrize("method", [object(), 3, dataclasses.make_dataclass("Thing", [])])
+def test_what_is_no_method_is_refused(method: Any) -> None:
+    with pytest.raises(BadInput, match="is no method"):
+        choice_of(method)
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types that a union, an optional or a literal stands for."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return set(typing.get_args(annotation))
+    arguments = typing.get_args(annotation)
+    if type(None) in arguments or typing.get_origin(annotation) in (typing.Union, type(int | str)):
+        return {kind for argument in arguments for kind in kinds(argument)}
+    return {typing.get_origin(annotation) or annotation}
+
+
+def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
+    settings = set(FLAT) | set(PARTS) | set(OTHER_WORDS)
+    options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
+    others = set(typing.get_type_hints(ProcessorArguments))
+    assert set(typing.get_type_hints(PruneArguments)) == (settings - {"model", "method"}) | options | others
+
+
+def test_the_arguments_take_what_the_settings_take() -> None:
+    typed = typing.get_type_hints(PruneArguments)
+    for word in set(FLAT) - {"model", "method", "options"}:
+        wanted = kinds(FIELDS[word].annotation) - {tuple, Choice}
+        assert wanted <= kinds(typed[word]), word
+    for word, means in OTHER_WORDS.items():
+        assert means is None or kinds(typed[word]) <= kinds(typed[means])
+
+
+def test_the_methods_options_have_their_types() -> None:
+    typed = typing.get_type_hints(MethodArguments) | {"selection": typing.get_type_hints(PruneArguments)["selection"]}
+    for method in METHODS.values():
+        for name, kind in typing.get_type_hints(type(method)).items():
+            if name in {field.name for field in dataclasses.fields(method)}:
+                assert kinds(kind) <= kinds(typed[name]), name
