@@ -19,7 +19,7 @@ from coprune.training.settings import FinetuneSettings
 FREE_TO_RESUME = {
     *("save", "save_model", "cache_dir", "evaluate", "evaluate_dense", "eval_data", "eval_tokens", "eval_images"),
     *("stream", "activation_memory", "check_memory", "eval_zero_shot", "tasks", "num_fewshot", "include_path"),
-    *("limit", "prompt", "report_to", "push_to_hub", "log_json"),
+    *("limit", "prompt", "report_to", "push_to_hub", "log_json", "encoding"),
 }
 # What may differ where a sweep takes a finished run over; that a model was saved may not.
 FREE_WHEN_FINISHED = {
@@ -28,7 +28,7 @@ FREE_WHEN_FINISHED = {
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
-    *("push_to_hub", "log_json"),
+    *("push_to_hub", "log_json", "encoding"),
 }
 FREE_TO_RESUME_TRAINING = {
     *("save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "report_to"),
@@ -91,7 +91,7 @@ def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path: Path) -> 
     written = yaml.safe_load(recipe.to_yaml())
     assert written["method"] == {"name": "sparsegpt", "block_size": 64}
     assert written["refine"] == [{"name": "refit", "rounds": 10}]
-    assert written["output"] == {"run": "out/run", "report_to": "wandb,mlflow"}
+    assert written["output"] == {"run": "out/run", "encoding": "dense", "report_to": "wandb,mlflow"}
     assert "output" not in yaml.safe_load(make_recipe({"model": "m"}).to_yaml())
 
 

@@ -107,7 +107,7 @@ class OutputPart(Part):
     ] = None
     encoding: Annotated[
         Literal["dense", "packed"],
-        Decides.WHERE,
+        Decides.MEASUREMENT,
         Field(
             description="How the saved model's tensors are stored: dense, as any tool reads them, or packed, as coprune "
             "pack does, which takes less room and needs coprune to load."
