@@ -69,7 +69,7 @@ def test_a_text_has_settings_of_its_own(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("embedded@length=9", "unknown setting of embedded 'length'"),
+        ("embedded@length=9", "unknown setting of embedded: 'length'"),
         ("embedded@seqlen=1", "whole number of at least 2, not '1'"),
         ("embedded@seqlen=many", "whole number of at least 2, not 'many'"),
         ("embedded,embedded", "asked for twice"),

@@ -275,7 +275,7 @@ def test_sharded_parameters_have_their_masks_sharded_alike(home: Path, tmp_path:
 
 
 def test_a_dense_model_or_a_bad_rank_or_a_finished_run_is_refused(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="Prune it first"):
+    with pytest.raises(BadInput, match="prune it first"):
         run(home, tmp_path / "run", "dense")
     with pytest.raises(BadInput, match="rank 65 is above the width"):
         run(home, tmp_path / "run", rank=65)
