@@ -85,7 +85,8 @@ class Pattern(ABC):
             return final
         others = score.masked_fill(final, float("inf"))
         refuse_nan(others)
-        return keep_share(others, reached, group == "row")
+        # Where the pattern can prune less than was asked for, it may be less than `reached`, too.
+        return keep_share(others, reached, group == "row") | final
 
     def columns_together(self, size: int) -> int:
         """Of so many columns that are walked through in order, how many have to be chosen at once."""
