@@ -222,3 +222,34 @@ def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, co
     assert found._repr_html_().count("<th>model</th>") == 2
     assert found.rows[1].perplexity_changes is not None
     assert found.rows[1].perplexity_changes[0].ratio == 1
+
+
+def test_inspect_gives_the_data_of_which_the_commands_lines_are_a_rendering(
+    inside: Path, pruned: coprune.Result, command: Callable[..., str]
+) -> None:
+    found = coprune.inspect("model", pattern="2:4", exclude="*.q_proj", quiet=True)
+    options = ["-p", "2:4", "--exclude", "*.q_proj", "-q"]
+    assert command("inspect", "model", *options) == f"{found}\n"
+    assert command("inspect", "model", *options, "--matrices").splitlines() == found.lines(every_matrix=True)
+    assert found.blocks == ("model.layers.0", "model.layers.1")
+    assert [matrix.block for matrix in found.matrices] == [name for name in found.blocks for _ in range(7)]
+    first, second, *_ = found.matrices
+    assert (first.name, first.shape, first.target) == ("model.layers.0.self_attn.q_proj", (64, 64), None)
+    assert second.target == found.target
+    assert str(second.target) == "50.0% (2:4)"
+    assert {matrix.zeros for matrix in found.matrices} == {0}
+    assert len(found.chosen) == 12
+    assert repr(found) == "<Inspection of model: llama, 94,528 parameters, 2 blocks>"
+    assert found._repr_html_().count("<tr>") == 1 + 7
+
+
+def test_inspect_sees_zeros_of_a_model_in_memory_and_what_an_allocation_spreads(
+    inside: Path, pruned: coprune.Result
+) -> None:
+    assert pruned.model is not None
+    found = coprune.inspect(pruned.model, allocation="owl", processor=pruned.processor, dataset="words.txt", **SMALL)
+    assert all(matrix.zeros == matrix.size // 2 for matrix in found.matrices)
+    assert len({str(matrix.target) for matrix in found.matrices}) > 1
+    assert sum(line.startswith("  model.layers.") for line in found.lines()) == 2
+    assert found.lines()[1 + 7].startswith("allocation owl: matrices from ")
+    assert coprune.inspect(pruned.model, weights=False).matrices[0].zeros is None

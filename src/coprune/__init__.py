@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from coprune.report.schema import Report
     from coprune.run.compare import compare
     from coprune.run.estimate.found import Estimate
+    from coprune.run.inspect import inspect
+    from coprune.run.inspection import Inspection
     from coprune.run.prune import estimate, prune
     from coprune.run.stages import Result, run_recipe
 
@@ -59,6 +61,8 @@ _HOME = {
     "Result": "coprune.run.stages",
     "perplexity": "coprune.evaluation.perplexity",
     "Estimate": "coprune.run.estimate.found",
+    "Inspection": "coprune.run.inspection",
+    "inspect": "coprune.run.inspect",
     "estimate": "coprune.run.prune",
     "prune": "coprune.run.prune",
     "register_method": "coprune.pruning.methods",
@@ -72,6 +76,7 @@ __all__ = [
     "CopruneError",
     "Estimate",
     "Evaluation",
+    "Inspection",
     "LostProcess",
     "NumericalError",
     "Recipe",
@@ -83,6 +88,7 @@ __all__ = [
     "compare",
     "estimate",
     "evaluate",
+    "inspect",
     "load_packed",
     "perplexity",
     "prune",

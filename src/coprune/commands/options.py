@@ -38,6 +38,21 @@ def finetune_options() -> list[inspect.Parameter]:
     return [_option(name, field, field.default) for name, field in fields.items() if name not in _NOT_OPTIONS]
 
 
+_INSPECTED: dict[str, str | None] = {
+    **dict.fromkeys(("sparsity", "pattern", "include", "exclude", "allocation", "dataset")),
+    "nsamples": "Calibration samples for a drawing, or for an allocation that takes a pass over data. [16]",
+    **dict.fromkeys(("seqlen", "cache_dir")),
+}
+
+
+def inspecting_options() -> list[inspect.Parameter]:
+    """The options of a recipe that say what would be pruned."""
+    return [
+        _option(name, FIELDS[name], DEFAULTS[name] if description is None else None, None, description)
+        for name, description in _INSPECTED.items()
+    ]
+
+
 def measuring_options() -> list[inspect.Parameter]:
     """One command-line option per setting of a measurement, which goes by the recipe's flags too."""
     made = []
