@@ -21,7 +21,8 @@ from coprune.model.checkpoint import writer as writer_module
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.encoding import Place
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, join_files
+from coprune.model.checkpoint.part_files import join_files
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from support.saved import (

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import CrossGram, Gram
-from coprune.pruning.linear_algebra import dense_target, row_errors, solve_masked
+from coprune.pruning.linear_algebra import dense_target
+from coprune.pruning.masked_fit import row_errors, solve_masked
 from coprune.pruning.methods import METHODS, Pruned
 from coprune.pruning.refine import REFINEMENTS, refinement_named
 from coprune.pruning.refine.swaps import Swaps, swap_in_rows

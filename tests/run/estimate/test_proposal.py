@@ -8,7 +8,7 @@ import pytest
 
 from coprune.base.errors import BadInput
 from coprune.commands.face import CommandLine
-from coprune.run.estimate.estimate import Estimate
+from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.proposal import Proposal
 
 

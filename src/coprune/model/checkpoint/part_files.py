@@ -3,13 +3,57 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place
-from coprune.model.checkpoint.shards import join_files, placed_entries, read_tensor
+from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_tensor
+
+COPY_BYTES = 1 << 24
+
+
+def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = str) -> dict[str, TensorEntry]:
+    """The tensors of several safetensors files by the names that they get. place: None for those that are left out."""
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        names = ((place(name), entry) for name, entry in read_entries(file).items())
+        found |= {name: entry for name, entry in names if name is not None}
+    return found
+
+
+def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str | None] = str) -> None:
+    """Write the tensors of several safetensors files into one, byte by byte, in little memory.
+
+    place: the name that a tensor gets, None if it is left out.
+    """
+    entries = placed_entries(files, place)
+    # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
+    order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        entry = entries[name]
+        offsets = [position, position + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with joined.open("wb") as target, ExitStack() as stack:
+        sources = {file: stack.enter_context(file.open("rb")) for file in files}
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            entry = entries[name]
+            sources[entry.file].seek(entry.start)
+            for start in range(0, entry.nbytes, COPY_BYTES):
+                target.write(sources[entry.file].read(min(COPY_BYTES, entry.nbytes - start)))
+
+
+def _item_bytes(entry: TensorEntry) -> int:
+    return entry.nbytes // max(math.prod(entry.shape), 1)
 
 
 def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: Encoding) -> None:

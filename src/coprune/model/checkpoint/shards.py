@@ -8,10 +8,9 @@ library maps the whole file into the address space while it opens it, which a li
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +24,6 @@ from coprune.base.errors import BadInput
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-COPY_BYTES = 1 << 24
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -200,46 +198,6 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
         with suppress(OSError), file.open("rb", buffering=0) as stream:
             for entry in tensors:
                 os.posix_fadvise(stream.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = str) -> dict[str, TensorEntry]:
-    """The tensors of several safetensors files by the names that they get. place: None for those that are left out."""
-    found: dict[str, TensorEntry] = {}
-    for file in files:
-        names = ((place(name), entry) for name, entry in read_entries(file).items())
-        found |= {name: entry for name, entry in names if name is not None}
-    return found
-
-
-def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str | None] = str) -> None:
-    """Write the tensors of several safetensors files into one, byte by byte, in little memory.
-
-    place: the name that a tensor gets, None if it is left out.
-    """
-    entries = placed_entries(files, place)
-    # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
-    order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in order:
-        entry = entries[name]
-        offsets = [position, position + entry.nbytes]
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        position += entry.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with joined.open("wb") as target, ExitStack() as stack:
-        sources = {file: stack.enter_context(file.open("rb")) for file in files}
-        target.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            entry = entries[name]
-            sources[entry.file].seek(entry.start)
-            for start in range(0, entry.nbytes, COPY_BYTES):
-                target.write(sources[entry.file].read(min(COPY_BYTES, entry.nbytes - start)))
-
-
-def _item_bytes(entry: TensorEntry) -> int:
-    return entry.nbytes // max(math.prod(entry.shape), 1)
 
 
 def _no_weights(folder: Path) -> BadInput:

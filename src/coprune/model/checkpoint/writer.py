@@ -28,12 +28,11 @@ from coprune.base.durable import full_disk_explained, sync, write_durably, write
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
-from coprune.model.checkpoint.part_files import copy_tensors, read_json_list, refuse_occupied
+from coprune.model.checkpoint.part_files import copy_tensors, placed_entries, read_json_list, refuse_occupied
 from coprune.model.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorEntry,
-    placed_entries,
     read_entries,
 )
 

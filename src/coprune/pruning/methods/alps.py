@@ -16,7 +16,8 @@ from coprune.base.errors import NumericalError
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.linear_algebra import ScaledGram, scale_gram, solve_masked
+from coprune.pruning.linear_algebra import ScaledGram, scale_gram
+from coprune.pruning.masked_fit import solve_masked
 from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Group, Target
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.linear_algebra import damp_diagonal, rows_improved, solve_masked
+from coprune.pruning.masked_fit import damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import Target
 
