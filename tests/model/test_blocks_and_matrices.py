@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.blocks import find_blocks
-from coprune.model.matrices import choose_matrices, find_matrices
+from coprune.model.choosing import choose_matrices
+from coprune.model.matrices import find_matrices
 from coprune.model.walk.arguments import TensorPool, same_value, snapshot
 from coprune.model.walk.observe import Observe
 from support.pico import FAMILIES, MIXTURES, pico_model

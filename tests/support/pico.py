@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from support.pico_hybrids import DBRX, HYBRIDS
+
 VOCABULARY = 256
 
 # Grouped-query attention and odd head counts where the family has them, so that shapes are not all alike.
@@ -82,7 +84,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    settings = {**(FAMILIES | MIXTURES)[family], **changes}
+    settings = {**(FAMILIES | MIXTURES | HYBRIDS | {"dbrx": DBRX})[family], **changes}
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with torch.no_grad():

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.matrices import choose_matrices
+from coprune.model.choosing import choose_matrices
 from coprune.model.walk.moves import BY_BLOCK, Dense, Moves, Sequential
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel

@@ -1,27 +1,23 @@
 """Views of prunable weights as out × in matrices: the one place that knows how modules store them.
 
 `nn.Linear` stores out × in, `Conv1D` in × out, a convolution out × channels × height × width of its kernel, and a
-mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out as transformers says of each
-mixture. A convolution is a matrix where no two of its positions overlap: 1 × 1, or cutting the image into patches (the
-stride is the kernel). Its inputs are then a patch's values, channel by channel.
+mixture of experts a 3-D parameter with one matrix per expert, out × in or in × out. Whether a 3-D parameter is a
+mixture at all shows only when its products are observed (`coprune.model.choosing`). A convolution is a matrix where no
+two of its positions overlap: 1 × 1, or cutting the image into patches (the stride is the kernel). Its inputs are then a
+patch's values, channel by channel.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from coprune.base.errors import BadInput
-from coprune.base.words import Command, Setting
-from coprune.model.blocks import Block
 from coprune.model.transformers_private import Conv1D, input_first
 
 
@@ -44,6 +40,11 @@ class Matrix:
         if parameter.ndim == 4:
             return parameter.view(parameter.shape[0], -1)
         return parameter if self.expert is None else parameter[self.expert]
+
+    @property
+    def parameter(self) -> str:
+        """Path of the parameter that holds it; for an expert, of all experts together."""
+        return f"{self.name}.{self.attribute}" if self.expert is None else self.name.partition("[")[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,38 +75,30 @@ class Matrix:
 
 
 def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:
-    """Yield every weight below `root` that can be seen as out × in matrices, in module order."""
+    """Yield every weight below `root` that can be seen as out × in matrices, in module order.
+
+    Slices of 3-D parameters are among them, whether or not they turn out to be experts.
+    """
     for path, module in root.named_modules():
         name = ".".join(part for part in (prefix, path) if part)
         if isinstance(module, nn.Linear):
             yield Matrix(name, module, "weight", input_dim=1)
         elif isinstance(module, Conv1D):
             yield Matrix(name, module, "weight", input_dim=0)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, _ConvNd):
             if why_no_matrix(module) is None:
                 yield Matrix(name, module, "weight", input_dim=1)
         else:
             yield from _find_experts(module, name)
 
 
-def find_unprunable(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every convolution below `root` that is no matrix: its name, and the reason."""
-    for path, module in root.named_modules():
-        reason = why_no_matrix(module) if isinstance(module, nn.Conv2d) else None
-        if reason is not None:
-            yield ".".join(part for part in (prefix, path) if part), reason
-
-
-def _kinds(unprunable: Iterable[tuple[str, str]]) -> list[str]:
-    kinds = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), why) for name, why in unprunable)
-    return [f"{kind} ({why}; {count} layers)" for (kind, why), count in kinds.items()]
-
-
-def why_no_matrix(convolution: nn.Conv2d) -> str | None:
+def why_no_matrix(convolution: _ConvNd) -> str | None:
     """Why a convolution cannot be seen as one matrix; None if it can."""
     kernel, stride = tuple(convolution.kernel_size), tuple(convolution.stride)
     if convolution.groups > 1:
         return "depth-wise" if convolution.groups == convolution.in_channels else "a grouped convolution"
+    if not isinstance(convolution, nn.Conv2d):
+        return f"a convolution in {len(kernel)} dimension{'s' if len(kernel) > 1 else ''}"
     if convolution.padding not in ("valid", (0, 0)) and kernel != (1, 1):
         return "a convolution with padding"
     if kernel not in ((1, 1), stride) or tuple(convolution.dilation) != (1, 1):
@@ -114,93 +107,27 @@ def why_no_matrix(convolution: nn.Conv2d) -> str | None:
 
 
 def _find_experts(module: nn.Module, name: str) -> Iterator[Matrix]:
-    for attribute, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim != 3 or not parameter.is_floating_point():
-            continue
-        # Set by transformers on every fused mixture; observation confirms it before anything is changed.
-        input_dim = 0 if input_first(module) else 1
-        base = Matrix(f"{name}.{attribute}", module, attribute, input_dim)
+    """Yield the slices of a module's parameters of three dimensions, as long as they are more than vectors."""
+    stacks = {
+        attribute: parameter
+        for attribute, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) > 1
+    }
+    input_dim = 0 if _are_transposed(module, list(stacks.values())) else 1
+    for attribute, parameter in stacks.items():
+        path = f"{name}.{attribute}" if name else attribute
         for expert in range(parameter.shape[0]):
-            yield replace(base, name=f"{base.name}[{expert}]", expert=expert)
+            yield Matrix(f"{path}[{expert}]", module, attribute, input_dim, expert)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The matrices to prune: those of every block, and those outside the blocks (lm_head) that were named."""
+def _are_transposed(module: nn.Module, stacks: Sequence[Tensor]) -> bool:
+    """Whether a module's experts are stored in × out: transformers says so of most mixtures.
 
-    blocks: list[list[Matrix]]
-    outside: list[Matrix]
-    left_out: list[str] = field(default_factory=list)
-    """Layers in the blocks that are no matrices, one line for those that differ in the numbers in their names only."""
-
-    def all(self) -> Iterator[Matrix]:
-        """Every chosen matrix, in the order of the model."""
-        for matrices in self.blocks:
-            yield from matrices
-        yield from self.outside
-
-
-def choose_matrices(
-    model: nn.Module, blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> Chosen:
-    """Choose the matrices to prune.
-
-    Patterns are shell-like (`*.q_proj`, `model.layers.0.*`) and match the name, or the name without an expert's
-    bracket. Without patterns: everything in the blocks but routers (linear layers with one output per expert).
-    Routers and what lies outside the blocks are pruned only if an include pattern spells out the end of their name.
-    Raises BadInput for a pattern that matches nothing, if nothing is left, or for a head tied to the embeddings.
+    Where it does not, the first of two products (hidden to intermediate) must fit the second. A wrong guess is found
+    when the products are observed.
     """
-    found = [list(find_matrices(block.module, block.name)) for block in blocks]
-    inside = {matrix.name for matrices in found for matrix in matrices}
-    rest = [matrix for matrix in find_matrices(model) if matrix.name not in inside]
-    names = [*sorted(inside), *(matrix.name for matrix in rest)]
-    _check_patterns("include", include, names)
-    _check_patterns("exclude", exclude, names)
-
-    def wanted(matrix: Matrix, special: bool) -> bool:
-        hits = [pattern for pattern in include if _matches(matrix.name, pattern)]
-        named = any(matrix.name.endswith(pattern.rpartition("*")[2] or "\n") for pattern in hits)
-        return (named if special else bool(hits) or not include) and not any(_matches(matrix.name, p) for p in exclude)
-
-    routers = [_router_names(matrices) for matrices in found]
-    chosen = Chosen(
-        [[m for m in matrices if wanted(m, m.name in own)] for matrices, own in zip(found, routers, strict=True)],
-        [m for m in rest if wanted(m, special=True)],
-        _kinds(unprunable for block in blocks for unprunable in find_unprunable(block.module, block.name)),
-    )
-    for matrix in chosen.outside:
-        if any(
-            m.weight is getattr(matrix.owner, matrix.attribute) for m in model.modules() if isinstance(m, nn.Embedding)
-        ):
-            raise BadInput(
-                f"{matrix.name} shares its weights with the embeddings, which pruning it would change too",
-                field="include",
-                value=tuple(include),
-            )
-    if not any(True for _ in chosen.all()):
-        loosen = ("loosen ", Setting("include"), " or ", Setting("exclude"))
-        raise BadInput("no matrix is left to prune", field="exclude", value=tuple(exclude), fix=loosen)
-    return chosen
-
-
-def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
-            raise BadInput(
-                f"the pattern {pattern!r} matches none of the {len(names)} matrices",
-                field=field,
-                value=pattern,
-                fix=(f"names look like {names[0]!r}, and ", Command("inspect", "MODEL"), " lists them all"),
-            )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.partition("[")[0], pattern)
-
-
-def _router_names(matrices: Sequence[Matrix]) -> set[str]:
-    """Linear layers of a block of experts that give one value per expert, or one gate value per token."""
-    experts = {int(getattr(m.owner, m.attribute).shape[0]) for m in matrices if m.expert is not None}
-    if not experts:
-        return set()
-    return {m.name for m in matrices if m.expert is None and m.shape[0] in experts | {1}}
+    said = input_first(module)
+    if said is not None or len(stacks) != 2:
+        return bool(said)
+    (_, a, b), (_, c, d) = stacks[0].shape, stacks[1].shape
+    return a == d and b != c

@@ -171,9 +171,10 @@ def initialize_again(model: PreTrainedModel, modules: Iterable[nn.Module]) -> No
     model.initialize_weights()
 
 
-def input_first(module: nn.Module) -> bool:
-    """Whether a fused mixture of experts stores every expert in × out instead of out × in."""
-    return bool(getattr(module, "is_transposed", False))
+def input_first(module: nn.Module) -> bool | None:
+    """Whether a fused mixture of experts stores every expert in × out instead of out × in; None if it does not say."""
+    said: bool | None = getattr(module, "is_transposed", None)
+    return said
 
 
 def run_experts_singly(model: PreTrainedModel) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Set, Setting
-from coprune.model.matrices import Chosen
+from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
@@ -118,9 +120,9 @@ def prepare_folders(recipe: Recipe) -> None:
         )
 
 
-def check_widths(chosen: Chosen, target: Target) -> None:
+def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
     """Raise BadInput where the pattern does not divide the inputs of a matrix."""
-    for matrix in chosen.all():
+    for matrix in matrices:
         if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
                 f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}",

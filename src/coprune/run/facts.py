@@ -59,7 +59,7 @@ def build_report(session: Session, found: Found) -> Report:
         accuracy=[
             _accuracy(opened, name, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)
         ],
-        left_out=[*model.chosen.left_out, *opened.loaded.left_out],
+        left_out=[*map(str, model.chosen.left_out), *opened.loaded.left_out],
         prune_seconds=found.outcome.seconds,
         total_seconds=found.total_seconds,
         peak_memory_bytes=peak_memory(),

@@ -13,7 +13,8 @@ from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.matrices import Matrix, choose_matrices, find_matrices
+from coprune.model.choosing import choose_matrices
+from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.opened import Loaded, open_model
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
@@ -70,7 +71,7 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
     loaded = given.loaded or open_model(recipe.model, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude)
-    check_widths(chosen, target)
+    check_widths(chosen.all(), target)
     targets = _plan(recipe, loaded, FoundModel(loaded.weights, blocks, chosen), target, reporter)
     found: list[InspectedMatrix] = []
     with reporter.bar("Reading weights", len(blocks)) as advance:
@@ -79,13 +80,14 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
             zeros = _count_zeros(loaded.weights, block.name, matrices) if weights else {}
             found += _inspected(matrices, block.name, targets, zeros)
             advance(1)
+    kinds = {matrix.kind for matrix in found}
     return Inspection(
         model=loaded.source,
         model_type=loaded.model.config.model_type,
         parameters=loaded.model.num_parameters(),
         blocks=tuple(block.name for block in blocks),
         matrices=(*found, *_inspected(chosen.outside, None, targets, {})),
-        left_out=tuple(map(str, chosen.left_out)),
+        left_out=tuple(str(layers) for layers in chosen.left_out if layers.kind not in kinds),
         target=target,
         allocation=str(recipe.allocation),
     )

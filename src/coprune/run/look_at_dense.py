@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from coprune.base.progress import NO_BAR
-from coprune.model.matrices import Chosen, Matrix
+from coprune.model.choosing import Chosen
+from coprune.model.matrices import Matrix
 from coprune.model.walk.recording import Recording
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets

@@ -10,7 +10,7 @@ from coprune.base.files import write_bytes
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
-from coprune.model.matrices import choose_matrices
+from coprune.model.choosing import choose_matrices
 from coprune.model.opened import open_model
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.prove import prove_replay
@@ -64,7 +64,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
             value=name,
             fix="name one to plot it",
         )
-    check_widths(chosen, target)
+    check_widths(chosen.all(), target)
     task = task_for(recipe, loaded)
     samples = task.calibration(True, reporter)
     assert samples is not None  # Wanda needs data

@@ -11,7 +11,7 @@ from coprune.base.progress import Reporter
 from coprune.data import EvaluationText, Windows
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
-from coprune.model.matrices import choose_matrices
+from coprune.model.choosing import choose_matrices
 from coprune.model.opened import Loaded, open_model, streams
 from coprune.model.walk.activations import GIB, Activations
 from coprune.model.walk.prove import prove_replay
@@ -116,10 +116,9 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
         blocks,
         choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude),
     )
-    check_widths(found.chosen, target)
+    # Whether parameters of three dimensions are experts shows when the model runs.
+    check_widths((matrix for matrix in found.chosen.all() if matrix.expert is None), target)
     check_allocation(recipe, found, target)
-    for left_out in [*found.chosen.left_out, *loaded.left_out]:
-        reporter.say(f"Left alone: {left_out}.")
     task = task_for(recipe, loaded, around.processes, remember)
     samples = task.calibration(needs_inputs(recipe, solver), reporter)
     data = task.evaluation(reporter)
@@ -128,6 +127,13 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
 
 
 def prove_run(opened: Opened) -> Session:
-    """Prove that the model can be walked. Raises UnsupportedModel and NumericalError."""
-    probe = opened.task.probe(opened.samples, opened.data)
-    return Session(opened, prove_replay(opened.found, probe), prepare_reconstruction(opened.recipe))
+    """Prove that the model can be walked, and say what is left alone.
+
+    Raises:
+        UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
+    """
+    model = prove_replay(opened.found, opened.task.probe(opened.samples, opened.data))
+    check_widths(model.chosen.all(), opened.target)
+    for left_out in [*model.chosen.left_out, *opened.loaded.left_out]:
+        opened.around.reporter.say(f"Left alone: {left_out}.")
+    return Session(opened, model, prepare_reconstruction(opened.recipe))

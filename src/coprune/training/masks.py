@@ -100,7 +100,7 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container
         zeros = int(zero.sum())
         if zeros < least * stored.numel() and not (zeros and matrix.name in named):
             continue
-        name = parameter_name(matrix)
+        name = matrix.parameter
         matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
         whole = getattr(matrix.owner, matrix.attribute)
         if matrix.expert is None:
@@ -119,11 +119,6 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container
             ),
         )
     return Masks(matrices, pruned)
-
-
-def parameter_name(matrix: Matrix) -> str:
-    """Name of the parameter that holds a matrix."""
-    return f"{matrix.name}.{matrix.attribute}" if matrix.expert is None else matrix.name.partition("[")[0]
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

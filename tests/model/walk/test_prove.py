@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.matrices import choose_matrices
+from coprune.model.choosing import choose_matrices
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, Structure
 from coprune.model.walk.record import replaced_forwards, run_without_blocks
@@ -99,13 +99,6 @@ def test_activations_that_are_not_finite_are_named() -> None:
 def test_what_the_head_is_given_may_hold_more_than_the_blocks_output() -> None:
     # The skip connection around all blocks is the model's own business: it is there again when the head is run.
     prove(AddsTheFirstHidden())
-
-
-def test_a_matrix_that_is_never_multiplied_is_named() -> None:
-    model = ToyModel()
-    model.layers[1].idle = nn.Linear(8, 8)
-    with pytest.raises(UnsupportedModel, match=r"layers\.1\.idle takes part in no product"):
-        prove(model)
 
 
 def test_groups_and_reuse() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from coprune.model.blocks import Block
-from coprune.model.matrices import Chosen
+from coprune.model.choosing import Chosen
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.alpha import sparsities_by_exponent, tail_exponent

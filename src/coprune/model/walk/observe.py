@@ -32,6 +32,8 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     torch.addmm: (1, 2, 0),
     torch.Tensor.addmm: (1, 2, 0),
     F.conv2d: (0, 1, 1),
+    torch.bmm: (0, 1, 0),
+    torch.Tensor.bmm: (0, 1, 0),
 }
 _KEYWORDS = {
     F.linear: ("input", "weight"),
@@ -41,19 +43,39 @@ _KEYWORDS = {
 }
 
 Result = TypeVar("Result")
+_Address = tuple[torch.device, int]
 OnProduct = Callable[[Matrix, Tensor], None]
+
+
+def refuse_backwards(matrix: Matrix) -> None:
+    """Raise UnsupportedModel: a matrix is used the other way round than it is stored."""
+    raise UnsupportedModel(
+        f"{matrix.name} is multiplied along its outputs", fix=("leave it out with ", Set("exclude", matrix.name))
+    )
 
 
 class Observe(TorchFunctionMode):
     """While active, call `on_product(matrix, input)` just before a tracked matrix is multiplied.
 
-    Raises UnsupportedModel if a matrix is used the other way round than it is stored.
+    The experts of a mixture may be multiplied one by one, or all at once as a batch of matrices.
     """
 
-    def __init__(self, matrices: Iterable[Matrix], on_product: OnProduct) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Matrix],
+        on_product: OnProduct,
+        on_backwards: Callable[[Matrix], None] = refuse_backwards,
+    ) -> None:
+        """on_backwards: called for a matrix that is used the other way round than it is stored."""
         super().__init__()
         self._on_product = on_product
-        self._tracked = {_address(m.stored()): m for m in matrices}
+        self._on_backwards = on_backwards
+        self._tracked: dict[_Address, Matrix] = {}
+        self._stacks: dict[_Address, list[Matrix]] = {}
+        for matrix in matrices:
+            self._tracked[_address(matrix.stored())] = matrix
+            if matrix.expert is not None:
+                self._stacks.setdefault(_address(getattr(matrix.owner, matrix.attribute)), []).append(matrix)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -68,24 +90,56 @@ class Observe(TorchFunctionMode):
         names = _KEYWORDS.get(func, ("", ""))
         x = args[positions[0]] if len(args) > positions[0] else kwargs.get(names[0])
         weight = args[positions[1]] if len(args) > positions[1] else kwargs.get(names[1])
-        if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.ndim == (4 if func is F.conv2d else 2)):
-            return
-        matrix = self._tracked.get(_address(weight))
-        if matrix is None:
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
             return
         if func is F.conv2d:
-            x, weight = patches(x, matrix.owner), weight.flatten(1)
+            matrix = self._tracked.get(_address(weight))
+            if matrix is not None and weight.ndim == 4:
+                self._see_matrix(matrix, patches(x, matrix.owner), weight.flatten(1), positions[2])
+            return
+        self._see_operands(x, weight, positions[2])
+        if func is not F.linear and x.ndim >= 2 and weight.ndim >= 2:
+            # A weight on the left: W · Xᵀ is (X · Wᵀ)ᵀ.
+            self._see_operands(weight.mT, x, 1 - positions[2])
+
+    def _see_operands(self, x: Tensor, weight: Tensor, input_dim: int) -> None:
+        """x: what `weight` is multiplied with, if that is a matrix, or a mixture's experts (then E × T × I)."""
+        if weight.ndim == 2 and (matrix := self._tracked.get(_address(weight))) is not None:
+            self._see_matrix(matrix, x, weight, input_dim)
+        elif weight.ndim == 3:
+            for matrix in self._stacks.get(_address(weight), []):
+                if x.ndim == 3 and len(x) == len(weight) == len(getattr(matrix.owner, matrix.attribute)):
+                    self._see_matrix(matrix, x[matrix.expert], weight[matrix.expert], input_dim)
+
+    def _see_matrix(self, matrix: Matrix, x: Tensor, weight: Tensor, input_dim: int) -> None:
         stored = matrix.stored()
         if weight.numel() != stored.numel():
             return  # a part of the matrix; if the whole is never seen, the walk says so
         as_stored = weight.shape == stored.shape and weight.stride() == stored.stride()
-        input_dim = positions[2] if as_stored else 1 - positions[2]
-        if input_dim != matrix.input_dim:
-            raise UnsupportedModel(
-                f"{matrix.name} is multiplied along its outputs",
-                fix=("leave it out with ", Set("exclude", matrix.name)),
-            )
-        self._on_product(matrix, x)
+        if (input_dim if as_stored else 1 - input_dim) != matrix.input_dim:
+            self._on_backwards(matrix)
+        else:
+            self._on_product(matrix, x)
+
+
+class Touches(TorchFunctionMode):
+    """While active, note which matrices take part in any operation, in `names`."""
+
+    def __init__(self, matrices: Iterable[Matrix]) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._tracked = {_address(getattr(m.owner, m.attribute)): m.name for m in matrices if m.expert is None}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Asking a tensor for its dtype or shape is no use of it.
+        if getattr(func, "__name__", "") != "__get__":
+            given = [*args, *(kwargs or {}).values()]
+            given += [part for value in given if isinstance(value, list | tuple) for part in value]
+            addresses = {_address(value) for value in given if isinstance(value, Tensor)}
+            self.names |= {self._tracked[address] for address in addresses & self._tracked.keys()}
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -97,10 +151,17 @@ class Products:
     reused: list[Matrix] = field(default_factory=list)
     """Once for every use after the first."""
     unseen: list[Matrix] = field(default_factory=list)
+    backwards: list[Matrix] = field(default_factory=list)
+    """Multiplied along their outputs."""
+    touched: set[str] = field(default_factory=set)
+    """Names of those (but experts) that took part in any operation."""
 
 
 def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> tuple[Result, Products]:
-    """Call `run`, which runs a block, and note which matrices share an input, are reused, or never appear."""
+    """Call `run`, which runs a block, and note which matrices share an input, are reused, or never appear.
+
+    Nothing is refused: what cannot be pruned is noted.
+    """
     products = Products()
     inputs: list[Tensor] = []  # held until the block is done: the address of a freed tensor comes back as another's
     seen: set[str] = set()
@@ -117,8 +178,10 @@ def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> t
         inputs.append(x)
         products.groups.append([matrix])
 
-    with Observe(matrices, on_product):
+    touches, observe = Touches(matrices), Observe(matrices, on_product, products.backwards.append)
+    with touches, observe:
         result = run()
+    products.touched = touches.names
     products.unseen = [matrix for matrix in matrices if matrix.name not in seen]
     return result, products
 
@@ -135,5 +198,5 @@ def patches(x: Tensor, convolution: nn.Module) -> Tensor:
     return F.unfold(x, (height, width), stride=(height, width)).transpose(-1, -2)
 
 
-def _address(tensor: Tensor) -> tuple[torch.device, int]:
+def _address(tensor: Tensor) -> _Address:
     return tensor.device, tensor.data_ptr()

@@ -1,8 +1,8 @@
 """Prove on one sample that the blocks, replayed one by one, are the model; refuse the model if they are not.
 
 One real forward of one sample, in which every block is also replayed from its recorded call on the output of the
-replayed block before it. It also tells what the walk has to know: what a block's answer looks like, which matrices
-are fed by the same tensor, and which are used more than once.
+replayed block before it. It also tells what the walk has to know: what a block's answer looks like, what is a mixture
+of experts, which matrices are fed by the same tensor, and which are used more than once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError, UnsupportedModel
-from coprune.base.words import Set
 from coprune.model.blocks import Block
+from coprune.model.choosing import Evidence, confirm
 from coprune.model.matrices import Matrix
 from coprune.model.walk.arguments import same_value
-from coprune.model.walk.observe import observe_products
+from coprune.model.walk.observe import Products, observe_products
 from coprune.model.walk.proven import FoundModel, ProvenModel, Structure
 from coprune.model.walk.record import (
     Answer,
@@ -51,14 +51,15 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         sample: a batch of one, as in `forward_logits`.
 
     Returns:
-        The same model with what the forward showed.
+        The same model with what the forward showed, and the matrices chosen by that.
 
     Raises:
-        UnsupportedModel: names the block or matrix in which they part.
+        UnsupportedModel: names the block or matrix in which they part, or see `confirm`.
+        BadInput: no matrix is left to prune.
         NumericalError: names a block whose activations are not finite.
     """
-    model, weights, blocks, matrices = found.module, found.weights, found.blocks, found.chosen.blocks
-    structure = Structure(sample)
+    model, weights, blocks, candidates = found.module, found.weights, found.blocks, found.chosen.candidates
+    structure, products = Structure(sample), list[Products]()
     forwards = {block.index: block.module.forward for block in blocks}
     calls: list[BlockCall] = []
     replayed: list[Tensor] = []  # the last replayed hidden states
@@ -74,7 +75,8 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
                 raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}")
             calls.append(call)
             weights.acquire(block.name)
-            output = _observe_block(forwards[block.index], args, kwargs, matrices[block.index], structure)
+            output, seen = observe_products(candidates[block.index], lambda: forwards[block.index](*args, **kwargs))
+            products.append(seen)
             again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
             weights.release(block.name)
             if not bool(torch.isfinite(hidden_of(output)).all()):
@@ -99,28 +101,26 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
-    return ProvenModel(found.weights, found.blocks, found.chosen, structure)
+    chosen = confirm(found.chosen, blocks, [_evidence(seen) for seen in products])
+    for seen, matrices in zip(products, chosen.blocks, strict=True):
+        structure.groups.append(_groups(seen, matrices))
+        names = {matrix.name for matrix in matrices}
+        structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
+    return ProvenModel(found.weights, found.blocks, chosen, structure)
 
 
-def _observe_block(
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    matrices: Sequence[Matrix],
-    structure: Structure,
-) -> Any:
-    """Run one block for real and note which matrices share an input, which are reused, which never appear."""
-    output, products = observe_products(matrices, lambda: forward(*args, **kwargs))
-    structure.reused += [matrix.name for matrix in products.reused]
-    for matrix in products.unseen:
-        if matrix.expert is None:
-            raise UnsupportedModel(
-                f"{matrix.name} takes part in no product that coprune can observe",
-                fix=("leave it out with ", Set("exclude", matrix.name)),
-            )
+def _evidence(seen: Products) -> Evidence:
+    multiplied = frozenset(matrix.name for group in seen.groups for matrix in group)
+    return Evidence(multiplied, frozenset(matrix.name for matrix in seen.backwards), frozenset(seen.touched))
+
+
+def _groups(seen: Products, chosen: Sequence[Matrix]) -> list[list[Matrix]]:
+    """A block's chosen matrices in groups that are fed by the same tensor, in order of first use."""
+    names = {matrix.name for matrix in chosen}
+    groups = [[matrix for matrix in group if matrix.name in names] for group in seen.groups]
     # An expert that this sample was not routed to is a group of its own.
-    structure.groups.append([*products.groups, *([matrix] for matrix in products.unseen)])
-    return output
+    unseen = {matrix.name for matrix in seen.unseen}
+    return [*(group for group in groups if group), *([matrix] for matrix in chosen if matrix.name in unseen)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

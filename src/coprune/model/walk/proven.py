@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.matrices import Chosen, Matrix
+from coprune.model.choosing import Chosen
+from coprune.model.matrices import Matrix
 from coprune.model.walk.record import Answer
 
 
@@ -27,7 +28,7 @@ class FoundModel:
     def without_matrices(cls, weights: Weights) -> FoundModel:
         """A model of which no matrix is chosen: to be run block by block as it is."""
         blocks = find_blocks(weights.model)
-        return cls(weights, blocks, Chosen([[] for _ in blocks], []))
+        return cls(weights, blocks, Chosen.nothing(len(blocks)))
 
     @property
     def module(self) -> PreTrainedModel:
@@ -67,6 +68,5 @@ class ProvenModel(FoundModel):
 
     def idle(self) -> ProvenModel:
         """The same without any chosen matrix."""
-        nothing: list[list[Matrix]] = [[] for _ in self.blocks]
         structure = replace(self.structure, groups=[[] for _ in self.blocks], reused=[])
-        return replace(self, chosen=Chosen(nothing, []), structure=structure)
+        return replace(self, chosen=Chosen.nothing(len(self.blocks)), structure=structure)

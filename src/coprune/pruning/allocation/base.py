@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from coprune.model.matrices import Chosen, Matrix
+from coprune.model.choosing import Chosen
+from coprune.model.matrices import Matrix
 from coprune.model.walk.statistics import InputNorm
 from coprune.recipe.pattern import Target
 

@@ -1,0 +1,230 @@
+"""Choose what to prune: the matrices of the blocks that are wanted, and all that is left alone with the reason.
+
+Before anything has run, every parameter of three dimensions is taken for a mixture of experts. A forward then shows
+what is multiplied with what (`Evidence`), and the choice is made once more: a parameter of which no slice was
+multiplied is no mixture, and only mixtures have routers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.words import Command, Set, Setting
+from coprune.model.blocks import Block
+from coprune.model.leftovers import LeftOut, kind_of, large_parameters, left_out, refuse_mostly_other, routers_of
+from coprune.model.matrices import Matrix, find_matrices
+
+UNUSED = "not used in a forward"
+NO_MIXTURE = "three dimensions, and none of its matrices is multiplied"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one forward of a block showed of its matrices, by name."""
+
+    multiplied: frozenset[str]
+    backwards: frozenset[str] = frozenset()
+    """Multiplied along their outputs."""
+    touched: frozenset[str] = frozenset()
+    """Taking part in any operation at all."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which matrices the user wants, as shell-like patterns (`*.q_proj`, `model.layers.0.*`).
+
+    They match a matrix's name, or the name without an expert's bracket.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def against(self, name: str) -> str | None:
+        """Why a matrix is not wanted; None if it is."""
+        if any(_matches(name, pattern) for pattern in self.exclude):
+            return "excluded"
+        return None if not self.include or self._hits(name) else "not included"
+
+    def spells_out(self, name: str) -> bool:
+        """Whether a pattern to include says the end of a name, and none excludes it."""
+        named = any(name.endswith(pattern.rpartition("*")[2] or "\n") for pattern in self._hits(name))
+        return named and self.against(name) is None
+
+    def _hits(self, name: str) -> list[str]:
+        return [pattern for pattern in self.include if _matches(name, pattern)]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The matrices to prune: those of every block, and those outside the blocks (lm_head) that were named."""
+
+    blocks: list[list[Matrix]]
+    outside: list[Matrix]
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What else the blocks hold of more than one dimension, with the reasons."""
+    candidates: list[list[Matrix]] = field(default_factory=list)
+    """For every block all that may be matrices, also those that are not chosen."""
+    selection: Selection = Selection()
+
+    @classmethod
+    def nothing(cls, blocks: int) -> Chosen:
+        """No matrix of so many blocks."""
+        return cls([[] for _ in range(blocks)], [], candidates=[[] for _ in range(blocks)])
+
+    def all(self) -> Iterator[Matrix]:
+        """Every chosen matrix, in the order of the model."""
+        for matrices in self.blocks:
+            yield from matrices
+        yield from self.outside
+
+
+def choose_matrices(
+    model: nn.Module, blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Chosen:
+    """Choose the matrices to prune, as far as that can be told before anything has run.
+
+    Args:
+        model: the whole model; its parameters may be on the meta device.
+        blocks: its blocks.
+        include: patterns (see `Selection`) of what to prune; without them, everything in the blocks but routers. Routers
+            and what lies outside the blocks are pruned only if a pattern spells out the end of their name.
+        exclude: patterns of what to leave alone.
+
+    Raises:
+        BadInput: a pattern matches nothing, nothing is left, or a head is tied to the embeddings.
+        UnsupportedModel: a block is mostly made of what is no matrix, or shares its weights with another part.
+    """
+    candidates = [list(find_matrices(block.module, block.name)) for block in blocks]
+    inside = {matrix.name for matrices in candidates for matrix in matrices}
+    rest = [matrix for matrix in find_matrices(model) if matrix.name not in inside]
+    names = [*sorted(inside), *(matrix.name for matrix in rest)]
+    others = [parameter.name for block in blocks for parameter in large_parameters(block)]
+    _check_patterns("include", include, names, [])
+    _check_patterns("exclude", exclude, names, others)
+    selection = Selection(tuple(include), tuple(exclude))
+    outside = [matrix for matrix in rest if selection.spells_out(matrix.name)]
+    _refuse_tied_head(model, outside, selection)
+    chosen = _chosen(Chosen([], outside, [], candidates, selection), blocks, [{} for _ in blocks])
+    _refuse_shared(model, blocks, chosen)
+    return chosen
+
+
+def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence]) -> Chosen:
+    """Choose again, now that every block has run once.
+
+    Args:
+        chosen: what was chosen before.
+        blocks: the model's.
+        evidence: for every block, what its run showed of all candidates.
+
+    Raises:
+        UnsupportedModel: a chosen matrix is used in a way that cannot be observed, or see `choose_matrices`.
+        BadInput: nothing is left.
+    """
+    if not any(chosen.candidates):
+        return chosen
+    dropped = [_no_matrices(own, seen) for own, seen in zip(chosen.candidates, evidence, strict=True)]
+    confirmed = _chosen(chosen, blocks, dropped)
+    for matrices, seen in zip(confirmed.blocks, evidence, strict=True):
+        for matrix in matrices:
+            if matrix.name in seen.backwards:
+                raise _unobservable(matrix, "is multiplied along its outputs")
+            if matrix.expert is None and matrix.name not in seen.multiplied and matrix.name in seen.touched:
+                raise _unobservable(matrix, "takes part in no product that coprune can observe")
+    return confirmed
+
+
+def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[str, str]]) -> Chosen:
+    """Choose among the candidates. dropped: for every block, which of them are no matrices, by name with the reason."""
+    selection, found, alone = chosen.selection, list[list[Matrix]](), list[tuple[str, str]]()
+    for block, candidates, no_matrices in zip(blocks, chosen.candidates, dropped, strict=True):
+        matrices = [matrix for matrix in candidates if matrix.name not in no_matrices]
+        parameters = large_parameters(block)
+        routers = routers_of(block, matrices, parameters)
+        reasons = dict(no_matrices)
+        for matrix in matrices:
+            against = selection.against(matrix.name)
+            if against is None and matrix.name in routers and not selection.spells_out(matrix.name):
+                against = "a router"
+            if against is not None:
+                reasons[matrix.name] = against
+        found.append([matrix for matrix in matrices if matrix.name not in reasons])
+        unused = {matrix.parameter for matrix in candidates if no_matrices.get(matrix.name) == UNUSED}
+        refuse_mostly_other(block, {matrix.parameter for matrix in matrices}, unused)
+        seen = {matrix.parameter for matrix in candidates}
+        alone += [(matrix.name, reasons[matrix.name]) for matrix in candidates if matrix.name in reasons]
+        alone += [(p.name, "a router" if p.name in routers else p.why) for p in parameters if p.path not in seen]
+    if not any(found) and not chosen.outside:
+        loosen = ("loosen ", Setting("include"), " or ", Setting("exclude"))
+        raise BadInput("no matrix is left to prune", field="exclude", value=selection.exclude, fix=loosen)
+    return replace(chosen, blocks=found, left_out=left_out(alone))
+
+
+def _no_matrices(candidates: Sequence[Matrix], seen: Evidence) -> dict[str, str]:
+    """Which candidates of a block are no matrices to prune, by name with the reason."""
+    multiplied = seen.multiplied | seen.backwards
+    mixtures = {matrix.parameter for matrix in candidates if matrix.expert is not None and matrix.name in multiplied}
+    # A layer of a list of which another one ran, such as an expert of its own module that no token was routed to.
+    kinds = {kind_of(name) for name in multiplied}
+    dropped = {}
+    for matrix in candidates:
+        if matrix.expert is not None:
+            if matrix.parameter not in mixtures:
+                dropped[matrix.name] = NO_MIXTURE
+        elif matrix.name not in multiplied | seen.touched and kind_of(matrix.name) not in kinds:
+            dropped[matrix.name] = UNUSED
+    return dropped
+
+
+def _unobservable(matrix: Matrix, what: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{matrix.name} {what}", fix=("leave it out with ", Set("exclude", matrix.name)))
+
+
+def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str], others: Sequence[str]) -> None:
+    """others: names of what is no matrix, which may be left out all the same."""
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in [*names, *others]):
+            raise BadInput(
+                f"the pattern {pattern!r} matches none of the {len(names)} matrices",
+                field=field,
+                value=pattern,
+                fix=(f"names look like {names[0]!r}, and ", Command("inspect", "MODEL"), " lists them all"),
+            )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.partition("[")[0], pattern)
+
+
+def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Selection) -> None:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for matrix in outside:
+        if id(getattr(matrix.owner, matrix.attribute)) in embeddings:
+            raise BadInput(
+                f"{matrix.name} shares its weights with the embeddings, which pruning it would change too",
+                field="include",
+                value=selection.include,
+            )
+
+
+def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) -> None:
+    """Raise UnsupportedModel for a chosen weight that another part of the model has too."""
+    places: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module.named_parameters(recurse=False):
+            places[id(parameter)].append((f"{path}.{attribute}", module))
+    for block, matrices in zip(blocks, chosen.blocks, strict=True):
+        for matrix in {matrix.parameter: matrix for matrix in matrices}.values():
+            for place, owner in places[id(getattr(matrix.owner, matrix.attribute))]:
+                # One layer that a block uses under two names is one matrix.
+                if not place.startswith(f"{block.name}.") or owner is not matrix.owner:
+                    raise UnsupportedModel(
+                        f"{matrix.parameter} shares its weights with {place}, which pruning it would change too",
+                        fix=("leave it out with ", Set("exclude", matrix.name.partition("[")[0])),
+                    )

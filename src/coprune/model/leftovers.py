@@ -1,0 +1,156 @@
+"""What a block holds besides the matrices to prune: convolutions, tables, routers. All of it is named, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix, why_no_matrix
+
+LEAST_SHARE = 0.5
+"""Of a block's weights so many have to be in matrices; else pruning these would hardly prune the block."""
+
+
+@dataclass(frozen=True)
+class LargeParameter:
+    """A parameter of a block that is no vector."""
+
+    path: str
+    why: str
+    """Why it is no matrix, if it is none."""
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As matrices are named: without `.weight`."""
+        return self.path.removesuffix(".weight")
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def large_parameters(block: Block) -> list[LargeParameter]:
+    """Every parameter of a block with two dimensions or more but biases, in the order of its modules."""
+    found = []
+    for path, module in block.module.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and "bias" not in attribute:
+                name = ".".join(part for part in (block.name, path, attribute) if part)
+                found.append(LargeParameter(name, _why_no_matrix(module, parameter), tuple(parameter.shape)))
+    return found
+
+
+def _why_no_matrix(module: nn.Module, parameter: nn.Parameter) -> str:
+    if isinstance(module, _ConvNd):
+        return why_no_matrix(module) or "a convolution"
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if parameter.ndim == 2:
+        return "the weight of no linear layer"
+    return "a vector" if sum(length > 1 for length in parameter.shape) < 2 else f"{parameter.ndim} dimensions"
+
+
+def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[LargeParameter]) -> set[str]:
+    """Names of a block's routers: what gives one value per expert, or one per token, beside a mixture of experts.
+
+    A router is a layer beside the experts, or the last one of a module beside them; so neither attention nor a shared
+    expert is one, whatever its width.
+
+    Args:
+        block: the block.
+        matrices: what is a matrix in it. Experts are slices of one parameter, or layers of the modules of a list.
+        parameters: all of its large parameters.
+    """
+    outputs = {p.name: p.shape[0] for p in parameters if len(p.shape) == 2}
+    outputs |= {matrix.name: matrix.shape[0] for matrix in matrices if matrix.expert is None}
+    routers = set()
+    lists = tuple(f"{place}." for place in _lists(block))
+    for place, experts in _mixtures(block, matrices).items():
+        last: dict[str, str] = {}
+        for name in outputs:
+            if name.startswith(f"{place}.") and not name.startswith(lists):
+                last[name.removeprefix(f"{place}.").partition(".")[0]] = name
+        routers |= {name for name in last.values() if outputs[name] in (experts, 1)}
+    return routers
+
+
+def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, int]:
+    """The modules that hold a mixture, by path, with the number of experts."""
+    found = {}
+    for matrix in matrices:
+        if matrix.expert is not None:
+            owner = matrix.parameter.rpartition(".")[0]
+            place = owner if owner == block.name else owner.rpartition(".")[0]
+            found[place] = int(getattr(matrix.owner, matrix.attribute).shape[0])
+    for path, experts in _lists(block).items():
+        found.setdefault(path.rpartition(".")[0], experts)
+    return found
+
+
+def _lists(block: Block) -> dict[str, int]:
+    """Lists of modules of one class that all hold linear layers, by path, with their lengths."""
+    return {
+        f"{block.name}.{path}": len(module)
+        for path, module in block.module.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and len({type(element) for element in module}) == 1
+        and all(any(isinstance(part, nn.Linear) for part in element.modules()) for element in module)
+    }
+
+
+def refuse_mostly_other(block: Block, matrices: Collection[str], unused: Collection[str]) -> None:
+    """Raise UnsupportedModel for a block of whose weights less than half are in matrices; biases and norms aside.
+
+    Args:
+        block: the block.
+        matrices: paths of the parameters that are matrices, or hold some.
+        unused: paths of those that a forward does not use, which do not count.
+    """
+    parameters = [parameter for parameter in large_parameters(block) if parameter.path not in unused]
+    others = [parameter for parameter in parameters if parameter.path not in matrices]
+    size, rest = sum(p.size for p in parameters), sum(p.size for p in others)
+    if size - rest >= LEAST_SHARE * size:
+        return
+    largest = max(others, key=lambda parameter: parameter.size)
+    shape = " × ".join(map(str, largest.shape))
+    raise UnsupportedModel(
+        f"only {1 - rest / size:.0%} of the weights of {block.name} are in matrices that can be pruned; most of the others "
+        f"are in {largest.name} ({shape}; {largest.why})"
+    )
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Layers that are left alone for one reason, and differ in the numbers in their names only."""
+
+    kind: str
+    why: str
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.why}; {self.layers} layer{'s' if self.layers > 1 else ''})"
+
+
+def left_out(alone: Sequence[tuple[str, str]]) -> list[LeftOut]:
+    """Put names with their reasons together by kind, in the order of the first."""
+    layers = dict.fromkeys((re.sub(r"\[\d+\]", "[*]", name), why) for name, why in alone)
+    counts = Counter((kind_of(name), why) for name, why in layers)
+    return [LeftOut(kind, why, count) for (kind, why), count in counts.items()]
+
+
+def kind_of(name: str) -> str:
+    """A name without its numbers: `model.layers.*.mlp.experts.down_proj[*]`."""
+    return re.sub(r"\[\d+\]", "[*]", re.sub(r"\.\d+(?=[.\[]|$)", ".*", name))

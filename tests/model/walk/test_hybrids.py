@@ -1,0 +1,101 @@
+"""State spaces, recurrences, convolutions beside attention: every linear layer is pruned, and all else named."""
+
+import pytest
+import torch
+
+from coprune.base.errors import UnsupportedModel
+from coprune.pruning.methods import METHODS
+from coprune.pruning.pruner import Solver, prune_walk
+from coprune.recipe.pattern import NM, Target, parse_pattern
+from support.pico import pico_model, pico_tokens
+from support.pico_hybrids import HYBRIDS
+from support.walking import make_walk, masks, prove, prune_with_full_forwards, prune_with_walk, wanda_as_published
+from support.whole_forwards import prune_by_whole_forwards
+
+TARGETS = {"50%": Target(parse_pattern("unstructured"), 0.5), "2:4": Target(NM(2, 4), 0.5)}
+BATCHES = pico_tokens(12, 32).split(4)
+NO_LAYER = "the weight of no linear layer"
+STACK = "three dimensions, and none of its matrices is multiplied"
+MIXES = [
+    f"{part}.time_mix_{which}"
+    for part, whiches in {"attention": ("key", "value", "receptance"), "feed_forward": ("key", "receptance")}.items()
+    for which in whiches
+]
+
+# What the blocks hold besides pruned matrices: (name within the block, reason, layers).
+LEFT_ALONE = {
+    "mamba": [("mixer.A_log", NO_LAYER, 2), ("mixer.conv1d", "depth-wise", 2)],
+    "mamba2": [("mixer.conv1d", "depth-wise", 2)],
+    "falcon_h1": [("mamba.conv1d", "depth-wise", 2)],
+    "jamba": [
+        ("mamba.A_log", NO_LAYER, 2),
+        ("mamba.conv1d", "depth-wise", 2),
+        ("feed_forward.router", "a router", 1),
+    ],
+    "bamba": [("mamba.conv1d", "depth-wise", 1)],
+    "granitemoehybrid": [("mamba.conv1d", "depth-wise", 1), ("block_sparse_moe.router", "a router", 2)],
+    "nemotron_h": [("mixer.conv1d", "depth-wise", 1), ("mixer.gate", "a router", 1)],
+    "qwen3_next": [
+        ("linear_attn.conv1d", "depth-wise", 1),
+        ("mlp.gate", "a router", 2),
+        ("mlp.shared_expert_gate", "a router", 2),
+    ],
+    "qwen3_5_text": [("linear_attn.conv1d", "depth-wise", 1)],
+    "qwen3_5_moe_text": [
+        ("linear_attn.conv1d", "depth-wise", 1),
+        ("mlp.gate", "a router", 2),
+        ("mlp.shared_expert_gate", "a router", 2),
+    ],
+    "lfm2": [("conv.conv", "depth-wise", 1)],
+    "lfm2_moe": [("conv.conv", "depth-wise", 2), ("feed_forward.gate", "a router", 2)],
+    "rwkv": [(name, "a vector", 2) for name in MIXES],
+    "recurrent_gemma": [
+        ("temporal_block.rg_lru.input_gate_weight[*]", STACK, 2),
+        ("temporal_block.rg_lru.recurrent_gate_weight[*]", STACK, 2),
+        ("temporal_block.conv_1d", "depth-wise", 2),
+    ],
+}
+WITHOUT_EXPERTS = [name for name in HYBRIDS if not any("a router" in entry for entry in LEFT_ALONE[name])]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_masks_are_those_of_full_forwards(family: str, target: str) -> None:
+    model, dense = pico_model(family), pico_model(family).state_dict()
+    walk = make_walk(model, BATCHES)
+    chosen, block = walk.model.chosen, walk.model.blocks[0].name.replace(".0", ".*")
+    assert sorted((layers.kind, layers.why, layers.layers) for layers in chosen.left_out) == sorted(
+        (f"{block}.{name}", why, layers) for name, why, layers in LEFT_ALONE[family]
+    )
+    results = prune_walk(walk, Solver(METHODS["wanda"]), lambda matrix: TARGETS[target])
+    alone = {layers.kind for layers in chosen.left_out}
+    expected = prune_by_whole_forwards(pico_model(family), BATCHES, TARGETS[target], alone)
+    found = {matrix.name: matrix.read() != 0 for matrix in chosen.all()}
+    assert {result.name for result in results} == found.keys() == expected.keys()
+    different = sum(int((found[name] != mask).sum()) for name, mask in expected.items())
+    assert different <= 1e-4 * sum(mask.numel() for mask in expected.values())
+    for name, mask in found.items():
+        per_row = mask.unflatten(1, (-1, 4)) if target == "2:4" else mask
+        assert bool((per_row.sum(dim=-1) * 2 == per_row.shape[-1]).all()), name
+    # All that is no chosen matrix is as it was.
+    changed = {matrix.parameter for matrix in chosen.all()}
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items() if name not in changed)
+
+
+@pytest.mark.parametrize("family", [name for name in WITHOUT_EXPERTS if name != "mamba"])
+def test_matrix_by_matrix_they_are_those_of_full_forwards_too(family: str) -> None:
+    model, oracle = pico_model(family), pico_model(family)
+    prune_with_walk(model, BATCHES, Solver(METHODS["wanda"]), TARGETS["2:4"], "sequential")
+    prune_with_full_forwards(oracle, BATCHES, wanda_as_published(TARGETS["2:4"]), "sequential")
+    found, expected = masks(model), masks(oracle)
+    different = sum(int((found[name] != mask).sum()) for name, mask in expected.items())
+    assert different <= 1e-3 * sum(mask.numel() for mask in expected.values())
+
+
+def test_experts_that_are_rows_of_a_table_are_refused() -> None:
+    with pytest.raises(UnsupportedModel) as refused:
+        prove(pico_model("dbrx"), BATCHES[0][:1])
+    assert str(refused.value) == (
+        "only 34% of the weights of transformer.blocks.0 are in matrices that can be pruned; most of the others are in "
+        "transformer.blocks.0.ffn.experts.mlp.w1 (128 × 64; the weight of no linear layer)."
+    )

@@ -1,0 +1,95 @@
+"""See products by where their weights lie in memory: for weights that no layer's forward multiplies, such as experts.
+
+Written for the oracle only, and apart from what it is to judge: everything happens in forwards of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_RIGHT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+
+
+@dataclass
+class Part:
+    """A matrix as it lies in a parameter, and all that it was multiplied with."""
+
+    name: str
+    """The parameter's; of a stack of matrices with the number in brackets."""
+    stored: Tensor
+    """Rows × columns, a view."""
+    inputs_are_columns: bool
+    x: Tensor
+    """T × I"""
+
+    @property
+    def weight(self) -> Tensor:
+        """O × I, a view."""
+        return self.stored if self.inputs_are_columns else self.stored.T
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._names = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
+        self.seen: dict[str, tuple[Tensor, bool, list[Tensor]]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is functional.linear and len(args) > 1:
+            self._note(args[1], args[0], in_columns=True)
+        elif func in _RIGHT:
+            self._note(args[1], args[0], in_columns=False)
+            self._note(args[0], args[1].mT if args[1].ndim > 1 else args[1], in_columns=True)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, weight: Tensor, x: Tensor, in_columns: bool) -> None:
+        """in_columns: whether the columns of the operand run over the inputs."""
+        found = self._names.get(weight.untyped_storage().data_ptr())
+        if found is None or weight.ndim < 2:
+            return
+        name, parameter = found
+        stack = parameter if parameter.ndim == 3 else parameter[None]
+        if weight.shape[-1] * weight.shape[-2] != stack[0].numel():
+            return
+        in_columns = in_columns == (weight.stride(-1) == 1)
+        first = (weight.storage_offset() - parameter.storage_offset()) // stack[0].numel()
+        for position, matrix in enumerate(weight if weight.ndim == 3 else [weight]):
+            label = f"{name}[{first + position}]" if parameter.ndim == 3 else name
+            rows = x[position] if weight.ndim == 3 else x
+            stored = stack[first + position]
+            assert matrix.numel() == stored.numel()
+            _, known, xs = self.seen.setdefault(label, (stored, in_columns, []))
+            assert known == in_columns, label
+            xs.append(rows.reshape(-1, rows.shape[-1]).float().clone())
+
+
+@torch.no_grad()
+def watch_products(parameters: Mapping[str, nn.Parameter], run: Callable[[], object]) -> list[Part]:
+    """Every matrix in the parameters that `run` multiplies, with all that it is multiplied with.
+
+    Of a stack of matrices of which any is multiplied also the others, with no inputs.
+    """
+    watch = _Watch(parameters)
+    with watch:
+        run()
+    found = {
+        name: Part(name, stored.detach(), in_columns, torch.cat(xs))
+        for name, (stored, in_columns, xs) in watch.seen.items()
+    }
+    for part in list(found.values()):
+        stack = part.name.partition("[")[0]
+        for number in range(len(parameters[stack]) if "[" in part.name else 0):
+            stored = parameters[stack][number].detach()
+            width = stored.shape[1 if part.inputs_are_columns else 0]
+            other = Part(f"{stack}[{number}]", stored, part.inputs_are_columns, torch.empty(0, width))
+            found.setdefault(other.name, other)
+    return list(found.values())
