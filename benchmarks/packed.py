@@ -32,8 +32,9 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.matrices import find_matrices
-from coprune.packed.bench import bench_model, format_bench
-from coprune.packed.folder import Sizes, pack_folder, unpack_folder
+from coprune.packed.bench import bench_model
+from coprune.packed.folder import pack, unpack
+from coprune.packed.sizes import Sizes
 from coprune.recipe.pattern import NM, Target, Unstructured
 
 PATTERNS = {
@@ -97,7 +98,7 @@ def packed_copy(dense: Path) -> tuple[Path, Sizes]:
     """Pack afresh; returns the folder and what was packed."""
     path = dense.with_name(dense.name + "-packed")
     with tempfile.TemporaryDirectory(dir=dense.parent) as scratch:
-        sizes = pack_folder(dense, Path(scratch) / "packed")
+        sizes = pack(dense, Path(scratch) / "packed")
         if not path.exists():
             (Path(scratch) / "packed").rename(path)
     return path, sizes
@@ -112,7 +113,7 @@ def print_sizes(folder: Path) -> None:
             dense = pruned(folder, pattern, dtype)
             packed, sizes = packed_copy(dense)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                unpack_folder(packed, Path(scratch) / "again")
+                unpack(packed, Path(scratch) / "again")
                 same = same_files(dense, Path(scratch) / "again")
             print(
                 f"| {pattern} | {dtype} | {sizes.dense / 1e6:.1f} | {sizes.packed / 1e6:.1f} "
@@ -184,9 +185,7 @@ def print_speed(folder: Path, batches: tuple[int, ...], prompt: int, tokens: int
     for dtype in DTYPES:
         small = AutoModelForCausalLM.from_pretrained(pruned(folder, "50 %", dtype))
         for name, model in (("SmolLM2-135M", small), ("1B width, 4 blocks", wide_model(getattr(torch, dtype)))):
-            print(
-                format_bench(bench_model(model, name, batches, prompt=prompt, tokens=tokens, clock=clock)), flush=True
-            )
+            print(bench_model(model, name, batches, prompt=prompt, tokens=tokens, clock=clock), flush=True)
 
 
 def wide_model(dtype: torch.dtype) -> PreTrainedModel:

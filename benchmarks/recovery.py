@@ -150,7 +150,7 @@ def prune(settings: dict[str, Any]) -> None:
 
 def finetune(settings: dict[str, Any]) -> None:
     """Fine-tune and measure; the result is the run's own report."""
-    from coprune.training.run import finetune as run
+    from coprune.training.run import run_finetuning as run
     from coprune.training.settings import make_settings
 
     run(make_settings(settings))

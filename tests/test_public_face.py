@@ -11,18 +11,26 @@ import pytest
 import coprune
 from coprune.evaluation.arguments import MeasureArguments
 from coprune.recipe.measuring import SETTINGS
+from coprune.training.arguments import FinetuneArguments
+from coprune.training.settings import FinetuneSettings
+from support.annotations import kinds
 
 FUNCTIONS = [
     "accelerate",
+    "bench",
     "compare",
     "estimate",
     "evaluate",
+    "finetune",
     "inspect",
     "load_packed",
+    "merge",
+    "pack",
     "perplexity",
     "prune",
     "register_method",
     "run_recipe",
+    "unpack",
 ]
 ERRORS = [
     "BadInput",
@@ -34,13 +42,17 @@ ERRORS = [
     "VerificationError",
 ]
 VALUES = [
+    "Bench",
     "Comparison",
     "Estimate",
     "Evaluation",
+    "FinetuneReport",
     "Inspection",
+    "Merged",
     "Recipe",
     "Report",
     "Result",
+    "Sizes",
 ]
 PUBLIC = sorted([*FUNCTIONS, *ERRORS, *VALUES])
 HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors")
@@ -88,6 +100,14 @@ def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: 
 def test_the_settings_of_a_measurement_are_typed() -> None:
     typed = typing.get_type_hints(MeasureArguments)
     assert set(typed) == set(SETTINGS) - {"data"}
+
+
+def test_the_settings_of_a_fine_tuning_are_typed() -> None:
+    fields = FinetuneSettings.model_fields
+    typed = typing.get_type_hints(FinetuneArguments)
+    assert set(typed) == set(fields) - {"model", "mode"}
+    for name, kind in typed.items():
+        assert kinds(fields[name].annotation) - {tuple} <= kinds(kind), name
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

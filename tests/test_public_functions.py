@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import coprune
 from coprune.pruning.methods import Gram, Pruned, Target
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from support.commands import run_command
 from support.pico import pico_model
-from support.pico_folder import pico_tokenizer, save_pico, write_words
+from support.pico_folder import listing, pico_tokenizer, save_pico, write_words
 
 SMALL: dict[str, Any] = {"nsamples": 4, "seqlen": 32, "quiet": True}
 
@@ -49,6 +49,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return ended.out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def folder(pruned: coprune.Result, place: Path) -> Path:
+    """The pruned model as a checkpoint."""
+    assert pruned.model is not None
+    pruned.model.save_pretrained(place / "pruned")
+    pruned.processor.save_pretrained(place / "pruned")
+    return place / "pruned"
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +179,11 @@ def test_estimate_leaves_a_model_in_memory_as_it_is(inside: Path) -> None:
 
 
 def test_evaluate_measures_what_the_command_does(
-    inside: Path, tmp_path: Path, pruned: coprune.Result, command: Callable[..., str]
+    inside: Path, tmp_path: Path, folder: Path, pruned: coprune.Result, command: Callable[..., str]
 ) -> None:
-    assert pruned.model is not None
-    pruned.model.save_pretrained(tmp_path / "pruned")
-    pruned.processor.save_pretrained(tmp_path / "pruned")
     options = ["--data", "test.txt", "--seqlen", 32, "--against", "model", "--quiet"]
-    told = command("eval", tmp_path / "pruned", *options, "--json", tmp_path / "found.json")
-    found = coprune.evaluate(tmp_path / "pruned", "test.txt", seqlen=32, against="model", quiet=True)
+    told = command("eval", folder, *options, "--json", tmp_path / "found.json")
+    found = coprune.evaluate(folder, "test.txt", seqlen=32, against="model", quiet=True)
     assert told == f"{found}\n"
     assert json.loads((tmp_path / "found.json").read_text()) == json.loads(found.model_dump_json())
     assert found.perplexity[0].value == pytest.approx(pruned.report.perplexity[0].pruned, rel=1e-6)
@@ -253,3 +259,52 @@ def test_inspect_sees_zeros_of_a_model_in_memory_and_what_an_allocation_spreads(
     assert sum(line.startswith("  model.layers.") for line in found.lines()) == 2
     assert found.lines()[1 + 7].startswith("allocation owl: matrices from ")
     assert coprune.inspect(pruned.model, weights=False).matrices[0].zeros is None
+
+
+def test_finetune_trains_what_the_command_does(
+    inside: Path, tmp_path: Path, folder: Path, command: Callable[..., str]
+) -> None:
+    asked: dict[str, Any] = {"dataset": "words.txt", "block_size": 16, "max_steps": 2, "eval_data": "test.txt"}
+    typed = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+    told = command("finetune", folder, *typed, "--save", tmp_path / "typed", "-q")
+    found = coprune.finetune(folder, "lora", save=tmp_path / "called", quiet=True, **asked)
+    assert [point.loss for point in found.curve] == [
+        point["loss"] for point in json.loads((tmp_path / "typed" / "finetune.json").read_text())["curve"]
+    ]
+    assert told.splitlines()[1:3] == str(found).splitlines()[1:3]
+    change = found.perplexity[0]
+    assert repr(found) == f"<FinetuneReport of pruned: lora, 2 steps, perplexity {change.line()}>"
+    assert found._repr_html_().count("<tr>") == len(str(found).splitlines())
+    merged = coprune.merge(folder, tmp_path / "called" / "adapter", tmp_path / "merged", quiet=True)
+    assert (
+        command("merge", folder, tmp_path / "called" / "adapter", tmp_path / "again", "-q")
+        == str(merged).replace(str(tmp_path / "merged"), str(tmp_path / "again")) + "\n"
+    )
+    assert (merged.folder, merged.sparsity, merged.matrices) == (tmp_path / "merged", 0.5, 14)
+    assert repr(merged) == f"<Merged of {tmp_path / 'merged'}: 50.00% zeros in 14 matrices>"
+
+
+def test_pack_and_unpack_do_what_the_commands_do(
+    inside: Path, tmp_path: Path, folder: Path, command: Callable[..., str]
+) -> None:
+    sizes = coprune.pack(folder, tmp_path / "packed")
+    told = command("pack", folder, tmp_path / "again")
+    assert told == str(sizes).replace(str(tmp_path / "packed"), str(tmp_path / "again")) + "\n"
+    assert repr(sizes) == f"<Sizes of {tmp_path / 'packed'}: {sizes.packed:,} bytes, {sizes.ratio:.3f} of dense>"
+    assert coprune.unpack(tmp_path / "packed", tmp_path / "dense") == tmp_path / "dense"
+    assert listing(tmp_path / "dense") == listing(folder)
+    assert command("unpack", tmp_path / "again", tmp_path / "dense again") == f"unpacked  {tmp_path / 'dense again'}\n"
+    packed = coprune.load_packed(tmp_path / "packed")
+    assert coprune.evaluate(packed, "test.txt", processor=pico_tokenizer(), seqlen=32, quiet=True).perplexity
+
+
+def test_bench_measures_a_folder_or_a_model(inside: Path, folder: Path, command: Callable[..., str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    found = coprune.bench(model, (1,), prompt=4, tokens=2, repeats=1)
+    assert model.training
+    by_name = coprune.bench(folder, (1,), prompt=4, tokens=2, repeats=1, dtype="float32")
+    assert [(row.phase, row.form) for row in found.rows] == [(row.phase, row.form) for row in by_name.rows]
+    told = command("bench", folder, "--batches", 1, "--prompt", 4, "--tokens", 2, "--repeats", 1)
+    assert [line.split()[:2] for line in told.splitlines()] == [line.split()[:2] for line in str(by_name).splitlines()]
+    assert repr(found).startswith("<Bench of pruned: float32, ")
+    assert found._repr_html_().count("<tr>") == 1 + len(found.rows)

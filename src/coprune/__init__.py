@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
     from coprune.packed.accelerate import accelerate
+    from coprune.packed.bench import bench
+    from coprune.packed.benched import Bench
+    from coprune.packed.folder import pack, unpack
     from coprune.packed.quantizer import load_packed
+    from coprune.packed.sizes import Sizes
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
     from coprune.report.schema import Report
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
     from coprune.run.inspection import Inspection
     from coprune.run.prune import estimate, prune
     from coprune.run.stages import Result, run_recipe
+    from coprune.training.finetune import finetune
+    from coprune.training.merge import Merged, merge
+    from coprune.training.report import FinetuneReport
 
     __version__: str
 
@@ -43,57 +50,75 @@ if TYPE_CHECKING:
 register_with_transformers()
 
 _HOME = {
-    "accelerate": "coprune.packed.accelerate",
-    "load_packed": "coprune.packed.quantizer",
     "BadInput": "coprune.base.errors",
+    "Bench": "coprune.packed.benched",
     "BrokenMask": "coprune.base.errors",
-    "CopruneError": "coprune.base.errors",
-    "LostProcess": "coprune.base.errors",
-    "NumericalError": "coprune.base.errors",
-    "UnsupportedModel": "coprune.base.errors",
-    "VerificationError": "coprune.base.errors",
     "Comparison": "coprune.evaluation.comparison",
+    "CopruneError": "coprune.base.errors",
+    "Estimate": "coprune.run.estimate.found",
     "Evaluation": "coprune.evaluation.evaluation",
-    "compare": "coprune.run.compare",
-    "evaluate": "coprune.evaluation.evaluate",
+    "FinetuneReport": "coprune.training.report",
+    "Inspection": "coprune.run.inspection",
+    "LostProcess": "coprune.base.errors",
+    "Merged": "coprune.training.merge",
+    "NumericalError": "coprune.base.errors",
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
     "Result": "coprune.run.stages",
-    "perplexity": "coprune.evaluation.perplexity",
-    "Estimate": "coprune.run.estimate.found",
-    "Inspection": "coprune.run.inspection",
-    "inspect": "coprune.run.inspect",
+    "Sizes": "coprune.packed.sizes",
+    "UnsupportedModel": "coprune.base.errors",
+    "VerificationError": "coprune.base.errors",
+    "accelerate": "coprune.packed.accelerate",
+    "bench": "coprune.packed.bench",
+    "compare": "coprune.run.compare",
     "estimate": "coprune.run.prune",
+    "evaluate": "coprune.evaluation.evaluate",
+    "finetune": "coprune.training.finetune",
+    "inspect": "coprune.run.inspect",
+    "load_packed": "coprune.packed.quantizer",
+    "merge": "coprune.training.merge",
+    "pack": "coprune.packed.folder",
+    "perplexity": "coprune.evaluation.perplexity",
     "prune": "coprune.run.prune",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
+    "unpack": "coprune.packed.folder",
 }
 
 __all__ = [
     "BadInput",
+    "Bench",
     "BrokenMask",
     "Comparison",
     "CopruneError",
     "Estimate",
     "Evaluation",
+    "FinetuneReport",
     "Inspection",
     "LostProcess",
+    "Merged",
     "NumericalError",
     "Recipe",
     "Report",
     "Result",
+    "Sizes",
     "UnsupportedModel",
     "VerificationError",
     "accelerate",
+    "bench",
     "compare",
     "estimate",
     "evaluate",
+    "finetune",
     "inspect",
     "load_packed",
+    "merge",
+    "pack",
     "perplexity",
     "prune",
     "register_method",
     "run_recipe",
+    "unpack",
 ]
 
 

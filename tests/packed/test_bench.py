@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.packed import accelerate as accelerate_module
 from coprune.packed.accelerate import accelerate
-from coprune.packed.bench import Bench, bench, bench_model, format_bench, make_forms, share_weights
-from coprune.packed.folder import pack_folder
+from coprune.packed.bench import bench, bench_model, make_forms, share_weights
+from coprune.packed.benched import Bench
+from coprune.packed.folder import pack
 from coprune.packed.linear import PackedLinear, pack_linears
 from coprune.packed.semi_structured import can_convert, is_two_of_four
 from coprune.packed.timing import Timing, summarise, time_in_turns
@@ -38,7 +39,7 @@ def test_bench_measures_every_form_from_dense_and_packed_folders(
 ) -> None:
     monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     model.save_pretrained(tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     for folder in ("dense", "packed"):
         result = bench(tmp_path / folder, batches=(1, 2), prompt=8, tokens=3, repeats=2)
         assert {row.form for row in result.rows} >= {"dense", "packed"}
@@ -56,7 +57,7 @@ def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypat
     result = bench_model(model, "tiny", (1,), prompt=4, tokens=2, repeats=2)
     assert isinstance(result, Bench)
     slow = [row for row in result.rows if row.form != "dense" and row.speedup < 1.03]
-    assert format_bench(result).count("no gain here") == len(slow)
+    assert str(result).count("no gain here") == len(slow)
 
 
 def test_the_forms_compute_the_same_and_the_model_is_unchanged(model: PreTrainedModel) -> None:

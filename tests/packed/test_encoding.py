@@ -12,7 +12,7 @@ import torch
 import coprune
 from coprune.base.errors import VerificationError
 from coprune.model.checkpoint import writer
-from coprune.packed.folder import is_packed_folder, pack_folder, unpack_folder
+from coprune.packed.folder import is_packed_folder, pack, unpack
 from coprune.packed.quantizer import load_packed
 from coprune.run import stages
 from support.pico import pico_tokens
@@ -45,9 +45,9 @@ def test_a_run_writes_what_packing_its_dense_folder_gives(
     dense = prune(place, tmp_path / "dense", family, stream=stream)
     packed = prune(place, tmp_path / "packed", family, stream=stream, encoding="packed")
     assert is_packed_folder(packed)
-    pack_folder(dense, tmp_path / "afterwards")
+    pack(dense, tmp_path / "afterwards")
     assert_same_tensors(tensors_of(packed), tensors_of(tmp_path / "afterwards"))
-    unpack_folder(packed, tmp_path / "unpacked")
+    unpack(packed, tmp_path / "unpacked")
     assert_same_tensors(tensors_of(tmp_path / "unpacked"), tensors_of(dense))
     load_clean(tmp_path / "unpacked")
 

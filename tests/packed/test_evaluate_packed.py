@@ -10,7 +10,7 @@ from coprune.evaluation.perplexity import perplexity
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.opened import open_model
-from coprune.packed.folder import pack_folder
+from coprune.packed.folder import pack
 from coprune.recipe.parts import ModelPart
 from support.pico import VOCABULARY, pico_model
 from support.words import word_tokenizer
@@ -25,7 +25,7 @@ def test_a_packed_folder_evaluates_to_the_bit_like_the_dense_one(tmp_path: Path)
                     parameter.masked_fill_(torch.rand(parameter.shape) < 0.6, 0.0)
     model.save_pretrained(tmp_path / "dense")
     word_tokenizer().save_pretrained(tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     tokens = torch.randint(VOCABULARY, (256,), generator=torch.Generator().manual_seed(1))
     values = []
     for name in ("dense", "packed"):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coprune.base.errors import BadInput
-from coprune.packed.folder import is_packed_folder, pack_folder, unpack_folder
+from coprune.packed.folder import is_packed_folder, pack, unpack
 from coprune.packed.format import Format
 
 
@@ -55,10 +55,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("format", ["auto", "bitmask", "nm"])
 def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path, format: Format) -> None:
-    sizes = pack_folder(dense_folder, tmp_path / "packed", format)
+    sizes = pack(dense_folder, tmp_path / "packed", format)
     assert is_packed_folder(tmp_path / "packed")
     assert not is_packed_folder(dense_folder)
-    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    unpack(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(dense_folder)
     if format != "nm":
         assert sizes.names == ["a.weight", "b.weight", "experts.gate_up"]
@@ -69,11 +69,11 @@ def test_every_file_comes_back_byte_for_byte(dense_folder: Path, tmp_path: Path,
 
 
 def test_negative_zeros_are_counted_and_can_be_dropped(dense_folder: Path, tmp_path: Path) -> None:
-    sizes = pack_folder(dense_folder, tmp_path / "exact")
-    smaller = pack_folder(dense_folder, tmp_path / "packed", drop_negative_zeros=True)
+    sizes = pack(dense_folder, tmp_path / "exact")
+    smaller = pack(dense_folder, tmp_path / "packed", drop_negative_zeros=True)
     assert sizes.negative_zeros == smaller.negative_zeros > 0  # the fixture multiplies by a mask
     assert smaller.packed < 0.85 * sizes.packed
-    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    unpack(tmp_path / "packed", tmp_path / "again")
     for shard in dense_folder.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
             again = load_file(tmp_path / "again" / shard.name)[name]
@@ -83,16 +83,16 @@ def test_negative_zeros_are_counted_and_can_be_dropped(dense_folder: Path, tmp_p
 
 
 def test_without_the_manifest_the_tensors_still_come_back(dense_folder: Path, tmp_path: Path) -> None:
-    pack_folder(dense_folder, tmp_path / "packed")
+    pack(dense_folder, tmp_path / "packed")
     (tmp_path / "packed" / "coprune_packed.json").unlink()
-    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    unpack(tmp_path / "packed", tmp_path / "again")
     for shard in dense_folder.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
             assert torch.equal(load_file(tmp_path / "again" / shard.name)[name], tensor)
 
 
 def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: Path) -> None:
-    pack_folder(dense_folder, tmp_path / "packed")
+    pack(dense_folder, tmp_path / "packed")
     for source, target, message in (
         (tmp_path / "nowhere", tmp_path / "x", "not a folder"),
         (dense_folder, dense_folder, "the source itself"),
@@ -101,15 +101,15 @@ def test_refusals_come_before_anything_is_written(dense_folder: Path, tmp_path: 
         (dense_folder / "extra", tmp_path / "x", r"no config\.json"),
     ):
         with pytest.raises(BadInput, match=message):
-            pack_folder(source, target)
+            pack(source, target)
     with pytest.raises(BadInput, match="not a packed folder"):
-        unpack_folder(dense_folder, tmp_path / "x")
+        unpack(dense_folder, tmp_path / "x")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "packed"}
 
 
 def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
-    pack_folder(dense_folder, packed)
+    pack(dense_folder, packed)
     generator = torch.Generator().manual_seed(0)
     originals = {path.name: path.read_bytes() for path in packed.glob("*.safetensors")}
     names = sorted(originals)
@@ -135,7 +135,7 @@ def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: P
             data[8 + number(200)] ^= 1 + number(255)
         (packed / name).write_bytes(data)
         try:
-            unpack_folder(packed, tmp_path / "again")
+            unpack(packed, tmp_path / "again")
         except BadInput:
             assert not (tmp_path / "again").exists()
         else:
@@ -148,14 +148,14 @@ def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": {"../x": "y"}}', '{"safetensors_headers": 3}', "\x00"])
 def test_a_damaged_manifest_is_refused(dense_folder: Path, tmp_path: Path, text: str) -> None:
-    pack_folder(dense_folder, tmp_path / "packed")
+    pack(dense_folder, tmp_path / "packed")
     (tmp_path / "packed" / "coprune_packed.json").write_text(text)
     with pytest.raises(BadInput):
-        unpack_folder(tmp_path / "packed", tmp_path / "again")
+        unpack(tmp_path / "packed", tmp_path / "again")
 
 
 def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_path: Path) -> None:
-    pack_folder(dense_folder, tmp_path / "packed")
+    pack(dense_folder, tmp_path / "packed")
     path = tmp_path / "packed" / "coprune_packed.json"
     manifest = json.loads(path.read_text())
     first, second = sorted(manifest["safetensors_headers"])
@@ -163,4 +163,4 @@ def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_pat
     headers[first], headers[second] = headers[second], headers[first]
     path.write_text(json.dumps(manifest))
     with pytest.raises(BadInput, match="does not fit"):
-        unpack_folder(tmp_path / "packed", tmp_path / "again")
+        unpack(tmp_path / "packed", tmp_path / "again")

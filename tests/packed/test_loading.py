@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from coprune.base.errors import BadInput
 from coprune.base.native.product import TILE_BYTES
-from coprune.packed.folder import pack_folder, unpack_folder
+from coprune.packed.folder import pack, unpack
 from coprune.packed.linear import PackedLinear
 from coprune.packed.quantizer import CopruneConfig, load_packed
 from coprune.packed.registration import register_with_transformers
@@ -54,7 +54,7 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_unpacked_on_load_is_the_dense_model(name: str, tmp_path: Path) -> None:
     dense = save_pruned(CONFIGS[name], tmp_path / "dense")
-    sizes = pack_folder(tmp_path / "dense", tmp_path / "packed")
+    sizes = pack(tmp_path / "dense", tmp_path / "packed")
     assert sizes.packed < 0.75 * sizes.dense
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert equal_states(loaded, dense)
@@ -67,7 +67,7 @@ def test_unpacked_on_load_is_the_dense_model(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kept_packed_gives_the_same_outputs_and_saves_packed(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     dense = save_pruned(CONFIGS[name], tmp_path / "dense", dtype)
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     model = load_packed(tmp_path / "packed")
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     expected = {"llama": 15, "llama-tied": 14, "mixtral": 9, "gpt2": 0}  # GPT-2's are Conv1D
@@ -77,15 +77,15 @@ def test_kept_packed_gives_the_same_outputs_and_saves_packed(name: str, dtype: t
     torch.testing.assert_close(outputs(model), outputs(dense), rtol=tolerance, atol=tolerance)
     model.save_pretrained(tmp_path / "again")
     assert equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), dense)
-    unpack_folder(tmp_path / "again", tmp_path / "dense again")
+    unpack(tmp_path / "again", tmp_path / "dense again")
     assert equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "dense again"), dense)
     assert equal_states(model.dequantize(), dense)
 
 
 def test_generation_from_a_packed_model(tmp_path: Path) -> None:
     dense: Any = save_pruned(CONFIGS["llama"], tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed", "nm")
-    pack_folder(tmp_path / "dense", tmp_path / "bitmask")
+    pack(tmp_path / "dense", tmp_path / "packed", "nm")
+    pack(tmp_path / "dense", tmp_path / "bitmask")
     prompt = torch.arange(1, 6)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
     expected = dense.generate(prompt, **options)
@@ -95,7 +95,7 @@ def test_generation_from_a_packed_model(tmp_path: Path) -> None:
 
 def test_another_dtype_is_unpacked_and_cast(tmp_path: Path) -> None:
     dense = save_pruned(CONFIGS["llama"], tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     model = load_packed(tmp_path / "packed", dtype=torch.bfloat16)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert equal_states(model, nn.Module.to(dense, torch.bfloat16))
@@ -103,7 +103,7 @@ def test_another_dtype_is_unpacked_and_cast(tmp_path: Path) -> None:
 
 def test_damage_is_bad_input_before_anything_is_loaded(tmp_path: Path) -> None:
     save_pruned(CONFIGS["llama"], tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     path = tmp_path / "packed" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-5000] ^= 1
@@ -128,7 +128,7 @@ def test_a_newer_format_and_packing_on_the_fly_are_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_registration_in_either_order_and_without_imports(order: str, tmp_path: Path) -> None:
     save_pruned(CONFIGS["llama"], tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     script = """
 import sys
 order, folder = sys.argv[1:]
@@ -157,7 +157,7 @@ def test_memory_of_the_process_is_that_of_the_packed_weights(tmp_path: Path) -> 
         if parameter.ndim >= 2:
             parameter.data.masked_fill_(torch.rand(parameter.shape) < 0.8, 0.0)
     model.save_pretrained(tmp_path / "dense")
-    sizes = pack_folder(tmp_path / "dense", tmp_path / "packed")
+    sizes = pack(tmp_path / "dense", tmp_path / "packed")
     script = """
 import gc, sys, torch
 from coprune.packed.quantizer import load_packed
@@ -200,7 +200,7 @@ def test_what_cannot_stay_packed_is_named(
     name: str, kinds: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_pruned(CONFIGS[name], tmp_path / "dense")
-    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "packed")
     load_packed(tmp_path / "packed")
     messages = [record.getMessage() for record in caplog.records if record.name == "coprune.packed.quantizer"]
     assert [kinds in message for message in messages if kinds] == [True] * len(messages)

@@ -24,6 +24,7 @@ from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.run.call import options_of, read_call, sort_options
 from coprune.run.checks import prepare_solver
+from support.annotations import kinds
 
 OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}
 
@@ -134,16 +135,6 @@ def test_options_of_an_unknown_method_are_its_own_business() -> None:
 def test_what_is_no_method_is_refused(method: Any) -> None:
     with pytest.raises(BadInput, match="is no method"):
         choice_of(method)
-
-
-def kinds(annotation: Any) -> set[Any]:
-    """The types that a union, an optional or a literal stands for."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return set(typing.get_args(annotation))
-    arguments = typing.get_args(annotation)
-    if type(None) in arguments or typing.get_origin(annotation) in (typing.Union, type(int | str)):
-        return {kind for argument in arguments for kind in kinds(argument)}
-    return {typing.get_origin(annotation) or annotation}
 
 
 def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:

@@ -15,10 +15,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import coprune
-from coprune.base.progress import Reporter
-from coprune.packed.folder import pack_folder, unpack_folder
-from coprune.training.run import finetune
-from coprune.training.settings import make_settings
 from support.pico_folder import save_pico, write_words
 
 TABLE = Path(__file__).with_suffix(".yaml")
@@ -30,9 +26,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "evaluate": lambda **settings: coprune.evaluate(**settings, quiet=True),
     "compare": lambda **settings: coprune.compare(**settings, quiet=True),
     "prune": lambda **settings: coprune.prune(**{**PRUNE, **settings}, quiet=True),
-    "finetune": lambda **settings: finetune(make_settings(settings), Reporter(quiet=True)),
-    "pack": pack_folder,
-    "unpack": unpack_folder,
+    "finetune": lambda **settings: coprune.finetune(**settings, quiet=True),
+    "pack": coprune.pack,
+    "unpack": coprune.unpack,
 }
 
 

@@ -15,7 +15,8 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.training.masks import find_masks
-from coprune.training.run import finetune, merge_saved
+from coprune.training.merge import merge
+from coprune.training.run import run_finetuning
 from coprune.training.settings import FinetuneSettings, make_settings
 from support.commands import run_command
 from support.pico_images import pico_pixels, save_classifier
@@ -52,7 +53,7 @@ def load(folder: Path) -> PreTrainedModel:
 )
 def test_every_mode_keeps_every_zero_of_a_classifier(home: Path, tmp_path: Path, family: str, mode: str) -> None:
     teacher = {"teacher": str(home / "dense" / family), "text_weight": 0.5} if mode == "distill" else {}
-    report = finetune(settings(home, tmp_path / "run", family, mode=mode, **teacher), QUIET)
+    report = run_finetuning(settings(home, tmp_path / "run", family, mode=mode, **teacher), QUIET)
     before, after = load(home / family), load(tmp_path / "run" / "model")
     assert find_masks(after).patterns == find_masks(before).patterns
     tuned = dict(after.named_parameters())
@@ -82,7 +83,7 @@ def test_every_mode_keeps_every_zero_of_a_classifier(home: Path, tmp_path: Path,
 
 def test_a_classifier_learns_the_digits(home: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_steps": 150, "max_samples": None, "batch_size": 32, "eval_images": 300}
-    report = finetune(settings(home, tmp_path / "run", **changes), QUIET)
+    report = run_finetuning(settings(home, tmp_path / "run", **changes), QUIET)
     (accuracy,) = report.accuracy
     assert accuracy.before_top1 < 0.3
     assert accuracy.after_top1 > accuracy.before_top1_interval[1] + 0.2
@@ -91,17 +92,17 @@ def test_a_classifier_learns_the_digits(home: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(home: Path, tmp_path: Path) -> None:
-    finetune(settings(home, tmp_path / "whole", save_every=2), QUIET)
+    run_finetuning(settings(home, tmp_path / "whole", save_every=2), QUIET)
     with pytest.raises(KeyboardInterrupt):
-        finetune(settings(home, tmp_path / "cut", save_every=2), StoppedAt(0.6))
-    finetune(settings(home, tmp_path / "cut", save_every=2), QUIET)
+        run_finetuning(settings(home, tmp_path / "cut", save_every=2), StoppedAt(0.6))
+    run_finetuning(settings(home, tmp_path / "cut", save_every=2), QUIET)
     whole, cut = load(tmp_path / "whole" / "model").state_dict(), load(tmp_path / "cut" / "model").state_dict()
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
 
 
 def test_a_masked_adapter_of_a_classifier_is_merged_from_its_folder(home: Path, tmp_path: Path) -> None:
-    finetune(settings(home, tmp_path / "run", mode="lora"), QUIET)
-    merge_saved(str(home / "vit"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
+    run_finetuning(settings(home, tmp_path / "run", mode="lora"), QUIET)
+    merge(str(home / "vit"), tmp_path / "run" / "adapter", tmp_path / "merged", quiet=True)
     expected, found = load(tmp_path / "run" / "model").state_dict(), load(tmp_path / "merged").state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
@@ -140,7 +141,7 @@ def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
     given |= {"teacher": str(home / "dense" / "vit")} if changes.get("mode") == "distill" else {}
     given = {name: value for name, value in {**given, **changes, "model": given["model"]}.items() if value is not None}
     with pytest.raises(BadInput, match=message):
-        finetune(make_settings(given), QUIET)
+        run_finetuning(make_settings(given), QUIET)
     assert not (tmp_path / "run").exists()
 
 
@@ -154,4 +155,4 @@ def test_a_teacher_of_other_classes_is_refused(home: Path, tmp_path: Path) -> No
     )
     given = settings(home, tmp_path / "run", "transformers convnext", mode="distill", teacher=str(tmp_path / "other"))
     with pytest.raises(BadInput, match="head of 7 classes and the model a head of 10"):
-        finetune(given, QUIET)
+        run_finetuning(given, QUIET)

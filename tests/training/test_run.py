@@ -20,7 +20,8 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import run_recipe
 from coprune.training.adapters import load_adapter
 from coprune.training.masks import find_masks
-from coprune.training.run import finetune, merge_saved
+from coprune.training.merge import merge
+from coprune.training.run import run_finetuning
 from coprune.training.saving import save_model
 from coprune.training.settings import make_settings
 from coprune.training.text_windows import read_training_text
@@ -45,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, folder: Path, family: str = "llama", reporter: Reporter = QUIET, **changes: Any) -> Any:
-    return finetune(make_settings(settings_for(folder, home / family, home / "text.txt", **changes)), reporter)
+    return run_finetuning(make_settings(settings_for(folder, home / family, home / "text.txt", **changes)), reporter)
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -109,7 +110,7 @@ def test_training_teaches_and_the_report_tells(home: Path, tmp_path: Path) -> No
 
 def test_lora_leaves_an_adapter_that_merges_to_the_saved_model(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "run", mode="lora")
-    merge_saved(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
+    merge(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", quiet=True)
     saved, merged = weights_of(tmp_path / "run" / "model"), weights_of(tmp_path / "merged")
     assert saved.keys() == merged.keys()
     assert all(torch.equal(saved[name], merged[name]) for name in saved)
@@ -128,7 +129,7 @@ def test_plain_adapters_stay_unmerged(home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "model").exists()
     assert "dense again" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     with pytest.raises(BadInput, match=r"plain one.*nonzero"):
-        merge_saved(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", QUIET)
+        merge(str(home / "llama"), tmp_path / "run" / "adapter", tmp_path / "merged", quiet=True)
 
 
 def test_only_what_is_named_is_trained(home: Path, tmp_path: Path) -> None:
@@ -213,10 +214,10 @@ def test_time_ends_a_training(home: Path, tmp_path: Path) -> None:
 
 IN_TWO_PROCESSES = """
 import json, sys
-from coprune.training.run import finetune
+from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
 
-finetune(make_settings(json.loads(sys.argv[1])))
+run_finetuning(make_settings(json.loads(sys.argv[1])))
 """
 
 SHARDED_PARAMETERS = """

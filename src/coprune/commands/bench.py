@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,8 +31,7 @@ def bench(
 
     from coprune.base.errors import BadInput
     from coprune.base.files import write_text
-    from coprune.packed.bench import bench as measure
-    from coprune.packed.bench import format_bench
+    from coprune.packed.bench import bench
 
     sizes = [part.strip() for part in batches.split(",")]
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
@@ -40,8 +39,9 @@ def bench(
         raise BadInput(f"the batches cannot be {batches!r}", field="batches", value=batches, fix=numbers)
     if threads is not None:
         torch.set_num_threads(threads)
-    found = measure(model, tuple(map(int, sizes)), prompt, tokens, repeats, dtype, device)
-    typer.echo(format_bench(found))
+    asked: Any = {"dtype": dtype, "device": device}
+    found = bench(model, tuple(map(int, sizes)), prompt=prompt, tokens=tokens, repeats=repeats, **asked)
+    typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")
         _put_into_page(json_file)

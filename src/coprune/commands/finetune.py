@@ -21,11 +21,11 @@ def finetune(
 
     Example: coprune finetune out/pruned --mode lora --dataset embedded --block-size 512 --minutes 20
     """
-    checked = make_settings({"model": model} | {name: value for name, value in settings.items() if value is not None})
-    from coprune.base.progress import Reporter
-    from coprune.training.run import finetune as run_finetune
+    typed = {name: value for name, value in settings.items() if value is not None}
+    make_settings({"model": model} | typed)  # what cannot be is told before torch is loaded
+    from coprune.training.finetune import finetune
 
-    report = run_finetune(checked, Reporter(quiet))
+    report = finetune(model, quiet=quiet, **typed)
     if rank() == 0:
         typer.echo(str(report))
-        typer.echo(f"curves    {checked.run_folder / 'finetune.json'}")
+        typer.echo(f"curves    {report.settings.run_folder / 'finetune.json'}")

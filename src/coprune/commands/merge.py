@@ -15,7 +15,6 @@ def merge(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Merge a masked adapter into its pruned model; every zero stays one."""
-    from coprune.base.progress import Reporter
-    from coprune.training.run import merge_saved
+    from coprune.training.merge import merge
 
-    typer.echo("\n".join(merge_saved(model, adapter, output, Reporter(quiet))))
+    typer.echo(str(merge(model, adapter, output, quiet=quiet)))

@@ -23,18 +23,7 @@ def pack(
 
     Example: coprune pack out/pruned out/packed
     """
-    from coprune.base.errors import unknown_name
-    from coprune.packed.folder import pack_folder
-    from coprune.packed.format import FORMATS, Format
+    from coprune.packed.folder import pack
+    from coprune.packed.format import Format
 
-    if form not in FORMATS:
-        raise unknown_name("packed format", form, FORMATS, field="format")
-    sizes = pack_folder(source, target, cast(Format, form), drop_negative_zeros)
-    typer.echo(f"packed    {len(sizes.names)} tensors, {sizes.packed_dense:,} → {sizes.packed_packed:,} bytes")
-    typer.echo(
-        f"in all    {sizes.dense:,} → {sizes.packed:,} bytes ({sizes.packed / max(sizes.dense, 1):.3f}) in {target}"
-    )
-    if sizes.negative_zeros and not drop_negative_zeros:
-        typer.echo(
-            f"note      {sizes.negative_zeros:,} weights are -0.0 and kept; --drop-negative-zeros makes it smaller"
-        )
+    typer.echo(str(pack(source, target, cast(Format, form), drop_negative_zeros)))

@@ -13,7 +13,7 @@ def unpack(
     target: Annotated[Path, typer.Argument(help="Folder for the dense model.")],
 ) -> None:
     """Give back the dense folder that was packed, byte for byte."""
-    from coprune.packed.folder import unpack_folder
+    from coprune.packed.folder import unpack
 
-    unpack_folder(source, target)
+    unpack(source, target)
     typer.echo(f"unpacked  {target}")

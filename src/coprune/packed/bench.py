@@ -6,89 +6,83 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from coprune.base.devices import describe, in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.native.build import instruction_set
+from coprune.model.opened import refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
+from coprune.packed.benched import Bench, Row
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import Clock, Timing, measure_bandwidth, summarise, time_in_turns, time_once
 
-NO_GAIN = 1.03
 
+class LoadArguments(TypedDict, total=False):
+    """How a model is loaded."""
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement: a form of the model, at one batch size, in one phase."""
-
-    phase: str
-    """prefill (a whole prompt at once) or decode (one token per sequence)."""
-    form: str
-    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured."""
-    batch: int
-    seconds: Timing
-    """Of one forward pass."""
-    tokens_per_second: float
-    speedup: float
-    """Median time of the dense form over this one's."""
-
-
-@dataclass
-class Bench:
-    """Everything that `bench` measured."""
-
-    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
-    threads: int
-    dtype: str
-    instruction_set: str
-    bandwidth: float
-    """Bytes per second, measured; 0 where it was not (GPU)."""
-    bytes: dict[str, int] = field(default_factory=dict)
-    """Of each form's weights in memory."""
-    rows: list[Row] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the report."""
-        return asdict(self)
 
 
-@torch.no_grad()
 def bench(
-    folder: Path | str,
+    model: Path | str | PreTrainedModel,
     batches: Sequence[int] = (1, 4),
+    *,
     prompt: int = 128,
     tokens: int = 24,
     repeats: int = 5,
-    dtype: str = "auto",
-    device: str = "cpu",
+    **loading: Unpack[LoadArguments],
 ) -> Bench:
     """Measure prefill and decoding of a pruned causal language model in every form that this device has.
 
-    folder: dense or packed checkpoint; batches: sequences at a time; prompt: tokens of the prompt (also what decoding
-    attends to); tokens: decoding steps per form; repeats: of each prefill. The first form, dense, is the baseline.
-    Raises BadInput if the folder is not a checkpoint or a number is not positive.
+    The forms take turns; the first, dense, is the baseline.
+
+    Args:
+        model: a checkpoint folder, dense or packed, or a model in memory, which is not changed.
+        batches: sequences at a time.
+        prompt: tokens of the prompt, which decoding attends to as well.
+        tokens: decoding steps per form.
+        repeats: of each prefill.
+        loading: `dtype` and `device` (by default the checkpoint's and the CPU) of a model that is loaded.
+
+    Returns:
+        Times, tokens per second and speed-ups of every form, and what each takes in memory.
+
+    Raises:
+        BadInput: the folder is no checkpoint, or a number is not positive.
     """
     if min(prompt, tokens, repeats, *batches) < 1:
         raise BadInput("batches, prompt, tokens and repeats must be at least 1")
-    if not (Path(folder) / "config.json").exists():
+    if isinstance(model, PreTrainedModel):
+        refuse_what_loading_decides(loading)
+        name, dense = model.name_or_path or type(model).__name__, model
+    else:
+        name, dense = str(model), _load(Path(model), loading)
+    training = dense.training
+    try:
+        return bench_model(dense.eval(), name, batches, prompt, tokens, repeats)
+    finally:
+        dense.train(training)
+
+
+def _load(folder: Path, loading: LoadArguments) -> Any:
+    if not (folder / "config.json").exists():
         raise BadInput(
             f"{folder} has no config.json", field="model", value=folder, fix="give a checkpoint folder, dense or packed"
         )
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    return bench_model(dense.to(device).eval(), str(folder), batches, prompt, tokens, repeats)
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=loading.get("dtype", "auto"))
+    return dense.to(loading.get("device", "cpu")).eval()
 
 
 @torch.no_grad()
@@ -156,25 +150,6 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers, shared ones once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
-
-
-def format_bench(result: Bench) -> str:
-    """A table for people, which says plainly where there is no gain."""
-    lines = [f"{result.model}: {result.dtype}, {result.threads} threads, {result.device}, {result.instruction_set}"]
-    dense = result.bytes["dense"]
-    for form, size in result.bytes.items():
-        limit = f", memory allows {result.bandwidth / size:.1f} tokens/s" if result.bandwidth else ""
-        lines.append(f"{form:<16} {size / 1e6:9.1f} MB in memory ({size / dense:.2f} of dense{limit})")
-    lines.append(f"{'phase':<8} {'batch':>5} {'form':<16} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}")
-    for row in result.rows:
-        t = row.seconds
-        spread = f"{t.median * 1e3:.2f} ({t.low * 1e3:.2f}–{t.high * 1e3:.2f})"
-        verdict = "" if row.form == "dense" or row.speedup >= NO_GAIN else "  no gain here"
-        lines.append(
-            f"{row.phase:<8} {row.batch:>5} {row.form:<16} {spread:>24} {row.tokens_per_second:>9.1f} "
-            f"{row.speedup:>8.2f}×{verdict}"
-        )
-    return "\n".join(lines)
 
 
 def _prefill(model: Any, ids: Tensor) -> None:

@@ -15,7 +15,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import read_header_bytes, read_json
 from coprune.packed.encoding import PackedEncoding, shard_metadata
-from coprune.packed.format import FORMATS, Format, negative_zeros, pack_tensor, unpack_tensor
+from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
 from coprune.packed.header import VERSION, is_packed
 from coprune.packed.shards import (
     DTYPE_NAMES,
@@ -36,37 +35,29 @@ from coprune.packed.shards import (
     stored_order,
     tensor_bytes,
 )
+from coprune.packed.sizes import Sizes
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "coprune_packed.json"
 
 
-@dataclass
-class Sizes:
-    """Bytes of a checkpoint's tensors, dense and packed."""
+def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_negative_zeros: bool = False) -> Sizes:
+    """Write a packed copy of a dense checkpoint folder: the same model bit for bit, and smaller.
 
-    dense: int = 0
-    packed: int = 0
-    packed_dense: int = 0
-    """Dense bytes of those tensors that were packed."""
-    packed_packed: int = 0
-    """Packed bytes of the same tensors."""
-    negative_zeros: int = 0
-    """−0.0 found in matrices. Stored as values, they make a checkpoint larger than its zeros would suggest."""
-    names: list[str] = field(default_factory=list)
-    """The tensors that were packed."""
+    A tensor that would not shrink stays as it is. One tensor is in memory at a time.
 
+    Args:
+        source: a Hugging Face folder with safetensors.
+        target: a folder that does not exist or is empty.
+        format: `auto` (the smaller layout of each tensor), `bitmask` (any pattern) or `nm` (N:M positions).
+        drop_negative_zeros: do not keep weights that are -0.0; unpacking then gives +0.0 in their places.
 
-def pack_folder(
-    source: Path | str, target: Path | str, format: Format = "auto", drop_negative_zeros: bool = False
-) -> Sizes:
-    """Write a packed copy of a dense checkpoint folder.
+    Returns:
+        Bytes before and after.
 
-    source: a Hugging Face folder with safetensors; target: a folder that does not exist or is empty; format: `auto`
-    (the smaller layout of each tensor), `bitmask` or `nm`; drop_negative_zeros: see pack_tensor (unpacking then gives
-    +0.0 in their places). A tensor that would not shrink stays as it is. One tensor is in memory at a time. Raises
-    BadInput on anything that cannot be packed, before writing.
+    Raises:
+        BadInput: something cannot be packed, which is found before anything is written.
     """
     source, target = Path(source), Path(target)
     if format not in FORMATS:
@@ -81,13 +72,13 @@ def pack_folder(
             value=source,
             fix="pack a dense folder",
         )
-    sizes = Sizes()
+    sizes = Sizes(target, drops_negative_zeros=drop_negative_zeros)
     kept: dict[str, str] = {CONFIG: (source / CONFIG).read_text()}
     headers: dict[str, str] = {}
     with replacing_folder(source, target) as out:
         for shard in shards:
             headers[shard.name] = base64.b64encode(zlib.compress(read_header_bytes(shard))).decode()
-            _pack_shard(shard, out / shard.name, format, drop_negative_zeros, sizes)
+            _pack_shard(shard, out / shard.name, format, sizes)
         PackedEncoding(format).configure(config)
         _write_json(out / CONFIG, config)
         if (source / INDEX).exists():
@@ -99,11 +90,18 @@ def pack_folder(
     return sizes
 
 
-def unpack_folder(source: Path | str, target: Path | str) -> None:
+def unpack(source: Path | str, target: Path | str) -> Path:
     """Write the dense folder that a packed one came from, byte for byte.
 
-    source: a packed folder; target: a folder that does not exist or is empty. Every checksum is verified. Raises
-    BadInput on damage, and then leaves no target.
+    Args:
+        source: a packed folder, whose checksums are all verified.
+        target: a folder that does not exist or is empty.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        BadInput: the folder is not packed, or is damaged; then there is no target.
     """
     source, target = Path(source), Path(target)
     shards = checkpoint_shards(source)
@@ -131,6 +129,7 @@ def unpack_folder(source: Path | str, target: Path | str) -> None:
             _write_json(out / INDEX, index)
         for name, text in files.items():
             (out / name).write_text(str(text))
+    return target
 
 
 def checkpoint_shards(folder: Path) -> list[Path]:
@@ -194,26 +193,20 @@ def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
         raise
 
 
-def _pack_shard(source: Path, target: Path, format: Format, drop_negative_zeros: bool, sizes: Sizes) -> None:
+def _pack_shard(source: Path, target: Path, format: Format, sizes: Sizes) -> None:
     names = list(stored_order(read_header_bytes(source)))
     packed: list[str] = []
     checksums: dict[str, int] = {}
     with ShardWriter(target, names) as writer:
         for name, tensor in read_tensors(source):
             with named(source, name):
-                blob = _pack_one(tensor, format, drop_negative_zeros)
-            if tensor.ndim >= 2 and tensor.is_floating_point():
-                sizes.negative_zeros += int(negative_zeros(tensor).sum())
-            dense_bytes = tensor.numel() * tensor.dtype.itemsize
-            sizes.dense += dense_bytes
+                blob = _pack_one(tensor, format, sizes.drops_negative_zeros)
+            sizes.count(name, tensor, blob)
             if blob is None:
                 checksums[name] = zlib.crc32(tensor_bytes(tensor))
                 writer.add(name, tensor)
             else:
                 packed.append(name)
-                sizes.names.append(name)
-                sizes.packed_dense += dense_bytes
-                sizes.packed_packed += blob.numel()
                 writer.add(name, blob)
         sizes.packed += writer.end
         writer.finish(shard_metadata(packed, checksums))

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set
-from coprune.packed.bench import NO_GAIN, Bench, Row
+from coprune.packed.benched import NO_GAIN, Bench, Row
 from coprune.report.html import section, table
 
 BENCH_FILE = "bench.json"

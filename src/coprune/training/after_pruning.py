@@ -16,7 +16,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.schema import Report
 from coprune.training.report import FinetuneReport
-from coprune.training.run import finetune
+from coprune.training.run import run_finetuning
 from coprune.training.settings import FinetuneSettings, make_settings
 
 
@@ -39,7 +39,7 @@ def prune_and_finetune(
         report = done
     if processes.first:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
-    found: FinetuneReport = finetune(settings, reporter)
+    found: FinetuneReport = run_finetuning(settings, reporter)
     if processes.first:
         for line in str(found).splitlines():
             reporter.say(line)

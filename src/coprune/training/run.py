@@ -13,18 +13,13 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
-from coprune.evaluation.tasks import Measured, task_for
+from coprune.evaluation.tasks import Measured
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.part_files import refuse_occupied
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded
-from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import installed_versions
-from coprune.training.adapters import merge, merge_adapter, plain_warning, save_adapter
+from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.distill import Distillation, Objective
-from coprune.training.masks import find_masks
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -43,7 +38,7 @@ from coprune.training.teacher_cache import TeacherCache
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer
 
 
-def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
+def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
     """Fine-tune a pruned model so that every zero stays zero, and save the result with its curves.
 
     Goes on where an interrupted run with the same settings, model and data stopped. Under torchrun or accelerate every
@@ -195,20 +190,3 @@ def _report(
 def _sparsity_now(session: Session) -> float:
     sizes = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in session.masks.matrices)
     return sum(entry.matrix.zeros() for entry in session.masks.matrices) / sizes
-
-
-def merge_saved(model: str, adapter: Path, output: Path, reporter: Reporter) -> list[str]:
-    """Merge a masked adapter from a folder into its pruned model and save that; returns the lines to print.
-
-    Raises BadInput for an adapter that is plain or of another model, or an output folder that is taken.
-    """
-    refuse_occupied(output)
-    pruned, processor = load_model(locate(model), "auto")
-    loaded = Loaded(InMemory(pruned), processor, model, False)
-    probe = task_for(make_recipe({"model": model, "seqlen": 8}), loaded).probe(None, {})
-    masks = find_masks(pruned)
-    reporter.say(f"Merging {adapter} into {model}")
-    merged = merge_adapter(pruned, masks, adapter)
-    card = f"# {model} with the masked adapter {adapter} merged\n"
-    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype)), output, probe)
-    return [f"model in  {output} ({masks.sparsity:.4%} zeros in {len(masks.matrices)} matrices, every zero kept)"]

@@ -1,0 +1,91 @@
+"""What a benchmark of packed models measured, and how it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coprune.base.shown import Sheet, Shown
+from coprune.packed.timing import Timing
+
+NO_GAIN = 1.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: a form of the model, at one batch size, in one phase."""
+
+    phase: str
+    """prefill (a whole prompt at once) or decode (one token per sequence)."""
+    form: str
+    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured."""
+    batch: int
+    seconds: Timing
+    """Of one forward pass."""
+    tokens_per_second: float
+    speedup: float
+    """Median time of the dense form over this one's."""
+
+    @property
+    def milliseconds(self) -> str:
+        """Median and quartiles, for people."""
+        seconds = self.seconds
+        return f"{seconds.median * 1e3:.2f} ({seconds.low * 1e3:.2f}–{seconds.high * 1e3:.2f})"
+
+
+@dataclass(repr=False)
+class Bench(Shown):
+    """Everything that `bench` measured, on this machine."""
+
+    model: str
+    device: str
+    threads: int
+    dtype: str
+    instruction_set: str
+    bandwidth: float
+    """Bytes per second, measured; 0 where it was not (GPU)."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Of each form's weights in memory."""
+    rows: list[Row] = field(default_factory=list)
+
+    def headline(self) -> str:
+        """Model, device, and the best speed-up of decoding."""
+        best = max((row for row in self.rows if row.phase == "decode"), key=lambda row: row.speedup, default=None)
+        speed = "" if best is None else f", decodes {best.speedup:.2f}× as fast {best.form} (batch {best.batch})"
+        return f"{Path(self.model).name}: {self.dtype}, {self.threads} threads, {self.device}{speed}"
+
+    def sheet(self) -> Sheet:
+        """A row per measurement."""
+        rows = [
+            (
+                row.phase,
+                str(row.batch),
+                row.form,
+                row.milliseconds,
+                f"{row.tokens_per_second:.1f}",
+                f"{row.speedup:.2f}×",
+            )
+            for row in self.rows
+        ]
+        return Sheet(self.headline(), rows, ("phase", "batch", "form", "ms (quartiles)", "tokens/s", "speed-up"))
+
+    def __str__(self) -> str:
+        """A table for people, which says plainly where there is no gain."""
+        lines = [f"{self.model}: {self.dtype}, {self.threads} threads, {self.device}, {self.instruction_set}"]
+        dense = self.bytes["dense"]
+        for form, size in self.bytes.items():
+            limit = f", memory allows {self.bandwidth / size:.1f} tokens/s" if self.bandwidth else ""
+            lines.append(f"{form:<16} {size / 1e6:9.1f} MB in memory ({size / dense:.2f} of dense{limit})")
+        lines.append(f"{'phase':<8} {'batch':>5} {'form':<16} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}")
+        for row in self.rows:
+            verdict = "" if row.form == "dense" or row.speedup >= NO_GAIN else "  no gain here"
+            lines.append(
+                f"{row.phase:<8} {row.batch:>5} {row.form:<16} {row.milliseconds:>24} {row.tokens_per_second:>9.1f} "
+                f"{row.speedup:>8.2f}×{verdict}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return asdict(self)

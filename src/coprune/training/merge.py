@@ -1,0 +1,70 @@
+"""Adapters merged into the model that they were trained on, from folder to folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coprune.base.progress import Reporter
+from coprune.base.shown import Sheet, Shown
+from coprune.evaluation.tasks import task_for
+from coprune.model.checkpoint.companions import Companions
+from coprune.model.checkpoint.load import dtype_name, load_model
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.part_files import refuse_occupied
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.opened import Loaded
+from coprune.recipe.recipe import make_recipe
+from coprune.training.adapters import merge_adapter
+from coprune.training.masks import find_masks
+from coprune.training.saving import save_model
+
+
+@dataclass(frozen=True, repr=False)
+class Merged(Shown):
+    """A model with an adapter merged into it."""
+
+    folder: Path
+    sparsity: float
+    """Fraction of zeros in the pruned matrices, as before."""
+    matrices: int
+    """How many these are."""
+
+    def headline(self) -> str:
+        """Where the model is, and its zeros."""
+        return f"{self.folder}: {self.sparsity:.2%} zeros in {self.matrices} matrices"
+
+    def sheet(self) -> Sheet:
+        """Where the model is, and that its zeros are kept."""
+        zeros = f"{self.sparsity:.4%} zeros in {self.matrices} matrices, every zero kept"
+        return Sheet(self.headline(), [("model in", f"{self.folder} ({zeros})")])
+
+
+def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: bool = False) -> Merged:
+    """Merge a masked adapter into its pruned model, save that, and see that every zero stayed one.
+
+    Args:
+        model: the pruned model that the adapter was trained on.
+        adapter: the adapter's folder.
+        output: a folder that does not exist or is empty.
+        quiet: no lines on standard error.
+
+    Returns:
+        Where the model is, and its zeros.
+
+    Raises:
+        BadInput: the adapter is a plain one, or another model's, or the folder is taken.
+        BrokenMask: a weight that was pruned would not be zero any more.
+        VerificationError: what was saved is not what was computed.
+    """
+    name, adapter, output = str(model), Path(adapter), Path(output)
+    refuse_occupied(output)
+    pruned, processor = load_model(locate(name), "auto")
+    loaded = Loaded(InMemory(pruned), processor, name, False)
+    probe = task_for(make_recipe({"model": name, "seqlen": 8}), loaded).probe(None, {})
+    masks = find_masks(pruned)
+    Reporter(quiet).say(f"Merging {adapter} into {name}")
+    merged = merge_adapter(pruned, masks, adapter)
+    card = f"# {name} with the masked adapter {adapter} merged\n"
+    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype)), output, probe)
+    return Merged(output, masks.sparsity, len(masks.matrices))
