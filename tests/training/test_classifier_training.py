@@ -125,11 +125,11 @@ def test_pruning_and_fine_tuning_in_one_command(
     ("changes", "message"),
     [
         ({"dataset": "wikitext2"}, "wikitext2"),
-        ({"dataset": None}, "name some with --dataset"),
-        ({"mode": "distill", "top_k": 5}, "leave out --top-k"),
-        ({"mode": "distill", "hidden_weight": 1.0}, "leave out --hidden-weight"),
-        ({"block_size": 64}, "leave out --block-size"),
-        ({"mode": "lora", "model": "convnext"}, "use --mode dense"),  # its products are 1 × 1 convolutions
+        ({"dataset": None}, "name some with dataset"),
+        ({"mode": "distill", "top_k": 5}, "leave out top_k"),
+        ({"mode": "distill", "hidden_weight": 1.0}, "leave out hidden_weight"),
+        ({"block_size": 64}, "leave out block_size"),
+        ({"mode": "lora", "model": "convnext"}, "use mode=.dense"),  # its products are 1 × 1 convolutions
         ({"train": ["nothing"]}, "matches no parameter"),
     ],
 )
@@ -148,7 +148,7 @@ def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
 def test_a_teacher_of_other_classes_is_refused(home: Path, tmp_path: Path) -> None:
     teacher = load(home / "dense" / "transformers convnext")
     teacher.config.num_labels = 7
-    teacher.classifier = torch.nn.Linear(teacher.config.hidden_size, 7)
+    teacher.classifier = torch.nn.Linear(teacher.config.hidden_sizes[-1], 7)
     teacher.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "preprocessor_config.json").write_bytes(
         (home / "dense" / "transformers convnext" / "preprocessor_config.json").read_bytes()
