@@ -30,6 +30,7 @@ FUNCTIONS = [
     "prune",
     "register_method",
     "run_recipe",
+    "sweep",
     "unpack",
 ]
 ERRORS = [
@@ -53,6 +54,7 @@ VALUES = [
     "Report",
     "Result",
     "Sizes",
+    "SweepResult",
 ]
 PUBLIC = sorted([*FUNCTIONS, *ERRORS, *VALUES])
 HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -308,3 +309,30 @@ def test_bench_measures_a_folder_or_a_model(inside: Path, folder: Path, command:
     assert [line.split()[:2] for line in told.splitlines()] == [line.split()[:2] for line in str(by_name).splitlines()]
     assert repr(found).startswith("<Bench of pruned: float32, ")
     assert found._repr_html_().count("<tr>") == 1 + len(found.rows)
+
+
+def test_a_sweep_does_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+    lists = {"model": "model", "dataset": "words.txt", "method": ["magnitude", "wanda"], "nsamples": 4, "seqlen": 32}
+    lists |= {"eval_data": "test.txt", "save": str(tmp_path / "sweep"), "check_memory": False}
+    (tmp_path / "lists.yaml").write_text(yaml.safe_dump(lists))
+    planned = coprune.sweep(lists, dry_run=True)
+    assert command("sweep", tmp_path / "lists.yaml", "--dry-run").splitlines() == planned.commands
+    assert repr(planned) == f"<SweepResult of {tmp_path / 'sweep'}: 0 of 2 runs done>"
+    found = coprune.sweep(lists, workers=1, threads=1, quiet=True)
+    assert list(found.reports) == ["magnitude", "wanda"]
+    assert found.failures == {}
+    alone = coprune.prune("model", "wanda", dataset="words.txt", eval_data="test.txt", **SMALL).report
+    assert [m.mask_checksum for m in found.reports["wanda"].matrices] == [m.mask_checksum for m in alone.matrices]
+    told = command("sweep", tmp_path / "lists.yaml", "-q")  # nothing is left to do
+    assert f"results   {tmp_path / 'sweep' / 'results.md'}" in told
+    figures = [found.reports[name].perplexity[0].pruned for name in ("magnitude", "wanda")]
+    assert [line.split()[0:2] for line in str(found).splitlines()[1:]] == [["magnitude", "done"], ["wanda", "done"]]
+    assert all(f"perplexity {value:.2f} on test.txt" in found._repr_html_() for value in figures)
+    assert all(command_line.endswith("# done") for command_line in coprune.sweep(lists, dry_run=True).commands)
+
+
+def test_a_sweep_is_named_once() -> None:
+    with pytest.raises(coprune.BadInput, match="neither a file nor a preset"):
+        coprune.sweep()
+    with pytest.raises(coprune.BadInput, match=r"a file \(lists\) and a preset \(opt\) are named"):
+        coprune.sweep({"model": "model"}, preset="opt")

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from coprune.run.inspection import Inspection
     from coprune.run.prune import estimate, prune
     from coprune.run.stages import Result, run_recipe
+    from coprune.run.sweep.result import SweepResult
+    from coprune.run.sweep.sweep import sweep
     from coprune.training.finetune import finetune
     from coprune.training.merge import Merged, merge
     from coprune.training.report import FinetuneReport
@@ -66,6 +68,7 @@ _HOME = {
     "Report": "coprune.report.schema",
     "Result": "coprune.run.stages",
     "Sizes": "coprune.packed.sizes",
+    "SweepResult": "coprune.run.sweep.result",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",
     "accelerate": "coprune.packed.accelerate",
@@ -82,6 +85,7 @@ _HOME = {
     "prune": "coprune.run.prune",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
+    "sweep": "coprune.run.sweep.sweep",
     "unpack": "coprune.packed.folder",
 }
 
@@ -102,6 +106,7 @@ __all__ = [
     "Report",
     "Result",
     "Sizes",
+    "SweepResult",
     "UnsupportedModel",
     "VerificationError",
     "accelerate",
@@ -118,6 +123,7 @@ __all__ = [
     "prune",
     "register_method",
     "run_recipe",
+    "sweep",
     "unpack",
 ]
 

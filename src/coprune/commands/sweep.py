@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from coprune.base.errors import BadInput
-from coprune.base.words import Command, Set
 from coprune.commands.options import recipe_options, with_options
 
 _LOCAL = "local"
@@ -77,36 +75,20 @@ def sweep(
 
     Options of prune that are given here replace what the file says for all of its runs.
     """
-    from coprune.run.sweep.command_line import command_of
-    from coprune.run.sweep.file import Sweep
-    from coprune.run.sweep.presets import sweep_preset
-
-    if file is None and preset is None:
-        example = Command("sweep", Set("preset", "llama-7b"), Set("dry_run", True))
-        raise BadInput("neither a file nor a preset is named", field="file", fix=("for example: ", example))
-    if file is not None and preset is not None:
-        raise BadInput(
-            f"a file ({file}) and a preset ({preset}) are named", field="preset", value=preset, fix="leave one out"
-        )
-    chosen = Sweep.read(file) if file is not None else sweep_preset(preset or "")
     typed = {name: value for name, value in settings.items() if value is not None}
-    chosen = chosen.with_settings(typed | ({"model": model} if model else {}))
-    from coprune.run.sweep.finished import finished_report
-    from coprune.run.sweep.run import check_sweep
+    typed |= ({"model": model} if model else {}) | {"retries": retries}
+    typed |= {"ray": ray, "workers": workers, "threads": threads}
+    from coprune.run.sweep.sweep import sweep
 
+    found = sweep(file, preset=preset, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:
-        for run in check_sweep(chosen):
-            done = "" if finished_report(run.recipe) is None else "  # done"
-            typer.echo(command_of(run.recipe) + done)
+        typer.echo("\n".join(found.commands))
         return
     from rich.console import Console
 
-    from coprune.run.sweep.plan import Execution
     from coprune.run.sweep.results import MARKDOWN, print_tables
-    from coprune.run.sweep.run import run_sweep
 
-    outcome = run_sweep(chosen, Execution(ray, workers, threads, retries), quiet)
-    print_tables(chosen, outcome.runs, outcome.reports, Console())
-    typer.echo(outcome.ledger.line())
-    typer.echo(f"results   {chosen.folder / MARKDOWN}")
-    outcome.require_success(chosen.folder)
+    print_tables(found.sweep, found.runs, found.reports, Console())
+    typer.echo(found.ledger.line())
+    typer.echo(f"results   {found.sweep.folder / MARKDOWN}")
+    found.require_success()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,7 +13,6 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import path_of, write_text
 from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
-from coprune.report.schema import Report
 from coprune.run.checks import prepare_solver
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.conduct import conduct
@@ -26,41 +24,20 @@ from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.on_ray import RayWorkers
 from coprune.run.sweep.plan import Execution, Plan
 from coprune.run.sweep.pool import LocalWorkers
-from coprune.run.sweep.results import FAILURES, collect
+from coprune.run.sweep.result import SweepResult
+from coprune.run.sweep.results import collect
 from coprune.run.sweep.sharing import SHARED_FOLDER
 from coprune.run.sweep.workers import Workers
 
 
-@dataclass
-class Outcome:
-    """What has become of a sweep."""
-
-    runs: list[Run]
-    reports: dict[str, Report]
-    """Of the finished runs, by name."""
-    failures: dict[str, str] = field(default_factory=dict)
-    """Why the others failed."""
-    ledger: Ledger = field(default_factory=Ledger)
-
-    def require_success(self, folder: Path) -> None:
-        """Raise CopruneError if a run failed, with the first of the reasons."""
-        if not self.failures:
-            return
-        name, text = next(iter(self.failures.items()))
-        raise CopruneError(
-            f"{len(self.failures)} of {len(self.runs)} runs failed, the first, {name}, because: {text.splitlines()[-1]}",
-            fix=f"All reasons are in {folder / FAILURES}",
-        )
-
-
-def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> Outcome:
+def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
     """Do the runs of a sweep that are not done yet and write its tables.
 
     Raises BadInput before anything is done if one of its runs cannot be as asked, another process is at the sweep, or
     its folder belongs to something else.
     """
     runs = check_sweep(sweep)
-    outcome = Outcome(runs, finished_reports(runs), ledger=Ledger.read(sweep.folder))
+    outcome = SweepResult(sweep, runs, finished_reports(runs), ledger=Ledger.read(sweep.folder))
     waiting = [run for run in runs if run.name not in outcome.reports]
     with _alone(sweep.folder):
         write_text(path_of(sweep.folder, SWEEP_FILE), sweep.to_yaml())
@@ -91,7 +68,7 @@ def check_sweep(sweep: Sweep) -> list[Run]:
     return runs
 
 
-def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: Outcome, quiet: bool) -> None:
+def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, quiet: bool) -> None:
     """Do the runs that are not done yet."""
     started = time.perf_counter()
     outcome.ledger.wall.append(0.0)
