@@ -177,6 +177,11 @@ def input_first(module: nn.Module) -> bool | None:
     return said
 
 
+def run_experts_as(model: PreTrainedModel, implementation: str) -> None:
+    """Let a model's mixtures run in one of the ways that transformers has for them."""
+    model.set_experts_implementation(implementation)
+
+
 def run_experts_singly(model: PreTrainedModel) -> None:
     """Let every expert be products of its own, where one product over all of them is the default."""
     # The implementation is a private field of the configuration that is never saved.

@@ -111,7 +111,7 @@ def test_a_malformed_configuration(folder: Path) -> None:
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is empty"):
+    with pytest.raises(BadInput, match="is an empty folder"):
         locate(tmp_path)
     (tmp_path / "something").touch()
     with pytest.raises(BadInput, match=r"no config\.json"):

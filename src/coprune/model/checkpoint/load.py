@@ -32,6 +32,7 @@ from coprune.model.transformers_private import (
     experts_run_as,
     forget_quantization,
     name_model,
+    run_experts_as,
     run_experts_singly,
     unpack_gguf,
 )
@@ -150,7 +151,7 @@ def prepared(model: PreTrainedModel | None) -> Iterator[None]:
         for name in gradients:
             model.get_parameter(name).requires_grad_(True)
         if experts is not None and experts != experts_run_as(model):
-            model.set_experts_implementation(experts)
+            run_experts_as(model, experts)
 
 
 def require_all_weights(name: str, missing: set[str]) -> None:
