@@ -5,7 +5,7 @@ interrupted goes on where it stopped. Calibration is on one part of the embedded
 part of it and on novels, which calibration never saw. The weights of smollm2-135m were 4-bit before they were
 dequantised, so the figures compare methods, not models.
 
-    python benchmarks/quality.py                                  # the README's table: the seed's methods
+    python benchmarks/quality.py                                  # the README's table: the Wanda repository's methods
     python benchmarks/quality.py --nsamples 16 --methods wanda    # a subset in minutes
     python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # all of it, in hours
 """

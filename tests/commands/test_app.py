@@ -1,4 +1,4 @@
-"""The command line: every field of a recipe is an option, the seed's names work, and methods bring their own options."""
+"""The command line: every field of a recipe is an option, old names work, and methods bring their own options."""
 
 from __future__ import annotations
 

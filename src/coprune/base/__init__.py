@@ -1,0 +1,1 @@
+"""What knows nothing of models: errors, files, memory, processes, progress, devices and their kernels."""

@@ -1,1 +1,1 @@
-"""The commands by theme; `coprune.commands.app` puts them together. Nothing heavy is imported before one runs."""
+"""What is typed: one command, one file, and no logic; nothing heavy is imported before one runs."""

@@ -1,4 +1,4 @@
-"""Corpora, calibration windows and evaluation text."""
+"""Text and images that a model is calibrated and measured on."""
 
 from coprune.data.corpora import CORPORA, evaluation_corpus_for
 from coprune.data.windows import EvaluationText, Windows, calibration_windows, evaluation_tokens

@@ -1,1 +1,1 @@
-"""The model as the walk sees it: blocks found by structure, their matrices, and their recorded calls."""
+"""A model that can be opened, proven, walked, edited and written."""

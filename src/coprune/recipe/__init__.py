@@ -1,0 +1,1 @@
+"""What is asked for, as data; nothing here imports torch or transformers."""

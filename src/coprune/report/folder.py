@@ -16,7 +16,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.words import Set
 from coprune.recipe.recipe import Recipe
-from coprune.report.schema import Report, seed_log
+from coprune.report.schema import Report, reference_log
 
 # Files of a run folder; a folder that holds one belongs to a run.
 RECIPE_FILE = "recipe.yaml"
@@ -46,7 +46,7 @@ def finish_run_folder(recipe: Recipe, report: Report) -> None:
     """Write the log, give the announced report its name, and make the page of it."""
     first = report.perplexity[0].pruned if report.perplexity else None
     method = recipe.method.name
-    write_text(path_of(recipe.run_folder, f"log_{method}.txt"), seed_log(method, report.sparsity.matrices, first))
+    write_text(path_of(recipe.run_folder, f"log_{method}.txt"), reference_log(method, report.sparsity.matrices, first))
     (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)
     # The charts' library reserves address space by the gigabyte and aborts the process where it gets none. A page is
     # not worth that; `coprune report RUN` makes it later.

@@ -239,7 +239,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def seed_log(method: str, sparsity: float, perplexity: float | None) -> str:
-    """The seed system's log: a tab-separated header and one line (an unmeasured perplexity is `nan`)."""
+def reference_log(method: str, sparsity: float, perplexity: float | None) -> str:
+    """The Wanda repository's log: a tab-separated header and one line (an unmeasured perplexity is `nan`)."""
     value = float("nan") if perplexity is None else perplexity
     return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{value:.4f}\n"

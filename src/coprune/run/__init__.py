@@ -1,0 +1,1 @@
+"""One run from recipe to folder: checks, session, walk, journal, verification."""

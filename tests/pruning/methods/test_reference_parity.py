@@ -1,4 +1,4 @@
-"""The seed's methods against the authors' published procedures, which `published.py` writes out plainly."""
+"""The Wanda repository's methods against the authors' published procedures, which `published.py` writes out plainly."""
 
 from __future__ import annotations
 
