@@ -114,11 +114,11 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(
     sweep, runs = pico_sweep(method=["magnitude", "wanda"])
     left, real = [crashes], stages.run_recipe
 
-    def crashing(recipe: Recipe, *others: Any) -> Any:
+    def crashing(recipe: Recipe, *others: Any, **named: Any) -> Any:
         if recipe.method.name == "magnitude" and left[0]:
             left[0] -= 1
             raise RuntimeError("out of luck")
-        return real(recipe, *others)
+        return real(recipe, *others, **named)
 
     monkeypatch.setattr(stages, "run_recipe", crashing)
     ends: list[tuple[Any, bool]] = []
