@@ -202,6 +202,6 @@ def test_what_cannot_stay_packed_is_named(
     save_pruned(CONFIGS[name], tmp_path / "dense")
     pack(tmp_path / "dense", tmp_path / "packed")
     load_packed(tmp_path / "packed")
-    messages = [record.getMessage() for record in caplog.records if record.name == "coprune.packed.quantizer"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "coprune.packed.slots"]
     assert [kinds in message for message in messages if kinds] == [True] * len(messages)
     assert len(messages) == (kinds is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.packed.format import Format, pack_tensor, unpack_tensor
 from coprune.packed.header import VERSION, is_packed
-from coprune.packed.shards import METADATA_KEY, ShardWriter, tensor_bytes
+from coprune.packed.shards import METADATA_KEY, ShardWriter, stored_checksum
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class PackedEncoding:
         with ShardWriter(file, list(names)) as writer:
             for name, tensor in tensors:
                 blob = pack_tensor(tensor, self.format)
-                if blob is None:
-                    checksums[name] = zlib.crc32(tensor_bytes(tensor))
-                else:
+                if blob is not None:
                     packed.append(name)
-                writer.add(name, tensor if blob is None else blob)
+                stored = tensor if blob is None else blob
+                checksums[name] = stored_checksum(stored)
+                writer.add(name, stored)
             writer.finish(shard_metadata(packed, checksums))
 
     def decode(self, stored: Tensor) -> Tensor:
@@ -45,6 +44,6 @@ class PackedEncoding:
 
 
 def shard_metadata(packed: Sequence[str], checksums: dict[str, int]) -> dict[str, str]:
-    """What a packed file's header says of it. checksums: CRC-32 of the tensors that stayed dense."""
+    """What a packed file's header says of it. checksums: `stored_checksum` of every tensor."""
     content = {"version": VERSION, "packed": list(packed), "crc32": checksums}
     return {"format": "pt", METADATA_KEY: json.dumps(content, separators=(",", ":"))}

@@ -32,6 +32,7 @@ from coprune.packed.shards import (
     check_shard,
     named,
     read_tensors,
+    stored_checksum,
     stored_order,
     tensor_bytes,
 )
@@ -202,12 +203,11 @@ def _pack_shard(source: Path, target: Path, format: Format, sizes: Sizes) -> Non
             with named(source, name):
                 blob = _pack_one(tensor, format, sizes.drops_negative_zeros)
             sizes.count(name, tensor, blob)
-            if blob is None:
-                checksums[name] = zlib.crc32(tensor_bytes(tensor))
-                writer.add(name, tensor)
-            else:
+            if blob is not None:
                 packed.append(name)
-                writer.add(name, blob)
+            stored = tensor if blob is None else blob
+            checksums[name] = stored_checksum(stored)
+            writer.add(name, stored)
         sizes.packed += writer.end
         writer.finish(shard_metadata(packed, checksums))
 

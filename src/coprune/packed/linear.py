@@ -12,7 +12,7 @@ from torch.nn import functional
 from coprune.base.errors import BadInput
 from coprune.base.native.product import IN_KERNEL, NativeMatrix
 from coprune.packed.format import check_packed
-from coprune.packed.header import read_header
+from coprune.packed.header import Header, read_header
 from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, pack_matrix
 
 
@@ -37,6 +37,8 @@ class PackedLinear(nn.Module):
         packed = for_kernels(packed)
         self.header = read_header(packed)
         self.out_features, self.in_features = self.header.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise BadInput(f"a bias of the shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
         self.register_buffer("packed", packed)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         self._native: NativeMatrix | None = None
@@ -129,16 +131,24 @@ class PackedLinear(nn.Module):
 class PackedSlot(PackedLinear):
     """A PackedLinear before its weight is there: a `weight` buffer on the meta device for transformers to fill."""
 
-    def __init__(self, packed_bytes: int, linear: nn.Linear) -> None:
+    def __init__(self, header: Header, linear: nn.Linear) -> None:
+        """header: of the packed weight that will come, of the shape of the layer's weight."""
         nn.Module.__init__(self)
+        self.expected = header
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", torch.empty(packed_bytes, dtype=torch.uint8, device="meta"))
+        self.register_buffer("weight", torch.empty(header.total_bytes, dtype=torch.uint8, device="meta"))
         self.register_parameter("bias", linear.bias)
 
     def fill(self) -> None:
-        """Become a PackedLinear. The weight has been loaded, and was checked in the file."""
+        """Become a PackedLinear. The weight has been loaded, and was checked in the file.
+
+        Raises BadInput if what came is not what the slot was made for: only that was compared with the layer.
+        """
         packed = self._buffers.pop("weight")
         assert packed is not None
+        if read_header(packed.cpu()) != self.expected:
+            raise BadInput(f"another packed tensor came than that of the shape {self.expected.shape}")
+        del self.expected
         self.__class__ = PackedLinear  # type: ignore[assignment]  # in place: hooks and references stay
         self._finish(packed, self.bias)
 

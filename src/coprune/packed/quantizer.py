@@ -9,10 +9,7 @@ length of the packed tensor; transformers fills it as any other.
 from __future__ import annotations
 
 import json
-import logging
-import re
-from collections import Counter
-from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +26,9 @@ from coprune.model.transformers_private import (
     HfQuantizer,
     Operation,
     QuantizationConfig,
-    Renaming,
     begin_with,
-    conversions_of,
     convert_every_tensor,
     set_conversions_to_revert,
-    tied_names,
 )
 from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
@@ -42,15 +36,23 @@ from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.shards import METADATA_KEY, check_shard
+from coprune.packed.slots import insert_slots, keys_in_model
 
-logger = logging.getLogger(__name__)
+
+class _Asked(Enum):
+    """What load_packed asks for. No file can say this, and transformers wants a plain table of settings."""
+
+    PACKED = "packed"
 
 
 class CopruneConfig(QuantizationConfig):
     """`quantization_config` of a packed folder."""
 
     def __init__(self, version: int = VERSION, keep_packed: bool = False, **other: Any) -> None:
-        """version: of the format; keep_packed: whether linear layers stay packed in memory."""
+        """version: of the format; keep_packed: whether linear layers stay packed in memory.
+
+        A folder's own configuration cannot ask for the latter (see `from_dict`).
+        """
         if version != VERSION:
             raise BadInput(
                 f"the packed format has version {version}, and this coprune reads version {VERSION}",
@@ -64,6 +66,12 @@ class CopruneConfig(QuantizationConfig):
     def dequantize(self) -> bool:
         """What transformers asks: whether the loaded model is an ordinary dense one."""
         return not self.keep_packed
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **other: Any) -> Any:
+        """Read what a folder says of itself: the version. How a model is held is for those to say who load it."""
+        config = cls(config_dict.get("version", VERSION), config_dict.get("keep_packed") is _Asked.PACKED)
+        return (config, other) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: how a model was held in memory is no property of its folder."""
@@ -118,11 +126,15 @@ class CopruneQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check every checksum before anything is loaded, and replace the layers that stay packed."""
-        headers: dict[str, Header] = {}
+        headers: dict[str, Header | None] = {}
         for path in kwargs.get("checkpoint_files") or []:
-            headers.update(check_shard(Path(path)))
+            found = check_shard(Path(path))
+            if twice := headers.keys() & found.keys():
+                raise BadInput(f"{path}: another file holds {min(twice)} too", fix="copy or pack the model again")
+            headers.update(found)
+        keys = keys_in_model(model, headers)
         if self.quantization_config.keep_packed:
-            self.slots = _insert_slots(model, headers)
+            self.slots = insert_slots(model, {key: header for key, header in headers.items() if header}, keys)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Unpack first in every conversion of the model, and on its own for all other tensors."""
@@ -147,7 +159,8 @@ class CopruneQuantizer(HfQuantizer):
             layer, _, last = key.rpartition(".")
             state[f"{layer}.weight" if last == "packed" and layer in layers else key] = tensor
         names = [f"{layer}.weight" for layer in sorted(layers)]
-        return state, {METADATA_KEY: json.dumps({"version": VERSION, "packed": names, "crc32": {}})}
+        checksums = {name: read_header(state[name]).checksum for name in names}
+        return state, {METADATA_KEY: json.dumps({"version": VERSION, "packed": names, "crc32": checksums})}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
@@ -188,40 +201,8 @@ def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) ->
         check_shard(shard)  # before transformers opens the files, whose own errors name neither cause nor fix
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)
-    config.quantization_config["keep_packed"] = keep_packed
+    config.quantization_config["keep_packed"] = _Asked.PACKED if keep_packed else None
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
-
-
-def _insert_slots(model: PreTrainedModel, headers: dict[str, Header]) -> set[str]:
-    """Replace the linear layers whose packed weight arrives whole. Returns the weights' names in the model."""
-    parameters = dict(model.state_dict())
-    renaming, tied = Renaming(model, conversions_of(model), parameters), tied_names(model)
-    slots: set[str] = set()
-    left: list[str] = []
-    for key, header in headers.items():
-        name, changes = renaming.of(key)
-        if name in tied:
-            continue  # the embedding, of which single rows are read
-        module = model.get_submodule(name.rpartition(".")[0]) if name in parameters and not changes else None
-        if type(module) is not nn.Linear or tuple(module.weight.shape) != header.shape:
-            left.append(key)
-            continue
-        if module.weight.dtype != header.dtype:
-            logger.warning(
-                "%s is stored as %s and wanted as %s, so it is unpacked", name, header.dtype, module.weight.dtype
-            )
-            continue
-        model.set_submodule(name.removesuffix(".weight"), PackedSlot(header.total_bytes, module))
-        slots.add(name)
-    if left:
-        logger.warning("dense in memory, since only linear layers multiply from packed weights: %s", _kinds(left))
-    return slots
-
-
-def _kinds(names: Sequence[str]) -> str:
-    """Names that differ in their numbers only, as one each."""
-    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
 
 
 def _unpack(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -47,7 +47,7 @@ class _Config:
     def from_dict(content: dict[str, Any], **options: Any) -> Any:
         from coprune.packed.quantizer import CopruneConfig
 
-        return CopruneConfig.from_dict(content, **options)  # type: ignore[no-untyped-call]
+        return CopruneConfig.from_dict(content, **options)
 
 
 class _TableFinder(importlib.abc.MetaPathFinder):

@@ -22,7 +22,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.shards import DTYPES, read_header_bytes
 from coprune.packed.format import check_packed
-from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed
+from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed, read_header
 
 METADATA_KEY = "coprune"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
@@ -77,9 +77,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
         version, checksums = metadata["version"], metadata["crc32"]
-        if version == VERSION and isinstance(checksums, dict) and isinstance(metadata["packed"], list):
+        if version == VERSION and isinstance(checksums, dict) and all(isinstance(n, str) for n in metadata["packed"]):
             return dict(metadata)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: coprune's part of the header is damaged") from error
     raise BadInput(
         f"{path} has version {version} of the packed format, and this coprune reads version {VERSION}",
@@ -87,22 +87,30 @@ def read_metadata(path: Path) -> dict[str, Any]:
     )
 
 
-def check_shard(path: Path) -> dict[str, Header]:
-    """Check every tensor of a packed file against its checksum. Returns the headers of the packed ones."""
+def stored_checksum(tensor: Tensor) -> int:
+    """CRC-32 by which a tensor is known beside its name: of a packed one that in its header, else of its bytes."""
+    return read_header(tensor).checksum if is_packed(tensor) else zlib.crc32(tensor_bytes(tensor))
+
+
+def check_shard(path: Path) -> dict[str, Header | None]:
+    """Check every tensor of a packed file against its checksum.
+
+    Returns every tensor's header, None for those that are not packed.
+    """
     metadata = read_metadata(path)
     checksums = metadata.get("crc32", {})
-    headers: dict[str, Header] = {}
-    seen = set()
+    headers: dict[str, Header | None] = {}
     for name, tensor in read_tensors(path):
-        seen.add(name)
+        headers[name] = None
         with named(path, name):
             if is_packed(tensor):
                 headers[name] = check_packed(tensor)
             elif name in metadata.get("packed", []):
                 raise BadInput("it should be packed and is not", fix="copy or pack the model again")
-            elif name in checksums and zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
+            # Of a packed tensor too, since one of another layer is whole in itself.
+            if name in checksums and stored_checksum(tensor) != checksums[name]:
                 raise BadInput("the checksum does not match", fix="copy or pack the model again")
-    missing = (set(checksums) | set(metadata.get("packed", []))) - seen
+    missing = (set(checksums) | set(metadata.get("packed", []))) - headers.keys()
     if missing:
         raise BadInput(f"{path}: {sorted(missing)[0]} is missing", fix="copy or pack the model again")
     return headers

@@ -57,8 +57,10 @@ class NativeMatrix:
             library: the compiled kernels.
 
         Raises:
-            BadInput: the bitmask and the number of values disagree.
+            BadInput: the bitmask and the number of values disagree, or the bias has another length.
         """
+        if bias is not None and bias.numel() != places.shape[0]:
+            raise BadInput(f"damaged packed matrix: {bias.numel()} values of a bias for {places.shape[0]} outputs")
         blob = on_large_pages(blob)
         self.blob, self.bias = blob, bias
         self.rows, self.columns = places.shape
