@@ -116,3 +116,26 @@ def test_too_little_space_is_known_before_anything_is_computed(
     assert ended.code == 2
     assert "1,000 free" in ended.err
     assert not (place / "pruned").exists()
+
+
+def test_an_announced_run_whose_model_is_missing_is_not_finished(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder for the model was there, empty, when the run was killed between announcing and renaming."""
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing in coprune catches it."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    (place / "pruned").mkdir()
+    quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude")
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.run.stages._save", killed)
+        with pytest.raises(Killed):
+            run_command(quick, monkeypatch, capsys)
+    assert (place / "run" / ".report.json").is_file()
+    assert run_command(quick, monkeypatch, capsys).code == 0
+    assert (place / "run" / "report.json").is_file()
+    assert (place / "pruned" / "model.safetensors").is_file()

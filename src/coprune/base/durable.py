@@ -52,6 +52,17 @@ def full_disk_explained(file: Path) -> Iterator[None]:
         raise
 
 
+def name_durably(partial: Path, folder: Path) -> None:
+    """Give a whole folder its name, once everything in it is on the disk.
+
+    Raises OSError, rather than overwrites, if something is there.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    partial.replace(folder)
+    sync(folder.parent)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -15,6 +15,7 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.words import Set
+from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report, reference_log
 
@@ -33,7 +34,7 @@ def announce(recipe: Recipe, report: Report) -> None:
 def announced(recipe: Recipe) -> Report | None:
     """The report of a run of this recipe that was killed when only its name was wanting; None if there is none."""
     blocks_left = any(recipe.run_folder.glob(".*.partial"))  # what a streamed run without a model to save needs
-    if blocks_left or (recipe.output.model is not None and not recipe.output.model.is_dir()):
+    if blocks_left or (recipe.output.model is not None and not holds_model(recipe.output.model)):
         return None
     try:
         report = Report.read(recipe.run_folder / _ANNOUNCED)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from coprune.base.durable import full_disk_explained, name_durably
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.words import Set
@@ -26,6 +27,7 @@ from coprune.model.checkpoint.part_files import refuse_occupied
 from coprune.model.transformers_private import Conv1D
 from coprune.training.masked_lora import MaskedLoraConfig
 from coprune.training.masks import Masks, plain_parameters
+from coprune.training.saving import require_finite
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -91,13 +93,22 @@ def add_adapter(model: PreTrainedModel, masks: Masks, targets: list[str], size: 
 
 
 def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
-    """Save adapters in PEFT's format (and a model card), whole or not at all. Raises BadInput if the folder is taken."""
+    """Save adapters in PEFT's format (and a model card), whole or not at all.
+
+    Raises BadInput if the folder is taken, NumericalError if an adapter is not finite, CopruneError on a full disk.
+    """
     refuse_occupied(folder)
+    require_finite((name, tensor) for name, tensor in adapted.named_parameters() if ".lora_" in name)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    adapted.save_pretrained(str(partial), save_embedding_layers=False)
-    write_text(partial / CARD_FILE, card)
-    partial.replace(folder)
+    try:
+        with full_disk_explained(folder):
+            adapted.save_pretrained(str(partial), save_embedding_layers=False)
+            write_text(partial / CARD_FILE, card)
+            name_durably(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftModel:

@@ -12,6 +12,7 @@ from coprune.base.files import path_of, write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
+from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.schema import Report
@@ -80,7 +81,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
 def _pruned_before(pruning: Recipe) -> Report | None:
     """The report of an earlier run of the same recipe, whose model is there; None if there was none."""
     path = pruning.run_folder / REPORT_FILE
-    if not path.is_file() or pruning.output.model is None or not pruning.output.model.is_dir():
+    if not path.is_file() or pruning.output.model is None or not holds_model(pruning.output.model):
         return None
     report = Report.read(path)
     if report.recipe != pruning:

@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.words import Setting
 from coprune.model.checkpoint.load import load_model
-from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.decides import Decides, deciding
 from coprune.training.masks import find_masks, plain_parameters
 from coprune.training.report import REPORT_FILE, FinetuneReport
@@ -39,7 +39,7 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
         report = FinetuneReport.model_validate_json((training / _ANNOUNCED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if report.settings != settings or not settings.model_folder.is_dir():
+    if report.settings != settings or not holds_model(settings.model_folder):
         return None
     pruned, _ = load_model(locate(settings.model, settings.cache_dir))
     saved, _ = load_model(locate(settings.model_folder))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.base.errors import NumericalError
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory, is_below
@@ -22,27 +23,46 @@ from coprune.training.masks import Masks, plain_parameters
 
 
 def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder: Path, probe: Tensor) -> None:
-    """Write a model in memory to a folder, and reload it to compare.
+    """Write a model in memory to a folder, which gets its name once it was reloaded and compared.
 
-    beside: what lies beside the weights, and their dtype; probe: one sample to compare the two models with.
-    Raises BrokenMask before anything is written, BadInput if the folder is taken or the disk is full, and
-    VerificationError if what was written is not what was in memory.
+    Args:
+        model: with its adapters merged, if it had any.
+        masks: of its zeros.
+        beside: what lies beside the weights, and their dtype.
+        folder: one that does not exist or is empty.
+        probe: one sample to compare the two models with.
+
+    Raises:
+        BrokenMask, NumericalError: before anything is written.
+        BadInput: the folder is taken or the disk is full.
+        VerificationError: what was written is not what was in memory; nothing is left of it.
     """
     torch.nn.Module.to(prepare(model), dtype=getattr(torch, beside.dtype))
     masks.verify(plain_parameters(model))
+    require_finite(model.named_parameters())
     weights = InMemory(model)
     found = FoundModel.without_matrices(weights)
     names = found.names
-    writer = CheckpointWriter(folder, [REST, *names], weights.total_bytes)
-    for name in names:
-        writer.write(name, weights.original_tensors(name))
-    writer.write(REST, weights.rest_tensors(names))
-    weights.write_companions(writer.partial, beside)
-    edits = edits_of(masks, names)
-    edits.write(writer.partial)
-    writer.finish()
     proven = prove_replay(found, probe.to(input_device(model)))
-    verify_saved(folder, proven, edits)
+    edits = edits_of(masks, names)
+    writer = CheckpointWriter(folder, [REST, *names], weights.total_bytes)
+    try:
+        for name in names:
+            writer.write(name, weights.original_tensors(name))
+        writer.write(REST, weights.rest_tensors(names))
+        weights.write_companions(writer.partial, beside)
+        edits.write(writer.partial)
+        writer.finish(check=lambda partial: verify_saved(partial, proven, edits))
+    except Exception:
+        writer.discard()  # all of it is still in memory, and in what the training keeps
+        raise
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise NumericalError, naming the first tensor that holds NaN or infinities."""
+    for name, tensor in tensors:
+        if not bool(torch.isfinite(tensor.detach()).all()):
+            raise NumericalError(f"{name} is not finite any more", fix="Nothing was saved")
 
 
 def edits_of(masks: Masks, blocks: Sequence[str]) -> Edits:

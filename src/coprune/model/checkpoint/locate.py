@@ -120,6 +120,15 @@ def check_folder(folder: ModelFolder) -> ModelFolder:
     return folder
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model: a configuration, and all weights that it names."""
+    try:
+        check_folder(ModelFolder(folder, str(folder)))
+    except (BadInput, OSError):
+        return False
+    return (folder / "config.json").is_file()
+
+
 def is_packed(folder: ModelFolder) -> bool:
     """Whether the folder is one of coprune's own packed checkpoints, which transformers unpacks bit for bit on loading."""
     quantization = read_json(folder.path / "config.json").get("quantization_config")

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.base.durable import full_disk_explained, sync, write_durably, write_whole
+from coprune.base.durable import full_disk_explained, name_durably, sync, write_durably, write_whole
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
@@ -202,11 +202,7 @@ class CheckpointWriter:
                 self.file(part).unlink()
         for name in ("parts.json", _LOCK, *scaffolding):
             (self.partial / name).unlink(missing_ok=True)
-        for path in [*self.partial.iterdir(), self.partial]:
-            sync(path)
-        # Fails, rather than overwrites, if something took the name meanwhile.
-        self.partial.replace(self.folder)
-        sync(self.folder.parent)
+        name_durably(self.partial, self.folder)
         return self.folder
 
     def _final(self, part: Path, place: Place, encoding: Encoding) -> Path | None:

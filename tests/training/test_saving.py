@@ -1,0 +1,87 @@
+"""A tuned or merged model gets its name last: after it was verified, and never with NaN in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from coprune.base.errors import NumericalError, VerificationError
+from coprune.base.progress import Reporter
+from coprune.training.merge import merge
+from coprune.training.run import run_finetuning
+from coprune.training.settings import make_settings
+from support.pruned import pruned_model, save, settings_for, write_text
+
+QUIET = Reporter(quiet=True)
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in coprune catches it."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model, a text, and a finished run with its adapter."""
+    folder = tmp_path_factory.mktemp("models")
+    save(pruned_model(num_hidden_layers=1), folder / "llama")
+    write_text(folder / "text.txt", 700)
+    tune(folder, folder / "run")
+    return folder
+
+
+def tune(home: Path, folder: Path, **changes: Any) -> Any:
+    settings = settings_for(folder, home / "llama", home / "text.txt", max_steps=2, **changes)
+    return run_finetuning(make_settings(settings), QUIET)
+
+
+def refuse(*_: Any) -> None:
+    raise VerificationError("the logits differ")
+
+
+def test_a_model_that_fails_its_verification_gets_no_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.training.saving.verify_saved", refuse)
+        for _ in range(2):  # nor does the next run take it for finished
+            with pytest.raises(VerificationError):
+                tune(home, tmp_path / "run")
+            assert not (tmp_path / "run" / "model").exists()
+            assert not (tmp_path / "run" / "finetune.json").exists()
+        with pytest.raises(VerificationError):
+            merge(home / "llama", home / "run" / "adapter", tmp_path / "merged", quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert tune(home, tmp_path / "run").saved_model == tmp_path / "run" / "model"
+
+
+def test_adapters_that_are_not_finite_leave_nothing(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "run" / "adapter", tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match="not finite"):
+        merge(home / "llama", tmp_path / "adapter", tmp_path / "merged", quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_an_announced_run_whose_model_is_missing_goes_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder for the model was there, empty, when the run was killed between announcing and renaming."""
+    (tmp_path / "model").mkdir()
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.training.run.save_model", killed)
+        with pytest.raises(Killed):
+            tune(home, tmp_path / "run", save_model=tmp_path / "model")
+    assert (tmp_path / "run" / "training" / "announced.json").is_file()
+    assert tune(home, tmp_path / "run", save_model=tmp_path / "model").saved_model == tmp_path / "model"
+    assert (tmp_path / "model" / "model.safetensors").is_file()
