@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
@@ -17,7 +21,8 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import MatrixResult, Solver, prune_walk, reconstruct_block
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import NM, Target
-from support.pico import pico_model, pico_tokens
+from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
+from support.pico_hybrids import HYBRIDS
 from support.walking import MOVES, Propagation, prove
 
 BATCHES = pico_tokens(24, 32).split(2)
@@ -29,20 +34,30 @@ def pruned(
 ) -> tuple[PreTrainedModel, list[MatrixResult]]:
     """A pico model at 2:4, reconstructed if asked for; aims: whether dense states are kept only where they are looked at."""
     model = pico_model("llama")
-    proven = prove(model, BATCHES[0])
-    recording = record_batches(proven, BATCHES)
+    return model, prune_two_of_four(model, BATCHES, reconstruction, propagation, aims)
+
+
+def prune_two_of_four(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    reconstruction: Reconstruction | None,
+    propagation: Propagation = "block",
+    aims: bool = True,
+    **choice: Sequence[str],
+) -> list[MatrixResult]:
+    proven = prove(model, batches[0], **choice)
+    recording = record_batches(proven, batches)
     solver = Solver(METHODS["wanda"])
     if reconstruction is not None:
         recording.dense = recording.hidden.copy()
-        recording.aims = reconstruction.batches_used(len(BATCHES)) if aims else None
+        recording.aims = reconstruction.batches_used(len(batches)) if aims else None
     moves = replace(MOVES[propagation], keep_inputs=reconstruction is not None)  # type: ignore[arg-type]
     walk = Walk(proven, recording, solver.statistic, moves)
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         return results if reconstruction is None else reconstruct_block(reconstruction, done, recording, results)
 
-    results = prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5), block_done=block_done)
-    return model, results
+    return prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5), block_done=block_done)
 
 
 def distance(model: PreTrainedModel) -> float:
@@ -81,6 +96,74 @@ def test_a_block_that_training_makes_worse_is_left_as_it_was() -> None:
     plain, _ = pruned(None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert "block reconstruction" in results[0].events[-1]
+
+
+# What is trained beside the matrices: what has one of these words in its name, but in no layer that is left alone.
+NORMS_AND_BIASES = ("norm", "bias", "ln")
+LEFT_ALONE = ("gate.", "router.", "conv", "rg_lru")
+SHORT = Reconstruction(steps=3, learning_rate=1e-2)
+
+
+def trained_by(family: str, dtype: torch.dtype) -> tuple[set[str], set[str], list[str]]:
+    """Prune and train a pico model; returns names of matrices and of other tensors that changed, and the events."""
+    model = pico_model(family, dtype=dtype)
+    dense = copy.deepcopy(model.state_dict())
+    results = prune_two_of_four(model, pico_tokens(4, 16).split(2), SHORT)
+    assert all(result.sparsity == 0.5 for result in results)
+    assert all(tensor.dtype == dense[name].dtype for name, tensor in model.state_dict().items())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
+    pruned = {result.name.partition("[")[0] for result in results}
+    matrices = {name for name in changed if name.removesuffix(".weight") in pruned}
+    return matrices, changed - matrices, [event for result in results for event in result.events]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *HYBRIDS])
+def test_half_precision_trains_what_was_pruned_norms_and_biases_in_every_family(family: str) -> None:
+    matrices, others, events = trained_by(family, torch.bfloat16)
+    assert matrices
+    assert others
+    assert all(any(word in name for word in NORMS_AND_BIASES) for name in others), others
+    assert not any(word in name for name in others for word in LEFT_ALONE), others
+    errors = [re.findall(r"\d\.\d+", event.partition(" on the ")[0]) for event in events if "reconstruction" in event]
+    assert any(after < before for before, after in errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("family", ["opt", "gpt_oss", "mixtral"])
+def test_other_dtypes_train_the_same(family: str, dtype: torch.dtype) -> None:
+    assert trained_by(family, dtype)[:2] == trained_by(family, torch.bfloat16)[:2]
+
+
+def test_what_is_excluded_is_not_trained() -> None:
+    model = pico_model("opt")
+    dense = copy.deepcopy(model.state_dict())
+    results = prune_two_of_four(model, BATCHES[:3], SHORT, exclude=["*.v_proj", "*.layers.1.*"])
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
+    # Nothing of the excluded block, and the excluded layer's bias neither.
+    assert not any("v_proj" in name or ".layers.1." in name for name in changed)
+    assert "model.decoder.layers.0.self_attn.q_proj.bias" in changed
+    event = next(event for event in results[0].events if "trained" in event)
+    assert event.endswith(
+        "; trained: self_attn.k_proj, self_attn.k_proj.bias, self_attn.q_proj, self_attn.q_proj.bias, self_attn.out_proj, "
+        "self_attn.out_proj.bias, self_attn_layer_norm, self_attn_layer_norm.bias, fc1, fc1.bias, fc2, fc2.bias, "
+        "final_layer_norm, final_layer_norm.bias"
+    )
+
+
+def test_of_a_mixture_only_the_chosen_experts_are_trained() -> None:
+    model = pico_model("mixtral")
+    dense = copy.deepcopy(model.state_dict())
+    results = prune_two_of_four(model, BATCHES[:4], Reconstruction(steps=8), exclude=["*.experts.down_proj[[]2[]]"])
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(model.state_dict()[norm], dense[norm])  # so the block was trained
+    experts = [name for name in dense if name.endswith("experts.down_proj")]
+    chosen = {result.name for result in results}
+    for name in experts:
+        same = [torch.equal(a, b) for a, b in zip(model.state_dict()[name], dense[name], strict=True)]
+        assert same == [f"{name}[{expert}]" not in chosen for expert in range(4)] == [False, False, True, False]
+    routers = [name for name in dense if name.endswith("mlp.gate.weight")]
+    assert routers
+    assert all(torch.equal(model.state_dict()[name], dense[name]) for name in routers)
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ def snapshot(value: Any) -> Any:
         return {key: snapshot(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(snapshot(item) for item in value)
+    return value
+
+
+def in_float32(value: Any) -> Any:
+    """Copy a value with its half-precision tensors in float32; containers of other kinds are copied as they are."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32) if value.dtype in (torch.float16, torch.bfloat16) else value
+    if type(value) in (tuple, list):
+        return type(value)(in_float32(item) for item in value)
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = in_float32(item)
+        return changed
     return value
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import Block
-from coprune.model.walk.arguments import snapshot
+from coprune.model.walk.arguments import in_float32, snapshot
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class BlockCall:
         if self.keyword is None:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+
+    def in_float32(self) -> BlockCall:
+        """The same call for a block whose parameters are float32."""
+        return BlockCall(in_float32(self.args), in_float32(self.kwargs), self.keyword)
 
 
 def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> Tensor:

@@ -1,8 +1,9 @@
 """Block reconstruction: train what a mask has left of a block against the dense block's outputs.
 
-A few hundred steps of AdamW on the kept weights, norms and biases of one block, on the calibration inputs behind the
-pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++, arXiv 2503.04992).
-Autograd reaches through one block only, so memory is that of one block.
+A few hundred steps of AdamW on the kept weights, norms and biases of one block (see `trained.py`), on the calibration
+inputs behind the pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++,
+arXiv 2503.04992). Autograd reaches through one block only, so memory is that of one block. A block in half precision
+is trained as the same block in float32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
+from coprune.pruning.refine.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Reconstruction:
     def improve(
         self,
         block: nn.Module,
+        trained: Sequence[Trained],
         run: Callable[[int, Tensor], Tensor],
         inputs: Sequence[Tensor],
         targets: Sequence[Tensor],
@@ -57,8 +60,9 @@ class Reconstruction:
 
         Args:
             block: the pruned block.
-            run: (batch, hidden states) → the block's output, differentiable.
-            inputs: B × S × H per batch.
+            trained: which of its parameters may change.
+            run: (batch, float32 hidden states) → the block's output, differentiable.
+            inputs: B × S × H per batch, in the model's dtype.
             targets: what the dense block gives, likewise.
 
         Returns:
@@ -67,23 +71,23 @@ class Reconstruction:
         Raises:
             NumericalError: the loss is not finite before the first step.
         """
-        watched, trained = self._split(len(inputs))
+        watched, batches = self._split(len(inputs))
 
         def loss_of(batch: int) -> Tensor:
             with torch.autocast(inputs[batch].device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-                output = run(batch, inputs[batch])
+                output = run(batch, inputs[batch].to(torch.float32))
             return _relative_error(output, targets[batch])
 
         def watch() -> float:
             with torch.no_grad():
                 return sum(float(loss_of(batch)) for batch in watched) / len(watched)
 
-        with _float32_parameters(block):
+        with _in_float32(block):
             before = best = watch()
             if not math.isfinite(before):
                 raise NumericalError("the block's outputs are not finite, so it cannot be reconstructed")
-            for part in self._parts(block):
-                best = self._train(block, part, loss_of, watch, trained, best)
+            for part in self._parts(block, trained):
+                best = self._train(block, part, loss_of, watch, batches, best)
         return before, best
 
     def batches_used(self, batches: int) -> set[int]:
@@ -99,23 +103,24 @@ class Reconstruction:
             return everything, everything
         return everything[-held_out:], everything[:-held_out]
 
-    def _parts(self, block: nn.Module) -> list[nn.Module]:
+    def _parts(self, block: nn.Module, trained: Sequence[Trained]) -> list[list[Trained]]:
+        """What is trained at the same time."""
         if self.parts == "together":
-            return [block]
-        return [child for child in block.children() if any(p.ndim >= 2 for p in child.parameters())]
+            return [list(trained)]
+        parts = [[one for one in trained if one.name.startswith(f"{name}.")] for name, _ in block.named_children()]
+        return [part for part in parts if any(one.entries is not None for one in part)]
 
     def _train(
         self,
         block: nn.Module,
-        part: nn.Module,
+        part: Sequence[Trained],
         loss_of: Callable[[int], Tensor],
         watch: Callable[[], float],
         batches: Sequence[int],
         best: float,
     ) -> float:
         """Train one part and leave the block in the best state; returns its error on the watched batches."""
-        parameters = [parameter for parameter in part.parameters() if parameter.is_floating_point()]
-        keeps = [parameter.detach() != 0 if parameter.ndim >= 2 else None for parameter in parameters]
+        parameters = [one.parameter for one in part]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         order = _endless(batches, self.seed)
@@ -126,9 +131,9 @@ class Reconstruction:
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
                 loss_of(next(order)).backward()
-                for parameter, keep in zip(parameters, keeps, strict=True):
-                    if parameter.grad is not None and keep is not None:
-                        parameter.grad.mul_(keep)
+                for one in part:
+                    if one.parameter.grad is not None and one.entries is not None:
+                        one.parameter.grad.mul_(one.entries)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
@@ -182,14 +187,14 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _float32_parameters(block: nn.Module) -> Iterator[None]:
-    """Hold the block's parameters in float32 for a while; small updates would vanish in half precision."""
-    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
-    for parameter in block.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32)
+def _in_float32(block: nn.Module) -> Iterator[None]:
+    """Hold the block's parameters and buffers in float32 for a while; small updates would vanish in half precision."""
+    tensors = [tensor for tensor in [*block.parameters(), *block.buffers()] if tensor.is_floating_point()]
+    dtypes = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(torch.float32)
     try:
         yield
     finally:
-        for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)

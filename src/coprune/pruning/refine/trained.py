@@ -1,0 +1,83 @@
+"""What reconstruction trains of a block: the matrices that were chosen, norms and biases, and nothing else.
+
+A layer is trained whole or not at all: a bias beside a matrix that is not to be pruned (a router's, an excluded
+layer's, a depth-wise convolution's) is left alone with it. So are vectors that are no norm, such as the decay of a
+recurrence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from coprune.model.blocks import Block
+from coprune.model.leftovers import kind_of
+from coprune.model.matrices import Matrix
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter of a block that is trained."""
+
+    name: str
+    """Path within the block."""
+    parameter: nn.Parameter
+    entries: Tensor | None
+    """Which of its entries may change (bool, of its shape); None: all."""
+
+
+def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
+    """What is trained of a pruned block.
+
+    Args:
+        block: the block; its parameters are real.
+        chosen: its matrices that were chosen; their weights that are not zero are trained.
+
+    Returns:
+        The parameters in the order of the block's modules; none where no matrix was chosen.
+    """
+    matrices: dict[str, list[Matrix]] = {}
+    for matrix in chosen:
+        matrices.setdefault(matrix.parameter, []).append(matrix)
+    found: list[Trained] = []
+    for path, module in block.module.named_modules() if matrices else ():
+        own = dict(module.named_parameters(recurse=False))
+        names = {attribute: ".".join(part for part in (path, attribute) if part) for attribute in own}
+        mine = {attribute: matrices.get(f"{block.name}.{name}", []) for attribute, name in names.items()}
+        whole = all(mine[attribute] or _is_vector(attribute, parameter) for attribute, parameter in own.items())
+        for attribute, parameter in own.items():
+            if mine[attribute]:
+                found.append(Trained(names[attribute], parameter, _kept(parameter, mine[attribute])))
+            elif whole and ("bias" in attribute or _is_norm(module)) and parameter.is_floating_point():
+                found.append(Trained(names[attribute], parameter, None))
+    return found
+
+
+def names_of(trained: Sequence[Trained]) -> str:
+    """What is trained, for people: names without `.weight`, layers that differ in a number only once."""
+    return ", ".join(dict.fromkeys(kind_of(one.name.removesuffix(".weight")) for one in trained))
+
+
+def _is_vector(attribute: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is no weight of its own; experts' biases are a table."""
+    return parameter.ndim < 2 or "bias" in attribute
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module holds nothing but vectors, and no other module."""
+    vectors = all(parameter.ndim < 2 for parameter in module.parameters(recurse=False))
+    return vectors and next(module.children(), None) is None
+
+
+def _kept(parameter: nn.Parameter, matrices: Sequence[Matrix]) -> Tensor:
+    """Where a parameter is not zero, in the matrices of it that were chosen."""
+    kept = parameter.detach() != 0
+    chosen = {matrix.expert for matrix in matrices}
+    if None in chosen:
+        return kept
+    for expert in range(parameter.shape[0]):
+        if expert not in chosen:
+            kept[expert] = False
+    return kept
