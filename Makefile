@@ -4,6 +4,7 @@
 # The others are for those who change the code:
 #   make lint, make types
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
+#   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
 # All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow test-all wheel golden lint types clean
+.PHONY: demo test slow test-all wheel families golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -28,6 +29,9 @@ test-all: test slow
 
 wheel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py
+
+families: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/families/make.py
 
 golden: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check

@@ -1,0 +1,48 @@
+"""A tiny random model of any class of transformers' Auto mappings."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from families.shrink import tiny_config
+
+Kind = Literal["text", "images"]
+AUTO: dict[Kind, Any] = {"text": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+DEFAULT_IMAGE_SIZE = 64
+CLASSES = 10
+
+
+def all_types(kind: Kind) -> dict[str, str]:
+    """Every type of model that an Auto class builds, with the name of its class (of several, the first)."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind == "text" else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    return {model_type: name if isinstance(name, str) else name[0] for model_type, name in names.items()}
+
+
+def image_size(config: Any) -> int:
+    """The height and width of the images that a tiny classifier takes."""
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+    return size if isinstance(size, int) else DEFAULT_IMAGE_SIZE
+
+
+def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with random weights large enough that every block matters, in evaluation mode."""
+    config = tiny_config(model_type)
+    config.architectures = [all_types(kind)[model_type]]  # where a type has several classes, this says which
+    if kind == "images":
+        config.num_labels = CLASSES
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AUTO[kind].from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and parameter.is_floating_point():
+                parameter.normal_(0.0, 0.1)
+            elif "gamma" in name or "layer_scale" in name or "lambda" in name:
+                parameter.fill_(1.0)  # some begin at a millionth, which would hide every block
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,103 @@
+"""What single families need beside the rules of `shrink.py`, each with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Exceptional:
+    """Settings of one type of model."""
+
+    why: str
+    then: dict[str, Any] = field(default_factory=dict)
+    """Of the tiny configuration."""
+    first: dict[str, Any] = field(default_factory=dict)
+    """Of the configuration that is made tiny."""
+
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HEAD = Exceptional("the width of its heads has no default", {"head_dim": 16})
+_MAMBA = "its state space has to be as wide as its heads together"
+_STAGES = "the widths of its stages hang together in ways of their own"
+
+EXCEPTIONS: dict[str, Exceptional] = {
+    "bit": Exceptional("its norms have 32 groups", {"num_groups": 4}),
+    "blt": Exceptional("its vocabulary is bytes", {"vocab_size": 1024}),
+    "blt_local_decoder": Exceptional("as blt", {"vocab_size": 1024}),
+    "blt_local_encoder": Exceptional("as blt", {"vocab_size": 1024}),
+    "blt_patcher": Exceptional("as blt", {"vocab_size": 1024}),
+    "cohere_compass_text": Exceptional(
+        "positions of its full attention have no default",
+        {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    ),
+    "cvt": Exceptional(_STAGES, {"embed_dim": (16, 48, 96), "depth": (1, 2, 1)}),
+    "dbrx": Exceptional("its rotary base has no default", {"max_seq_len": 128}),
+    "dbrx_attention": Exceptional("as dbrx", {"rope_theta": 10000.0}),
+    "deepseek_v2": Exceptional("how many experts a token gets has no default", {"num_experts_per_tok": 2}),
+    "dots1": Exceptional(
+        "the numbers of its experts have no defaults",
+        {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    ),
+    "donut-swin": Exceptional(
+        _STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}
+    ),
+    "efficientnet": Exceptional("how wide it ends follows from its factors", {"hidden_dim": 2560}),
+    "falcon_h1": Exceptional(_MAMBA, {"mamba_d_ssm": 128, "mamba_d_head": 32}),
+    "gpt_neo": Exceptional("its kinds of layers are told in pairs", {"attention_types": [[["global", "local"], 1]]}),
+    "hgnet_v2": Exceptional(
+        _STAGES,
+        {
+            "stem_channels": (3, 16, 16),
+            "stage_in_channels": (16, 32, 64, 64),
+            "stage_mid_channels": (16, 16, 32, 32),
+            "stage_out_channels": (32, 64, 64, 64),
+        },
+    ),
+    "hunyuan_v1_dense": _HEAD,
+    "hunyuan_v1_moe": _HEAD,
+    "jamba": Exceptional(
+        "its kinds of layers follow from periods",
+        {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 1},
+    ),
+    "lfm2_moe": Exceptional(
+        "its kinds of layers have no default",
+        {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    ),
+    "mamba2": Exceptional(_MAMBA, {"head_dim": 32, "n_groups": 1}),
+    "ministral": _HEAD,
+    "nemotron": _HEAD,
+    "qwen4_exp_text": Exceptional(
+        "its indexer's sizes have no defaults",
+        {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+        },
+    ),
+    "reformer": Exceptional(
+        "it is an encoder unless told otherwise, and its positions are a product",
+        {
+            "is_decoder": True,
+            "axial_pos_shape": (8, 16),
+            "axial_pos_embds_dim": (16, 48),
+            "vocab_size": 1024,
+            "num_buckets": 4,
+        },
+    ),
+    "siglip2_vision_model": Exceptional("its patches come cut already", {"patch_size": 16}),
+    "swin": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
+    "swinv2": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
+    "textnet": Exceptional(_STAGES, {"stem_out_channels": 16, "hidden_sizes": (16, 16, 32, 64, 128)}),
+    "xmod": Exceptional("its language has no default", {"default_language": "en_XX"}),
+    "zamba": Exceptional(
+        "its blocks share one layer, so two of them have to have it",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        },
+    ),
+}

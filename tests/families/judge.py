@@ -1,0 +1,225 @@
+"""One type of model, pruned, compared with an oracle of full forwards, saved and loaded again: works, refused or wrong."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ViTImageProcessor
+
+import coprune
+from coprune.base.errors import CopruneError
+from coprune.data import calibration_windows
+from coprune.data.images import draw_images, labelled_images, transform_of
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.matrices import find_matrices
+from coprune.recipe.pattern import NM, Target, parse_pattern
+from coprune.report.schema import Report
+from families.build import AUTO, Kind, image_size, tiny_model
+from support.walking import layers_of
+from support.whole_forwards import kind_of, prune_by_whole_forwards
+from support.words import word_tokenizer
+
+TARGETS = {"50%": Target(parse_pattern("unstructured"), 0.5), "2:4": Target(NM(2, 4), 0.5)}
+LENGTH = 32
+BATCH = 4
+MOST_DIFFERENT = 1e-3
+"""Of the mask's entries may differ: sums in another order break ties another way."""
+
+
+class Wrong(AssertionError):
+    """What coprune did is not what the oracle says, or not what was loaded again."""
+
+
+class NotBuilt(Exception):
+    """There is no such tiny model, or transformers itself cannot run it."""
+
+
+@dataclass
+class Verdict:
+    """What came of one type of model."""
+
+    model_type: str
+    model_class: str
+    kind: Kind
+    result: str = "works"
+    """`works`, `refused`, `wrong` or `not built`."""
+    reason: str = ""
+    blocks: int = 0
+    matrices: int = 0
+    left_alone: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def line(self) -> dict[str, Any]:
+        """As it is kept in a file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, and the batches that it makes of it."""
+
+    settings: dict[str, Any]
+    batches: list[Tensor]
+
+
+def judge(model_type: str, model_class: str, kind: Kind, folder: Path, samples: int = 24) -> Verdict:
+    """Try everything with one type of model.
+
+    Args:
+        model_type: as its configuration calls it.
+        model_class: the name of its class.
+        kind: whether it reads text or images.
+        folder: an empty one to work in.
+        samples: how many calibration samples.
+    """
+    verdict, started = Verdict(model_type, model_class, kind), time.perf_counter()
+    try:
+        model = _built(model_type, kind)
+        data = _text(folder, samples) if kind == "text" else _images(model, samples)
+        _require_forward(model, data.batches[0])
+        for name in TARGETS:
+            _try(model_type, name, data, verdict, folder / name.replace(":", "-"))
+    except NotBuilt as error:
+        verdict.result, verdict.reason = "not built", str(error)
+    except CopruneError as error:
+        verdict.result, verdict.reason = "refused", str(error)
+    except Exception as error:  # a traceback is no refusal
+        verdict.result, verdict.reason = "wrong", f"{type(error).__name__}: {first_line(error)}"
+    verdict.seconds = round(time.perf_counter() - started, 1)
+    return verdict
+
+
+def _built(model_type: str, kind: Kind) -> PreTrainedModel:
+    try:
+        return tiny_model(model_type, kind)
+    except Exception as error:
+        raise NotBuilt(first_line(error)) from error
+
+
+def _require_forward(model: PreTrainedModel, batch: Tensor) -> None:
+    """Raise NotBuilt where the model itself does not run on what coprune gives a model."""
+    try:
+        with torch.no_grad():
+            model(**({"pixel_values": batch} if batch.is_floating_point() else {"input_ids": batch}))
+    except Exception as error:
+        raise NotBuilt(f"transformers cannot run it on this alone: {first_line(error)}") from error
+
+
+def _text(folder: Path, samples: int) -> Data:
+    """Random words, every one as likely as the others, so that all experts see some."""
+    file, words = folder / "words.txt", torch.randint(1000, (6000,), generator=torch.Generator().manual_seed(0))
+    file.write_text(" ".join(f"w{number}" for number in words.tolist()), encoding="utf-8")
+    tokenizer = word_tokenizer()
+    windows = calibration_windows(str(file), tokenizer, samples, LENGTH, seed=0)
+    settings = {"dataset": str(file), "eval_data": str(file), "eval_tokens": 4 * LENGTH, "seqlen": LENGTH}
+    return Data(settings | {"nsamples": samples, "processor": tokenizer}, list(windows.tokens.split(BATCH)))
+
+
+def _images(model: PreTrainedModel, samples: int) -> Data:
+    size = image_size(model.config)
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+    drawn = draw_images(labelled_images("digits", "calibration"), transform_of(processor), samples, seed=0)
+    settings = {"dataset": "digits", "eval_images": 20, "nsamples": samples, "processor": processor}
+    return Data(settings, list(drawn.tokens.split(BATCH)))
+
+
+def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path) -> None:
+    """Prune to one target and compare; raises Wrong, or what coprune raises."""
+    model, kind, target = tiny_model(model_type, verdict.kind), verdict.kind, TARGETS[name]
+    dense = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with quiet_transformers():
+        report = coprune.prune(
+            model,
+            "wanda",
+            sparsity=target.sparsity,
+            pattern="2:4" if name == "2:4" else "unstructured",
+            batch_size=BATCH,
+            save_model=folder,
+            quiet=True,
+            **data.settings,
+        ).report
+    verdict.blocks, verdict.matrices, verdict.left_alone = report.model.blocks, len(report.matrices), report.left_out
+    with _called(name):
+        _compare_masks(model, tiny_model(model_type, kind), data, target, report)
+        _compare_rest(model, dense, report)
+        _compare_loaded(model, AUTO[kind], folder)
+
+
+def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, target: Target, report: Report) -> None:
+    alone = {line.rpartition(" (")[0] for line in report.left_out}
+    expected = prune_by_whole_forwards(oracle, data.batches, target, alone)
+    masks = masks_of(model)
+    found = {matrix.name: masks[matrix.name] for matrix in report.matrices}
+    layers = [layer.name for block in find_blocks(model) for layer in layers_of(block)]
+    silent = [layer for layer in layers if layer not in found and kind_of(layer) not in alone]
+    if silent:
+        raise Wrong(f"{silent[0]} is neither pruned nor named ({len(silent)} in all)")
+    if found.keys() != expected.keys():
+        raise Wrong(f"other matrices were pruned: {sorted(found.keys() ^ expected.keys())[:3]}")
+    different = sum(int((found[name] != mask).sum()) for name, mask in expected.items())
+    entries = sum(mask.numel() for mask in expected.values())
+    if different > MOST_DIFFERENT * entries:
+        raise Wrong(f"{different / entries:.2%} of the masks differ from those of full forwards")
+    # Experts that saw no token are pruned by magnitude, over the whole matrix.
+    unseen = {matrix.name for matrix in report.matrices if matrix.events}
+    for name, mask in found.items():
+        per_group = mask.unflatten(1, (-1, 4)) if isinstance(target.pattern, NM) else mask
+        if name in unseen and not isinstance(target.pattern, NM):
+            per_group = mask.reshape(1, -1)
+        if not bool((per_group.sum(dim=-1) == -(-per_group.shape[-1] // 2)).all()):
+            raise Wrong(f"{name} is not pruned as asked")
+
+
+def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Where the matrices of the blocks are not zero, O × I, by name; experts have their number in brackets."""
+    matrices = [matrix for block in find_blocks(model) for matrix in find_matrices(block.module, block.name)]
+    return {matrix.name: matrix.read() != 0 for matrix in matrices}
+
+
+def _compare_rest(model: PreTrainedModel, dense: dict[str, Tensor], report: Report) -> None:
+    """All that is no pruned matrix is as it was, bit for bit."""
+    stacks = {matrix.name.partition("[")[0] for matrix in report.matrices}
+    changed = {f"{name}.weight" for name in stacks} | stacks
+    tied = {id(parameter): name for name, parameter in model.named_parameters() if name in changed}
+    same = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tied}
+    for name, tensor in model.state_dict().items():
+        if name not in changed | same and not torch.equal(tensor, dense[name]):
+            raise Wrong(f"{name} was changed")
+
+
+def _compare_loaded(model: PreTrainedModel, auto: Any, folder: Path) -> None:
+    """What was saved is loaded as the same class with the same weights."""
+    with quiet_transformers():
+        loaded, info = auto.from_pretrained(folder, output_loading_info=True)
+    if type(loaded) is not type(model):
+        raise Wrong(f"what was saved is loaded as a {type(loaded).__name__}")
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise Wrong(f"what was saved is not all loaded: {info}")
+    again = loaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor, again[name]):
+            raise Wrong(f"{name} is loaded with other values")
+
+
+@contextmanager
+def _called(target: str) -> Iterator[None]:
+    """Say of which target it is that something is wrong."""
+    try:
+        yield
+    except Wrong as error:
+        raise Wrong(f"{target}: {error}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, on one line that is not too long."""
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"

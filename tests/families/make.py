@@ -1,0 +1,111 @@
+"""Try every decoder and image classifier that transformers has: python tests/families/make.py [TYPE …].
+
+Without types: all of them, resumed where a run was stopped, and in the end the table in docs/models.md is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from families.build import Kind, all_types
+from families.judge import Verdict, judge
+from families.table import PAGE, RESULTS, Results, page
+
+RUNNING = RESULTS.with_suffix(".running.jsonl")
+"""What was found so far; it becomes the results when nothing is missing."""
+LIMIT = 240
+"""Seconds after which a type is given up."""
+
+
+def main() -> int:
+    """Returns 1 if a model came out wrong."""
+    options = _options()
+    if options.types:
+        verdicts = _judge_all([task for task in _tasks() if task[0] in options.types], options.processes, None)
+        return 1 if any(verdict.result == "wrong" for verdict in verdicts) else 0
+    done = {(v.model_type, v.kind) for v in _so_far()}
+    _judge_all([task for task in _tasks() if (task[0], task[2]) not in done], options.processes, RUNNING)
+    results = Results.now(_so_far())
+    results.write()
+    RUNNING.unlink()
+    PAGE.write_text(page(results), encoding="utf-8")
+    print(f"{results.counts()}; written to {PAGE.name}")
+    return 1 if any(verdict.result == "wrong" for verdict in results.verdicts) else 0
+
+
+Task = tuple[str, str, Kind]
+
+
+def _tasks() -> list[Task]:
+    kinds: tuple[Kind, ...] = ("text", "images")
+    return [(name, model_class, kind) for kind in kinds for name, model_class in all_types(kind).items()]
+
+
+def _so_far() -> list[Verdict]:
+    if not RUNNING.exists():
+        return []
+    return [Verdict(**json.loads(line)) for line in RUNNING.read_text(encoding="utf-8").splitlines()]
+
+
+def _judge_all(tasks: Sequence[Task], processes: int, file: Path | None) -> list[Verdict]:
+    """Judge some types side by side, each in a process of its own; their verdicts go to a file as they come."""
+    verdicts: list[Verdict] = []
+    with ThreadPoolExecutor(processes) as pool:
+        for number, verdict in enumerate(pool.map(_judge_apart, tasks), 1):
+            verdicts.append(verdict)
+            print(f"[{number}/{len(tasks)}] {verdict.model_type}: {verdict.result} {verdict.reason}", flush=True)
+            if file is not None:
+                with file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(verdict.line(), ensure_ascii=False) + "\n")
+    return verdicts
+
+
+def _judge_apart(task: Task) -> Verdict:
+    """Judge a type in a forked process, which may crash or hang without harm to the others."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(task, sender))
+    process.start()
+    sender.close()
+    found = Verdict(*task, result="wrong", reason=f"no answer after {LIMIT} seconds")
+    if receiver.poll(LIMIT):
+        try:
+            found = Verdict(**receiver.recv())
+        except EOFError:
+            found.reason = "the process died"
+    process.kill()
+    process.join()
+    return found
+
+
+def _child(task: Task, sender: multiprocessing.connection.Connection) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # what libraries say of a model that does not work
+        sender.send(judge(*task, Path(folder)).line())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="only these, as configurations call them; writes nothing")
+    parser.add_argument("--processes", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
