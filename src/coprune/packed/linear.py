@@ -28,18 +28,18 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
-        """packed: of a two-dimensional weight, either layout (else BadInput on damage); bias: O, or None."""
+        """packed: of a two-dimensional weight, either layout (else BadInput on damage); bias: O, on its device, or None."""
         super().__init__()
-        check_packed(packed)
+        check_packed(packed.cpu())
         self._finish(packed, bias)
 
     def _finish(self, packed: Tensor, bias: Tensor | None) -> None:
-        packed = for_kernels(packed)
-        self.header = read_header(packed)
+        in_host_memory = for_kernels(packed.cpu())  # where its bytes can be read one by one
+        self.header = read_header(in_host_memory)
         self.out_features, self.in_features = self.header.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise BadInput(f"a bias of the shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
-        self.register_buffer("packed", packed)
+        self.register_buffer("packed", in_host_memory.to(packed.device))
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         self._native: NativeMatrix | None = None
         self._prepared = False
@@ -48,7 +48,11 @@ class PackedLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear) -> Self | None:
         """Pack a linear layer (its weight is copied); None where packing would not make it smaller."""
         packed = pack_matrix(linear.weight)
-        return None if packed is None else cls(packed.to(linear.weight.device), linear.bias)
+        if packed is None:
+            return None
+        made = cls(packed, linear.bias)
+        made.packed = made.packed.to(linear.weight.device)
+        return made
 
     def to_linear(self) -> nn.Linear:
         """The ordinary layer with the same weight, bit for bit."""
