@@ -16,13 +16,12 @@ import logging
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from coprune.base import environment
+from coprune.base.native.cache import library_in
 
 SOURCES = Path(__file__).parent
 # The kernels are vectors already; packing their scalar pointers into vectors as well costs a third of the speed.
@@ -66,10 +65,17 @@ def load_kernels() -> ctypes.CDLL | None:
     if not environment.wants_native_kernels():
         return None
     try:
-        library = ctypes.CDLL(str(_compile()))
-    except (CompilationFailed, OSError) as error:
+        compiler, units = _compiler()
+        folder = environment.kernel_cache() / "kernels" / _digest(compiler, units)
+        with library_in(folder, functools.partial(_run_compiler, compiler, units)) as path:
+            return _declared(ctypes.CDLL(str(path)))
+    except (CompilationFailed, OSError, AttributeError) as error:
         logger.warning("the native kernels are left out, which is slower: %s", error)
         return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Say what the functions take. Raises AttributeError if one is missing."""
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.coprune_multiply.argtypes = [pointer, integer, integer, pointer, pointer, wide, integer]
     library.coprune_multiply.restype = None
@@ -109,29 +115,25 @@ def _openmp_parallel() -> int | None:
     return None
 
 
-def _compile() -> Path:
-    """Compile what is not in the cache. Returns the library's path; raises CompilationFailed."""
+def _compiler() -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The compiler, and what it compiles for this processor. Raises CompilationFailed if there is none."""
     compiler = next((c for c in (environment.named_compiler(), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
         raise CompilationFailed("no C++ compiler was found; install g++ or clang++, or set CXX")
-    units = X86_UNITS if platform.machine().lower() in ("x86_64", "amd64") else PORTABLE_UNITS
+    return compiler, X86_UNITS if platform.machine().lower() in ("x86_64", "amd64") else PORTABLE_UNITS
+
+
+def _digest(compiler: str, units: dict[str, tuple[str, ...]]) -> str:
+    """Names what would be compiled, by all that it depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256(repr((compiler, version, BASE_FLAGS, units, platform.machine())).encode())
     for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
         digest.update(path.read_bytes())
-    library = environment.kernel_cache() / "kernels" / digest.hexdigest()[:16] / "kernels.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(library.with_suffix(".lock")):
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                _run_compiler(compiler, units, Path(folder), library)
-    return library
+    return digest.hexdigest()[:16]
 
 
-def _run_compiler(compiler: str, units: dict[str, tuple[str, ...]], folder: Path, library: Path) -> None:
-    running = []
+def _run_compiler(compiler: str, units: dict[str, tuple[str, ...]], library: Path) -> None:
+    folder, running = library.parent, []
     for name, flags in units.items():
         source, target = str(SOURCES / f"{name}.cpp"), str(folder / f"{name}.o")
         command = [compiler, *BASE_FLAGS, *flags, "-c", source, "-o", target]
@@ -141,10 +143,7 @@ def _run_compiler(compiler: str, units: dict[str, tuple[str, ...]], folder: Path
         if process.returncode != 0:
             raise CompilationFailed(f"{compiler} failed: {error.strip()[:500]}")
     objects = [str(folder / f"{name}.o") for name in units]
-    linked = folder / "kernels.so"
-    link = subprocess.run(
-        [compiler, "-shared", *objects, "-o", str(linked)], capture_output=True, text=True, check=False
-    )
+    command = [compiler, "-shared", *objects, "-o", str(library)]
+    link = subprocess.run(command, capture_output=True, text=True, check=False)
     if link.returncode != 0:
         raise CompilationFailed(f"{compiler} could not link: {link.stderr.strip()[:500]}")
-    linked.replace(library)

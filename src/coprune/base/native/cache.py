@@ -1,0 +1,113 @@
+"""The compiled library on the disk: loaded only if nobody else could have written it, and if it is whole.
+
+What is loaded runs, so the folder that holds it, and every folder above, must belong to this user or to root, and
+nobody else may write there (or only beside, as in /tmp). Elsewhere the library is compiled for this process alone. A
+checksum beside it tells a file that a crash of the machine cut off, which would end the process when it is mapped.
+"""
+
+from __future__ import annotations
+
+import grp
+import hashlib
+import logging
+import os
+import pwd
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from coprune.base.durable import sync, write_durably
+
+LIBRARY = "kernels.so"
+_CHECKSUM = "kernels.sha256"
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def library_in(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """The library that a folder keeps, for as long as it takes to load it.
+
+    make: compiles it to a path. It is called where the folder holds no whole library; and where the folder cannot keep
+    one, for a private folder that is removed afterwards. Raises what it raises, and OSError where there is no private
+    folder either.
+    """
+    kept = _kept(folder, make)
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="coprune-") as private:
+        if not only_ours(Path(private)):
+            raise PermissionError(f"others can write to {tempfile.gettempdir()}")
+        make(Path(private) / LIBRARY)
+        yield Path(private) / LIBRARY
+
+
+def only_ours(path: Path) -> bool:
+    """Whether a file or folder, and all folders above it, can be changed by this user and root alone."""
+    lexical, real = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+    chain = {lexical, real, *lexical.parents, *real.parents}
+    try:
+        return all(_ours(place.lstat(), place not in (lexical, real)) for place in chain)
+    except OSError:
+        return False
+
+
+def _ours(found: os.stat_result, above: bool) -> bool:
+    if found.st_uid not in (0, os.geteuid()):
+        return False
+    if stat.S_ISLNK(found.st_mode):
+        return True  # its own mode means nothing; whoever may replace it, the folder around it tells
+    others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private_group(found.st_gid))
+    # In a sticky folder nobody can rename or remove what is another's.
+    return not others or (above and bool(found.st_mode & stat.S_ISVTX))
+
+
+def _private_group(group: int) -> bool:
+    """Whether a group is that of this user alone, as many systems make one for everybody."""
+    try:
+        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+
+
+def _kept(folder: Path, make: Callable[[Path], object]) -> Path | None:
+    """The folder's whole library, made if need be; None where it cannot be kept there."""
+    library = folder / LIBRARY
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not only_ours(folder):
+            logger.warning("others can write to %s, so the kernels are compiled anew at every start", folder)
+            return None
+        if not _is_whole(library):
+            with FileLock(folder / "kernels.lock"):
+                if not _is_whole(library):
+                    _make_whole(library, make)
+    except OSError as error:
+        logger.warning("the kernels are compiled anew at every start: %s", error)
+        return None
+    return library
+
+
+def _make_whole(library: Path, make: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / LIBRARY
+        make(made)
+        made.chmod(0o700)
+        sync(made)
+        checksum = hashlib.sha256(made.read_bytes()).hexdigest()
+        made.replace(library)
+    write_durably(library.with_name(_CHECKSUM), lambda temporary: temporary.write_text(checksum))
+
+
+def _is_whole(library: Path) -> bool:
+    try:
+        noted = library.with_name(_CHECKSUM).read_text(encoding="ascii")
+        return only_ours(library) and hashlib.sha256(library.read_bytes()).hexdigest() == noted
+    except (OSError, ValueError):
+        return False
