@@ -11,7 +11,6 @@ import base64
 import binascii
 import json
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.whole_folder import whole_folder
 from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.own_files import own_files
 from coprune.model.checkpoint.shards import read_header_bytes, read_json
 from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
@@ -176,22 +177,14 @@ def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
         raise BadInput(
             f"{target} exists and is not empty", field="target", value=target, fix="remove it or give another folder"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    out = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        out.chmod(0o755)  # mkdtemp makes it private
-        for path in source.iterdir():
-            if path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, MANIFEST):
+    with whole_folder(target) as out:
+        for path in own_files(source, below=True):
+            inside = path.relative_to(source)
+            if path.parent == source and (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, MANIFEST)):
                 continue
-            if path.is_dir():
-                shutil.copytree(path, out / path.name)
-            else:
-                shutil.copy2(path, out / path.name)
+            (out / inside.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / inside)
         yield out
-        out.replace(target)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 def _pack_shard(source: Path, target: Path, format: Format, sizes: Sizes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from coprune.base.durable import full_disk_explained, name_durably
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.whole_folder import whole_folder
 from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import task_of
@@ -99,16 +98,9 @@ def save_adapter(adapted: PeftModel, folder: Path, card: str) -> None:
     """
     refuse_occupied(folder)
     require_finite((name, tensor) for name, tensor in adapted.named_parameters() if ".lora_" in name)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with full_disk_explained(folder):
-            adapted.save_pretrained(str(partial), save_embedding_layers=False)
-            write_text(partial / CARD_FILE, card)
-            name_durably(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with whole_folder(folder) as out:
+        adapted.save_pretrained(str(out), save_embedding_layers=False)
+        write_text(out / CARD_FILE, card)
 
 
 def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftModel:

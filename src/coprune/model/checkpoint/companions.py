@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
 from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.own_files import own_files
 from coprune.model.checkpoint.shards import read_json
 
 CARD_FILE = "README.md"
@@ -33,12 +35,14 @@ class Companions:
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
     """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
 
+    Links that lead out of the folder are left out.
+
     dtype: what the weights are written in, "auto" for the source's own. Of timm's configuration, the number of classes
     that it may hold twice is kept once, so that transformers loads the folder too.
     """
-    paths = {path for pattern in COPIED for path in source.path.glob(pattern)}
-    for path in sorted(paths):
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(".index.json"):
+    for path in own_files(source.path):
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in COPIED)
+        if wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = read_json(source.path / "config.json")
     if config.get("model_args"):

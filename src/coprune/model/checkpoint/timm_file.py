@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput
+from coprune.base.whole_folder import whole_folder
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -58,13 +58,12 @@ def _save(architecture: str, file: Path, folder: Path) -> None:
     except Exception as error:  # what damaged and foreign files raise has no end
         reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise BadInput(f"{file} does not hold the weights of timm's {architecture}: {reason[:300]}") from error
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_for_hf(model, str(partial), safe_serialization=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with whole_folder(folder) as out:
+            save_for_hf(model, str(out), safe_serialization=True)
+    except OSError:
+        if not folder.is_dir():  # another process can have been first
+            raise
 
 
 def _build(architecture: str, file: Path) -> Any:
