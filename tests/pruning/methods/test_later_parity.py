@@ -75,9 +75,10 @@ def test_admm(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
 @pytest.mark.parametrize("target", [*TARGETS, SIXTY_PERCENT], ids=str)
 def test_alps(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     weight, x, statistic = layer
-    norm = x.double().square().mean(dim=0).sqrt()
-    scaled = x.double().T @ x.double() / len(x) / torch.outer(norm, norm)
-    scaled += 0.01 * scaled.diagonal().mean() * torch.eye(64)
+    gram = x.double().T @ x.double() / len(x)
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(64)
+    norm = gram.diagonal().sqrt()
+    scaled = gram / torch.outer(norm, norm)
     dense = weight.double() * norm
     rho, v = 0.1, torch.zeros_like(dense)
     support = seen = largest(dense.abs(), target)
@@ -99,6 +100,21 @@ def test_alps(layer: tuple[Tensor, Tensor, Gram], target: Target) -> None:
     pruned = method_named("alps", {"refit_rounds": 60}).prune(weight, statistic, target)
     assert torch.equal(pruned.keep, support)
     torch.testing.assert_close(pruned.weight, (solved / norm).float(), rtol=1e-2, atol=1e-3)
+
+
+def test_alps_with_dead_inputs_prunes_what_multiplies_them_first(layer: tuple[Tensor, Tensor, Gram]) -> None:
+    weight, x, _ = layer
+    x = x.clone()
+    x[:, 5:15] = 0
+    statistic = Gram(64)
+    statistic.update(x)
+    pruned = METHODS["alps"].prune(weight, statistic, SIXTY_PERCENT)
+    assert not bool(pruned.keep[:, 5:15].any())
+    nothing = Gram(64)
+    nothing.update(torch.zeros(8, 64))
+    pruned = METHODS["alps"].prune(weight, nothing, SIXTY_PERCENT)
+    assert int((~pruned.keep).sum()) == int(0.6 * weight.numel())
+    assert not bool(pruned.weight.any())
 
 
 def test_alps_says_when_its_mask_did_not_settle(layer: tuple[Tensor, Tensor, Gram]) -> None:

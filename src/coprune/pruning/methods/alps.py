@@ -47,7 +47,7 @@ class ALPS:
     rounds_per_rho: int = 3
     """After how many rounds the mask is looked at and ρ raised."""
     damping: float = 0.01
-    """What is added to the unit diagonal of the scaled Gram matrix."""
+    """What is added to the Gram matrix's diagonal before it is scaled, as a fraction of its mean."""
     refit_rounds: int = 10
     """Rounds of conjugate gradients on the final mask."""
     group: Group = "matrix"
@@ -102,21 +102,27 @@ class ALPS:
 
 
 def decompose(gram: Tensor, damping: float) -> Spectrum:
-    """Scale a Gram matrix and decompose it in float64.
+    """Damp a Gram matrix by a fraction of its mean diagonal, scale it, and decompose it in float64.
+
+    As the authors do, the damping comes before the scaling: inputs that are small beside the others are hardly trusted,
+    and count for little. Dead inputs keep a scale of zero, so that what multiplies them falls first.
 
     Args:
         gram: I × I float32.
-        damping: what is added to the unit diagonal.
+        damping: above 0.
 
     Raises:
         NumericalError: the matrix is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise NumericalError("the Gram matrix holds NaN or infinite values")
-    problem = scale_gram(gram, damping)
-    values, vectors = torch.linalg.eigh(problem.scaled.double())
-    # Rounding in the sums can leave eigenvalues slightly below the damping, which is their true lower bound.
-    return Spectrum(problem, values.clamp_min(damping).float(), vectors.float())
+    alive, floor = gram.diagonal() > 0, damping * gram.diagonal().mean()
+    damped = gram + torch.diag(floor.expand(len(gram)))
+    scaled, scale = scale_gram(damped, 0.0)
+    values, vectors = torch.linalg.eigh(scaled.double())
+    # Rounding in the sums can leave eigenvalues slightly below their true lower bound, or below zero.
+    least = float(floor / damped.diagonal().max()) if bool(alive.any()) else 0.0
+    return Spectrum(ScaledGram(scaled, scale * alive), values.clamp_min(least).float(), vectors.float())
 
 
 def shifted_inverse(spectrum: Spectrum, rho: float) -> Tensor:
