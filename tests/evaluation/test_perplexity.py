@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.evaluation.batches import bootstrap_interval, cut_windows, default_batch_size, slices
+from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate, perplexity, window_nll
+from coprune.report.schema import PerplexityFacts
 from support.pico import VOCABULARY, pico_model, pico_tokens
 
 SEQLEN = 16
@@ -87,7 +89,7 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity_and_its_bits_per_byte(
     sizes = torch.tensor([[1000, 3, 3, 3, 3]]).expand(3, -1)
     found = aggregate(nll, 5, sizes)
     assert found.value == pytest.approx(64)
-    assert found.bytes == 36
+    assert found.tokens == 12
     assert found.bits_per_byte == pytest.approx(6 / 3)
     assert found.per_byte == pytest.approx(4)
     assert found.interval == pytest.approx((64, 64))
@@ -96,12 +98,12 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity_and_its_bits_per_byte(
 def test_per_byte_follows_from_the_total_loss(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     sizes = torch.arange(tokens.numel()) % 7
     found = perplexity(model, tokens, SEQLEN, token_bytes=sizes)
-    total = float(found.nll_per_window.sum()) * (SEQLEN - 1)
+    total = float(found.losses().sum()) * (SEQLEN - 1)
     covered = int(sizes[: 9 * SEQLEN].view(9, SEQLEN)[:, 1:].sum())
     assert found.per_byte == pytest.approx(math.exp(total / covered))
     assert found.bits_per_byte == pytest.approx(total / covered / math.log(2))
     unknown = perplexity(model, tokens, SEQLEN)
-    assert (unknown.bytes, unknown.per_byte, unknown.bits_per_byte) == (None, None, None)
+    assert (unknown.per_byte, unknown.bits_per_byte) == (None, None)
 
 
 def test_the_interval_holds_the_value_is_seeded_and_narrows_with_more_windows() -> None:
@@ -159,3 +161,10 @@ def test_bad_input_is_named(
 )
 def test_the_default_batch_is_bounded_by_the_memory_of_its_logits(seqlen: int, vocabulary: int, expected: int) -> None:
     assert default_batch_size(seqlen, vocabulary) == expected
+
+
+def test_an_infinite_perplexity_can_be_kept_and_read_again() -> None:
+    ruined = aggregate(torch.tensor([800.0, 900.0]), 4, torch.ones(2, 4, dtype=torch.int64)).on("text", "here", "a")
+    assert Perplexity.model_validate_json(ruined.model_dump_json()) == ruined
+    facts = PerplexityFacts.of(None, ruined)
+    assert PerplexityFacts.model_validate_json(facts.model_dump_json()) == facts

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.data.embedded import embedded_calibration, embedded_evaluation, embedded_lambada
+from coprune.data.given import PREFIX, GivenTokens, given_data
 from coprune.data.hub import HubCorpus, Part
 from coprune.data.local_text import local_text, looks_local
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
@@ -66,7 +67,7 @@ _ANY_CHARACTERS = 20_000_000
 _HUB_ID = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?P<column>[^:]+))?")
 
 
-def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | Documents:
+def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | Documents | GivenTokens:
     """Read what calibration samples from.
 
     name: one of CORPORA; a file or folder (`path` or `path:column`); or a dataset of the Hub, written `owner/name`,
@@ -74,6 +75,8 @@ def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | D
     split is read. A name of CORPORA comes before a path of the same name (write ./c4 for the path).
     Raises BadInput if it is none of these, out of reach, or holds no text.
     """
+    if (given := given_data(name)) is not None:
+        return given
     if name in EMBEDDED:
         return EMBEDDED[name]()
     if name in EMBEDDED_EVALUATION:
@@ -86,11 +89,13 @@ def calibration_text(name: str, cache_dir: Path | None = None) -> JoinedText | D
     return local_text(name)
 
 
-def evaluation_text(name: str, cache_dir: Path | None = None) -> JoinedText:
+def evaluation_text(name: str, cache_dir: Path | None = None) -> JoinedText | GivenTokens:
     """Read what perplexity is computed on: the test split (of a Hub id: test or else validation), or the whole file.
 
     name and errors: as in `calibration_text`.
     """
+    if (given := given_data(name)) is not None:
+        return given
     if name in EMBEDDED_EVALUATION:
         return EMBEDDED_EVALUATION[name]()
     if name in HUB_CORPORA or not looks_local(name):
@@ -102,7 +107,9 @@ def evaluation_text(name: str, cache_dir: Path | None = None) -> JoinedText:
 
 
 def evaluation_corpus_for(calibration_name: str) -> str | None:
-    """Name the corpus whose held-out part belongs to a calibration corpus; None for a file, which has none."""
+    """Name the corpus whose held-out part belongs to a calibration corpus; None for files and what was handed over."""
+    if calibration_name.startswith(PREFIX):
+        return None
     if calibration_name in CORPORA or not looks_local(calibration_name):
         return calibration_name
     return None

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text, evaluation_text
+from coprune.data.given import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents
 
 
@@ -51,7 +52,7 @@ class EvaluationText:
 
 def calibration_windows(
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     nsamples: int,
     seqlen: int,
     seed: int,
@@ -59,7 +60,8 @@ def calibration_windows(
 ) -> Windows:
     """Draw calibration samples as the authors of Wanda do (arXiv 2306.11695): nsamples × seqlen tokens, int64.
 
-    name: a corpus, a path or a Hub id (see `coprune.data.corpora.calibration_text`). From a joined text windows start
+    name: a corpus, a path, a Hub id, or of what was handed over (see `coprune.data.corpora.calibration_text`). Token
+    ids that were handed over are the samples themselves. From a joined text windows start
     anywhere; from separate documents (c4) each window lies in a document of more than seqlen tokens.
     Raises BadInput for sizes that make no sense, a corpus that cannot be read, or too little text for one sample.
     """
@@ -69,6 +71,10 @@ def calibration_windows(
         )
     _require_seqlen(seqlen)
     text = calibration_text(name, cache_dir)
+    if isinstance(text, GivenTokens):
+        windows = _first_windows(text, nsamples, seqlen)
+        return Windows(windows, fingerprint(windows), text.source)
+    tokenizer = _needed(tokenizer)
     if isinstance(text, Documents):
         tokens = draw_from_documents(
             text.texts, lambda document: token_ids(tokenizer, document), nsamples, seqlen, seed, text.source
@@ -80,7 +86,7 @@ def calibration_windows(
 
 def evaluation_tokens(
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     seqlen: int,
     cache_dir: Path | None = None,
     limit_tokens: int | None = None,
@@ -94,9 +100,14 @@ def evaluation_tokens(
     _require_seqlen(seqlen)
     if limit_tokens is not None and limit_tokens < seqlen:
         raise BadInput(f"a limit of {limit_tokens} tokens is less than one window of {seqlen}", fix="raise it")
-    text = evaluation_text(name, cache_dir)
-    tokens, sizes = tokens_and_bytes(tokenizer, text.text)
-    limits = [limit for limit in (limit_tokens, text.most_windows and text.most_windows * seqlen) if limit]
+    text, most = evaluation_text(name, cache_dir), None
+    if isinstance(text, GivenTokens):
+        # Nobody knows how much text they stand for, so there is nothing to tell per byte.
+        tokens, sizes = text.tokens.flatten(), torch.zeros(text.tokens.numel(), dtype=torch.int64)
+    else:
+        most = text.most_windows
+        tokens, sizes = tokens_and_bytes(_needed(tokenizer), text.text)
+    limits = [limit for limit in (limit_tokens, most and most * seqlen) if limit]
     keep = min([len(tokens), *limits])
     _require_length(keep, seqlen, text.source)
     tokens = tokens[:keep].clone()
@@ -185,6 +196,23 @@ def fingerprint(tokens: Tensor) -> str:
     """Name token ids by their content: 16 hex digits of SHA-256 over the int64 values, and the shape."""
     values = tokens.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8")
     return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{'x'.join(map(str, tokens.shape))}"
+
+
+def _first_windows(given: GivenTokens, nsamples: int, seqlen: int) -> Tensor:
+    """The first of the samples that were handed over, which were drawn already. Raises BadInput if they do not fit."""
+    found = given.tokens if given.tokens.ndim == 2 else given.tokens[None]
+    if found.shape[1] != seqlen:
+        raise BadInput(f"the samples have {found.shape[1]} tokens, not {seqlen}", field="seqlen", fix="leave it out")
+    if len(found) < nsamples:
+        raise BadInput(f"there are {len(found)} samples, fewer than {nsamples}", field="nsamples", fix="leave it out")
+    return found[:nsamples]
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        needs = "a model in memory needs its tokenizer to read text"
+        raise BadInput(needs, field="tokenizer", fix=("give it with ", Setting("tokenizer")))
+    return tokenizer
 
 
 def _require_seqlen(seqlen: int) -> None:

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.evaluation.measurement import Accuracy
 
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares of images whose class was ranked first, and among the first five."""
-
-    top1: float
-    top1_interval: tuple[float, float]
-    top5: float
-    top5_interval: tuple[float, float]
-    images: int
-    ranked: Tensor
-    """Every image's classes, likeliest first: N × min(5, classes) int64."""
-    labels: Tensor
-    """The right ones: N int64."""
-
-    @property
-    def predicted(self) -> Tensor:
-        """The class ranked first: N int64."""
-        return self.ranked[:, 0]
 
 
 def rank_classes(logits: Tensor) -> Tensor:
@@ -48,7 +28,13 @@ def aggregate_accuracy(ranked: Tensor, labels: Tensor) -> Accuracy:
     hits = ranked == labels[:, None]
     first, five, count = int(hits[:, 0].sum()), int(hits.any(dim=1).sum()), len(labels)
     return Accuracy(
-        first / count, wilson_interval(first, count), five / count, wilson_interval(five, count), count, ranked, labels
+        images=count,
+        top1=first / count,
+        top1_interval=wilson_interval(first, count),
+        top5=five / count,
+        top5_interval=wilson_interval(five, count),
+        labels=tuple(labels.tolist()),
+        predicted=tuple(ranked[:, 0].tolist()),
     )
 
 

@@ -20,7 +20,7 @@ from coprune.data.local_text import files_of, looks_local, split_column
 Kept = TypeVar("Kept", bound=BaseModel)
 
 # Raised whenever a measurement is done differently, so that older ones are not taken for it.
-_GENERATION = 1
+_GENERATION = 2
 _WEIGHTS = ("*.safetensors", "*.gguf")
 # What else decides a model's outputs: its configuration and how it cuts text into tokens.
 _OTHERS = ("*.json", "*.model", "*.txt", "*.jinja")

@@ -13,14 +13,15 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.errors import BadInput
 from coprune.evaluation.batches import bootstrap_interval
-from coprune.evaluation.evaluation import AccuracyResult, Evaluation, Interval, PerplexityResult
+from coprune.evaluation.evaluation import Evaluation
+from coprune.evaluation.measurement import Accuracy, Interval, Perplexity
 from coprune.evaluation.zero_shot import ZeroShotFacts, compare_zero_shot
 
 
 class PerplexityChange(BaseModel):
     """A perplexity against the baseline's on the same text."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     data: str
     difference: float | None
@@ -85,7 +86,7 @@ def row(name: str, evaluation: Evaluation, baseline: Evaluation | None) -> Row:
     )
 
 
-def perplexity_change(before: PerplexityResult, after: PerplexityResult) -> PerplexityChange:
+def perplexity_change(before: Perplexity, after: Perplexity) -> PerplexityChange:
     """Compare two perplexities on one text: by windows if both models saw the same tokens, else only per byte."""
     bits = None
     if before.bits_per_byte is not None and after.bits_per_byte is not None:
@@ -95,7 +96,7 @@ def perplexity_change(before: PerplexityResult, after: PerplexityResult) -> Perp
         return PerplexityChange(
             data=after.data, difference=None, ratio=None, ratio_interval=None, bits_per_byte_difference=bits
         )
-    logs = torch.tensor(after.window_nll, dtype=torch.float64) - torch.tensor(before.window_nll, dtype=torch.float64)
+    logs = after.losses() - before.losses()
     interval = bootstrap_interval(logs)
     return PerplexityChange(
         data=after.data,
@@ -106,7 +107,7 @@ def perplexity_change(before: PerplexityResult, after: PerplexityResult) -> Perp
     )
 
 
-def accuracy_change(before: AccuracyResult, after: AccuracyResult) -> AccuracyChange:
+def accuracy_change(before: Accuracy, after: Accuracy) -> AccuracyChange:
     """Compare two accuracies image by image. Raises BadInput if they are not of the same number of images."""
     if before.images != after.images:
         raise BadInput(f"{after.data} had {before.images} images and then {after.images}", fix="measure both again")

@@ -4,7 +4,6 @@ predicts from, the divergence of its next-token distribution and whether its fir
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,21 +20,7 @@ from coprune.evaluation.batches import (
     inference_logits,
     slices,
 )
-
-
-@dataclass(frozen=True)
-class Closeness:
-    """Divergence and agreement with the dense model, with 95 % bootstrap intervals over the windows."""
-
-    kl: float
-    """Mean KL(dense ‖ pruned) of the next-token distributions, in nats."""
-    kl_interval: tuple[float, float] | None
-    top1_agreement: float
-    """Share of positions at which both models find the same token most likely."""
-    top1_interval: tuple[float, float] | None
-    seqlen: int
-    windows: int
-    positions: int
+from coprune.evaluation.measurement import Closeness
 
 
 class LogitComparison(NamedTuple):

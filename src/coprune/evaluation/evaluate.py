@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Unpack
 
 from transformers import PreTrainedModel
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
+from coprune.data.given import TextData, handed_over
 from coprune.evaluation.arguments import MeasureArguments
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.evaluation import Evaluation
@@ -22,7 +22,7 @@ from coprune.recipe.measuring import measuring_recipe
 
 def evaluate(
     model: Model,
-    data: str | Sequence[str] | None = None,
+    data: TextData | None = None,
     *,
     against: Model | None = None,
     processor: Any = None,
@@ -35,7 +35,8 @@ def evaluate(
         model: a Hub id, a folder (packed or not), a GGUF file, `smollm2-135m`, or a model in memory, which is not changed.
         data: texts, as a list or with commas between: corpora (`embedded`, `wikitext2`, `c4`, `ptb`), paths, ids of the
             Hub, each perhaps with settings of its own (`c4@seqlen=1024@tokens=65536`); of a classifier, sets of images.
-            Without any, and without tasks, `wikitext2`.
+            Without any, and without tasks, `wikitext2`. Also a `datasets.Dataset`, a tensor of token ids, or a mapping of
+            labels to names, data sets, tensors and lists of strings.
         against: another model, as `model`, whose next-token distributions are compared on the same texts.
         processor: the tokenizer or image processor of models in memory.
         quiet: no progress bars and lines on standard error.
@@ -50,10 +51,18 @@ def evaluate(
         BadInput: for what cannot be done as asked.
         NumericalError: the model's output is NaN.
     """
+    with handed_over({"data": data, **settings}, None, "data") as named:
+        return _evaluate(model, against, processor, Reporter(quiet), named)
+
+
+def _evaluate(
+    model: Model, against: Model | None, processor: Any, reporter: Reporter, settings: dict[str, Any]
+) -> Evaluation:
+    """As `evaluate`, with data that has names."""
     held = [Held(one, processor) if isinstance(one, PreTrainedModel) else None for one in (model, against)]
     if held[0] is not None and (held[1] is not None or against is None):
         refuse_what_loading_decides(settings)
-    recipe = measuring_recipe(held[0].name if held[0] else str(model), {"data": data, **settings})
+    recipe = measuring_recipe(held[0].name if held[0] else str(model), settings)
     if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
         raise nothing_to_measure()
     if against is not None and not recipe.evaluation.data:
@@ -63,7 +72,7 @@ def evaluate(
             value=against,
             fix=("name a text with ", Setting("data")),
         )
-    reporter, cache, dense = Reporter(quiet), EvaluationCache(None), None
+    cache, dense = EvaluationCache(None), None
     tasks = Extras.prepare(recipe).tasks
     if against is not None:
         dense = Subject(recipe.replaced(model=str(against)), cache, reporter, None, held[1])

@@ -13,18 +13,9 @@ from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
 from coprune.evaluation.cache import EvaluationCache, text_fingerprint
 from coprune.evaluation.closeness import closeness
-from coprune.evaluation.evaluation import (
-    AccuracyResult,
-    ClosenessResult,
-    Evaluation,
-    PerplexityResult,
-    WeightFacts,
-    accuracy_result,
-    closeness_result,
-    perplexity_result,
-    weight_facts,
-)
+from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
+from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.perplexity import perplexity
 from coprune.evaluation.sources import Source, Stored
 from coprune.evaluation.tasks import read_anew
@@ -90,16 +81,14 @@ class Subject:
             model=self.name,
             weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
             perplexity=tuple(
-                self._cache.get(
-                    self._key("perplexity", **self._text_key(text)), PerplexityResult, self._measure_text(text)
-                )
+                self._cache.get(self._key("perplexity", **self._text_key(text)), Perplexity, self._measure_text(text))
                 for text in ([] if self.classifies else self._asked)
             ),
             accuracy=self._accuracies() if self.classifies else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
         )
 
-    def _accuracies(self) -> tuple[AccuracyResult, ...]:
+    def _accuracies(self) -> tuple[Accuracy, ...]:
         """Measured anew each time, since reading a folder of images to name it takes as long as the measurement."""
         from coprune.evaluation.tasks import ImageTask
 
@@ -108,10 +97,10 @@ class Subject:
         for name, images in task.evaluation(self._reporter).items():
             assert isinstance(images, LabelledImages)
             with self._reporter.bar(f"Accuracy on {name}", 1) as advance:
-                found.append(accuracy_result(name, images.source, task.measure_in_memory(images, advance)))
+                found.append(task.measure_in_memory(images, advance).on(name, images.source))
         return tuple(found)
 
-    def closeness_to(self, dense: Subject) -> tuple[ClosenessResult, ...]:
+    def closeness_to(self, dense: Subject) -> tuple[Closeness, ...]:
         """Compare the next-token distributions with another model's on every text; both are in memory for that.
 
         Raises BadInput if their vocabularies differ, or their tokenizers cut the text differently.
@@ -125,7 +114,7 @@ class Subject:
         return tuple(
             self._cache.get(
                 self._key("closeness", dense=dense.fingerprint, **self._text_key(text)),
-                ClosenessResult,
+                Closeness,
                 self._compare_on(text, dense),
             )
             for text in self._asked
@@ -142,18 +131,18 @@ class Subject:
             self._texts[asked.label] = read[asked.name]
         return self._texts[asked.label]
 
-    def _measure_text(self, asked: Text) -> Callable[[], PerplexityResult]:
-        def measure() -> PerplexityResult:
+    def _measure_text(self, asked: Text) -> Callable[[], Perplexity]:
+        def measure() -> Perplexity:
             text, asks = self.text(asked), asked.recipe(self.recipe).calibration
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             with self._reporter.bar(f"Perplexity on {asked.label}", len(text.tokens) // seqlen) as advance:
                 found = perplexity(self.loaded.model, text.tokens, seqlen, asks.batch_size, text.token_bytes, advance)
-            return perplexity_result(asked.label, text.source, text.fingerprint, found)
+            return found.on(asked.label, text.source, text.fingerprint)
 
         return measure
 
-    def _compare_on(self, asked: Text, dense: Subject) -> Callable[[], ClosenessResult]:
-        def compare() -> ClosenessResult:
+    def _compare_on(self, asked: Text, dense: Subject) -> Callable[[], Closeness]:
+        def compare() -> Closeness:
             text, asks = self.text(asked), asked.recipe(self.recipe).calibration
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             if dense.text(asked).fingerprint != text.fingerprint:
@@ -164,7 +153,7 @@ class Subject:
             with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
                 models = dense.loaded.model, self.loaded.model
                 found = closeness(*models, text.tokens, seqlen, asks.batch_size, advance)
-            return closeness_result(asked.label, text.fingerprint, found)
+            return found.on(asked.label, text.source, text.fingerprint)
 
         return compare
 

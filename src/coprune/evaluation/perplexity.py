@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,36 +24,7 @@ from coprune.evaluation.batches import (
     inference_logits,
     slices,
 )
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity with what it takes to read it."""
-
-    value: float
-    seqlen: int
-    windows: int
-    tokens: int
-    """Predicted tokens: windows × (seqlen − 1)."""
-    nll_per_window: Tensor
-    """Mean negative log likelihood of each window's predicted tokens in nats, float64."""
-    interval: tuple[float, float] | None
-    """95 % bootstrap interval over the windows; None for a single window."""
-    bytes: int | None
-    """UTF-8 bytes of the predicted tokens; None if they were not told."""
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Bits that the model needs for one byte of the text."""
-        if not self.bytes:
-            return None
-        return float(self.nll_per_window.mean()) * self.tokens / self.bytes / math.log(2)
-
-    @property
-    def per_byte(self) -> float | None:
-        """Perplexity per byte instead of per token: comparable between tokenizers."""
-        bits = self.bits_per_byte
-        return None if bits is None else _exp(bits * math.log(2))
+from coprune.evaluation.measurement import Perplexity
 
 
 def perplexity(
@@ -124,15 +94,19 @@ def aggregate(nll_per_window: Tensor, seqlen: int, token_bytes: Tensor | None = 
             f"the model's output is NaN in {len(broken)} of {len(nll)} evaluation windows (first: {int(broken[0])})"
         )
     interval = bootstrap_interval(nll)
+    value, tokens = float(nll.mean()), len(nll) * (seqlen - 1)
+    # The first token of a window is not predicted, so its bytes are not part of the text that is measured.
+    size = 0 if token_bytes is None else int(token_bytes[:, 1:].sum())
+    per_byte = value * tokens / size if size else None
     return Perplexity(
-        value=_exp(float(nll.mean())),
+        value=_exp(value),
         seqlen=seqlen,
         windows=len(nll),
-        tokens=len(nll) * (seqlen - 1),
-        nll_per_window=nll,
+        tokens=tokens,
         interval=None if interval is None else (_exp(interval[0]), _exp(interval[1])),
-        # The first token of a window is not predicted, so its bytes are not part of the text that is measured.
-        bytes=None if token_bytes is None else int(token_bytes[:, 1:].sum()),
+        bits_per_byte=None if per_byte is None else per_byte / math.log(2),
+        per_byte=None if per_byte is None else _exp(per_byte),
+        window_nll=tuple(nll.tolist()),
     )
 
 

@@ -9,7 +9,8 @@ import torch
 from coprune.base.processes import Processes
 from coprune.data import EvaluationText
 from coprune.evaluation.batches import cut_windows
-from coprune.evaluation.perplexity import Perplexity, aggregate
+from coprune.evaluation.measurement import Perplexity
+from coprune.evaluation.perplexity import aggregate
 
 
 def shared_perplexity(
@@ -22,5 +23,5 @@ def shared_perplexity(
     own = EvaluationText(
         processes.share(windows).reshape(-1), processes.share(sizes).reshape(-1), text.fingerprint, text.source
     )
-    nll = measure(own).nll_per_window if len(own.tokens) else torch.zeros(0, dtype=torch.float64)
+    nll = measure(own).losses() if len(own.tokens) else torch.zeros(0, dtype=torch.float64)
     return aggregate(torch.cat(processes.gather(nll)), seqlen, sizes)

@@ -8,7 +8,8 @@ import torch
 
 from coprune.data import EvaluationText
 from coprune.evaluation.batches import batches, cut_windows, default_batch_size
-from coprune.evaluation.perplexity import Perplexity, aggregate, window_nll
+from coprune.evaluation.measurement import Perplexity
+from coprune.evaluation.perplexity import aggregate, window_nll
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import input_device

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coprune.evaluation.changes import AccuracyChange, Row
-from coprune.evaluation.evaluation import AccuracyResult, Interval
+from coprune.evaluation.measurement import Accuracy, Interval
 from coprune.evaluation.zero_shot import Estimate
 
 Number = float | int | None
@@ -90,7 +90,7 @@ def _perplexity_columns(data: str, index: int) -> list[Column]:
 
 
 def _accuracy_columns(data: str, index: int) -> list[Column]:
-    def found(row: Row) -> AccuracyResult:
+    def found(row: Row) -> Accuracy:
         return row.evaluation.accuracy[index]
 
     def change(row: Row) -> AccuracyChange | None:

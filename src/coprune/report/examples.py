@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coprune.data.images import LabelledImages
-from coprune.evaluation.accuracy import Accuracy
+from coprune.evaluation.measurement import Accuracy
 from coprune.report.schema import AccuracyFacts, ChangedPrediction
 
 _EXAMPLES = 20  # images with a changed prediction that are named
@@ -17,16 +17,20 @@ _SIDE = 112  # pixels of a thumbnail's longer side
 
 
 def accuracy_facts(
-    name: str, images: LabelledImages, id2label: Mapping[Any, str] | None, dense: Accuracy | None, pruned: Accuracy
+    images: LabelledImages, id2label: Mapping[Any, str] | None, dense: Accuracy | None, pruned: Accuracy
 ) -> AccuracyFacts:
     """Both models' accuracies side by side, with the images whose predicted class changed.
 
-    name: the images as they were asked for; id2label: the model's names of its classes.
+    id2label: the model's names of its classes.
     """
-    changed = [] if dense is None else (dense.predicted != pruned.predicted).nonzero().flatten().tolist()
+    changed = (
+        []
+        if dense is None
+        else [i for i, (a, b) in enumerate(zip(dense.predicted, pruned.predicted, strict=True)) if a != b]
+    )
     return AccuracyFacts(
-        data=name,
-        source=images.source,
+        data=pruned.data,
+        source=pruned.source,
         images=pruned.images,
         dense_top1=None if dense is None else dense.top1,
         dense_top1_interval=None if dense is None else dense.top1_interval,
@@ -70,7 +74,7 @@ def _example(
     pruned: Accuracy,
     shown: bool,
 ) -> ChangedPrediction:
-    label, before, after = (int(found[i]) for found in (pruned.labels, dense.predicted, pruned.predicted))
+    label, before, after = pruned.labels[i], dense.predicted[i], pruned.predicted[i]
 
     def name(number: int) -> str:
         return class_name(number, images, id2label)

@@ -12,6 +12,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import TextSample
+from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
 from coprune.pruning.distributions import Distributions
@@ -67,9 +68,10 @@ class SparsityFacts(BaseModel):
 
 
 class PerplexityFacts(BaseModel):
-    """Perplexity on one text, with non-overlapping windows of seqlen tokens."""
+    """Perplexity of the dense and the pruned model on one text, with non-overlapping windows of seqlen tokens."""
 
-    model_config = ConfigDict(frozen=True)
+    # A model pruned to pieces has perplexity inf, and JSON's null could not be read back as a number.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     data: str
     source: str
@@ -81,6 +83,21 @@ class PerplexityFacts(BaseModel):
     pruned_interval: tuple[float, float] | None
     """95 % bootstrap interval over the windows."""
     pruned_bits_per_byte: float | None
+
+    @classmethod
+    def of(cls, dense: Perplexity | None, pruned: Perplexity) -> PerplexityFacts:
+        """Put both measurements on the same text side by side. dense: None if that model was not measured."""
+        return cls(
+            data=pruned.data,
+            source=pruned.source,
+            seqlen=pruned.seqlen,
+            windows=pruned.windows,
+            fingerprint=pruned.fingerprint,
+            dense=None if dense is None else dense.value,
+            pruned=pruned.value,
+            pruned_interval=pruned.interval,
+            pruned_bits_per_byte=pruned.bits_per_byte,
+        )
 
     def line(self) -> str:
         """Both figures, for people."""

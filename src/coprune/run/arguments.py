@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from coprune.data.given import CalibrationData, TextData
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, PatternPart, ReconstructionPart, SelectionPart
@@ -53,7 +54,7 @@ class CalibrationArguments(TypedDict, total=False):
     exclude: str | Sequence[str]
     selection: Literal["sequential", "iterative"] | SelectionPart | Mapping[str, Any]
     calibration: CalibrationPart | Mapping[str, Any]
-    dataset: str
+    dataset: CalibrationData
     nsamples: int
     seqlen: int | None
     seed: int
@@ -83,7 +84,7 @@ class OutcomeArguments(TypedDict, total=False):
     evaluation: EvaluationPart | Mapping[str, Any]
     evaluate: bool
     evaluate_dense: bool
-    eval_data: str | Sequence[str] | None
+    eval_data: TextData | None
     eval_images: int | None
     eval_tokens: int | None
     eval_zero_shot: bool

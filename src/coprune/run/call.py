@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.data.given import given_samples
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded, refuse_what_loading_decides
 from coprune.pruning.methods import Method, find_method, is_option, option_names
@@ -49,7 +50,7 @@ def read_call(
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
     base = {"stream": False, "model": str(model) if loaded is None else loaded.source}
-    return make_recipe(layered(base, from_preset, by_call)), Given(loaded, given)
+    return make_recipe(layered(base, from_preset, given_samples(said.get("dataset")), by_call)), Given(loaded, given)
 
 
 def options_of(method: Named) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from coprune.base.progress import Reporter
+from coprune.data.given import TextData, handed_over
 from coprune.evaluation.arguments import MeasureArguments
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.evaluation.compare import compare_models
@@ -18,7 +19,7 @@ from coprune.run.sweep.finished import models_to_compare
 
 def compare(
     models: Sequence[str | Path],
-    data: str | Sequence[str] | None = None,
+    data: TextData | None = None,
     *,
     evaluations: str | Path | None = None,
     fresh: bool = False,
@@ -45,6 +46,8 @@ def compare(
         NumericalError: a model's output is NaN.
     """
     named = [name for model in models for name in models_to_compare(str(model))]
-    recipe = measuring_recipe(named[0] if named else "-", {"data": data, **settings})
     folder = default_cache_folder() if evaluations is None else Path(evaluations)
-    return compare_models(named, recipe, Reporter(quiet), EvaluationCache(None if fresh else folder), model_of)
+    cache = EvaluationCache(None if fresh else folder)
+    with handed_over({"data": data, **settings}, None, "data") as asked:
+        recipe = measuring_recipe(named[0] if named else "-", asked)
+        return compare_models(named, recipe, Reporter(quiet), cache, model_of)

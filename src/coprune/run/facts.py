@@ -7,12 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from coprune.base.memory import peak_memory
-from coprune.data import EvaluationText
 from coprune.data.images import LabelledImages
-from coprune.evaluation.accuracy import Accuracy
 from coprune.evaluation.extras import Extras
-from coprune.evaluation.perplexity import Perplexity
-from coprune.evaluation.tasks import Data, Measured
+from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
 from coprune.report.schema import (
@@ -52,13 +49,11 @@ def build_report(session: Session, found: Found) -> Report:
         calibration=_calibration(opened),
         sparsity=_sparsity(session, results),
         perplexity=[
-            _perplexity(opened.data[name], name, found.dense.get(name), one)
+            PerplexityFacts.of(before if isinstance(before := found.dense.get(name), Perplexity) else None, one)
             for name, one in measured
             if isinstance(one, Perplexity)
         ],
-        accuracy=[
-            _accuracy(opened, name, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)
-        ],
+        accuracy=[_accuracy(opened, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)],
         left_out=[*map(str, model.chosen.left_out), *opened.loaded.left_out],
         prune_seconds=found.outcome.seconds,
         total_seconds=found.total_seconds,
@@ -126,22 +121,7 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
     )
 
 
-def _perplexity(text: Data, name: str, dense: Measured | None, pruned: Perplexity) -> PerplexityFacts:
-    assert isinstance(text, EvaluationText)
-    return PerplexityFacts(
-        data=name,
-        source=text.source,
-        seqlen=pruned.seqlen,
-        windows=pruned.windows,
-        fingerprint=text.fingerprint,
-        dense=dense.value if isinstance(dense, Perplexity) else None,
-        pruned=pruned.value,
-        pruned_interval=pruned.interval,
-        pruned_bits_per_byte=pruned.bits_per_byte,
-    )
-
-
-def _accuracy(opened: Opened, name: str, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
-    images, before = opened.data[name], dense if isinstance(dense, Accuracy) else None
+def _accuracy(opened: Opened, dense: Measured | None, pruned: Accuracy) -> AccuracyFacts:
+    images, before = opened.data[pruned.data], dense if isinstance(dense, Accuracy) else None
     assert isinstance(images, LabelledImages)
-    return accuracy_facts(name, images, opened.loaded.model.config.id2label, before, pruned)
+    return accuracy_facts(images, opened.loaded.model.config.id2label, before, pruned)

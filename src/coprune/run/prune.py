@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.data.given import handed_over
 from coprune.model.checkpoint.load import prepared
 from coprune.pruning.methods import Method
 from coprune.recipe.recipe import Recipe
@@ -42,7 +43,9 @@ def prune(
         processor: the tokenizer or image processor of a model in memory.
         quiet: no progress bars and lines on standard error.
         settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
-            calibration={"samples": 32}) and the method's own options, by name.
+            calibration={"samples": 32}) and the method's own options, by name. `dataset` may also be a list of strings, a
+            `datasets.Dataset` or a tensor of token ids (samples × length); `eval_data` a data set, a tensor, or a mapping
+            of labels to names, lists of strings, data sets and tensors.
 
     Returns:
         The report, with the model and its processor as far as they are in memory.
@@ -52,9 +55,10 @@ def prune(
         NumericalError: the numbers allow no honest result.
         UnsupportedModel: the model cannot be walked.
     """
-    recipe, given = read_call(model, method, preset, processor, settings)
-    with prepared(given.model):
-        return run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
+    with handed_over(settings, "dataset", "eval_data") as named:
+        recipe, given = read_call(model, method, preset, processor, named)
+        with prepared(given.model):
+            return run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
 
 
 def estimate(
@@ -83,9 +87,10 @@ def estimate(
         BadInput: for what cannot be done as asked.
         UnsupportedModel: the model cannot be walked.
     """
-    recipe, given = read_call(model, method, preset, processor, settings)
-    with prepared(given.model):
-        return estimate_recipe(recipe, Reporter(quiet), given)
+    with handed_over(settings, "dataset", "eval_data") as named:
+        recipe, given = read_call(model, method, preset, processor, named)
+        with prepared(given.model):
+            return estimate_recipe(recipe, Reporter(quiet), given)
 
 
 def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING) -> Estimate:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 from coprune.evaluation.extras import Extras
-from coprune.evaluation.tasks import Measured
+from coprune.evaluation.measurement import Measured
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import Known
 from coprune.run.estimate.found import Estimate

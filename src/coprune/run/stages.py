@@ -15,7 +15,8 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import Extras
-from coprune.evaluation.tasks import Measured
+from coprune.evaluation.measurement import Measured
+from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.edit import Edits
@@ -182,8 +183,9 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     reporter, task = opened.around.reporter, opened.task
     for name, data in opened.data.items():
         with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-            found[name] = task.measure(session.model, data, opened.activations(), advance)
-        reporter.say(task.line(which, name, found[name]))
+            measured = task.measure(session.model, data, opened.activations(), advance)
+        found[name] = named(measured, name, data)
+        reporter.say(found[name].of_model(which))
     return found
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from coprune.data.given import CalibrationData, TextData
+
 
 class TrainingArguments(TypedDict, total=False):
     """What is trained, on what, and how long."""
 
-    dataset: str | Path
+    dataset: CalibrationData
     block_size: int | None
     batch_size: int | None
     accumulate: int | None
@@ -49,7 +51,7 @@ class FinetuneArguments(TrainingArguments, total=False):
     patience: int | None
     save_every: int
     evaluate: bool
-    eval_data: str | Sequence[str] | None
+    eval_data: TextData | None
     eval_images: int | None
     eval_tokens: int | None
     cache_dir: str | Path | None

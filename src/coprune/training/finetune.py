@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from coprune.base.progress import Reporter
+from coprune.data.given import handed_over
 from coprune.training.arguments import FinetuneArguments
 from coprune.training.report import FinetuneReport
 from coprune.training.run import run_finetuning
@@ -27,7 +28,8 @@ def finetune(
             `distill` (the weights, toward the dense model, which `teacher` names).
         quiet: no progress bars and lines on standard error.
         settings: as `coprune finetune --help` lists them: the data (`dataset`, `block_size`), how long (`minutes`, `epochs`
-            or `max_steps`), and where the results go (`save`, `save_model`), among others.
+            or `max_steps`), and where the results go (`save`, `save_model`), among others. Data may be handed over, as in
+            `coprune.prune`.
 
     Returns:
         Curves, figures before and after, and where the model is.
@@ -38,7 +40,8 @@ def finetune(
         NumericalError: the loss is not finite.
         VerificationError: what was saved is not what was computed.
     """
-    return run_finetuning(make_settings({"model": str(model), "mode": mode, **_plain(settings)}), Reporter(quiet))
+    with handed_over(settings, "dataset", "eval_data") as named:
+        return run_finetuning(make_settings({"model": str(model), "mode": mode, **_plain(named)}), Reporter(quiet))
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

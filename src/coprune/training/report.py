@@ -8,9 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.shown import Sheet, Shown
-from coprune.evaluation.accuracy import Accuracy
-from coprune.evaluation.perplexity import Perplexity
-from coprune.evaluation.tasks import Measured
+from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
 from coprune.training.settings import FinetuneSettings
 
 REPORT_FILE = "finetune.json"
@@ -41,7 +39,7 @@ class HeldOutPoint(BaseModel):
 class PerplexityChange(BaseModel):
     """Perplexity on one text that training never saw."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     data: str
     source: str
@@ -79,15 +77,17 @@ class AccuracyChange(BaseModel):
 Change = PerplexityChange | AccuracyChange
 
 
-def change(name: str, source: str, before: Measured, after: Measured) -> Change:
-    """Put two measurements on the same data side by side. name: as it was asked for; source: of the data."""
+def change(before: Measured, after: Measured) -> Change:
+    """Put two measurements on the same data side by side."""
     if isinstance(before, Perplexity) and isinstance(after, Perplexity):
-        return PerplexityChange(data=name, source=source, seqlen=after.seqlen, before=before.value, after=after.value)
+        return PerplexityChange(
+            data=after.data, source=after.source, seqlen=after.seqlen, before=before.value, after=after.value
+        )
     assert isinstance(before, Accuracy)
     assert isinstance(after, Accuracy)
     return AccuracyChange(
-        data=name,
-        source=source,
+        data=after.data,
+        source=after.source,
         images=after.images,
         before_top1=before.top1,
         before_top1_interval=before.top1_interval,

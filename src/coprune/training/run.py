@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
-from coprune.evaluation.tasks import Measured
+from coprune.evaluation.measurement import Measured
+from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
@@ -124,8 +125,9 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     task = session.task
     for name, data in session.evaluation.items():
         with session.reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-            found[name] = task.measure_in_memory(data, advance)
-        session.reporter.say(task.line(which, name, found[name]))
+            measured = task.measure_in_memory(data, advance)
+        found[name] = named(measured, name, data)
+        session.reporter.say(found[name].of_model(which))
     return found
 
 
@@ -133,7 +135,7 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, Mea
     """Measure, merge, verify and save; what a run resumes from is removed last."""
     settings = session.settings
     after = _measure(session, "fine-tuned")
-    changes = [change(name, data.source, before[name], after[name]) for name, data in session.evaluation.items()]
+    changes = [change(before[name], after[name]) for name in session.evaluation]
     folder = None if settings.mode == "lora" and not settings.masked else settings.model_folder
     adapter = settings.run_folder / "adapter" if settings.mode == "lora" else None
     draft = _report(session, trainer, changes, trained, adapter, folder)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text
+from coprune.data.given import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
 from coprune.data.windows import fingerprint, token_ids
 from coprune.evaluation.batches import cut_windows
@@ -61,9 +62,15 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
 
 
 def _stream(
-    text: JoinedText | Documents, tokenizer: PreTrainedTokenizerBase, settings: FinetuneSettings, block_size: int
+    text: JoinedText | Documents | GivenTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: FinetuneSettings,
+    block_size: int,
 ) -> list[int]:
     """All tokens of a text; of documents no more than max_samples and the held-out windows take."""
+    if isinstance(text, GivenTokens):
+        given: list[int] = text.tokens.flatten().tolist()
+        return given
     if isinstance(text, JoinedText):
         return token_ids(tokenizer, text.text)
     order = list(range(len(text.texts)))

@@ -7,14 +7,14 @@ methods, the walk and the checkpoint know nothing of it. The two tasks are the e
 from __future__ import annotations
 
 from coprune.base.processes import ALONE, Processes
-from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples, Task, read_anew
+from coprune.evaluation.tasks.base import Data, Remember, Samples, Task, named, read_anew
 from coprune.evaluation.tasks.images import ImageTask
 from coprune.evaluation.tasks.text import TextTask
 from coprune.model.checkpoint.load import TaskName
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import Recipe
 
-__all__ = ["TASKS", "Data", "ImageTask", "Measured", "Remember", "Samples", "Task", "TextTask", "read_anew", "task_for"]
+__all__ = ["TASKS", "Data", "ImageTask", "Remember", "Samples", "Task", "TextTask", "named", "read_anew", "task_for"]
 
 TASKS: dict[TaskName, type[TextTask] | type[ImageTask]] = {"text": TextTask, "images": ImageTask}
 

@@ -13,14 +13,12 @@ from coprune.data.images import (
     ImageSamples,
     LabelledImages,
 )
-from coprune.evaluation.accuracy import Accuracy
-from coprune.evaluation.perplexity import Perplexity
+from coprune.evaluation.measurement import Measured
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
 
 Samples = Windows | ImageSamples
 Data = EvaluationText | LabelledImages
-Measured = Perplexity | Accuracy
 Tokens = TypeVar("Tokens")
 
 
@@ -33,6 +31,11 @@ class Remember(Protocol):
 def read_anew(key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
     """Remember nothing."""
     return read()
+
+
+def named(found: Measured, name: str, data: Data) -> Measured:
+    """A measurement with what it was made on. name: as it was asked for."""
+    return found.on(name, data.source, data.fingerprint if isinstance(data, EvaluationText) else "")
 
 
 class Task(Protocol):
@@ -68,8 +71,4 @@ class Task(Protocol):
 
     def measure_in_memory(self, data: Data, advance: Advance) -> Measured:
         """Measure the loaded model, which is in memory, as it is now and in this process alone."""
-        ...
-
-    def line(self, which: str, name: str, found: Measured) -> str:
-        """What was found, for people."""
         ...

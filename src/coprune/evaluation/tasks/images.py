@@ -23,9 +23,10 @@ from coprune.data.images import (
     random_image,
     transform_of,
 )
-from coprune.evaluation.accuracy import Accuracy, aggregate_accuracy, rank_classes
+from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes
 from coprune.evaluation.batches import inference_logits
-from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples
+from coprune.evaluation.measurement import Accuracy
+from coprune.evaluation.tasks.base import Data, Remember, Samples
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
@@ -166,11 +167,3 @@ class ImageTask:
             )
             advance(len(part) / len(own))
         return ranked
-
-    def line(self, which: str, name: str, found: Measured) -> str:
-        assert isinstance(found, Accuracy)
-        low, high = found.top1_interval
-        return (
-            f"Accuracy of the {which} model on {name}: top-1 {found.top1:.2%} [{low:.2%}, {high:.2%}], "
-            f"top-5 {found.top5:.2%} ({found.images} images)"
-        )

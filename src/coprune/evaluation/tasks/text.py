@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, about
@@ -15,10 +15,11 @@ from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
-from coprune.evaluation.perplexity import Perplexity, perplexity
+from coprune.evaluation.measurement import Perplexity
+from coprune.evaluation.perplexity import perplexity
 from coprune.evaluation.shared import shared_perplexity
 from coprune.evaluation.streamed import streamed_perplexity
-from coprune.evaluation.tasks.base import Data, Measured, Remember, Samples
+from coprune.evaluation.tasks.base import Data, Remember, Samples
 from coprune.evaluation.texts import plain_names
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
@@ -44,12 +45,14 @@ class TextTask:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
         reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
-        tokenizer, seed, folder = _tokenizer(self._loaded), recipe.calibration.seed, recipe.model.cache_dir
+        tokenizer, seed, folder = self._loaded.tokenizer, recipe.calibration.seed, recipe.model.cache_dir
         with about("dataset", recipe.calibration.data):
-            return self._remember(
+            windows = self._remember(
                 ("calibration", self._loaded.source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
                 lambda: calibration_windows(recipe.calibration.data, tokenizer, nsamples, self.seqlen, seed, folder),
             )
+            self._check_ids(windows.tokens)
+        return windows
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
@@ -66,14 +69,24 @@ class TextTask:
 
     def _read(self, name: str) -> EvaluationText:
         tokenizer, folder, limit = (
-            _tokenizer(self._loaded),
+            self._loaded.tokenizer,
             self._recipe.model.cache_dir,
             self._recipe.evaluation.tokens,
         )
         with about("eval_data", name):
-            return self._remember(
+            text = self._remember(
                 ("evaluation", self._loaded.source, name, self.seqlen, folder, limit),
                 lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
+            )
+            self._check_ids(text.tokens)
+        return text
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        """Token ids may be handed over, or be of another model's tokenizer."""
+        vocabulary, largest = self._loaded.model.config.get_text_config().vocab_size, int(tokens.max())
+        if largest >= vocabulary:
+            raise BadInput(
+                f"there is a token {largest}, and the model knows {vocabulary}", fix="use the model's tokenizer"
             )
 
     def probe(self, samples: Samples | None, data: dict[str, Data]) -> Tensor:
@@ -105,10 +118,6 @@ class TextTask:
             data.token_bytes,
             advance=lambda done: advance(done / windows),
         )
-
-    def line(self, which: str, name: str, found: Measured) -> str:
-        assert isinstance(found, Perplexity)
-        return f"Perplexity of the {which} model on {name} (sequence length {self.seqlen}): {found.value:.2f}"
 
 
 def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
@@ -151,10 +160,3 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
 def split_batches(windows: torch.Tensor, recipe: Recipe, device: torch.device) -> Sequence[torch.Tensor]:
     """Cut calibration samples (N × S) into batches on the device."""
     return torch.split(windows.to(device), samples_per_batch(recipe, windows.shape[1], device))
-
-
-def _tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
-    if loaded.tokenizer is None:
-        needs = "a model in memory needs its tokenizer to read text"
-        raise BadInput(needs, field="tokenizer", fix=("give it with ", Setting("tokenizer")))
-    return loaded.tokenizer

@@ -15,15 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from coprune.data import EvaluationText
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.extras import Extras
-from coprune.evaluation.perplexity import Perplexity
-from coprune.evaluation.tasks import Measured
+from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import Known
@@ -39,35 +37,12 @@ Tokens = TypeVar("Tokens")
 _TEXTS_KEPT = 16
 
 
-class DensePerplexity(BaseModel):
-    """A perplexity as data."""
-
-    model_config = ConfigDict(frozen=True)
-
-    value: float
-    seqlen: int
-    windows: int
-    tokens: int
-    nll_per_window: tuple[float, ...]
-    interval: tuple[float, float] | None
-    bytes: int | None
-
-    @classmethod
-    def of(cls, found: Perplexity) -> DensePerplexity:
-        return cls(**{**vars(found), "nll_per_window": tuple(found.nll_per_window.tolist())})
-
-    def measured(self) -> Perplexity:
-        """The perplexity that it was made of."""
-        nll = torch.tensor(self.nll_per_window, dtype=torch.float64)
-        return Perplexity(**{**self.model_dump(), "nll_per_window": nll})
-
-
 class DenseFacts(BaseModel):
     """Everything that was measured of a dense model, and how long that took."""
 
     model_config = ConfigDict(frozen=True)
 
-    perplexity: dict[str, DensePerplexity]
+    perplexity: dict[str, Perplexity]
     zero_shot: ZeroShot | None
     text: str | None
     seconds: float
@@ -154,7 +129,7 @@ class SweepReuse(Reuse):
             nonlocal anew
             started = time.perf_counter()
             anew = measure()
-            perplexity = {name: DensePerplexity.of(one) for name, one in anew.items() if isinstance(one, Perplexity)}
+            perplexity = {name: one for name, one in anew.items() if isinstance(one, Perplexity)}
             zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
             seconds = time.perf_counter() - started
             return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, seconds=seconds)
@@ -169,7 +144,7 @@ class SweepReuse(Reuse):
             extras.zero_shot["dense"] = facts.zero_shot
         if facts.text is not None:
             extras.texts["dense"] = facts.text
-        return {name: one.measured() for name, one in facts.perplexity.items()}
+        return dict(facts.perplexity)
 
     def gathered(
         self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]

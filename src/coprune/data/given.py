@@ -1,0 +1,163 @@
+"""Text and token ids that a caller hands over from Python, under names that a recipe can hold.
+
+A recipe names its data. What has no name of its own (a list of strings, a `datasets.Dataset`, a tensor of token ids)
+gets one that tells its contents, `given:<fingerprint>`, so that runs on other data are other runs; while the call lasts
+the contents are found under that name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.data.text import JoinedText, choose_text_column, join
+
+PREFIX = "given:"
+_LABEL = re.compile(r"[\w-]+")
+_KINDS = "a list of strings, a datasets.Dataset or a tensor of token ids"
+
+
+class GivenTokens(NamedTuple):
+    """Token ids: samples × seqlen int64, or T int64 for an evaluation; and where they come from."""
+
+    tokens: Tensor
+    source: str
+
+
+class Rows(Protocol):
+    """A `datasets.Dataset`: a type of its own, since importing that package takes longer than most calls."""
+
+    features: Any
+
+    def __len__(self) -> int: ...
+
+    def with_format(self, type: str | None = None) -> Any: ...
+
+
+GivenText = Sequence[str] | Rows | Tensor
+"""Strings, a `datasets.Dataset`, or token ids."""
+CalibrationData = str | Path | GivenText
+TextData = str | Path | Sequence[str] | Rows | Tensor | Mapping[str, str | Path | GivenText]
+"""A name, names, a `datasets.Dataset`, token ids, or a mapping of labels to names and to what is handed over."""
+GivenData = JoinedText | GivenTokens
+_HERE: ContextVar[Mapping[str, GivenData]] = ContextVar("given data")
+
+
+def given_data(name: str) -> GivenData | None:
+    """What was handed over under a name; None for the name of something else.
+
+    Raises:
+        BadInput: the name is of something that was handed over in another call.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    found = _HERE.get({}).get(name)
+    if found is None:
+        raise BadInput(f"{name} was handed over from Python and is not here", fix="hand it over again, or name a file")
+    return found
+
+
+def given_samples(name: Any) -> dict[str, int]:
+    """How many samples there are and how long, as settings, if token ids were handed over under this name."""
+    data = given_data(name) if isinstance(name, str) else None
+    if not isinstance(data, GivenTokens) or data.tokens.ndim != 2:
+        return {}
+    samples, length = data.tokens.shape
+    return {"nsamples": samples, "seqlen": length}
+
+
+@contextmanager
+def handed_over(settings: Mapping[str, Any], calibration: str | None, evaluation: str) -> Iterator[dict[str, Any]]:
+    """Settings in which data is named; what was handed over is found under its name inside the `with`.
+
+    Args:
+        settings: as a caller gave them.
+        calibration: the setting whose value is text or token ids to calibrate or train on, if there is one.
+        evaluation: the setting whose value is what to measure on. There a list holds names, so texts are a mapping of
+            labels to them.
+
+    Raises:
+        BadInput: something is neither a name nor text nor token ids.
+    """
+    named, found = dict(settings), dict[str, GivenData]()
+    if calibration is not None and not _is_name(settings.get(calibration)):
+        name, data = _named(settings[calibration], None, calibration)
+        found[name], named[calibration] = data, name
+    asked = settings.get(evaluation)
+    if not _is_name(asked) and not _is_names(asked):
+        parts = asked if isinstance(asked, Mapping) else {None: asked}
+        entries = [(value, label) for label, value in parts.items()]
+        texts = dict(_named(value, label, evaluation) for value, label in entries if not _is_name(value))
+        found |= texts
+        named[evaluation] = ",".join([*(str(value) for value, _ in entries if _is_name(value)), *texts])
+    before = _HERE.set({**_HERE.get({}), **found})
+    try:
+        yield named
+    finally:
+        _HERE.reset(before)
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str | Path)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(one, str | Path) for one in value)
+
+
+def _named(value: Any, label: str | None, field: str) -> tuple[str, GivenData]:
+    """A name for something, and the thing as data. label: what the caller calls it, if anything."""
+    if label is not None and not _LABEL.fullmatch(str(label)):
+        raise BadInput(f"{label!r} is no label: letters, digits, '_' and '-'", field=field)
+    data = _read(value, field)
+    content = data.text.encode() if isinstance(data, JoinedText) else data.tokens.numpy().astype("<i8").tobytes()
+    shape = "" if isinstance(data, JoinedText) else str(tuple(data.tokens.shape))
+    digest = hashlib.sha256(content + shape.encode()).hexdigest()[:12]
+    return f"{PREFIX}{digest}" if label is None else f"{PREFIX}{label}:{digest}", data
+
+
+def _read(value: Any, field: str) -> GivenData:
+    if isinstance(value, Tensor):
+        return _tokens(value, field)
+    datasets: Any = sys.modules.get("datasets")  # a data set can only be handed over by who imported it
+    if datasets is not None and isinstance(value, datasets.Dataset):
+        return _of_dataset(value, field)
+    if not _is_names(value) or any(isinstance(one, Path) for one in value):
+        split = "; take one split of it" if type(value).__name__.endswith("DatasetDict") else ""
+        raise BadInput(f"data is a name, {_KINDS}, not of type {type(value).__name__}{split}", field=field)
+    return join(list(value), "\n\n", f"{len(value)} texts handed over")
+
+
+def _tokens(tokens: Tensor, field: str) -> GivenTokens:
+    whole = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
+    if not whole or tokens.ndim not in (1, 2) or tokens.numel() == 0 or int(tokens.min()) < 0:
+        found = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
+        raise BadInput(f"token ids are whole numbers from 0, samples × length; this tensor is {found}", field=field)
+    return GivenTokens(tokens.detach().to("cpu", torch.int64).contiguous(), "token ids handed over")
+
+
+def _of_dataset(rows: Any, field: str) -> GivenData:
+    """The text of a data set's rows, or their token ids where it holds `input_ids` of one length and no text."""
+    strings = {
+        name: getattr(feature, "dtype", None) in ("string", "large_string") for name, feature in rows.features.items()
+    }
+    if "input_ids" in strings and not any(strings.values()):
+        ids = rows.with_format(None)["input_ids"]
+        if len(lengths := {len(row) for row in ids}) != 1:
+            raise BadInput(
+                f"the rows of input_ids have {len(lengths)} lengths", field=field, fix="cut them to one length"
+            )
+        return _tokens(torch.tensor(list(ids)), field)
+    source = f"a data set of {len(rows)} rows handed over"
+    column = choose_text_column(strings, None, source)
+    return join([text for text in rows.with_format(None)[column] if text], "\n\n", source)

@@ -1,0 +1,115 @@
+"""What was measured of one model on one text or set of images, as data: the one form in which figures travel.
+
+A run, a sweep's cache, `coprune eval` and fine-tuning all keep these; a report puts two of them side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+Interval = tuple[float, float]
+
+
+class Measurement(BaseModel):
+    """Figures of one model on one text or set of images."""
+
+    # A model pruned to pieces has perplexity inf: JSON's null could not be read back as a number.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    data: str = ""
+    """As it was asked for."""
+    source: str = ""
+    fingerprint: str = ""
+    """Names a text's tokens: only on the same ones do figures per token compare. Empty for images."""
+
+    def on(self, name: str, source: str, fingerprint: str = "") -> Self:
+        """The same figures, with what they were measured on. name: as it was asked for."""
+        return self.model_copy(update={"data": name, "source": source, "fingerprint": fingerprint})
+
+
+class Perplexity(Measurement):
+    """A perplexity with what it takes to read it, and 95 % bootstrap intervals over the windows."""
+
+    seqlen: int
+    windows: int
+    tokens: int
+    """Predicted tokens: windows × (seqlen − 1)."""
+    value: float
+    interval: Interval | None
+    """None for a single window."""
+    bits_per_byte: float | None
+    """Bits that the model needs for one byte of the text; None if the tokens' bytes were not told."""
+    per_byte: float | None
+    """Perplexity per byte instead of per token: comparable between tokenizers."""
+    window_nll: tuple[float, ...]
+    """Mean negative log likelihood of every window's predicted tokens in nats, from which models compare by pairs."""
+
+    def losses(self) -> Tensor:
+        """`window_nll` as a tensor: N float64."""
+        return torch.tensor(self.window_nll, dtype=torch.float64)
+
+    def line(self) -> str:
+        """The figures, for people."""
+        low, high = self.interval or (self.value, self.value)
+        per_byte = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        windows = f"({self.windows} windows, sequence length {self.seqlen})"
+        return f"{self.value:.4f} [{low:.2f}, {high:.2f}]{per_byte} on {self.data} {windows}"
+
+    def of_model(self, which: str) -> str:
+        """The figure in a sentence. which: the model, as "dense"."""
+        return f"Perplexity of the {which} model on {self.data} (sequence length {self.seqlen}): {self.value:.2f}"
+
+
+class Accuracy(Measurement):
+    """Shares of images whose class was ranked first, and among the first five, with Wilson's 95 % intervals."""
+
+    images: int
+    top1: float
+    top1_interval: Interval
+    top5: float
+    top5_interval: Interval
+    labels: tuple[int, ...]
+    """Of every image, as the model numbers its classes."""
+    predicted: tuple[int, ...]
+    """Every image's likeliest class, from which models compare by pairs."""
+
+    def line(self) -> str:
+        """The figures, for people."""
+        (low, high), (low5, high5) = self.top1_interval, self.top5_interval
+        top1 = f"top-1 {self.top1:.2%} [{low:.2%}, {high:.2%}]"
+        return f"{top1}, top-5 {self.top5:.2%} [{low5:.2%}, {high5:.2%}] on {self.data} ({self.images} images)"
+
+    def of_model(self, which: str) -> str:
+        """The figures in a sentence. which: the model, as "dense"."""
+        low, high = self.top1_interval
+        return (
+            f"Accuracy of the {which} model on {self.data}: top-1 {self.top1:.2%} [{low:.2%}, {high:.2%}], "
+            f"top-5 {self.top5:.2%} ({self.images} images)"
+        )
+
+
+class Closeness(Measurement):
+    """Divergence from and agreement with another model, with 95 % bootstrap intervals over the windows."""
+
+    seqlen: int
+    windows: int
+    positions: int
+    kl: float
+    """Mean KL(other ‖ this) of the next-token distributions, in nats."""
+    kl_interval: Interval | None
+    top1_agreement: float
+    """Share of positions at which both models find the same token most likely."""
+    top1_interval: Interval | None
+
+    def line(self, against: str | None) -> str:
+        """The figures, for people. against: the other model."""
+        low, high = self.kl_interval or (self.kl, self.kl)
+        kl = f"KL {self.kl:.4f} [{low:.4f}, {high:.4f}] nats"
+        return f"{kl}, top-1 agreement {self.top1_agreement:.2%} with {against} on {self.data}"
+
+
+Measured = Perplexity | Accuracy
