@@ -204,7 +204,7 @@ from torch import Tensor
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.base.options import require_not_negative
 from coprune.recipe.pattern import Target
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Lottery:
     draw: int = 0
     """Seed of the lots."""
 
-    statistic: ClassVar[type[InputNorm] | None] = None
+    statistic: ClassVar[type[Statistic] | None] = None
 
     def __post_init__(self) -> None:
         require_not_negative(my_option=self.my_option)

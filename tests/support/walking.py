@@ -21,7 +21,7 @@ from coprune.model.walk.moves import BY_BLOCK, Dense, Moves, Sequential
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.recording import record_batches
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, Solver, prune_walk
 from coprune.recipe.pattern import NM, Target
@@ -36,7 +36,7 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 def make_walk(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
-    statistic: type[InputNorm] | None = InputNorm,
+    statistic: type[Statistic] | None = InputNorm,
     moves: Moves = BY_BLOCK,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),

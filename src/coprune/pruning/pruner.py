@@ -16,7 +16,7 @@ from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone, MatricesReady
-from coprune.model.walk.statistics import Gram, InputNorm
+from coprune.model.walk.statistics import Gram, Statistic
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.methods import METHODS
@@ -61,7 +61,7 @@ class Solver:
     """pruned: the dense weight on the inputs behind pruned layers, as in the papers; dense: the dense model's outputs."""
 
     @property
-    def statistic(self) -> type[InputNorm] | None:
+    def statistic(self) -> type[Statistic] | None:
         """What has to be gathered. A Gram matrix serves every method that asks for less."""
         return Gram if self.refinements or self.aim == "dense" else self.method.statistic
 
@@ -82,7 +82,7 @@ class Solver:
         return pruned._replace(events=events + pruned.events)
 
 
-def _usable_statistic(inputs: Inputs | None) -> tuple[InputNorm | None, tuple[str, ...]]:
+def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[str, ...]]:
     """The statistic to prune by; an expert's is topped up from its layer's where it saw fewer tokens than inputs."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or statistic is None or statistic.count == 0:
@@ -238,5 +238,6 @@ def _norm(inputs: Inputs) -> Tensor | None:
 def _layer_error(inputs: Inputs, weight: Tensor, after: Tensor) -> float | None:
     if inputs.sample.count == 0:
         return None
-    known = inputs.statistic if isinstance(inputs.statistic, Gram) else inputs.sample
+    statistic = inputs.statistic
+    known = inputs.sample if statistic is None or not statistic.tells_errors else statistic
     return known.relative_error(weight, after)

@@ -15,7 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.shown import MatricesReady
-from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
+from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
@@ -51,7 +51,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("family", "statistic"), [("llama", Gram), ("gpt2", InputNorm), ("mixtral", InputMoments)])
-def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family: str, statistic: type[InputNorm]) -> None:
+def test_statistics_are_those_of_the_dense_model_to_the_last_bit(family: str, statistic: type[Statistic]) -> None:
     choice = EVERYTHING if family == "llama" else {}
     untied: dict[str, Any] = {"tie_word_embeddings": False}
     looked = sums_of(make_walk(pico_model(family, **untied), BATCHES, statistic, Dense(), **choice))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.model.walk.statistics import CrossGram, Gram, InputMoments, InputNorm
+from coprune.model.walk.statistics import CrossGram, Gram, InputMoments, InputNorm, Statistic
 
 KINDS = [InputNorm, InputMoments, Gram]
 
@@ -21,7 +21,7 @@ def inputs(tokens: int = 40, width: int = 6, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=15)
 @given(cut=st.integers(0, 40), seed=st.integers(0, 100))
-def test_batches_and_merging_give_the_same_sums(kind: type[InputNorm], cut: int, seed: int) -> None:
+def test_batches_and_merging_give_the_same_sums(kind: type[Statistic], cut: int, seed: int) -> None:
     x = inputs(seed=seed)
     whole, first, second = kind(6), kind(6), kind(6)
     whole.update(x)
@@ -35,7 +35,7 @@ def test_batches_and_merging_give_the_same_sums(kind: type[InputNorm], cut: int,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_norms_and_means(kind: type[InputNorm]) -> None:
+def test_norms_and_means(kind: type[Statistic]) -> None:
     x = inputs().to(torch.bfloat16)
     statistic = kind(6)
     statistic.update(x)

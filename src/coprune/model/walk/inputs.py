@@ -15,18 +15,18 @@ from coprune.base.errors import NumericalError
 from coprune.base.processes import Processes
 from coprune.model.matrices import Matrix
 from coprune.model.walk.sample import InputSample
-from coprune.model.walk.statistics import CrossGram, InputNorm
+from coprune.model.walk.statistics import CrossGram, Statistic
 
 
 @dataclass
 class Inputs:
     """What is known of one tensor that feeds one or more matrices."""
 
-    statistic: InputNorm | None
+    statistic: Statistic | None
     sample: InputSample
     cross: CrossGram | None = None
     """With the same tokens' inputs in the dense model; None if not asked for, or for experts, whose tokens differ."""
-    pool: InputNorm | None = None
+    pool: Statistic | None = None
     """For an expert: the statistic of all experts of its layer, as far as they are known."""
 
     def update(self, x: Tensor, x_dense: Tensor | None) -> None:
@@ -53,7 +53,7 @@ class Gathered:
     def __init__(
         self,
         groups: Sequence[list[Matrix]],
-        statistic: type[InputNorm] | None,
+        statistic: type[Statistic] | None,
         batches: int,
         processes: Processes,
         known: Mapping[str, Inputs] | None = None,
@@ -66,7 +66,7 @@ class Gathered:
         self._processes = processes
         self._inputs: dict[str, Inputs] = dict(known or {})
         self._complete: set[str] = set()
-        self._pools: dict[str, InputNorm] = {}
+        self._pools: dict[str, Statistic] = {}
         self.dense: dict[str, Tensor] = {}
         """What the matrices of the batch at hand are multiplied with in the dense model, by name."""
 
@@ -111,7 +111,7 @@ class Gathered:
             inputs.pool = self._pool_of(matrix, inputs.statistic)
         self._complete.add(leader)
 
-    def _pool_of(self, matrix: Matrix, statistic: InputNorm) -> InputNorm:
+    def _pool_of(self, matrix: Matrix, statistic: Statistic) -> Statistic:
         """The merged statistic of the experts that share this one's parameter.
 
         In `block` and `dense` propagation it holds all of them by the time that the first is shown. In `sequential`

@@ -67,17 +67,13 @@ class Sums(ABC):
         return value
 
 
-class InputNorm(Sums):
-    """Mean square of every input channel (the Wanda statistic, arXiv 2306.11695)."""
+class Statistic(Sums):
+    """Sums over the inputs of a matrix, of which every kind tells each channel's mean square."""
 
-    per_channel: ClassVar[str] = "square"
+    per_channel: ClassVar[str]
     """Name of a sum of shape I that everything seen goes into."""
     tells_errors: ClassVar[bool] = False
     """Whether layer errors can be measured on it (`relative_error`); otherwise a sample of the inputs is needed."""
-
-    @classmethod
-    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
-        return {"square": (width,)}
 
     def update(self, x: Tensor) -> None:
         """Add a batch of inputs.
@@ -94,11 +90,13 @@ class InputNorm(Sums):
         if not bool(torch.isfinite(self.sums[self.per_channel]).all()):
             raise NumericalError("the activations hold NaN or infinite values")
 
+    @abstractmethod
     def _add(self, x_TI: Tensor) -> None:
-        self.sums["square"] += x_TI.to(torch.float32).square().sum(dim=0)
+        """Add a batch to the sums, in full float32."""
 
+    @abstractmethod
     def _sum_square(self) -> Tensor:
-        return self.sums["square"]
+        """I float32: sum over the tokens of each channel's square."""
 
     @property
     def mean_square(self) -> Tensor:
@@ -123,6 +121,29 @@ class InputNorm(Sums):
         mixed.count = self.count + missing
         return mixed
 
+    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
+        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², of all tokens seen (0.0 where the dense output is zero), if `tells_errors`.
+
+        weight, pruned: O × I.
+        """
+        raise TypeError(f"{type(self).__name__} does not tell errors")
+
+
+class InputNorm(Statistic):
+    """Mean square of every input channel (the Wanda statistic, arXiv 2306.11695)."""
+
+    per_channel: ClassVar[str] = "square"
+
+    @classmethod
+    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
+        return {"square": (width,)}
+
+    def _add(self, x_TI: Tensor) -> None:
+        self.sums["square"] += x_TI.to(torch.float32).square().sum(dim=0)
+
+    def _sum_square(self) -> Tensor:
+        return self.sums["square"]
+
 
 class InputMoments(InputNorm):
     """Mean and mean square of every input channel (the DSnoT statistic, arXiv 2310.08915)."""
@@ -141,7 +162,7 @@ class InputMoments(InputNorm):
         return self.sums["sum"] / max(self.count, 1)
 
 
-class Gram(InputNorm):
+class Gram(Statistic):
     """Gram matrix XᵀX / T of the inputs (the Hessian of SparseGPT up to a factor, arXiv 2301.00774)."""
 
     per_channel: ClassVar[str] = "sum"  # not the diagonal, which lies far apart in memory

@@ -28,7 +28,7 @@ from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Statistic
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Walk:
     """A ProvenModel, if data runs through it."""
     recording: Recording | None = None
     """None: no data runs through the model; the blocks are shown one after another."""
-    statistic: type[InputNorm] | None = None
+    statistic: type[Statistic] | None = None
     """Which statistic to gather for every matrix; None for none (a sample of the inputs is kept all the same)."""
     moves: Moves = BY_BLOCK
     """How the inputs go from block to block, and what is kept of them."""

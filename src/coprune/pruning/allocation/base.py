@@ -10,10 +10,10 @@ from torch import Tensor
 
 from coprune.model.choosing import Chosen
 from coprune.model.matrices import Matrix
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Statistic
 from coprune.recipe.pattern import Target
 
-Shown = tuple[Matrix, InputNorm | None]
+Shown = tuple[Matrix, Statistic | None]
 """A matrix of a block with the statistic of its inputs (None if none is asked for, or no token came to it)."""
 
 
@@ -48,7 +48,7 @@ class Allocation(Protocol):
         """Whether it has to see the weights at all."""
 
     @property
-    def statistic(self) -> type[InputNorm] | None:
+    def statistic(self) -> type[Statistic] | None:
         """What it needs to know of the inputs; None if nothing."""
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.options import require_not_negative, require_positive
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.allocation.base import Shown, Unit
 from coprune.pruning.allocation.budget import wish, within_budget
 from coprune.pruning.methods.wanda import wanda_score
@@ -30,7 +30,7 @@ class OWL:
     """Half the distance between the largest and the smallest share of kept weights (the paper's λ)."""
 
     looks: ClassVar[bool] = True
-    statistic: ClassVar[type[InputNorm]] = InputNorm
+    statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:
         require_positive(threshold=self.threshold)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.options import with_options
-from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
+from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.pruning.methods.ablate import Ablate
 from coprune.pruning.methods.admm import ADMM
 from coprune.pruning.methods.alps import ALPS
@@ -28,6 +28,7 @@ __all__ = [
     "InputNorm",
     "Method",
     "Pruned",
+    "Statistic",
     "Target",
     "all_methods",
     "apply_keep",

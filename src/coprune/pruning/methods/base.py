@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Statistic
 from coprune.recipe.pattern import Target
 
 
@@ -25,7 +25,7 @@ class Method(Protocol):
 
     # A property only because a protocol's variables are invariant; a method writes `statistic: ClassVar[...] = ...`.
     @property
-    def statistic(self) -> type[InputNorm] | None:
+    def statistic(self) -> type[Statistic] | None:
         """What it needs to know of the inputs; None if nothing."""
 
     # Any, because each method narrows it to the statistic that it names.

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from coprune.base.errors import BadInput
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Statistic
 from coprune.pruning.methods.base import Method
 from coprune.recipe.flat import FLAT
 
@@ -68,7 +68,7 @@ def missing_in(method: Any) -> str | None:
     if not callable(getattr(method, "prune", None)):
         return f"{type(method).__name__} has no function prune(weight, statistic, target)"
     statistic = getattr(method, "statistic", "missing")
-    if statistic is not None and not (isinstance(statistic, type) and issubclass(statistic, InputNorm)):
+    if statistic is not None and not (isinstance(statistic, type) and issubclass(statistic, Statistic)):
         return f"{type(method).__name__}.statistic has to be InputNorm, InputMoments, Gram or None, not {statistic!r}"
     return None
 

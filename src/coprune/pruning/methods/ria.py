@@ -12,12 +12,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from coprune.base.options import require_not_negative
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import Group, Target
 
 
-def ria_score(weight: Tensor, statistic: InputNorm, power: float) -> Tensor:
+def ria_score(weight: Tensor, statistic: Statistic, power: float) -> Tensor:
     """(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · n_j^power.
 
     Args:
@@ -47,11 +47,11 @@ class RIA:
     group: Group = "matrix"
     """Which weights compete: those of the whole matrix (as in the authors' code) or of one output row."""
 
-    statistic: ClassVar[type[InputNorm]] = InputNorm
+    statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:
         require_not_negative(power=self.power)
 
-    def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
+    def prune(self, weight: Tensor, statistic: Statistic, target: Target) -> Pruned:
         keep = target.keep(ria_score(weight, statistic, self.power), self.group)
         return Pruned(apply_keep(weight, keep), keep)

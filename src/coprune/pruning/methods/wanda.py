@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import Group, Target
 
 
-def wanda_score(weight: Tensor, statistic: InputNorm) -> Tensor:
+def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
     """|W_ij| · n_j, where n_j is the root mean square of input channel j.
 
     Args:
@@ -35,8 +35,8 @@ class Wanda:
     group: Group = "row"
     """Which weights compete: those of one output row (the paper's choice) or the whole matrix."""
 
-    statistic: ClassVar[type[InputNorm]] = InputNorm
+    statistic: ClassVar[type[Statistic]] = InputNorm
 
-    def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
+    def prune(self, weight: Tensor, statistic: Statistic, target: Target) -> Pruned:
         keep = target.keep(wanda_score(weight, statistic), self.group)
         return Pruned(apply_keep(weight, keep), keep)

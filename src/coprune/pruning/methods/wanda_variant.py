@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.recipe.pattern import Target
@@ -30,9 +30,9 @@ class WandaVariant:
     Paper: appendix of arXiv 2306.11695.
     """
 
-    statistic: ClassVar[type[InputNorm]] = InputNorm
+    statistic: ClassVar[type[Statistic]] = InputNorm
 
-    def prune(self, weight: Tensor, statistic: InputNorm, target: Target) -> Pruned:
+    def prune(self, weight: Tensor, statistic: Statistic, target: Target) -> Pruned:
         score = wanda_score(weight, statistic)
         if target.pattern.group_size is not None or target.sparsity == 0:
             keep = target.keep(score, "row")

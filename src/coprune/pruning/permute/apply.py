@@ -21,7 +21,7 @@ from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods.base import Method
 from coprune.pruning.methods.ria import RIA, ria_score
@@ -110,9 +110,9 @@ def permute_model(
     return permuted
 
 
-def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tuple[Fold, dict[str, InputNorm]]]:
+def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tuple[Fold, dict[str, Statistic]]]:
     """What can be permuted in every block that the walk has passed, with the statistics of its matrices by name."""
-    statistics: dict[str, InputNorm] = {}
+    statistics: dict[str, Statistic] = {}
     for event in walk:
         if not isinstance(event, BlockDone):
             if event.inputs is not None and event.inputs.statistic is not None and event.inputs.statistic.count:
@@ -125,7 +125,7 @@ def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tup
 
 
 def _permute(
-    fold: Fold, statistics: dict[str, InputNorm], method: Method, n_of_m: tuple[int, int], permuted: Permuted
+    fold: Fold, statistics: dict[str, Statistic], method: Method, n_of_m: tuple[int, int], permuted: Permuted
 ) -> list[Tensor]:
     """Find the best orders for one fold and apply them."""
     orders = []
@@ -140,7 +140,7 @@ def _permute(
     return orders
 
 
-def _score(matrix: Matrix, statistic: InputNorm | None, method: Method) -> Tensor:
+def _score(matrix: Matrix, statistic: Statistic | None, method: Method) -> Tensor:
     if statistic is None:
         return matrix.read().abs()
     if isinstance(method, RIA):

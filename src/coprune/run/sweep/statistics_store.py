@@ -30,13 +30,13 @@ from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.sample import InputSample
 from coprune.model.walk.shown import OUTSIDE, MatricesReady, Past
-from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.statistics import Statistic
 from coprune.model.walk.walk import Walk
 from coprune.run.session import Session
 
 SPARE = 2
 """Nothing is kept where the disk has less room than so many times what it takes."""
-Statistic = type[InputNorm] | None
+Kind = type[Statistic] | None
 
 
 def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]:
@@ -133,13 +133,13 @@ class StatisticsStore:
 class Kept:
     """One place's statistics, in a file that was found whole."""
 
-    statistic: Statistic
+    statistic: Kind
     facts: dict[str, Any]
     """By group: its width and counts; and how long it took to gather all of them."""
     entries: dict[str, TensorEntry]
 
     @classmethod
-    def find(cls, path: Path, statistic: Statistic) -> Kept | None:
+    def find(cls, path: Path, statistic: Kind) -> Kept | None:
         """Read a file once to see whether it is as it was written; None if not, or if there is none."""
         try:
             header = json.loads(read_header_bytes(path))["__metadata__"]
@@ -191,7 +191,7 @@ def write_kept(path: Path, gathered: Mapping[str, Inputs], seconds: float) -> No
     write_durably(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def _needs_rows(statistic: InputNorm | Statistic) -> bool:
+def _needs_rows(statistic: Statistic | Kind) -> bool:
     """Whether layer errors are measured on sampled inputs; where the statistic tells them, their number is enough."""
     return statistic is None or not statistic.tells_errors
 
