@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coprune.base.errors import CopruneError
+
+TEMPORARY = ".tmp"
+"""How the names of files end that are not whole yet."""
+_NAME_LETTERS = 200  # of a name, which has 255 bytes at most
+_IDLE_SECONDS = 3600.0
 
 
 def write_durably(file: Path, write: Callable[[Path], object]) -> None:
@@ -26,16 +34,29 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write(file: Path, write: Callable[[Path], object], wait: bool) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")
+    # Of a name of its own, since several processes may write the same file of a cache at a time.
+    temporary = file.with_name(f"{file.name[:_NAME_LETTERS]}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with full_disk_explained(file):
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)  # as any new file's; safetensors makes its own private
             if wait:
                 sync(temporary)
             temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _remove_left(file)
+
+
+def _remove_left(file: Path) -> None:
+    """Remove what processes left that were killed while they wrote the same file: nobody has written to it for long."""
+    for left in file.parent.glob(f"{glob.escape(file.name[:_NAME_LETTERS])}.????????{TEMPORARY}"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _IDLE_SECONDS:
+                left.unlink()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         with full_disk_explained(target):
             yield out
+            _as_readable(out)
             name_durably(out, target)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -54,6 +55,14 @@ def _begin(target: Path) -> tuple[Path, int]:
             if _locks(lock) is not False and out.is_dir():
                 return out, lock
             os.close(lock)
+
+
+def _as_readable(folder: Path) -> None:
+    """Let all files be as readable as the folder is; safetensors makes its own private."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _remove_left(target: Path) -> None:

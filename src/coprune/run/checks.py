@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from coprune.base.durable import TEMPORARY
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.matrices import Matrix
@@ -106,7 +107,8 @@ def prepare_folders(recipe: Recipe) -> None:
         )
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
-    if run_folder.is_dir() and set(run_folder.iterdir()) - logs and not (run_folder / RECIPE_FILE).exists():
+    holds = {path for path in run_folder.glob("*") if path.suffix != TEMPORARY} - logs
+    if holds and not (run_folder / RECIPE_FILE).exists():
         raise BadInput(
             f"{run_folder} already holds something that is no run", field="save", value=run_folder, fix=another
         )
