@@ -32,7 +32,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.matrices import find_matrices
-from coprune.packed.bench import bench_model
+from coprune.packed.bench import Work, bench_model
 from coprune.packed.folder import pack, unpack
 from coprune.packed.sizes import Sizes
 from coprune.recipe.pattern import NM, Target, Unstructured
@@ -185,7 +185,7 @@ def print_speed(folder: Path, batches: tuple[int, ...], prompt: int, tokens: int
     for dtype in DTYPES:
         small = AutoModelForCausalLM.from_pretrained(pruned(folder, "50 %", dtype))
         for name, model in (("SmolLM2-135M", small), ("1B width, 4 blocks", wide_model(getattr(torch, dtype)))):
-            print(bench_model(model, name, batches, prompt=prompt, tokens=tokens, clock=clock), flush=True)
+            print(bench_model(model, name, Work(batches, prompt, tokens), clock), flush=True)
 
 
 def wide_model(dtype: torch.dtype) -> PreTrainedModel:

@@ -9,7 +9,8 @@ from pathlib import Path
 import coprune
 
 TESTS = Path(__file__).parent
-ROOMS = {folder.parent.name for folder in Path(coprune.__file__).parent.glob("*/__init__.py")}
+SOURCE = Path(coprune.__file__).parent
+ROOMS = {folder.parent.name for folder in SOURCE.glob("*/__init__.py")}
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -30,3 +31,26 @@ def test_no_test_is_imported() -> None:
     for file in TESTS.rglob("*.py"):
         parts = [part for module in imported(file) for part in module.split(".")]
         assert not [part for part in parts if part.startswith("test_") or part == "conftest" or not part], file
+
+
+def too_large(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function has more than forty lines beside its docstring."""
+    told = ast.get_docstring(function)
+    lines = 1 + (function.end_lineno or 0) - function.lineno - (len(told.splitlines()) if told else 0)
+    return lines > 40
+
+
+def test_no_file_and_no_function_is_too_large_to_read_at_once() -> None:
+    large = []
+    for file in SOURCE.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if text.count("\n") > 250:
+            large.append(file.name)
+        # A command has a line for every option, which is what there is to read in it.
+        functions = () if file.parent.name == "commands" else ast.walk(ast.parse(text))
+        large += [
+            f"{file.name}:{node.name}"
+            for node in functions
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and too_large(node)
+        ]
+    assert set(large) <= {"prove.py:prove_replay"}

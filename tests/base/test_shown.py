@@ -18,6 +18,9 @@ class Figures(Shown):
 class Columns(Shown):
     """A table."""
 
+    def headline(self) -> str:
+        return "a table"
+
     def sheet(self) -> Sheet:
         return Sheet("several", [("size", "1", "2")], ("", "a", "b"))
 

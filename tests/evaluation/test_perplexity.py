@@ -15,7 +15,7 @@ from coprune.base.errors import BadInput, NumericalError
 from coprune.evaluation.batches import bootstrap_interval, cut_windows, default_batch_size, slices
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate, perplexity, window_nll
-from coprune.report.schema import PerplexityFacts
+from coprune.report.figures import PerplexityFacts
 from support.pico import VOCABULARY, pico_model, pico_tokens
 
 SEQLEN = 16

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.packed import accelerate as accelerate_module
 from coprune.packed.accelerate import accelerate
-from coprune.packed.bench import bench, bench_model, make_forms, share_weights
+from coprune.packed.bench import Work, bench, bench_model, make_forms, share_weights
 from coprune.packed.benched import Bench
 from coprune.packed.folder import pack
 from coprune.packed.linear import PackedLinear, pack_linears
@@ -54,7 +54,7 @@ def test_bench_measures_every_form_from_dense_and_packed_folders(
 
 def test_the_table_says_where_there_is_no_gain(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 0.0)
-    result = bench_model(model, "tiny", (1,), prompt=4, tokens=2, repeats=2)
+    result = bench_model(model, "tiny", Work((1,), prompt=4, tokens=2, repeats=2))
     assert isinstance(result, Bench)
     slow = [row for row in result.rows if row.form != "dense" and row.speedup < 1.03]
     assert str(result).count("no gain here") == len(slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -35,19 +36,19 @@ class Sheet(NamedTuple):
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
 
 
-class Shown:
+class Shown(ABC):
     """A result that shows itself: what derives from it says what there is to see.
 
     `print` shows what the command prints.
     """
 
+    @abstractmethod
     def headline(self) -> str:
         """What it is, in one short line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sheet(self) -> Sheet:
         """What it holds, in a few figures."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.headline()}>"

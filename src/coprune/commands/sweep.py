@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from coprune.commands.options import recipe_options, with_options
+
+if TYPE_CHECKING:
+    from coprune.run.sweep.result import SweepResult
 
 _LOCAL = "local"
 
@@ -83,7 +86,12 @@ def sweep(
     found = sweep(file, preset=preset, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:
         typer.echo("\n".join(found.commands))
-        return
+    else:
+        _show(found)
+
+
+def _show(found: SweepResult) -> None:
+    """The tables, and where they are. Raises CopruneError if a run failed."""
     from rich.console import Console
 
     from coprune.run.sweep.results import MARKDOWN, print_tables

@@ -6,6 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -24,6 +25,20 @@ from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import Clock, Timing, measure_bandwidth, summarise, time_in_turns, time_once
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: sequences at a time, tokens of the prompt, decoding steps, and how often each prefill is done."""
+
+    batches: Sequence[int] = (1, 4)
+    prompt: int = 128
+    tokens: int = 24
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if min(self.prompt, self.tokens, self.repeats, *self.batches) < 1:
+            raise BadInput("batches, prompt, tokens and repeats must be at least 1")
 
 
 class LoadArguments(TypedDict, total=False):
@@ -60,8 +75,7 @@ def bench(
     Raises:
         BadInput: the folder is no checkpoint, or a number is not positive.
     """
-    if min(prompt, tokens, repeats, *batches) < 1:
-        raise BadInput("batches, prompt, tokens and repeats must be at least 1")
+    work = Work(batches, prompt, tokens, repeats)
     if isinstance(model, PreTrainedModel):
         refuse_what_loading_decides(loading)
         name, dense = model.name_or_path or type(model).__name__, model
@@ -69,7 +83,7 @@ def bench(
         name, dense = str(model), _load(Path(model), loading)
     training = dense.training
     try:
-        return bench_model(dense.eval(), name, batches, prompt, tokens, repeats)
+        return bench_model(dense.eval(), name, work)
     finally:
         dense.train(training)
 
@@ -86,15 +100,7 @@ def _load(folder: Path, loading: LoadArguments) -> Any:
 
 
 @torch.no_grad()
-def bench_model(
-    dense: Any,
-    name: str,
-    batches: Sequence[int],
-    prompt: int = 128,
-    tokens: int = 24,
-    repeats: int = 5,
-    clock: Clock = time.perf_counter,
-) -> Bench:
+def bench_model(dense: Any, name: str, work: Work, clock: Clock = time.perf_counter) -> Bench:
     """The same for a model in memory, which is not changed. clock: see time_in_turns."""
     forms = make_forms(dense)
     on_cpu = in_host_memory(dense.device)
@@ -108,12 +114,13 @@ def bench_model(
         bytes={form: weight_bytes(model) for form, model in forms.items()},
     )
     generator = torch.Generator().manual_seed(0)
-    for batch in batches:
+    for batch in work.batches:
         vocabulary = dense.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(dense.device)
-        prefill = time_in_turns({form: partial(_prefill, model, ids) for form, model in forms.items()}, repeats, clock)
-        decode = _time_decoding(forms, ids, tokens, clock)
-        result.rows += _rows("prefill", batch, batch * prompt, prefill)
+        ids = torch.randint(0, vocabulary, (batch, work.prompt), generator=generator).to(dense.device)
+        prefills = {form: partial(_prefill, model, ids) for form, model in forms.items()}
+        prefill = time_in_turns(prefills, work.repeats, clock)
+        decode = _time_decoding(forms, ids, work.tokens, clock)
+        result.rows += _rows("prefill", batch, batch * work.prompt, prefill)
         result.rows += _rows("decode", batch, batch, decode)
     return result
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from coprune.report.figures import AccuracyFacts, ChangedPrediction
 from coprune.report.html import card, section, table, text
-from coprune.report.schema import AccuracyFacts, ChangedPrediction
 
 
 def accuracy_card(found: AccuracyFacts) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from coprune.data.images import LabelledImages
 from coprune.evaluation.measurement import Accuracy
-from coprune.report.schema import AccuracyFacts, ChangedPrediction
+from coprune.report.figures import AccuracyFacts, ChangedPrediction
 
 _EXAMPLES = 20  # images with a changed prediction that are named
 _SHOWN = 12  # of them that are shown

@@ -10,8 +10,9 @@ from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.report.accuracy import accuracy_card, accuracy_section
 from coprune.report.card import percent
 from coprune.report.charts import bins_chart, heat_map, matrix_rows, zero_shot_bars
+from coprune.report.figures import PerplexityFacts
 from coprune.report.html import card, chart, copyable, page, section, table, text
-from coprune.report.schema import PerplexityFacts, Report
+from coprune.report.schema import Report
 
 _DISTRIBUTIONS = {
     "magnitude": "log₁₀ |weight|",

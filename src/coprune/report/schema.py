@@ -12,12 +12,12 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import TextSample
-from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
@@ -65,87 +65,6 @@ class SparsityFacts(BaseModel):
     target: float
     matrices: float
     model: float
-
-
-class PerplexityFacts(BaseModel):
-    """Perplexity of the dense and the pruned model on one text, with non-overlapping windows of seqlen tokens."""
-
-    # A model pruned to pieces has perplexity inf, and JSON's null could not be read back as a number.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-
-    data: str
-    source: str
-    seqlen: int
-    windows: int
-    fingerprint: str
-    dense: float | None
-    pruned: float
-    pruned_interval: tuple[float, float] | None
-    """95 % bootstrap interval over the windows."""
-    pruned_bits_per_byte: float | None
-
-    @classmethod
-    def of(cls, dense: Perplexity | None, pruned: Perplexity) -> PerplexityFacts:
-        """Put both measurements on the same text side by side. dense: None if that model was not measured."""
-        return cls(
-            data=pruned.data,
-            source=pruned.source,
-            seqlen=pruned.seqlen,
-            windows=pruned.windows,
-            fingerprint=pruned.fingerprint,
-            dense=None if dense is None else dense.value,
-            pruned=pruned.value,
-            pruned_interval=pruned.interval,
-            pruned_bits_per_byte=pruned.bits_per_byte,
-        )
-
-    def line(self) -> str:
-        """Both figures, for people."""
-        dense = "" if self.dense is None else f"dense {self.dense:.2f} → "
-        return f"{dense}pruned {self.pruned:.2f} on {self.data} (sequence length {self.seqlen})"
-
-
-class ChangedPrediction(BaseModel):
-    """An image on whose class the dense and the pruned model differ, by its position in the evaluation set."""
-
-    model_config = ConfigDict(frozen=True)
-
-    image: int
-    label: int
-    dense: int
-    pruned: int
-    names: tuple[str, str, str] | None = None
-    """Of these three classes, in this order."""
-    thumbnail: str | None = None
-    """A small copy as a data URI, of the first of them."""
-
-
-class AccuracyFacts(BaseModel):
-    """Top-1 and top-5 accuracy on one set of images, with Wilson's 95 % intervals."""
-
-    model_config = ConfigDict(frozen=True)
-
-    data: str
-    source: str
-    images: int
-    dense_top1: float | None
-    dense_top1_interval: tuple[float, float] | None
-    dense_top5: float | None
-    pruned_top1: float
-    pruned_top1_interval: tuple[float, float]
-    pruned_top5: float
-    pruned_top5_interval: tuple[float, float]
-    changed: int | None
-    """Images whose predicted class is another than the dense model's; None if that was not measured."""
-    examples: list[ChangedPrediction]
-    """The first of them."""
-
-    def line(self) -> str:
-        """Both figures, for people."""
-        before = "" if self.dense_top1 is None else f"dense {self.dense_top1:.2%} → "
-        low, high = self.pruned_top1_interval
-        top = f"pruned {self.pruned_top1:.2%} [{low:.2%}, {high:.2%}] top-1, {self.pruned_top5:.2%} top-5"
-        return f"{before}{top} on {self.data} ({self.images} images)"
 
 
 class PhaseFacts(BaseModel):

@@ -13,9 +13,10 @@ from coprune.base.words import Command
 from coprune.evaluation.cache import bytes_of_weights
 from coprune.report.card import percent
 from coprune.report.charts import pareto
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.html import chart, page, section, table, text
 from coprune.report.page import number, run_page
-from coprune.report.schema import AccuracyFacts, PerplexityFacts, Report
+from coprune.report.schema import Report
 from coprune.report.speed import speed_sections
 
 _Text = tuple[str, str, int]

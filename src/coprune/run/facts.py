@@ -12,16 +12,8 @@ from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
-from coprune.report.schema import (
-    AccuracyFacts,
-    CalibrationFacts,
-    ModelFacts,
-    PerplexityFacts,
-    PhaseFacts,
-    Report,
-    SparsityFacts,
-    installed_versions,
-)
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
+from coprune.report.schema import CalibrationFacts, ModelFacts, PhaseFacts, Report, SparsityFacts, installed_versions
 from coprune.run.prune_blocks import Outcome
 from coprune.run.session import Opened, Session
 
