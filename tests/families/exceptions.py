@@ -23,6 +23,7 @@ _MAMBA = "its state space has to be as wide as its heads together"
 _STAGES = "the widths of its stages hang together in ways of their own"
 
 EXCEPTIONS: dict[str, Exceptional] = {
+    "bamba": Exceptional("which of its layers have attention has no default", {"attn_layer_indices": [1]}),
     "bit": Exceptional("its norms have 32 groups", {"num_groups": 4}),
     "blt": Exceptional("its vocabulary is bytes", {"vocab_size": 1024}),
     "blt_local_decoder": Exceptional("as blt", {"vocab_size": 1024}),
@@ -44,7 +45,22 @@ EXCEPTIONS: dict[str, Exceptional] = {
         _STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}
     ),
     "efficientnet": Exceptional("how wide it ends follows from its factors", {"hidden_dim": 2560}),
+    "dots3_note_text": Exceptional(
+        "its layers of sliding attention have sizes of their own",
+        {
+            "head_dim": 24,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 24,
+            "swa_qk_nope_head_dim": 16,
+            "swa_v_head_dim": 16,
+        },
+    ),
     "falcon_h1": Exceptional(_MAMBA, {"mamba_d_ssm": 128, "mamba_d_head": 32}),
+    "gemma4_text": Exceptional("heads of its full attention have a width of their own", {"global_head_dim": 16}),
+    "gemma4_unified_text": Exceptional("as gemma4_text", {"global_head_dim": 16}),
     "gpt_neo": Exceptional("its kinds of layers are told in pairs", {"attention_types": [[["global", "local"], 1]]}),
     "hgnet_v2": Exceptional(
         _STAGES,
@@ -67,7 +83,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     ),
     "mamba2": Exceptional(_MAMBA, {"head_dim": 32, "n_groups": 1}),
     "ministral": _HEAD,
-    "nemotron": _HEAD,
+    "nemotron": Exceptional("heads have no defaults", {"head_dim": 16, "num_key_value_heads": 2}),
     "qwen4_exp_text": Exceptional(
         "its indexer's sizes have no defaults",
         {

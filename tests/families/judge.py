@@ -19,12 +19,12 @@ from coprune.base.errors import CopruneError
 from coprune.data import calibration_windows
 from coprune.data.images import draw_images, labelled_images, transform_of
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.checkpoint.load import has_auto_class, quiet_transformers
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.report.schema import Report
 from families.build import AUTO, Kind, image_size, tiny_model
-from support.walking import layers_of
+from support.walking import full_forward, layers_of
 from support.whole_forwards import kind_of, prune_by_whole_forwards
 from support.words import word_tokenizer
 
@@ -109,7 +109,7 @@ def _require_forward(model: PreTrainedModel, batch: Tensor) -> None:
     """Raise NotBuilt where the model itself does not run on what coprune gives a model."""
     try:
         with torch.no_grad():
-            model(**({"pixel_values": batch} if batch.is_floating_point() else {"input_ids": batch}))
+            full_forward(model, batch)
     except Exception as error:
         raise NotBuilt(f"transformers cannot run it on this alone: {first_line(error)}") from error
 
@@ -151,7 +151,7 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
     with _called(name):
         _compare_masks(model, tiny_model(model_type, kind), data, target, report)
         _compare_rest(model, dense, report)
-        _compare_loaded(model, AUTO[kind], folder)
+        _compare_loaded(model, AUTO[kind] if has_auto_class(model.config) else type(model), folder)
 
 
 def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, target: Target, report: Report) -> None:
@@ -196,10 +196,10 @@ def _compare_rest(model: PreTrainedModel, dense: dict[str, Tensor], report: Repo
             raise Wrong(f"{name} was changed")
 
 
-def _compare_loaded(model: PreTrainedModel, auto: Any, folder: Path) -> None:
-    """What was saved is loaded as the same class with the same weights."""
+def _compare_loaded(model: PreTrainedModel, loader: Any, folder: Path) -> None:
+    """What was saved is loaded as the same class with the same weights, by an Auto class or, where none is for it, by its own."""
     with quiet_transformers():
-        loaded, info = auto.from_pretrained(folder, output_loading_info=True)
+        loaded, info = loader.from_pretrained(folder, output_loading_info=True)
     if type(loaded) is not type(model):
         raise Wrong(f"what was saved is loaded as a {type(loaded).__name__}")
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:

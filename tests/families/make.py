@@ -6,9 +6,11 @@ Without types: all of them, resumed where a run was stopped, and in the end the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing.connection
 import os
+import pkgutil
 import sys
 import tempfile
 import warnings
@@ -21,6 +23,7 @@ if __name__ == "__main__":
 
 import torch
 
+import coprune
 from families.build import Kind, all_types
 from families.judge import Verdict, judge
 from families.table import PAGE, RESULTS, Results, page
@@ -63,6 +66,9 @@ def _so_far() -> list[Verdict]:
 
 def _judge_all(tasks: Sequence[Task], processes: int, file: Path | None) -> list[Verdict]:
     """Judge some types side by side, each in a process of its own; their verdicts go to a file as they come."""
+    for module in pkgutil.walk_packages(coprune.__path__, "coprune."):
+        if not module.name.endswith(("__main__", "triton", "on_ray", "triton_kernel")):
+            importlib.import_module(module.name)  # now, so that what changes on the disk meanwhile changes nothing
     verdicts: list[Verdict] = []
     with ThreadPoolExecutor(processes) as pool:
         for number, verdict in enumerate(pool.map(_judge_apart, tasks), 1):

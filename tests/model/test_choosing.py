@@ -134,6 +134,23 @@ def test_a_mixture_has_experts_and_routers_and_width_alone_makes_none(stack: typ
     assert lines(chosen) == ROUTERS
 
 
+def test_a_router_may_choose_experts_that_do_nothing() -> None:
+    class SomeDoNothing(OneByOne):
+        """Of one parameter they have a place, of the other none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Parameter(torch.randn(2 * EXPERTS, WIDTH, WIDTH) / 4)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden @ self.idle[0].T)
+
+    model = mixture_of(SomeDoNothing)
+    for block in model.layers:
+        block.mlp.router = nn.Linear(WIDTH, 2 * EXPERTS)
+    assert lines(chosen_of(model)) == ROUTERS
+
+
 def test_a_parameter_of_three_dimensions_that_is_not_multiplied_is_no_mixture() -> None:
     chosen = chosen_of(mixture_of(Elementwise))
     assert sorted(names_in(chosen)) == sorted([*OTHERS, "mlp.router", "mlp.shared_gate"])

@@ -53,6 +53,7 @@ CALLED: list[tuple[str, int, set[str], str]] = [
         {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"},
         STREAMING,
     ),
+    (f"{MODEL}._from_config", 1, set(), STREAMING),
     (f"{MODEL}._get_dtype_plan", 2, set(), STREAMING),
     (f"{MODEL}._adjust_missing_and_unexpected_keys", 2, set(), STREAMING),
     (f"{MODEL}.tie_weights", 1, {"missing_keys", "recompute_mapping"}, STREAMING),

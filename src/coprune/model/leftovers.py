@@ -82,20 +82,23 @@ def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[La
         for name in outputs:
             if name.startswith(f"{place}.") and not name.startswith(lists):
                 last[name.removeprefix(f"{place}.").partition(".")[0]] = name
-        routers |= {name for name in last.values() if outputs[name] in (experts, 1)}
+        routers |= {name for name in last.values() if outputs[name] in {*experts, 1}}
     return routers
 
 
-def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, int]:
-    """The modules that hold a mixture, by path, with the number of experts."""
-    found = {}
+def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
+    """The modules that hold a mixture, by path, with the number of experts.
+
+    It may be two numbers: where some experts do nothing, not every parameter has a place for these.
+    """
+    found: dict[str, set[int]] = {}
     for matrix in matrices:
         if matrix.expert is not None:
             owner = matrix.parameter.rpartition(".")[0]
             place = owner if owner == block.name else owner.rpartition(".")[0]
-            found[place] = int(getattr(matrix.owner, matrix.attribute).shape[0])
+            found.setdefault(place, set()).add(int(getattr(matrix.owner, matrix.attribute).shape[0]))
     for path, experts in _lists(block).items():
-        found.setdefault(path.rpartition(".")[0], experts)
+        found.setdefault(path.rpartition(".")[0], {experts})
     return found
 
 

@@ -12,6 +12,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -198,6 +199,27 @@ def experts_run_as(model: PreTrainedModel) -> str | None:
 def builds(auto_class: Any, config: Any) -> bool:
     """Whether an Auto class has a model for a configuration."""
     return type(config) in auto_class._model_mapping
+
+
+def own_class(config: Any) -> type[PreTrainedModel] | None:
+    """The class that a configuration names itself, if transformers has it and it is for such a configuration.
+
+    It is what loads the text model of some models of text and images, which no Auto class knows by itself.
+    """
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
+        return named
+    return None
+
+
+def build(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
+    """A model with random weights, of a class of transformers or by one of its Auto classes."""
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        options.pop("trust_remote_code", None)
+        model: PreTrainedModel = model_class._from_config(config, **options)
+    else:
+        model = model_class.from_config(config, **options)
+    return model
 
 
 def name_model(model: PreTrainedModel, name: str) -> None:

@@ -14,10 +14,14 @@ from transformers import {model}, {processor}
 model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
 {name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
 ```"""
-_LOAD_TEXT = _LOAD.format(model="AutoModelForCausalLM", processor="AutoTokenizer", name="tokenizer")
-_LOAD_IMAGES = _LOAD.format(
-    model="AutoModelForImageClassification", processor="AutoImageProcessor", name="image_processor"
-)
+_AUTO = {
+    "text": {"model": "AutoModelForCausalLM", "processor": "AutoTokenizer", "name": "tokenizer"},
+    "images": {
+        "model": "AutoModelForImageClassification",
+        "processor": "AutoImageProcessor",
+        "name": "image_processor",
+    },
+}
 
 
 _STORED = {
@@ -25,6 +29,11 @@ _STORED = {
     "packed": "The weights are stored packed: `import coprune` before transformers loads this folder, and `coprune unpack` "
     "makes a dense folder of it that needs no coprune.",
 }
+
+
+def _how_to_load(report: Report) -> str:
+    names = _AUTO[report.model.task]
+    return _LOAD.format(**names | ({"model": report.model.loaded_by} if report.model.loaded_by else {}))
 
 
 def model_card(report: Report) -> str:
@@ -59,7 +68,7 @@ def model_card(report: Report) -> str:
         f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe{'' if report.recipe.given else ', which `coprune prune --recipe` repeats'}:"
         "\n\n```yaml\n"
-        f"{report.recipe.untold().to_yaml()}```\n\n## Load\n\n{_LOAD_IMAGES if images else _LOAD_TEXT}\n"
+        f"{report.recipe.untold().to_yaml()}```\n\n## Load\n\n{_how_to_load(report)}\n"
     )
 
 

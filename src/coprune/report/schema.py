@@ -40,6 +40,8 @@ class ModelFacts(BaseModel):
     """True if the weights were dequantised from a quantised file, so that all figures are of those."""
     task: TaskName = "text"
     block_names: list[str] = []
+    loaded_by: str = ""
+    """Which class of transformers loads it, where that is none of its Auto classes."""
 
 
 class CalibrationFacts(BaseModel):

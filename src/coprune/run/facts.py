@@ -10,6 +10,7 @@ from coprune.base.memory import peak_memory
 from coprune.data.images import LabelledImages
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
+from coprune.model.checkpoint.load import has_auto_class
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
@@ -84,6 +85,7 @@ def _model(session: Session) -> ModelFacts:
         parameters=module.num_parameters(),
         quantised_source=loaded.quantised_source,
         task=loaded.task,
+        loaded_by="" if has_auto_class(module.config) else type(module).__name__,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from coprune.model.choosing import choose_matrices
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, Structure
 from coprune.model.walk.record import replaced_forwards, run_without_blocks
-from support.toys import ToyModel
+from support.toys import ToyBlock, ToyModel
 
 TOKENS = torch.arange(12)[None]
 
@@ -54,6 +55,46 @@ class DependsOnEarlierBlocks(ToyModel):
         return hidden
 
 
+class NotesBlock(ToyBlock):
+    """A block that leaves something for later ones, and may make use of what it is given."""
+
+    reads = asks = False
+
+    def forward(self, hidden: Tensor, notes: Any = None, earlier: Tensor | None = None) -> Tensor:
+        out = super().forward(hidden)
+        if self.reads and "last" in notes:
+            out = out + notes["last"].mean()
+        if self.asks and earlier is not None:
+            out = out * 2
+        notes["last"] = hidden
+        return out
+
+
+class LeavesNotes(ToyModel):
+    """Every block is given what the blocks before it left and computed."""
+
+    block: type[NotesBlock] = NotesBlock
+
+    def __init__(self) -> None:
+        super().__init__(blocks=0)
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(self.block() for _ in range(3)).requires_grad_(False)
+
+    def run_blocks(self, hidden: Tensor) -> Tensor:
+        notes, first = UserDict[str, Tensor](), hidden
+        for block in self.layers:
+            hidden = block(hidden, notes=notes, earlier=None if hidden is first else hidden.square())
+        return hidden
+
+
+class ReadsNotes(LeavesNotes):
+    block = type("Reads", (NotesBlock,), {"reads": True})
+
+
+class AsksWhetherThereIsAny(LeavesNotes):
+    block = type("Asks", (NotesBlock,), {"asks": True})
+
+
 class AddsTheFirstHidden(ToyModel):
     def run_blocks(self, hidden: Tensor) -> Tensor:
         return hidden + super().run_blocks(hidden)
@@ -77,6 +118,8 @@ REFUSED = {
     Backwards: "layers.2 runs out of order",
     SkipsOne: "visits 2 of the model's 3 blocks",
     DependsOnEarlierBlocks: "layers.1 is given something that depends on",
+    ReadsNotes: "layers.1 is given something that depends on",
+    AsksWhetherThereIsAny: "layers.2 is given something that depends on",
     Random: "layers.1 replayed",
 }
 
@@ -99,6 +142,15 @@ def test_activations_that_are_not_finite_are_named() -> None:
 def test_what_the_head_is_given_may_hold_more_than_the_blocks_output() -> None:
     # The skip connection around all blocks is the model's own business: it is there again when the head is run.
     prove(AddsTheFirstHidden())
+
+
+def test_what_no_block_makes_use_of_may_depend_on_earlier_blocks() -> None:
+    model = LeavesNotes()
+    hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, prove(model).answers)
+    for block, call in zip(model.layers, calls, strict=True):
+        hidden = call.run(block, hidden)
+        assert not call.kwargs["notes"]  # nothing is left in what was recorded
+    assert torch.equal(model.head(hidden), model(TOKENS).logits)
 
 
 def test_groups_and_reuse() -> None:

@@ -32,6 +32,7 @@ from coprune.model.transformers_private import (
     experts_run_as,
     forget_quantization,
     name_model,
+    own_class,
     run_experts_as,
     run_experts_singly,
     unpack_gguf,
@@ -48,6 +49,17 @@ def task_of(config: Any) -> TaskName:
     """What a model with this configuration is for: images if it is a classifier of them and no language model."""
     classes = [name for name, auto in MODEL_CLASSES.items() if builds(auto, config)]
     return "images" if classes == ["images"] else "text"
+
+
+def class_for(config: Any) -> Any:
+    """What builds and loads the model of a configuration: an Auto class, or the model's own where none knows it."""
+    auto = MODEL_CLASSES[task_of(config)]
+    return auto if has_auto_class(config) else own_class(config) or auto
+
+
+def has_auto_class(config: Any) -> bool:
+    """Whether an Auto class builds the model of a configuration."""
+    return builds(MODEL_CLASSES[task_of(config)], config)
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -96,7 +108,8 @@ def load_model(
         if not isinstance(location, GgufFile):
             options["config"] = read_config(folder, trust_remote_code)
             task = task_of(options["config"])
-        loaded: Any = MODEL_CLASSES[task].from_pretrained(folder, **options)
+        loader = class_for(options["config"]) if "config" in options else MODEL_CLASSES[task]
+        loaded: Any = loader.from_pretrained(folder, **options)
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     require_all_weights(location.name, info["missing_keys"])

@@ -12,9 +12,9 @@ from accelerate.big_modeling import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from coprune.model.checkpoint.load import MODEL_CLASSES, prepare, task_of
+from coprune.model.checkpoint.load import class_for, prepare
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.transformers_private import initialize_again, name_model
+from coprune.model.transformers_private import build, initialize_again, name_model
 
 
 def build_skeleton(
@@ -30,18 +30,16 @@ def build_skeleton(
         trust_remote_code: whether to run code that the folder brings.
     """
 
-    def build() -> PreTrainedModel:
-        model: PreTrainedModel = MODEL_CLASSES[task_of(config)].from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    def built() -> PreTrainedModel:
+        model = build(class_for(config), config, dtype=dtype, trust_remote_code=trust_remote_code)
         _compute_buffers(model)
         return model
 
     with init_empty_weights(include_buffers=False):
-        model = build()
+        model = built()
     if any(buffer.is_meta for buffer in model.buffers()):
         # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
-        model = build()
+        model = built()
         forget_parameters(model)
     name_model(model, location.name)
     if (location.path / "generation_config.json").is_file():

@@ -133,13 +133,37 @@ class Touches(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # Asking a tensor for its dtype or shape is no use of it.
-        if getattr(func, "__name__", "") != "__get__":
-            given = [*args, *(kwargs or {}).values()]
-            given += [part for value in given if isinstance(value, list | tuple) for part in value]
-            addresses = {_address(value) for value in given if isinstance(value, Tensor)}
+        if not _asks_only(func):
+            addresses = {_address(value) for value in _operands(args, kwargs) if isinstance(value, Tensor)}
             self.names |= {self._tracked[address] for address in addresses & self._tracked.keys()}
         return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """While active, note which of some tensors take part in any operation, by their ids in `ids`."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+        self._watched = {id(tensor) for tensor in tensors}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not _asks_only(func):
+            self.ids |= self._watched & {id(value) for value in _operands(args, kwargs)}
+        return func(*args, **(kwargs or {}))
+
+
+def _asks_only(func: Callable[..., Any]) -> bool:
+    """Whether a function only asks a tensor for its dtype or shape, which is no use of it."""
+    return getattr(func, "__name__", "") == "__get__"
+
+
+def _operands(args: tuple[Any, ...], kwargs: Any) -> list[Any]:
+    """All that a function is given, also within lists."""
+    given = [*args, *(kwargs or {}).values()]
+    return given + [part for value in given if isinstance(value, list | tuple) for part in value]
 
 
 @dataclass

@@ -17,8 +17,8 @@ from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.model.blocks import Block
 from coprune.model.choosing import Evidence, confirm
 from coprune.model.matrices import Matrix
-from coprune.model.walk.arguments import same_value
-from coprune.model.walk.observe import Products, observe_products
+from coprune.model.walk.arguments import same_value, tensors_in
+from coprune.model.walk.observe import Products, Reads, observe_products
 from coprune.model.walk.proven import FoundModel, ProvenModel, Structure
 from coprune.model.walk.record import (
     Answer,
@@ -62,6 +62,7 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     structure, products = Structure(sample), list[Products]()
     forwards = {block.index: block.module.forward for block in blocks}
     calls: list[BlockCall] = []
+    unread: list[set[int]] = []  # tensors among the calls' arguments that their blocks do not use
     replayed: list[Tensor] = []  # the last replayed hidden states
 
     def watch(block: Block) -> Callable[..., Any]:
@@ -75,7 +76,10 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
                 raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}")
             calls.append(call)
             weights.acquire(block.name)
-            output, seen = observe_products(candidates[block.index], lambda: forwards[block.index](*args, **kwargs))
+            given = list(tensors_in((call.args, call.kwargs)))
+            with Reads(given) as reads:
+                output, seen = observe_products(candidates[block.index], lambda: forwards[block.index](*args, **kwargs))
+            unread.append({id(tensor) for tensor in given} - reads.ids)
             products.append(seen)
             again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
             weights.release(block.name)
@@ -91,13 +95,7 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
 
     with replaced_forwards(blocks, watch):
         logits = forward_logits(model, sample, COMPARED_LOGITS)
-    _, recorded = run_without_blocks(model, blocks, sample, structure.answers)
-    for block, real, idle in zip(blocks, calls, recorded, strict=True):
-        if not same_value((real.args, real.kwargs), (idle.args, idle.kwargs)):
-            raise UnsupportedModel(
-                f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
-                "shared between layers), so coprune cannot prune this model block by block"
-            )
+    _require_same_calls(found, sample, structure.answers, [*zip(calls, unread, strict=True)], replayed[-1])
     after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
@@ -107,6 +105,52 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         names = {matrix.name for matrix in matrices}
         structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
     return ProvenModel(found.weights, found.blocks, chosen, structure)
+
+
+def _require_same_calls(
+    found: FoundModel,
+    sample: Tensor,
+    answers: Sequence[Answer],
+    calls: Sequence[tuple[BlockCall, set[int]]],
+    last: Tensor,
+) -> None:
+    """Raise UnsupportedModel where a block is called otherwise when the blocks before it are idle.
+
+    What it is given and makes no use of does not count, and then the blocks have to do the same without.
+
+    Args:
+        found: the model.
+        sample: what was sent through.
+        answers: what the blocks' answers look like.
+        calls: of every block its call in a real forward, and ids of the tensors in it that the block does not use.
+        last: what the last block answered.
+    """
+    hidden, recorded = run_without_blocks(found.module, found.blocks, sample, answers)
+    exact = True
+    for block, (real, unread), idle in zip(found.blocks, calls, recorded, strict=True):
+        a, b = (real.args, real.kwargs), (idle.args, idle.kwargs)
+        if not same_value(a, b):
+            exact = False
+            if not same_value(a, b, unread):
+                raise _depends(block)
+    if exact:
+        return
+    for block, idle in zip(found.blocks, recorded, strict=True):
+        found.weights.acquire(block.name)
+        try:
+            hidden = idle.run(block.module, hidden)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise _depends(block) from error
+        found.weights.release(block.name)
+    if not _close(last, hidden):
+        raise _depends(found.blocks[-1])
+
+
+def _depends(block: Block) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{block.name} is given something that depends on what earlier blocks computed (such as keys and values "
+        "shared between layers), so coprune cannot prune this model block by block"
+    )
 
 
 def _evidence(seen: Products) -> Evidence:

@@ -32,9 +32,11 @@ class BlockCall:
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run the block (its module or its forward) on these hidden states and return the new ones."""
+        # Some blocks leave things for later ones in a mapping that they are given.
+        args, kwargs = snapshot(self.args), snapshot(self.kwargs)
         if self.keyword is None:
-            return hidden_of(block(hidden, *self.args, **self.kwargs))
-        return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
+            return hidden_of(block(hidden, *args, **kwargs))
+        return hidden_of(block(*args, **{self.keyword: hidden}, **kwargs))
 
     def in_float32(self) -> BlockCall:
         """The same call for a block whose parameters are float32."""
@@ -157,6 +159,26 @@ def run_without_blocks(
     if len(calls) != len(blocks):
         raise UnsupportedModel(f"a forward visits {len(calls)} of the model's {len(blocks)} blocks")
     return first[0], calls
+
+
+def guess_call(model: nn.Module, blocks: Sequence[Block], batch: Tensor) -> tuple[Tensor, BlockCall]:
+    """How the last of some blocks is called when those before it are idle, as long as nobody knows what blocks answer.
+
+    Args:
+        model: the whole model.
+        blocks: its first blocks.
+        batch: as in `forward_logits`.
+
+    Returns:
+        The first block's hidden states, and the call; the first block's own where no answer serves.
+    """
+    for entries in (1, 0, 2):
+        # A model that expects an answer of another kind trips over this one, or hands it on as it is.
+        with suppress(UnsupportedModel, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+            hidden, calls = run_without_blocks(model, blocks, batch, [Answer(entries, None)] * len(blocks))
+            return hidden, calls[-1]
+    hidden, calls = run_without_blocks(model, blocks[:1], batch, [Answer(0, None)])
+    return hidden, calls[0]
 
 
 def run_after_blocks(

@@ -20,7 +20,7 @@ from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.observe import Observe, observe_products
 from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.record import Answer, run_without_blocks
+from coprune.model.walk.record import guess_call
 from coprune.model.walk.sample import InputSample
 from coprune.model.walk.statistics import CrossGram
 from coprune.pruning.pruner import Solver, prune_matrix
@@ -64,10 +64,10 @@ def measure_block(model: FoundModel, sample: Tensor) -> BlockCosts:
     weights.acquire(block.name)
     read = time.perf_counter() - started
     try:
-        hidden, calls = run_without_blocks(weights.model, blocks[:1], sample, [Answer(0, None)])
+        hidden, call = guess_call(weights.model, blocks[: block.index + 1], sample)
 
         def run() -> object:
-            return calls[0].run(block.module, hidden)
+            return call.run(block.module, hidden)
 
         _, products = observe_products(matrices[block.index], run)
         live, stops = LiveBytes(), [0]
