@@ -117,7 +117,7 @@ def print_sizes(folder: Path) -> None:
                 same = same_files(dense, Path(scratch) / "again")
             print(
                 f"| {pattern} | {dtype} | {sizes.dense / 1e6:.1f} | {sizes.packed / 1e6:.1f} "
-                f"| {sizes.packed / sizes.dense:.3f} | {sizes.packed_packed / sizes.packed_dense:.4f} "
+                f"| {sizes.packed / sizes.dense:.3f} | {sizes.bytes_after / sizes.bytes_before:.4f} "
                 f"| {'every file the same' if same else 'DIFFERENT'} |",
                 flush=True,
             )

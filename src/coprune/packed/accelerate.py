@@ -53,9 +53,9 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choi
     if batch < 1 or repeats < 1:
         raise BadInput("batch and repeats must be at least 1")
     choices = []
-    for (rows, columns, _, tenths), layers in _groups(model).items():
+    for (rows, columns, _, twentieths), layers in _groups(model).items():
         choice = _accelerate_group(model, layers, batch, repeats)
-        choices.append(Choice(choice[0], tuple(layers), (rows, columns), tenths / 20, choice[1]))
+        choices.append(Choice(choice[0], tuple(layers), (rows, columns), twentieths / 20, choice[1]))
     return choices
 
 

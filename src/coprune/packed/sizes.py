@@ -20,9 +20,9 @@ class Sizes(Shown):
     """Of the packed checkpoint."""
     dense: int = 0
     packed: int = 0
-    packed_dense: int = 0
+    bytes_before: int = 0
     """Dense bytes of those tensors that were packed."""
-    packed_packed: int = 0
+    bytes_after: int = 0
     """Packed bytes of the same tensors."""
     negative_zeros: int = 0
     """−0.0 found in matrices. Stored as values, they make a checkpoint larger than its zeros would suggest."""
@@ -38,8 +38,8 @@ class Sizes(Shown):
         self.dense += dense
         if packed is not None:
             self.names.append(name)
-            self.packed_dense += dense
-            self.packed_packed += packed.numel()
+            self.bytes_before += dense
+            self.bytes_after += packed.numel()
 
     @property
     def ratio(self) -> float:
@@ -53,7 +53,7 @@ class Sizes(Shown):
     def sheet(self) -> Sheet:
         """Bytes before and after."""
         rows = [
-            ("packed", f"{len(self.names)} tensors, {self.packed_dense:,} → {self.packed_packed:,} bytes"),
+            ("packed", f"{len(self.names)} tensors, {self.bytes_before:,} → {self.bytes_after:,} bytes"),
             ("in all", f"{self.dense:,} → {self.packed:,} bytes ({self.ratio:.3f}) in {self.folder}"),
         ]
         if self.negative_zeros and not self.drops_negative_zeros:

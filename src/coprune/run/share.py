@@ -14,7 +14,7 @@ from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
 from coprune.run.journal import BlockOutcome, Output
 
-Group = Sequence[Matrix]
+Sharing = Sequence[Matrix]
 """Matrices that are fed by the same tensor, and so share a statistic and what is derived from it."""
 
 
@@ -26,7 +26,7 @@ class SharedSolving:
     gram: whether a matrix is solved by its Gram matrix, which costs more than in proportion to its size.
     """
 
-    def __init__(self, processes: Processes, stages: Iterable[Sequence[Group]], at_once: bool, gram: bool) -> None:
+    def __init__(self, processes: Processes, stages: Iterable[Sequence[Sharing]], at_once: bool, gram: bool) -> None:
         self._processes = processes
         self._at_once = at_once
         self._owners: dict[str, int] = {}
@@ -58,7 +58,7 @@ class SharedSolving:
         self._pending, self._own = [], {}
 
 
-def share_out(groups: Sequence[Group], processes: int, gram: bool) -> dict[str, int]:
+def share_out(groups: Sequence[Sharing], processes: int, gram: bool) -> dict[str, int]:
     """Choose a process for every matrix, so that they end at about the same time: matrix name → rank.
 
     gram: count O·I² for an O × I matrix, and I³ once for each group that a process has a part of; else O·I.

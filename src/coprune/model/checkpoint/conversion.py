@@ -33,7 +33,7 @@ from coprune.model.transformers_private import (
 
 
 @dataclass(frozen=True)
-class Group:
+class Renamed:
     """Tensors of the checkpoint that make up one parameter of the model (or several, named by the first).
 
     converted: whether their layout changes; if not, there is one tensor, which only may have another name.
@@ -67,7 +67,7 @@ class Conversion:
                 fix="is it complete, and a causal language model?",
             )
 
-    def _group(self, names: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
+    def _group(self, names: Iterable[str]) -> tuple[list[Renamed], dict[str, str]]:
         """Return the groups, and the tensors that the model has no place for with the names it would know them by."""
         known = self._model.state_dict()
         renaming = Renaming(self._model, self._mapping, known)
@@ -83,7 +83,7 @@ class Conversion:
                 converted[key] = changes
             else:
                 unknown[name] = key
-        return [Group(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
+        return [Renamed(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
 
     def _unmatched(self, unknown: Mapping[str, str]) -> tuple[set[str], set[str]]:
         """What transformers would report as missing and as unexpected, after the exceptions that each model has."""
@@ -100,7 +100,7 @@ class Conversion:
         # Loading notes which conversions it used, as what to revert when saving; here that is all of them together.
         set_conversions_to_revert(self._model, self._used)
 
-    def revert(self, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def revert(self, groups: Iterable[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters under the checkpoint's names and in its layout.
 
         state: the model's tensors that the groups cover. Raises UnsupportedModel if transformers' conversion does not

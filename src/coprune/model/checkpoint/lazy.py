@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.files import write_text
 from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
-from coprune.model.checkpoint.conversion import Conversion, Group
+from coprune.model.checkpoint.conversion import Conversion, Renamed
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
@@ -156,13 +156,13 @@ class LazyCheckpoint:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
         self._entries |= read_entries(file)
 
-    def _groups_below(self, prefix: str) -> list[Group]:
+    def _groups_below(self, prefix: str) -> list[Renamed]:
         return [group for group in self.conversion.groups if is_below(group.target, prefix)]
 
-    def _groups_outside(self, block_prefixes: Sequence[str]) -> list[Group]:
+    def _groups_outside(self, block_prefixes: Sequence[str]) -> list[Renamed]:
         return [group for group in self.conversion.groups if not is_below_any(group.target, block_prefixes)]
 
-    def _load(self, groups: Sequence[Group]) -> None:
+    def _load(self, groups: Sequence[Renamed]) -> None:
         """Convert group by group, so that no more than one merged parameter exists twice at a time."""
         plain = [group.originals[0] for group in groups if not group.converted]
         with quiet_transformers():
@@ -172,7 +172,7 @@ class LazyCheckpoint:
         for group in groups:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
 
-    def _as_written(self, groups: Sequence[Group], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _as_written(self, groups: Sequence[Renamed], state: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = self.conversion.revert(groups, state)
         return {name: self._in_written_dtype(name, tensor) for name, tensor in tensors.items()}
 

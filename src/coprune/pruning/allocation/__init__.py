@@ -11,7 +11,7 @@ from coprune.base.options import with_options
 from coprune.pruning.allocation.alpha import Alpha
 from coprune.pruning.allocation.base import Allocation, Unit
 from coprune.pruning.allocation.by_file import ByFile
-from coprune.pruning.allocation.error import Error
+from coprune.pruning.allocation.error import ByError
 from coprune.pruning.allocation.owl import OWL
 from coprune.pruning.allocation.uniform import Uniform
 from coprune.recipe.choice import Choice
@@ -22,7 +22,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Uniform(),
     "owl": OWL(),
     "alpha": Alpha(),
-    "error": Error(),
+    "error": ByError(),
 }
 
 

@@ -28,7 +28,7 @@ from coprune.recipe.pattern import Target
 
 
 @dataclass(frozen=True)
-class Error:
+class ByError:
     """Minimise the relative layer errors of all matrices, summed with the weights of their blocks."""
 
     bound: float = 0.15
