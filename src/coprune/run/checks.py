@@ -24,6 +24,9 @@ from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 
+LARGE_GROUP = 64
+"""Of groups of more inputs than these one is enough to try a method on."""
+
 
 def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver, Target]:
     """Look up the method with its options, the refinements and the target, and try them on a tiny matrix.
@@ -40,10 +43,11 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     solver = Solver(method, refinements, recipe.calibration.aim)
     target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
-    width = 2 * (target.pattern.group_size or 4)
+    group = target.pattern.group_size or 4
+    width = 2 * group if group <= LARGE_GROUP else group
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
-    inputs.update(torch.randn(4 * width, width, generator=generator), None)
+    inputs.update(torch.randn(min(4 * width, 4 * LARGE_GROUP), width, generator=generator), None)
     solver.solve(torch.randn(4, width, generator=generator), inputs, target)
     return solver, target
 

@@ -82,12 +82,6 @@ def test_an_option_that_is_right_is_taken() -> None:
     assert method_named("sparsegpt", {"damping": 1, "block_size": 64}) == SparseGPT(block_size=64, damping=1)
 
 
-def test_a_block_that_m_does_not_divide_is_refused() -> None:
-    weight, _, statistic = correlated_layer(4, 24)
-    with pytest.raises(BadInput, match="block of 12 columns"):
-        method_named("sparsegpt", {"block_size": 12}).prune(weight, statistic, Target(NM(4, 8), 0.5))
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_nan_weights_are_refused(name: str) -> None:
     weight, _, statistic = correlated_layer(4, 16)

@@ -31,7 +31,7 @@ class Ablate:
     selection: Literal["sequential", "iterative"] = "sequential"
     """Whether the mask is chosen before the update or along with it."""
     block_size: int = 128
-    """Columns whose mask is chosen together (iterative, unstructured); for N:M it must be a multiple of M."""
+    """Columns whose mask is chosen together (iterative, unstructured); for N:M it is rounded up to a multiple of M."""
     damping: float = 0.01
     """What is added to the Hessian's diagonal, as a fraction of its mean."""
 

@@ -24,7 +24,7 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
-from coprune.recipe.pattern import Pattern, Target
+from coprune.recipe.pattern import Target
 
 Choose = Callable[[Tensor, slice], Tensor]
 """Which weights of some columns to keep: (weights as updated so far, O × C; which columns) → O × C bool."""
@@ -38,7 +38,7 @@ class SparseGPT:
     """
 
     block_size: int = 128
-    """Columns whose mask is chosen together (unstructured); for N:M it must be a multiple of M."""
+    """Columns whose mask is chosen together (unstructured); for N:M it is rounded up to a multiple of M."""
     damping: float = 0.01
     """What is added to the Hessian's diagonal, as a fraction of its mean."""
     inner_loop: Literal["auto", "torch", "triton"] = "auto"
@@ -82,18 +82,19 @@ def update_columns(
         weight: O × I float, not modified.
         factor: of the inverse of the inputs' damped Gram matrix.
         target: pattern and sparsity.
-        block_size: columns that are walked through before later ones get their errors.
+        block_size: columns that are walked through before later ones get their errors; rounded up to whole groups.
         choose: asked for the mask of columns that have to be chosen together, in order, with weights that hold every
             earlier column's error; None to keep N of M by SparseGPT's own score, which the walk does by itself.
         walk: name of the kernel for `walk_columns`, or auto.
 
     Raises:
-        BadInput: the pattern does not fit the block size or the width.
+        BadInput: the pattern does not fit the width.
         NumericalError: the weights that come out are not finite.
     """
     rows, width = weight.shape
     pattern = target.pattern
-    _check_fit(pattern, block_size, width)
+    pattern.check_width(width)
+    block_size += -block_size % (pattern.group_size or 1)
     n_of_m = pattern.n_of_m if choose is None else None
     together = block_size if choose is None else pattern.columns_together(block_size)
     walk_columns = kernel("walk_columns", weight.device, walk)
@@ -115,14 +116,3 @@ def update_columns(
     if not bool(torch.isfinite(columns).all() and torch.isfinite(errors).all()):
         raise NumericalError("the update of the weights gave NaN or infinite values")
     return Pruned(columns.T.contiguous(), keep.T.contiguous(), factor.events)
-
-
-def _check_fit(pattern: Pattern, block_size: int, width: int) -> None:
-    """Raise BadInput where a pattern does not fit the columns that are walked through together, or all of them."""
-    if not pattern.fits(block_size):
-        raise BadInput(
-            f"a block of {block_size} columns cannot be divided into the groups of pattern {pattern}",
-            field="block_size",
-            value=block_size,
-        )
-    pattern.check_width(width)
