@@ -36,7 +36,8 @@ def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(model_type)
     config.architectures = [all_types(kind)[model_type]]  # where a type has several classes, this says which
     if kind == "images":
-        config.num_labels = CLASSES
+        config.id2label = {number: str(number) for number in range(CLASSES)}
+        config.label2id = {str(number): number for number in range(CLASSES)}
     torch.manual_seed(seed)
     model: PreTrainedModel = AUTO[kind].from_config(config)
     with torch.no_grad():

@@ -33,7 +33,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
         "positions of its full attention have no default",
         {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     ),
-    "cvt": Exceptional(_STAGES, {"embed_dim": (16, 48, 96), "depth": (1, 2, 1)}),
+    "cvt": Exceptional(_STAGES, {"embed_dim": (16, 48, 96), "depth": (1, 2, 3)}),
     "dbrx": Exceptional("its rotary base has no default", {"max_seq_len": 128}),
     "dbrx_attention": Exceptional("as dbrx", {"rope_theta": 10000.0}),
     "deepseek_v2": Exceptional("how many experts a token gets has no default", {"num_experts_per_tok": 2}),

@@ -24,7 +24,7 @@ from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.report.schema import Report
 from families.build import AUTO, Kind, image_size, tiny_model
-from support.walking import full_forward, layers_of
+from support.walking import full_forward
 from support.whole_forwards import kind_of, prune_by_whole_forwards
 from support.words import word_tokenizer
 
@@ -159,8 +159,12 @@ def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, 
     expected = prune_by_whole_forwards(oracle, data.batches, target, alone)
     masks = masks_of(model)
     found = {matrix.name: masks[matrix.name] for matrix in report.matrices}
-    layers = [layer.name for block in find_blocks(model) for layer in layers_of(block)]
-    silent = [layer for layer in layers if layer not in found and kind_of(layer) not in alone]
+    stacks = {name.partition("[")[0] for name in found}
+    silent = [
+        name
+        for name in _large_names(model)
+        if name not in stacks and not {kind_of(name), f"{kind_of(name)}[*]"} & alone
+    ]
     if silent:
         raise Wrong(f"{silent[0]} is neither pruned nor named ({len(silent)} in all)")
     if found.keys() != expected.keys():
@@ -177,6 +181,16 @@ def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, 
             per_group = mask.reshape(1, -1)
         if not bool((per_group.sum(dim=-1) == -(-per_group.shape[-1] // 2)).all()):
             raise Wrong(f"{name} is not pruned as asked")
+
+
+def _large_names(model: PreTrainedModel) -> list[str]:
+    """What the blocks hold of two dimensions and more, but biases: linear layers, experts, tables, convolutions."""
+    return [
+        f"{block.name}.{name}".removesuffix(".weight")
+        for block in find_blocks(model)
+        for name, parameter in block.module.named_parameters()
+        if parameter.ndim >= 2 and "bias" not in name.rpartition(".")[2]
+    ]
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -264,6 +264,24 @@ def test_tables_are_named_and_a_block_of_mostly_tables_is_refused() -> None:
         chosen_of(toy(Tables))
 
 
+def test_blocks_without_any_matrix_are_passed_through_unless_they_are_most_of_the_model() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(WIDTH, WIDTH))
+
+        def forward(self, hidden: Tensor, scale: Tensor | None = None) -> Tensor:
+            return hidden * self.table.mean(dim=0)
+
+    model = toy(ToyBlock)
+    model.layers.insert(1, Mixing())
+    assert lines(chosen_of(model)) == ["table (the weight of no linear layer; 1 layer)"]
+    for _ in range(4):
+        model.layers.append(Mixing())
+    with pytest.raises(UnsupportedModel, match=r"only 44% of the weights of its blocks .* in layers\.1\.table \(8 × 8"):
+        chosen_of(model)
+
+
 @pytest.mark.parametrize("shared", ["other block", "embeddings"])
 def test_weights_that_another_part_has_too_are_refused_unless_they_are_left_out(shared: str) -> None:
     model = ToyModel(blocks=2, width=32)

@@ -143,6 +143,7 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
 def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[str, str]]) -> Chosen:
     """Choose among the candidates. dropped: for every block, which of them are no matrices, by name with the reason."""
     selection, found, alone = chosen.selection, list[list[Matrix]](), list[tuple[str, str]]()
+    parts: list[tuple[Block, set[str], set[str]]] = []
     for block, candidates, no_matrices in zip(blocks, chosen.candidates, dropped, strict=True):
         matrices = [matrix for matrix in candidates if matrix.name not in no_matrices]
         parameters = large_parameters(block)
@@ -156,10 +157,11 @@ def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[s
                 reasons[matrix.name] = against
         found.append([matrix for matrix in matrices if matrix.name not in reasons])
         unused = {matrix.parameter for matrix in candidates if no_matrices.get(matrix.name) == UNUSED}
-        refuse_mostly_other(block, {matrix.parameter for matrix in matrices}, unused)
+        parts.append((block, {matrix.parameter for matrix in matrices}, unused))
         seen = {matrix.parameter for matrix in candidates}
         alone += [(matrix.name, reasons[matrix.name]) for matrix in candidates if matrix.name in reasons]
         alone += [(p.name, "a router" if p.name in routers else p.why) for p in parameters if p.path not in seen]
+    refuse_mostly_other(parts)
     if not any(found) and not chosen.outside:
         loosen = ("loosen ", Setting("include"), " or ", Setting("exclude"))
         raise BadInput("no matrix is left to prune", field="exclude", value=selection.exclude, fix=loosen)

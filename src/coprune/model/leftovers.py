@@ -114,24 +114,37 @@ def _lists(block: Block) -> dict[str, int]:
     }
 
 
-def refuse_mostly_other(block: Block, matrices: Collection[str], unused: Collection[str]) -> None:
+def refuse_mostly_other(found: Sequence[tuple[Block, Collection[str], Collection[str]]]) -> None:
     """Raise UnsupportedModel for a block of whose weights less than half are in matrices; biases and norms aside.
 
+    A block that holds no matrix at all (what lies between the stages of a model) is none to refuse by itself, but of the
+    weights of all blocks together half have to be in matrices too.
+
     Args:
-        block: the block.
-        matrices: paths of the parameters that are matrices, or hold some.
-        unused: paths of those that a forward does not use, which do not count.
+        found: for every block, the paths of the parameters that are matrices or hold some, and the paths of those that a
+            forward does not use, which do not count.
     """
-    parameters = [parameter for parameter in large_parameters(block) if parameter.path not in unused]
-    others = [parameter for parameter in parameters if parameter.path not in matrices]
+    everything, rest = list[LargeParameter](), list[LargeParameter]()
+    for block, matrices, unused in found:
+        parameters = [parameter for parameter in large_parameters(block) if parameter.path not in unused]
+        others = [parameter for parameter in parameters if parameter.path not in matrices]
+        if matrices:
+            _require_share(block.name, parameters, others)
+        everything += parameters
+        rest += others
+    _require_share("its blocks", everything, rest)
+
+
+def _require_share(name: str, parameters: Sequence[LargeParameter], others: Sequence[LargeParameter]) -> None:
+    """others: those of the parameters that are no matrices and hold none."""
     size, rest = sum(p.size for p in parameters), sum(p.size for p in others)
     if size - rest >= LEAST_SHARE * size:
         return
     largest = max(others, key=lambda parameter: parameter.size)
     shape = " × ".join(map(str, largest.shape))
     raise UnsupportedModel(
-        f"only {1 - rest / size:.0%} of the weights of {block.name} are in matrices that can be pruned; most of the others "
-        f"are in {largest.name} ({shape}; {largest.why})"
+        f"only {1 - rest / size:.0%} of the weights of {name} are in matrices that can be pruned; most of the others are "
+        f"in {largest.name} ({shape}; {largest.why})"
     )
 
 
