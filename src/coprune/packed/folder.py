@@ -21,9 +21,10 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.whole_folder import whole_folder
+from coprune.model.checkpoint.header import read_header_bytes
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.own_files import own_files
-from coprune.model.checkpoint.shards import read_header_bytes, read_json
+from coprune.model.checkpoint.shards import read_json
 from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
 from coprune.packed.header import VERSION, is_packed

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.model.checkpoint.shards import DTYPES, read_header_bytes
+from coprune.model.checkpoint.header import DTYPES, parse_header, read_header_bytes
 from coprune.packed.format import check_packed
 from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed, read_header
 
@@ -49,17 +49,13 @@ def readable(path: Path) -> Iterator[None]:
 
 def stored_order(header: bytes) -> dict[str, int]:
     """Names in the order of their data, and the bytes of each. Raises BadInput on anything that is not a header."""
-    try:
-        entries = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
-        ordered = sorted(entries, key=lambda name: (entries[name][0], entries[name][1]))
-        return {name: int(entries[name][1] - entries[name][0]) for name in ordered}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadInput("it has not the header of a safetensors file") from error
+    return {name: stored.end - stored.begin for name, stored in parse_header(header).items()}
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a safetensors file in the order of its data. Raises BadInput if it cannot be read."""
-    names = stored_order(read_header_bytes(path))
+    with readable(path):
+        names = stored_order(read_header_bytes(path))
     with readable(path), safe_open(str(path), framework="pt") as file:
         for name in names:
             yield name, file.get_tensor(name)

@@ -140,7 +140,7 @@ def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
 
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF and so on")
+    file.write_bytes(b"GGUF" + b"\x03\0\0\0" + bytes(16) + b"and so on")
     assert locate(file) == GgufFile(file, "model.gguf")
     file.write_bytes(b"GG")
     with pytest.raises(BadInput, match="cut off or not a GGUF file"):

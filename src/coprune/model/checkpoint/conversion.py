@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Set
+from coprune.model.checkpoint.header import DTYPES
+from coprune.model.checkpoint.shards import TensorEntry
 from coprune.model.transformers_private import (
     Renaming,
     conversions_of,
@@ -121,6 +123,24 @@ class Conversion:
                 )
             reverted |= back
         return reverted
+
+
+def require_floats(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
+    """Raise BadInput where a checkpoint holds whole numbers for what is floating in the model: they are no weights."""
+    whole = [
+        name for name, entry in entries.items() if entry.dtype in DTYPES and not DTYPES[entry.dtype].is_floating_point
+    ]
+    if not whole:
+        return
+    known = model.state_dict()
+    renaming = Renaming(model, conversions_of(model), known)
+    for name in whole:
+        wanted = known.get(renaming.of(name)[0], known.get(name))
+        if wanted is not None and wanted.is_floating_point():
+            raise BadInput(
+                f"{entries[name].file} holds {name} in {entries[name].dtype}, and a weight is a floating number",
+                fix="use a checkpoint of plain weights",
+            )
 
 
 def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> dict[str, Tensor] | None:

@@ -18,12 +18,12 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.files import write_text
 from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
-from coprune.model.checkpoint.conversion import Conversion, Renamed
+from coprune.model.checkpoint.conversion import Conversion, Renamed, require_floats
 from coprune.model.checkpoint.encoding import DENSE, Encoding
+from coprune.model.checkpoint.header import DTYPES
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import (
-    DTYPES,
     TensorEntry,
     checkpoint_entries,
     read_ahead,
@@ -76,6 +76,8 @@ class LazyCheckpoint:
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
             self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
         self.conversion = Conversion(self._model, self._entries)
+        if encoding is DENSE:
+            require_floats(self._model, self._entries)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -26,7 +26,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.model.checkpoint.locate import GgufFile, Location
+from coprune.model.checkpoint.conversion import require_floats
+from coprune.model.checkpoint.locate import GgufFile, Location, is_packed
+from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.transformers_private import (
     builds,
     experts_run_as,
@@ -115,6 +117,8 @@ def load_model(
     require_all_weights(location.name, info["missing_keys"])
     if isinstance(location, GgufFile):
         forget_quantization(model)
+    elif not is_packed(location):
+        require_floats(model, checkpoint_entries(location.path))
     name_model(model, location.name)
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
     return prepare(model), load_processor(location, task, trust_remote_code)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
 from coprune.base.words import Setting, Words
+from coprune.model.checkpoint.claims import check_claims, check_gguf
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
 from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
@@ -104,8 +105,11 @@ def check_folder(folder: ModelFolder) -> ModelFolder:
     if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
         why = f"{folder.path} has no config.json"
         raise BadInput(why, field="model", value=folder.name, fix="is it the folder of a saved model?")
-    checkpoint_entries(folder.path)
-    quantization = read_json(folder.path / "config.json").get("quantization_config")
+    entries = checkpoint_entries(folder.path)
+    config = read_json(folder.path / "config.json")
+    widest = max((entry.shape[0] for entry in entries.values() if entry.shape), default=0)
+    check_claims(config, max(len(entries), widest), folder.path / "config.json")
+    quantization = config.get("quantization_config")
     if quantization and not is_packed(folder):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise BadInput(
@@ -144,11 +148,8 @@ def _locate_gguf(path: Path) -> GgufFile:
             value=str(path),
             fix=f"name the folder that holds config.json{timm}",
         )
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise BadInput(
-                f"{path} is cut off or not a GGUF file", field="model", value=str(path), fix="fetch it again"
-            )
+    with about("model", str(path)):
+        check_gguf(path)
     return GgufFile(path, path.name)
 
 

@@ -20,22 +20,11 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.header import DTYPES, parse_header, read_header_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+MAX_JSON_BYTES = 200_000_000  # tokenizers have some tens of millions
 
 
 @dataclass(frozen=True)
@@ -54,52 +43,23 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
 
     Raises BadInput, naming the file, if it is cut off or not in the format.
     """
-    header, end_of_header = _read_header(file)
-    entries: dict[str, TensorEntry] = {}
-    end = 0
-    try:
-        for name, info in header.items():
-            if name != "__metadata__":
-                start, stop = info["data_offsets"]
-                entries[name] = TensorEntry(
-                    file, info["dtype"], tuple(info["shape"]), end_of_header + start, stop - start
-                )
-                end = max(end, stop)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"{file} is not a safetensors file (its header is malformed)", fix="fetch or save it again"
-        ) from error
-    size = file.stat().st_size
-    if size != end_of_header + end:
-        raise BadInput(
-            f"{file} has {size:,} bytes where its header promises {end_of_header + end:,}: it is cut off or damaged",
-            fix="fetch or save it again",
-        )
-    return entries
-
-
-def read_header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
-                return stream.read(length)
-    except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
-    raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again")
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header and the position at which it ends."""
     text = read_header_bytes(file)
     try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again") from error
-    if not isinstance(header, dict):
-        raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again")
-    return header, 8 + len(text)
+        stored = parse_header(text)
+    except BadInput as error:
+        raise error.within(f"{file} is cut off or not a safetensors file") from error
+    data_at = 8 + len(text)
+    end = data_at + max((tensor.end for tensor in stored.values()), default=0)
+    size = file.stat().st_size
+    if size != end:
+        raise BadInput(
+            f"{file} has {size:,} bytes where its header promises {end:,}: it is cut off or damaged",
+            fix="fetch or save it again",
+        )
+    return {
+        name: TensorEntry(file, tensor.dtype, tensor.shape, data_at + tensor.begin, tensor.end - tensor.begin)
+        for name, tensor in stored.items()
+    }
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -133,12 +93,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises BadInput, naming the file, if it is missing or malformed."""
+    """Read a JSON object. Raises BadInput, naming the file, if it is missing, malformed or too large to be one."""
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise BadInput(f"{file} has {file.stat().st_size:,} bytes, which is too much for a table of settings")
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise BadInput(f"{file} is nested too deep", fix="fetch or save the checkpoint again") from error
     except ValueError as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(f"{file} is not valid JSON ({error})", fix="fetch or save the checkpoint again") from error
     if not isinstance(content, dict):
         raise BadInput(f"{file} does not hold a JSON object", fix="fetch or save the checkpoint again")

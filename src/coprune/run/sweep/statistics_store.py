@@ -24,7 +24,8 @@ from torch import Tensor
 
 from coprune.base.durable import write_durably
 from coprune.base.errors import BadInput, CopruneError
-from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
+from coprune.model.checkpoint.header import read_header_bytes
+from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_tensor
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import Recording

@@ -1,0 +1,71 @@
+"""Small files that ask for huge models are refused before anything is built."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.locate import GgufFile, locate
+from support.pico_folder import save_pico
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pico(tmp_path_factory.mktemp("claims") / "model", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("count", [-1, -(10**9), 10**5, 10**9, 10**30])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_local_experts", "n_routed_experts"])
+def test_more_layers_or_experts_than_tensors_are_refused(name: str, count: int, model: Path) -> None:
+    kept = (model / "config.json").read_text()
+    for content in ({name: count}, {"text_config": {name: count}}):
+        (model / "config.json").write_text(json.dumps({**json.loads(kept), **content}))
+        try:
+            with pytest.raises(BadInput, match=f"{name} is {count:,}"):
+                locate(model)
+        finally:
+            (model / "config.json").write_text(kept)
+    locate(model)
+
+
+def gguf(path: Path, count: int, tensors: int = 3) -> Path:
+    """The metadata of a GGUF file: a text, a list of texts, and how many blocks there are."""
+
+    def text(content: str) -> bytes:
+        return struct.pack("<Q", len(content)) + content.encode()
+
+    entries = [
+        text("general.architecture") + struct.pack("<I", 8) + text("llama"),
+        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b"),
+        text("tokenizer.ggml.scores") + struct.pack("<IIQ", 9, 6, 2) + struct.pack("<2f", 1, 2),
+        text("llama.block_count") + struct.pack("<IQ", 10, count),
+    ]
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, len(entries)) + b"".join(entries))
+    return path
+
+
+def test_more_blocks_than_a_gguf_file_has_tensors_are_refused(tmp_path: Path) -> None:
+    file = gguf(tmp_path / "model.gguf", 10**9)
+    with pytest.raises(BadInput, match=r"llama\.block_count is 1,000,000,000"):
+        locate(file)
+    assert locate(gguf(file, 3)) == GgufFile(file, "model.gguf")
+
+
+@pytest.mark.parametrize("end", [5, 23, 40, 60, 100])
+def test_a_gguf_file_that_ends_early_is_one_message(end: int, tmp_path: Path) -> None:
+    file = gguf(tmp_path / "model.gguf", 3)
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(BadInput, match="cut off"):
+        locate(file)
+
+
+def test_lists_in_lists_of_a_gguf_file_are_one_message(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
+    file.write_bytes(head + struct.pack("<IQ", 9, 1) * 100_000)
+    with pytest.raises(BadInput, match="cut off or damaged"):
+        locate(file)
