@@ -294,6 +294,15 @@ def test_weights_that_another_part_has_too_are_refused_unless_they_are_left_out(
     assert not set(left) & {matrix.name for matrix in chosen_of(model, exclude=left).all()}
 
 
+def test_weights_that_lie_at_the_same_place_in_memory_are_shared_too() -> None:
+    model = ToyModel(blocks=2, width=32)
+    model.layers[0].first.weight.data = model.layers[1].second.weight.data
+    with pytest.raises(
+        UnsupportedModel, match=r"layers\.0\.first\.weight shares its weights with layers\.1\.second\.weight"
+    ):
+        chosen_of(model)
+
+
 def test_nothing_left_is_told_also_when_only_the_forward_shows_it() -> None:
     with pytest.raises(BadInput, match="no matrix is left"):
         chosen_of(mixture_of(Elementwise), include=["*.tables"])

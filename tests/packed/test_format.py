@@ -13,7 +13,8 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.selection import keep_n_of_m
 from coprune.packed.format import BITS_OF_SIZE, Format, check_packed, pack_tensor, unpack_tensor
-from coprune.packed.header import DTYPE_CODES, is_packed
+from coprune.packed.header import DTYPE_CODES, is_packed, read_header
+from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix
 
 shapes = st.lists(st.integers(1, 37), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) < 40_000)
 
@@ -48,6 +49,27 @@ def test_every_bit_comes_back_and_nothing_grows(
         assert is_packed(blob)
         assert blob.numel() < dense.numel() * dtype.itemsize
         assert same_bits(unpack_tensor(blob), dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+@pytest.mark.parametrize("format", ["bitmask", "nm"])
+def test_values_are_little_endian_on_every_machine(
+    dtype: torch.dtype, format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of the other order, on which the same numbers lie in memory with their bytes reversed."""
+    dense = random_bits((24, 64), dtype, 0.7, 0).reshape(-1, 4)
+    dense[:, 1::2] = 0
+    here = pack_tensor(dense.reshape(24, 64), format)
+    assert here is not None
+    monkeypatch.setattr("sys.byteorder", "big")
+    swapped = dense.view(torch.uint8).reshape(-1, dtype.itemsize).flip(1).reshape(-1).view(dtype).reshape(24, 64)
+    there = pack_tensor(swapped, format)
+    assert there is not None
+    assert torch.equal(there, here)
+    assert same_bits(unpack_tensor(there), swapped)
+    if dtype.itemsize > 1:  # torch has no such operation for smaller ones
+        assert same_bits(dense_matrix(for_kernels(there), read_header(for_kernels(there))), swapped)
+    assert native_matrix(for_kernels(there), read_header(for_kernels(there)), None) is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -165,6 +165,22 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_an_interrupted_run_does_not_go_on_from_other_weights(home: Path, tmp_path: Path, name: str) -> None:
+    """One weight more or less is enough: the last kept one of a matrix, or one of a norm, which is not pruned."""
+    model = AutoModelForCausalLM.from_pretrained(home / "llama")
+    save(model, tmp_path / "mine")
+    settings = settings_for(tmp_path / "run", tmp_path / "mine", home / "text.txt", save_every=2, max_steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetuning(make_settings(settings), StoppedAt(0.6))
+    with torch.no_grad():
+        flat = model.get_parameter(name).reshape(-1)
+        flat[flat.nonzero()[-1]] *= 1.5
+    model.save_pretrained(tmp_path / "mine")
+    with pytest.raises(BadInput, match="belongs to an unfinished run in which weights was"):
+        run_finetuning(make_settings(settings), QUIET)
+
+
 @pytest.mark.parametrize("mode", ["lora", "dense"])
 def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
     home: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch

@@ -217,16 +217,22 @@ def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Se
 
 def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) -> None:
     """Raise UnsupportedModel for a chosen weight that another part of the model has too."""
-    places: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    places: dict[tuple[str, int], list[tuple[str, nn.Module]]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
-            places[id(parameter)].append((f"{path}.{attribute}", module))
+            places[_place(parameter)].append((f"{path}.{attribute}", module))
     for block, matrices in zip(blocks, chosen.blocks, strict=True):
         for matrix in {matrix.parameter: matrix for matrix in matrices}.values():
-            for place, owner in places[id(getattr(matrix.owner, matrix.attribute))]:
+            for place, owner in places[_place(getattr(matrix.owner, matrix.attribute))]:
                 # One layer that a block uses under two names is one matrix.
                 if not place.startswith(f"{block.name}.") or owner is not matrix.owner:
                     raise UnsupportedModel(
                         f"{matrix.parameter} shares its weights with {place}, which pruning it would change too",
                         fix=("leave it out with ", Set("exclude", matrix.name.partition("[")[0])),
                     )
+
+
+def _place(parameter: nn.Parameter) -> tuple[str, int]:
+    """Where a parameter's values are: in memory, if it has any there."""
+    address = 0 if parameter.is_meta else parameter.data_ptr()
+    return ("memory", address) if address else ("object", id(parameter))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 import zlib
 from typing import Literal
 
@@ -113,7 +114,7 @@ def expand_checked(blob: Tensor, header: Header) -> Tensor:
     end = header.values_at + header.values_bytes
     bits_dtype = BITS_OF_SIZE[header.dtype.itemsize]
     # Sliced from aligned bytes: a view as a wider dtype needs an offset that its size divides.
-    values = aligned_bytes(blob)[header.values_at : end].view(bits_dtype)
+    values = in_byte_order(aligned_bytes(blob)[header.values_at : end], header.dtype.itemsize).view(bits_dtype)
     dense = torch.zeros(header.numel, dtype=bits_dtype)
     dense[keep] = values
     return dense.view(header.dtype).reshape(header.shape)
@@ -134,6 +135,13 @@ def aligned_bytes(blob: Tensor) -> Tensor:
     if blob.storage_offset() % 8 == 0 and blob.data_ptr() % ALIGNMENT == 0:
         return blob
     return blob.clone()
+
+
+def in_byte_order(stored: Tensor, size: int) -> Tensor:
+    """Bytes of values of `size` bytes each, from this machine's order to the format's (little-endian) or back."""
+    if sys.byteorder == "little" or size == 1:
+        return stored
+    return stored.reshape(-1, size).flip(1).reshape(-1)
 
 
 def count_bits(pattern: Bytes) -> int:
@@ -185,6 +193,7 @@ def assemble_packed(header: Header, pattern: Bytes, values: Tensor) -> Tensor:
     )
     data[: len(start)] = np.frombuffer(start, dtype=np.uint8)
     data[header.pattern_at : header.pattern_at + pattern.size] = pattern
-    blob[header.values_at : header.values_at + header.values_bytes] = values.contiguous().view(torch.uint8)
+    stored = in_byte_order(values.contiguous().view(torch.uint8), header.dtype.itemsize)
+    blob[header.values_at : header.values_at + header.values_bytes] = stored
     struct.pack_into("<I", data.data, CHECKSUM_AT, _checksum(data))
     return blob

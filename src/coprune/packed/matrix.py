@@ -9,7 +9,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.kernels.table import kernel
 from coprune.base.native.product import NativeMatrix
-from coprune.packed.format import aligned_bytes, assemble_packed, keep_bits, pack_tensor
+from coprune.packed.format import aligned_bytes, assemble_packed, in_byte_order, keep_bits, pack_tensor
 from coprune.packed.header import Header, read_header
 
 
@@ -34,8 +34,8 @@ def for_kernels(blob: Tensor) -> Tensor:
     # Padding zeros of the N:M layout stay values: dropping them would need another pass for a few bytes.
     pattern = np.packbits(keep_bits(blob, header), bitorder="little")
     bitmask = Header("bitmask", header.dtype, header.shape, header.kept)
-    values = aligned_bytes(blob)[header.values_at : header.values_at + header.values_bytes]
-    return assemble_packed(bitmask, pattern, values)
+    stored = aligned_bytes(blob)[header.values_at : header.values_at + header.values_bytes]
+    return assemble_packed(bitmask, pattern, in_byte_order(stored, header.dtype.itemsize))
 
 
 def native_matrix(blob: Tensor, header: Header, bias: Tensor | None) -> NativeMatrix | None:
@@ -51,6 +51,7 @@ def dense_matrix(blob: Tensor, header: Header) -> Tensor:
     pattern = blob[header.pattern_at : header.pattern_at + header.pattern_bytes]
     shifts = torch.arange(8, dtype=torch.uint8, device=blob.device)
     keep = ((pattern[:, None] >> shifts) & 1).reshape(-1)[: header.numel].to(torch.bool)
-    values = blob[header.values_at : header.values_at + header.values_bytes].view(header.dtype)
+    stored = blob[header.values_at : header.values_at + header.values_bytes]
+    values = in_byte_order(stored, header.dtype.itemsize).view(header.dtype)
     dense = torch.zeros(header.numel, dtype=header.dtype, device=blob.device)
     return dense.masked_scatter_(keep, values).reshape(header.shape)

@@ -118,9 +118,9 @@ def resume_from(session: Session, first: bool) -> Path | None:
 
 
 def _fingerprint(session: Session) -> str:
-    """Names the pruned weights by a sample of them: 16 hex digits."""
+    """Names all weights that training starts from, adapters aside, by their names and bytes: 16 hex digits."""
     digest = hashlib.sha256()
-    parameters = plain_parameters(session.model)
-    for entry in session.masks.matrices:
-        digest.update(parameters[entry.parameter].detach().flatten()[:64].to(torch.float32).cpu().numpy().tobytes())
+    for name, parameter in sorted(plain_parameters(session.model).items()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()[:16]

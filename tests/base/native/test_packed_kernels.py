@@ -72,6 +72,26 @@ def test_what_lies_behind_the_input_does_not_leak(level: str, dtype: torch.dtype
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_an_input_that_is_not_finite_shows_where_its_weight_is_pruned(
+    level: str, value: float, dtype: torch.dtype
+) -> None:
+    weight = sparse(9, 200, 0.6, dtype, 0)
+    native = prepare(weight)
+    assert native is not None
+    x = torch.ones(3, 200, dtype=dtype)
+    for column in (0, 63, 64, 199):
+        broken = x.clone()
+        broken[1, column] = value
+        expected = torch.nn.functional.linear(broken, weight)
+        found = native.multiply(broken, 3)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
+        assert bool(found[[0, 2]].isfinite().all())
+
+
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_rows(threads: int) -> None:
     weight = sparse(517, 640, 0.6, torch.float32, 0)

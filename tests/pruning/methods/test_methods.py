@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.selection import count_pruned
-from coprune.model.walk.statistics import Gram
+from coprune.model.walk.statistics import Gram, InputNorm
 from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.pattern import NM, Target, Unstructured
@@ -80,6 +80,26 @@ def test_bad_names_and_options_are_refused(name: str, options: dict[str, Any], m
 
 def test_an_option_that_is_right_is_taken() -> None:
     assert method_named("sparsegpt", {"damping": 1, "block_size": 64}) == SparseGPT(block_size=64, damping=1)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
+def test_wanda_variant_prunes_what_was_asked_for_where_all_scores_are_zero(sparsity: float) -> None:
+    weight, _, _ = correlated_layer(6, 40)
+    silent = InputNorm(40)
+    silent.update(torch.zeros(16, 40))
+    target = Target(Unstructured(), sparsity)
+    pruned = METHODS["wanda_variant"].prune(weight, silent, target)
+    assert int((~pruned.keep).sum()) == 6 * count_pruned(40, sparsity)
+    assert torch.equal(pruned.weight, weight * pruned.keep)
+    assert not pruned.events
+    # Rows of zeros beside others lose as much, and do not keep the others from losing theirs.
+    _, x, _ = correlated_layer(6, 40)
+    heard = InputNorm(40)
+    heard.update(x)
+    weight[:2] = 0
+    pruned = METHODS["wanda_variant"].prune(weight, heard, target)
+    assert (~pruned.keep[:2]).sum(dim=1).tolist() == [count_pruned(40, sparsity)] * 2
+    assert float((~pruned.keep[2:]).float().mean()) == pytest.approx(sparsity, abs=0.02)
 
 
 @pytest.mark.parametrize("name", METHODS)

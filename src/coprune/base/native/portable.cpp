@@ -4,10 +4,19 @@
 
 namespace {
 
+// Whether no input is infinite or NaN: only such make a difference where a weight is pruned, for 0 times them is NaN.
+template <typename T>
+bool all_finite(const T* x, int64_t count) {
+    float sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += 0 * to_float(x[i]);
+    return sum == 0;
+}
+
 template <typename T>
 void multiply(const Matrix* matrix, const void* x_pointer, void* y_pointer, int64_t batch, int64_t first, int64_t last) {
     const T* x = (const T*)x_pointer;
     T* y = (T*)y_pointer;
+    const bool finite = all_finite(x, batch * matrix->columns);
     for (int64_t row = first; row < last; row++) {
         for (int64_t b = 0; b < batch; b++) {
             const T* value = (const T*)matrix->values + matrix->starts[row];
@@ -16,6 +25,8 @@ void multiply(const Matrix* matrix, const void* x_pointer, void* y_pointer, int6
             for (int64_t column = 0; column < matrix->columns; column += 64) {
                 uint64_t word = mask_word(matrix->mask, row * matrix->columns + column);
                 word &= low_bits(matrix->columns - column);
+                uint64_t pruned = finite ? 0 : ~word & low_bits(matrix->columns - column);
+                for (; pruned; pruned &= pruned - 1) sum += 0 * to_float(x_row[column + __builtin_ctzll(pruned)]);
                 for (; word; word &= word - 1) sum += to_float(*value++) * to_float(x_row[column + __builtin_ctzll(word)]);
             }
             store_output(matrix, y + b * matrix->rows, row, sum);

@@ -9,6 +9,7 @@ bound by arithmetic, so rows are unpacked tile by tile and given to PyTorch's de
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from typing import Protocol
 
@@ -113,9 +114,14 @@ def _scratch(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def prepare_natively(blob: Tensor, places: Places, bias: Tensor | None) -> NativeMatrix | None:
-    """For the native kernels; None where they do not serve the dtype."""
+    """For the native kernels; None where they do not serve the dtype, or numbers are not as the format stores them."""
     library = load_kernels()
-    if library is None or places.dtype not in KERNEL_DTYPES or (bias is not None and bias.dtype != places.dtype):
+    if (
+        library is None
+        or sys.byteorder != "little"
+        or places.dtype not in KERNEL_DTYPES
+        or (bias is not None and bias.dtype != places.dtype)
+    ):
         return None
     return NativeMatrix(blob, places, None if bias is None else bias.detach().contiguous(), library)
 

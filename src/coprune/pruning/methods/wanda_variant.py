@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.selection import count_pruned
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.pruning.methods.wanda import wanda_score
@@ -54,7 +55,7 @@ def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> Tensor:
     """Find how many weights each row loses under the one share α that gives the sparsity.
 
     α is searched in [0, 0.8] from 0.4 on. A row in which nothing qualifies loses nothing (the published code prunes all of
-    it).
+    it). A row whose scores are all zero, of which no share means anything, loses what the sparsity says of it.
 
     Args:
         ascending: O × I, each row's scores sorted.
@@ -66,8 +67,9 @@ def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> Tensor:
     """
     cumulative = ascending.cumsum(dim=1)
     low, high, share = 0.0, 0.8, 0.4
+    none, meant = total == 0, count_pruned(ascending.shape[1], sparsity)
     while True:
-        counts = torch.searchsorted(cumulative, total * share, right=True)
+        counts = torch.searchsorted(cumulative, total * share, right=True).masked_fill(none, meant)
         reached = float(counts.sum()) / ascending.numel()
         if abs(reached - sparsity) <= TOLERANCE or high - low < TOLERANCE:
             return counts
