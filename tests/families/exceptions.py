@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -11,10 +11,7 @@ class Exceptional:
     """Settings of one type of model."""
 
     why: str
-    then: dict[str, Any] = field(default_factory=dict)
-    """Of the tiny configuration."""
-    first: dict[str, Any] = field(default_factory=dict)
-    """Of the configuration that is made tiny."""
+    settings: dict[str, Any]
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -34,8 +31,10 @@ EXCEPTIONS: dict[str, Exceptional] = {
         {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     ),
     "cvt": Exceptional(_STAGES, {"embed_dim": (16, 48, 96), "depth": (1, 2, 3)}),
-    "dbrx": Exceptional("its rotary base has no default", {"max_seq_len": 128}),
-    "dbrx_attention": Exceptional("as dbrx", {"rope_theta": 10000.0}),
+    "dbrx": Exceptional(
+        "its rotary base has no default",
+        {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "max_seq_len": 128},
+    ),
     "deepseek_v2": Exceptional("how many experts a token gets has no default", {"num_experts_per_tok": 2}),
     "dots1": Exceptional(
         "the numbers of its experts have no defaults",
@@ -59,6 +58,9 @@ EXCEPTIONS: dict[str, Exceptional] = {
         },
     ),
     "falcon_h1": Exceptional(_MAMBA, {"mamba_d_ssm": 128, "mamba_d_head": 32}),
+    "gemma3n_vision": Exceptional(
+        "its eyes are one of timm's models, and large", {"architecture": "test_efficientnet", "hidden_size": 64}
+    ),
     "gemma4_text": Exceptional("heads of its full attention have a width of their own", {"global_head_dim": 16}),
     "gemma4_unified_text": Exceptional("as gemma4_text", {"global_head_dim": 16}),
     "gpt_neo": Exceptional("its kinds of layers are told in pairs", {"attention_types": [[["global", "local"], 1]]}),
@@ -66,6 +68,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
         _STAGES,
         {
             "stem_channels": (3, 16, 16),
+            "hidden_sizes": (32, 64, 64, 64),
             "stage_in_channels": (16, 32, 64, 64),
             "stage_mid_channels": (16, 16, 32, 32),
             "stage_out_channels": (32, 64, 64, 64),
@@ -81,8 +84,13 @@ EXCEPTIONS: dict[str, Exceptional] = {
         "its kinds of layers have no default",
         {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     ),
+    "levit": Exceptional("its stem makes images sixteen times as small", {"image_size": 64, "patch_size": 16}),
     "mamba2": Exceptional(_MAMBA, {"head_dim": 32, "n_groups": 1}),
     "ministral": _HEAD,
+    "mllama_text_model": Exceptional(
+        "one of its layers is for images", {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    ),
+    "mobilevitv2": Exceptional("it makes images 32 times as small, and cuts them then", {"image_size": 128}),
     "nemotron": Exceptional("heads have no defaults", {"head_dim": 16, "num_key_value_heads": 2}),
     "qwen4_exp_text": Exceptional(
         "its indexer's sizes have no defaults",
@@ -104,7 +112,6 @@ EXCEPTIONS: dict[str, Exceptional] = {
             "num_buckets": 4,
         },
     ),
-    "siglip2_vision_model": Exceptional("its patches come cut already", {"patch_size": 16}),
     "swin": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
     "swinv2": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
     "textnet": Exceptional(_STAGES, {"stem_out_channels": 16, "hidden_sizes": (16, 16, 32, 64, 128)}),

@@ -48,6 +48,10 @@ _SIZES: list[tuple[str, int]] = [
 ]
 _KEPT = r"multiple|label|divis|kernel|conv|segment|type_vocab|pad_idx|lang|factor|merge|stride|reduction|temporal"
 _LAYERS = r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers)$"
+_SCALE = (
+    ("layers", _LAYERS),
+    ("width", r"^(hidden_size|d_model|n_embd|intermediate_size|adapter_in_dim|adapter_input_size)$"),
+)
 _WIDTHS = r"hidden_sizes|embed_dims?$|base_attn_unit_dims|channels$"
 
 
@@ -56,19 +60,39 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return _shrunk(CONFIG_MAPPING[model_type], model_type)
 
 
-def _shrunk(kind: type[PreTrainedConfig], model_type: str) -> PreTrainedConfig:
-    own = EXCEPTIONS.get(model_type)
-    default = kind(**own.first if own else {})
+def _shrunk(kind: type[PreTrainedConfig], model_type: str, beside: PreTrainedConfig | None = None) -> PreTrainedConfig:
+    """beside: the configuration of the text model, where this is what sees or hears for it."""
+    own, default = EXCEPTIONS.get(model_type), kind()
     changes = _changes(default)
-    return kind(**{**changes, **(own.then if own else {})})
+    if beside is not None:
+        changes |= _in_proportion(changes, default, beside)
+    return kind(**{**changes, **(own.settings if own else {})})
+
+
+def _in_proportion(changes: dict[str, Any], default: PreTrainedConfig, beside: PreTrainedConfig) -> dict[str, Any]:
+    """What sees or hears is to its text model in depth and width as it is in full size, so that it is not most of it."""
+    ours, theirs = (
+        {key: [v for n, v, _ in _values(config) if re.search(pattern, n) and type(v) is int] for key, pattern in _SCALE}
+        for config in (default, beside)
+    )
+    scaled = {}
+    for name, value in changes.items():
+        for key, pattern in _SCALE:
+            if type(value) is int and re.search(pattern, name) and ours[key] and theirs[key]:
+                least = 1 if key == "layers" else 16
+                wanted = value * max(ours[key]) / max(theirs[key])
+                scaled[name] = least * max(1, round((wanted if key == "layers" else min(wanted, value)) / least))
+    return scaled
 
 
 def _changes(default: PreTrainedConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {}
+    text = next((value for name, value, _ in _values(default) if name == "text_config"), default)
     heads = next((value for name, value, _ in _values(default) if name == "num_attention_heads"), None)
     for name, value, derived in _values(default):
         if isinstance(value, PreTrainedConfig):
-            changes[name] = _shrunk(type(value), value.model_type)
+            sees = re.search(r"vision|audio|image", name) is not None
+            changes[name] = _shrunk(type(value), value.model_type, text if sees else None)
         elif isinstance(value, int) and not isinstance(value, bool) and not derived:
             changes[name] = small(name, value)
             if re.search(r"(key_value|kv)_heads$", name) and value == heads:

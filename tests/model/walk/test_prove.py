@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +113,13 @@ class Random(ToyModel):
         second.first = nn.Sequential(second.first, nn.Dropout(0.5).train())
 
 
+class HasNoHead(ToyModel):
+    def forward(self, input_ids: Tensor, use_cache: bool = False, **more: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=self.run_blocks(self.embeddings(input_ids)))
+
+
 REFUSED = {
+    HasNoHead: "answers without logits",
     ChangesBetween: "changes the hidden states between the blocks, before layers.2",
     RunsTwice: "layers.0 runs out of order or twice",
     Backwards: "layers.2 runs out of order",

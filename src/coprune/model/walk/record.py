@@ -58,7 +58,9 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
         # As positions, not as a number: a slice of the hidden states would make torch copy the head's whole weight.
         positions = batch.shape[-1]
         options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
-    logits: Tensor = model(**{name: batch}, **options).logits
+    logits = getattr(model(**{name: batch}, **options), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedModel("the model answers without logits")
     return logits
 
 
