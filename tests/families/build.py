@@ -28,6 +28,7 @@ def all_types(kind: Kind) -> dict[str, str]:
 def image_size(config: Any) -> int:
     """The height and width of the images that a tiny classifier takes."""
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+    size = size[0] if isinstance(size, list | tuple) else size
     return size if isinstance(size, int) else DEFAULT_IMAGE_SIZE
 
 
