@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from coprune.base.errors import BadInput
 from coprune.packed.folder import is_packed_folder, pack, unpack
 from coprune.packed.format import Format
+from coprune.packed.manifest import read_manifest
 
 
 def sparse(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -146,12 +150,51 @@ def test_two_hundred_damaged_folders_are_refused(dense_folder: Path, tmp_path: P
         (packed / name).write_bytes(originals[name])
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": {"../x": "y"}}', '{"safetensors_headers": 3}', "\x00"])
+FILE = "model-00001-of-00002.safetensors"
+MANIFESTS = [
+    *("", "[]", '{"files": {"../x": "y"}}', '{"safetensors_headers": 3}', "\x00", "[" * 100_000),
+    *('{"files": ["config.json"]}', '{"files": {"config.json": 3}}', '{"files": {"config.json": "\\ud800"}}'),
+    *(json.dumps({"safetensors_headers": {FILE: header}}) for header in (3, None, ["a"], "ü", "AAAA", "eJw=")),
+]
+
+
+@pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
 def test_a_damaged_manifest_is_refused(dense_folder: Path, tmp_path: Path, text: str) -> None:
     pack(dense_folder, tmp_path / "packed")
     (tmp_path / "packed" / "coprune_packed.json").write_text(text)
     with pytest.raises(BadInput):
         unpack(tmp_path / "packed", tmp_path / "again")
+
+
+def test_a_small_manifest_that_stands_for_gigabytes_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.packed.manifest.MAX_HEADER_BYTES", 1_000_000)
+    bomb = base64.b64encode(zlib.compress(bytes(1 << 25))).decode()
+    (tmp_path / "manifest").write_text(json.dumps({"safetensors_headers": {FILE: bomb}}))
+    tracemalloc.start()
+    with pytest.raises(BadInput, match="too large"):
+        read_manifest(tmp_path / "manifest")
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
+
+
+def test_a_header_of_fewer_tensors_is_refused(dense_folder: Path, tmp_path: Path) -> None:
+    pack(dense_folder, tmp_path / "packed")
+    path = tmp_path / "packed" / "coprune_packed.json"
+    manifest = json.loads(path.read_text())
+    header = json.dumps({"a.weight": {"dtype": "F32", "shape": [33, 47], "data_offsets": [0, 33 * 47 * 4]}})
+    manifest["safetensors_headers"][FILE] = base64.b64encode(zlib.compress(header.encode())).decode()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="does not fit"):
+        unpack(tmp_path / "packed", tmp_path / "again")
+
+
+def test_a_configuration_comes_back_with_its_line_ends(dense_folder: Path, tmp_path: Path) -> None:
+    (dense_folder / "config.json").write_bytes(b'{"model_type": "llama",\r\n "name": "\xc3\xbc"}\r\n')
+    pack(dense_folder, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(dense_folder)
 
 
 def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_path: Path) -> None:

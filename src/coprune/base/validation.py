@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from coprune.base.errors import BadInput
 from coprune.base.words import Words, parts_of
 
+_MOST_LETTERS = 200
 Place = tuple[str, ...]
 """Where a value is: the names of fields, and indices, from the outside in."""
 
@@ -53,8 +54,14 @@ def _explain(detail: Any, names: Callable[[Place], tuple[str, str]]) -> BadInput
     field, name = names(place)
     if detail["type"] == "missing":
         return BadInput(f"{name} is missing", field=field)
-    return BadInput(f"{name} cannot be {detail['input']!r}: {message}", field=field, value=detail["input"])
+    return BadInput(f"{name} cannot be {_short(detail['input'])}: {message}", field=field, value=detail["input"])
 
 
 def _plain(place: Place) -> tuple[str, str]:
     return place[0], ".".join(place)
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, cut where that is longer than a message should be."""
+    written = repr(value)
+    return written if len(written) <= _MOST_LETTERS else f"{written[:_MOST_LETTERS]}…"

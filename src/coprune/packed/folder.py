@@ -7,11 +7,8 @@ configuration, the index, the safetensors headers) in `coprune_packed.json`, so 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +24,8 @@ from coprune.model.checkpoint.own_files import own_files
 from coprune.model.checkpoint.shards import read_json
 from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
-from coprune.packed.header import VERSION, is_packed
+from coprune.packed.header import is_packed
+from coprune.packed.manifest import CONFIG, INDEX, MANIFEST, read_manifest, write_manifest
 from coprune.packed.shards import (
     DTYPE_NAMES,
     ShardWriter,
@@ -39,10 +37,6 @@ from coprune.packed.shards import (
     tensor_bytes,
 )
 from coprune.packed.sizes import Sizes
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-MANIFEST = "coprune_packed.json"
 
 
 def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_negative_zeros: bool = False) -> Sizes:
@@ -68,7 +62,8 @@ def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_n
     shards = checkpoint_shards(source)
     config = read_json(source / CONFIG)
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        said = config["quantization_config"]
+        method = said.get("quant_method", "unknown") if isinstance(said, dict) else "unknown"
         raise BadInput(
             f"{source} is already quantised or packed ({method})",
             field="source",
@@ -76,20 +71,20 @@ def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_n
             fix="pack a dense folder",
         )
     sizes = Sizes(target, drops_negative_zeros=drop_negative_zeros)
-    kept: dict[str, str] = {CONFIG: (source / CONFIG).read_text()}
-    headers: dict[str, str] = {}
+    kept: dict[str, bytes] = {CONFIG: (source / CONFIG).read_bytes()}
+    headers: dict[str, bytes] = {}
     with replacing_folder(source, target) as out:
         for shard in shards:
-            headers[shard.name] = base64.b64encode(zlib.compress(read_header_bytes(shard))).decode()
+            headers[shard.name] = read_header_bytes(shard)
             _pack_shard(shard, out / shard.name, format, sizes)
         PackedEncoding(format).configure(config)
         _write_json(out / CONFIG, config)
         if (source / INDEX).exists():
-            kept[INDEX] = (source / INDEX).read_text()
+            kept[INDEX] = (source / INDEX).read_bytes()
             index = read_json(source / INDEX)
             index.setdefault("metadata", {})["total_size"] = sizes.packed
             _write_json(out / INDEX, index)
-        _write_json(out / MANIFEST, {"version": VERSION, "files": kept, "safetensors_headers": headers})
+        write_manifest(out / MANIFEST, kept, headers)
     return sizes
 
 
@@ -114,10 +109,8 @@ def unpack(source: Path | str, target: Path | str) -> Path:
             f"{source} is not a packed folder: its config.json does not name {QUANT_METHOD!r}", field="source"
         )
     # A model that was loaded packed and saved again has no manifest: its tensors come back, not its files' bytes.
-    manifest = read_json(source / MANIFEST) if (source / MANIFEST).exists() else {}
-    files, headers = manifest.get("files", {}), manifest.get("safetensors_headers", {})
-    if not isinstance(files, dict) or not isinstance(headers, dict) or not set(files) <= {CONFIG, INDEX}:
-        raise BadInput(f"{source / MANIFEST} is damaged", fix="copy or pack the model again")
+    manifest = source / MANIFEST
+    files, headers = read_manifest(manifest) if manifest.exists() else ({}, {})
     with replacing_folder(source, target) as out:
         sizes = {}
         for shard in shards:
@@ -130,8 +123,8 @@ def unpack(source: Path | str, target: Path | str) -> Path:
             index = read_json(source / INDEX)
             index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
             _write_json(out / INDEX, index)
-        for name, text in files.items():
-            (out / name).write_text(str(text))
+        for name, content in files.items():
+            (out / name).write_bytes(content)
     return target
 
 
@@ -214,7 +207,7 @@ def _pack_one(tensor: Tensor, format: Format, drop_negative_zeros: bool) -> Tens
     return pack_tensor(tensor, format, drop_negative_zeros)
 
 
-def _unpack_shard(source: Path, target: Path, header: str | None) -> None:
+def _unpack_shard(source: Path, target: Path, header: bytes | None) -> None:
     tensors = ((name, unpack_tensor(tensor) if is_packed(tensor) else tensor) for name, tensor in read_tensors(source))
     if header is None:
         with ShardWriter(target, list(stored_order(read_header_bytes(source)))) as writer:
@@ -222,13 +215,11 @@ def _unpack_shard(source: Path, target: Path, header: str | None) -> None:
                 writer.add(name, tensor)
             writer.finish({"format": "pt"})
         return
-    try:
-        original = zlib.decompress(base64.b64decode(header))
-    except (binascii.Error, zlib.error, TypeError, ValueError) as error:
-        raise BadInput(f"{source.parent / MANIFEST} is damaged", fix="copy or pack the model again") from error
-    expected = stored_order(original)
+    expected = stored_order(header)
+    if list(expected) != list(stored_order(read_header_bytes(source))):
+        raise BadInput(f"{source} does not fit the dense file's header", fix="pack the model again")
     with target.open("wb") as file:
-        file.write(len(original).to_bytes(8, "little") + original)
+        file.write(len(header).to_bytes(8, "little") + header)
         # Packing keeps the order of the data, so the tensors come in the order in which the dense file has them.
         for (wanted, size), (name, tensor) in zip(expected.items(), tensors, strict=False):
             if name != wanted or tensor.numel() * tensor.dtype.itemsize != size:

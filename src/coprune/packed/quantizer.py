@@ -30,10 +30,11 @@ from coprune.model.transformers_private import (
     convert_every_tensor,
     set_conversions_to_revert,
 )
-from coprune.packed.folder import CONFIG, is_packed_folder
+from coprune.packed.folder import is_packed_folder
 from coprune.packed.format import expand_checked
 from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
+from coprune.packed.manifest import CONFIG
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.shards import METADATA_KEY, check_shard
 from coprune.packed.slots import insert_slots, keys_in_model

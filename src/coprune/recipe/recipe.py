@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, one_is_enough
+from coprune.base.yaml_file import read_yaml
 from coprune.recipe.checks import contradiction
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, deciding
@@ -153,14 +154,7 @@ DEFAULTS: dict[str, Any] = {**Recipe(model=ModelPart(name="-")).flat(), "model":
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the settings in a recipe file. Raises BadInput if it cannot be read as a mapping."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"the recipe {path} cannot be read: {error.strerror}", field="recipe", value=path) from None
-    except yaml.YAMLError as error:
-        raise BadInput(
-            f"the recipe {path} is not valid YAML: {str(error).splitlines()[0]}", field="recipe", value=path
-        ) from None
+    data = read_yaml(path, "the recipe", "recipe")
     if not isinstance(data, dict):
         raise BadInput(
             f"the recipe {path} holds no settings",

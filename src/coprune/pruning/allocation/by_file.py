@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Setting
+from coprune.base.yaml_file import read_yaml
 from coprune.pruning.allocation.base import Shown, Unit
 from coprune.pruning.allocation.budget import Curve, within_budget
 from coprune.recipe.pattern import Target, parse_pattern
@@ -41,16 +41,7 @@ class ByFile:
     @classmethod
     def read(cls, path: Path) -> ByFile:
         """Read a file. Raises BadInput if it is missing, no YAML, or holds something else than sparsities."""
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadInput(
-                f"the allocation {path} cannot be read: {error.strerror}", field="allocation", value=path
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"the allocation {path} is not valid YAML: {str(error).splitlines()[0]}", field="allocation", value=path
-            ) from None
+        data = read_yaml(path, "the allocation", "allocation")
         if not isinstance(data, dict) or not data:
             raise BadInput(
                 f"the allocation {path} holds no mapping",

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import is_setting, word_for
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
-from coprune.run.sweep.file import Sweep, is_axis
+from coprune.run.sweep.file import Sweep, is_axis, require_few
 
 Settings = dict[str, Any]
 
@@ -42,6 +43,7 @@ def expand(sweep: Sweep) -> list[Run]:
     chosen = [c for c in combinations if not any(_matches(c, entry) for entry in sweep.exclude)]
     for entry in sweep.include:
         chosen += _combinations({**sweep.settings, **entry}, sweep.zip)
+        require_few([len(chosen)])
     if not chosen:
         raise BadInput("every run of the sweep is excluded", field="sweep.exclude")
     runs: dict[str, Run] = {}
@@ -79,6 +81,7 @@ def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterat
         if members[0] == name:
             lists = zip(*(axes[member] for member in members), strict=True)
             factors.append([dict(zip(members, values, strict=True)) for values in lists])
+    require_few(len(factor) for factor in factors)
     for parts in product(*factors):
         combination = dict(settings)
         for part in parts:
@@ -119,6 +122,9 @@ def _folder(template: str, recipe: Recipe) -> str:
     known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
     known["sparsity"] = f"{recipe.pattern.ratio:g}"
     try:
+        # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
+        if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):
+            raise ValueError(template)
         name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
     except (KeyError, ValueError, IndexError, AttributeError):
         raise BadInput(

@@ -7,7 +7,8 @@ everything that no recipe knows under `sweep:`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -23,6 +24,7 @@ from coprune.recipe.flat import FLAT, flatten, layered, word_for
 from coprune.recipe.recipe import DEFAULTS, read_settings
 
 SWEEP_FILE = "sweep.yaml"
+_MOST_RUNS = 10_000
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.
 _ONE_RUN_ONLY = ("log_json", "push_to_hub")
@@ -192,7 +194,19 @@ def _split(method: Any) -> dict[str, Any]:
 
 def _combined(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     lists = [value if isinstance(value, list) else [value] for value in options.values()]
+    require_few(len(one) for one in lists)
     return [dict(zip(options, values, strict=True)) for values in product(*lists)]
+
+
+def require_few(lengths: Iterable[int]) -> None:
+    """Raise BadInput where lists combine to more runs than anybody waits for; it is said before they are listed."""
+    runs = math.prod(lengths)
+    if runs > _MOST_RUNS:
+        raise BadInput(
+            f"the lists combine to {runs:,} runs, and a sweep has {_MOST_RUNS:,} at most",
+            field="sweep",
+            fix="shorten them, or let some go in step with zip",
+        )
 
 
 def is_axis(name: str, value: Any) -> bool:
