@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,10 +24,8 @@ from coprune.model.checkpoint.part_files import refuse_occupied
 from coprune.model.transformers_private import Conv1D
 from coprune.training.masked_lora import MaskedLoraConfig
 from coprune.training.masks import Masks, plain_parameters
+from coprune.training.saved_adapter import adapter_settings, read_adapter_config
 from coprune.training.saving import require_finite
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str]:
@@ -109,7 +105,7 @@ def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftMode
     Raises BadInput for a folder without adapters, or adapters of another model or of other masks.
     """
     config = read_adapter_config(folder)
-    _require_same_model(model, config, folder)
+    settings = adapter_settings(folder, config, model)
     made_for = config.get("coprune_masks")
     if made_for is not None and made_for != masks.fingerprint():
         raise BadInput(
@@ -118,10 +114,9 @@ def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftMode
             value=folder,
             fix="give the pruned model that it was trained on",
         )
-    known: type[LoraConfig] = LoraConfig if made_for is None else MaskedLoraConfig
-    fields = {name: value for name, value in config.items() if name in known.__dataclass_fields__}
+    known = LoraConfig(**settings) if made_for is None else MaskedLoraConfig(**settings, coprune_masks=made_for)
     with _without_deprecations():
-        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=known(**fields))
+        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=known)
     return adapted
 
 
@@ -154,44 +149,9 @@ def plain_warning(masks: Masks) -> str:
     )
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises BadInput if it is missing or damaged, or not one of LoRA."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except OSError:
-        raise BadInput(f"{folder} holds no adapter: there is no {CONFIG_FILE}") from None
-    except ValueError:
-        raise BadInput(f"{folder / CONFIG_FILE} is damaged: it is not valid JSON") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} holds no adapter of LoRA")
-    return config
-
-
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
     """PEFT still asks transformers for properties by names that are on their way out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-def _require_same_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Compare every tensor of an adapter with the layer that it names."""
-    modules = dict(model.named_modules())
-    try:
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        raise BadInput(f"{folder / WEIGHTS_FILE} is missing or damaged") from None
-    for name, shape in shapes.items():
-        layer, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
-        weight = getattr(modules.get(layer), "weight", None)
-        if weight is None:
-            raise BadInput(f"the adapter in {folder} is of another model: this one has no layer {layer!r}")
-        rows, columns = weight.shape[::-1] if config.get("fan_in_fan_out") else weight.shape
-        wide = columns if factor.startswith("A") else rows
-        if wide != (shape[1] if factor.startswith("A") else shape[0]):
-            raise BadInput(
-                f"the adapter in {folder} is of another model: {layer} is {rows} × {columns} here, which its tensor of "
-                f"{shape[0]} × {shape[1]} does not fit"
-            )
