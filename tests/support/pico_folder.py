@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coprune.model.checkpoint.load import quiet_transformers
 from support.pico import VOCABULARY, pico_model
 
 
-def pico_tokenizer() -> PreTrainedTokenizerFast:
-    """The words w0 … w255 are the tokens 0 … 255."""
+def pico_tokenizer(bos: Literal["none", "known", "put"] = "none") -> PreTrainedTokenizerFast:
+    """The words w0 … w255 are the tokens 0 … 255. bos: whether 1 is a BOS instead, and put before every text."""
     vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    if bos != "none":
+        vocabulary = {"<s>" if number == 1 else word: number for word, number in vocabulary.items()}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3")
+    if bos == "put":
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "w3"} | ({} if bos == "none" else {"bos_token": "<s>"})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def save_pico(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -10,17 +10,30 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.given import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents
+
+
+class Tokenizes(Protocol):
+    """What is asked of a tokenizer."""
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it can tell where its tokens lie."""
+        ...
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """`input_ids`, and `offset_mapping` if that is asked for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Windows:
     tokens: Tensor
     fingerprint: str
     source: str
+    given: bool = False
+    """Token ids that were handed over, which nothing is added to."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class EvaluationText:
     token_bytes: Tensor
     fingerprint: str
     source: str
+    given: bool = False
+    """Token ids that were handed over, which nothing is added to."""
 
     @property
     def bytes(self) -> int:
@@ -52,7 +69,7 @@ class EvaluationText:
 
 def calibration_windows(
     name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizes | None,
     nsamples: int,
     seqlen: int,
     seed: int,
@@ -61,8 +78,8 @@ def calibration_windows(
     """Draw calibration samples as the authors of Wanda do (arXiv 2306.11695): nsamples × seqlen tokens, int64.
 
     name: a corpus, a path, a Hub id, or of what was handed over (see `coprune.data.corpora.calibration_text`). Token
-    ids that were handed over are the samples themselves. From a joined text windows start
-    anywhere; from separate documents (c4) each window lies in a document of more than seqlen tokens.
+    ids that were handed over are the samples themselves. From a joined text windows start anywhere; from separate documents
+    (c4) each window lies in a document of more than seqlen tokens.
     Raises BadInput for sizes that make no sense, a corpus that cannot be read, or too little text for one sample.
     """
     if nsamples < 1:
@@ -73,7 +90,7 @@ def calibration_windows(
     text = calibration_text(name, cache_dir)
     if isinstance(text, GivenTokens):
         windows = _first_windows(text, nsamples, seqlen)
-        return Windows(windows, fingerprint(windows), text.source)
+        return Windows(windows, fingerprint(windows), text.source, given=True)
     tokenizer = _needed(tokenizer)
     if isinstance(text, Documents):
         tokens = draw_from_documents(
@@ -86,7 +103,7 @@ def calibration_windows(
 
 def evaluation_tokens(
     name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizes | None,
     seqlen: int,
     cache_dir: Path | None = None,
     limit_tokens: int | None = None,
@@ -111,7 +128,8 @@ def evaluation_tokens(
     keep = min([len(tokens), *limits])
     _require_length(keep, seqlen, text.source)
     tokens = tokens[:keep].clone()
-    return EvaluationText(tokens, sizes[:keep].clone(), fingerprint(tokens), text.source)
+    given = isinstance(text, GivenTokens)
+    return EvaluationText(tokens, sizes[:keep].clone(), fingerprint(tokens), text.source, given)
 
 
 def draw_windows(ids: list[int], nsamples: int, seqlen: int, seed: int, source: str = "the text") -> Tensor:
@@ -162,14 +180,14 @@ def draw_from_documents(
     return torch.stack(windows)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def token_ids(tokenizer: Tokenizes, text: str) -> list[int]:
     """Tokenise with the tokenizer's own defaults (its beginning-of-text mark included), whatever the length."""
     # verbose=False: a corpus is longer than any model's limit, and is cut into windows afterwards.
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     return ids
 
 
-def tokens_and_bytes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, Tensor]:
+def tokens_and_bytes(tokenizer: Tokenizes, text: str) -> tuple[Tensor, Tensor]:
     """Tokenise, and count the UTF-8 bytes that each token covers: T int64 and T int64.
 
     A token covers the text from its own start to the start of the next, so that the bytes add up exactly. A tokenizer
@@ -208,7 +226,7 @@ def _first_windows(given: GivenTokens, nsamples: int, seqlen: int) -> Tensor:
     return found[:nsamples]
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def _needed(tokenizer: Tokenizes | None) -> Tokenizes:
     if tokenizer is None:
         needs = "a model in memory needs its tokenizer to read text"
         raise BadInput(needs, field="tokenizer", fix=("give it with ", Setting("tokenizer")))

@@ -16,6 +16,7 @@ class MeasureArguments(TypedDict, total=False):
     include_path: str | Path | None
     limit: int | None
     seqlen: int | None
+    bos: Literal["auto", "first", "every", "never"]
     batch_size: int | None
     tokens: int | None
     images: int | None

@@ -36,6 +36,8 @@ def compare_models(
     tasks = Extras.prepare(recipe).tasks
     subjects = [Subject(one, cache, reporter, tasks) for one in found]
     require_one_task(subjects)
+    for subject in subjects[1:]:
+        subject.begin_as(subjects[0])
     baseline = subjects[0].measure()
     rows = [row(models[0], baseline, None)]
     for name, subject in zip(models[1:], subjects[1:], strict=True):

@@ -77,6 +77,8 @@ def _evaluate(
     if against is not None:
         dense = Subject(recipe.replaced(model=str(against)), cache, reporter, None, held[1])
     subject = Subject(recipe, cache, reporter, tasks, held[0])
+    if dense is not None:
+        subject.begin_as(dense)
     found = subject.measure()
     if dense is None:
         return found

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.shown import Sheet, Shown
+from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.zero_shot import Estimate, ZeroShot
 
@@ -39,6 +40,8 @@ class Evaluation(Shown, _Facts):
     model: str
     weights: WeightFacts
     perplexity: tuple[Perplexity, ...] = ()
+    bos: BosChoice | None = None
+    """How windows of text begin; None where no text was asked for."""
     accuracy: tuple[Accuracy, ...] = ()
     """Of a classifier of images."""
     zero_shot: ZeroShot | None = None
@@ -57,6 +60,8 @@ class Evaluation(Shown, _Facts):
     def sheet(self) -> Sheet:
         """Everything that was measured."""
         rows = [("perplexity", found.line()) for found in self.perplexity]
+        if self.bos is not None and (begins := self.bos.line()) is not None:
+            rows.append(("BOS", begins))
         rows += [("accuracy", found.line()) for found in self.accuracy]
         rows += [("closeness", found.line(self.against)) for found in self.closeness]
         zero_shot = self.zero_shot

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
+from coprune.evaluation.bos import BosChoice, score_in_memory
 from coprune.evaluation.cache import EvaluationCache, text_fingerprint
 from coprune.evaluation.closeness import closeness
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
@@ -60,6 +62,7 @@ class Subject:
         self._reporter = reporter
         self._loaded: Loaded | None = None
         self._texts: dict[str, Any] = {}
+        self._leader: Subject | None = None
 
     @property
     def loaded(self) -> Loaded:
@@ -75,15 +78,38 @@ class Subject:
         self._loaded = None
         self._texts = {}
 
+    def begin_as(self, other: Subject) -> None:
+        """Let windows of text begin as those of another model, so that both are measured on the same tokens."""
+        self._leader = other
+
+    @cached_property
+    def bos(self) -> BosChoice | None:
+        """How windows of text begin: as asked for, or as the first text speaks for; None where there is no text."""
+        if self._leader is not None:
+            return self._leader.bos
+        if self.classifies or not self._asked:
+            return None
+        first, asked = self._asked[0], self.recipe.calibration.bos
+        return self._cache.get(self._key("bos", asked=asked, **self._text_key(first)), BosChoice, self._choose_bos)
+
+    def _choose_bos(self) -> BosChoice:
+        task = self._task(self._asked[0], self.recipe.calibration.bos)
+        length = task.seqlen - 1
+        return task.settle_bos(score_in_memory(self.loaded.model, length), None, task.evaluation(self._reporter))[0]
+
+    def _task(self, asked: Text, bos: str) -> TextTask:
+        return TextTask(asked.recipe(self.recipe).replaced(bos=bos), self.loaded, ALONE, read_anew)
+
     def measure(self) -> Evaluation:
         """Count weights, measure perplexity on every text, and run the tasks if there are any."""
         return Evaluation(
             model=self.name,
             weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
             perplexity=tuple(
-                self._cache.get(self._key("perplexity", **self._text_key(text)), Perplexity, self._measure_text(text))
+                self._cache.get(self._begun_key("perplexity", text), Perplexity, self._measure_text(text))
                 for text in ([] if self.classifies else self._asked)
             ),
+            bos=self.bos,
             accuracy=self._accuracies() if self.classifies else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
         )
@@ -113,7 +139,7 @@ class Subject:
             )
         return tuple(
             self._cache.get(
-                self._key("closeness", dense=dense.fingerprint, **self._text_key(text)),
+                self._begun_key("closeness", text, dense=dense.fingerprint),
                 Closeness,
                 self._compare_on(text, dense),
             )
@@ -126,9 +152,8 @@ class Subject:
     def text(self, asked: Text) -> Any:
         """An evaluation text in this model's tokens."""
         if asked.label not in self._texts:
-            recipe = asked.recipe(self.recipe)
-            read = TextTask(recipe, self.loaded, ALONE, read_anew).evaluation(self._reporter)
-            self._texts[asked.label] = read[asked.name]
+            used = "auto" if self.bos is None or self.bos.used == "as given" else self.bos.used
+            self._texts[asked.label] = self._task(asked, used).evaluation(self._reporter)[asked.name]
         return self._texts[asked.label]
 
     def _measure_text(self, asked: Text) -> Callable[[], Perplexity]:
@@ -177,6 +202,10 @@ class Subject:
             tasks=tasks_fingerprint(tasks, settings.limit),
         )
         return self._cache.get(key, ZeroShot, run)
+
+    def _begun_key(self, what: str, asked: Text, **settings: Any) -> str:
+        """A key for what is measured on a text, which also says how its windows begin."""
+        return self._key(what, bos=None if self.bos is None else self.bos.used, **settings, **self._text_key(asked))
 
     def _text_key(self, asked: Text) -> dict[str, Any]:
         recipe = asked.recipe(self.recipe)

@@ -37,6 +37,7 @@ FLAT: dict[str, str] = {
     "dataset": "calibration.data",
     "nsamples": "calibration.samples",
     "seqlen": "calibration.seqlen",
+    "bos": "calibration.bos",
     "seed": "calibration.seed",
     "activation_memory": "calibration.activation_memory",
     "batch_size": "calibration.batch_size",

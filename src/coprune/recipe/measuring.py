@@ -28,6 +28,7 @@ SETTINGS: dict[str, Setting] = {
     "include_path": Setting("include_path"),
     "limit": Setting("limit"),
     "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
+    "bos": Setting("bos"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
     "tokens": Setting("eval_tokens", "Use only so many tokens of each text. [all]"),
     "images": Setting("eval_images", "Use only so many images of each set. [all]"),

@@ -103,8 +103,10 @@ def _cards(report: Report) -> str:
 def _perplexity(report: Report) -> str:
     rows = [_perplexity_row(entry) for entry in report.perplexity]
     header = ["text", "dense", "pruned", "95 % interval", "bits per byte", "sequence length", "windows"]
+    begins = None if report.bos is None else report.bos.line()
+    said = "" if begins is None else f" The token that begins a text (BOS): {begins}."
     return section(
-        "Perplexity", table(header, rows), note="Non-overlapping windows; the interval is a bootstrap over them."
+        "Perplexity", table(header, rows), note=f"Non-overlapping windows; the interval is a bootstrap over them.{said}"
     )
 
 

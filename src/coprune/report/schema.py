@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown
+from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
@@ -107,6 +108,8 @@ class Report(Shown, BaseModel):
     sample: TextSample | None = None
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
+    bos: BosChoice | None = None
+    """How windows of text begin; None where there is no text."""
     edits: list[str] = []
     """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []
@@ -131,6 +134,8 @@ class Report(Shown, BaseModel):
              f"{zeros.model:.2%} of all parameters"),
         ]  # fmt: skip
         rows += [("perplexity", text.line()) for text in self.perplexity]
+        if self.bos is not None and (begins := self.bos.line()) is not None:
+            rows.append(("BOS", begins))
         rows += [("accuracy", images.line()) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         rows += [("left", layer) for layer in self.left_out]

@@ -57,6 +57,7 @@ class CalibrationArguments(TypedDict, total=False):
     dataset: CalibrationData
     nsamples: int
     seqlen: int | None
+    bos: Literal["auto", "first", "every", "never"]
     seed: int
     batch_size: int | None
     activation_memory: float | None

@@ -47,6 +47,7 @@ def build_report(session: Session, found: Found) -> Report:
             if isinstance(one, Perplexity)
         ],
         accuracy=[_accuracy(opened, found.dense.get(name), one) for name, one in measured if isinstance(one, Accuracy)],
+        bos=opened.bos,
         left_out=[*map(str, model.chosen.left_out), *opened.loaded.left_out],
         prune_seconds=found.outcome.seconds,
         total_seconds=found.total_seconds,

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
+from coprune.base.words import Set, say
 from coprune.data import EvaluationText, Windows
+from coprune.evaluation.bos import BosChoice, score_of
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
@@ -56,6 +58,8 @@ class Opened:
     data: dict[str, Data]
     around: Surroundings
     started: float
+    bos: BosChoice | None = None
+    """How windows of text begin, once that is settled."""
 
     def estimate(self) -> Estimate | None:
         """What the run will take; None for models of images."""
@@ -136,4 +140,19 @@ def prove_run(opened: Opened) -> Session:
     check_widths(model.chosen.all(), opened.target)
     for left_out in [*model.chosen.left_out, *opened.loaded.left_out]:
         opened.around.reporter.say(f"Left alone: {left_out}.")
-    return Session(opened, model, prepare_reconstruction(opened.recipe))
+    return Session(_settle_bos(opened, model), model, prepare_reconstruction(opened.recipe))
+
+
+def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:
+    """The same with windows of text that begin as the recipe says, or as the dense model speaks for."""
+    task, recipe = opened.task, opened.recipe
+    if not isinstance(task, TextTask) or not (opened.samples or opened.data):
+        return opened
+    score = score_of(model, task.seqlen - 1, opened.activations())
+    choice, samples, data = task.settle_bos(score, opened.samples, opened.data)
+    if (line := choice.line()) is not None:
+        opened.around.reporter.say(f"The token that begins a text: {line}.")
+        if recipe.calibration.bos == "auto" and choice.used == "every":
+            usual = ("The papers' way, once at the start of the text, is ", Set("bos", "first"), ".")
+            opened.around.reporter.say(say(usual))
+    return replace(opened, samples=samples, data=data, bos=choice)

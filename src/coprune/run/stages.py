@@ -163,7 +163,9 @@ def _open_output(session: Session) -> Output | None:
     if recipe.output.model is None and not model.weights.streams:
         return None
     data = None if samples is None else samples.fingerprint
-    identity = run_identity(recipe, opened.loaded.fingerprint(model.blocks), data)
+    # How windows begin is decided by now, whoever decided it.
+    used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
+    identity = run_identity(recipe.replaced(bos=used), opened.loaded.fingerprint(model.blocks), data)
     folder = recipe.output.model or path_of(recipe.run_folder, "checkpoint")
     return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
 

@@ -38,6 +38,9 @@ def prune_and_finetune(
     else:
         reporter.say(f"Pruned by an earlier run: {pruning.output.model}")
         report = done
+    if report.bos is not None and report.bos.used != "as given":
+        # As the dense model spoke for, so that the figures of pruned and fine-tuned model are of the same windows.
+        settings = settings.model_copy(update={"bos": report.bos.used})
     if processes.first:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     found: FinetuneReport = run_finetuning(settings, reporter)
@@ -70,6 +73,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "evaluate": recipe.evaluation.perplexity,
             "eval_data": recipe.evaluation.data,
             "eval_tokens": recipe.evaluation.tokens,
+            "bos": recipe.calibration.bos,
             "eval_images": recipe.evaluation.images,
             "report_to": recipe.output.report_to or "none",
             "save": recipe.run_folder / "finetune",

@@ -54,6 +54,7 @@ class FinetuneArguments(TrainingArguments, total=False):
     eval_data: TextData | None
     eval_images: int | None
     eval_tokens: int | None
+    bos: Literal["auto", "first", "every", "never"]
     cache_dir: str | Path | None
     report_to: str
     save: str | Path | None

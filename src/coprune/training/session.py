@@ -14,6 +14,7 @@ from coprune.base.environment import local_rank
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
+from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.checkpoint.load import load_model
@@ -72,13 +73,15 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     task = _task(settings, loaded)
     data = _training_data(settings, task, processor)
     evaluation = task.evaluation(reporter)
+    if isinstance(task, TextTask) and evaluation:
+        _, _, evaluation = task.settle_bos(score_in_memory(model, task.seqlen - 1), None, evaluation)
     prepared = _make_trainable(model, masks, settings, reporter)
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter)
 
 
 def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
     """The task of the model, which pruning has too, for the part of the settings that a pruning run shares."""
-    names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images"}
+    names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "bos"}
     recipe = make_recipe(
         settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.block_size}
     )

@@ -161,6 +161,11 @@ class FinetuneSettings(BaseModel):
     eval_tokens: Annotated[
         int | None, Decides.MEASUREMENT, Field(description="Use only so many tokens of each. [all]", ge=2)
     ] = None
+    bos: Annotated[
+        Literal["auto", "first", "every", "never"],
+        Decides.MEASUREMENT,
+        Field(description="Where the token that begins a text (BOS) stands in perplexity windows, as in prune."),
+    ] = "auto"
     cache_dir: Annotated[Path | None, Decides.WHERE, Field(description="Where downloads are kept.")] = None
     report_to: Annotated[
         str, Decides.WHERE, Field(description="Trackers as transformers names them, such as wandb.")

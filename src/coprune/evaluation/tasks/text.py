@@ -15,6 +15,9 @@ from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
 from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
+from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
+from coprune.evaluation.batches import cut_windows
+from coprune.evaluation.bos import BosChoice, Score, choose_bos
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import perplexity
 from coprune.evaluation.shared import shared_perplexity
@@ -37,6 +40,7 @@ class TextTask:
         self._recipe, self._loaded = recipe, loaded
         self._processes, self._remember = processes, remember
         self.seqlen = choose_seqlen(loaded.model, recipe.calibration.seqlen)
+        self._tokenizer = beginning(loaded.tokenizer, recipe.calibration.bos)
 
     def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
         recipe, nsamples = self._recipe, self._recipe.calibration.samples
@@ -45,14 +49,55 @@ class TextTask:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
         reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
-        tokenizer, seed, folder = self._loaded.tokenizer, recipe.calibration.seed, recipe.model.cache_dir
+        tokenizer, seed, folder = self._tokenizer, recipe.calibration.seed, recipe.model.cache_dir
         with about("dataset", recipe.calibration.data):
             windows = self._remember(
-                ("calibration", self._loaded.source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
+                ("calibration", *self._source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
                 lambda: calibration_windows(recipe.calibration.data, tokenizer, nsamples, self.seqlen, seed, folder),
             )
             self._check_ids(windows.tokens)
-        return windows
+        return windows_at_bos(windows, self._bos) if recipe.calibration.bos == "every" else windows
+
+    @property
+    def _source(self) -> tuple[str, str]:
+        """What decides the tokens of a text."""
+        return self._loaded.source, self._recipe.calibration.bos
+
+    @property
+    def _bos(self) -> int:
+        assert self._loaded.tokenizer is not None
+        return bos_of(self._loaded.tokenizer, "every")
+
+    def settle_bos(
+        self, score: Score, samples: Samples | None, data: dict[str, Data]
+    ) -> tuple[BosChoice, Samples | None, dict[str, Data]]:
+        """Choose how windows begin, where that is left open, and let them.
+
+        Args:
+            score: by which the dense model is tried.
+            samples: as `calibration` gave them.
+            data: as `evaluation` gave it.
+
+        Returns:
+            The choice, and both as they begin now.
+        """
+        texts = [one for one in data.values() if isinstance(one, EvaluationText) and not one.given]
+        windows = None
+        if isinstance(samples, Windows) and not samples.given:
+            windows = samples.tokens
+        elif texts:
+            windows = cut_windows(texts[0].tokens, self.seqlen)
+        asked, tokenizer = self._recipe.calibration.bos, self._loaded.tokenizer
+        choice = self._processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
+        if asked != "auto" or choice.used != "every":
+            return choice, samples, data
+        if isinstance(samples, Windows):
+            samples = windows_at_bos(samples, self._bos)
+        begun = {
+            name: text_at_bos(one, self._bos, self.seqlen) if isinstance(one, EvaluationText) else one
+            for name, one in data.items()
+        }
+        return choice, samples, begun
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
@@ -68,18 +113,14 @@ class TextTask:
         return {name: self._read(name)}
 
     def _read(self, name: str) -> EvaluationText:
-        tokenizer, folder, limit = (
-            self._loaded.tokenizer,
-            self._recipe.model.cache_dir,
-            self._recipe.evaluation.tokens,
-        )
+        tokenizer, folder, limit = self._tokenizer, self._recipe.model.cache_dir, self._recipe.evaluation.tokens
         with about("eval_data", name):
             text = self._remember(
-                ("evaluation", self._loaded.source, name, self.seqlen, folder, limit),
+                ("evaluation", *self._source, name, self.seqlen, folder, limit),
                 lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
             )
             self._check_ids(text.tokens)
-        return text
+        return text_at_bos(text, self._bos, self.seqlen) if self._recipe.calibration.bos == "every" else text
 
     def _check_ids(self, tokens: Tensor) -> None:
         """Token ids may be handed over, or be of another model's tokenizer."""

@@ -1,0 +1,100 @@
+"""The token that begins a text (BOS): whether a text has it at its start, before every window, or not at all.
+
+A tokenizer has a habit of its own: LLaMA's and Gemma's put BOS before every text that they are given, GPT-2's and Qwen's put
+none. As a corpus is one text, the papers' windows of a LLaMA have none but the first: that is `first`. Some models have never
+seen a window without it and are lost there, which `every` is for: BOS takes the first place of each window, and the text goes
+on behind it, so that windows stay as long as they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Set
+from coprune.data.windows import EvaluationText, Tokenizes, Windows, fingerprint
+
+Bos = Literal["first", "every", "never"]
+AskedBos = Literal["auto", "first", "every", "never"]
+
+
+def put_by(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS that a tokenizer puts before a text by itself; None if it puts none."""
+    bos, ids = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"]
+    return bos if isinstance(bos, int) and ids[:1] == [bos] else None
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase, asked: AskedBos) -> int:
+    """A tokenizer's BOS. Raises BadInput if it has none."""
+    bos = tokenizer.bos_token_id
+    if not isinstance(bos, int):
+        never = ("take ", Set("bos", "never"))
+        raise BadInput("the tokenizer has no token that begins a text", field="bos", value=asked, fix=never)
+    return bos
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase | None, asked: AskedBos) -> Tokenizes | None:
+    """A tokenizer that begins a text as asked; with its own habit for `auto` and `every`, which is about windows.
+
+    Raises:
+        BadInput: a BOS is asked for, and it has none.
+    """
+    if tokenizer is None or asked == "auto":
+        return tokenizer
+    put = put_by(tokenizer)
+    if asked == "never":
+        return tokenizer if put is None else _Beginning(tokenizer, None)
+    bos = bos_of(tokenizer, asked)
+    return tokenizer if asked == "every" or put is not None else _Beginning(tokenizer, bos)
+
+
+class _Beginning:
+    """A tokenizer against its habit: with a BOS that it does not put, or (None) without the one that it puts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> None:
+        self._tokenizer, self._bos = tokenizer, bos
+        self.is_fast = tokenizer.is_fast
+
+    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+        """As the tokenizer."""
+        encoded = self._tokenizer(text, **options)
+        found = {name: encoded[name] for name in ("input_ids", "offset_mapping") if name in encoded}
+        if self._bos is None:
+            return {name: values[1:] for name, values in found.items()}
+        return {name: [self._bos if name == "input_ids" else (0, 0), *values] for name, values in found.items()}
+
+
+def windows_at_bos(windows: Windows, bos: int) -> Windows:
+    """Calibration windows that all begin with BOS, the last token dropped for it; ids that were handed over stay."""
+    if windows.given:
+        return windows
+    tokens = windows.tokens
+    behind = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
+    tokens = torch.where(tokens[:, :1] == bos, tokens, behind)
+    return replace(windows, tokens=tokens, fingerprint=fingerprint(tokens))
+
+
+def text_at_bos(text: EvaluationText, bos: int, seqlen: int) -> EvaluationText:
+    """An evaluation text of which every window of seqlen tokens begins with BOS; ids that were handed over stay.
+
+    There are as many windows as before, so that each has one token of the text less.
+    """
+    if text.given:
+        return text
+    count, (tokens, sizes) = len(text.tokens) // seqlen, (text.tokens, text.token_bytes.clone())
+    if int(tokens[0]) == bos:
+        sizes[1] += sizes[0]
+        tokens, sizes = tokens[1:], sizes[1:]
+    begun = _after(tokens, bos, count, seqlen)
+    return replace(text, tokens=begun, token_bytes=_after(sizes, 0, count, seqlen), fingerprint=fingerprint(begun))
+
+
+def _after(stream: Tensor, first: int, count: int, seqlen: int) -> Tensor:
+    """Cut a stream into `count` pieces, each with `first` before it: count · seqlen values."""
+    pieces = stream[: count * (seqlen - 1)].view(count, seqlen - 1)
+    return torch.cat([torch.full_like(pieces[:, :1], first), pieces], dim=1).flatten()

@@ -1,0 +1,118 @@
+"""Which windows begin with BOS: what was asked for, or what a few windows of the dense model speak for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.data.bos import AskedBos, bos_of, put_by
+from coprune.evaluation.batches import inference_logits
+from coprune.evaluation.perplexity import window_nll
+from coprune.model.walk.activations import Activations
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.streamed import streamed_logits
+
+CLEARLY_BETTER = 0.05
+"""By so much perplexity has to fall for `auto` to leave the tokenizer's own habit."""
+TRIED_TOKENS = 2048
+FEWEST, MOST = 2, 8
+"""Windows to try, as many as hold so many tokens."""
+
+Score = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Windows (1 × S int64 each) → the mean negative log likelihood of each one's tokens behind its first, and behind its BOS."""
+
+
+class BosChoice(BaseModel):
+    """How windows begin, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    asked: AskedBos = "auto"
+    used: Literal["first", "every", "never", "as given"] = "never"
+    """as given: token ids that were handed over."""
+    without: float | None = None
+    """Perplexity of a few windows of the dense model without BOS; None if that was not tried."""
+    with_bos: float | None = None
+    """The same with BOS before each."""
+    windows: int = 0
+    """How many were tried."""
+
+    def line(self) -> str | None:
+        """The choice, for people; None where there was none."""
+        if self.used == "as given" or (self.asked == "auto" and self.used == "never"):
+            return None
+        said = {"first": "at the start of the text", "every": "at the start of every window", "never": "nowhere"}
+        if self.without is None or self.with_bos is None:
+            return said[self.used]
+        tried = f"on {self.windows} windows the dense model has perplexity {self.with_bos:.2f} with it and "
+        return f"{said[self.used]} ({tried}{self.without:.2f} without)"
+
+
+def choose_bos(
+    asked: AskedBos, tokenizer: PreTrainedTokenizerBase | None, windows: Tensor | None, score: Score
+) -> BosChoice:
+    """Choose how windows begin.
+
+    Args:
+        asked: what the recipe says. `auto` keeps the tokenizer's habit, unless it puts BOS and the dense model is better by
+            5 % in perplexity where every window begins with it.
+        tokenizer: the model's; None if all there is are token ids.
+        windows: N × S int64, some windows of text in the tokenizer's own habit; None if there are none.
+        score: by which the dense model is tried.
+
+    Raises:
+        BadInput: BOS is asked for, and the tokenizer has none.
+    """
+    if tokenizer is None:
+        return BosChoice(asked=asked, used="as given")
+    if asked != "auto":
+        if asked != "never":
+            bos_of(tokenizer, asked)
+        return BosChoice(asked=asked, used=asked)
+    bos = put_by(tokenizer)
+    if bos is None:
+        return BosChoice()
+    if windows is None or windows.shape[1] < 3:
+        return BosChoice(used="first")
+    count = min(len(windows), max(FEWEST, min(MOST, TRIED_TOKENS // windows.shape[1])))
+    # Without the first token, which may be BOS itself.
+    texts = windows[:count, 1:]
+    marked = torch.cat([torch.full_like(texts[:, :1], bos), texts], dim=1)
+    found = score([*texts.split(1), *marked.split(1)])
+    without, with_bos = (math.exp(float(torch.cat(part).mean())) for part in (found[:count], found[count:]))
+    used: Literal["first", "every"] = "every" if with_bos < (1 - CLEARLY_BETTER) * without else "first"
+    return BosChoice(used=used, without=without, with_bos=with_bos, windows=count)
+
+
+def score_in_memory(model: PreTrainedModel, length: int) -> Score:
+    """Of a model in memory. length: of the text in a window."""
+
+    def score(windows: Sequence[Tensor]) -> list[Tensor]:
+        with inference_logits(model) as logits_of:
+            return [_behind(logits_of(window), window, length) for window in windows]
+
+    return score
+
+
+def score_of(model: ProvenModel, length: int, activations: Activations) -> Score:
+    """Of a model whose blocks may be read one at a time, each once. length: of the text in a window."""
+    if not model.weights.streams:
+        return score_in_memory(model.module, length)
+
+    def score(windows: Sequence[Tensor]) -> list[Tensor]:
+        device = model.structure.sample.device
+        there = [window.to(device) for window in windows]
+        return streamed_logits(model, there, lambda x, t: _behind(x, t, length), activations=activations)
+
+    return score
+
+
+def _behind(logits: Tensor, window: Tensor, length: int) -> Tensor:
+    """Mean negative log likelihood of a window's last tokens but the first of them, on the CPU."""
+    return window_nll(logits[:, -length:], window[:, -length:]).cpu()
