@@ -168,3 +168,11 @@ def test_bytes_of_a_real_tokenizer_are_those_of_its_tokens(smollm2_tokenizer: Pr
     tokens, sizes = tokens_and_bytes(smollm2_tokenizer, text)
     pieces = [len(str(smollm2_tokenizer.decode([token])).encode()) for token in tokens.tolist()]
     assert sizes.tolist() == pieces
+
+
+@pytest.mark.parametrize("samples", [10**12, 10**30])
+def test_more_samples_than_there_is_memory_are_refused_before_one_is_drawn(samples: int, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("w1 w2 w3")
+    with pytest.raises(BadInput, match="are free") as caught:
+        calibration_windows(str(tmp_path / "words.txt"), None, samples, 32, 0)
+    assert caught.value.field == "nsamples"

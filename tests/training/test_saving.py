@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from coprune.base.errors import NumericalError, VerificationError
+from coprune.base.errors import CopruneError, NumericalError, VerificationError
 from coprune.base.progress import Reporter
 from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
@@ -85,3 +88,41 @@ def test_an_announced_run_whose_model_is_missing_goes_on(
     assert (tmp_path / "run" / "training" / "announced.json").is_file()
     assert tune(home, tmp_path / "run", save_model=tmp_path / "model").saved_model == tmp_path / "model"
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("most", [3_000, 40_000], ids=["in the first file", "in a later one"])
+def test_a_full_disk_is_one_message_and_costs_nothing(home: Path, tmp_path: Path, most: int) -> None:
+    """The system refuses to make any file larger than that, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(CopruneError, match="could not be written") as caught:
+            tune(home, tmp_path / "run", save_every=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "model").exists()
+    assert tune(home, tmp_path / "run", save_every=1).saved_model == tmp_path / "run" / "model"
+
+
+@pytest.mark.parametrize("at", ["trainer.save", "torch.save", "save_model"])
+def test_any_full_disk_is_one_message(at: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: dict[str, Exception] = {
+        "trainer.save": OSError(errno.ENOSPC, "No space left on device"),
+        "torch.save": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"),
+        "save_model": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    }
+
+    def full(*_: Any, **__: Any) -> None:
+        raise errors[at]
+
+    places = {
+        "trainer.save": "transformers.Trainer._save_checkpoint",
+        "torch.save": "transformers.Trainer._save_optimizer_and_scheduler",
+        "save_model": "coprune.model.checkpoint.writer.save_file",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(places[at], full)
+        with pytest.raises(CopruneError, match="could not be written"):
+            tune(home, tmp_path / "run", save_every=1)
+    assert not (tmp_path / "run" / "model").exists()

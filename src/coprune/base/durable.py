@@ -17,6 +17,11 @@ TEMPORARY = ".tmp"
 """How the names of files end that are not whole yet."""
 _NAME_LETTERS = 200  # of a name, which has 255 bytes at most
 _IDLE_SECONDS = 3600.0
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the share of the disk is used up",
+    errno.EFBIG: "files may not be as large here",
+}
 
 
 def write_durably(file: Path, write: Callable[[Path], object]) -> None:
@@ -61,16 +66,26 @@ def _remove_left(file: Path) -> None:
 
 @contextmanager
 def full_disk_explained(file: Path) -> Iterator[None]:
-    """Raise CopruneError where the disk is full."""
+    """Raise CopruneError where the disk is full, or a file is larger than it may be."""
     try:
         yield
     except Exception as error:
-        # safetensors reports a full disk in words of its own.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CopruneError(
-                f"the disk is full: {file} could not be written", fix="free some space and go on"
-            ) from error
-        raise
+        cause = _why_not_written(error)
+        if cause is None:
+            raise
+        raise CopruneError(f"{cause}: {file} could not be written", fix="free some space and go on") from error
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """What an error of writing says of the disk; None if it is about something else."""
+    number, said = getattr(error, "errno", None), str(error)
+    for code, cause in _FULL.items():
+        if number == code or os.strerror(code) in said:  # safetensors has words of its own around the system's
+            return cause
+    # torch says neither the file nor the cause.
+    return (
+        "the disk is full or cannot be written" if "PytorchStreamWriter" in said or "inline_container" in said else None
+    )
 
 
 def name_durably(partial: Path, folder: Path) -> None:

@@ -72,7 +72,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 # What the user can mend; any other error of the system is a bug that needs its traceback.
 _FILE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
-    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.EMFILE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.EPERM, errno.EIO),
 )
 
 

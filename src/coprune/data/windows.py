@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.memory import available_bytes
 from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.given import GivenTokens
@@ -87,6 +88,7 @@ def calibration_windows(
             f"the number of calibration samples must be at least 1, not {nsamples}", field="nsamples", value=nsamples
         )
     _require_seqlen(seqlen)
+    _require_room(nsamples, seqlen)
     text = calibration_text(name, cache_dir)
     if isinstance(text, GivenTokens):
         windows = _first_windows(text, nsamples, seqlen)
@@ -214,6 +216,18 @@ def fingerprint(tokens: Tensor) -> str:
     """Name token ids by their content: 16 hex digits of SHA-256 over the int64 values, and the shape."""
     values = tokens.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8")
     return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{'x'.join(map(str, tokens.shape))}"
+
+
+def _require_room(nsamples: int, seqlen: int) -> None:
+    """Raise BadInput for more tokens than this process has memory for, before they are drawn one by one."""
+    available = available_bytes()
+    if available is not None and 8 * nsamples * seqlen > available:
+        raise BadInput(
+            f"{nsamples:,} samples of {seqlen:,} tokens take {8 * nsamples * seqlen:,} bytes, and {available:,} are free",
+            field="nsamples",
+            value=nsamples,
+            fix=("ask for fewer samples with ", Setting("nsamples")),
+        )
 
 
 def _first_windows(given: GivenTokens, nsamples: int, seqlen: int) -> Tensor:

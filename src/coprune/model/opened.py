@@ -18,12 +18,15 @@ from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
+from coprune.model.checkpoint.names import kinds_of
 from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.record import input_device
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
+
+_MOST_KINDS = 30
 
 
 @dataclass
@@ -57,7 +60,9 @@ class Loaded:
     @property
     def left_out(self) -> list[str]:
         """Tensors of a streamed checkpoint that the model has no place for, each with the reason."""
-        return [f"{name}, a tensor that the model does not know" for name in self.weights.unknown]
+        kinds = kinds_of(self.weights.unknown)
+        more = [f"{len(kinds) - _MOST_KINDS:,} more kinds of such tensors"] if len(kinds) > _MOST_KINDS else []
+        return [*(f"{kind}, a tensor that the model does not know" for kind in kinds[:_MOST_KINDS]), *more]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
         """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.output_names import require_own_name
 from coprune.base.whole_folder import whole_folder
 from coprune.model.checkpoint.header import read_header_bytes
 from coprune.model.checkpoint.names import QUANT_METHOD
@@ -165,6 +166,7 @@ def is_packed_folder(folder: Path | str) -> bool:
 @contextmanager
 def replacing_folder(source: Path, target: Path) -> Iterator[Path]:
     """A temporary folder with source's other files, renamed to target when the block ends well, else removed."""
+    require_own_name(target, "target")
     if target.resolve() == source.resolve():
         raise BadInput(f"{target} is the source itself", field="target", value=target, fix="give another folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

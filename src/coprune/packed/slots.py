@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.names import kinds_of
 from coprune.model.transformers_private import Renaming, conversions_of, tied_names
 from coprune.packed.header import Header
 from coprune.packed.linear import PackedSlot
@@ -58,11 +57,7 @@ def insert_slots(model: PreTrainedModel, headers: dict[str, Header], keys: dict[
         model.set_submodule(name.removesuffix(".weight"), PackedSlot(header, module))
         slots.add(name)
     if left:
-        logger.warning("dense in memory, since only linear layers multiply from packed weights: %s", _kinds(left))
+        logger.warning(
+            "dense in memory, since only linear layers multiply from packed weights: %s", ", ".join(kinds_of(left))
+        )
     return slots
-
-
-def _kinds(names: Sequence[str]) -> str:
-    """Names that differ in their numbers only, as one each."""
-    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())

@@ -8,6 +8,7 @@ import torch
 
 from coprune.base.durable import TEMPORARY
 from coprune.base.errors import BadInput
+from coprune.base.output_names import require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
@@ -99,6 +100,7 @@ def check_processes(recipe: Recipe, size: int) -> None:
 def prepare_folders(recipe: Recipe) -> None:
     """Refuse to write where something is already. A run folder without a report is an unfinished run's and is reused."""
     run_folder = recipe.run_folder
+    require_usable(run_folder, "save")
     another = ("name another run folder with ", Setting("save"))
     if run_folder.exists() and not run_folder.is_dir():
         raise BadInput(f"{run_folder} is a file", field="save", value=run_folder, fix=another)
@@ -117,6 +119,8 @@ def prepare_folders(recipe: Recipe) -> None:
             f"{run_folder} already holds something that is no run", field="save", value=run_folder, fix=another
         )
     target = recipe.output.model
+    if target is not None:
+        require_own_name(target, "save_model")
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(
             f"{target} already exists and is not empty",

@@ -11,6 +11,7 @@ import torch
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.output_names import require_own_name, require_usable
 from coprune.base.words import Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
@@ -52,6 +53,8 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
 def prepare_folders(settings: FinetuneSettings) -> None:
     """Refuse to write where something is already; a run folder without a report is an unfinished run's."""
     folder = settings.run_folder
+    require_usable(folder, "save")
+    require_own_name(settings.model_folder, "save_model")
     if folder.exists() and not folder.is_dir():
         raise BadInput(
             f"{folder} is a file", field="save", value=folder, fix=("name another run folder with ", Setting("save"))

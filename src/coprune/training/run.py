@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from coprune.base.durable import full_disk_explained
 from coprune.base.errors import BadInput
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
@@ -59,7 +60,8 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        with full_disk_explained(session.training_folder):
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if cached is not None:
             session.model.config.use_cache = cached
         _release(session.model, trainer)

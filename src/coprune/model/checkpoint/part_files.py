@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.base.output_names import require_own_name
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_tensor
 
@@ -42,14 +42,14 @@ def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str |
         position += entry.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with joined.open("wb") as target, ExitStack() as stack:
-        sources = {file: stack.enter_context(file.open("rb")) for file in files}
+    with joined.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            entry = entries[name]
-            sources[entry.file].seek(entry.start)
-            for start in range(0, entry.nbytes, COPY_BYTES):
-                target.write(sources[entry.file].read(min(COPY_BYTES, entry.nbytes - start)))
+            # Opened for every tensor: there may be more blocks than a process may have files open.
+            with entries[name].file.open("rb") as source:
+                source.seek(entries[name].start)
+                for start in range(0, entries[name].nbytes, COPY_BYTES):
+                    target.write(source.read(min(COPY_BYTES, entries[name].nbytes - start)))
 
 
 def _item_bytes(entry: TensorEntry) -> int:
@@ -66,7 +66,8 @@ def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: En
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Raise BadInput if a folder that is to be written already holds something."""
+    """Raise BadInput if a folder that is to be written already holds something, or cannot get its name."""
+    require_own_name(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise BadInput(f"{folder} already exists", fix="remove it or choose another name. Nothing was overwritten")
 

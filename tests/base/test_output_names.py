@@ -1,0 +1,78 @@
+"""Names that no folder can have are refused by every command before anything slow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.part_files import join_files, refuse_occupied
+from coprune.packed.folder import pack
+from coprune.recipe.recipe import make_recipe
+from coprune.run.checks import prepare_folders
+from coprune.training.resume import prepare_folders as prepare_training
+from coprune.training.settings import make_settings
+from support.pico_folder import save_pico
+
+NAMES = ["n" * 250, "x/" + "m" * 300, "a\0b", "\ud800", "file/below", "link", "x" * 5000]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:12])
+def test_an_impossible_name_is_refused_before_anything_is_done(name: str, place: Path) -> None:
+    for field in ("save", "save_model"):
+        places: dict[str, Any] = {"save": "run", field: name}
+        with pytest.raises(BadInput) as caught:
+            prepare_folders(make_recipe({"model": "pico", **places}))
+        assert caught.value.field == field
+        with pytest.raises(BadInput):
+            prepare_training(make_settings({"model": "pico", **places}))
+    with pytest.raises(BadInput):
+        refuse_occupied(Path(name))
+    save_pico(place / "model", num_hidden_layers=1)
+    with pytest.raises(BadInput):
+        pack("model", name)
+    assert sorted(path.name for path in place.iterdir()) == ["file", "link", "model"]
+
+
+def test_a_link_to_a_folder_cannot_become_a_model(place: Path) -> None:
+    (place / "real").mkdir()
+    (place / "linked").symlink_to("real")
+    with pytest.raises(BadInput, match="is a link"):
+        refuse_occupied(place / "linked")
+    prepare_folders(make_recipe({"model": "pico", "save": place / "linked"}))  # a run's folder may be one
+
+
+def test_where_nobody_may_write_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(BadInput, match="may not write"):
+        prepare_folders(make_recipe({"model": "pico", "save": "run"}))
+
+
+def test_more_blocks_than_files_may_be_open(tmp_path: Path) -> None:
+    """300 blocks under 256 descriptors."""
+    import resource
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    files = [tmp_path / f"{number:03}" for number in range(300)]
+    for number, file in enumerate(files):
+        save_file({f"w{number:03}": torch.full((2,), float(number))}, file)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        join_files(files, tmp_path / "joined")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [float(tensor[0]) for _, tensor in sorted(load_file(tmp_path / "joined").items())] == list(range(300))
