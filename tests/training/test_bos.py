@@ -1,0 +1,40 @@
+"""Perplexity around a fine-tuning is of windows that begin as those of the pruning did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import coprune
+from coprune.training.report import FinetuneReport
+from support.pico import pico_model
+from support.pico_folder import pico_tokenizer, save, write_words
+
+
+def test_a_fine_tuning_takes_over_what_the_dense_model_spoke_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(pico_model("llama", num_hidden_layers=1), tmp_path / "dense")
+    pico_tokenizer("put").save_pretrained(tmp_path / "dense")
+    text = str(write_words(tmp_path / "text.txt", count=400))
+    monkeypatch.setattr("coprune.evaluation.bos.CLEARLY_BETTER", -10.0)
+    result = coprune.prune(
+        tmp_path / "dense",
+        "wanda",
+        dataset=text,
+        eval_data=text,
+        eval_tokens=96,
+        nsamples=2,
+        seqlen=24,
+        finetune="dense",
+        finetune_minutes=0.005,
+        save=tmp_path / "run",
+        quiet=True,
+    )
+    assert result.report.bos is not None
+    assert result.report.bos.used == "every"
+    tuned = FinetuneReport.model_validate_json((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    assert tuned.settings.bos == "every"
+    (change,) = tuned.perplexity
+    assert change.before == pytest.approx(result.report.perplexity[0].pruned, rel=1e-4)
