@@ -106,3 +106,44 @@ def test_a_push_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BadInput, match="hf upload me/model"):
         push(tmp_path, "me/model")
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_what_others_named_stays_text_in_the_card(files: tuple[Path, Path]) -> None:
+    model, text = files
+    settings: dict[str, Any] = {"evaluate": False, "dataset": str(text), "seqlen": 32, "nsamples": 2, "quiet": True}
+    report: Report = coprune.prune(str(model), "magnitude", **settings).report
+    source = "owner/name:\tx\nlicense:\tmit\n---\n#\tmine"
+    facts = report.model.model_copy(update={"source": source})
+    recipe = report.recipe.replaced(cache_dir="```\n\n# mine\n\n```")
+    card = model_card(report.model_copy(update={"model": facts, "recipe": recipe}))
+    header = yaml.safe_load(card.split("\n---\n")[0])
+    assert header["base_model"] == source
+    assert "license" not in header
+    assert not any(line.startswith(("# mine", "license", "```\n")) for line in card.splitlines())
+
+
+def test_a_run_killed_while_its_page_is_made_is_finished_with_it(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing in coprune catches it."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    def page(runs: list[Path], path: Path) -> bool:
+        assert Report.read(runs[0] if runs[0].is_file() else runs[0] / "report.json")
+        path.write_text("page")
+        return True
+
+    settings: dict[str, Any] = {"evaluate": False, "quiet": True, "save": tmp_path / "run", "layer_error": False}
+    monkeypatch.setattr("coprune.report.folder.memory_is_limited", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.report.folder.write_page", killed)
+        with pytest.raises(Killed):
+            coprune.prune(str(files[0]), "magnitude", **settings)
+    assert not (tmp_path / "run" / "report.json").exists()  # which would say that there is nothing left to do
+    monkeypatch.setattr("coprune.report.folder.write_page", page)
+    coprune.prune(str(files[0]), "magnitude", **settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.json", "report.html", "log_magnitude.txt"}
+    assert not (tmp_path / "run" / ".report.json").exists()

@@ -78,6 +78,9 @@ def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path
         page.open(file.as_uri() + "#matrix=" + names[2])
         page.call("Page.reload")
         page.wait(f"document.getElementById('matrix-facts')?.dataset.matrix === {json.dumps(names[2])}")
+        page.open(file.as_uri() + "#matrix=%")  # no code of a letter
+        page.call("Page.reload")
+        page.wait(f"document.getElementById('matrix-facts')?.dataset.matrix === {json.dumps(names[0])}")
         assert page.errors == []
         assert {url.partition("#")[0] for url in page.requests} == {file.as_uri()}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coprune.base import processes as processes_module
 from coprune.base.progress import Reporter
 from coprune.model.matrices import Matrix
 from coprune.recipe.recipe import Recipe, make_recipe
@@ -172,3 +173,18 @@ def test_matrices_are_shared_out_evenly(processes: int, gram: bool) -> None:
     # A schedule of the costly ones first is within 4/3 of the best (Graham 1969), which these bound from below.
     extra = 64**3 * 2 + 170**3 if gram else 0
     assert max(loads) <= 4 / 3 * max(sum(sizes.values()) / processes, *sizes.values()) + extra
+
+
+def test_a_process_that_is_stopped_is_told_of_by_those_that_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("coprune.base.processes._TELL_AFTER_SECONDS", 0.02)
+    with processes_module._heard():
+        time.sleep(0.09)
+    assert "has waited 0 seconds for another one, which may be slow, or stopped" in caplog.text
+    assert len(caplog.records) >= 2
+    caplog.clear()
+    with processes_module._heard():
+        pass
+    time.sleep(0.05)
+    assert not caplog.records

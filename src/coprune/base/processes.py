@@ -7,6 +7,8 @@ does nothing. gloo on CPU, nccl on GPUs.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ Value = TypeVar("Value")
 
 # Longer than any process computes between two meetings: a block of a large model solved by a slow method takes minutes.
 TIMEOUT = timedelta(minutes=30)
+_TELL_AFTER_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,10 @@ def joined_processes() -> Iterator[Processes]:
 
 @contextmanager
 def _heard() -> Iterator[None]:
-    """Turn a broken connection into an error of one line."""
+    """Turn a broken connection into an error of one line, and say when another process is long in coming."""
+    over = threading.Event()
+    watch = threading.Thread(target=_tell_of_waiting, args=(over,), daemon=True)
+    watch.start()
     try:
         yield
     except RuntimeError as error:
@@ -141,3 +149,19 @@ def _heard() -> Iterator[None]:
             f"another process of this run ended or did not answer ({reason[:200]})",
             fix="Its own message says why; the same command goes on after the last finished block",
         ) from error
+    finally:
+        over.set()
+        watch.join()
+
+
+def _tell_of_waiting(over: threading.Event) -> None:
+    """Log again and again that this process waits: a process that was stopped (not ended) looks like a slow one."""
+    waited = 0.0
+    while not over.wait(_TELL_AFTER_SECONDS):
+        waited += _TELL_AFTER_SECONDS
+        logger.warning(
+            "process %d has waited %.0f seconds for another one, which may be slow, or stopped; the run ends after %.0f minutes",
+            environment.rank(),
+            waited,
+            TIMEOUT.total_seconds() / 60,
+        )

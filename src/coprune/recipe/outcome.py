@@ -71,7 +71,9 @@ class EvaluationPart(Part):
     task_folder: Annotated[
         Path | None,
         Decides.MEASUREMENT,
-        Field(description="Folder with task definitions of your own (YAML)."),
+        Field(
+            description="Folder with task definitions of your own (YAML), which can run code (`!function`): trust it."
+        ),
     ] = None
     limit: Annotated[
         int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)

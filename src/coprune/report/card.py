@@ -6,6 +6,7 @@ import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
+from coprune.report.markdown import fenced, field, inline
 from coprune.report.schema import Report
 
 _LOAD = """```python
@@ -42,7 +43,7 @@ def model_card(report: Report) -> str:
     images = report.model.task == "images"
     pipeline = "image-classification" if images else "text-generation"
     header = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- coprune", "- pruning"]
-    header += [f"base_model: {base}"] if base.count("/") == 1 and not base.startswith((".", "/")) else []
+    header += [field("base_model", base)] if base.count("/") == 1 and not base.startswith((".", "/")) else []
     note = (
         "The weights were dequantised from a quantised file before they were pruned; all figures are of those.\n\n"
         if report.model.quantised_source
@@ -56,25 +57,24 @@ def model_card(report: Report) -> str:
     data = (
         "No calibration data was used."
         if calibration is None
-        else f"Calibrated on {calibration.nsamples} {size} of {calibration.source} "
+        else f"Calibrated on {calibration.nsamples} {size} of {inline(calibration.source)} "
         f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`)."
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(header) + (
-        f"\n{_model_index(report)}---\n\n# {base}, pruned with {report.recipe.method.name}\n\n"
+        f"\n{_model_index(report)}---\n\n# {inline(base)}, pruned with {report.recipe.method.name}\n\n"
         f"{report.sparsity.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero "
         f"({report.recipe.pattern.name}), {report.sparsity.model:.2%} of all parameters. "
         f"{_STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe{'' if report.recipe.given else ', which `coprune prune --recipe` repeats'}:"
-        "\n\n```yaml\n"
-        f"{report.recipe.untold().to_yaml()}```\n\n## Load\n\n{_how_to_load(report)}\n"
+        f"\n\n{fenced(report.recipe.untold().to_yaml(), 'yaml')}\n\n## Load\n\n{_how_to_load(report)}\n"
     )
 
 
 def _perplexity_table(report: Report) -> str:
     rows = [
-        f"| {p.data} | {p.seqlen} | {'not measured' if p.dense is None else f'{p.dense:.2f}'} | {p.pruned:.2f} |"
+        f"| {inline(p.data)} | {p.seqlen} | {'not measured' if p.dense is None else f'{p.dense:.2f}'} | {p.pruned:.2f} |"
         for p in report.perplexity
     ]
     return _table("| text | sequence length | dense | pruned |", rows)
@@ -82,7 +82,7 @@ def _perplexity_table(report: Report) -> str:
 
 def _task_table(facts: ZeroShotFacts) -> str:
     rows = [
-        f"| {task.task} (version {task.version}, {task.num_fewshot}-shot) | {metric} | {task.items} "
+        f"| {inline(task.task)} (version {task.version}, {task.num_fewshot}-shot) | {metric} | {task.items} "
         f"| {percent(None if task.dense is None else task.dense.get(metric))} | {percent(found)} "
         f"| {percent(None if task.delta is None else task.delta.get(metric), '+')} |"
         for task in facts.tasks

@@ -43,16 +43,22 @@ def announced(recipe: Recipe) -> Report | None:
     return report if report.recipe == recipe else None
 
 
-def finish_run_folder(recipe: Recipe, report: Report) -> None:
-    """Write the log, give the announced report its name, and make the page of it."""
+def finish_run_folder(recipe: Recipe, report: Report, again: bool = False) -> None:
+    """Write the log, make the page of the announced report, and give that its name.
+
+    again: an earlier try was killed in here, perhaps by what makes the page. Then the report comes first.
+    """
     first = report.perplexity[0].pruned if report.perplexity else None
     method = recipe.method.name
     write_text(path_of(recipe.run_folder, f"log_{method}.txt"), reference_log(method, report.sparsity.matrices, first))
-    (recipe.run_folder / _ANNOUNCED).replace(recipe.run_folder / REPORT_FILE)
+    announced = recipe.run_folder / _ANNOUNCED
+    source = announced.replace(recipe.run_folder / REPORT_FILE) if again else announced
     # The charts' library reserves address space by the gigabyte and aborts the process where it gets none. A page is
     # not worth that; `coprune report RUN` makes it later.
     if not memory_is_limited():
-        write_page([recipe.run_folder], recipe.run_folder / PAGE_FILE)
+        write_page([source], recipe.run_folder / PAGE_FILE)
+    if not again:
+        announced.replace(recipe.run_folder / REPORT_FILE)
 
 
 def memory_is_limited() -> bool:

@@ -95,7 +95,7 @@ def run_recipe(
     if recipe.finetune.mode is not None:
         return _run_with_finetuning(recipe, given, around)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
-        finish_run_folder(recipe, report)
+        finish_run_folder(recipe, report, again=True)
         return Result(report, None, None)
     if recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)

@@ -15,6 +15,7 @@ from coprune.model.checkpoint.part_files import refuse_occupied
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
+from coprune.report.markdown import inline
 from coprune.training.adapters import merge_adapter
 from coprune.training.masks import find_masks
 from coprune.training.saving import save_model
@@ -65,6 +66,6 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
     masks = find_masks(pruned)
     Reporter(quiet).say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)
-    card = f"# {name} with the masked adapter {adapter} merged\n"
+    card = f"# {inline(name)} with the masked adapter {inline(str(adapter))} merged\n"
     save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype)), output, probe)
     return Merged(output, masks.sparsity, len(masks.matrices))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
+from coprune.report.markdown import fenced, field, inline
 from coprune.training.settings import FinetuneSettings
 
 REPORT_FILE = "finetune.json"
@@ -202,19 +203,21 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     settings = report.settings
     header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
     header += (
-        [f"base_model: {settings.model}"] if settings.model.count("/") == 1 and settings.model[0] not in "./" else []
+        [field("base_model", settings.model)]
+        if settings.model.count("/") == 1 and settings.model[0] not in "./"
+        else []
     )
     title, results = _results(report)
     windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
     patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(header) + (
-        f"\n---\n\n# {Path(settings.model).name}, fine-tuned with its zeros kept ({settings.mode})\n\n"
+        f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned with its zeros kept ({settings.mode})\n\n"
         f"{report.sparsity_after:.2%} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
         f"as before; this was verified before saving.\n\n{note}## {title}\n\n{results}\n\n## How it was made\n\n"
         f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
-        f"of {report.source} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
-        f"```yaml\n{settings.to_yaml()}```\n"
+        f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
+        f"{fenced(settings.to_yaml(), 'yaml')}\n"
     )
 
 
@@ -223,12 +226,12 @@ def _results(report: FinetuneReport) -> tuple[str, str]:
     if report.block_size is None:
         title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
         rows = [
-            f"| {a.data} | {a.images} | {a.before_top1:.2%} | {a.after_top1:.2%} | {a.before_top5:.2%} "
+            f"| {inline(a.data)} | {a.images} | {a.before_top1:.2%} | {a.after_top1:.2%} | {a.before_top5:.2%} "
             f"| {a.after_top5:.2%} |"
             for a in report.accuracy
         ]
     else:
         title, head = "Perplexity", "| text | sequence length | before | after |"
-        rows = [f"| {p.data} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
+        rows = [f"| {inline(p.data)} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
     rule = "| --- " * (head.count("|") - 1) + "|"
     return title, "\n".join([head, rule, *rows]) if rows else "Not measured."

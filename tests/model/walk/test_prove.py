@@ -185,3 +185,11 @@ def test_recording_gives_the_first_hidden_states_and_every_call() -> None:
     hidden, calls = run_without_blocks(model, find_blocks(model), TOKENS, prove(model).answers)
     assert torch.equal(hidden, model.embeddings(TOKENS))
     assert [list(call.kwargs) for call in calls] == [["scale"]] * 3
+
+
+def test_a_weight_that_is_not_finite_is_told_by_its_name() -> None:
+    model = ToyModel()
+    name, weight = next((n, p) for n, p in model.layers[1].named_parameters() if p.ndim == 2)
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=rf"layers\.1\.{name} of the dense model holds NaN"):
+        prove(model)

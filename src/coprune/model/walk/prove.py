@@ -82,9 +82,9 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
             unread.append({id(tensor) for tensor in given} - reads.ids)
             products.append(seen)
             again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
-            weights.release(block.name)
             if not bool(torch.isfinite(hidden_of(output)).all()):
-                raise NumericalError(f"{block.name} of the dense model gives NaN or infinite activations")
+                raise _not_finite(block)
+            weights.release(block.name)
             if not _close(hidden_of(output), again):
                 raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
             replayed[:] = [again]
@@ -105,6 +105,14 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         names = {matrix.name for matrix in matrices}
         structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
     return ProvenModel(found.weights, found.blocks, chosen, structure)
+
+
+def _not_finite(block: Block) -> NumericalError:
+    """The error for a block whose output is not finite: its fault, or that of what came in."""
+    wrong = [name for name, weight in block.module.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if wrong:
+        return NumericalError(f"{block.name}.{wrong[0]} of the dense model holds NaN or infinite values")
+    return NumericalError(f"{block.name} of the dense model gives NaN or infinite activations")
 
 
 def _require_same_calls(

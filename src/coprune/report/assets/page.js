@@ -65,11 +65,20 @@
     }
   };
 
+  // What stands behind the address need not be what the page put there: `%` alone is no code of a letter.
+  const decoded = (text) => {
+    try {
+      return decodeURIComponent(text);
+    } catch {
+      return text;
+    }
+  };
+
   const picker = () => {
     const select = document.getElementById("matrix");
     if (!select) return Promise.resolve();
     data.matrices.forEach((matrix, index) => select.add(new Option(matrix.name, String(index))));
-    const asked = decodeURIComponent(location.hash.replace(/^#matrix=/, ""));
+    const asked = decoded(location.hash.replace(/^#matrix=/, ""));
     const first = data.matrices.findIndex((matrix) => matrix.name === asked);
     select.value = String(Math.max(0, first));
     const pick = (index) => {

@@ -1,0 +1,49 @@
+"""Names and settings that somebody chose stay text in a model card."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from coprune.report.markdown import fenced, field, inline
+
+NAMES = [
+    "a/b: c",
+    "a/b\nlicense: mit",
+    "a/b # c",
+    "'a/b",
+    '"a/b',
+    "a/{b}",
+    "a/[b",
+    "- a/b",
+    "a/b\n---\nx",
+    "ü/ß",
+    "a/*b",
+    "no/yes",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_the_metadata_is_one_value(name: str) -> None:
+    header = "\n".join(["---", "library_name: transformers", field("base_model", name), "tags:", "- pruning"])
+    assert yaml.safe_load(header) == {"library_name": "transformers", "base_model": name, "tags": ["pruning"]}
+    assert "\n---" not in field("base_model", name)
+
+
+@pytest.mark.parametrize("content", ["x: 1\n", "x: |\n  ```\n  # mine\n  ```\n", "`````\n", "````` `` ```"])
+def test_a_fence_is_not_closed_from_within(content: str) -> None:
+    lines = fenced(content, "yaml").splitlines()
+    fence = lines[0].removesuffix("yaml")
+    assert set(fence) == {"`"}
+    assert lines[-1] == fence
+    assert not any(re.match(rf"\s*{fence}", line) for line in lines[1:-1])
+    assert "\n".join(lines[1:-1]) == content.rstrip()
+
+
+@pytest.mark.parametrize("text", ["a | b", "a\n\n# b", "`a`", "<img src=x onerror=alert(1)>", "[a](http://b)", "**a**"])
+def test_text_within_a_line_opens_nothing(text: str) -> None:
+    written = inline(text)
+    assert "\n" not in written
+    assert not re.search(r"(?<!\\)[`|<>\[\]*]", written)
