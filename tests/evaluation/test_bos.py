@@ -53,6 +53,16 @@ def test_auto_leaves_the_tokenizers_habit_only_for_what_is_clearly_better(
     assert f"{with_bos:.2f} with it and {without:.2f} without" in str(choice.line())
 
 
+@pytest.mark.parametrize("nll", [1e4, float("nan")])
+def test_a_broken_model_speaks_for_nothing(nll: float) -> None:
+    def score(windows: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.tensor([nll], dtype=torch.float64) for _ in windows]
+
+    choice = choose_bos("auto", pico_tokenizer("put"), pico_tokens(2, 16), score)
+    assert choice.used == "first"
+    assert BosChoice.model_validate_json(choice.model_dump_json()).used == "first"
+
+
 def test_nothing_is_tried_where_there_is_nothing_to_choose() -> None:
     def never(windows: Sequence[Tensor]) -> list[Tensor]:
         raise AssertionError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -31,7 +30,7 @@ Score = Callable[[Sequence[Tensor]], list[Tensor]]
 class BosChoice(BaseModel):
     """How windows begin, and why."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     asked: AskedBos = "auto"
     used: Literal["first", "every", "never", "as given"] = "never"
@@ -85,7 +84,8 @@ def choose_bos(
     texts = windows[:count, 1:]
     marked = torch.cat([torch.full_like(texts[:, :1], bos), texts], dim=1)
     found = score([*texts.split(1), *marked.split(1)])
-    without, with_bos = (math.exp(float(torch.cat(part).mean())) for part in (found[:count], found[count:]))
+    # By torch, since math.exp raises where a model is so broken that the result is beyond a float.
+    without, with_bos = (float(torch.cat(part).double().mean().exp()) for part in (found[:count], found[count:]))
     used: Literal["first", "every"] = "every" if with_bos < (1 - CLEARLY_BETTER) * without else "first"
     return BosChoice(used=used, without=without, with_bos=with_bos, windows=count)
 
