@@ -68,7 +68,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "block_size": recipe.calibration.seqlen,
             "minutes": recipe.finetune.minutes,
             "seed": recipe.calibration.seed,
-            "device": "cpu" if recipe.model.device == "cpu" else "auto",
+            "device": recipe.model.device,
             "cache_dir": recipe.model.cache_dir,
             "evaluate": recipe.evaluation.perplexity,
             "eval_data": recipe.evaluation.data,

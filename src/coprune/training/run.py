@@ -22,6 +22,7 @@ from coprune.model.checkpoint.locate import locate
 from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.distill import Distillation, Objective
+from coprune.training.one_device import training_device
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -34,7 +35,7 @@ from coprune.training.report import (
 )
 from coprune.training.resume import announce, finish_announced, prepare_folders, resume_from
 from coprune.training.saving import save_model
-from coprune.training.session import Session, device_of, prepare_session
+from coprune.training.session import Session, prepare_session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.teacher_cache import TeacherCache
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer
@@ -89,7 +90,7 @@ def _objective(session: Session, first: bool) -> Objective | None:
     session.reporter.say(f"Loading the teacher {settings.teacher}")
     teacher, _ = load_model(locate(settings.teacher, settings.cache_dir), "auto")
     _require_same_outputs(session.loaded.model, teacher)
-    device = device_of(settings)
+    device = training_device(settings.device)
     torch.nn.Module.to(teacher, device)
     hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
     weights = (settings.temperature, settings.kl_weight, hidden, settings.text_weight)
@@ -123,7 +124,7 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     """Perplexity or accuracy of the model as it is now, adapters included, on everything that is measured on."""
     found: dict[str, Measured] = {}
     model: Any = session.model
-    torch.nn.Module.to(model, device_of(session.settings))
+    torch.nn.Module.to(model, training_device(session.settings.device))
     task = session.task
     for name, data in session.evaluation.items():
         with session.reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:

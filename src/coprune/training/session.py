@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from coprune.base.environment import local_rank
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
@@ -131,9 +130,3 @@ def _make_trainable(
     for parameter in select_parameters(model, settings.train):
         parameter.requires_grad_(True)
     return model
-
-
-def device_of(settings: FinetuneSettings) -> torch.device:
-    if settings.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank())

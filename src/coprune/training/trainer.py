@@ -21,6 +21,7 @@ from coprune.model.checkpoint.load import quiet_transformers
 from coprune.training.distill import Objective
 from coprune.training.hold_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
+from coprune.training.one_device import arguments_on, training_device
 from coprune.training.pace import Along, Pace, rate_at
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
@@ -137,8 +138,8 @@ def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: P
     """The settings in transformers' words."""
     optimizer, optimizer_arguments = _OPTIMIZERS[settings.optimizer]
     until_time = settings.minutes is not None and settings.max_steps is None
-    gpu = settings.device != "cpu" and torch.cuda.is_available()
-    return TrainingArguments(
+    return arguments_on(
+        training_device(settings.device),
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size or data.batch_size,
         per_device_eval_batch_size=settings.batch_size or data.batch_size,
@@ -153,8 +154,6 @@ def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: P
         bf16=settings.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=not gpu,
-        dataloader_pin_memory=gpu,
         report_to=[name.strip() for name in settings.report_to.split(",")],
         **_watching(settings, data),
         **_ALWAYS,

@@ -1,0 +1,71 @@
+"""Training on the device that was asked for, and on no other.
+
+transformers takes the first GPU, whichever was asked for, and where there are several spreads every batch over all of them
+(`DataParallel`). Several processes get a GPU each from their launcher, and are left to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from coprune.base.environment import local_rank, world_size
+from coprune.model.opened import choose_device
+
+_ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
+
+
+def training_device(name: str) -> torch.device:
+    """The device that this process trains on. name: `auto`, or a device's; raises BadInput if that is not there."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return choose_device(name)
+
+
+class OneDeviceArguments(TrainingArguments):
+    """transformers' settings of a training on one device."""
+
+    _taken: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that was taken; asked for first, transformers and accelerate set up what they need."""
+        chosen = super().device
+        return self._taken or chosen
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process, of which more than one would be used."""
+        found: int = super().n_gpu
+        return min(1, found)
+
+
+def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
+    """Settings of a training on a device. settings: those of `TrainingArguments`, but for the device."""
+    settings |= {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
+    if world_size() > 1:
+        return OneDeviceArguments(**settings)
+    with _told_accelerate(device):
+        arguments = OneDeviceArguments(**settings)
+        arguments._taken = device
+        if arguments.device.type == "cuda":  # asked now, while accelerate is told
+            torch.cuda.set_device(device)
+    return arguments
+
+
+@contextmanager
+def _told_accelerate(device: torch.device) -> Iterator[None]:
+    """Let accelerate, which does the Trainer's moving, take this device when it is set up."""
+    before = os.environ.get(_ACCELERATES_DEVICE)
+    os.environ[_ACCELERATES_DEVICE] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ[_ACCELERATES_DEVICE]
+        if before is not None:
+            os.environ[_ACCELERATES_DEVICE] = before

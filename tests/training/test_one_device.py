@@ -1,0 +1,56 @@
+"""Fine-tuning takes the device that was asked for, and no other GPU beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coprune.base.errors import BadInput
+from coprune.training.one_device import arguments_on, training_device
+from coprune.training.settings import make_settings
+from support.pruned import settings_for
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Two GPUs, as far as torch, transformers and accelerate ask; returns those that were made the current one."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device(device)))
+    return current
+
+
+def test_the_gpu_that_was_asked_for_is_taken_alone(two_gpus: list[torch.device], tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    second = torch.device("cuda", 1)
+    try:
+        arguments = arguments_on(second, output_dir=str(tmp_path), report_to=[])
+        assert arguments.device == second
+        assert arguments.n_gpu == 1, "more would be taken by DataParallel"
+        assert arguments.train_batch_size == arguments.per_device_train_batch_size
+        assert PartialState().device == second
+        assert two_gpus[-1] == second
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert training_device("auto") == torch.device("cpu")
+    with pytest.raises(BadInput, match="cannot be used here"):
+        training_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert training_device("auto") == torch.device("cuda", 1)
+
+
+def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
+    from coprune.recipe.recipe import make_recipe
+    from coprune.training.after_pruning import settings_of
+
+    recipe = make_recipe({"model": "m", "device": "cuda:1", "finetune": "lora", "save": str(tmp_path / "run")})
+    assert settings_of(recipe).device == "cuda:1"
+    assert make_settings(settings_for(tmp_path, tmp_path, tmp_path)).device == "cpu"
