@@ -161,6 +161,22 @@ def test_what_is_no_model_is_refused() -> None:
         coprune.prune(pico_model("llama"), dtype="bfloat16")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at what peft asks
+def test_a_model_with_adapters_is_refused() -> None:
+    """Wrapped, or with the adapters in its own layers: those would be pruned as if they were the model's matrices."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(
+        pico_model("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    for model in (wrapped, wrapped.get_base_model()):
+        with pytest.raises(
+            coprune.BadInput, match=r"adapters on the model \(.* layers, first .*q_proj.*merge_and_unload"
+        ):
+            coprune.prune(model, "magnitude", evaluate=False)
+    merged = wrapped.merge_and_unload()
+    assert coprune.prune(merged, "magnitude", evaluate=False, layer_error=False, quiet=True).model is merged
+
+
 def test_estimate_tells_what_the_command_does(inside: Path, command: Callable[..., str]) -> None:
     told = json.loads(command("estimate", "model", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32, "--json"))
     found = coprune.estimate("model", dataset="words.txt", stream=None, **SMALL)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, unknown_name
@@ -82,11 +83,25 @@ def sort_options(settings: Mapping[str, Any], own: set[str] | None) -> dict[str,
 
 
 def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loaded:
+    _refuse_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise BadInput(
             f"a {type(model).__name__} is no model of transformers",
             field="model",
-            fix="give one, or the name of one; adapters have to be merged first",
+            fix="give one, which says what its blocks are and how it is saved, or the name of one",
         )
     refuse_what_loading_decides(settings)
     return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
+
+
+def _refuse_adapters(model: Any) -> None:
+    """Raise BadInput if there are adapters of PEFT on a model: their matrices would be pruned as if they were its own."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    # What PEFT puts in a layer's place keeps the layer under this name.
+    adapted = [name for name, module in modules if hasattr(module, "base_layer") and hasattr(module, "active_adapters")]
+    if adapted:
+        raise BadInput(
+            f"there are adapters on the model ({len(adapted)} layers, first {adapted[0]}), whose matrices are none of it",
+            field="model",
+            fix="merge them into it first, with PEFT's merge_and_unload()",
+        )
