@@ -38,6 +38,7 @@ ERRORS = [
     "BrokenMask",
     "CopruneError",
     "LostProcess",
+    "OutOfMemory",
     "NumericalError",
     "UnsupportedModel",
     "VerificationError",

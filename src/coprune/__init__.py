@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         CopruneError,
         LostProcess,
         NumericalError,
+        OutOfMemory,
         UnsupportedModel,
         VerificationError,
     )
@@ -62,6 +63,7 @@ _HOME = {
     "FinetuneReport": "coprune.training.report",
     "Inspection": "coprune.run.inspection",
     "LostProcess": "coprune.base.errors",
+    "OutOfMemory": "coprune.base.errors",
     "Merged": "coprune.training.merge",
     "NumericalError": "coprune.base.errors",
     "Recipe": "coprune.recipe.recipe",
@@ -102,6 +104,7 @@ __all__ = [
     "LostProcess",
     "Merged",
     "NumericalError",
+    "OutOfMemory",
     "Recipe",
     "Report",
     "Result",

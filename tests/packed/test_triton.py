@@ -9,6 +9,8 @@ import torch
 from coprune.packed.format import pack_tensor
 from coprune.packed.header import read_header
 from coprune.packed.triton_kernel import multiply, row_starts
+own, launched_at = torch.cuda.device_of, []
+torch.cuda.device_of = lambda tensor: (launched_at.append(tensor), own(tensor))[1]
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     for rows, columns, batch, sparsity in ((16, 64, 1, 0.5), (37, 96, 2, 0.8), (5, 160, 3, 0.99), (20, 32, 1, 0.3)):
@@ -19,6 +21,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         x = torch.randn(batch, columns).to(dtype)
         y = multiply(blob, header, row_starts(blob, header), x)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), rtol=tolerance, atol=tolerance)
+        assert launched_at[-1] is x, "the kernel would run on the current GPU"
 print("checked")
 """
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
+from coprune.base.errors import OutOfMemory
+from coprune.base.words import Words
+
 Kind = Literal["cpu", "cuda", "other"]
+_NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def kind_of(device: torch.device) -> Kind:
@@ -40,3 +47,73 @@ def capability(device: torch.device) -> tuple[int, int]:
 def describe(device: torch.device) -> str:
     """A GPU's name, or the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a device's memory holds and may still take, in bytes."""
+
+    name: str
+    """Of the device: `cuda:0`."""
+    allocated: int
+    """Of this process's tensors now."""
+    peak: int
+    """Of its tensors at most, since `reset_peak`."""
+    available: int | None
+    """What its tensors may still take; None where the device does not tell."""
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """The memory of a device; None for host memory, or where the device's module counts nothing."""
+    module = _module_of(device)
+    if module is None or not hasattr(module, "memory_allocated"):
+        return None
+    allocated, available = int(module.memory_allocated(device)), None
+    if hasattr(module, "mem_get_info"):
+        # What the allocator keeps for later tensors is free for them, though the device counts it as taken.
+        kept = int(module.memory_reserved(device)) - allocated if hasattr(module, "memory_reserved") else 0
+        available = int(module.mem_get_info(device)[0]) + kept
+    peak = int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else allocated
+    return DeviceMemory(str(device), allocated, peak, available)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count a device's peak from now on."""
+    module = _module_of(device)
+    if module is not None and hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
+
+
+def launching_at(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """While it is entered, kernels that are launched by hand go to a tensor's GPU, not to whichever is the current one."""
+    return torch.cuda.device_of(tensor)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that a device, or the host, has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # Torch's allocators of the host and of Apple's GPUs raise no type of their own.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+@contextmanager
+def enough_memory(fix: Words) -> Iterator[None]:
+    """Turn running out of memory into one message. fix: what would take less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(first_line_of(error), fix=fix) from None
+
+
+def first_line_of(error: BaseException) -> str:
+    """What an error says of memory, in one line without torch's advice to its own users."""
+    said = (str(error) or "there is no memory left").splitlines()[0]
+    return said.partition(" If reserved but unallocated")[0].rstrip(". ")
+
+
+def _module_of(device: torch.device) -> Any:
+    """Torch's module for a kind of device (`torch.cuda`); None for host memory and for kinds that have none."""
+    return None if in_host_memory(device) else getattr(torch, device.type, None)

@@ -6,6 +6,7 @@
     ├── UnsupportedModel      the model does what the walk cannot reproduce
     ├── VerificationError     a saved model is not what was computed
     ├── BrokenMask            a weight that was pruned is not zero any more
+    ├── OutOfMemory           a device, or the host, has no memory left
     └── LostProcess           another process of the run is gone
 
 The text of an error names settings as the face does that speaks (see `coprune.base.words`): arguments in Python, flags
@@ -85,6 +86,10 @@ class VerificationError(CopruneError):
 
 class BrokenMask(CopruneError):
     """A weight that was pruned is not zero any more, or an N:M group has more than N others."""
+
+
+class OutOfMemory(CopruneError):
+    """A device, or the host, has no memory left for what a run came to."""
 
 
 class LostProcess(CopruneError):

@@ -15,6 +15,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
+from coprune.base.devices import launching_at
 from coprune.packed.header import Header
 
 BLOCK_ROWS = 16
@@ -68,7 +69,8 @@ def multiply(blob: Tensor, header: Header, starts: Tensor, x: Tensor) -> Tensor:
     values = blob[header.values_at : header.values_at + header.values_bytes].view(header.dtype)
     y = x.new_empty((x.shape[0], rows))
     grid = (triton.cdiv(rows, BLOCK_ROWS), x.shape[0])
-    _multiply[grid](words, values, starts, x.contiguous(), y, rows, columns, BLOCK_ROWS=BLOCK_ROWS, WORDS=WORDS)
+    with launching_at(x):
+        _multiply[grid](words, values, starts, x.contiguous(), y, rows, columns, BLOCK_ROWS=BLOCK_ROWS, WORDS=WORDS)
     return y
 
 

@@ -13,6 +13,7 @@ import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+from coprune.base.devices import launching_at
 from coprune.base.errors import BadInput
 from coprune.base.kernels.columns import ColumnBlock
 from coprune.base.words import Set
@@ -77,7 +78,8 @@ def walk_columns(block: ColumnBlock) -> None:
             f"the Triton loop takes groups of a power of two, which {n}:{group} has not",
             fix=("use ", Set("inner_loop", "torch")),
         )
-    _update[(triton.cdiv(rows, ROWS),)](
-        columns, keep.view(torch.uint8), errors, unit, pivots, rows, size, *unit.stride(),
-        M=group, PRUNED=group - n, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
-    )  # fmt: skip
+    with launching_at(columns):
+        _update[(triton.cdiv(rows, ROWS),)](
+            columns, keep.view(torch.uint8), errors, unit, pivots, rows, size, *unit.stride(),
+            M=group, PRUNED=group - n, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
+        )  # fmt: skip
