@@ -30,7 +30,7 @@ class OtherDevice(TorchFunctionMode):
         with torch._C.DisableTorchFunctionSubclass():
             if there and name in _ON_THE_HOST:
                 raise TypeError(f"can't convert {OTHER} device type tensor to numpy. Use Tensor.cpu() first")
-            if there and function == Tensor.device.__get__:  # type: ignore[attr-defined]
+            if there and function == Tensor.device.__get__:
                 return OTHER
             if name in ("to", "cpu", "copy_"):
                 return self._moved(function, tensors[0], args[1:], kwargs)

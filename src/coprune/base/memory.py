@@ -45,6 +45,25 @@ def resident_memory() -> int | None:
     return resident_peak()[0] or None
 
 
+def unread_weights() -> int:
+    """Bytes of weights in safetensors files that are mapped into memory and have not been used yet (0 without /proc).
+
+    A model that was loaded so holds little before its first forward, and all of its weights after it.
+    """
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    unread, weights = 0, False
+    for line in lines:
+        key, *rest = line.split()
+        if not key.endswith(":"):  # the first line of a mapping: its place, and the file that it is of
+            weights = line.endswith(".safetensors")
+        elif weights and key in ("Size:", "Rss:"):
+            unread += int(rest[0]) * (1024 if key == "Size:" else -1024)
+    return unread
+
+
 def _numbers(file: Path) -> dict[str, int]:
     """The lines of a file of /proc that hold kilobytes, in bytes; empty where there is none."""
     try:

@@ -117,6 +117,12 @@ def main() -> None:
         if error.errno not in _FILE_ERRORS:
             raise
         _fail(f"{error.filename or 'a file'} cannot be opened or written: {error.strerror}.")
+    except (MemoryError, RuntimeError) as error:
+        from coprune.base.devices import first_line_of, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _fail(f"{first_line_of(error)}. Half precision, or a smaller batch or sequence length, takes less.")
     except (KeyboardInterrupt, typer.Abort):
         stopped = True
     if stopped:

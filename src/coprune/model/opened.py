@@ -12,16 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
-from coprune.base.memory import available_bytes
 from coprune.base.words import LeaveOut, Set
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
 from coprune.model.checkpoint.names import kinds_of
-from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.checkpoint.weights import InMemory, Weights
-from coprune.model.walk.activations import GIB
+from coprune.model.room import require_room
 from coprune.model.walk.record import input_device
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
@@ -105,35 +103,14 @@ def open_model(asked: ModelPart, stream: bool) -> Loaded:
     if stream and isinstance(location, ModelFolder) and not is_packed(location):
         lazy = LazyCheckpoint(location, asked.dtype, device)
         blocks = find_blocks(lazy.model)
-        _require_room(asked.check_memory, location, parts=len(blocks))
+        if asked.check_memory:
+            require_room(location, len(blocks), device)
         lazy.acquire_rest([block.name for block in blocks])
         return Loaded(lazy, load_processor(location, task_of(lazy.model.config)), location.name, False)
-    if isinstance(location, ModelFolder):
-        _require_room(asked.check_memory, location, parts=1)
+    if isinstance(location, ModelFolder) and asked.check_memory:
+        require_room(location, 1, device)
     model, processor = load_model(location, asked.dtype, device)
     return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
-
-
-def _require_room(check: bool, location: ModelFolder, parts: int) -> None:
-    """Raise BadInput if a folder's weights alone would not fit the memory, before any of them is read.
-
-    parts: how many blocks a streamed model holds one at a time of; 1 for a model that is loaded.
-    """
-    available = available_bytes()
-    needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
-    if check and available is not None and needed > available:
-        larger = ("use a larger machine",)
-        raise BadInput(
-            f"the weights of {location.name} take {needed / GIB:.1f} GiB of memory at a time, and {available / GIB:.1f} "
-            "are there",
-            field="model",
-            value=location.name,
-            fix=(
-                *(("read them block by block with ", Set("stream", True)) if parts == 1 else larger),
-                ", or try it all the same with ",
-                Set("check_memory", False),
-            ),
-        )
 
 
 def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
 from coprune.data.images import LabelledImages
 from coprune.evaluation.extras import Extras
@@ -52,7 +51,7 @@ def build_report(session: Session, found: Found) -> Report:
         prune_seconds=found.outcome.seconds,
         total_seconds=found.total_seconds,
         peak_memory_bytes=peak_memory(),
-        peak_device_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        peak_device_memory_bytes=None if (there := device_memory(opened.loaded.device)) is None else there.peak,
         versions=installed_versions(),
         events=[f"{result.name}: {event}" for result in results for event in result.events],
         matrices=results,

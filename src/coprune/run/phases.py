@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from coprune.base.devices import device_memory, reset_peak
 from coprune.base.memory import resident_memory, return_free_memory
 from coprune.base.progress import Reporter
 from coprune.report.schema import PhaseFacts
@@ -15,7 +16,10 @@ from coprune.run.events import Phase, PhaseDone
 class Phases:
     """Notes every phase as it ends, and tells whoever listens to the reporter."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, device: torch.device) -> None:
+        """device: that the run computes on, whose peak is counted from now on."""
+        reset_peak(device)
+        self._device = device
         self.facts: list[PhaseFacts] = []
         self._reporter = reporter
         self._started = time.perf_counter()
@@ -24,7 +28,8 @@ class Phases:
         """Note that a phase has just ended, and give back what it left free."""
         return_free_memory()
         now = time.perf_counter()
-        device = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+        there = device_memory(self._device)
+        device = None if there is None else there.allocated
         seconds, self._started = now - self._started, now
         facts = PhaseFacts(name=phase.value, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
         self.facts.append(facts)

@@ -90,12 +90,15 @@ def estimate(
     with handed_over(settings, "dataset", "eval_data") as named:
         recipe, given = read_call(model, method, preset, processor, named)
         with prepared(given.model):
-            return estimate_recipe(recipe, Reporter(quiet), given)
+            return estimate_recipe(recipe, Reporter(quiet), given, writes=recipe.output.run is not None)
 
 
-def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING) -> Estimate:
-    """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`."""
-    found = open_run(recipe, given, Surroundings(reporter)).estimate()
+def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING, writes: bool = True) -> Estimate:
+    """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`.
+
+    writes: whether the run would leave a folder.
+    """
+    found = open_run(recipe, given, Surroundings(reporter, writes=writes)).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
     return found

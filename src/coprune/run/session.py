@@ -23,6 +23,7 @@ from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
+from coprune.report.folder import can_make_pages
 from coprune.run.checks import (
     check_allocation,
     check_processes,
@@ -38,10 +39,11 @@ from coprune.run.given import Given
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Who hears of a run, and who does it together."""
+    """Who hears of a run, who does it together, and whether this one leaves a run folder."""
 
     reporter: Reporter
     processes: Processes = ALONE
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Opened:
             return None
         texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
         windows = self.samples if isinstance(self.samples, Windows) else None
-        planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts)
+        page = self.around.writes and can_make_pages()
+        planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts, page)
         found = estimate_run(planned, self.loaded, self.found, self.around.processes)
         return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
 

@@ -10,16 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.base.devices import enough_memory
 from coprune.base.files import path_of, write_text
+from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
+from coprune.base.words import Set, Together, Words
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.edit import Edits
+from coprune.model.opened import choose_device
 from coprune.model.verify import verify_saved
 from coprune.packed.encoding import PackedEncoding
 from coprune.recipe.recipe import Recipe
@@ -91,7 +95,8 @@ def run_recipe(
         LostProcess: another process ended.
     """
     started = time.perf_counter()
-    around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes)
+    writes = write and processes.first
+    around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes, writes)
     if recipe.finetune.mode is not None:
         return _run_with_finetuning(recipe, given, around)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
@@ -101,13 +106,14 @@ def run_recipe(
         require_login(recipe.output.push_to_hub)
     if processes.first and (write or recipe.output.model):
         prepare_folders(recipe)
-    with listening(recipe, around.reporter) if processes.first else nullcontext():
-        return _run(recipe, given, around, reuse or Reuse(), write and processes.first, started)
+    with listening(recipe, around.reporter) if processes.first else nullcontext(), enough_memory(_smaller(recipe)):
+        return _run(recipe, given, around, reuse or Reuse(), writes, started)
 
 
 def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write: bool, started: float) -> Result:
     """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
-    phases, first = Phases(around.reporter), around.processes.first
+    device = choose_device(recipe.model.device) if given.loaded is None else given.loaded.device
+    phases, first = Phases(around.reporter, device), around.processes.first
     extras = Extras.prepare(recipe, around.processes.size)
     session = _open(recipe, given, around, reuse)
     loaded = session.opened.loaded
@@ -128,6 +134,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     if write:
         announce(recipe, report)
     _save(session, output, report, outcome.edits)
+    return_free_memory()
     if write:
         finish_run_folder(recipe, report)
     around.reporter.tell(Finished(final_figures(report)))
@@ -137,6 +144,16 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     return Result(report, in_memory, loaded.processor)
 
 
+def _smaller(recipe: Recipe) -> Words:
+    """What would make a run of this recipe take less memory."""
+    calibration = recipe.calibration
+    changes = [Set("batch_size", 1)] if calibration.batch_size != 1 else []
+    changes += [Set("activation_memory", 0)] if calibration.activation_memory != 0 else []
+    changes += [Set("stream", True)] if recipe.model.stream is False else []
+    changes += [Set("nsamples", max(1, calibration.samples // 4))]
+    return ("it takes less with ", Together(tuple(changes)))
+
+
 def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> Session:
     """Check everything that can be checked, say what the run will take, and prove that the model can be walked."""
     opened = open_run(recipe, given, around, reuse.tokens)
@@ -144,6 +161,7 @@ def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> S
         around.reporter.say(estimate.line())
         if recipe.model.check_memory:
             estimate.require()
+    return_free_memory()  # of the blocks and matrices that were tried
     return prove_run(opened)
 
 

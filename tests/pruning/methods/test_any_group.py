@@ -14,7 +14,7 @@ from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS, method_named
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
-from coprune.run.estimate.machine import Trials, measure_solving
+from coprune.run.estimate.solving import Trials, measure_solving
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, write_words
 from support.problems import correlated_layer

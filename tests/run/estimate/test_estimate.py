@@ -15,10 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import write_llama
-from synthetic import write_words as write_numbered_words
 from torch import nn
 
+from coprune.base.devices import DeviceMemory
+from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
@@ -26,10 +26,12 @@ from coprune.model.walk.sample import InputSample
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import NM, Target
-from coprune.report.schema import Report
-from coprune.run.estimate.estimate import Settings, Workload, estimate
+from coprune.run.estimate.block import BlockCosts, HeadCosts
+from coprune.run.estimate.estimate import estimate
 from coprune.run.estimate.live_bytes import LiveBytes
-from coprune.run.estimate.machine import WORKSPACE, BlockCosts, SolveCosts, Trials, _extrapolate, measure_solving
+from coprune.run.estimate.memory import STEADY
+from coprune.run.estimate.solving import WORKSPACE, SolveCosts, Trials, _extrapolate, measure_solving
+from coprune.run.estimate.work import Settings, Workload
 from support.pico_folder import save_pico, write_words
 
 MIB = 1 << 20
@@ -89,7 +91,7 @@ BLOCK = BlockCosts(
     bytes_per_token=40_000,
     waiting_bytes_per_token=30_000,
     hidden_bytes_per_token=8_000,
-    tokens_per_sample=512,
+    training_bytes_per_token=80_000,
     groups=(((2048, 2048),),),
 )
 SOLVING = {
@@ -104,6 +106,7 @@ SOLVING = {
 WORK = Workload(
     resident=600 * MIB,
     peak_so_far=600 * MIB,
+    unread_bytes=0,
     rest_bytes=200 * MIB,
     total_bytes=3400 * MIB,
     blocks=32,
@@ -111,8 +114,7 @@ WORK = Workload(
     solving=SOLVING,
     matrices=Counter({(2048, 2048): 32}),
     leaders=Counter({(2048, 2048): 32}),
-    head_seconds_per_token=1e-5,
-    logit_bytes_per_token=64_000,
+    head=HeadCosts(vocabulary=16_000, bytes_per_value=4, seconds_per_token=1e-5, compared_positions=32),
 )
 RUN = Settings(
     samples=128,
@@ -127,6 +129,7 @@ RUN = Settings(
     reconstruction_steps=0,
     activation_limit=None,
     saved=True,
+    page=False,
     dtype="float32",
 )
 
@@ -182,6 +185,48 @@ def test_what_is_proposed_fits(mebibytes: int, streamed: bool, propagation: str)
     assert replace(estimate(replace(WORK, resident=resident), changed, available), resident_bytes=WORK.resident).fits
 
 
+ON_A_GPU = replace(
+    WORK,
+    device=DeviceMemory("cuda:0", allocated=200 * MIB, peak=200 * MIB, available=80 << 30),
+)
+
+
+def test_a_run_on_a_device_is_held_against_the_devices_memory() -> None:
+    """Host memory then holds what passes through it; what is computed with is on the device, and refused there."""
+    here, there = estimate(WORK, RUN, None), estimate(ON_A_GPU, RUN, 2 << 30)
+    assert there.fits, "16 samples of a large model on a GPU need little of a small host"
+    assert not estimate(WORK, RUN, 2 << 30).fits
+    assert there.device is not None
+    assert there.device.phases.keys() == here.phases.keys()
+    for phase, size in there.device.phases.items():
+        on_the_host = here.phases[phase] - WORK.resident - STEADY
+        assert size - ON_A_GPU.device.allocated == pytest.approx(on_the_host, abs=2)
+    assert there.peak_bytes < here.peak_bytes
+    small = replace(ON_A_GPU, device=DeviceMemory("cuda:0", 200 * MIB, 200 * MIB, available=1 << 30))
+    refused = estimate(small, RUN, 64 << 30)
+    assert not refused.fits
+    assert refused.proposal is not None
+    assert "GiB on cuda:0" in refused.line()
+    assert "of 1.2 GiB on cuda:0" in refused.line()
+    with pytest.raises(BadInput, match="would not fit"):
+        refused.require()
+
+
+def test_several_lists_of_hidden_states_share_the_limit() -> None:
+    limited = replace(RUN, propagation="block", activation_limit=64 * MIB, evaluation_tokens=())
+    one, two = (estimate(WORK, replace(limited, dense_target=dense), None).peak_bytes for dense in (False, True))
+    assert one == two
+
+
+def test_the_proof_takes_the_logits_that_it_compares() -> None:
+    """32 positions' where the model can give those alone; with a large vocabulary those of all would be most of the run."""
+    large = replace(WORK, head=replace(WORK.head, vocabulary=256_000))
+    every = replace(large, head=replace(large.head, compared_positions=512))
+    few, all_of_them = (estimate(work, RUN, None).phases["proof"] for work in (large, every))
+    assert few < WORK.resident + 300 * MIB
+    assert all_of_them > WORK.resident + 1000 * MIB
+
+
 def test_a_limit_on_the_process_counts() -> None:
     script = (
         "import resource; from coprune.base.memory import available_bytes, _numbers; from pathlib import Path;"
@@ -218,35 +263,3 @@ def test_a_run_that_would_not_fit_says_so_and_leaves_nothing(tmp_path: Path) -> 
     found = json.loads(run("estimate", "--json").stdout)
     assert not found["fits"]
     assert found["peak_bytes"] > 1024 * 2048 * 64 * 4
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--no-stream", "--method", "wanda"],
-        ["--stream", "--method", "sparsegpt", "--propagation", "sequential"],
-        ["--stream", "--method", "sparsegpt", "--target", "dense"],
-    ],
-    ids=["in memory", "streamed", "dense target"],
-)
-def test_an_estimate_is_close_to_the_measured_peak(options: list[str], tmp_path: Path) -> None:
-    """What a run takes beyond Python and its libraries may lie 30 % above what was said, or 20 % below."""
-    write_llama(tmp_path / "model", 2, 768, torch.float32, vocabulary=8000)
-    words = str(write_numbered_words(tmp_path / "words.txt", vocabulary=8000))
-    recipe = [str(tmp_path / "model"), "--dataset", words, "--nsamples", "32", "--seqlen", "256", "--device", "cpu"]
-    recipe += ["--eval-data", words, "--eval-tokens", "4096", *options]
-    recipe += ["--save", str(tmp_path / "run"), "--save-model", str(tmp_path / "out")]
-
-    def coprune(command: str, *more: str) -> str:
-        arguments = [sys.executable, "-m", "coprune", command, *recipe, *more]
-        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-
-    said = json.loads(coprune("estimate", "--json"))
-    coprune("prune")
-    peak = Report.read(tmp_path / "run" / "report.json").peak_memory_bytes
-    assert said["peak_bytes"] == max(said["phases"].values())  # not what was held before the run began
-    more_said, more_taken = said["peak_bytes"] - said["resident_bytes"], peak - said["resident_bytes"]
-    assert more_taken > 200 * MIB
-    assert 0.8 < more_taken / more_said < 1.3

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.locate import GgufFile, Location, is_packed
@@ -110,6 +111,8 @@ def load_model(
         if not isinstance(location, GgufFile):
             options["config"] = read_config(folder, trust_remote_code)
             task = task_of(options["config"])
+            if not in_host_memory(torch.device(device)):
+                options["device_map"] = {"": device}  # tensor by tensor, so that host memory never holds all of them
         loader = class_for(options["config"]) if "config" in options else MODEL_CLASSES[task]
         loaded: Any = loader.from_pretrained(folder, **options)
     model: PreTrainedModel = loaded[0]

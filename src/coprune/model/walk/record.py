@@ -54,7 +54,7 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
     if batch.is_floating_point():
         batch = batch.to(next(model.parameters()).dtype)
     options: dict[str, Any] = {"use_cache": False} if name == "input_ids" else {}
-    if last is not None and "logits_to_keep" in signature(model.forward).parameters:
+    if last is not None and chooses_positions(model):
         # As positions, not as a number: a slice of the hidden states would make torch copy the head's whole weight.
         positions = batch.shape[-1]
         options["logits_to_keep"] = torch.arange(max(0, positions - last), positions, device=batch.device)
@@ -62,6 +62,11 @@ def forward_logits(model: nn.Module, batch: Tensor, last: int | None = None) -> 
     if not isinstance(logits, Tensor):
         raise UnsupportedModel("the model answers without logits")
     return logits
+
+
+def chooses_positions(model: nn.Module) -> bool:
+    """Whether a model's forward can give the logits of some positions only."""
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 class Finished(Exception):

@@ -1,154 +1,53 @@
 """Peak memory and time of a run before it is done: from shapes and a short calibration of this machine.
 
-The memory is what the process holds already plus the largest of the run's phases, each of which holds the weights and
-activations that it needs; the time is the sum of all passes, solves and transfers. A run that would not fit is refused
-with settings that would.
+The memory is what is held already plus the largest of the run's phases, each of which holds the weights and activations
+that it needs; the time is the sum of all passes, solves and transfers. A run that would not fit is refused with settings
+that would.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
-from coprune.run.estimate.found import Estimate
-from coprune.run.estimate.machine import BlockCosts, Shape, SolveCosts
+from coprune.run.estimate.found import DevicePeak, Estimate
+from coprune.run.estimate.memory import device_phases, host_phases
 from coprune.run.estimate.proposal import Proposal
-
-# Beyond the tensors that are counted: workspaces of the libraries, and what the allocator cannot give back at once.
-SLACK = 1.1
-PROBE_TOKENS = 512
-SLICE_BYTES = 2 * 4 * 2**24  # a slice of logits in float32 and its logarithm (see evaluate.perplexity.window_nll)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a recipe decides its memory and time."""
-
-    samples: int
-    """Calibration samples of this process; 0 if none run through the model."""
-    seqlen: int
-    batch: int
-    """Samples per batch."""
-    evaluation_tokens: tuple[int, ...]
-    """Of each text that perplexity is measured on (this process's share)."""
-    evaluation_batch: int
-    """Tokens per batch of the evaluation."""
-    evaluations: int
-    """1 or 2: the pruned model's, the dense model's."""
-    propagation: str
-    streamed: bool
-    dense_target: bool
-    """Whether the dense model's hidden states go along."""
-    reconstruction_steps: int
-    activation_limit: int | None
-    saved: bool
-    dtype: str
-    processes: int = 1
-    """That share this machine and the solving."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model on this machine with a method: everything that is measured."""
-
-    resident: int
-    """Bytes that the process holds now."""
-    peak_so_far: int
-    rest_bytes: int
-    """Of what lies outside the blocks."""
-    total_bytes: int
-    blocks: int
-    block: BlockCosts
-    solving: dict[Shape, SolveCosts]
-    matrices: Counter[Shape]
-    """Number of matrices of each shape in all blocks."""
-    leaders: Counter[Shape]
-    """Number of groups by the shape of their first matrix."""
-    head_seconds_per_token: float
-    logit_bytes_per_token: float
+from coprune.run.estimate.seconds import seconds_of
+from coprune.run.estimate.work import Settings, Workload
 
 
 def estimate(workload: Workload, settings: Settings, available: int | None) -> Estimate:
-    """Estimate peak and time, and find settings that fit if these do not."""
-    phases = dict(_phases(workload, settings))
-    peak = max(workload.peak_so_far, *phases.values())
-    found = Estimate(peak, _seconds(workload, settings), available, workload.resident, phases, settings.processes)
+    """Estimate peak and time, and find settings that fit if these do not.
+
+    Args:
+        workload: what was measured.
+        settings: what is asked for.
+        available: bytes of host memory that the process may still take; None if the system does not tell.
+
+    Returns:
+        The estimate, with a proposal if the run would not fit.
+    """
+    found = _peaks(workload, settings, available)
+    found = replace(found, seconds=seconds_of(workload, settings))
     return found if found.fits else replace(found, proposal=_proposal(workload, settings, available))
 
 
-def _phases(work: Workload, run: Settings) -> Iterator[tuple[str, int]]:
-    """Resident set at the peak of each phase."""
-    block, base = work.block, work.resident
-    # A model in memory holds its blocks already.
-    weights = block.weight_bytes if run.streamed else 0
-    logits, tokens = work.logit_bytes_per_token, min(PROBE_TOKENS, run.seqlen)
-
-    def bytes_of(extra: float) -> int:
-        return int(base + SLACK * extra)
-
-    # Both logits, and for the comparison their difference and what is not float32 already in float32.
-    compared = tokens * logits * (5 if logits == 4 * _vocabulary(work) else 8) / 2
-    yield "proof", bytes_of(weights + tokens * block.bytes_per_token + compared)
-    for count in run.evaluation_tokens:
-        hidden = _within(count * block.hidden_bytes_per_token, run.activation_limit) if run.streamed else 0
-        inside = weights + run.evaluation_batch * block.bytes_per_token
-        yield "perplexity", bytes_of(hidden + max(inside, run.evaluation_batch * logits + SLICE_BYTES))
-    yield "pruning", bytes_of(weights + _pruning(work, run))
-    if run.saved:
-        # The saved folder's rest is read once more, and one of its blocks, to compare them.
-        yield "verification", bytes_of(work.rest_bytes + block.weight_bytes + 2 * 64 * logits)
-
-
-def _vocabulary(work: Workload) -> float:
-    return work.logit_bytes_per_token / 4
-
-
-def _pruning(work: Workload, run: Settings) -> float:
-    """Bytes that pruning needs besides the weights: activations, statistics, and one solve."""
-    block, tokens = work.block, run.samples * run.seqlen
-    lists = 2 if run.dense_target else 1
-    hidden = lists * _within(tokens * block.hidden_bytes_per_token, run.activation_limit)
-    sums = [work.solving[group[0]].statistic_bytes for group in block.groups]
-    solve = max((work.solving[shape].most_bytes for group in block.groups for shape in group), default=0)
-    batch = min(run.batch, run.samples) * run.seqlen * block.bytes_per_token
-    if run.propagation == "sequential":
-        waiting = _within(hidden + tokens * block.waiting_bytes_per_token, run.activation_limit)
-        return max(hidden, waiting) + max(sums, default=0) + max(solve, batch)
-    training = 0.0
-    if run.reconstruction_steps:
-        # float32 weights, gradients, two moments, best state; activations are kept for the backward pass.
-        training = 5 * block.weight_bytes + 3 * batch
-    return hidden + max(sum(sums) + max(solve, batch), training)
-
-
-def _within(size: float, limit: int | None) -> float:
-    return size if limit is None else min(size, limit)
-
-
-def _seconds(work: Workload, run: Settings) -> float:
-    """Time from now to the end."""
-    block, read = work.block, work.block.read_seconds * work.blocks if run.streamed else 0.0
-    tokens = run.samples * run.seqlen
-    one_pass = block.seconds_per_token * work.blocks
-    passes = 2 if run.propagation == "block" else 1
-    passes += 1 if run.dense_target else 0
-    statistics = sum(work.solving[s].statistic_seconds_per_token * count for s, count in work.leaders.items())
-    first = sum(work.solving[s].seconds * count for s, count in work.leaders.items())
-    again = sum(work.solving[s].seconds_again * (count - work.leaders[s]) for s, count in work.matrices.items())
-    proof = 2 * min(PROBE_TOKENS, run.seqlen) * (one_pass + work.head_seconds_per_token)
-    evaluation = sum(run.evaluation_tokens) * (one_pass + work.head_seconds_per_token) * run.evaluations
-    # Half of a step's passes are forward, the rest backward; and a tenth of the batches watch after every tenth step.
-    trained = run.reconstruction_steps * run.batch * run.seqlen * 3 + (1.1 * tokens if run.reconstruction_steps else 0)
-    # Reading for the proof, for every evaluation, for pruning and for verifying, and writing, which takes about as long
-    # as reading and its checksum once more.
-    transfers = read * (2 + run.evaluations * len(run.evaluation_tokens)) + 3 * read * run.saved
-    return (
-        proof
-        + evaluation
-        + passes * tokens * one_pass
-        + tokens * statistics
-        + ((first + again) / run.processes + trained * one_pass + transfers)
+def _peaks(work: Workload, run: Settings, available: int | None) -> Estimate:
+    """The memory of a run, and whether that fits."""
+    phases, there = host_phases(work, run), device_phases(work, run)
+    on_device = None
+    if work.device is not None:
+        peak = max(there.values())
+        on_device = DevicePeak(work.device.name, peak, work.device.available, work.device.allocated, there)
+    return Estimate(
+        peak_bytes=max(work.peak_so_far, *phases.values()),
+        seconds=0.0,
+        available_bytes=available,
+        resident_bytes=work.resident,
+        phases=phases,
+        processes=run.processes,
+        device=on_device,
     )
 
 
@@ -167,9 +66,9 @@ def _proposal(work: Workload, run: Settings, available: int | None) -> Proposal:
         changes.insert(0, ("stream", True, lambda s: replace(s, streamed=True)))
 
     def fits(settings: Settings) -> bool:
-        resident = work.resident - (work.total_bytes - work.rest_bytes if settings.streamed and not run.streamed else 0)
-        peak = max(size for _, size in _phases(replace(work, resident=resident), settings))
-        return Estimate(peak, 0.0, available, work.resident, processes=run.processes).fits
+        return _peaks(
+            _without_blocks(work) if settings.streamed and not run.streamed else work, settings, available
+        ).fits
 
     halves = run.dtype == "float32"
     useful = [(name, value, change) for name, value, change in changes if change(run) != run]
@@ -183,3 +82,19 @@ def _proposal(work: Workload, run: Settings, available: int | None) -> Proposal:
         if fits(settings):
             return Proposal(taken, True, halves)
     return Proposal(taken, False, halves)
+
+
+def _without_blocks(work: Workload) -> Workload:
+    """The same where the blocks, which are in memory, stay on the disk."""
+    blocks = work.total_bytes - work.rest_bytes
+    if work.device is not None:
+        held = work.device.allocated - blocks
+        return replace(
+            work, device=replace(work.device, allocated=held, available=_more(work.device.available, blocks))
+        )
+    unread = min(work.unread_bytes, blocks)
+    return replace(work, unread_bytes=work.unread_bytes - unread, resident=work.resident - (blocks - unread))
+
+
+def _more(available: int | None, freed: int) -> int | None:
+    return None if available is None else available + freed

@@ -15,9 +15,29 @@ from coprune.run.estimate.proposal import Proposal
 ERROR = 0.15
 
 
+@dataclass(frozen=True)
+class DevicePeak:
+    """What a run's tensors will take on its device."""
+
+    name: str
+    peak_bytes: int
+    """Of all tensors there, at most."""
+    available_bytes: int | None
+    """What they may still take; None if the device does not tell."""
+    allocated_bytes: int
+    """What they take now."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of each phase."""
+
+    def fits(self) -> bool:
+        """As `Estimate.fits`; processes on one machine have a device each."""
+        more = self.peak_bytes - self.allocated_bytes
+        return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate(Shown):
-    """What a run will take."""
+    """What a run will take: as a whole process, Python and its libraries included, and on its device."""
 
     peak_bytes: int
     """Largest resident set of one process."""
@@ -31,18 +51,25 @@ class Estimate(Shown):
     processes: int = 1
     proposal: Proposal | None = None
     """Settings with which the run would fit, if it would not."""
+    device: DevicePeak | None = None
+    """None for a run in host memory."""
 
     @property
     def fits(self) -> bool:
         """Whether the run fits what there is, if the estimate is not wrong by more than it may be."""
+        if self.device is not None and not self.device.fits():
+            return False
         more = (self.peak_bytes - self.resident_bytes) * self.processes
         return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
 
     def line(self) -> str:
         """One line for people."""
-        there = "" if self.available_bytes is None else f" of {(self.available_bytes + self.resident_bytes) / GIB:.1f}"
         several = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        return f"Estimate: {self.peak_bytes / GIB:.2f}{there} GiB of memory{several} at most, about {duration(self.seconds)}."
+        memory = f"{_of(self.peak_bytes, self.available_bytes, self.resident_bytes)} of memory"
+        if self.device is not None:
+            one = self.device
+            memory += f" and {_of(one.peak_bytes, one.available_bytes, one.allocated_bytes)} on {one.name}"
+        return f"Estimate: {memory}{several} at most, about {duration(self.seconds)}."
 
     def headline(self) -> str:
         """Memory and time."""
@@ -55,6 +82,12 @@ class Estimate(Shown):
         if self.available_bytes is not None:
             rows.append(("available", f"{(self.available_bytes + self.resident_bytes) / GIB:.2f} GiB"))
         rows += [(phase, f"{size / GIB:.2f} GiB") for phase, size in self.phases.items()]
+        if self.device is not None:
+            name = self.device.name
+            rows.append(
+                (name, f"{_of(self.device.peak_bytes, self.device.available_bytes, self.device.allocated_bytes)}")
+            )
+            rows += [(f"{name}, {phase}", f"{size / GIB:.2f} GiB") for phase, size in self.device.phases.items()]
         if self.proposal is not None:
             rows.append(("would not fit", say(self.proposal.words())))
         return Sheet(self.headline(), rows)
@@ -74,6 +107,12 @@ class Estimate(Shown):
             proposal = () if self.proposal is None else (*parts_of(self.proposal.words()), ". ")
             anyway = ("Or run it all the same with ", Set("check_memory", False))
             raise BadInput(f"the run would not fit. {self.line()}", field="check_memory", fix=(*proposal, *anyway))
+
+
+def _of(peak: int, available: int | None, held: int) -> str:
+    """A peak, and all that there is for it."""
+    there = "" if available is None else f" of {(available + held) / GIB:.1f}"
+    return f"{peak / GIB:.2f}{there} GiB"
 
 
 def duration(seconds: float) -> str:

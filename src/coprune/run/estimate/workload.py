@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coprune.base.memory import available_bytes, resident_peak
+from coprune.base.devices import device_memory
+from coprune.base.memory import available_bytes, resident_peak, unread_weights
 from coprune.base.processes import Processes
 from coprune.data import EvaluationText, Windows
 from coprune.evaluation.batches import default_batch_size
@@ -17,9 +18,11 @@ from coprune.model.walk.proven import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
-from coprune.run.estimate.estimate import Settings, Workload, estimate
+from coprune.run.estimate.block import measure_block, measure_head
+from coprune.run.estimate.estimate import estimate
 from coprune.run.estimate.found import Estimate
-from coprune.run.estimate.machine import Trials, measure_block, measure_head, measure_solving
+from coprune.run.estimate.solving import Trials, measure_solving
+from coprune.run.estimate.work import Settings, Workload
 
 CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
 
@@ -36,11 +39,13 @@ class Planned:
     """Calibration samples; None if none run through the model."""
     texts: Sequence[EvaluationText]
     """Those that perplexity is measured on."""
+    page: bool
+    """Whether a page is made in the end."""
 
 
 def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes: Processes) -> Estimate:
     """Estimate peak memory and time of a run that has read its data and nothing of its blocks."""
-    resident, _ = resident_peak()
+    (resident, _), unread, device = resident_peak(), unread_weights(), device_memory(loaded.device)
     settings = _settings(planned, loaded, processes)
     windows, texts, solver, seqlen = planned.windows, planned.texts, planned.solver, planned.seqlen
     sample = (
@@ -48,7 +53,7 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     )
     if sample is None:
         sample = loaded.model.dummy_inputs["input_ids"][:1]
-    block = measure_block(found, sample.to(loaded.device))
+    block = measure_block(found, sample.to(loaded.device), trained=settings.reconstruction_steps > 0)
     shapes = Counter(matrix.shape for matrix in found.chosen.all())
     cross = settings.dense_target and solver.aim == "dense"
     budget = CALIBRATION_SECONDS / max(1, len(shapes))
@@ -59,10 +64,10 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     first = Counter(group[0] for group in block.groups)
     leaders = Counter({s: round(n * first[s] / in_block[s]) if in_block[s] else n for s, n in shapes.items()})
     rest = sum(tensor.nbytes for tensor in loaded.weights.rest_tensors(found.names).values())
-    seconds, logits = measure_head(loaded.model, loaded.device)
     work = Workload(
         resident=resident,
         peak_so_far=resident_peak()[1],
+        unread_bytes=unread,
         rest_bytes=rest,
         total_bytes=loaded.weights.total_bytes,
         blocks=len(found.blocks),
@@ -70,8 +75,8 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
         solving=solving,
         matrices=shapes,
         leaders=leaders,
-        head_seconds_per_token=seconds,
-        logit_bytes_per_token=logits,
+        head=measure_head(loaded.model, loaded.device),
+        device=device,
     )
     return estimate(work, settings, available_bytes())
 
@@ -97,6 +102,7 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         reconstruction_steps=recipe.reconstruction.steps,
         activation_limit=None if memory is None else int(memory * GIB),
         saved=recipe.output.model is not None,
+        page=planned.page,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
     )

@@ -65,7 +65,7 @@ def _estimate(job: Job, tell: Tell) -> dict[str, float]:
 
     tell(Doing(job.run.name, "estimating"))
     loaded, reuse = _open(job)
-    opened = open_run(job.run.recipe, Given(loaded), Surroundings(Reporter(quiet=True)), reuse.tokens)
+    opened = open_run(job.run.recipe, Given(loaded), Surroundings(Reporter(quiet=True), writes=True), reuse.tokens)
     reuse.estimate(opened.estimate)
     return {}
 

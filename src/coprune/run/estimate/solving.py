@@ -1,95 +1,31 @@
-"""How fast this machine is: costs measured on one block of the model.
+"""What pruning a matrix costs: random matrices are pruned at growing sizes until that gets slow.
 
-A calibration takes a second or two: one block runs on one sample, and every kind of matrix is pruned at growing sizes
-until that gets slow; what larger ones cost follows from how the time grew.
+What larger ones cost follows from how the time grew. It is processor time (see `clock`).
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coprune.base.devices import synchronize
-from coprune.evaluation.perplexity import window_nll
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.observe import Observe, observe_products
-from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.record import guess_call
 from coprune.model.walk.sample import InputSample
 from coprune.model.walk.statistics import CrossGram
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import Target
+from coprune.run.estimate.block import Shape
+from coprune.run.estimate.clock import seconds_of_call
 from coprune.run.estimate.live_bytes import LiveBytes
 
-Shape = tuple[int, int]
-"""(out, in) of a matrix."""
-WORKSPACE = 48 << 20
+WORKSPACE = 16 << 20
 """What the linear algebra library takes once for factorisations, measured; no tensor of it is seen."""
 SHORT = 0.05
 """Seconds below which a measurement is repeated."""
-
-
-@dataclass(frozen=True)
-class BlockCosts:
-    """What running the largest block costs."""
-
-    read_seconds: float
-    """To make its weights real."""
-    weight_bytes: int
-    seconds_per_token: float
-    bytes_per_token: float
-    """Most that lives at once within the block, besides its input."""
-    waiting_bytes_per_token: float
-    """Most that lives while a matrix waits to be pruned, likewise (`sequential`)."""
-    hidden_bytes_per_token: float
-    """Of the hidden states between two blocks."""
-    tokens_per_sample: int
-    groups: tuple[tuple[Shape, ...], ...]
-    """Shapes of its matrices; those of one group are fed by the same tensor."""
-
-
-@torch.no_grad()
-def measure_block(model: FoundModel, sample: Tensor) -> BlockCosts:
-    """Read the largest block, run it on one sample (1 × S int64 tokens, or pixels), and let go of it."""
-    weights, blocks, matrices = model.weights, model.blocks, model.chosen.blocks
-    sizes = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks]
-    block = blocks[max(range(len(blocks)), key=sizes.__getitem__)]
-    started = time.perf_counter()
-    weights.acquire(block.name)
-    read = time.perf_counter() - started
-    try:
-        hidden, call = guess_call(weights.model, blocks[: block.index + 1], sample)
-
-        def run() -> object:
-            return call.run(block.module, hidden)
-
-        _, products = observe_products(matrices[block.index], run)
-        live, stops = LiveBytes(), [0]
-        with live, Observe(matrices[block.index], lambda matrix, x: stops.append(live.now)):
-            run()
-        seconds = _seconds(run, hidden.device)
-    finally:
-        weights.release(block.name)
-    tokens = hidden.shape[0] * hidden.shape[1]
-    return BlockCosts(
-        read_seconds=read,
-        weight_bytes=max(sizes),
-        seconds_per_token=seconds / tokens,
-        bytes_per_token=live.most / tokens,
-        waiting_bytes_per_token=max(stops) / tokens,
-        hidden_bytes_per_token=hidden.nbytes / tokens,
-        tokens_per_sample=hidden.shape[1],
-        groups=tuple(
-            tuple(matrix.shape for matrix in group)
-            for group in [*products.groups, *([matrix] for matrix in products.unseen)]
-        ),
-    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +67,7 @@ def measure_solving(shape: Shape, trials: Trials, budget: float) -> SolveCosts:
         times: list[tuple[float, float]] = []
         while not times or (len(times) < 3 and times[0][0] < SHORT):
             one = trial(width)
-            times.append((_seconds(one.prune, device, once=True), _seconds(one.prune, device, once=True)))
+            times.append((seconds_of_call(one.prune, device, once=True), seconds_of_call(one.prune, device, once=True)))
         points.append((width, min(first for first, _ in times), min(again for _, again in times)))
         # The next takes four to eight times as long. Three sizes show how the time grows.
         if len(points) > 2 and points[-1][1] > budget / 6:
@@ -182,9 +118,8 @@ class _Trial:
             self._inputs.cross = CrossGram(width, device)
         x = torch.randn(self.tokens, width, generator=generator).to(device)
         self._inputs.update(x, x if cross else None)
-        started = time.perf_counter()
-        self._inputs.update(x, x if cross else None)
-        self.gathering_seconds = (time.perf_counter() - started) / self.tokens
+        again = seconds_of_call(lambda: self._inputs.update(x, x if cross else None), device, once=True)
+        self.gathering_seconds = again / self.tokens
         # As many tokens as there are inputs, without the time that they would take.
         if self._inputs.statistic is not None:
             seen = self._inputs.statistic
@@ -210,27 +145,3 @@ def _extrapolate(points: Sequence[tuple[float, float]], width: int) -> float:
     cubic = min(max(0.0, (t2 / w2**2 - t1 / w1**2) / (w2 - w1)), t2 / w2**3)
     square = t2 / w2**2 - cubic * w2
     return square * width**2 + cubic * width**3
-
-
-@torch.no_grad()
-def measure_head(model: nn.Module, device: torch.device, tokens: int = 64) -> tuple[float, float]:
-    """Seconds and bytes per token of the logits and their likelihood; zeros for a model without a language head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        return 0.0, 0.0
-    weight = head.weight
-    x = torch.ones(1, tokens, weight.shape[1], dtype=weight.dtype, device=device)
-    targets = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    seconds = _seconds(lambda: window_nll(head(x), targets), device)
-    return seconds / tokens, float(weight.shape[0] * weight.element_size())
-
-
-def _seconds(run: Callable[[], object], device: torch.device, once: bool = False) -> float:
-    """Seconds of a call; the smaller of two, unless it is to be called once only or takes long."""
-    times: list[float] = []
-    while not times or (not once and len(times) < 2 and times[0] < 0.3):
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -1,0 +1,68 @@
+"""What decides what a run takes: its settings, and what was measured of model and machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from coprune.base.devices import DeviceMemory
+from coprune.run.estimate.block import BlockCosts, HeadCosts, Shape
+from coprune.run.estimate.solving import SolveCosts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe decides its memory and time."""
+
+    samples: int
+    """Calibration samples of this process; 0 if none run through the model."""
+    seqlen: int
+    batch: int
+    """Samples per batch."""
+    evaluation_tokens: tuple[int, ...]
+    """Of each text that perplexity is measured on (this process's share)."""
+    evaluation_batch: int
+    """Tokens per batch of the evaluation."""
+    evaluations: int
+    """1 or 2: the pruned model's, the dense model's."""
+    propagation: str
+    streamed: bool
+    dense_target: bool
+    """Whether the dense model's hidden states go along."""
+    reconstruction_steps: int
+    activation_limit: int | None
+    saved: bool
+    page: bool
+    """Whether a page is made in the end."""
+    dtype: str
+    processes: int = 1
+    """That share this machine and the solving."""
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Of the dtype that the model is computed in."""
+        return 4 if self.dtype == "float32" else 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model on this machine with a method: everything that is measured."""
+
+    resident: int
+    """Bytes that the process holds now."""
+    peak_so_far: int
+    unread_bytes: int
+    """Of weights in files that are mapped into memory and come into it only when they are used."""
+    rest_bytes: int
+    """Of what lies outside the blocks."""
+    total_bytes: int
+    blocks: int
+    block: BlockCosts
+    solving: dict[Shape, SolveCosts]
+    matrices: Counter[Shape]
+    """Number of matrices of each shape in all blocks."""
+    leaders: Counter[Shape]
+    """Number of groups by the shape of their first matrix."""
+    head: HeadCosts
+    device: DeviceMemory | None = None
+    """Of the device that the model is computed on; None if that is host memory, or its device does not tell."""

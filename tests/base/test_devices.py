@@ -1,0 +1,109 @@
+"""What a device's memory is said to be, and what becomes of a run that it does not suffice for."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from coprune.base.devices import DeviceMemory, device_memory, enough_memory, reset_peak
+from coprune.base.errors import OutOfMemory
+from coprune.base.progress import Reporter
+from coprune.base.words import Set
+from coprune.commands import app
+from coprune.run.events import Phase
+from coprune.run.phases import Phases
+
+SECOND = torch.device("xpu", 1)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Torch's module for a kind of device, with two devices of which the second is in use."""
+    allocated, peak = {0: 0, 1: 300}, {0: 9999, 1: 700}
+
+    def index(device: torch.device) -> int:
+        return device.index
+
+    def reset(device: torch.device) -> None:
+        peak[index(device)] = allocated[index(device)]
+
+    fake = SimpleNamespace(
+        memory_allocated=lambda device: allocated[index(device)],
+        max_memory_allocated=lambda device: peak[index(device)],
+        memory_reserved=lambda device: 350,
+        mem_get_info=lambda device: (600, 1000),
+        reset_peak_memory_stats=reset,
+    )
+    monkeypatch.setattr(torch, "xpu", fake)
+    return fake
+
+
+def test_memory_is_that_of_the_device_itself(module: Any) -> None:
+    # 50 of what the device counts as taken are the allocator's own and free for tensors.
+    assert device_memory(SECOND) == DeviceMemory("xpu:1", allocated=300, peak=700, available=650)
+    reset_peak(SECOND)
+    found = device_memory(SECOND)
+    assert found is not None
+    assert found.peak == 300
+    assert device_memory(torch.device("cpu")) is None
+    reset_peak(torch.device("cpu"))
+    del module.mem_get_info
+    told = device_memory(SECOND)
+    assert told is not None
+    assert told.available is None
+
+
+def test_a_run_counts_its_own_device_from_its_start(module: Any) -> None:
+    phases = Phases(Reporter(quiet=True), SECOND)
+    assert module.max_memory_allocated(SECOND) == 300, "the peak of whatever was there before"
+    phases.done(Phase.PREPARE)
+    assert phases.facts[0].device_bytes == 300
+    in_host_memory = Phases(Reporter(quiet=True), torch.device("cpu"))
+    in_host_memory.done(Phase.PREPARE)
+    assert in_host_memory.facts[0].device_bytes is None
+
+
+TORCHS_WORDS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.10 GiB of which 1.10 GiB is free. "
+    "If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(TORCHS_WORDS), RuntimeError(TORCHS_WORDS), MemoryError()],
+    ids=["torch", "another allocator", "python"],
+)
+def test_no_memory_left_is_one_message(error: Exception) -> None:
+    with pytest.raises(OutOfMemory) as caught, enough_memory(("it takes less with ", Set("batch_size", 1))):
+        raise error
+    said = str(caught.value)
+    assert said.endswith("it takes less with batch_size=1.")
+    assert len(said.splitlines()) == 1
+    if str(error):
+        assert "Tried to allocate 2.00 GiB" in said
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in said
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory("less"):
+        raise RuntimeError("shapes do not match")
+
+
+def test_a_command_ends_with_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_memory(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError(TORCHS_WORDS)
+
+    monkeypatch.setattr(app, "app", no_memory)
+    monkeypatch.setattr(sys, "argv", ["coprune", "eval", "model"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("coprune: CUDA out of memory")
+    assert "a smaller batch" in said
+    assert len(said.splitlines()) == 1
