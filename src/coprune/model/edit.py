@@ -9,13 +9,14 @@ making a model smaller is a class here, and none of those changes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
@@ -41,6 +42,14 @@ class Edit(BaseModel):
         """
         return name
 
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What is left of a source tensor of the block, by its name in the source."""
+        return tensor
+
+    def uncut(self, name: str, tensor: Tensor) -> Tensor:
+        """The source tensor again, with zeros in place of what was cut away."""
+        return tensor
+
     def configure(self, config: dict[str, Any]) -> None:
         """Change the content of `config.json`, in place."""
 
@@ -63,7 +72,107 @@ class FillZeros(Edit):
         return self.masks
 
 
-EDITS: dict[str, type[Edit]] = {"fill_zeros": FillZeros}
+class KeptSlices(BaseModel):
+    """Which slices of a tensor are left, along one of its dimensions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int
+    size: int
+    """Of the source tensor along that dimension."""
+    ranges: list[list[tuple[int, int]]]
+    """First and last + 1 of every run of slices that are left: once, or for each entry of the first dimension (experts),
+    of which all keep as many."""
+
+    def _indices(self, tensor: Tensor) -> Tensor:
+        rows = [torch.cat([torch.arange(start, end) for start, end in one]) for one in self.ranges]
+        return torch.stack(rows).to(tensor.device)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """What is left of the tensor."""
+        indices = self._indices(tensor)
+        if len(self.ranges) == 1:
+            return tensor.index_select(self.dim, indices[0]).contiguous()
+        return torch.stack([part.index_select(self.dim - 1, own) for part, own in zip(tensor, indices, strict=True)])
+
+    def uncut(self, tensor: Tensor) -> Tensor:
+        """The tensor in its size, with zeros where slices were."""
+        whole = tensor.new_zeros([*tensor.shape[: self.dim], self.size, *tensor.shape[self.dim + 1 :]])
+        indices = self._indices(tensor)
+        if len(self.ranges) == 1:
+            return whole.index_copy_(self.dim, indices[0], tensor)
+        for part, own, kept in zip(whole, indices, tensor, strict=True):
+            part.index_copy_(self.dim - 1, own, kept)
+        return whole
+
+
+class KeepSlices(Edit):
+    """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
+
+    kept: dict[str, KeptSlices]
+    """By the name of the source tensor."""
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self.kept.get(name)
+        return tensor if kept is None else kept.cut(tensor)
+
+    def uncut(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self.kept.get(name)
+        return tensor if kept is None else kept.uncut(tensor)
+
+
+class DropBlock(Edit):
+    """A block is left out, and the later ones move up."""
+
+    block: str
+    """Its name: the path of the list of blocks, and its number."""
+    entries: int
+    """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
+
+    def apply(self, module: nn.Module) -> None:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
+            return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
+
+        module.forward = forward
+
+    def place(self, name: str) -> str | None:
+        path, _, number = self.block.rpartition(".")
+        if not name.startswith(f"{path}."):
+            return name
+        index, dot, rest = name.removeprefix(f"{path}.").partition(".")
+        if not index.isdecimal():
+            return name
+        if int(index) == int(number):
+            return None
+        return f"{path}.{int(index) - (int(index) > int(number))}{dot}{rest}"
+
+
+class Configure(Edit):
+    """What a smaller model's configuration says otherwise, and what was removed, in words."""
+
+    changes: dict[str, Any]
+    """New values by their places in `config.json`, with dots between."""
+    removed: str
+
+    def configure(self, config: dict[str, Any]) -> None:
+        for place, value in self.changes.items():
+            *path, key = place.split(".")
+            part = config
+            for name in path:
+                part = part.setdefault(name, {})
+            part[key] = value
+
+    def describe(self) -> str:
+        return self.removed
+
+
+EDITS: dict[str, type[Edit]] = {
+    "fill_zeros": FillZeros,
+    "keep_slices": KeepSlices,
+    "drop_block": DropBlock,
+    "configure": Configure,
+}
 """Every kind of edit, by its name in journals and folders."""
 
 
@@ -92,6 +201,12 @@ class Edits:
             placed = edit.place(placed)
         return placed
 
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What is left of a source tensor that is not left out."""
+        for edit in self.all():
+            tensor = edit.cut(name, tensor)
+        return tensor
+
     def configure(self, config: dict[str, Any]) -> None:
         """Change the content of `config.json`, in place."""
         for edit in reversed(list(self.all())):
@@ -116,6 +231,20 @@ class Edits:
     def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
         """Edits that only fill in zeros. by_block: checksums by matrix, by block."""
         return cls({block: [FillZeros(masks=dict(masks))] for block, masks in by_block.items()})
+
+
+def uncut_by(edits: Sequence[Edit]) -> Callable[[str, Tensor], Tensor] | None:
+    """What gives a block's tensors their shapes in the source again; None where they have them."""
+    cutting = [edit for edit in edits if isinstance(edit, KeepSlices)]
+    if not cutting:
+        return None
+
+    def uncut(name: str, tensor: Tensor) -> Tensor:
+        for edit in reversed(cutting):
+            tensor = edit.uncut(name, tensor)
+        return tensor
+
+    return uncut
 
 
 def dump_edits(edits: Sequence[Edit]) -> list[dict[str, Any]]:

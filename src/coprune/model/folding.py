@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,16 +185,26 @@ def _permute_outputs(matrix: Matrix, rows: Tensor) -> None:
     """Put a matrix's outputs, with their biases, into another order."""
     order = rows.to(matrix.stored().device)
     matrix.write(matrix.read()[order])
-    bias = _bias_of(matrix)
+    bias = bias_of(matrix)
     if bias is not None:
         with torch.no_grad():
             bias.copy_(bias[order])
 
 
-def _bias_of(matrix: Matrix) -> Tensor | None:
+def bias_of(matrix: Matrix) -> Tensor | None:
     """One value per output, beside the weight; for an expert its row of the parameter `…_bias`. A view."""
     name = "bias" if matrix.expert is None else f"{matrix.attribute}_bias"
     bias = getattr(matrix.owner, name, None)
     if not isinstance(bias, nn.Parameter):
         return None
     return bias.detach() if matrix.expert is None else bias.detach()[matrix.expert]
+
+
+def head_size(model: Any) -> int | None:
+    """Width of an attention head by the configuration, if it says so."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None)
+    if size is None:
+        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+        size = width // heads if heads and width else None
+    return size

@@ -92,7 +92,8 @@ def choose_device(name: str) -> torch.device:
 
 def streams(recipe: Recipe) -> bool:
     """Whether a folder's blocks stay on the disk until the walk reaches them."""
-    return recipe.model.stream is not False and not recipe.pattern.permute and not recipe.evaluation.runs_tasks
+    whole = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.structure.remove
+    return recipe.model.stream is not False and not whole
 
 
 def open_model(asked: ModelPart, stream: bool) -> Loaded:

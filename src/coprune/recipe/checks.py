@@ -6,9 +6,11 @@ from typing import Protocol
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
+from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.structure import StructurePart
 
 
 class Parts(Protocol):
@@ -18,6 +20,10 @@ class Parts(Protocol):
     def model(self) -> ModelPart: ...
     @property
     def pattern(self) -> PatternPart: ...
+    @property
+    def structure(self) -> StructurePart: ...
+    @property
+    def refine(self) -> tuple[Choice, ...]: ...
     @property
     def calibration(self) -> CalibrationPart: ...
     @property
@@ -34,6 +40,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
         or _of_permutation(recipe)
+        or _of_removal(recipe)
         or _of_streaming(recipe)
         or _of_folders(recipe.output)
     )
@@ -80,6 +87,31 @@ def _of_propagation(recipe: Parts) -> BadInput | None:
             value=recipe.reconstruction.steps,
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
+    return None
+
+
+def _of_removal(recipe: Parts) -> BadInput | None:
+    """Removing makes a smaller model; what sets weights to zero is another run on that."""
+    if not recipe.structure.remove:
+        return None
+    if recipe.model.stream:
+        fix: Words = ("leave out ", Set("remove", ...), " or ", Set("stream", True))
+        return BadInput("remove needs the whole model in memory", field="remove", fix=fix)
+    said = {
+        "sparsity": recipe.pattern.sparsity is not None,
+        "pattern": recipe.pattern.name != "unstructured",
+        "permute": recipe.pattern.permute,
+        "refine": bool(recipe.refine),
+        "reconstruct": recipe.reconstruction.steps > 0,
+        "propagation": recipe.calibration.propagation != "block",
+        "target": recipe.calibration.aim != "pruned",
+        "encoding": recipe.output.encoding != "dense",
+    }
+    for setting, given in said.items():
+        if given:
+            cause: Words = ("remove makes a smaller model, for which ", Setting(setting), " means nothing")
+            fix = ("leave it out", ", save the smaller model with ", Setting("save_model"), " and prune that")
+            return BadInput(cause, field=setting, fix=fix)
     return None
 
 

@@ -24,6 +24,7 @@ from coprune.recipe.flat import FLAT, names_said, nest, place_of
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.structure import StructurePart
 
 _NOT_HELD = "This file alone does not repeat the run: {what} was handed over in Python."
 _RESULT = Decides.RESULT | Decides.COST
@@ -39,6 +40,7 @@ class Recipe(BaseModel):
         Choice(name="wanda")
     )
     pattern: PatternPart = PatternPart()
+    structure: StructurePart = StructurePart()
     selection: SelectionPart = SelectionPart()
     calibration: CalibrationPart = CalibrationPart()
     allocation: Annotated[
@@ -75,11 +77,24 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def way(self) -> str:
+        """What decides which weights go: the method, or the score of what is removed."""
+        return self.structure.score.name if self.structure.remove else self.method.name
+
+    @property
+    def shape(self) -> str:
+        """The pattern of the zeros, or what is removed."""
+        return ", ".join(self.structure.remove) if self.structure.remove else self.pattern.name
+
+    @property
     def run_folder(self) -> Path:
         """Where the run's report goes."""
         if self.output.run is not None:
             return self.output.run
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
+        if self.structure.remove:
+            shares = "-".join(f"{kind}-{share:g}" for kind, share in self.structure.shares.items())
+            return Path("out") / name / f"without-{shares}" / self.structure.score.name
         pattern = parse_pattern(self.pattern.name)
         target = pattern.label(f"{self.pattern.ratio:g}").replace(":", "-").replace(" ", "-")
         return Path("out") / name / target / self.method.name
@@ -93,7 +108,8 @@ class Recipe(BaseModel):
         part, field = place_of(word)
         value = getattr(self, part)
         if field is not None:
-            return getattr(value, field)
+            found = getattr(value, field)
+            return str(found) if isinstance(found, Choice) else found
         return tuple(map(str, value)) if isinstance(value, tuple) else str(value)
 
     def replaced(self, **settings: Any) -> Recipe:

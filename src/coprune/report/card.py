@@ -62,13 +62,22 @@ def model_card(report: Report) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(header) + (
-        f"\n{_model_index(report)}---\n\n# {inline(base)}, pruned with {report.recipe.method.name}\n\n"
-        f"{report.sparsity.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero "
-        f"({report.recipe.pattern.name}), {report.sparsity.model:.2%} of all parameters. "
+        f"\n{_model_index(report)}---\n\n# {inline(base)}, pruned with {report.recipe.way}\n\n"
+        f"{_what_was_done(report)} "
         f"{_STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
         f"Made with {versions}. The recipe{'' if report.recipe.given else ', which `coprune prune --recipe` repeats'}:"
         f"\n\n{fenced(report.recipe.untold().to_yaml(), 'yaml')}\n\n## Load\n\n{_how_to_load(report)}\n"
+    )
+
+
+def _what_was_done(report: Report) -> str:
+    if report.recipe.structure.remove:
+        return f"Removed: {'; '.join(report.edits)}. What is left is an ordinary, smaller model."
+    zeros = report.sparsity
+    return (
+        f"{zeros.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
+        f"{zeros.model:.2%} of all parameters."
     )
 
 
@@ -122,7 +131,7 @@ def _model_index(report: Report) -> str:
     if not found:
         return ""
     name = report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
-    index = eval_results_to_model_index(f"{name}-{report.recipe.method.name}", found)
+    index = eval_results_to_model_index(f"{name}-{report.recipe.way}", found)
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
 
 

@@ -49,7 +49,7 @@ def finish_run_folder(recipe: Recipe, report: Report, again: bool = False) -> No
     again: an earlier try was killed in here, perhaps by what makes the page. Then the report comes first.
     """
     first = report.perplexity[0].pruned if report.perplexity else None
-    method = recipe.method.name
+    method = recipe.way
     write_text(path_of(recipe.run_folder, f"log_{method}.txt"), reference_log(method, report.sparsity.matrices, first))
     announced = recipe.run_folder / _ANNOUNCED
     source = announced.replace(recipe.run_folder / REPORT_FILE) if again else announced

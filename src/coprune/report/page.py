@@ -48,7 +48,7 @@ def run_page(report: Report, speed: Sequence[str] = ()) -> str:
         "matrices": [_matrix(matrix) for matrix in report.matrices],
         "distributions": {kind: bins_chart(title, split=kind != "norm") for kind, title in _DISTRIBUTIONS.items()},
     }
-    return page(f"{_name(report)}, pruned with {report.recipe.method.name}", "\n".join(parts), data)
+    return page(f"{_name(report)}, pruned with {report.recipe.way}", "\n".join(parts), data)
 
 
 def _name(report: Report) -> str:
@@ -63,9 +63,9 @@ def _head(report: Report) -> str:
         "" if data is None else f" Calibrated on {data.nsamples} {samples} of {data.source}, seed {data.seed}."
     )
     lines = (
-        f"<h1>{text(_name(report))}, pruned with {text(recipe.method.name)}</h1>"
+        f"<h1>{text(_name(report))}, pruned with {text(recipe.way)}</h1>"
         f'<p class="soft">{text(model.source)}: {text(model.model_type)}, {model.blocks} blocks, '
-        f"{model.parameters:,} parameters in {text(model.dtype)}. Pattern {text(recipe.pattern.name)}, "
+        f"{model.parameters:,} parameters in {text(model.dtype)}. Pattern {text(recipe.shape)}, "
         f"{text(recipe.calibration.propagation)} propagation.{text(calibration)}</p>"
     )
     if model.quantised_source:

@@ -121,18 +121,20 @@ class Report(Shown, BaseModel):
         for text in self.perplexity[:1]:
             dense = "" if text.dense is None else f"{text.dense:.2f} → "
             measured = f", perplexity {dense}{text.pruned:.2f} on {text.data}"
-        asked = f"{recipe.method.name} {recipe.pattern.name}"
-        return f"{Path(self.model.source).name}: {asked}, {self.sparsity.matrices:.2%} zeros{measured}"
+        asked = f"{recipe.way} {recipe.shape}"
+        zeros = "removed" if recipe.structure.remove else f"{self.sparsity.matrices:.2%} zeros"
+        return f"{Path(self.model.source).name}: {asked}, {zeros}{measured}"
 
     def sheet(self) -> Sheet:
         """What was pruned, how sparse it is, what that did, and what it took."""
         recipe, model, zeros = self.recipe, self.model, self.sparsity
         rows = [
             ("model", f"{model.source}, {model.parameters:,} parameters, {model.dtype}"),
-            ("method", f"{recipe.method.name}, {recipe.pattern.name}, {recipe.calibration.propagation} propagation"),
-            ("sparsity", f"{zeros.matrices:.4%} of the {len(self.matrices)} pruned matrices, "
-             f"{zeros.model:.2%} of all parameters"),
-        ]  # fmt: skip
+            ("method", f"{recipe.way}, {recipe.shape}, {recipe.calibration.propagation} propagation"),
+        ]
+        if not recipe.structure.remove:
+            matrices = f"{zeros.matrices:.4%} of the {len(self.matrices)} pruned matrices"
+            rows.append(("sparsity", f"{matrices}, {zeros.model:.2%} of all parameters"))
         rows += [("perplexity", text.line()) for text in self.perplexity]
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))

@@ -100,7 +100,7 @@ def _points(runs: Sequence[Run], on: _Text) -> list[dict[str, Any]]:
         if facts is None:
             continue
         source = run.report.model.source
-        method = run.report.recipe.method.name
+        method = run.report.recipe.way
         point = {"name": run.name, "method": method, "perplexity": facts.pruned, "size": run.size}
         # A few weights more or less, as rounding gives them, make no run better than another.
         points.append(point | {"sparsity": round(run.report.sparsity.model, 4)})
@@ -142,8 +142,8 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
         rows.append(
             [
                 run.name,
-                report.recipe.method.name,
-                report.recipe.pattern.name,
+                report.recipe.way,
+                report.recipe.shape,
                 f"{report.sparsity.matrices:.2%}",
                 f"{report.sparsity.model:.2%}",
                 *("–" if facts is None else number(facts.pruned) for facts in found),

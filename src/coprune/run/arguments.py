@@ -15,6 +15,7 @@ from coprune.data.given import CalibrationData, TextData
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, PatternPart, ReconstructionPart, SelectionPart
+from coprune.recipe.structure import StructurePart
 
 File = str | Path
 Options = Mapping[str, bool | int | float | str | None]
@@ -36,7 +37,7 @@ class MethodArguments(TypedDict, total=False):
     rho: float
     rounds: int
     rounds_per_rho: int
-    score: Literal["magnitude", "wanda"]
+    score: Literal["magnitude", "wanda"] | Named
     start: Literal["magnitude", "wanda", "ria"]
 
 
@@ -70,6 +71,14 @@ class CalibrationArguments(TypedDict, total=False):
     reconstruct_lr: float
     reconstruct_dtype: Literal["float32", "bfloat16"]
     reconstruct_parts: Literal["together", "separate"]
+
+
+class StructureArguments(TypedDict, total=False):
+    """What is removed as a whole."""
+
+    structure: StructurePart | Mapping[str, Any]
+    remove: str | Sequence[str]
+    align: int
 
 
 class OutcomeArguments(TypedDict, total=False):
@@ -111,5 +120,7 @@ class ProcessorArguments(TypedDict, total=False):
     image_processor: Any
 
 
-class PruneArguments(ProcessorArguments, MethodArguments, CalibrationArguments, OutcomeArguments, total=False):
+class PruneArguments(
+    ProcessorArguments, MethodArguments, StructureArguments, CalibrationArguments, OutcomeArguments, total=False
+):
     """A recipe's settings, but for the model and the method's name, and the methods' own options."""

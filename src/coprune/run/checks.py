@@ -16,10 +16,11 @@ from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
-from coprune.pruning.methods import Method, method_named
+from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.pruning.structure.scores import score_named
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
@@ -39,6 +40,10 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     Raises:
         BadInput: a name or option is unknown, or a combination cannot be.
     """
+    if recipe.structure.remove:
+        score_named(recipe.structure.score)
+        # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
+        return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
     solver = Solver(method, refinements, recipe.calibration.aim)
@@ -80,6 +85,13 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
 
 def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
+    if size > 1 and recipe.structure.remove:
+        raise BadInput(
+            "parts are removed in one process",
+            field="remove",
+            value=recipe.structure.remove,
+            fix="run without torchrun",
+        )
     if size > 1 and recipe.reconstruction.steps:
         raise BadInput(
             "reconstruct trains a block on all samples in one process",

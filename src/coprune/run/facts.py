@@ -110,7 +110,7 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
     zeros = sum(round(result.sparsity * size) for result, size in zip(results, sizes, strict=True))
     return SparsityFacts(
         target=session.opened.target.sparsity,
-        matrices=zeros / sum(sizes),
+        matrices=zeros / max(sum(sizes), 1),
         model=zeros / session.model.module.num_parameters(),
     )
 

@@ -99,7 +99,10 @@ class Output:
             "results": _RESULTS.dump_python(outcome.results, mode="json"),
             "edits": dump_edits(outcome.edits),
         }
-        self._writer.write(block.name, self._weights.original_tensors(block.name), remember)
+        tensors = self._weights.original_tensors(block.name)
+        for edit in outcome.edits:
+            tensors = {name: edit.cut(name, tensor) for name, tensor in tensors.items()}
+        self._writer.write(block.name, tensors, remember)
         if self._weights.streams:
             self._weights.read_from(self._writer.file(block.name))
 

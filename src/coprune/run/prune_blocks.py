@@ -46,8 +46,8 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     if finished:
         reporter.say(f"{len(finished)} of {len(model.blocks)} blocks were finished by an earlier run.")
     started = time.perf_counter()
-    target_of = look_at_dense(session, lambda: _record(session, dense=False))
-    known = reuse.gathered(session, finished, lambda: _record(session, dense=False))
+    target_of = look_at_dense(session, lambda: record_calibration(session, dense=False))
+    known = reuse.gathered(session, finished, lambda: record_calibration(session, dense=False))
     with reporter.bar(f"Pruning with {recipe.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
         recording = None if recipe.calibration.propagation == "dense" and known else _record_to_prune(session)
@@ -120,10 +120,10 @@ def _solving(session: Session) -> Solving:
 
 
 def _record_to_prune(session: Session) -> Recording | None:
-    return _record(session, dense=session.opened.solver.aim == "dense" or session.reconstruction is not None)
+    return record_calibration(session, dense=session.opened.solver.aim == "dense" or session.reconstruction is not None)
 
 
-def _record(session: Session, dense: bool) -> Recording | None:
+def record_calibration(session: Session, dense: bool = False) -> Recording | None:
     """Record the calibration batches. dense: with the dense model's hidden states beside them, to aim at."""
     opened = session.opened
     if opened.samples is None:

@@ -10,6 +10,7 @@ from coprune.base.processes import Processes
 from coprune.base.words import Setting
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.weights import Weights
+from coprune.model.edit import uncut_by
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
 from coprune.run.journal import BlockOutcome, Output
@@ -103,9 +104,10 @@ class SharedOutput:
 
     def restore(self, block: Block) -> None:
         """Let a block that an earlier run finished be what that made of it."""
-        self._weights.read_from(self._file_of(block))
+        edits = self.outcomes[block.name].edits
+        self._weights.read_from(self._file_of(block), uncut_by(edits))
         self._weights.acquire(block.name)
-        for edit in self.outcomes[block.name].edits:
+        for edit in edits:
             edit.apply(block.module)
 
     def write_block(self, block: Block, outcome: BlockOutcome) -> None:

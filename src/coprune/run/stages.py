@@ -38,6 +38,7 @@ from coprune.run.given import NOTHING, Given
 from coprune.run.journal import Output, run_identity
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
+from coprune.run.remove_parts import remove_parts, smaller_model
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening
@@ -123,7 +124,8 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
     phases.done(Phase.MEASURE_DENSE)
-    outcome = prune_blocks(session, output, reuse)
+    removes = bool(recipe.structure.remove)
+    outcome = remove_parts(session, output) if removes else prune_blocks(session, output, reuse)
     phases.done(Phase.PRUNE)
     pruned = _measure(session, "pruned")
     if first:
@@ -141,6 +143,8 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
         around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
     in_memory = None if loaded.weights.streams else loaded.model
+    if removes:
+        in_memory = smaller_model(session, outcome.edits)
     return Result(report, in_memory, loaded.processor)
 
 

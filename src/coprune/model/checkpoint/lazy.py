@@ -31,7 +31,7 @@ from coprune.model.checkpoint.shards import (
     read_tensor,
 )
 from coprune.model.checkpoint.skeleton import build_skeleton, forget_parameters
-from coprune.model.checkpoint.weights import is_below, is_below_any, piece_places
+from coprune.model.checkpoint.weights import Uncut, is_below, is_below_any, piece_places
 from coprune.model.transformers_private import tie_read_weights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -154,8 +154,9 @@ class LazyCheckpoint:
         copy_companions(self.location, folder, beside.dtype)
         write_text(folder / CARD_FILE, beside.card)
 
-    def read_from(self, file: Path) -> None:
+    def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
+        assert uncut is None  # what makes tensors smaller needs the model in memory
         self._entries |= read_entries(file)
 
     def _groups_below(self, prefix: str) -> list[Renamed]:

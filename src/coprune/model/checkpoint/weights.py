@@ -22,6 +22,8 @@ from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
+Uncut = Callable[[str, Tensor], Tensor]
+
 
 class Weights(Protocol):
     """A model whose blocks are there when they are asked for. A prefix is a module's path: `model.layers.3`."""
@@ -56,8 +58,11 @@ class Weights(Protocol):
         """Say that the block's parameters are not needed for now."""
         ...
 
-    def read_from(self, file: Path) -> None:
-        """From now on take the tensors that this safetensors file holds from it: a block that was finished."""
+    def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
+        """From now on take the tensors that this safetensors file holds from it: a block that was finished.
+
+        uncut: gives tensors that were made smaller their shapes in the model, by name; only for a model in memory.
+        """
         ...
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -104,9 +109,12 @@ class InMemory:
     def release(self, prefix: str) -> None:
         pass
 
-    def read_from(self, file: Path) -> None:
+    def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
+        tensors = load_file(file)
+        if uncut is not None:
+            tensors = {name: uncut(name, tensor) for name, tensor in tensors.items()}
         with quiet_transformers():
-            load_tensors(self._model, load_file(file))
+            load_tensors(self._model, tensors)
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         return self._reverted(lambda name: is_below(name, prefix))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.folding import Fold, close, find_folds
+from coprune.model.folding import Fold, close, find_folds, head_size
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
@@ -119,7 +118,7 @@ def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tup
                 statistics |= dict.fromkeys((m.name for m in event.matrices), event.inputs.statistic)
             continue
         run = partial(recording.run, event.block, 0, event.before[0])
-        for fold in find_folds(model.structure.groups[event.block.index], _head_size(model.module), run):
+        for fold in find_folds(model.structure.groups[event.block.index], head_size(model.module), run):
             yield fold, statistics
         statistics = {}
 
@@ -146,13 +145,3 @@ def _score(matrix: Matrix, statistic: Statistic | None, method: Method) -> Tenso
     if isinstance(method, RIA):
         return ria_score(matrix.read(), statistic, method.power)
     return wanda_score(matrix.read(), statistic)
-
-
-def _head_size(model: Any) -> int | None:
-    """Width of an attention head by the configuration, if it says so."""
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None)
-    if size is None:
-        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-        size = width // heads if heads and width else None
-    return size

@@ -1,0 +1,72 @@
+"""A quarter of the blocks' parameters removed in every way, without training: perplexity beside what is published.
+
+    python benchmarks/removal.py [--model smollm2-135m] [--samples 32] [--seqlen 512] [--tokens 20480] [--seeds 0]
+
+Prints a line as soon as it is measured. The loss is the perplexity above the dense model's; the last column is its share
+of the best published way's loss on the first text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import coprune
+
+WAYS: dict[str, dict[str, str]] = {
+    "blocks by influence (ShortGPT)": {"remove": "blocks=0.2334"},
+    "channels by norm": {"remove": "channels=0.33", "score": "magnitude"},
+    "channels by Wanda-sp": {"remove": "channels=0.33", "score": "wanda_sp"},
+    "channels by FLAP, no bias": {"remove": "channels=0.33", "score": "flap"},
+    "channels by norm, refit": {"remove": "channels=0.33", "score": "magnitude:refit=true"},
+    "channels by Wanda-sp, refit": {"remove": "channels=0.33", "score": "wanda_sp:refit=true"},
+    "channels by FLAP, refit": {"remove": "channels=0.33", "score": "flap:refit=true"},
+    "channels by OBS, refit": {"remove": "channels=0.33", "score": "obs"},
+}
+PUBLISHED = 4
+"""The first so many ways are the published ones."""
+
+
+def main() -> None:
+    """Measure every way and print a row for each."""
+    asked = _options()
+    texts = asked.data.split(",")
+    print(f"{asked.model}, {asked.samples} × {asked.seqlen} tokens of {asked.dataset}, perplexity at {asked.seqlen}")
+    print(f"{'way':32} {'seed':>4} {'parameters':>12} " + " ".join(f"{text:>18}" for text in texts) + "  seconds  loss")
+    best = float("inf")
+    for place, (name, settings) in enumerate(WAYS.items()):
+        for seed in map(int, asked.seeds.split(",")):
+            started = time.perf_counter()
+            result = coprune.prune(
+                asked.model,
+                dataset=asked.dataset,
+                nsamples=asked.samples,
+                seqlen=asked.seqlen,
+                seed=seed,
+                eval_data=asked.data,
+                eval_tokens=asked.tokens,
+                quiet=True,
+                **settings,  # type: ignore[arg-type]
+            )
+            found, seconds = result.report.perplexity, time.perf_counter() - started
+            losses = [entry.pruned - (entry.dense or 0) for entry in found]
+            best = min(best, losses[0]) if place < PUBLISHED else best
+            size = result.model.num_parameters() if result.model is not None else 0
+            figures = " ".join(f"{entry.dense:7.2f} → {entry.pruned:8.2f}" for entry in found)
+            print(f"{name:32} {seed:4} {size:12,} {figures} {seconds:8.0f}  {losses[0] / best:.2f}", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dataset", default="embedded")
+    parser.add_argument("--data", default="embedded,embedded-lambada", help="texts, comma-separated")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=20_480, help="of each text")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

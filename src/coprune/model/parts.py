@@ -1,0 +1,156 @@
+"""Parts of a block that can be removed as a whole: channels of an MLP, key-value heads with their query heads.
+
+A part is a fold (`coprune.model.folding`): what a consumer is multiplied with, channel by channel, comes from certain rows
+of certain producers, which was proven on the block's output. Removing a channel takes those rows, and the consumer's
+column. A head takes the rows of its query and key as well; they are the matrices fed by the same tensor as its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from coprune.model.blocks import Block
+from coprune.model.folding import Fold, bias_of, close
+from coprune.model.matrices import Matrix
+
+Kind = Literal["channels", "heads"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units of one kind that a block may lose: as many of every consumer (of every expert)."""
+
+    block: str
+    kind: Kind
+    fold: Fold
+    beside: tuple[tuple[Matrix, int], ...] = ()
+    """Other matrices that lose rows with a unit, with the rows that one unit has."""
+    vectors: tuple[tuple[str, nn.Parameter], ...] = ()
+    """Parameters with one value per query head."""
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        return self.fold.layout.size if self.kind == "channels" else self.fold.layout.segments
+
+    @property
+    def repeats(self) -> int:
+        """Query heads of a unit; 1 for channels."""
+        return self.fold.layout.repeats
+
+    @cached_property
+    def units(self) -> Tensor:
+        """The consumer's columns by unit: U × K int64."""
+        layout = self.fold.layout
+        if self.kind == "channels":
+            return torch.arange(layout.size)[:, None]
+        return torch.arange(layout.segments * layout.repeats * layout.size).view(layout.segments, -1)
+
+    def columns(self, keep: Tensor) -> Tensor:
+        """Which of the consumer's columns are kept: C bool. keep: U bool."""
+        return keep.repeat_interleave(self.units.shape[1])
+
+    def _rows(self, keep: Tensor) -> Tensor:
+        layout = self.fold.layout
+        channels = keep if self.kind == "channels" else keep.repeat_interleave(layout.size)
+        return channels.repeat_interleave(layout.copies) if layout.interleaved else channels.repeat(layout.copies)
+
+    def masks(self, keeps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is kept of every parameter that loses something: bool, by its name. keeps: U bool for each consumer."""
+        found: dict[str, Tensor] = {}
+        for consumer, producers, keep in zip(self.fold.consumers, self.fold.producers, keeps, strict=True):
+            _mask(found, consumer, self.columns(keep), inputs=True)
+            for producer in producers:
+                _mask(found, producer, self._rows(keep), inputs=False)
+        for matrix, rows in self.beside:
+            _mask(found, matrix, keeps[0].repeat_interleave(rows), inputs=False)
+        for name, parameter in self.vectors:
+            found[name] = keeps[0].repeat_interleave(self.repeats).to(parameter.device)
+        return found
+
+
+def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) -> None:
+    """Note what is kept of a matrix's inputs or outputs, and of the bias of its outputs."""
+    parameter: Tensor = getattr(matrix.owner, matrix.attribute)
+    keep = keep.to(parameter.device)
+    whole = found.setdefault(matrix.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+    own = whole if matrix.expert is None else whole[matrix.expert]
+    own = own.view(own.shape[0], -1)
+    along_rows = (matrix.input_dim == 0) == inputs
+    own &= keep[:, None] if along_rows else keep[None, :]
+    bias = None if inputs else bias_of(matrix)
+    if bias is None:
+        return
+    if matrix.expert is None:
+        found[f"{matrix.name}.bias"] = keep
+        return
+    stacked: Tensor = getattr(matrix.owner, f"{matrix.attribute}_bias")
+    rows = found.setdefault(f"{matrix.parameter}_bias", torch.ones_like(stacked, dtype=torch.bool))
+    rows[matrix.expert] = keep
+
+
+def parts_of(block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]]) -> Iterator[Part]:
+    """The parts of a block. groups: its matrices by the tensor that feeds them."""
+    for fold in folds:
+        layout = fold.layout
+        if layout.segments == 1 and layout.repeats == 1:
+            yield Part(block.name, "channels", fold)
+            continue
+        value = fold.producers[0][0]
+        group = next(group for group in groups if any(matrix.name == value.name for matrix in group))
+        others = [matrix for matrix in group if matrix.name != value.name]
+        rows = {layout.segments * layout.size: layout.size, fold.consumers[0].shape[1]: layout.repeats * layout.size}
+        beside = tuple((matrix, rows[matrix.shape[0]]) for matrix in others if matrix.shape[0] in rows)
+        yield Part(block.name, "heads", fold, beside, tuple(_per_head(block, value, layout.segments * layout.repeats)))
+
+
+def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the module that holds the value projection, with one value per query head (attention sinks)."""
+    path = value.name.rpartition(".")[0]
+    holder = block.module.get_submodule(path.removeprefix(f"{block.name}").removeprefix("."))
+    for name, parameter in holder.named_parameters(recurse=False):
+        if tuple(parameter.shape) == (heads,):
+            yield f"{path}.{name}", parameter
+
+
+@torch.no_grad()
+def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
+    """Whether what makes some units touches no other unit: a norm over all of them, between producer and consumer, does.
+
+    Units whose columns are silent in the consumers must make no difference any more when their rows are silent too.
+
+    Args:
+        module: the block, which is as before in the end.
+        part: as it was found.
+        run: runs the block on a sample and returns its output.
+    """
+    keep = torch.arange(part.count) % 2 == 0
+    masks = part.masks([keep] * len(part.fold.consumers))
+    consumers = {consumer.parameter for consumer in part.fold.consumers}
+    before = {name: module.get_parameter(_inside(name, part.block)).detach().clone() for name in masks}
+    try:
+        silence(module, part.block, {name: mask for name, mask in masks.items() if name in consumers})
+        alone = run()
+        silence(module, part.block, masks)
+        return close(run(), alone)
+    finally:
+        for name, values in before.items():
+            module.get_parameter(_inside(name, part.block)).copy_(values)
+
+
+def _inside(name: str, prefix: str) -> str:
+    return name.removeprefix(f"{prefix}.")
+
+
+@torch.no_grad()
+def silence(module: nn.Module, prefix: str, masks: dict[str, Tensor]) -> None:
+    """Set what is not kept to zero, in place. prefix: the module's path, with which the masks' names begin."""
+    for name, mask in masks.items():
+        parameter = module.get_parameter(_inside(name, prefix))
+        parameter.masked_fill_(~mask, 0.0)

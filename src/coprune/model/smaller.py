@@ -1,0 +1,218 @@
+"""The smaller model that edits make: its tensors, its configuration, and the model itself.
+
+What becomes of the configuration is not known by name. Every number in it that is as large as what was cut is tried, and
+taken if the model that results has exactly the shapes that are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, product
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.conversion import load_tensors
+from coprune.model.checkpoint.load import prepare, quiet_transformers
+from coprune.model.edit import Edits, KeptSlices
+from coprune.model.transformers_private import revert_conversion, saved_tensors
+
+Place = tuple[str, ...]
+MOST_CANDIDATES = 500
+"""Configurations that are tried; each costs as long as it takes to make the modules."""
+
+
+@dataclass
+class Resized:
+    """What a configuration has to tell otherwise."""
+
+    sizes: dict[int, int] = field(default_factory=dict)
+    """New numbers by the old ones."""
+    blocks: int = 0
+    """How many there were."""
+    dropped: Sequence[int] = ()
+    extra: dict[str, int] = field(default_factory=dict)
+    """What may have to be said, though it was not: the width of a head, which followed from their number."""
+
+
+def slices_kept(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
+    """What masks of a block's parameters mean for the tensors of its checkpoint.
+
+    The masks go the way that the parameters go when they are saved, so that no layout has to be known.
+
+    Args:
+        model: the model in memory.
+        prefix: the block's path.
+        masks: bool, by parameter; what is not named is kept.
+
+    Raises:
+        UnsupportedModel: what is kept of a tensor is no whole slices of it.
+    """
+    below = {name: tensor for name, tensor in saved_tensors(model).items() if name.startswith(f"{prefix}.")}
+    state = {name: masks[name].float() if name in masks else torch.ones_like(tensor) for name, tensor in below.items()}
+    found = {}
+    for name, mask in revert_conversion(model, state).items():
+        if not bool(mask.all()):
+            found[name] = _as_slices(name, mask != 0)
+    return found
+
+
+def _as_slices(name: str, keep: Tensor) -> KeptSlices:
+    for dim in range(keep.ndim):
+        if (along := _along(keep, dim)) is not None:
+            return KeptSlices(dim=dim, size=len(along), ranges=[_ranges(along)])
+    for dim in range(1, keep.ndim):
+        rows = [_along(part, dim - 1) for part in keep]
+        if all(row is not None for row in rows) and len({int(row.sum()) for row in rows if row is not None}) == 1:
+            return KeptSlices(dim=dim, size=keep.shape[dim], ranges=[_ranges(row) for row in rows if row is not None])
+    raise UnsupportedModel(f"what would be removed of {name} is no whole slices of it")
+
+
+def _along(keep: Tensor, dim: int) -> Tensor | None:
+    """Which slices along a dimension are kept, if the mask keeps whole ones."""
+    others = [other for other in range(keep.ndim) if other != dim]
+    along = keep.any(dim=others) if others else keep
+    shape = [-1 if d == dim else 1 for d in range(keep.ndim)]
+    return along.cpu() if torch.equal(along.view(shape).expand_as(keep), keep) else None
+
+
+def _ranges(keep: Tensor) -> list[tuple[int, int]]:
+    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return list(zip(starts, ends, strict=True))
+
+
+def smaller_tensors(model: PreTrainedModel, edits: Edits) -> dict[str, Tensor]:
+    """The tensors of the smaller model's checkpoint, by name."""
+    found = {}
+    for name, tensor in revert_conversion(model, saved_tensors(model)).items():
+        placed = edits.place(name)
+        if placed is not None:
+            found[placed] = edits.cut(name, tensor)
+    return found
+
+
+def possible_changes(
+    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], resized: Resized
+) -> Iterator[dict[str, Any]]:
+    """What the configuration may say for the model to have these shapes, the likeliest first.
+
+    Args:
+        model: as it was.
+        shapes: of the smaller checkpoint's tensors.
+        resized: what to look for.
+
+    Yields:
+        New values by their places, with dots between; only what differs.
+    """
+    wanted = {name: tuple(shape) for name, shape in shapes.items()}
+    # Of tied weights only one is saved, which a model without weights does not show.
+    unsaved = set(model.state_dict()) - set(saved_tensors(model))
+    before = model.config.to_dict()
+    for changes in _candidates(before, resized):
+        found = _shapes(model, _changed(before, changes))
+        if {name: shape for name, shape in found.items() if name in wanted or name not in unsaved} == wanted:
+            yield {".".join(place): value for place, value in changes.items()}
+
+
+def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[Place, Any]]:
+    places = [*_walk(config, ())]
+    choices: list[list[dict[Place, Any]]] = []
+    if resized.dropped:
+        keep = [index for index in range(resized.blocks) if index not in resized.dropped]
+        lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
+        counts = [p for p, v in places if type(v) is int and v == resized.blocks]
+        choices += [[dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
+    for old, new in resized.sizes.items():
+        single = [p for p, v in places if type(v) is int and v == old]
+        equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
+        # In the end without a change, since some sizes follow from others, and where nothing was said.
+        silent: list[dict[Place, Any]] = [{p: new} for p, v in places if v is None]
+        choices += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), {}, *silent], _some(equal)]
+    for key, value in resized.extra.items():
+        # What a configuration does not say follows from others there, which change now.
+        holders = {path[:-1] for path, _ in places if path[-1] in ("num_attention_heads", "hidden_size")} or {()}
+        unsaid = [(*holder, key) for holder in holders if dict(places).get((*holder, key)) is None]
+        choices.append([{}, *({place: value} for place in unsaid)])
+    for chosen in islice(product(*[options for options in choices if options]), MOST_CANDIDATES):
+        yield {place: value for part in chosen for place, value in part.items()}
+
+
+def _subsets(places: Sequence[Place]) -> list[list[Place]]:
+    """One place alone, then all of them, then all but one."""
+    alone = [[place] for place in places]
+    if len(places) < 2:
+        return alone
+    return [*alone, [*places], *([other for other in places if other != one] for one in places if len(places) > 2)]
+
+
+def _some(lists: Mapping[Place, Any]) -> list[dict[Place, Any]]:
+    """All lists, each alone, none."""
+    alone = [{place: value} for place, value in lists.items()] if len(lists) > 1 else []
+    return [dict(lists), *alone, {}] if lists else []
+
+
+def _walk(config: Mapping[str, Any], path: Place) -> Iterator[tuple[Place, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _changed(config: Mapping[str, Any], changes: Mapping[Place, Any]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(config))
+    for place, value in changes.items():
+        part = changed
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = value
+    return changed
+
+
+def _shapes(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the checkpoint of a model with another configuration; none if there can be no such model."""
+    try:
+        small = _skeleton(model, config)
+    except Exception:  # whatever a model's code says to numbers that do not go together
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in revert_conversion(small, small.state_dict()).items()}
+
+
+def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedModel:
+    made = type(model.config).from_dict(dict(config))
+    made._attn_implementation = model.config._attn_implementation
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        return type(model)(made)
+
+
+def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> PreTrainedModel:
+    """The smaller model in memory, ready to be run.
+
+    Args:
+        model: as it was, which lends its settings for generation.
+        tensors: of the smaller checkpoint.
+        changes: of the configuration, as `possible_changes` gives them.
+    """
+    places = {tuple(place.split(".")): value for place, value in changes.items()}
+    small = _skeleton(model, _changed(model.config.to_dict(), places))
+    for module in small.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=model.dtype, device=model.device)
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    with quiet_transformers():
+        load_tensors(small, tensors)
+        small.tie_weights()
+    small.generation_config = model.generation_config
+    small.name_or_path = model.name_or_path
+    for module in small.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(model.device)
+    prepared: PreTrainedModel = prepare(small)
+    return prepared

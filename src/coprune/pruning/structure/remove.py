@@ -1,0 +1,80 @@
+"""Remove units of one part of a block: choose, solve the consumer anew, silence the rest."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coprune.model.matrices import Matrix
+from coprune.model.parts import Part, silence
+from coprune.model.walk.statistics import Gram, Statistic
+from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.structure.scores import Score, largest, refitted
+
+
+def remove_units(
+    module: torch.nn.Module, part: Part, statistics: Mapping[str, Statistic], score: Score, count: int
+) -> tuple[dict[str, Tensor], list[MatrixResult]]:
+    """Keep `count` units of a part, in place: the others are zeros afterwards.
+
+    Args:
+        module: the block.
+        part: what may be removed of it.
+        statistics: Gram matrices of the consumers' inputs, by name; a consumer without one saw no token.
+        score: chooses, and says whether the consumer is solved for anew.
+        count: units to keep.
+
+    Returns:
+        What is kept of every parameter that lost something (bool), and figures of the consumers.
+    """
+    keeps, results = [], []
+    for consumer in part.fold.consumers:
+        started, weight = time.perf_counter(), consumer.read()
+        statistic = statistics.get(consumer.name)
+        known = statistic if isinstance(statistic, Gram) and statistic.count else None
+        units = part.units.to(weight.device)
+        if known is None:
+            keep = largest(weight.square().sum(dim=0)[units].sum(dim=1), count)
+        else:
+            keep = score.keep(weight, known, units, count)
+        columns = part.columns(keep)
+        solved = refitted(weight, known, columns) if known is not None and score.refit else weight
+        consumer.write(solved.masked_fill(~columns, 0.0))
+        keeps.append(keep)
+        results.append(_result(consumer, known, weight, columns, time.perf_counter() - started))
+    masks = part.masks(keeps)
+    silence(module, part.block, masks)
+    return masks, results
+
+
+def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tensor, seconds: float) -> MatrixResult:
+    after = consumer.read()
+    left = after[:, columns]
+    bits = np.packbits((left if consumer.input_dim == 1 else left.T).ne(0).contiguous().cpu().numpy())
+    return MatrixResult(
+        name=consumer.name,
+        shape=(left.shape[0], left.shape[1]),
+        sparsity=1 - int(left.count_nonzero()) / left.numel(),
+        relative_layer_error=None if known is None else known.relative_error(weight, after),
+        tokens=None if known is None else known.count,
+        mask_checksum=f"{zlib.crc32(bits.tobytes()):08x}",
+        seconds=seconds,
+        events=() if known is not None else ("no calibration token came to it, so its channels went by their norm",),
+    )
+
+
+def block_influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """One minus the mean cosine of a block's inputs and outputs, token by token (ShortGPT, arXiv 2403.03853).
+
+    before, after: B × S × H for each batch.
+    """
+    total, count = 0.0, 0
+    for x, y in zip(before, after, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(x.to(torch.float32), y.to(torch.float32), dim=-1)
+        total, count = total + float(cosine.sum(dtype=torch.float64)), count + cosine.numel()
+    return 1.0 - total / max(count, 1)

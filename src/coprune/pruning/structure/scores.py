@@ -1,0 +1,167 @@
+"""Which channels or heads of a block are kept: the published scores, and the one that removes what costs least.
+
+Shapes: O × C is the consumer, the matrix whose inputs the channels are (a down projection, an output projection). A unit
+is what is removed as a whole: one channel, or the K channels of a key-value head with all its query heads. U units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, unknown_name
+from coprune.base.precision import full_float32
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.linear_algebra import damped_cholesky
+from coprune.recipe.choice import Choice
+
+
+class Score(Protocol):
+    """Chooses the units that are kept."""
+
+    @property
+    def refit(self) -> bool:
+        """Whether the consumer's kept columns are solved for anew."""
+        ...
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        """Choose units.
+
+        Args:
+            weight: the consumer, O × C float32.
+            statistic: of its inputs.
+            units: the columns of every unit, U × K int64.
+            count: how many units to keep.
+
+        Returns:
+            U bool, True where kept.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Keep the units whose columns have the largest norm."""
+
+    refit: bool = False
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        return largest(weight.square().sum(dim=0)[units].sum(dim=1), count)
+
+
+@dataclass(frozen=True)
+class WandaSP:
+    """Keep the units with the largest ‖W_:c‖ · n_c, n the root mean square of the input (arXiv 2306.11695, 2312.11983)."""
+
+    refit: bool = False
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        score = weight.square().sum(dim=0) * statistic.mean_square
+        return largest(score[units].sum(dim=1), count)
+
+
+@dataclass(frozen=True)
+class FLAP:
+    """Keep the units with the largest Var(x_c) · ‖W_:c‖²: what hardly varies can go (arXiv 2312.11983).
+
+    The authors put the mean of what is removed into the consumer's bias. Most language models have none, so here the
+    refit, if it is asked for, makes up for it.
+    """
+
+    refit: bool = False
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        variance = (statistic.mean_square - statistic.mean.square()).clamp_min(0)
+        return largest((weight.square().sum(dim=0) * variance)[units].sum(dim=1), count)
+
+
+@dataclass(frozen=True)
+class OBS:
+    """Remove, a few at a time, the units whose loss the others make up for best.
+
+    The error of removing the columns R of W, when the others are free to change, is tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) with H the
+    damped Gram matrix (the optimal brain surgeon on columns, as in arXiv 2203.07259 for heads and channels).
+    """
+
+    refit: bool = True
+    damping: float = 0.01
+    """Added to the Gram matrix, as a fraction of its mean diagonal."""
+    steps: int = 32
+    """In how many steps the units are removed."""
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        with full_float32():
+            lower, _ = damped_cholesky(statistic.gram, self.damping)
+            inverse = torch.cholesky_inverse(lower)
+            left, current = torch.ones(len(units), dtype=torch.bool, device=weight.device), weight.clone()
+            while (surplus := int(left.sum()) - count) > 0:
+                number = min(surplus, max(1, -(-(len(units) - count) // self.steps)))
+                cost = removal_cost(current, inverse, units).masked_fill(~left, torch.inf)
+                chosen = cost.topk(number, largest=False).indices
+                left[chosen] = False
+                columns = units[chosen].flatten()
+                push = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+                current -= current[:, columns] @ push
+                inverse -= inverse[:, columns] @ push
+                # What was removed stays removed, whatever rounding leaves there.
+                inverse[columns], inverse[:, columns] = 0.0, 0.0
+                inverse[columns, columns] = 1.0
+                current[:, columns] = 0.0
+        return left
+
+
+SCORES: dict[str, type[Magnitude | WandaSP | FLAP | OBS]] = {
+    "magnitude": Magnitude,
+    "wanda_sp": WandaSP,
+    "flap": FLAP,
+    "obs": OBS,
+}
+"""Every score of channels and heads by its name."""
+
+
+def score_named(asked: Choice) -> Score:
+    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    if asked.name not in SCORES:
+        raise unknown_name("score", asked.name, SCORES, field="score")
+    try:
+        return SCORES[asked.name](**asked.options)  # type: ignore[arg-type]
+    except TypeError:
+        known = ", ".join(SCORES[asked.name].__dataclass_fields__)
+        raise BadInput(f"the score {asked} has other options", field="score", fix=f"Known: {known}") from None
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """True for the `count` largest entries; of equal ones, the first."""
+    keep = torch.zeros(len(score), dtype=torch.bool, device=score.device)
+    keep[score.argsort(descending=True, stable=True)[:count]] = True
+    return keep
+
+
+def removal_cost(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
+    """tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) for every unit R: U. weight: O × C; inverse: H⁻¹, C × C; units: U × K."""
+    own = inverse[units[:, :, None], units[:, None, :]]
+    parts = weight[:, units].permute(1, 2, 0)
+    cost: Tensor = (parts * torch.linalg.solve(own, parts)).sum(dim=(1, 2))
+    return cost
+
+
+def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float = 0.01) -> Tensor:
+    """The consumer whose kept columns give what all gave, as well as they can: W_k = W H_:k H_kk⁻¹, zeros elsewhere.
+
+    Args:
+        weight: O × C float32.
+        statistic: of its inputs.
+        keep: C bool.
+        damping: added to the Gram matrix, as a fraction of its mean diagonal.
+    """
+    with full_float32():
+        gram = statistic.gram
+        gram.diagonal().add_(damping * gram.diagonal().mean())
+        lower, _ = damped_cholesky(gram[keep][:, keep], 1e-7)
+        solved = torch.cholesky_solve(gram[keep] @ weight.T, lower).T
+    result = torch.zeros_like(weight)
+    result[:, keep] = solved
+    return result

@@ -1,0 +1,159 @@
+"""Channels, heads and blocks removed: the small model is the big one with those parts silent, on disk and in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from support.killing import count_lines, killed_at
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import listing, save_pico, write_words
+from support.saved import load_clean
+
+IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [
+        ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
+        ("gpt2", "channels=0.4,blocks=0.34"),  # input × output weights, an MLP of four times the width by default
+        ("qwen2", "heads=0.5"),  # biases; the width of a head has to be said now
+        ("gemma3_text", "channels=0.4,heads=0.5,blocks=0.25"),  # tied; norms after; two kinds of attention
+        ("phi3", "channels=0.4"),  # gate and up are one matrix
+        ("falcon", "channels=0.4,blocks=0.34"),
+        ("mixtral", "channels=0.4,heads=0.5"),  # every expert other channels; saved one by one
+        ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
+        ("deepseek_v3", "channels=0.4,blocks=0.34"),  # three sizes of MLPs; a query of low rank behind a norm
+        ("jamba", "channels=0.4"),
+    ],
+)
+def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remove: str, tmp_path: Path) -> None:
+    model = pico_model(family)
+    before = model.num_parameters()
+    result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
+    small = load_clean(tmp_path / "small")
+    assert result.model is not None
+    assert small.num_parameters() == result.model.num_parameters() < before
+    tokens = pico_tokens(2, 16)
+    with torch.no_grad():
+        silent, found = model(tokens, use_cache=False).logits, small(tokens, use_cache=False).logits
+        torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.model(tokens, use_cache=False).logits, found, rtol=1e-6, atol=1e-6)
+        made: Any = result.model
+        assert made.generate(tokens[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+    assert f"{before:,} → {small.num_parameters():,} parameters" in result.report.edits[0]
+
+
+def test_the_rest_is_untouched_where_nothing_is_solved_anew(tmp_path: Path) -> None:
+    model = pico_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = coprune.prune(model, remove="channels=0.4", score="magnitude", **SETTINGS).model
+    assert small is not None
+    for name, tensor in small.state_dict().items():
+        if "mlp." not in name:
+            assert torch.equal(tensor, before[name])
+    for block in range(3):
+        up, gate, down = (f"model.layers.{block}.mlp.{part}_proj.weight" for part in ("up", "gate", "down"))
+        kept = before[down].square().sum(dim=0).argsort(descending=True, stable=True)[:64].sort().values
+        assert torch.equal(small.state_dict()[down], before[down][:, kept])
+        assert torch.equal(small.state_dict()[up], before[up][kept])
+        assert torch.equal(small.state_dict()[gate], before[gate][kept])
+
+
+def test_blocks_of_least_influence_go() -> None:
+    model = pico_model("llama")
+    influence: dict[int, float] = {}
+
+    def look(index: int, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        influence[index] = 1 - float(torch.cosine_similarity(args[0], output, dim=-1).mean())
+
+    blocks = model.get_submodule("model.layers")
+    hooks = [block.register_forward_hook(partial(look, i)) for i, block in enumerate(blocks.children())]
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    ups = [model.get_parameter(f"model.layers.{i}.mlp.up_proj.weight").clone() for i in range(3)]
+    small = coprune.prune(model, remove="blocks=0.34", **SETTINGS).model
+    assert small is not None
+    left = [small.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in range(2)]
+    gone = min(influence, key=influence.__getitem__)
+    expected = [up for i, up in enumerate(ups) if i != gone]
+    assert all(torch.equal(a, b) for a, b in zip(left, expected, strict=True))
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=4)
+    write_words(tmp_path / "words.txt")
+
+    def run(out: str) -> None:
+        settings = {"remove": "channels=0.4,heads=0.5,blocks=0.25", "align": 16, "nsamples": 4, "seqlen": 16}
+        places = {"save": str(tmp_path / out / "run"), "save_model": str(tmp_path / out / "small")}
+        data = {"model": str(tmp_path / "llama"), "dataset": str(tmp_path / "words.txt"), "evaluate": False}
+        run_recipe(make_recipe(settings | places | data), reporter=Reporter(quiet=True))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    run("whole")
+    _, lines = count_lines(lambda: run("counted"), ("journal",))
+    assert killed_at(lambda: run("killed"), lines * 8 // 10, ("journal",))
+    assert not (tmp_path / "killed" / "small").exists()
+    assert list((tmp_path / "killed" / ".small.partial").glob("model-*.json"))
+    run("killed")
+    torch.set_num_threads(threads)
+    whole, found = listing(tmp_path / "whole" / "small"), listing(tmp_path / "killed" / "small")
+    assert whole.pop("README.md") is not None  # names the folders
+    assert found.pop("README.md") is not None
+    assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "message"),
+    [
+        ("phi3", "heads=0.5", "no heads of the model's blocks could be proved to be removable"),
+        ("olmo2", "heads=0.5", "no heads"),  # a norm over all heads
+        ("mamba", "channels=0.4", "no channels"),
+        ("bloom", "channels=0.4", "no change of the configuration of BloomForCausalLM"),  # always four times the width
+    ],
+)
+def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, remove: str, message: str) -> None:
+    model = pico_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match=message):
+        coprune.prune(model, remove=remove, **SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remove": "chanels=0.3"}, "did you mean 'channels'"),
+        ({"remove": "channels=1.5"}, "a number between 0 and 1, not '1.5'"),
+        ({"remove": "channels"}, "not ''"),
+        ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
+        ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
+        ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
+        ({"remove": "heads=0.5", "score": "obs:luck=3"}, "has other options"),
+        ({"remove": "heads=0.5", "pattern": "2:4"}, "for which pattern=… means nothing"),
+        ({"remove": "heads=0.5", "reconstruct": 5}, "for which reconstruct=… means nothing"),
+        ({"remove": "heads=0.5", "stream": True}, "remove needs the whole model in memory"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+    if "stream" in settings:
+        with pytest.raises(BadInput, match=message):
+            make_recipe({"model": "x", **settings})
+        return
+    with pytest.raises(BadInput, match=message):
+        coprune.prune(pico_model("llama"), **SETTINGS, **settings)
