@@ -43,7 +43,9 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "donut-swin": Exceptional(
         _STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}
     ),
-    "efficientnet": Exceptional("how wide it ends follows from its factors", {"hidden_dim": 2560}),
+    "efficientnet": Exceptional(
+        "it is made larger by factors", {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}
+    ),
     "dots3_note_text": Exceptional(
         "its layers of sliding attention have sizes of their own",
         {
@@ -92,6 +94,10 @@ EXCEPTIONS: dict[str, Exceptional] = {
     ),
     "mobilevitv2": Exceptional("it makes images 32 times as small, and cuts them then", {"image_size": 128}),
     "nemotron": Exceptional("heads have no defaults", {"head_dim": 16, "num_key_value_heads": 2}),
+    "phi4_multimodal_audio": Exceptional(
+        "widths of its convolutions hang together",
+        {"num_blocks": 1, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64},
+    ),
     "qwen4_exp_text": Exceptional(
         "its indexer's sizes have no defaults",
         {
@@ -115,6 +121,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "swin": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
     "swinv2": Exceptional(_STAGES, {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
     "textnet": Exceptional(_STAGES, {"stem_out_channels": 16, "hidden_sizes": (16, 16, 32, 64, 128)}),
+    "xlstm": Exceptional("transformers' code for CPUs wants keys and values of one width", {"qk_dim_factor": 1.0}),
     "xmod": Exceptional("its language has no default", {"default_language": "en_XX"}),
     "zamba": Exceptional(
         "its blocks share one layer, so two of them have to have it",
@@ -122,5 +129,8 @@ EXCEPTIONS: dict[str, Exceptional] = {
             "num_hidden_layers": 4,
             "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         },
+    ),
+    "zamba2": Exceptional(
+        "as zamba", {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
     ),
 }

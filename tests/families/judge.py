@@ -156,15 +156,14 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
 
 def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, target: Target, report: Report) -> None:
     alone = {line.rpartition(" (")[0] for line in report.left_out}
-    expected = prune_by_whole_forwards(oracle, data.batches, target, alone)
+    # Layers of one kind may be pruned or not, as convolutions are.
+    pruned = {kind_of(matrix.name) for matrix in report.matrices}
+    expected = prune_by_whole_forwards(oracle, data.batches, target, alone - pruned)
     masks = masks_of(model)
     found = {matrix.name: masks[matrix.name] for matrix in report.matrices}
-    stacks = {name.partition("[")[0] for name in found}
-    silent = [
-        name
-        for name in _large_names(model)
-        if name not in stacks and not {kind_of(name), f"{kind_of(name)}[*]"} & alone
-    ]
+    stacks = {name.partition("[")[0].removesuffix(".weight") for name in found}
+    named = stacks | {kind.removesuffix("[*]").removesuffix(".weight") for kind in alone}
+    silent = [name for name in _large_names(model) if name not in named and kind_of(name) not in named]
     if silent:
         raise Wrong(f"{silent[0]} is neither pruned nor named ({len(silent)} in all)")
     if found.keys() != expected.keys():

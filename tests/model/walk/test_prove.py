@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from coprune.model.checkpoint.weights import InMemory
 from coprune.model.choosing import choose_matrices
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, Structure
-from coprune.model.walk.record import replaced_forwards, run_without_blocks
+from coprune.model.walk.record import guess_call, replaced_forwards, run_without_blocks
 from support.toys import ToyBlock, ToyModel
 
 TOKENS = torch.arange(12)[None]
@@ -118,7 +118,29 @@ class HasNoHead(ToyModel):
         return SimpleNamespace(last_hidden_state=self.run_blocks(self.embeddings(input_ids)))
 
 
+class Two(NamedTuple):
+    hidden: Tensor
+    other: Tensor
+
+
+class TwoStreams(ToyBlock):
+    def forward(self, hidden: Tensor, scale: Tensor | None = None) -> Any:
+        return Two(super().forward(hidden, scale), hidden)
+
+
+class AnswersByName(ToyModel):
+    def __init__(self) -> None:
+        super().__init__(blocks=0)
+        self.layers = nn.ModuleList(TwoStreams() for _ in range(3)).requires_grad_(False)
+
+    def run_blocks(self, hidden: Tensor) -> Tensor:
+        for block in self.layers:
+            hidden = block(hidden).hidden
+        return hidden
+
+
 REFUSED = {
+    AnswersByName: "a block answers with Two instead of hidden states",
     HasNoHead: "answers without logits",
     ChangesBetween: "changes the hidden states between the blocks, before layers.2",
     RunsTwice: "layers.0 runs out of order or twice",
@@ -158,6 +180,31 @@ def test_what_no_block_makes_use_of_may_depend_on_earlier_blocks() -> None:
         hidden = call.run(block, hidden)
         assert not call.kwargs["notes"]  # nothing is left in what was recorded
     assert torch.equal(model.head(hidden), model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2])
+def test_a_blocks_own_call_is_seen_before_anybody_knows_what_blocks_answer(answers: int) -> None:
+    class Answers(ToyBlock):
+        def forward(self, hidden: Tensor, scale: Tensor | None = None) -> Any:
+            out = super().forward(hidden, scale)
+            return (out, *[None] * (answers - 1)) if answers else out
+
+    class CallsInTwoWays(ToyModel):
+        def run_blocks(self, hidden: Tensor) -> Tensor:
+            for index, block in enumerate(self.layers):
+                out = block(hidden, **({"scale": torch.ones(())} if index else {}))
+                if answers == 2:
+                    hidden, _ = out
+                else:
+                    hidden = out[0] if answers else out
+                hidden = hidden.reshape(1, len(TOKENS[0]), -1)
+            return hidden
+
+    model = CallsInTwoWays()
+    model.layers = nn.ModuleList(Answers() for _ in range(3)).requires_grad_(False)
+    hidden, call = guess_call(model, find_blocks(model), TOKENS)
+    assert torch.equal(hidden, model.embeddings(TOKENS))
+    assert list(call.kwargs) == ["scale"]
 
 
 def test_groups_and_reuse() -> None:

@@ -164,10 +164,11 @@ class TextTask:
 def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
     """The sequence length that is asked for, or min(2048, the model's limit). Raises BadInput if it is above that limit."""
     config: Any = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
+    limit = max(0, int(limit))  # XLNet says -1 for none
     if seqlen is None:
-        return min(2048, int(limit)) if limit else 2048
-    if limit and seqlen > int(limit):
+        return min(2048, limit) if limit else 2048
+    if limit and seqlen > limit:
         raise BadInput(
             f"seqlen {seqlen} is above this model's limit of {limit} positions", field="seqlen", value=seqlen
         )

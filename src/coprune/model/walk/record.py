@@ -81,7 +81,8 @@ def input_device(model: nn.Module) -> torch.device:
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output: the output itself, or the first entry of a tuple."""
-    if isinstance(output, tuple | list) and output:
+    # What has names for its entries may hold more than one stream of hidden states (Reformer).
+    if isinstance(output, tuple | list) and output and not hasattr(output, "_fields"):
         output = output[0]
     if not isinstance(output, Tensor):
         raise UnsupportedModel(f"a block answers with {type(output).__name__} instead of hidden states")

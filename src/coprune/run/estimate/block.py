@@ -5,14 +5,17 @@ The time is processor time (see `clock`), the memory what lives at once within t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from coprune.base.errors import UnsupportedModel
 from coprune.evaluation.perplexity import window_nll
-from coprune.model.walk.observe import Observe, observe_products
+from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix
+from coprune.model.walk.observe import Observe, Products, observe_products
 from coprune.model.walk.prove import COMPARED_LOGITS
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import chooses_positions, guess_call
@@ -67,7 +70,7 @@ def measure_block(model: FoundModel, sample: Tensor, trained: bool = False) -> B
         def run() -> Tensor:
             return call.run(block.module, hidden)
 
-        _, products = observe_products(matrices[block.index], run)
+        products = _products(block, matrices[block.index], run)
         live, stops = LiveBytes(), [0]
         with live, Observe(matrices[block.index], lambda matrix, x: stops.append(live.now)):
             run()
@@ -90,6 +93,16 @@ def measure_block(model: FoundModel, sample: Tensor, trained: bool = False) -> B
             for group in [*products.groups, *([matrix] for matrix in products.unseen)]
         ),
     )
+
+
+def _products(block: Block, matrices: Sequence[Matrix], run: Callable[[], Tensor]) -> Products:
+    """What is multiplied while a block runs. Raises UnsupportedModel if it does not run as it is called here."""
+    try:
+        return observe_products(matrices, run)[1]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UnsupportedModel(
+            f"{block.name} cannot be run alone: how it is called shows only when all blocks before it run"
+        ) from error
 
 
 def _kept_for_backward(run: Callable[[], Tensor], block: nn.Module) -> float:
