@@ -12,7 +12,7 @@ from families.judge import judge
 from families.table import PAGE, RESULTS, Results, page
 
 SAMPLE = {
-    "zamba2": "two kinds of blocks that are called in two ways",
+    "jetmoe": "experts of attention too",
     "gemma4_text": "blocks are handed what none of them reads",
     "longcat_flash": "a router that may choose experts which do nothing",
     "emu3": "a class that no Auto class loads again",
@@ -33,10 +33,20 @@ def test_the_classifier_works(tmp_path: Path) -> None:
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
-def test_what_shares_between_its_blocks_is_refused_by_name(tmp_path: Path) -> None:
-    verdict = judge("gemma3n_text", all_types("text")["gemma3n_text"], "text", tmp_path)
+REFUSED = {
+    "gemma3n_text": "model.layers.2 is given something that depends on what earlier blocks computed",
+    "zamba2": "shares its weights with model.layers.3.shared_transformer",
+    "mllama": "model.layers.1 cannot be run alone",
+    "reformer": "a block answers with ReformerOutput",
+    "xlstm": "backbone.blocks.0 runs out of order or twice",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
+    verdict = judge(model_type, all_types("text")[model_type], "text", tmp_path)
     assert verdict.result == "refused"
-    assert "model.layers.2 is given something that depends on what earlier blocks computed" in verdict.reason
+    assert REFUSED[model_type] in verdict.reason
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="make families was not run")
