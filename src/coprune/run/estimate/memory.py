@@ -16,10 +16,12 @@ SLACK = 1.1
 STEADY = 20 << 20
 """What a process comes to hold in the course of a run that no tensor accounts for, measured on a model of no size: code
 that is imported late, compiled kernels, the report."""
-STEADY_IN_HALF = 64 << 20
-"""The same where weights are of half precision, whose products leave more behind in the libraries (12 to 95 MiB)."""
-PAGE = 145 << 20
+STEADY_IN_HALF = 90 << 20
+"""The same where weights are of half precision, whose products leave more behind in the libraries (30 to 110 MiB)."""
+PAGE = 160 << 20
 """What the libraries of the page's charts take, measured."""
+SCATTERED_BLOCKS = 2
+"""What a run leaves behind in pieces that are too small to be given back, in blocks' weights, measured (2 to 3)."""
 SLICE_VALUES = 2**24
 """Logits that become float32 at a time (see `evaluation.batches.slices`)."""
 VERIFIED_TOKENS = 64
@@ -30,7 +32,7 @@ def host_phases(work: Workload, run: Settings) -> dict[str, int]:
     base = work.resident + work.unread_bytes + (STEADY if run.bytes_per_weight == 4 else STEADY_IN_HALF)
     tensors = _tensors if work.device is None else _passing_through
     found = _largest((name, int(base + SLACK * size)) for name, size in tensors(work, run))
-    return found | ({"page": base + PAGE} if run.page else {})
+    return found | ({"page": base + PAGE + SCATTERED_BLOCKS * work.block.weight_bytes} if run.page else {})
 
 
 def device_phases(work: Workload, run: Settings) -> dict[str, int]:
