@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
-from coprune.data.windows import draw_from_documents, draw_windows, fingerprint, tokens_and_bytes
+from coprune.data.drawing import draw_from_documents, draw_windows
+from coprune.data.windows import fingerprint, tokens_and_bytes
 from support.words import word_tokenizer, words
 
 

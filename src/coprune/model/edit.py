@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
+from coprune.model.slices import KeptSlices
 
 EDITS_FILE = "coprune_edits.json"
 """What was done to the model of a folder, beside its weights."""
@@ -72,40 +72,6 @@ class FillZeros(Edit):
         return self.masks
 
 
-class KeptSlices(BaseModel):
-    """Which slices of a tensor are left, along one of its dimensions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dim: int
-    size: int
-    """Of the source tensor along that dimension."""
-    ranges: list[list[tuple[int, int]]]
-    """First and last + 1 of every run of slices that are left: once, or for each entry of the first dimension (experts),
-    of which all keep as many."""
-
-    def _indices(self, tensor: Tensor) -> Tensor:
-        rows = [torch.cat([torch.arange(start, end) for start, end in one]) for one in self.ranges]
-        return torch.stack(rows).to(tensor.device)
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """What is left of the tensor."""
-        indices = self._indices(tensor)
-        if len(self.ranges) == 1:
-            return tensor.index_select(self.dim, indices[0]).contiguous()
-        return torch.stack([part.index_select(self.dim - 1, own) for part, own in zip(tensor, indices, strict=True)])
-
-    def uncut(self, tensor: Tensor) -> Tensor:
-        """The tensor in its size, with zeros where slices were."""
-        whole = tensor.new_zeros([*tensor.shape[: self.dim], self.size, *tensor.shape[self.dim + 1 :]])
-        indices = self._indices(tensor)
-        if len(self.ranges) == 1:
-            return whole.index_copy_(self.dim, indices[0], tensor)
-        for part, own, kept in zip(whole, indices, tensor, strict=True):
-            part.index_copy_(self.dim - 1, own, kept)
-        return whole
-
-
 class KeepSlices(Edit):
     """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
 
@@ -130,11 +96,12 @@ class DropBlock(Edit):
     """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
 
     def apply(self, module: nn.Module) -> None:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
-            return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
+        module.forward = self.idle
 
-        module.forward = forward
+    def idle(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass the hidden states on, as the block answers."""
+        hidden = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
+        return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
 
     def place(self, name: str) -> str | None:
         path, _, number = self.block.rpartition(".")

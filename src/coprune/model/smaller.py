@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
-from coprune.model.edit import Edits, KeptSlices
+from coprune.model.edit import Edits
+from coprune.model.slices import KeptSlices
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
 Place = tuple[str, ...]

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.writer import REST
-from coprune.model.edit import Configure, DropBlock, Edit, Edits, KeepSlices
-from coprune.model.folding import close, find_folds, head_size
-from coprune.model.parts import Kind, Part, is_apart, parts_of, silence
-from coprune.model.smaller import Resized, build_smaller, possible_changes, slices_kept, smaller_tensors
+from coprune.model.edit import Configure, Edit, Edits
+from coprune.model.folding import find_folds, head_size
+from coprune.model.parts import Kind, Part, is_apart, parts_of
+from coprune.model.smaller import build_smaller, smaller_tensors
 from coprune.model.walk.moves import ByBlock, Dense
 from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram, Statistic
@@ -32,36 +28,9 @@ from coprune.pruning.structure.scores import score_named
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.prune_blocks import Outcome, record_calibration
+from coprune.run.rehearsal import Plan, edits_of_block, rehearse
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run removes, as far as that is known before the walk."""
-
-    dropped: Sequence[int] = ()
-    """Numbers of the blocks that go."""
-    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    """What may get smaller, by block."""
-    keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
-    """How many units of a part are kept, by kind and by how many there are."""
-
-    def count(self, part: Part) -> int:
-        """Units of a part that are kept."""
-        return self.keep[part.kind][part.count]
-
-    def sizes(self) -> dict[int, int]:
-        """New numbers by old ones that the configuration has to tell: units, and query heads. Raises UnsupportedModel."""
-        found: dict[int, int] = {}
-        for part in (part for parts in self.parts.values() for part in parts):
-            for times in (1, part.repeats):
-                old, new = part.count * times, self.count(part) * times
-                if found.setdefault(old, new) != new:
-                    raise UnsupportedModel(
-                        f"{old} would become {new} and {found[old]}, so the cut is not one of the model"
-                    )
-        return found
 
 
 def remove_parts(session: Session, output: Output | None) -> Outcome:
@@ -75,7 +44,7 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     shared = SharedOutput(opened.around.processes, output, model.weights)
     finished = shared.finished()
     plan = _plan(session)
-    configure = _rehearse(session, plan)
+    configure = rehearse(session, plan)
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             _only_consumers(model, plan),
@@ -183,117 +152,13 @@ def _remove(session: Session, walk: Walk, shared: SharedOutput, plan: Plan) -> l
             kept, found = remove_units(block.module, part, statistics, score, plan.count(part))
             masks |= {name: mask & masks[name] if name in masks else mask for name, mask in kept.items()}
             own += found
-        edits = _edits(session, plan, block.index, masks)
+        edits = edits_of_block(session, plan, block.index, masks)
         for edit in edits:
             edit.apply(block.module)
         shared.write_block(block, BlockOutcome(own, edits))
         session.opened.around.reporter.tell(BlockPruned(block.name, tuple(own)))
         results, statistics = results + own, {}
     return results
-
-
-def _edits(session: Session, plan: Plan, index: int, masks: Mapping[str, Tensor]) -> list[Edit]:
-    model = session.model
-    if index in plan.dropped:
-        return [DropBlock(block=model.names[index], entries=model.structure.answers[index].entries)]
-    return [KeepSlices(kept=slices_kept(model.module, model.names[index], masks))] if masks else []
-
-
-def _rehearse(session: Session, plan: Plan) -> Configure:
-    """Cut the model at arbitrary places, build what results, and compare the two; then put everything back.
-
-    So the configuration is found, and everything that could not work is refused before anything slow.
-    """
-    model, module = session.model, session.model.module
-    edits: dict[str, list[Edit]] = {}
-    idle = [block for block in model.blocks if block.index in plan.dropped]
-    with _put_back(session, plan), replaced_forwards(idle, lambda block: _idle(session, block.index)):
-        for block in model.blocks:
-            masks: dict[str, Tensor] = {}
-            for part in plan.parts.get(block.name, ()):
-                kept = part.masks([_spread(part, plan.count(part), i) for i in range(len(part.fold.consumers))])
-                silence(block.module, block.name, kept)
-                masks |= {name: mask & masks[name] if name in masks else mask for name, mask in kept.items()}
-            edits[block.name] = _edits(session, plan, block.index, masks)
-        tensors = smaller_tensors(module, Edits(edits))
-        changes, after = _proven_changes(session, tensors, plan)
-    before = module.num_parameters()
-    removed = (
-        f"{', '.join(_words(plan, len(model.blocks)))}: {before:,} → {after:,} parameters ({after / before - 1:+.1%})"
-    )
-    session.opened.around.reporter.say(f"Removing {removed}.")
-    return Configure(changes=changes, removed=removed)
-
-
-def _proven_changes(session: Session, tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Any], int]:
-    """The change of the configuration with which a model of these tensors computes what the silenced model does; its size."""
-    model, module = session.model, session.model.module
-    head = head_size(module)
-    said = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
-    resized = Resized(plan.sizes(), len(model.blocks), plan.dropped, said)
-    expected, fitting = forward_logits(module, model.structure.sample), 0
-    for changes in possible_changes(module, {name: tensor.shape for name, tensor in tensors.items()}, resized):
-        fitting += 1
-        small = build_smaller(module, tensors, changes)
-        try:
-            same = close(forward_logits(small, model.structure.sample), expected)
-        except Exception:  # whatever a model's code says to a configuration that fits its shapes alone
-            continue
-        if same:
-            return changes, small.num_parameters()
-    if fitting:
-        raise UnsupportedModel(
-            "a smaller model with the same weights computes something else than the model with these parts silenced, so they "
-            "cannot be removed"
-        )
-    raise UnsupportedModel(
-        f"no change of the configuration of {type(module).__name__} gives the smaller shapes, so what would result could not be "
-        "loaded"
-    )
-
-
-def _idle(session: Session, index: int):  # type: ignore[no-untyped-def]
-    answer = session.model.structure.answers[index]
-
-    def forward(*args: object, **kwargs: object) -> object:
-        hidden = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
-        assert isinstance(hidden, Tensor)
-        return answer.wrap(hidden)
-
-    return forward
-
-
-def _spread(part: Part, count: int, shift: int) -> Tensor:
-    """Units all over a part, other ones for every expert, so that what belongs together by its place alone would show."""
-    keep = torch.zeros(part.count, dtype=torch.bool)
-    keep[torch.linspace(0, part.count - 1, count).round().long()] = True
-    return keep.roll(shift)
-
-
-@contextmanager
-def _put_back(session: Session, plan: Plan) -> Iterator[None]:
-    """Give the parameters that a rehearsal changes their values again."""
-    modules = {block.name: block.module for block in session.model.blocks}
-    kept = {
-        (block, name): modules[block].get_parameter(name.removeprefix(f"{block}.")).detach().clone()
-        for block, parts in plan.parts.items()
-        for part in parts
-        for name in part.masks([torch.ones(part.count, dtype=torch.bool)] * len(part.fold.consumers))
-    }
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (block, name), values in kept.items():
-                modules[block].get_parameter(name.removeprefix(f"{block}.")).copy_(values)
-
-
-def _words(plan: Plan, blocks: int) -> Iterator[str]:
-    for kind, keep in plan.keep.items():
-        counts = " and ".join(f"{old} → {new}" for old, new in sorted(keep.items()))
-        yield f"{'key-value heads with their query heads' if kind == 'heads' else kind} {counts} of every block"
-    if plan.dropped:
-        yield f"blocks {blocks} → {blocks - len(plan.dropped)}"
 
 
 def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
