@@ -147,6 +147,7 @@ assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(transformers.quantizers.aut
     subprocess.run([sys.executable, "-c", script, order, str(tmp_path / "packed")], check=True)
 
 
+@pytest.mark.slow
 def test_memory_of_the_process_is_that_of_the_packed_weights(tmp_path: Path) -> None:
     """Resident memory of a fresh process, which reads the same model packed and dense."""
     config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,

