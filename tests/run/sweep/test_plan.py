@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coprune.evaluation.cache import EvaluationCache
-from coprune.run.estimate.found import Estimate
+from coprune.run.estimate.found import DevicePeak, Estimate
 from coprune.run.sweep.events import Cause
 from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep
@@ -29,7 +29,8 @@ def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None 
     runs = expand(sweep)
     for run, size in zip(runs, sizes, strict=True):
         if size is not None:
-            estimated = partial(KeptEstimate, estimate=Estimate(size, 60.0, None, GB), seconds=1.0)
+            told = size if isinstance(size, Estimate) else Estimate(size, 60.0, None, GB)
+            estimated = partial(KeptEstimate, estimate=told, seconds=1.0)
             EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, estimated)
     return Plan(sweep, how or Execution(), SimpleNamespace(capacity=capacity, at_once=0), runs)
 
@@ -81,3 +82,17 @@ def test_a_run_that_is_too_large_is_told_and_a_little_too_large_gets_a_machine_f
     (event,) = plan.too_large
     assert (event.run, event.cause) == ("nsamples-3", Cause.REFUSED)
     assert "would not fit" in event.text
+
+
+def test_a_run_on_a_gpu_is_planned_by_both_memories(tmp_path: Path) -> None:
+    """What it computes with is on the GPU, and so neither reserved nor missed in host memory."""
+
+    def on_gpu(needed: int) -> Estimate:
+        return Estimate(2 * GB, 60.0, None, GB, device=DevicePeak("cuda:0", needed, 80 * GB, 0))
+
+    plan = plan_of(tmp_path, [on_gpu(60 * GB), on_gpu(120 * GB)], Capacity(8, 16 * GB, 1, 8, 16 * GB))
+    jobs = plan.to_run()
+    assert [job.memory for job in jobs] == [2 * GB]
+    (refused,) = plan.too_large
+    assert refused.cause is Cause.REFUSED
+    assert "111.76 of 74.5 GiB on cuda:0" in refused.text
