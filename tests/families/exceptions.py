@@ -94,7 +94,9 @@ EXCEPTIONS: dict[str, Exceptional] = {
     ),
     "mobilenet_v1": Exceptional("its width is a factor", {"depth_multiplier": 0.25, "image_size": 64}),
     "mobilenet_v2": Exceptional("its width is a factor", {"depth_multiplier": 0.35, "image_size": 64}),
-    "mobilevitv2": Exceptional("it makes images 32 times as small, and cuts them then", {"image_size": 128}),
+    "mobilevitv2": Exceptional(
+        "it makes images 32 times as small, and cuts them then", {"image_size": 128, "width_multiplier": 0.25}
+    ),
     "nemotron": Exceptional("heads have no defaults", {"head_dim": 16, "num_key_value_heads": 2}),
     "phi4_multimodal_audio": Exceptional(
         "widths of its convolutions hang together",

@@ -30,7 +30,7 @@ from families.table import PAGE, RESULTS, Results, page
 
 RUNNING = RESULTS.with_suffix(".running.jsonl")
 """What was found so far; it becomes the results when nothing is missing."""
-LIMIT = 240
+LIMIT = 900
 """Seconds after which a type is given up."""
 
 

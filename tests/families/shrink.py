@@ -27,6 +27,8 @@ _SIZES: list[tuple[str, int]] = [
     (r"^(max|n)_(position|seq|target|source|ctx|2d)|max_.*(len|positions)|context_length|^n_ctx$", 128),
     (r"image_size|crop_size", 32),
     (r"patch_size", 8),
+    (r"num_latents", 16),
+    (r"self_attends", 2),
     (r"window|chunk|block_size|^local_attention$|index_topk", 16),
     (r"experts?_per_tok|top_?k|moe_k$", 2),
     (r"shared_experts?$", 1),
