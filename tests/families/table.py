@@ -45,7 +45,8 @@ class Results:
     def now(cls, verdicts: Sequence[Verdict]) -> Results:
         """Of this day and of what is installed."""
         day = datetime.now(UTC).date().isoformat()
-        return cls(verdicts, day, transformers.__version__, torch.__version__)
+        ordered = sorted(verdicts, key=lambda verdict: (verdict.kind != "text", verdict.model_type))
+        return cls(ordered, day, transformers.__version__, torch.__version__)
 
     @classmethod
     def read(cls) -> Results:

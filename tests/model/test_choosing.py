@@ -136,11 +136,12 @@ def test_a_mixture_has_experts_and_routers_and_width_alone_makes_none(stack: typ
 
 def test_a_router_may_choose_experts_that_do_nothing() -> None:
     class SomeDoNothing(OneByOne):
-        """Of one parameter they have a place, of the other none."""
+        """The first parameter has a place for them, the second has none."""
 
         def __init__(self) -> None:
-            super().__init__()
+            nn.Module.__init__(self)
             self.idle = nn.Parameter(torch.randn(2 * EXPERTS, WIDTH, WIDTH) / 4)
+            self.tables = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / 4)
 
         def forward(self, hidden: Tensor) -> Tensor:
             return super().forward(hidden @ self.idle[0].T)
