@@ -1,9 +1,9 @@
 """What pruning did to a model, as values: one or more edits per block.
 
 A run keeps them in its journal. The writer asks them where every source tensor goes and what becomes of the
-configuration; whoever reloads the model asks which masks to find in it; a resumed run applies them to blocks that were
-finished before; the report says them in words; fine-tuning learns from them what has to stay zero. So a new way of
-making a model smaller is a class here, and none of those changes.
+configuration; who reloads the model, which masks to find in it; a resumed run applies them to blocks that were finished
+before; the report says them in words; fine-tuning learns from them what has to stay zero. A new way of making a model
+smaller is a class here.
 """
 
 from __future__ import annotations
@@ -227,9 +227,7 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
         content = dict(value)
         kind = EDITS.get(str(content.pop("kind", None)))
         if kind is None:
-            raise BadInput(
-                f"an edit of the kind {value.get('kind')!r} is not one that this coprune knows", fix="update coprune"
-            )
+            raise BadInput(f"this coprune knows no edits of the kind {value.get('kind')!r}", fix="update coprune")
         try:
             found.append(kind.model_validate(content))
         except ValidationError as error:
@@ -246,6 +244,5 @@ def pruned_names(folder: Path) -> set[str]:
         masks = json.loads(path.read_text(encoding="utf-8"))["masks"]
         return {str(name) for name in dict(masks)}
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(
-            f"{path} is damaged", fix="remove it, and the zeros of the weights tell what was pruned"
-        ) from None
+        fix = "remove it, and the zeros of the weights tell what was pruned"
+        raise BadInput(f"{path} is damaged", fix=fix) from None

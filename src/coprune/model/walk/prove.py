@@ -8,6 +8,7 @@ of experts, which matrices are fed by the same tensor, and which are used more t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,53 +59,65 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         BadInput: no matrix is left to prune.
         NumericalError: names a block whose activations are not finite.
     """
-    model, weights, blocks, candidates = found.module, found.weights, found.blocks, found.chosen.candidates
-    structure, products = Structure(sample), list[Products]()
+    model, blocks, watched = found.module, found.blocks, _Watched(found, Structure(sample))
     forwards = {block.index: block.module.forward for block in blocks}
-    calls: list[BlockCall] = []
-    unread: list[set[int]] = []  # tensors among the calls' arguments that their blocks do not use
-    replayed: list[Tensor] = []  # the last replayed hidden states
 
     def watch(block: Block) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if block.index != len(calls):
-                raise UnsupportedModel(
-                    f"{block.name} runs out of order or twice, and coprune walks blocks once, in order"
-                )
-            hidden, call = split_call(args, kwargs)
-            if replayed and not _close(hidden, replayed[-1]):
-                raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}")
-            calls.append(call)
-            weights.acquire(block.name)
-            given = list(tensors_in((call.args, call.kwargs)))
-            with Reads(given) as reads:
-                output, seen = observe_products(candidates[block.index], lambda: forwards[block.index](*args, **kwargs))
-            unread.append({id(tensor) for tensor in given} - reads.ids)
-            products.append(seen)
-            again = call.run(forwards[block.index], replayed[-1] if replayed else hidden)
-            if not bool(torch.isfinite(hidden_of(output)).all()):
-                raise _not_finite(block)
-            weights.release(block.name)
-            if not _close(hidden_of(output), again):
-                raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
-            replayed[:] = [again]
-            structure.answers.append(Answer.of(output, hidden))
-            return output
-
-        return forward
+        return partial(watched.run, block, forwards[block.index])
 
     with replaced_forwards(blocks, watch):
         logits = forward_logits(model, sample, COMPARED_LOGITS)
-    _require_same_calls(found, sample, structure.answers, [*zip(calls, unread, strict=True)], replayed[-1])
-    after = run_after_blocks(model, blocks, sample, structure.answers, replayed[-1], COMPARED_LOGITS)
+    structure, last = watched.structure, watched.replayed
+    assert last is not None
+    _require_same_calls(found, sample, structure.answers, watched.calls, last)
+    after = run_after_blocks(model, blocks, sample, structure.answers, last, COMPARED_LOGITS)
     if not _close(after, logits):
         raise UnsupportedModel("the logits after the replayed blocks differ from the model's forward")
-    chosen = confirm(found.chosen, blocks, [_evidence(seen) for seen in products])
-    for seen, matrices in zip(products, chosen.blocks, strict=True):
+    chosen = confirm(found.chosen, blocks, [_evidence(seen) for seen in watched.products])
+    for seen, matrices in zip(watched.products, chosen.blocks, strict=True):
         structure.groups.append(_groups(seen, matrices))
         names = {matrix.name for matrix in matrices}
         structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
     return ProvenModel(found.weights, found.blocks, chosen, structure)
+
+
+class _Watched:
+    """What one forward shows, block by block, while each is replayed on what the replay before it gave."""
+
+    def __init__(self, found: FoundModel, structure: Structure) -> None:
+        self.structure = structure
+        self.products: list[Products] = []
+        self.calls: list[tuple[BlockCall, set[int]]] = []
+        """Every block's call, with the tensors among its arguments that the block does not use."""
+        self.replayed: Tensor | None = None
+        """The last replayed hidden states."""
+        self._found = found
+
+    def run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The block's own answer. Raises UnsupportedModel, NumericalError where the replay gives another."""
+        if block.index != len(self.calls):
+            raise UnsupportedModel(f"{block.name} runs out of order or twice, and coprune walks blocks once, in order")
+        hidden, call = split_call(args, kwargs)
+        if self.replayed is not None and not _close(hidden, self.replayed):
+            raise UnsupportedModel(f"the model changes the hidden states between the blocks, before {block.name}")
+        weights, candidates = self._found.weights, self._found.chosen.candidates[block.index]
+        weights.acquire(block.name)
+        given = list(tensors_in((call.args, call.kwargs)))
+        # Noted before the block runs, so that one which runs inside another is seen to be out of order.
+        self.calls.append((call, set()))
+        with Reads(given) as reads:
+            output, seen = observe_products(candidates, lambda: forward(*args, **kwargs))
+        self.calls[-1] = call, {id(tensor) for tensor in given} - reads.ids
+        self.products.append(seen)
+        again = call.run(forward, hidden if self.replayed is None else self.replayed)
+        if not bool(torch.isfinite(hidden_of(output)).all()):
+            raise _not_finite(block)
+        weights.release(block.name)
+        if not _close(hidden_of(output), again):
+            raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
+        self.replayed = again
+        self.structure.answers.append(Answer.of(output, hidden))
+        return output
 
 
 def _not_finite(block: Block) -> NumericalError:
