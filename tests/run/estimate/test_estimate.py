@@ -212,6 +212,15 @@ def test_a_run_on_a_device_is_held_against_the_devices_memory() -> None:
         refused.require()
 
 
+def test_people_are_told_what_takes_the_memory() -> None:
+    first, host, device = str(estimate(ON_A_GPU, RUN, 2 << 30)).splitlines()
+    assert first.startswith("Estimate: ")
+    assert host.startswith("By phase: reading 0.")
+    assert host.endswith("GiB; 0.59 of that are held already.")
+    assert device.startswith("On cuda:0: proof 0.")
+    assert str(estimate(WORK, RUN, MIB)).splitlines()[-1].startswith("It would not fit. ")
+
+
 def test_several_lists_of_hidden_states_share_the_limit() -> None:
     limited = replace(RUN, propagation="block", activation_limit=64 * MIB, evaluation_tokens=())
     one, two = (estimate(WORK, replace(limited, dense_target=dense), None).peak_bytes for dense in (False, True))

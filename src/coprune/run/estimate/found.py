@@ -93,9 +93,16 @@ class Estimate(Shown):
         return Sheet(self.headline(), rows)
 
     def __str__(self) -> str:
-        return (
-            self.line() if self.proposal is None else f"{self.line()}\nIt would not fit. {say(self.proposal.words())}."
-        )
+        lines = [self.line()]
+        if self.phases:
+            lines.append(
+                f"By phase: {_by_phase(self.phases)}; {self.resident_bytes / GIB:.2f} of that are held already."
+            )
+        if self.device is not None:
+            lines.append(f"On {self.device.name}: {_by_phase(self.device.phases)}.")
+        if self.proposal is not None:
+            lines.append(f"It would not fit. {say(self.proposal.words())}.")
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """All figures as JSON."""
@@ -107,6 +114,10 @@ class Estimate(Shown):
             proposal = () if self.proposal is None else (*parts_of(self.proposal.words()), ". ")
             anyway = ("Or run it all the same with ", Set("check_memory", False))
             raise BadInput(f"the run would not fit. {self.line()}", field="check_memory", fix=(*proposal, *anyway))
+
+
+def _by_phase(phases: dict[str, int]) -> str:
+    return ", ".join(f"{phase} {size / GIB:.2f}" for phase, size in phases.items()) + " GiB"
 
 
 def _of(peak: int, available: int | None, held: int) -> str:
