@@ -4,6 +4,7 @@
 # The others are for those who change the code:
 #   make lint, make types
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
+#   make torture   change packed folders under the address sanitiser, kill runs, fill disks (half an hour; docs/reliability.md)
 #   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
 # All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow test-all wheel families golden lint types clean
+.PHONY: demo test slow test-all wheel families torture golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -35,6 +36,9 @@ families: $(READY)
 
 golden: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check
+
+torture: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -1,0 +1,156 @@
+"""Runs killed at random moments, or on a disk that is full at a random byte, and begun again: the result is the same.
+
+Everything runs in children of one process that has imported all there is to import, so that a kill costs no start.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coprune.base.errors import CopruneError
+from coprune.base.progress import Reporter
+from coprune.packed.folder import pack, unpack
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from coprune.training.run import run_finetuning
+from coprune.training.settings import make_settings
+from support.pico_folder import save_pico, write_words
+from support.pruned import pruned_model, save, settings_for, write_text
+
+QUIET = Reporter(quiet=True)
+Work = Callable[[Path], object]
+"""What a run does, from the folder that it writes into."""
+_SLOW = 300  # seconds after which a child is taken to hang
+
+
+def make_place(place: Path) -> dict[str, Work]:
+    """Models and texts in a folder, and what is done with them."""
+    save_pico(place / "model", num_hidden_layers=3)
+    write_words(place / "words.txt")
+    save(pruned_model(num_hidden_layers=1), place / "pruned")
+    write_text(place / "text.txt", 700)
+
+    def prune(**settings: Any) -> Work:
+        plain = {"model": str(place / "model"), "dataset": str(place / "words.txt"), "seqlen": 32, "nsamples": 6}
+        plain |= {"eval_data": str(place / "words.txt"), "eval_tokens": 320, "device": "cpu", **settings}
+        return lambda out: run_recipe(
+            make_recipe({**plain, "save": out / "run", "save_model": out / "made"}), reporter=QUIET
+        )
+
+    def tune(out: Path, **changes: Any) -> object:
+        made: dict[str, Any] = {"save_every": 1, "save_model": out / "made", **changes}
+        settings = settings_for(out / "run", place / "pruned", place / "text.txt", **made)
+        return run_finetuning(make_settings(settings), QUIET)
+
+    pack(place / "pruned", place / "packed")
+    return {
+        "prune (wanda, streamed)": prune(method="wanda", stream=True),
+        "prune (sparsegpt 2:4, sequential)": prune(method="sparsegpt", pattern="2:4", propagation="sequential"),
+        "prune to a packed folder": prune(method="wanda", encoding="packed", stream=True),
+        "pack": lambda out: pack(place / "pruned", out / "made"),
+        "unpack": lambda out: unpack(place / "packed", out / "made"),
+        "finetune (lora)": tune,
+        "finetune (dense)": lambda out: tune(out, mode="dense"),
+    }
+
+
+def made_by(out: Path) -> dict[str, bytes]:
+    """The files of the model that a run made; without the cards, which tell how long it took."""
+    made = out / "made"
+    return {p.name: p.read_bytes() for p in sorted(made.glob("*")) if p.is_file() and p.name != "README.md"}
+
+
+def in_child(work: Callable[[], object], kill_after: float | None = None, largest: int | None = None) -> int:
+    """Do some work in a child; its exit code, negative if it was killed.
+
+    kill_after: seconds after which it is killed; largest: bytes that no file may exceed, as on a full disk. A known
+    error is 3, any other 1.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        child = os.fork()
+    if child == 0:
+        _work(work, largest)
+    started = time.monotonic()
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        passed = time.monotonic() - started
+        if passed > (kill_after if kill_after is not None else _SLOW):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+def _work(work: Callable[[], object], largest: int | None) -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        work()
+        code = 0
+    except CopruneError:
+        code = 3
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Undisturbed:
+    """What each run makes when it is left in peace, and how long it takes."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.works = make_place(place)
+        self.expected: dict[str, dict[str, bytes]] = {}
+        self.seconds: dict[str, float] = {}
+        for name, work in self.works.items():
+            out = place / "undisturbed"
+            out.mkdir()
+            started = time.monotonic()
+            assert in_child(lambda work=work, out=out: work(out)) == 0, name  # type: ignore[misc]
+            self.seconds[name] = time.monotonic() - started
+            self.expected[name] = made_by(out)
+            shutil.rmtree(out)
+
+    def disturbed(self, name: str, chance: random.Random, full_disk: bool) -> tuple[int, list[str]]:
+        """Disturb a run once or twice, and let it end; how often it was disturbed, and what was wrong then."""
+        work, expected, out = self.works[name], self.expected[name], self.place / "disturbed"
+        out.mkdir()
+        wrong, disturbed = [], 0
+        for _ in range(1 if full_disk else chance.choice([1, 1, 2])):
+            size = max(map(len, expected.values()))
+            kill_after = None if full_disk else chance.uniform(0, self.seconds[name])
+            largest = int(size * chance.uniform(0.01, 1)) if full_disk else None
+            code = in_child(lambda: work(out), kill_after, largest)
+            disturbed += code not in (0, 1)
+            wrong += ["a traceback"] if code == 1 else []
+            if code != 0 and (out / "made").exists() and made_by(out) != expected:
+                wrong.append("half a model under its name")
+            if code == 0:
+                break
+        again = (out / "made").exists() and (code == 0 or not (out / "run").exists())
+        if not again and in_child(lambda: work(out)) != 0:
+            wrong.append("it could not be finished")
+        if made_by(out) != expected:
+            wrong.append("another result")
+        left = [path.name for path in out.iterdir() if path.name not in ("made", "run")]
+        wrong += [f"{left} was left"] if left else []
+        shutil.rmtree(out)
+        return disturbed, wrong

@@ -1,0 +1,82 @@
+"""Hurt coprune on purpose and say what became of it: python tests/torture/run.py [--quick] [--only folders|runs] [--seed N].
+
+500 packed folders changed by chance and by intent, multiplied from by kernels that are built under the address
+sanitiser; 40 runs killed at random moments, and 20 on a disk that is full at a random byte, each begun again and
+compared byte by byte with one that was left in peace. docs/reliability.md holds what it printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from torture.kills import Undisturbed
+from torture.mutations import watched
+
+_BATCH = 100
+
+
+def main() -> int:
+    """Run everything and print a table; returns 1 if anything was not as promised."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--only", choices=["folders", "runs"], help="changed folders, or disturbed runs")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    part = 10 if options.quick else 1
+    started = time.monotonic()
+    print(f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} cores, {platform.system()}")
+    bad = []
+    with tempfile.TemporaryDirectory() as place:
+        if options.only != "runs":
+            bad += _mutations(Path(place), options.seed, 500 // part)
+        if options.only != "folders":
+            undisturbed = Undisturbed(Path(place) / "runs")
+            bad += _disturbances(undisturbed, options.seed, 40 // part, full_disk=False)
+            bad += _disturbances(undisturbed, options.seed, 20 // part, full_disk=True)
+    for line in bad:
+        print(f"NOT AS PROMISED: {line}")
+    print(f"{len(bad)} things were not as promised; {(time.monotonic() - started) / 60:.0f} minutes.")
+    return 1 if bad else 0
+
+
+def _mutations(place: Path, seed: int, count: int) -> list[str]:
+    place.mkdir(exist_ok=True)
+    ends: Counter[str] = Counter()
+    for first in range(0, count, _BATCH):
+        try:
+            found, watcher = watched(seed + first, min(_BATCH, count - first), place)
+        except RuntimeError as error:
+            return [str(error)]
+        ends.update(found)
+        told = ", ".join(f"{number} {end}" for end, number in ends.most_common())
+        print(f"{ends.total()} changed packed folders, kernels under: {watcher}; {told}", flush=True)
+    return []
+
+
+def _disturbances(undisturbed: Undisturbed, seed: int, count: int, full_disk: bool) -> list[str]:
+    what, bad, times = "filled disks" if full_disk else "kills", [], Counter[str]()
+    for number in range(count):
+        name = list(undisturbed.works)[number % len(undisturbed.works)]
+        hit, wrong = undisturbed.disturbed(name, random.Random(f"{seed} {what} {number}"), full_disk)
+        times[name] += hit
+        bad += [f"{name}, {what} {number}: {one}" for one in wrong]
+        if number % 10 == 9 or number == count - 1:
+            told = ", ".join(f"{hits} × {name}" for name, hits in times.items())
+            print(f"{number + 1} runs, {times.total()} {what} ({told}); {len(bad)} not as promised", flush=True)
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())
