@@ -1,0 +1,98 @@
+"""Estimates against what runs really take, as whole processes: Python, torch and their libraries included."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic import write_llama
+from synthetic import write_words as write_numbered_words
+
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
+from support.measured_peaks import Peak, measured_peaks
+from support.pico_folder import save_pico, write_words
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+MIB = 1 << 20
+ALLOWED = 0.15
+WAYS: dict[str, dict[str, Any]] = {
+    "in memory": {"stream": False, "method": "wanda"},
+    "streamed": {"stream": True, "method": "wanda"},
+    "dense target": {"stream": True, "method": "sparsegpt", "propagation": "block", "target": "dense"},
+    "reconstruction": {"stream": True, "method": "wanda", "reconstruct": 2},
+}
+HALF, PICO = {"in memory"}, {"streamed"}
+"""What is run in bfloat16 too, at which many CPUs are slow, and of a model of no size; the slow tests do all of them."""
+
+
+def runs_of(model: Path, name: str, page: bool, **settings: Any) -> dict[str, dict[str, Any]]:
+    """All ways to prune a model, each with folders of its own. page: whether one is made, which has a peak of its own."""
+    out = model.parent / f"{name} out"
+    saved = {way: {"save_model": str(out / way / "model")} for way in WAYS}
+    if page:
+        saved = {way: folders | {"save": str(out / way / "run")} for way, folders in saved.items()}
+    return {f"{name}, {way}": {"model": str(model), **settings, **more, **saved[way]} for way, more in WAYS.items()}
+
+
+def only(ways: set[str], runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: run for name, run in runs.items() if name.rpartition(", ")[2] in ways}
+
+
+def sized(folder: Path, dtype: torch.dtype, page: bool = False) -> dict[str, dict[str, Any]]:
+    """Runs of a model of some size."""
+    name = str(dtype).removeprefix("torch.")
+    write_llama(folder / name, 2, 1024, dtype, vocabulary=4096)
+    words = str(write_numbered_words(folder / "words.txt", 20_000, vocabulary=4096))
+    given = {"dataset": words, "nsamples": 4, "seqlen": 128, "eval_data": words, "eval_tokens": 256}
+    return runs_of(folder / name, name, page, **given)
+
+
+def sizeless(folder: Path, page: bool) -> dict[str, dict[str, Any]]:
+    words = str(write_words(folder / "pico.txt"))
+    given = {"dataset": words, "nsamples": 8, "seqlen": 64, "eval_data": words, "eval_tokens": 256}
+    return runs_of(save_pico(folder / f"pico {page}"), f"pico, page {page}", page, **given)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Peak]:
+    folder = tmp_path_factory.mktemp("peaks")
+    pico = only(PICO, sizeless(folder, page=True)) | only(PICO, sizeless(folder, page=False))
+    return measured_peaks(sized(folder, torch.float32) | only(HALF, sized(folder, torch.bfloat16)) | pico)
+
+
+def check(found: dict[str, Peak]) -> None:
+    off = {way: peak for way, peak in found.items() if abs(peak.estimated / peak.measured - 1) > ALLOWED}
+    assert not off, "; ".join(f"{way}: {peak}" for way, peak in off.items())
+
+
+def test_estimates_are_close_to_measured_peaks(found: dict[str, Peak]) -> None:
+    """Of a model that takes more than the interpreter does, and of one of no size, where nothing that is counted by mistake
+    could hide."""
+    check(found)
+
+
+def test_the_runs_own_part_is_close_by_itself(found: dict[str, Peak]) -> None:
+    """Give or take what is left of the libraries' part (32 MiB)."""
+    for way, peak in found.items():
+        own = peak.measured - peak.held
+        assert abs(peak.estimated - peak.measured) < ALLOWED * own + 32 * MIB, f"{way}: {peak}"
+
+
+@pytest.mark.slow
+def test_in_half_precision(tmp_path: Path) -> None:
+    check(measured_peaks(sized(tmp_path, torch.bfloat16, page=True) | sizeless(tmp_path, page=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smollm2(dtype: str, smollm2_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(locate("smollm2-135m"), dtype)  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = {"dataset": "embedded", "nsamples": 4, "seqlen": 512, "eval_tokens": 2048}
+    check(measured_peaks(runs_of(tmp_path / "model", "smollm2", page=True, **given)))

@@ -1,0 +1,94 @@
+"""What runs were estimated to take and what they took: `python -m support.measured_peaks CASES`, in a process of its own.
+
+Every run is a fork of one process that has imported everything, so that it measures its own peak and nothing but it,
+and the interpreter and its libraries, which are a part of every process, are paid for once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of one process."""
+
+    estimated: int
+    measured: int
+    held: int
+    """When the estimate was made."""
+    phases: dict[str, int]
+
+    def __str__(self) -> str:
+        told = {name: size >> 20 for name, size in self.phases.items()}
+        return f"{self.estimated >> 20} MiB estimated {told}, {self.measured >> 20} measured, {self.held >> 20} held before"
+
+
+def measured_peaks(cases: dict[str, dict[str, Any]]) -> dict[str, Peak]:
+    """Run `coprune.prune` with each case's arguments."""
+    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "support.measured_peaks", json.dumps(cases)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: Peak(**found) for name, found in map(json.loads, done.stdout.splitlines())}
+
+
+def _prune(name: str, arguments: dict[str, Any]) -> None:
+    """Do one run in this process, and print what was estimated and what it took."""
+    from dataclasses import replace
+
+    import coprune
+    from coprune.base.memory import resident_peak
+    from coprune.run.session import Opened
+
+    told: list[Any] = []
+    make = Opened.estimate
+
+    def noted(opened: Opened) -> Any:
+        told.append(make(opened))
+        return replace(told[-1])
+
+    Opened.estimate = noted  # type: ignore[method-assign, assignment]
+    coprune.prune(**arguments, quiet=True, device="cpu")
+    said = told[0]
+    found = Peak(said.peak_bytes, resident_peak()[1], said.resident_bytes, said.phases)
+    print(json.dumps((name, vars(found))), flush=True)
+
+
+def _main() -> None:
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import coprune.run.stages  # noqa: F401
+
+    for name, arguments in json.loads(sys.argv[1]).items():
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                _prune(name, arguments)
+                code = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{name} failed")
+
+
+if __name__ == "__main__":
+    _main()
