@@ -113,9 +113,7 @@ def test_a_whole_run(method: str, tmp_path: Path) -> None:
         "evaluate": False,
         "quiet": True,
     }
-    result = coprune.prune(
-        model, method, tokenizer=pico_tokenizer(), pattern="128:256", dataset=str(tmp_path / "words.txt"), **settings
-    )
+    result = coprune.prune(model, method, tokenizer=pico_tokenizer(), pattern="128:256", **settings)
     assert {matrix.sparsity for matrix in result.report.matrices} == {0.5}
     assert result.model is not None
     for name, parameter in result.model.named_parameters():
