@@ -172,24 +172,32 @@ def attack(seed: int, count: int) -> dict[str, int]:
     return dict(ends)
 
 
+def _library(name: str) -> str:
+    """The path of one of the compiler's libraries; the bare name where it has none."""
+    asked = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def watched(seed: int, count: int, place: Path) -> tuple[dict[str, int], str]:
     """The same in a process whose kernels are built under the address sanitiser, where the compiler has it.
 
     Returns how the folders ended and what watched. Raises RuntimeError if the process crashed.
     """
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    library = found.stdout.strip()
+    library = _library("libasan.so")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COPRUNE_CACHE": str(place / "kernels")}
     if Path(library).is_absolute():
         compiler = place / "sanitising-compiler"
         compiler.write_text('#!/bin/sh\nexec env -u LD_PRELOAD g++ -fsanitize=address "$@" -O1\n')
         compiler.chmod(0o700)
-        environment |= {"CXX": str(compiler), "LD_PRELOAD": library}
-        environment |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99"}
+        # The second, since the first looks for its exceptions when the process starts.
+        environment |= {"CXX": str(compiler), "LD_PRELOAD": f"{library} {_library('libstdc++.so.6')}"}
+        environment |= {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99:allocator_may_return_null=1"}
     script = [sys.executable, __file__, str(seed), str(count)]
     run = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     if run.returncode != 0:
-        raise RuntimeError(f"a folder ended the process ({run.returncode}): {run.stderr[-3000:]}")
+        last = run.stderr.partition("AddressSanitizer")
+        told = f"{last[0][-100:]}{last[1]}{last[2][:1500]}" if last[1] else run.stderr[-1500:]
+        raise RuntimeError(f"a folder ended the process ({run.returncode}): {told}")
     ends: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
     return ends, "address sanitiser" if Path(library).is_absolute() else "no sanitiser"
 
