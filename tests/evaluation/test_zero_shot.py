@@ -149,6 +149,7 @@ def test_refusals_say_why(local_data: Path, changes: dict[str, Any], message: st
         find_tasks(settings(**changes))
 
 
+@pytest.mark.slow
 def test_of_the_harness_s_own_tasks_a_misspelt_one_and_one_out_of_reach_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,6 +15,7 @@ from synthetic import write_llama, write_words
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux only")
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     arguments = argparse.Namespace(nsamples=2, seqlen=32, eval_tokens=0)

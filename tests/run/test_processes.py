@@ -77,7 +77,7 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equal_masks_and_reports(processes: int, models: Path, alone: Path, tmp_path: Path) -> None:
     paths = []
     for number in range(len(CASES)):

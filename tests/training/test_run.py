@@ -335,6 +335,7 @@ def test_pruning_and_fine_tuning_in_one_run(home: Path, tmp_path: Path) -> None:
         run_recipe(make_recipe(settings), reporter=QUIET)
 
 
+@pytest.mark.slow
 def test_two_processes_prune_and_fine_tune_in_one_run(home: Path, tmp_path: Path) -> None:
     options = ["--dataset", str(home / "text.txt"), "--pattern", "2:4", "--seqlen", "16", "--nsamples", "4"]
     options += ["--device", "cpu", "--no-eval", "--save", str(tmp_path / "run"), "--finetune", "dense"]

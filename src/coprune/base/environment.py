@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coprune.base.errors import BadInput
@@ -87,6 +89,19 @@ def keep_ray_private() -> None:
 def give_ray_its_share() -> None:
     """Let Ray's workers not give way to all else on this machine (RAY_worker_niceness), unless the user wants it."""
     os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+@contextmanager
+def accelerate_told(device: str) -> Iterator[None]:
+    """Let accelerate, which does the Trainer"s moving, take this device when it is set up."""
+    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    try:
+        yield
+    finally:
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
+        if before is not None:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = before
 
 
 def expand_home(name: str | Path) -> Path:

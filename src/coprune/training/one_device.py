@@ -6,18 +6,13 @@ transformers takes the first GPU, whichever was asked for, and where there are s
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from coprune.base.environment import local_rank, world_size
+from coprune.base.environment import accelerate_told, local_rank, world_size
 from coprune.model.opened import choose_device
-
-_ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def training_device(name: str) -> torch.device:
@@ -50,22 +45,9 @@ def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
     settings |= {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
     if world_size() > 1:
         return OneDeviceArguments(**settings)
-    with _told_accelerate(device):
+    with accelerate_told(str(device)):
         arguments = OneDeviceArguments(**settings)
         arguments._taken = device
         if arguments.device.type == "cuda":  # asked now, while accelerate is told
             torch.cuda.set_device(device)
     return arguments
-
-
-@contextmanager
-def _told_accelerate(device: torch.device) -> Iterator[None]:
-    """Let accelerate, which does the Trainer's moving, take this device when it is set up."""
-    before = os.environ.get(_ACCELERATES_DEVICE)
-    os.environ[_ACCELERATES_DEVICE] = str(device)
-    try:
-        yield
-    finally:
-        del os.environ[_ACCELERATES_DEVICE]
-        if before is not None:
-            os.environ[_ACCELERATES_DEVICE] = before

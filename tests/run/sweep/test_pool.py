@@ -132,6 +132,7 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(
     assert (last[0].run, type(last[0])) == ("wanda", Done)
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_stopped(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def kill_a_task(name: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
