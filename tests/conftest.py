@@ -31,6 +31,14 @@ def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=SMOLLM2_FILE)
 
 
+# Files of few tests that take long, most of it in other processes: begun last, one of two workers would wait for them.
+LONGEST = (
+    *("test_measured_peaks.py", "test_processes.py", "test_golden.py", "test_pool.py", "test_real_block.py"),
+    *("test_outside.py", "test_estimate.py", "test_interruption.py", "test_loading.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ask first what other tests stumble over when a new version of transformers changes its internals."""
-    items.sort(key=lambda item: item.path.name != "test_transformers_private.py")
+    """Ask first what other tests stumble over when a new version of transformers changes its internals; then the longest."""
+    order = ("test_transformers_private.py", *LONGEST)
+    items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))

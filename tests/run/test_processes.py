@@ -115,6 +115,7 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
         assert one_text.pruned == pytest.approx(other_text.pruned, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path: Path) -> None:
     save_pico(tmp_path / "deep", "llama", num_hidden_layers=24)
     settings = dict(model=str(tmp_path / "deep"), method="alps", propagation="block", evaluate=False)

@@ -176,6 +176,7 @@ def wide_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
 def test_opt_at_its_real_width(propagation: Propagation, wide_opt: Path, texts: Path, tmp_path: Path) -> None:
     result = coprune.prune(
