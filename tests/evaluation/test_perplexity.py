@@ -16,7 +16,8 @@ from coprune.evaluation.batches import bootstrap_interval, cut_windows, default_
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate, perplexity, window_nll
 from coprune.report.figures import PerplexityFacts
-from support.pico import VOCABULARY, pico_model, pico_tokens
+from support.pico import pico_model, pico_tokens
+from support.pico_hybrids import VOCABULARY
 
 SEQLEN = 16
 

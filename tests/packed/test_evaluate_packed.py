@@ -12,7 +12,8 @@ from coprune.model.checkpoint.locate import locate
 from coprune.model.opened import open_model
 from coprune.packed.folder import pack
 from coprune.recipe.parts import ModelPart
-from support.pico import VOCABULARY, pico_model
+from support.pico import pico_model
+from support.pico_hybrids import VOCABULARY
 from support.words import word_tokenizer
 
 

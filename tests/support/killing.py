@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import coprune
+from support.forking import forked
 
 _SOURCE = str(Path(coprune.__file__).parent)
 _SECONDS = 120  # after which a child that hangs is ended
@@ -32,12 +32,7 @@ def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int
 
 def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
     """Do the work in a child process that is killed with SIGKILL when it executes its n-th line; whether it was."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
-        child = os.fork()
-    if child == 0:
-        _be_killed(work, line, files)
-    _, status = os.waitpid(child, 0)
+    _, status = os.waitpid(forked(lambda: _be_killed(work, line, files)), 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
         return True
@@ -54,13 +49,8 @@ def _be_killed(work: Callable[[], object], line: int, files: tuple[str, ...]) ->
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    code = 1
     signal.alarm(_SECONDS)
-    try:
-        _watched(work, step)
-        code = 0
-    finally:
-        os._exit(code)
+    _watched(work, step)
 
 
 def _watched(work: Callable[[], object], step: Callable[[str], None]) -> None:

@@ -10,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from support.forking import forked
 
 TESTS = Path(__file__).parents[1]
 
@@ -74,18 +76,7 @@ def _main() -> None:
     import coprune.run.stages  # noqa: F401
 
     for name, arguments in json.loads(sys.argv[1]).items():
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                _prune(name, arguments)
-                code = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(forked(partial(_prune, name, arguments)), 0)
         if status:
             sys.exit(f"{name} failed")
 

@@ -8,23 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from support.pico_hybrids import DBRX, HYBRIDS
+from support.pico_hybrids import COMMON, DBRX, HYBRIDS, VOCABULARY
 
-VOCABULARY = 256
-
-# Grouped-query attention and odd head counts where the family has them, so that shapes are not all alike.
-_COMMON: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+_COMMON: dict[str, Any] = dict(COMMON, num_hidden_layers=3)
 _GPT: dict[str, Any] = dict(
     vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
 )

@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coprune.model.checkpoint.load import quiet_transformers
-from support.pico import VOCABULARY, pico_model
+from support.pico import pico_model
+from support.pico_hybrids import VOCABULARY
 
 
 def pico_tokenizer(bos: Literal["none", "known", "put"] = "none") -> PreTrainedTokenizerFast:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_COMMON: dict[str, Any] = dict(
-    vocab_size=256,
+VOCABULARY = 256
+# Grouped-query attention and odd head counts where a family has them, so that shapes are not all alike.
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
     hidden_size=64,
     intermediate_size=96,
     num_attention_heads=4,
@@ -30,11 +32,11 @@ _LINEAR_ATTENTION: dict[str, Any] = dict(
 _MAMBA2: dict[str, Any] = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_chunk_size=16)
 
 HYBRIDS: dict[str, dict[str, Any]] = {
-    "mamba": dict(_COMMON, num_hidden_layers=2, state_size=8),
-    "mamba2": dict(_COMMON, num_hidden_layers=2, num_heads=4, head_dim=32, state_size=8, n_groups=1, chunk_size=16),
-    "falcon_h1": dict(_COMMON, num_hidden_layers=2, mamba_d_ssm=128, **_MAMBA2),
+    "mamba": dict(COMMON, num_hidden_layers=2, state_size=8),
+    "mamba2": dict(COMMON, num_hidden_layers=2, num_heads=4, head_dim=32, state_size=8, n_groups=1, chunk_size=16),
+    "falcon_h1": dict(COMMON, num_hidden_layers=2, mamba_d_ssm=128, **_MAMBA2),
     "jamba": dict(
-        _COMMON,
+        COMMON,
         num_hidden_layers=3,
         attn_layer_period=3,
         attn_layer_offset=1,
@@ -45,9 +47,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         mamba_d_state=8,
         mamba_dt_rank=8,
     ),
-    "bamba": dict(_COMMON, num_hidden_layers=2, attn_layer_indices=[1], **_MAMBA2),
+    "bamba": dict(COMMON, num_hidden_layers=2, attn_layer_indices=[1], **_MAMBA2),
     "granitemoehybrid": dict(
-        _COMMON,
+        COMMON,
         num_hidden_layers=2,
         layer_types=["mamba", "attention"],
         num_local_experts=4,
@@ -56,7 +58,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         **_MAMBA2,
     ),
     "nemotron_h": dict(
-        _COMMON,
+        COMMON,
         layers_block_type=["mamba", "attention", "moe"],
         head_dim=16,
         mamba_num_heads=4,
@@ -71,28 +73,28 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     ),
     # As in the large ones, keys and values are as wide as there are experts, and so is the shared expert.
     "qwen3_next": dict(
-        _COMMON | _LINEAR_ATTENTION,
+        COMMON | _LINEAR_ATTENTION,
         num_experts=32,
         num_experts_per_tok=8,
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
     ),
-    "qwen3_5_text": dict(_COMMON | _LINEAR_ATTENTION),
+    "qwen3_5_text": dict(COMMON | _LINEAR_ATTENTION),
     "qwen3_5_moe_text": dict(
-        _COMMON | _LINEAR_ATTENTION,
+        COMMON | _LINEAR_ATTENTION,
         num_experts=32,
         num_experts_per_tok=8,
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
     ),
     "lfm2": dict(
-        _COMMON,
+        COMMON,
         num_hidden_layers=2,
         layer_types=["conv", "full_attention"],
         block_auto_adjust_ff_dim=False,
     ),
     "lfm2_moe": dict(
-        _COMMON,
+        COMMON,
         num_hidden_layers=3,
         layer_types=["conv", "full_attention", "conv"],
         num_dense_layers=1,
@@ -100,9 +102,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=32,
     ),
-    "rwkv": dict(_COMMON, num_hidden_layers=2, attention_hidden_size=64, context_length=128),
+    "rwkv": dict(COMMON, num_hidden_layers=2, attention_hidden_size=64, context_length=128),
     "recurrent_gemma": dict(
-        _COMMON,
+        COMMON,
         num_hidden_layers=3,
         lru_width=64,
         attention_window_size=8,

@@ -12,8 +12,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from coprune.recipe.recipe import make_recipe
 from coprune.run.stages import run_recipe
 from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
+from support.forking import forked
 from support.pico_folder import save_pico, write_words
 from support.pruned import pruned_model, save, settings_for, write_text
 
@@ -79,11 +78,7 @@ def in_child(work: Callable[[], object], kill_after: float | None = None, larges
     kill_after: seconds after which it is killed; largest: bytes that no file may exceed, as on a full disk. A known
     error is 3, any other 1.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
-        child = os.fork()
-    if child == 0:
-        _work(work, largest)
+    child = forked(lambda: _work(work, largest))
     started = time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -96,20 +91,13 @@ def in_child(work: Callable[[], object], kill_after: float | None = None, larges
 
 
 def _work(work: Callable[[], object], largest: int | None) -> None:
-    code = 1
+    torch.set_num_threads(1)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     try:
-        torch.set_num_threads(1)
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         work()
-        code = 0
     except CopruneError:
-        code = 3
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+        sys.exit(3)
 
 
 class Undisturbed:

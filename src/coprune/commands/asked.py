@@ -60,9 +60,6 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
         settings["options"] = options
     from_preset = preset_settings(typed["preset"]) if typed["preset"] is not None else {}
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
-    if "score" in settings and "remove" not in flatten(layered(from_file, settings)):
-        # Where nothing is removed, it is an option of a method.
-        settings["options"] = settings.get("options", {}) | {"score": settings.pop("score")}
     chosen = layered(from_preset, from_file, settings)
     if "model" not in flatten(chosen):
         example = ("for example: ", Command("prune", "smollm2-135m", Set("dataset", "embedded")))

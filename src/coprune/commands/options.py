@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
@@ -19,9 +19,6 @@ from coprune.recipe.grammar import read_scalar
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.recipe import DEFAULTS, FIELDS
 from coprune.training.settings import FinetuneSettings
-
-if TYPE_CHECKING:
-    pass
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
+from coprune.model.checkpoint.companions import put_into
 from coprune.model.slices import KeptSlices
 
 EDITS_FILE = "coprune_edits.json"
@@ -123,12 +124,7 @@ class Configure(Edit):
     removed: str
 
     def configure(self, config: dict[str, Any]) -> None:
-        for place, value in self.changes.items():
-            *path, key = place.split(".")
-            part = config
-            for name in path:
-                part = part.setdefault(name, {})
-            part[key] = value
+        put_into(config, self.changes)
 
     def describe(self) -> str:
         return self.removed

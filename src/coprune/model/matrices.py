@@ -70,8 +70,13 @@ class Matrix:
         return stored.numel() - int(torch.count_nonzero(stored))
 
     def mask_checksum(self) -> str:
-        """CRC-32 of where the zeros are, 8 hex digits."""
-        return f"{zlib.crc32(np.packbits((self.stored() != 0).cpu().numpy()).tobytes()):08x}"
+        """`mask_checksum` of the weight as it is stored."""
+        return mask_checksum(self.stored())
+
+
+def mask_checksum(stored: Tensor) -> str:
+    """CRC-32 of where the zeros of a weight are, 8 hex digits."""
+    return f"{zlib.crc32(np.packbits((stored != 0).cpu().numpy()).tobytes()):08x}"
 
 
 def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:

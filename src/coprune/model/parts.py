@@ -7,7 +7,8 @@ column. A head takes the rows of its query and key as well; they are the matrice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -133,24 +134,36 @@ def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
     keep = torch.arange(part.count) % 2 == 0
     masks = part.masks([keep] * len(part.fold.consumers))
     consumers = {consumer.parameter for consumer in part.fold.consumers}
-    before = {name: module.get_parameter(_inside(name, part.block)).detach().clone() for name in masks}
-    try:
+    with put_back(module, part.block, masks):
         silence(module, part.block, {name: mask for name, mask in masks.items() if name in consumers})
         alone = run()
         silence(module, part.block, masks)
         return close(run(), alone)
+
+
+def together(masks: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is kept of every parameter where two parts were removed: what both keep."""
+    return {**masks, **{name: mask & masks[name] if name in masks else mask for name, mask in more.items()}}
+
+
+def _parameter(module: nn.Module, prefix: str, name: str) -> nn.Parameter:
+    return module.get_parameter(name.removeprefix(f"{prefix}."))
+
+
+@contextmanager
+def put_back(module: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
+    """Give some parameters of a module their values again when the block ends. prefix: the module's path."""
+    before = {name: _parameter(module, prefix, name).detach().clone() for name in names}
+    try:
+        yield
     finally:
-        for name, values in before.items():
-            module.get_parameter(_inside(name, part.block)).copy_(values)
-
-
-def _inside(name: str, prefix: str) -> str:
-    return name.removeprefix(f"{prefix}.")
+        with torch.no_grad():
+            for name, values in before.items():
+                _parameter(module, prefix, name).copy_(values)
 
 
 @torch.no_grad()
-def silence(module: nn.Module, prefix: str, masks: dict[str, Tensor]) -> None:
+def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None:
     """Set what is not kept to zero, in place. prefix: the module's path, with which the masks' names begin."""
     for name, mask in masks.items():
-        parameter = module.get_parameter(_inside(name, prefix))
-        parameter.masked_fill_(~mask, 0.0)
+        _parameter(module, prefix, name).masked_fill_(~mask, 0.0)

@@ -7,6 +7,7 @@ taken if the model that results has exactly the shapes that are needed.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.companions import put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
+from coprune.model.checkpoint.weights import is_below
 from coprune.model.edit import Edits
 from coprune.model.slices import KeptSlices
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
-Place = tuple[str, ...]
 MOST_CANDIDATES = 500
 """Configurations that are tried; each costs as long as it takes to make the modules."""
 
@@ -55,7 +57,7 @@ def slices_kept(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]
     Raises:
         UnsupportedModel: what is kept of a tensor is no whole slices of it.
     """
-    below = {name: tensor for name, tensor in saved_tensors(model).items() if name.startswith(f"{prefix}.")}
+    below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
     state = {name: masks[name].float() if name in masks else torch.ones_like(tensor) for name, tensor in below.items()}
     found = {}
     for name, mask in revert_conversion(model, state).items():
@@ -119,12 +121,12 @@ def possible_changes(
     for changes in _candidates(before, resized):
         found = _shapes(model, _changed(before, changes))
         if {name: shape for name, shape in found.items() if name in wanted or name not in unsaved} == wanted:
-            yield {".".join(place): value for place, value in changes.items()}
+            yield changes
 
 
-def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[Place, Any]]:
-    places = [*_walk(config, ())]
-    choices: list[list[dict[Place, Any]]] = []
+def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str, Any]]:
+    places = [*_walk(config)]
+    choices: list[list[dict[str, Any]]] = []
     if resized.dropped:
         keep = [index for index in range(resized.blocks) if index not in resized.dropped]
         lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
@@ -134,18 +136,19 @@ def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[Pl
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
         # In the end without a change, since some sizes follow from others, and where nothing was said.
-        silent: list[dict[Place, Any]] = [{p: new} for p, v in places if v is None]
+        silent: list[dict[str, Any]] = [{p: new} for p, v in places if v is None]
         choices += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), {}, *silent], _some(equal)]
     for key, value in resized.extra.items():
         # What a configuration does not say follows from others there, which change now.
-        holders = {path[:-1] for path, _ in places if path[-1] in ("num_attention_heads", "hidden_size")} or {()}
-        unsaid = [(*holder, key) for holder in holders if dict(places).get((*holder, key)) is None]
+        beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
+        holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
+        unsaid = [holder + key for holder in holders if dict(places).get(holder + key) is None]
         choices.append([{}, *({place: value} for place in unsaid)])
     for chosen in islice(product(*[options for options in choices if options]), MOST_CANDIDATES):
         yield {place: value for part in chosen for place, value in part.items()}
 
 
-def _subsets(places: Sequence[Place]) -> list[list[Place]]:
+def _subsets(places: Sequence[str]) -> list[list[str]]:
     """One place alone, then all of them, then all but one."""
     alone = [[place] for place in places]
     if len(places) < 2:
@@ -153,27 +156,24 @@ def _subsets(places: Sequence[Place]) -> list[list[Place]]:
     return [*alone, [*places], *([other for other in places if other != one] for one in places if len(places) > 2)]
 
 
-def _some(lists: Mapping[Place, Any]) -> list[dict[Place, Any]]:
+def _some(lists: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All lists, each alone, none."""
     alone = [{place: value} for place, value in lists.items()] if len(lists) > 1 else []
     return [dict(lists), *alone, {}] if lists else []
 
 
-def _walk(config: Mapping[str, Any], path: Place) -> Iterator[tuple[Place, Any]]:
+def _walk(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a configuration, by its place with dots between."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _walk(value, (*path, str(key)))
+            yield from _walk(value, f"{above}{key}.")
         else:
-            yield (*path, str(key)), value
+            yield f"{above}{key}", value
 
 
-def _changed(config: Mapping[str, Any], changes: Mapping[Place, Any]) -> dict[str, Any]:
+def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     changed = copy.deepcopy(dict(config))
-    for place, value in changes.items():
-        part = changed
-        for key in place[:-1]:
-            part = part[key]
-        part[place[-1]] = value
+    put_into(changed, changes)
     return changed
 
 
@@ -201,8 +201,7 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
         tensors: of the smaller checkpoint.
         changes: of the configuration, as `possible_changes` gives them.
     """
-    places = {tuple(place.split(".")): value for place, value in changes.items()}
-    small = _skeleton(model, _changed(model.config.to_dict(), places))
+    small = _skeleton(model, _changed(model.config.to_dict(), changes))
     for module in small.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=model.dtype, device=model.device)

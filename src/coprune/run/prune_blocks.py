@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import Edit, Edits, FillZeros
 from coprune.model.matrices import Matrix
@@ -62,10 +63,22 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
         )
         results = _prune(session, walk, shared, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
-    edits: dict[str, list[Edit]] = {name: shared.outcomes[name].edits for name in model.names}
     outside = {matrix.name for matrix in model.chosen.outside}
-    edits[REST] = [FillZeros(masks=_masks(result for result in results if result.name in outside))]
-    return Outcome(earlier + results, Edits(edits), time.perf_counter() - started)
+    rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
+    return Outcome(earlier + results, all_edits(session, shared, rest), time.perf_counter() - started)
+
+
+def finish_block(session: Session, shared: SharedOutput, block: Block, outcome: BlockOutcome) -> None:
+    """Let a block be what its edits make of it, write it, and tell of it."""
+    for edit in outcome.edits:
+        edit.apply(block.module)
+    shared.write_block(block, outcome)
+    session.opened.around.reporter.tell(BlockPruned(block.name, tuple(outcome.results)))
+
+
+def all_edits(session: Session, shared: SharedOutput, rest: Edit) -> Edits:
+    """What was done to the whole model, when all its blocks are finished. rest: to what lies outside them."""
+    return Edits({name: shared.outcomes[name].edits for name in session.model.names} | {REST: [rest]})
 
 
 def _prune(
@@ -77,11 +90,7 @@ def _prune(
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         if session.reconstruction is not None and walk.recording is not None:
             results = reconstruct_block(session.reconstruction, done, walk.recording, results)
-        edits = edits_of(results)
-        for edit in edits:
-            edit.apply(done.block.module)
-        shared.write_block(done.block, BlockOutcome(results, edits))
-        opened.around.reporter.tell(BlockPruned(done.block.name, tuple(results)))
+        finish_block(session, shared, done.block, BlockOutcome(results, edits_of(results)))
         return results
 
     return prune_walk(

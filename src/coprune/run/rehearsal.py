@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from coprune.base.errors import UnsupportedModel
 from coprune.model.edit import Configure, DropBlock, Edit, Edits, KeepSlices
 from coprune.model.folding import close, head_size
-from coprune.model.parts import Kind, Part, silence
+from coprune.model.parts import Kind, Part, put_back, silence, together
 from coprune.model.smaller import Resized, build_smaller, possible_changes, slices_kept, smaller_tensors
 from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.run.session import Session
@@ -68,13 +68,15 @@ def rehearse(session: Session, plan: Plan) -> Configure:
     model, module = session.model, session.model.module
     edits: dict[str, list[Edit]] = {}
     idle = [block for block in model.blocks if block.index in plan.dropped]
-    with _put_back(session, plan), replaced_forwards(idle, lambda block: _drop(session, block.index).idle):
+    with ExitStack() as ended:
+        ended.enter_context(replaced_forwards(idle, lambda block: _drop(session, block.index).idle))
         for block in model.blocks:
             masks: dict[str, Tensor] = {}
             for part in plan.parts.get(block.name, ()):
                 kept = part.masks([_spread(part, plan.count(part), i) for i in range(len(part.fold.consumers))])
+                ended.enter_context(put_back(block.module, block.name, kept))
                 silence(block.module, block.name, kept)
-                masks |= {name: mask & masks[name] if name in masks else mask for name, mask in kept.items()}
+                masks = together(masks, kept)
             edits[block.name] = edits_of_block(session, plan, block.index, masks)
         tensors = smaller_tensors(module, Edits(edits))
         changes, after = _proven_changes(session, tensors, plan)
@@ -118,24 +120,6 @@ def _spread(part: Part, count: int, shift: int) -> Tensor:
     keep = torch.zeros(part.count, dtype=torch.bool)
     keep[torch.linspace(0, part.count - 1, count).round().long()] = True
     return keep.roll(shift)
-
-
-@contextmanager
-def _put_back(session: Session, plan: Plan) -> Iterator[None]:
-    """Give the parameters that a rehearsal changes their values again."""
-    modules = {block.name: block.module for block in session.model.blocks}
-    kept = {
-        (block, name): modules[block].get_parameter(name.removeprefix(f"{block}.")).detach().clone()
-        for block, parts in plan.parts.items()
-        for part in parts
-        for name in part.masks([torch.ones(part.count, dtype=torch.bool)] * len(part.fold.consumers))
-    }
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (block, name), values in kept.items():
-                modules[block].get_parameter(name.removeprefix(f"{block}.")).copy_(values)
 
 
 def _words(plan: Plan, blocks: int) -> Iterator[str]:

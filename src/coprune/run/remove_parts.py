@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.model.checkpoint.writer import REST
-from coprune.model.edit import Configure, Edit, Edits
+from coprune.model.edit import Configure, Edits
 from coprune.model.folding import find_folds, head_size
-from coprune.model.parts import Kind, Part, is_apart, parts_of
+from coprune.model.parts import Kind, Part, is_apart, parts_of, together
 from coprune.model.smaller import build_smaller, smaller_tensors
 from coprune.model.walk.moves import ByBlock, Dense
 from coprune.model.walk.proven import ProvenModel
@@ -25,9 +24,8 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.structure.remove import block_influence, remove_units
 from coprune.pruning.structure.scores import score_named
-from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
-from coprune.run.prune_blocks import Outcome, record_calibration
+from coprune.run.prune_blocks import Outcome, all_edits, finish_block, record_calibration
 from coprune.run.rehearsal import Plan, edits_of_block, rehearse
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
@@ -48,7 +46,8 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             _only_consumers(model, plan),
-            record_calibration(session),
+            # Blocks that go were chosen before; without parts, nobody asks for inputs any more.
+            record_calibration(session) if plan.parts else None,
             Gram,
             ByBlock(keep_inputs=True),
             Past(finished, shared.restore),
@@ -56,9 +55,7 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
         )
         results = _remove(session, walk, shared, plan)
     earlier = [result for outcome in finished.values() for result in outcome.results]
-    edits: dict[str, list[Edit]] = {name: list(shared.outcomes[name].edits) for name in model.names}
-    edits[REST] = [configure]
-    return Outcome(earlier + results, Edits(edits), time.perf_counter() - started)
+    return Outcome(earlier + results, all_edits(session, shared, configure), time.perf_counter() - started)
 
 
 def _plan(session: Session) -> Plan:
@@ -113,7 +110,7 @@ def kept_count(units: int, share: float, align: int) -> int:
 def _influences(session: Session) -> list[float]:
     recording = record_calibration(session)
     walk = Walk(session.model.idle(), recording, None, Dense(keep=Tensor.clone))
-    return [block_influence(event.before, list(event.after)) for event in walk if isinstance(event, BlockDone)]
+    return [block_influence(event.before, event.after) for event in walk if isinstance(event, BlockDone)]
 
 
 def _parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
@@ -144,19 +141,15 @@ def _remove(session: Session, walk: Walk, shared: SharedOutput, plan: Plan) -> l
     results: list[MatrixResult] = []
     for event in walk:
         if not isinstance(event, BlockDone):
-            if event.inputs is not None and event.inputs.statistic is not None:
-                statistics |= dict.fromkeys((matrix.name for matrix in event.matrices), event.inputs.statistic)
+            statistics |= event.statistics()
             continue
         block, own, masks = event.block, list[MatrixResult](), dict[str, Tensor]()
         for part in plan.parts.get(block.name, ()):
             kept, found = remove_units(block.module, part, statistics, score, plan.count(part))
-            masks |= {name: mask & masks[name] if name in masks else mask for name, mask in kept.items()}
+            masks = together(masks, kept)
             own += found
         edits = edits_of_block(session, plan, block.index, masks)
-        for edit in edits:
-            edit.apply(block.module)
-        shared.write_block(block, BlockOutcome(own, edits))
-        session.opened.around.reporter.tell(BlockPruned(block.name, tuple(own)))
+        finish_block(session, shared, block, BlockOutcome(own, edits))
         results, statistics = results + own, {}
     return results
 

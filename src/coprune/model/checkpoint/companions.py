@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -62,6 +62,16 @@ def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> N
         change(after)
     if after != before:
         write_text(path, json.dumps(after, indent=2, sort_keys=True) + "\n")
+
+
+def put_into(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change the content of a configuration, in place. changes: values by their places, with dots between."""
+    for place, value in changes.items():
+        *path, key = place.split(".")
+        part = config
+        for name in path:
+            part = part.setdefault(name, {})
+        part[key] = value
 
 
 def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:

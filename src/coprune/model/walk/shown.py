@@ -10,6 +10,7 @@ from torch import Tensor
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.statistics import Statistic
 
 OUTSIDE = "outside"
 """In `Past.known`, the matrices after the blocks."""
@@ -23,6 +24,11 @@ class MatricesReady:
     matrices: list[Matrix]
     inputs: Inputs | None
     """None where no calibration data runs through the model."""
+
+    def statistics(self) -> dict[str, Statistic]:
+        """The statistic of each matrix's inputs, by its name; none where no token was seen."""
+        statistic = None if self.inputs is None else self.inputs.statistic
+        return dict.fromkeys((m.name for m in self.matrices), statistic) if statistic and statistic.count else {}
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,7 @@ def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tup
     statistics: dict[str, Statistic] = {}
     for event in walk:
         if not isinstance(event, BlockDone):
-            if event.inputs is not None and event.inputs.statistic is not None and event.inputs.statistic.count:
-                statistics |= dict.fromkeys((m.name for m in event.matrices), event.inputs.statistic)
+            statistics |= event.statistics()
             continue
         run = partial(recording.run, event.block, 0, event.before[0])
         for fold in find_folds(model.structure.groups[event.block.index], head_size(model.module), run):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from coprune.model.matrices import Matrix
+from coprune.model.matrices import Matrix, mask_checksum
 from coprune.model.parts import Part, silence
 from coprune.model.walk.statistics import Gram, Statistic
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.structure.scores import Score, largest, refitted
+from coprune.pruning.structure.scores import Score, by_norm, refitted
 
 
 def remove_units(
@@ -39,7 +37,7 @@ def remove_units(
         known = statistic if isinstance(statistic, Gram) and statistic.count else None
         units = part.units.to(weight.device)
         if known is None:
-            keep = largest(weight.square().sum(dim=0)[units].sum(dim=1), count)
+            keep = by_norm(weight, units, count)
         else:
             keep = score.keep(weight, known, units, count)
         columns = part.columns(keep)
@@ -55,14 +53,13 @@ def remove_units(
 def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tensor, seconds: float) -> MatrixResult:
     after = consumer.read()
     left = after[:, columns]
-    bits = np.packbits((left if consumer.input_dim == 1 else left.T).ne(0).contiguous().cpu().numpy())
     return MatrixResult(
         name=consumer.name,
         shape=(left.shape[0], left.shape[1]),
         sparsity=1 - int(left.count_nonzero()) / left.numel(),
         relative_layer_error=None if known is None else known.relative_error(weight, after),
         tokens=None if known is None else known.count,
-        mask_checksum=f"{zlib.crc32(bits.tobytes()):08x}",
+        mask_checksum=mask_checksum(left if consumer.input_dim == 1 else left.T),
         seconds=seconds,
         events=() if known is not None else ("no calibration token came to it, so its channels went by their norm",),
     )

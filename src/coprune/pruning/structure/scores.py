@@ -49,7 +49,7 @@ class Magnitude:
     refit: bool = False
 
     def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
-        return largest(weight.square().sum(dim=0)[units].sum(dim=1), count)
+        return by_norm(weight, units, count)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,11 @@ def score_named(asked: Choice) -> Score:
     except TypeError:
         known = ", ".join(SCORES[asked.name].__dataclass_fields__)
         raise BadInput(f"the score {asked} has other options", field="score", fix=f"Known: {known}") from None
+
+
+def by_norm(weight: Tensor, units: Tensor, count: int) -> Tensor:
+    """Keep the units whose columns have the largest norm: U bool. weight: O × C; units: U × K."""
+    return largest(weight.square().sum(dim=0)[units].sum(dim=1), count)
 
 
 def largest(score: Tensor, count: int) -> Tensor:
