@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import FLAT, PARTS, flatten, layered, nest, word_for
@@ -82,6 +83,16 @@ def test_no_option_of_a_method_is_called_like_a_setting() -> None:
     options = {name for method in METHODS.values() for name in vars(method)}
     assert options & set(FLAT) == {"score"}  # which is a method's unless something is removed
     assert options & set(PARTS) == {"selection"}  # which calls tell apart, since a part is a mapping
+
+
+def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
+    asked = {"model": "m", "method": "ablate_mag_seq", "score": "wanda"}
+    assert make_recipe(asked).method.options == {"score": "wanda"}
+    removing = make_recipe({"model": "m", "score": "flap", "remove": "heads=0.5"})
+    assert (removing.structure.score.name, removing.method.options) == ("flap", {})
+    assert make_recipe({"model": "m", "structure": {"score": "flap"}}).structure.score.name == "flap"
+    with pytest.raises(BadInput, match="'score'"):
+        coprune.prune("m", "wanda", score="magnitude")
 
 
 def test_the_values_come_back_by_their_words() -> None:

@@ -76,6 +76,8 @@ PARTS = tuple(dict.fromkeys(place.split(".")[0] for place in FLAT.values()))
 # Whatever else is said of a method is an option of its own.
 _METHOD = "method"
 _DEFAULT_METHOD = "wanda"
+# A word that some methods have as an option: it is theirs where nothing is removed.
+_SCORE = "score"
 
 
 def place_of(word: str) -> tuple[str, str | None]:
@@ -137,6 +139,8 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
                 fix=LeaveOut(_VARIANT),
             )
         flat[_METHOD] = "wanda_variant"
+    if _SCORE in flat and "remove" not in flat and names_said(settings)[_SCORE] == _SCORE:
+        flat["options"] = {**flat.get("options", {}), _SCORE: flat.pop(_SCORE)}
     if "options" in flat:
         flat.setdefault(_METHOD, _DEFAULT_METHOD)
     parts: dict[str, Any] = {}
