@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from coprune.model import edit
+from coprune.model import edits
 from coprune.model.edit import Edit
 from coprune.pruning.pruner import MatrixResult
 from coprune.run import prune_blocks
@@ -49,5 +49,5 @@ def drop_blocks(patch: pytest.MonkeyPatch, *indices: int) -> None:
         number = int(results[0].name.removeprefix(f"{PREFIX}.").partition(".")[0])
         return [DropBlock(index=number)] if number in indices else fill_zeros(results)
 
-    patch.setitem(edit.EDITS, "drop_block", DropBlock)
+    patch.setitem(edits.EDITS, "drop_block", DropBlock)
     patch.setattr(prune_blocks, "edits_of", edits_of)

@@ -23,7 +23,7 @@ from coprune.model.checkpoint.companions import put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.weights import is_below
-from coprune.model.edit import Edits
+from coprune.model.edits import Edits
 from coprune.model.slices import KeptSlices
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 

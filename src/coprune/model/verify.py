@@ -12,7 +12,7 @@ from coprune.base.errors import VerificationError
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
-from coprune.model.edit import Edits
+from coprune.model.edits import Edits
 from coprune.model.matrices import find_matrices
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device

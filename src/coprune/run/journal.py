@@ -21,7 +21,8 @@ from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
-from coprune.model.edit import Edit, Edits, dump_edits, load_edits
+from coprune.model.edit import Edit
+from coprune.model.edits import Edits, dump_edits, load_edits
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe

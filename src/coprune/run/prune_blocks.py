@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
-from coprune.model.edit import Edit, Edits, FillZeros
+from coprune.model.edit import Edit, FillZeros
+from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
 from coprune.model.walk.recording import Recording, record_batches

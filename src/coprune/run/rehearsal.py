@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
-from coprune.model.edit import Configure, DropBlock, Edit, Edits, KeepSlices
+from coprune.model.edit import Configure, DropBlock, Edit, KeepSlices
+from coprune.model.edits import Edits
 from coprune.model.folding import close, head_size
 from coprune.model.parts import Kind, Part, put_back, silence, together
 from coprune.model.smaller import Resized, build_smaller, possible_changes, slices_kept, smaller_tensors

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.model.edit import Configure, Edits
+from coprune.model.edit import Configure
+from coprune.model.edits import Edits
 from coprune.model.folding import find_folds, head_size
 from coprune.model.parts import Kind, Part, is_apart, parts_of, together
 from coprune.model.smaller import build_smaller, smaller_tensors

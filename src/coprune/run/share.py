@@ -10,7 +10,7 @@ from coprune.base.processes import Processes
 from coprune.base.words import Setting
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.edit import uncut_by
+from coprune.model.edits import uncut_by
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
 from coprune.run.journal import BlockOutcome, Output

@@ -22,7 +22,7 @@ from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.edit import Edits
+from coprune.model.edits import Edits
 from coprune.model.opened import choose_device
 from coprune.model.verify import verify_saved
 from coprune.packed.encoding import PackedEncoding

@@ -14,7 +14,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory, is_below
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
-from coprune.model.edit import Edits
+from coprune.model.edits import Edits
 from coprune.model.verify import verify_saved
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel

@@ -19,7 +19,7 @@ from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.edit import pruned_names
+from coprune.model.edits import pruned_names
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
