@@ -22,7 +22,9 @@ from coprune.base.errors import CopruneError
 from coprune.base.progress import Reporter
 from coprune.packed.folder import pack, unpack
 from coprune.recipe.recipe import make_recipe
+from coprune.report.folder import REPORT_FILE as PRUNED
 from coprune.run.stages import run_recipe
+from coprune.training.report import REPORT_FILE as FINETUNED
 from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
 from support.forking import forked
@@ -70,6 +72,18 @@ def made_by(out: Path) -> dict[str, bytes]:
     """The files of the model that a run made; without the cards, which tell how long it took."""
     made = out / "made"
     return {p.name: p.read_bytes() for p in sorted(made.glob("*")) if p.is_file() and p.name != "README.md"}
+
+
+def _is_finished(out: Path) -> bool:
+    """Whether a run has done all: with a run folder, its report is the last thing that it writes."""
+    run = out / "run"
+    reported = any((run / name).exists() for name in (PRUNED, FINETUNED))
+    return (out / "made").exists() and (reported or not run.exists())
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
 def in_child(work: Callable[[], object], kill_after: float | None = None, largest: int | None = None) -> int:
@@ -121,20 +135,22 @@ class Undisturbed:
         """Disturb a run once or twice, and let it end; how often it was disturbed, and what was wrong then."""
         work, expected, out = self.works[name], self.expected[name], self.place / "disturbed"
         out.mkdir()
-        wrong, disturbed = [], 0
-        for _ in range(1 if full_disk else chance.choice([1, 1, 2])):
+        wrong, disturbed, wanted = [], 0, 1 if full_disk else chance.choice([1, 1, 2])
+        latest = self.seconds[name]
+        while disturbed < wanted and not _is_finished(out):
             size = max(map(len, expected.values()))
-            kill_after = None if full_disk else chance.uniform(0, self.seconds[name])
+            kill_after = None if full_disk else chance.uniform(0, latest)
             largest = int(size * chance.uniform(0.01, 1)) if full_disk else None
             code = in_child(lambda: work(out), kill_after, largest)
             disturbed += code not in (0, 1)
             wrong += ["a traceback"] if code == 1 else []
             if code != 0 and (out / "made").exists() and made_by(out) != expected:
                 wrong.append("half a model under its name")
-            if code == 0:
-                break
-        again = (out / "made").exists() and (code == 0 or not (out / "run").exists())
-        if not again and in_child(lambda: work(out)) != 0:
+            if code == 0 and disturbed == 0:
+                # It was through before: once more from the start, and sooner.
+                _empty(out)
+                latest = 0.9 * latest
+        if not _is_finished(out) and in_child(lambda: work(out)) != 0:
             wrong.append("it could not be finished")
         if made_by(out) != expected:
             wrong.append("another result")

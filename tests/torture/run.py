@@ -1,7 +1,7 @@
 """Hurt coprune on purpose and say what became of it: python tests/torture/run.py [--quick] [--only folders|runs] [--seed N].
 
 500 packed folders changed by chance and by intent, multiplied from by kernels that are built under the address
-sanitiser; 40 runs killed at random moments, and 20 on a disk that is full at a random byte, each begun again and
+sanitiser; 40 runs killed at random moments, once or twice, and 20 on a disk that is full at a random byte, each begun again and
 compared byte by byte with one that was left in peace. docs/reliability.md holds what it printed.
 """
 
