@@ -99,6 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
     def run(out: str) -> None:
         settings = {"remove": "channels=0.4,heads=0.5,blocks=0.25", "align": 16, "nsamples": 4, "seqlen": 16}
+        settings |= {"target": "dense", "reconstruct": 4}
         places = {"save": str(tmp_path / out / "run"), "save_model": str(tmp_path / out / "small")}
         data = {"model": str(tmp_path / "llama"), "dataset": str(tmp_path / "words.txt"), "evaluate": False}
         run_recipe(make_recipe(settings | places | data), reporter=Reporter(quiet=True))
@@ -146,7 +147,7 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
         ({"remove": "heads=0.5", "score": "obs:luck=3"}, "has other options"),
         ({"remove": "heads=0.5", "pattern": "2:4"}, "for which pattern=… means nothing"),
-        ({"remove": "heads=0.5", "reconstruct": 5}, "for which reconstruct=… means nothing"),
+        ({"remove": "heads=0.5", "refine": "refit"}, "for which refine=… means nothing"),
         ({"remove": "heads=0.5", "stream": True}, "remove needs the whole model in memory"),
     ],
 )

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.model.matrices import Matrix, find_matrices
+from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, Statistic
 from coprune.pruning.distributions import Distributions, distributions_of
@@ -22,8 +21,6 @@ from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned
 from coprune.pruning.refine import Refinement
-from coprune.pruning.refine.reconstruct import Reconstruction
-from coprune.pruning.refine.trained import names_of, trained_in
 from coprune.recipe.pattern import Target
 
 Aim = Literal["pruned", "dense"]
@@ -182,48 +179,6 @@ def prune_matrix(
         events=pruned.events,
         distributions=distributions_of(weight, after != 0, None if inputs is None else _norm(inputs)),
     )
-
-
-def reconstruct_block(
-    reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
-) -> list[MatrixResult]:
-    """Train a pruned block toward the dense model's outputs; one in which nothing was pruned is left alone.
-
-    Returns:
-        The results with their masks as they are now.
-
-    Raises:
-        NumericalError: with the block's name, if a weight that was zero is not zero any more, or nothing is finite.
-    """
-    if not results:
-        return results
-    block, names = done.block, {result.name for result in results}
-    before = {matrix.name: matrix.stored() == 0 for matrix in find_matrices(block.module, block.name)}
-    chosen = [matrix for matrix in find_matrices(block.module, block.name) if matrix.name in names]
-    trained = trained_in(block, chosen)
-
-    def run(batch: int, hidden: Tensor) -> Tensor:
-        return recording.calls[batch][block.index].in_float32().run(block.module, hidden)
-
-    try:
-        start, end = reconstruction.improve(block.module, trained, run, done.before, done.after)
-    except NumericalError as error:
-        raise error.within(block.name) from error
-    after = {matrix.name: matrix for matrix in find_matrices(block.module, block.name)}
-    for name, zeros in before.items():
-        if bool((after[name].stored()[zeros] != 0).any()):
-            raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
-    checksums = {result.name: after[result.name].mask_checksum() for result in results}
-    event = (
-        f"block reconstruction: relative error {start:.5f} → {end:.5f} on the watched batches; "
-        f"trained: {names_of(trained)}"
-    )
-    return [
-        result.model_copy(
-            update={"mask_checksum": checksums[result.name], "events": result.events + ((event,) if i == 0 else ())}
-        )
-        for i, result in enumerate(results)
-    ]
 
 
 def _norm(inputs: Inputs) -> Tensor | None:

@@ -102,9 +102,7 @@ def _of_removal(recipe: Parts) -> BadInput | None:
         "pattern": recipe.pattern.name != "unstructured",
         "permute": recipe.pattern.permute,
         "refine": bool(recipe.refine),
-        "reconstruct": recipe.reconstruction.steps > 0,
         "propagation": recipe.calibration.propagation != "block",
-        "target": recipe.calibration.aim != "pruned",
         "encoding": recipe.output.encoding != "dense",
     }
     for setting, given in said.items():

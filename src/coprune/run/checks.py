@@ -43,7 +43,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     if recipe.structure.remove:
         score_named(recipe.structure.score)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
-        return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
+        return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
     solver = Solver(method, refinements, recipe.calibration.aim)

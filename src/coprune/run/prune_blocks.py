@@ -19,7 +19,8 @@ from coprune.model.walk.recording import Recording, record_batches
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk, reconstruct_block
+from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk
+from coprune.pruning.reconstructed import reconstruct_block
 from coprune.recipe.pattern import Target
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
@@ -52,7 +53,7 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     known = reuse.gathered(session, finished, lambda: record_calibration(session, dense=False))
     with reporter.bar(f"Pruning with {recipe.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
-        recording = None if recipe.calibration.propagation == "dense" and known else _record_to_prune(session)
+        recording = None if recipe.calibration.propagation == "dense" and known else record_to_prune(session)
         walk = Walk(
             model,
             recording,
@@ -129,7 +130,8 @@ def _solving(session: Session) -> Solving:
     return SharedSolving(processes, stages, sequential, gram=session.opened.solver.statistic is Gram)
 
 
-def _record_to_prune(session: Session) -> Recording | None:
+def record_to_prune(session: Session) -> Recording | None:
+    """Record the calibration batches, with what else is aimed at beside them."""
     return record_calibration(session, dense=session.opened.solver.aim == "dense" or session.reconstruction is not None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,17 +16,26 @@ from coprune.model.edits import Edits
 from coprune.model.folding import find_folds, head_size
 from coprune.model.parts import Kind, Part, is_apart, parts_of, together
 from coprune.model.smaller import build_smaller, smaller_tensors
-from coprune.model.walk.moves import ByBlock, Dense
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone, Past
-from coprune.model.walk.statistics import Gram, Statistic
+from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.reconstructed import reconstruct_cut
 from coprune.pruning.structure.remove import block_influence, remove_units
 from coprune.pruning.structure.scores import score_named
 from coprune.run.journal import BlockOutcome, Output
-from coprune.run.prune_blocks import Outcome, all_edits, finish_block, record_calibration
+from coprune.run.prune_blocks import (
+    Outcome,
+    all_edits,
+    finish_block,
+    moves_of,
+    record_calibration,
+    record_to_prune,
+)
 from coprune.run.rehearsal import Plan, edits_of_block, rehearse
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
@@ -47,10 +56,10 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             _only_consumers(model, plan),
-            # Blocks that go were chosen before; without parts, nobody asks for inputs any more.
-            record_calibration(session) if plan.parts else None,
+            # Blocks that go were chosen before; without parts, only who trains the others asks for inputs.
+            record_to_prune(session) if plan.parts or session.reconstruction is not None else None,
             Gram,
-            ByBlock(keep_inputs=True),
+            moves_of(session),
             Past(finished, shared.restore),
             advance=advance,
         )
@@ -138,21 +147,36 @@ def _only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
 def _remove(session: Session, walk: Walk, shared: SharedOutput, plan: Plan) -> list[MatrixResult]:
     """Cut every block when the walk is through with it, and write it."""
     score = score_named(session.opened.recipe.structure.score)
-    statistics: dict[str, Statistic] = {}
+    inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
+    # Blocks before the first cut have nothing to make up for.
+    first = min(b.index for b in session.model.blocks if b.index in plan.dropped or plan.parts.get(b.name))
     for event in walk:
         if not isinstance(event, BlockDone):
-            statistics |= event.statistics()
+            if event.inputs is not None:
+                inputs |= dict.fromkeys((matrix.name for matrix in event.matrices), event.inputs)
             continue
         block, own, masks = event.block, list[MatrixResult](), dict[str, Tensor]()
         for part in plan.parts.get(block.name, ()):
-            kept, found = remove_units(block.module, part, statistics, score, plan.count(part))
+            kept, found = remove_units(block.module, part, inputs, score, plan.count(part))
             masks = together(masks, kept)
             own += found
+        if first <= block.index and block.index not in plan.dropped:
+            own = _reconstruct(session, walk, event, (masks, own))
         edits = edits_of_block(session, plan, block.index, masks)
         finish_block(session, shared, block, BlockOutcome(own, edits))
-        results, statistics = results + own, {}
+        results, inputs = results + own, {}
     return results
+
+
+def _reconstruct(
+    session: Session, walk: Walk, done: BlockDone, cut: tuple[Mapping[str, Tensor], list[MatrixResult]]
+) -> list[MatrixResult]:
+    """Train what is left of a block, if that is asked for."""
+    if session.reconstruction is None or walk.recording is None:
+        return cut[1]
+    chosen = session.model.chosen.blocks[done.block.index]
+    return reconstruct_cut(session.reconstruction, done, walk.recording, chosen, cut)
 
 
 def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from coprune.model.matrices import Matrix, mask_checksum
 from coprune.model.parts import Part, silence
-from coprune.model.walk.statistics import Gram, Statistic
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.structure.scores import Score, by_norm, refitted
 
 
 def remove_units(
-    module: torch.nn.Module, part: Part, statistics: Mapping[str, Statistic], score: Score, count: int
+    module: torch.nn.Module, part: Part, inputs: Mapping[str, Inputs], score: Score, count: int
 ) -> tuple[dict[str, Tensor], list[MatrixResult]]:
     """Keep `count` units of a part, in place: the others are zeros afterwards.
 
     Args:
         module: the block.
         part: what may be removed of it.
-        statistics: Gram matrices of the consumers' inputs, by name; a consumer without one saw no token.
+        inputs: Gram matrices of the consumers' inputs, by name, and where the dense model's outputs are aimed at, cross Gram
+            matrices with its inputs; a consumer that is not named saw no token.
         score: chooses, and says whether the consumer is solved for anew.
         count: units to keep.
 
@@ -33,21 +36,28 @@ def remove_units(
     keeps, results = [], []
     for consumer in part.fold.consumers:
         started, weight = time.perf_counter(), consumer.read()
-        statistic = statistics.get(consumer.name)
-        known = statistic if isinstance(statistic, Gram) and statistic.count else None
+        known, goal, events = _goal(weight, inputs.get(consumer.name))
         units = part.units.to(weight.device)
-        if known is None:
-            keep = by_norm(weight, units, count)
-        else:
-            keep = score.keep(weight, known, units, count)
+        keep = by_norm(weight, units, count) if known is None else score.keep(goal, known, units, count)
         columns = part.columns(keep)
-        solved = refitted(weight, known, columns) if known is not None and score.refit else weight
+        solved = refitted(goal, known, columns) if known is not None and score.refit else goal
         consumer.write(solved.masked_fill(~columns, 0.0))
         keeps.append(keep)
-        results.append(_result(consumer, known, weight, columns, time.perf_counter() - started))
+        result = _result(consumer, known, weight, columns, time.perf_counter() - started)
+        results.append(result.model_copy(update={"events": events}))
     masks = part.masks(keeps)
     silence(module, part.block, masks)
     return masks, results
+
+
+def _goal(weight: Tensor, inputs: Inputs | None) -> tuple[Gram | None, Tensor, tuple[str, ...]]:
+    """The Gram matrix of a consumer's inputs if it saw any, the weight that its kept columns stand for, and events."""
+    statistic = None if inputs is None else inputs.statistic
+    if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
+        return None, weight, ("no calibration token came to it, so its channels went by their norm",)
+    if inputs.cross is None:
+        return statistic, weight, ()
+    return statistic, *dense_target(weight, inputs.cross.cross, statistic.gram)
 
 
 def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tensor, seconds: float) -> MatrixResult:
@@ -61,7 +71,6 @@ def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tenso
         tokens=None if known is None else known.count,
         mask_checksum=mask_checksum(left if consumer.input_dim == 1 else left.T),
         seconds=seconds,
-        events=() if known is not None else ("no calibration token came to it, so its channels went by their norm",),
     )
 
 

@@ -1,0 +1,114 @@
+"""Blocks trained toward the dense model's outputs when they are pruned, or when parts of them were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from coprune.base.errors import NumericalError
+from coprune.model.matrices import Matrix, find_matrices, mask_checksum
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.shown import BlockDone
+from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.pruning.refine.trained import Trained, names_of, trained_in
+
+
+def reconstruct_block(
+    reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
+) -> list[MatrixResult]:
+    """Train a pruned block toward the dense model's outputs; one in which nothing was pruned is left alone.
+
+    Returns:
+        The results with their masks as they are now.
+
+    Raises:
+        NumericalError: with the block's name, if a weight that was zero is not zero any more, or nothing is finite.
+    """
+    if not results:
+        return results
+    block, names = done.block, {result.name for result in results}
+    before = {matrix.name: matrix.stored() == 0 for matrix in find_matrices(block.module, block.name)}
+    chosen = [matrix for matrix in find_matrices(block.module, block.name) if matrix.name in names]
+    event = _train(reconstruction, done, recording, trained_in(block, chosen))
+    after = {matrix.name: matrix for matrix in find_matrices(block.module, block.name)}
+    for name, zeros in before.items():
+        if bool((after[name].stored()[zeros] != 0).any()):
+            raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
+    checksums = {result.name: after[result.name].mask_checksum() for result in results}
+    return _told(results, event, checksums)
+
+
+def reconstruct_cut(
+    reconstruction: Reconstruction,
+    done: BlockDone,
+    recording: Recording,
+    chosen: Sequence[Matrix],
+    cut: tuple[Mapping[str, Tensor], list[MatrixResult]],
+) -> list[MatrixResult]:
+    """Train what is left of a block, after parts of it were removed, toward the dense model's outputs.
+
+    Args:
+        reconstruction: how.
+        done: the block, in which what was removed is silent, and stays so. One that lost nothing may make up for others.
+        recording: the batches that go through it.
+        chosen: its matrices, all of which are trained.
+        cut: what is kept of its parameters (bool, by name), and what became of matrices.
+
+    Returns:
+        The results with their masks as they are now. Raises NumericalError as `reconstruct_block`.
+    """
+    masks, results = cut
+    kept = {name.removeprefix(f"{done.block.name}."): mask for name, mask in masks.items()}
+    trained = [_only(one, kept.get(one.name)) for one in trained_in(done.block, chosen)]
+    event = _train(reconstruction, done, recording, trained)
+    for name, mask in kept.items():
+        if bool((done.block.module.get_parameter(name)[~mask] != 0).any()):
+            raise NumericalError(f"{done.block.name}.{name}: reconstruction changed what was removed")
+    matrices = {matrix.name: matrix for matrix in chosen}
+    checksums = {result.name: _checksum_of_rest(matrices[result.name], masks) for result in results}
+    return _told(results, event, checksums)
+
+
+def _only(trained: Trained, kept: Tensor | None) -> Trained:
+    """The same parameter, of which nothing is trained that is not kept. A vector's entries are all trained otherwise."""
+    if kept is None:
+        return trained
+    return replace(trained, entries=kept if trained.entries is None else trained.entries & kept)
+
+
+def _checksum_of_rest(matrix: Matrix, masks: Mapping[str, Tensor]) -> str:
+    """`mask_checksum` of a consumer without the columns that were removed."""
+    mask, stored = masks[matrix.parameter], matrix.stored()
+    kept = (mask if matrix.expert is None else mask[matrix.expert]).view(stored.shape)
+    left = stored[:, kept.any(dim=0)] if matrix.input_dim == 1 else stored[kept.any(dim=1)]
+    return mask_checksum(left)
+
+
+def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording, trained: Sequence[Trained]) -> str:
+    """Train parameters of a block in place; returns what that did, for the report."""
+    block = done.block
+
+    def run(batch: int, hidden: Tensor) -> Tensor:
+        return recording.calls[batch][block.index].in_float32().run(block.module, hidden)
+
+    try:
+        start, end = reconstruction.improve(block.module, trained, run, done.before, done.after)
+    except NumericalError as error:
+        raise error.within(block.name) from error
+    return (
+        f"block reconstruction: relative error {start:.5f} → {end:.5f} on the watched batches; "
+        f"trained: {names_of(trained)}"
+    )
+
+
+def _told(results: Sequence[MatrixResult], event: str, checksums: Mapping[str, str]) -> list[MatrixResult]:
+    """The results with their masks as they are now; the first one tells of the training."""
+    return [
+        result.model_copy(
+            update={"mask_checksum": checksums[result.name], "events": result.events + ((event,) if i == 0 else ())}
+        )
+        for i, result in enumerate(results)
+    ]

@@ -1,0 +1,75 @@
+"""What a cut broke is made up for: by aiming at the dense model's outputs, and by training every block after its cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import coprune
+from support.pico import pico_model, pico_tokens
+from support.saved import load_clean
+
+IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
+MENDED: dict[str, Any] = {"target": "dense", "reconstruct": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [
+        ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
+        ("gpt2", "channels=0.4"),  # biases of rows that are gone
+        ("gpt_oss", "channels=0.4,heads=0.5"),  # tables of biases, sinks
+        ("jamba", "channels=0.4"),  # blocks that lose nothing, behind some that do
+    ],
+)
+def test_what_is_silent_stays_silent_while_the_rest_is_trained(family: str, remove: str, tmp_path: Path) -> None:
+    model = pico_model(family)
+    result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS, **MENDED)
+    small = load_clean(tmp_path / "small")
+    tokens = pico_tokens(2, 16)
+    with torch.no_grad():
+        silent, found = model(tokens, use_cache=False).logits, small(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
+    trained = [event for event in result.report.events if "block reconstruction" in event]
+    assert trained
+    # No training makes the watched batches worse than it found them.
+    for start, end in (event.split("relative error ")[1].split(" on ")[0].split(" → ") for event in trained):
+        assert float(end) <= float(start)
+
+
+def hidden(model: Any) -> Tensor:
+    """What the last block gives: tokens × width."""
+    with torch.no_grad():
+        states: Tensor = model(IDS, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    return states.flatten(0, 1)
+
+
+def test_each_way_comes_nearer_to_the_dense_model() -> None:
+    dense = hidden(pico_model("llama"))
+
+    def distance(**settings: Any) -> float:
+        model = pico_model("llama")
+        coprune.prune(model, remove="channels=0.4,heads=0.5", **SETTINGS, **settings)
+        return float((hidden(model) - dense).norm())
+
+    plain, aimed = distance(), distance(target="dense")
+    assert aimed < plain
+    assert distance(target="dense", reconstruct=20) < aimed
+
+
+def test_blocks_behind_one_that_goes_are_trained_to_make_up_for_it() -> None:
+    def model() -> Any:
+        made = pico_model("llama")
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            made.get_parameter(f"model.layers.1.{name}.weight").mul_(0.5)  # the one that goes
+        return made
+
+    dense, alone, helped = hidden(model()), model(), model()
+    coprune.prune(alone, remove="blocks=0.34", **SETTINGS)
+    coprune.prune(helped, remove="blocks=0.34", **SETTINGS, reconstruct=20)
+    assert (hidden(helped) - dense).norm() < (hidden(alone) - dense).norm()
