@@ -3,6 +3,7 @@
 #   make test   pass the tests
 # The others are for those who change the code:
 #   make lint, make types
+#   make coverage  make test with the lines and branches that it reaches, and the share that it must reach
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
 #   make torture   change packed folders under the address sanitiser, kill runs, fill disks (half an hour; docs/reliability.md)
 #   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
@@ -14,14 +15,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow test-all wheel families torture golden lint types clean
+.PHONY: demo test coverage slow test-all wheel families torture golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
 
 # One process per core, one thread each: faster than one process with all cores, on models as small as these.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder $(TRACED)
+
+# The tracer takes half as much again as the tests themselves, so make test goes without.
+coverage: TRACED := --cov --cov-report=term
+coverage: test
 
 slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile
