@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from coprune.commands.app import COMMANDS
+from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import FLAT
 from coprune.recipe.measuring import SETTINGS
@@ -55,14 +55,14 @@ def report_in(folder: Path) -> dict[str, Any]:
 
 
 def test_every_field_of_the_recipe_is_an_option() -> None:
-    assert set(FLAT) - {"options"} <= set(inspect.signature(COMMANDS["prune"]).parameters)
+    assert set(FLAT) - {"options"} <= set(inspect.signature(command_named("prune")).parameters)
 
 
 def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) -> None:
     overview = coprune("--help")
     assert overview == coprune()
     for name in COMMANDS:
-        assert re.search(rf"^  {name} ", overview, re.MULTILINE)
+        assert re.search(rf"^  {name} +{re.escape(COMMANDS[name])}$", overview, re.MULTILINE)  # on one line, uncut
         assert f"coprune {name} [OPTIONS]" in coprune(name, "--help")
     options = set(re.findall(r"--[\w-]+", coprune("prune", "--help")))
     for setting in set(FLAT) - {"model", "options"}:
@@ -71,10 +71,23 @@ def test_help_shows_every_command_and_every_option(coprune: Callable[..., str]) 
         assert "--no-" + SHORTER.get(setting, setting.replace("_", "-")) in options
 
 
-def test_every_command_has_a_file_of_its_own() -> None:
-    assert {command.__module__ for command in COMMANDS.values()} == {
-        f"coprune.commands.{command.__name__}" for command in COMMANDS.values()
-    }
+def test_every_command_has_a_file_of_its_own_and_tells_more_than_the_table() -> None:
+    for name, told in COMMANDS.items():
+        command = command_named(name)
+        assert command.__module__ == f"coprune.commands.{command.__name__}"
+        assert len(command.__doc__ or "") >= len(told)
+
+
+def test_a_command_is_imported_only_when_it_is_asked_for() -> None:
+    program = """
+import sys
+from coprune.commands.app import main
+sys.argv = ["coprune", "--help"]
+main()
+print("LOADED", [name for name in sys.modules if name.startswith(("coprune.recipe.recipe", "coprune.commands.prune"))])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "LOADED []"
 
 
 def test_the_version(coprune: Callable[..., str]) -> None:

@@ -1,4 +1,4 @@
-"""The command `coprune`: one table of commands, and errors as one message. No logic.
+"""The command `coprune`: what stands before a command, and errors as one message. No logic.
 
 Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
@@ -9,7 +9,6 @@ import errno
 import logging
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -17,56 +16,18 @@ import typer
 from coprune.base.environment import quieten_tokenizers
 from coprune.base.errors import CopruneError
 from coprune.base.words import ended, speaking
-from coprune.commands.asked import METHOD_OPTIONS
-from coprune.commands.bench import bench
-from coprune.commands.compare import compare
-from coprune.commands.demo import demo
-from coprune.commands.estimate import estimate
-from coprune.commands.evaluate import evaluate
 from coprune.commands.face import CommandLine
-from coprune.commands.finetune import finetune
-from coprune.commands.inspect import inspect
-from coprune.commands.merge import merge
-from coprune.commands.methods import methods
-from coprune.commands.pack import pack
-from coprune.commands.prune import prune
-from coprune.commands.report import report
-from coprune.commands.sweep import SweepCommand, sweep
-from coprune.commands.unpack import unpack
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "prune": prune,
-    "methods": methods,
-    "inspect": inspect,
-    "demo": demo,
-    "eval": evaluate,
-    "estimate": estimate,
-    "sweep": sweep,
-    "compare": compare,
-    "report": report,
-    "finetune": finetune,
-    "merge": merge,
-    "pack": pack,
-    "unpack": unpack,
-    "bench": bench,
-}
-_SPECIAL: dict[str, dict[str, Any]] = {
-    "prune": {"context_settings": METHOD_OPTIONS},
-    "estimate": {"context_settings": METHOD_OPTIONS},
-    "sweep": {"cls": SweepCommand},
-}
+from coprune.commands.table import Commands
 
 app = typer.Typer(
     name="coprune",
+    cls=Commands,
     help="Prune large language models after training, measure what it did, and save a checkpoint that others can load.",
     epilog="Try: coprune demo. Every command explains itself with --help.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name, **_SPECIAL.get(_name, {}))(_command)
-
 # What every error of typer's own (a missing argument, no number) derives from; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 # What the user can mend; any other error of the system is a bug that needs its traceback.

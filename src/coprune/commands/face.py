@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.words import Face, Set
+from coprune.commands.table import CALLED
 from coprune.recipe.flags import flags_of
-
-# The commands that are not called like their function in Python.
-_COMMANDS = {"evaluate": "eval"}
 
 
 class CommandLine(Face):
@@ -32,7 +30,7 @@ class CommandLine(Face):
 
     def command(self, name: str, parts: tuple[str | Path | Set, ...]) -> str:
         said = [part.said_in(self) if isinstance(part, Set) else _word(part) for part in parts]
-        return " ".join(["coprune", _COMMANDS.get(name, name), *said])
+        return " ".join(["coprune", CALLED.get(name, name), *said])
 
 
 def _word(value: Any) -> str:

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.commands.asked import recipe_asked, run_options
+from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.options import with_options
+
+READ_WITH = {"context_settings": METHOD_OPTIONS}
 
 
 @with_options(run_options())

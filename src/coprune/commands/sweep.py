@@ -34,6 +34,9 @@ def _is_address(word: str) -> bool:
     return not word.startswith("-") and (word in ("auto", _LOCAL) or ":" in word)
 
 
+READ_WITH = {"cls": SweepCommand}
+
+
 @with_options(recipe_options())
 def sweep(
     file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,

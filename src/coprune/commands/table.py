@@ -1,0 +1,74 @@
+"""The table of commands, each imported when it is asked for: `coprune --help` shows it without importing any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS: dict[str, str] = {
+    "prune": "Prune a model, measure what that did, and save it.",
+    "methods": "List the pruning methods and their own options.",
+    "inspect": "Show blocks and matrices, and what would be pruned.",
+    "demo": "Prune a small model that needs no network, and show it.",
+    "eval": "Measure a model's perplexity, or run tasks.",
+    "estimate": "Tell the memory and time that a run would take here.",
+    "sweep": "Do many runs, and collect what they found in a table.",
+    "compare": "Compare models: size, perplexity, closeness, tasks.",
+    "report": "Make a run's page again, or a page of several runs.",
+    "finetune": "Recover what pruning cost, with every zero kept.",
+    "merge": "Merge a masked adapter into its pruned model.",
+    "pack": "Store a pruned model smaller, bit for bit the same.",
+    "unpack": "Give back the dense folder that was packed.",
+    "bench": "Measure how fast models are on this machine.",
+}
+"""Every command, with what it does in one line of a narrow terminal. Its function is in the file of its name."""
+CALLED = {"evaluate": "eval"}
+"""Commands that are not called like their function, which is that of Python's face too."""
+
+
+def command_named(name: str) -> Callable[..., None]:
+    """Import a command's function. name: as in `COMMANDS`."""
+    own = next((function for function, called in CALLED.items() if called == name), name)
+    function: Callable[..., None] = getattr(import_module(f"coprune.commands.{own}"), own)
+    return function
+
+
+class _Parsers(Mapping[str, Any]):
+    """What reads the arguments of each command, made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        function = command_named(name)
+        # Its file may say how it wants to be read otherwise than others.
+        settings = getattr(import_module(function.__module__), "READ_WITH", {})
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name, **settings)(function)
+        return typer.main.get_command(alone)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Commands(TyperGroup):
+    """Shows the table without importing the commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "commands": None})
+        self.commands: Any = _Parsers()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names in the order of the table."""
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
