@@ -89,8 +89,16 @@ def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
     asked = {"model": "m", "method": "ablate_mag_seq", "score": "wanda"}
     assert make_recipe(asked).method.options == {"score": "wanda"}
     removing = make_recipe({"model": "m", "score": "flap", "remove": "heads=0.5"})
-    assert (removing.structure.score.name, removing.method.options) == ("flap", {})
-    assert make_recipe({"model": "m", "structure": {"score": "flap"}}).structure.score.name == "flap"
+    assert (removing.structure.score_of("units").name, removing.method.options) == ("flap", {})
+    assert make_recipe({"model": "m", "structure": {"score": "flap"}}).structure.score_of("units").name == "flap"
+    both = make_recipe({"model": "m", "score": ["frequency", "flap:refit=true"], "remove": "heads=0.5,experts=0.5"})
+    assert {kind: str(score) for kind, score in both.structure.scores.items()} == {
+        "units": "flap:refit=true",
+        "experts": "frequency",
+    }
+    assert both.way == "flap-frequency"
+    with pytest.raises(BadInput, match="reap and frequency are scores of the same parts"):
+        make_recipe({"model": "m", "score": ["reap", "frequency"], "remove": "experts=0.5"})
     with pytest.raises(BadInput, match="'score'"):
         coprune.prune("m", "wanda", score="magnitude")
 

@@ -66,11 +66,42 @@ MIXTURES: dict[str, dict[str, Any]] = {
         v_head_dim=16,
     ),
 }
+MORE_MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": dict(
+        _COMMON,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=1,
+    ),
+    "deepseek_v2": dict(
+        _COMMON,
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+    "llama4_text": dict(
+        _COMMON, intermediate_size_mlp=96, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1
+    ),
+}
+"""Where experts are removed, and nowhere else."""
 
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    settings = {**(FAMILIES | MIXTURES | HYBRIDS | {"dbrx": DBRX})[family], **changes}
+    settings = {**(FAMILIES | MIXTURES | MORE_MIXTURES | HYBRIDS | {"dbrx": DBRX})[family], **changes}
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with torch.no_grad():

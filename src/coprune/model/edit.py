@@ -8,13 +8,16 @@ smaller is a class here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from coprune.model.checkpoint.companions import put_into
+from coprune.model.routing import NeverChosen
 from coprune.model.slices import KeptSlices
 
 
@@ -41,6 +44,13 @@ class Edit(BaseModel):
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
         """The source tensor again, with zeros in place of what was cut away."""
         return tensor
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a source tensor of the block need not be kept in the journal either."""
+        return False
+
+    def complete(self, tensors: dict[str, Tensor]) -> None:
+        """Put zeros for what the journal left out, in place. tensors: of the block, uncut."""
 
     def configure(self, config: dict[str, Any]) -> None:
         """Change the content of `config.json`, in place."""
@@ -77,6 +87,50 @@ class KeepSlices(Edit):
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
         kept = self.kept.get(name)
         return tensor if kept is None else kept.uncut(tensor)
+
+
+class KeepExperts(KeepSlices):
+    """Experts of a block were removed: tables and router rows are smaller. In memory they are never chosen until then."""
+
+    router: str
+    """Path of the router in the block."""
+    added: list[str]
+    """Paths of what is added to logits or scores of the experts."""
+    count: int
+    """How many experts there were."""
+    experts: list[int]
+    """Those that are left."""
+    numbered: list[str]
+    """Beginnings of names in which a number of an expert follows: `….experts.` of tensors, `….down_proj[` of matrices."""
+
+    def apply(self, module: nn.Module) -> None:
+        keep = torch.zeros(self.count, dtype=torch.bool)
+        keep[self.experts] = True
+        vectors = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.added]
+        router = module.get_submodule(self.router)
+        router.forward = NeverChosen(router, keep, vectors)
+
+    def place(self, name: str) -> str | None:
+        number, beginning, rest = self._number(name)
+        if number is None:
+            return name
+        return f"{beginning}{self.experts.index(number)}{rest}" if number in self.experts else None
+
+    def leaves_out(self, name: str) -> bool:
+        return self.place(name) is None
+
+    def complete(self, tensors: dict[str, Tensor]) -> None:
+        first = {name: self._number(name) for name in tensors}
+        for name, (number, beginning, rest) in first.items():
+            for other in range(self.count) if number == self.experts[0] else ():
+                tensors.setdefault(f"{beginning}{other}{rest}", torch.zeros_like(tensors[name]))
+
+    def _number(self, name: str) -> tuple[int | None, str, str]:
+        """The number of an expert in a name, and what stands before and after it."""
+        for beginning in self.numbered:
+            if name.startswith(beginning) and (digits := re.match(r"\d+", name[len(beginning) :])):
+                return int(digits[0]), beginning, name[len(beginning) + digits.end() :]
+        return None, name, ""
 
 
 class DropBlock(Edit):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
-from coprune.model.edit import Configure, DropBlock, Edit, FillZeros, KeepSlices
+from coprune.model.edit import Configure, DropBlock, Edit, FillZeros, KeepExperts, KeepSlices
 
 EDITS_FILE = "coprune_edits.json"
 """What was done to the model of a folder, beside its weights."""
 EDITS: dict[str, type[Edit]] = {
     "fill_zeros": FillZeros,
     "keep_slices": KeepSlices,
+    "keep_experts": KeepExperts,
     "drop_block": DropBlock,
     "configure": Configure,
 }
@@ -84,16 +85,18 @@ class Edits:
         return cls({block: [FillZeros(masks=dict(masks))] for block, masks in by_block.items()})
 
 
-def uncut_by(edits: Sequence[Edit]) -> Callable[[str, Tensor], Tensor] | None:
+def uncut_by(edits: Sequence[Edit]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None:
     """What gives a block's tensors their shapes in the source again; None where they have them."""
     cutting = [edit for edit in edits if isinstance(edit, KeepSlices)]
     if not cutting:
         return None
 
-    def uncut(name: str, tensor: Tensor) -> Tensor:
+    def uncut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(tensors)
         for edit in reversed(cutting):
-            tensor = edit.uncut(name, tensor)
-        return tensor
+            found = {name: edit.uncut(name, tensor) for name, tensor in found.items()}
+            edit.complete(found)
+        return found
 
     return uncut
 

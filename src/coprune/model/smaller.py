@@ -35,8 +35,8 @@ MOST_CANDIDATES = 500
 class Resized:
     """What a configuration has to tell otherwise."""
 
-    sizes: dict[int, int] = field(default_factory=dict)
-    """New numbers by the old ones."""
+    sizes: Sequence[tuple[int, int]] = ()
+    """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
     blocks: int = 0
     """How many there were."""
     dropped: Sequence[int] = ()
@@ -45,9 +45,7 @@ class Resized:
 
 
 def slices_kept(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
-    """What masks of a block's parameters mean for the tensors of its checkpoint.
-
-    The masks go the way that the parameters go when they are saved, so that no layout has to be known.
+    """What masks of a block's parameters mean for the tensors of its checkpoint; of what is left out wholly, nothing.
 
     Args:
         model: the model in memory.
@@ -57,13 +55,22 @@ def slices_kept(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]
     Raises:
         UnsupportedModel: what is kept of a tensor is no whole slices of it.
     """
+    return whole_slices(masks_as_saved(model, prefix, masks))
+
+
+def masks_as_saved(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of a block's parameters as masks of all tensors of its checkpoint: bool, by name.
+
+    They go the way that the parameters go when they are saved, so that no layout has to be known.
+    """
     below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
     state = {name: masks[name].float() if name in masks else torch.ones_like(tensor) for name, tensor in below.items()}
-    found = {}
-    for name, mask in revert_conversion(model, state).items():
-        if not bool(mask.all()):
-            found[name] = _as_slices(name, mask != 0)
-    return found
+    return {name: mask != 0 for name, mask in revert_conversion(model, state).items()}
+
+
+def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
+    """Masks as slices that are kept, where a part of a tensor is. Raises UnsupportedModel as `slices_kept`."""
+    return {name: _as_slices(name, mask) for name, mask in masks.items() if bool(mask.any()) and not bool(mask.all())}
 
 
 def _as_slices(name: str, keep: Tensor) -> KeptSlices:
@@ -132,7 +139,7 @@ def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[st
         lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
         counts = [p for p, v in places if type(v) is int and v == resized.blocks]
         choices += [[dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
-    for old, new in resized.sizes.items():
+    for old, new in resized.sizes:
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
         # In the end without a change, since some sizes follow from others, and where nothing was said.

@@ -140,7 +140,9 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
             )
         flat[_METHOD] = "wanda_variant"
     if _SCORE in flat and "remove" not in flat and names_said(settings)[_SCORE] == _SCORE:
-        flat["options"] = {**flat.get("options", {}), _SCORE: flat.pop(_SCORE)}
+        said = flat.pop(_SCORE)
+        option = said[0] if isinstance(said, list | tuple) and len(said) == 1 else said
+        flat["options"] = {**flat.get("options", {}), _SCORE: option}
     if "options" in flat:
         flat.setdefault(_METHOD, _DEFAULT_METHOD)
     parts: dict[str, Any] = {}

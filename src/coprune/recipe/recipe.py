@@ -79,7 +79,11 @@ class Recipe(BaseModel):
     @property
     def way(self) -> str:
         """What decides which weights go: the method, or the score of what is removed."""
-        return self.structure.score.name if self.structure.remove else self.method.name
+        return "-".join(self._scores) if self.structure.remove else self.method.name
+
+    @property
+    def _scores(self) -> list[str]:
+        return [score.name for score in self.structure.scores.values()] or ["influence"]
 
     @property
     def shape(self) -> str:
@@ -94,7 +98,7 @@ class Recipe(BaseModel):
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
         if self.structure.remove:
             shares = "-".join(f"{kind}-{share:g}" for kind, share in self.structure.shares.items())
-            return Path("out") / name / f"without-{shares}" / self.structure.score.name
+            return Path("out") / name / f"without-{shares}" / self.way
         pattern = parse_pattern(self.pattern.name)
         target = pattern.label(f"{self.pattern.ratio:g}").replace(":", "-").replace(" ", "-")
         return Path("out") / name / target / self.method.name

@@ -12,29 +12,35 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.parts import Part
 
-Removable = Literal["channels", "heads", "blocks"]
+Removable = Literal["channels", "heads", "blocks", "experts"]
+Scored = Literal["units", "experts"]
+"""What a score is of: units are channels and heads."""
+EXPERT_SCORES = ("reap", "frequency", "random")
+_DEFAULT_SCORES: dict[Scored, str] = {"units": "obs", "experts": "reap"}
 
 
 class StructurePart(Part):
-    """What is removed: channels of the MLPs, attention heads, whole blocks."""
+    """What is removed: channels of the MLPs, attention heads, whole blocks, experts."""
 
     remove: Annotated[
         tuple[str, ...],
         BeforeValidator(one_is_enough),
         Decides.RESULT | Decides.COST,
         Field(
-            description="Remove a share of the model's channels, heads or blocks, so that it gets smaller: channels=0.33, "
-            "heads=0.25, blocks=0.2; repeatable, or with commas between."
+            description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
+            "channels=0.33, heads=0.25, blocks=0.2, experts=0.25; repeatable, or with commas between."
         ),
     ] = ()
     score: Annotated[
-        Choice,
+        tuple[Choice, ...],
+        BeforeValidator(one_is_enough),
         Decides.RESULT,
         Field(
-            description="Which channels and heads go: obs (what the others can make up for), wanda_sp, flap or magnitude; "
-            "options as in wanda_sp:refit=true."
+            description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
+            "magnitude; which experts: reap (gate times answer; the default), frequency or random; options as in "
+            "wanda_sp:refit=true; repeatable."
         ),
-    ] = Choice(name="obs")
+    ] = ()
     align: Annotated[
         int, Decides.RESULT, Field(description="Keep channels in multiples of this, where the model has them.", ge=1)
     ] = 64
@@ -45,10 +51,35 @@ class StructurePart(Part):
         shares(asked)
         return asked
 
+    @field_validator("score")
+    @classmethod
+    def _one_of_each(cls, asked: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        kinds = [_scored(one.name) for one in asked]
+        if len(set(kinds)) < len(kinds):
+            names = " and ".join(str(one) for one in asked)
+            raise BadInput(f"{names} are scores of the same parts", field="score", value=names, fix="leave one out")
+        return asked
+
+    def score_of(self, scored: Scored) -> Choice:
+        """What decides which channels and heads, or which experts, go."""
+        default = Choice(name=_DEFAULT_SCORES[scored])
+        return next((one for one in self.score if _scored(one.name) == scored), default)
+
+    @property
+    def scores(self) -> dict[Scored, Choice]:
+        """The scores that what is removed goes by; blocks go by their influence."""
+        kinds: list[Scored] = ["units"] if {"channels", "heads"} & self.shares.keys() else []
+        kinds += ["experts"] if "experts" in self.shares else []
+        return {kind: self.score_of(kind) for kind in kinds}
+
     @property
     def shares(self) -> dict[Removable, float]:
         """The share of each that is removed."""
         return shares(self.remove)
+
+
+def _scored(name: str) -> Scored:
+    return "experts" if name in EXPERT_SCORES else "units"
 
 
 def shares(asked: tuple[str, ...]) -> dict[Removable, float]:

@@ -37,7 +37,7 @@ class MethodArguments(TypedDict, total=False):
     rho: float
     rounds: int
     rounds_per_rho: int
-    score: Literal["magnitude", "wanda"] | Named
+    score: Literal["magnitude", "wanda"] | Named | Sequence[Named]
     start: Literal["magnitude", "wanda", "ria"]
 
 

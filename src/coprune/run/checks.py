@@ -41,7 +41,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         BadInput: a name or option is unknown, or a combination cannot be.
     """
     if recipe.structure.remove:
-        score_named(recipe.structure.score)
+        score_named(recipe.structure.score_of("units"))
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)

@@ -22,7 +22,7 @@ from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit
-from coprune.model.edits import Edits, dump_edits, load_edits
+from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
@@ -102,10 +102,10 @@ class Output:
         }
         tensors = self._weights.original_tensors(block.name)
         for edit in outcome.edits:
-            tensors = {name: edit.cut(name, tensor) for name, tensor in tensors.items()}
+            tensors = {name: edit.cut(name, tensor) for name, tensor in tensors.items() if not edit.leaves_out(name)}
         self._writer.write(block.name, tensors, remember)
         if self._weights.streams:
-            self._weights.read_from(self._writer.file(block.name))
+            self._weights.read_from(self._writer.file(block.name), uncut_by(outcome.edits))
 
     def finish(self, beside: Companions, edits: Edits, encoding: Encoding, check: Callable[[Path], object]) -> None:
         """Write what lies outside the blocks and beside the weights, and give the folder its final name.

@@ -6,8 +6,8 @@ What comes before and after, loading, measuring and saving, is in stages.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
@@ -38,6 +38,8 @@ class Outcome:
     """Of every matrix of the source that was pruned."""
     edits: Edits
     seconds: float
+    covered: Mapping[str, float] = field(default_factory=dict)
+    """What share of its experts' score every domain keeps, where experts were removed."""
 
 
 def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outcome:

@@ -37,6 +37,7 @@ from coprune.run.prune_blocks import (
     record_to_prune,
 )
 from coprune.run.rehearsal import Plan, edits_of_block, rehearse
+from coprune.run.remove_experts import choose_experts, experts_left, find_experts, gather_scores
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
 
@@ -53,6 +54,7 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     finished = shared.finished()
     plan = _plan(session)
     configure = rehearse(session, plan)
+    experts, covered = _experts(session, plan)
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             _only_consumers(model, plan),
@@ -63,9 +65,19 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
             Past(finished, shared.restore),
             advance=advance,
         )
-        results = _remove(session, walk, shared, plan)
+        results = _remove(session, walk, shared, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
-    return Outcome(earlier + results, all_edits(session, shared, configure), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Outcome(earlier + results, all_edits(session, shared, configure), seconds, covered)
+
+
+def _experts(session: Session, plan: Plan) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Which experts are kept, by block, and what every domain keeps of its score."""
+    samples = session.opened.samples
+    if not plan.mixtures or samples is None:
+        return {}, {}
+    scored = gather_scores(session, plan.mixtures, {"calibration": samples.tokens})
+    return choose_experts(session, plan.mixtures, plan.experts, scored)
 
 
 def _plan(session: Session) -> Plan:
@@ -103,7 +115,9 @@ def _plan(session: Session) -> Plan:
     sizes = {kind: {part.count for found in parts.values() for part in found if part.kind == kind} for kind in kinds}
     align = {"channels": asked.align, "heads": 1}
     keep = {kind: {old: kept_count(old, shares[kind], align[kind]) for old in sizes[kind]} for kind in kinds}
-    return Plan(dropped, parts, keep)
+    mixtures = find_experts(session, dropped) if "experts" in shares else {}
+    left = {mixture.count: experts_left(mixture, shares["experts"]) for mixture in mixtures.values()}
+    return Plan(dropped, parts, keep, mixtures, left)
 
 
 def kept_count(units: int, share: float, align: int) -> int:
@@ -144,13 +158,16 @@ def _only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
     return replace(model, chosen=chosen, structure=replace(model.structure, groups=groups))
 
 
-def _remove(session: Session, walk: Walk, shared: SharedOutput, plan: Plan) -> list[MatrixResult]:
-    """Cut every block when the walk is through with it, and write it."""
-    score = score_named(session.opened.recipe.structure.score)
+def _remove(
+    session: Session, walk: Walk, shared: SharedOutput, plan: Plan, experts: Mapping[str, Tensor]
+) -> list[MatrixResult]:
+    """Cut every block when the walk is through with it, and write it. experts: which are kept, by block."""
+    score = score_named(session.opened.recipe.structure.score_of("units"))
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
     # Blocks before the first cut have nothing to make up for.
-    first = min(b.index for b in session.model.blocks if b.index in plan.dropped or plan.parts.get(b.name))
+    cut = [b.index for b in session.model.blocks if plan.parts.get(b.name) or b.name in experts]
+    first = min([*cut, *plan.dropped])
     for event in walk:
         if not isinstance(event, BlockDone):
             if event.inputs is not None:
@@ -161,9 +178,11 @@ def _remove(session: Session, walk: Walk, shared: SharedOutput, plan: Plan) -> l
             kept, found = remove_units(block.module, part, inputs, score, plan.count(part))
             masks = together(masks, kept)
             own += found
+        if (left := experts.get(block.name)) is not None:
+            plan.mixtures[block.name].never_choose(block.module, left)
         if first <= block.index and block.index not in plan.dropped:
             own = _reconstruct(session, walk, event, (masks, own))
-        edits = edits_of_block(session, plan, block.index, masks)
+        edits = edits_of_block(session, plan, block, masks, left)
         finish_block(session, shared, block, BlockOutcome(own, edits))
         results, inputs = results + own, {}
     return results

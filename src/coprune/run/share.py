@@ -116,7 +116,7 @@ class SharedOutput:
         if self._output is not None:
             self._output.write_block(block, outcome)
         if self._weights.streams and self._processes.size > 1:
-            self._weights.read_from(self._file_of(block))
+            self._weights.read_from(self._file_of(block), uncut_by(outcome.edits))
 
     def _file_of(self, block: Block) -> Path:
         file = self._processes.from_first(lambda: None if self._output is None else self._output.file(block).resolve())

@@ -43,9 +43,13 @@ class Unread:
 
     entry: TensorEntry
     encoding: Encoding
+    name: str = ""
+    uncut: Uncut | None = None
+    """What gives a tensor that was made smaller its shape in the model."""
 
     def __getitem__(self, everything: object) -> Tensor:
-        return self.encoding.decode(read_tensor(self.entry))
+        tensor = self.encoding.decode(read_tensor(self.entry))
+        return tensor if self.uncut is None else self.uncut({self.name: tensor})[self.name]
 
 
 class LazyCheckpoint:
@@ -71,6 +75,7 @@ class LazyCheckpoint:
         self.device = torch.device(device)
         self._keep_source_dtype = dtype == "auto"
         self._entries = checkpoint_entries(location.path)
+        self._uncut: dict[str, Uncut | None] = {}
         with quiet_transformers(), explained(location):
             config = read_config(location.path, trust_remote_code)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
@@ -156,8 +161,9 @@ class LazyCheckpoint:
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
-        assert uncut is None  # what makes tensors smaller needs the model in memory
-        self._entries |= read_entries(file)
+        entries = read_entries(file)
+        self._entries |= entries
+        self._uncut |= dict.fromkeys(entries, uncut)
 
     def _groups_below(self, prefix: str) -> list[Renamed]:
         return [group for group in self.conversion.groups if is_below(group.target, prefix)]
@@ -170,10 +176,13 @@ class LazyCheckpoint:
         plain = [group.originals[0] for group in groups if not group.converted]
         with quiet_transformers():
             for names in [plain, *(group.originals for group in groups if group.converted)]:
-                slices = {name: Unread(self._entries[name], self._encoding) for name in names}
+                slices = {name: self._unread(name) for name in names}
                 self.conversion.load(slices, self.dtype, self.device)
         for group in groups:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
+
+    def _unread(self, name: str) -> Unread:
+        return Unread(self._entries[name], self._encoding, name, self._uncut.get(name))
 
     def _as_written(self, groups: Sequence[Renamed], state: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = self.conversion.revert(groups, state)

@@ -7,7 +7,7 @@ which for a mixture of experts differ from the model's own, where the experts of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -22,7 +22,7 @@ from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
-Uncut = Callable[[str, Tensor], Tensor]
+Uncut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 class Weights(Protocol):
@@ -61,7 +61,7 @@ class Weights(Protocol):
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
         """From now on take the tensors that this safetensors file holds from it: a block that was finished.
 
-        uncut: gives tensors that were made smaller their shapes in the model, by name; only for a model in memory.
+        uncut: gives tensors that were made smaller their shapes in the model.
         """
         ...
 
@@ -112,7 +112,7 @@ class InMemory:
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
         tensors = load_file(file)
         if uncut is not None:
-            tensors = {name: uncut(name, tensor) for name, tensor in tensors.items()}
+            tensors = uncut(tensors)
         with quiet_transformers():
             load_tensors(self._model, tensors)
 

@@ -21,8 +21,7 @@ from coprune.base.errors import UnsupportedModel
 from coprune.base.words import Set
 from coprune.model.matrices import Matrix
 
-# Each product: position of the input and of the weight among the arguments, and the weight's input dimension.
-_PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
+PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     F.linear: (0, 1, 1),
     torch.matmul: (0, 1, 0),
     torch.Tensor.matmul: (0, 1, 0),
@@ -35,6 +34,7 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     torch.bmm: (0, 1, 0),
     torch.Tensor.bmm: (0, 1, 0),
 }
+"""Each product: position of the input and of the weight among the arguments, and the weight's input dimension."""
 _KEYWORDS = {
     F.linear: ("input", "weight"),
     torch.addmm: ("mat1", "mat2"),
@@ -81,7 +81,7 @@ class Observe(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        positions = _PRODUCTS.get(func)
+        positions = PRODUCTS.get(func)
         if positions is not None:
             self._see(func, positions, args, kwargs)
         return func(*args, **kwargs)

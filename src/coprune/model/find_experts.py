@@ -1,0 +1,216 @@
+"""Find the mixtures of experts of a block by trying: who holds the experts, who decides which of them a token goes to.
+
+What is taken for a router has to decide: other logits in its place, and the experts that they name are the ones that
+tokens go to. In the same way shows whether experts are chosen within groups, how many of which may be used for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from coprune.model.blocks import Block
+from coprune.model.experts import Mixture, tensor_at
+from coprune.model.folding import close
+from coprune.model.matrices import Matrix
+from coprune.model.routing import ExpertCall, OtherLogits, forward_as
+
+Run = Callable[[], Tensor]
+"""Runs a block on a sample and returns its output."""
+_HIGH = 30.0
+"""A logit that no correction makes up for."""
+
+
+def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterator[Mixture | str]:
+    """Find the mixtures of a block, and prove what is said of each.
+
+    Args:
+        block: the block, which is as before in the end.
+        matrices: of the block; experts are slices of one parameter.
+        run: runs it.
+
+    Yields:
+        A mixture, or why the experts of one cannot be removed.
+    """
+    owners = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None}
+    for owner in sorted(owners):
+        yield _Search(block, owner.removeprefix(block.name).removeprefix("."), run).found()
+
+
+class _Stop(Exception):
+    """Raised when the experts are called, if nothing else is wanted of a run."""
+
+
+class _Search:
+    """One mixture of a block, while it is looked at."""
+
+    def __init__(self, block: Block, experts: str, run: Run) -> None:
+        self._block, self._path, self._run = block, experts, run
+        self._module = block.module
+        self._experts = block.module.get_submodule(experts)
+        self._above = experts.rpartition(".")[0]
+        stacks = [p for p in self._experts.parameters(recurse=False) if p.ndim == 3]
+        self._counts = {len(stack) for stack in stacks}
+        self._call: ExpertCall | None = None
+
+    def found(self) -> Mixture | str:
+        name = f"{self._block.name}.{self._path}"
+        if len(self._counts) > 1:
+            return f"{name} holds tables of different numbers of experts"
+        (count,) = self._counts
+        if not self._told():
+            return f"{name} is not told which experts a token goes to"
+        router = next((path for path in self._candidates(count) if self._decides(path, count)), None)
+        if router is None:
+            return f"nothing beside {name} decides by {count} values which experts a token goes to"
+        return self._described(router, count)
+
+    def _told(self) -> bool:
+        """Whether the experts' call says what goes where, and their answers add up to what they return."""
+        seen: list[bool] = []
+        own = self._experts.forward
+
+        def forward(*args: object, **kwargs: object) -> Tensor:
+            out: Tensor = own(*args, **kwargs)
+            self._call = ExpertCall.seen(args, kwargs)
+            seen.append(self._call is not None and close(self._call.run(own, args, kwargs).total, out))
+            return out
+
+        with forward_as(self._experts, forward):
+            self._run()
+        return seen == [True]
+
+    def _candidates(self, count: int) -> Iterator[str]:
+        """Modules beside the experts with a table of one row or column per expert, by their paths in the block."""
+        above = self._module.get_submodule(self._above)
+        for path, module in above.named_modules():
+            whole = ".".join(part for part in (self._above, path) if part)
+            inside = whole == self._path or whole.startswith(f"{self._path}.")
+            if not inside and any(
+                p.ndim == 2 and count in p.shape and min(p.shape) > 1 for p in module.parameters(recurse=False)
+            ):
+                yield whole
+
+    def _decides(self, router: str, count: int) -> bool:
+        """Whether other logits in its place decide which experts tokens go to."""
+
+        def turn(logits: Tensor) -> Tensor:
+            tokens = torch.arange(len(logits), device=logits.device)
+            return torch.full_like(logits, -_HIGH).index_put((tokens, tokens % count), logits.new_tensor(_HIGH))
+
+        index = self._chosen(router, count, turn)
+        if index is None:
+            return False
+        wanted = torch.arange(len(index), device=index.device) % count
+        return bool((index == wanted[:, None]).any(dim=1).all())
+
+    def _chosen(self, router: str, count: int, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """T × k: the experts that tokens go to when a router's logits are others, and what is added to them is zero."""
+        added = {path: tensor_at(self._module, path) for path in self._vectors(router, count)}
+        before = {path: tensor.detach().clone() for path, tensor in added.items()}
+        module, seen = self._module.get_submodule(router), list[Tensor]()
+        own, call = module.forward, self._call
+        assert call is not None
+
+        def routed(*args: object, **kwargs: object) -> object:
+            with OtherLogits(count, lambda found: logits(found.reshape(-1, count)).view_as(found)):
+                return own(*args, **kwargs)
+
+        def stop(*args: object, **kwargs: object) -> Tensor:
+            seen.append(call.index_of(args, kwargs))
+            raise _Stop
+
+        for tensor in added.values():
+            tensor.data.zero_()
+        try:
+            with forward_as(module, routed), forward_as(self._experts, stop):
+                self._run()
+        except _Stop:
+            pass
+        finally:
+            for path, values in before.items():
+                added[path].data.copy_(values)
+        return seen[0] if seen else None
+
+    def _vectors(self, router: str, count: int) -> list[str]:
+        """What has one value per expert: in the router, and right beside the experts."""
+        found = []
+        for path, deep in dict.fromkeys([(router, True), (self._above, False)]):
+            module = self._module.get_submodule(path)
+            named = [*module.named_parameters(recurse=deep), *module.named_buffers(recurse=deep)]
+            found += [
+                ".".join(part for part in (path, name) if part)
+                for name, tensor in named
+                if tensor.shape[-1:] == (count,) and tensor.numel() == count
+            ]
+        return list(dict.fromkeys(found))
+
+    def _groups(self, router: str, count: int) -> tuple[int, int]:
+        """In how many groups the experts stand, and from how many of these a token's experts come; (1, 1) for none."""
+        found: list[tuple[int, int]] = []
+        for groups in (number for number in range(2, count) if count % number == 0):
+            size = count // groups
+            generator = torch.Generator().manual_seed(0)
+
+            def one_of_each(logits: Tensor, size: int = size, generator: torch.Generator = generator) -> Tensor:
+                """Every other token is drawn to one expert of each of the first groups, the others to any."""
+                other = torch.randn(logits.shape, generator=generator)
+                places = torch.randint(size, (len(other), count // size), generator=generator)
+                drawn = places + torch.arange(count // size) * size
+                other[::2].scatter_add_(1, drawn[::2], _HIGH - torch.arange(count // size).expand(drawn[::2].shape) / 8)
+                return other.to(logits)
+
+            index = self._chosen(router, count, one_of_each)
+            if index is None:
+                continue
+            most = max(len(set(row)) for row in (index // size).tolist())
+            if most < min(index.shape[1], groups):
+                found.append((groups, most))
+        fewest = min((used for _, used in found), default=1)
+        return max(((groups, used) for groups, used in found if used == fewest), default=(1, 1))
+
+    def _described(self, router: str, count: int) -> Mixture | str:
+        assert self._call is not None
+        vectors = self._vectors(router, count)
+        sliced = dict.fromkeys(vectors, -1)
+        places = [(self._path, self._experts), (router, self._module.get_submodule(router))]
+        for place, module in places:
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                path = f"{place}.{name}"
+                if path not in sliced and count in tensor.shape and tensor.ndim >= (1 if place == self._path else 2):
+                    sliced[path] = tensor.shape.index(count)
+        sliced = {path: dim % tensor_at(self._module, path).ndim for path, dim in sliced.items()}
+        index = self._chosen(router, count, lambda logits: logits)
+        assert index is not None
+        groups, used = self._groups(router, count) if index.shape[1] > 1 else (1, 1)
+        for added in dict.fromkeys([tuple(vectors), ()]):
+            mixture = Mixture(
+                self._block.name, self._path, router, sliced, added, count, index.shape[1], groups, used, self._call
+            )
+            if self._avoids(mixture):
+                return mixture
+        return f"experts of {self._block.name}.{self._path} are chosen though their logits are minus infinity"
+
+    def _avoids(self, mixture: Mixture) -> bool:
+        """Whether experts that must not be chosen never are; of every group the one that is chosen most."""
+        seen: list[Tensor] = []
+        own = self._experts.forward
+
+        def forward(*args: object, **kwargs: object) -> Tensor:
+            seen.append(mixture.call.index_of(args, kwargs))
+            out: Tensor = own(*args, **kwargs)
+            return out
+
+        with forward_as(self._experts, forward):
+            self._run()
+            chosen = torch.bincount(seen.pop().flatten().cpu(), minlength=mixture.count)
+            worst = chosen.view(mixture.groups, -1).argmax(dim=1)
+            keep = torch.ones(mixture.groups, mixture.count // mixture.groups, dtype=torch.bool)
+            keep[torch.arange(mixture.groups), worst] = False
+            with mixture.silent(self._module, keep.flatten()):
+                out = self._run()
+        if int(keep.sum()) < mixture.top:
+            return True  # nothing of it can be removed anyway
+        return bool(keep.flatten()[seen.pop().cpu()].all()) and bool(torch.isfinite(out).all())

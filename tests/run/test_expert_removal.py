@@ -1,0 +1,113 @@
+"""Experts removed: the small mixture is the big one in which they are never chosen, on disk and in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from support.killing import count_lines, killed_at
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import listing, save_pico, write_words
+from support.saved import load_clean
+
+IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
+# Eight experts in two groups, so that each can lose some.
+GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "remove"),
+    [
+        ("mixtral", {}, "experts=0.25,channels=0.4,heads=0.5,blocks=0.34"),  # saved one by one; all at once
+        ("qwen2_moe", {}, "experts=0.25"),  # a shared expert behind a gate; gates that do not add up to one
+        ("qwen3_moe", {}, "experts=0.5"),
+        ("olmoe", {}, "experts=0.25"),
+        ("gpt_oss", {}, "experts=0.25,channels=0.4"),  # in one tensor, with biases of the router and the experts
+        ("deepseek_v2", {}, "experts=0.5"),  # three of sixteen, out of two of four groups
+        ("deepseek_v3", GROUPED, "experts=0.25"),  # a correction of the choice, groups by their best two
+        ("jamba", {}, "experts=0.25"),  # one block of three has a mixture; as many experts as heads
+        ("granitemoehybrid", {}, "experts=0.25"),
+        ("nemotron_h", {}, "experts=0.25"),  # experts without a gate of their own
+        ("qwen3_next", {}, "experts=0.25"),  # as many experts as the width of much else
+        ("lfm2_moe", {}, "experts=0.25"),  # the correction lies beside the router
+    ],
+)
+def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
+    family: str, changes: dict[str, Any], remove: str, tmp_path: Path
+) -> None:
+    model = _with_corrections(pico_model(family, **changes))
+    before = model.num_parameters()
+    result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
+    small = load_clean(tmp_path / "small")
+    assert result.model is not None
+    assert small.num_parameters() == result.model.num_parameters() < before
+    tokens = pico_tokens(2, 16)
+    with torch.no_grad():
+        masked, found = model(tokens, use_cache=False).logits, small(tokens, use_cache=False).logits
+        torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.model(tokens, use_cache=False).logits, found, rtol=1e-5, atol=1e-5)
+    assert "experts" in result.report.edits[0]
+
+
+def _with_corrections(model: Any) -> Any:
+    """The model with biases and corrections of its routers that are no zeros, so that one which is lost would show."""
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(part in name for part in ("correction_bias", "expert_bias", "router.bias")):
+            tensor.data += torch.rand(tensor.shape, generator=generator)
+    return model
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "mixtral", "mixtral", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+
+    def run(out: str) -> None:
+        settings = {"remove": "experts=0.25,channels=0.4", "align": 16, "nsamples": 4, "seqlen": 16, "stream": False}
+        places = {"save": str(tmp_path / out / "run"), "save_model": str(tmp_path / out / "small")}
+        data = {"model": str(tmp_path / "mixtral"), "dataset": str(tmp_path / "words.txt"), "evaluate": False}
+        run_recipe(make_recipe(settings | places | data), reporter=Reporter(quiet=True))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    run("whole")
+    _, lines = count_lines(lambda: run("counted"), ("journal",))
+    assert killed_at(lambda: run("killed"), lines * 8 // 10, ("journal",))
+    assert list((tmp_path / "killed" / ".small.partial").glob("model-*.json"))
+    run("killed")
+    torch.set_num_threads(threads)
+    whole, found = listing(tmp_path / "whole" / "small"), listing(tmp_path / "killed" / "small")
+    assert whole.pop("README.md") is not None  # names the folders
+    assert found.pop("README.md") is not None
+    assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "remove", "message"),
+    [
+        ("llama", {}, "experts=0.25", "no mixture of experts"),
+        ("mixtral", {}, "experts=0.7", "a token goes to 2 experts, and 1 of 4 would be left"),
+        ("mixtral", {}, "experts=0.1", "0.1 of 4 experts is none"),
+        ("deepseek_v3", {}, "experts=0.5", "a token goes to 2 experts of 1 of 2 groups, and 2 of 4 would be left"),
+        ("deepseek_v3", GROUPED, "experts=0.1", "0.1 of 8 experts in 2 groups is none"),
+        ("deepseek_v3", GROUPED | {"num_experts_per_tok": 1}, "experts=0.75", "cannot be removed"),
+        ("llama4_text", {}, "experts=0.25", "is not told which experts a token goes to"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(
+    family: str, changes: dict[str, Any], remove: str, message: str
+) -> None:
+    model = pico_model(family, **changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises((UnsupportedModel, BadInput), match=message):
+        coprune.prune(model, remove=remove, **SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
