@@ -180,3 +180,14 @@ def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
 def test_nothing_said_is_nothing_nested() -> None:
     assert nest({}) == {}
     assert nest({"calibration": None, "output": {}}) == {}
+
+
+def test_the_name_of_a_score_says_what_it_is_of() -> None:
+    both = make_recipe({"model": "m", "score": ["kl:tokens=9", "flap:refit=true"], "remove": "heads=0.5,blocks=0.5"})
+    assert {kind: str(score) for kind, score in both.structure.scores.items()} == {
+        "units": "flap:refit=true",
+        "blocks": "kl:tokens=9",
+    }
+    assert both.way == "flap-kl"
+    with pytest.raises(BadInput, match="kl and influence are scores of the same parts"):
+        make_recipe({"model": "m", "score": ["kl", "influence"], "remove": "blocks=0.5"})

@@ -79,11 +79,7 @@ class Recipe(BaseModel):
     @property
     def way(self) -> str:
         """What decides which weights go: the method, or the score of what is removed."""
-        return "-".join(self._scores) if self.structure.remove else self.method.name
-
-    @property
-    def _scores(self) -> list[str]:
-        return [score.name for score in self.structure.scores.values()] or ["influence"]
+        return "-".join(score.name for score in self.structure.scores.values()) or self.method.name
 
     @property
     def shape(self) -> str:

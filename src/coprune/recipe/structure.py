@@ -13,10 +13,14 @@ from coprune.recipe.decides import Decides
 from coprune.recipe.parts import Part
 
 Removable = Literal["channels", "heads", "blocks", "experts"]
-Scored = Literal["units", "experts"]
+Scored = Literal["units", "blocks", "experts"]
 """What a score is of: units are channels and heads."""
-EXPERT_SCORES = ("reap", "frequency", "random")
-_DEFAULT_SCORES: dict[Scored, str] = {"units": "obs", "experts": "reap"}
+SCORES: dict[Scored, tuple[str, ...]] = {
+    "units": ("obs", "wanda_sp", "flap", "magnitude"),
+    "blocks": ("influence", "kl"),
+    "experts": ("reap", "frequency", "random"),
+}
+"""Names of the scores, by what they are of, the default first."""
 
 
 class StructurePart(Part):
@@ -37,7 +41,8 @@ class StructurePart(Part):
         Decides.RESULT,
         Field(
             description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
-            "magnitude; which experts: reap (gate times answer; the default), frequency or random; options as in "
+            "magnitude; which blocks: influence (what changes its inputs least; the default) or kl (what the model says "
+            "without it); which experts: reap (gate times answer; the default), frequency or random; options as in "
             "wanda_sp:refit=true; repeatable."
         ),
     ] = ()
@@ -61,15 +66,15 @@ class StructurePart(Part):
         return asked
 
     def score_of(self, scored: Scored) -> Choice:
-        """What decides which channels and heads, or which experts, go."""
-        default = Choice(name=_DEFAULT_SCORES[scored])
+        """What decides which of these go."""
+        default = Choice(name=SCORES[scored][0])
         return next((one for one in self.score if _scored(one.name) == scored), default)
 
     @property
     def scores(self) -> dict[Scored, Choice]:
-        """The scores that what is removed goes by; blocks go by their influence."""
+        """The scores that what is removed goes by."""
         kinds: list[Scored] = ["units"] if {"channels", "heads"} & self.shares.keys() else []
-        kinds += ["experts"] if "experts" in self.shares else []
+        kinds += [kind for kind in ("blocks", "experts") if kind in self.shares]
         return {kind: self.score_of(kind) for kind in kinds}
 
     @property
@@ -79,7 +84,10 @@ class StructurePart(Part):
 
 
 def _scored(name: str) -> Scored:
-    return "experts" if name in EXPERT_SCORES else "units"
+    kind = next((kind for kind, names in SCORES.items() if name in names), None)
+    if kind is None:
+        raise unknown_name("score", name, [one for names in SCORES.values() for one in names], field="score")
+    return kind
 
 
 def shares(asked: tuple[str, ...]) -> dict[Removable, float]:

@@ -25,7 +25,8 @@ from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import reconstruct_cut
-from coprune.pruning.structure.remove import block_influence, remove_units
+from coprune.pruning.structure.blocks import block_score_named
+from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import score_named
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.prune_blocks import (
@@ -33,7 +34,6 @@ from coprune.run.prune_blocks import (
     all_edits,
     finish_block,
     moves_of,
-    record_calibration,
     record_to_prune,
 )
 from coprune.run.rehearsal import Plan, edits_of_block, rehearse
@@ -94,9 +94,8 @@ def _plan(session: Session) -> Plan:
                 field="remove",
                 fix="give another share",
             )
-        influence = _influences(session)
-        dropped = sorted(sorted(range(len(influence)), key=influence.__getitem__)[:count])
-        reporter.say(f"Blocks that change their inputs least, and go: {', '.join(map(str, dropped))}.")
+        dropped = sorted(_blocks_that_go(session, count))
+        reporter.say(f"Blocks that go, by {asked.score_of('blocks')}: {', '.join(map(str, dropped))}.")
     parts = (
         {name: [part for part in found if part.kind in kinds] for name, found in _parts(model, dropped)}
         if kinds
@@ -131,10 +130,13 @@ def kept_count(units: int, share: float, align: int) -> int:
     return min(kept, units)
 
 
-def _influences(session: Session) -> list[float]:
-    recording = record_calibration(session)
-    walk = Walk(session.model.idle(), recording, None, Dense(keep=Tensor.clone))
-    return [block_influence(event.before, event.after) for event in walk if isinstance(event, BlockDone)]
+def _blocks_that_go(session: Session, count: int) -> list[int]:
+    """Numbers of the blocks that are missed least."""
+    opened = session.opened
+    assert opened.samples is not None
+    score = block_score_named(opened.recipe.structure.score_of("blocks"))
+    with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
+        return score.choose(session.model, opened.task.batches(opened.samples.tokens), count, advance)
 
 
 def _parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from coprune.model.slices import KeptSlices
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.structure.remove import block_influence
 from coprune.pruning.structure.scores import FLAP, OBS, Magnitude, WandaSP, refitted, removal_cost
 from coprune.run.remove_parts import kept_count
 
@@ -76,16 +75,6 @@ def test_the_refit_is_least_squares_and_what_obs_keeps_is_better_after_it(seed: 
     chosen = OBS(damping=1e-6, steps=CHANNELS).keep(weight, statistic, ALONE, CHANNELS // 2)
     assert int(chosen.sum()) == CHANNELS // 2
     assert error(chosen) <= error(WandaSP().keep(weight, statistic, ALONE, CHANNELS // 2))
-
-
-def test_influence_is_one_minus_the_mean_cosine() -> None:
-    x = [torch.randn(2, 5, 8), torch.randn(1, 3, 8)]
-    assert block_influence(x, x) == pytest.approx(0, abs=1e-6)
-    assert block_influence(x, [-one for one in x]) == pytest.approx(2, abs=1e-6)
-    y = [torch.randn_like(one) for one in x]
-    tokens = [(a.reshape(-1, 8), b.reshape(-1, 8)) for a, b in zip(x, y, strict=True)]
-    cosines = torch.cat([(a * b).sum(dim=1) / a.norm(dim=1) / b.norm(dim=1) for a, b in tokens])
-    assert block_influence(x, y) == pytest.approx(1 - float(cosines.mean()), abs=1e-6)
 
 
 @given(units=st.integers(1, 4096), share=st.floats(0.01, 0.99), align=st.sampled_from([1, 16, 64, 100]))

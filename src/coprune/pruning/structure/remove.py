@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -72,15 +72,3 @@ def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tenso
         mask_checksum=mask_checksum(left if consumer.input_dim == 1 else left.T),
         seconds=seconds,
     )
-
-
-def block_influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """One minus the mean cosine of a block's inputs and outputs, token by token (ShortGPT, arXiv 2403.03853).
-
-    before, after: B × S × H for each batch.
-    """
-    total, count = 0.0, 0
-    for x, y in zip(before, after, strict=True):
-        cosine = torch.nn.functional.cosine_similarity(x.to(torch.float32), y.to(torch.float32), dim=-1)
-        total, count = total + float(cosine.sum(dtype=torch.float64)), count + cosine.numel()
-    return 1.0 - total / max(count, 1)
