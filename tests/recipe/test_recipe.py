@@ -28,7 +28,7 @@ FREE_WHEN_FINISHED = {
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
-    *("bos", "push_to_hub", "log_json", "encoding", "score", "align"),
+    *("bos", "push_to_hub", "log_json", "encoding", "score", "align", "blend"),
 }
 FREE_TO_RESUME_TRAINING = {
     *("save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "report_to"),

@@ -40,6 +40,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
         or _of_permutation(recipe)
+        or _of_domains(recipe.structure)
         or _of_removal(recipe)
         or _of_streaming(recipe)
         or _of_folders(recipe.output)
@@ -110,6 +111,18 @@ def _of_removal(recipe: Parts) -> BadInput | None:
             cause: Words = ("remove makes a smaller model, for which ", Setting(setting), " means nothing")
             fix = ("leave it out", ", save the smaller model with ", Setting("save_model"), " and prune that")
             return BadInput(cause, field=setting, fix=fix)
+    return None
+
+
+def _of_domains(asked: StructurePart) -> BadInput | None:
+    """Domains and their weights are for experts."""
+    weights = asked.weights
+    if asked.domains and "experts" not in asked.shares:
+        fix: Words = ("add ", Set("remove", "experts=0.25"), ", or leave it out")
+        return BadInput("domains are what experts are scored on", field="domains", value=asked.domains, fix=fix)
+    if weights is not None and asked.kept_scores is None and weights.keys() != asked.texts.keys():
+        named = ", ".join(asked.texts) or "none"
+        return BadInput(f"weights are of the domains that there are ({named})", field="blend", value=asked.blend)
     return None
 
 

@@ -30,6 +30,8 @@ FLAT: dict[str, str] = {
     "permute": "pattern.permute",
     "remove": "structure.remove",
     "score": "structure.score",
+    "domains": "structure.domains",
+    "blend": "structure.blend",
     "align": "structure.align",
     "reconstruct": "reconstruction.steps",
     "reconstruct_lr": "reconstruction.learning_rate",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -21,6 +23,13 @@ SCORES: dict[Scored, tuple[str, ...]] = {
     "experts": ("reap", "frequency", "random"),
 }
 """Names of the scores, by what they are of, the default first."""
+
+
+def _as_words(value: Any) -> Any:
+    """A mapping of names and texts, as Python may give it, as words."""
+    return (
+        tuple(f"{name}={text}" for name, text in value.items()) if isinstance(value, Mapping) else one_is_enough(value)
+    )
 
 
 class StructurePart(Part):
@@ -46,6 +55,24 @@ class StructurePart(Part):
             "wanda_sp:refit=true; repeatable."
         ),
     ] = ()
+    domains: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_as_words),
+        Decides.RESULT | Decides.COST,
+        Field(
+            description="Texts by domain, on whose samples (as many of each) the experts are scored instead of the "
+            "calibration text's: code=code.jsonl,chat=chat.jsonl; or the experts.json of an earlier run, whose scores are "
+            "blended anew without a pass; repeatable."
+        ),
+    ] = ()
+    blend: Annotated[
+        str,
+        Decides.RESULT,
+        Field(
+            description="How domains are blended: max-min (the one that keeps the least of its score keeps as much as can "
+            "be), or by weights: code=2,chat=1."
+        ),
+    ] = "max-min"
     align: Annotated[
         int, Decides.RESULT, Field(description="Keep channels in multiples of this, where the model has them.", ge=1)
     ] = 64
@@ -69,6 +96,33 @@ class StructurePart(Part):
         """What decides which of these go."""
         default = Choice(name=SCORES[scored][0])
         return next((one for one in self.score if _scored(one.name) == scored), default)
+
+    @field_validator("domains")
+    @classmethod
+    def _named_once(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
+        domains_in(asked)
+        return asked
+
+    @field_validator("blend")
+    @classmethod
+    def _max_min_or_weights(cls, asked: str) -> str:
+        weights_in(asked)
+        return asked
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The texts of the domains, by name."""
+        return {} if self.kept_scores is not None else domains_in(self.domains)
+
+    @property
+    def kept_scores(self) -> Path | None:
+        """The file of an earlier run's scores, if that is what the domains are."""
+        return Path(self.domains[0]) if _is_kept(self.domains) else None
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Weights of the domains; None where the worst of them counts."""
+        return weights_in(self.blend)
 
     @property
     def scores(self) -> dict[Scored, Choice]:
@@ -116,4 +170,38 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float]:
         if kind in found:
             raise BadInput(f"the share of {kind} to remove is said twice", field="remove", value=text)
         found[kind] = share
+    return found
+
+
+def _is_kept(asked: tuple[str, ...]) -> bool:
+    return len(asked) == 1 and asked[0].endswith(".json") and "=" not in asked[0]
+
+
+def domains_in(asked: tuple[str, ...]) -> dict[str, str]:
+    """Read names and texts of domains. Raises BadInput where one has no name, or two have the same."""
+    found: dict[str, str] = {}
+    for text in () if _is_kept(asked) else (part.strip() for one in asked for part in one.split(",")):
+        name, equals, place = (part.strip() for part in text.partition("="))
+        if not name or not equals or not place:
+            raise BadInput(f"{text!r} names no domain", field="domains", value=text, fix="write NAME=TEXT")
+        if name in found:
+            raise BadInput(f"the domain {name} is named twice", field="domains", value=text)
+        found[name] = place
+    return found
+
+
+def weights_in(asked: str) -> dict[str, float] | None:
+    """Read weights of domains; None for max-min. Raises BadInput for what is neither."""
+    if asked == "max-min":
+        return None
+    found: dict[str, float] = {}
+    for text in asked.split(","):
+        name, _, value = (part.strip() for part in text.partition("="))
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if not name or not 0 <= found[name] < float("inf"):
+            fix = "write max-min, or NAME=WEIGHT for every domain, with commas between"
+            raise BadInput(f"{text!r} is no weight of a domain", field="blend", value=asked, fix=fix)
     return found

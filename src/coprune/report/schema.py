@@ -110,6 +110,8 @@ class Report(Shown, BaseModel):
     accuracy: list[AccuracyFacts] = []
     bos: BosChoice | None = None
     """How windows of text begin; None where there is no text."""
+    covered: dict[str, float] = {}
+    """What share of its experts' score every domain keeps, where experts were removed."""
     edits: list[str] = []
     """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []
@@ -140,6 +142,9 @@ class Report(Shown, BaseModel):
             rows.append(("BOS", begins))
         rows += [("accuracy", images.line()) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
+        if self.covered:
+            kept = ", ".join(f"{name} {share:.1%}" for name, share in self.covered.items())
+            rows.append(("kept", f"of the experts' score by {recipe.structure.score_of('experts')}: {kept}"))
         rows += [("left", layer) for layer in self.left_out]
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
         rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))

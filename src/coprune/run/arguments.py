@@ -78,6 +78,8 @@ class StructureArguments(TypedDict, total=False):
 
     structure: StructurePart | Mapping[str, Any]
     remove: str | Sequence[str]
+    domains: str | Sequence[str] | Mapping[str, File]
+    blend: str
     align: int
 
 

@@ -163,6 +163,12 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
         plan_targets(allocation, model, None, target)
 
 
+def reads_calibration(recipe: Recipe) -> bool:
+    """Whether the calibration text is looked at: not where all that goes are experts, scored on texts of their own."""
+    only_experts = set(recipe.structure.shares) == {"experts"} and bool(recipe.structure.domains)
+    return not only_experts or recipe.reconstruction.steps > 0
+
+
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
     looks = recipe.pattern.permute or allocation_named(recipe.allocation).statistic is not None

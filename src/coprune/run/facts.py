@@ -56,6 +56,7 @@ def build_report(session: Session, found: Found) -> Report:
         events=[f"{result.name}: {event}" for result in results for event in result.events],
         matrices=results,
         edits=edits.lines(),
+        covered=dict(found.outcome.covered),
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),
         sample=found.extras.sample(),

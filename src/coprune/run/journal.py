@@ -6,6 +6,7 @@ the same recipe, model and data takes the good ones over and does the rest. Noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,4 +134,6 @@ def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str |
     settings = recipe.deciding(Decides.RESULT)
     if recipe.allocation.is_file:
         settings["allocation file"] = Path(recipe.allocation.name).read_text(encoding="utf-8")
+    if (kept := recipe.structure.kept_scores) is not None and kept.is_file():
+        settings["experts' scores"] = hashlib.sha256(kept.read_bytes()).hexdigest()
     return {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}

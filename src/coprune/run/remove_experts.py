@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.evaluation.tasks import Samples
 from coprune.model.experts import Mixture
 from coprune.model.find_experts import find_mixtures
 from coprune.model.routing import Routed
@@ -17,10 +18,8 @@ from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.experts import ExpertSums, coverage, expert_score_named, kept_experts
+from coprune.run.expert_scores import Scored, keep_scores, known_scores
 from coprune.run.session import Session
-
-Scored = Mapping[str, Mapping[str, ExpertSums]]
-"""What was summed up of every mixture, by domain and block."""
 
 
 def find_experts(session: Session, dropped: Sequence[int]) -> dict[str, Mixture]:
@@ -60,6 +59,27 @@ def experts_left(mixture: Mixture, share: float) -> int:
             fix="give a smaller share",
         )
     return kept
+
+
+def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
+    """What comes to each expert, by domain: known before, or found by one pass of all domains over the dense model.
+
+    Raises:
+        BadInput: the scores that are named are of another model.
+    """
+    opened = session.opened
+    named: dict[str, Samples] = dict(opened.domains)
+    if not named and opened.samples is not None:
+        named["calibration"] = opened.samples
+    data = {name: one.fingerprint for name, one in named.items()}
+    processes, model = opened.around.processes, opened.loaded.fingerprint(session.model.blocks)
+    known = processes.from_first(lambda: known_scores(session, model, data))
+    if known is not None:
+        opened.around.reporter.say("The experts' scores are known, so no text runs through the model.")
+        return known
+    scored = gather_scores(session, mixtures, {name: one.tokens for name, one in named.items()})
+    keep_scores(session, model, data, scored)
+    return scored
 
 
 def gather_scores(session: Session, mixtures: Mapping[str, Mixture], domains: Mapping[str, Tensor]) -> Scored:
@@ -106,7 +126,7 @@ def _of_all(session: Session, own: Scored) -> Scored:
 
 
 def choose_experts(
-    session: Session, mixtures: Mapping[str, Mixture], left: Mapping[int, int], scored: Scored
+    session: Session, mixtures: Mapping[str, Mixture], left: Mapping[int, int]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Choose the experts of every block.
 
@@ -114,17 +134,20 @@ def choose_experts(
         session: the run.
         mixtures: by block.
         left: how many experts are kept, by how many there are.
-        scored: as `gather_scores` gives it.
 
     Returns:
         E bool by block, and the share of its score that every domain keeps, in the mean over the blocks.
     """
-    score = expert_score_named(session.opened.recipe.structure.score_of("experts"))
+    asked = session.opened.recipe.structure
+    score = expert_score_named(asked.score_of("experts"))
+    scored = expert_scores(session, mixtures)
     numbers = {block.name: block.index for block in session.model.blocks}
     keeps, covered = dict[str, Tensor](), dict.fromkeys(scored, 0.0)
     for block, mixture in mixtures.items():
         scores = {name: score.score(sums[block], numbers[block]) for name, sums in scored.items()}
-        keeps[block] = kept_experts(scores, left[mixture.count], mixture.groups, None)
+        keeps[block] = kept_experts(scores, left[mixture.count], mixture.groups, asked.weights)
         for name, share in coverage(scores, keeps[block]).items():
             covered[name] += share / len(mixtures)
+    kept = ", ".join(f"{name} {share:.1%}" for name, share in covered.items())
+    session.opened.around.reporter.say(f"The experts that stay have of the score of all: {kept}.")
     return keeps, covered

@@ -37,7 +37,7 @@ from coprune.run.prune_blocks import (
     record_to_prune,
 )
 from coprune.run.rehearsal import Plan, edits_of_block, rehearse
-from coprune.run.remove_experts import choose_experts, experts_left, find_experts, gather_scores
+from coprune.run.remove_experts import choose_experts, experts_left, find_experts
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
 
@@ -54,7 +54,7 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     finished = shared.finished()
     plan = _plan(session)
     configure = rehearse(session, plan)
-    experts, covered = _experts(session, plan)
+    experts, covered = choose_experts(session, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
             _only_consumers(model, plan),
@@ -69,15 +69,6 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
     return Outcome(earlier + results, all_edits(session, shared, configure), seconds, covered)
-
-
-def _experts(session: Session, plan: Plan) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Which experts are kept, by block, and what every domain keeps of its score."""
-    samples = session.opened.samples
-    if not plan.mixtures or samples is None:
-        return {}, {}
-    scored = gather_scores(session, plan.mixtures, {"calibration": samples.tokens})
-    return choose_experts(session, plan.mixtures, plan.experts, scored)
 
 
 def _plan(session: Session) -> Plan:

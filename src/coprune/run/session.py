@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from coprune.base.errors import BadInput
 from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
@@ -31,6 +33,7 @@ from coprune.run.checks import (
     needs_inputs,
     prepare_reconstruction,
     prepare_solver,
+    reads_calibration,
 )
 from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.workload import Planned, estimate_run
@@ -62,6 +65,20 @@ class Opened:
     started: float
     bos: BosChoice | None = None
     """How windows of text begin, once that is settled."""
+    domains: Mapping[str, Windows] = field(default_factory=dict)
+    """Samples of every domain that experts are scored on."""
+
+    @property
+    def looked_at(self) -> Samples | None:
+        """Samples to try things on: of the calibration text, or of the first domain."""
+        return self.samples if self.samples is not None else next(iter(self.domains.values()), None)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Names everything that the model is calibrated on."""
+        own = {} if self.samples is None else {"": self.samples}
+        found = [f"{name} {one.fingerprint}".strip() for name, one in {**own, **self.domains}.items()]
+        return ", ".join(found) or None
 
     def estimate(self) -> Estimate | None:
         """What the run will take; None for models of images."""
@@ -127,10 +144,23 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     check_widths((matrix for matrix in found.chosen.all() if matrix.expert is None), target)
     check_allocation(recipe, found, target)
     task = task_for(recipe, loaded, around.processes, remember)
-    samples = task.calibration(needs_inputs(recipe, solver), reporter)
+    samples = task.calibration(needs_inputs(recipe, solver), reporter) if reads_calibration(recipe) else None
+    domains = _domains(recipe, loaded, around, remember)
     data = task.evaluation(reporter)
     return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
-    return Opened(recipe, solver, target, loaded, found, task, samples, data, around, started)
+    return Opened(recipe, solver, target, loaded, found, task, samples, data, around, started, domains=domains)
+
+
+def _domains(recipe: Recipe, loaded: Loaded, around: Surroundings, remember: Remember) -> dict[str, Windows]:
+    """Samples of every domain. Raises BadInput where a model does not read text."""
+    found = {}
+    for name, text in recipe.structure.texts.items():
+        task = task_for(recipe.replaced(dataset=text), loaded, around.processes, remember)
+        samples = task.calibration(True, around.reporter)
+        if not isinstance(samples, Windows):
+            raise BadInput("domains are of text", field="domains", value=text)
+        found[name] = samples
+    return found
 
 
 def prove_run(opened: Opened) -> Session:
@@ -139,7 +169,7 @@ def prove_run(opened: Opened) -> Session:
     Raises:
         UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
     """
-    model = prove_replay(opened.found, opened.task.probe(opened.samples, opened.data))
+    model = prove_replay(opened.found, opened.task.probe(opened.looked_at, opened.data))
     check_widths(model.chosen.all(), opened.target)
     for left_out in [*model.chosen.left_out, *opened.loaded.left_out]:
         opened.around.reporter.say(f"Left alone: {left_out}.")
@@ -149,13 +179,15 @@ def prove_run(opened: Opened) -> Session:
 def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:
     """The same with windows of text that begin as the recipe says, or as the dense model speaks for."""
     task, recipe = opened.task, opened.recipe
-    if not isinstance(task, TextTask) or not (opened.samples or opened.data):
+    if not isinstance(task, TextTask) or not (opened.looked_at or opened.data):
         return opened
     score = score_of(model, task.seqlen - 1, opened.activations())
-    choice, samples, data = task.settle_bos(score, opened.samples, opened.data)
+    choice, samples, data = task.settle_bos(score, opened.looked_at, opened.data)
     if (line := choice.line()) is not None:
         opened.around.reporter.say(f"The token that begins a text: {line}.")
         if recipe.calibration.bos == "auto" and choice.used == "every":
             usual = ("The papers' way, once at the start of the text, is ", Set("bos", "first"), ".")
             opened.around.reporter.say(say(usual))
-    return replace(opened, samples=samples, data=data, bos=choice)
+    domains = {name: task.begun(choice, one) for name, one in opened.domains.items()}
+    settled = None if opened.samples is None else samples
+    return replace(opened, samples=settled, data=data, bos=choice, domains=domains)

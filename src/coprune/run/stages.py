@@ -181,13 +181,12 @@ def _run_with_finetuning(recipe: Recipe, given: Given, around: Surroundings) -> 
 def _open_output(session: Session) -> Output | None:
     """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
     opened, model = session.opened, session.model
-    recipe, samples = opened.recipe, opened.samples
+    recipe = opened.recipe
     if recipe.output.model is None and not model.weights.streams:
         return None
-    data = None if samples is None else samples.fingerprint
     # How windows begin is decided by now, whoever decided it.
     used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
-    identity = run_identity(recipe.replaced(bos=used), opened.loaded.fingerprint(model.blocks), data)
+    identity = run_identity(recipe.replaced(bos=used), opened.loaded.fingerprint(model.blocks), opened.fingerprint)
     folder = recipe.output.model or path_of(recipe.run_folder, "checkpoint")
     return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
 

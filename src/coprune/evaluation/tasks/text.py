@@ -99,6 +99,11 @@ class TextTask:
         }
         return choice, samples, begun
 
+    def begun(self, choice: BosChoice, samples: Windows) -> Windows:
+        """Other samples as `settle_bos` lets those begin that it was given."""
+        every = self._recipe.calibration.bos == "auto" and choice.used == "every" and not samples.given
+        return windows_at_bos(samples, self._bos) if every else samples
+
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
         if not recipe.evaluation.perplexity:

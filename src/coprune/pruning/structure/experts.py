@@ -18,6 +18,10 @@ from coprune.model.routing import Routed
 from coprune.recipe.choice import Choice
 
 
+_STARTS = 8
+"""From so many choices exchanges begin."""
+
+
 @dataclass
 class ExpertSums:
     """What is remembered of the tokens that came to each expert, in float64 on the CPU."""
@@ -129,20 +133,24 @@ def _largest(score: Tensor, count: int, groups: int) -> Tensor:
 
 
 def _max_min(shares: Tensor, count: int, groups: int) -> Tensor:
-    """The choice whose worst domain keeps most: from the best weighted mean, by exchanges as long as they help.
+    """The choice whose worst domain keeps most: from the best weighted means, by exchanges as long as they help.
 
     shares: D × E, every domain's adding up to one.
     """
-    weights, best, worst = torch.full((len(shares),), 1 / len(shares), dtype=torch.float64), None, -1.0
+    weights, found = torch.full((len(shares),), 1 / len(shares), dtype=torch.float64), list[Tensor]()
     for _ in range(64):
         keep = _largest(weights @ shares, count, groups)
         kept = shares[:, keep].sum(dim=1)
-        if float(kept.min()) > worst:
-            best, worst = keep, float(kept.min())
+        if not any(torch.equal(keep, other) for other in found):
+            found.append(keep)
         # Domains that keep less weigh more the next time.
         weights = torch.softmax(weights.log() - 4 * (kept - kept.mean()), dim=0)
-    assert best is not None
-    return _exchanged(shares, best, groups)
+
+    def worst(keep: Tensor) -> float:
+        return float(shares[:, keep].sum(dim=1).min())
+
+    starts = sorted(found, key=worst, reverse=True)[:_STARTS]
+    return max((_exchanged(shares, keep, groups) for keep in starts), key=worst)
 
 
 def _exchanged(shares: Tensor, keep: Tensor, groups: int) -> Tensor:

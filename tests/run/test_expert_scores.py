@@ -1,0 +1,97 @@
+"""The scores of experts are those of full forwards, are kept beside a run, and are blended anew without a pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.recipe.recipe import make_recipe
+from support.pico import pico_model
+from support.pico_folder import pico_tokenizer, write_words
+
+IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"remove": "experts=0.25", "evaluate": False, "quiet": True}
+
+
+def by_hand(family: str, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and the mean of gate · ‖answer‖₂ of every expert, block by block, from what full forwards route."""
+    model = pico_model(family)
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    names = [name for name, _ in model.named_modules() if name.endswith("mlp.experts")]
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args: calls.append(args))
+    found = []
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for name, (hidden, index, gates) in zip(names, calls, strict=True):
+        experts: Any = model.get_submodule(name)
+        total, count = torch.zeros(experts.num_experts), torch.zeros(experts.num_experts)
+        for token, (chosen, weights) in enumerate(zip(index, gates, strict=True)):
+            for expert, gate in zip(chosen.tolist(), weights.tolist(), strict=True):
+                up_gate, up = F.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2)
+                answer = F.linear(F.silu(up_gate) * up, experts.down_proj[expert])
+                total[expert] += gate * answer.norm()
+                count[expert] += 1
+        found.append((count, total / count))
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_reap_is_the_formula_on_full_forwards(family: str, tmp_path: Path) -> None:
+    coprune.prune(pico_model(family), dataset=IDS, save=tmp_path / "run", **SETTINGS)
+    kept = json.loads((tmp_path / "run" / "experts.json").read_text())["sums"]["calibration"]
+    for sums, (count, mean) in zip(kept.values(), by_hand(family, IDS), strict=True):
+        tokens, weighted = (torch.tensor(sums[part]) for part in ("tokens", "weighted"))
+        assert torch.equal(tokens, count)
+        torch.testing.assert_close(weighted / tokens, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_domains_are_scored_at_once_and_blended_anew(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        write_words(tmp_path / f"{name}.txt", seed=seed)
+    asked = SETTINGS | {"processor": pico_tokenizer(), "nsamples": 2, "seqlen": 16}
+    texts = {name: tmp_path / f"{name}.txt" for name in ("a", "b")}
+
+    def run(out: str, **settings: Any) -> Any:
+        return coprune.prune(pico_model("mixtral"), save=tmp_path / out, **asked, **settings)
+
+    both = run("both", domains=texts)
+    kept = both.report.covered
+    assert set(kept) == {"a", "b"}
+    assert all(0.5 < share < 1 for share in kept.values())
+    assert "a 8" in str(dict(both.report.sheet().rows)["kept"]) or "a 7" in dict(both.report.sheet().rows)["kept"]
+    again = run("again", domains=str(tmp_path / "both" / "experts.json"))
+    assert again.report.covered == kept
+    assert again.report.calibration is None
+    for name, other in (("a", "b"), ("b", "a")):
+        alone = run(f"alone-{name}", domains={name: texts[name]})
+        blended = run(f"all-{name}", domains=str(tmp_path / "both" / "experts.json"), blend=f"{name}=1,{other}=0")
+        assert blended.report.covered[name] == alone.report.covered[name] >= kept[name]
+        assert blended.report.covered[other] <= kept[other] + 1e-12
+        for one, two in zip(alone.model.parameters(), blended.model.parameters(), strict=True):
+            assert torch.equal(one, two)
+    with pytest.raises(BadInput, match="scores of another model"):
+        coprune.prune(pico_model("olmoe"), domains=str(tmp_path / "both" / "experts.json"), **asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"domains": "code"}, "'code' names no domain"),
+        ({"domains": ["a=x", "a=y"]}, "the domain a is named twice"),
+        ({"domains": "a=x,b=y", "blend": "a=1"}, "weights are of the domains that there are"),
+        ({"domains": "a=x", "blend": "mean"}, "'mean' is no weight of a domain"),
+        ({"domains": "a=x", "remove": "heads=0.5"}, "domains are what experts are scored on"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        make_recipe({"model": "x", "remove": "experts=0.25"} | settings)
