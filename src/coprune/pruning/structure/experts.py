@@ -17,7 +17,6 @@ from coprune.base.options import with_options
 from coprune.model.routing import Routed
 from coprune.recipe.choice import Choice
 
-
 _STARTS = 8
 """From so many choices exchanges begin."""
 
