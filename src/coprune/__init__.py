@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coprune.evaluation.evaluate import evaluate
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
+    from coprune.model.gguf.export import Gguf, export
     from coprune.packed.accelerate import accelerate
     from coprune.packed.bench import bench
     from coprune.packed.benched import Bench
@@ -61,6 +62,7 @@ _HOME = {
     "Estimate": "coprune.run.estimate.found",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
+    "Gguf": "coprune.model.gguf.export",
     "Inspection": "coprune.run.inspection",
     "LostProcess": "coprune.base.errors",
     "OutOfMemory": "coprune.base.errors",
@@ -78,6 +80,7 @@ _HOME = {
     "compare": "coprune.run.compare",
     "estimate": "coprune.run.prune",
     "evaluate": "coprune.evaluation.evaluate",
+    "export": "coprune.model.gguf.export",
     "finetune": "coprune.training.finetune",
     "inspect": "coprune.run.inspect",
     "load_packed": "coprune.packed.quantizer",
@@ -100,6 +103,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "FinetuneReport",
+    "Gguf",
     "Inspection",
     "LostProcess",
     "Merged",
@@ -117,6 +121,7 @@ __all__ = [
     "compare",
     "estimate",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "load_packed",

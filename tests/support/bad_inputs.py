@@ -21,7 +21,7 @@ TABLE = Path(__file__).with_suffix(".yaml")
 # What every case of `prune` asks for, unless it says something else. The command streams models, Python loads them.
 PRUNE: dict[str, Any] = {"model": "model", "dataset": "words.txt", "seqlen": 32, "nsamples": 4, "stream": None}
 PRUNE_COMMAND = ["--dataset", "words.txt", "--seqlen", "32", "--nsamples", "4"]
-_QUIET = ("prune", "eval", "inspect", "compare", "finetune")
+_QUIET = ("prune", "eval", "inspect", "compare", "finetune", "export")
 _CALLS: dict[str, Callable[..., Any]] = {
     "evaluate": lambda **settings: coprune.evaluate(**settings, quiet=True),
     "compare": lambda **settings: coprune.compare(**settings, quiet=True),
@@ -29,6 +29,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "finetune": lambda **settings: coprune.finetune(**settings, quiet=True),
     "pack": coprune.pack,
     "unpack": coprune.unpack,
+    "export": lambda **settings: coprune.export(**settings, quiet=True),
 }
 
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "merge": "Merge a masked adapter into its pruned model.",
     "pack": "Store a pruned model smaller, bit for bit the same.",
     "unpack": "Give back the dense folder that was packed.",
+    "export": "Write a model as a GGUF file for llama.cpp and others.",
     "bench": "Measure how fast models are on this machine.",
 }
 """Every command, with what it does in one line of a narrow terminal. Its function is in the file of its name."""

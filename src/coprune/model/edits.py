@@ -74,10 +74,25 @@ class Edits:
         """What was done besides zeros, for people."""
         return [line for edit in self.all() if (line := edit.describe()) is not None]
 
-    def write(self, folder: Path) -> None:
-        """Keep them beside a model's weights, with the names that matrices have there."""
-        content = {"masks": self.checksums(), "edits": {block: dump_edits(own) for block, own in self.by_block.items()}}
+    def write(self, folder: Path, source: str | None = None) -> None:
+        """Keep them beside a model's weights, with the names that matrices have there.
+
+        source: what the model was made from, as somebody asked for it; None where nobody did.
+        """
+        if source is not None and Path(source).exists():
+            source = str(Path(source).absolute())  # it has to be found from other folders too
+        edits = {block: dump_edits(own) for block, own in self.by_block.items()}
+        content = {"source": source, "masks": self.checksums(), "edits": edits}
         write_text(folder / EDITS_FILE, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What was done to a folder's model; nothing where nothing tells. Raises BadInput if that is damaged."""
+        try:
+            written = dict(_content(folder).get("edits", {})).items()
+            return cls({str(block): load_edits(own) for block, own in written})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise error if isinstance(error, BadInput) else _damaged(folder) from None
 
     @classmethod
     def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
@@ -124,12 +139,31 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
 
 def pruned_names(folder: Path) -> set[str]:
     """Names of the matrices that were pruned in a folder's model; empty where nothing tells. Raises BadInput if damaged."""
+    try:
+        return {str(name) for name in dict(_content(folder).get("masks", {}))}
+    except (TypeError, ValueError):
+        raise _damaged(folder) from None
+
+
+def source_of(folder: Path) -> str | None:
+    """What a folder's model was made from, as it was asked for; None where nothing tells. Raises BadInput if damaged."""
+    source = _content(folder).get("source")
+    return None if source is None else str(source)
+
+
+def _content(folder: Path) -> dict[str, Any]:
     path = folder / EDITS_FILE
     if not path.is_file():
-        return set()
+        return {}
     try:
-        masks = json.loads(path.read_text(encoding="utf-8"))["masks"]
-        return {str(name) for name in dict(masks)}
-    except (OSError, ValueError, KeyError, TypeError):
-        fix = "remove it, and the zeros of the weights tell what was pruned"
-        raise BadInput(f"{path} is damaged", fix=fix) from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _damaged(folder) from None
+    if not isinstance(content, dict) or "masks" not in content:
+        raise _damaged(folder)
+    return content
+
+
+def _damaged(folder: Path) -> BadInput:
+    fix = "remove it, and the zeros of the weights tell what was pruned"
+    return BadInput(f"{folder / EDITS_FILE} is damaged", fix=fix)

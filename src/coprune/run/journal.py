@@ -120,7 +120,7 @@ class Output:
         partial = self._writer.partial
         self._writer.write(REST, self._weights.rest_tensors(self._names))
         self._weights.write_companions(partial, beside)
-        edits.write(partial)
+        edits.write(partial, beside.source)
         change_config(partial, edits.configure, encoding.configure)
         self._writer.finish([_IDENTITY], check, edits.place, encoding)
 

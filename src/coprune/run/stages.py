@@ -225,5 +225,6 @@ def _save(session: Session, output: Output | None, report: Report, edits: Edits)
         verify_saved(folder, session.model, edits, encoding)
 
     opened, encoding = session.opened, ENCODINGS[session.opened.recipe.output.encoding]
-    beside = Companions(opened.loaded.processor, model_card(report), opened.recipe.model.dtype)
+    asked = opened.recipe.model
+    beside = Companions(opened.loaded.processor, model_card(report), asked.dtype, asked.name)
     output.finish(beside, edits, encoding, check)

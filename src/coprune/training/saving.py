@@ -51,7 +51,7 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
             writer.write(name, weights.original_tensors(name))
         writer.write(REST, weights.rest_tensors(names))
         weights.write_companions(writer.partial, beside)
-        edits.write(writer.partial)
+        edits.write(writer.partial, beside.source)
         writer.finish(check=lambda partial: verify_saved(partial, proven, edits))
     except Exception:
         writer.discard()  # all of it is still in memory, and in what the training keeps

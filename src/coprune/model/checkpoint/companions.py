@@ -30,6 +30,8 @@ class Companions:
     processor: Any
     card: str
     dtype: DtypeName = "auto"
+    source: str | None = None
+    """What the model was made from, as it was asked for."""
 
 
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:

@@ -94,11 +94,12 @@ def load_model(
     dtype: DtypeName = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    processed: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer or image processor: in evaluation mode, without gradients, on one device.
 
-    dtype: "auto" is the checkpoint's own (float32 for GGUF). Raises BadInput if the files cannot be loaded, or do
-    not hold every weight of the model.
+    dtype: "auto" is the checkpoint's own (float32 for GGUF). processed: whether the second is wanted, None otherwise.
+    Raises BadInput if the files cannot be loaded, or do not hold every weight of the model.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     folder, file = _arguments(location)
@@ -124,7 +125,7 @@ def load_model(
         require_floats(model, checkpoint_entries(location.path))
     name_model(model, location.name)
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
-    return prepare(model), load_processor(location, task, trust_remote_code)
+    return prepare(model), load_processor(location, task, trust_remote_code) if processed else None
 
 
 def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,40 @@
+"""`coprune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a model (or of a run that saved one), or a GGUF file.")],
+    output: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")],
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="GGUF file of the source model, in any type: its metadata, tokenizer and order are taken over. [the one that "
+            "the model was made from]",
+            show_default=False,
+        ),
+    ] = None,
+    type_: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with llama-cpp-py-sync installed also q6_k, q5_k_m, q4_k_m, "
+            "iq4_nl, q3_k_m, q2_k …",
+        ),
+    ] = "f16",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp, Ollama and others: what was removed is gone there too.
+
+    A smaller model that came from a GGUF file needs nothing else: coprune export out/smaller smaller.gguf --type q8_0.
+    One that came from elsewhere needs a GGUF file of the same source model, of any type: --like source-q4_0.gguf.
+    """
+    from coprune.model.gguf.export import export
+    from coprune.report.folder import model_of
+
+    typer.echo(str(export(model_of(model), output, like=like, type=type_, quiet=quiet)))

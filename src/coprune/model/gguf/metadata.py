@@ -1,0 +1,189 @@
+"""The metadata of a GGUF file, and what they have to say of a smaller model.
+
+Which numbers tell what was changed is found as in `coprune.model.smaller`: those that are as large as what was cut are
+tried, until transformers reads the configuration out of them that the smaller model has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.load import quiet_transformers
+
+MOST_CANDIDATES = 500
+_OWN = (
+    "GGUF.",
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.size_label",
+    "split.",
+)
+"""Keys that the writer sets itself, or that tell of the file that was."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value of the metadata, with its type and that of a list's entries as the format numbers them."""
+
+    value: Any
+    type: int
+    entries: int | None = None
+
+
+Fields = Mapping[str, Field]
+
+
+def read_fields(reader: Any) -> dict[str, Field]:
+    """What a new file takes over of the metadata. reader: of the gguf package."""
+    found = {}
+    for key, stored in reader.fields.items():
+        is_list = len(stored.types) > 0 and stored.types[0].name == "ARRAY"
+        if key.startswith(_OWN) or (is_list and len(stored.types) < 2):
+            continue
+        found[key] = Field(stored.contents(), int(stored.types[0]), int(stored.types[-1]) if is_list else None)
+    return found
+
+
+def architecture(reader: Any) -> str:
+    """The name before the keys that describe the model."""
+    return str(reader.fields["general.architecture"].contents())
+
+
+def write_fields(writer: Any, fields: Fields) -> None:
+    """Give a writer of the gguf package all metadata."""
+    from gguf import GGUFValueType
+
+    for key, field in fields.items():
+        entries = None if field.entries is None else GGUFValueType(field.entries)
+        writer.add_key_value(key, field.value, GGUFValueType(field.type), sub_type=entries)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was changed, as far as metadata may have to tell of it."""
+
+    changes: Mapping[str, Any]
+    """Of the configuration: new values by their places."""
+    sizes: Mapping[int, int]
+    """New dimensions by old ones that no tensor has any more."""
+    kept_blocks: Sequence[int]
+    blocks: int
+    """How many there were."""
+
+
+def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
+    """The metadata of the smaller model. Raises UnsupportedModel where it cannot be told which number means what."""
+    if not counts.changes and not counts.sizes and len(counts.kept_blocks) == counts.blocks:
+        return dict(fields)
+    before = config_of(fields, arch)
+    wanted = {place: new for place, new in counts.changes.items() if _is_number(new) and _is_number(_at(before, place))}
+    kept = {
+        key: _without_blocks(field, counts) if key.startswith(f"{arch}.") else field for key, field in fields.items()
+    }
+    for changed in islice(_candidates(kept, arch, before, wanted), MOST_CANDIDATES):
+        new = kept | changed
+        new |= {
+            key: replace(field, value=counts.sizes[field.value])
+            for key, field in kept.items()
+            if key not in changed
+            and key.startswith(f"{arch}.")
+            and _is_number(field.value)
+            and field.value in counts.sizes
+        }
+        new |= _head_width(fields, new, arch)
+        if _says(config_of(new, arch), before, wanted):
+            return new
+    raise UnsupportedModel(
+        f"no change of the GGUF file's metadata says {', '.join(f'{place} {value}' for place, value in wanted.items())}"
+    )
+
+
+def _candidates(
+    fields: Fields, arch: str, before: Mapping[str, Any], wanted: Mapping[str, int]
+) -> Iterator[dict[str, Field]]:
+    choices = []
+    for place in wanted:
+        old = _at(before, place)
+        keys = [key for key, field in fields.items() if key.startswith(f"{arch}.") and _tells(field.value, old)]
+        choices.append([*([key] for key in keys), *([keys] if len(keys) > 1 else []), []])
+    for chosen in product(*choices):
+        changed = {}
+        for keys, new in zip(chosen, wanted.values(), strict=True):
+            for key in keys:
+                value = fields[key].value
+                changed[key] = replace(fields[key], value=[new] * len(value) if isinstance(value, list) else new)
+        yield changed
+
+
+def _tells(value: Any, number: int) -> bool:
+    return (_is_number(value) and value == number) or (
+        isinstance(value, list) and bool(value) and set(value) == {number}
+    )
+
+
+def _without_blocks(field: Field, counts: Counts) -> Field:
+    """A list of one value per block loses those of the blocks that go."""
+    if not isinstance(field.value, list) or len(field.value) != counts.blocks:
+        return field
+    return replace(field, value=[field.value[index] for index in counts.kept_blocks])
+
+
+def _head_width(before: Fields, after: Fields, arch: str) -> dict[str, Field]:
+    """The width of a head where it was not said, since the format takes it to be the embedding's over the number of heads."""
+    heads, width = f"{arch}.attention.head_count", before.get(f"{arch}.embedding_length")
+    said = f"{arch}.attention.key_length"
+    if heads not in before or width is None or said in before or after[heads].value == before[heads].value:
+        return {}
+    one = replace(width, value=width.value // before[heads].value)
+    return {said: one, f"{arch}.attention.value_length": one, f"{arch}.rope.dimension_count": one} | {
+        key: before[key] for key in (f"{arch}.rope.dimension_count",) if key in before
+    }
+
+
+def _says(config: Mapping[str, Any], before: Mapping[str, Any], wanted: Mapping[str, int]) -> bool:
+    """Whether a configuration says what is wanted, and all other numbers as before."""
+    numbers = {place: value for place, value in _walk(before) if _is_number(value)}
+    return all(_at(config, place) == value for place, value in {**numbers, **wanted}.items())
+
+
+def config_of(fields: Fields, arch: str) -> dict[str, Any]:
+    """The configuration that transformers reads out of metadata."""
+    from gguf import GGUFWriter
+
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        with closing(GGUFWriter(Path(folder) / "metadata.gguf", arch)) as writer:
+            write_fields(writer, {key: field for key, field in fields.items() if not key.startswith("tokenizer.")})
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        found: dict[str, Any] = AutoConfig.from_pretrained(folder, gguf_file="metadata.gguf").to_dict()
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int
+
+
+def _at(config: Mapping[str, Any], place: str) -> Any:
+    found: Any = config
+    for name in place.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _walk(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -1,0 +1,153 @@
+"""Which tensor of a checkpoint every tensor of a GGUF file was made of, found by the values alone.
+
+A converter renames, transposes, stacks experts, puts the rows of attention in another order, and adds one to some norms.
+None of that is known here by a model's name: transformers loads the file, and what it made of it tells where each tensor went.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import UnsupportedModel
+
+_CLOSE = 1e-5
+"""Of the largest value: transformers subtracts the one that a converter added to a norm, which rounds."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a GGUF file, or one expert's part of it, as it is made of a tensor of the checkpoint."""
+
+    names: tuple[str, ...]
+    """Tensors of the checkpoint that have these values; more than one where they hold the same."""
+    expert: int | None = None
+    """Which entry of the first dimension of that tensor; None for all of it."""
+    transposed: bool = False
+    order: Tensor | None = None
+    """The checkpoint's row for every row, int64; None if they are in the same order."""
+    added: float = 0.0
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """The checkpoint's tensor, or a mask of it, in the shape and order of the GGUF file."""
+        part = squeezed(tensor if self.expert is None else tensor[self.expert])
+        part = part.T if self.transposed else part
+        return part if self.order is None else part[self.order]
+
+
+@dataclass
+class Matcher:
+    """Finds what the tensors of a GGUF file were made of."""
+
+    tensors: Mapping[str, Tensor]
+    """Of the checkpoint, float32."""
+    _norms: dict[tuple[str, int | None], float] = field(default_factory=dict)
+    _orders: list[Tensor] = field(default_factory=list)
+    """Row orders that were found, each of which other blocks will have too."""
+
+    def find(self, wanted: Iterable[tuple[str, Tensor]]) -> dict[str, list[Piece]]:
+        """The pieces of every tensor of a GGUF file; none for one that was made of no tensor of the checkpoint.
+
+        wanted: the file's tensors by name, dequantised. Raises UnsupportedModel if the order of equal rows cannot be told.
+        """
+        found: dict[str, list[Piece]] = {}
+        undecided: dict[str, Tensor] = {}
+        for name, tensor in wanted:
+            try:
+                found[name] = self._pieces(name, tensor)
+            except UnsupportedModel:  # another block may show the order
+                found[name], undecided[name] = [], tensor
+        return found | {name: self._pieces(name, tensor) for name, tensor in undecided.items()}
+
+    def _pieces(self, name: str, tensor: Tensor) -> list[Piece]:
+        block = _block_number(name)
+        if squeezed(tensor).ndim < 3:
+            whole = self._piece(squeezed(tensor), block, None)
+            return [] if whole is None else [whole]
+        parts = [self._piece(squeezed(part), block, index) for index, part in enumerate(tensor)]
+        return [] if None in parts else [part for part in parts if part is not None]
+
+    def _piece(self, wanted: Tensor, block: int | None, expert: int | None) -> Piece | None:
+        candidates = [*self._candidates(wanted, expert)]
+        for compare in (_same, _with_one_added, self._in_known_order, self._in_found_order):
+            matches = [made for one, tensor in candidates if (made := compare(one, tensor, wanted)) is not None]
+            if matches:
+                near = [piece for piece in matches if _block_number(piece.names[0]) == block] or matches
+                names = (piece.names[0] for piece in near if piece.expert == near[0].expert)
+                return replace(near[0], names=tuple(names))
+        return None
+
+    def _candidates(self, wanted: Tensor, expert: int | None) -> Iterator[tuple[Piece, Tensor]]:
+        """Tensors of as many values and the same norm: order and transposition change neither."""
+        norm = float(wanted.norm())
+        for name, tensor in self.tensors.items():
+            part = expert if expert is not None and tensor.ndim == 3 and expert < len(tensor) else None
+            own = tensor if part is None else tensor[part]
+            if own.numel() != wanted.numel():
+                continue
+            key = (name, part)
+            if key not in self._norms:
+                self._norms[key] = float(own.norm())
+            # A vector to which something was added has another norm.
+            if wanted.ndim < 2 or abs(self._norms[key] - norm) <= 1e-3 * norm:
+                yield Piece((name,), part), squeezed(own)
+
+    def _in_known_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+        if tensor.shape != wanted.shape:
+            return None
+        fitting = (order for order in self._orders if len(order) == len(tensor))
+        return next((replace(piece, order=order) for order in fitting if close(tensor[order], wanted)), None)
+
+    def _in_found_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+        """Rows are told apart by their products with an arbitrary vector."""
+        if tensor.shape != wanted.shape:
+            return None
+        vector = torch.randn(tensor.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        mine, theirs = (
+            (rows.double() * vector).flatten(1).sum(1) if rows.ndim > 1 else rows for rows in (tensor, wanted)
+        )
+        (sorted_mine, at_mine), (sorted_theirs, at_theirs) = mine.sort(stable=True), theirs.sort(stable=True)
+        if not close(sorted_mine, sorted_theirs):
+            return None
+        order = torch.empty_like(at_mine)
+        order[at_theirs] = at_mine
+        if not close(tensor[order], wanted):
+            return None
+        if bool((sorted_mine.diff() == 0).any()):
+            raise UnsupportedModel(f"{piece.names[0]} has equal rows, whose order in the GGUF file cannot be told")
+        self._orders.append(order)
+        return replace(piece, order=order)
+
+
+def _same(piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+    if tensor.shape == wanted.shape and close(tensor, wanted):
+        return piece
+    if tensor.ndim == 2 and tensor.T.shape == wanted.shape and close(tensor.T, wanted):
+        return replace(piece, transposed=True)
+    return None
+
+
+def _with_one_added(piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+    if wanted.ndim != 1:
+        return None
+    return next((replace(piece, added=one) for one in (1.0, -1.0) if close(tensor + one, wanted)), None)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether values are the same but for rounding."""
+    return bool((found - expected).abs().max() <= _CLOSE * expected.abs().max())
+
+
+def squeezed(tensor: Tensor) -> Tensor:
+    """The tensor without dimensions of one entry, but with one dimension at least."""
+    return tensor.squeeze() if tensor.numel() > 1 else tensor.reshape(-1)
+
+
+def _block_number(name: str) -> int | None:
+    """The first number between dots in a name."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None

@@ -1,0 +1,156 @@
+"""What a new GGUF file will hold: all but its values, found and checked before anything is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Reporter
+from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.edit import Configure
+from coprune.model.gguf.metadata import Counts, architecture, corrected, read_fields
+from coprune.model.gguf.pieces import Matcher, Piece
+from coprune.model.gguf.smaller import Exported, made, planned_shape, whole_tensors
+from coprune.model.gguf.types import decode, tensor_type
+from coprune.model.gguf.verify import require_same_source
+from coprune.model.gguf.write import Plan, Planned
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A GGUF file that a new one is made like, and what its tensors were made of."""
+
+    path: Path
+    reader: Any
+    """Of the gguf package."""
+    pieces: Mapping[str, Sequence[Piece]]
+    """By the names of its tensors; none for those that are in no checkpoint."""
+
+    def values(self, name: str, source: Exported) -> Tensor:
+        """What a tensor is in the new file, float32."""
+        found = self.pieces[name]
+        if found:
+            return made(name, found, source)
+        return decode(next(stored for stored in self.reader.tensors if stored.name == name))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its tensors, rows last."""
+        return {stored.name: tuple(int(size) for size in reversed(stored.shape)) for stored in self.reader.tensors}
+
+
+def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Example:
+    """Find what the tensors of a GGUF file were made of. source: the model that is to be stored like it.
+
+    Raises:
+        BadInput: the file cannot be read, or is of another model.
+        UnsupportedModel: its tensors cannot be told apart.
+    """
+    reporter.say(f"Reading {file.name} and finding its tensors in what transformers makes of it")
+    reader = _reader(file)
+    same = source.location == file  # a GGUF file that is stored in another type is its own example
+    reference = {name: source.tensor(name) for name in source.tensors} if same else whole_tensors(file)
+    with reporter.bar("Matching", len(reader.tensors)) as advance:
+        pieces = Matcher(reference).find(_each(reader, advance))
+    _require_all(pieces, reference, source, file)
+    require_same_source(pieces, reference, source, file)
+    return Example(file.path, reader, pieces)
+
+
+def _each(reader: Any, advance: Callable[[float], None]) -> Iterator[tuple[str, Tensor]]:
+    for stored in reader.tensors:
+        yield stored.name, decode(stored)
+        advance(1)
+
+
+def _reader(file: GgufFile) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise BadInput(
+            "GGUF files need the package gguf, which is not installed", fix="pip install 'coprune[gguf]'"
+        ) from None
+    try:
+        return GGUFReader(file.path)
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise BadInput(f"{file.path} cannot be read ({error})", field="like", fix="fetch it again") from error
+
+
+def planned(example: Example, source: Exported, kind: str) -> Plan:
+    """Shapes, types, names and metadata of the new file. Raises UnsupportedModel where metadata cannot say them."""
+    shapes = example.shapes
+    new = {
+        name: planned_shape(own, shapes[name], source) if own else shapes[name] for name, own in example.pieces.items()
+    }
+    blocks = {int(found[1]): False for name in new if (found := _BLOCK.fullmatch(name))}
+    blocks |= {int(found[1]): True for name, shape in new.items() if shape and (found := _BLOCK.fullmatch(name))}
+    left = [number for number in sorted(blocks) if blocks[number]]
+    types = {stored.name: stored.tensor_type.name for stored in example.reader.tensors}
+    mixed = any(types[name] != "F32" and len(shape) > 1 for name, shape in shapes.items())
+    tensors = {
+        _moved(name, left): Planned(name, shape, tensor_type(name, shape, kind, types[name], mixed))
+        for name, shape in new.items()
+        if shape is not None
+    }
+    configured = [edit.changes for edit in source.edits.all() if isinstance(edit, Configure)]
+    changes = {place: value for one in configured for place, value in one.items()}
+    kept = [index for index, number in enumerate(sorted(blocks)) if blocks[number]]
+    arch = architecture(example.reader)
+    counts = Counts(changes, _sizes(shapes, new), kept, len(blocks))
+    return Plan(arch, corrected(read_fields(example.reader), arch, counts), kind, tensors)
+
+
+def _moved(name: str, left: Sequence[int]) -> str:
+    """The name of a tensor when only some blocks are left."""
+    found = _BLOCK.fullmatch(name)
+    return name if found is None else f"blk.{left.index(int(found[1]))}.{found[2]}"
+
+
+def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int] | None]) -> dict[int, int]:
+    """New dimensions by old ones that no tensor has any more. Raises UnsupportedModel if blocks differ in them."""
+    pairs = {
+        (old, new)
+        for name, shape in after.items()
+        if shape is not None and len(shape) == len(before[name])
+        for old, new in zip(before[name], shape, strict=True)
+    }
+    left = {new for _, new in pairs}
+    found: dict[int, int] = {}
+    for old, new in sorted(pairs):
+        if old == new or old in left:
+            continue
+        if found.setdefault(old, new) != new:
+            raise UnsupportedModel(
+                f"blocks of {found[old]} and {new} where there were {old} cannot be said in a GGUF file of this architecture"
+            )
+    return found
+
+
+def _require_all(
+    pieces: Mapping[str, Sequence[Piece]], reference: Mapping[str, Tensor], source: Exported, file: GgufFile
+) -> None:
+    """Raise where a tensor has no match on one side."""
+    alone = [name for name, own in pieces.items() if not own and name.startswith("blk.")]
+    if alone:
+        raise UnsupportedModel(
+            f"{alone[0]} of {file.name} is none of the tensors that transformers makes of it, rearranged"
+        )
+    used = {name for own in pieces.values() for piece in own for name in piece.names}
+    unused = [name for name in reference if name not in used]
+    if unused:
+        raise UnsupportedModel(f"transformers makes {unused[0]} of {file.name}, and no tensor of it has such values")
+    placed = {source.name(name) for name in used}
+    extra = [name for name in source.tensors if name not in placed]
+    if extra:
+        raise BadInput(f"the model has {extra[0]}, which {file.name} has not", field="like")
+    for name, own in pieces.items():
+        if any(len(piece.names) > 1 for piece in own):
+            made(name, own, source)  # raises if it matters which of equal tensors it is

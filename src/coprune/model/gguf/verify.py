@@ -1,0 +1,65 @@
+"""Whether a GGUF file is of the same source model, and whether what was written is what was to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, VerificationError
+from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.gguf.pieces import Piece
+from coprune.model.gguf.smaller import Exported, whole_tensors
+
+_SAME_SOURCE = 0.9
+"""Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""
+_TOLERANCE = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2, "q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2}
+"""Error of a tensor over its norm that a type may cause."""
+
+
+def require_same_source(
+    pieces: Mapping[str, Sequence[Piece]], reference: Mapping[str, Tensor], source: Exported, example: GgufFile
+) -> None:
+    """Raise BadInput where no matrix of the model is like the one of the GGUF file that it is to replace."""
+    best, names = 0.0, {piece.names[0] for own in pieces.values() for piece in own}
+    for name in sorted(names, key=lambda name: reference[name].numel()):
+        if reference[name].ndim < 2 or (read := source.read(name)) is None:
+            continue
+        tensor, mask = read
+        if tensor.shape != reference[name].shape:
+            raise BadInput(
+                f"{name} is {'×'.join(map(str, tensor.shape))} in the model and {'×'.join(map(str, reference[name].shape))} in "
+                f"{example.name}, and nothing says what was removed",
+                field="like",
+                fix="name a GGUF file of the same shapes, or export the folder that coprune wrote",
+            )
+        before = reference[name] if mask is None else reference[name] * mask
+        best = max(best, float(torch.cosine_similarity(tensor.flatten(), before.flatten(), dim=0)))
+    if best < _SAME_SOURCE:
+        raise BadInput(
+            f"{example.name} is of another model: no matrix is nearer to its own there than a cosine of {best:.2f}",
+            field="like",
+        )
+
+
+def require_same(file: Path, source: Exported, kind: str) -> None:
+    """Let transformers load what was written, and compare it with the model.
+
+    Args:
+        file: that was written.
+        source: the model.
+        kind: the type that it was written in.
+
+    Raises:
+        VerificationError: it holds something else.
+    """
+    written = whole_tensors(GgufFile(file, file.name))
+    for name, found in written.items():
+        expected = source.tensor(name)
+        if expected.shape != found.shape:
+            raise VerificationError(f"{file} does not hold {name} as the model does")
+        error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        if not error <= _TOLERANCE[kind]:
+            raise VerificationError(f"{name} is off by {error:.2g} of its norm in {file}, more than {kind} explains")

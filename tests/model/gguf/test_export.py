@@ -1,0 +1,174 @@
+"""A GGUF file made from another one is the smaller model: in transformers, in llama.cpp, and in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import coprune
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.model.gguf.pieces import Matcher
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import save
+from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf
+from support.saved import load_clean
+
+TOKENS = pico_tokens(1, 16)
+PRUNING: dict[str, Any] = {"dataset": pico_tokens(8, 32), "align": 32, "evaluate": False, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico llama as a folder and as GGUF files, and a smaller one: half of the heads, some channels and a block gone."""
+    folder = tmp_path_factory.mktemp("place")
+    model = distinct_norms(pico_model("llama"))
+    save(model, folder / "dense")
+    write_pico_gguf(model, folder / "f32.gguf")
+    write_pico_gguf(model, folder / "q8_0.gguf", "Q8_0")
+    remove = "channels=0.34,heads=0.5,blocks=0.34"
+    coprune.prune(folder / "dense", remove=remove, save_model=folder / "small", **PRUNING)
+    return folder
+
+
+def logits_of(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return load_clean(folder)(TOKENS, use_cache=False).logits[0]
+
+
+def in_transformers(file: Path) -> Tensor:
+    with torch.no_grad(), quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)(
+            TOKENS
+        ).logits[0]
+
+
+def in_llama_cpp(file: Path) -> Tensor:
+    if not has_llama_cpp():
+        pytest.skip("llama-cpp-py-sync is not installed")
+    return LlamaCpp(file, context=32, threads=1).logits(TOKENS[0].tolist())
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def number(file: Path, key: str) -> int | None:
+    field = GGUFReader(file).fields.get(f"llama.{key}")
+    return None if field is None else field.contents()
+
+
+@pytest.mark.parametrize(("run", "most"), [(in_transformers, 1e-6), (in_llama_cpp, 2e-3)])
+@pytest.mark.parametrize("model", ["dense", "small"])
+def test_both_runtimes_compute_what_the_folder_does(
+    model: str, run: Callable[[Path], Tensor], most: float, place: Path, tmp_path: Path
+) -> None:
+    made = coprune.export(place / model, tmp_path / "out.gguf", like=place / "f32.gguf", type="f32", quiet=True)
+    assert off(run(made.path), logits_of(place / model)) < most
+
+
+def test_counts_follow_and_the_width_of_a_head_is_said(place: Path, tmp_path: Path) -> None:
+    file = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True).path
+    expected = {"block_count": 2, "feed_forward_length": 64, "attention.head_count": 2, "attention.head_count_kv": 1}
+    expected |= {"embedding_length": 64, "attention.key_length": 16, "attention.value_length": 16}
+    assert {key: number(file, key) for key in expected} == expected
+    assert {tensor.name.split(".")[1] for tensor in GGUFReader(file).tensors if tensor.name.startswith("blk.")} == {
+        "0",
+        "1",
+    }
+
+
+def test_an_example_in_another_type_will_do(place: Path, tmp_path: Path) -> None:
+    file = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "q8_0.gguf", type="f32", quiet=True).path
+    assert off(in_transformers(file), logits_of(place / "small")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 5e-2), ("q5_0", 0.3), ("q4_0", 0.6), ("q4_k_m", 0.6)]
+)
+def test_types(kind: str, most: float, place: Path, tmp_path: Path) -> None:
+    if kind == "q4_k_m" and not has_llama_cpp():
+        pytest.skip("llama-cpp-py-sync is not installed")
+    made = coprune.export(place / "small", tmp_path / "out.gguf", like=place / "f32.gguf", type=kind, quiet=True)
+    assert off(in_transformers(made.path), logits_of(place / "small")) < most
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_a_model_made_from_a_gguf_file_knows_which(place: Path, tmp_path: Path) -> None:
+    """The example need not be named, and the run remembers it."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for path in (place / "small").iterdir():
+        text = path.read_bytes()
+        if path.name == "coprune_edits.json":
+            text = text.replace(str(place / "dense").encode(), str(place / "f32.gguf").encode())
+        (folder / path.name).write_bytes(text)
+    made = coprune.export(folder, tmp_path / "out.gguf", quiet=True)
+    assert made.like == place / "f32.gguf"
+    assert "channels 96 → 64 of every block" in str(made)
+
+
+def test_a_gguf_file_in_another_type(place: Path, tmp_path: Path) -> None:
+    file = coprune.export(place / "f32.gguf", tmp_path / "out.gguf", type="q8_0", quiet=True).path
+    assert off(in_transformers(file), logits_of(place / "dense")) < 5e-2
+
+
+def test_another_model_of_the_same_shapes_is_refused(place: Path, tmp_path: Path) -> None:
+    other = write_pico_gguf(distinct_norms(pico_model("llama", seed=5)), tmp_path / "other.gguf")
+    with pytest.raises(BadInput, match="of another model"):
+        coprune.export(place / "small", tmp_path / "out.gguf", like=other, quiet=True)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_model_that_is_smaller_without_a_word_is_refused(place: Path, tmp_path: Path) -> None:
+    save(distinct_norms(pico_model("llama", intermediate_size=64)), tmp_path / "narrow")
+    with pytest.raises(BadInput, match="nothing says what was removed"):
+        coprune.export(tmp_path / "narrow", tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True)
+
+
+def test_equal_tensors_that_became_different_are_not_guessed(place: Path, tmp_path: Path) -> None:
+    example = write_pico_gguf(pico_model("llama"), tmp_path / "ones.gguf")
+    save(pico_model("llama"), tmp_path / "same")
+    assert coprune.export(tmp_path / "same", tmp_path / "out.gguf", like=example, quiet=True).tensors == 30
+    with pytest.raises(UnsupportedModel, match="alike in the GGUF file"):
+        coprune.export(place / "dense", tmp_path / "other.gguf", like=example, quiet=True)
+
+
+def test_rows_are_found_in_any_order_transposed_stacked_and_with_one_added() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(8, 6, generator=generator) for name in ("a", "b", "e.0", "e.1")}
+    tensors["norm"] = torch.randn(6, generator=generator)
+    mixed = torch.randperm(8, generator=generator)
+    wanted = {
+        "x": tensors["a"][mixed],
+        "y": tensors["b"].T,
+        "exps": torch.stack([tensors["e.1"], tensors["e.0"]]),
+        "n": tensors["norm"] + 1,
+        "none": torch.randn(8, 6, generator=generator),
+    }
+    found = Matcher(tensors).find(wanted.items())
+    assert [piece.names for piece in found["exps"]] == [("e.1",), ("e.0",)]
+    assert found["none"] == []
+    for name in ("x", "y", "n"):
+        (piece,) = found[name]
+        torch.testing.assert_close(piece.arrange(tensors[piece.names[0]]) + piece.added, wanted[name])
+
+
+def test_equal_rows_are_ordered_as_in_another_block() -> None:
+    order = in_gguf_order(torch.arange(8.0)[:, None], 2)[:, 0].long()
+    first, second = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 4)
+    second[1], second[6] = 1.0, 2.0
+    tensors = {"blocks.0.q": first, "blocks.1.q": second}
+    (piece,) = Matcher(tensors).find([("blk.1.q", second[order]), ("blk.0.q", first[order])])["blk.1.q"]
+    assert piece.order is not None
+    assert torch.equal(piece.order, order)
+    with pytest.raises(UnsupportedModel, match="equal rows"):
+        Matcher({"q": second}).find([("q", second[order])])
