@@ -58,7 +58,10 @@ def prune(
     with handed_over(settings, "dataset", "eval_data") as named:
         recipe, given = read_call(model, method, preset, processor, named)
         with prepared(given.model):
-            return run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
+            result = run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
+            # While the model that was given is as the run left it.
+            _ = result.model
+            return result
 
 
 def estimate(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,15 @@ class Result(Shown):
     """A run's report, its model if that is in memory, and what the model reads with."""
 
     report: Report
-    model: PreTrainedModel | None
-    """None where it is only on the disk: it was streamed, or pruned by an earlier run."""
-    processor: Any
+    processor: Any = None
     """Tokenizer or image processor; None where no model was opened, or it has none."""
+    made: Callable[[], PreTrainedModel | None] = lambda: None
+    """Gives the model; one that lost parts is built when it is first asked for."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel | None:
+        """None where it is only on the disk: it was streamed, or pruned by an earlier run."""
+        return self.made()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -102,7 +109,7 @@ def run_recipe(
         return _run_with_finetuning(recipe, given, around)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report, again=True)
-        return Result(report, None, None)
+        return Result(report)
     if recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)
     if processes.first and (write or recipe.output.model):
@@ -142,10 +149,10 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     around.reporter.tell(Finished(final_figures(report)))
     if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
         around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
-    in_memory = None if loaded.weights.streams else loaded.model
-    if removes:
-        in_memory = smaller_model(session, outcome.edits)
-    return Result(report, in_memory, loaded.processor)
+    if loaded.weights.streams:
+        return Result(report, loaded.processor)
+    made = partial(smaller_model, session, outcome.edits) if removes else lambda: loaded.model
+    return Result(report, loaded.processor, made)
 
 
 def _smaller(recipe: Recipe) -> Words:
@@ -175,7 +182,7 @@ def _run_with_finetuning(recipe: Recipe, given: Given, around: Surroundings) -> 
     def prune_only(pruning: Recipe) -> Report:
         return run_recipe(pruning, given, around.reporter, processes=around.processes).report
 
-    return Result(prune_and_finetune(recipe, prune_only, around.reporter, around.processes), None, None)
+    return Result(prune_and_finetune(recipe, prune_only, around.reporter, around.processes))
 
 
 def _open_output(session: Session) -> Output | None:

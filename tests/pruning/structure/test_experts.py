@@ -17,7 +17,7 @@ from coprune.pruning.structure.experts import (
     kept_experts,
 )
 from coprune.recipe.choice import Choice
-from coprune.recipe.structure import EXPERT_SCORES as NAMES
+from coprune.recipe.structure import SCORES
 
 INDEX = torch.tensor([[0, 1], [0, 2], [1, 0]])
 GATES = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]])
@@ -46,7 +46,7 @@ def test_scores_are_their_formulas() -> None:
 
 
 def test_names_and_options() -> None:
-    assert set(EXPERT_SCORES) == set(NAMES)
+    assert set(EXPERT_SCORES) == set(SCORES["experts"])
     seeded = expert_score_named(Choice.of("random:seed=1"))
     assert not torch.equal(seeded.score(sums(), 0), EXPERT_SCORES["random"].score(sums(), 0))
     with pytest.raises(BadInput, match="unknown score"):
