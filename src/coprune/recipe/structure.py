@@ -14,7 +14,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.parts import Part
 
-Removable = Literal["channels", "heads", "blocks", "experts"]
+Removable = Literal["channels", "heads", "blocks", "experts", "parameters"]
 Scored = Literal["units", "blocks", "experts"]
 """What a score is of: units are channels and heads."""
 SCORES: dict[Scored, tuple[str, ...]] = {
@@ -41,7 +41,8 @@ class StructurePart(Part):
         Decides.RESULT | Decides.COST,
         Field(
             description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
-            "channels=0.33, heads=0.25, blocks=0.2, experts=0.25; repeatable, or with commas between."
+            "channels=0.33, heads=0.25, blocks=0.2, experts=0.25; repeatable, or with commas between. parameters=0.25: a share "
+            "of the blocks' parameters, spread over channels, heads and blocks by what several ways cost."
         ),
     ] = ()
     score: Annotated[
@@ -127,8 +128,10 @@ class StructurePart(Part):
     @property
     def scores(self) -> dict[Scored, Choice]:
         """The scores that what is removed goes by."""
-        kinds: list[Scored] = ["units"] if {"channels", "heads"} & self.shares.keys() else []
-        kinds += [kind for kind in ("blocks", "experts") if kind in self.shares]
+        removed = self.shares.keys()
+        kinds: list[Scored] = ["units"] if {"channels", "heads", "parameters"} & removed else []
+        kinds += ["blocks"] if {"blocks", "parameters"} & removed else []
+        kinds += ["experts"] if "experts" in removed else []
         return {kind: self.score_of(kind) for kind in kinds}
 
     @property
@@ -170,6 +173,10 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float]:
         if kind in found:
             raise BadInput(f"the share of {kind} to remove is said twice", field="remove", value=text)
         found[kind] = share
+    if "parameters" in found and len(found) > 1:
+        others = ", ".join(kind for kind in found if kind != "parameters")
+        cause = f"a budget over all parameters decides itself how much goes of {others}"
+        raise BadInput(cause, field="remove", value=",".join(asked), fix="leave one out")
     return found
 
 

@@ -67,10 +67,11 @@ def _drop(session: Session, index: int) -> DropBlock:
     return DropBlock(block=model.names[index], entries=model.structure.answers[index].entries)
 
 
-def rehearse(session: Session, plan: Plan) -> Configure:
+def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
     """Cut the model at arbitrary places, build what results, and compare the two; then put everything back.
 
-    So the configuration is found, and everything that could not work is refused before anything slow.
+    So the configuration is found, and everything that could not work is refused before anything slow. quiet: nobody is told.
+    Raises UnsupportedModel.
     """
     model, module = session.model, session.model.module
     edits: dict[str, list[Edit]] = {}
@@ -93,9 +94,10 @@ def rehearse(session: Session, plan: Plan) -> Configure:
         changes, after = _proven_changes(session, tensors, plan)
     before = module.num_parameters()
     removed = (
-        f"{', '.join(_words(plan, len(model.blocks)))}: {before:,} → {after:,} parameters ({after / before - 1:+.1%})"
+        f"{', '.join(words_of(plan, len(model.blocks)))}: {before:,} → {after:,} parameters ({after / before - 1:+.1%})"
     )
-    session.opened.around.reporter.say(f"Removing {removed}.")
+    if not quiet:
+        session.opened.around.reporter.say(f"Removing {removed}.")
     return Configure(changes=changes, removed=removed)
 
 
@@ -141,7 +143,8 @@ def _spread_experts(mixture: Mixture, count: int) -> Tensor:
     return own.roll(1).repeat(mixture.groups)
 
 
-def _words(plan: Plan, blocks: int) -> Iterator[str]:
+def words_of(plan: Plan, blocks: int) -> Iterator[str]:
+    """What a plan removes, for people. blocks: how many there are."""
     for kind, keep in plan.keep.items():
         counts = " and ".join(f"{old} → {new}" for old, new in sorted(keep.items()))
         yield f"{'key-value heads with their query heads' if kind == 'heads' else kind} {counts} of every block"

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.folding import find_folds, head_size
-from coprune.model.parts import Kind, Part, is_apart, parts_of, together
+from coprune.model.parts import together
 from coprune.model.smaller import build_smaller, smaller_tensors
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.moves import Dense
-from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import reconstruct_cut
-from coprune.pruning.structure.blocks import block_score_named
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import score_named
 from coprune.run.journal import BlockOutcome, Output
+from coprune.run.plan_removal import only_consumers, plan_removal
 from coprune.run.prune_blocks import (
     Outcome,
     all_edits,
@@ -37,9 +30,10 @@ from coprune.run.prune_blocks import (
     record_to_prune,
 )
 from coprune.run.rehearsal import Plan, edits_of_block, rehearse
-from coprune.run.remove_experts import choose_experts, experts_left, find_experts
+from coprune.run.remove_experts import choose_experts
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
+from coprune.run.spread import spread_budget
 
 
 def remove_parts(session: Session, output: Output | None) -> Outcome:
@@ -52,12 +46,12 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     started = time.perf_counter()
     shared = SharedOutput(opened.around.processes, output, model.weights)
     finished = shared.finished()
-    plan = _plan(session)
+    plan = _planned(session)
     configure = rehearse(session, plan)
     experts, covered = choose_experts(session, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
-            _only_consumers(model, plan),
+            only_consumers(model, plan),
             # Blocks that go were chosen before; without parts, only who trains the others asks for inputs.
             record_to_prune(session) if plan.parts or session.reconstruction is not None else None,
             Gram,
@@ -71,84 +65,9 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     return Outcome(earlier + results, all_edits(session, shared, configure), seconds, covered)
 
 
-def _plan(session: Session) -> Plan:
-    """Find the parts, and choose the blocks that go."""
-    asked, model, reporter = session.opened.recipe.structure, session.model, session.opened.around.reporter
-    shares = asked.shares
-    kinds: list[Kind] = [kind for kind in ("channels", "heads") if kind in shares]
-    dropped: list[int] = []
-    if "blocks" in shares:
-        count = round(shares["blocks"] * len(model.blocks))
-        if not 0 < count < len(model.blocks):
-            raise BadInput(
-                f"{shares['blocks']:g} of {len(model.blocks)} blocks is {count}",
-                field="remove",
-                fix="give another share",
-            )
-        dropped = sorted(_blocks_that_go(session, count))
-        reporter.say(f"Blocks that go, by {asked.score_of('blocks')}: {', '.join(map(str, dropped))}.")
-    parts = (
-        {name: [part for part in found if part.kind in kinds] for name, found in _parts(model, dropped)}
-        if kinds
-        else {}
-    )
-    for kind in kinds:
-        without = [name for name in parts if not any(part.kind == kind for part in parts[name])]
-        if len(without) == len(parts):
-            raise UnsupportedModel(
-                f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
-            )
-        if without:
-            reporter.say(
-                f"Left alone: {without[0]} and {len(without) - 1} other blocks have no {kind} that can be removed."
-            )
-    sizes = {kind: {part.count for found in parts.values() for part in found if part.kind == kind} for kind in kinds}
-    align = {"channels": asked.align, "heads": 1}
-    keep = {kind: {old: kept_count(old, shares[kind], align[kind]) for old in sizes[kind]} for kind in kinds}
-    mixtures = find_experts(session, dropped) if "experts" in shares else {}
-    left = {mixture.count: experts_left(mixture, shares["experts"]) for mixture in mixtures.values()}
-    return Plan(dropped, parts, keep, mixtures, left)
-
-
-def kept_count(units: int, share: float, align: int) -> int:
-    """How many units are kept: a multiple of `align`, or of the largest power of two below it that divides them."""
-    step = (
-        align
-        if units % align == 0 and units > align
-        else next(s for s in (32, 16, 8, 4, 2, 1) if units % s == 0 and s <= align)
-    )
-    kept = max(step, round(units * (1 - share) / step) * step)
-    return min(kept, units)
-
-
-def _blocks_that_go(session: Session, count: int) -> list[int]:
-    """Numbers of the blocks that are missed least."""
-    opened = session.opened
-    assert opened.samples is not None
-    score = block_score_named(opened.recipe.structure.score_of("blocks"))
-    with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
-        return score.choose(session.model, opened.task.batches(opened.samples.tokens), count, advance)
-
-
-def _parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
-    """What could be removed of every block that stays, proven on one sample."""
-    recording = record_batches(model, [model.structure.sample])
-    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
-        if isinstance(event, BlockDone) and event.block.index not in dropped:
-            groups = model.structure.groups[event.block.index]
-            run = partial(recording.run, event.block, 0, event.before[0])
-            folds = find_folds(groups, head_size(model.module), run)
-            parts = parts_of(event.block, folds, groups)
-            yield event.block.name, [part for part in parts if is_apart(event.block.module, part, run)]
-
-
-def _only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
-    """The model with no other matrix than those whose inputs have to be known."""
-    wanted = {m.name for parts in plan.parts.values() for part in parts for m in part.fold.consumers}
-    blocks = [[matrix for matrix in own if matrix.name in wanted] for own in model.chosen.blocks]
-    groups = [[g for group in own if (g := [m for m in group if m.name in wanted])] for own in model.structure.groups]
-    chosen = replace(model.chosen, blocks=blocks, outside=[])
-    return replace(model, chosen=chosen, structure=replace(model.structure, groups=groups))
+def _planned(session: Session) -> Plan:
+    budget = session.opened.recipe.structure.shares.get("parameters")
+    return plan_removal(session) if budget is None else spread_budget(session, budget)
 
 
 def _remove(

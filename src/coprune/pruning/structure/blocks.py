@@ -162,7 +162,7 @@ def divergences(
                 continue
             after = recording.run(block, 0, hidden)
             if block.index in total and after.shape == hidden.shape:
-                total[block.index] += _kl(dense, run.logits(hidden, block.index + 1, gone))
+                total[block.index] += kl_of_logits(dense, run.logits(hidden, block.index + 1, gone))
             elif block.index in total:
                 total[block.index] = torch.inf
             hidden = after
@@ -187,8 +187,8 @@ class _Run:
         return found.flatten(0, -2)
 
 
-def _kl(dense: Tensor, other: Tensor) -> float:
-    """Sum over the rows of KL(dense ‖ other). Logits, N × V."""
+def kl_of_logits(dense: Tensor, other: Tensor) -> float:
+    """Sum over the rows of KL(dense ‖ other), in nats. dense, other: logits, N × V."""
     total = 0.0
     for p, q in zip(dense.split(ROWS), other.split(ROWS), strict=True):
         log_p, log_q = (one.to(torch.float32).log_softmax(dim=-1) for one in (p, q))

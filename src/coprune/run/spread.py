@@ -1,0 +1,138 @@
+"""A budget over the blocks' parameters, spread over channels, heads and blocks by what each way costs, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.blocks import count_parameters
+from coprune.model.parts import Kind, Part
+from coprune.run.plan_removal import blocks_that_go, find_parts, kept_count
+from coprune.run.rehearsal import Plan, rehearse, words_of
+from coprune.run.session import Session
+from coprune.run.trials import costs_of
+
+WAYS = (8, 4)
+"""At most so many numbers of blocks, and so many numbers of heads, are tried."""
+
+Parts = Mapping[str, Sequence[Part]]
+Level = Mapping[int, int]
+"""How many units are kept, by how many there are."""
+
+
+def spread_budget(session: Session, share: float) -> Plan:
+    """Try several ways to remove a share of the blocks' parameters, and take the one that changes the model least.
+
+    Each way removes as many channels, heads and blocks everywhere; what is left is solved for as the run itself does. The
+    cost is the divergence from the dense model's distributions on some of the calibration.
+
+    Args:
+        session: of the run.
+        share: of the blocks' parameters.
+
+    Raises:
+        UnsupportedModel: nothing of the model can be removed, or not as much.
+    """
+    reporter, blocks = session.opened.around.reporter, len(session.model.blocks)
+    parts = _removable(session, dict(find_parts(session.model, ())))
+    most = int(share * blocks) + 1
+    order = blocks_that_go(session, min(most, blocks - 1)) if _blocks_can_go(session) else []
+    plans = list(_ways(session, parts, order, share))
+    if not plans:
+        raise UnsupportedModel(f"no cut of channels, heads and blocks removes {share:.0%} of the blocks' parameters")
+    costs = costs_of(session, plans)
+    for cost, plan in sorted(zip(costs, plans, strict=True), key=lambda pair: pair[0])[:4]:
+        reporter.say(f"{share:.0%} of the blocks' parameters as {', '.join(words_of(plan, blocks))}: KL {cost:.4f}.")
+    return plans[costs.index(min(costs))]
+
+
+def _removable(session: Session, found: Parts) -> dict[str, list[Part]]:
+    """The parts of the kinds that a configuration can tell of, tried one kind at a time."""
+    kept: dict[str, list[Part]] = {name: [] for name in found}
+    kinds: list[Kind] = ["channels", "heads"]
+    for kind in kinds:
+        own = {name: [part for part in parts if part.kind == kind] for name, parts in found.items()}
+        sizes = {part.count for parts in own.values() for part in parts}
+        level = {size: kept_count(size, 0.5, _align(session, kind)) for size in sizes}
+        if all(level[size] == size for size in sizes):
+            continue
+        try:
+            rehearse(session, Plan((), own, {kind: level}), quiet=True)
+        except UnsupportedModel as error:
+            session.opened.around.reporter.say(f"Left alone, {kind}: {error}")
+            continue
+        for name, parts in own.items():
+            kept[name] += parts
+    return kept
+
+
+def _blocks_can_go(session: Session) -> bool:
+    try:
+        rehearse(session, Plan([len(session.model.blocks) - 1]), quiet=True)
+    except UnsupportedModel as error:
+        session.opened.around.reporter.say(f"Left alone, blocks: {error}")
+        return False
+    return True
+
+
+def _align(session: Session, kind: Kind) -> int:
+    return session.opened.recipe.structure.align if kind == "channels" else 1
+
+
+def _levels(parts: Parts, kind: Kind, align: int) -> list[Level]:
+    """Every number of units that may be kept, all of them first; of several sizes, numbers of about the same share."""
+    sizes = sorted({part.count for own in parts.values() for part in own if part.kind == kind})
+    if not sizes:
+        return [{}]
+    shares = [units / sizes[-1] for units in range(0, sizes[-1], max(1, align // 4))]
+    levels = [{size: size for size in sizes}, *({size: kept_count(size, s, align) for size in sizes} for s in shares)]
+    return list({tuple(level.values()): level for level in levels}.values())
+
+
+def _thinned(values: Sequence[Level], most: int) -> list[Level]:
+    """At most so many of the values, evenly spaced, with the first."""
+    step = -(-len(values) // most)
+    return list(values[::step])
+
+
+def _ways(session: Session, parts: Parts, order: Sequence[int], share: float) -> Iterator[Plan]:
+    """Every number of blocks and heads, each with the fewest channels that make up the rest of the budget."""
+    sizes = {block.name: count_parameters(block.module) for block in session.model.blocks}
+    budget = share * sum(sizes.values()) * (1 - 1e-3)
+    heads = _thinned(_levels(parts, "heads", 1), WAYS[1])
+    channels = _levels(parts, "channels", _align(session, "channels"))
+    unit = {name: [(part, _parameters(part)) for part in own] for name, own in parts.items()}
+    names, step = session.model.names, -(-(len(order) + 1) // WAYS[0])
+    for count in range(0, len(order) + 1, step):
+        dropped = sorted(order[:count])
+        without = sum(sizes[names[index]] for index in dropped)
+        gone = {names[index] for index in dropped}
+        units = [pair for name, own in unit.items() if name not in gone for pair in own]
+        for level in heads:
+            cuts = (_cut(dropped, parts, gone, {"channels": own, "heads": level}) for own in channels)
+            enough = (plan for plan in cuts if without + _removed(plan, units) >= budget)
+            if (plan := next(enough, None)) is not None:
+                yield plan
+                if "channels" not in plan.keep:
+                    break
+        if without >= budget:
+            break
+
+
+def _cut(dropped: Sequence[int], parts: Parts, gone: set[str], levels: Mapping[Kind, Level]) -> Plan:
+    """A plan without the kinds of which everything is kept."""
+    keep = {kind: level for kind, level in levels.items() if any(old != new for old, new in level.items())}
+    left = {name: [part for part in own if part.kind in keep] for name, own in parts.items() if name not in gone}
+    return Plan(dropped, left if keep else {}, keep)
+
+
+def _parameters(part: Part) -> int:
+    """How many parameters go with a unit, of every expert."""
+    keep = torch.arange(part.count) > 0
+    return sum(int((~mask).sum()) for mask in part.masks([keep] * len(part.fold.consumers)).values())
+
+
+def _removed(plan: Plan, units: Sequence[tuple[Part, int]]) -> int:
+    return sum((part.count - plan.count(part)) * size for part, size in units if part.kind in plan.keep)

@@ -1,0 +1,117 @@
+"""What several ways to make a model smaller cost: all of them tried in one walk over the dense model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coprune.model.blocks import Block
+from coprune.model.parts import Part, put_back
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.moves import Dense
+from coprune.model.walk.record import run_after_blocks
+from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.statistics import Gram
+from coprune.model.walk.walk import Walk
+from coprune.pruning.structure.blocks import kl_of_logits
+from coprune.pruning.structure.remove import remove_units
+from coprune.pruning.structure.scores import Score, score_named
+from coprune.run.plan_removal import only_consumers
+from coprune.run.prune_blocks import record_calibration
+from coprune.run.rehearsal import Plan
+from coprune.run.session import Session
+
+TOKENS = 1024
+"""Of the calibration, at least so many are run through every way that is tried (of images: one batch)."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Some of the calibration on its way through the dense model (the first entry) and through every way's own."""
+
+    recording: Recording
+    hidden: list[list[Tensor]]
+
+    def move(self, block: Block, ways: Sequence[int]) -> None:
+        for way in ways:
+            self.hidden[way] = [self.recording.run(block, i, one) for i, one in enumerate(self.hidden[way])]
+
+
+@torch.no_grad()
+def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
+    """KL(dense ‖ cut) of every plan, in nats per token, with what is left solved for on the dense model's inputs."""
+    opened, model = session.opened, session.model
+    assert opened.samples is not None
+    windows = list(_some(opened.task.batches(opened.samples.tokens)))
+    recording = record_batches(model, windows)
+    trial = _Trial(recording, [list(recording.hidden) for _ in range(len(plans) + 1)])
+    every: dict[str, list[Part]] = defaultdict(list)
+    for plan in plans:
+        for name, parts in plan.parts.items():
+            every[name] += [part for part in parts if part not in every[name]]
+    score = score_named(opened.recipe.structure.score_of("units"))
+    inputs: dict[str, Inputs] = {}
+    with opened.around.reporter.bar(f"Trying {len(plans)} ways", len(model.blocks)) as advance:
+        walk = Walk(
+            only_consumers(model, Plan(parts=every)), record_calibration(session), Gram, Dense(), advance=advance
+        )
+        for event in walk:
+            if not isinstance(event, BlockDone):
+                if event.inputs is not None:
+                    inputs |= dict.fromkeys((matrix.name for matrix in event.matrices), event.inputs)
+                continue
+            _try_block(trial, event.block, plans, inputs, score)
+            inputs = {}
+    return _divergences(session, trial, windows)
+
+
+def _some(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += TOKENS if batch.is_floating_point() else batch.numel()
+        if seen >= TOKENS:
+            return
+
+
+def _try_block(trial: _Trial, block: Block, plans: Sequence[Plan], inputs: Mapping[str, Inputs], score: Score) -> None:
+    """Move every way's hidden states on through the block as that way leaves it; the block is as before in the end."""
+    alike: dict[tuple[tuple[str, int], ...], list[int]] = {(): [0]}
+    for way, plan in enumerate(plans, start=1):
+        if block.index not in plan.dropped:
+            cut = tuple((part.kind, plan.count(part)) for part in plan.parts.get(block.name, ()))
+            alike.setdefault(cut, []).append(way)
+    for ways in alike.values():
+        plan = plans[ways[-1] - 1] if ways[-1] else Plan()
+        parts = plan.parts.get(block.name, ())
+        names = {name for part in parts for name in part.masks([_all(part)] * len(part.fold.consumers))}
+        with put_back(block.module, block.name, names):
+            for part in parts:
+                remove_units(block.module, part, inputs, score, plan.count(part))
+            trial.move(block, ways)
+
+
+def _all(part: Part) -> Tensor:
+    return torch.ones(part.count, dtype=torch.bool)
+
+
+def _divergences(session: Session, trial: _Trial, windows: Sequence[Tensor]) -> list[float]:
+    model = session.model
+
+    def logits(way: int, batch: int) -> Tensor:
+        answers, hidden = model.structure.answers, trial.hidden[way][batch]
+        return run_after_blocks(model.module, model.blocks, windows[batch], answers, hidden).flatten(0, -2)
+
+    rows = 0
+    found = [0.0] * (len(trial.hidden) - 1)
+    for batch in range(len(windows)):
+        dense = logits(0, batch)
+        rows += len(dense)
+        for way in range(1, len(trial.hidden)):
+            found[way - 1] += kl_of_logits(dense, logits(way, batch))
+    return [total / rows for total in found]
