@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,22 @@ def test_both_find_the_smallest(dtype: torch.dtype) -> None:
     for position in (1, 15, 30):
         for find in (by_partition, by_kth_value):
             assert torch.equal(find(score, position), expected[:, position - 1 : position])
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(1, [1]), (2, [1, 1]), (7, [3, 3, 1]), (1000, [334, 334, 332])])
+def test_rows_are_shared_among_threads(rows: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, partition = [], np.partition
+
+    def noted(some: np.ndarray, *how: Any, **more: Any) -> np.ndarray:
+        seen.append(len(some))
+        return partition(some, *how, **more)
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("numpy.partition", noted)
+    score = torch.rand(rows, 2**19 // rows, generator=torch.Generator().manual_seed(2))
+    position = score.shape[1] // 2
+    assert torch.equal(by_partition(score, position), score.sort(dim=1).values[:, position - 1 : position])
+    assert sorted(seen, reverse=True) == pieces
 
 
 @pytest.mark.parametrize("size", [64, 128, 300])
