@@ -12,14 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.model.gguf.llama_cpp import LlamaCpp
 from coprune.packed import accelerate as accelerate_module
 from coprune.packed.accelerate import accelerate
-from coprune.packed.bench import Work, bench, bench_model, make_forms, share_weights
+from coprune.packed.bench import bench, bench_model, make_forms, share_weights
 from coprune.packed.benched import Bench
 from coprune.packed.folder import pack
 from coprune.packed.linear import PackedLinear, pack_linears
+from coprune.packed.runtimes import Work
 from coprune.packed.semi_structured import can_convert, is_two_of_four
 from coprune.packed.timing import Timing, summarise, time_in_turns
+from support.pico import pico_model, pico_tokens
+from support.pico_gguf import write_pico_gguf
 
 
 @pytest.fixture
@@ -123,3 +127,45 @@ def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path: Path) -> None
         bench(tmp_path, tokens=0)
     with pytest.raises(BadInput, match=r"config\.json"):
         bench(tmp_path)
+
+
+def test_models_beside_each_other_in_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    monkeypatch.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
+    for name, width in (("large", 96), ("small", 32)):
+        model = pico_model("llama", intermediate_size=width)
+        model.save_pretrained(tmp_path / name)
+        write_pico_gguf(model, tmp_path / f"{name}.gguf")
+        write_pico_gguf(model, tmp_path / f"{name}-q.gguf", "Q8_0")
+    models = [
+        tmp_path / name for name in ("large", "small", "large.gguf", "small.gguf", "large-q.gguf", "small-q.gguf")
+    ]
+    result = bench(models, prompt=8, tokens=3, repeats=2)
+    forms = [*(f"{name} in transformers float32" for name in ("large", "small")), "large.gguf in llama.cpp f32"]
+    assert [*result.bytes][:3] == forms
+    assert result.baseline("small in transformers float32") == "large in transformers float32"
+    assert result.baseline("small-q.gguf in llama.cpp q8_0") == "large-q.gguf in llama.cpp q8_0"
+    for form, file in zip(result.bytes, models, strict=True):
+        assert result.files[form] == (file if file.is_file() else file / "model.safetensors").stat().st_size
+        small = result.bytes[form] / result.bytes[result.baseline(form)]
+        assert (small < 1) == ("small" in form)
+    assert [(row.phase, row.batch) for row in result.rows] == [("prefill", 1)] * 6 + [("decode", 1)] * 6
+    assert all(row.speedup == 1 for row in result.rows if row.form == result.baseline(row.form))
+    assert "of large.gguf in llama.cpp f32" in str(result)
+    with pytest.raises(BadInput, match="one name and runtime"):
+        bench([models[0], models[0]], prompt=8, tokens=3, repeats=2)
+
+
+def test_llama_cpp_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Steps after a prompt give what the whole text gives."""
+    pytest.importorskip("llama_cpp_py_sync")
+    model, tokens = pico_model("llama"), pico_tokens(1, 12)[0].tolist()
+    loaded = LlamaCpp(write_pico_gguf(model, tmp_path / "model.gguf"), context=32, threads=1)
+    whole = loaded.logits(tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(whole, model(torch.tensor([tokens])).logits[0], rtol=2e-2, atol=2e-2)
+    loaded.forget()
+    loaded.read(tokens[:10])
+    loaded.read(tokens[10:11])
+    loaded.read(tokens[11:], all_logits=True)
+    torch.testing.assert_close(loaded.last_logits(1)[0], whole[-1], rtol=1e-2, atol=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from support.pico_folder import save_pico, write_words
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 from coprune.base.errors import BadInput
+from coprune.packed.benched import Bench
+from coprune.packed.timing import Timing
 from coprune.report.several import report_page
 from coprune.report.speed import speed_sections
 
@@ -43,3 +46,13 @@ def test_bench_puts_its_figures_into_the_page_of_the_run(
     (run / "bench.json").write_text('{"model": "x"}')
     with pytest.raises(BadInput, match=r"bench\.json is not what"):
         report_page([run])
+
+
+def test_several_models_are_shown_each_with_its_own_baseline(tmp_path: Path) -> None:
+    found = Bench("a, b", "a CPU", 2, "llama.cpp f16", "AVX-512", 1e9, bytes={"a in x": 200, "b in x": 150})
+    found.baselines, found.files = dict.fromkeys(found.bytes, "a in x"), {"a in x": 210, "b in x": 160}
+    found.add("decode", 1, 1, {"a in x": Timing(0.2, 0.1, 0.3), "b in x": Timing(0.15, 0.1, 0.2)})
+    (tmp_path / "bench.json").write_text(json.dumps(found.to_dict()))
+    (section,) = speed_sections(tmp_path)
+    for shown in ("of the first in the same runtime", "<td>0.750</td>", "<td>1.33 ×</td>", "MB on the disk"):
+        assert shown in section

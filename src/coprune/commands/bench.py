@@ -10,8 +10,18 @@ import typer
 
 
 def bench(
-    model: Annotated[Path, typer.Argument(help="Folder of a pruned model, packed or not.")],
-    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4",
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folder of a pruned model, packed or not; or several models: folders and names run in transformers, GGUF files "
+            "in llama.cpp, and each is compared with the first in the same runtime.",
+            metavar="MODEL ...",
+        ),
+    ],
+    batches: Annotated[
+        str | None,
+        typer.Option(help="Batch sizes, comma-separated. [1,4, and 1 for several models]", show_default=False),
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to decode per measurement.", min=1)] = 24,
     repeats: Annotated[int, typer.Option(help="Measurements of each form, in turns.", min=1)] = 5,
@@ -23,9 +33,11 @@ def bench(
         typer.Option("--json", help="Also write the figures to this file; RUN/bench.json puts them into RUN's page."),
     ] = None,
 ) -> None:
-    """Measure prefill and decoding on this machine: dense, packed and semi-structured in turns, as ratios in one run.
+    """Measure prefill and decoding on this machine, as ratios in one run: dense, packed and semi-structured, or several models.
 
     Example: coprune bench out/pruned --json out/SmolLM2/2-4/wanda/bench.json
+
+    Example: coprune bench smollm2-135m out/smaller dense-q8_0.gguf smaller-q8_0.gguf --threads 2
     """
     import torch
 
@@ -33,14 +45,18 @@ def bench(
     from coprune.base.files import write_text
     from coprune.packed.bench import bench
 
-    sizes = [part.strip() for part in batches.split(",")]
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+    sizes = None if batches is None else [part.strip() for part in batches.split(",")]
+    if sizes is not None and not all(size.isdigit() and int(size) > 0 for size in sizes):
         numbers = "they should be positive numbers with commas between, such as 1,4,16"
         raise BadInput(f"the batches cannot be {batches!r}", field="batches", value=batches, fix=numbers)
     if threads is not None:
         torch.set_num_threads(threads)
     asked: Any = {"dtype": dtype, "device": device}
-    found = bench(model, tuple(map(int, sizes)), prompt=prompt, tokens=tokens, repeats=repeats, **asked)
+    alone = len(models) == 1 and not models[0].lower().endswith(".gguf")
+    model = Path(models[0]) if alone else models
+    found = bench(
+        model, None if sizes is None else tuple(map(int, sizes)), prompt=prompt, tokens=tokens, repeats=repeats, **asked
+    )
     typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")

@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coprune.base.devices import describe, in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.native.build import instruction_set
 from coprune.model.opened import refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
-from coprune.packed.benched import Bench, Row
+from coprune.packed.benched import Bench
+from coprune.packed.beside import bench_beside
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
+from coprune.packed.runtimes import InTransformers, Work, random_prompt, time_runners, weight_bytes
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
-from coprune.packed.timing import Clock, Timing, measure_bandwidth, summarise, time_in_turns, time_once
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is timed: sequences at a time, tokens of the prompt, decoding steps, and how often each prefill is done."""
-
-    batches: Sequence[int] = (1, 4)
-    prompt: int = 128
-    tokens: int = 24
-    repeats: int = 5
-
-    def __post_init__(self) -> None:
-        if min(self.prompt, self.tokens, self.repeats, *self.batches) < 1:
-            raise BadInput("batches, prompt, tokens and repeats must be at least 1")
+from coprune.packed.timing import Clock, measure_bandwidth
 
 
 class LoadArguments(TypedDict, total=False):
@@ -49,21 +34,24 @@ class LoadArguments(TypedDict, total=False):
 
 
 def bench(
-    model: Path | str | PreTrainedModel,
-    batches: Sequence[int] = (1, 4),
+    model: Path | str | PreTrainedModel | Sequence[Path | str],
+    batches: Sequence[int] | None = None,
     *,
     prompt: int = 128,
     tokens: int = 24,
     repeats: int = 5,
     **loading: Unpack[LoadArguments],
 ) -> Bench:
-    """Measure prefill and decoding of a pruned causal language model in every form that this device has.
+    """Measure prefill and decoding: of a pruned causal language model in every form that this device has, or of several models.
 
-    The forms take turns; the first, dense, is the baseline.
+    The forms of one model take turns; the first, dense, is the baseline. So do several models in the runtimes that are installed,
+    each compared with the first in the same runtime: GGUF files that are named as files run in llama.cpp, all others in
+    transformers.
 
     Args:
-        model: a checkpoint folder, dense or packed, or a model in memory, which is not changed.
-        batches: sequences at a time.
+        model: a checkpoint folder, dense or packed, or a model in memory, which is not changed; or a list of folders, names and
+            GGUF files.
+        batches: sequences at a time; by default 1 and 4 of one model, 1 of several.
         prompt: tokens of the prompt, which decoding attends to as well.
         tokens: decoding steps per form.
         repeats: of each prefill.
@@ -75,7 +63,12 @@ def bench(
     Raises:
         BadInput: the folder is no checkpoint, or a number is not positive.
     """
-    work = Work(batches, prompt, tokens, repeats)
+    several = not isinstance(model, str | Path | PreTrainedModel)
+    work = Work(batches or ((1,) if several else (1, 4)), prompt, tokens, repeats)
+    if not isinstance(model, str | Path | PreTrainedModel):
+        if loading.get("device", "cpu") != "cpu":
+            raise BadInput("several models are measured on the CPU", field="device", value=loading["device"])
+        return bench_beside(model, work, loading.get("dtype", "auto"))
     if isinstance(model, PreTrainedModel):
         refuse_what_loading_decides(loading)
         name, dense = model.name_or_path or type(model).__name__, model
@@ -116,12 +109,11 @@ def bench_model(dense: Any, name: str, work: Work, clock: Clock = time.perf_coun
     generator = torch.Generator().manual_seed(0)
     for batch in work.batches:
         vocabulary = dense.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (batch, work.prompt), generator=generator).to(dense.device)
-        prefills = {form: partial(_prefill, model, ids) for form, model in forms.items()}
-        prefill = time_in_turns(prefills, work.repeats, clock)
-        decode = _time_decoding(forms, ids, work.tokens, clock)
-        result.rows += _rows("prefill", batch, batch * work.prompt, prefill)
-        result.rows += _rows("decode", batch, batch, decode)
+        ids = random_prompt(vocabulary, batch, work.prompt, generator).to(dense.device)
+        runners = {form: InTransformers(model) for form, model in forms.items()}
+        prefill, decode = time_runners(runners, ids, work, clock)
+        result.add("prefill", batch, batch * work.prompt, prefill)
+        result.add("decode", batch, batch, decode)
     return result
 
 
@@ -151,43 +143,3 @@ def share_weights(model: nn.Module) -> Any:
     """A copy of the modules that holds the same parameters."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
-
-
-def _prefill(model: Any, ids: Tensor) -> None:
-    model(ids, use_cache=True, logits_to_keep=1)
-
-
-def _time_decoding(forms: dict[str, Any], ids: Tensor, tokens: int, clock: Clock) -> dict[str, Timing]:
-    """Every form decodes the same tokens, one step of each in turn."""
-    caches: dict[str, dict[str, DynamicCache]] = {}
-    for form, model in forms.items():
-        caches[form] = {_cache_argument(model): DynamicCache(config=model.config)}
-        model(ids, **caches[form], logits_to_keep=1)
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
-    step = ids[:, -1:]
-    for _ in range(tokens):
-        calls: dict[str, Callable[[], object]] = {
-            form: partial(model, step, **caches[form]) for form, model in forms.items()
-        }
-        for form, call in calls.items():
-            seconds[form].append(time_once(call, clock))
-    return {form: summarise(values[1:] or values) for form, values in seconds.items()}
-
-
-def _cache_argument(model: Any) -> str:
-    """transformers renamed the argument in 5.2x and warns about the old name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _rows(phase: str, batch: int, tokens: int, timings: dict[str, Timing]) -> list[Row]:
-    dense = timings["dense"].median
-    return [
-        Row(phase, form, batch, timing, tokens / timing.median, dense / timing.median)
-        for form, timing in timings.items()
-    ]

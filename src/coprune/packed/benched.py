@@ -1,7 +1,8 @@
-"""What a benchmark of packed models measured, and how it is shown."""
+"""What a benchmark measured, and how it is shown."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ class Row:
     phase: str
     """prefill (a whole prompt at once) or decode (one token per sequence)."""
     form: str
-    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured."""
+    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured; where several
+    models were measured, one of them in one runtime."""
     batch: int
     seconds: Timing
     """Of one forward pass."""
     tokens_per_second: float
     speedup: float
-    """Median time of the dense form over this one's."""
+    """Median time of the baseline over this one's."""
 
     @property
     def milliseconds(self) -> str:
@@ -48,6 +50,24 @@ class Bench(Shown):
     bytes: dict[str, int] = field(default_factory=dict)
     """Of each form's weights in memory."""
     rows: list[Row] = field(default_factory=list)
+    baselines: dict[str, str] = field(default_factory=dict)
+    """Which form each is compared with: dense, unless said otherwise."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes on the disk of each form's weights, where several models were measured."""
+
+    def baseline(self, form: str) -> str:
+        """What a form is compared with."""
+        return self.baselines.get(form, "dense")
+
+    def gains(self, row: Row) -> bool:
+        """Whether a form is faster than what it is compared with, or that itself."""
+        return row.form == self.baseline(row.form) or row.speedup >= NO_GAIN
+
+    def add(self, phase: str, batch: int, tokens: int, timings: Mapping[str, Timing]) -> None:
+        """Note how long a phase took in every form. tokens: of all sequences, in one forward pass."""
+        for form, timing in timings.items():
+            speedup = timings[self.baseline(form)].median / timing.median
+            self.rows.append(Row(phase, form, batch, timing, tokens / timing.median, speedup))
 
     def headline(self) -> str:
         """Model, device, and the best speed-up of decoding."""
@@ -73,15 +93,20 @@ class Bench(Shown):
     def __str__(self) -> str:
         """A table for people, which says plainly where there is no gain."""
         lines = [f"{self.model}: {self.dtype}, {self.threads} threads, {self.device}, {self.instruction_set}"]
-        dense = self.bytes["dense"]
+        wide = max(16, *map(len, self.bytes))
         for form, size in self.bytes.items():
             limit = f", memory allows {self.bandwidth / size:.1f} tokens/s" if self.bandwidth else ""
-            lines.append(f"{form:<16} {size / 1e6:9.1f} MB in memory ({size / dense:.2f} of dense{limit})")
-        lines.append(f"{'phase':<8} {'batch':>5} {'form':<16} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}")
+            baseline = self.baseline(form)
+            share = f"{size / self.bytes[baseline]:.2f} of {baseline}"
+            on_disk = f", {self.files[form] / 1e6:.1f} MB on the disk" if form in self.files else ""
+            lines.append(f"{form:<{wide}} {size / 1e6:9.1f} MB in memory ({share}{limit}){on_disk}")
+        lines.append(
+            f"{'phase':<8} {'batch':>5} {'form':<{wide}} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}"
+        )
         for row in self.rows:
-            verdict = "" if row.form == "dense" or row.speedup >= NO_GAIN else "  no gain here"
+            verdict = "" if self.gains(row) else "  no gain here"
             lines.append(
-                f"{row.phase:<8} {row.batch:>5} {row.form:<16} {row.milliseconds:>24} {row.tokens_per_second:>9.1f} "
+                f"{row.phase:<8} {row.batch:>5} {row.form:<{wide}} {row.milliseconds:>24} {row.tokens_per_second:>9.1f} "
                 f"{row.speedup:>8.2f}×{verdict}"
             )
         return "\n".join(lines)

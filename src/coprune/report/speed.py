@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set
-from coprune.packed.benched import NO_GAIN, Bench, Row
+from coprune.packed.benched import Bench, Row
 from coprune.report.html import section, table
 
 BENCH_FILE = "bench.json"
@@ -33,22 +33,28 @@ def speed_sections(folder: Path) -> list[str]:
 
 
 def _sizes(found: Bench) -> str:
-    dense = found.bytes["dense"]
     rows = []
     for form, size in found.bytes.items():
         limit = f"{found.bandwidth / size:.1f}" if found.bandwidth else "–"
-        rows.append([form, f"{size / 1e6:,.1f}", f"{size / dense:.3f}", limit])
-    return table(["form", "MB of weights in memory", "of dense", "tokens/s that memory allows"], rows)
+        own = [form, f"{size / 1e6:,.1f}", f"{size / found.bytes[found.baseline(form)]:.3f}", limit]
+        rows.append([*own, f"{found.files[form] / 1e6:,.1f}"] if found.files else own)
+    header = ["form", "MB of weights in memory", _to(found, "of"), "tokens/s that memory allows"]
+    return table([*header, "MB on the disk"] if found.files else header, rows)
+
+
+def _to(found: Bench, word: str) -> str:
+    """What ratios are to: dense, or the first of several models in the same runtime."""
+    return f"{word} the first in the same runtime" if found.baselines else f"{word} dense"
 
 
 def _times(found: Bench) -> str:
-    header = ["phase", "sequences", "form", "ms", "tokens/s", "to dense"]
-    return table(header, [_time(row) for row in found.rows])
+    header = ["phase", "sequences", "form", "ms", "tokens/s", _to(found, "to")]
+    return table(header, [_time(row, found.gains(row)) for row in found.rows])
 
 
-def _time(row: Row) -> list[str]:
+def _time(row: Row, gains: bool) -> list[str]:
     t = row.seconds
-    verdict = "" if row.form == "dense" or row.speedup >= NO_GAIN else " (no gain here)"
+    verdict = "" if gains else " (no gain here)"
     return [
         row.phase,
         str(row.batch),

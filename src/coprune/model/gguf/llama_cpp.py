@@ -85,6 +85,14 @@ class LlamaCpp:
         """Of all weights in memory."""
         return int(self._library.llama_model_size(self._model))
 
+    @property
+    def type(self) -> str:
+        """What most of its tensors are stored in, such as q4_k_m."""
+        guessed = 1024  # is added where the file does not say it itself
+        number = int(self._library.llama_model_ftype(self._model)) & ~guessed
+        name: str = self._ffi.typeof("enum llama_ftype").elements[number]
+        return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+
     def forget(self) -> None:
         """Begin a new text."""
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
@@ -109,9 +117,12 @@ class LlamaCpp:
         """Of a text from its beginning: tokens × vocabulary, float32."""
         self.forget()
         self.read(tokens, all_logits=True)
-        size = len(tokens) * self.vocabulary * 4
-        raw = self._ffi.buffer(self._library.llama_get_logits(self._context), size)
-        return torch.from_numpy(np.frombuffer(bytes(raw), dtype=np.float32).reshape(len(tokens), -1).copy())
+        return self.last_logits(len(tokens))
+
+    def last_logits(self, count: int) -> Tensor:
+        """Of as many tokens as were just read with all their logits: tokens × vocabulary, float32."""
+        raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
+        return torch.from_numpy(np.frombuffer(bytes(raw), dtype=np.float32).reshape(count, -1).copy())
 
     def close(self) -> None:
         """Give the memory back."""

@@ -1,0 +1,111 @@
+"""Models in the runtimes that are installed, each of which reads a prompt and then goes on token by token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from coprune.base.errors import BadInput
+from coprune.model.gguf.llama_cpp import LlamaCpp, require_llama_cpp
+from coprune.packed.timing import Clock, Timing, summarise, time_in_turns, time_once
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: sequences at a time, tokens of the prompt, decoding steps, and how often each prefill is done."""
+
+    batches: Sequence[int] = (1, 4)
+    prompt: int = 128
+    tokens: int = 24
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if min(self.prompt, self.tokens, self.repeats, *self.batches) < 1:
+            raise BadInput("batches, prompt, tokens and repeats must be at least 1")
+
+
+class Runner(Protocol):
+    """One model in one runtime, with tokens that it has read."""
+
+    bytes: int
+    """Of its weights in memory."""
+
+    def prefill(self, ids: Tensor) -> None:
+        """Read a prompt from its beginning: B × T int64."""
+        ...
+
+    def step(self, token: Tensor) -> None:
+        """Read one more token: B × 1 int64."""
+        ...
+
+
+class InTransformers:
+    """A model of transformers in memory."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: dict[str, DynamicCache] = {}
+        self.bytes = weight_bytes(model)
+
+    def prefill(self, ids: Tensor) -> None:
+        self._cache = {cache_argument(self._model): DynamicCache(config=self._model.config)}
+        self._model(ids, **self._cache, logits_to_keep=1)
+
+    def step(self, token: Tensor) -> None:
+        self._model(token, **self._cache)
+
+
+class InLlamaCpp:
+    """A GGUF file in llama.cpp, one sequence at a time, with as many threads as torch has."""
+
+    def __init__(self, file: Path, context: int) -> None:
+        require_llama_cpp(f"{file} is run in llama.cpp", "model", str(file))
+        self._model = LlamaCpp(file, context)
+        self.bytes, self.type = self._model.bytes, self._model.type
+        self.vocabulary = self._model.vocabulary
+
+    def prefill(self, ids: Tensor) -> None:
+        if len(ids) > 1:
+            raise BadInput("llama.cpp is measured with one sequence at a time", field="batches", value=len(ids))
+        self._model.forget()
+        self._model.read(ids[0].tolist())
+
+    def step(self, token: Tensor) -> None:
+        self._model.read(token[0].tolist())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
+def cache_argument(model: Any) -> str:
+    """transformers renamed the argument in 5.2x and warns about the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def random_prompt(vocabulary: int, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Arbitrary tokens, batch × length int64: what they are does not change how long they take."""
+    return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+
+def time_runners(
+    runners: Mapping[str, Runner], ids: Tensor, work: Work, clock: Clock
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Seconds of a prefill and of a decoding step, in turns: every runner reads the same tokens."""
+    prefill = time_in_turns({name: partial(one.prefill, ids) for name, one in runners.items()}, work.repeats, clock)
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    step = ids[:, -1:]
+    for _ in range(work.tokens):
+        for name, one in runners.items():
+            seconds[name].append(time_once(partial(one.step, step), clock))
+    return prefill, {name: summarise(values[1:] or values) for name, values in seconds.items()}
