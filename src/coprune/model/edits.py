@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,22 +78,15 @@ class Edits:
     def write(self, folder: Path, source: str | None = None) -> None:
         """Keep them beside a model's weights, with the names that matrices have there.
 
-        source: what the model was made from, as somebody asked for it; None where nobody did.
+        source: what the model was made from, as somebody asked for it; None where nobody did. What was done to that before
+            stands in the new file too.
         """
-        if source is not None and Path(source).exists():
-            source = str(Path(source).absolute())  # it has to be found from other folders too
+        before, source = _earlier(source)
+        if source is not None and Path(source).is_absolute():
+            source = os.path.relpath(source, folder)  # what is published should not tell of somebody's folders
         edits = {block: dump_edits(own) for block, own in self.by_block.items()}
-        content = {"source": source, "masks": self.checksums(), "edits": edits}
+        content = {"source": source, "before": before, "masks": self.checksums(), "edits": edits}
         write_text(folder / EDITS_FILE, json.dumps(content, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """What was done to a folder's model; nothing where nothing tells. Raises BadInput if that is damaged."""
-        try:
-            written = dict(_content(folder).get("edits", {})).items()
-            return cls({str(block): load_edits(own) for block, own in written})
-        except (AttributeError, TypeError, ValueError) as error:
-            raise error if isinstance(error, BadInput) else _damaged(folder) from None
 
     @classmethod
     def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
@@ -145,10 +139,37 @@ def pruned_names(folder: Path) -> set[str]:
         raise _damaged(folder) from None
 
 
-def source_of(folder: Path) -> str | None:
-    """What a folder's model was made from, as it was asked for; None where nothing tells. Raises BadInput if damaged."""
-    source = _content(folder).get("source")
-    return None if source is None else str(source)
+def history_of(folder: Path) -> tuple[str | None, list[Edits]]:
+    """What a folder's model was made from, as it was asked for, and what was done to that, the earliest first.
+
+    Raises BadInput if what tells of it is damaged.
+    """
+    content = _content(folder)
+    source = content.get("source")
+    try:
+        written = [dict(edits).items() for edits in [*content.get("before", []), content.get("edits", {})]]
+        done = [Edits({str(block): load_edits(own) for block, own in edits}) for edits in written]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise error if isinstance(error, BadInput) else _damaged(folder) from None
+    return _found_from(folder, source), done
+
+
+def _earlier(source: str | None) -> tuple[list[Any], str | None]:
+    """What was done before to a model that another one is made from, and what that was made from: a whole path or a name."""
+    if source is None or not Path(source).exists():
+        return [], source
+    path = Path(source).resolve()
+    content = _content(path) if path.is_dir() else {}
+    if content.get("source") is None:
+        return [], str(path)
+    return [*content.get("before", []), content.get("edits", {})], _found_from(path, content["source"])
+
+
+def _found_from(folder: Path, source: Any) -> str | None:
+    """A source that a folder's file names: a path from there, or a name."""
+    if source is None or not str(source).startswith(".."):
+        return None if source is None else str(source)
+    return str((folder / str(source)).resolve())
 
 
 def _content(folder: Path) -> dict[str, Any]:

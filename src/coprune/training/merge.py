@@ -67,5 +67,5 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
     Reporter(quiet).say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)
     card = f"# {inline(name)} with the masked adapter {inline(str(adapter))} merged\n"
-    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype)), output, probe)
+    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype), name), output, probe)
     return Merged(output, masks.sparsity, len(masks.matrices))

@@ -150,7 +150,8 @@ def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, Mea
         announce(draft, session.training_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.probe(None, session.evaluation)
-        beside = Companions(session.loaded.processor, finetune_card(draft), dtype_name(session.dtype))
+        processor, dtype = session.loaded.processor, dtype_name(session.dtype)
+        beside = Companions(processor, finetune_card(draft), dtype, str(settings.model))
         save_model(merged, session.masks, beside, folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     report.write(settings.run_folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.edits import EDITS_FILE, Edits, history_of
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.pieces import Matcher
 from support.pico import pico_model, pico_tokens
@@ -102,18 +105,26 @@ def test_types(kind: str, most: float, place: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_a_model_made_from_a_gguf_file_knows_which(place: Path, tmp_path: Path) -> None:
-    """The example need not be named, and the run remembers it."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    for path in (place / "small").iterdir():
-        text = path.read_bytes()
-        if path.name == "coprune_edits.json":
-            text = text.replace(str(place / "dense").encode(), str(place / "f32.gguf").encode())
-        (folder / path.name).write_bytes(text)
-    made = coprune.export(folder, tmp_path / "out.gguf", quiet=True)
-    assert made.like == place / "f32.gguf"
-    assert "channels 96 → 64 of every block" in str(made)
+def test_a_folder_remembers_all_that_was_done_to_what_it_was_made_from(place: Path, tmp_path: Path) -> None:
+    """A model that was cut, and cut once more, and trained: the example need not be named."""
+    shutil.copytree(place / "small", tmp_path / "small")
+    edits = tmp_path / "small" / EDITS_FILE
+    assert history_of(place / "small")[0] == str((place / "dense").resolve())
+    assert str(place) not in edits.read_text()
+    shutil.copy(place / "f32.gguf", tmp_path)
+    edits.write_text(json.dumps(json.loads(edits.read_text()) | {"source": "../f32.gguf"}))
+    coprune.prune(tmp_path / "small", remove="channels=0.5", save_model=tmp_path / "smaller", **PRUNING)
+    tuned = load_clean(tmp_path / "smaller")
+    with torch.no_grad():
+        tuned.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1.01)
+    save(tuned, tmp_path / "tuned")
+    Edits().write(tmp_path / "tuned", str(tmp_path / "smaller"))
+    shutil.rmtree(tmp_path / "small")
+    made = coprune.export(tmp_path / "tuned", tmp_path / "out.gguf", type="f32", quiet=True)
+    assert made.like == (tmp_path / "f32.gguf").resolve()
+    assert [line.partition(" of")[0] for line in made.removed] == ["channels 96 → 64", "channels 64 → 32"]
+    assert number(made.path, "feed_forward_length") == 32
+    assert off(in_transformers(made.path), logits_of(tmp_path / "tuned")) < 1e-6
 
 
 def test_a_gguf_file_in_another_type(place: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
 from coprune.base.words import Setting
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
-from coprune.model.edits import source_of
+from coprune.model.edits import history_of
 from coprune.model.gguf.llama_cpp import quantize
 from coprune.model.gguf.plan import planned, read_example
 from coprune.model.gguf.smaller import exported
@@ -90,7 +90,8 @@ def export(
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, write)
-    return Gguf(target, type, target.stat().st_size, example.path, len(plan.tensors), source.edits.lines())
+    removed = [line for edits in source.edits for line in edits.lines()]
+    return Gguf(target, type, target.stat().st_size, file.path, len(plan.tensors), removed)
 
 
 def _require_free(target: Path) -> None:
@@ -115,7 +116,7 @@ def _example(location: Location, like: Path | str | None) -> GgufFile:
         return found
     if isinstance(location, GgufFile):
         return location
-    source = source_of(location.path)
+    source, _ = history_of(location.path)
     if source is not None:
         try:
             found = locate(source)

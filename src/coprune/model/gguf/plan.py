@@ -100,8 +100,8 @@ def planned(example: Example, source: Exported, kind: str) -> Plan:
         for name, shape in new.items()
         if shape is not None
     }
-    configured = [edit.changes for edit in source.edits.all() if isinstance(edit, Configure)]
-    changes = {place: value for one in configured for place, value in one.items()}
+    done = [edit for edits in source.edits for edit in edits.all()]
+    changes = {place: value for edit in done if isinstance(edit, Configure) for place, value in edit.changes.items()}
     kept = [index for index, number in enumerate(sorted(blocks)) if blocks[number]]
     arch = architecture(example.reader)
     counts = Counts(changes, _sizes(shapes, new), kept, len(blocks))

@@ -12,7 +12,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
 from coprune.model.checkpoint.shards import TensorEntry, checkpoint_entries, read_tensor
-from coprune.model.edits import Edits
+from coprune.model.edits import Edits, history_of
 from coprune.model.gguf.pieces import Piece, squeezed
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
@@ -22,13 +22,21 @@ class Exported:
     """Tensors of a checkpoint by name, and the edits by which they came from the source's, in a folder or file."""
 
     tensors: Mapping[str, Tensor | TensorEntry]
-    edits: Edits
+    edits: Sequence[Edits]
+    """The earliest first."""
     location: Location
 
     def name(self, source: str) -> str | None:
         """Where a source tensor is now; None if it was left out. Raises BadInput if it should be there and is not."""
-        placed = self.edits.place(source)
+        placed = self._names(source)[-1]
         return None if placed is None else self._spelled(placed)
+
+    def _names(self, source: str) -> list[str | None]:
+        """What a source tensor was called before every set of edits, and after them all."""
+        names: list[str | None] = [source]
+        for edits in self.edits:
+            names.append(None if names[-1] is None else edits.place(names[-1]))
+        return names
 
     def _spelled(self, name: str) -> str:
         if name in self.tensors:
@@ -61,19 +69,20 @@ class Exported:
         return whole, self._uncut(source, torch.ones(tensor.shape, dtype=torch.bool))
 
     def _uncut(self, name: str, tensor: Tensor) -> Tensor:
-        for edit in reversed([*self.edits.all()]):
-            tensor = edit.uncut(name, tensor)
+        for edits, called in reversed([*zip(self.edits, self._names(name), strict=False)]):
+            for edit in reversed([*edits.all()]):
+                tensor = edit.uncut(str(called), tensor)
         return tensor
 
 
 def exported(location: Location) -> Exported:
     """Open a folder or a GGUF file. Raises BadInput if it cannot be read."""
     if isinstance(location, ModelFolder):
-        edits = Edits.read(location.path)
+        _, edits = history_of(location.path)
         if not is_packed(location):
             return Exported(checkpoint_entries(location.path), edits, location)
     else:
-        edits = Edits()
+        edits = []
     return Exported(whole_tensors(location), edits, location)
 
 
