@@ -89,6 +89,11 @@ class Edits:
         write_text(folder / EDITS_FILE, json.dumps(content, indent=1) + "\n")
 
     @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What was done last to a folder's model; nothing where nothing tells. Raises BadInput if that is damaged."""
+        return cls(history_of(folder)[1][-1].by_block)
+
+    @classmethod
     def of_results(cls, by_block: Mapping[str, Mapping[str, str]]) -> Self:
         """Edits that only fill in zeros. by_block: checksums by matrix, by block."""
         return cls({block: [FillZeros(masks=dict(masks))] for block, masks in by_block.items()})
@@ -137,6 +142,11 @@ def pruned_names(folder: Path) -> set[str]:
         return {str(name) for name in dict(_content(folder).get("masks", {}))}
     except (TypeError, ValueError):
         raise _damaged(folder) from None
+
+
+def source_of(folder: Path) -> str | None:
+    """What a folder's model was made from, as it was asked for; None where nothing tells. Raises BadInput if damaged."""
+    return history_of(folder)[0]
 
 
 def history_of(folder: Path) -> tuple[str | None, list[Edits]]:
