@@ -61,8 +61,9 @@ def model_card(report: Report) -> str:
         f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`)."
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    tuned = "" if report.finetuned is None else f", then fine-tuned ({report.finetuned.line()})"
     return "\n".join(header) + (
-        f"\n{_model_index(report)}---\n\n# {inline(base)}, pruned with {report.recipe.way}\n\n"
+        f"\n{_model_index(report)}---\n\n# {inline(base)}, pruned with {report.recipe.way}{tuned}\n\n"
         f"{_what_was_done(report)} "
         f"{_STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{data}\n\n"
@@ -84,9 +85,11 @@ def _what_was_done(report: Report) -> str:
 def _perplexity_table(report: Report) -> str:
     rows = [
         f"| {inline(p.data)} | {p.seqlen} | {'not measured' if p.dense is None else f'{p.dense:.2f}'} | {p.pruned:.2f} |"
+        f"{_tuned(report, p.data)}"
         for p in report.perplexity
     ]
-    return _table("| text | sequence length | dense | pruned |", rows)
+    tuned = "" if report.finetuned is None else " fine-tuned |"
+    return _table(f"| text | sequence length | dense | pruned |{tuned}", rows)
 
 
 def _task_table(facts: ZeroShotFacts) -> str:
@@ -114,17 +117,19 @@ def percent(found: Estimate | None, sign: str = "") -> str:
 
 def _model_index(report: Report) -> str:
     """The results as the Hub's metadata, which it shows beside the model."""
+    tuned = report.finetuned
+    texts = {p.data: p.pruned for p in report.perplexity} | ({} if tuned is None else tuned.perplexity)
+    images = {a.data: a.pruned_top1 for a in report.accuracy} | ({} if tuned is None else tuned.top1)
     found = [
-        EvalResult("text-generation", "text", p.data, "perplexity", round(p.pruned, 4), metric_name="perplexity")
-        for p in report.perplexity
+        EvalResult("text-generation", "text", name, "perplexity", round(value, 4), metric_name="perplexity")
+        for name, value in texts.items()
     ]
     found += [
-        EvalResult(
-            "image-classification", "images", a.data, "accuracy", round(a.pruned_top1, 6), metric_name="accuracy"
-        )
-        for a in report.accuracy
+        EvalResult("image-classification", "images", name, "accuracy", round(value, 6), metric_name="accuracy")
+        for name, value in images.items()
     ]
-    for task in () if report.zero_shot is None else report.zero_shot.tasks:
+    # Tasks were run on what fine-tuning started from.
+    for task in () if report.zero_shot is None or tuned is not None else report.zero_shot.tasks:
         for metric, value in task.pruned.items():
             result = round(value.value, 6)
             found.append(EvalResult("text-generation", task.task, task.task, metric, result, metric_name=metric))
@@ -138,10 +143,20 @@ def _model_index(report: Report) -> str:
 def _accuracy_table(report: Report) -> str:
     rows = [
         f"| {a.data} | {a.images} | {'not measured' if a.dense_top1 is None else f'{a.dense_top1:.2%}'} "
-        f"| {a.pruned_top1:.2%} | {a.pruned_top5:.2%} |"
+        f"| {a.pruned_top1:.2%} | {a.pruned_top5:.2%} |{_tuned(report, a.data)}"
         for a in report.accuracy
     ]
-    return _table("| images | number | dense top-1 | pruned top-1 | pruned top-5 |", rows)
+    tuned = "" if report.finetuned is None else " fine-tuned top-1 |"
+    return _table(f"| images | number | dense top-1 | pruned top-1 | pruned top-5 |{tuned}", rows)
+
+
+def _tuned(report: Report, data: str) -> str:
+    """What fine-tuning made of it, as one more cell."""
+    if (facts := report.finetuned) is None:
+        return ""
+    if data in facts.perplexity:
+        return f" {facts.perplexity[data]:.2f} |"
+    return f" {facts.top1[data]:.2%} |" if data in facts.top1 else " not measured |"
 
 
 def _table(head: str, rows: list[str]) -> str:

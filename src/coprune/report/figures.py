@@ -39,10 +39,34 @@ class PerplexityFacts(BaseModel):
             pruned_bits_per_byte=pruned.bits_per_byte,
         )
 
-    def line(self) -> str:
-        """Both figures, for people."""
+    def line(self, after: str = "") -> str:
+        """Both figures, for people. after: what follows them."""
         dense = "" if self.dense is None else f"dense {self.dense:.2f} → "
-        return f"{dense}pruned {self.pruned:.2f} on {self.data} (sequence length {self.seqlen})"
+        return f"{dense}pruned {self.pruned:.2f}{after} on {self.data} (sequence length {self.seqlen})"
+
+
+class FinetunedFacts(BaseModel):
+    """What fine-tuning made of the pruned model, where a run did both: then this is the run's model."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    mode: str
+    steps: int
+    minutes: float
+    perplexity: dict[str, float] = {}
+    """By the name of the text."""
+    top1: dict[str, float] = {}
+    """Accuracy, by the name of the set of images."""
+
+    def line(self) -> str:
+        """How it was trained, for people."""
+        return f"{self.mode}, {self.steps} steps in {self.minutes:.1f} minutes"
+
+    def after(self, data: str) -> str:
+        """What to add to a line of the pruned model's figures: the figure of the same data; nothing if there is none."""
+        if data in self.perplexity:
+            return f" → fine-tuned {self.perplexity[data]:.2f}"
+        return f" → fine-tuned {self.top1[data]:.2%} top-1" if data in self.top1 else ""
 
 
 class ChangedPrediction(BaseModel):
@@ -80,9 +104,9 @@ class AccuracyFacts(BaseModel):
     examples: list[ChangedPrediction]
     """The first of them."""
 
-    def line(self) -> str:
-        """Both figures, for people."""
+    def line(self, after: str = "") -> str:
+        """Both figures, for people. after: what follows them."""
         before = "" if self.dense_top1 is None else f"dense {self.dense_top1:.2%} → "
         low, high = self.pruned_top1_interval
         top = f"pruned {self.pruned_top1:.2%} [{low:.2%}, {high:.2%}] top-1, {self.pruned_top5:.2%} top-5"
-        return f"{before}{top} on {self.data} ({self.images} images)"
+        return f"{before}{top}{after} on {self.data} ({self.images} images)"

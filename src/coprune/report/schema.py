@@ -18,7 +18,7 @@ from coprune.model.checkpoint.load import TaskName
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.recipe import Recipe
-from coprune.report.figures import AccuracyFacts, PerplexityFacts
+from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
@@ -112,6 +112,8 @@ class Report(Shown, BaseModel):
     """How windows of text begin; None where there is no text."""
     covered: dict[str, float] = {}
     """What share of its experts' score every domain keeps, where experts were removed."""
+    finetuned: FinetunedFacts | None = None
+    """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
     edits: list[str] = []
     """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []
@@ -122,7 +124,9 @@ class Report(Shown, BaseModel):
         recipe, measured = self.recipe, ""
         for text in self.perplexity[:1]:
             dense = "" if text.dense is None else f"{text.dense:.2f} → "
-            measured = f", perplexity {dense}{text.pruned:.2f} on {text.data}"
+            tuned = {} if self.finetuned is None else self.finetuned.perplexity
+            after = f" → {tuned[text.data]:.2f} after {recipe.finetune.mode}" if text.data in tuned else ""
+            measured = f", perplexity {dense}{text.pruned:.2f}{after} on {text.data}"
         asked = f"{recipe.way} {recipe.shape}"
         zeros = "removed" if recipe.structure.remove else f"{self.sparsity.matrices:.2%} zeros"
         return f"{Path(self.model.source).name}: {asked}, {zeros}{measured}"
@@ -137,10 +141,12 @@ class Report(Shown, BaseModel):
         if not recipe.structure.remove:
             matrices = f"{zeros.matrices:.4%} of the {len(self.matrices)} pruned matrices"
             rows.append(("sparsity", f"{matrices}, {zeros.model:.2%} of all parameters"))
-        rows += [("perplexity", text.line()) for text in self.perplexity]
+        after = self.finetuned.after if self.finetuned is not None else lambda data: ""
+        rows += [("fine-tuned", self.finetuned.line())] if self.finetuned is not None else []
+        rows += [("perplexity", text.line(after(text.data))) for text in self.perplexity]
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))
-        rows += [("accuracy", images.line()) for images in self.accuracy]
+        rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         if self.covered:
             kept = ", ".join(f"{name} {share:.1%}" for name, share in self.covered.items())

@@ -34,7 +34,8 @@ def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str
     patterns: shell-like; without, all of them. Experts that share one parameter and convolutions get none and stay as
     they are. Raises BadInput for a pattern that matches none, or a rank above the width of a layer.
     """
-    matrices = [entry.matrix for entry in masks.matrices if isinstance(entry.matrix.owner, nn.Linear | Conv1D)]
+    every = [*(entry.matrix for entry in masks.matrices), *masks.whole]
+    matrices = [matrix for matrix in every if isinstance(matrix.owner, nn.Linear | Conv1D)]
     names = [matrix.name for matrix in matrices]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

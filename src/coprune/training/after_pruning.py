@@ -12,10 +12,14 @@ from coprune.base.files import path_of, write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
+from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+from coprune.report.card import model_card
+from coprune.report.figures import FinetunedFacts
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
+from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
 from coprune.training.run import run_finetuning
 from coprune.training.settings import FinetuneSettings, make_settings
@@ -26,12 +30,19 @@ def prune_and_finetune(
 ) -> Report:
     """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
 
-    prune: runs a recipe; processes: this one among those of the run. Returns the report of the pruning; that of the
-    fine-tuning is `finetune/finetune.json`. Raises as both do.
+    Args:
+        recipe: of both.
+        prune: runs a recipe.
+        reporter: who hears of it.
+        processes: this one among those of the run.
+
+    Returns:
+        The report of the run, which speaks of the fine-tuned model; that of the fine-tuning alone is
+        `finetune/finetune.json`. Raises as both do.
     """
     settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
     pruning = pruning_of(recipe)
-    done = processes.from_first(lambda: _pruned_before(pruning))
+    done = processes.from_first(lambda: _pruned_before(recipe, pruning))
     if done is None:
         report = prune(pruning)
         processes.from_first(lambda: None)  # the first one is still saving what all of them are about to read
@@ -43,11 +54,38 @@ def prune_and_finetune(
         settings = settings.model_copy(update={"bos": report.bos.used})
     if processes.first:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
-    found: FinetuneReport = run_finetuning(settings, reporter)
+    before = processes.from_first(lambda: _finetuned_before(settings))
+    found = run_finetuning(settings, reporter) if before is None else before
+    final = _of_both(report, recipe, found)
     if processes.first:
+        if found.saved_model is not None:
+            write_text(found.saved_model / CARD_FILE, model_card(final))
+        announce(recipe, final)
+        finish_run_folder(recipe, final, again=True)
         for line in str(found).splitlines():
             reporter.say(line)
-    return report
+    return final
+
+
+def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
+    """The report of the pruning, with what the fine-tuning made of it."""
+    facts = FinetunedFacts(
+        mode=found.settings.mode,
+        steps=found.steps,
+        minutes=found.seconds / 60,
+        perplexity={one.data: one.after for one in found.perplexity},
+        top1={one.data: one.after_top1 for one in found.accuracy},
+    )
+    return report.model_copy(update={"recipe": recipe, "finetuned": facts, "saved_model": found.saved_model})
+
+
+def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
+    """The report of the fine-tuning if an earlier run came so far; None if not."""
+    try:
+        report = FinetuneReport.model_validate_json((settings.run_folder / FINETUNE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if report.settings == settings else None
 
 
 def pruning_of(recipe: Recipe) -> Recipe:
@@ -82,15 +120,16 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
     )
 
 
-def _pruned_before(pruning: Recipe) -> Report | None:
+def _pruned_before(recipe: Recipe, pruning: Recipe) -> Report | None:
     """The report of an earlier run of the same recipe, whose model is there; None if there was none."""
     path = pruning.run_folder / REPORT_FILE
     if not path.is_file() or pruning.output.model is None or not holds_model(pruning.output.model):
         return None
     report = Report.read(path)
     if report.recipe != pruning:
+        which = "a finished run" if report.recipe == recipe else "another run"
         raise BadInput(
-            f"{pruning.run_folder} already holds another run",
+            f"{pruning.run_folder} already holds {which}",
             field="save",
             fix=("name another folder with ", Setting("save")),
         )

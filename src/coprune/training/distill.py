@@ -8,7 +8,7 @@ that is run ahead leaves its largest logits: all the others are compared as one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +45,7 @@ def divergence_of_top(student: Tensor, log_teacher: Tensor, indices: Tensor, tem
     return (kl + rest).mean() * temperature**2
 
 
-def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def hidden_error(student: Sequence[Tensor], teacher: Iterable[Tensor]) -> Tensor:
     """Squared error of every block's hidden states relative to the dense ones, mean over tokens and blocks.
 
     student, teacher: per block B × S × H.
@@ -85,6 +85,8 @@ class Distillation:
     kl_weight: float
     hidden_weight: float
     text_weight: float
+    counterparts: Sequence[int] = ()
+    """Which of the teacher's hidden states each block is held to, if blocks are missing; else all in their order."""
 
     def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
         """See `Objective`."""
@@ -104,7 +106,8 @@ class Distillation:
                 loss = loss + self.kl_weight * divergence(student.logits, dense.logits, self.temperature)
             if hidden:
                 # The first entry is the embeddings, which a mask does not touch.
-                error = hidden_error(student.hidden_states[1:], dense.hidden_states[1:])
+                teacher = [dense.hidden_states[i] for i in self.counterparts] or dense.hidden_states[1:]
+                error = hidden_error(student.hidden_states[1:], teacher)
                 loss = loss + self.hidden_weight * error
         if self.text_weight:
             loss = loss + self.text_weight * label_loss(student.logits, inputs["labels"])

@@ -7,8 +7,8 @@ a small share of it is zero, since trained weights hold a few zeros by chance.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
+from coprune.model.checkpoint.weights import is_below
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 
@@ -41,12 +42,14 @@ class Masks:
     matrices: list[PrunedMatrix]
     pruned: dict[str, Tensor]
     """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero."""
+    whole: list[Matrix] = field(default_factory=list)
+    """Of a model that parts were removed from: matrices of its blocks without zeros to keep, which are trained as well."""
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in the pruned matrices."""
         sizes = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in self.matrices)
-        return sum(entry.zeros for entry in self.matrices) / sizes
+        return sum(entry.zeros for entry in self.matrices) / max(sizes, 1)
 
     @property
     def patterns(self) -> dict[str, int]:
@@ -86,19 +89,29 @@ class Masks:
                 raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more", fix="Nothing was saved")
 
 
-def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container[str] = ()) -> Masks:
+def find_masks(
+    model: nn.Module, least: float = LEAST_SPARSITY, named: Container[str] = (), smaller: Sequence[str] = ()
+) -> Masks:
     """Derive the masks of a pruned model from its zeros.
 
-    least: a matrix with a smaller fraction of zeros does not count as pruned, unless it is named as such.
-    Raises BadInput for a dense model, which has no mask to keep.
+    Args:
+        model: as it was pruned.
+        least: a matrix with a smaller fraction of zeros does not count as pruned, unless it is named as such.
+        named: what is.
+        smaller: names of its blocks, if parts of the model were removed, which it may be without any zeros then.
+
+    Raises:
+        BadInput: for a dense model, which has no mask to keep.
     """
     matrices: list[PrunedMatrix] = []
+    whole_matrices: list[Matrix] = []
     pruned: dict[str, Tensor] = {}
     for matrix in find_matrices(model):
         stored = matrix.stored()
         zero = stored == 0
         zeros = int(zero.sum())
         if zeros < least * stored.numel() and not (zeros and matrix.name in named):
+            whole_matrices += [matrix] if any(is_below(matrix.name, block) for block in smaller) else []
             continue
         name = matrix.parameter
         matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
@@ -108,7 +121,7 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container
         else:
             pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
             pruned[name][matrix.expert] = zero
-    if not matrices:
+    if not matrices and not whole_matrices:
         raise BadInput(
             "the model is dense: it has no zeros to keep, so there is no mask",
             field="model",
@@ -118,7 +131,7 @@ def find_masks(model: nn.Module, least: float = LEAST_SPARSITY, named: Container
                 ", and fine-tune the result",
             ),
         )
-    return Masks(matrices, pruned)
+    return Masks(matrices, pruned, whole_matrices)
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

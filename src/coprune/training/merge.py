@@ -17,7 +17,7 @@ from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
 from coprune.report.markdown import inline
 from coprune.training.adapters import merge_adapter
-from coprune.training.masks import find_masks
+from coprune.training.history import masks_of
 from coprune.training.saving import save_model
 
 
@@ -60,10 +60,11 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
     """
     name, adapter, output = str(model), Path(adapter), Path(output)
     refuse_occupied(output)
-    pruned, processor = load_model(locate(name), "auto")
+    location = locate(name)
+    pruned, processor = load_model(location, "auto")
     loaded = Loaded(InMemory(pruned), processor, name, False)
     probe = task_for(make_recipe({"model": name, "seqlen": 8}), loaded).probe(None, {})
-    masks = find_masks(pruned)
+    masks = masks_of(pruned, location.path)
     Reporter(quiet).say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)
     card = f"# {inline(name)} with the masked adapter {inline(str(adapter))} merged\n"

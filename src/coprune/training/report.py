@@ -132,6 +132,8 @@ class FinetuneReport(Shown, BaseModel):
     saved_model: Path | None
     versions: dict[str, str]
     accuracy: list[AccuracyChange] = []
+    removed: list[str] = []
+    """What was removed of the model before."""
 
     def headline(self) -> str:
         """Model and mode, and what that did to the first text."""
@@ -145,8 +147,10 @@ class FinetuneReport(Shown, BaseModel):
         sparsity = f"{self.sparsity_before:.4%} before, {self.sparsity_after:.4%} after"
         rows = [
             ("trained", f"{trained} in {self.seconds / 60:.1f} minutes"),
-            ("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"),
         ]
+        rows += [("removed", line) for line in self.removed]
+        if self.pruned_matrices:
+            rows.append(("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"))
         rows += [("perplexity", found.line()) for found in self.perplexity]
         rows += [("accuracy", found.line()) for found in self.accuracy]
         rows += [("adapter in", str(self.adapter))] if self.adapter else []
@@ -211,10 +215,16 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
     patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return "\n".join(header) + (
-        f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned with its zeros kept ({settings.mode})\n\n"
+    zeros = (
         f"{report.sparsity_after:.2%} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
-        f"as before; this was verified before saving.\n\n{note}## {title}\n\n{results}\n\n## How it was made\n\n"
+        "as before; this was verified before saving.\n\n"
+    )
+    what = [f"Removed before: {inline(line)}.\n\n" for line in report.removed]
+    what += [zeros] if report.pruned_matrices else []
+    how = "with its zeros kept" if report.pruned_matrices else "with less in it"
+    return "\n".join(header) + (
+        f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned {how} ({settings.mode})\n\n"
+        f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
         f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
         f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
         f"{fenced(settings.to_yaml(), 'yaml')}\n"

@@ -16,7 +16,8 @@ from coprune.base.words import Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.decides import Decides, deciding
-from coprune.training.masks import find_masks, plain_parameters
+from coprune.training.history import masks_of
+from coprune.training.masks import plain_parameters
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
@@ -42,9 +43,10 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
         return None
     if report.settings != settings or not holds_model(settings.model_folder):
         return None
-    pruned, _ = load_model(locate(settings.model, settings.cache_dir))
+    location = locate(settings.model, settings.cache_dir)
+    pruned, _ = load_model(location)
     saved, _ = load_model(locate(settings.model_folder))
-    find_masks(pruned).verify(plain_parameters(saved))
+    masks_of(pruned, location.path).verify(plain_parameters(saved))
     report.write(settings.run_folder)
     shutil.rmtree(training, ignore_errors=True)
     return report

@@ -16,6 +16,7 @@ from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
+from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
@@ -93,15 +94,29 @@ def _objective(session: Session, first: bool) -> Objective | None:
     device = training_device(settings.device)
     torch.nn.Module.to(teacher, device)
     hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
+    counterparts = _counterparts(session, teacher) if hidden else []
+    hidden = 0.0 if counterparts is None else hidden
     weights = (settings.temperature, settings.kl_weight, hidden, settings.text_weight)
     if settings.top_k is None:
-        return Distillation(teacher, *weights)
+        return Distillation(teacher, *weights, counterparts or [])
     cache = TeacherCache(session.training_folder / "teacher")
     tokens = session.data.train.tokens
     with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
         if first:
             cache.fill(teacher, tokens, settings.top_k, settings.temperature, device, advance)
     return Distillation(cache, *weights)
+
+
+def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | None:
+    """Which of the teacher's hidden states each block is held to; None, which is said, where they do not compare."""
+    mine = session.loaded.model
+    blocks, theirs = len(find_blocks(mine)), len(find_blocks(teacher))
+    found = session.history.counterparts(blocks, theirs)
+    if mine.config.get_text_config().hidden_size != teacher.config.get_text_config().hidden_size:
+        found = None
+    if found is None:
+        session.reporter.say("Hidden states are not compared: nothing tells which of the teacher's are meant.")
+    return found
 
 
 def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -189,10 +204,11 @@ def _report(
         accuracy=[found for found in changes if isinstance(found, AccuracyChange)],
         adapter=adapter,
         saved_model=folder,
+        removed=session.history.removed,
         versions=installed_versions(),
     )
 
 
 def _sparsity_now(session: Session) -> float:
     sizes = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in session.masks.matrices)
-    return sum(entry.matrix.zeros() for entry in session.masks.matrices) / sizes
+    return sum(entry.matrix.zeros() for entry in session.masks.matrices) / max(sizes, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.edits import pruned_names
 from coprune.model.opened import Loaded
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
-from coprune.training.masks import Masks, find_masks, select_parameters
+from coprune.training.history import History, masks_of
+from coprune.training.masks import Masks, select_parameters
 from coprune.training.settings import FinetuneSettings
 from coprune.training.text_windows import read_training_text
 from coprune.training.training_data import TrainingData
@@ -45,6 +45,7 @@ class Session:
     data: TrainingData
     evaluation: dict[str, Data]
     reporter: Reporter
+    history: History = field(default_factory=History)
 
     @property
     def block_size(self) -> int | None:
@@ -62,11 +63,14 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     location = locate(settings.model, settings.cache_dir)
     reporter.say(f"Loading {settings.model}")
     model, processor = load_model(location, "auto")
-    masks = find_masks(model, named=pruned_names(location.path))
-    reporter.say(
-        f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
-        + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
-    )
+    masks, history = masks_of(model, location.path), History.read(location.path)
+    for line in history.removed:
+        reporter.say(f"Removed before: {line}.")
+    if masks.matrices:
+        reporter.say(
+            f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
+            + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
+        )
     dtype = model.dtype
     loaded = Loaded(InMemory(model), processor, location.name, False)
     task = _task(settings, loaded)
@@ -75,7 +79,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     if isinstance(task, TextTask) and evaluation:
         _, _, evaluation = task.settle_bos(score_in_memory(model, task.seqlen - 1), None, evaluation)
     prepared = _make_trainable(model, masks, settings, reporter)
-    return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter)
+    return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history)
 
 
 def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
@@ -118,9 +122,9 @@ def _make_trainable(
         # Seeded here, since adapters are drawn before the Trainer sets its seed.
         torch.manual_seed(settings.seed)
         targets = choose_targets(masks, settings.train, settings.rank)
-        left = len(masks.matrices) - len(targets)
+        left = len(masks.matrices) + len(masks.whole) - len(targets)
         if left and not settings.train:
-            reporter.say(f"{left} pruned matrices (fused experts, convolutions) get no adapter; they stay as they are.")
+            reporter.say(f"{left} matrices (fused experts, convolutions) get no adapter; they stay as they are.")
         if not settings.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
         size = AdapterSize(settings.rank, settings.alpha, settings.dropout)

@@ -1,0 +1,111 @@
+"""Fine-tuning of models that parts were removed from: every mode, and in one run with the removal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from coprune.base.progress import Event, Reporter, Said
+from coprune.model.edit import DropBlock
+from coprune.model.edits import Edits, source_of
+from coprune.recipe.recipe import make_recipe
+from coprune.report.schema import Report
+from coprune.run.stages import run_recipe
+from coprune.training.history import History
+from coprune.training.masks import find_masks
+from coprune.training.run import run_finetuning
+from coprune.training.settings import make_settings
+from support.pico import pico_model
+from support.pruned import save, settings_for, write_text
+from support.saved import load_clean
+
+QUIET = Reporter(quiet=True)
+REMOVE = "channels=0.4,blocks=0.25"
+
+
+def settings(home: Path, **changes: Any) -> dict[str, Any]:
+    """Of a removal."""
+    data = {"dataset": str(home / "text.txt"), "seqlen": 16, "nsamples": 4, "device": "cpu", "evaluate": False}
+    return {"model": str(home / "dense"), "remove": REMOVE, "align": 16, **data, **changes}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("removed")
+    save(pico_model("llama", vocab_size=1002, num_hidden_layers=4), folder / "dense")
+    write_text(folder / "text.txt", 700)
+    run_recipe(make_recipe(settings(folder, save=folder / "run", save_model=folder / "small")), reporter=QUIET)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["lora", "dense", "distill"])
+def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -> None:
+    teacher = {"teacher": str(home / "dense")} if mode == "distill" else {}
+    asked = settings_for(tmp_path / "run", home / "small", home / "text.txt", mode=mode, max_steps=3, **teacher)
+    report = run_finetuning(make_settings(asked), QUIET)
+    before, after = load_clean(home / "small"), load_clean(tmp_path / "run" / "model")
+    assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
+    linear = [name for name, module in before.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    assert len(linear) == 21
+    assert all(not torch.equal(before.get_parameter(f"{n}.weight"), after.get_parameter(f"{n}.weight")) for n in linear)
+    assert report.removed
+    assert "blocks 4 → 3" in report.removed[0]
+    assert (report.pruned_matrices, report.sparsity_after) == (0, 0.0)
+    assert "blocks 4 → 3" in str(report)
+    assert "blocks 4 → 3" in (tmp_path / "run" / "model" / "README.md").read_text()
+    # What was removed is remembered, for whoever trains it again or exports it.
+    assert History.read(tmp_path / "run" / "model").removed == report.removed
+    assert source_of(tmp_path / "run" / "model") == str(home / "dense")
+
+
+def test_hidden_states_are_held_to_those_of_the_blocks_that_stand_there() -> None:
+    def without(*gone: int) -> Edits:
+        return Edits({f"m.{i}": [DropBlock(block=f"m.{i}", entries=0)] for i in gone})
+
+    assert History().counterparts(5, 5) == [1, 2, 3, 4, 5]
+    # Blocks 0, 2 and 3 are left: what the first gives stands for what the dense model's block 1 gives.
+    assert History([without(1, 4)]).counterparts(3, 5) == [2, 3, 5]
+    assert History([without(4), without(), without(1)]).counterparts(3, 5) == [2, 3, 5]
+    assert History([without(1, 4)]).counterparts(3, 3) == [1, 2, 3]  # a teacher that lost as many
+    assert History([without(1)]).counterparts(3, 5) is None
+
+
+def test_removal_and_distillation_in_one_run_speak_of_the_final_model(home: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Said):
+            lines.append(event.text)
+
+    reporter = Reporter(quiet=True)
+    reporter.listeners.append(listen)
+    both = {"finetune": "distill", "finetune_minutes": 0.02, "save": tmp_path / "run", "save_model": tmp_path / "small"}
+    measured = {"evaluate": True, "eval_data": str(home / "text.txt"), "eval_tokens": 320}
+    found = run_recipe(make_recipe(settings(home, **both, **measured)), reporter=reporter).report
+    assert found == Report.read(tmp_path / "run" / "report.json")
+    assert found.finetuned is not None
+    ((name, value),) = found.finetuned.perplexity.items()
+    assert value != found.perplexity[0].pruned
+    assert found.saved_model == tmp_path / "small"
+    assert f"→ {value:.2f} after distill on {name}" in found.headline()
+    assert f"fine-tuned {value:.2f}" in str(found)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"| {value:.2f} |" in card
+    assert "blocks 4 → 3" in card
+    assert "then fine-tuned (distill" in card
+    assert any(f"→ {value:.2f} on" in line for line in lines[-8:])
+    assert load_clean(tmp_path / "small").num_parameters() < load_clean(home / "dense").num_parameters()
+
+
+def test_a_smaller_model_with_zeros_keeps_both(home: Path, tmp_path: Path) -> None:
+    sparse = {"pattern": "2:4", "method": "magnitude", "save": tmp_path / "run", "save_model": tmp_path / "sparse"}
+    pruning = {**settings(home), **sparse, "model": str(home / "small")}
+    del pruning["remove"], pruning["align"]
+    run_recipe(make_recipe(pruning), reporter=QUIET)
+    asked = settings_for(tmp_path / "tuned", tmp_path / "sparse", home / "text.txt", mode="dense", max_steps=2)
+    run_finetuning(make_settings(asked), QUIET)
+    assert find_masks(load_clean(tmp_path / "tuned" / "model")).patterns == {"2:4": 21}
