@@ -148,7 +148,7 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
         ({"remove": "heads=0.5", "score": "obs:luck=3"}, "has other options"),
         ({"remove": "heads=0.5", "pattern": "2:4"}, "for which pattern=… means nothing"),
         ({"remove": "heads=0.5", "refine": "refit"}, "for which refine=… means nothing"),
-        ({"remove": "heads=0.5", "stream": True}, "remove needs the whole model in memory"),
+        ({"remove": "blocks=0.5", "stream": True}, "blocks are removed with the whole model in memory"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:

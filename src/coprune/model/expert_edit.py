@@ -8,24 +8,27 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from coprune.model.as_saved import Layout, masks_as_saved, whole_slices
 from coprune.model.edit import KeepExperts
 from coprune.model.experts import Mixture
-from coprune.model.smaller import masks_as_saved, whole_slices
 
 
-def keep_experts(model: PreTrainedModel, block: nn.Module, mixture: Mixture, keep: Tensor) -> KeepExperts:
+def keep_experts(
+    model: PreTrainedModel, block: nn.Module, mixture: Mixture, keep: Tensor, layout: Layout | None = None
+) -> KeepExperts:
     """Tell which experts of a mixture are left.
 
     Args:
         model: the model.
-        block: that the mixture is in, with its weights.
+        block: that the mixture is in.
         mixture: as it was found.
         keep: E bool.
+        layout: as in `slices_kept`.
 
     Raises:
         UnsupportedModel: what would be left of a tensor is no whole slices of it.
     """
-    masks = masks_as_saved(model, mixture.block, mixture.masks(block, keep))
+    masks = masks_as_saved(model, mixture.block, mixture.masks(block, keep), layout)
     gone = {number for number, kept in enumerate(keep.tolist()) if not kept}
     tables = [path for path, dim in mixture.sliced.items() if dim == 0 and path.startswith(f"{mixture.experts}.")]
     return KeepExperts(

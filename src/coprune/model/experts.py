@@ -38,7 +38,7 @@ class Mixture:
         for path, dim in self.sliced.items():
             tensor = tensor_at(module, path)
             shape = [-1 if d == dim else 1 for d in range(tensor.ndim)]
-            found[f"{self.block}.{path}"] = keep.to(tensor.device).view(shape).expand(tensor.shape)
+            found[f"{self.block}.{path}"] = keep.view(shape).expand(tensor.shape)
         return found
 
     def never_choose(self, module: nn.Module, keep: Tensor) -> None:

@@ -91,9 +91,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def streams(recipe: Recipe) -> bool:
-    """Whether a folder's blocks stay on the disk until the walk reaches them."""
-    whole = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.structure.remove
-    return recipe.model.stream is not False and not whole
+    """Whether a folder's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for."""
+    if recipe.structure.remove:
+        return recipe.model.stream is True
+    return recipe.model.stream is not False and not (recipe.pattern.permute or recipe.evaluation.runs_tasks)
 
 
 def open_model(asked: ModelPart, stream: bool) -> Loaded:

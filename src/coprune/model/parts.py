@@ -72,15 +72,15 @@ class Part:
         for matrix, rows in self.beside:
             _mask(found, matrix, keeps[0].repeat_interleave(rows), inputs=False)
         for name, parameter in self.vectors:
-            found[name] = keeps[0].repeat_interleave(self.repeats).to(parameter.device)
+            found[name] = keeps[0].repeat_interleave(self.repeats).to(_place_of(parameter))
         return found
 
 
 def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) -> None:
     """Note what is kept of a matrix's inputs or outputs, and of the bias of its outputs."""
     parameter: Tensor = getattr(matrix.owner, matrix.attribute)
-    keep = keep.to(parameter.device)
-    whole = found.setdefault(matrix.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+    keep = keep.to(_place_of(parameter))
+    whole = found.setdefault(matrix.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=keep.device))
     own = whole if matrix.expert is None else whole[matrix.expert]
     own = own.view(own.shape[0], -1)
     along_rows = (matrix.input_dim == 0) == inputs
@@ -92,8 +92,13 @@ def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) 
         found[f"{matrix.name}.bias"] = keep
         return
     stacked: Tensor = getattr(matrix.owner, f"{matrix.attribute}_bias")
-    rows = found.setdefault(f"{matrix.parameter}_bias", torch.ones_like(stacked, dtype=torch.bool))
+    rows = found.setdefault(f"{matrix.parameter}_bias", torch.ones(stacked.shape, dtype=torch.bool, device=keep.device))
     rows[matrix.expert] = keep
+
+
+def _place_of(parameter: Tensor) -> torch.device:
+    """Where a parameter is; a mask of one that is not in memory can be made all the same."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def parts_of(block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]]) -> Iterator[Part]:
@@ -166,4 +171,5 @@ def put_back(module: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[N
 def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None:
     """Set what is not kept to zero, in place. prefix: the module's path, with which the masks' names begin."""
     for name, mask in masks.items():
-        _parameter(module, prefix, name).masked_fill_(~mask, 0.0)
+        parameter = _parameter(module, prefix, name)
+        parameter.masked_fill_(~mask.to(parameter.device), 0.0)

@@ -1,4 +1,4 @@
-"""The smaller model that edits make: its tensors, its configuration, and the model itself.
+"""The smaller model that edits make: its configuration, and the model itself.
 
 What becomes of the configuration is not known by name. Every number in it that is as large as what was cut is tried, and
 taken if the model that results has exactly the shapes that are needed.
@@ -18,14 +18,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.companions import put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
-from coprune.model.checkpoint.weights import is_below
-from coprune.model.edits import Edits
-from coprune.model.slices import KeptSlices
-from coprune.model.transformers_private import revert_conversion, saved_tensors
+from coprune.model.transformers_private import (
+    revert_conversion,
+    saved_tensors,
+)
+from coprune.model.walk.record import input_device
 
 MOST_CANDIDATES = 500
 """Configurations that are tried; each costs as long as it takes to make the modules."""
@@ -42,70 +42,6 @@ class Resized:
     dropped: Sequence[int] = ()
     extra: dict[str, int] = field(default_factory=dict)
     """What may have to be said, though it was not: the width of a head, which followed from their number."""
-
-
-def slices_kept(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
-    """What masks of a block's parameters mean for the tensors of its checkpoint; of what is left out wholly, nothing.
-
-    Args:
-        model: the model in memory.
-        prefix: the block's path.
-        masks: bool, by parameter; what is not named is kept.
-
-    Raises:
-        UnsupportedModel: what is kept of a tensor is no whole slices of it.
-    """
-    return whole_slices(masks_as_saved(model, prefix, masks))
-
-
-def masks_as_saved(model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of a block's parameters as masks of all tensors of its checkpoint: bool, by name.
-
-    They go the way that the parameters go when they are saved, so that no layout has to be known.
-    """
-    below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
-    state = {name: masks[name].float() if name in masks else torch.ones_like(tensor) for name, tensor in below.items()}
-    return {name: mask != 0 for name, mask in revert_conversion(model, state).items()}
-
-
-def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
-    """Masks as slices that are kept, where a part of a tensor is. Raises UnsupportedModel as `slices_kept`."""
-    return {name: _as_slices(name, mask) for name, mask in masks.items() if bool(mask.any()) and not bool(mask.all())}
-
-
-def _as_slices(name: str, keep: Tensor) -> KeptSlices:
-    for dim in range(keep.ndim):
-        if (along := _along(keep, dim)) is not None:
-            return KeptSlices(dim=dim, size=len(along), ranges=[_ranges(along)])
-    for dim in range(1, keep.ndim):
-        rows = [_along(part, dim - 1) for part in keep]
-        if all(row is not None for row in rows) and len({int(row.sum()) for row in rows if row is not None}) == 1:
-            return KeptSlices(dim=dim, size=keep.shape[dim], ranges=[_ranges(row) for row in rows if row is not None])
-    raise UnsupportedModel(f"what would be removed of {name} is no whole slices of it")
-
-
-def _along(keep: Tensor, dim: int) -> Tensor | None:
-    """Which slices along a dimension are kept, if the mask keeps whole ones."""
-    others = [other for other in range(keep.ndim) if other != dim]
-    along = keep.any(dim=others) if others else keep
-    shape = [-1 if d == dim else 1 for d in range(keep.ndim)]
-    return along.cpu() if torch.equal(along.view(shape).expand_as(keep), keep) else None
-
-
-def _ranges(keep: Tensor) -> list[tuple[int, int]]:
-    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
-    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-    return list(zip(starts, ends, strict=True))
-
-
-def smaller_tensors(model: PreTrainedModel, edits: Edits) -> dict[str, Tensor]:
-    """The tensors of the smaller model's checkpoint, by name."""
-    found = {}
-    for name, tensor in revert_conversion(model, saved_tensors(model)).items():
-        placed = edits.place(name)
-        if placed is not None:
-            found[placed] = edits.cut(name, tensor)
-    return found
 
 
 def possible_changes(
@@ -200,6 +136,32 @@ def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMo
         return type(model)(made)
 
 
+def smaller_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
+    """The smaller model without its weights. changes: of the configuration, as `possible_changes` gives them."""
+    return _skeleton(model, _changed(model.config.to_dict(), changes))
+
+
+def fill(small: PreTrainedModel, below: nn.Module, tensors: Mapping[str, Tensor], like: PreTrainedModel) -> None:
+    """Give the parameters below a module of a skeleton their values.
+
+    Args:
+        small: the skeleton.
+        below: it, or one of its modules.
+        tensors: of its checkpoint.
+        like: the model whose dtype and device they get.
+    """
+    device = input_device(like)
+    for module in below.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=like.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    with quiet_transformers():
+        load_tensors(small, tensors, device)
+    for module in below.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> PreTrainedModel:
     """The smaller model in memory, ready to be run.
 
@@ -208,18 +170,11 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
         tensors: of the smaller checkpoint.
         changes: of the configuration, as `possible_changes` gives them.
     """
-    small = _skeleton(model, _changed(model.config.to_dict(), changes))
-    for module in small.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=model.dtype, device=model.device)
-            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    small = smaller_skeleton(model, changes)
+    fill(small, small, tensors, model)
     with quiet_transformers():
-        load_tensors(small, tensors)
         small.tie_weights()
     small.generation_config = model.generation_config
     small.name_or_path = model.name_or_path
-    for module in small.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(model.device)
     prepared: PreTrainedModel = prepare(small)
     return prepared

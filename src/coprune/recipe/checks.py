@@ -34,6 +34,10 @@ class Parts(Protocol):
     def output(self) -> OutputPart: ...
 
 
+_STREAMED = {"channels", "heads", "experts"}
+"""What is removed block by block, each read for itself."""
+
+
 def contradiction(recipe: Parts) -> BadInput | None:
     """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
     return (
@@ -95,9 +99,11 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     """Removing makes a smaller model; what sets weights to zero is another run on that."""
     if not recipe.structure.remove:
         return None
-    if recipe.model.stream:
-        fix: Words = ("leave out ", Set("remove", ...), " or ", Set("stream", True))
-        return BadInput("remove needs the whole model in memory", field="remove", fix=fix)
+    together = recipe.structure.shares.keys() - _STREAMED
+    if recipe.model.stream and together:
+        fix: Words = ("leave out ", Set("stream", True))
+        wrong = f"{' and '.join(sorted(together))} are removed with the whole model in memory"
+        return BadInput(wrong, field="remove", value=recipe.structure.remove, fix=fix)
     said = {
         "sparsity": recipe.pattern.sparsity is not None,
         "pattern": recipe.pattern.name != "unstructured",

@@ -87,9 +87,9 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
 
 def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
-    if size > 1 and recipe.structure.remove:
+    if size > 1 and (others := recipe.structure.shares.keys() - {"experts"}):
         raise BadInput(
-            "parts are removed in one process",
+            f"{' and '.join(sorted(others))} are removed in one process; experts are scored by several",
             field="remove",
             value=recipe.structure.remove,
             fix="run without torchrun",

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coprune.base.errors import UnsupportedModel
+from coprune.base.errors import CopruneError, UnsupportedModel
+from coprune.model.as_saved import Layout, slices_kept, smaller_tensors, usual_layout
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.load import prepare
+from coprune.model.checkpoint.skeleton import forget_parameters
 from coprune.model.edit import Configure, DropBlock, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.expert_edit import keep_experts
 from coprune.model.experts import Mixture
 from coprune.model.folding import close, head_size
 from coprune.model.parts import Kind, Part, put_back, silence, together
-from coprune.model.smaller import Resized, build_smaller, possible_changes, slices_kept, smaller_tensors
+from coprune.model.smaller import Resized, build_smaller, fill, possible_changes, smaller_skeleton
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.record import forward_logits, replaced_forwards
+from coprune.model.walk.recording import record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
 from coprune.run.session import Session
 
 _ROUNDING = 1e-3
@@ -51,16 +59,26 @@ class Plan:
         return list(dict.fromkeys([*found, *self.experts.items()]))
 
 
-def edits_of_block(
-    session: Session, plan: Plan, block: Block, masks: Mapping[str, Tensor], experts: Tensor | None = None
-) -> list[Edit]:
-    """What is done to a block. masks: what is kept of its parameters; experts: which are kept, E bool, if any go."""
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a block."""
+
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of its parameters, bool, by name."""
+    experts: Tensor | None = None
+    """E bool, if any go."""
+
+
+def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
+    """What is done to a block. layout: of the checkpoint, if that is not as transformers would save the model."""
     model = session.model
     if block.index in plan.dropped:
         return [_drop(session, block.index)]
-    edits: list[Edit] = [KeepSlices(kept=slices_kept(model.module, block.name, masks))] if masks else []
-    if experts is not None:
-        edits.append(keep_experts(model.module, block.module, plan.mixtures[block.name], experts))
+    edits: list[Edit] = []
+    if cut.masks:
+        edits.append(KeepSlices(kept=slices_kept(model.module, block.name, cut.masks, layout)))
+    if cut.experts is not None:
+        edits.append(keep_experts(model.module, block.module, plan.mixtures[block.name], cut.experts, layout))
     return edits
 
 
@@ -70,30 +88,20 @@ def _drop(session: Session, index: int) -> DropBlock:
 
 
 def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
-    """Cut the model at arbitrary places, build what results, and compare the two; then put everything back.
+    """Cut the model at arbitrary places, build what results, and compare the two; then everything is as it was.
 
     So the configuration is found, and everything that could not work is refused before anything slow. quiet: nobody is told.
     Raises UnsupportedModel.
     """
     model, module = session.model, session.model.module
-    edits: dict[str, list[Edit]] = {}
-    idle = [block for block in model.blocks if block.index in plan.dropped]
-    with ExitStack() as ended:
-        ended.enter_context(replaced_forwards(idle, lambda block: _drop(session, block.index).idle))
-        for block in model.blocks:
-            masks: dict[str, Tensor] = {}
-            for part in plan.parts.get(block.name, ()):
-                kept = part.masks([_spread(part, plan.count(part), i) for i in range(len(part.fold.consumers))])
-                ended.enter_context(put_back(block.module, block.name, kept))
-                silence(block.module, block.name, kept)
-                masks = together(masks, kept)
-            experts = None
-            if (mixture := plan.mixtures.get(block.name)) is not None:
-                experts = _spread_experts(mixture, plan.experts[mixture.count])
-                ended.enter_context(mixture.silent(block.module, experts))
-            edits[block.name] = edits_of_block(session, plan, block, masks, experts)
-        tensors = smaller_tensors(module, Edits(edits))
-        changes, after = _proven_changes(session, tensors, plan)
+    cuts = {block.name: _anywhere(plan, block) for block in model.blocks}
+    streams = model.weights.streams
+    layout = partial(usual_layout, module) if streams else None
+    edits = Edits({b.name: edits_of_block(session, plan, b, cuts[b.name], layout) for b in model.blocks})
+    cut = Rehearsed(session, plan, cuts, edits)
+    shapes = {name: tuple(tensor.shape) for name, tensor in smaller_tensors(module, edits, layout).items()}
+    proof: Proof = cut.block_by_block if streams else cut.as_a_whole
+    changes, after = _proven_changes(session, plan, shapes, proof)
     before = module.num_parameters()
     removed = (
         f"{', '.join(words_of(plan, len(model.blocks)))}: {before:,} → {after:,} parameters ({after / before - 1:+.1%})"
@@ -103,23 +111,100 @@ def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
     return Configure(changes=changes, removed=removed)
 
 
-def _proven_changes(session: Session, tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Any], int]:
-    """The change of the configuration with which a model of these tensors computes what the silenced model does; its size."""
+def _anywhere(plan: Plan, block: Block) -> Cut:
+    """Arbitrary places of a block to cut at."""
+    if block.index in plan.dropped:
+        return Cut()
+    masks: dict[str, Tensor] = {}
+    for part in plan.parts.get(block.name, ()):
+        kept = [_spread(part, plan.count(part), i) for i in range(len(part.fold.consumers))]
+        masks = together(masks, part.masks(kept))
+    mixture = plan.mixtures.get(block.name)
+    return Cut(masks, None if mixture is None else _spread_experts(mixture, plan.experts[mixture.count]))
+
+
+Proof = Callable[[Mapping[str, Any]], int | None]
+"""Whether a change of the configuration makes the model that is wanted: its number of parameters, None if it does not."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A model that is cut at arbitrary places, and what it is compared with."""
+
+    session: Session
+    plan: Plan
+    cuts: Mapping[str, Cut]
+    """By block."""
+    edits: Edits
+
+    @contextmanager
+    def _silent(self, block: Block) -> Iterator[None]:
+        """For a while, let a block do without what is cut."""
+        cut = self.cuts[block.name]
+        with ExitStack() as ended:
+            ended.enter_context(put_back(block.module, block.name, cut.masks))
+            silence(block.module, block.name, cut.masks)
+            if cut.experts is not None:
+                ended.enter_context(self.plan.mixtures[block.name].silent(block.module, cut.experts))
+            yield
+
+    def as_a_whole(self, changes: Mapping[str, Any]) -> int | None:
+        """Compare the logits of the silenced model and of the small one."""
+        model, module = self.session.model, self.session.model.module
+        idle = [block for block in model.blocks if block.index in self.plan.dropped]
+        with ExitStack() as ended:
+            ended.enter_context(replaced_forwards(idle, lambda block: _drop(self.session, block.index).idle))
+            for block in model.blocks:
+                ended.enter_context(self._silent(block))
+            small = build_smaller(module, smaller_tensors(module, self.edits), changes)
+            expected = forward_logits(module, model.structure.sample)
+        same = _alike(forward_logits(small, model.structure.sample), expected)
+        return small.num_parameters() if same else None
+
+    def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
+        """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
+
+        What lies outside the blocks is the same in both.
+        """
+        model, module = self.session.model, self.session.model.module
+        small = prepare(smaller_skeleton(module, changes))
+        recording = record_batches(model, [model.structure.sample])
+        for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+            name = self.edits.place(event.block.name) if isinstance(event, BlockDone) else None
+            if not isinstance(event, BlockDone) or name is None:
+                continue
+            block, call = event.block, recording.calls[0][event.block.index]
+            own = small.get_submodule(name)
+            with torch.no_grad(), self._silent(block):
+                tensors = smaller_tensors(module, self.edits, partial(usual_layout, module), block.name)
+                fill(small, own, tensors, module)
+                same = close(call.run(own, event.before[0]), call.run(block.module, event.before[0]))
+            forget_parameters(own)
+            if not same:
+                return None
+        return small.num_parameters()
+
+
+def _proven_changes(
+    session: Session, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
+) -> tuple[dict[str, Any], int]:
+    """The change of the configuration with which a model of these shapes computes what the silenced model does; its size."""
     model, module = session.model, session.model.module
     head = head_size(module)
     unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
     resized = Resized(plan.sizes(), len(model.blocks), plan.dropped, unsaid)
-    expected, fitting, said = forward_logits(module, model.structure.sample), 0, ""
-    for changes in possible_changes(module, {name: tensor.shape for name, tensor in tensors.items()}, resized):
+    fitting, said = 0, ""
+    for changes in possible_changes(module, shapes, resized):
         fitting += 1
-        small = build_smaller(module, tensors, changes)
         try:
-            same = _alike(forward_logits(small, model.structure.sample), expected)
+            after = proof(changes)
+        except (CopruneError, MemoryError):
+            raise
         except Exception as error:  # whatever a model's code says to a configuration that fits its shapes alone
             said = f" (its code says: {str(error).partition(chr(10))[0]})"
             continue
-        if same:
-            return changes, small.num_parameters()
+        if after is not None:
+            return changes, after
     if fitting:
         raise UnsupportedModel(
             "a smaller model with the same weights computes something else than the model with these parts silenced, so they "

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.model.as_saved import smaller_tensors
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.parts import together
-from coprune.model.smaller import build_smaller, smaller_tensors
+from coprune.model.smaller import build_smaller
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
@@ -29,7 +31,7 @@ from coprune.run.prune_blocks import (
     moves_of,
     record_to_prune,
 )
-from coprune.run.rehearsal import Plan, edits_of_block, rehearse
+from coprune.run.rehearsal import Cut, Plan, edits_of_block, rehearse
 from coprune.run.remove_experts import choose_experts
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
@@ -90,11 +92,12 @@ def _remove(
             kept, found = remove_units(block.module, part, inputs, score, plan.count(part))
             masks = together(masks, kept)
             own += found
+        layout = partial(session.model.weights.layout, block.name)
         if (left := experts.get(block.name)) is not None:
             plan.mixtures[block.name].never_choose(block.module, left)
         if first <= block.index and block.index not in plan.dropped:
             own = _reconstruct(session, walk, event, (masks, own))
-        edits = edits_of_block(session, plan, block, masks, left)
+        edits = edits_of_block(session, plan, block, Cut(masks, left), layout)
         finish_block(session, shared, block, BlockOutcome(own, edits))
         results, inputs = results + own, {}
     return results

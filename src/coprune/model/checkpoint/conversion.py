@@ -153,13 +153,13 @@ def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> 
     return None
 
 
-def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
     """Put some tensors of a checkpoint, converted, into a model that is in memory; the others stay as they are.
 
-    Raises BadInput where a shape differs or a conversion fails.
+    device: where they go, if that is not where the model is. Raises BadInput where a shape differs or a conversion fails.
     """
     before = conversions_to_revert(model)
-    _convert_into(model, tensors, model.dtype, model.device, conversions_of(model))
+    _convert_into(model, tensors, model.dtype, device or model.device, conversions_of(model))
     set_conversions_to_revert(model, before)
     model.requires_grad_(False)
 

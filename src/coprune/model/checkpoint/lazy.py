@@ -135,6 +135,10 @@ class LazyCheckpoint:
         below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
         return self._as_written(self._groups_below(prefix), below)
 
+    def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A block's values under the checkpoint's names and in its layout."""
+        return self.conversion.revert(self._groups_below(prefix), state)
+
     def pieces(self, prefix: str) -> dict[str, bytes]:
         """A few bytes of every tensor of a block, read from the files."""
         names = [name for group in self._groups_below(prefix) for name in group.originals]

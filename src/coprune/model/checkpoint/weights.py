@@ -69,6 +69,10 @@ class Weights(Protocol):
         """An acquired block's present tensors, as they are written to a checkpoint."""
         ...
 
+    def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values of all of a block's tensors as they would stand in a checkpoint. state: by the model's names."""
+        ...
+
     def pieces(self, prefix: str) -> dict[str, bytes]:
         """A few bytes of every tensor of a block that was not changed yet, as it is in a checkpoint: to tell models apart
         without reading them whole."""
@@ -118,6 +122,9 @@ class InMemory:
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         return self._reverted(lambda name: is_below(name, prefix))
+
+    def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return revert_conversion(self._model, state)
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
         return {name: _pieces_of(tensor) for name, tensor in self.original_tensors(prefix).items()}

@@ -1,0 +1,116 @@
+"""What is kept of a block, told of the tensors that its checkpoint has: whole slices of them, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.weights import is_below
+from coprune.model.edits import Edits
+from coprune.model.slices import KeptSlices
+from coprune.model.transformers_private import (
+    conversions_to_revert,
+    revert_conversion,
+    saved_tensors,
+    set_conversions_to_revert,
+)
+
+Layout = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Gives a block's values the names and shapes that they have in a checkpoint."""
+
+
+def slices_kept(
+    model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
+) -> dict[str, KeptSlices]:
+    """What masks of a block's parameters mean for the tensors of its checkpoint; of what is left out wholly, nothing.
+
+    Args:
+        model: the model, whose weights are not looked at.
+        prefix: the block's path.
+        masks: bool, by parameter; what is not named is kept.
+        layout: of the checkpoint; without it, as transformers would save the model.
+
+    Raises:
+        UnsupportedModel: what is kept of a tensor is no whole slices of it.
+    """
+    return whole_slices(masks_as_saved(model, prefix, masks, layout))
+
+
+def masks_as_saved(
+    model: PreTrainedModel, prefix: str, masks: Mapping[str, Tensor], layout: Layout | None = None
+) -> dict[str, Tensor]:
+    """Masks of a block's parameters as masks of all tensors of its checkpoint, by name: not zero where something is kept.
+
+    They go the way that the parameters go when they are saved, so that no layout has to be known.
+    """
+    below = {name: tensor for name, tensor in saved_tensors(model).items() if is_below(name, prefix)}
+    # What is alike along a dimension takes no memory for it.
+    state = {n: _floats(masks[n]) if n in masks else torch.ones(()).expand(t.shape) for n, t in below.items()}
+    return revert_conversion(model, state) if layout is None else layout(state)
+
+
+def _floats(mask: Tensor) -> Tensor:
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())
+    return mask[once].float().cpu().expand(mask.shape)
+
+
+def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
+    """Masks as slices that are kept, where a part of a tensor is. Raises UnsupportedModel as `slices_kept`."""
+    found = {}
+    for name, mask in sorted(masks.items()):
+        keep = mask != 0
+        if bool(keep.any()) and not bool(keep.all()):
+            found[name] = _as_slices(name, keep)
+    return found
+
+
+def _as_slices(name: str, keep: Tensor) -> KeptSlices:
+    for dim in range(keep.ndim):
+        if (along := _along(keep, dim)) is not None:
+            return KeptSlices(dim=dim, size=len(along), ranges=[_ranges(along)])
+    for dim in range(1, keep.ndim):
+        rows = [_along(part, dim - 1) for part in keep]
+        if all(row is not None for row in rows) and len({int(row.sum()) for row in rows if row is not None}) == 1:
+            return KeptSlices(dim=dim, size=keep.shape[dim], ranges=[_ranges(row) for row in rows if row is not None])
+    raise UnsupportedModel(f"what would be removed of {name} is no whole slices of it")
+
+
+def _along(keep: Tensor, dim: int) -> Tensor | None:
+    """Which slices along a dimension are kept, if the mask keeps whole ones."""
+    others = [other for other in range(keep.ndim) if other != dim]
+    along = keep.any(dim=others) if others else keep
+    shape = [-1 if d == dim else 1 for d in range(keep.ndim)]
+    return along.cpu() if torch.equal(along.view(shape).expand_as(keep), keep) else None
+
+
+def _ranges(keep: Tensor) -> list[tuple[int, int]]:
+    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return list(zip(starts, ends, strict=True))
+
+
+def smaller_tensors(
+    model: PreTrainedModel, edits: Edits, layout: Layout | None = None, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of the smaller model's checkpoint, by name. layout: as in `slices_kept`; prefix: of a block, if only its."""
+    state = {name: tensor for name, tensor in saved_tensors(model).items() if not prefix or is_below(name, prefix)}
+    found = {}
+    for name, tensor in (revert_conversion(model, state) if layout is None else layout(state)).items():
+        placed = edits.place(name)
+        if placed is not None:
+            found[placed] = edits.cut(name, tensor)
+    return found
+
+
+def usual_layout(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values as transformers would save them of a new model, whatever checkpoint this one was read from."""
+    before = conversions_to_revert(model)
+    set_conversions_to_revert(model, None)
+    try:
+        return revert_conversion(model, state)
+    finally:
+        set_conversions_to_revert(model, before)

@@ -1,0 +1,111 @@
+"""Experts removed of a model that is read block by block, and by several processes: as in memory and by one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from support.killing import count_lines, killed_at
+from support.measured_peaks import measured_peaks
+from support.pico_folder import listing, save_pico, write_words
+from support.saved import load_clean
+from support.torchrun import run_together, torchrun
+
+
+def settings_of(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
+    places = {"save": str(folder / out / "run"), "save_model": str(folder / out / "small")}
+    data = {"model": str(folder / "model"), "dataset": str(folder / "words.txt"), "evaluate": False}
+    return data | places | {"align": 16, "nsamples": 4, "seqlen": 16} | changes
+
+
+def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
+    """Do a run, and return all of its model but what names folders."""
+    run_recipe(make_recipe(settings_of(folder, out, **changes)), reporter=Reporter(quiet=True))
+    found = listing(folder / out / "small")
+    for name in ("README.md", "tokenizer_config.json"):  # the latter is copied in one case, and saved in the other
+        found.pop(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "remove"),
+    [
+        ("mixtral", {}, "experts=0.25,channels=0.4"),  # experts saved one by one
+        ("deepseek_v3", {"n_routed_experts": 8}, "experts=0.25"),  # a buffer among what is cut
+    ],
+)
+def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], remove: str, tmp_path: Path) -> None:
+    save_pico(tmp_path / "model", family, num_hidden_layers=2, **changes)
+    write_words(tmp_path / "words.txt")
+    whole = run(tmp_path, "whole", remove=remove, stream=False)
+    assert run(tmp_path, "streamed", remove=remove, stream=True) == whole
+    load_clean(tmp_path / "streamed" / "small")
+
+
+@pytest.mark.slow
+def test_a_killed_streamed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "model", "mixtral")
+    write_words(tmp_path / "words.txt")
+    asked: dict[str, Any] = {"remove": "experts=0.25,channels=0.4", "stream": True}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    whole = run(tmp_path, "whole", **asked)
+    _, lines = count_lines(lambda: run(tmp_path, "counted", **asked), ("journal",))
+    assert killed_at(lambda: run(tmp_path, "killed", **asked), lines * 8 // 10, ("journal",))
+    assert run(tmp_path, "killed", **asked) == whole
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    save_pico(tmp_path / "model", "mixtral")
+    write_words(tmp_path / "words.txt")
+    alone = run(tmp_path, "alone", remove="experts=0.25", stream=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "both").items()]
+    flags = [flag for flag in flags if "--evaluate" not in flag and "--model" not in flag]
+    asked = ["--remove", "experts=0.25", "--stream", "--no-evaluate", "--quiet"]
+    run_together(torchrun(2, "-m", "coprune", "prune", str(tmp_path / "model"), *flags, *asked))
+    kept = [json.loads((tmp_path / out / "run" / "experts.json").read_text()) for out in ("alone", "both")]
+    for block, sums in kept[0]["sums"]["calibration"].items():
+        other = kept[1]["sums"]["calibration"][block]
+        assert other["tokens"] == sums["tokens"]
+        assert other["weighted"] == pytest.approx(sums["weighted"], rel=1e-6)
+    both = listing(tmp_path / "both" / "small")
+    assert {name: both[name] for name in alone} == alone
+
+
+def test_several_processes_remove_experts_alone() -> None:
+    from coprune.run.checks import check_processes
+
+    check_processes(make_recipe({"model": "x", "remove": "experts=0.5"}), 2)
+    with pytest.raises(BadInput, match="heads are removed in one process"):
+        check_processes(make_recipe({"model": "x", "remove": "experts=0.5,heads=0.5"}), 2)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    write_words(tmp_path / "words.txt")
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 2,
+    }
+    cases = {}
+    for blocks in (4, 16):
+        save_pico(tmp_path / str(blocks), "mixtral", num_hidden_layers=blocks, **sizes)
+        cases[str(blocks)] = settings_of(tmp_path, f"out{blocks}", remove="experts=0.25", stream=True) | {
+            "model": str(tmp_path / str(blocks))
+        }
+    found = measured_peaks(cases)
+    block = 32 * 3 * 128 * 512 * 4
+    growth = found["16"].measured - found["4"].measured
+    assert growth < 1.5 * block, {name: str(peak) for name, peak in found.items()}  # of the twelve blocks more
