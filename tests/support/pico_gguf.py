@@ -1,7 +1,9 @@
-"""Write a pico llama as the GGUF file that llama.cpp's converter would make of it."""
+"""Write a pico model as the GGUF file that llama.cpp's converter would make of it."""
 
 from __future__ import annotations
 
+import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,24 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.model.transformers_private import revert_conversion, saved_tensors
+
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
 
 
 def in_gguf_order(rows: Tensor, heads: int) -> Tensor:
@@ -41,11 +49,10 @@ def distinct_norms(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", **keys: int) -> Path:
-    """Write a llama. kind: how its matrices are stored. keys: more metadata of the architecture; returns the file."""
+def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", arch: str = "llama") -> Path:
+    """Write a llama, or a qwen3moe, whose rows keep their order. kind: how its matrices are stored; returns the file."""
     config: Any = model.config
-    writer = GGUFWriter(file, "llama")
-    writer.add_name("pico")
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     numbers = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -54,32 +61,47 @@ def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", **key
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "rope.dimension_count": config.hidden_size // config.num_attention_heads,
+        "rope.dimension_count": head,
     }
-    for key, number in (numbers | keys).items():
-        writer.add_uint32(f"llama.{key}", number)
-    writer.add_float32("llama.rope.freq_base", config.rope_parameters["rope_theta"])
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_key_value("tokenizer.ggml.model", "none", GGUFValueType.STRING)
-    for name, tensor in model.state_dict().items():
-        path, _, suffix = name.rpartition(".")
-        if path in OUTSIDE:
-            named = f"{OUTSIDE[path]}.{suffix}"
-        else:
-            _, _, number, rest = path.split(".", 3)
-            named = f"blk.{number}.{NAMES[rest]}.{suffix}"
-        if ".attn_q." in named:
-            tensor = in_gguf_order(tensor, config.num_attention_heads)
-        if ".attn_k." in named:
-            tensor = in_gguf_order(tensor, config.num_key_value_heads)
-        values = tensor.float().contiguous().numpy()
-        if values.ndim < 2 or kind == "F32":
-            writer.add_tensor(named, values.astype(np.float32))
-        else:
-            code = GGMLQuantizationType[kind]
-            writer.add_tensor(named, quants.quantize(values, code), raw_dtype=code)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    if arch == "qwen3moe":
+        numbers |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+        numbers |= {"expert_feed_forward_length": config.moe_intermediate_size}
+        numbers |= {"attention.key_length": head, "attention.value_length": head}
+    with closing(GGUFWriter(file, arch)) as writer:
+        writer.add_name("pico")
+        for key, number in numbers.items():
+            writer.add_uint32(f"{arch}.{key}", number)
+        writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
+        writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+        writer.add_key_value("tokenizer.ggml.model", "none", GGUFValueType.STRING)
+        for name, tensor in named_in_gguf(model, permuted=arch == "llama").items():
+            values = tensor.float().contiguous().numpy()
+            if values.ndim < 2 or kind == "F32":
+                writer.add_tensor(name, values.astype(np.float32))
+            else:
+                code = GGMLQuantizationType[kind]
+                writer.add_tensor(name, quants.quantize(values, code), raw_dtype=code)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     return file
+
+
+def named_in_gguf(model: PreTrainedModel, permuted: bool) -> dict[str, Tensor]:
+    """A model's tensors under llama.cpp's names, those of experts stacked. permuted: queries and keys as llama has them."""
+    config: Any = model.config
+    found: dict[str, Tensor] = {}
+    experts: dict[str, list[Tensor]] = {}
+    for name, tensor in revert_conversion(model, saved_tensors(model)).items():
+        path, _, suffix = name.rpartition(".")
+        if expert := _EXPERT.fullmatch(name):
+            experts.setdefault(f"blk.{expert[1]}.ffn_{expert[2]}_exps.weight", []).append(tensor)
+            continue
+        if path in OUTSIDE:
+            found[f"{OUTSIDE[path]}.{suffix}"] = tensor
+            continue
+        _, _, number, rest = path.split(".", 3)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(NAMES[rest])
+        ordered = in_gguf_order(tensor, heads) if permuted and heads else tensor
+        found[f"blk.{number}.{NAMES[rest]}.{suffix}"] = ordered
+    return found | {name: torch.stack(parts) for name, parts in experts.items()}

@@ -153,6 +153,21 @@ def test_equal_tensors_that_became_different_are_not_guessed(place: Path, tmp_pa
         coprune.export(place / "dense", tmp_path / "other.gguf", like=example, quiet=True)
 
 
+def test_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:
+    # transformers knows the width of this family's experts by its default alone, and llama.cpp always makes gates sum to one.
+    model = distinct_norms(pico_model("qwen3_moe", moe_intermediate_size=768, norm_topk_prob=True))
+    save(model, tmp_path / "dense")
+    write_pico_gguf(model, tmp_path / "dense.gguf", arch="qwen3moe")
+    coprune.prune(tmp_path / "dense", remove="experts=0.5,blocks=0.34", save_model=tmp_path / "small", **PRUNING)
+    made = coprune.export(
+        tmp_path / "small", tmp_path / "out.gguf", like=tmp_path / "dense.gguf", type="f32", quiet=True
+    )
+    (stacked,) = (tensor for tensor in GGUFReader(made.path).tensors if tensor.name == "blk.1.ffn_gate_exps.weight")
+    assert [*stacked.shape] == [64, 768, 2]
+    assert GGUFReader(made.path).fields["qwen3moe.expert_count"].contents() == 2
+    assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
+
+
 def test_rows_are_found_in_any_order_transposed_stacked_and_with_one_added() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(8, 6, generator=generator) for name in ("a", "b", "e.0", "e.1")}

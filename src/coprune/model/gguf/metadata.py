@@ -90,15 +90,14 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     kept = {
         key: _without_blocks(field, counts) if key.startswith(f"{arch}.") else field for key, field in fields.items()
     }
+    told = {_at(before, place) for place in wanted}
+    sizes = {old: new for old, new in counts.sizes.items() if old not in told}
     for changed in islice(_candidates(kept, arch, before, wanted), MOST_CANDIDATES):
         new = kept | changed
         new |= {
-            key: replace(field, value=counts.sizes[field.value])
+            key: replace(field, value=sizes[field.value])
             for key, field in kept.items()
-            if key not in changed
-            and key.startswith(f"{arch}.")
-            and _is_number(field.value)
-            and field.value in counts.sizes
+            if key not in changed and key.startswith(f"{arch}.") and _is_number(field.value) and field.value in sizes
         }
         new |= _head_width(fields, new, arch)
         if _says(config_of(new, arch), before, wanted):
