@@ -96,7 +96,7 @@ def _of_propagation(recipe: Parts) -> BadInput | None:
 
 
 def _of_removal(recipe: Parts) -> BadInput | None:
-    """Removing makes a smaller model; what sets weights to zero is another run on that."""
+    """Removing makes a smaller model; what sets weights to zero needs a pattern or a sparsity beside it."""
     if not recipe.structure.remove:
         return None
     together = recipe.structure.shares.keys() - _STREAMED
@@ -104,9 +104,9 @@ def _of_removal(recipe: Parts) -> BadInput | None:
         fix: Words = ("leave out ", Set("stream", True))
         wrong = f"{' and '.join(sorted(together))} are removed with the whole model in memory"
         return BadInput(wrong, field="remove", value=recipe.structure.remove, fix=fix)
+    if recipe.pattern.is_said:
+        return _of_both(recipe)
     said = {
-        "sparsity": recipe.pattern.sparsity is not None,
-        "pattern": recipe.pattern.name != "unstructured",
         "permute": recipe.pattern.permute,
         "refine": bool(recipe.refine),
         "propagation": recipe.calibration.propagation != "block",
@@ -115,8 +115,16 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     for setting, given in said.items():
         if given:
             cause: Words = ("remove makes a smaller model, for which ", Setting(setting), " means nothing")
-            fix = ("leave it out", ", save the smaller model with ", Setting("save_model"), " and prune that")
+            fix = ("leave it out, or add ", Set("sparsity", 0.5), " for zeros in what is left")
             return BadInput(cause, field=setting, fix=fix)
+    return None
+
+
+def _of_both(recipe: Parts) -> BadInput | None:
+    """Parts removed and zeros in what is left are two halves of a run."""
+    if recipe.evaluation.runs_tasks:
+        fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
+        return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
     return None
 
 

@@ -88,6 +88,11 @@ class PatternPart(Part):
         return value
 
     @property
+    def is_said(self) -> bool:
+        """Whether somebody asked for zeros, or they are only what a run without any word of them makes."""
+        return self.sparsity is not None or self.name != "unstructured"
+
+    @property
     def ratio(self) -> float:
         """The fraction of zeros that is asked for."""
         return parse_pattern(self.name).ratio(self.sparsity)

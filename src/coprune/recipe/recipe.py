@@ -77,14 +77,21 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def cuts_and_prunes(self) -> bool:
+        """Whether what is left of a model that parts are removed from gets zeros too."""
+        return bool(self.structure.remove) and self.pattern.is_said
+
+    @property
     def way(self) -> str:
-        """What decides which weights go: the method, or the score of what is removed."""
-        return "-".join(score.name for score in self.structure.scores.values()) or self.method.name
+        """What decides which weights go: the score of what is removed, the method of the zeros."""
+        scores = [score.name for score in self.structure.scores.values()]
+        return "-".join([*scores, *([self.method.name] if not scores or self.cuts_and_prunes else [])])
 
     @property
     def shape(self) -> str:
-        """The pattern of the zeros, or what is removed."""
-        return ", ".join(self.structure.remove) if self.structure.remove else self.pattern.name
+        """What is removed, and the pattern of the zeros."""
+        removed = self.structure.remove
+        return ", ".join([*removed, *([self.pattern.name] if not removed or self.cuts_and_prunes else [])])
 
     @property
     def run_folder(self) -> Path:
@@ -94,10 +101,13 @@ class Recipe(BaseModel):
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
         if self.structure.remove:
             shares = "-".join(f"{kind}-{share:g}" for kind, share in self.structure.shares.items())
-            return Path("out") / name / f"without-{shares}" / self.way
-        pattern = parse_pattern(self.pattern.name)
-        target = pattern.label(f"{self.pattern.ratio:g}").replace(":", "-").replace(" ", "-")
-        return Path("out") / name / target / self.method.name
+            return Path("out") / name / f"without-{shares}{self._target if self.cuts_and_prunes else ''}" / self.way
+        return Path("out") / name / self._target.removeprefix("-") / self.method.name
+
+    @property
+    def _target(self) -> str:
+        label = parse_pattern(self.pattern.name).label(f"{self.pattern.ratio:g}")
+        return "-" + label.replace(":", "-").replace(" ", "-")
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flat name; what has options is written as text, but for the method's."""

@@ -73,13 +73,16 @@ def model_card(report: Report) -> str:
 
 
 def _what_was_done(report: Report) -> str:
+    said = []
     if report.recipe.structure.remove:
-        return f"Removed: {'; '.join(report.edits)}. What is left is an ordinary, smaller model."
-    zeros = report.sparsity
-    return (
-        f"{zeros.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
-        f"{zeros.model:.2%} of all parameters."
-    )
+        said.append(f"Removed: {'; '.join(report.edits)}. What is left is an ordinary, smaller model.")
+    if report.has_zeros:
+        zeros = report.sparsity
+        said.append(
+            f"{zeros.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
+            f"{zeros.model:.2%} of all parameters."
+        )
+    return " ".join(said)
 
 
 def _perplexity_table(report: Report) -> str:

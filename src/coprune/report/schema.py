@@ -119,6 +119,11 @@ class Report(Shown, BaseModel):
     left_out: list[str] = []
     """Layers that cannot be pruned as matrices, and tensors that are not written again, each with the reason."""
 
+    @property
+    def has_zeros(self) -> bool:
+        """Whether weights were set to zero, beside what may have been removed."""
+        return not self.recipe.structure.remove or self.recipe.cuts_and_prunes
+
     def headline(self) -> str:
         """Model, method and pattern, and what that did to the first text."""
         recipe, measured = self.recipe, ""
@@ -128,7 +133,7 @@ class Report(Shown, BaseModel):
             after = f" → {tuned[text.data]:.2f} after {recipe.finetune.mode}" if text.data in tuned else ""
             measured = f", perplexity {dense}{text.pruned:.2f}{after} on {text.data}"
         asked = f"{recipe.way} {recipe.shape}"
-        zeros = "removed" if recipe.structure.remove else f"{self.sparsity.matrices:.2%} zeros"
+        zeros = f"{self.sparsity.matrices:.2%} zeros" if self.has_zeros else "removed"
         return f"{Path(self.model.source).name}: {asked}, {zeros}{measured}"
 
     def sheet(self) -> Sheet:
@@ -138,7 +143,7 @@ class Report(Shown, BaseModel):
             ("model", f"{model.source}, {model.parameters:,} parameters, {model.dtype}"),
             ("method", f"{recipe.way}, {recipe.shape}, {recipe.calibration.propagation} propagation"),
         ]
-        if not recipe.structure.remove:
+        if self.has_zeros:
             matrices = f"{zeros.matrices:.4%} of the {len(self.matrices)} pruned matrices"
             rows.append(("sparsity", f"{matrices}, {zeros.model:.2%} of all parameters"))
         after = self.finetuned.after if self.finetuned is not None else lambda data: ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -118,13 +119,7 @@ def prepare_folders(recipe: Recipe) -> None:
     another = ("name another run folder with ", Setting("save"))
     if run_folder.exists() and not run_folder.is_dir():
         raise BadInput(f"{run_folder} is a file", field="save", value=run_folder, fix=another)
-    if (run_folder / REPORT_FILE).exists():
-        raise BadInput(
-            f"{run_folder} already holds a finished run",
-            field="save",
-            value=run_folder,
-            fix=(*another, ", or remove it"),
-        )
+    refuse_finished(run_folder)
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
     holds = {path for path in run_folder.glob("*") if path.suffix != TEMPORARY} - logs
@@ -142,6 +137,13 @@ def prepare_folders(recipe: Recipe) -> None:
             value=target,
             fix=("name another folder with ", Setting("save_model")),
         )
+
+
+def refuse_finished(run_folder: Path) -> None:
+    """Raise BadInput where a run was finished already."""
+    if (run_folder / REPORT_FILE).exists():
+        fix = ("name another run folder with ", Setting("save"), ", or remove it")
+        raise BadInput(f"{run_folder} already holds a finished run", field="save", value=run_folder, fix=fix)
 
 
 def check_widths(matrices: Iterable[Matrix], target: Target) -> None:

@@ -34,6 +34,7 @@ from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_f
 from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders
+from coprune.run.cut_and_prune import cut_and_prune
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
 from coprune.run.given import NOTHING, Given
@@ -107,6 +108,8 @@ def run_recipe(
     around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes, writes)
     if recipe.finetune.mode is not None:
         return _run_with_finetuning(recipe, given, around)
+    if recipe.cuts_and_prunes:
+        return _run_both(recipe, given, around, write)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report, again=True)
         return Result(report)
@@ -183,6 +186,14 @@ def _run_with_finetuning(recipe: Recipe, given: Given, around: Surroundings) -> 
         return run_recipe(pruning, given, around.reporter, processes=around.processes).report
 
     return Result(prune_and_finetune(recipe, prune_only, around.reporter, around.processes))
+
+
+def _run_both(recipe: Recipe, given: Given, around: Surroundings, write: bool) -> Result:
+    def run(half: Recipe, own: Given) -> Result:
+        return run_recipe(half, own, around.reporter, write, around.processes)
+
+    second, report = cut_and_prune(recipe, given, write, run)
+    return Result(report) if second is None else Result(report, second.processor, lambda: second.model)
 
 
 def _open_output(session: Session) -> Output | None:

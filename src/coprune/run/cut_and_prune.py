@@ -1,0 +1,128 @@
+"""Parts removed, and zeros in what is left, as one run: the cut first, then the pattern on the smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.base.files import path_of, write_text
+from coprune.base.words import Setting
+from coprune.model.checkpoint.companions import CARD_FILE
+from coprune.model.checkpoint.locate import holds_model
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.opened import Loaded
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import StructurePart
+from coprune.report.card import model_card
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
+from coprune.report.schema import Report
+from coprune.run.checks import refuse_finished
+from coprune.run.given import Given
+
+# What belongs to the zeros alone, as it is where nothing is said of it.
+_NO_ZEROS: dict[str, Any] = {
+    "pattern": "unstructured",
+    "sparsity": None,
+    "permute": False,
+    "refine": (),
+    "propagation": "block",
+    "encoding": "dense",
+    "report_to": None,
+    "push_to_hub": None,
+    "log_json": None,
+    "prompt": "",
+}
+
+
+def cut_and_prune(recipe: Recipe, given: Given, write: bool, run: Callable[[Recipe, Given], Any]) -> Any:
+    """Remove parts, then prune what is left.
+
+    Where a run folder is wanted, both halves leave theirs in it (`cut` with the smaller model, `zeros`), so that either can be
+    interrupted and goes on.
+
+    Args:
+        recipe: of both.
+        given: what is taken instead of what the recipe names.
+        write: whether a run folder is wanted.
+        run: does what one half's recipe says, and gives its `Result`.
+
+    Returns:
+        The result of the second half, and the report of both. Raises as both halves do.
+    """
+    if not write:
+        first = run(cutting_of(recipe, None), given)
+        if first.model is None:
+            wrong = "a streamed model that is cut and pruned lies in a run folder in between"
+            raise BadInput(wrong, field="save", fix=("name one with ", Setting("save")))
+        loaded = Loaded(InMemory(first.model), first.processor, first.report.model.source, False)
+        second = run(pruning_of(recipe, first.report, None), Given(loaded, given.method))
+        return second, _of_both(recipe, first.report, second.report)
+    refuse_finished(recipe.run_folder)
+    write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
+    cutting = cutting_of(recipe, recipe.run_folder / "cut")
+    cut, _ = _once(cutting, lambda: run(cutting, given))
+    pruning = pruning_of(recipe, cut, recipe.run_folder / "zeros")
+    pruned, second = _once(pruning, lambda: run(pruning, Given(None, given.method)))
+    report = _of_both(recipe, cut, pruned)
+    if recipe.output.model is not None:
+        write_text(recipe.output.model / CARD_FILE, model_card(report))
+    announce(recipe, report)
+    finish_run_folder(recipe, report, again=True)
+    return second, report
+
+
+def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
+    """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
+    return recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
+
+
+def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
+    """The recipe of the zeros in what the cut left. folder: of its run, if it leaves one."""
+    # As the dense model spoke for, so that all figures are of the same windows.
+    bos = recipe.calibration.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
+    model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
+    whole = recipe.model_copy(update={"structure": StructurePart()})
+    return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="")
+
+
+def _once(recipe: Recipe, run: Callable[[], Any]) -> tuple[Report, Any]:
+    """The report of one half, and its result unless an earlier run came so far."""
+    path, model = recipe.run_folder / REPORT_FILE, recipe.output.model
+    if path.is_file() and (model is None or holds_model(model)):
+        report = Report.read(path)
+        if report.recipe == recipe:
+            return report, None
+    result = run()
+    return result.report, result
+
+
+def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
+    """What the second half measured, beside what the first half did and the dense model was."""
+    texts = {text.data: text.dense for text in cut.perplexity}
+    images = {one.data: one for one in cut.accuracy}
+    return pruned.model_copy(
+        update={
+            "recipe": recipe,
+            "model": cut.model,
+            "perplexity": [one.model_copy(update={"dense": texts.get(one.data)}) for one in pruned.perplexity],
+            "accuracy": [
+                one.model_copy(
+                    update={
+                        name: getattr(images[one.data], name)
+                        for name in ("dense_top1", "dense_top1_interval", "dense_top5")
+                        if one.data in images
+                    }
+                )
+                for one in pruned.accuracy
+            ],
+            "bos": cut.bos,
+            "events": [*cut.events, *pruned.events],
+            "edits": [*cut.edits, *pruned.edits],
+            "covered": cut.covered,
+            "prune_seconds": cut.prune_seconds + pruned.prune_seconds,
+            "total_seconds": cut.total_seconds + pruned.total_seconds,
+            "peak_memory_bytes": max(cut.peak_memory_bytes, pruned.peak_memory_bytes),
+        }
+    )

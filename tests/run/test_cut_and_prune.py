@@ -1,0 +1,108 @@
+"""Parts removed and zeros on top in one run: what both halves would do after one another, in one folder, with one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.model.edits import history_of
+from coprune.recipe.recipe import make_recipe
+from coprune.report.schema import Report
+from coprune.run.stages import run_recipe
+from support.pico import pico_model
+from support.pico_folder import save_pico, write_words
+from support.saved import load_clean
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("both")
+    save_pico(folder / "llama")
+    write_words(folder / "words.txt")
+    return folder
+
+
+def settings(home: Path, **more: Any) -> dict[str, Any]:
+    words = str(home / "words.txt")
+    data = {"dataset": words, "nsamples": 4, "seqlen": 16, "eval_data": words, "eval_tokens": 160, "device": "cpu"}
+    return {"model": str(home / "llama"), **data, **more}
+
+
+CUT: dict[str, Any] = {"remove": "channels=0.4,blocks=0.34", "align": 16}
+ZEROS: dict[str, Any] = {"pattern": "2:4", "method": "sparsegpt"}
+
+
+def test_both_halves_are_one_run(home: Path, tmp_path: Path) -> None:
+    both = settings(home, **CUT, **ZEROS, save=tmp_path / "run", save_model=tmp_path / "model")
+    found = run_recipe(make_recipe(both), reporter=QUIET).report
+    cut = settings(home, **CUT, save=tmp_path / "cut", save_model=tmp_path / "small")
+    first = run_recipe(make_recipe(cut), reporter=QUIET).report
+    then = settings(
+        home, **ZEROS, model=str(tmp_path / "small"), save=tmp_path / "zeros", save_model=tmp_path / "sparse"
+    )
+    second = run_recipe(make_recipe(then), reporter=QUIET).report
+    tensors, expected = (load_clean(tmp_path / name).state_dict() for name in ("model", "sparse"))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert found == Report.read(tmp_path / "run" / "report.json")
+    assert (found.sparsity, found.edits) == (second.sparsity, first.edits)
+    assert [matrix.mask_checksum for matrix in found.matrices] == [matrix.mask_checksum for matrix in second.matrices]
+    (text,) = found.perplexity
+    assert (text.dense, text.pruned) == (first.perplexity[0].dense, second.perplexity[0].pruned)
+    assert found.headline().startswith("llama: obs-influence-sparsegpt channels=0.4,blocks=0.34, 2:4, 50.00% zeros")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "blocks 3 → 2" in card
+    assert "50.00% of the weights in 14 matrices are zero" in card
+    assert [edits.lines() for edits in history_of(tmp_path / "model")[1]] == [first.edits, []]
+    with pytest.raises(BadInput, match="already holds a finished run"):
+        run_recipe(make_recipe(both), reporter=QUIET)
+
+
+class StoppedAt(Reporter):
+    """A reporter under which the user presses Ctrl-C at a line."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(quiet=True)
+        self._line = line
+
+    def say(self, line: str) -> None:
+        if line.startswith(self._line):
+            raise KeyboardInterrupt
+
+
+def test_either_half_can_be_interrupted(home: Path, tmp_path: Path) -> None:
+    both = settings(home, **CUT, **ZEROS, evaluate=False, save=tmp_path / "run", save_model=tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(make_recipe(both), reporter=StoppedAt("Reloading"))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(make_recipe(both), reporter=StoppedAt(f"Loading {tmp_path}"))
+    before = (tmp_path / "run" / "cut" / "report.json").stat().st_mtime_ns
+    run_recipe(make_recipe(both), reporter=QUIET)
+    assert (tmp_path / "run" / "cut" / "report.json").stat().st_mtime_ns == before
+    assert load_clean(tmp_path / "model").config.num_hidden_layers == 2
+
+
+def test_a_model_in_memory_needs_no_folder() -> None:
+    tokens = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+    result = coprune.prune(
+        pico_model("llama"), "magnitude", sparsity=0.5, dataset=tokens, evaluate=False, quiet=True, **CUT
+    )
+    assert result.model is not None
+    assert result.model.config.num_hidden_layers == 2
+    assert result.report.sparsity.matrices == pytest.approx(0.5, abs=1e-3)
+    weight = result.model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    assert weight.shape == (64, 64)
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-2)
+
+
+def test_tasks_are_for_the_model_that_was_saved(home: Path) -> None:
+    with pytest.raises(BadInput, match="zero-shot tasks are not run by a run that cuts and prunes"):
+        make_recipe(settings(home, **CUT, **ZEROS, tasks="boolq"))
