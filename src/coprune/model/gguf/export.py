@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coprune.base.durable import write_durably
+from coprune.base.durable import TEMPORARY, write_durably
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.output_names import require_usable
@@ -73,20 +74,23 @@ def export(
     file = _example(location, like)
     source = exported(location)
     example = read_example(file, source, reporter)
-    plan = planned(example, source, "f16" if type in BY_LLAMA_CPP else type)
+    by_llama_cpp = type in BY_LLAMA_CPP
+    plan = planned(example, source, "f16" if by_llama_cpp else type)
 
-    def write(file: Path) -> None:
-        with reporter.bar("Writing", plan.bytes) as advance:
-            write_gguf(file, plan, lambda name: example.values(name, source), advance)
-        reporter.say("Reloading the file to compare it")
-        require_same(file, source, plan.kind)
-        if type in BY_LLAMA_CPP:
-            whole = file.with_suffix(".f16.gguf")
-            file.rename(whole)
-            try:
-                quantize(whole, file, type)
-            finally:
-                whole.unlink()
+    def write(final: Path) -> None:
+        # llama.cpp quantises a file of float16, which has a temporary name like the other's.
+        whole = final.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}") if by_llama_cpp else final
+        try:
+            with reporter.bar("Writing", plan.bytes) as advance:
+                write_gguf(whole, plan, lambda name: example.values(name, source), advance)
+            reporter.say("Reloading the file to compare it")
+            require_same(whole, source, plan.kind)
+            if by_llama_cpp:
+                reporter.say(f"Quantising to {type}")
+                quantize(whole, final, type)
+        finally:
+            if by_llama_cpp:
+                whole.unlink(missing_ok=True)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, write)
