@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.edit import Edit, KeepSlices
 from coprune.model.edits import EDITS_FILE, Edits, history_of
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.pieces import Matcher
+from coprune.model.slices import KeptSlices
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf
-from support.saved import load_clean
+from support.saved import load_clean, tensors_of
 
 TOKENS = pico_tokens(1, 16)
 PRUNING: dict[str, Any] = {"dataset": pico_tokens(8, 32), "align": 32, "evaluate": False, "quiet": True}
@@ -39,6 +42,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pico_gguf(model, folder / "q8_0.gguf", "Q8_0")
     remove = "channels=0.34,heads=0.5,blocks=0.34"
     coprune.prune(folder / "dense", remove=remove, save_model=folder / "small", **PRUNING)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico Qwen2 as a folder and as a GGUF file."""
+    folder = tmp_path_factory.mktemp("qwen")
+    model = distinct_norms(pico_model("qwen2", use_sliding_window=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    save(model, folder / "dense")
+    write_pico_gguf(model, folder / "dense.gguf", arch="qwen2")
     return folder
 
 
@@ -151,6 +168,39 @@ def test_equal_tensors_that_became_different_are_not_guessed(place: Path, tmp_pa
     assert coprune.export(tmp_path / "same", tmp_path / "out.gguf", like=example, quiet=True).tensors == 30
     with pytest.raises(UnsupportedModel, match="alike in the GGUF file"):
         coprune.export(place / "dense", tmp_path / "other.gguf", like=example, quiet=True)
+
+
+def test_rows_in_their_own_order_with_biases(qwen: Path, tmp_path: Path) -> None:
+    coprune.prune(qwen / "dense", remove="channels=0.34", save_model=tmp_path / "small", **PRUNING)
+    made = coprune.export(tmp_path / "small", tmp_path / "out.gguf", like=qwen / "dense.gguf", type="f32", quiet=True)
+    assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
+
+
+def test_what_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -> None:
+    """llama.cpp wants the queries of this architecture as wide as the model, and transformers does not read their width."""
+    coprune.prune(qwen / "dense", remove="heads=0.5", save_model=tmp_path / "small", **PRUNING)
+    with pytest.raises(UnsupportedModel, match="no runtime that is installed"):
+        coprune.export(tmp_path / "small", tmp_path / "out.gguf", like=qwen / "dense.gguf", type="f32", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_blocks_that_differ_in_width_are_refused(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "dense", tmp_path / "uneven")
+    tensors = tensors_of(folder)
+    kept: dict[str, list[Edit]] = {}
+    for block, size in ((0, 64), (1, 32)):
+        slices = {}
+        for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
+            name = f"model.layers.{block}.mlp.{part}_proj.weight"
+            slices[name] = KeptSlices(dim=dim, size=96, ranges=[[(0, size)]])
+            tensors[name] = slices[name].cut(tensors[name])
+        kept[f"model.layers.{block}"] = [KeepSlices(kept=slices)]
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    Edits(kept).write(folder)
+    with pytest.raises(UnsupportedModel, match=r"blk\.\*\.ffn_gate.weight is 32×64 and 64×64 and 96×64"):
+        coprune.export(folder, tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True)
 
 
 def test_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:

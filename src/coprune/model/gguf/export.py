@@ -84,7 +84,8 @@ def export(
             with reporter.bar("Writing", plan.bytes) as advance:
                 write_gguf(whole, plan, lambda name: example.values(name, source), advance)
             reporter.say("Reloading the file to compare it")
-            require_same(whole, source, plan.kind)
+            if (unread := require_same(whole, source, plan.kind)) is not None:
+                reporter.say(unread)
             if by_llama_cpp:
                 reporter.say(f"Quantising to {type}")
                 quantize(whole, final, type)

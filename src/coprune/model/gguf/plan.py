@@ -115,23 +115,26 @@ def _moved(name: str, left: Sequence[int]) -> str:
 
 
 def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int] | None]) -> dict[int, int]:
-    """New dimensions by old ones that no tensor has any more. Raises UnsupportedModel if blocks differ in them."""
-    pairs = {
-        (old, new)
-        for name, shape in after.items()
-        if shape is not None and len(shape) == len(before[name])
-        for old, new in zip(before[name], shape, strict=True)
-    }
-    left = {new for _, new in pairs}
-    found: dict[int, int] = {}
-    for old, new in sorted(pairs):
-        if old == new or old in left:
-            continue
-        if found.setdefault(old, new) != new:
+    """New dimensions by old ones that no tensor has any more. Raises UnsupportedModel if blocks differ in what is left."""
+    kinds: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
+    for name, shape in after.items():
+        if shape is not None:
+            kind = _BLOCK.sub(r"blk.*.\2", name)
+            kinds.setdefault((kind, tuple(before[name])), set()).add(tuple(shape))
+    for (kind, _), shapes in kinds.items():
+        if len(shapes) > 1:
+            listed = " and ".join("×".join(map(str, shape)) for shape in sorted(shapes))
             raise UnsupportedModel(
-                f"blocks of {found[old]} and {new} where there were {old} cannot be said in a GGUF file of this architecture"
+                f"{kind} is {listed} in different blocks, and a GGUF file of this architecture says one size"
             )
-    return found
+    pairs = [
+        (old, new)
+        for (_, was), (shape,) in kinds.items()
+        if len(was) == len(shape)
+        for old, new in zip(was, shape, strict=True)
+    ]
+    left = {new for _, new in pairs}
+    return {old: new for old, new in pairs if old != new and old not in left}
 
 
 def _require_all(

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput, VerificationError
+from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.pieces import Piece
 from coprune.model.gguf.smaller import Exported, whole_tensors
 
@@ -44,7 +45,7 @@ def require_same_source(
         )
 
 
-def require_same(file: Path, source: Exported, kind: str) -> None:
+def require_same(file: Path, source: Exported, kind: str) -> str | None:
     """Let transformers load what was written, and compare it with the model.
 
     Args:
@@ -52,14 +53,35 @@ def require_same(file: Path, source: Exported, kind: str) -> None:
         source: the model.
         kind: the type that it was written in.
 
+    Returns:
+        What to say where transformers cannot read it back, but llama.cpp can: in some architectures transformers takes the width
+        of a head to follow from their number.
+
     Raises:
+        UnsupportedModel: nothing that is installed can read it.
         VerificationError: it holds something else.
     """
-    written = whole_tensors(GgufFile(file, file.name))
+    try:
+        written = whole_tensors(GgufFile(file, file.name))
+    except BadInput as error:
+        if not has_llama_cpp() or not _loads(file):
+            raise UnsupportedModel(
+                "no runtime that is installed can load the file: in this architecture, what was removed cannot be said in one"
+            ) from error
+        return f"llama.cpp can load it, which was not compared further, since {error.cause}"
     for name, found in written.items():
         expected = source.tensor(name)
         if expected.shape != found.shape:
             raise VerificationError(f"{file} does not hold {name} as the model does")
-        error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-        if not error <= _TOLERANCE[kind]:
-            raise VerificationError(f"{name} is off by {error:.2g} of its norm in {file}, more than {kind} explains")
+        off = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        if not off <= _TOLERANCE[kind]:
+            raise VerificationError(f"{name} is off by {off:.2g} of its norm in {file}, more than {kind} explains")
+    return None
+
+
+def _loads(file: Path) -> bool:
+    try:
+        LlamaCpp(file, context=8).close()
+    except BadInput:
+        return False
+    return True
