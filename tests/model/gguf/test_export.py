@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,21 @@ def test_a_folder_remembers_all_that_was_done_to_what_it_was_made_from(place: Pa
 def test_a_gguf_file_in_another_type(place: Path, tmp_path: Path) -> None:
     file = coprune.export(place / "f32.gguf", tmp_path / "out.gguf", type="q8_0", quiet=True).path
     assert off(in_transformers(file), logits_of(place / "dense")) < 5e-2
+
+
+def test_an_output_that_is_the_embedding_once_more_is_none(tmp_path: Path) -> None:
+    """A tied model has no output in the file; a folder may keep it all the same, but no other one."""
+    model = distinct_norms(pico_model("llama", tie_word_embeddings=True))
+    write_pico_gguf(model, tmp_path / "tied.gguf")
+    save(model, tmp_path / "tied")
+    tensors = tensors_of(tmp_path / "tied")
+    for file in (tmp_path / "tied").glob("*.safetensors*"):
+        file.unlink()
+    embedding = tensors["model.embed_tokens.weight"]
+    for output, refused in ((embedding.clone(), False), (embedding + 1, True)):
+        save_file(tensors | {"lm_head.weight": output}, tmp_path / "tied" / "model.safetensors")
+        with pytest.raises(BadInput, match=r"has lm_head\.weight") if refused else nullcontext():
+            coprune.export(tmp_path / "tied", tmp_path / f"{refused}.gguf", like=tmp_path / "tied.gguf", quiet=True)
 
 
 def test_another_model_of_the_same_shapes_is_refused(place: Path, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
@@ -150,10 +151,17 @@ def _require_all(
     unused = [name for name in reference if name not in used]
     if unused:
         raise UnsupportedModel(f"transformers makes {unused[0]} of {file.name}, and no tensor of it has such values")
-    placed = {source.name(name) for name in used}
-    extra = [name for name in source.tensors if name not in placed]
+    placed = {name for one in used if (name := source.name(one)) is not None}
+    extra = [name for name in source.tensors if name not in placed and not _is_double(name, placed, source)]
     if extra:
         raise BadInput(f"the model has {extra[0]}, which {file.name} has not", field="like")
     for name, own in pieces.items():
         if any(len(piece.names) > 1 for piece in own):
             made(name, own, source)  # raises if it matters which of equal tensors it is
+
+
+def _is_double(name: str, others: Collection[str], source: Exported) -> bool:
+    """Whether a tensor holds what another one does: some folders keep tied embeddings twice."""
+    shape = tuple(source.tensors[name].shape)
+    alike = (other for other in others if tuple(source.tensors[other].shape) == shape)
+    return any(torch.equal(source.tensor(name), source.tensor(other)) for other in alike)
