@@ -71,7 +71,7 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     alone = run(tmp_path, "alone", remove="experts=0.25", stream=True)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "both").items()]
     flags = [flag for flag in flags if "--evaluate" not in flag and "--model" not in flag]
-    asked = ["--remove", "experts=0.25", "--stream", "--no-evaluate", "--quiet"]
+    asked = ["--remove", "experts=0.25", "--stream", "--no-eval", "--quiet"]
     run_together(torchrun(2, "-m", "coprune", "prune", str(tmp_path / "model"), *flags, *asked))
     kept = [json.loads((tmp_path / out / "run" / "experts.json").read_text()) for out in ("alone", "both")]
     for block, sums in kept[0]["sums"]["calibration"].items():

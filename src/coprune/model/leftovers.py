@@ -76,7 +76,7 @@ def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[La
     outputs = {p.name: p.shape[0] for p in parameters if len(p.shape) == 2}
     outputs |= {matrix.name: matrix.shape[0] for matrix in matrices if matrix.expert is None}
     routers = set()
-    lists = tuple(f"{place}." for place in _lists(block))
+    lists = tuple(f"{place}." for place in lists_of(block))
     for place, experts in _mixtures(block, matrices).items():
         last: dict[str, str] = {}
         for name in outputs:
@@ -97,12 +97,12 @@ def _mixtures(block: Block, matrices: Sequence[Matrix]) -> dict[str, set[int]]:
             owner = matrix.parameter.rpartition(".")[0]
             place = owner if owner == block.name else owner.rpartition(".")[0]
             found.setdefault(place, set()).add(int(getattr(matrix.owner, matrix.attribute).shape[0]))
-    for path, experts in _lists(block).items():
+    for path, experts in lists_of(block).items():
         found.setdefault(path.rpartition(".")[0], {experts})
     return found
 
 
-def _lists(block: Block) -> dict[str, int]:
+def lists_of(block: Block) -> dict[str, int]:
     """Lists of modules of one class that all hold linear layers, by path, with their lengths."""
     return {
         f"{block.name}.{path}": len(module)

@@ -12,6 +12,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.evaluation.tasks import Samples
 from coprune.model.experts import Mixture
 from coprune.model.find_experts import find_mixtures
+from coprune.model.leftovers import lists_of
 from coprune.model.routing import Routed
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import record_batches
@@ -38,8 +39,14 @@ def find_experts(session: Session, dropped: Sequence[int]) -> dict[str, Mixture]
                 raise UnsupportedModel(f"{block.name} holds more than one mixture of experts")
             found[block.name] = mixture
     if not found:
-        raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
+        raise _no_mixture(session)
     return found
+
+
+def _no_mixture(session: Session) -> UnsupportedModel:
+    listed = [path for block in session.model.blocks for path in lists_of(block)]
+    beside = f"; {listed[0]} is a list of modules, which cannot be cut" if listed else ""
+    return UnsupportedModel(f"the model has no mixture of experts in tables, that tokens are routed to{beside}")
 
 
 def experts_left(mixture: Mixture, share: float) -> int:
