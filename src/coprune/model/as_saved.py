@@ -53,6 +53,16 @@ def masks_as_saved(
     return revert_conversion(model, state) if layout is None else layout(state)
 
 
+def saved_name(model: PreTrainedModel, block: str) -> str:
+    """What a checkpoint calls a block: the path that all its tensors begin with there."""
+    paths = [name.split(".") for name in masks_as_saved(model, block, {})]
+    number = block.rpartition(".")[2]
+    for length, part in enumerate(paths[0] if paths else (), start=1):
+        if part == number and all(path[:length] == paths[0][:length] for path in paths):
+            return ".".join(paths[0][:length])
+    return block
+
+
 def _floats(mask: Tensor) -> Tensor:
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())
     return mask[once].float().cpu().expand(mask.shape)

@@ -140,6 +140,8 @@ class DropBlock(Edit):
     """Its name: the path of the list of blocks, and its number."""
     entries: int
     """Length of the tuple that a block answers with; 0 if it answers with the hidden states themselves."""
+    saved: str | None = None
+    """What the checkpoint calls it, where that is something else."""
 
     def apply(self, module: nn.Module) -> None:
         module.forward = self.idle
@@ -150,8 +152,10 @@ class DropBlock(Edit):
         return (hidden, *[None] * (self.entries - 1)) if self.entries else hidden
 
     def place(self, name: str) -> str | None:
-        path, _, number = self.block.rpartition(".")
-        if not name.startswith(f"{path}."):
+        number = self.block.rpartition(".")[2]
+        paths = [block.rpartition(".")[0] for block in (self.block, self.saved) if block is not None]
+        path = next((path for path in paths if name.startswith(f"{path}.")), None)
+        if path is None:
             return name
         index, dot, rest = name.removeprefix(f"{path}.").partition(".")
         if not index.isdecimal():

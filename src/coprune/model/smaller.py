@@ -22,8 +22,10 @@ from coprune.model.checkpoint.companions import put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.transformers_private import (
+    conversions_to_revert,
     revert_conversion,
     saved_tensors,
+    set_conversions_to_revert,
 )
 from coprune.model.walk.record import input_device
 
@@ -133,7 +135,10 @@ def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMo
     made = type(model.config).from_dict(dict(config))
     made._attn_implementation = model.config._attn_implementation
     with quiet_transformers(), init_empty_weights(include_buffers=False):
-        return type(model)(made)
+        small: PreTrainedModel = type(model)(made)
+    # What the model was loaded by says how its checkpoint names things, timm's for one.
+    set_conversions_to_revert(small, conversions_to_revert(model))
+    return small
 
 
 def smaller_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
@@ -174,7 +179,8 @@ def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes
     fill(small, small, tensors, model)
     with quiet_transformers():
         small.tie_weights()
-    small.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # classifiers generate nothing
+        small.generation_config = model.generation_config
     small.name_or_path = model.name_or_path
     prepared: PreTrainedModel = prepare(small)
     return prepared

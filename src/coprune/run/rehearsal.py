@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import CopruneError, UnsupportedModel
-from coprune.model.as_saved import Layout, slices_kept, smaller_tensors, usual_layout
+from coprune.model.as_saved import Layout, saved_name, slices_kept, smaller_tensors, usual_layout
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.skeleton import forget_parameters
@@ -84,7 +84,9 @@ def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout:
 
 def _drop(session: Session, index: int) -> DropBlock:
     model = session.model
-    return DropBlock(block=model.names[index], entries=model.structure.answers[index].entries)
+    block, saved = model.names[index], saved_name(model.module, model.names[index])
+    entries = model.structure.answers[index].entries
+    return DropBlock(block=block, entries=entries, saved=None if saved == block else saved)
 
 
 def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
