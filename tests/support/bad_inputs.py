@@ -29,6 +29,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "finetune": lambda **settings: coprune.finetune(**settings, quiet=True),
     "pack": coprune.pack,
     "unpack": coprune.unpack,
+    "bench": coprune.bench,
     "export": lambda **settings: coprune.export(**settings, quiet=True),
 }
 

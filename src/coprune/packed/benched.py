@@ -59,6 +59,11 @@ class Bench(Shown):
         """What a form is compared with."""
         return self.baselines.get(form, "dense")
 
+    @property
+    def reference(self) -> str:
+        """What all ratios are to, in words."""
+        return "the first in the same runtime" if self.baselines else "dense"
+
     def gains(self, row: Row) -> bool:
         """Whether a form is faster than what it is compared with, or that itself."""
         return row.form == self.baseline(row.form) or row.speedup >= NO_GAIN
@@ -96,8 +101,7 @@ class Bench(Shown):
         wide = max(16, *map(len, self.bytes))
         for form, size in self.bytes.items():
             limit = f", memory allows {self.bandwidth / size:.1f} tokens/s" if self.bandwidth else ""
-            baseline = self.baseline(form)
-            share = f"{size / self.bytes[baseline]:.2f} of {baseline}"
+            share = f"{size / self.bytes[self.baseline(form)]:.2f} of {self.reference}"
             on_disk = f", {self.files[form] / 1e6:.1f} MB on the disk" if form in self.files else ""
             lines.append(f"{form:<{wide}} {size / 1e6:9.1f} MB in memory ({share}{limit}){on_disk}")
         lines.append(

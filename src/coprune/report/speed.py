@@ -38,17 +38,12 @@ def _sizes(found: Bench) -> str:
         limit = f"{found.bandwidth / size:.1f}" if found.bandwidth else "–"
         own = [form, f"{size / 1e6:,.1f}", f"{size / found.bytes[found.baseline(form)]:.3f}", limit]
         rows.append([*own, f"{found.files[form] / 1e6:,.1f}"] if found.files else own)
-    header = ["form", "MB of weights in memory", _to(found, "of"), "tokens/s that memory allows"]
+    header = ["form", "MB of weights in memory", f"of {found.reference}", "tokens/s that memory allows"]
     return table([*header, "MB on the disk"] if found.files else header, rows)
 
 
-def _to(found: Bench, word: str) -> str:
-    """What ratios are to: dense, or the first of several models in the same runtime."""
-    return f"{word} the first in the same runtime" if found.baselines else f"{word} dense"
-
-
 def _times(found: Bench) -> str:
-    header = ["phase", "sequences", "form", "ms", "tokens/s", _to(found, "to")]
+    header = ["phase", "sequences", "form", "ms", "tokens/s", f"to {found.reference}"]
     return table(header, [_time(row, found.gains(row)) for row in found.rows])
 
 
