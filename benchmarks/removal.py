@@ -13,7 +13,7 @@ import time
 
 import coprune
 
-WAYS: dict[str, dict[str, str]] = {
+WAYS: dict[str, dict[str, str | int]] = {
     "blocks by influence (ShortGPT)": {"remove": "blocks=0.2334"},
     "channels by norm": {"remove": "channels=0.33", "score": "magnitude"},
     "channels by Wanda-sp": {"remove": "channels=0.33", "score": "wanda_sp"},
@@ -22,6 +22,10 @@ WAYS: dict[str, dict[str, str]] = {
     "channels by Wanda-sp, refit": {"remove": "channels=0.33", "score": "wanda_sp:refit=true"},
     "channels by FLAP, refit": {"remove": "channels=0.33", "score": "flap:refit=true"},
     "channels by OBS, refit": {"remove": "channels=0.33", "score": "obs"},
+    "blocks by KL": {"remove": "blocks=0.2334", "score": "kl"},
+    "a budget, spread by KL": {"remove": "parameters=0.25"},
+    "channels by OBS, dense target": {"remove": "channels=0.33", "target": "dense"},
+    "channels by OBS, reconstructed": {"remove": "channels=0.33", "reconstruct": 20},
 }
 PUBLISHED = 4
 """The first so many ways are the published ones."""
