@@ -50,7 +50,7 @@ def distinct_norms(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", arch: str = "llama") -> Path:
-    """Write a llama, or a qwen3moe, whose rows keep their order. kind: how its matrices are stored; returns the file."""
+    """Write a llama or granite, or a qwen whose rows keep their order. kind: how its matrices are stored; returns the file."""
     config: Any = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     numbers = {
@@ -67,14 +67,20 @@ def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", arch:
         numbers |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
         numbers |= {"expert_feed_forward_length": config.moe_intermediate_size}
         numbers |= {"attention.key_length": head, "attention.value_length": head}
+    scales = {}
+    if arch == "granite":
+        scales = {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier}
+        scales |= {"residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}
     with closing(GGUFWriter(file, arch)) as writer:
         writer.add_name("pico")
         for key, number in numbers.items():
             writer.add_uint32(f"{arch}.{key}", number)
+        for key, scale in scales.items():
+            writer.add_float32(f"{arch}.{key}", scale)
         writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
         writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
         writer.add_key_value("tokenizer.ggml.model", "none", GGUFValueType.STRING)
-        for name, tensor in named_in_gguf(model, permuted=arch == "llama").items():
+        for name, tensor in named_in_gguf(model, permuted=arch in ("llama", "granite")).items():
             values = tensor.float().contiguous().numpy()
             if values.ndim < 2 or kind == "F32":
                 writer.add_tensor(name, values.astype(np.float32))

@@ -200,6 +200,27 @@ def test_what_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+def test_an_architecture_that_transformers_does_not_read(kind: str, tmp_path: Path) -> None:
+    """The source's folder is what the file's tensors are looked for in, also where the file rounded them."""
+    scales = {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    }
+    model = distinct_norms(pico_model("granite", **scales))
+    save(model, tmp_path / "dense")
+    write_pico_gguf(model, tmp_path / "dense.gguf", kind, arch="granite")
+    coprune.prune(
+        tmp_path / "dense", remove="channels=0.34,heads=0.5,blocks=0.34", save_model=tmp_path / "small", **PRUNING
+    )
+    made = coprune.export(
+        tmp_path / "small", tmp_path / "out.gguf", like=tmp_path / "dense.gguf", type="f32", quiet=True
+    )
+    assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
+
+
 def test_blocks_that_differ_in_width_are_refused(place: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(place / "dense", tmp_path / "uneven")
     tensors = tensors_of(folder)

@@ -79,13 +79,18 @@ class Counts:
     kept_blocks: Sequence[int]
     blocks: int
     """How many there were."""
+    config: Mapping[str, Any]
+    """The source's configuration, where that is here."""
 
 
 def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     """The metadata of the smaller model. Raises UnsupportedModel where it cannot be told which number means what."""
     if not counts.changes and not counts.sizes and len(counts.kept_blocks) == counts.blocks:
         return dict(fields)
-    before = config_of(fields, arch)
+    try:
+        before = config_of(fields, arch)
+    except Exception:  # transformers does not read this architecture, which it says in many ways
+        return _by_value(fields, arch, counts)
     wanted = {place: new for place, new in counts.changes.items() if _is_number(new) and _is_number(_at(before, place))}
     kept = {
         key: _without_blocks(field, counts) if key.startswith(f"{arch}.") else field for key, field in fields.items()
@@ -105,6 +110,32 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     raise UnsupportedModel(
         f"no change of the GGUF file's metadata says {', '.join(f'{place} {value}' for place, value in wanted.items())}"
     )
+
+
+def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
+    """The same where transformers cannot read the configuration: every number that is as large as what was cut.
+
+    Widths of the model are never cut, and the number of blocks has a name of its own. Raises UnsupportedModel if one number
+    became two.
+    """
+    numbers, blocks = dict(counts.sizes), (counts.blocks, len(counts.kept_blocks))
+    changed = [(_at(counts.config, place), new) for place, new in counts.changes.items() if _is_number(new)]
+    if blocks in changed and blocks[0] != blocks[1]:
+        changed.remove(blocks)
+    for old, new in changed:
+        if _is_number(old) and numbers.setdefault(old, new) != new:
+            raise UnsupportedModel(
+                f"{old} became {numbers[old]} and {new}, and which is which in the GGUF file cannot be told"
+            )
+    fixed = [f"{arch}.{key}" for key in ("embedding_length", "context_length", "vocab_size", "block_count")]
+    found: dict[str, Field] = {}
+    for key, field in fields.items():
+        own = key.startswith(f"{arch}.")
+        found[key] = _without_blocks(field, counts) if own else field
+        if own and key not in fixed and _is_number(field.value) and field.value in numbers:
+            found[key] = replace(field, value=numbers[field.value])
+    found[f"{arch}.block_count"] = replace(fields[f"{arch}.block_count"], value=blocks[1])
+    return found | _head_width(fields, found, arch)
 
 
 def _candidates(

@@ -2,6 +2,7 @@
 
 A converter renames, transposes, stacks experts, puts the rows of attention in another order, and adds one to some norms.
 None of that is known here by a model's name: transformers loads the file, and what it made of it tells where each tensor went.
+Where transformers does not know the architecture, the source's own checkpoint does, as far as the file's types are exact.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from coprune.base.errors import UnsupportedModel
 
-_CLOSE = 1e-5
-"""Of the largest value: transformers subtracts the one that a converter added to a norm, which rounds."""
+EXACT = 1e-5
+"""Error over the norm: transformers subtracts the one that a converter added to a norm, which rounds."""
+
+
+_VECTORS = 1e-2
+"""The same for vectors, which no file quantises: what sixteen bits explain."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Matcher:
 
     tensors: Mapping[str, Tensor]
     """Of the checkpoint, float32."""
+    tolerance: float = EXACT
+    """Error of a tensor over its norm, by which the file's may differ from them."""
     _norms: dict[tuple[str, int | None], float] = field(default_factory=dict)
     _orders: list[Tensor] = field(default_factory=list)
     """Row orders that were found, each of which other blocks will have too."""
@@ -73,7 +81,10 @@ class Matcher:
 
     def _piece(self, wanted: Tensor, block: int | None, expert: int | None) -> Piece | None:
         candidates = [*self._candidates(wanted, expert)]
-        for compare in (_same, _with_one_added, self._in_known_order, self._in_found_order):
+        if self.tolerance > EXACT:  # where every comparison is costly, and values say less
+            candidates = [one for one in candidates if _block_number(one[0].names[0]) == block] or candidates
+        found_order = self._in_found_order if self.tolerance <= EXACT else self._in_nearest_order
+        for compare in (self._same, self._with_one_added, self._in_known_order, found_order):
             matches = [made for one, tensor in candidates if (made := compare(one, tensor, wanted)) is not None]
             if matches:
                 near = [piece for piece in matches if _block_number(piece.names[0]) == block] or matches
@@ -93,14 +104,14 @@ class Matcher:
             if key not in self._norms:
                 self._norms[key] = float(own.norm())
             # A vector to which something was added has another norm.
-            if wanted.ndim < 2 or abs(self._norms[key] - norm) <= 1e-3 * norm:
+            if wanted.ndim < 2 or abs(self._norms[key] - norm) <= max(1e-3, self.tolerance) * norm:
                 yield Piece((name,), part), squeezed(own)
 
     def _in_known_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
         if tensor.shape != wanted.shape:
             return None
         fitting = (order for order in self._orders if len(order) == len(tensor))
-        return next((replace(piece, order=order) for order in fitting if close(tensor[order], wanted)), None)
+        return next((replace(piece, order=order) for order in fitting if self._close(tensor[order], wanted)), None)
 
     def _in_found_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
         """Rows are told apart by their products with an arbitrary vector."""
@@ -111,35 +122,45 @@ class Matcher:
             (rows.double() * vector).flatten(1).sum(1) if rows.ndim > 1 else rows for rows in (tensor, wanted)
         )
         (sorted_mine, at_mine), (sorted_theirs, at_theirs) = mine.sort(stable=True), theirs.sort(stable=True)
-        if not close(sorted_mine, sorted_theirs):
+        if not self._close(sorted_mine, sorted_theirs):
             return None
         order = torch.empty_like(at_mine)
         order[at_theirs] = at_mine
-        if not close(tensor[order], wanted):
+        if not self._close(tensor[order], wanted):
             return None
         if bool((sorted_mine.diff() == 0).any()):
             raise UnsupportedModel(f"{piece.names[0]} has equal rows, whose order in the GGUF file cannot be told")
         self._orders.append(order)
         return replace(piece, order=order)
 
+    def _in_nearest_order(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+        """Every row of a quantised matrix is nearer to its own than to all others."""
+        if tensor.shape != wanted.shape or tensor.ndim < 2:
+            return None
+        likeness = normalize(wanted, dim=1) @ normalize(tensor, dim=1).T
+        order = likeness.argmax(dim=1)
+        if not self._close(tensor[order], wanted):
+            return None
+        if len(order.unique()) < len(order):
+            raise UnsupportedModel(f"{piece.names[0]} has rows that are too alike to tell their order in the GGUF file")
+        self._orders.append(order)
+        return replace(piece, order=order)
 
-def _same(piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
-    if tensor.shape == wanted.shape and close(tensor, wanted):
-        return piece
-    if tensor.ndim == 2 and tensor.T.shape == wanted.shape and close(tensor.T, wanted):
-        return replace(piece, transposed=True)
-    return None
-
-
-def _with_one_added(piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
-    if wanted.ndim != 1:
+    def _same(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+        if tensor.shape == wanted.shape and self._close(tensor, wanted):
+            return piece
+        if tensor.ndim == 2 and tensor.T.shape == wanted.shape and self._close(tensor.T, wanted):
+            return replace(piece, transposed=True)
         return None
-    return next((replace(piece, added=one) for one in (1.0, -1.0) if close(tensor + one, wanted)), None)
 
+    def _with_one_added(self, piece: Piece, tensor: Tensor, wanted: Tensor) -> Piece | None:
+        if wanted.ndim != 1:
+            return None
+        return next((replace(piece, added=one) for one in (1.0, -1.0) if self._close(tensor + one, wanted)), None)
 
-def close(found: Tensor, expected: Tensor) -> bool:
-    """Whether values are the same but for rounding."""
-    return bool((found - expected).abs().max() <= _CLOSE * expected.abs().max())
+    def _close(self, found: Tensor, expected: Tensor) -> bool:
+        tolerance = self.tolerance if expected.ndim > 1 else min(self.tolerance, _VECTORS)
+        return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
 def squeezed(tensor: Tensor) -> Tensor:

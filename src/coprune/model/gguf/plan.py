@@ -14,12 +14,13 @@ from torch import Tensor
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.shards import read_json
 from coprune.model.edit import Configure
 from coprune.model.gguf.metadata import Counts, architecture, corrected, read_fields
-from coprune.model.gguf.pieces import Matcher, Piece
-from coprune.model.gguf.smaller import Exported, made, planned_shape, whole_tensors
+from coprune.model.gguf.pieces import EXACT, Matcher, Piece
+from coprune.model.gguf.smaller import Exported, exported, made, planned_shape, whole_tensors
 from coprune.model.gguf.types import decode, tensor_type
-from coprune.model.gguf.verify import require_same_source
+from coprune.model.gguf.verify import STORED_ERROR, WORST_ERROR, require_same_source
 from coprune.model.gguf.write import Plan, Planned
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -55,15 +56,38 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
         BadInput: the file cannot be read, or is of another model.
         UnsupportedModel: its tensors cannot be told apart.
     """
-    reporter.say(f"Reading {file.name} and finding its tensors in what transformers makes of it")
+    reporter.say(f"Reading {file.name} and finding what its tensors were made of")
     reader = _reader(file)
-    same = source.location == file  # a GGUF file that is stored in another type is its own example
-    reference = {name: source.tensor(name) for name in source.tensors} if same else whole_tensors(file)
+    reference, tolerance = _reference(file, source, reader, reporter)
     with reporter.bar("Matching", len(reader.tensors)) as advance:
-        pieces = Matcher(reference).find(_each(reader, advance))
+        pieces = Matcher(reference, tolerance).find(_each(reader, advance))
     _require_all(pieces, reference, source, file)
     require_same_source(pieces, reference, source, file)
     return Example(file.path, reader, pieces)
+
+
+def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter) -> tuple[Mapping[str, Tensor], float]:
+    """Tensors that the file's are looked for in, and by how much of their norm they may differ.
+
+    What transformers makes of the file has the very same values; of an architecture that it does not read, the source's own
+    folder has them as they were before they were stored in the file's types.
+    """
+    if source.location == file:  # a GGUF file that is stored in another type is its own example
+        return {name: source.tensor(name) for name in source.tensors}, EXACT
+    try:
+        return whole_tensors(file), EXACT
+    except BadInput:
+        folder = source.source
+        if folder is None:
+            raise
+        reporter.say(
+            f"transformers does not read this architecture's GGUF files, so they are looked for in {folder.name}"
+        )
+        used = {stored.tensor_type.name.lower() for stored in reader.tensors}
+        whole = exported(folder)
+        return {name: whole.tensor(name) for name in whole.tensors}, max(
+            STORED_ERROR.get(kind, WORST_ERROR) for kind in used
+        )
 
 
 def _each(reader: Any, advance: Callable[[float], None]) -> Iterator[tuple[str, Tensor]]:
@@ -105,7 +129,8 @@ def planned(example: Example, source: Exported, kind: str) -> Plan:
     changes = {place: value for edit in done if isinstance(edit, Configure) for place, value in edit.changes.items()}
     kept = [index for index, number in enumerate(sorted(blocks)) if blocks[number]]
     arch = architecture(example.reader)
-    counts = Counts(changes, _sizes(shapes, new), kept, len(blocks))
+    config = {} if source.source is None else read_json(source.source.path / "config.json")
+    counts = Counts(changes, _sizes(shapes, new), kept, len(blocks), config)
     return Plan(arch, corrected(read_fields(example.reader), arch, counts), kind, tensors)
 
 

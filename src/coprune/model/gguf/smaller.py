@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
 from coprune.model.checkpoint.shards import TensorEntry, checkpoint_entries, read_tensor
+from coprune.model.edit import Configure
 from coprune.model.edits import Edits, history_of
 from coprune.model.gguf.pieces import Piece, squeezed
 from coprune.model.transformers_private import revert_conversion, saved_tensors
@@ -25,6 +27,8 @@ class Exported:
     edits: Sequence[Edits]
     """The earliest first."""
     location: Location
+    source: ModelFolder | None = None
+    """The folder that the edits began from, where it is here; the model's own if nothing was cut."""
 
     def name(self, source: str) -> str | None:
         """Where a source tensor is now; None if it was left out. Raises BadInput if it should be there and is not."""
@@ -77,13 +81,18 @@ class Exported:
 
 def exported(location: Location) -> Exported:
     """Open a folder or a GGUF file. Raises BadInput if it cannot be read."""
-    if isinstance(location, ModelFolder):
-        _, edits = history_of(location.path)
-        if not is_packed(location):
-            return Exported(checkpoint_entries(location.path), edits, location)
-    else:
-        edits = []
-    return Exported(whole_tensors(location), edits, location)
+    if not isinstance(location, ModelFolder):
+        return Exported(whole_tensors(location), [], location)
+    name, edits = history_of(location.path)
+    uncut = not any(isinstance(edit, Configure) for one in edits for edit in one.all())
+    source = location if uncut else _folder_named(name)
+    tensors = whole_tensors(location) if is_packed(location) else checkpoint_entries(location.path)
+    return Exported(tensors, edits, location, source)
+
+
+def _folder_named(name: str | None) -> ModelFolder | None:
+    path = Path(name) if name is not None else None
+    return ModelFolder(path, str(name)) if path is not None and (path / "config.json").is_file() else None
 
 
 def whole_tensors(location: Location) -> dict[str, Tensor]:

@@ -16,8 +16,22 @@ from coprune.model.gguf.smaller import Exported, whole_tensors
 
 _SAME_SOURCE = 0.9
 """Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""
-_TOLERANCE = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2, "q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2}
-"""Error of a tensor over its norm that a type may cause."""
+STORED_ERROR = {
+    "f32": 1e-2,
+    "f16": 1e-2,
+    "bf16": 1e-2,
+    "q8_0": 2e-2,
+    "q6_k": 5e-2,
+    "q5_1": 0.1,
+    "q5_0": 0.1,
+    "q5_k": 0.1,
+    "q4_1": 0.2,
+    "q4_0": 0.2,
+    "q4_k": 0.2,
+}
+"""Error of a tensor over its norm that a type may cause, where the source may have had sixteen bits."""
+WORST_ERROR = 0.5
+_TOLERANCE = STORED_ERROR | {"f32": 1e-6, "f16": 1e-3}
 
 
 def require_same_source(
@@ -64,7 +78,12 @@ def require_same(file: Path, source: Exported, kind: str) -> str | None:
     try:
         written = whole_tensors(GgufFile(file, file.name))
     except BadInput as error:
-        if not has_llama_cpp() or not _loads(file):
+        if not has_llama_cpp():
+            raise UnsupportedModel(
+                "transformers cannot read the file back, and llama.cpp is not here to try it",
+                fix="pip install llama-cpp-py-sync",
+            ) from error
+        if not _loads(file):
             raise UnsupportedModel(
                 "no runtime that is installed can load the file: in this architecture, what was removed cannot be said in one"
             ) from error
