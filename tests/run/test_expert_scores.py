@@ -61,7 +61,7 @@ def test_domains_are_scored_at_once_and_blended_anew(tmp_path: Path) -> None:
     texts = {name: tmp_path / f"{name}.txt" for name in ("a", "b")}
 
     def run(out: str, **settings: Any) -> Any:
-        return coprune.prune(pico_model("mixtral"), save=tmp_path / out, **asked, **settings)
+        return coprune.prune(pico_model("mixtral", num_hidden_layers=1), save=tmp_path / out, **asked, **settings)
 
     both = run("both", domains=texts)
     kept = both.report.covered

@@ -22,6 +22,7 @@ from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.pruning.structure.blocks import block_score_named
+from coprune.pruning.structure.experts import expert_score_named
 from coprune.pruning.structure.scores import score_named
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
@@ -45,6 +46,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     if recipe.structure.remove:
         score_named(recipe.structure.score_of("units"))
         block_score_named(recipe.structure.score_of("blocks"))
+        expert_score_named(recipe.structure.score_of("experts"))
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)

@@ -38,7 +38,9 @@ class ExpertSums:
     def update(self, routed: Routed) -> None:
         """Add what one call of the experts showed."""
         index = routed.index.flatten().cpu()
-        weighted = routed.gates.to(torch.float64) * routed.answers.to(torch.float32).norm(dim=-1)
+        weighted = routed.gates.to(torch.float64) * torch.linalg.vector_norm(
+            routed.answers, dim=-1, dtype=torch.float32
+        )
         self.tokens.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
         self.weighted.index_add_(0, index, weighted.flatten().cpu())
 
