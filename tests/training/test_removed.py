@@ -13,6 +13,8 @@ from coprune.base.progress import Event, Reporter, Said
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, source_of
 from coprune.recipe.recipe import make_recipe
+from coprune.report.page import run_page
+from coprune.report.perplexity import number
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
 from coprune.training.history import History
@@ -98,7 +100,11 @@ def test_removal_and_distillation_in_one_run_speak_of_the_final_model(home: Path
     assert "blocks 4 → 3" in card
     assert "then fine-tuned (distill" in card
     assert any(f"→ {value:.2f} on" in line for line in lines[-8:])
-    assert load_clean(tmp_path / "small").num_parameters() < load_clean(home / "dense").num_parameters()
+    assert found.left == load_clean(tmp_path / "small").num_parameters() < found.model.parameters
+    page = run_page(found)
+    assert f"→</span> {number(value)}" in page
+    assert "<th>fine-tuned</th>" in page
+    assert "zeros in the pruned matrices" not in page
 
 
 def test_a_smaller_model_with_zeros_keeps_both(home: Path, tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ class Configure(Edit):
     changes: dict[str, Any]
     """New values by their places in `config.json`, with dots between."""
     removed: str
+    parameters: int | None = None
+    """How many are left in the whole model."""
 
     def configure(self, config: dict[str, Any]) -> None:
         put_into(config, self.changes)

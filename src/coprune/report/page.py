@@ -10,8 +10,8 @@ from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.report.accuracy import accuracy_card, accuracy_section
 from coprune.report.card import percent
 from coprune.report.charts import bins_chart, heat_map, matrix_rows, zero_shot_bars
-from coprune.report.figures import PerplexityFacts
 from coprune.report.html import card, chart, copyable, page, section, table, text
+from coprune.report.perplexity import perplexity_card, perplexity_section
 from coprune.report.schema import Report
 
 _DISTRIBUTIONS = {
@@ -27,7 +27,7 @@ def run_page(report: Report, speed: Sequence[str] = ()) -> str:
     charts: dict[str, Any] = {}
     parts = [_head(report), _cards(report)]
     if report.perplexity:
-        parts.append(_perplexity(report))
+        parts.append(perplexity_section(report))
     if report.accuracy:
         parts.append(accuracy_section(report.accuracy))
     if report.zero_shot is not None:
@@ -74,18 +74,13 @@ def _head(report: Report) -> str:
 
 
 def _cards(report: Report) -> str:
-    cards = [
-        card(
-            "zeros in the pruned matrices",
-            f"{report.sparsity.matrices:.2%}",
-            f"{report.sparsity.model:.2%} of all parameters, {len(report.matrices)} matrices",
-        )
-    ]
-    for entry in report.perplexity[:1]:
-        before = "" if entry.dense is None else f'<span class="from">{number(entry.dense)} →</span> '
-        cards.append(
-            card(f"perplexity on {entry.data}", before + number(entry.pruned), f"sequence length {entry.seqlen}")
-        )
+    zeros = card(
+        "zeros in the pruned matrices",
+        f"{report.sparsity.matrices:.2%}",
+        f"{report.sparsity.model:.2%} of all parameters, {len(report.matrices)} matrices",
+    )
+    cards = [zeros] if report.has_zeros else []
+    cards += [perplexity_card(report, entry) for entry in report.perplexity[:1]]
     cards += [accuracy_card(found) for found in report.accuracy[:1]]
     facts = report.zero_shot
     if facts is not None and facts.mean_pruned is not None:
@@ -93,34 +88,13 @@ def _cards(report: Report) -> str:
         cards.append(
             card("mean accuracy", f"{before}{100 * facts.mean_pruned.value:.1f} %", f"over {len(facts.tasks)} tasks")
         )
-    left = report.model.parameters - round(report.sparsity.model * report.model.parameters)
-    cards.append(card("weights left", _short(left), f"of {_short(report.model.parameters)}; stored dense"))
+    parameters = report.model.parameters if report.left is None else report.left
+    left = parameters - round(report.sparsity.model * parameters)
+    stored = "; stored dense" if report.has_zeros else ""
+    cards.append(card("weights left", _short(left), f"of {_short(report.model.parameters)}{stored}"))
     cards.append(card("time", _seconds(report.prune_seconds), f"to prune; {_seconds(report.total_seconds)} in all"))
     cards.append(card("peak memory", f"{report.peak_memory_bytes / 2**30:.2f} GiB", f"on {report.model.device}"))
     return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _perplexity(report: Report) -> str:
-    rows = [_perplexity_row(entry) for entry in report.perplexity]
-    header = ["text", "dense", "pruned", "95 % interval", "bits per byte", "sequence length", "windows"]
-    begins = None if report.bos is None else report.bos.line()
-    said = "" if begins is None else f" The token that begins a text (BOS): {begins}."
-    return section(
-        "Perplexity", table(header, rows), note=f"Non-overlapping windows; the interval is a bootstrap over them.{said}"
-    )
-
-
-def _perplexity_row(entry: PerplexityFacts) -> list[str]:
-    interval = entry.pruned_interval
-    return [
-        entry.data,
-        "–" if entry.dense is None else number(entry.dense),
-        number(entry.pruned),
-        "–" if interval is None else f"{number(interval[0])} – {number(interval[1])}",
-        "–" if entry.pruned_bits_per_byte is None else f"{entry.pruned_bits_per_byte:.4f}",
-        str(entry.seqlen),
-        str(entry.windows),
-    ]
 
 
 def _zero_shot(facts: ZeroShotFacts) -> str:
@@ -228,13 +202,6 @@ def _matrix(matrix: Any) -> dict[str, Any]:
         "events": list(matrix.events),
         "distributions": None if matrix.distributions is None else matrix.distributions.model_dump(mode="json"),
     }
-
-
-def number(value: float) -> str:
-    """A perplexity with as many digits as tell something."""
-    if not math.isfinite(value):
-        return "∞"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def _seconds(value: float) -> str:

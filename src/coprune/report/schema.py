@@ -114,6 +114,8 @@ class Report(Shown, BaseModel):
     """What share of its experts' score every domain keeps, where experts were removed."""
     finetuned: FinetunedFacts | None = None
     """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
+    left: int | None = None
+    """Parameters of what is left, where parts were removed."""
     edits: list[str] = []
     """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []

@@ -15,7 +15,8 @@ from coprune.report.card import percent
 from coprune.report.charts import pareto
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.html import chart, page, section, table, text
-from coprune.report.page import number, run_page
+from coprune.report.page import run_page
+from coprune.report.perplexity import number
 from coprune.report.schema import Report
 from coprune.report.speed import speed_sections
 

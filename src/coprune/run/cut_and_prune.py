@@ -121,6 +121,7 @@ def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
             "events": [*cut.events, *pruned.events],
             "edits": [*cut.edits, *pruned.edits],
             "covered": cut.covered,
+            "left": cut.left,
             "prune_seconds": cut.prune_seconds + pruned.prune_seconds,
             "total_seconds": cut.total_seconds + pruned.total_seconds,
             "peak_memory_bytes": max(cut.peak_memory_bytes, pruned.peak_memory_bytes),

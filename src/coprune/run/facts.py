@@ -10,6 +10,7 @@ from coprune.data.images import LabelledImages
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
 from coprune.model.checkpoint.load import has_auto_class
+from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
@@ -56,6 +57,7 @@ def build_report(session: Session, found: Found) -> Report:
         events=[f"{result.name}: {event}" for result in results for event in result.events],
         matrices=results,
         edits=edits.lines(),
+        left=next((edit.parameters for edit in edits.all() if isinstance(edit, Configure)), None),
         covered=dict(found.outcome.covered),
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),

@@ -110,7 +110,7 @@ def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
     )
     if not quiet:
         session.opened.around.reporter.say(f"Removing {removed}.")
-    return Configure(changes=changes, removed=removed)
+    return Configure(changes=changes, removed=removed, parameters=after)
 
 
 def _anywhere(plan: Plan, block: Block) -> Cut:
