@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,17 @@ def test_llama_cpp_goes_on_where_it_was(tmp_path: Path) -> None:
     loaded.read(tokens[10:11])
     loaded.read(tokens[11:], all_logits=True)
     torch.testing.assert_close(loaded.last_logits(1)[0], whole[-1], rtol=1e-2, atol=1e-2)
+
+
+def test_a_busy_machine_is_measured_by_the_processors_time(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[Any] = []
+    monkeypatch.setattr("coprune.packed.bench.bench_model", lambda dense, name, work, clock: clocks.append(clock))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    bench(model, busy=True)
+    bench(model)
+    assert clocks == [time.process_time, time.perf_counter]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(BadInput, match="one thread"):
+        bench(model, busy=True)

@@ -28,6 +28,12 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. [torch's choice]", min=1)] = None,
+    busy: Annotated[
+        bool,
+        typer.Option(
+            "--busy", help="Count the processor's time of one thread, where others use the machine meanwhile."
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Also write the figures to this file; RUN/bench.json puts them into RUN's page."),
@@ -49,9 +55,9 @@ def bench(
     if sizes is not None and not all(size.isdigit() and int(size) > 0 for size in sizes):
         numbers = "they should be positive numbers with commas between, such as 1,4,16"
         raise BadInput(f"the batches cannot be {batches!r}", field="batches", value=batches, fix=numbers)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    asked: Any = {"dtype": dtype, "device": device}
+    if threads is not None or busy:
+        torch.set_num_threads(threads or 1)
+    asked: Any = {"dtype": dtype, "device": device, "busy": busy}
     alone = len(models) == 1 and not models[0].lower().endswith(".gguf")
     model = Path(models[0]) if alone else models
     found = bench(

@@ -40,6 +40,7 @@ def bench(
     prompt: int = 128,
     tokens: int = 24,
     repeats: int = 5,
+    busy: bool = False,
     **loading: Unpack[LoadArguments],
 ) -> Bench:
     """Measure prefill and decoding: of a pruned causal language model in every form that this device has, or of several models.
@@ -55,6 +56,7 @@ def bench(
         prompt: tokens of the prompt, which decoding attends to as well.
         tokens: decoding steps per form.
         repeats: of each prefill.
+        busy: count the processor's time of one thread instead of the clock's, for a machine that does other things meanwhile.
         loading: `dtype` and `device` (by default the checkpoint's and the CPU) of a model that is loaded.
 
     Returns:
@@ -65,10 +67,11 @@ def bench(
     """
     several = not isinstance(model, str | Path | PreTrainedModel)
     work = Work(batches or ((1,) if several else (1, 4)), prompt, tokens, repeats)
+    clock = _clock(busy)
     if not isinstance(model, str | Path | PreTrainedModel):
         if loading.get("device", "cpu") != "cpu":
             raise BadInput("several models are measured on the CPU", field="device", value=loading["device"])
-        return bench_beside(model, work, loading.get("dtype", "auto"))
+        return bench_beside(model, work, loading.get("dtype", "auto"), clock)
     if isinstance(model, PreTrainedModel):
         refuse_what_loading_decides(loading)
         name, dense = model.name_or_path or type(model).__name__, model
@@ -76,9 +79,20 @@ def bench(
         name, dense = str(model), _load(Path(model), loading)
     training = dense.training
     try:
-        return bench_model(dense.eval(), name, work)
+        return bench_model(dense.eval(), name, work, clock)
     finally:
         dense.train(training)
+
+
+def _clock(busy: bool) -> Clock:
+    if busy and torch.get_num_threads() != 1:
+        raise BadInput(
+            "the processor's time tells what one thread takes",
+            field="busy",
+            value=busy,
+            fix="let torch have one: OMP_NUM_THREADS=1",
+        )
+    return time.process_time if busy else time.perf_counter
 
 
 def _load(folder: Path, loading: LoadArguments) -> Any:

@@ -203,7 +203,7 @@ def test_what_no_runtime_could_load_is_not_written(qwen: Path, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
 def test_an_architecture_that_transformers_does_not_read(kind: str, tmp_path: Path) -> None:
     """The source's folder is what the file's tensors are looked for in, also where the file rounded them."""
-    scales = {
+    scales: dict[str, Any] = {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,
