@@ -15,7 +15,7 @@ def bench(
         typer.Argument(
             help="Folder of a pruned model, packed or not; or several models: folders and names run in transformers, GGUF files "
             "in llama.cpp, and each is compared with the first in the same runtime.",
-            metavar="MODEL ...",
+            metavar="MODEL",
         ),
     ],
     batches: Annotated[
