@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,16 @@ def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path: Path) -> 
     assert written["refine"] == [{"name": "refit", "rounds": 10}]
     assert written["output"] == {"run": "out/run", "encoding": "dense", "report_to": "wandb,mlflow"}
     assert yaml.safe_load(make_recipe({"model": "m"}).to_yaml())["output"] == {"encoding": "dense"}
+
+
+def test_what_decides_can_be_kept_as_json() -> None:
+    """A journal holds it, also where several things were chosen."""
+    recipe = make_recipe(
+        {"model": "x", "remove": "channels=0.3,blocks=0.1", "score": ["wanda_sp:refit=true", "influence"]}
+    )
+    decides = json.loads(json.dumps(recipe.deciding(Decides.RESULT)))
+    assert decides["score"] == ["wanda_sp:refit=true", "influence"]
+    assert recipe.flat() == make_recipe(recipe.flat()).flat()
 
 
 def test_a_kept_recipe_tells_nobody() -> None:

@@ -118,8 +118,7 @@ class Recipe(BaseModel):
         part, field = place_of(word)
         value = getattr(self, part)
         if field is not None:
-            found = getattr(value, field)
-            return str(found) if isinstance(found, Choice) else found
+            return _as_text(getattr(value, field))
         return tuple(map(str, value)) if isinstance(value, tuple) else str(value)
 
     def replaced(self, **settings: Any) -> Recipe:
@@ -162,6 +161,13 @@ class Recipe(BaseModel):
     def from_yaml(cls, path: Path) -> Recipe:
         """Read a recipe file. Raises BadInput if it is missing, no YAML, or no valid recipe."""
         return make_recipe(read_settings(path))
+
+
+def _as_text(value: Any) -> Any:
+    """A choice, or several, as text; all else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_as_text(one) for one in value)
+    return str(value) if isinstance(value, Choice) else value
 
 
 def _field(word: str) -> FieldInfo:
