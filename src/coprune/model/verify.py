@@ -12,6 +12,7 @@ from coprune.base.errors import VerificationError
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
+from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.matrices import find_matrices
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -51,8 +52,11 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     answers = [model.structure.answers[block.index] for block in model.blocks if edits.place(block.name) is not None]
     after = _sample_logits(ProvenModel(saved, found.blocks, found.chosen, replace(model.structure, answers=answers)))
     worst = float((before - after).abs().max())
-    # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ.
-    tolerance = 32 * torch.finfo(torch.float32).eps if model.module.dtype == torch.float32 else 2e-2
+    # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ; more of them where
+    # silent channels are no longer summed up at all, through all blocks of a real model.
+    cut = any(isinstance(edit, Configure) for edit in edits.all())
+    exact = 3e-4 if cut else 32 * torch.finfo(torch.float32).eps
+    tolerance = exact if model.module.dtype == torch.float32 else 2e-2
     if not worst <= tolerance * float(before.abs().max()):
         raise VerificationError(
             f"the logits of the model in {folder} differ from the pruned model's by up to {worst:g}"
