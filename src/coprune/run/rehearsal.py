@@ -97,12 +97,11 @@ def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
     """
     model, module = session.model, session.model.module
     cuts = {block.name: _anywhere(plan, block) for block in model.blocks}
-    streams = model.weights.streams
-    layout = partial(usual_layout, module) if streams else None
+    layout = partial(usual_layout, module) if model.weights.streams else None
     edits = Edits({b.name: edits_of_block(session, plan, b, cuts[b.name], layout) for b in model.blocks})
     cut = Rehearsed(session, plan, cuts, edits)
     shapes = {name: tuple(tensor.shape) for name, tensor in smaller_tensors(module, edits, layout).items()}
-    proof: Proof = cut.block_by_block if streams else cut.as_a_whole
+    proof: Proof = cut.as_a_whole if layout is None else cut.block_by_block
     changes, after = _proven_changes(session, plan, shapes, proof)
     before = module.num_parameters()
     removed = (
@@ -170,6 +169,7 @@ class Rehearsed:
         """
         model, module = self.session.model, self.session.model.module
         small = prepare(smaller_skeleton(module, changes))
+        small.tie_weights()  # for the number of its parameters
         recording = record_batches(model, [model.structure.sample])
         for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
             name = self.edits.place(event.block.name) if isinstance(event, BlockDone) else None
