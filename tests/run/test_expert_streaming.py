@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, VerificationError
 from coprune.base.progress import Reporter
+from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import make_recipe
+from coprune.run import stages
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
 from support.measured_peaks import measured_peaks
@@ -48,6 +51,25 @@ def test_streamed_is_as_in_memory(family: str, changes: dict[str, Any], remove: 
     whole = run(tmp_path, "whole", remove=remove, stream=False)
     assert run(tmp_path, "streamed", remove=remove, stream=True) == whole
     load_clean(tmp_path / "streamed" / "small")
+
+
+def test_a_wrong_row_of_a_router_is_found_when_the_folder_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pico(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    write_words(tmp_path / "words.txt")
+
+    def damage(folder: Path, *args: Any, **options: Any) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if name.endswith("gate.weight"))
+        tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+        verify_saved(folder, *args, **options)
+
+    monkeypatch.setattr(stages, "verify_saved", damage)
+    with pytest.raises(VerificationError, match="differ from the pruned model's"):
+        run(tmp_path, "damaged", remove="experts=0.25", stream=True)
 
 
 @pytest.mark.slow

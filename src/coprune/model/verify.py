@@ -45,8 +45,9 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
             if matrix.name in checksums and matrix.mask_checksum() != checksums[matrix.name]:
                 raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
         saved.release(block.name)
-    if model.weights.streams:
-        # The run's own last files became this folder, so there are no other weights to compute logits from.
+    if model.weights.streams and not edits.lines():
+        # The run's own last files became this folder, so there are no other weights to compute logits from. Where parts
+        # were removed, these files are read as the big model in which they are silent.
         return
     before = _sample_logits(model)
     answers = [model.structure.answers[block.index] for block in model.blocks if edits.place(block.name) is not None]
