@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,6 +22,7 @@ from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.edit import Edit, KeepSlices
 from coprune.model.edits import EDITS_FILE, Edits, history_of
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.model.gguf.metadata import Counts, Field, config_of, corrected
 from coprune.model.gguf.pieces import Matcher
 from coprune.model.slices import KeptSlices
 from support.pico import pico_model, pico_tokens
@@ -219,6 +220,26 @@ def test_an_architecture_that_transformers_does_not_read(kind: str, tmp_path: Pa
         tmp_path / "small", tmp_path / "out.gguf", like=tmp_path / "dense.gguf", type="f32", quiet=True
     )
     assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
+
+
+def test_kinds_of_blocks_that_metadata_cannot_say_are_refused() -> None:
+    """Every sixth block of this architecture attends to all, whatever the metadata say: a block before it cannot go."""
+    numbers = {
+        "block_count": 7,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "context_length": 128,
+        "vocab_size": 256,
+    }
+    numbers |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 16}
+    fields = {f"gemma3.{key}": Field(value, int(GGUFValueType.UINT32)) for key, value in numbers.items()}
+    kinds = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+    assert config_of(fields, "gemma3")["layer_types"] == kinds
+    for dropped, possible in ((6, True), (2, False)):
+        kept = [index for index in range(7) if index != dropped]
+        changes = {"num_hidden_layers": 6, "layer_types": [kinds[index] for index in kept]}
+        with nullcontext() if possible else pytest.raises(UnsupportedModel, match="layer_types ssssfs"):
+            assert corrected(fields, "gemma3", Counts(changes, {}, kept, 7, {}))["gemma3.block_count"].value == 6
 
 
 def test_blocks_that_differ_in_width_are_refused(place: Path, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     kept = {
         key: _without_blocks(field, counts) if key.startswith(f"{arch}.") else field for key, field in fields.items()
     }
+    lists = {place: new for place, new in counts.changes.items() if isinstance(_at(before, place), list)}
     told = {_at(before, place) for place in wanted}
     sizes = {old: new for old, new in counts.sizes.items() if old not in told}
     for changed in islice(_candidates(kept, arch, before, wanted), MOST_CANDIDATES):
@@ -105,11 +106,10 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
             if key not in changed and key.startswith(f"{arch}.") and _is_number(field.value) and field.value in sizes
         }
         new |= _head_width(fields, new, arch)
-        if _says(config_of(new, arch), before, wanted):
+        if _says(config_of(new, arch), before, {**wanted, **lists}):
             return new
-    raise UnsupportedModel(
-        f"no change of the GGUF file's metadata says {', '.join(f'{place} {value}' for place, value in wanted.items())}"
-    )
+    said = ", ".join(f"{place} {_short(value)}" for place, value in {**wanted, **lists}.items())
+    raise UnsupportedModel(f"no change of the GGUF file's metadata says {said}")
 
 
 def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
@@ -118,6 +118,11 @@ def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     Widths of the model are never cut, and the number of blocks has a name of its own. Raises UnsupportedModel if one number
     became two.
     """
+    mixed = [place for place, new in counts.changes.items() if isinstance(new, list) and len({*map(str, new)}) > 1]
+    if mixed:
+        raise UnsupportedModel(
+            f"what the GGUF file says of {mixed[0]} cannot be read, and blocks of several kinds went"
+        )
     numbers, blocks = dict(counts.sizes), (counts.blocks, len(counts.kept_blocks))
     changed = [(_at(counts.config, place), new) for place, new in counts.changes.items() if _is_number(new)]
     if blocks in changed and blocks[0] != blocks[1]:
@@ -180,7 +185,12 @@ def _head_width(before: Fields, after: Fields, arch: str) -> dict[str, Field]:
     }
 
 
-def _says(config: Mapping[str, Any], before: Mapping[str, Any], wanted: Mapping[str, int]) -> bool:
+def _short(value: Any) -> str:
+    """A value in words: of a list, what it says of every block, one letter each."""
+    return "".join(str(one)[:1] for one in value) if isinstance(value, list) else str(value)
+
+
+def _says(config: Mapping[str, Any], before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a configuration says what is wanted, and all other numbers as before."""
     numbers = {place: value for place, value in _walk(before) if _is_number(value)}
     return all(_at(config, place) == value for place, value in {**numbers, **wanted}.items())
