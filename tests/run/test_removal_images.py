@@ -28,7 +28,6 @@ def load(folder: Path) -> PreTrainedModel:
     ("family", "remove", "left"),
     [
         ("transformers vit", "channels=0.4,heads=0.5", "channels 64 → 32 of every block, key-value heads"),
-        ("transformers vit", "blocks=0.5", "blocks 2 → 1"),
         ("transformers vit", "parameters=0.3", "channels 64 → 16"),
         ("vit", "blocks=0.5", "blocks 2 → 1"),  # timm's names are others in the checkpoint than in memory
     ],

@@ -22,7 +22,6 @@ MENDED: dict[str, Any] = {"target": "dense", "reconstruct": 4}
     ("family", "remove"),
     [
         ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
-        ("gpt2", "channels=0.4"),  # biases of rows that are gone
         ("gpt_oss", "channels=0.4,heads=0.5"),  # tables of biases, sinks
         ("jamba", "channels=0.4"),  # blocks that lose nothing, behind some that do
     ],
