@@ -1,0 +1,154 @@
+"""Every kind of smaller model on one picture: perplexity against bytes on the disk, and against tokens per second.
+
+    python benchmarks/sizes.py                                  # an hour on one core, then minutes on all for the speed
+    python benchmarks/sizes.py --samples 4 --seqlen 128 --tokens 2048    # minutes
+
+Makes the models in its folder (zeros, zeros packed, channels or blocks removed, and GGUF files of them), measures all on
+the same text, and their speed in turns in one run, each in its own runtime. What is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import torch
+
+import coprune
+from coprune.packed.benched import Bench
+
+PRUNED: dict[str, dict[str, Any]] = {
+    "zeros-50": {"method": "sparsegpt", "sparsity": 0.5},
+    "zeros-2-4": {"method": "sparsegpt", "pattern": "2:4"},
+    "channels-20": {"remove": "channels=0.2"},
+    "channels-33": {"remove": "channels=0.33"},
+    "blocks-23": {"remove": "blocks=0.2334"},
+}
+"""Folders that are pruned, and how."""
+FILES = ("f16", "q8_0", "q4_k_m")
+"""Types of GGUF files that are made of the dense model and of those with parts removed."""
+KINDS = {"dense": "dense", "zeros": "zeros, packed", "channels": "channels removed", "blocks": "blocks removed"}
+
+
+def main() -> None:
+    """Make, measure and draw."""
+    asked = _options()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    models = make(asked)
+    rows: list[dict[str, Any]] = [
+        {"model": name, "kind": kind_of(name), **quality(model, asked)} for name, model in models.items()
+    ]
+    speeds = speed([str(model) for model in models.values()], asked)
+    for row, model in zip(rows, models.values(), strict=True):
+        row["tokens_per_second"] = speeds[Path(model).name]
+    print(
+        f"{asked.model}, {asked.samples} × {asked.seqlen} tokens, {datetime.now(UTC):%Y-%m-%d}, {asked.threads} threads"
+    )
+    print("| model | MB | perplexity | tokens/s |\n| --- | ---: | ---: | ---: |")
+    for row in sorted(rows, key=lambda row: -row["megabytes"]):
+        print(f"| {row['model']} | {row['megabytes']:.0f} | {row['perplexity']:.2f} | {row['tokens_per_second']:.0f} |")
+    draw(rows).save(asked.folder / "sizes.svg")
+    print(f"plot: {asked.folder / 'sizes.svg'}")
+
+
+def make(asked: argparse.Namespace) -> dict[str, Path | str]:
+    """All models by their names in the table."""
+    models: dict[str, Path | str] = {"dense": asked.folder / "dense"}
+    if not (asked.folder / "dense").exists():
+        # A pattern that keeps all: the model in the dtype of the others, as a folder.
+        _prune(asked, "dense", {"method": "magnitude", "sparsity": 0.0})
+    for name, settings in PRUNED.items():
+        folder = asked.folder / name
+        if not folder.exists():
+            _prune(asked, name, settings)
+        if name.startswith("zeros"):
+            models[f"{name} packed"] = packed = asked.folder / f"{name}-packed"
+            if not packed.exists():
+                coprune.pack(folder, packed)
+        else:
+            models[name] = folder
+    for name in ("dense", *(name for name in PRUNED if not name.startswith("zeros"))):
+        for kind in FILES:
+            models[f"{name} {kind}"] = file = asked.folder / f"{name}-{kind}.gguf"
+            if not file.exists():
+                coprune.export(asked.model if name == "dense" else asked.folder / name, file, type=kind, quiet=True)
+    return models
+
+
+def _prune(asked: argparse.Namespace, name: str, settings: dict[str, Any]) -> None:
+    coprune.prune(
+        asked.model,
+        dtype="bfloat16",
+        dataset="embedded",
+        nsamples=asked.samples,
+        seqlen=asked.seqlen,
+        save_model=asked.folder / name,
+        save=asked.folder / "runs" / name,
+        evaluate=False,
+        **settings,
+    )
+
+
+def quality(model: Path | str, asked: argparse.Namespace) -> dict[str, float]:
+    """Perplexity and size, measured once."""
+    known = asked.folder / "quality" / f"{Path(model).name}.json"
+    if not known.exists():
+        found = coprune.evaluate(model, "embedded", seqlen=asked.seqlen, tokens=asked.tokens, dtype="float32")
+        size = found.weights.bytes_on_disk / 1e6
+        known.parent.mkdir(exist_ok=True)
+        known.write_text(json.dumps({"megabytes": size, "perplexity": found.perplexity[0].value}))
+    content: dict[str, float] = json.loads(known.read_text())
+    return content
+
+
+def speed(models: list[str], asked: argparse.Namespace) -> dict[str, float]:
+    """Decoding of one sequence, tokens per second by the name of a folder or file."""
+    known = asked.folder / "bench.json"
+    if not known.exists():
+        torch.set_num_threads(asked.threads)
+        found: Bench = coprune.bench(models, prompt=128, tokens=48)
+        known.write_text(json.dumps(found.to_dict()))
+    rows = json.loads(known.read_text())["rows"]
+    return {row["form"].partition(" in ")[0]: row["tokens_per_second"] for row in rows if row["phase"] == "decode"}
+
+
+def kind_of(name: str) -> str:
+    """What was done, and where it runs."""
+    first, _, runtime = name.partition(" ")
+    done = KINDS[first.partition("-")[0]]
+    return f"{done}, llama.cpp" if runtime in FILES else done
+
+
+def draw(rows: list[dict[str, Any]]) -> alt.Chart:
+    """Two pictures beside each other, with the same colours."""
+    points = alt.Chart(alt.Data(values=rows)).encode(
+        y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False), title="perplexity (lower is better)"),
+        color=alt.Color("kind:N", title=None),
+        tooltip=["model:N"],
+    )
+    sides = []
+    for field, title in (("megabytes", "MB on the disk"), ("tokens_per_second", "tokens per second, decoding")):
+        axis = alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False))
+        dots = points.mark_point(filled=True, size=70).encode(x=axis)
+        names = points.mark_text(align="left", dx=6, fontSize=9).encode(x=axis, text="model:N")
+        sides.append((dots + names).properties(width=420, height=340))
+    return alt.hconcat(*sides)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="one that comes from a GGUF file")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=10_240, help="of the text that is measured")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("out/sizes"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
