@@ -14,7 +14,7 @@ import time
 import coprune
 
 WAYS: dict[str, dict[str, str | int]] = {
-    "blocks by influence (ShortGPT)": {"remove": "blocks=0.2334"},
+    "blocks by influence (ShortGPT)": {"remove": "blocks=0.2334", "score": "influence"},
     "channels by norm": {"remove": "channels=0.33", "score": "magnitude"},
     "channels by Wanda-sp": {"remove": "channels=0.33", "score": "wanda_sp"},
     "channels by FLAP, no bias": {"remove": "channels=0.33", "score": "flap"},

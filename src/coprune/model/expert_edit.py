@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from coprune.model.as_saved import Layout, masks_as_saved, whole_slices
 from coprune.model.edit import KeepExperts
-from coprune.model.experts import Mixture
+from coprune.model.removal.experts import Mixture
 
 
 def keep_experts(

@@ -19,7 +19,7 @@ Scored = Literal["units", "blocks", "experts"]
 """What a score is of: units are channels and heads."""
 SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
-    "blocks": ("influence", "kl"),
+    "blocks": ("kl", "influence"),
     "experts": ("reap", "frequency", "random"),
 }
 """Names of the scores, by what they are of, the default first."""
@@ -51,8 +51,8 @@ class StructurePart(Part):
         Decides.RESULT,
         Field(
             description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
-            "magnitude; which blocks: influence (what changes its inputs least; the default) or kl (what the model says "
-            "without it); which experts: reap (gate times answer; the default), frequency or random; options as in "
+            "magnitude; which blocks: kl (what the model says without it; the default) or influence (what changes "
+            "its inputs least); which experts: reap (gate times answer; the default), frequency or random; options as in "
             "wanda_sp:refit=true; repeatable."
         ),
     ] = ()

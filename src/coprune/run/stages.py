@@ -34,14 +34,14 @@ from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_f
 from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders
-from coprune.run.cut_and_prune import cut_and_prune
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
 from coprune.run.given import NOTHING, Given
 from coprune.run.journal import Output, run_identity
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
-from coprune.run.remove_parts import remove_parts, smaller_model
+from coprune.run.removal.cut_and_prune import cut_and_prune
+from coprune.run.removal.parts import remove_parts, smaller_model
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening

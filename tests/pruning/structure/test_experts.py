@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coprune.base.errors import BadInput
-from coprune.model.routing import Routed
+from coprune.model.removal.routing import Routed
 from coprune.pruning.structure.experts import (
     EXPERT_SCORES,
     ExpertSums,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coprune.model.slices import KeptSlices
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.structure.scores import FLAP, OBS, Magnitude, WandaSP, refitted, removal_cost
-from coprune.run.plan_removal import kept_count
+from coprune.run.removal.plan import kept_count
 
 OUT, CHANNELS, TOKENS = 12, 16, 200
 ALONE = torch.arange(CHANNELS)[:, None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coprune.base.errors import unknown_name
 from coprune.base.options import with_options
-from coprune.model.routing import Routed
+from coprune.model.removal.routing import Routed
 from coprune.recipe.choice import Choice
 
 _STARTS = 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coprune.model.matrices import Matrix, mask_checksum
-from coprune.model.parts import Part, silence
+from coprune.model.removal.parts import Part, silence
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import dense_target

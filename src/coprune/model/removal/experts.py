@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from coprune.model.routing import ExpertCall, NeverChosen, Routed, forward_as
+from coprune.model.removal.routing import ExpertCall, NeverChosen, Routed, forward_as
 
 
 @dataclass(frozen=True)

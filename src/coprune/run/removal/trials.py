@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coprune.model.blocks import Block
-from coprune.model.parts import Part, put_back
+from coprune.model.removal.parts import Part, put_back
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.record import run_after_blocks
@@ -21,9 +21,9 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.blocks import kl_of_logits
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import Score, score_named
-from coprune.run.plan_removal import only_consumers
 from coprune.run.prune_blocks import record_calibration
-from coprune.run.rehearsal import Plan
+from coprune.run.removal.plan import only_consumers
+from coprune.run.removal.rehearsal import Plan
 from coprune.run.session import Session
 
 TOKENS = 1024

@@ -85,7 +85,7 @@ def test_blocks_of_least_influence_go() -> None:
     for hook in hooks:
         hook.remove()
     ups = [model.get_parameter(f"model.layers.{i}.mlp.up_proj.weight").clone() for i in range(3)]
-    small = coprune.prune(model, remove="blocks=0.34", **SETTINGS).model
+    small = coprune.prune(model, remove="blocks=0.34", score="influence", **SETTINGS).model
     assert small is not None
     left = [small.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in range(2)]
     gone = min(influence, key=influence.__getitem__)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from coprune.model.blocks import Block
-from coprune.model.experts import Mixture, tensor_at
 from coprune.model.folding import close
 from coprune.model.matrices import Matrix
-from coprune.model.routing import ExpertCall, OtherLogits, forward_as
+from coprune.model.removal.experts import Mixture, tensor_at
+from coprune.model.removal.routing import ExpertCall, OtherLogits, forward_as
 
 Run = Callable[[], Tensor]
 """Runs a block on a sample and returns its output."""

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.folding import find_folds, head_size
-from coprune.model.parts import Kind, Part, is_apart, parts_of
+from coprune.model.removal.parts import Kind, Part, is_apart, parts_of
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.blocks import block_score_named
-from coprune.run.rehearsal import Plan
-from coprune.run.remove_experts import experts_left, find_experts
+from coprune.run.removal.experts import experts_left, find_experts
+from coprune.run.removal.rehearsal import Plan
 from coprune.run.session import Session
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from coprune.model.as_saved import smaller_tensors
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.parts import together
-from coprune.model.smaller import build_smaller
+from coprune.model.removal.parts import together
+from coprune.model.removal.smaller import build_smaller
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
@@ -23,7 +23,6 @@ from coprune.pruning.reconstructed import reconstruct_cut
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import score_named
 from coprune.run.journal import BlockOutcome, Output
-from coprune.run.plan_removal import only_consumers, plan_removal
 from coprune.run.prune_blocks import (
     Outcome,
     all_edits,
@@ -31,11 +30,12 @@ from coprune.run.prune_blocks import (
     moves_of,
     record_to_prune,
 )
-from coprune.run.rehearsal import Cut, Plan, edits_of_block, rehearse
-from coprune.run.remove_experts import choose_experts
+from coprune.run.removal.experts import choose_experts
+from coprune.run.removal.plan import only_consumers, plan_removal
+from coprune.run.removal.rehearsal import Cut, Plan, edits_of_block, rehearse
+from coprune.run.removal.spread import spread_budget
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
-from coprune.run.spread import spread_budget
 
 
 def remove_parts(session: Session, output: Output | None) -> Outcome:

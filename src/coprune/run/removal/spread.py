@@ -8,11 +8,11 @@ import torch
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import count_parameters
-from coprune.model.parts import Kind, Part
-from coprune.run.plan_removal import blocks_that_go, find_parts, kept_count
-from coprune.run.rehearsal import Plan, rehearse, words_of
+from coprune.model.removal.parts import Kind, Part
+from coprune.run.removal.plan import blocks_that_go, find_parts, kept_count
+from coprune.run.removal.rehearsal import Plan, rehearse, words_of
+from coprune.run.removal.trials import costs_of
 from coprune.run.session import Session
-from coprune.run.trials import costs_of
 
 WAYS = (8, 4)
 """At most so many numbers of blocks, and so many numbers of heads, are tried."""

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.evaluation.tasks import Samples
-from coprune.model.experts import Mixture
-from coprune.model.find_experts import find_mixtures
 from coprune.model.leftovers import lists_of
-from coprune.model.routing import Routed
+from coprune.model.removal.experts import Mixture
+from coprune.model.removal.find_experts import find_mixtures
+from coprune.model.removal.routing import Routed
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.experts import ExpertSums, coverage, expert_score_named, kept_experts
-from coprune.run.expert_scores import Scored, keep_scores, known_scores
+from coprune.run.removal.expert_scores import Scored, keep_scores, known_scores
 from coprune.run.session import Session
 
 

@@ -19,10 +19,10 @@ from coprune.model.checkpoint.skeleton import forget_parameters
 from coprune.model.edit import Configure, DropBlock, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.expert_edit import keep_experts
-from coprune.model.experts import Mixture
 from coprune.model.folding import close, head_size
-from coprune.model.parts import Kind, Part, put_back, silence, together
-from coprune.model.smaller import Resized, build_smaller, fill, possible_changes, smaller_skeleton
+from coprune.model.removal.experts import Mixture
+from coprune.model.removal.parts import Kind, Part, put_back, silence, together
+from coprune.model.removal.smaller import Resized, build_smaller, fill, possible_changes, smaller_skeleton
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.model.walk.recording import record_batches
