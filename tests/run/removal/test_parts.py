@@ -13,6 +13,7 @@ import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
+from coprune.run.removal.rehearsal import alike
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model, pico_tokens
@@ -69,6 +70,14 @@ def test_the_rest_is_untouched_where_nothing_is_solved_anew(tmp_path: Path) -> N
         assert torch.equal(small.state_dict()[down], before[down][:, kept])
         assert torch.equal(small.state_dict()[up], before[up][kept])
         assert torch.equal(small.state_dict()[gate], before[gate][kept])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "same"), [(torch.bfloat16, 0.04, True), (torch.bfloat16, 0.1, False), (torch.float32, 0.04, False)]
+)
+def test_half_precision_may_round_more_before_a_cut_is_refused(dtype: torch.dtype, off: float, same: bool) -> None:
+    logits, noise = torch.randn(2, 1, 50, 300, generator=torch.Generator().manual_seed(0))
+    assert alike((logits + off * noise).to(dtype), logits.to(dtype)) == same
 
 
 def test_blocks_of_least_influence_go() -> None:

@@ -30,7 +30,8 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.run.session import Session
 
-_ROUNDING = 1e-3
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+_ROUNDING_OF_HALVES = 6e-2  # thirty blocks in bfloat16 make 2e-2
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Rehearsed:
                 ended.enter_context(self._silent(block))
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
             expected = forward_logits(module, model.structure.sample)
-        same = _alike(forward_logits(small, model.structure.sample), expected)
+        same = alike(forward_logits(small, model.structure.sample), expected)
         return small.num_parameters() if same else None
 
     def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
@@ -218,11 +219,12 @@ def _proven_changes(
     )
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
+def alike(found: Tensor, expected: Tensor) -> bool:
     """Whether logits are the same but for rounding, which many blocks without half of their parts make a hundred times as large
     as one block does; a configuration that fits the shapes alone is off by a hundredth at least."""
     a, b = found.float(), expected.float()
-    return close(found, expected) or bool((a - b).norm() <= _ROUNDING * b.norm())
+    rounding = _ROUNDING.get(expected.dtype, _ROUNDING_OF_HALVES)
+    return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())
 
 
 def _spread(part: Part, count: int, shift: int) -> Tensor:
