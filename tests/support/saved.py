@@ -18,7 +18,7 @@ from coprune.model.checkpoint.load import DtypeName, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
-from support.pico import FAMILIES, pico_model
+from support.pico import FAMILIES, pico_model, pico_tokens
 
 # One for each way in which a checkpoint can differ from its model: tied and untied, Conv1D, experts fused on load
 # (with other names), experts fused in the files already, dense blocks before mixtures, parameters kept in float32.
@@ -90,3 +90,19 @@ def stream(source: Path, target: Path, dtype: DtypeName = "auto") -> Path:
     copy_companions(lazy.location, writer.partial, dtype)
     assert not target.exists()
     return writer.finish()
+
+
+def saved_like(model: PreTrainedModel, small: PreTrainedModel | None, folder: Path, rounding: float) -> PreTrainedModel:
+    """Load a removal's folder, and see that it is what the big model computes with its parts silent, and is in memory too.
+
+    rounding: between the model in memory and the one that was saved.
+    """
+    assert small is not None
+    saved = load_clean(folder)
+    assert saved.num_parameters() == small.num_parameters()
+    tokens = pico_tokens(2, 16)
+    with torch.no_grad():
+        silent, found = model(tokens, use_cache=False).logits, saved(tokens, use_cache=False).logits
+        torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(small(tokens, use_cache=False).logits, found, rtol=rounding, atol=rounding)
+    return saved

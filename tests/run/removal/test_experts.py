@@ -14,9 +14,9 @@ from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
-from support.pico import pico_model, pico_tokens
+from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
-from support.saved import load_clean
+from support.saved import saved_like
 
 IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
@@ -47,14 +47,7 @@ def test_the_small_mixture_is_the_big_one_where_experts_are_never_chosen(
     model = _with_corrections(pico_model(family, **changes))
     before = model.num_parameters()
     result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
-    small = load_clean(tmp_path / "small")
-    assert result.model is not None
-    assert small.num_parameters() == result.model.num_parameters() < before
-    tokens = pico_tokens(2, 16)
-    with torch.no_grad():
-        masked, found = model(tokens, use_cache=False).logits, small(tokens, use_cache=False).logits
-        torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(result.model(tokens, use_cache=False).logits, found, rtol=1e-5, atol=1e-5)
+    assert saved_like(model, result.model, tmp_path / "small", rounding=1e-5).num_parameters() < before
     assert "experts" in result.report.edits[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,6 +74,15 @@ def put_into(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
         for name in path:
             part = part.setdefault(name, {})
         part[key] = value
+
+
+def places_in(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a configuration, by its place with dots between."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from places_in(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:

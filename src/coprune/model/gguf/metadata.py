@@ -17,6 +17,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.companions import places_in
 from coprune.model.checkpoint.load import quiet_transformers
 
 MOST_CANDIDATES = 500
@@ -192,7 +193,7 @@ def _short(value: Any) -> str:
 
 def _says(config: Mapping[str, Any], before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a configuration says what is wanted, and all other numbers as before."""
-    numbers = {place: value for place, value in _walk(before) if _is_number(value)}
+    numbers = {place: value for place, value in places_in(before) if _is_number(value)}
     return all(_at(config, place) == value for place, value in {**numbers, **wanted}.items())
 
 
@@ -219,11 +220,3 @@ def _at(config: Mapping[str, Any], place: str) -> Any:
     for name in place.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
-
-
-def _walk(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coprune.model.checkpoint.companions import put_into
+from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.transformers_private import (
@@ -70,7 +70,7 @@ def possible_changes(
 
 
 def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str, Any]]:
-    places = [*_walk(config)]
+    places = [*places_in(config)]
     choices: list[list[dict[str, Any]]] = []
     if resized.dropped:
         keep = [index for index in range(resized.blocks) if index not in resized.dropped]
@@ -105,15 +105,6 @@ def _some(lists: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All lists, each alone, none."""
     alone = [{place: value} for place, value in lists.items()] if len(lists) > 1 else []
     return [dict(lists), *alone, {}] if lists else []
-
-
-def _walk(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a configuration, by its place with dots between."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,14 @@ class MatricesReady:
     inputs: Inputs | None
     """None where no calibration data runs through the model."""
 
+    def known(self) -> dict[str, Inputs]:
+        """What is known of each matrix's inputs, by its name."""
+        return {} if self.inputs is None else dict.fromkeys((m.name for m in self.matrices), self.inputs)
+
     def statistics(self) -> dict[str, Statistic]:
         """The statistic of each matrix's inputs, by its name; none where no token was seen."""
-        statistic = None if self.inputs is None else self.inputs.statistic
-        return dict.fromkeys((m.name for m in self.matrices), statistic) if statistic and statistic.count else {}
+        found = {name: inputs.statistic for name, inputs in self.known().items()}
+        return {name: statistic for name, statistic in found.items() if statistic and statistic.count}
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput, unknown_name
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.progress import Advance
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording, record_batches
+from coprune.pruning.structure.scores import made_of
 from coprune.recipe.choice import Choice
 
 ROWS = 256
@@ -71,7 +71,7 @@ class Divergence:
     def choose(
         self, model: ProvenModel, batches: Sequence[Tensor], count: int, advance: Advance = lambda share: None
     ) -> list[int]:
-        some, gone = self._some(batches), list[int]()
+        some, gone = first_batches(batches, self.tokens), list[int]()
         order = [block.index for block in model.blocks]
         while len(gone) < count:
             tried = [index for index in order if index not in gone]
@@ -84,13 +84,15 @@ class Divergence:
             order = [*nearest[1:], *(index for index in order if index not in tried)]
         return gone
 
-    def _some(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        some: list[Tensor] = []
-        for batch in batches:
-            some.append(batch)
-            if batch.is_floating_point() or sum(one.numel() for one in some) >= self.tokens:
-                break
-        return some
+
+def first_batches(batches: Iterable[Tensor], tokens: int) -> list[Tensor]:
+    """The first batches that hold at least so many tokens; of images one."""
+    some: list[Tensor] = []
+    for batch in batches:
+        some.append(batch)
+        if batch.is_floating_point() or sum(one.numel() for one in some) >= tokens:
+            break
+    return some
 
 
 BLOCK_SCORES: dict[str, type[Influence | Divergence]] = {"influence": Influence, "kl": Divergence}
@@ -99,13 +101,7 @@ BLOCK_SCORES: dict[str, type[Influence | Divergence]] = {"influence": Influence,
 
 def block_score_named(asked: Choice) -> BlockScore:
     """Look up a score with its options. Raises BadInput for an unknown name or option."""
-    if asked.name not in BLOCK_SCORES:
-        raise unknown_name("score", asked.name, BLOCK_SCORES, field="score")
-    try:
-        return BLOCK_SCORES[asked.name](**asked.options)  # type: ignore[arg-type]
-    except TypeError:
-        known = ", ".join(BLOCK_SCORES[asked.name].__dataclass_fields__) or "none"
-        raise BadInput(f"the score {asked} has other options", field="score", fix=f"Known: {known}") from None
+    return made_of(BLOCK_SCORES, asked)
 
 
 @torch.no_grad()

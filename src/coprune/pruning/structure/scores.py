@@ -6,8 +6,9 @@ is what is removed as a whole: one channel, or the K channels of a key-value hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.recipe.choice import Choice
+
+Made = TypeVar("Made")
 
 
 class Score(Protocol):
@@ -124,12 +127,18 @@ SCORES: dict[str, type[Magnitude | WandaSP | FLAP | OBS]] = {
 
 def score_named(asked: Choice) -> Score:
     """Look up a score with its options. Raises BadInput for an unknown name or option."""
-    if asked.name not in SCORES:
-        raise unknown_name("score", asked.name, SCORES, field="score")
+    return made_of(SCORES, asked)
+
+
+def made_of(scores: Mapping[str, type[Made]], asked: Choice) -> Made:
+    """One of several scores with its options. Raises BadInput for an unknown name or option."""
+    if asked.name not in scores:
+        raise unknown_name("score", asked.name, scores, field="score")
+    kind = scores[asked.name]
     try:
-        return SCORES[asked.name](**asked.options)  # type: ignore[arg-type]
+        return kind(**asked.options)
     except TypeError:
-        known = ", ".join(SCORES[asked.name].__dataclass_fields__)
+        known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
         raise BadInput(f"the score {asked} has other options", field="score", fix=f"Known: {known}") from None
 
 

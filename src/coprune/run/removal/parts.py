@@ -84,8 +84,7 @@ def _remove(
     first = min([*cut, *plan.dropped])
     for event in walk:
         if not isinstance(event, BlockDone):
-            if event.inputs is not None:
-                inputs |= dict.fromkeys((matrix.name for matrix in event.matrices), event.inputs)
+            inputs |= event.known()
             continue
         block, own, masks = event.block, list[MatrixResult](), dict[str, Tensor]()
         for part in plan.parts.get(block.name, ()):

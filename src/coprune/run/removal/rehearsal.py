@@ -30,8 +30,7 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.run.session import Session
 
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
-_ROUNDING_OF_HALVES = 6e-2  # thirty blocks in bfloat16 make 2e-2
+_ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
 
 
 @dataclass(frozen=True)
@@ -119,10 +118,15 @@ def _anywhere(plan: Plan, block: Block) -> Cut:
         return Cut()
     masks: dict[str, Tensor] = {}
     for part in plan.parts.get(block.name, ()):
-        kept = [_spread(part, plan.count(part), i) for i in range(len(part.fold.consumers))]
+        # Other ones for every expert, so that what belongs together by its place alone would show.
+        kept = [_spread(part.count, plan.count(part)).roll(i) for i in range(len(part.fold.consumers))]
         masks = together(masks, part.masks(kept))
     mixture = plan.mixtures.get(block.name)
-    return Cut(masks, None if mixture is None else _spread_experts(mixture, plan.experts[mixture.count]))
+    if mixture is None:
+        return Cut(masks)
+    groups = mixture.groups
+    own = _spread(mixture.count // groups, plan.experts[mixture.count] // groups)
+    return Cut(masks, own.roll(1).repeat(groups))
 
 
 Proof = Callable[[Mapping[str, Any]], int | None]
@@ -223,22 +227,15 @@ def alike(found: Tensor, expected: Tensor) -> bool:
     """Whether logits are the same but for rounding, which many blocks without half of their parts make a hundred times as large
     as one block does; a configuration that fits the shapes alone is off by a hundredth at least."""
     a, b = found.float(), expected.float()
-    rounding = _ROUNDING.get(expected.dtype, _ROUNDING_OF_HALVES)
+    rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
     return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())
 
 
-def _spread(part: Part, count: int, shift: int) -> Tensor:
-    """Units all over a part, other ones for every expert, so that what belongs together by its place alone would show."""
-    keep = torch.zeros(part.count, dtype=torch.bool)
-    keep[torch.linspace(0, part.count - 1, count).round().long()] = True
-    return keep.roll(shift)
-
-
-def _spread_experts(mixture: Mixture, count: int) -> Tensor:
-    """Experts all over each group."""
-    own = torch.zeros(mixture.count // mixture.groups, dtype=torch.bool)
-    own[torch.linspace(0, len(own) - 1, count // mixture.groups).round().long()] = True
-    return own.roll(1).repeat(mixture.groups)
+def _spread(units: int, count: int) -> Tensor:
+    """So many units, all over those that there are."""
+    keep = torch.zeros(units, dtype=torch.bool)
+    keep[torch.linspace(0, units - 1, count).round().long()] = True
+    return keep
 
 
 def words_of(plan: Plan, blocks: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from coprune.model.walk.recording import Recording, record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.structure.blocks import kl_of_logits
+from coprune.pruning.structure.blocks import first_batches, kl_of_logits
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import Score, score_named
 from coprune.run.prune_blocks import record_calibration
@@ -47,7 +47,7 @@ def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
     """KL(dense ‖ cut) of every plan, in nats per token, with what is left solved for on the dense model's inputs."""
     opened, model = session.opened, session.model
     assert opened.samples is not None
-    windows = list(_some(opened.task.batches(opened.samples.tokens)))
+    windows = first_batches(opened.task.batches(opened.samples.tokens), TOKENS)
     recording = record_batches(model, windows)
     trial = _Trial(recording, [list(recording.hidden) for _ in range(len(plans) + 1)])
     every: dict[str, list[Part]] = defaultdict(list)
@@ -62,21 +62,11 @@ def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
         )
         for event in walk:
             if not isinstance(event, BlockDone):
-                if event.inputs is not None:
-                    inputs |= dict.fromkeys((matrix.name for matrix in event.matrices), event.inputs)
+                inputs |= event.known()
                 continue
             _try_block(trial, event.block, plans, inputs, score)
             inputs = {}
     return _divergences(session, trial, windows)
-
-
-def _some(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += TOKENS if batch.is_floating_point() else batch.numel()
-        if seen >= TOKENS:
-            return
 
 
 def _try_block(trial: _Trial, block: Block, plans: Sequence[Plan], inputs: Mapping[str, Inputs], score: Score) -> None:
