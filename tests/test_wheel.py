@@ -74,7 +74,7 @@ def test_everything_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 def test_the_commands_answer(run: Callable[..., str], installed: Path) -> None:
     place = run("python", "-c", "import coprune; print(coprune.__file__)")
     assert Path(place.strip()).is_relative_to(installed.parent)
-    assert "coprune prune" in run("coprune", "--help")
+    assert "Prune a model, measure what that did, and save it." in run("coprune", "--help")
     assert "sparsegpt" in run("coprune", "methods")
 
 
