@@ -1,0 +1,124 @@
+"""The loop detector on texts that were made for it, and figures of repetition against their definitions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from coprune.evaluation.answers.repetition import (
+    LEAST_TIMES,
+    LEAST_TOKENS,
+    Loop,
+    distinct,
+    find_loop,
+    longest_repeat,
+)
+
+
+def words(text: str) -> list[int]:
+    """A text as ids of its words, punctuation and line breaks; as tokenizers do, digits one by one."""
+    pieces = "".join(f" {c} " if not c.isalpha() and c != " " else c for c in text.replace("\n", " ¶ ")).split(" ")
+    return [hash(piece) for piece in pieces if piece]
+
+
+def noise(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).sample(range(10_000, 90_000), count)
+
+
+@pytest.mark.parametrize("period", range(1, 43))
+def test_every_period_is_found_wherever_it_begins_and_stops(period: int) -> None:
+    once = noise(period, seed=1)
+    times = max(LEAST_TIMES, -(-LEAST_TOKENS // period))
+    for begun in (0, 5):
+        for cut in (0, period // 2):
+            tokens = noise(begun) + once * times + once[:cut]
+            assert find_loop(tokens) == Loop(period, period * times + cut)
+    assert find_loop(noise(9) + once * times)
+    assert find_loop(once * times, ended=True) is None
+
+
+@pytest.mark.parametrize("period", range(1, 43))
+def test_what_is_said_too_seldom_or_is_too_short_is_no_loop(period: int) -> None:
+    once = noise(period, seed=1)
+    assert find_loop(noise(60) + once * (LEAST_TIMES - 1)) is None
+    assert find_loop(noise(60) + (once * LEAST_TOKENS)[: LEAST_TOKENS - 1 if period < 7 else 2 * period]) is None
+
+
+def test_a_loop_that_was_left_is_none() -> None:
+    assert find_loop(noise(6) * 10 + noise(40, seed=2)) is None
+    assert find_loop(noise(6) * 10 + noise(1, seed=2)) is not None
+
+
+def test_a_loop_may_count() -> None:
+    counting = "".join(f"{number}. The capital of France is Paris.\n" for number in range(1, 8))
+    assert find_loop(words(counting)) is not None
+    changing = noise(12) * 4
+    changing[17] = changing[30] = 1
+    assert find_loop(changing) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(
+            f"- {name}\n"
+            for name in [
+                "oak",
+                "ash",
+                "elm",
+                "yew",
+                "fir",
+                "birch",
+                "beech",
+                "maple",
+                "cedar",
+                "larch",
+                "alder",
+                "rowan",
+            ]
+        ),
+        "".join(
+            f"{n}. {name}\n"
+            for n, name in enumerate(
+                ["red", "orange", "yellow", "green", "blue", "indigo", "violet", "pink", "grey"], 1
+            )
+        ),
+        "| name | age |\n| --- | --- |\n| Ann | 31 |\n| Bob | 47 |\n| Cid | 29 |\n| Dora | 83 |\n| Emil | 52 |\n",
+        "| a | b | c |\n| --- | --- | --- |",
+        "".join(f"7 x {n} = {7 * n}\n" for n in range(1, 11)),
+        "".join(f"{n}, " for n in range(80, 140)),
+        "".join(f"    self.{name} = {name}\n" for name in ["model", "data", "seed", "steps", "rate", "width", "depth"]),
+        "".join(
+            f'{{"name": "{name}", "age": {len(name)}}},\n'
+            for name in ["ann", "bob", "carla", "dieter", "eva", "franz", "gerd"]
+        ),
+        "No, no, no!",
+        "ha ha ha ha ha",
+        "",
+        "w",
+    ],
+)
+def test_lists_tables_and_short_answers_are_none(text: str) -> None:
+    assert find_loop(words(text)) is None
+
+
+def test_distinct_counts_n_grams() -> None:
+    assert distinct([1, 2, 1, 2, 1], 1) == 2 / 5
+    assert distinct([1, 2, 1, 2, 1], 2) == 2 / 4
+    assert distinct([1, 2, 1, 2, 1], 3) == 2 / 3
+    assert distinct([1, 2], 3) == distinct([], 1) == 1
+
+
+def test_the_longest_repeat_is_that_of_a_search_through_everything() -> None:
+    assert longest_repeat([1, 2, 1, 2, 1, 2]) == 6
+    assert longest_repeat([9, 1, 2, 3, 1, 2, 3, 1, 9]) == 7
+    assert longest_repeat([1, 2, 3]) == longest_repeat([]) == 0
+
+    def repeats(piece: list[int]) -> bool:
+        return any(piece[p:] == piece[:-p] for p in range(1, len(piece) // 2 + 1))
+
+    for seed in range(20):
+        tokens = random.Random(seed).choices(range(3), k=14)
+        pieces = [tokens[a:b] for a in range(14) for b in range(a + 1, 15)]
+        assert longest_repeat(tokens) == max((len(piece) for piece in pieces if repeats(piece)), default=0)
