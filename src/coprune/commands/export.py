@@ -27,6 +27,10 @@ def export(
             "iq4_nl, q3_k_m, q2_k …",
         ),
     ] = "f16",
+    padded: Annotated[
+        bool,
+        typer.Option("--padded", help="Keep channels and heads that are all zeros, which pad blocks to one width."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp, Ollama and others: what was removed is gone there too.
@@ -37,4 +41,4 @@ def export(
     from coprune.model.gguf.export import export
     from coprune.report.folder import model_of
 
-    typer.echo(str(export(model_of(model), output, like=like, type=type_, quiet=quiet)))
+    typer.echo(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet)))

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import coprune
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
+from support.padded import pad_blocks
 from support.saved import load_clean
 
 pytestmark = [
@@ -31,3 +34,20 @@ def test_smollm2_without_channels_heads_and_blocks(tmp_path: Path) -> None:
         made = coprune.export(tmp_path / "small", tmp_path / f"{kind}.gguf", type=kind, quiet=True)
         found = LlamaCpp(made.path, context=32, threads=1).logits(tokens[0].tolist())
         assert float((found - expected).norm() / expected.norm()) < most
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-2), ("q8_0", 0.1)])
+def test_smollm2_with_blocks_of_different_widths(kind: str, most: float, tmp_path: Path) -> None:
+    source = locate("smollm2-135m")
+    model, tokenizer = load_model(source)
+    widths = {block: 1536 - 64 * (1 + block % 9) for block in range(29)}
+    pad_blocks(model, widths, {block: [block % 3] for block in range(0, 30, 3)}).save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    made = coprune.export(tmp_path / "padded", tmp_path / "out.gguf", like=source.path, type=kind, quiet=True)
+    assert made.architecture == "deci"
+    tokens = torch.randint(49152, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load_clean(tmp_path / "padded")(tokens).logits[0]
+    found = LlamaCpp(made.path, context=32, threads=1).logits(tokens[0].tolist())
+    expected, found = (logits - logits.mean(dim=1, keepdim=True) for logits in (expected, found))
+    assert float((found - expected).norm() / expected.norm()) < most

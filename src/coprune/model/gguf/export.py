@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from coprune.base.durable import TEMPORARY, write_durably
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
 from coprune.base.output_names import require_usable
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
@@ -17,11 +19,11 @@ from coprune.base.words import Setting
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.edits import history_of
 from coprune.model.gguf.llama_cpp import quantize
-from coprune.model.gguf.plan import planned, read_example
-from coprune.model.gguf.smaller import exported
-from coprune.model.gguf.types import BY_LLAMA_CPP, require_type
-from coprune.model.gguf.verify import require_same
-from coprune.model.gguf.write import write_gguf
+from coprune.model.gguf.making import Beside, Making, Whole
+from coprune.model.gguf.narrow import Narrow, narrowed
+from coprune.model.gguf.plan import read_example
+from coprune.model.gguf.smaller import Exported, exported
+from coprune.model.gguf.types import BY_LLAMA_CPP, PLAIN, require_type
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,6 +38,8 @@ class Gguf(Shown):
     tensors: int
     removed: Sequence[str] = ()
     """What is less in it than in that file, in words."""
+    architecture: str = ""
+    """As llama.cpp calls it: that file's, or `deci` where blocks differ in width."""
 
     def headline(self) -> str:
         """Where the file is, and its size."""
@@ -44,11 +48,18 @@ class Gguf(Shown):
     def sheet(self) -> Sheet:
         """What it holds and where that came from."""
         rows = [("tensors", f"{self.tensors} in {self.type}, {self.bytes:,} bytes"), ("like", str(self.like))]
+        rows.append(("architecture", self.architecture))
         return Sheet(self.headline(), [*rows, *(("removed", line) for line in self.removed)])
 
 
 def export(
-    model: Path | str, output: Path | str, *, like: Path | str | None = None, type: str = "f16", quiet: bool = False
+    model: Path | str,
+    output: Path | str,
+    *,
+    like: Path | str | None = None,
+    type: str = "f16",
+    padded: bool = False,
+    quiet: bool = False,
 ) -> Gguf:
     """Write a model as a GGUF file, which llama.cpp and all that builds on it can run.
 
@@ -58,6 +69,7 @@ def export(
         like: a GGUF file of the source model, in any type, whose metadata, tokenizer and order are taken over; by default the
             one that the model was made from.
         type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, q3_k_m …
+        padded: keep channels and heads that are all zeros, with which some folders pad their blocks to one width.
         quiet: no progress bars and lines.
 
     Returns:
@@ -74,29 +86,50 @@ def export(
     file = _example(location, like)
     source = exported(location)
     example = read_example(file, source, reporter)
-    by_llama_cpp = type in BY_LLAMA_CPP
-    plan = planned(example, source, "f16" if by_llama_cpp else type)
+    making = Making(example, Narrow(source, None) if padded else _without_zeros(source, reporter), reporter)
+    written: list[Whole] = []
 
     def write(final: Path) -> None:
-        # llama.cpp quantises a file of float16, which has a temporary name like the other's.
-        whole = final.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}") if by_llama_cpp else final
-        try:
-            with reporter.bar("Writing", plan.bytes) as advance:
-                write_gguf(whole, plan, lambda name: example.values(name, source), advance)
-            reporter.say("Reloading the file to compare it")
-            if (unread := require_same(whole, source, plan.kind)) is not None:
-                reporter.say(unread)
-            if by_llama_cpp:
-                reporter.say(f"Quantising to {type}")
-                quantize(whole, final, type)
-        finally:
-            if by_llama_cpp:
-                whole.unlink(missing_ok=True)
+        written.append(_write(making, type, final, partial(_beside, final, target.name)))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, write)
-    removed = [line for edits in source.edits for line in edits.lines()]
-    return Gguf(target, type, target.stat().st_size, file.path, len(plan.tensors), removed)
+    (whole,) = written
+    removed = [line for edits in whole.source.edits for line in edits.lines()]
+    return Gguf(target, type, target.stat().st_size, file.path, len(whole.plan.tensors), removed, whole.plan.arch)
+
+
+def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
+    try:
+        return narrowed(source)
+    except (UnsupportedModel, NumericalError) as error:
+        reporter.say(f"Zeros stay in the file: {error}")
+        return Narrow(source, None)
+
+
+def _write(making: Making, kind: str, final: Path, beside: Beside) -> Whole:
+    """Write a file of a type, by way of float16 where llama.cpp quantises it or has to show which of two files is right."""
+    exact = kind if kind in PLAIN or (making.narrow.apart is None and kind not in BY_LLAMA_CPP) else "f16"
+    whole = making.chosen(exact, beside)
+    if kind not in BY_LLAMA_CPP:
+        whole = whole if kind == exact else making.again(whole, kind)
+        whole.write(final, making.reporter)
+        return whole
+    with beside() as halves:
+        whole.write(halves, making.reporter)
+        making.reporter.say(f"Quantising to {kind}")
+        quantize(halves, final, kind)
+    return whole
+
+
+@contextmanager
+def _beside(final: Path, name: str) -> Iterator[Path]:
+    """A temporary file that is named like the other's."""
+    path = final.with_name(f"{name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _require_free(target: Path) -> None:

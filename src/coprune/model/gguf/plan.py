@@ -48,6 +48,17 @@ class Example:
         """Of its tensors, rows last."""
         return {stored.name: tuple(int(size) for size in reversed(stored.shape)) for stored in self.reader.tensors}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """What its tensors are stored in."""
+        return {stored.name: stored.tensor_type.name for stored in self.reader.tensors}
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it has matrices in other types than float32."""
+        shapes = self.shapes
+        return any(kind != "F32" and len(shapes[name]) > 1 for name, kind in self.types.items())
+
 
 def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Example:
     """Find what the tensors of a GGUF file were made of. source: the model that is to be stored like it.
@@ -118,8 +129,7 @@ def planned(example: Example, source: Exported, kind: str) -> Plan:
     blocks = {int(found[1]): False for name in new if (found := _BLOCK.fullmatch(name))}
     blocks |= {int(found[1]): True for name, shape in new.items() if shape and (found := _BLOCK.fullmatch(name))}
     left = [number for number in sorted(blocks) if blocks[number]]
-    types = {stored.name: stored.tensor_type.name for stored in example.reader.tensors}
-    mixed = any(types[name] != "F32" and len(shape) > 1 for name, shape in shapes.items())
+    types, mixed = example.types, example.mixed
     tensors = {
         _moved(name, left): Planned(name, shape, tensor_type(name, shape, kind, types[name], mixed))
         for name, shape in new.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ class Exported:
     """The earliest first."""
     location: Location
     source: ModelFolder | None = None
-    """The folder that the edits began from, where it is here; the model's own if nothing was cut."""
+    """The folder that the edits began from, where it is here; else the model's own if nothing was cut."""
+    narrow: Edits = field(default_factory=Edits)
+    """What else is left out of the model's tensors, which is zeros; the last of the edits."""
 
     def name(self, source: str) -> str | None:
         """Where a source tensor is now; None if it was left out. Raises BadInput if it should be there and is not."""
@@ -53,13 +55,22 @@ class Exported:
 
     def tensor(self, name: str) -> Tensor:
         """One of the model's own tensors, float32."""
-        stored = self.tensors[self._spelled(name)]
-        return (read_tensor(stored) if isinstance(stored, TensorEntry) else stored).float()
+        own = self._spelled(name)
+        stored = self.tensors[own]
+        return self.narrow.cut(own, (read_tensor(stored) if isinstance(stored, TensorEntry) else stored).float())
 
     def shape(self, source: str) -> tuple[int, ...] | None:
         """Of what is left of a source tensor."""
         name = self.name(source)
-        return None if name is None else tuple(self.tensors[name].shape)
+        return None if name is None else self.own_shape(name)
+
+    def own_shape(self, name: str) -> tuple[int, ...]:
+        """Of one of the model's own tensors."""
+        return tuple(self.narrow.cut(name, torch.empty(tuple(self.tensors[name].shape), device="meta")).shape)
+
+    def without(self, edits: Edits) -> Exported:
+        """The same model without more of its tensors, all of which is zeros."""
+        return replace(self, edits=[*self.edits, edits], narrow=edits)
 
     def read(self, source: str) -> tuple[Tensor, Tensor | None] | None:
         """What is left of a source tensor, float32, in the source's shape, and a mask of what was not cut; None for all."""
@@ -85,7 +96,7 @@ def exported(location: Location) -> Exported:
         return Exported(whole_tensors(location), [], location)
     name, edits = history_of(location.path)
     uncut = not any(isinstance(edit, Configure) for one in edits for edit in one.all())
-    source = location if uncut else _folder_named(name)
+    source = _folder_named(name) or (location if uncut else None)
     tensors = whole_tensors(location) if is_packed(location) else checkpoint_entries(location.path)
     return Exported(tensors, edits, location, source)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.pieces import Piece
 from coprune.model.gguf.smaller import Exported, whole_tensors
+from coprune.model.gguf.types import decode
+from coprune.model.gguf.write import Plan
 
 _SAME_SOURCE = 0.9
 """Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""
@@ -92,10 +94,36 @@ def require_same(file: Path, source: Exported, kind: str) -> str | None:
         expected = source.tensor(name)
         if expected.shape != found.shape:
             raise VerificationError(f"{file} does not hold {name} as the model does")
-        off = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-        if not off <= _TOLERANCE[kind]:
-            raise VerificationError(f"{name} is off by {off:.2g} of its norm in {file}, more than {kind} explains")
+        _require_close(file, name, (found, expected), kind)
     return None
+
+
+def require_written(file: Path, plan: Plan, values: Callable[[str], Tensor]) -> None:
+    """Compare a file with what was to be written, tensor by tensor.
+
+    Args:
+        file: that was written.
+        plan: what it holds.
+        values: makes a tensor, float32, by its name in the source file.
+
+    Raises:
+        VerificationError: it holds something else.
+    """
+    from gguf import GGUFReader
+
+    stored = {one.name: one for one in GGUFReader(file).tensors}
+    for name, planned in plan.tensors.items():
+        _require_close(file, name, (decode(stored[name]), values(planned.source)), planned.kind)
+
+
+def _require_close(file: Path, name: str, pair: tuple[Tensor, Tensor], kind: str) -> None:
+    """Raise VerificationError where what was written is another than was to be. pair: the two."""
+    found, expected = pair
+    if expected.numel() != found.numel():
+        raise VerificationError(f"{file} does not hold {name} as the model does")
+    off = float((found.reshape(expected.shape) - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not off <= _TOLERANCE[kind]:
+        raise VerificationError(f"{name} is off by {off:.2g} of its norm in {file}, more than {kind} explains")
 
 
 def _loads(file: Path) -> bool:

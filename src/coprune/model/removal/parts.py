@@ -75,6 +75,28 @@ class Part:
             found[name] = keeps[0].repeat_interleave(self.repeats).to(_place_of(parameter))
         return found
 
+    def silent(self) -> list[Tensor]:
+        """Units that are zeros in every matrix and bias: U bool for each consumer. The block has to be in memory."""
+        units = torch.arange(self.count)
+        found = []
+        for consumer, producers in zip(self.fold.consumers, self.fold.producers, strict=True):
+            heard = [self.columns(units)[_any_number(consumer.read().T)]]
+            heard += [self._rows(units)[_speaks(producer)] for producer in producers]
+            heard += [units.repeat_interleave(rows)[_speaks(matrix)] for matrix, rows in self.beside]
+            found.append(torch.ones(self.count, dtype=torch.bool).index_fill(0, torch.cat(heard), False))
+        return found
+
+
+def _speaks(matrix: Matrix) -> Tensor:
+    """Which of a matrix's outputs can be anything else than zero: bool."""
+    bias = bias_of(matrix)
+    speaks = _any_number(matrix.read())
+    return speaks if bias is None else speaks | (bias != 0).cpu()
+
+
+def _any_number(rows: Tensor) -> Tensor:
+    return (rows != 0).any(dim=1).cpu()
+
 
 def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) -> None:
     """Note what is kept of a matrix's inputs or outputs, and of the bias of its outputs."""

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-
-from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.model.folding import find_folds, head_size
-from coprune.model.removal.parts import Kind, Part, is_apart, parts_of
-from coprune.model.walk.moves import Dense
+from coprune.model.removal.find_parts import find_parts
+from coprune.model.removal.parts import Kind
 from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.recording import record_batches
-from coprune.model.walk.shown import BlockDone
-from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.run.removal.experts import experts_left, find_experts
 from coprune.run.removal.rehearsal import Plan
@@ -79,18 +71,6 @@ def blocks_that_go(session: Session, count: int) -> list[int]:
     score = block_score_named(opened.recipe.structure.score_of("blocks"))
     with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
         return score.choose(session.model, opened.task.batches(opened.samples.tokens), count, advance)
-
-
-def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
-    """What could be removed of every block that stays, proven on one sample."""
-    recording = record_batches(model, [model.structure.sample])
-    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
-        if isinstance(event, BlockDone) and event.block.index not in dropped:
-            groups = model.structure.groups[event.block.index]
-            run = partial(recording.run, event.block, 0, event.before[0])
-            folds = find_folds(groups, head_size(model.module), run)
-            parts = parts_of(event.block, folds, groups)
-            yield event.block.name, [part for part in parts if is_apart(event.block.module, part, run)]
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
