@@ -1,0 +1,237 @@
+"""Let a model write: answers to prompts of token ids, in batches, by transformers' own `generate` and its cache.
+
+Transformers draws one random number per row of a batch from the generator that all of a process shares, so a sampled
+answer would depend on the answers beside it. Here every prompt has numbers of its own, drawn from the seed and the
+prompt's place, and a processor of the logits turns them into the token that they stand for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from coprune.base.devices import synchronize
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Advance
+from coprune.model.walk.record import input_device
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are written."""
+
+    max_new_tokens: int = 256
+    """An answer has at most so many tokens, or as many as the model's positions leave for it."""
+    temperature: float = 1.0
+    """What logits are divided by before a token is drawn; 0 takes the likeliest token every time."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest ones whose probabilities together reach this."""
+    seed: int = 0
+    batch_size: int = 16
+    """Prompts that are answered together."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end an answer."""
+    pad_id: int = 0
+    """What fills shorter prompts of a batch, out of the model's sight."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote to one prompt."""
+
+    tokens: list[int]
+    """Without the prompt; where the answer ended by itself, the token that ended it is the last."""
+    ended: bool
+    """Whether it ended by itself."""
+    seconds: float
+    """Its share of the time that its batch took."""
+
+
+def generate(
+    module: PreTrainedModel, prompts: Sequence[list[int]], settings: Generation, advance: Advance | None = None
+) -> list[Answer]:
+    """Answer prompts: the same answers whatever the batch size, but for rounding.
+
+    Args:
+        module: a language model in memory, on any device. What its own generation settings say is left aside. It comes
+            back as it came.
+        prompts: token ids, at least one each, fewer than the model has positions.
+        settings: how the answers are written.
+        advance: called with the number of tokens that were written, as they are.
+
+    Returns:
+        One answer for every prompt, in their order.
+
+    Raises:
+        BadInput: a prompt is empty, or leaves no position for an answer.
+        UnsupportedModel: the model does not write text.
+    """
+    if not module.can_generate():
+        raise UnsupportedModel(f"{type(module).__name__} does not write text, token by token")
+    room = _room(module, prompts)
+    answers: dict[int, Answer] = {}
+    with _plain(module):
+        for batch, new_tokens in _batches(module, prompts, settings, room):
+            found = _answer_batch(module, [prompts[i] for i in batch], batch, settings, new_tokens, advance)
+            answers.update(zip(batch, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def positions_of(module: PreTrainedModel) -> int | None:
+    """How many positions a model has for a prompt and its answer; None for no limit that it tells of."""
+    config: Any = module.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
+    return int(limit) if int(limit) > 0 else None
+
+
+def _room(module: PreTrainedModel, prompts: Sequence[list[int]]) -> int | None:
+    """The model's positions. Raises BadInput for a prompt that is empty or takes all of them."""
+    limit = positions_of(module)
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise BadInput(f"prompt {number} has no tokens")
+        if limit is not None and len(prompt) >= limit:
+            longer = f"prompt {number} has {len(prompt)} tokens, and the model {limit} positions for it and its answer"
+            raise BadInput(longer, fix="shorten it")
+    return limit
+
+
+def _batches(
+    module: PreTrainedModel, prompts: Sequence[list[int]], settings: Generation, room: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Batches of prompts, by their places, each with the tokens that its answers may have; long prompts first.
+
+    Prompts that cannot have an answer of full length, and all of a model that takes no mask, go with their equals.
+    """
+    masked = _masks(module)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        length = len(prompts[place])
+        new_tokens = settings.max_new_tokens if room is None else min(settings.max_new_tokens, room - length)
+        alone = new_tokens < settings.max_new_tokens or not masked
+        groups.setdefault((new_tokens, length if alone else 0), []).append(place)
+    for (new_tokens, _), places in groups.items():
+        for start in range(0, len(places), settings.batch_size):
+            yield places[start : start + settings.batch_size], new_tokens
+
+
+def _answer_batch(
+    module: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    places: Sequence[int],
+    settings: Generation,
+    new_tokens: int,
+    advance: Advance | None,
+) -> list[Answer]:
+    device, longest = input_device(module), max(map(len, prompts))
+    tokens = torch.full((len(prompts), longest), settings.pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    processors: list[LogitsProcessor] = []
+    if settings.temperature > 0:
+        processors.append(_Draw(settings, _numbers(settings.seed, places, new_tokens, device), longest))
+    options: dict[str, Any] = {"attention_mask": mask.to(device)} if _masks(module) else {}
+    started = time.perf_counter()
+    write: Any = module.generate
+    written: Tensor = write(
+        tokens.to(device),
+        generation_config=_configuration(settings, new_tokens),
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList([] if advance is None else [_Heard(settings, longest, advance)]),
+        **options,
+    )
+    synchronize(device)
+    seconds = (time.perf_counter() - started) / len(prompts)
+    return [_cut(row, settings.end_ids, seconds) for row in written[:, longest:].tolist()]
+
+
+def _masks(module: PreTrainedModel) -> bool:
+    """Whether a model can be told which tokens only fill a batch."""
+    return "attention_mask" in signature(module.forward).parameters
+
+
+def _cut(tokens: list[int], end_ids: Iterable[int], seconds: float) -> Answer:
+    """A row of what was written, without what fills it behind its end."""
+    ends = set(end_ids)
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return Answer(tokens[: place + 1], True, seconds)
+    return Answer(tokens, False, seconds)
+
+
+def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=list(settings.end_ids) or None,
+        pad_token_id=settings.pad_id,
+    )
+
+
+@contextmanager
+def _plain(module: PreTrainedModel) -> Iterator[None]:
+    """For a while, a model that evaluates and has no settings of its own for how it writes (penalties, top-k …)."""
+    own, training = module.generation_config, [part for part in module.modules() if part.training]
+    module.generation_config = GenerationConfig()
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.generation_config = own
+        for part in training:
+            part.training = True
+
+
+def _numbers(seed: int, places: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) that decide on tokens: prompts × new tokens float64, each prompt's by the seed and its place."""
+    rows = []
+    for place in places:
+        # The generator's own scrambling keeps neighbouring seeds apart.
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+        rows.append(torch.rand(new_tokens, dtype=torch.float64, generator=generator))
+    return torch.stack(rows).to(device)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves only the token that is drawn, so that the likeliest is the one."""
+
+    def __init__(self, settings: Generation, numbers: Tensor, start: int) -> None:
+        self._settings, self._numbers, self._start = settings, numbers, start
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        number = self._numbers[:, input_ids.shape[1] - self._start, None]
+        probability, order = (scores.to(torch.float64) / self._settings.temperature).softmax(-1).sort(descending=True)
+        up_to = probability.cumsum(-1)
+        if self._settings.top_p < 1:
+            probability = probability.where(up_to - probability < self._settings.top_p, 0)
+            up_to = probability.cumsum(-1)
+        # The first token with which the sum goes beyond the number's share of it.
+        drawn = (up_to <= number * up_to[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, order.gather(1, drawn), 0.0)
+
+
+class _Heard(StoppingCriteria):
+    """Stops nothing, and tells how many tokens were written."""
+
+    def __init__(self, settings: Generation, start: int, advance: Advance) -> None:
+        self._ends = torch.tensor(settings.end_ids, dtype=torch.int64)
+        self._start, self._advance = start, advance
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        before = input_ids[:, self._start : -1]
+        going_on = ~torch.isin(before, self._ends.to(before.device)).any(dim=1)
+        self._advance(float(going_on.sum()))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
