@@ -14,6 +14,18 @@ from coprune.base.validation import reason
 Configurable = TypeVar("Configurable")
 
 
+def one_of(
+    table: Mapping[str, Configurable], kind: str, name: str, options: Mapping[str, object], field: str | None = None
+) -> Configurable:
+    """Look up what is chosen by its name, and set its options.
+
+    field: of the recipe, where it is not called like the kind. Raises BadInput for an unknown name, and as `with_options`.
+    """
+    if name not in table:
+        raise unknown_name(kind, name, table, field=field or kind)
+    return with_options(table[name], kind, name, options)
+
+
 def with_options(default: Configurable, kind: str, name: str, options: Mapping[str, object]) -> Configurable:
     """Copy a dataclass instance with some of its fields changed.
 

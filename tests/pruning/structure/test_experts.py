@@ -9,6 +9,7 @@ import torch
 
 from coprune.base.errors import BadInput
 from coprune.model.removal.routing import Routed
+from coprune.pruning.structure.blocks import BLOCK_SCORES
 from coprune.pruning.structure.experts import (
     EXPERT_SCORES,
     ExpertSums,
@@ -16,6 +17,7 @@ from coprune.pruning.structure.experts import (
     expert_score_named,
     kept_experts,
 )
+from coprune.pruning.structure.scores import SCORES as UNITS
 from coprune.recipe.choice import Choice
 from coprune.recipe.structure import SCORES
 
@@ -46,7 +48,8 @@ def test_scores_are_their_formulas() -> None:
 
 
 def test_names_and_options() -> None:
-    assert set(EXPERT_SCORES) == set(SCORES["experts"])
+    named = {"units": UNITS, "blocks": BLOCK_SCORES, "experts": EXPERT_SCORES}
+    assert {kind: set(table) for kind, table in named.items()} == {kind: set(names) for kind, names in SCORES.items()}
     seeded = expert_score_named(Choice.of("random:seed=1"))
     assert not torch.equal(seeded.score(sums(), 0), EXPERT_SCORES["random"].score(sums(), 0))
     with pytest.raises(BadInput, match="unknown score"):

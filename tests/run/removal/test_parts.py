@@ -150,7 +150,7 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
         ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
         ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
-        ({"remove": "heads=0.5", "score": "obs:luck=3"}, "has other options"),
+        ({"remove": "heads=0.5", "score": "obs:luck=3"}, "option of score 'obs': 'luck'"),
         ({"remove": "heads=0.5", "permute": True}, "permute reorders channels"),
         ({"remove": "heads=0.5", "refine": "refit"}, "for which refine=… means nothing"),
         ({"remove": "blocks=0.5", "stream": True}, "blocks are removed with the whole model in memory"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coprune.base.errors import unknown_name
-from coprune.base.options import with_options
+from coprune.base.options import one_of
 from coprune.pruning.refine.base import Refinement
 from coprune.pruning.refine.refit import Refit
 from coprune.pruning.refine.swaps import Swaps
@@ -30,6 +29,4 @@ def refinement_named(asked: Choice | str | Mapping[str, Any]) -> Refinement:
         BadInput: an unknown name or option, or a value of the wrong type or out of range.
     """
     choice = Choice.of(asked)
-    if choice.name not in REFINEMENTS:
-        raise unknown_name("refinement", choice.name, REFINEMENTS, field="refine")
-    return with_options(REFINEMENTS[choice.name], "refinement", choice.name, choice.options)
+    return one_of(REFINEMENTS, "refinement", choice.name, choice.options, "refine")

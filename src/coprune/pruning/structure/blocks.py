@@ -9,12 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coprune.base.options import require_not_negative, require_positive
+from coprune.base.options import one_of, require_not_negative, require_positive
 from coprune.base.progress import Advance
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording, record_batches
-from coprune.pruning.structure.scores import made_of
 from coprune.recipe.choice import Choice
 
 ROWS = 256
@@ -95,13 +94,13 @@ def first_batches(batches: Iterable[Tensor], tokens: int) -> list[Tensor]:
     return some
 
 
-BLOCK_SCORES: dict[str, type[Influence | Divergence]] = {"influence": Influence, "kl": Divergence}
+BLOCK_SCORES: dict[str, BlockScore] = {"influence": Influence(), "kl": Divergence()}
 """Every score of blocks by its name."""
 
 
 def block_score_named(asked: Choice) -> BlockScore:
     """Look up a score with its options. Raises BadInput for an unknown name or option."""
-    return made_of(BLOCK_SCORES, asked)
+    return one_of(BLOCK_SCORES, "score", asked.name, asked.options)
 
 
 @torch.no_grad()

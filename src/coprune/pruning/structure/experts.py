@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coprune.base.errors import unknown_name
-from coprune.base.options import with_options
+from coprune.base.options import one_of
 from coprune.model.removal.routing import Routed
 from coprune.recipe.choice import Choice
 
@@ -96,9 +95,7 @@ EXPERT_SCORES: dict[str, ExpertScore] = {"reap": REAP(), "frequency": Frequency(
 
 def expert_score_named(asked: Choice) -> ExpertScore:
     """Look up a score with its options. Raises BadInput for an unknown name or option."""
-    if asked.name not in EXPERT_SCORES:
-        raise unknown_name("score", asked.name, EXPERT_SCORES, field="score")
-    return with_options(EXPERT_SCORES[asked.name], "score", asked.name, asked.options)
+    return one_of(EXPERT_SCORES, "score", asked.name, asked.options)
 
 
 def kept_experts(scores: Mapping[str, Tensor], count: int, groups: int, weights: Mapping[str, float] | None) -> Tensor:

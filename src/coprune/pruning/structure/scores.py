@@ -6,20 +6,17 @@ is what is removed as a whole: one channel, or the K channels of a key-value hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput, unknown_name
+from coprune.base.options import one_of
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.recipe.choice import Choice
-
-Made = TypeVar("Made")
 
 
 class Score(Protocol):
@@ -116,30 +113,13 @@ class OBS:
         return left
 
 
-SCORES: dict[str, type[Magnitude | WandaSP | FLAP | OBS]] = {
-    "magnitude": Magnitude,
-    "wanda_sp": WandaSP,
-    "flap": FLAP,
-    "obs": OBS,
-}
+SCORES: dict[str, Score] = {"magnitude": Magnitude(), "wanda_sp": WandaSP(), "flap": FLAP(), "obs": OBS()}
 """Every score of channels and heads by its name."""
 
 
 def score_named(asked: Choice) -> Score:
     """Look up a score with its options. Raises BadInput for an unknown name or option."""
-    return made_of(SCORES, asked)
-
-
-def made_of(scores: Mapping[str, type[Made]], asked: Choice) -> Made:
-    """One of several scores with its options. Raises BadInput for an unknown name or option."""
-    if asked.name not in scores:
-        raise unknown_name("score", asked.name, scores, field="score")
-    kind = scores[asked.name]
-    try:
-        return kind(**asked.options)
-    except TypeError:
-        known = ", ".join(field.name for field in fields(kind)) or "none"  # type: ignore[arg-type]
-        raise BadInput(f"the score {asked} has other options", field="score", fix=f"Known: {known}") from None
+    return one_of(SCORES, "score", asked.name, asked.options)
 
 
 def by_norm(weight: Tensor, units: Tensor, count: int) -> Tensor:
