@@ -89,7 +89,11 @@ def test_few_tokens_and_few_candidates_are_tried() -> None:
 
 @pytest.mark.parametrize(
     ("score", "message"),
-    [("kl:tokens=0", "tokens"), ("influence:tokens=3", "Known: none"), ("kl:luck=1", "Known: tokens, candidates")],
+    [
+        ("kl:tokens=0", "tokens"),
+        ("influence:tokens=3", "has no options"),
+        ("kl:luck=1", "option of score 'kl': 'luck'"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(score: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):

@@ -48,8 +48,8 @@ def test_scores_are_their_formulas() -> None:
 
 
 def test_names_and_options() -> None:
-    named = {"units": UNITS, "blocks": BLOCK_SCORES, "experts": EXPERT_SCORES}
-    assert {kind: set(table) for kind, table in named.items()} == {kind: set(names) for kind, names in SCORES.items()}
+    named = {"units": set(UNITS), "blocks": set(BLOCK_SCORES), "experts": set(EXPERT_SCORES)}
+    assert named == {kind: set(names) for kind, names in SCORES.items()}
     seeded = expert_score_named(Choice.of("random:seed=1"))
     assert not torch.equal(seeded.score(sums(), 0), EXPERT_SCORES["random"].score(sums(), 0))
     with pytest.raises(BadInput, match="unknown score"):
