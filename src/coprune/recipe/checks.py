@@ -34,10 +34,6 @@ class Parts(Protocol):
     def output(self) -> OutputPart: ...
 
 
-_STREAMED = {"channels", "heads", "experts"}
-"""What is removed block by block, each read for itself."""
-
-
 def contradiction(recipe: Parts) -> BadInput | None:
     """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
     return (
@@ -99,11 +95,6 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     """Removing makes a smaller model; what sets weights to zero needs a pattern or a sparsity beside it."""
     if not recipe.structure.remove:
         return None
-    together = recipe.structure.shares.keys() - _STREAMED
-    if recipe.model.stream and together:
-        fix: Words = ("leave out ", Set("stream", True))
-        wrong = f"{' and '.join(sorted(together))} are removed with the whole model in memory"
-        return BadInput(wrong, field="remove", value=recipe.structure.remove, fix=fix)
     if recipe.pattern.is_said:
         return _of_both(recipe)
     said = {

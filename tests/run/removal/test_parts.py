@@ -153,13 +153,8 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
         ({"remove": "heads=0.5", "score": "obs:luck=3"}, "option of score 'obs': 'luck'"),
         ({"remove": "heads=0.5", "permute": True}, "permute reorders channels"),
         ({"remove": "heads=0.5", "refine": "refit"}, "for which refine=… means nothing"),
-        ({"remove": "blocks=0.5", "stream": True}, "blocks are removed with the whole model in memory"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
-    if "stream" in settings:
-        with pytest.raises(BadInput, match=message):
-            make_recipe({"model": "x", **settings})
-        return
     with pytest.raises(BadInput, match=message):
         coprune.prune(pico_model("llama"), **SETTINGS, **settings)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
+from coprune.model.checkpoint.weights import is_below_any
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,
@@ -156,6 +157,22 @@ def fill(small: PreTrainedModel, below: nn.Module, tensors: Mapping[str, Tensor]
     for module in below.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
+
+
+def lend_outside(small: PreTrainedModel, model: PreTrainedModel, blocks: Sequence[str]) -> None:
+    """Give a skeleton what lies outside the blocks, which are the same parameters and buffers then. blocks: of the model."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if is_below_any(name, blocks):
+            continue
+        path, _, attribute = name.rpartition(".")
+        owner = small.get_submodule(path)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(attribute, tensor)
+        else:
+            owner._buffers[attribute] = tensor
+    for module in small.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(input_device(model))
 
 
 def build_smaller(model: PreTrainedModel, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> PreTrainedModel:

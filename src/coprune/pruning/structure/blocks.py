@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from coprune.base.options import one_of, require_not_negative, require_positive
 from coprune.base.progress import Advance
+from coprune.model.blocks import Block
+from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
 from coprune.recipe.choice import Choice
 
 ROWS = 256
@@ -47,7 +51,7 @@ class Influence:
     def choose(
         self, model: ProvenModel, batches: Sequence[Tensor], count: int, advance: Advance = lambda share: None
     ) -> list[int]:
-        found = influences(model, batches, lambda: advance(1 / len(batches)))
+        found = influences(model, batches, advance)
         return sorted(range(len(found)), key=found.__getitem__)[:count]
 
 
@@ -104,28 +108,36 @@ def block_score_named(asked: Choice) -> BlockScore:
 
 
 @torch.no_grad()
-def influences(
-    model: ProvenModel, batches: Sequence[Tensor], batch_done: Callable[[], None] = lambda: None
-) -> list[float]:
+def influences(model: ProvenModel, batches: Sequence[Tensor], advance: Advance = lambda share: None) -> list[float]:
     """One minus the mean cosine of every block's inputs and outputs, token by token; infinite where these differ in shape.
 
-    model, batches: as in `BlockScore.choose`.
+    model, batches, advance: as in `BlockScore.choose`.
     """
     total, count = [0.0] * len(model.blocks), [0] * len(model.blocks)
-    for tokens in batches:
-        recording = record_batches(model, [tokens])
-        hidden = recording.hidden[0]
-        for block in model.blocks:
-            after = recording.run(block, 0, hidden)
-            if after.shape != hidden.shape:
-                total[block.index] = -torch.inf
-            else:
-                cosine = torch.nn.functional.cosine_similarity(hidden.float(), after.float(), dim=-1)
-                total[block.index] += float(cosine.sum(dtype=torch.float64))
-            count[block.index] += after[..., 0].numel()
-            hidden = after
-        batch_done()
+    for some in _together(model, batches):
+        share = len(some) / (len(batches) * len(model.blocks))
+        recording, moves = record_batches(model, some), Dense(keep=Tensor.clone)
+        for event in Walk(model.idle(), recording, moves=moves, advance=_scaled(advance, share)):
+            if not isinstance(event, BlockDone):
+                continue
+            index = event.block.index
+            for before, after in zip(event.before, event.after, strict=True):
+                if after.shape != before.shape:
+                    total[index] = -torch.inf
+                else:
+                    cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+                    total[index] += float(cosine.sum(dtype=torch.float64))
+                count[index] += after[..., 0].numel()
     return [1.0 - cosines / max(tokens, 1) for cosines, tokens in zip(total, count, strict=True)]
+
+
+def _scaled(advance: Advance, by: float) -> Advance:
+    return lambda share: advance(share * by)
+
+
+def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+    """Batches that go through the blocks side by side: all where each block is read for that, else one, for its memory."""
+    return [batches] if model.weights.streams else [[batch] for batch in batches]
 
 
 @torch.no_grad()
@@ -134,7 +146,8 @@ def divergences(
 ) -> dict[int, float]:
     """KL(dense ‖ without one more block), in nats per token (per image).
 
-    What comes before the block that is tried is computed once for all of them.
+    All ways go through the blocks side by side, so that each block is read once; what comes before the block that is tried is
+    computed once for all of them.
 
     Args:
         model: the dense model.
@@ -146,40 +159,52 @@ def divergences(
         By the number of the block; infinite for one that changes the shape of what goes through it.
     """
     total, count = dict.fromkeys(tried, 0.0), 0
-    for tokens in batches:
-        recording = record_batches(model, [tokens])
-        run = _Run(model, recording, tokens)
-        dense = run.logits(recording.hidden[0], 0, ())
-        count += dense.shape[0]
-        hidden = recording.hidden[0]
-        for block in model.blocks:
-            if block.index in gone:
-                continue
-            after = recording.run(block, 0, hidden)
-            if block.index in total and after.shape == hidden.shape:
-                total[block.index] += kl_of_logits(dense, run.logits(hidden, block.index + 1, gone))
-            elif block.index in total:
-                total[block.index] = torch.inf
-            hidden = after
+    for some in _together(model, batches):
+        recording = record_batches(model, some)
+        ways = _Ways(recording, tried, gone, list(recording.hidden))
+        for event in Walk(model.idle(), recording, moves=Dense()):
+            if isinstance(event, BlockDone):
+                ways.move(event.block)
+        for batch, tokens in enumerate(some):
+            dense = _logits(model, tokens, recording.hidden[batch])
+            count += dense.shape[0]
+            for index in tried:
+                hidden = ways.without.get(index)
+                total[index] += (
+                    torch.inf if hidden is None else kl_of_logits(dense, _logits(model, tokens, hidden[batch]))
+                )
     return {index: found / max(count, 1) for index, found in total.items()}
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One batch on its way through the model."""
+@dataclass
+class _Ways:
+    """Batches on their way through the model without some blocks, and without one more of those that are tried."""
 
-    model: ProvenModel
     recording: Recording
-    tokens: Tensor
+    tried: Collection[int]
+    gone: Collection[int]
+    base: list[Tensor]
+    """Without those that are gone."""
+    without: dict[int, list[Tensor]] = field(default_factory=dict)
+    """By the number of the block that is left out as well."""
 
-    def logits(self, hidden: Tensor, first: int, gone: Collection[int]) -> Tensor:
-        """What the model makes of a block's inputs, from that block on: N × V. gone: blocks that are left out."""
-        for block in self.model.blocks[first:]:
-            if block.index not in gone:
-                hidden = self.recording.run(block, 0, hidden)
-        model = self.model
-        found = run_after_blocks(model.module, model.blocks, self.tokens, model.structure.answers, hidden)
-        return found.flatten(0, -2)
+    def move(self, block: Block) -> None:
+        if block.index in self.gone:
+            return
+        before, self.base = self.base, self._through(block, self.base)
+        for index, hidden in self.without.items():
+            self.without[index] = self._through(block, hidden)
+        alike = all(a.shape == b.shape for a, b in zip(before, self.base, strict=True))
+        if block.index in self.tried and alike:
+            self.without[block.index] = before
+
+    def _through(self, block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
+        return [self.recording.run(block, batch, one) for batch, one in enumerate(hidden)]
+
+
+def _logits(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What the model makes of the last block's answer: N × V."""
+    return run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden).flatten(0, -2)
 
 
 def kl_of_logits(dense: Tensor, other: Tensor) -> float:

@@ -15,19 +15,15 @@ from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.model.as_saved import Layout, saved_name, slices_kept, smaller_tensors, usual_layout
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.skeleton import forget_parameters
 from coprune.model.edit import Configure, DropBlock, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.expert_edit import keep_experts
 from coprune.model.folding import close, head_size
 from coprune.model.removal.experts import Mixture
 from coprune.model.removal.parts import Kind, Part, put_back, silence, together
-from coprune.model.removal.smaller import Resized, build_smaller, fill, possible_changes, smaller_skeleton
-from coprune.model.walk.moves import Dense
+from coprune.model.removal.smaller import Resized, build_smaller, possible_changes, smaller_skeleton
 from coprune.model.walk.record import forward_logits, replaced_forwards
-from coprune.model.walk.recording import record_batches
-from coprune.model.walk.shown import BlockDone
-from coprune.model.walk.walk import Walk
+from coprune.run.removal.streamed import same_block_by_block
 from coprune.run.session import Session
 
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
@@ -168,28 +164,11 @@ class Rehearsed:
         return small.num_parameters() if same else None
 
     def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
-        """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
-
-        What lies outside the blocks is the same in both.
-        """
+        """The same without the whole model in memory."""
         model, module = self.session.model, self.session.model.module
         small = prepare(smaller_skeleton(module, changes))
         small.tie_weights()  # for the number of its parameters
-        recording = record_batches(model, [model.structure.sample])
-        for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
-            name = self.edits.place(event.block.name) if isinstance(event, BlockDone) else None
-            if not isinstance(event, BlockDone) or name is None:
-                continue
-            block, call = event.block, recording.calls[0][event.block.index]
-            own = small.get_submodule(name)
-            with torch.no_grad(), self._silent(block):
-                tensors = smaller_tensors(module, self.edits, partial(usual_layout, module), block.name)
-                fill(small, own, tensors, module)
-                same = close(call.run(own, event.before[0]), call.run(block.module, event.before[0]))
-            forget_parameters(own)
-            if not same:
-                return None
-        return small.num_parameters()
+        return small.num_parameters() if same_block_by_block(model, small, self.edits, self._silent) else None
 
 
 def _proven_changes(

@@ -1,0 +1,172 @@
+"""What can be removed of every pico family, tried: python tests/families/removal.py [FAMILY …].
+
+Without families it tries all of them and writes docs/removal-models.md anew; with some, it shows what came of these.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import coprune
+from coprune.base.errors import CopruneError
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from support.killing import count_lines, killed_at
+from support.pico import FAMILIES, MIXTURES, MORE_MIXTURES, pico_model
+from support.pico_folder import listing, save, write_words
+from support.pico_hybrids import DBRX, HYBRIDS
+from support.saved import load_clean, saved_like
+
+PAGE = Path(__file__).parents[2] / "docs" / "removal-models.md"
+ALL = [*FAMILIES, *MIXTURES, *MORE_MIXTURES, *HYBRIDS, "dbrx"]
+assert DBRX
+SHARES = {"channels": 0.4, "heads": 0.5, "blocks": 0.34, "experts": 0.25}
+CHANGES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"n_routed_experts": 8},  # else no group of its experts could lose one
+    "mamba": {"num_hidden_layers": 3},
+    "gemma2": {"num_hidden_layers": 4},
+}
+KILLED_AFTER = 0.75
+"""Of the lines of the journal's code that a whole run executes."""
+_IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+_OPENING = """# What can be removed of which models
+
+Every family of the tests' tiny models, tried by `python tests/families/removal.py`, which writes this page. ✓ says all of this:
+
+- the smaller model computes what the big one does with the same parts silent (of experts: never chosen), in memory and from its
+  folder;
+- transformers loads the folder with no missing and no unexpected key;
+- a run that is killed in the middle goes on to the same bytes (one that removes blocks, and one that removes all else that has a ✓).
+
+A number stands for a refusal: the reason below is what a user reads, and the model is as it was. What a family has not is refused
+in the same way.
+
+| family | channels | heads | blocks | experts |
+| --- | --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one family: by part, nothing if it was removed, else why not."""
+
+    family: str
+    refused: dict[str, str]
+
+    def line(self, reasons: list[str]) -> str:
+        """A row of the table. reasons: numbered from one; new ones are added."""
+        cells = []
+        for part in SHARES:
+            reason = self.refused.get(part)
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            cells.append("✓" if reason is None else str(reasons.index(reason) + 1))
+        return f"| {self.family} | {' | '.join(cells)} |"
+
+
+def tried(family: str, folder: Path) -> Row:
+    """Remove every part of a family, alone and all together in a run that is killed. Fails where something is wrong."""
+    refused = {}
+    for part, share in SHARES.items():
+        try:
+            remove_alone(family, f"{part}={share}", folder / part)
+        except CopruneError as error:
+            refused[part] = str(error).removesuffix(".")
+    # Blocks alone: the only one with heads may be among them.
+    for number, kinds in enumerate([("blocks",), ("channels", "heads", "experts")]):
+        parts = [f"{part}={SHARES[part]}" for part in kinds if part not in refused]
+        if parts:
+            kill_and_resume(family, ",".join(parts), folder / f"killed{number}")
+    return Row(family, refused)
+
+
+def remove_alone(family: str, remove: str, folder: Path) -> None:
+    """Remove a part in memory, and see that what is left is the big model with it silent. Raises what a refusal raises."""
+    model = _model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        result = coprune.prune(
+            model, remove=remove, save_model=folder, dataset=_IDS, align=16, evaluate=False, quiet=True
+        )
+    except CopruneError:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), family
+        raise
+    saved_like(model, result.model, folder, rounding=1e-5)
+
+
+def _model(family: str) -> Any:
+    """A pico model whose routers' biases and corrections are no zeros, so that one which is lost would show."""
+    model = pico_model(family, **CHANGES.get(family, {}))
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(part in name for part in ("correction_bias", "expert_bias", "router.bias")):
+            tensor.data += torch.rand(tensor.shape, generator=generator)
+    return model
+
+
+def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> None:
+    """Kill a run for real in the middle, and see that it goes on to the bytes of one that was let alone."""
+    save(_model(family), folder / "model")
+    write_words(folder / "words.txt")
+    data = {"model": str(folder / "model"), "dataset": str(folder / "words.txt"), "evaluate": False}
+
+    def run(out: str) -> None:
+        places = {"save": str(folder / out / "run"), "save_model": str(folder / out / "small")}
+        sizes = {"remove": remove, "align": 16, "nsamples": 4, "seqlen": 16}
+        run_recipe(make_recipe(data | places | sizes | settings), reporter=Reporter(quiet=True))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    try:
+        _, lines = count_lines(lambda: run("whole"), ("journal",))
+        assert killed_at(lambda: run("killed"), int(lines * KILLED_AFTER), ("journal",))
+        assert not (folder / "killed" / "small").exists()
+        assert list((folder / "killed" / ".small.partial").glob("model-*.json")), "no block was finished"
+        run("killed")
+    finally:
+        torch.set_num_threads(threads)
+    whole, found = listing(folder / "whole" / "small"), listing(folder / "killed" / "small")
+    assert whole.pop("README.md")  # names the folders
+    assert found.pop("README.md")
+    assert found == whole
+    load_clean(folder / "killed" / "small")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page of all."""
+    reasons: list[str] = []
+    lines = [row.line(reasons) for row in rows]
+    numbered = [f"{number}. {reason.replace('*', chr(92) + '*')}" for number, reason in enumerate(reasons, 1)]
+    return _OPENING + "\n".join([*lines, "", *numbered]) + "\n"
+
+
+def main(families: Sequence[str]) -> int:
+    """Returns 1 where something came out wrong."""
+    rows, wrong = [], []
+    for family in families or ALL:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows.append(tried(family, Path(folder)))
+            except Exception as error:
+                wrong.append(family)
+                print(f"{family}: WRONG: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                continue
+        print(f"{family}: {rows[-1].refused or 'all'}", flush=True)
+    if not families and not wrong:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
