@@ -47,7 +47,8 @@ Every family of the tests' tiny models, tried by `python tests/families/removal.
 - the smaller model computes what the big one does with the same parts silent (of experts: never chosen), in memory and from its
   folder;
 - transformers loads the folder with no missing and no unexpected key;
-- a run that is killed in the middle goes on to the same bytes (one that removes blocks, and one that removes all else that has a ✓).
+- a run that is killed in the middle goes on to the same bytes: one that removes blocks, and one that removes all else that has a
+  ✓.
 
 A number stands for a refusal: the reason below is what a user reads, and the model is as it was. What a family has not is refused
 in the same way.
