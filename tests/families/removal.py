@@ -20,9 +20,10 @@ import torch
 import coprune
 from coprune.base.errors import CopruneError
 from coprune.base.progress import Reporter
+from coprune.model.blocks import find_blocks
 from coprune.recipe.recipe import make_recipe
 from coprune.run.stages import run_recipe
-from support.killing import count_lines, killed_at
+from support.killing import killed_when
 from support.pico import FAMILIES, MIXTURES, MORE_MIXTURES, pico_model
 from support.pico_folder import listing, save, write_words
 from support.pico_hybrids import DBRX, HYBRIDS
@@ -37,8 +38,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba": {"num_hidden_layers": 3},
     "gemma2": {"num_hidden_layers": 4},
 }
-KILLED_AFTER = 0.75
-"""Of the lines of the journal's code that a whole run executes."""
 _IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 _OPENING = """# What can be removed of which models
 
@@ -118,7 +117,9 @@ def _model(family: str) -> Any:
 
 def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> None:
     """Kill a run for real in the middle, and see that it goes on to the bytes of one that was let alone."""
-    save(_model(family), folder / "model")
+    model = _model(family)
+    blocks = len(find_blocks(model))
+    save(model, folder / "model")
     write_words(folder / "words.txt")
     data = {"model": str(folder / "model"), "dataset": str(folder / "words.txt"), "evaluate": False}
 
@@ -127,13 +128,16 @@ def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> 
         sizes = {"remove": remove, "align": 16, "nsamples": 4, "seqlen": 16}
         run_recipe(make_recipe(data | places | sizes | settings), reporter=Reporter(quiet=True))
 
+    def finished() -> list[Path]:
+        return [*(folder / "killed" / ".small.partial").glob("model-*.json")]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
     try:
-        _, lines = count_lines(lambda: run("whole"), ("journal",))
-        assert killed_at(lambda: run("killed"), int(lines * KILLED_AFTER), ("journal",))
+        run("whole")
+        assert killed_when(lambda: run("killed"), lambda: len(finished()) >= blocks // 2, ("journal", "writer", "walk"))
+        assert finished()
         assert not (folder / "killed" / "small").exists()
-        assert list((folder / "killed" / ".small.partial").glob("model-*.json")), "no block was finished"
         run("killed")
     finally:
         torch.set_num_threads(threads)
@@ -142,6 +146,19 @@ def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> 
     assert found.pop("README.md")
     assert found == whole
     load_clean(folder / "killed" / "small")
+
+
+def read_page() -> list[Row]:
+    """What the page says."""
+    text = PAGE.read_text(encoding="utf-8").removeprefix(_OPENING)
+    table, _, numbered = text.partition("\n\n")
+    reasons = [line.partition(". ")[2].replace("\\*", "*") for line in numbered.splitlines()]
+    rows = []
+    for line in table.splitlines():
+        family, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found = zip(SHARES, cells, strict=True)
+        rows.append(Row(family, {part: reasons[int(cell) - 1] for part, cell in found if cell != "✓"}))
+    return rows
 
 
 def page(rows: Sequence[Row]) -> str:

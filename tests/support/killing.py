@@ -32,7 +32,23 @@ def count_lines(work: Callable[[], object], files: tuple[str, ...]) -> tuple[int
 
 def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("",)) -> bool:
     """Do the work in a child process that is killed with SIGKILL when it executes its n-th line; whether it was."""
-    _, status = os.waitpid(forked(lambda: _be_killed(work, line, files)), 0)
+    left = line
+
+    def now(file: str) -> bool:
+        nonlocal left
+        left -= any(word in file for word in files)
+        return left == 0
+
+    return _killed(work, now)
+
+
+def killed_when(work: Callable[[], object], condition: Callable[[], bool], files: tuple[str, ...]) -> bool:
+    """The same at the first line of some files at which a condition holds, such as that a file is there."""
+    return _killed(work, lambda file: any(word in file for word in files) and condition())
+
+
+def _killed(work: Callable[[], object], now: Callable[[str], bool]) -> bool:
+    _, status = os.waitpid(forked(lambda: _be_killed(work, now)), 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
         return True
@@ -40,13 +56,9 @@ def killed_at(work: Callable[[], object], line: int, files: tuple[str, ...] = ("
     return False
 
 
-def _be_killed(work: Callable[[], object], line: int, files: tuple[str, ...]) -> None:
-    left = line
-
+def _be_killed(work: Callable[[], object], now: Callable[[str], bool]) -> None:
     def step(file: str) -> None:
-        nonlocal left
-        left -= any(word in file for word in files)
-        if left == 0:
+        if now(file):
             os.kill(os.getpid(), signal.SIGKILL)
 
     signal.alarm(_SECONDS)

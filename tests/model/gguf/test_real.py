@@ -36,7 +36,7 @@ def test_smollm2_without_channels_heads_and_blocks(tmp_path: Path) -> None:
         assert float((found - expected).norm() / expected.norm()) < most
 
 
-@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-2), ("q8_0", 0.1)])
+@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-2), ("q8_0", 0.2)])
 def test_smollm2_with_blocks_of_different_widths(kind: str, most: float, tmp_path: Path) -> None:
     source = locate("smollm2-135m")
     model, tokenizer = load_model(source)

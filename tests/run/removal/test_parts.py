@@ -52,6 +52,13 @@ def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remov
     assert f"{before:,} → {small.num_parameters():,} parameters" in result.report.edits[0]
 
 
+def test_an_expert_to_which_nothing_but_zeros_come_loses_channels_by_their_norm() -> None:
+    """Of this family every expert sees all tokens, those of others as zeros."""
+    settings = SETTINGS | {"dataset": pico_tokens(1, 4)}
+    result = coprune.prune(pico_model("llama4_text"), remove="channels=0.4", **settings)
+    assert any("nothing but zeros came to it" in event for event in result.report.events)
+
+
 def test_the_rest_is_untouched_where_nothing_is_solved_anew(tmp_path: Path) -> None:
     model = pico_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

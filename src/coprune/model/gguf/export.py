@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coprune.base.durable import TEMPORARY, write_durably
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
+from coprune.base.errors import BadInput, CopruneError
 from coprune.base.output_names import require_usable
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
@@ -102,7 +102,7 @@ def export(
 def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
     try:
         return narrowed(source)
-    except (UnsupportedModel, NumericalError) as error:
+    except CopruneError as error:
         reporter.say(f"Zeros stay in the file: {error}")
         return Narrow(source, None)
 

@@ -55,6 +55,10 @@ def _goal(weight: Tensor, inputs: Inputs | None) -> tuple[Gram | None, Tensor, t
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
         return None, weight, ("no calibration token came to it, so its channels went by their norm",)
+    if not bool(
+        statistic.gram.diagonal().any()
+    ):  # as to an expert that sees all tokens, times zero where they are others'
+        return None, weight, ("nothing but zeros came to it, so its channels went by their norm",)
     if inputs.cross is None:
         return statistic, weight, ()
     return statistic, *dense_target(weight, inputs.cross.cross, statistic.gram)
