@@ -97,11 +97,16 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
     ),
 }
 """Where experts are removed, and nowhere else."""
+SORTED_MIXTURES: dict[str, dict[str, Any]] = {
+    "granitemoe": dict(_COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "jetmoe": dict(_COMMON, kv_channels=16, num_local_experts=4, num_experts_per_tok=2),
+}
+"""That sort the tokens by expert; of the second, attention has experts too."""
 
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    settings = {**(FAMILIES | MIXTURES | MORE_MIXTURES | HYBRIDS | {"dbrx": DBRX})[family], **changes}
+    settings = {**(FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | HYBRIDS | {"dbrx": DBRX})[family], **changes}
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with torch.no_grad():

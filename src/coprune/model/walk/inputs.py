@@ -5,7 +5,7 @@ Matrices fed by the same tensor share one `Inputs`; the first of them to be used
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from coprune.base.errors import NumericalError
 from coprune.base.processes import Processes
 from coprune.model.matrices import Matrix
+from coprune.model.walk.counted import CountedRows
 from coprune.model.walk.sample import InputSample
 from coprune.model.walk.statistics import CrossGram, Statistic
 
@@ -30,11 +31,14 @@ class Inputs:
     """For an expert: the statistic of all experts of its layer, as far as they are known."""
 
     def update(self, x: Tensor, x_dense: Tensor | None) -> None:
+        if x_dense is not None and self.cross is None:
+            self.cross = CrossGram(self.sample.width, x.device)
+        if x.numel() == 0:
+            return
         self.sample.update(x)
         if self.statistic is not None:
             self.statistic.update(x)
-        if x_dense is not None:
-            self.cross = self.cross or CrossGram(self.sample.width, x.device)
+        if x_dense is not None and self.cross is not None:
             self.cross.update(x_dense, x)
 
     def reduce(self, processes: Processes) -> None:
@@ -54,11 +58,12 @@ class Gathered:
         self,
         groups: Sequence[list[Matrix]],
         statistic: type[Statistic] | None,
-        batches: int,
+        batches: Sequence[CountedRows | None],
         processes: Processes,
         known: Mapping[str, Inputs] | None = None,
     ) -> None:
-        """known: what was gathered before, by the name of a group's first matrix."""
+        """batches: for each, which of its rows are counted, None for all; known: what was gathered before, by the name of a
+        group's first matrix."""
         self._groups = {group[0].name: group for group in groups}
         self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
         self._statistic = statistic
@@ -75,15 +80,23 @@ class Gathered:
         leader = self._leader[matrix.name]
         if leader != matrix.name:
             return
+        inputs, dense, counted = self._of(leader, x.shape[-1], x.device), self.dense.get(leader), self._batches[batch]
+        if counted is not None:
+            x, dense = counted.of(matrix, x), None if dense is None else counted.of(matrix, dense)
         try:
-            self._of(leader, x.shape[-1], x.device).update(x, self.dense.get(leader))
+            inputs.update(x, dense)
         except NumericalError as error:
             raise error.within(f"{matrix.name}, calibration batch {batch}") from error
+
+    def hear(self, batch: int) -> Callable[[Tensor], None] | None:
+        """What is to be told of every product's operand in a batch; None if nobody wants to know."""
+        counted = self._batches[batch]
+        return None if counted is None else counted.hear
 
     def _of(self, leader: str, width: int, device: torch.device) -> Inputs:
         if leader not in self._inputs:
             statistic = None if self._statistic is None else self._statistic(width, device)
-            self._inputs[leader] = Inputs(statistic, InputSample(width, self._batches, device))
+            self._inputs[leader] = Inputs(statistic, InputSample(width, len(self._batches), device))
         return self._inputs[leader]
 
     def take(self, matrix: Matrix) -> tuple[list[Matrix], Inputs]:

@@ -76,6 +76,8 @@ class Lanes:
     """Called for every product with the batch's number, the matrix and its input."""
     finish: Callable[[int, Tensor], None]
     """Called with a batch's number and the block's output."""
+    hear: Callable[[int], Callable[[Tensor], None] | None] = lambda batch: None
+    """From a batch's number to what is told of every product's operand, if anything is."""
 
 
 class Lockstep:
@@ -116,8 +118,19 @@ class Lockstep:
                     paging.stop()
                 lane.stop_at(matrix)
 
+        hear = lanes.hear(batch)
+
+        def on_operand(x: Tensor) -> None:
+            assert hear is not None
+            if paging is None:
+                hear(x)
+            else:
+                paging.bring(x)
+                with paging.paused():
+                    hear(x)
+
         def observed() -> Tensor:
-            with Observe(matrices, on_product):
+            with Observe(matrices, on_product, hear=None if hear is None else on_operand):
                 return run(batch)
 
         def end(output: Tensor) -> None:

@@ -65,11 +65,14 @@ class Observe(TorchFunctionMode):
         matrices: Iterable[Matrix],
         on_product: OnProduct,
         on_backwards: Callable[[Matrix], None] = refuse_backwards,
+        hear: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """on_backwards: called for a matrix that is used the other way round than it is stored."""
+        """on_backwards: called for a matrix that is used the other way round than it is stored; hear: called with what any
+        weight, tracked or not, is multiplied with."""
         super().__init__()
         self._on_product = on_product
         self._on_backwards = on_backwards
+        self._hear = hear
         self._tracked: dict[_Address, Matrix] = {}
         self._stacks: dict[_Address, list[Matrix]] = {}
         for matrix in matrices:
@@ -92,6 +95,8 @@ class Observe(TorchFunctionMode):
         weight = args[positions[1]] if len(args) > positions[1] else kwargs.get(names[1])
         if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
             return
+        if self._hear is not None:
+            self._hear(x)
         if func is F.conv2d:
             matrix = self._tracked.get(_address(weight))
             if matrix is not None and weight.ndim == 4:

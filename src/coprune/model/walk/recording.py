@@ -21,7 +21,7 @@ class Recording:
 
     tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
     the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
-    for all.
+    for all; counted: which tokens the statistics are of, B × S bool per batch, None for all.
     """
 
     tokens: list[Tensor]
@@ -29,6 +29,7 @@ class Recording:
     calls: list[list[BlockCall]]
     dense: Activations | None = None
     aims: Container[int] | None = None
+    counted: Sequence[Tensor] | None = None
 
     @torch.no_grad()
     def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
+from coprune.model.walk.counted import CountedRows
 from coprune.model.walk.inputs import Gathered
 from coprune.model.walk.lockstep import Lanes, Lockstep
 from coprune.model.walk.moves import BY_BLOCK, ByBlock, Dense, Moves, Sequential
@@ -140,7 +141,8 @@ class Walk:
         once = isinstance(self.moves, Dense)
         for batch in range(len(self.recording.hidden)):
             gathered.dense = self._run_dense_batch(block, batch)
-            with Observe(self.model.chosen.blocks[block.index], partial(gathered.see, batch)):
+            chosen, see = self.model.chosen.blocks[block.index], partial(gathered.see, batch)
+            with Observe(chosen, see, hear=gathered.hear(batch)):
                 output = self._run_batch(block, batch)
             if once:
                 self.recording.hidden[batch] = output
@@ -163,7 +165,7 @@ class Walk:
             self.advance((0.5 if keep_inputs else 1.0) / len(hidden))
 
         matrices, agree = self.model.chosen.blocks[block.index], self.processes.positions
-        step = Lockstep(len(hidden), matrices, Lanes(run, gathered.see, finish), agree, paging)
+        step = Lockstep(len(hidden), matrices, Lanes(run, gathered.see, finish, gathered.hear), agree, paging)
         try:
             while (matrix := step.next_matrix()) is not None:
                 group, inputs = gathered.take(matrix)
@@ -174,7 +176,9 @@ class Walk:
 
     def _gathered(self, place: str, groups: Sequence[list[Matrix]]) -> Gathered:
         """Where the inputs of a place's groups are gathered: empty, unless they are known."""
-        batches = 0 if self.recording is None else len(self.recording.hidden)
+        batches: list[CountedRows | None] = [None] * (0 if self.recording is None else len(self.recording.hidden))
+        if self.recording is not None and self.recording.counted is not None:
+            batches = [CountedRows(counted) for counted in self.recording.counted]
         known = self.past.known[place]() if place in self.past.known else {}
         return Gathered(groups, self.statistic, batches, self.processes, known)
 
