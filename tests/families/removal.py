@@ -117,7 +117,11 @@ def _model(family: str) -> Any:
 
 def kill_and_resume(family: str, remove: str, folder: Path, **settings: Any) -> None:
     """Kill a run for real in the middle, and see that it goes on to the bytes of one that was let alone."""
-    model = _model(family)
+    kill_and_resume_model(_model(family), remove, folder, **settings)
+
+
+def kill_and_resume_model(model: Any, remove: str, folder: Path, **settings: Any) -> None:
+    """The same of a model."""
     blocks = len(find_blocks(model))
     save(model, folder / "model")
     write_words(folder / "words.txt")

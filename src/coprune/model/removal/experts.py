@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from coprune.model.removal.listed import ListedCall
 from coprune.model.removal.routing import ExpertCall, NeverChosen, Routed, forward_as
 
 
@@ -30,7 +31,9 @@ class Mixture:
     groups: int
     """Equal runs of experts, of which a token uses `used`; 1 where any experts may be chosen together."""
     used: int
-    call: ExpertCall
+    call: ExpertCall | ListedCall
+    owner: str
+    """Path of the module that is called with the tokens: the experts', or the one that holds their list."""
 
     def masks(self, module: nn.Module, keep: Tensor) -> dict[str, Tensor]:
         """What is kept of every parameter and buffer, by its whole name. keep: E bool."""
@@ -39,6 +42,10 @@ class Mixture:
             tensor = tensor_at(module, path)
             shape = [-1 if d == dim else 1 for d in range(tensor.ndim)]
             found[f"{self.block}.{path}"] = keep.view(shape).expand(tensor.shape)
+        experts = module.get_submodule(self.experts)
+        for number, expert in enumerate(experts if isinstance(experts, nn.ModuleList) else ()):
+            for name, tensor in [*expert.named_parameters(), *expert.named_buffers()]:
+                found[f"{self.block}.{self.experts}.{number}.{name}"] = keep[number].expand(tensor.shape)
         return found
 
     def never_choose(self, module: nn.Module, keep: Tensor) -> None:
@@ -63,15 +70,15 @@ class Mixture:
     @contextmanager
     def watched(self, module: nn.Module, see: Callable[[Routed], None]) -> Iterator[None]:
         """For a while, show every call of the experts with each of their answers."""
-        experts = module.get_submodule(self.experts)
-        own = experts.forward
+        owner = module.get_submodule(self.owner)
+        own = owner.forward
 
-        def forward(*args: object, **kwargs: object) -> Tensor:
-            routed = self.call.run(own, args, kwargs)
+        def forward(*args: object, **kwargs: object) -> object:
+            out, routed = self.call.watch(own, args, kwargs)
             see(routed)
-            return routed.total
+            return out
 
-        with forward_as(experts, forward):
+        with forward_as(owner, forward):
             yield
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coprune.model.blocks import Block
-from coprune.model.folding import close
+from coprune.model.leftovers import lists_of
 from coprune.model.matrices import Matrix
 from coprune.model.removal.experts import Mixture, tensor_at
+from coprune.model.removal.listed import ListedCall
 from coprune.model.removal.routing import ExpertCall, OtherLogits, forward_as
 
 Run = Callable[[], Tensor]
@@ -37,6 +38,10 @@ def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterato
     owners = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None}
     for owner in sorted(owners):
         yield _Search(block, owner.removeprefix(block.name).removeprefix("."), run).found()
+    for path in lists_of(block):  # of modules of any kind; what is no mixture is not spoken of
+        found = _Search(block, path.removeprefix(f"{block.name}."), run).found()
+        if isinstance(found, Mixture):
+            yield found
 
 
 class _Stop(Exception):
@@ -53,13 +58,20 @@ class _Search:
         self._above = experts.rpartition(".")[0]
         stacks = [p for p in self._experts.parameters(recurse=False) if p.ndim == 3]
         self._counts = {len(stack) for stack in stacks}
-        self._call: ExpertCall | None = None
+        self._list = self._experts if isinstance(self._experts, nn.ModuleList) else None
+        if self._list is not None:
+            self._counts = {len(self._list)}
+        self._owner_path = experts if self._list is None else self._above
+        self._owner = block.module.get_submodule(self._owner_path)
+        self._call: ExpertCall | ListedCall | None = None
 
     def found(self) -> Mixture | str:
         name = f"{self._block.name}.{self._path}"
         if len(self._counts) > 1:
             return f"{name} holds tables of different numbers of experts"
         (count,) = self._counts
+        if not any(self._candidates(count)):
+            return f"nothing beside {name} has a table of {count} rows"
         if not self._told():
             return f"{name} is not told which experts a token goes to"
         router = next((path for path in self._candidates(count) if self._decides(path, count)), None)
@@ -70,15 +82,14 @@ class _Search:
     def _told(self) -> bool:
         """Whether the experts' call says what goes where, and their answers add up to what they return."""
         seen: list[bool] = []
-        own = self._experts.forward
+        own = self._owner.forward
 
-        def forward(*args: object, **kwargs: object) -> Tensor:
-            out: Tensor = own(*args, **kwargs)
-            self._call = ExpertCall.seen(args, kwargs)
-            seen.append(self._call is not None and close(self._call.run(own, args, kwargs).total, out))
-            return out
+        def forward(*args: object, **kwargs: object) -> object:
+            self._call = ExpertCall.seen(args, kwargs) if self._list is None else ListedCall(self._list)
+            seen.append(self._call is not None and self._call.explains(own, args, kwargs))
+            return own(*args, **kwargs)
 
-        with forward_as(self._experts, forward):
+        with forward_as(self._owner, forward):
             self._run()
         return seen == [True]
 
@@ -101,7 +112,7 @@ class _Search:
             return torch.full_like(logits, -_HIGH).index_put((tokens, tokens % count), logits.new_tensor(_HIGH))
 
         index = self._chosen(router, count, turn)
-        if index is None:
+        if index is None or (self._list is not None and index.shape[1] == count):  # all of a list are no choice
             return False
         wanted = torch.arange(len(index), device=index.device) % count
         return bool((index == wanted[:, None]).any(dim=1).all())
@@ -111,7 +122,7 @@ class _Search:
         added = {path: tensor_at(self._module, path) for path in self._vectors(router, count)}
         before = {path: tensor.detach().clone() for path, tensor in added.items()}
         module, seen = self._module.get_submodule(router), list[Tensor]()
-        own, call = module.forward, self._call
+        own, call, whole = module.forward, self._call, self._owner.forward
         assert call is not None
 
         def routed(*args: object, **kwargs: object) -> object:
@@ -119,13 +130,13 @@ class _Search:
                 return own(*args, **kwargs)
 
         def stop(*args: object, **kwargs: object) -> Tensor:
-            seen.append(call.index_of(args, kwargs))
+            seen.append(call.index_of(whole, args, kwargs))
             raise _Stop
 
         for tensor in added.values():
             tensor.data.zero_()
         try:
-            with forward_as(module, routed), forward_as(self._experts, stop):
+            with forward_as(module, routed), forward_as(self._owner, stop):
                 self._run()
         except _Stop:
             pass
@@ -175,7 +186,8 @@ class _Search:
         assert self._call is not None
         vectors = self._vectors(router, count)
         sliced = dict.fromkeys(vectors, -1)
-        places = [(self._path, self._experts), (router, self._module.get_submodule(router))]
+        tables = [(self._path, self._experts)] if self._list is None else []
+        places = [*tables, (router, self._module.get_submodule(router))]
         for place, module in places:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 path = f"{place}.{name}"
@@ -186,8 +198,9 @@ class _Search:
         assert index is not None
         groups, used = self._groups(router, count) if index.shape[1] > 1 else (1, 1)
         for added in dict.fromkeys([tuple(vectors), ()]):
+            top, call, owner = index.shape[1], self._call, self._owner_path
             mixture = Mixture(
-                self._block.name, self._path, router, sliced, added, count, index.shape[1], groups, used, self._call
+                self._block.name, self._path, router, sliced, added, count, top, groups, used, call, owner
             )
             if self._avoids(mixture):
                 return mixture
@@ -196,14 +209,13 @@ class _Search:
     def _avoids(self, mixture: Mixture) -> bool:
         """Whether experts that must not be chosen never are; of every group the one that is chosen most."""
         seen: list[Tensor] = []
-        own = self._experts.forward
+        own = self._owner.forward
 
-        def forward(*args: object, **kwargs: object) -> Tensor:
-            seen.append(mixture.call.index_of(args, kwargs))
-            out: Tensor = own(*args, **kwargs)
-            return out
+        def forward(*args: object, **kwargs: object) -> object:
+            seen.append(mixture.call.index_of(own, args, kwargs))
+            return own(*args, **kwargs)
 
-        with forward_as(self._experts, forward):
+        with forward_as(self._owner, forward):
             self._run()
             chosen = torch.bincount(seen.pop().flatten().cpu(), minlength=mixture.count)
             worst = chosen.view(mixture.groups, -1).argmax(dim=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from coprune.model.folding import close
 from coprune.model.walk.observe import PRODUCTS
 
 Place = int | str
@@ -122,7 +123,16 @@ class ExpertCall:
         out: Tensor = forward(*(given[place] for place in range(len(args))), **named)
         return Routed(index, gates, out.reshape(*index.shape, -1))
 
-    def index_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def watch(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
+        """What the experts return, as the sum of what each answers, and these answers."""
+        routed = self.run(own, args, kwargs)
+        return routed.total, routed
+
+    def explains(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the experts' answers, times their gates, are what they return."""
+        return close(self.run(own, args, kwargs).total, own(*args, **kwargs))
+
+    def index_of(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """T × k int64: which experts the tokens of a call go to."""
         found: Tensor = args[self.index] if isinstance(self.index, int) else kwargs[self.index]
         return found

@@ -45,8 +45,8 @@ def find_experts(session: Session, dropped: Sequence[int]) -> dict[str, Mixture]
 
 def _no_mixture(session: Session) -> UnsupportedModel:
     listed = [path for block in session.model.blocks for path in lists_of(block)]
-    beside = f"; {listed[0]} is a list of modules, which cannot be cut" if listed else ""
-    return UnsupportedModel(f"the model has no mixture of experts in tables, that tokens are routed to{beside}")
+    beside = f"; {listed[0]} is a list of modules, of which none could be proved to be a mixture" if listed else ""
+    return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
 
 
 def experts_left(mixture: Mixture, share: float) -> int:
