@@ -1,6 +1,6 @@
 """What can be removed of every pico family, tried: python tests/families/removal.py [FAMILY …].
 
-Without families it tries all of them and writes docs/removal-models.md anew; with some, it shows what came of these.
+It tries some families, or all of them, and writes their rows of docs/removal-models.md anew.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def kill_and_resume_model(model: Any, remove: str, folder: Path, **settings: Any
 
 
 def read_page() -> list[Row]:
-    """What the page says."""
+    """What the page says; nothing if there is none yet."""
+    if not PAGE.is_file():
+        return []
     text = PAGE.read_text(encoding="utf-8").removeprefix(_OPENING)
     table, _, numbered = text.partition("\n\n")
     reasons = [line.partition(". ")[2].replace("\\*", "*") for line in numbered.splitlines()]
@@ -175,18 +177,17 @@ def page(rows: Sequence[Row]) -> str:
 
 def main(families: Sequence[str]) -> int:
     """Returns 1 where something came out wrong."""
-    rows, wrong = [], []
+    rows, wrong = {row.family: row for row in read_page()}, []
     for family in families or ALL:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows.append(tried(family, Path(folder)))
+                rows[family] = tried(family, Path(folder))
             except Exception as error:
                 wrong.append(family)
                 print(f"{family}: WRONG: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 continue
-        print(f"{family}: {rows[-1].refused or 'all'}", flush=True)
-    if not families and not wrong:
-        PAGE.write_text(page(rows), encoding="utf-8")
+        print(f"{family}: {rows[family].refused or 'all'}", flush=True)
+        PAGE.write_text(page([rows[one] for one in ALL if one in rows]), encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -52,6 +52,17 @@ def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remov
     assert f"{before:,} → {small.num_parameters():,} parameters" in result.report.edits[0]
 
 
+def test_numbers_that_make_shapes_which_nobody_wants_are_not_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many numbers that are as large as what was cut, not all their combinations can be tried."""
+    monkeypatch.setattr("coprune.model.removal.smaller.MOST_CANDIDATES", 6)
+    settings = SETTINGS | {"score": "magnitude"}
+    small: Any = coprune.prune(pico_model("llama"), remove="channels=0.4,heads=0.5", **settings).model
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (64, 1)
+    monkeypatch.setattr("coprune.model.removal.smaller._may_fit", lambda *shapes: True)
+    with pytest.raises(UnsupportedModel, match="no change of the configuration"):
+        coprune.prune(pico_model("llama"), remove="channels=0.4,heads=0.5", **settings)
+
+
 def test_an_expert_to_which_nothing_but_zeros_come_loses_channels_by_their_norm() -> None:
     """Of this family every expert sees all tokens, those of others as zeros."""
     settings = SETTINGS | {"dataset": pico_tokens(1, 4)}

@@ -7,6 +7,7 @@ taken if the model that results has exactly the shapes that are needed.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,13 +65,45 @@ def possible_changes(
     # Of tied weights only one is saved, which a model without weights does not show.
     unsaved = set(model.state_dict()) - set(saved_tensors(model))
     before = model.config.to_dict()
-    for changes in _candidates(before, resized):
+    for changes in _candidates(model, before, wanted, resized):
         found = _shapes(model, _changed(before, changes))
         if {name: shape for name, shape in found.items() if name in wanted or name not in unsaved} == wanted:
             yield changes
 
 
-def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str, Any]]:
+def _candidates(
+    model: PreTrainedModel, config: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], resized: Resized
+) -> Iterator[dict[str, Any]]:
+    """What may be said, at most so many; where there are more, first of what by itself makes no shape that nobody wants."""
+    choices = [options for options in _choices(config, resized) if options]
+    every = [choices]
+    if math.prod(map(len, choices)) > MOST_CANDIDATES and not resized.dropped:
+        whole = _shapes(model, config)
+        every.insert(
+            0,
+            [
+                [one for one in options if _may_fit(whole, _shapes(model, _changed(config, one)), wanted)]
+                for options in choices
+            ],
+        )
+    for some in every:
+        for chosen in islice(product(*some), MOST_CANDIDATES):
+            yield {place: value for part in chosen for place, value in part.items()}
+
+
+def _may_fit(
+    whole: Mapping[str, tuple[int, ...]], changed: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether every dimension that changes becomes what is wanted; also if there can be no such model, or not by itself."""
+    return all(
+        new in (old, last)
+        for name in whole.keys() & changed.keys() & wanted.keys()
+        for old, new, last in zip(whole[name], changed[name], wanted[name], strict=False)
+    )
+
+
+def _choices(config: Mapping[str, Any], resized: Resized) -> list[list[dict[str, Any]]]:
+    """For each number that is another now, what may tell of it."""
     places = [*places_in(config)]
     choices: list[list[dict[str, Any]]] = []
     if resized.dropped:
@@ -90,8 +123,7 @@ def _candidates(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[st
         holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
         unsaid = [holder + key for holder in holders if dict(places).get(holder + key) is None]
         choices.append([{}, *({place: value} for place in unsaid)])
-    for chosen in islice(product(*[options for options in choices if options]), MOST_CANDIDATES):
-        yield {place: value for part in chosen for place, value in part.items()}
+    return choices
 
 
 def _subsets(places: Sequence[str]) -> list[list[str]]:

@@ -1,0 +1,35 @@
+"""What is removed of every family of the tests, as the page says it; some of them each time, all as slow tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from families.removal import ALL, PAGE, Row, kill_and_resume, page, read_page, tried
+
+
+def test_the_page_speaks_of_every_family_and_is_written_as_it_is_read() -> None:
+    rows = read_page()
+    assert [row.family for row in rows] == ALL
+    assert page(rows) == PAGE.read_text(encoding="utf-8")
+    refused = {(row.family, part) for row in rows for part in row.refused}
+    assert ("mixtral", "experts") not in refused
+    assert {("phi3", "heads"), ("llama", "experts"), ("llama4_text", "experts")} <= refused
+
+
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [
+        ("deepseek_v3", "experts=0.25,channels=0.4"),
+        ("jamba", "blocks=0.34"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(family: str, remove: str, tmp_path: Path) -> None:
+    kill_and_resume(family, remove, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", read_page(), ids=lambda row: row.family)
+def test_what_is_removed_of_a_family(row: Row, tmp_path: Path) -> None:
+    assert tried(row.family, tmp_path) == row
