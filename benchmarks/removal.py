@@ -24,6 +24,8 @@ WAYS: dict[str, dict[str, str | int]] = {
     "channels by OBS, refit": {"remove": "channels=0.33", "score": "obs"},
     "blocks by KL": {"remove": "blocks=0.2334", "score": "kl"},
     "a budget, spread by KL": {"remove": "parameters=0.25"},
+    "channels by OBS, spread by error": {"remove": "channels=0.33", "allocation": "error"},
+    "channels by OBS, spread by search": {"remove": "channels=0.33", "allocation": "search:minutes=8"},
     "channels by OBS, dense target": {"remove": "channels=0.33", "target": "dense"},
     "channels by OBS, reconstructed": {"remove": "channels=0.33", "reconstruct": 20},
 }

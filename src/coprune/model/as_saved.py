@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.weights import is_below
 from coprune.model.edits import Edits
-from coprune.model.slices import KeptSlices
+from coprune.model.slices import KeptSlices, runs_of
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,
@@ -81,11 +81,11 @@ def whole_slices(masks: Mapping[str, Tensor]) -> dict[str, KeptSlices]:
 def _as_slices(name: str, keep: Tensor) -> KeptSlices:
     for dim in range(keep.ndim):
         if (along := _along(keep, dim)) is not None:
-            return KeptSlices(dim=dim, size=len(along), ranges=[_ranges(along)])
+            return KeptSlices(dim=dim, size=len(along), ranges=[runs_of(along)])
     for dim in range(1, keep.ndim):
         rows = [_along(part, dim - 1) for part in keep]
         if all(row is not None for row in rows) and len({int(row.sum()) for row in rows if row is not None}) == 1:
-            return KeptSlices(dim=dim, size=keep.shape[dim], ranges=[_ranges(row) for row in rows if row is not None])
+            return KeptSlices(dim=dim, size=keep.shape[dim], ranges=[runs_of(row) for row in rows if row is not None])
     raise UnsupportedModel(f"what would be removed of {name} is no whole slices of it")
 
 
@@ -95,12 +95,6 @@ def _along(keep: Tensor, dim: int) -> Tensor | None:
     along = keep.any(dim=others) if others else keep
     shape = [-1 if d == dim else 1 for d in range(keep.ndim)]
     return along.cpu() if torch.equal(along.view(shape).expand_as(keep), keep) else None
-
-
-def _ranges(keep: Tensor) -> list[tuple[int, int]]:
-    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
-    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-    return list(zip(starts, ends, strict=True))
 
 
 def smaller_tensors(

@@ -165,6 +165,17 @@ class DropBlock(Edit):
         return f"{path}.{int(index) - (int(index) > int(number))}{dot}{rest}"
 
 
+class PadUnits(Edit):
+    """Some units of a block are zeros in every tensor: other blocks keep more, and the configuration says one number."""
+
+    part: str
+    """channels, or heads: key-value heads with their query heads."""
+    units: int
+    """How many are saved."""
+    real: list[list[tuple[int, int]]]
+    """First and last + 1 of every run of saved units that are no padding, by consumer (expert)."""
+
+
 class Configure(Edit):
     """What a smaller model's configuration says otherwise, and what was removed, in words."""
 
@@ -173,6 +184,8 @@ class Configure(Edit):
     removed: str
     parameters: int | None = None
     """How many are left in the whole model."""
+    padding: int = 0
+    """How many zeros are saved beside them, since blocks differ."""
 
     def configure(self, config: dict[str, Any]) -> None:
         put_into(config, self.changes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
-from coprune.model.edit import Configure, DropBlock, Edit, FillZeros, KeepExperts, KeepSlices
+from coprune.model.edit import Configure, DropBlock, Edit, FillZeros, KeepExperts, KeepSlices, PadUnits
 
 EDITS_FILE = "coprune_edits.json"
 """What was done to the model of a folder, beside its weights."""
@@ -24,6 +24,7 @@ EDITS: dict[str, type[Edit]] = {
     "keep_slices": KeepSlices,
     "keep_experts": KeepExperts,
     "drop_block": DropBlock,
+    "pad_units": PadUnits,
     "configure": Configure,
 }
 """Every kind of edit, by its name in journals and folders."""

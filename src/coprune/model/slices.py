@@ -39,3 +39,10 @@ class KeptSlices(BaseModel):
         for part, own, kept in zip(whole, indices, tensor, strict=True):
             part.index_copy_(self.dim - 1, own, kept)
         return whole
+
+
+def runs_of(keep: Tensor) -> list[tuple[int, int]]:
+    """First and last + 1 of every run of entries that are kept. keep: bool."""
+    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return list(zip(starts, ends, strict=True))

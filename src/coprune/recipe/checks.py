@@ -10,7 +10,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart
 from coprune.recipe.pattern import parse_pattern
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.structure import SPREADING, StructurePart
 
 
 class Parts(Protocol):
@@ -18,6 +18,8 @@ class Parts(Protocol):
 
     @property
     def model(self) -> ModelPart: ...
+    @property
+    def allocation(self) -> Choice: ...
     @property
     def pattern(self) -> PatternPart: ...
     @property
@@ -41,6 +43,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         or _of_propagation(recipe)
         or _of_permutation(recipe)
         or _of_domains(recipe.structure)
+        or _of_allocation(recipe)
         or _of_removal(recipe)
         or _of_streaming(recipe)
         or _of_folders(recipe.output)
@@ -117,6 +120,26 @@ def _of_both(recipe: Parts) -> BadInput | None:
         fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
         return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
     return None
+
+
+def _of_allocation(recipe: Parts) -> BadInput | None:
+    """Zeros are spread over matrices, channels and heads over blocks; with both in one run, one word may be for either."""
+    asked, shares = recipe.allocation.name, recipe.structure.shares.keys()
+    if asked == "search" and recipe.model.stream:
+        wrong = "a search runs the whole model, which has to be in memory"
+        return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
+    units, zeros = bool({"channels", "heads"} & shares), not shares or recipe.pattern.is_said
+    if asked == "uniform" or (units and asked in SPREADING) or (zeros and asked != "search"):
+        return None
+    fix: Words = ("take ", Set("allocation", "uniform"))
+    if units:
+        cause = f"channels and heads are spread over the blocks by {', '.join(SPREADING)}, not by {recipe.allocation}"
+    elif shares:
+        cause = f"allocation {recipe.allocation} spreads channels or heads over the blocks, and none are removed"
+    else:
+        cause = "a search spreads channels and heads that are removed over the blocks, not zeros over matrices"
+        fix = ("add ", Set("remove", "channels=0.33"), ", or take ", Set("allocation", "error"))
+    return BadInput(cause, field="allocation", value=str(recipe.allocation), fix=fix)
 
 
 def _of_domains(asked: StructurePart) -> BadInput | None:

@@ -24,6 +24,9 @@ SCORES: dict[Scored, tuple[str, ...]] = {
 }
 """Names of the scores, by what they are of, the default first."""
 
+SPREADING = ("uniform", "error", "search")
+"""Names of the allocations that spread channels and heads over the blocks."""
+
 
 def _as_words(value: Any) -> Any:
     """A mapping of names and texts, as Python may give it, as words."""

@@ -75,7 +75,8 @@ def model_card(report: Report) -> str:
 def _what_was_done(report: Report) -> str:
     said = []
     if report.recipe.structure.remove:
-        said.append(f"Removed: {'; '.join(report.edits)}. What is left is an ordinary, smaller model.")
+        kind = "an ordinary model, in part zeros" if report.padding else "an ordinary, smaller model"
+        said.append(f"Removed: {'; '.join(report.edits)}. What is left is {kind}.")
     if report.has_zeros:
         zeros = report.sparsity
         said.append(

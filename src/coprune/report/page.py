@@ -91,6 +91,7 @@ def _cards(report: Report) -> str:
     parameters = report.model.parameters if report.left is None else report.left
     left = parameters - round(report.sparsity.model * parameters)
     stored = "; stored dense" if report.has_zeros else ""
+    stored += f"; stored with {_short(report.padding)} zeros of padding" if report.padding else ""
     cards.append(card("weights left", _short(left), f"of {_short(report.model.parameters)}{stored}"))
     cards.append(card("time", _seconds(report.prune_seconds), f"to prune; {_seconds(report.total_seconds)} in all"))
     cards.append(card("peak memory", f"{report.peak_memory_bytes / 2**30:.2f} GiB", f"on {report.model.device}"))

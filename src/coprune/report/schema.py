@@ -116,6 +116,8 @@ class Report(Shown, BaseModel):
     """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
     left: int | None = None
     """Parameters of what is left, where parts were removed."""
+    padding: int = 0
+    """Zeros saved beside them, where blocks keep different numbers of channels or heads."""
     edits: list[str] = []
     """What was done to the model besides zeros, a line each."""
     left_out: list[str] = []

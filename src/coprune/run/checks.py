@@ -24,6 +24,7 @@ from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.pruning.structure.experts import expert_score_named
 from coprune.pruning.structure.scores import score_named
+from coprune.pruning.structure.spreading import spreading_named
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
@@ -47,6 +48,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         score_named(recipe.structure.score_of("units"))
         block_score_named(recipe.structure.score_of("blocks"))
         expert_score_named(recipe.structure.score_of("experts"))
+        spreading_named(recipe.allocation)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)
@@ -162,6 +164,8 @@ def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
 
 def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
     """Raise BadInput where the sparsity cannot be spread as asked, as far as no block has to be looked at for that."""
+    if recipe.structure.remove:
+        return
     allocation = allocation_named(recipe.allocation)
     if not allocation.looks:
         plan_targets(allocation, model, None, target)
@@ -175,5 +179,6 @@ def reads_calibration(recipe: Recipe) -> bool:
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
-    looks = recipe.pattern.permute or allocation_named(recipe.allocation).statistic is not None
-    return solver.statistic is not None or recipe.reconstruction.steps > 0 or looks
+    if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.permute:
+        return True
+    return allocation_named(recipe.allocation).statistic is not None

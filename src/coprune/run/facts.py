@@ -36,6 +36,7 @@ def build_report(session: Session, found: Found) -> Report:
     """Put together everything that a run measured."""
     opened, model, edits = session.opened, session.model, found.outcome.edits
     measured, results = found.pruned.items(), _placed(found.outcome)
+    cut = next((edit for edit in edits.all() if isinstance(edit, Configure)), None)
     return Report(
         recipe=opened.recipe,
         model=_model(session),
@@ -57,7 +58,8 @@ def build_report(session: Session, found: Found) -> Report:
         events=[f"{result.name}: {event}" for result in results for event in result.events],
         matrices=results,
         edits=edits.lines(),
-        left=next((edit.parameters for edit in edits.all() if isinstance(edit, Configure)), None),
+        left=None if cut is None else cut.parameters,
+        padding=0 if cut is None else cut.padding,
         covered=dict(found.outcome.covered),
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),

@@ -128,7 +128,8 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     """
     started = time.perf_counter()
     solver, target = prepare_solver(recipe, given.method)
-    allocation_named(recipe.allocation)
+    if not recipe.structure.remove:
+        allocation_named(recipe.allocation)
     check_processes(recipe, around.processes.size)
     reporter, loaded = around.reporter, given.loaded
     if loaded is None:

@@ -36,6 +36,11 @@ class Part:
     """Parameters with one value per query head."""
 
     @property
+    def name(self) -> str:
+        """The name of its first consumer, which no other part has."""
+        return self.fold.consumers[0].name
+
+    @property
     def count(self) -> int:
         """How many units there are."""
         return self.fold.layout.size if self.kind == "channels" else self.fold.layout.segments

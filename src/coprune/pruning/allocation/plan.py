@@ -52,7 +52,7 @@ def plan_targets(
             raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
         data = recording if allocation.statistic is not None else None
         count = 0 if data is None else len(data.hidden)
-        looks = Dense(keep=partial(_some_tokens, batches=count))
+        looks = Dense(keep=partial(some_tokens, batches=count))
         walk = Walk(model, data, allocation.statistic, looks, processes=processes, advance=advance)
         sums = _measure(allocation, walk, target)
     targets = allocation.allocate(units, sums, target)
@@ -72,8 +72,8 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
     shown: list[Shown] = []
     for event in walk:
         if isinstance(event, BlockDone):
-            after = [_some_tokens(hidden, len(event.after)) for hidden in event.after]
-            measure(shown, movement(_joined(event.before), _joined(after)))
+            after = [some_tokens(hidden, len(event.after)) for hidden in event.after]
+            measure(shown, movement(joined(event.before), joined(after)))
             shown = []
             continue
         statistic = None if event.inputs is None else event.inputs.statistic
@@ -85,7 +85,7 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
     return sums
 
 
-def _some_tokens(hidden: Tensor, batches: int) -> Tensor:
+def some_tokens(hidden: Tensor, batches: int) -> Tensor:
     """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
     samples. On the first of several processes only its own, whose plan counts for all."""
     per_batch = -(-TOKENS // batches)
@@ -94,7 +94,8 @@ def _some_tokens(hidden: Tensor, batches: int) -> Tensor:
     return rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True)
 
 
-def _joined(rows: Sequence[Tensor]) -> Tensor | None:
+def joined(rows: Sequence[Tensor]) -> Tensor | None:
+    """All rows as one tensor; None where there are none."""
     return torch.cat(list(rows)) if len(rows) else None
 
 

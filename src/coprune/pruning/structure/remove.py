@@ -19,7 +19,7 @@ from coprune.pruning.structure.scores import Score, by_norm, refitted
 
 def remove_units(
     module: torch.nn.Module, part: Part, inputs: Mapping[str, Inputs], score: Score, count: int
-) -> tuple[dict[str, Tensor], list[MatrixResult]]:
+) -> tuple[list[Tensor], list[MatrixResult]]:
     """Keep `count` units of a part, in place: the others are zeros afterwards.
 
     Args:
@@ -31,7 +31,7 @@ def remove_units(
         count: units to keep.
 
     Returns:
-        What is kept of every parameter that lost something (bool), and figures of the consumers.
+        Which units are kept (U bool for each consumer), and figures of the consumers.
     """
     keeps, results = [], []
     for consumer in part.fold.consumers:
@@ -45,9 +45,8 @@ def remove_units(
         keeps.append(keep)
         result = _result(consumer, known, weight, columns, time.perf_counter() - started)
         results.append(result.model_copy(update={"events": events}))
-    masks = part.masks(keeps)
-    silence(module, part.block, masks)
-    return masks, results
+    silence(module, part.block, part.masks(keeps))
+    return keeps, results
 
 
 def _goal(weight: Tensor, inputs: Inputs | None) -> tuple[Gram | None, Tensor, tuple[str, ...]]:

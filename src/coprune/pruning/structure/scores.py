@@ -6,6 +6,7 @@ is what is removed as a whole: one channel, or the K channels of a key-value hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,9 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.recipe.choice import Choice
+
+Curve = list[tuple[Tensor, float]]
+"""What is kept (U bool) at several numbers of units, and the squared error of the consumer's outputs then, a token."""
 
 
 class Score(Protocol):
@@ -94,23 +98,87 @@ class OBS:
 
     def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
         with full_float32():
-            lower, _ = damped_cholesky(statistic.gram, self.damping)
-            inverse = torch.cholesky_inverse(lower)
-            left, current = torch.ones(len(units), dtype=torch.bool, device=weight.device), weight.clone()
-            while (surplus := int(left.sum()) - count) > 0:
-                number = min(surplus, max(1, -(-(len(units) - count) // self.steps)))
-                cost = removal_cost(current, inverse, units).masked_fill(~left, torch.inf)
-                chosen = cost.topk(number, largest=False).indices
-                left[chosen] = False
-                columns = units[chosen].flatten()
-                push = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-                current -= current[:, columns] @ push
-                inverse -= inverse[:, columns] @ push
-                # What was removed stays removed, whatever rounding leaves there.
-                inverse[columns], inverse[:, columns] = 0.0, 0.0
-                inverse[columns, columns] = 1.0
-                current[:, columns] = 0.0
-        return left
+            surgery = Surgery.on(weight, statistic, units, self.damping)
+            while (surplus := int(surgery.left.sum()) - count) > 0:
+                surgery.remove(min(surplus, max(1, -(-(len(units) - count) // self.steps))))
+        return surgery.left
+
+
+@dataclass
+class Surgery:
+    """Units on their way out, a few at a time; what is left of the weight makes up for what went."""
+
+    units: Tensor
+    left: Tensor
+    """U bool."""
+    current: Tensor
+    """O × C: the weight, solved for anew."""
+    inverse: Tensor
+    """C × C, of the damped Gram matrix of the columns that are left."""
+    lost: float = 0.0
+    """Squared error of the outputs so far, a token."""
+
+    @classmethod
+    def on(cls, weight: Tensor, statistic: Gram, units: Tensor, damping: float) -> Surgery:
+        """With all units there. Arguments as of `Score.keep`; damping: as of `OBS`."""
+        lower, _ = damped_cholesky(statistic.gram, damping)
+        left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
+        return cls(units, left, weight.clone(), torch.cholesky_inverse(lower))
+
+    def remove(self, number: int) -> None:
+        """Remove so many of the units that cost least."""
+        current, inverse = self.current, self.inverse
+        cost = removal_cost(current, inverse, self.units).masked_fill(~self.left, torch.inf)
+        chosen = cost.topk(number, largest=False).indices
+        self.left[chosen] = False
+        columns = self.units[chosen].flatten()
+        gone = current[:, columns]
+        self.lost += float((gone * torch.linalg.solve(inverse[columns][:, columns], gone.T).T).sum())
+        push = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+        current -= gone @ push
+        inverse -= inverse[:, columns] @ push
+        # What was removed stays removed, whatever rounding leaves there.
+        inverse[columns], inverse[:, columns] = 0.0, 0.0
+        inverse[columns, columns] = 1.0
+        current[:, columns] = 0.0
+
+
+def curve(score: Score, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
+    """What keeping fewer and fewer units costs; those kept are among those kept before.
+
+    Args:
+        score: chooses them, and says whether what is left is solved for anew.
+        weight, statistic, units: as of `Score.keep`.
+        counts: descending.
+    """
+    if isinstance(score, OBS):
+        return _in_one_go(score, weight, statistic, units, counts)
+    found, total = Curve(), energy(weight, statistic)
+    for count in counts:
+        keep = score.keep(weight, statistic, units, count)
+        columns = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+        columns[units[keep].flatten()] = True
+        left = refitted(weight, statistic, columns) if score.refit else weight.masked_fill(~columns, 0.0)
+        found.append((keep, total * statistic.relative_error(weight, left)))
+    return found
+
+
+def energy(weight: Tensor, statistic: Gram) -> float:
+    """‖XWᵀ‖² / T, of all tokens seen. weight: O × C float32."""
+    with full_float32():
+        return float(((weight @ statistic.gram) * weight).sum(dtype=torch.float64))
+
+
+def _in_one_go(score: OBS, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
+    """The whole curve from one removal that goes on to the last count."""
+    found, most = Curve(), max(1, len(units) // (3 * score.steps))  # as fine as removing a third in all steps
+    with full_float32():
+        surgery = Surgery.on(weight, statistic, units, score.damping)
+        for count in counts:
+            while (surplus := int(surgery.left.sum()) - count) > 0:
+                surgery.remove(min(surplus, most))
+            found.append((surgery.left.clone(), surgery.lost))
+    return found
 
 
 SCORES: dict[str, Score] = {"magnitude": Magnitude(), "wanda_sp": WandaSP(), "flap": FLAP(), "obs": OBS()}

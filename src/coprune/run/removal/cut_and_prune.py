@@ -13,8 +13,9 @@ from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
+from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.structure import SPREADING, StructurePart
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
@@ -34,6 +35,8 @@ _NO_ZEROS: dict[str, Any] = {
     "log_json": None,
     "prompt": "",
 }
+
+_UNIFORM = Choice(name="uniform")
 
 
 def cut_and_prune(recipe: Recipe, given: Given, write: bool, run: Callable[[Recipe, Given], Any]) -> Any:
@@ -75,7 +78,8 @@ def cut_and_prune(recipe: Recipe, given: Given, write: bool, run: Callable[[Reci
 
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
-    return recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
+    own = recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
+    return own if recipe.allocation.name in SPREADING else own.replaced(allocation=_UNIFORM)
 
 
 def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
@@ -83,7 +87,9 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     # As the dense model spoke for, so that all figures are of the same windows.
     bos = recipe.calibration.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
-    whole = recipe.model_copy(update={"structure": StructurePart()})
+    # A search is for what is removed.
+    allocation = _UNIFORM if recipe.allocation.name == "search" else recipe.allocation
+    whole = recipe.model_copy(update={"structure": StructurePart(), "allocation": allocation})
     return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="")
 
 
@@ -122,6 +128,7 @@ def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
             "edits": [*cut.edits, *pruned.edits],
             "covered": cut.covered,
             "left": cut.left,
+            "padding": cut.padding,
             "prune_seconds": cut.prune_seconds + pruned.prune_seconds,
             "total_seconds": cut.total_seconds + pruned.total_seconds,
             "peak_memory_bytes": max(cut.peak_memory_bytes, pruned.peak_memory_bytes),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from coprune.model.as_saved import smaller_tensors
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.removal.parts import together
+from coprune.model.removal.parts import Part
 from coprune.model.removal.smaller import build_smaller
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, Past
@@ -30,10 +30,12 @@ from coprune.run.prune_blocks import (
     moves_of,
     record_to_prune,
 )
+from coprune.run.removal.cut import Cut, Plan, edits_of_block
 from coprune.run.removal.experts import choose_experts
 from coprune.run.removal.plan import only_consumers, plan_removal
-from coprune.run.removal.rehearsal import Cut, Plan, edits_of_block, rehearse
+from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.spread import spread_budget
+from coprune.run.removal.uneven import spread_units
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
 
@@ -69,7 +71,7 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
 
 def _planned(session: Session) -> Plan:
     budget = session.opened.recipe.structure.shares.get("parameters")
-    return plan_removal(session) if budget is None else spread_budget(session, budget)
+    return spread_units(session, plan_removal(session)) if budget is None else spread_budget(session, budget)
 
 
 def _remove(
@@ -80,23 +82,24 @@ def _remove(
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
     # Blocks before the first cut have nothing to make up for.
-    cut = [b.index for b in session.model.blocks if plan.parts.get(b.name) or b.name in experts]
-    first = min([*cut, *plan.dropped])
+    losing = [b.index for b in session.model.blocks if plan.parts.get(b.name) or b.name in experts]
+    first = min([*losing, *plan.dropped])
     for event in walk:
         if not isinstance(event, BlockDone):
             inputs |= event.known()
             continue
-        block, own, masks = event.block, list[MatrixResult](), dict[str, Tensor]()
+        block, own, units = event.block, list[MatrixResult](), list[tuple[Part, list[Tensor]]]()
         for part in plan.parts.get(block.name, ()):
             kept, found = remove_units(block.module, part, inputs, score, plan.count(part))
-            masks = together(masks, kept)
+            units.append((part, kept))
             own += found
         layout = partial(session.model.weights.layout, block.name)
         if (left := experts.get(block.name)) is not None:
             plan.mixtures[block.name].never_choose(block.module, left)
+        cut = Cut(units, left)
         if first <= block.index and block.index not in plan.dropped:
-            own = _reconstruct(session, walk, event, (masks, own))
-        edits = edits_of_block(session, plan, block, Cut(masks, left), layout)
+            own = _reconstruct(session, walk, event, (cut.masks, own))
+        edits = edits_of_block(session, plan, block, cut, layout)
         finish_block(session, shared, block, BlockOutcome(own, edits))
         results, inputs = results + own, {}
     return results

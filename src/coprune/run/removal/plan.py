@@ -9,8 +9,8 @@ from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
+from coprune.run.removal.cut import Plan
 from coprune.run.removal.experts import experts_left, find_experts
-from coprune.run.removal.rehearsal import Plan
 from coprune.run.session import Session
 
 
@@ -55,13 +55,16 @@ def plan_removal(session: Session) -> Plan:
 
 def kept_count(units: int, share: float, align: int) -> int:
     """How many units are kept: a multiple of `align`, or of the largest power of two below it that divides them."""
-    step = (
-        align
-        if units % align == 0 and units > align
-        else next(s for s in (32, 16, 8, 4, 2, 1) if units % s == 0 and s <= align)
-    )
+    step = step_of(units, align)
     kept = max(step, round(units * (1 - share) / step) * step)
     return min(kept, units)
+
+
+def step_of(units: int, align: int) -> int:
+    """How many units are kept or removed together."""
+    if units % align == 0 and units > align:
+        return align
+    return next(s for s in (32, 16, 8, 4, 2, 1) if units % s == 0 and s <= align)
 
 
 def blocks_that_go(session: Session, count: int) -> list[int]:

@@ -2,87 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from coprune.base.errors import CopruneError, UnsupportedModel
-from coprune.model.as_saved import Layout, saved_name, slices_kept, smaller_tensors, usual_layout
+from coprune.model.as_saved import smaller_tensors, usual_layout
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.load import prepare
-from coprune.model.edit import Configure, DropBlock, Edit, KeepSlices
+from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.expert_edit import keep_experts
 from coprune.model.folding import close, head_size
-from coprune.model.removal.experts import Mixture
-from coprune.model.removal.parts import Kind, Part, put_back, silence, together
+from coprune.model.removal.parts import put_back, silence
 from coprune.model.removal.smaller import Resized, build_smaller, possible_changes, smaller_skeleton
 from coprune.model.walk.record import forward_logits, replaced_forwards
+from coprune.run.removal.cut import Cut, Plan, anywhere, dropped, edits_of_block, words_of
 from coprune.run.removal.streamed import same_block_by_block
 from coprune.run.session import Session
 
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run removes, as far as that is known before the walk."""
-
-    dropped: Sequence[int] = ()
-    """Numbers of the blocks that go."""
-    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    """What may get smaller, by block."""
-    keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
-    """How many units of a part are kept, by kind and by how many there are."""
-    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
-    """Whose experts get fewer, by block."""
-    experts: Mapping[int, int] = field(default_factory=dict)
-    """How many are kept, by how many there are."""
-
-    def count(self, part: Part) -> int:
-        """Units of a part that are kept."""
-        return self.keep[part.kind][part.count]
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """Old numbers and new ones that the configuration has to tell: units, query heads, experts."""
-        units = [part for parts in self.parts.values() for part in parts]
-        found = [(part.count * times, self.count(part) * times) for part in units for times in (1, part.repeats)]
-        return list(dict.fromkeys([*found, *self.experts.items()]))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is kept of a block."""
-
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
-    """Of its parameters, bool, by name."""
-    experts: Tensor | None = None
-    """E bool, if any go."""
-
-
-def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
-    """What is done to a block. layout: of the checkpoint, if that is not as transformers would save the model."""
-    model = session.model
-    if block.index in plan.dropped:
-        return [_drop(session, block.index)]
-    edits: list[Edit] = []
-    if cut.masks:
-        edits.append(KeepSlices(kept=slices_kept(model.module, block.name, cut.masks, layout)))
-    if cut.experts is not None:
-        edits.append(keep_experts(model.module, block.module, plan.mixtures[block.name], cut.experts, layout))
-    return edits
-
-
-def _drop(session: Session, index: int) -> DropBlock:
-    model = session.model
-    block, saved = model.names[index], saved_name(model.module, model.names[index])
-    entries = model.structure.answers[index].entries
-    return DropBlock(block=block, entries=entries, saved=None if saved == block else saved)
 
 
 def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
@@ -92,37 +34,28 @@ def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
     Raises UnsupportedModel.
     """
     model, module = session.model, session.model.module
-    cuts = {block.name: _anywhere(plan, block) for block in model.blocks}
+    cuts = {block.name: anywhere(plan, block) for block in model.blocks}
     layout = partial(usual_layout, module) if model.weights.streams else None
     edits = Edits({b.name: edits_of_block(session, plan, b, cuts[b.name], layout) for b in model.blocks})
     cut = Rehearsed(session, plan, cuts, edits)
     shapes = {name: tuple(tensor.shape) for name, tensor in smaller_tensors(module, edits, layout).items()}
     proof: Proof = cut.as_a_whole if layout is None else cut.block_by_block
     changes, after = _proven_changes(session, plan, shapes, proof)
-    before = module.num_parameters()
-    removed = (
-        f"{', '.join(words_of(plan, len(model.blocks)))}: {before:,} → {after:,} parameters ({after / before - 1:+.1%})"
-    )
+    padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
+    removed = f"{', '.join(words_of(plan, len(model.blocks)))}: {_sizes(module.num_parameters(), after, padding)}"
     if not quiet:
         session.opened.around.reporter.say(f"Removing {removed}.")
-    return Configure(changes=changes, removed=removed, parameters=after)
+    return Configure(changes=changes, removed=removed, parameters=after - padding, padding=padding)
 
 
-def _anywhere(plan: Plan, block: Block) -> Cut:
-    """Arbitrary places of a block to cut at."""
-    if block.index in plan.dropped:
-        return Cut()
-    masks: dict[str, Tensor] = {}
-    for part in plan.parts.get(block.name, ()):
-        # Other ones for every expert, so that what belongs together by its place alone would show.
-        kept = [_spread(part.count, plan.count(part)).roll(i) for i in range(len(part.fold.consumers))]
-        masks = together(masks, part.masks(kept))
-    mixture = plan.mixtures.get(block.name)
-    if mixture is None:
-        return Cut(masks)
-    groups = mixture.groups
-    own = _spread(mixture.count // groups, plan.experts[mixture.count] // groups)
-    return Cut(masks, own.roll(1).repeat(groups))
+def _sizes(before: int, saved: int, padding: int) -> str:
+    """How many parameters there were and are, in words. padding: zeros among those that are saved."""
+    left = saved - padding
+    words = f"{before:,} → {left:,} parameters ({left / before - 1:+.1%})"
+    if not padding:
+        return words
+    held = "the folder is as large as before" if saved == before else f"the folder holds {saved:,}"
+    return f"{words}; {held}, padded with zeros to the widest block, and coprune export leaves them out"
 
 
 Proof = Callable[[Mapping[str, Any]], int | None]
@@ -155,12 +88,13 @@ class Rehearsed:
         model, module = self.session.model, self.session.model.module
         idle = [block for block in model.blocks if block.index in self.plan.dropped]
         with ExitStack() as ended:
-            ended.enter_context(replaced_forwards(idle, lambda block: _drop(self.session, block.index).idle))
+            ended.enter_context(replaced_forwards(idle, lambda block: dropped(self.session, block.index).idle))
             for block in model.blocks:
                 ended.enter_context(self._silent(block))
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
-            expected = forward_logits(module, model.structure.sample)
-        same = alike(forward_logits(small, model.structure.sample), expected)
+            # While the silence lasts: of what is not cut, the small model has the very tensors.
+            found, expected = (forward_logits(one, model.structure.sample) for one in (small, module))
+        same = alike(found, expected)
         return small.num_parameters() if same else None
 
     def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
@@ -208,21 +142,3 @@ def alike(found: Tensor, expected: Tensor) -> bool:
     a, b = found.float(), expected.float()
     rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
     return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())
-
-
-def _spread(units: int, count: int) -> Tensor:
-    """So many units, all over those that there are."""
-    keep = torch.zeros(units, dtype=torch.bool)
-    keep[torch.linspace(0, units - 1, count).round().long()] = True
-    return keep
-
-
-def words_of(plan: Plan, blocks: int) -> Iterator[str]:
-    """What a plan removes, for people. blocks: how many there are."""
-    for kind, keep in plan.keep.items():
-        counts = " and ".join(f"{old} → {new}" for old, new in sorted(keep.items()))
-        yield f"{'key-value heads with their query heads' if kind == 'heads' else kind} {counts} of every block"
-    for old, new in sorted(plan.experts.items()):
-        yield f"experts {old} → {new} of every mixture"
-    if plan.dropped:
-        yield f"blocks {blocks} → {blocks - len(plan.dropped)}"

@@ -10,8 +10,9 @@ from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import count_parameters
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, Part
+from coprune.run.removal.cut import Plan, words_of
 from coprune.run.removal.plan import blocks_that_go, kept_count
-from coprune.run.removal.rehearsal import Plan, rehearse, words_of
+from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.trials import costs_of
 from coprune.run.session import Session
 

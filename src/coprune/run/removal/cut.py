@@ -1,0 +1,163 @@
+"""What a run removes, as far as that is known before the walk, and what is kept of a block, as edits and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from coprune.model.as_saved import Layout, saved_name, slices_kept
+from coprune.model.blocks import Block
+from coprune.model.edit import DropBlock, Edit, KeepSlices, PadUnits
+from coprune.model.expert_edit import keep_experts
+from coprune.model.removal.experts import Mixture
+from coprune.model.removal.parts import Kind, Part, together
+from coprune.model.slices import runs_of
+from coprune.run.session import Session
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run removes, as far as that is known before the walk."""
+
+    dropped: Sequence[int] = ()
+    """Numbers of the blocks that go."""
+    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """What may get smaller, by block."""
+    keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
+    """How many units of a part are saved, by kind and by how many there are."""
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    """Whose experts get fewer, by block."""
+    experts: Mapping[int, int] = field(default_factory=dict)
+    """How many are kept, by how many there are."""
+    uneven: Mapping[str, int] = field(default_factory=dict)
+    """How many units are kept where blocks differ, by the part's name; the others that are saved are zeros."""
+
+    def count(self, part: Part) -> int:
+        """Units of a part that are kept."""
+        return self.uneven.get(part.name, self.saved(part))
+
+    def saved(self, part: Part) -> int:
+        """Units of a part in the saved model: as many as the configuration can say."""
+        return self.keep[part.kind][part.count]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Old numbers and new ones that the configuration has to tell: units, query heads, experts."""
+        units = [part for parts in self.parts.values() for part in parts]
+        found = [(part.count * times, self.saved(part) * times) for part in units for times in (1, part.repeats)]
+        return list(dict.fromkeys([*found, *self.experts.items()]))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a block."""
+
+    units: Sequence[tuple[Part, Sequence[Tensor]]] = ()
+    """Units of its parts, U bool for each consumer."""
+    experts: Tensor | None = None
+    """E bool, if any go."""
+
+    @cached_property
+    def masks(self) -> dict[str, Tensor]:
+        """What is kept of its parameters, bool, by name."""
+        return _masks(self.units)
+
+    def padded(self, plan: Plan) -> Cut:
+        """The same with silent units, as many as are saved."""
+        return Cut([(part, [_filled(keep, plan.saved(part)) for keep in keeps]) for part, keeps in self.units])
+
+    def padding(self, plan: Plan) -> int:
+        """How many parameters are saved as zeros for nothing else than to pad."""
+        real = self.masks
+        return sum(int((mask & ~real[name]).sum()) for name, mask in self.padded(plan).masks.items())
+
+
+def _masks(units: Sequence[tuple[Part, Sequence[Tensor]]]) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for part, keeps in units:
+        masks = together(masks, part.masks(keeps))
+    return masks
+
+
+def _filled(keep: Tensor, count: int) -> Tensor:
+    """So many units: those that are kept, and the first of the others."""
+    filled = keep.clone()
+    filled[(~keep).nonzero().flatten()[: count - int(keep.sum())]] = True
+    return filled
+
+
+def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
+    """What is done to a block. layout: of the checkpoint, if that is not as transformers would save the model."""
+    model = session.model
+    if block.index in plan.dropped:
+        return [dropped(session, block.index)]
+    edits: list[Edit] = []
+    if cut.units:
+        saved = cut.padded(plan)
+        edits.append(KeepSlices(kept=slices_kept(model.module, block.name, saved.masks, layout)))
+        edits += _pads(plan, cut, saved)
+    if cut.experts is not None:
+        edits.append(keep_experts(model.module, block.module, plan.mixtures[block.name], cut.experts, layout))
+    return edits
+
+
+def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
+    for (part, keeps), (_, filled) in zip(cut.units, saved.units, strict=True):
+        if part.name in plan.uneven:
+            real = [runs_of(keep[own]) for keep, own in zip(keeps, filled, strict=True)]
+            yield PadUnits(part=part.kind, units=plan.saved(part), real=real)
+
+
+def dropped(session: Session, index: int) -> DropBlock:
+    """A block as one that goes."""
+    model = session.model
+    block, saved = model.names[index], saved_name(model.module, model.names[index])
+    entries = model.structure.answers[index].entries
+    return DropBlock(block=block, entries=entries, saved=None if saved == block else saved)
+
+
+def anywhere(plan: Plan, block: Block) -> Cut:
+    """Arbitrary places of a block to cut at."""
+    if block.index in plan.dropped:
+        return Cut()
+    # Other ones for every expert, so that what belongs together by its place alone would show.
+    units = [
+        (part, [_spread(part.count, plan.count(part)).roll(i) for i in range(len(part.fold.consumers))])
+        for part in plan.parts.get(block.name, ())
+    ]
+    mixture = plan.mixtures.get(block.name)
+    if mixture is None:
+        return Cut(units)
+    groups = mixture.groups
+    own = _spread(mixture.count // groups, plan.experts[mixture.count] // groups)
+    return Cut(units, own.roll(1).repeat(groups))
+
+
+def _spread(units: int, count: int) -> Tensor:
+    """So many units, all over those that there are."""
+    keep = torch.zeros(units, dtype=torch.bool)
+    keep[torch.linspace(0, units - 1, count).round().long()] = True
+    return keep
+
+
+def words_of(plan: Plan, blocks: int) -> Iterator[str]:
+    """What a plan removes, for people. blocks: how many there are."""
+    for kind, keep in plan.keep.items():
+        name = "key-value heads with their query heads" if kind == "heads" else kind
+        counts = " and ".join(f"{old} → {_kept(plan, kind, old)}" for old in sorted(keep))
+        yield f"{name} {counts} of every block"
+    for old, new in sorted(plan.experts.items()):
+        yield f"experts {old} → {new} of every mixture"
+    if plan.dropped:
+        yield f"blocks {blocks} → {blocks - len(plan.dropped)}"
+
+
+def _kept(plan: Plan, kind: Kind, old: int) -> str:
+    """How many units are kept of parts that had so many."""
+    parts = [part for own in plan.parts.values() for part in own if (part.kind, part.count) == (kind, old)]
+    counts = [plan.count(part) for part in parts] or [plan.keep[kind][old]]
+    least, most, mean = min(counts), max(counts), sum(counts) / len(counts)
+    return str(most) if least == most else f"{least} to {most} ({mean:g} on average)"

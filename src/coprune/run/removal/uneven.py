@@ -1,0 +1,154 @@
+"""Channels and heads spread unevenly over the blocks, by what each block loses when it keeps fewer and fewer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from coprune.model.blocks import Block
+from coprune.model.removal.parts import Kind, Part
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.moves import Dense
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.statistics import Gram
+from coprune.model.walk.walk import Walk
+from coprune.pruning.allocation.plan import joined, movement, some_tokens
+from coprune.pruning.allocation.uniform import Uniform
+from coprune.pruning.structure.scores import Score, by_norm, curve, energy, score_named
+from coprune.pruning.structure.spreading import ByError, Search, cheapest, spreading_named
+from coprune.run.prune_blocks import record_calibration
+from coprune.run.removal.candidates import Candidates
+from coprune.run.removal.cut import Plan
+from coprune.run.removal.plan import only_consumers, step_of
+from coprune.run.removal.rehearsal import rehearse
+from coprune.run.removal.search import search_steps
+from coprune.run.removal.steps import Levels, Steps
+from coprune.run.session import Session
+
+
+def spread_units(session: Session, plan: Plan) -> Plan:
+    """Let blocks keep different numbers of units, as many altogether as the plan says, if the recipe asks for that.
+
+    Raises:
+        BadInput: a search's folder holds another search's finds.
+    """
+    opened = session.opened
+    asked = spreading_named(opened.recipe.allocation)
+    if isinstance(asked, Uniform):
+        return plan
+    rehearse(session, plan, quiet=True)  # what is refused is refused before anything slow
+    levels = _measured(session, plan)
+    alike = alike_parts(levels)
+    even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
+    scales = _scales(session, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
+    steps = least_error(levels, alike, even, scales)
+    if isinstance(asked, Search):
+        steps = search_steps(session, asked, levels, [even, steps], (alike, plan.dropped))
+    return unevenly(plan, levels, steps)
+
+
+def _scales(session: Session, plan: Plan, levels: Sequence[Levels], even: Steps, asked: ByError) -> list[float]:
+    """By what the errors of every part count."""
+    if not asked.tokens or session.model.weights.streams:
+        if asked.tokens:
+            session.opened.around.reporter.say(
+                "A streamed model's blocks count by what they change in the hidden states."
+            )
+        return [own.moved**asked.movement for own in levels]
+    found, none = [], [0] * len(levels)
+    with (
+        Candidates.of(session, levels, plan.dropped, asked.tokens) as candidates,
+        session.opened.around.reporter.bar("Weighing blocks", len(levels)) as advance,
+    ):
+        base = candidates.cost(tuple(none), None) if plan.dropped else 0.0
+        for at, own in enumerate(levels):
+            alone = (*none[:at], even[at], *none[at + 1 :])
+            lost = max(candidates.cost(alone, None) - base, 0.0)
+            found.append(lost / max(own.costs[even[at]], 1e-12))
+            advance(1.0)
+    return found
+
+
+def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
+    """The plan in which every part loses so many steps, and is saved as wide as the widest of its size."""
+    counts = {own.part.name: own.counts[taken] for own, taken in zip(levels, steps, strict=True)}
+    widest: dict[Kind, dict[int, int]] = {kind: dict(keep) for kind, keep in plan.keep.items()}
+    for kind, keep in widest.items():
+        for size in keep:
+            own = [counts[one.part.name] for one in levels if (one.part.kind, one.part.count) == (kind, size)]
+            keep[size] = max(own, default=keep[size])
+    alike = all(counts[own.part.name] == widest[own.part.kind][own.part.count] for own in levels)
+    return replace(plan, keep=widest, uneven={} if alike else counts)
+
+
+def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
+    """Numbers of the parts among which steps can be exchanged: of one kind, with as many units of the same size."""
+    found: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    for at, own in enumerate(levels):
+        consumers = own.part.fold.consumers
+        found[own.part.kind, own.part.count, len(consumers) * consumers[0].shape[0]].append(at)
+    return list(found.values())
+
+
+def least_error(
+    levels: Sequence[Levels], alike: Sequence[Sequence[int]], even: Steps, scales: Sequence[float]
+) -> Steps:
+    """Steps where they cost least, as many altogether as evenly. scales: by what the errors of every part count."""
+    steps = [0] * len(levels)
+    for group in alike:
+        costs = [[cost * scales[at] for cost in levels[at].costs] for at in group]
+        for at, taken in zip(group, cheapest(costs, sum(even[at] for at in group)), strict=True):
+            steps[at] = taken
+    return tuple(steps)
+
+
+@torch.no_grad()
+def _measured(session: Session, plan: Plan) -> list[Levels]:
+    """What keeping fewer units costs every part, from one walk over the dense model."""
+    model, align = session.model, session.opened.recipe.structure.align
+    score = score_named(session.opened.recipe.structure.score_of("units"))
+    recording = record_calibration(session)
+    batches = 0 if recording is None else len(recording.hidden)
+    keep = partial(some_tokens, batches=batches)
+    levels: list[Levels] = []
+    inputs: dict[str, Inputs] = {}
+    with session.opened.around.reporter.bar("Measuring what blocks lose", len(model.blocks)) as advance:
+        walk = Walk(only_consumers(model, plan), recording, Gram, Dense(keep=keep), advance=advance)
+        for event in walk:
+            if not isinstance(event, BlockDone):
+                inputs |= event.known()
+                continue
+            after = [some_tokens(hidden, batches) for hidden in event.after]
+            moved = movement(joined(event.before), joined(after))
+            for part in plan.parts.get(event.block.name, ()):
+                counts = list(range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1)))
+                levels.append(_levels(event.block, part, counts, inputs, (score, moved)))
+            inputs = {}
+    return levels
+
+
+def _levels(
+    block: Block, part: Part, counts: list[int], inputs: Mapping[str, Inputs], how: tuple[Score, float]
+) -> Levels:
+    """What a part keeps at every level, and what that costs, relative to its outputs. how: score, what its block moves."""
+    keeps: list[list[Tensor]] = [[] for _ in counts]
+    costs, total = [0.0] * len(counts), 0.0
+    for consumer in part.fold.consumers:
+        weight, known = consumer.read(), inputs.get(consumer.name)
+        statistic = None if known is None else known.statistic
+        units = part.units.to(weight.device)
+        if not isinstance(statistic, Gram) or not statistic.count:
+            for own, count in zip(keeps, counts, strict=True):
+                own.append(by_norm(weight, units, count))
+            continue
+        total += statistic.count * energy(weight, statistic)
+        for at, (keep, cost) in enumerate(curve(how[0], weight, statistic, units, counts)):
+            keeps[at].append(keep)
+            costs[at] += statistic.count * cost
+    seen = {consumer.name: inputs[consumer.name] for consumer in part.fold.consumers if consumer.name in inputs}
+    return Levels(block, part, counts, keeps, [cost / total if total else 0.0 for cost in costs], how[1], seen)

@@ -1,0 +1,188 @@
+"""Uneven budgets: as much goes as was asked, where it costs least, and the padded model on the disk is the silenced one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.commands.app import app
+from coprune.model.edit import PadUnits
+from coprune.model.edits import Edits
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import Result, run_recipe
+from support.killing import count_lines, killed_at
+from support.pico import pico_model
+from support.pico_folder import listing, save_pico, write_words
+from support.saved import saved_like
+
+IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
+
+
+def damped(family: str = "llama") -> Any:
+    """A model whose first block's MLP hardly matters, so that others should keep more."""
+    model = pico_model(family)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if ".0.mlp." in name and "down" in name:
+                tensor.mul_(0.01)
+    return model
+
+
+def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
+    """Kind and number of units of every part that are no padding, by consumer."""
+    pads = [edit for edit in Edits.read(folder).all() if isinstance(edit, PadUnits)]
+    return [(pad.part, [sum(end - start for start, end in runs) for runs in pad.real]) for pad in pads]
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "allocation", "kept"),
+    [
+        ("llama", "channels=0.33", "error", {"channels": 3 * 64}),
+        ("llama", "channels=0.33,heads=0.5", "search:rounds=6", {"channels": 3 * 64, "heads": 3}),
+        ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # other channels of every expert
+        ("gemma3_text", "channels=0.4,blocks=0.25", "search:rounds=4", None),
+    ],
+)
+def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
+    family: str, remove: str, allocation: str, kept: dict[str, int] | None, tmp_path: Path
+) -> None:
+    model, folder = damped(family), tmp_path / "small"
+    result = coprune.prune(model, remove=remove, allocation=allocation, save_model=folder, **SETTINGS)
+    small = saved_like(model, result.model, folder, rounding=1e-5)
+    counts = real_counts(folder)
+    assert counts
+    for kind, total in (kept or {}).items():
+        own = [count for part, count in counts if part == kind]
+        assert all(len({*count}) == 1 for count in own)
+        assert not own or sum(count[0] for count in own) == total
+    assert result.report.left is not None
+    assert small.num_parameters() == result.report.left + result.report.padding
+    assert "padded with zeros to the widest block" in result.report.edits[0]
+    even = coprune.prune(damped(family), remove=remove, **SETTINGS)
+    if "blocks" not in remove:
+        assert result.report.left == even.report.left
+
+
+def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
+    coprune.prune(damped(), remove="channels=0.33", allocation="error", save_model=tmp_path / "small", **SETTINGS)
+    from support.saved import load_clean
+
+    small, edits = load_clean(tmp_path / "small"), Edits.read(tmp_path / "small").by_block
+    padded = 0
+    for block, own in edits.items():
+        for pad in (edit for edit in own if isinstance(edit, PadUnits)):
+            real = torch.zeros(pad.units, dtype=torch.bool)
+            for start, end in pad.real[0]:
+                real[start:end] = True
+            weights: dict[str, Tensor] = {
+                part: small.get_parameter(f"{block}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")
+            }
+            for rows in (weights["gate"], weights["up"], weights["down"].T):
+                assert bool((rows[~real] == 0).all())
+                assert bool((rows[real] != 0).any(dim=1).all())
+            padded += int((~real).sum())
+    assert padded > 0
+
+
+def test_a_block_that_hardly_matters_loses_most(tmp_path: Path) -> None:
+    coprune.prune(damped(), remove="channels=0.33", allocation="error", save_model=tmp_path / "small", **SETTINGS)
+    first, *others = (counts[0] for _, counts in real_counts(tmp_path / "small"))
+    assert first == 16
+    assert min(others) > 64
+
+
+def test_a_search_takes_no_worse_than_what_it_starts_from() -> None:
+    def kl(**settings: Any) -> float:
+        model = damped()
+        coprune.prune(model, remove="channels=0.33", score="magnitude", **SETTINGS, **settings)
+        with torch.no_grad():
+            log_p, log_q = (m(IDS, use_cache=False).logits.log_softmax(dim=-1) for m in (damped(), model))
+        return float((log_p.exp() * (log_p - log_q)).sum() / IDS.numel())
+
+    # By norms, a run does just what its search tried.
+    even, found = kl(), kl(allocation="search:rounds=20")
+    assert found <= min(even, kl(allocation="error"))
+    assert found < even
+
+
+def settings_of(home: Path, out: str) -> dict[str, Any]:
+    words = str(home / "words.txt")
+    what = {
+        "remove": "channels=0.33,heads=0.5",
+        "align": 16,
+        "allocation": "search:rounds=8",
+        "nsamples": 4,
+        "seqlen": 16,
+    }
+    places = {"save": str(home / out / "run"), "save_model": str(home / out / "small")}
+    return what | places | {"model": str(home / "llama"), "dataset": words, "evaluate": False}
+
+
+def run(home: Path, out: str) -> Result:
+    return run_recipe(make_recipe(settings_of(home, out)), reporter=Reporter(quiet=True))
+
+
+def without_card(folder: Path) -> dict[str, Any]:
+    found = listing(folder)
+    assert found.pop("README.md") is not None  # names the folders
+    return found
+
+
+def test_a_killed_search_and_run_go_on_to_the_same_bytes_and_the_command_line_gives_them_too(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    run(tmp_path, "whole")
+    finds = json.loads((tmp_path / "whole" / "run" / "search.json").read_text())
+    assert len(finds["tried"]) == 8
+    for out, file, share in (("early", "search", 6), ("late", "journal", 8)):
+        _, lines = count_lines(lambda out=out: run(tmp_path, f"{out}-counted"), (file,))  # type: ignore[misc]
+        assert killed_at(lambda out=out: run(tmp_path, out), lines * share // 10, (file,))  # type: ignore[misc]
+        tried = len(json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"])
+        assert (tried < 8) == (file == "search")
+        run(tmp_path, out)
+        assert without_card(tmp_path / out / "small") == without_card(tmp_path / "whole" / "small")
+        again = json.loads((tmp_path / out / "run" / "search.json").read_text())
+        assert again["tried"] == finds["tried"]
+    torch.set_num_threads(threads)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "typed").items()]
+    words = [word for word in words if not word.startswith(("--model", "--evaluate"))]
+    done = CliRunner().invoke(app, ["prune", str(tmp_path / "llama"), *words, "--no-eval"])
+    assert done.exit_code == 0, done.output
+    assert without_card(tmp_path / "typed" / "small") == without_card(tmp_path / "whole" / "small")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remove": "channels=0.3", "allocation": "owl"}, "uniform, error, search, not by owl"),
+        ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
+        ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
+        ({"remove": "parameters=0.3", "allocation": "search:rounds=3"}, "none are removed"),
+        ({"allocation": "search:minutes=3"}, "not zeros over matrices"),
+        ({"remove": "channels=0.3", "allocation": "search"}, "for some minutes or for some rounds"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"}, "one of the two"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=-3"}, "must not be negative"),
+        ({"remove": "channels=0.3", "allocation": "search:tries=3"}, "unknown option of allocation 'search'"),
+        ({"remove": "channels=0.3", "allocation": "luck"}, "not by luck"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=3", "stream": True}, "has to be in memory"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+    if "stream" in settings:
+        with pytest.raises(BadInput, match=message):
+            make_recipe({"model": "x", **settings})
+        return
+    with pytest.raises(BadInput, match=message):
+        coprune.prune(pico_model("llama"), **SETTINGS, **settings)
