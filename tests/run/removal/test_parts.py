@@ -12,6 +12,8 @@ import torch
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
+from coprune.model.removal import smaller
+from coprune.model.removal.smaller import Resized, possible_changes
 from coprune.recipe.recipe import make_recipe
 from coprune.run.removal.rehearsal import alike
 from coprune.run.stages import run_recipe
@@ -54,13 +56,15 @@ def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remov
 
 def test_numbers_that_make_shapes_which_nobody_wants_are_not_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """With many numbers that are as large as what was cut, not all their combinations can be tried."""
-    monkeypatch.setattr("coprune.model.removal.smaller.MOST_CANDIDATES", 6)
-    settings = SETTINGS | {"score": "magnitude"}
-    small: Any = coprune.prune(pico_model("llama"), remove="channels=0.4,heads=0.5", **settings).model
-    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (64, 1)
-    monkeypatch.setattr("coprune.model.removal.smaller._may_fit", lambda *shapes: True)
-    with pytest.raises(UnsupportedModel, match="no change of the configuration"):
-        coprune.prune(pico_model("llama"), remove="channels=0.4,heads=0.5", **settings)
+    same: dict[str, Any] = {"num_hidden_layers": 4, "head_dim": 16}
+    small = pico_model("llama", num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, **same)
+    shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    resized = Resized([(4, 2), (2, 1), (96, 64)])
+    monkeypatch.setattr(smaller, "MOST_CANDIDATES", 8)
+    changes = next(possible_changes(pico_model("llama", **same), shapes, resized))
+    assert changes == {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    monkeypatch.setattr(smaller, "_may_fit", lambda *shapes: True)
+    assert not [*possible_changes(pico_model("llama", **same), shapes, resized)]
 
 
 def test_an_expert_to_which_nothing_but_zeros_come_loses_channels_by_their_norm() -> None:

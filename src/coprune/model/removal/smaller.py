@@ -94,7 +94,9 @@ def _candidates(
 def _may_fit(
     whole: Mapping[str, tuple[int, ...]], changed: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether every dimension that changes becomes what is wanted; also if there can be no such model, or not by itself."""
+    """Whether every dimension that changes becomes what is wanted, and nothing goes; also if there can be no such model alone."""
+    if changed and not wanted.keys() <= changed.keys():
+        return False
     return all(
         new in (old, last)
         for name in whole.keys() & changed.keys() & wanted.keys()
