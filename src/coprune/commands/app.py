@@ -58,16 +58,20 @@ def _options_of_coprune(
 
 
 def main() -> None:
-    """Entry point: run the command; a known error is one message on standard error and exit code 2."""
+    """Entry point: run the command; a known error is one message on standard error and exit code 2.
+
+    A command may end with a code of its own, as where what was required does not hold.
+    """
     # Libraries' notes are for their developers; what matters to a user, coprune says itself.
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     quieten_tokenizers()
-    stopped = False
+    stopped, code = False, 0
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
         with speaking(CommandLine()):
-            stopped = app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+            stopped = code == 130
     except CopruneError as error:
         _fail(error.text(CommandLine()))
     except _UsageError as error:
@@ -89,6 +93,8 @@ def main() -> None:
     if stopped:
         typer.echo("coprune: stopped; nothing half-written was left under its final name.", err=True)
         sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
 def _fail(message: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.options import with_options
+from coprune.commands.terminal import end_unless_held
 
 READ_WITH = {"context_settings": METHOD_OPTIONS}
 
@@ -42,3 +43,4 @@ def prune(
     if processes.first:
         typer.echo(str(report))
         typer.echo(f"report    {recipe.run_folder / 'report.json'}")
+        end_unless_held(report.required)

@@ -1,16 +1,35 @@
-"""Tables on a terminal, which are folded where it is narrower than they are."""
+"""What commands share on a terminal: tables, and the exit code of a model that is not as it was required to be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from coprune.base.shown import Sheet
 
+NOT_AS_REQUIRED = 3
+
+
+class Requirement(Protocol):
+    """Something that was required of a model."""
+
+    @property
+    def holds(self) -> bool: ...
+
+
+def end_unless_held(required: Iterable[Requirement]) -> None:
+    """End the command with 3 if anything that was required does not hold; what there is to save is saved by then."""
+    if not all(one.holds for one in required):
+        raise typer.Exit(NOT_AS_REQUIRED)
+
 
 def print_sheet(sheet: Sheet) -> None:
-    """Print a table with named columns."""
+    """Print a table with named columns, folded where the terminal is narrower."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     first, *others = sheet.columns
     table.add_column(first)

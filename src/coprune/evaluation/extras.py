@@ -1,4 +1,4 @@
-"""What a run measures of its dense and its pruned model beside perplexity: zero-shot tasks, and a sample of text."""
+"""What a run measures of its models beside perplexity: zero-shot tasks, answers to prompts, and a sample of text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set
+from coprune.evaluation.answers.look import Look
+from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.sample import continue_text
 from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, ZeroShotSettings, compare_zero_shot
 from coprune.recipe.recipe import Recipe
@@ -36,14 +38,21 @@ class Extras:
 
     recipe: Recipe
     tasks: dict[str, Any] | None
+    look: Look = field(default_factory=lambda: Look(None))
+    """Answers to prompts."""
     zero_shot: dict[Which, ZeroShot] = field(default_factory=dict)
     texts: dict[Which, str] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, recipe: Recipe, processes: int = 1) -> Extras:
-        """Find what the recipe asks for. Raises BadInput as `harness_tasks.find_tasks`, or for several processes."""
+        """Find what the recipe asks for.
+
+        Raises:
+            BadInput: as `harness_tasks.find_tasks` and `read_prompts`, or for tasks in several processes.
+        """
+        look = Look(plan_of(recipe.answers, recipe.output.model is not None))
         if not recipe.evaluation.runs_tasks:
-            return cls(recipe, None)
+            return cls(recipe, None, look)
         if processes > 1:
             raise BadInput(
                 "zero-shot tasks run in one process",
@@ -53,10 +62,10 @@ class Extras:
             )
         from coprune.evaluation.harness_tasks import find_tasks
 
-        return cls(recipe, find_tasks(zero_shot_settings(recipe)))
+        return cls(recipe, find_tasks(zero_shot_settings(recipe)), look)
 
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
-        """Run the tasks and continue the prompt, as far as the model is in memory."""
+        """Run the tasks, and let the model answer and continue the prompt, as far as it is in memory."""
         asked, weights, tokenizer = self.recipe.evaluation, loaded.weights, loaded.tokenizer
         if weights.streams or tokenizer is None or (which == "dense" and not asked.dense):
             return
@@ -71,6 +80,7 @@ class Extras:
                 reporter.say(
                     f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {found.mean.value:.2%}"
                 )
+        self.look.ask(which, loaded, reporter, self.recipe.calibration.batch_size)
         if asked.perplexity and asked.prompt:
             self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
 

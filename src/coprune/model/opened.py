@@ -94,7 +94,8 @@ def streams(recipe: Recipe) -> bool:
     """Whether a folder's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for."""
     if recipe.structure.remove:
         return recipe.model.stream is True
-    return recipe.model.stream is not False and not (recipe.pattern.permute or recipe.evaluation.runs_tasks)
+    whole = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.answers.is_asked
+    return recipe.model.stream is not False and not whole
 
 
 def open_model(asked: ModelPart, stream: bool) -> Loaded:

@@ -6,7 +6,9 @@ from typing import Protocol
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
+from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
+from coprune.recipe.conditions import LIKENESS
 from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart
 from coprune.recipe.pattern import parse_pattern
@@ -33,6 +35,8 @@ class Parts(Protocol):
     @property
     def evaluation(self) -> EvaluationPart: ...
     @property
+    def answers(self) -> AnswersPart: ...
+    @property
     def output(self) -> OutputPart: ...
 
 
@@ -46,6 +50,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         or _of_allocation(recipe)
         or _of_removal(recipe)
         or _of_streaming(recipe)
+        or _of_answers(recipe)
         or _of_folders(recipe.output)
     )
 
@@ -162,6 +167,33 @@ def _of_streaming(recipe: Parts) -> BadInput | None:
             value=True,
             fix=(LeaveOut("stream"), ", or save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...))),
         )
+    return None
+
+
+def _of_answers(recipe: Parts) -> BadInput | None:
+    asked = recipe.answers
+    try:
+        conditions = asked.conditions
+    except BadInput as error:
+        return error
+    if recipe.model.stream and asked.is_asked:
+        later = Command("evaluate", "FOLDER", Set("generate", "builtin"))
+        fix: Words = (LeaveOut("stream"), ", or save the model and run: ", later)
+        return BadInput("answers need the whole model in memory", field="stream", value=True, fix=fix)
+    sampled = asked.prompts is not None and asked.temperature > 0
+    for condition in conditions:
+        wrong = f"{condition.text} is about "
+        if condition.sampled and not sampled:
+            fix = ("ask for them with ", Set("generate", "builtin"))
+            return BadInput(f"{wrong}sampled answers", field="require", value=asked.require, fix=fix)
+        if condition.needs_dense and not recipe.evaluation.dense:
+            fix = ("leave out ", Set("evaluate_dense", False))
+            return BadInput(f"{wrong}the dense model's answers", field="require", value=asked.require, fix=fix)
+        if condition.name in LIKENESS and recipe.structure.remove and recipe.pattern.is_said:
+            fix = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin")))
+            return BadInput(
+                f"{wrong}the dense model, which a run that cuts and prunes does not keep", field="require", fix=fix
+            )
     return None
 
 

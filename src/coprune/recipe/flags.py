@@ -15,6 +15,7 @@ _FLAGS: dict[str, list[str]] = {
     "evaluate": ["--eval/--no-eval"],
     "evaluate_dense": ["--eval-dense/--no-eval-dense"],
     "layer_error": ["--layer-error/--no-layer-error"],
+    "gate": ["--gate/--no-gate"],
     "stream": ["--stream/--no-stream"],
     "check_memory": ["--check-memory/--no-check-memory"],
     "masked": ["--masked/--no-masked"],

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, one_is_enough
 from coprune.base.yaml_file import read_yaml
+from coprune.recipe.answers import AnswersPart
 from coprune.recipe.checks import contradiction
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, deciding
@@ -64,6 +65,7 @@ class Recipe(BaseModel):
     reconstruction: ReconstructionPart = ReconstructionPart()
     finetune: FinetunePart = FinetunePart()
     evaluation: EvaluationPart = EvaluationPart()
+    answers: AnswersPart = AnswersPart()
     output: OutputPart = OutputPart()
 
     @model_validator(mode="before")

@@ -6,6 +6,7 @@ import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
+from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, inline
 from coprune.report.schema import Report
 
@@ -52,6 +53,8 @@ def model_card(report: Report) -> str:
     results = _accuracy_table(report) if images else _perplexity_table(report)
     if report.zero_shot is not None:
         results += f"\n\n## Zero-shot tasks\n\n{_task_table(report.zero_shot)}"
+    if report.answers is not None:
+        results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
     calibration = report.calibration
     size = "" if calibration is None else "images" if images else f"samples of {calibration.seqlen} tokens"
     data = (

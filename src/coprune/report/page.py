@@ -8,6 +8,7 @@ from typing import Any
 
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.report.accuracy import accuracy_card, accuracy_section
+from coprune.report.answers_page import answers_section
 from coprune.report.card import percent
 from coprune.report.charts import bins_chart, heat_map, matrix_rows, zero_shot_bars
 from coprune.report.html import card, chart, copyable, page, section, table, text
@@ -40,6 +41,8 @@ def run_page(report: Report, speed: Sequence[str] = ()) -> str:
         note = "‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs of each matrix: how much of its output was lost."
         parts.append(section("Layer error", chart("layer-error"), note=note))
     parts.append(_picker(report))
+    if report.answers is not None:
+        parts.append(answers_section(report.answers, report.required))
     if report.sample is not None:
         parts.append(_sample(report))
     parts += [*speed, _events(report), _phases(report), _recipe(report)]

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown
+from coprune.evaluation.answers.answered import AnswerFacts
+from coprune.evaluation.answers.requirements import Requirement, answer_rows
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
@@ -106,6 +108,11 @@ class Report(Shown, BaseModel):
     saved_model: Path | None = None
     zero_shot: ZeroShotFacts | None = None
     sample: TextSample | None = None
+    answers: AnswerFacts | None = None
+    """What the models write, where that was looked at."""
+    no_answers: str | None = None
+    """Why it was not, where it would have been."""
+    required: tuple[Requirement, ...] = ()
     phases: list[PhaseFacts] = []
     accuracy: list[AccuracyFacts] = []
     bos: BosChoice | None = None
@@ -163,6 +170,7 @@ class Report(Shown, BaseModel):
         rows += [("left", layer) for layer in self.left_out]
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
         rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
+        rows += answer_rows(self.answers, self.no_answers, self.required)
         if self.events:
             rows.append(("events", f"{len(self.events)} numerical events, the first: {self.events[0]}"))
         if self.saved_model is not None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from coprune.data.given import CalibrationData, TextData
+from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, PatternPart, ReconstructionPart, SelectionPart
@@ -106,6 +107,14 @@ class OutcomeArguments(TypedDict, total=False):
     limit: int | None
     prompt: str
     layer_error: bool
+    answers: AnswersPart | Mapping[str, Any]
+    generate: File | None
+    generate_prompts: int | None
+    generate_tokens: int
+    generate_temperature: float
+    generate_seed: int
+    gate: bool
+    require: str | None
     output: OutputPart | Mapping[str, Any]
     save: File | None
     save_model: File | None

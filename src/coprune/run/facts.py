@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
 from coprune.data.images import LabelledImages
+from coprune.evaluation.answers.requirements import judge
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
 from coprune.model.checkpoint.load import has_auto_class
@@ -64,6 +65,9 @@ def build_report(session: Session, found: Found) -> Report:
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),
         sample=found.extras.sample(),
+        answers=(answers := found.extras.look.facts()),
+        no_answers=found.extras.look.left_out,
+        required=judge(opened.recipe.answers.conditions, answers),
         phases=found.phases,
     )
 

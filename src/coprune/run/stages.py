@@ -128,11 +128,14 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     extras = Extras.prepare(recipe, around.processes.size)
     session = _open(recipe, given, around, reuse)
     loaded = session.opened.loaded
+    if first:
+        extras.look.prepare(loaded, around.reporter)
     phases.done(Phase.PREPARE)
     output = _open_output(session) if first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
+    extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)
     removes = bool(recipe.structure.remove)
     outcome = remove_parts(session, output) if removes else prune_blocks(session, output, reuse)

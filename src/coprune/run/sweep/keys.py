@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from coprune.data import EvaluationText
+from coprune.evaluation.answers.questions import plan_of
 from coprune.model.opened import streams
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
@@ -23,8 +24,12 @@ def estimate_key(recipe: Recipe) -> str:
 def dense_key(session: Session) -> str:
     """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
     texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
-    names = ("seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt")
+    names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
+    names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
     settings = {name: session.opened.recipe.setting(name) for name in names}
+    recipe = session.opened.recipe
+    plan = plan_of(recipe.answers, recipe.output.model is not None)
+    settings["answers"] = None if plan is None else plan.prompts.fingerprint
     return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from coprune.data import EvaluationText
+from coprune.evaluation.answers.answered import Answers
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured, Perplexity
@@ -45,6 +46,7 @@ class DenseFacts(BaseModel):
     perplexity: dict[str, Perplexity]
     zero_shot: ZeroShot | None
     text: str | None
+    answers: Answers | None = None
     seconds: float
 
 
@@ -131,8 +133,8 @@ class SweepReuse(Reuse):
             anew = measure()
             perplexity = {name: one for name, one in anew.items() if isinstance(one, Perplexity)}
             zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
-            seconds = time.perf_counter() - started
-            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, seconds=seconds)
+            seconds, answers = time.perf_counter() - started, extras.look.dense
+            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=answers, seconds=seconds)
 
         key = dense_key(session)
         with self._alone(key):
@@ -144,6 +146,7 @@ class SweepReuse(Reuse):
             extras.zero_shot["dense"] = facts.zero_shot
         if facts.text is not None:
             extras.texts["dense"] = facts.text
+        extras.look.dense = facts.answers
         return dict(facts.perplexity)
 
     def gathered(

@@ -1,0 +1,145 @@
+"""Let a model answer prompts, and measure how far it diverges from the dense model along that one's answers."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.base.progress import Reporter
+from coprune.evaluation.answers.answered import Along, Answered, Answers
+from coprune.evaluation.answers.questions import Questions
+from coprune.evaluation.batches import bootstrap_interval, inference_logits, slices
+from coprune.model.generation import Generation, generate
+from coprune.model.walk.record import forward_logits, input_device
+
+_BATCH = 16
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    reporter: Reporter,
+    batch_size: int | None = None,
+) -> Answers:
+    """Let a model answer, greedily and, if the plan says so, sampled.
+
+    Args:
+        model: in memory; it is not changed.
+        tokenizer: its tokenizer.
+        questions: the prompts, as token ids.
+        reporter: whose bar goes on with every token.
+        batch_size: prompts at a time (default: 16).
+
+    Returns:
+        One answer per prompt and way.
+    """
+    found = [_ask(model, tokenizer, questions, 0.0, reporter, batch_size or _BATCH)]
+    if (temperature := questions.plan.temperature) > 0:
+        found.append(_ask(model, tokenizer, questions, temperature, reporter, batch_size or _BATCH))
+    return Answers(greedy=found[0], sampled=found[1] if len(found) > 1 else ())
+
+
+def _ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    temperature: float,
+    reporter: Reporter,
+    batch_size: int,
+) -> tuple[Answered, ...]:
+    settings = Generation(
+        max_new_tokens=questions.new_tokens,
+        temperature=temperature,
+        seed=questions.plan.seed,
+        batch_size=batch_size,
+        end_ids=questions.ends,
+        pad_id=questions.pad,
+    )
+    way = f"sampled at {temperature:g}" if temperature else "greedy"
+    with reporter.bar(f"Answers, {way}", len(questions.ids) * questions.new_tokens) as advance:
+        answers = generate(model, [list(ids) for ids in questions.ids], settings, advance)
+    return tuple(
+        Answered(
+            text=str(tokenizer.decode(answer.tokens, skip_special_tokens=True)),
+            tokens=tuple(answer.tokens),
+            ended=answer.ended,
+            seconds=answer.seconds,
+        )
+        for answer in answers
+    )
+
+
+def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -> Iterator[Tensor]:
+    """A model's logits wherever a token of the (dense model's) greedy answers is predicted.
+
+    Args:
+        model: in memory.
+        questions: the prompts.
+        answers: to them.
+
+    Yields:
+        Of every answer that has a token: tokens × vocabulary, in the model's dtype, on its device.
+    """
+    device = input_device(model)
+    for prompt, answer in zip(questions.ids, answers.greedy, strict=True):
+        if not answer.tokens:
+            continue
+        text = torch.tensor([[*prompt, *answer.tokens]], dtype=torch.int64, device=device)
+        # One by one, so that no padding and no other answer has a part in it.
+        with inference_logits(model):
+            logits = forward_logits(model, text, last=len(answer.tokens) + 1)
+        yield logits[0, -len(answer.tokens) - 1 : -1]
+
+
+def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along | None:
+    """Mean KL(dense ‖ other) of the next-token distributions along answers.
+
+    Args:
+        dense: the dense model's logits, an answer each: tokens × vocabulary.
+        rows: the other model's, likewise.
+
+    Returns:
+        Means over answers with their interval; infinite where the other model's output is NaN. None without any answer.
+    """
+    means = [_divergence(expected, found) for expected, found in zip(dense, rows, strict=True)]
+    if not means:
+        return None
+    kl = torch.stack(means)
+    if bool(kl.isnan().any()):
+        return Along(kl=math.inf, interval=None)
+    # Rounding can bring the divergence of equal distributions below its true minimum.
+    return Along(kl=max(0.0, float(kl.mean())), interval=bootstrap_interval(kl))
+
+
+def _divergence(dense: Tensor, rows: Tensor) -> Tensor:
+    """Mean over one answer's tokens: float64, on the CPU."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in slices(dense):
+        expected = functional.log_softmax(dense[part].to(device=rows.device, dtype=torch.float32), dim=-1)
+        found = functional.log_softmax(rows[part].to(torch.float32), dim=-1)
+        total += functional.kl_div(found, expected, reduction="none", log_target=True).sum(dtype=torch.float64).cpu()
+    return total / len(dense)
+
+
+class KeptRows:
+    """Logits of a model that is about to be changed, in a file without a name: they may be larger than the memory."""
+
+    def __init__(self, rows: Iterable[Tensor]) -> None:
+        self._file = tempfile.TemporaryFile(prefix="coprune-logits-")  # noqa: SIM115
+        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        for one in rows:
+            self._kinds.append((one.shape, one.dtype))
+            self._file.write(one.contiguous().cpu().view(torch.uint8).numpy().data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self._file.seek(0)
+        for shape, dtype in self._kinds:
+            raw = bytearray(self._file.read(shape.numel() * dtype.itemsize))
+            yield torch.frombuffer(raw, dtype=dtype).view(shape)

@@ -1,0 +1,101 @@
+"""One run's look at what its models write: the dense one before, the result afterwards, side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.base.words import Command, Set, Words, say
+from coprune.evaluation.answers.answered import Along, AnswerFacts, Answers, facts_of
+from coprune.evaluation.answers.asking import KeptRows, ask, divergence, rows_along
+from coprune.evaluation.answers.questions import Plan, Questions, questions_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from coprune.model.opened import Loaded
+
+_LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin"), Set("against", ...)))
+
+
+class Look:
+    """What is looked at, and what was seen so far.
+
+    plan: what the run looks at; None for nothing.
+    """
+
+    def __init__(self, plan: Plan | None) -> None:
+        self._plan = plan
+        self._questions: Questions | None = None
+        self._rows: KeptRows | None = None
+        self._along: Along | None = None
+        self.dense: Answers | None = None
+        self.answers: Answers | None = None
+        self.left_out: str | None = None
+        """Why there are no answers, where some were to be looked at."""
+
+    def prepare(self, loaded: Loaded, reporter: Reporter) -> None:
+        """Turn the prompts into the model's tokens, or find that they are left out.
+
+        Raises:
+            BadInput: answers that somebody asked for cannot be had.
+        """
+        if self._plan is None:
+            return
+        try:
+            self._questions = _questions(self._plan, loaded)
+        except BadInput as error:
+            if self._plan.is_asked:
+                raise
+            # A classifier has none to look at, which goes without saying.
+            if loaded.task == "text":
+                self.left_out = say(error.cause)
+                reporter.say(f"What the model writes is not looked at: {self.left_out}.")
+
+    def ask(
+        self,
+        which: Literal["dense", "pruned"],
+        loaded: Loaded,
+        reporter: Reporter,
+        batch_size: int | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        """Let a model answer. model: the one to ask, if it is not the loaded one itself."""
+        if self._questions is None or loaded.tokenizer is None:
+            return
+        model = loaded.model if model is None else model
+        answers = ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
+        if which == "dense":
+            self.dense = answers
+            return
+        self.answers = answers
+        if self._rows is not None and self.dense is not None:
+            self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
+
+    def keep_rows(self, loaded: Loaded) -> None:
+        """Keep the dense model's logits along its answers, before the model is changed."""
+        if self._questions is not None and self.dense is not None and self._questions.plan.measures_kl:
+            self._rows = KeptRows(rows_along(loaded.model, self._questions, self.dense))
+
+    def facts(self) -> AnswerFacts | None:
+        """Both models' answers side by side, once the second has answered."""
+        if self._questions is None or self.answers is None:
+            return None
+        prompts = self._questions.plan.prompts.texts
+        return facts_of(self._questions.asked, prompts, self.dense, self.answers, self._along)
+
+
+def _questions(plan: Plan, loaded: Loaded) -> Questions:
+    fix: Words | None = None
+    if loaded.task != "text":
+        cause = "the model classifies images, and writes nothing"
+    elif loaded.weights.streams:
+        cause, fix = "the model is streamed, block by block", _LATER
+    elif loaded.tokenizer is None:
+        cause, fix = "the model has no tokenizer", "put the tokenizer's files beside the model"
+    elif not loaded.model.can_generate():
+        cause = f"{type(loaded.model).__name__} does not write text, token by token"
+    else:
+        return questions_for(plan, loaded.tokenizer, loaded.model)
+    raise BadInput(cause, field="generate", fix=fix)

@@ -1,0 +1,151 @@
+"""Prompts as a model takes them: token ids, in the chat template of a tokenizer that has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Setting
+from coprune.evaluation.answers.answered import Asked
+from coprune.evaluation.answers.prompts import Prompts, read_prompts, short_prompts
+from coprune.evaluation.answers.repetition import LEAST_TOKENS
+from coprune.model.generation import positions_of
+from coprune.recipe.answers import AnswersPart
+
+_SHORT_ANSWER = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which prompts are answered, and how."""
+
+    prompts: Prompts
+    new_tokens: int
+    temperature: float
+    """Of sampled answers; 0 for greedy ones alone."""
+    seed: int
+    is_asked: bool
+    """Whether somebody asked for it; else it is left out where it cannot be done."""
+    measures_kl: bool
+    is_short: bool
+    """Whether it is the few short answers that every run looks at which saves a model."""
+
+
+def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
+    """What a run looks at: what is asked for, or a few short answers where it saves a model, or nothing.
+
+    Args:
+        asked: the settings.
+        saves: whether the run saves a model.
+
+    Raises:
+        BadInput: as `read_prompts`.
+    """
+    kl = any(condition.name == "kl" for condition in asked.conditions)
+    if asked.prompts is not None:
+        prompts = read_prompts(asked.prompts, asked.count)
+        whole = dict(is_asked=True, measures_kl=True, is_short=False)
+        return Plan(prompts, asked.new_tokens, asked.temperature, asked.seed, **whole)
+    if asked.require is None and not (asked.gate and saves):
+        return None
+    few = dict(is_asked=asked.is_asked, measures_kl=kl, is_short=True)
+    return Plan(short_prompts(), _SHORT_ANSWER, 0.0, asked.seed, **few)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of a plan for one model."""
+
+    plan: Plan
+    ids: tuple[tuple[int, ...], ...]
+    new_tokens: int
+    """Most tokens of an answer: the plan's, or as many as the model has room for."""
+    chat: bool
+    ends: tuple[int, ...]
+    """Tokens that end an answer."""
+    pad: int
+
+    @property
+    def asked(self) -> Asked:
+        """What is told of them."""
+        plan = self.plan
+        return Asked(
+            prompts=plan.prompts.source,
+            fingerprint=plan.prompts.fingerprint,
+            chat=self.chat,
+            new_tokens=self.new_tokens,
+            temperature=plan.temperature,
+            seed=plan.seed,
+            short=plan.is_short,
+        )
+
+
+def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Questions:
+    """Turn a plan's prompts into token ids.
+
+    Args:
+        plan: the prompts, and how they are answered.
+        tokenizer: the model's.
+        model: whose configuration says how long a text may be, and which tokens end it.
+
+    Returns:
+        One sequence of token ids per prompt.
+
+    Raises:
+        BadInput: the chat template fails, a prompt is no token, or one is too long for the model with its answer.
+    """
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    ids = tuple(
+        tuple(_encode(tokenizer, prompt, chat, place)) for place, prompt in enumerate(plan.prompts.texts, start=1)
+    )
+    new_tokens = _room(plan, [len(one) for one in ids], positions_of(model))
+    ends = _ends(tokenizer, model)
+    pad = tokenizer.pad_token_id
+    return Questions(plan, ids, new_tokens, chat, ends, pad if isinstance(pad, int) else next(iter(ends), 0))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: int) -> list[int]:
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        try:
+            text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of somebody else's: whatever it raises
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            fix = "mend the tokenizer's chat_template, or remove it, so that prompts are continued as they stand"
+            cause = f"the tokenizer's chat template fails on prompt {place}: {said}"
+            raise BadInput(cause, field="generate", fix=fix) from error
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = list(tokenizer(prompt)["input_ids"])
+    if not ids:
+        raise BadInput(f"prompt {place} is no token of the model's tokenizer", field="generate", value=prompt)
+    return ids
+
+
+def _room(plan: Plan, lengths: list[int], limit: int | None) -> int:
+    """The most tokens that an answer gets."""
+    longest = max(lengths)
+    if limit is None or longest + plan.new_tokens <= limit:
+        return plan.new_tokens
+    # A few short answers that nobody asked for may be shorter, as long as loops can be told.
+    if not plan.is_asked and limit - longest >= LEAST_TOKENS:
+        return limit - longest
+    place = lengths.index(longest) + 1
+    raise BadInput(
+        f"prompt {place} has {longest} tokens, and with {plan.new_tokens} of an answer it is longer than the model's "
+        f"limit of {limit} positions",
+        field="generate",
+        fix=("leave it out, or ask for shorter answers with ", Setting("generate_tokens")),
+    )
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's settings for generation."""
+    generation = getattr(model, "generation_config", None)
+    known = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+    known += [model.config.get_text_config().eos_token_id]
+    found = [end for one in known for end in (one if isinstance(one, list | tuple) else [one])]
+    return tuple(dict.fromkeys(end for end in found if isinstance(end, int)))

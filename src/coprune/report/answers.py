@@ -1,0 +1,80 @@
+"""What a model writes, on its card: figures of its answers beside the dense model's, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coprune.evaluation.answers.answered import AnswerFacts, Figures, Way
+from coprune.evaluation.answers.requirements import Requirement
+from coprune.report.markdown import inline
+
+_SHOWN = 2
+_MOST_LETTERS = 600
+# What each figure is called, and how it is written.
+_FIGURES: dict[str, Callable[[Figures], str]] = {
+    "answers that loop": lambda found: f"{found.loops} of {found.answers}",
+    "answers that end by themselves": lambda found: f"{found.ended} of {found.answers}",
+    "tokens of an answer": lambda found: f"{found.tokens:.1f}",
+    "distinct tokens (distinct-1)": lambda found: f"{found.distinct1:.3f}",
+    "distinct pairs (distinct-2)": lambda found: f"{found.distinct2:.3f}",
+    "distinct threes (distinct-3)": lambda found: f"{found.distinct3:.3f}",
+    "longest repeat in tokens": lambda found: f"{found.repeat}",
+    "seconds of an answer": lambda found: f"{found.seconds:.2f}",
+}
+
+
+def answer_table(facts: AnswerFacts) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each figure of the dense model and of this one, for greedy and for sampled answers."""
+    ways = [("greedy", facts.greedy)]
+    ways += [(f"sampled at {facts.temperature:g}", facts.sampled)] if facts.sampled is not None else []
+    two = facts.greedy.dense is not None
+    header = ["figure", *(f"{name}, {of}" for name, _ in ways for of in ([facts.reference] if two else []) + ["model"])]
+    rows = []
+    for name, show in _FIGURES.items():
+        cells = [show(found) for _, way in ways for found in ([way.dense] if way.dense else []) + [way.figures]]
+        rows.append([name, *cells])
+    if two:
+        rows += [[name, *(cell for _, way in ways for cell in ("", show(way)))] for name, show in _LIKENESS.items()]
+    if facts.along is not None:
+        kl = f"{facts.along.kl:.4f}"
+        rows.append(["KL along the dense model's answers (nats a token)", "", kl, *[""] * (len(header) - 3)])
+    return header, rows
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+_LIKENESS: dict[str, Callable[[Way], str]] = {
+    "tokens that agree until the first difference": lambda way: _share(way.likeness.agreed if way.likeness else None),
+    "letters in the same script": lambda way: _share(way.likeness.script if way.likeness else None),
+}
+
+
+def note(facts: AnswerFacts) -> str:
+    """Which prompts, and how they were put."""
+    how = "in the tokenizer's chat template" if facts.chat else "continued as they stand"
+    return f"Prompts: {facts.prompts} ({len(facts.samples)}), {how}; at most {facts.new_tokens} tokens an answer."
+
+
+def answers_markdown(facts: AnswerFacts, required: Sequence[Requirement]) -> str:
+    """The section of a card."""
+    header, rows = answer_table(facts)
+    lines = [f"**{facts.verdict()}** (greedy). {inline(note(facts))}", ""]
+    lines += [
+        f"| {' | '.join(header)} |",
+        "| --- " * len(header) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+    lines += [f"- Required: {inline(one.line())}" for one in required]
+    for sample in facts.samples[:_SHOWN]:
+        lines += ["", f"> {inline(sample.prompt)}", ""]
+        lines += [] if sample.dense is None else [f"- {facts.reference}: {inline(shortened(sample.dense))}"]
+        lines.append(f"- this model: {inline(shortened(sample.answer))}")
+    return "\n".join(lines)
+
+
+def shortened(answer: str) -> str:
+    """An answer, cut where it is longer than one wants to read."""
+    return answer if len(answer) <= _MOST_LETTERS else f"{answer[:_MOST_LETTERS]} …"

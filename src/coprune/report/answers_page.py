@@ -1,0 +1,36 @@
+"""What a model writes, on the page of a run: figures of its answers beside the dense model's, and samples side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coprune.evaluation.answers.answered import AnswerFacts
+from coprune.evaluation.answers.requirements import Requirement
+from coprune.report.answers import answer_table, note, shortened
+from coprune.report.html import section, table, text
+
+_SHOWN = 12
+
+
+def answers_section(facts: AnswerFacts, required: Sequence[Requirement]) -> str:
+    """The section of a run's page, as HTML."""
+    warn = ' class="warn"' if facts.degenerates else ""
+    lines = f"<p{warn}>{text(facts.verdict())}.</p>"
+    lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)
+    # Those that loop come first, since they are what to look at.
+    shown = sorted(facts.samples, key=lambda sample: not sample.loops)[:_SHOWN]
+    samples = "".join(
+        f'<p class="soft">{text(sample.prompt)}</p><div class="two">'
+        f"{_quote(facts.reference, sample.dense, bool(sample.dense_loops))}{_quote('pruned', sample.answer, sample.loops)}"
+        "</div>"
+        for sample in shown
+    )
+    return section("What it writes", lines, table(*answer_table(facts)), samples, note=note(facts))
+
+
+def _quote(which: str, answer: str | None, loops: bool) -> str:
+    if answer is None:
+        return ""
+    tag = f"{which}, loops" if loops else which
+    said = f"<blockquote>{text(shortened(answer))}</blockquote>"
+    return f'<div class="panel"><div class="tag {which}">{text(tag)}</div>{said}</div>'
