@@ -54,7 +54,7 @@ class Workbench:
             result = coprune.prune(row.model, row.method, **settings)
         elif row.where == "folder":
             saved = scratch / "pruned"
-            result = coprune.prune(self._saved(row.model), row.method, save_model=saved, **settings)
+            result = coprune.prune(self._saved(row.model), row.method, save_model=saved, gate=False, **settings)
             return figures_of(result.report, _written(saved))
         else:
             model, tokenizer = self._model(row.model)

@@ -99,7 +99,10 @@ def make_place(folder: Path) -> None:
     (folder / "unknown.yaml").write_text("model: model\nsparsitty: 0.5\n")
     (folder / "wrong.yaml").write_text("model: model\nnsamples: plenty\noptions: {group: column}\n")
     (folder / "allocation.yaml").write_text('"*": 0.5\n')
-    for name in ("truncated", "shardless", "nan", "configless", "garbled"):
+    (folder / "questions.jsonl").write_text('{"prompt": "w5 w6"}\n{"question": "w7"}\n')
+    (folder / "nothing.jsonl").write_text("\n")
+    (folder / "good.jsonl").write_text('{"prompt": "w5 w6"}\n')
+    for name in ("truncated", "shardless", "nan", "configless", "garbled", "templated"):
         (folder / name).mkdir()
         for file in model.iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
@@ -107,6 +110,7 @@ def make_place(folder: Path) -> None:
 
 
 def _damage(folder: Path, model: Path) -> None:
+    (folder / "templated" / "chat_template.jinja").write_text("{{ raise_exception('no prompts here') }}")
     shards = sorted(path.name for path in model.glob("*.safetensors"))
     assert len(shards) > 1
     whole = (model / shards[-1]).read_bytes()

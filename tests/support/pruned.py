@@ -63,6 +63,7 @@ def settings_for(folder: Path, model: Path, text: Path, **changes: Any) -> dict[
         "learning_rate": 1e-2,
         "device": "cpu",
         "evaluate": False,
+        "gate": False,
         "evaluations": 0,
         "save": folder,
         **changes,

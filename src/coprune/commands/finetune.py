@@ -8,6 +8,7 @@ import typer
 
 from coprune.base.environment import rank
 from coprune.commands.options import finetune_options, with_options
+from coprune.commands.terminal import end_unless_held
 from coprune.training.settings import make_settings
 
 
@@ -29,3 +30,4 @@ def finetune(
     if rank() == 0:
         typer.echo(str(report))
         typer.echo(f"curves    {report.settings.run_folder / 'finetune.json'}")
+        end_unless_held(report.required)

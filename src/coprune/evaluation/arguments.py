@@ -15,6 +15,11 @@ class MeasureArguments(TypedDict, total=False):
     num_fewshot: int
     include_path: str | Path | None
     limit: int | None
+    generate: str | Path | None
+    generate_prompts: int | None
+    generate_tokens: int
+    generate_temperature: float
+    generate_seed: int
     seqlen: int | None
     bos: Literal["auto", "first", "every", "never"]
     batch_size: int | None

@@ -9,7 +9,7 @@ from coprune.base.progress import Reporter
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.changes import row
 from coprune.evaluation.comparison import Comparison
-from coprune.evaluation.extras import Extras, nothing_to_measure
+from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure import Subject
 from coprune.recipe.recipe import Recipe
 
@@ -30,7 +30,7 @@ def compare_models(
         raise BadInput(
             "a comparison needs two models or more, of which the first is the baseline", field="models", value=models
         )
-    if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
+    if not measures_anything(recipe):
         raise nothing_to_measure()
     found = [recipe.replaced(model=model_of(name)) for name in models]
     tasks = Extras.prepare(recipe).tasks

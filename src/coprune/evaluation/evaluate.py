@@ -11,9 +11,9 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.data.given import TextData, handed_over
 from coprune.evaluation.arguments import MeasureArguments
-from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.evaluation.evaluation import Evaluation
-from coprune.evaluation.extras import Extras, nothing_to_measure
+from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.sources import Held, Model
 from coprune.model.opened import refuse_what_loading_decides
@@ -41,8 +41,9 @@ def evaluate(
         processor: the tokenizer or image processor of models in memory.
         quiet: no progress bars and lines on standard error.
         settings: `tasks` of lm-eval, or the papers' seven with `zero_shot=True`, with `num_fewshot`, `include_path` and
-            `limit` (items of each); `seqlen`, `batch_size` and `tokens` of the texts; `images` of each set; `dtype`,
-            `device` and `cache_dir` of models that are loaded.
+            `limit` (items of each); `generate` (`builtin`, or a file of prompts) for answers, with `generate_prompts`,
+            `generate_tokens`, `generate_temperature` and `generate_seed`; `seqlen`, `batch_size` and `tokens` of the texts;
+            `images` of each set; `dtype`, `device` and `cache_dir` of models that are loaded.
 
     Returns:
         Everything that was measured, with 95 % intervals.
@@ -63,19 +64,21 @@ def _evaluate(
     if held[0] is not None and (held[1] is not None or against is None):
         refuse_what_loading_decides(settings)
     recipe = measuring_recipe(held[0].name if held[0] else str(model), settings)
-    if not recipe.evaluation.data and not recipe.evaluation.runs_tasks:
+    if not measures_anything(recipe):
         raise nothing_to_measure()
-    if against is not None and not recipe.evaluation.data:
+    if against is not None and not recipe.evaluation.data and recipe.answers.prompts is None:
         raise BadInput(
-            "closeness to another model is measured on text",
+            "closeness to another model is measured on text, or along its answers",
             field="against",
             value=against,
-            fix=("name a text with ", Setting("data")),
+            fix=("name a text with ", Setting("data"), ", or prompts with ", Setting("generate")),
         )
     cache, dense = EvaluationCache(None), None
     tasks = Extras.prepare(recipe).tasks
     if against is not None:
-        dense = Subject(recipe.replaced(model=str(against)), cache, reporter, None, held[1])
+        # What a model in files answered, and how its texts begin, is kept; one in memory may change.
+        kept = cache if held[1] is not None else EvaluationCache(default_cache_folder())
+        dense = Subject(recipe.replaced(model=str(against)), kept, reporter, None, held[1])
     subject = Subject(recipe, cache, reporter, tasks, held[0])
     if dense is not None:
         subject.begin_as(dense)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.shown import Sheet, Shown
+from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.zero_shot import Estimate, ZeroShot
@@ -48,6 +49,8 @@ class Evaluation(Shown, _Facts):
     against: str | None = None
     """The model that closeness was measured to."""
     closeness: tuple[Closeness, ...] = ()
+    answers: AnswerFacts | None = None
+    """What it writes, beside that model."""
 
     def headline(self) -> str:
         """The model, and the first of what was measured."""
@@ -55,6 +58,7 @@ class Evaluation(Shown, _Facts):
         first += [f"top-1 accuracy {found.top1:.2%} on {found.data}" for found in self.accuracy]
         if self.zero_shot is not None and self.zero_shot.mean is not None:
             first.append(f"mean acc {self.zero_shot.mean.value:.2%} over {len(self.zero_shot.tasks)} tasks")
+        first += [] if self.answers is None else [self.answers.verdict()]
         return ": ".join([Path(self.model).name, *first[:1]])
 
     def sheet(self) -> Sheet:
@@ -70,6 +74,7 @@ class Evaluation(Shown, _Facts):
             rows.append((task.task, f"{metrics} ({task.items} items, {task.num_fewshot}-shot, version {task.version})"))
         if zero_shot is not None and zero_shot.mean is not None:
             rows.append((f"mean of acc over {len(zero_shot.tasks)} tasks", percent(zero_shot.mean)))
+        rows += [] if self.answers is None else self.answers.lines()
         return Sheet(self.headline(), rows)
 
 

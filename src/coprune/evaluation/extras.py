@@ -44,13 +44,18 @@ class Extras:
     texts: dict[Which, str] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, recipe: Recipe, processes: int = 1) -> Extras:
+    def prepare(cls, recipe: Recipe, processes: int = 1, in_files: bool = False) -> Extras:
         """Find what the recipe asks for.
+
+        Args:
+            recipe: of the run.
+            processes: how many do the run together.
+            in_files: whether the recipe names the model, and none was handed over.
 
         Raises:
             BadInput: as `harness_tasks.find_tasks` and `read_prompts`, or for tasks in several processes.
         """
-        look = Look(plan_of(recipe.answers, recipe.output.model is not None))
+        look = Look(plan_of(recipe.answers, recipe.output.model is not None), recipe.model if in_files else None)
         if not recipe.evaluation.runs_tasks:
             return cls(recipe, None, look)
         if processes > 1:
@@ -65,7 +70,7 @@ class Extras:
         return cls(recipe, find_tasks(zero_shot_settings(recipe)), look)
 
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
-        """Run the tasks, and let the model answer and continue the prompt, as far as it is in memory."""
+        """Run the tasks, let the dense model answer, and continue the prompt, as far as the model is in memory."""
         asked, weights, tokenizer = self.recipe.evaluation, loaded.weights, loaded.tokenizer
         if weights.streams or tokenizer is None or (which == "dense" and not asked.dense):
             return
@@ -80,7 +85,8 @@ class Extras:
                 reporter.say(
                     f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {found.mean.value:.2%}"
                 )
-        self.look.ask(which, loaded, reporter, self.recipe.calibration.batch_size)
+        if which == "dense":
+            self.look.ask_dense(loaded, reporter, self.recipe.calibration.batch_size)
         if asked.perplexity and asked.prompt:
             self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
 
@@ -95,6 +101,11 @@ class Extras:
             return None
         prompt = self.recipe.evaluation.prompt
         return TextSample(prompt=prompt, dense=self.texts.get("dense"), pruned=self.texts["pruned"])
+
+
+def measures_anything(recipe: Recipe) -> bool:
+    """Whether a recipe names texts, tasks or prompts."""
+    return bool(recipe.evaluation.data) or recipe.evaluation.runs_tasks or recipe.answers.prompts is not None
 
 
 def nothing_to_measure() -> BadInput:

@@ -12,6 +12,9 @@ from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
 from coprune.data.images import LabelledImages
+from coprune.evaluation.answers.facts import AnswerFacts
+from coprune.evaluation.answers.measured import MeasuredAnswers
+from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.bos import BosChoice, score_in_memory
 from coprune.evaluation.cache import EvaluationCache, text_fingerprint
 from coprune.evaluation.closeness import closeness
@@ -59,6 +62,12 @@ class Subject:
         self._asked = split_texts(recipe.evaluation.data)
         self._tasks = tasks
         self._cache = cache
+        plan = plan_of(recipe.answers, saves=False)
+        if plan is not None and self.classifies:
+            raise BadInput(f"{self.name} classifies images, and writes nothing", field="generate")
+        self._answers = None
+        if plan is not None:
+            self._answers = MeasuredAnswers(recipe, plan, self.fingerprint, lambda: self.loaded, cache, reporter)
         self._reporter = reporter
         self._loaded: Loaded | None = None
         self._texts: dict[str, Any] = {}
@@ -79,7 +88,7 @@ class Subject:
         self._texts = {}
 
     def begin_as(self, other: Subject) -> None:
-        """Let windows of text begin as those of another model, so that both are measured on the same tokens."""
+        """Measure as another model is: windows of text begin as its do, and answers stand beside its answers."""
         self._leader = other
 
     @cached_property
@@ -112,6 +121,7 @@ class Subject:
             bos=self.bos,
             accuracy=self._accuracies() if self.classifies else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
+            answers=self.answers(self._leader),
         )
 
     def _accuracies(self) -> tuple[Accuracy, ...]:
@@ -145,6 +155,12 @@ class Subject:
             )
             for text in self._asked
         )
+
+    def answers(self, dense: Subject | None = None) -> AnswerFacts | None:
+        """What the model writes, beside another one's answers; None where nothing is asked."""
+        if self._answers is None:
+            return None
+        return self._answers.facts(None if dense is None else dense._answers)
 
     def _count(self) -> WeightFacts:
         return weight_facts(self.loaded.model, self._source.bytes_of_weights())

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from coprune.evaluation.answer_columns import answer_columns
 from coprune.evaluation.changes import AccuracyChange, Row
+from coprune.evaluation.columns import Column, Number, plain
 from coprune.evaluation.measurement import Accuracy, Interval
 from coprune.evaluation.zero_shot import Estimate
-
-Number = float | int | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure of every row. value: the bare number; show: the number for people."""
-
-    title: str
-    value: Callable[[Row], Number]
-    show: Callable[[Row], str]
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
     """The columns that compared models fill; the first of them is the baseline."""
     first = rows[0].evaluation
     columns = [
-        _plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
-        _plain("non-zeros", lambda row: row.evaluation.weights.nonzeros, "{:,}"),
-        _plain("sparsity", lambda row: row.evaluation.weights.sparsity, "{:.2%}"),
-        _plain("matrix sparsity", lambda row: row.evaluation.weights.matrix_sparsity, "{:.2%}"),
-        _plain("bytes", lambda row: row.evaluation.weights.bytes_on_disk, "{:,}"),
+        plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
+        plain("non-zeros", lambda row: row.evaluation.weights.nonzeros, "{:,}"),
+        plain("sparsity", lambda row: row.evaluation.weights.sparsity, "{:.2%}"),
+        plain("matrix sparsity", lambda row: row.evaluation.weights.matrix_sparsity, "{:.2%}"),
+        plain("bytes", lambda row: row.evaluation.weights.bytes_on_disk, "{:,}"),
     ]
     for index, result in enumerate(first.perplexity):
         columns += _perplexity_columns(result.data, index)
@@ -38,6 +28,8 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     if len(rows) > 1:
         for index, near in enumerate(rows[1].evaluation.closeness):
             columns += _closeness_columns(near.data, index)
+    if first.answers is not None:
+        columns += answer_columns(first.answers.sampled is not None, against=len(rows) > 1)
     if first.zero_shot is not None:
         for index, task in enumerate(first.zero_shot.tasks):
             columns += _task_columns(task.task, task.main_metric, index)
@@ -46,14 +38,6 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
             _estimate("Δ mean acc", lambda row: row.zero_shot.mean_delta if row.zero_shot else None, signed=True),
         ]
     return columns
-
-
-def _plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
-    def show(row: Row) -> str:
-        number = value(row)
-        return "" if number is None else form.format(number)
-
-    return Column(title, value, show)
 
 
 def _estimate(title: str, estimate: Callable[[Row], Estimate | None], signed: bool = False) -> Column:
@@ -83,9 +67,9 @@ def _perplexity_columns(data: str, index: int) -> list[Column]:
         return f"× {change.ratio:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
 
     return [
-        _plain(f"perplexity {data}", lambda row: row.evaluation.perplexity[index].value, "{:.3f}"),
+        plain(f"perplexity {data}", lambda row: row.evaluation.perplexity[index].value, "{:.3f}"),
         Column(f"ratio {data}", ratio, show_ratio),
-        _plain(f"bits per byte {data}", lambda row: row.evaluation.perplexity[index].bits_per_byte, "{:.4f}"),
+        plain(f"bits per byte {data}", lambda row: row.evaluation.perplexity[index].bits_per_byte, "{:.4f}"),
     ]
 
 
@@ -105,7 +89,7 @@ def _accuracy_columns(data: str, index: int) -> list[Column]:
             signed=True,
         ),
         _share(f"top-5 {data}", lambda row: found(row).top5, lambda row: found(row).top5_interval),
-        _plain(f"same class {data}", lambda row: None if (it := change(row)) is None else it.agreement, "{:.2%}"),
+        plain(f"same class {data}", lambda row: None if (it := change(row)) is None else it.agreement, "{:.2%}"),
     ]
 
 
@@ -132,7 +116,7 @@ def _closeness_columns(data: str, index: int) -> list[Column]:
     def agreement(row: Row) -> Number:
         return row.evaluation.closeness[index].top1_agreement if row.evaluation.closeness else None
 
-    return [_plain(f"KL {data}", kl, "{:.4f}"), _plain(f"top-1 agreement {data}", agreement, "{:.2%}")]
+    return [plain(f"KL {data}", kl, "{:.4f}"), plain(f"top-1 agreement {data}", agreement, "{:.2%}")]
 
 
 def _task_columns(task: str, metric: str, index: int) -> list[Column]:

@@ -27,6 +27,11 @@ SETTINGS: dict[str, Setting] = {
     "num_fewshot": Setting("num_fewshot"),
     "include_path": Setting("include_path"),
     "limit": Setting("limit"),
+    "generate": Setting("generate"),
+    "generate_prompts": Setting("generate_prompts"),
+    "generate_tokens": Setting("generate_tokens"),
+    "generate_temperature": Setting("generate_temperature"),
+    "generate_seed": Setting("generate_seed"),
     "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
     "bos": Setting("bos"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
@@ -40,7 +45,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe that measures a model, on WikiText-2 unless a text or a task is named.
+    """The recipe that measures a model, on WikiText-2 unless a text, a task or prompts are named.
 
     Args:
         model: as in a recipe.
@@ -51,6 +56,7 @@ def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
     """
     named = {(SETTINGS[name].word if name in SETTINGS else name): value for name, value in settings.items()}
     recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
-    if recipe.evaluation.data is None and not recipe.evaluation.runs_tasks:
+    named_others = recipe.evaluation.runs_tasks or recipe.answers.prompts is not None
+    if recipe.evaluation.data is None and not named_others:
         return recipe.replaced(eval_data="wikitext2")
     return recipe

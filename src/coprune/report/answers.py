@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coprune.evaluation.answers.answered import AnswerFacts, Figures, Way
+from coprune.evaluation.answers.answered import Figures, Way
+from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement
 from coprune.report.markdown import inline
 

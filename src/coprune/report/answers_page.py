@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coprune.evaluation.answers.answered import AnswerFacts
+from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement
 from coprune.report.answers import answer_table, note, shortened
 from coprune.report.html import section, table, text

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown
-from coprune.evaluation.answers.answered import AnswerFacts
+from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement, answer_rows
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.extras import TextSample

@@ -20,8 +20,6 @@ from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
 from coprune.base.words import Set, Together, Words
 from coprune.evaluation.extras import Extras
-from coprune.evaluation.measurement import Measured
-from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.edits import Edits
@@ -38,6 +36,7 @@ from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
 from coprune.run.given import NOTHING, Given
 from coprune.run.journal import Output, run_identity
+from coprune.run.measuring import look_at_pruned, measure, measure_dense
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
 from coprune.run.removal.cut_and_prune import cut_and_prune
@@ -125,7 +124,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
     device = choose_device(recipe.model.device) if given.loaded is None else given.loaded.device
     phases, first = Phases(around.reporter, device), around.processes.first
-    extras = Extras.prepare(recipe, around.processes.size)
+    extras = Extras.prepare(recipe, around.processes.size, given.loaded is None)
     session = _open(recipe, given, around, reuse)
     loaded = session.opened.loaded
     if first:
@@ -134,15 +133,16 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     output = _open_output(session) if first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
-    dense = reuse.dense(session, extras, lambda: _measure_dense(session, extras))
+    dense = reuse.dense(session, extras, lambda: measure_dense(session, extras))
     extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)
     removes = bool(recipe.structure.remove)
     outcome = remove_parts(session, output) if removes else prune_blocks(session, output, reuse)
     phases.done(Phase.PRUNE)
-    pruned = _measure(session, "pruned")
+    pruned = measure(session, "pruned")
     if first:
         extras.measure("pruned", loaded, around.reporter)
+        look_at_pruned(session, extras, outcome.edits)
     phases.done(Phase.MEASURE_PRUNED)
     total = time.perf_counter() - started
     report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total))
@@ -210,27 +210,6 @@ def _open_output(session: Session) -> Output | None:
     identity = run_identity(recipe.replaced(bos=used), opened.loaded.fingerprint(model.blocks), opened.fingerprint)
     folder = recipe.output.model or path_of(recipe.run_folder, "checkpoint")
     return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
-
-
-def _measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
-    """Everything that is measured of the dense model."""
-    opened = session.opened
-    found = _measure(session, "dense") if opened.recipe.evaluation.dense else {}
-    if opened.around.processes.first:
-        extras.measure("dense", opened.loaded, opened.around.reporter)
-    return found
-
-
-def _measure(session: Session, which: str) -> dict[str, Measured]:
-    """Perplexity or accuracy on everything that is measured on."""
-    opened, found = session.opened, dict[str, Measured]()
-    reporter, task = opened.around.reporter, opened.task
-    for name, data in opened.data.items():
-        with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
-            measured = task.measure(session.model, data, opened.activations(), advance)
-        found[name] = named(measured, name, data)
-        reporter.say(found[name].of_model(which))
-    return found
 
 
 def _save(session: Session, output: Output | None, report: Report, edits: Edits) -> None:

@@ -6,6 +6,7 @@ So either half can be interrupted and goes on, and the pruned model stays to be 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
@@ -76,7 +77,11 @@ def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
         perplexity={one.data: one.after for one in found.perplexity},
         top1={one.data: one.after_top1 for one in found.accuracy},
     )
-    return report.model_copy(update={"recipe": recipe, "finetuned": facts, "saved_model": found.saved_model})
+    answers = found.answers
+    if answers is not None and answers.reference == "before":
+        answers = answers.beside(report.answers)
+    update = {"recipe": recipe, "finetuned": facts, "saved_model": found.saved_model, "answers": answers}
+    return report.model_copy(update=update | {"no_answers": found.no_answers, "required": found.required})
 
 
 def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
@@ -90,7 +95,8 @@ def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
 
 def pruning_of(recipe: Recipe) -> Recipe:
     """The recipe of the pruning alone."""
-    return recipe.replaced(finetune=None, finetune_minutes=None, save_model=recipe.run_folder / "pruned")
+    pruned = recipe.run_folder / "pruned"
+    return recipe.replaced(finetune=None, finetune_minutes=None, save_model=pruned, generate=None, require=None)
 
 
 def settings_of(recipe: Recipe) -> FinetuneSettings:
@@ -113,11 +119,28 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "eval_tokens": recipe.evaluation.tokens,
             "bos": recipe.calibration.bos,
             "eval_images": recipe.evaluation.images,
+            **_answers_of(recipe),
             "report_to": recipe.output.report_to or "none",
             "save": recipe.run_folder / "finetune",
             "save_model": recipe.output.model,
         }
     )
+
+
+def _answers_of(recipe: Recipe) -> dict[str, Any]:
+    """Settings about answers: with the dense model only where those are asked for, since it is loaded once more for that."""
+    asked = recipe.answers
+    dense = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
+    words = (
+        "generate",
+        "generate_prompts",
+        "generate_tokens",
+        "generate_temperature",
+        "generate_seed",
+        "gate",
+        "require",
+    )
+    return {word: recipe.setting(word) for word in words} | {"against": recipe.model.name if dense else None}
 
 
 def _pruned_before(recipe: Recipe, pruning: Recipe) -> Report | None:

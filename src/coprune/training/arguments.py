@@ -55,6 +55,14 @@ class FinetuneArguments(TrainingArguments, total=False):
     eval_images: int | None
     eval_tokens: int | None
     bos: Literal["auto", "first", "every", "never"]
+    generate: str | Path | None
+    generate_prompts: int | None
+    generate_tokens: int
+    generate_temperature: float
+    generate_seed: int
+    gate: bool
+    require: str | None
+    against: str | Path | None
     cache_dir: str | Path | None
     report_to: str
     save: str | Path | None

@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves for people: `finetune.json` with its curves, and a model card."""
+"""What a fine-tuning run leaves for people: `finetune.json` with its curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.shown import Sheet, Shown
+from coprune.evaluation.answers.facts import AnswerFacts
+from coprune.evaluation.answers.requirements import Requirement, answer_rows, judge
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
-from coprune.report.markdown import fenced, field, inline
 from coprune.training.settings import FinetuneSettings
 
 REPORT_FILE = "finetune.json"
@@ -134,6 +135,16 @@ class FinetuneReport(Shown, BaseModel):
     accuracy: list[AccuracyChange] = []
     removed: list[str] = []
     """What was removed of the model before."""
+    answers: AnswerFacts | None = None
+    """What the model writes, where that was looked at."""
+    no_answers: str | None = None
+    """Why it was not, where it would have been."""
+    required: tuple[Requirement, ...] = ()
+
+    def answered(self, answers: AnswerFacts | None, left_out: str | None) -> FinetuneReport:
+        """The same with what the model writes, and whether that is as required. left_out: why there are no answers."""
+        required = judge(self.settings.answers.conditions, answers)
+        return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
 
     def headline(self) -> str:
         """Model and mode, and what that did to the first text."""
@@ -153,6 +164,7 @@ class FinetuneReport(Shown, BaseModel):
             rows.append(("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"))
         rows += [("perplexity", found.line()) for found in self.perplexity]
         rows += [("accuracy", found.line()) for found in self.accuracy]
+        rows += answer_rows(self.answers, self.no_answers, self.required)
         rows += [("adapter in", str(self.adapter))] if self.adapter else []
         rows += [("model in", f"{self.saved_model} (reloaded and compared)")] if self.saved_model else []
         return Sheet(self.headline(), rows)
@@ -183,65 +195,3 @@ def curves(history: list[dict[str, Any]]) -> tuple[list[LossPoint], list[HeldOut
         if "eval_loss" in entry
     ]
     return training, held_out
-
-
-def finetune_card(report: FinetuneReport) -> str:
-    """Markdown with the Hub's metadata header for the fine-tuned model."""
-    return _card(report, "transformers", "")
-
-
-def adapter_card(report: FinetuneReport, warning: str) -> str:
-    """As `finetune_card`, for adapters; warning: what merging plain ones would do."""
-    if not report.settings.masked:
-        return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
-    return _card(
-        report,
-        "peft",
-        "Masked adapters: the update is (B A) ⊙ keep, with keep where the pruned model is not zero. Load them with "
-        "`coprune.training.adapters.load_adapter` or merge them with `coprune merge MODEL ADAPTER OUTPUT`; PEFT alone reads "
-        "the files too, but would add the update without its mask.\n\n",
-    )
-
-
-def _card(report: FinetuneReport, library: str, note: str) -> str:
-    settings = report.settings
-    header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
-    header += (
-        [field("base_model", settings.model)]
-        if settings.model.count("/") == 1 and settings.model[0] not in "./"
-        else []
-    )
-    title, results = _results(report)
-    windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
-    patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    zeros = (
-        f"{report.sparsity_after:.2%} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
-        "as before; this was verified before saving.\n\n"
-    )
-    what = [f"Removed before: {inline(line)}.\n\n" for line in report.removed]
-    what += [zeros] if report.pruned_matrices else []
-    how = "with its zeros kept" if report.pruned_matrices else "with less in it"
-    return "\n".join(header) + (
-        f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned {how} ({settings.mode})\n\n"
-        f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
-        f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
-        f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
-        f"{fenced(settings.to_yaml(), 'yaml')}\n"
-    )
-
-
-def _results(report: FinetuneReport) -> tuple[str, str]:
-    """What was measured: its name, and a table."""
-    if report.block_size is None:
-        title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
-        rows = [
-            f"| {inline(a.data)} | {a.images} | {a.before_top1:.2%} | {a.after_top1:.2%} | {a.before_top5:.2%} "
-            f"| {a.after_top5:.2%} |"
-            for a in report.accuracy
-        ]
-    else:
-        title, head = "Perplexity", "| text | sequence length | before | after |"
-        rows = [f"| {inline(p.data)} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
-    rule = "| --- " * (head.count("|") - 1) + "|"
-    return title, "\n".join([head, rule, *rows]) if rows else "Not measured."

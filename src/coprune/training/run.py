@@ -14,6 +14,7 @@ from coprune.base.durable import full_disk_explained
 from coprune.base.errors import BadInput
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
+from coprune.evaluation.answers.look import Look
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.blocks import find_blocks
@@ -22,6 +23,8 @@ from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
 from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
+from coprune.training.answers import look_before
+from coprune.training.card import adapter_card, finetune_card
 from coprune.training.distill import Distillation, Objective
 from coprune.training.one_device import training_device
 from coprune.training.report import (
@@ -29,10 +32,8 @@ from coprune.training.report import (
     Change,
     FinetuneReport,
     PerplexityChange,
-    adapter_card,
     change,
     curves,
-    finetune_card,
 )
 from coprune.training.resume import announce, finish_announced, prepare_folders, resume_from
 from coprune.training.saving import save_model
@@ -58,6 +59,7 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
     session = prepare_session(settings, reporter)
     resume = resume_from(session, first)
     before = _measure(session, "pruned") if first else {}
+    look = look_before(session) if first else Look(None)
     objective = _objective(session, first)
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
@@ -68,7 +70,10 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
             session.model.config.use_cache = cached
         _release(session.model, trainer)
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
-    report = _finish(session, trainer, before, trained) if first else _report(session, trainer, [], trained, None, None)
+    if first:
+        report = _finish(session, trainer, (before, look), trained)
+    else:
+        report = _report(session, trainer, [], trained, None, None)
     accelerator: Any = trainer.accelerator
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -149,14 +154,17 @@ def _measure(session: Session, which: str) -> dict[str, Measured]:
     return found
 
 
-def _finish(session: Session, trainer: ZeroKeepingTrainer, before: dict[str, Measured], trained: int) -> FinetuneReport:
-    """Measure, merge, verify and save; what a run resumes from is removed last."""
-    settings = session.settings
+def _finish(
+    session: Session, trainer: ZeroKeepingTrainer, seen: tuple[dict[str, Measured], Look], trained: int
+) -> FinetuneReport:
+    """Measure, merge, verify and save; what a run resumes from is removed last. seen: what was measured before."""
+    settings, (before, look) = session.settings, seen
     after = _measure(session, "fine-tuned")
+    look.ask(session.loaded.model, session.loaded, session.reporter)
     changes = [change(before[name], after[name]) for name in session.evaluation]
     folder = None if settings.mode == "lora" and not settings.masked else settings.model_folder
     adapter = settings.run_folder / "adapter" if settings.mode == "lora" else None
-    draft = _report(session, trainer, changes, trained, adapter, folder)
+    draft = _report(session, trainer, changes, trained, adapter, folder).answered(look.facts(), look.left_out)
     model: Any = session.model
     if adapter is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from coprune.base.environment import asks_for_fsdp
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
-from coprune.base.words import LeaveOut, Set, Setting, Words
+from coprune.recipe.answers import AnswersPart, Count, Gate, NewTokens, Prompts, Require, Seed, Temperature
 from coprune.recipe.decides import Decides
+from coprune.recipe.flat import FLAT
 from coprune.recipe.parts import Globs
+from coprune.training.checks import contradiction
 
 Mode = Literal["lora", "dense", "distill"]
 _RESULT = Decides.RESULT
+_ANSWERS = {place.partition(".")[2]: word for word, place in FLAT.items() if place.startswith("answers.")}
 _LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5}
 
 
@@ -168,6 +171,18 @@ class FinetuneSettings(BaseModel):
         Decides.MEASUREMENT,
         Field(description="Where the token that begins a text (BOS) stands in perplexity windows, as in prune."),
     ] = "auto"
+    generate: Prompts = None
+    generate_prompts: Count = None
+    generate_tokens: NewTokens = 128
+    generate_temperature: Temperature = 0.8
+    generate_seed: Seed = 0
+    gate: Gate = True
+    require: Require = None
+    against: Annotated[
+        str | None,
+        Decides.MEASUREMENT,
+        Field(description="The dense model, with whose answers the model's are compared. [with those from before]"),
+    ] = None
     cache_dir: Annotated[Path | None, Decides.WHERE, Field(description="Where downloads are kept.")] = None
     report_to: Annotated[
         str, Decides.WHERE, Field(description="Trackers as transformers names them, such as wandb.")
@@ -179,26 +194,14 @@ class FinetuneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.mode == "distill" and self.teacher is None:
-            raise BadInput("distill needs the dense model", field="teacher", fix=("name it with ", Setting("teacher")))
-        if self.mode != "distill" and (self.teacher is not None or self.top_k is not None):
-            cause: Words = ("a teacher belongs to ", Set("mode", "distill"))
-            raise BadInput(cause, field="mode", value=self.mode)
-        if self.top_k is not None and self.hidden_weight:
-            cause = ("a teacher that runs ahead (", Set("top_k", self.top_k), ") leaves no hidden states")
-            fix: Words = ("add ", Set("hidden_weight", 0))
-            raise BadInput(cause, field="hidden_weight", value=self.hidden_weight, fix=fix)
-        if self.mode == "lora" and self.masked and self.dropout:
-            product = "the masked update is one product with the weights, which leaves no place for dropout"
-            raise BadInput(product, field="dropout", value=self.dropout, fix=LeaveOut("dropout"))
-        if self.patience is not None and not self.evaluations:
-            cause = (Set("patience", self.patience), " needs evaluations during the training")
-            fix = ("ask for some with ", Setting("evaluations"))
-            raise BadInput(cause, field="patience", value=self.patience, fix=fix)
-        if self.save is not None and self.save == self.save_model:
-            same = "the run folder and the model folder are the same"
-            raise BadInput(same, field="save_model", value=self.save, fix=("name another with ", Setting("save_model")))
+        if (error := contradiction(self)) is not None:
+            raise error
         return self
+
+    @property
+    def answers(self) -> AnswersPart:
+        """What the model writes before and after, as a recipe says it."""
+        return AnswersPart(**{field: getattr(self, word) for field, word in _ANSWERS.items()})
 
     @property
     def rate(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coprune.report.schema import Report
-from coprune.run import stages
+from coprune.run import measuring, stages
 from coprune.run.session import Session
 from coprune.run.sweep import work
 from coprune.run.sweep.events import Cause, Doing, Done, JobEvent
@@ -39,13 +39,14 @@ def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
 def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
     times = Counter[str]()
-    measure = stages._measure
+    measure = measuring.measure
 
     def counting(session: Session, which: str) -> Any:
         times[which] += 1
         return measure(session, which)
 
-    monkeypatch.setattr(stages, "_measure", counting)
+    for module in (stages, measuring):
+        monkeypatch.setattr(module, "measure", counting)
     ended = do_here(sweep, runs)
     assert {type(event) for event in ended.values()} == {Done}, ended
     assert times == {"dense": 1, "pruned": 4}

@@ -1,11 +1,9 @@
-"""Answers of a model and figures of them, as data: what runs, evaluations and comparisons keep and show."""
+"""Answers of a model and figures of them, as data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,14 +11,14 @@ from coprune.evaluation.answers.likeness import agreed_share, script_agreement
 from coprune.evaluation.answers.repetition import distinct, find_loop, longest_repeat
 from coprune.evaluation.measurement import Interval
 
-Reference = Literal["dense", "before"]
 
+class Facts(BaseModel):
+    """Something that was found of answers."""
 
-class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
 
-class Answered(_Facts):
+class Answered(Facts):
     """One answer."""
 
     text: str
@@ -36,14 +34,16 @@ class Answered(_Facts):
         return find_loop(self.tokens, self.ended) is not None
 
 
-class Answers(_Facts):
+class Answers(Facts):
     """One model's answers to the same prompts, the likeliest ones and sampled ones (empty where none were sampled)."""
 
     greedy: tuple[Answered, ...]
     sampled: tuple[Answered, ...] = ()
+    chat: bool = False
+    """Whether the prompts were put in the tokenizer's chat template."""
 
 
-class Along(_Facts):
+class Along(Facts):
     """Divergence from the dense model along its own answers."""
 
     kl: float
@@ -52,7 +52,7 @@ class Along(_Facts):
     """95 % bootstrap interval over the answers."""
 
 
-class Figures(_Facts):
+class Figures(Facts):
     """Figures of one model's answers: counts, and means over the answers."""
 
     answers: int
@@ -81,7 +81,7 @@ class Figures(_Facts):
         )
 
 
-class Likeness(_Facts):
+class Likeness(Facts):
     """Figures of one model's answers against another's: means over the answers."""
 
     length: float | None
@@ -105,7 +105,7 @@ class Likeness(_Facts):
         )
 
 
-class Way(_Facts):
+class Way(Facts):
     """Answers of one way of choosing tokens, of a model and of the one that it is compared with."""
 
     figures: Figures
@@ -119,109 +119,3 @@ class Way(_Facts):
             return None
         likeness = Likeness.of(dense, answers) if dense else None
         return cls(figures=Figures.of(answers), dense=Figures.of(dense) if dense else None, likeness=likeness)
-
-
-class Sample(_Facts):
-    """One prompt with the likeliest answers to it."""
-
-    prompt: str
-    dense: str | None
-    answer: str
-    loops: bool
-    dense_loops: bool | None
-
-
-class Asked(_Facts):
-    """What was asked, and how."""
-
-    prompts: str
-    """Where the prompts are from."""
-    fingerprint: str
-    chat: bool
-    """Whether the tokenizer's chat template was put around them."""
-    new_tokens: int
-    temperature: float
-    """Of the sampled answers."""
-    seed: int
-    short: bool = False
-    """Whether these are the few short ones that every run looks at which saves a model."""
-
-
-class AnswerFacts(Asked):
-    """What a model answered, beside the dense model."""
-
-    greedy: Way
-    sampled: Way | None
-    along: Along | None
-    samples: tuple[Sample, ...]
-    reference: Reference = "dense"
-    """Which model stands under `dense`: that one, or the one before a fine-tuning."""
-
-    def verdict(self) -> str:
-        """Whether it degenerates, in plain words: `3 of 16 answers loop; dense 0`."""
-        found, dense = self.greedy.figures, self.greedy.dense
-        loops = f"{found.loops or 'none'} of {found.answers} answers {'loops' if found.loops < 2 else 'loop'}"
-        return loops if dense is None else f"{loops}; {self.reference} {dense.loops}"
-
-    @property
-    def degenerates(self) -> bool:
-        """Whether more answers loop than the dense model's."""
-        dense = self.greedy.dense
-        return self.greedy.figures.loops > (0 if dense is None else dense.loops)
-
-    def lines(self) -> list[tuple[str, str]]:
-        """What was found, for people: names and values; of the short ones only whether they loop."""
-        rows = [("answers", f"{self.verdict()} (greedy, at most {self.new_tokens} tokens, prompts: {self._source})")]
-        if self.short:
-            return rows
-        rows.append(("greedy", self.line(self.greedy)))
-        if self.along is not None:
-            low, high = self.along.interval or (self.along.kl, self.along.kl)
-            rows.append(
-                ("KL", f"{self.along.kl:.4f} [{low:.4f}, {high:.4f}] nats a token along the dense model's answers")
-            )
-        if self.sampled is not None:
-            rows.append((f"T = {self.temperature:g}", self.line(self.sampled)))
-        return rows
-
-    @property
-    def _source(self) -> str:
-        return f"{Path(self.prompts).name}{', in the chat template' if self.chat else ''}"
-
-    def line(self, way: Way) -> str:
-        """The figures of one way, each with the other model's behind it."""
-        parts = [
-            self._pair(way, "loops", lambda found: f"{found.loops} of {found.answers}"),
-            self._pair(way, "ended", lambda found: f"{found.ended} of {found.answers}"),
-            self._pair(way, "tokens", lambda found: f"{found.tokens:.1f}"),
-            self._pair(way, "distinct-2", lambda found: f"{found.distinct2:.2f}"),
-            self._pair(way, "longest repeat", lambda found: f"{found.repeat}"),
-            self._pair(way, "seconds", lambda found: f"{found.seconds:.2f}"),
-        ]
-        if way.likeness is not None:
-            parts.append(f"agrees {way.likeness.agreed:.1%}")
-            parts += [] if way.likeness.script is None else [f"same script {way.likeness.script:.1%}"]
-        return ", ".join(parts)
-
-    def _pair(self, way: Way, name: str, show: Callable[[Figures], str]) -> str:
-        return f"{name} {show(way.figures)}" + ("" if way.dense is None else f" ({self.reference} {show(way.dense)})")
-
-
-def facts_of(
-    asked: Asked, prompts: Sequence[str], dense: Answers | None, answers: Answers, along: Along | None = None
-) -> AnswerFacts:
-    """Put two models' answers to the same prompts side by side. dense: None if there is one model only."""
-    greedy = Way.of(() if dense is None else dense.greedy, answers.greedy)
-    assert greedy is not None
-    samples = tuple(
-        Sample(
-            prompt=prompt,
-            dense=None if dense is None else dense.greedy[place].text,
-            answer=answers.greedy[place].text,
-            loops=answers.greedy[place].loops,
-            dense_loops=None if dense is None else dense.greedy[place].loops,
-        )
-        for place, prompt in enumerate(prompts)
-    )
-    sampled = Way.of(() if dense is None else dense.sampled, answers.sampled)
-    return AnswerFacts(**dict(asked), greedy=greedy, sampled=sampled, along=along, samples=samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -43,7 +44,7 @@ def ask(
     found = [_ask(model, tokenizer, questions, 0.0, reporter, batch_size or _BATCH)]
     if (temperature := questions.plan.temperature) > 0:
         found.append(_ask(model, tokenizer, questions, temperature, reporter, batch_size or _BATCH))
-    return Answers(greedy=found[0], sampled=found[1] if len(found) > 1 else ())
+    return Answers(greedy=found[0], sampled=found[1] if len(found) > 1 else (), chat=questions.chat)
 
 
 def _ask(
@@ -98,7 +99,7 @@ def rows_along(model: PreTrainedModel, questions: Questions, answers: Answers) -
         yield logits[0, -len(answer.tokens) - 1 : -1]
 
 
-def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along | None:
+def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along:
     """Mean KL(dense ‖ other) of the next-token distributions along answers.
 
     Args:
@@ -106,11 +107,9 @@ def divergence(dense: Iterable[Tensor], rows: Iterable[Tensor]) -> Along | None:
         rows: the other model's, likewise.
 
     Returns:
-        Means over answers with their interval; infinite where the other model's output is NaN. None without any answer.
+        Means over answers with their interval; infinite where the other model's output is NaN.
     """
     means = [_divergence(expected, found) for expected, found in zip(dense, rows, strict=True)]
-    if not means:
-        return None
     kl = torch.stack(means)
     if bool(kl.isnan().any()):
         return Along(kl=math.inf, interval=None)
@@ -133,6 +132,7 @@ class KeptRows:
 
     def __init__(self, rows: Iterable[Tensor]) -> None:
         self._file = tempfile.TemporaryFile(prefix="coprune-logits-")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
         for one in rows:
             self._kinds.append((one.shape, one.dtype))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
-from coprune.evaluation.answers.answered import Along, AnswerFacts, Answers, facts_of
+from coprune.evaluation.answers.answered import Along, Answers
 from coprune.evaluation.answers.asking import KeptRows, ask, divergence, rows_along
+from coprune.evaluation.answers.facts import AnswerFacts, Reference, facts_of
+from coprune.evaluation.answers.kept import kept_answers
 from coprune.evaluation.answers.questions import Plan, Questions, questions_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from coprune.model.opened import Loaded
+    from coprune.recipe.parts import ModelPart
 
 _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin"), Set("against", ...)))
 
@@ -22,11 +25,14 @@ _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generat
 class Look:
     """What is looked at, and what was seen so far.
 
-    plan: what the run looks at; None for nothing.
+    plan: what the run looks at; None for nothing; dense: the dense model in files, whose answers are kept where they were
+    asked for; reference: what stands for it otherwise.
     """
 
-    def __init__(self, plan: Plan | None) -> None:
+    def __init__(self, plan: Plan | None, dense: ModelPart | None = None, reference: Reference = "dense") -> None:
         self._plan = plan
+        self._model = dense if plan is not None and not plan.is_short else None
+        self._reference = reference
         self._questions: Questions | None = None
         self._rows: KeptRows | None = None
         self._along: Along | None = None
@@ -34,6 +40,11 @@ class Look:
         self.answers: Answers | None = None
         self.left_out: str | None = None
         """Why there are no answers, where some were to be looked at."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether there is something to ask, once that is prepared."""
+        return self._questions is not None
 
     def prepare(self, loaded: Loaded, reporter: Reporter) -> None:
         """Turn the prompts into the model's tokens, or find that they are left out.
@@ -53,37 +64,37 @@ class Look:
                 self.left_out = say(error.cause)
                 reporter.say(f"What the model writes is not looked at: {self.left_out}.")
 
-    def ask(
-        self,
-        which: Literal["dense", "pruned"],
-        loaded: Loaded,
-        reporter: Reporter,
-        batch_size: int | None = None,
-        model: PreTrainedModel | None = None,
-    ) -> None:
-        """Let a model answer. model: the one to ask, if it is not the loaded one itself."""
-        if self._questions is None or loaded.tokenizer is None:
+    def ask_dense(self, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
+        """Let the dense model answer, or take the answers that it gave before."""
+        if (questions := self._questions) is None or (tokenizer := loaded.tokenizer) is None:
             return
-        model = loaded.model if model is None else model
-        answers = ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
-        if which == "dense":
-            self.dense = answers
-            return
-        self.answers = answers
-        if self._rows is not None and self.dense is not None:
-            self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
+        model = loaded.model
+
+        def answer() -> Answers:
+            return ask(model, tokenizer, questions, reporter, batch_size)
+
+        self.dense = answer() if self._model is None else kept_answers(self._model, questions.plan, answer)
 
     def keep_rows(self, loaded: Loaded) -> None:
         """Keep the dense model's logits along its answers, before the model is changed."""
         if self._questions is not None and self.dense is not None and self._questions.plan.measures_kl:
             self._rows = KeptRows(rows_along(loaded.model, self._questions, self.dense))
 
+    def ask(self, model: PreTrainedModel, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
+        """Let the run's result answer. loaded: whose tokenizer it reads with."""
+        if self._questions is None or loaded.tokenizer is None:
+            return
+        self.answers = ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
+        if self._rows is not None and self.dense is not None:
+            self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
+
     def facts(self) -> AnswerFacts | None:
         """Both models' answers side by side, once the second has answered."""
         if self._questions is None or self.answers is None:
             return None
         prompts = self._questions.plan.prompts.texts
-        return facts_of(self._questions.asked, prompts, self.dense, self.answers, self._along)
+        facts = facts_of(self._questions.asked, prompts, (self.dense, self.answers), self._along)
+        return facts.model_copy(update={"reference": self._reference})
 
 
 def _questions(plan: Plan, loaded: Loaded) -> Questions:

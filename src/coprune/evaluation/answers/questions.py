@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
-from coprune.evaluation.answers.answered import Asked
+from coprune.evaluation.answers.facts import Asked
 from coprune.evaluation.answers.prompts import Prompts, read_prompts, short_prompts
 from coprune.evaluation.answers.repetition import LEAST_TOKENS
 from coprune.model.generation import positions_of
@@ -71,16 +71,20 @@ class Questions:
     @property
     def asked(self) -> Asked:
         """What is told of them."""
-        plan = self.plan
-        return Asked(
-            prompts=plan.prompts.source,
-            fingerprint=plan.prompts.fingerprint,
-            chat=self.chat,
-            new_tokens=self.new_tokens,
-            temperature=plan.temperature,
-            seed=plan.seed,
-            short=plan.is_short,
-        )
+        return asked_of(self.plan, self.chat, self.new_tokens)
+
+
+def asked_of(plan: Plan, chat: bool, new_tokens: int) -> Asked:
+    """What is told of a plan. chat: whether prompts were put in a chat template; new_tokens: most of an answer."""
+    return Asked(
+        prompts=plan.prompts.source,
+        fingerprint=plan.prompts.fingerprint,
+        chat=chat,
+        new_tokens=new_tokens,
+        temperature=plan.temperature,
+        seed=plan.seed,
+        short=plan.is_short,
+    )
 
 
 def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Questions:

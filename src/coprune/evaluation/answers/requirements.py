@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.evaluation.answers.answered import AnswerFacts
+from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.recipe.conditions import LIKENESS, Condition
 
 

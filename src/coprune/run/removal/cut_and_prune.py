@@ -9,6 +9,7 @@ from typing import Any
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.words import Setting
+from coprune.evaluation.answers.requirements import judge
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
@@ -90,7 +91,9 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     # A search is for what is removed.
     allocation = _UNIFORM if recipe.allocation.name == "search" else recipe.allocation
     whole = recipe.model_copy(update={"structure": StructurePart(), "allocation": allocation})
-    return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="")
+    # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
+    require = None if recipe.answers.require is None else "loops>=0"
+    return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="", require=require)
 
 
 def _once(recipe: Recipe, run: Callable[[], Any]) -> tuple[Report, Any]:
@@ -108,6 +111,7 @@ def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
     """What the second half measured, beside what the first half did and the dense model was."""
     texts = {text.data: text.dense for text in cut.perplexity}
     images = {one.data: one for one in cut.accuracy}
+    answers = None if pruned.answers is None else pruned.answers.beside(cut.answers)
     return pruned.model_copy(
         update={
             "recipe": recipe,
@@ -124,6 +128,8 @@ def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
                 for one in pruned.accuracy
             ],
             "bos": cut.bos,
+            "answers": answers,
+            "required": judge(recipe.answers.conditions, answers),
             "events": [*cut.events, *pruned.events],
             "edits": [*cut.edits, *pruned.edits],
             "covered": cut.covered,

@@ -1,0 +1,156 @@
+"""Two models' answers side by side, as data: what runs, evaluations and comparisons keep and show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from coprune.evaluation.answers.answered import Along, Answers, Facts, Figures, Way
+
+Reference = Literal["dense", "before"]
+_SHOWN = 3
+_MOST_LETTERS = 160
+
+
+class Sample(Facts):
+    """One prompt with the likeliest answers to it."""
+
+    prompt: str
+    dense: str | None
+    answer: str
+    loops: bool
+    dense_loops: bool | None
+
+
+class Asked(Facts):
+    """What was asked, and how."""
+
+    prompts: str
+    """Where the prompts are from."""
+    fingerprint: str
+    chat: bool
+    """Whether the tokenizer's chat template was put around them."""
+    new_tokens: int
+    temperature: float
+    """Of the sampled answers."""
+    seed: int
+    short: bool = False
+    """Whether these are the few short ones that every run looks at which saves a model."""
+
+
+class AnswerFacts(Asked):
+    """What a model answered, beside the dense model."""
+
+    greedy: Way
+    sampled: Way | None
+    along: Along | None
+    samples: tuple[Sample, ...]
+    reference: Reference = "dense"
+    """Which model stands under `dense`: that one, or the one before a fine-tuning."""
+
+    def verdict(self) -> str:
+        """Whether it degenerates, in plain words: `3 of 16 answers loop; dense 0`."""
+        found, dense = self.greedy.figures, self.greedy.dense
+        loops = f"{found.loops or 'none'} of {found.answers} answers {'loops' if found.loops < 2 else 'loop'}"
+        return loops if dense is None else f"{loops}; {self.reference} {dense.loops}"
+
+    @property
+    def degenerates(self) -> bool:
+        """Whether more answers loop than the dense model's."""
+        dense = self.greedy.dense
+        return self.greedy.figures.loops > (0 if dense is None else dense.loops)
+
+    def beside(self, dense: AnswerFacts | None) -> AnswerFacts:
+        """The same with the dense model's figures and answers out of another run's, of the same prompts."""
+        if dense is None or (dense.fingerprint, dense.new_tokens) != (self.fingerprint, self.new_tokens):
+            return self
+        pairs = zip(self.samples, dense.samples, strict=True)
+        sampled = self.sampled
+        if sampled is not None and dense.sampled is not None:
+            sampled = sampled.model_copy(update={"dense": dense.sampled.dense, "likeness": None})
+        return self.model_copy(
+            update={
+                "reference": "dense",
+                "greedy": self.greedy.model_copy(update={"dense": dense.greedy.dense, "likeness": None}),
+                "sampled": sampled,
+                "samples": tuple(
+                    one.model_copy(update={"dense": other.dense, "dense_loops": other.dense_loops})
+                    for one, other in pairs
+                ),
+            }
+        )
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What was found, for people: names and values; of the short ones only whether they loop."""
+        rows = [("answers", f"{self.verdict()} (greedy, at most {self.new_tokens} tokens, prompts: {self._source})")]
+        if self.short:
+            return rows
+        rows.append(("greedy", self.line(self.greedy)))
+        if self.along is not None:
+            low, high = self.along.interval or (self.along.kl, self.along.kl)
+            rows.append(
+                ("KL", f"{self.along.kl:.4f} [{low:.4f}, {high:.4f}] nats a token along the dense model's answers")
+            )
+        if self.sampled is not None:
+            rows.append((f"T = {self.temperature:g}", self.line(self.sampled)))
+        for sample in self.samples[:_SHOWN]:
+            rows.append(("prompt", _one_line(sample.prompt)))
+            rows += [] if sample.dense is None else [(self.reference, _one_line(sample.dense))]
+            rows.append(("answer", _one_line(sample.answer)))
+        return rows
+
+    @property
+    def _source(self) -> str:
+        return f"{Path(self.prompts).name}{', in the chat template' if self.chat else ''}"
+
+    def line(self, way: Way) -> str:
+        """The figures of one way, each with the other model's behind it."""
+        parts = [
+            self._pair(way, "loops", lambda found: f"{found.loops} of {found.answers}"),
+            self._pair(way, "ended", lambda found: f"{found.ended} of {found.answers}"),
+            self._pair(way, "tokens", lambda found: f"{found.tokens:.1f}"),
+            self._pair(way, "distinct-2", lambda found: f"{found.distinct2:.2f}"),
+            self._pair(way, "longest repeat", lambda found: f"{found.repeat}"),
+            self._pair(way, "seconds", lambda found: f"{found.seconds:.2f}"),
+        ]
+        if way.likeness is not None:
+            parts.append(f"agrees {way.likeness.agreed:.1%}")
+            parts += [] if way.likeness.script is None else [f"same script {way.likeness.script:.1%}"]
+        return ", ".join(parts)
+
+    def _pair(self, way: Way, name: str, show: Callable[[Figures], str]) -> str:
+        return f"{name} {show(way.figures)}" + ("" if way.dense is None else f" ({self.reference} {show(way.dense)})")
+
+
+def _one_line(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= _MOST_LETTERS else f"{words[:_MOST_LETTERS]} …"
+
+
+def facts_of(
+    asked: Asked, prompts: Sequence[str], models: tuple[Answers | None, Answers], along: Along | None = None
+) -> AnswerFacts:
+    """Put two models' answers to the same prompts side by side.
+
+    Args:
+        asked: what both were asked, and how.
+        prompts: the prompts themselves.
+        models: the answers of the dense model (None where there is none), and of the other.
+        along: how far that one diverges along the dense model's answers.
+    """
+    dense, answers = models
+    greedy = Way.of(() if dense is None else dense.greedy, answers.greedy)
+    assert greedy is not None
+    samples = tuple(
+        Sample(
+            prompt=prompt,
+            dense=None if dense is None else dense.greedy[place].text,
+            answer=answers.greedy[place].text,
+            loops=answers.greedy[place].loops,
+            dense_loops=None if dense is None else dense.greedy[place].loops,
+        )
+        for place, prompt in enumerate(prompts)
+    )
+    sampled = Way.of(() if dense is None else dense.sampled, answers.sampled)
+    return AnswerFacts(**dict(asked), greedy=greedy, sampled=sampled, along=along, samples=samples)

@@ -1,0 +1,94 @@
+"""Settings of a fine-tuning that do not go together. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut, Set, Setting, Words
+from coprune.recipe.answers import AnswersPart
+
+
+class Settings(Protocol):
+    """The settings that may contradict each other."""
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def teacher(self) -> str | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def hidden_weight(self) -> float | None: ...
+    @property
+    def masked(self) -> bool: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def patience(self) -> int | None: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def answers(self) -> AnswersPart: ...
+    @property
+    def against(self) -> str | None: ...
+    @property
+    def save(self) -> Path | None: ...
+    @property
+    def save_model(self) -> Path | None: ...
+
+
+def contradiction(asked: Settings) -> BadInput | None:
+    """What is wrong with the settings taken together, with the fix; None if nothing is."""
+    return _of_teacher(asked) or _of_training(asked) or _of_answers(asked) or _of_folders(asked)
+
+
+def _of_teacher(asked: Settings) -> BadInput | None:
+    if asked.mode == "distill" and asked.teacher is None:
+        return BadInput("distill needs the dense model", field="teacher", fix=("name it with ", Setting("teacher")))
+    if asked.mode != "distill" and (asked.teacher is not None or asked.top_k is not None):
+        cause: Words = ("a teacher belongs to ", Set("mode", "distill"))
+        return BadInput(cause, field="mode", value=asked.mode)
+    if asked.top_k is not None and asked.hidden_weight:
+        cause = ("a teacher that runs ahead (", Set("top_k", asked.top_k), ") leaves no hidden states")
+        fix: Words = ("add ", Set("hidden_weight", 0))
+        return BadInput(cause, field="hidden_weight", value=asked.hidden_weight, fix=fix)
+    return None
+
+
+def _of_training(asked: Settings) -> BadInput | None:
+    if asked.mode == "lora" and asked.masked and asked.dropout:
+        product = "the masked update is one product with the weights, which leaves no place for dropout"
+        return BadInput(product, field="dropout", value=asked.dropout, fix=LeaveOut("dropout"))
+    if asked.patience is not None and not asked.evaluations:
+        cause: Words = (Set("patience", asked.patience), " needs evaluations during the training")
+        fix: Words = ("ask for some with ", Setting("evaluations"))
+        return BadInput(cause, field="patience", value=asked.patience, fix=fix)
+    return None
+
+
+def _of_answers(asked: Settings) -> BadInput | None:
+    answers = asked.answers
+    try:
+        conditions = answers.conditions
+    except BadInput as error:
+        return error
+    fix: Set | Setting
+    for condition in conditions:
+        if condition.needs_dense and asked.against is None:
+            cause, fix = "the dense model's answers", Setting("against")
+        elif condition.sampled and (answers.prompts is None or not answers.temperature):
+            cause, fix = "sampled answers", Set("generate", "builtin")
+        else:
+            continue
+        about = f"{condition.text} is about {cause}"
+        return BadInput(about, field="require", value=answers.require, fix=("ask for them with ", fix))
+    return None
+
+
+def _of_folders(asked: Settings) -> BadInput | None:
+    if asked.save is not None and asked.save == asked.save_model:
+        same = "the run folder and the model folder are the same"
+        return BadInput(same, field="save_model", value=asked.save, fix=("name another with ", Setting("save_model")))
+    return None

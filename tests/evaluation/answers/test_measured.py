@@ -1,0 +1,159 @@
+"""`coprune eval --generate` and `coprune compare --generate` against direct computation on pico checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import coprune
+from coprune.evaluation.answers import asking, measured
+from coprune.evaluation.answers.answered import Answers, Figures
+from coprune.evaluation.answers.likeness import agreed_share, script_agreement
+from coprune.evaluation.answers.repetition import distinct, find_loop, longest_repeat
+from support.commands import run_command
+from support.pico_folder import save_pico
+
+PROMPTS = [[5, 6, 7], [9, 8], [200, 3, 4, 17, 20]]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, another one in its place, and prompts of three lengths."""
+    folder = tmp_path_factory.mktemp("models")
+    save_pico(folder / "dense")
+    model = AutoModelForCausalLM.from_pretrained(save_pico(folder / "pruned"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.ndim == 2:
+                parameter[parameter.abs() < parameter.abs().flatten().quantile(0.6)] = 0
+    model.save_pretrained(folder / "pruned")
+    lines = [json.dumps({"prompt": " ".join(f"w{token}" for token in prompt)}) for prompt in PROMPTS]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def asked(place: Path, **more: Any) -> dict[str, Any]:
+    return {"generate": place / "prompts.jsonl", "generate_tokens": NEW, "quiet": True, **more}
+
+
+def greedy(folder: Path) -> list[list[int]]:
+    """What transformers itself gives, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = []
+    for prompt in PROMPTS:
+        tokens = torch.tensor([prompt])
+        mask = torch.ones_like(tokens)
+        whole = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        found.append(whole[0, len(prompt) :].tolist())
+    return found
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(f"w{token}" for token in tokens)
+
+
+def test_figures_are_those_of_direct_computation(place: Path) -> None:
+    facts = coprune.evaluate(place / "pruned", against=place / "dense", **asked(place)).answers
+    assert facts is not None
+    dense, pruned = greedy(place / "dense"), greedy(place / "pruned")
+    assert [sample.dense for sample in facts.samples] == [words(tokens) for tokens in dense]
+    assert [sample.answer for sample in facts.samples] == [words(tokens) for tokens in pruned]
+    found, likeness = facts.greedy.figures, facts.greedy.likeness
+    ends = [tokens[-1] == 2 for tokens in pruned]
+    assert (found.answers, found.ended) == (3, sum(ends))
+    assert found.loops == sum(find_loop(tokens, end) is not None for tokens, end in zip(pruned, ends, strict=True))
+    assert found.tokens == pytest.approx(sum(map(len, pruned)) / 3)
+    assert found.distinct2 == pytest.approx(sum(distinct(tokens, 2) for tokens in pruned) / 3)
+    assert found.repeat == max(map(longest_repeat, pruned))
+    pairs = list(zip(dense, pruned, strict=True))
+    assert likeness.agreed == pytest.approx(sum(agreed_share(*pair) for pair in pairs) / 3)
+    assert likeness.length == pytest.approx(sum(map(len, pruned)) / sum(map(len, dense)))
+    assert likeness.script == sum(script_agreement(words(one), words(other)) or 0 for one, other in pairs) / 3 == 1
+    models = [AutoModelForCausalLM.from_pretrained(place / name) for name in ("dense", "pruned")]
+    means = []
+    for prompt, answer in zip(PROMPTS, dense, strict=True):
+        with torch.no_grad():
+            logits = [model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1) for model in models]
+        rows = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        means.append(sum(float((logits[0][i].exp() * (logits[0][i] - logits[1][i])).sum()) for i in rows) / len(answer))
+    assert facts.along.kl == pytest.approx(sum(means) / 3, rel=1e-4)
+
+
+def test_a_model_is_like_itself_and_seeds_decide_what_is_sampled(place: Path) -> None:
+    same = coprune.evaluate(place / "dense", against=place / "dense", **asked(place)).answers
+    assert same.along.kl == pytest.approx(0, abs=1e-6)
+    assert same.greedy.likeness.agreed == same.sampled.likeness.agreed == 1
+    one, other = (
+        coprune.evaluate(place / "dense", **asked(place, generate_seed=seed)).answers.sampled for seed in (0, 1)
+    )
+    assert one.figures.model_copy(update={"seconds": 0.0}) != other.figures.model_copy(update={"seconds": 0.0})
+
+
+def test_a_comparison_asks_nobody_twice(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times: list[int] = []
+
+    def counted(*arguments: Any) -> Answers:
+        times.append(1)
+        return asking.ask(*arguments)
+
+    monkeypatch.setattr(measured, "ask", counted)
+    command = ["compare", str(place / "dense"), str(place / "pruned"), "--generate", str(place / "prompts.jsonl")]
+    command += [
+        "--generate-tokens",
+        str(NEW),
+        "--csv",
+        str(tmp_path / "table.csv"),
+        "--json",
+        str(tmp_path / "all.json"),
+    ]
+    first = run_command(command, monkeypatch, capsys)
+    assert first.code == 0, first.err
+    tables = [(tmp_path / "table.csv").read_text()]
+    assert len(times) == 2
+    assert run_command(command, monkeypatch, capsys).code == 0
+    tables.append((tmp_path / "table.csv").read_text())
+    # What one evaluation asked, another one takes over too.
+    facts = coprune.evaluate(place / "pruned", against=place / "dense", **asked(place)).answers
+    assert len(times) == 3
+    assert tables[0] == tables[1]
+    assert "answers that loop, greedy" in tables[0]
+    baseline, row = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert baseline["evaluation"]["answers"]["greedy"]["dense"] is None
+    found = row["evaluation"]["answers"]
+    assert found["along"]["kl"] == facts.along.kl
+    assert Figures.model_validate(found["greedy"]["dense"]) == facts.greedy.dense
+
+
+def test_the_command_shows_figures_and_answers(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "eval",
+        str(place / "pruned"),
+        "--generate",
+        str(place / "prompts.jsonl"),
+        "--generate-tokens",
+        "8",
+        "-q",
+    ]
+    ended = run_command([*command, "--generate-prompts", "2", "--against", str(place / "dense")], monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(
+        "answers   none of 2 answers loops; dense 0 (greedy, at most 8 tokens, prompts: prompts.jsonl"
+    )
+    assert [line.split()[0] for line in lines[1:]] == ["greedy", "KL", "T", *("prompt", "dense", "answer") * 2]
+    assert "perplexity" not in ended.out

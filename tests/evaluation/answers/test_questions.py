@@ -1,0 +1,73 @@
+"""Prompts: our own, those of a file, and how they become tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.evaluation.answers.likeness import scripts
+from coprune.evaluation.answers.prompts import BUILTIN, read_prompts, short_prompts
+from coprune.evaluation.answers.questions import plan_of, questions_for
+from coprune.recipe.answers import AnswersPart
+from support.pico import pico_model
+from support.pico_folder import pico_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return pico_model("llama", max_position_embeddings=128)
+
+
+def test_our_own_are_of_several_fields_and_languages() -> None:
+    own = read_prompts(BUILTIN)
+    assert len(own.texts) == len(set(own.texts)) >= 36
+    written = {scripts(prompt).most_common(1)[0][0] for prompt in own.texts}
+    assert {"LATIN", "CYRILLIC", "CJK", "ARABIC", "DEVANAGARI"} <= written
+    assert len(short_prompts().texts) == 16
+    assert set(short_prompts().texts) < set(own.texts)
+
+
+def test_a_file_of_prompts_and_its_columns(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"w{number} \u2028", "question": f"w{number + 100}"} for number in range(10)]
+    file.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read_prompts(str(file)).texts == tuple(row["prompt"] for row in rows)
+    assert read_prompts(f"{file}:question", 3).texts == ("w100", "w103", "w106")
+    assert read_prompts(str(file)).fingerprint != read_prompts(f"{file}:question").fingerprint
+    file.write_text('{"prompt": 3}')
+    with pytest.raises(BadInput, match="no text in the column 'prompt'"):
+        read_prompts(str(file))
+
+
+def test_prompts_go_into_the_chat_template_of_a_tokenizer_that_has_one(tmp_path: Path, model: PreTrainedModel) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}')
+    plan = plan_of(AnswersPart(prompts=str(tmp_path / "p.jsonl"), new_tokens=8), saves=False)
+    assert plan is not None
+    tokenizer = pico_tokenizer("put")
+    plain = questions_for(plan, tokenizer, model)
+    assert plain.ids == ((1, 5, 6),)
+    assert not plain.asked.chat
+    tokenizer.chat_template = "<s> w9 {% for message in messages %}{{ message['content'] }} {% endfor %}w10"
+    chat = questions_for(plan, tokenizer, model)
+    assert chat.ids == ((1, 9, 5, 6, 10),)
+    assert chat.asked.chat
+    assert chat.ends == (2,)
+
+
+def test_what_nobody_asked_for_makes_do_with_less_room(model: PreTrainedModel) -> None:
+    tokenizer = pico_tokenizer()
+    few = plan_of(AnswersPart(), saves=True)
+    assert few is not None
+    assert plan_of(AnswersPart(), saves=False) is plan_of(AnswersPart(gate=False), saves=True) is None
+    longest = max(len(ids) for ids in questions_for(few, tokenizer, model).ids)
+    assert questions_for(few, tokenizer, model).new_tokens == 64
+    small = pico_model("llama", max_position_embeddings=longest + 30, num_hidden_layers=1)
+    assert questions_for(few, tokenizer, small).new_tokens == 30
+    asked = plan_of(AnswersPart(require="loops<3"), saves=False)
+    assert asked is not None
+    with pytest.raises(BadInput, match=rf"longer than the model's limit of {longest + 30} positions"):
+        questions_for(asked, tokenizer, small)

@@ -1,0 +1,43 @@
+"""What is required of answers, read and held against figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.recipe.conditions import read_conditions
+from coprune.recipe.recipe import make_recipe
+
+
+def test_conditions_are_read() -> None:
+    loops, kl, ended, sampled = read_conditions("loops<=dense+1, kl<0.5,ended >= dense - 2.5,sampled.tokens>1e1")
+    assert (loops.name, loops.sign, loops.number, loops.against_dense) == ("loops", "<=", 1.0, True)
+    assert (kl.name, kl.number, kl.against_dense, kl.needs_dense) == ("kl", 0.5, False, True)
+    assert (ended.sign, ended.number, ended.against_dense) == (">=", -2.5, True)
+    assert (sampled.name, sampled.sampled, sampled.number, sampled.needs_dense) == ("tokens", True, 10.0, False)
+    assert read_conditions(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "figure", "dense", "holds"),
+    [
+        ("loops<=dense+1", 3, 2, True),
+        ("loops<=dense+1", 4, 2, False),
+        ("loops<dense", 2, 2, False),
+        ("ended>=dense-1", 2, 3, True),
+        ("tokens>10", 10, None, False),
+        ("kl<.5", 0.49, None, True),
+    ],
+)
+def test_a_figure_is_held_against_its_bound(text: str, figure: float, dense: float | None, holds: bool) -> None:
+    (condition,) = read_conditions(text)
+    assert condition.holds(figure, dense) == holds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "loops", "loops<=", "loops=3", "loops<=wanda", "loops<=dense*2", "lops<3", "kl<dense", "beam.loops<3"]
+)
+def test_what_is_no_condition_is_refused_before_anything_runs(text: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        make_recipe({"model": "m", "require": text})
+    assert caught.value.field == "require"

@@ -1,0 +1,161 @@
+"""What runs that save a model say of its answers, and what may be required of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.report.schema import Report
+from support.commands import Ended, run_command
+from support.pico import pico_model
+from support.pico_folder import pico_tokenizer, save_pico, write_words
+
+SETTINGS: dict[str, Any] = {"seqlen": 16, "nsamples": 4, "evaluate": False, "layer_error": False, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and a prompt."""
+    folder = tmp_path_factory.mktemp("place")
+    save_pico(folder / "model")
+    write_words(folder / "words.txt", count=400)
+    (folder / "prompts.jsonl").write_text('{"prompt": "w5 w6"}\n{"prompt": "w7"}\n')
+    return folder
+
+
+@pytest.fixture
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return place
+
+
+@pytest.fixture
+def prune(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Prune nearly everything away and save what is left; how the command ended, and the report."""
+
+    def run(*more: str) -> tuple[Ended, Report]:
+        command = ["prune", "model", "-m", "magnitude", "-s", "0.98", "--dataset", "words.txt", "--seqlen", "16"]
+        command += ["--nsamples", "4", "--no-eval", "--no-layer-error", "--save", str(tmp_path / "run")]
+        ended = run_command([*command, "--save-model", str(tmp_path / "out"), *more], monkeypatch, capsys)
+        return ended, Report.read(tmp_path / "run" / "report.json")
+
+    return run
+
+
+def test_the_last_lines_the_report_the_page_and_the_card_say_what_loops(prune: Any, tmp_path: Path) -> None:
+    ended, report = prune("--no-stream", "--require", "loops<=dense+1,tokens>1")
+    facts = report.answers
+    assert facts.greedy.figures.answers == 16
+    assert facts.greedy.figures.loops > facts.greedy.dense.loops + 1
+    verdict = f"{facts.greedy.figures.loops} of 16 answers loop; dense {facts.greedy.dense.loops}"
+    last = ended.out.splitlines()[-5:]
+    assert last[0].startswith(f"answers   {verdict} (greedy, at most 64 tokens")
+    assert last[1].startswith("required  loops<=dense+1 does not hold (")
+    assert last[2].startswith("required  tokens>1 holds (")
+    assert ended.code == 3, ended.err
+    # Everything is there nevertheless.
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert verdict in (tmp_path / "out" / "README.md").read_text()
+    assert [one.holds for one in report.required] == [False, True]
+    if (page := tmp_path / "run" / "report.html").is_file():
+        assert f"{verdict}." in page.read_text()
+
+
+def test_a_model_that_is_as_required_ends_with_0(prune: Any) -> None:
+    ended, report = prune("--require", "loops<=16,agreed>=0")
+    assert ended.code == 0, ended.err
+    assert report.required[1].figure == report.answers.greedy.likeness.agreed
+    assert report.answers.along is None
+
+
+def test_a_streamed_model_is_not_asked_and_that_is_said(prune: Any) -> None:
+    ended, report = prune()
+    assert ended.code == 0, ended.err
+    assert report.answers is None
+    assert "answers   not looked at: the model is streamed, block by block" in ended.out
+    assert "What the model writes is not looked at" in ended.err
+
+
+def test_it_can_be_left_out(prune: Any) -> None:
+    ended, report = prune("--no-stream", "--no-gate")
+    assert report.answers is report.no_answers is None
+    assert "answers" not in ended.out
+
+
+def test_a_run_finds_what_an_evaluation_of_its_model_finds(inside: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"generate": "prompts.jsonl", "generate_tokens": 20}
+    report = coprune.prune(
+        "model", "magnitude", dataset="words.txt", save_model=tmp_path / "out", **SETTINGS, **asked
+    ).report
+    found = coprune.evaluate(tmp_path / "out", against="model", quiet=True, **asked).answers
+    assert report.answers.along.kl == pytest.approx(found.along.kl, rel=1e-5)
+    assert report.answers.samples == found.samples
+    for way in ("greedy", "sampled"):
+        mine, other = getattr(report.answers, way), getattr(found, way)
+        assert mine.dense == other.dense  # kept from the run, its seconds too
+        assert mine.figures.model_copy(update={"seconds": other.figures.seconds}) == other.figures
+        assert mine.likeness == other.likeness
+
+
+def test_a_model_without_tokenizer_is_not_asked(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 256, (4, 16))
+    report = coprune.prune(
+        pico_model("llama"), "magnitude", dataset=tokens, save_model=tmp_path / "out", **SETTINGS
+    ).report
+    assert report.no_answers == "the model has no tokenizer"
+    with pytest.raises(coprune.BadInput, match="the model has no tokenizer"):
+        coprune.prune(pico_model("llama"), "magnitude", dataset=tokens, require="loops<3", **SETTINGS)
+
+
+def test_what_lost_blocks_answers_as_it_is_saved(inside: Path, tmp_path: Path) -> None:
+    model, words = pico_model("llama"), pico_tokenizer()
+    report = coprune.prune(
+        model, remove="blocks=0.34", dataset="words.txt", processor=words, save_model=tmp_path / "small", **SETTINGS
+    ).report
+    saved = coprune.evaluate(tmp_path / "small", generate="builtin", generate_tokens=64, quiet=True).answers
+    expected = {sample.prompt: sample.answer for sample in saved.samples}
+    assert all(sample.answer == expected[sample.prompt] for sample in report.answers.samples)
+
+
+def test_a_run_that_cuts_and_prunes_speaks_of_the_dense_model(inside: Path, tmp_path: Path) -> None:
+    zeros: dict[str, Any] = {
+        "remove": "blocks=0.34",
+        "sparsity": 0.5,
+        "save": tmp_path / "run",
+        "require": "loops<=dense+16",
+    }
+    report = coprune.prune(
+        "model", "magnitude", dataset="words.txt", save_model=tmp_path / "o", **SETTINGS, **zeros
+    ).report
+    dense = coprune.evaluate("model", generate="builtin", generate_tokens=64, quiet=True).answers
+    expected = {sample.prompt: sample.answer for sample in dense.samples}
+    assert all(sample.dense == expected[sample.prompt] for sample in report.answers.samples)
+    assert [one.holds for one in report.required] == [True]
+
+
+def test_a_fine_tuning_looks_before_and_after(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    pruned: dict[str, Any] = {"dataset": "words.txt", "gate": False, "save_model": tmp_path / "pruned", **SETTINGS}
+    coprune.prune("model", "magnitude", **pruned)
+    command = ["finetune", str(tmp_path / "pruned"), "--mode", "lora", "--dataset", "words.txt", "--block-size", "16"]
+    command += ["--max-steps", "1", "--evaluations", "0", "--no-eval", "--quiet", "--save"]
+    ended = run_command([*command, str(tmp_path / "a"), "--require", "loops<0"], monkeypatch, capsys)
+    assert ended.code == 3, ended.err
+    report = json.loads((tmp_path / "a" / "finetune.json").read_text())
+    assert report["answers"]["reference"] == "before"
+    assert "answers loop" in (tmp_path / "a" / "model" / "README.md").read_text()
+    dense = ["--generate", "prompts.jsonl", "--generate-tokens", "8", "--against", "model", "--require", "kl<1000"]
+    ended = run_command([*command, str(tmp_path / "b"), *dense], monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "b" / "finetune.json").read_text())
+    expected = coprune.evaluate("model", generate="prompts.jsonl", generate_tokens=8, quiet=True).answers
+    assert [one["dense"] for one in report["answers"]["samples"]] == [one.answer for one in expected.samples]
+    assert report["answers"]["along"]["kl"] > 0
