@@ -15,6 +15,9 @@ class MeasureArguments(TypedDict, total=False):
     num_fewshot: int
     include_path: str | Path | None
     limit: int | None
+    apply_chat_template: bool
+    gen_kwargs: str | None
+    log_samples: str | Path | None
     generate: str | Path | None
     generate_prompts: int | None
     generate_tokens: int

@@ -77,7 +77,7 @@ class Extras:
         if self.tasks is not None:
             from coprune.evaluation.harness import zero_shot
 
-            settings = zero_shot_settings(self.recipe)
+            settings = zero_shot_settings(self.recipe).logging_as(which)
             title = f"Zero-shot tasks, {which}"
             found = zero_shot(weights.model, tokenizer, settings, self.tasks, reporter, title)
             self.zero_shot[which] = found
@@ -118,4 +118,13 @@ def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
     """Which tasks a recipe asks for, and how they are run."""
     asked = recipe.evaluation
     names = PAPER_TASKS if asked.tasks is None else tuple(n.strip() for n in asked.tasks.split(",") if n.strip())
-    return ZeroShotSettings(names, asked.few_shot, asked.task_folder, asked.limit, recipe.calibration.batch_size)
+    return ZeroShotSettings(
+        names,
+        asked.few_shot,
+        asked.task_folder,
+        asked.limit,
+        recipe.calibration.batch_size,
+        asked.chat_template,
+        asked.gen_kwargs,
+        asked.log_samples,
+    )

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import sys
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
+from coprune.base.files import write_text
 from coprune.base.progress import Advance, Reporter
+from coprune.base.words import LeaveOut
 from coprune.evaluation.batches import BATCH_LOGITS
-from coprune.evaluation.harness_tasks import SEED, find_tasks, isolated, one_line
+from coprune.evaluation.harness_tasks import SEED, find_tasks, generation_settings, isolated, one_line
 from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
 
 # Enough for metrics without a closed form (F1, say), where upstream's 100,000 take minutes; acc does not use it.
@@ -40,6 +44,9 @@ def zero_shot(
     Raises BadInput as `find_tasks`.
     """
     tasks = find_tasks(settings) if tasks is None else tasks
+    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
+        missing = "the tokenizer has no chat template"
+        raise BadInput(missing, field="apply_chat_template", value=True, fix=LeaveOut("apply_chat_template"))
     from lm_eval.evaluator import evaluate
 
     terminal = sys.stderr
@@ -49,6 +56,8 @@ def zero_shot(
             if task.get_config("num_fewshot") != 0 or settings.num_fewshot == 0:
                 task.set_config(key="num_fewshot", value=settings.num_fewshot)
             task.set_fewshot_seed(seed=SEED)
+            if (own := generation_settings(settings)) and task.OUTPUT_TYPE == "generate_until":
+                task.set_config(key="generation_kwargs", value=own, update=True)
         harness = _watched_model(
             model, tokenizer, settings.batch_size, reporter or Reporter(quiet=True), title, terminal
         )
@@ -59,9 +68,12 @@ def zero_shot(
                 limit=settings.limit,
                 bootstrap_iters=_BOOTSTRAP_RESAMPLES,
                 fewshot_as_multiturn=False,
+                apply_chat_template=settings.chat_template,
             )
         except ValueError as error:  # too few few-shot examples, unsafe code, multimodal tasks
             raise BadInput(f"the tasks cannot be run: {one_line(error)}", field="tasks") from error
+    if settings.log_samples is not None:
+        _write_samples(settings.log_samples, results["samples"])
     return ZeroShot(
         tasks=tuple(_scores(name, results) for name in tasks["tasks"]),
         groups={name: _estimates(results["results"][name]) for name in tasks.get("groups", {})},
@@ -83,9 +95,23 @@ def _watched_model(
     class Watched(HFLM):  # type: ignore[misc]
         advance: Advance = staticmethod(lambda amount: None)
 
+        @property
+        def eot_token_id(self) -> int | None:
+            # As with what stands before a context: a tokenizer may have no mark of its own.
+            return super().eot_token_id if super().eot_token_id is not None else mark
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             with redirect_stderr(terminal), reporter.bar(title, len(requests)) as self.advance:
                 return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            with redirect_stderr(terminal), reporter.bar(title, len(requests)) as self.advance:
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+            written = super()._model_generate(context, *arguments, **options)
+            self.advance(len(context))
+            return written
 
         def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *arguments, **options)
@@ -99,6 +125,14 @@ def _watched_model(
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
     mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
     return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", prefix_token_id=mark)
+
+
+def _write_samples(folder: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """Every item of every task with its prompt, the model's answer and its scores, one JSON object a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, items in samples.items():
+        lines = [json.dumps(item, ensure_ascii=False, default=str) for item in items]
+        write_text(folder / f"{task}.jsonl", "\n".join(lines) + "\n")
 
 
 def _scores(name: str, results: dict[str, Any]) -> TaskScores:

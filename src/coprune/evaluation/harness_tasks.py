@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.words import Set, Setting, parts_of
 from coprune.data.hub import require_dataset
 from coprune.evaluation.zero_shot import ZeroShotSettings
+from coprune.recipe.grammar import read_named
 
 LOCAL_TASKS_HINT = (
     "To use files on this machine, write a task definition that names them and give its folder with ",
@@ -51,6 +52,7 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
             value=settings.include_path,
             fix=("give a folder of task definitions (YAML) with ", Setting("include_path")),
         )
+    generation_settings(settings)
     if not settings.tasks:
         raise BadInput("no task is named", field="tasks", fix=("name some, as in ", Set("tasks", "boolq,arc_easy")))
     manager = _manager(settings)
@@ -70,6 +72,14 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
                 fix=LOCAL_TASKS_HINT,
             ) from error
     return loaded
+
+
+def generation_settings(settings: ZeroShotSettings) -> dict[str, Any]:
+    """How tasks that generate do so, as far as that is said. Raises BadInput for what is no list of settings."""
+    if settings.gen_kwargs is None:
+        return {}
+    with about("gen_kwargs", settings.gen_kwargs):
+        return dict(read_named(f"gen_kwargs:{settings.gen_kwargs}")[1])
 
 
 def tasks_fingerprint(tasks: dict[str, Any], limit: int | None = None) -> str:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput, about
@@ -202,7 +203,7 @@ class Subject:
         from coprune.evaluation.harness import zero_shot
         from coprune.evaluation.harness_tasks import tasks_fingerprint
 
-        settings = zero_shot_settings(self.recipe)
+        settings = zero_shot_settings(self.recipe).logging_as(Path(self.name).name)
 
         def run() -> ZeroShot:
             loaded = self.loaded
@@ -215,9 +216,11 @@ class Subject:
             "zero-shot",
             shots=settings.num_fewshot,
             limit=settings.limit,
+            generation=(settings.chat_template, settings.gen_kwargs),
             tasks=tasks_fingerprint(tasks, settings.limit),
         )
-        return self._cache.get(key, ZeroShot, run)
+        # What is kept holds no items.
+        return run() if settings.log_samples else self._cache.get(key, ZeroShot, run)
 
     def _begun_key(self, what: str, asked: Text, **settings: Any) -> str:
         """A key for what is measured on a text, which also says how its windows begin."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -33,6 +33,16 @@ class ZeroShotSettings:
     limit: int | None = None
     """Only the first so many items of each task."""
     batch_size: int | None = None
+    chat_template: bool = False
+    """Whether prompts are put in the tokenizer's chat template."""
+    gen_kwargs: str | None = None
+    """How tasks that generate do so, in place of what they say themselves: `max_gen_toks=64,temperature=0.7`."""
+    log_samples: Path | None = None
+    """Folder for every item with the model's answer, a .jsonl file per task."""
+
+    def logging_as(self, model: str) -> ZeroShotSettings:
+        """The same for one model of several, whose items go to a folder of its own."""
+        return self if self.log_samples is None else replace(self, log_samples=self.log_samples / model)
 
 
 class Estimate(BaseModel):

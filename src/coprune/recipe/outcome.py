@@ -78,6 +78,21 @@ class EvaluationPart(Part):
     limit: Annotated[
         int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
     ] = None
+    chat_template: Annotated[
+        bool, Decides.MEASUREMENT, Field(description="Put the tasks' prompts in the tokenizer's chat template.")
+    ] = False
+    gen_kwargs: Annotated[
+        str | None,
+        _MEASUREMENT,
+        Field(description="How tasks that generate do so, as in max_gen_toks=64,do_sample=true,temperature=0.7."),
+    ] = None
+    log_samples: Annotated[
+        Path | None,
+        Decides.WHERE,
+        Field(
+            description="Folder for every item of the tasks with the model's answer, a .jsonl file per model and task."
+        ),
+    ] = None
     prompt: Annotated[
         str,
         Decides.MEASUREMENT,

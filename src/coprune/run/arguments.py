@@ -105,6 +105,9 @@ class OutcomeArguments(TypedDict, total=False):
     num_fewshot: int
     include_path: File | None
     limit: int | None
+    apply_chat_template: bool
+    gen_kwargs: str | None
+    log_samples: File | None
     prompt: str
     layer_error: bool
     answers: AnswersPart | Mapping[str, Any]

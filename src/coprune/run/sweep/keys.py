@@ -25,6 +25,7 @@ def dense_key(session: Session) -> str:
     """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
     texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
     names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
+    names += ["apply_chat_template", "gen_kwargs"]
     names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
     settings = {name: session.opened.recipe.setting(name) for name in names}
     recipe = session.opened.recipe
