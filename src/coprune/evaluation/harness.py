@@ -10,18 +10,16 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.base.progress import Advance, Reporter
+from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
-from coprune.evaluation.batches import BATCH_LOGITS
+from coprune.evaluation.harness_model import watched_model
 from coprune.evaluation.harness_tasks import SEED, find_tasks, generation_settings, isolated, one_line
 from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
 
@@ -52,13 +50,8 @@ def zero_shot(
     terminal = sys.stderr
     with isolated():
         for task in tasks["tasks"].values():
-            # As upstream does: a task that says 0 itself means it.
-            if task.get_config("num_fewshot") != 0 or settings.num_fewshot == 0:
-                task.set_config(key="num_fewshot", value=settings.num_fewshot)
-            task.set_fewshot_seed(seed=SEED)
-            if (own := generation_settings(settings)) and task.OUTPUT_TYPE == "generate_until":
-                task.set_config(key="generation_kwargs", value=own, update=True)
-        harness = _watched_model(
+            _configure(task, settings)
+        harness = watched_model(
             model, tokenizer, settings.batch_size, reporter or Reporter(quiet=True), title, terminal
         )
         try:
@@ -81,50 +74,14 @@ def zero_shot(
     )
 
 
-def _watched_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int | None,
-    reporter: Reporter,
-    title: str,
-    terminal: Any,
-) -> Any:
-    """The harness's view of the model, with coprune's progress bar in place of its own."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Watched(HFLM):  # type: ignore[misc]
-        advance: Advance = staticmethod(lambda amount: None)
-
-        @property
-        def eot_token_id(self) -> int | None:
-            # As with what stands before a context: a tokenizer may have no mark of its own.
-            return super().eot_token_id if super().eot_token_id is not None else mark
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            with redirect_stderr(terminal), reporter.bar(title, len(requests)) as self.advance:
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            with redirect_stderr(terminal), reporter.bar(title, len(requests)) as self.advance:
-                return super().generate_until(requests, disable_tqdm=True)
-
-        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
-            written = super()._model_generate(context, *arguments, **options)
-            self.advance(len(context))
-            return written
-
-        def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
-            logits = super()._model_call(inps, *arguments, **options)
-            self.advance(len(inps))
-            return logits
-
-    if batch_size is None and in_host_memory(model.device):
-        # Automatic choice tries 64 sequences of full length first, which on a CPU takes minutes and much memory.
-        batch_size = max(1, min(16, BATCH_LOGITS // (512 * model.config.get_text_config().vocab_size)))
-    # What stands before an empty context; a tokenizer without such a mark leaves it to the model's configuration.
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
-    mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
-    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", prefix_token_id=mark)
+def _configure(task: Any, settings: ZeroShotSettings) -> None:
+    """Set what is asked for otherwise than the task's own definition says."""
+    # As upstream does: a task that says 0 itself means it.
+    if task.get_config("num_fewshot") != 0 or settings.num_fewshot == 0:
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    task.set_fewshot_seed(seed=SEED)
+    if (own := generation_settings(settings)) and task.OUTPUT_TYPE == "generate_until":
+        task.set_config(key="generation_kwargs", value=own, update=True)
 
 
 def _write_samples(folder: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
