@@ -82,6 +82,27 @@ def test_halves_of_a_head_become_neighbours_where_the_source_turns_halves(tmp_pa
 
 
 @needs_llama_cpp
+def test_a_model_whose_channels_were_removed_unevenly(tmp_path: Path) -> None:
+    def uneven(model: PreTrainedModel) -> PreTrainedModel:
+        with torch.no_grad():
+            model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.01)  # which hardly matters
+        return model
+
+    model = distinct_norms(uneven(pico_model("llama")))
+    like = write_pico_gguf(model, tmp_path / "like.gguf")
+    save(model, tmp_path / "dense")
+    settings: dict[str, Any] = {"dataset": pico_tokens(4, 32), "align": 32, "evaluate": False, "quiet": True}
+    small = tmp_path / "small"
+    coprune.prune(tmp_path / "dense", remove="channels=0.33", allocation="error", save_model=small, **settings)
+    made = coprune.export(small, tmp_path / "out.gguf", like=like, type="f32", quiet=True)
+    assert made.architecture == "deci"
+    (widths,) = said(made.path, "feed_forward_length")
+    assert (widths[0], sum(widths)) == (32, 3 * 64)
+    with torch.no_grad():
+        assert off(made.path, load_clean(small)(TOKENS, use_cache=False).logits[0]) < 2e-3
+
+
+@needs_llama_cpp
 def test_padding_stays_where_it_is_asked_for(tmp_path: Path) -> None:
     made, expected = made_of(pico_model("llama"), tmp_path, "llama", pad, type="f32", padded=True)
     assert (made.architecture, said(made.path, "feed_forward_length"), made.removed) == ("llama", [96], [])

@@ -37,7 +37,9 @@ def run(folder: Path, out: str, **changes: Any) -> dict[str, bytes | None]:
             {},
             {"remove": "blocks=0.25,channels=0.4", "score": "influence"},
         ),  # two kinds of attention, tied
-        ("deepseek_v3", {"n_routed_experts": 8}, {"remove": "blocks=0.34,experts=0.25"}),
+        pytest.param(
+            "deepseek_v3", {"n_routed_experts": 8}, {"remove": "blocks=0.34,experts=0.25"}, marks=pytest.mark.slow
+        ),
         ("llama", {}, {"remove": "parameters=0.3"}),
     ],
 )
