@@ -18,11 +18,12 @@ from coprune.commands.app import app
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
+from coprune.run.removal import search
 from coprune.run.stages import Result, run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
-from support.saved import saved_like
+from support.saved import assert_same_tensors, load_clean, saved_like, tensors_of
 
 IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
@@ -75,8 +76,6 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
 
 def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
     coprune.prune(damped(), remove="channels=0.33", allocation="error", save_model=tmp_path / "small", **SETTINGS)
-    from support.saved import load_clean
-
     small, edits = load_clean(tmp_path / "small"), Edits.read(tmp_path / "small").by_block
     padded = 0
     for block, own in edits.items():
@@ -94,8 +93,13 @@ def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path
     assert padded > 0
 
 
-def test_a_block_that_hardly_matters_loses_most(tmp_path: Path) -> None:
-    coprune.prune(damped(), remove="channels=0.33", allocation="error", save_model=tmp_path / "small", **SETTINGS)
+def test_a_block_that_hardly_matters_loses_most_and_a_folder_as_large_as_before_is_said_to_be(tmp_path: Path) -> None:
+    settings = SETTINGS | {"remove": "channels=0.33", "allocation": "error", "save_model": tmp_path / "small"}
+    report = coprune.prune(damped(), **settings).report
+    assert "; the folder is as large as before, padded with zeros" in report.edits[0]
+    assert report.left is not None
+    assert report.left + report.padding == report.model.parameters
+    assert "an ordinary model, in part zeros" in (tmp_path / "small" / "README.md").read_text()
     first, *others = (counts[0] for _, counts in real_counts(tmp_path / "small"))
     assert first == 16
     assert min(others) > 64
@@ -132,35 +136,64 @@ def run(home: Path, out: str) -> Result:
     return run_recipe(make_recipe(settings_of(home, out)), reporter=Reporter(quiet=True))
 
 
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 def without_card(folder: Path) -> dict[str, Any]:
     found = listing(folder)
     assert found.pop("README.md") is not None  # names the folders
     return found
 
 
-def test_a_killed_search_and_run_go_on_to_the_same_bytes_and_the_command_line_gives_them_too(tmp_path: Path) -> None:
-    save_pico(tmp_path / "llama")
+@pytest.mark.slow  # minutes, since every line of coprune's is counted
+@pytest.mark.parametrize(("out", "share"), [("early", 3), ("late", 9)])
+def test_a_killed_search_and_run_go_on_to_the_same_bytes(out: str, share: int, tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
-    run(tmp_path, "whole")
+    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("removal/search", "run/journal"))
     finds = json.loads((tmp_path / "whole" / "run" / "search.json").read_text())
     assert len(finds["tried"]) == 8
-    for out, file, share in (("early", "search", 6), ("late", "journal", 8)):
-        _, lines = count_lines(lambda out=out: run(tmp_path, f"{out}-counted"), (file,))  # type: ignore[misc]
-        assert killed_at(lambda out=out: run(tmp_path, out), lines * share // 10, (file,))  # type: ignore[misc]
-        tried = len(json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"])
-        assert (tried < 8) == (file == "search")
-        run(tmp_path, out)
-        assert without_card(tmp_path / out / "small") == without_card(tmp_path / "whole" / "small")
-        again = json.loads((tmp_path / out / "run" / "search.json").read_text())
-        assert again["tried"] == finds["tried"]
+    assert killed_at(lambda: run(tmp_path, out), lines * share // 10, ("removal/search", "run/journal"))
+    tried = len(json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"])
+    assert (0 < tried < 8) if out == "early" else tried == 8
+    assert bool(list((tmp_path / out / ".small.partial").glob("model-*.json"))) == (out == "late")
+    run(tmp_path, out)
     torch.set_num_threads(threads)
+    assert without_card(tmp_path / out / "small") == without_card(tmp_path / "whole" / "small")
+    assert json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] == finds["tried"]
+
+
+def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    run(tmp_path, "called")
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "next_try", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "stopped")
+    finds = [json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] for out in ("called", "stopped")]
+    assert finds[0][:2] == finds[1]
+    run(tmp_path, "stopped")
+    assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "called" / "small")
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "typed").items()]
     words = [word for word in words if not word.startswith(("--model", "--evaluate"))]
     done = CliRunner().invoke(app, ["prune", str(tmp_path / "llama"), *words, "--no-eval"])
     assert done.exit_code == 0, done.output
-    assert without_card(tmp_path / "typed" / "small") == without_card(tmp_path / "whole" / "small")
+    assert without_card(tmp_path / "typed" / "small") == without_card(tmp_path / "called" / "small")
+
+
+def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    for out, stream in (("whole", False), ("streamed", True)):
+        settings = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33"}
+        run_recipe(make_recipe(settings | {"stream": stream}), reporter=Reporter(quiet=True))
+    assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
 
 
 @pytest.mark.parametrize(
