@@ -75,8 +75,11 @@ def windows_at_bos(windows: Windows, bos: int) -> Windows:
         return windows
     tokens = windows.tokens
     behind = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
-    tokens = torch.where(tokens[:, :1] == bos, tokens, behind)
-    return replace(windows, tokens=tokens, fingerprint=fingerprint(tokens))
+    begun, marks = tokens[:, :1] == bos, windows.generated
+    if marks is not None:
+        marks = torch.where(begun, marks, torch.cat([torch.zeros_like(marks[:, :1]), marks[:, :-1]], dim=1))
+    tokens = torch.where(begun, tokens, behind)
+    return replace(windows, tokens=tokens, fingerprint=fingerprint(tokens), generated=marks)
 
 
 def text_at_bos(text: EvaluationText, bos: int, seqlen: int) -> EvaluationText:

@@ -46,7 +46,7 @@ class Rows(Protocol):
 
 GivenText = Sequence[str] | Rows | Tensor
 """Strings, a `datasets.Dataset`, or token ids."""
-CalibrationData = str | Path | GivenText
+CalibrationData = str | Path | GivenText | Mapping[str, Any]
 TextData = str | Path | Sequence[str] | Rows | Tensor | Mapping[str, str | Path | GivenText]
 """A name, names, a `datasets.Dataset`, token ids, or a mapping of labels to names and to what is handed over."""
 GivenData = JoinedText | GivenTokens
@@ -69,7 +69,7 @@ def given_data(name: str) -> GivenData | None:
 
 def given_samples(name: Any) -> dict[str, int]:
     """How many samples there are and how long, as settings, if token ids were handed over under this name."""
-    data = given_data(name) if isinstance(name, str) else None
+    data = given_data(name) if isinstance(name, str) and not {",", "="} & set(name) else None
     if not isinstance(data, GivenTokens) or data.tokens.ndim != 2:
         return {}
     samples, length = data.tokens.shape
@@ -91,8 +91,8 @@ def handed_over(settings: Mapping[str, Any], calibration: str | None, evaluation
     """
     named, found = dict(settings), dict[str, GivenData]()
     if calibration is not None and not _is_name(settings.get(calibration)):
-        name, data = _named(settings[calibration], None, calibration)
-        found[name], named[calibration] = data, name
+        named[calibration], own = _named_sources(settings[calibration], calibration)
+        found |= own
     asked = settings.get(evaluation)
     if not _is_name(asked) and not _is_names(asked):
         parts = asked if isinstance(asked, Mapping) else {None: asked}
@@ -105,6 +105,32 @@ def handed_over(settings: Mapping[str, Any], calibration: str | None, evaluation
         yield named
     finally:
         _HERE.reset(before)
+
+
+def _named_sources(asked: Any, field: str) -> tuple[str, dict[str, GivenData]]:
+    """What to calibrate on as it is written in a recipe, and what was handed over under the names in it."""
+    several = isinstance(asked, Mapping) and not type(asked).__name__.endswith("DatasetDict")
+    parts = _with_shares(asked, field) if several else {"": (asked, None)}
+    said, found = [], dict[str, GivenData]()
+    for label, (value, share) in parts.items():
+        name = str(value)
+        if not _is_name(value):
+            name, data = _named(value, label or None, field)
+            found[name] = data
+        said.append(name if share is None else f"{name}={share}")
+    return ",".join(said), found
+
+
+def _with_shares(asked: Mapping[Any, Any], field: str) -> dict[str, tuple[Any, Any]]:
+    """From labels to data and shares: `{"wikitext2": 0.5, "mine": (texts, 0.5)}`; the label is the name of what is not there."""
+    found = {}
+    for label, value in asked.items():
+        data, share = value if isinstance(value, tuple) and len(value) == 2 else (label, value)
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float)):
+            wrong = f"{label} has the share {share!r:.40}, which is no number"
+            raise BadInput(wrong, field=field, fix="give a share, or (data, share)")
+        found[str(label)] = data, share
+    return found
 
 
 def _is_name(value: Any) -> bool:

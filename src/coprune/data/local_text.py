@@ -80,6 +80,25 @@ def _read(file: Path, column: str | None) -> list[str]:
         raise BadInput(f"{file} cannot be read: {error}") from error
 
 
+def rows_of(file: Path) -> list[Any]:
+    """All rows of a .json, .jsonl or .parquet file as they are. Raises BadInput for another ending, or a damaged file."""
+    ending = _ending(file).removesuffix(".gz")
+    if ending not in (".json", ".jsonl", ".parquet"):
+        raise BadInput(f"{file} has no rows", fix="Rows are read from .jsonl, .json and .parquet files")
+    try:
+        if ending == ".jsonl":
+            # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+            return [json.loads(line) for line in _content(file).split("\n") if line.strip()]
+        if ending == ".json":
+            rows = json.loads(_content(file))
+            return rows if isinstance(rows, list) else [rows]
+        import pyarrow.parquet as pq
+
+        return list(pq.read_table(file).to_pylist())
+    except (ValueError, EOFError, zlib.error, OSError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+
+
 def _content(file: Path) -> str:
     data = file.read_bytes()
     if file.suffix.lower() == ".gz":

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.base.errors import BadInput
@@ -36,6 +37,17 @@ class Tokenizes(Protocol):
         ...
 
 
+class SourcePart(BaseModel):
+    """What one source gave to the samples."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    source: str
+    nsamples: int
+    fingerprint: str
+
+
 @dataclass(frozen=True)
 class Windows:
     """Calibration samples: tokens (samples × seqlen, int64), their fingerprint, and where they come from."""
@@ -45,6 +57,10 @@ class Windows:
     source: str
     given: bool = False
     """Token ids that were handed over, which nothing is added to."""
+    generated: Tensor | None = None
+    """Which tokens a model wrote, samples × seqlen bool; None where nobody says."""
+    parts: tuple[SourcePart, ...] = ()
+    """Of several sources, or of one with options: what each gave."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ def streams(recipe: Recipe) -> bool:
     """Whether a folder's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for."""
     if recipe.structure.remove:
         return recipe.model.stream is True
-    whole = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.answers.is_asked
+    needs = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.answers.is_asked
+    whole = needs or recipe.calibration.is_own
     return recipe.model.stream is not False and not whole
 
 

@@ -51,6 +51,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         or _of_removal(recipe)
         or _of_streaming(recipe)
         or _of_answers(recipe)
+        or _of_calibration(recipe)
         or _of_folders(recipe.output)
     )
 
@@ -194,6 +195,28 @@ def _of_answers(recipe: Parts) -> BadInput | None:
             return BadInput(
                 f"{wrong}the dense model, which a run that cuts and prunes does not keep", field="require", fix=fix
             )
+    return None
+
+
+def _of_calibration(recipe: Parts) -> BadInput | None:
+    try:
+        own = recipe.calibration.is_own
+    except BadInput as error:
+        return error
+    if own and recipe.model.stream:
+        return BadInput(
+            "the dense model writes its calibration text with all of it in memory",
+            field="stream",
+            value=True,
+            fix=(
+                LeaveOut("stream"),
+                ", or calibrate on a file that was written: ",
+                Command("generate", "model", "OUT.jsonl"),
+            ),
+        )
+    if recipe.calibration.calibrate_on == "generated" and "experts" in recipe.structure.shares:
+        wrong = "experts are scored on all tokens that come to them"
+        return BadInput(wrong, field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on"))
     return None
 
 

@@ -42,6 +42,7 @@ FLAT: dict[str, str] = {
     "dataset": "calibration.data",
     "nsamples": "calibration.samples",
     "seqlen": "calibration.seqlen",
+    "calibrate_on": "calibration.calibrate_on",
     "bos": "calibration.bos",
     "seed": "calibration.seed",
     "activation_memory": "calibration.activation_memory",

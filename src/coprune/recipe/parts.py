@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from coprune.base.validation import one_is_enough
 from coprune.recipe.decides import Decides
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.sources import split_sources, text_of
 
 _RESULT = Decides.RESULT | Decides.COST
 
@@ -116,10 +117,12 @@ class CalibrationPart(Part):
 
     data: Annotated[
         str,
+        BeforeValidator(text_of),
         _RESULT,
         Field(
-            description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, or a local .txt, .jsonl or "
-            ".parquet file or folder. Images: digits, a folder of classes, .parquet, or a datasets id."
+            description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, a local .txt, .jsonl or "
+            ".parquet file or folder, or self (what the dense model writes; self:prompts.jsonl, its answers); several with "
+            "shares: self=0.5,wikitext2=0.5. Images: digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
     samples: Annotated[int, _RESULT, Field(description="Number of calibration samples.", ge=1)] = 128
@@ -128,6 +131,14 @@ class CalibrationPart(Part):
         _RESULT,
         Field(description="Tokens per sample and per perplexity window. [min(2048, model's limit)]", ge=2),
     ] = None
+    calibrate_on: Annotated[
+        Literal["all", "generated"],
+        _RESULT,
+        Field(
+            description="Which positions the statistics are of: all, or only those that a model wrote, the others being "
+            "what it looks back on. Text that says nothing of who wrote it counts whole."
+        ),
+    ] = "all"
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
         Decides.RESULT | Decides.MEASUREMENT,
@@ -169,6 +180,11 @@ class CalibrationPart(Part):
             "the dense model's own outputs."
         ),
     ] = "pruned"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the dense model writes some of it."""
+        return any(source.is_own for source in split_sources(self.data))
 
 
 class ReconstructionPart(Part):

@@ -57,11 +57,12 @@ def model_card(report: Report) -> str:
         results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
     calibration = report.calibration
     size = "" if calibration is None else "images" if images else f"samples of {calibration.seqlen} tokens"
+    details = "" if calibration is None or not calibration.details() else f" {inline(calibration.details())}"
     data = (
         "No calibration data was used."
         if calibration is None
         else f"Calibrated on {calibration.nsamples} {size} of {inline(calibration.source)} "
-        f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`)."
+        f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`).{details}"
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     tuned = "" if report.finetuned is None else f", then fine-tuned ({report.finetuned.line()})"

@@ -63,7 +63,9 @@ def _head(report: Report) -> str:
     data = report.calibration
     samples = "images" if model.task == "images" else "samples"
     calibration = (
-        "" if data is None else f" Calibrated on {data.nsamples} {samples} of {data.source}, seed {data.seed}."
+        ""
+        if data is None
+        else f" Calibrated on {data.nsamples} {samples} of {data.source}, seed {data.seed}.{data.details()}"
     )
     lines = (
         f"<h1>{text(_name(report))}, pruned with {text(recipe.way)}</h1>"

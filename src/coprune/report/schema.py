@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown
+from coprune.data.windows import SourcePart
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement, answer_rows
 from coprune.evaluation.bos import BosChoice
@@ -58,8 +59,18 @@ class CalibrationFacts(BaseModel):
     """Tokens per sample; None for images."""
     seed: int
     fingerprint: str
+    sources: list[SourcePart] = []
+    """Of several sources, or of one with options: what each gave."""
+    counted: int | None = None
+    """How many of the tokens the statistics are of, where that is not all."""
     image_size: tuple[int, int] | None = None
     """(height, width) that the model's transforms gave; None for text."""
+
+    def details(self) -> str:
+        """What of the tokens was counted, and what each source gave, as sentences behind another; empty for nothing."""
+        said = "" if self.counted is None else f" Statistics are of {self.counted:,} tokens that a model wrote."
+        parts = [f"{part.name}: {part.nsamples} samples, fingerprint {part.fingerprint}" for part in self.sources]
+        return f"{said} Sources: {'; '.join(parts)}." if parts else said
 
 
 class SparsityFacts(BaseModel):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
+from coprune.data import Windows
 from coprune.data.images import LabelledImages
 from coprune.evaluation.answers.requirements import judge
 from coprune.evaluation.extras import Extras
@@ -110,7 +111,14 @@ def _calibration(opened: Opened) -> CalibrationFacts | None:
         image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
         seed=opened.recipe.calibration.seed,
         fingerprint=samples.fingerprint,
+        sources=list(samples.parts) if isinstance(samples, Windows) else [],
+        counted=_counted(opened),
     )
+
+
+def _counted(opened: Opened) -> int | None:
+    marks = opened.samples.generated if isinstance(opened.samples, Windows) else None
+    return None if marks is None or opened.recipe.calibration.calibrate_on == "all" else int(marks.sum())
 
 
 def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:

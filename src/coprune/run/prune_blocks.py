@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coprune.data import Windows
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import Edit, FillZeros
@@ -144,6 +145,10 @@ def record_calibration(session: Session, dense: bool = False) -> Recording | Non
         return None
     batches = opened.task.batches(opened.around.processes.share(opened.samples.tokens))
     recording = record_batches(session.model, batches, opened.activations(lists=2 if dense else 1))
+    if opened.recipe.calibration.calibrate_on == "generated":
+        assert isinstance(opened.samples, Windows)
+        assert opened.samples.generated is not None
+        recording.counted = opened.task.batches(opened.around.processes.share(opened.samples.generated))
     if dense:
         recording.dense = recording.hidden.copy()
         if opened.solver.aim != "dense" and session.reconstruction is not None:

@@ -14,10 +14,11 @@ from coprune.base.errors import BadInput, about
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
-from coprune.data import EvaluationText, Windows, calibration_windows, evaluation_corpus_for, evaluation_tokens
+from coprune.data import EvaluationText, Windows, evaluation_corpus_for, evaluation_tokens
 from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, Score, choose_bos
+from coprune.evaluation.calibration import Sampling, read_samples, require_generated
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import perplexity
 from coprune.evaluation.shared import shared_perplexity
@@ -29,6 +30,7 @@ from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.sample import InputSample
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import split_sources
 
 
 class TextTask:
@@ -49,13 +51,17 @@ class TextTask:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
         reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
-        tokenizer, seed, folder = self._tokenizer, recipe.calibration.seed, recipe.model.cache_dir
+        sampling = Sampling(nsamples, self.seqlen, recipe.calibration.seed, recipe.model.cache_dir)
         with about("dataset", recipe.calibration.data):
             windows = self._remember(
-                ("calibration", *self._source, recipe.calibration.data, nsamples, self.seqlen, seed, folder),
-                lambda: calibration_windows(recipe.calibration.data, tokenizer, nsamples, self.seqlen, seed, folder),
+                ("calibration", *self._source, recipe.calibration.data, *sampling),
+                lambda: read_samples(
+                    recipe.calibration.data, self._loaded, self._tokenizer, sampling, self._processes, reporter
+                ),
             )
             self._check_ids(windows.tokens)
+            if recipe.calibration.calibrate_on == "generated":
+                require_generated(windows)
         return windows_at_bos(windows, self._bos) if recipe.calibration.bos == "every" else windows
 
     @property
@@ -110,12 +116,13 @@ class TextTask:
             return {}
         if recipe.evaluation.data is not None:
             return {name: self._read(name) for name in plain_names(recipe.evaluation.data)}
-        name = evaluation_corpus_for(recipe.calibration.data)
-        if name is None:
+        sources = [source.name for source in split_sources(recipe.calibration.data) if not source.is_own]
+        names = [name for source in sources if (name := evaluation_corpus_for(source)) is not None]
+        if not names:
             untested = f"No perplexity: {recipe.calibration.data} has no test split. Name a text with "
             reporter.say(say((untested, Setting("eval_data"), ".")))
             return {}
-        return {name: self._read(name)}
+        return {name: self._read(name) for name in names}
 
     def _read(self, name: str) -> EvaluationText:
         tokenizer, folder, limit = self._tokenizer, self._recipe.model.cache_dir, self._recipe.evaluation.tokens

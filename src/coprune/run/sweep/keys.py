@@ -41,6 +41,7 @@ def statistics_key(session: Session) -> str:
     statistic = opened.solver.statistic
     facts = {
         "samples": opened.samples.fingerprint,
+        "calibrate_on": opened.recipe.calibration.calibrate_on,
         "batches": [tuple(batch.shape) for batch in opened.task.batches(opened.samples.tokens)],
         "statistic": None if statistic is None else statistic.__name__,
         "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],

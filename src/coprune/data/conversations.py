@@ -1,0 +1,177 @@
+"""Conversations, and texts that a model wrote, as token ids that say which of them a model wrote.
+
+Rows of .jsonl, .json and .parquet files in the usual formats: `messages` (role, content), `conversations` as of ShareGPT
+(from, value), `instruction`, `input`, `output` as of Alpaca, `prompt` and `answer`; or with `prompt_ids` and `answer_ids`,
+which `coprune generate` writes. Everything but ids goes through the tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.data.local_text import files_of, rows_of, split_column
+
+IDS = ("prompt_ids", "answer_ids")
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+_ANSWERS = ("answer", "completion", "response", "output")
+_FORMATS = "messages, conversations, instruction and output, prompt and answer, or prompt_ids and answer_ids"
+Message = dict[str, str]
+
+
+class Document(NamedTuple):
+    """Token ids, and which of them a model wrote."""
+
+    ids: list[int]
+    generated: list[bool]
+
+
+def holds_conversations(name: str) -> bool:
+    """Whether the first row of a file is a conversation, or was generated, and has no text that would be read as such."""
+    path, column = split_column(name)
+    if column is not None or not path.exists():
+        return False
+    try:
+        rows = next((rows for file in files_of(path) if (rows := rows_of(file))), [])
+    except BadInput:
+        return False  # text without rows, or a file whose reader says what is wrong with it
+    row = rows[0] if rows else None
+    if not isinstance(row, Mapping) or "text" in row:
+        return False
+    return all(isinstance(row.get(key), Sequence) for key in IDS) or messages_of(row) is not None
+
+
+def read_conversations(name: str, tokenizer: PreTrainedTokenizerBase, column: str | None = None) -> list[Document]:
+    """Read every row of a file or folder.
+
+    Args:
+        name: the path.
+        tokenizer: of the model; its chat template puts messages into text.
+        column: the one that holds the messages; by default that of a usual format.
+
+    Raises:
+        BadInput: a row is of no known format, there is no template or it fails, or ids are of another tokenizer.
+    """
+    path = split_column(name)[0]
+    rows = [(f"row {i} of {file}", row) for file in files_of(path) for i, row in enumerate(rows_of(file), start=1)]
+    if not rows:
+        raise BadInput(f"{path} holds no rows")
+    documents = []
+    for place, row in rows:
+        if isinstance(row, Mapping) and column is None and all(row.get(key) is not None for key in IDS):
+            documents.append(_of_ids(row, tokenizer, place))
+            continue
+        messages = messages_of(row, column) if isinstance(row, Mapping) else None
+        if messages is None:
+            found = f"its columns are {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "it is no object"
+            wanted = _FORMATS if column is None else f"a list of messages in {column!r}"
+            raise BadInput(f"{place} is no conversation: {found}", fix=f"it should have {wanted}")
+        documents.append(document_of(messages, tokenizer, place))
+    return documents
+
+
+def messages_of(row: Mapping[str, Any], column: str | None = None) -> list[Message] | None:
+    """The messages of a row in any of the usual formats, with roles as templates call them; None if it is in none."""
+    for key in (column,) if column is not None else ("messages", "conversations", "conversation"):
+        said = row.get(key)
+        if isinstance(said, Sequence) and not isinstance(said, str) and said:
+            found = [_message(one) for one in said]
+            return None if any(one is None for one in found) else [one for one in found if one is not None]
+    if column is not None:
+        return None
+    asked = row.get("instruction", row.get("prompt"))
+    answer = next((row[key] for key in _ANSWERS if isinstance(row.get(key), str)), None)
+    if not isinstance(asked, str) or answer is None:
+        return None
+    more = row.get("input") if "instruction" in row else None
+    question = f"{asked}\n\n{more}" if isinstance(more, str) and more else asked
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _message(said: Any) -> Message | None:
+    if not isinstance(said, Mapping):
+        return None
+    role, content = said.get("role", said.get("from")), said.get("content", said.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        return None
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:
+    """Put messages through the chat template; what the assistant says, and the mark that ends it, is generated."""
+    whole, edges = template_text(messages, tokenizer, place), list[tuple[int, int]]()
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template_text(messages[:number], tokenizer, place, answers=True) if number else ""
+        upto = template_text(messages[: number + 1], tokenizer, place)
+        # A template that writes earlier turns anew (without their thoughts, say) marks only those that stay.
+        if whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto):
+            edges.append((len(before), len(upto)))
+    document, at = Document([], []), 0
+    for start, end in [*edges, (len(whole), len(whole))]:
+        for piece, generated in ((whole[at:start], False), (whole[start:end], True)):
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] if piece else []
+            document.ids.extend(ids)
+            document.generated.extend([generated] * len(ids))
+        at = end
+    return document
+
+
+def template_text(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, answers: bool = False
+) -> str:
+    """Messages as text. answers: whether the assistant is to go on. Raises BadInput without a template, or if it fails."""
+    if not tokenizer.chat_template:
+        raise BadInput(
+            f"the tokenizer has no chat template, which {place} needs",
+            fix="take a model that was tuned for conversations, or text as it stands",
+        )
+    try:
+        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answers)
+    except Exception as error:  # a template is a program of somebody else's: whatever it raises
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"the tokenizer's chat template fails on {place}: {said}") from error
+    return str(text)
+
+
+def _of_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:
+    prompt, answer = (list(row[key]) for key in IDS)
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in [*prompt, *answer]):
+        raise BadInput(f"{place} holds ids that are no whole numbers from 0")
+    text = row.get("answer")
+    if isinstance(text, str) and tokenizer.decode(answer, skip_special_tokens=True) != text:
+        raise BadInput(f"{place} has ids of another tokenizer", fix="write it anew with this model")
+    return Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def read_prompts(name: str, column: str | None = None) -> list[str | list[Message]]:
+    """Read prompts: texts in a column (`prompt`), or conversations up to their last answer.
+
+    Raises:
+        BadInput: there is no such file, or a row without a prompt.
+    """
+    path, named = split_column(name)
+    if not Path(path).is_file():
+        raise BadInput(f"there is no file of prompts {str(path)!r}", fix="give a .jsonl file")
+    wanted, prompts = column or named or "prompt", list[str | list[Message]]()
+    for number, row in enumerate(rows_of(path), start=1):
+        said = row.get(wanted) if isinstance(row, Mapping) else row
+        messages = messages_of(row) if isinstance(row, Mapping) and column is None and named is None else None
+        if isinstance(said, str) and said.strip():
+            prompts.append(said)
+        elif messages and messages[0]["role"] in ("user", "system"):
+            prompts.append(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+        else:
+            has = f", only {', '.join(map(repr, row))}" if isinstance(row, Mapping) and row else ""
+            raise BadInput(
+                f"row {number} of {path} has no text in a column {wanted!r}{has}",
+                fix=f"name another column, as in {path}:COLUMN",
+            )
+    if not prompts:
+        raise BadInput(f"{path} holds no prompts", fix='a row reads like {"prompt": "Why is the sky blue?"}')
+    return prompts

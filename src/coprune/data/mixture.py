@@ -1,0 +1,111 @@
+"""Calibration samples from several sources, each as many as its share says, in an order that mixes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Setting
+from coprune.data.conversations import Document, holds_conversations, read_conversations
+from coprune.data.windows import SourcePart, Tokenizes, Windows, calibration_windows, fingerprint
+from coprune.recipe.sources import Source
+
+
+def reads_conversations(source: Source) -> bool:
+    """Whether a source is read as conversations: it asks for it, or it is a file of them and nothing says otherwise."""
+    if source.is_own or source.options.get("template") == "none":
+        return False
+    return source.options.get("template") == "chat" or holds_conversations(source.name)
+
+
+def source_windows(
+    source: Source,
+    tokenizer: tuple[Tokenizes | None, PreTrainedTokenizerBase | None],
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    folder: Path | None,
+) -> Windows:
+    """Samples of one source that was written already.
+
+    Args:
+        source: any but what the model writes.
+        tokenizer: as it begins a text, and itself, which puts conversations into its template.
+        nsamples: how many samples.
+        seqlen: tokens of each.
+        seed: of the choice of them.
+        folder: where downloads are kept.
+
+    Raises:
+        BadInput: as `calibration_windows` and `read_conversations`.
+    """
+    column = source.options.get("column")
+    if reads_conversations(source):
+        if tokenizer[1] is None:
+            raise BadInput(
+                "conversations need a tokenizer", field="tokenizer", fix=("give it with ", Setting("tokenizer"))
+            )
+        return packed(read_conversations(source.name, tokenizer[1], column), nsamples, seqlen, seed, source.name)
+    name = source.name if column is None else f"{source.name}:{column}"
+    return calibration_windows(name, tokenizer[0], nsamples, seqlen, seed, folder)
+
+
+def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int | None, source: str) -> Windows:
+    """Samples cut one after another from documents behind each other, in a random order (without a seed in theirs).
+
+    Raises BadInput if there are not enough tokens.
+    """
+    order = list(range(len(documents)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    needed, total = nsamples * seqlen, sum(len(document.ids) for document in documents)
+    if total < needed:
+        raise BadInput(
+            f"{source} has {total} tokens, and {nsamples} samples of {seqlen} need {needed}",
+            fix=(
+                "take more of it, or fewer samples with ",
+                Setting("nsamples"),
+                " or shorter ones with ",
+                Setting("seqlen"),
+            ),
+        )
+    ids = [token for i in order for token in documents[i].ids][:needed]
+    marks = [mark for i in order for mark in documents[i].generated][:needed]
+    tokens, generated = torch.tensor(ids).view(nsamples, seqlen), torch.tensor(marks).view(nsamples, seqlen)
+    return marked(Windows(tokens, "", source, generated=generated))
+
+
+def marked(windows: Windows) -> Windows:
+    """The same, its fingerprint that of its tokens and of which of them a model wrote."""
+    name = fingerprint(windows.tokens)
+    if windows.generated is not None:
+        name = f"{name}-{fingerprint(windows.generated)[:8]}"
+    return replace(windows, fingerprint=name)
+
+
+def mixed(found: Sequence[tuple[Source, Windows]], seed: int) -> Windows:
+    """Samples of all sources as one, in a random order; of one source they are as they were."""
+    parts = tuple(
+        SourcePart(name=source.name, source=one.source, nsamples=len(one.tokens), fingerprint=one.fingerprint)
+        for source, one in found
+    )
+    if len(found) == 1:
+        return replace(found[0][1], parts=parts)
+    order = torch.randperm(sum(part.nsamples for part in parts), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.cat([one.tokens for _, one in found])[order]
+    marks = None
+    if any(one.generated is not None for _, one in found):
+        # Of text that nobody marked there is no prompt to leave out.
+        whole = [torch.ones_like(one.tokens, dtype=torch.bool) for _, one in found]
+        marks = torch.cat(
+            [all_ if one.generated is None else one.generated for all_, (_, one) in zip(whole, found, strict=True)]
+        )[order]
+    said = "; ".join(f"{part.nsamples} of {part.source}" for part in parts)
+    given = any(one.given for _, one in found)
+    return marked(Windows(tokens, "", said, given, marks, parts))

@@ -1,0 +1,83 @@
+"""Calibration samples of a language model, of one source or of several, some of which it may write itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from coprune.base.errors import BadInput
+from coprune.base.processes import Processes
+from coprune.base.progress import Reporter
+from coprune.base.words import Set
+from coprune.data import Windows, calibration_windows
+from coprune.data.mixture import marked, mixed, packed, reads_conversations, source_windows
+from coprune.data.windows import Tokenizes
+from coprune.evaluation.own_text import own_documents
+from coprune.model.opened import Loaded
+from coprune.recipe.sources import Source, counts_of, split_sources
+
+
+class Sampling(NamedTuple):
+    """How many samples are drawn, and how."""
+
+    nsamples: int
+    seqlen: int
+    seed: int
+    cache_dir: Path | None
+
+
+def read_samples(
+    data: str,
+    loaded: Loaded,
+    tokenizer: Tokenizes | None,
+    sampling: Sampling,
+    processes: Processes,
+    reporter: Reporter,
+) -> Windows:
+    """Draw calibration samples.
+
+    Args:
+        data: the sources, as `split_sources` reads them.
+        loaded: the dense model.
+        tokenizer: as it begins a text.
+        sampling: how many, and how.
+        processes: those that need them; the first one writes.
+        reporter: hears of what takes long.
+
+    Raises:
+        BadInput: a source cannot be read, or has not enough.
+    """
+    sources, nsamples = split_sources(data), sampling.nsamples
+    if len(sources) == 1 and sources[0].is_plain and not reads_conversations(sources[0]):
+        return calibration_windows(sources[0].name, tokenizer, nsamples, *sampling[1:])
+    counts = counts_of([source.share for source in sources], nsamples)
+    found: list[tuple[Source, Windows]] = []
+    for source, count in sorted(zip(sources, counts, strict=True), key=lambda pair: pair[0].is_own):
+        if count == 0:
+            continue  # so small a share of so few samples is none
+        if source.is_own:
+            windows = _own(source, loaded, sampling._replace(nsamples=count), processes, reporter)
+        else:
+            windows = source_windows(source, (tokenizer, loaded.tokenizer), count, *sampling[1:])
+        found.append((source, windows))
+    order = {source.name: place for place, source in enumerate(sources)}
+    return mixed(sorted(found, key=lambda pair: order[pair[0].name]), sampling.seed)
+
+
+def _own(source: Source, loaded: Loaded, sampling: Sampling, processes: Processes, reporter: Reporter) -> Windows:
+    nsamples, seqlen, seed, _ = sampling
+    documents = processes.from_first(lambda: own_documents(source, loaded, nsamples, seqlen, seed, reporter))
+    said = "the dense model's own text" if source.prompts is None else f"the dense model's answers to {source.prompts}"
+    return packed(documents, nsamples, seqlen, None, said)
+
+
+def require_generated(windows: Windows) -> Windows:
+    """Raise BadInput if nobody says which tokens a model wrote, or it wrote none of them."""
+    if windows.generated is None or not bool(windows.generated.any()):
+        raise BadInput(
+            "no token of the calibration data is marked as generated",
+            field="calibrate_on",
+            value="generated",
+            fix=("calibrate on what a model wrote, such as ", Set("dataset", "self"), ", or leave it out"),
+        )
+    return marked(windows)
