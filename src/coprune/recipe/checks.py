@@ -211,7 +211,7 @@ def _of_calibration(recipe: Parts) -> BadInput | None:
             fix=(
                 LeaveOut("stream"),
                 ", or calibrate on a file that was written: ",
-                Command("generate", "model", "OUT.jsonl"),
+                Command("generate", "MODEL", "OUT.jsonl"),
             ),
         )
     if recipe.calibration.calibrate_on == "generated" and "experts" in recipe.structure.shares:
