@@ -23,6 +23,7 @@ FUNCTIONS = [
     "evaluate",
     "export",
     "finetune",
+    "generate",
     "inspect",
     "load_packed",
     "merge",

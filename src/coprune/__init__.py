@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from coprune.report.schema import Report
     from coprune.run.compare import compare
     from coprune.run.estimate.found import Estimate
+    from coprune.run.generate import generate
     from coprune.run.inspect import inspect
     from coprune.run.inspection import Inspection
     from coprune.run.prune import estimate, prune
@@ -82,6 +83,7 @@ _HOME = {
     "evaluate": "coprune.evaluation.evaluate",
     "export": "coprune.model.gguf.export",
     "finetune": "coprune.training.finetune",
+    "generate": "coprune.run.generate",
     "inspect": "coprune.run.inspect",
     "load_packed": "coprune.packed.quantizer",
     "merge": "coprune.training.merge",
@@ -123,6 +125,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "generate",
     "inspect",
     "load_packed",
     "merge",

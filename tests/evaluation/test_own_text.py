@@ -11,8 +11,9 @@ import pytest
 import coprune
 from coprune.base.environment import kernel_cache
 from coprune.evaluation import own_text
+from support.commands import run_command
 from support.pico import pico_model
-from support.pico_folder import pico_tokenizer, write_words
+from support.pico_folder import pico_tokenizer, save_pico, write_words
 
 
 @pytest.fixture
@@ -97,3 +98,33 @@ def test_the_text_of_a_seed_is_the_same_whatever_was_written_before(place: Path)
         file.unlink()
     again = prune("self", nsamples=2).report.calibration
     assert again == one
+
+
+def test_a_written_file_calibrates_another_run(place: Path) -> None:
+    model, tokenizer = pico_model("llama"), pico_tokenizer("known")
+    file = coprune.generate(
+        model, "own.jsonl", "prompts.jsonl", samples=8, seqlen=16, processor=tokenizer, quiet=True, seed=3
+    )
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 8
+    assert rows[0]["prompt_ids"] == [20, 21]
+    assert rows[0]["prompt"] == "w20 w21"
+    assert rows[0]["answer_ids"] != rows[6]["answer_ids"], "the same prompt draws anew"
+    assert all(len(row["answer_ids"]) == 16 or row["ended"] for row in rows)
+    report = prune("own.jsonl", calibrate_on="generated").report
+    assert report.calibration is not None
+    assert 6 * 24 - 2 * 8 <= (report.calibration.counted or 0) < 6 * 24 - 2
+    with pytest.raises(coprune.BadInput, match=r"own\.jsonl is there already"):
+        coprune.generate(model, "own.jsonl", processor=tokenizer, quiet=True)
+    begun = coprune.generate(model, "begun.jsonl", samples=2, seqlen=5, processor=tokenizer, quiet=True)
+    assert [json.loads(line)["prompt_ids"] for line in begun.read_text().splitlines()] == [[1], [1]]
+
+
+def test_the_command_writes_what_python_writes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pico(Path("model"), "llama")
+    typed = ["generate", "model", "one.jsonl", "--prompts", "prompts.jsonl", "--seqlen", "6", "--quiet"]
+    ended = run_command(typed, monkeypatch, capsys)
+    assert (ended.code, ended.out) == (0, "written   one.jsonl\n"), ended.err
+    assert len(Path("one.jsonl").read_text().splitlines()) == 6

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "compare": "Compare models: size, perplexity, closeness, tasks.",
     "report": "Make a run's page again, or a page of several runs.",
     "finetune": "Recover what pruning cost, with every zero kept.",
+    "generate": "Let a model write a file to be calibrated on.",
     "merge": "Merge a masked adapter into its pruned model.",
     "pack": "Store a pruned model smaller, bit for bit the same.",
     "unpack": "Give back the dense folder that was packed.",

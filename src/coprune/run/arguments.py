@@ -59,6 +59,7 @@ class CalibrationArguments(TypedDict, total=False):
     dataset: CalibrationData
     nsamples: int
     seqlen: int | None
+    calibrate_on: Literal["all", "generated"]
     bos: Literal["auto", "first", "every", "never"]
     seed: int
     batch_size: int | None

@@ -1,0 +1,36 @@
+"""`coprune generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="The model: Hub id, folder, GGUF file, or smollm2-135m.")],
+    target: Annotated[Path, typer.Argument(help="The .jsonl file to write.", metavar="OUT.jsonl")],
+    prompts: Annotated[Path | None, typer.Option(help="A .jsonl file of prompts to answer. [none: from BOS]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Texts. [one per prompt, or 16]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens of a text at most, without its prompt. [512]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest tokens. [1]")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Draw from the likeliest tokens up to this. [1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of what is drawn. [0]")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the prompts. [prompt]")] = None,
+    template: Annotated[str | None, typer.Option(help="chat or none. [chat where there is a template]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda … [auto]")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
+) -> None:
+    """Let a model write texts, or answers to prompts, into a file for --dataset, of a run with it or with --calibrate-on.
+
+    Example: coprune generate smollm2-135m own.jsonl --samples 64 --seqlen 256
+    """
+    said: dict[str, Any] = dict(samples=samples, seqlen=seqlen, temperature=temperature, top_p=top_p, seed=seed)
+    said |= dict(column=column, template=template, device=device)
+    from coprune.run.generate import generate
+
+    given: Any = {name: value for name, value in said.items() if value is not None}
+    typer.echo(f"written   {generate(model, target, prompts, quiet=quiet, **given)}")

@@ -1,0 +1,135 @@
+"""A file of what a model writes, for `dataset=` of any run, also of models that are too large to write there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput, about, unknown_name
+from coprune.base.files import write_text
+from coprune.base.progress import Reporter
+from coprune.base.words import Setting
+from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.generation import positions_of
+from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides
+from coprune.recipe.parts import ModelPart
+from coprune.recipe.sources import OWN, Source
+
+_SAMPLES, _LENGTH = 16, 512
+
+
+class GenerateArguments(TypedDict, total=False):
+    """How `generate` writes."""
+
+    samples: int
+    """Texts; by default one for every prompt, or 16 without any."""
+    seqlen: int
+    """Tokens of a text at most, without its prompt [512, or the model's limit]."""
+    temperature: float
+    """What logits are divided by; 0 takes the likeliest tokens [1]."""
+    top_p: float
+    """Tokens are drawn from the likeliest that together have this probability [1]."""
+    seed: int
+    column: str
+    """The column of the prompts."""
+    template: Literal["chat", "none"]
+    """Whether prompts go through the chat template; by default where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: str
+    cache_dir: str | Path | None
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    target: str | Path,
+    prompts: str | Path | None = None,
+    *,
+    processor: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+    **settings: Unpack[GenerateArguments],
+) -> Path:
+    """Let a model write texts, or answers to prompts, into a file to calibrate on.
+
+    Args:
+        model: a Hub id, a folder, a GGUF file, `smollm2-135m`, or a model in memory.
+        target: the .jsonl file, which is not there yet. Every row has `prompt`, `answer`, `ended`, `prompt_ids` and
+            `answer_ids`, so that `calibrate_on="generated"` knows the model's own tokens.
+        prompts: a .jsonl file of prompts, texts in a column `prompt` or conversations; without one, every text begins with
+            the token that begins a text.
+        processor: the tokenizer of a model in memory.
+        quiet: no progress bar on standard error.
+        settings: `samples`, `seqlen`, `temperature`, `top_p`, `seed`; `column` and `template` of prompts; `dtype`, `device` and
+            `cache_dir` of a model that is loaded.
+
+    Returns:
+        The file.
+
+    Raises:
+        BadInput: a setting is unknown or makes no sense, the file is there, or a prompt cannot be used.
+    """
+    asked: dict[str, Any] = dict(settings)
+    path = Path(target)
+    _check(path, asked)
+    source = Source(OWN if prompts is None else f"{OWN}:{prompts}", 1.0, _options(asked))
+    loaded = _open(model, processor, asked)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise BadInput("a model needs its tokenizer to write", field="processor")
+    with about("prompts", prompts):
+        given = prompt_ids(source, tokenizer, loaded.model)
+    limit = positions_of(loaded.model)
+    length = int(asked.get("seqlen") or min(_LENGTH, limit or _LENGTH))
+    drawn = (float(asked.get("temperature", 1.0)), float(asked.get("top_p", 1.0)), int(asked.get("seed", 0)))
+    texts = asked.get("samples") or (_SAMPLES if prompts is None else len(given))
+    own = write_own(loaded, given, Wanted(0, settings_for(loaded, length, *drawn), int(texts)), Reporter(quiet))
+    ends = settings_for(loaded, length, *drawn).end_ids
+    rows = [_row(tokenizer, prompt, answer, ends) for prompt, answer in own.pairs]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def _options(asked: dict[str, Any]) -> dict[str, Any]:
+    return {name: asked[name] for name in ("column", "template") if asked.get(name) is not None}
+
+
+def _check(target: Path, asked: dict[str, Any]) -> None:
+    known = GenerateArguments.__annotations__
+    for name in asked:
+        if name not in known:
+            raise unknown_name("setting", name, known, field=name)
+    if target.exists():
+        raise BadInput(f"{target} is there already", field="target", value=target, fix="name another file")
+    if target.suffix != ".jsonl":
+        raise BadInput(f"{target} does not end in .jsonl, which it is", field="target", value=target)
+    least = {"samples": 1, "seqlen": 1, "temperature": 0, "top_p": 0}
+    for name, value in least.items():
+        said = asked.get(name)
+        if said is not None and (said < value or (name == "top_p" and not 0 < said <= 1)):
+            wrong = "above 0, up to 1" if name == "top_p" else f"at least {value}"
+            raise BadInput((Setting(name), f" is {wrong}, not {said}"), field=name, value=said)
+    if asked.get("template") not in (None, "chat", "none"):
+        raise BadInput(f"the template is chat or none, not {asked['template']!r}", field="template")
+
+
+def _open(model: str | Path | PreTrainedModel, processor: Any, asked: dict[str, Any]) -> Loaded:
+    if isinstance(model, PreTrainedModel):
+        refuse_what_loading_decides(asked)
+        return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
+    said = {name: asked[name] for name in ("dtype", "device", "cache_dir") if asked.get(name) is not None}
+    return open_model(ModelPart(name=str(model), **said), stream=False)
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], ends: tuple[int, ...]
+) -> dict[str, Any]:
+    return {
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=False),
+        "answer": tokenizer.decode(answer, skip_special_tokens=True),
+        "ended": bool(answer) and answer[-1] in ends,
+        "prompt_ids": prompt,
+        "answer_ids": answer,
+    }
