@@ -64,6 +64,19 @@ def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -
     assert source_of(tmp_path / "run" / "model") == str(home / "dense")
 
 
+@pytest.mark.parametrize("mode", ["lora", "dense"])
+def test_padding_stays_zeros_however_little_there_is(home: Path, tmp_path: Path, mode: str) -> None:
+    asked = settings(home, save=tmp_path / "run", save_model=tmp_path / "small", remove="channels=0.04", align=4)
+    run_recipe(make_recipe(asked | {"allocation": "error:tokens=0"}), reporter=QUIET)
+    asked = settings_for(tmp_path / "tuned", tmp_path / "small", home / "text.txt", mode=mode, max_steps=2)
+    run_finetuning(make_settings(asked), QUIET)
+    before, after = load_clean(tmp_path / "small"), load_clean(tmp_path / "tuned" / "model")
+    names = [name for name, _ in before.named_parameters() if ".mlp." in name]
+    silent = {name: before.get_parameter(name) == 0 for name in names}
+    assert any(0 < float(zeros.float().mean()) < 0.05 for zeros in silent.values())
+    assert all(bool((after.get_parameter(name)[zeros] == 0).all()) for name, zeros in silent.items())
+
+
 def test_hidden_states_are_held_to_those_of_the_blocks_that_stand_there() -> None:
     def without(*gone: int) -> Edits:
         return Edits({f"m.{i}": [DropBlock(block=f"m.{i}", entries=0)] for i in gone})
