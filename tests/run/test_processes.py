@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -38,6 +39,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("mixtral", "wanda", "block", {"allocation": "error:movement=0", "pattern": "4:8"}),
     ("llama", "wanda", "block", {"permute": True, "pattern": "2:4"}),
     ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
+    # Of half of the samples no token is counted.
+    ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
 ]
 
 
@@ -47,6 +50,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("llama", "mixtral"):
         save_pico(folder / family, family, tie_word_embeddings=False)
     write_words(folder / "words.txt")
+    ids = torch.randint(4, 250, (10, 48), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [(row, []) if number < 5 else (row[:9], row[9:]) for number, row in enumerate(ids)]
+    rows = [json.dumps({"prompt_ids": prompt, "answer_ids": answer}) for prompt, answer in pairs]
+    (folder / "own.jsonl").write_text("\n".join(rows))
     return folder
 
 
@@ -56,7 +63,7 @@ def recipe_of(models: Path, out: Path, number: int, **changes: Any) -> Recipe:
         model=str(models / family),
         method=method,
         propagation=propagation,
-        dataset=str(models / "words.txt"),
+        dataset=str(models / ("own.jsonl" if "calibrate_on" in more else "words.txt")),
         eval_data=str(models / "words.txt"),
         eval_tokens=400,
         nsamples=10,
