@@ -54,3 +54,15 @@ def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
     recipe = make_recipe({"model": "m", "device": "cuda:1", "finetune": "lora", "save": str(tmp_path / "run")})
     assert settings_of(recipe).device == "cuda:1"
     assert make_settings(settings_for(tmp_path, tmp_path, tmp_path)).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("data", "trained"),
+    [("self=0.3,embedded=0.6,c4=0.1", "embedded"), ("self", "wikitext2"), ("words.txt", "words.txt")],
+)
+def test_a_training_after_pruning_reads_one_source_of_text(data: str, trained: str) -> None:
+    from coprune.recipe.recipe import make_recipe
+    from coprune.training.after_pruning import settings_of
+
+    recipe = make_recipe({"model": "m", "dataset": data, "finetune": "lora", "finetune_minutes": 1, "save_model": "x"})
+    assert settings_of(recipe).dataset == trained

@@ -16,6 +16,7 @@ from coprune.base.words import Setting
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import split_sources
 from coprune.report.card import model_card
 from coprune.report.figures import FinetunedFacts
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
@@ -102,7 +103,10 @@ def pruning_of(recipe: Recipe) -> Recipe:
 def settings_of(recipe: Recipe) -> FinetuneSettings:
     """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
-    data = {"dataset": recipe.calibration.data} if "data" in recipe.calibration.model_fields_set else {}
+    # Of several the largest that is text as it stands: a training reads one.
+    plain = [source for source in split_sources(recipe.calibration.data) if source.is_plain]
+    named = "data" in recipe.calibration.model_fields_set and plain
+    data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
     return make_settings(
         data
         | {
