@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def smollm2_folder() -> Path:
 def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of SmolLM2-135M-Instruct."""
     return AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=SMOLLM2_FILE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_answers() -> Iterator[None]:
+    """Hundreds of runs save a tiny model, and each looks at what it writes: a few tokens are enough of that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coprune.evaluation.answers.questions.SHORT_ANSWER", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_answers() -> Iterator[None]:
+    """Answers as long as users have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coprune.evaluation.answers.questions.SHORT_ANSWER", 64)
+        yield
 
 
 # Files of few tests that take long, most of it in other processes: begun last, one of two workers would wait for them.

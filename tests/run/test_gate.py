@@ -15,6 +15,8 @@ from support.commands import Ended, run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save_pico, write_words
 
+pytestmark = pytest.mark.usefixtures("whole_answers")
+
 SETTINGS: dict[str, Any] = {"seqlen": 16, "nsamples": 4, "evaluate": False, "layer_error": False, "quiet": True}
 
 

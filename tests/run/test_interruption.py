@@ -83,7 +83,7 @@ def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(
     def stop(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coprune.evaluation.tasks.text.calibration_windows", stop)
+    monkeypatch.setattr("coprune.evaluation.calibration.calibration_windows", stop)
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
     assert ended.code == 130
     assert "stopped" in ended.err

@@ -92,9 +92,16 @@ def figures(out: Path) -> tuple[Any, Any]:
     report = json.loads((out / "run" / "report.json").read_text())
     for name in ("prune_seconds", "total_seconds", "phases", "peak_memory_bytes", "saved_model", "recipe"):
         del report[name]
-    for matrix in report["matrices"]:
-        del matrix["seconds"]
-    return report, json.loads((out / "run" / "distributions.json").read_text())
+    return _without_seconds(report), json.loads((out / "run" / "distributions.json").read_text())
+
+
+def _without_seconds(content: Any) -> Any:
+    """A part of a report without times, of matrices and of answers."""
+    if isinstance(content, list):
+        return [_without_seconds(one) for one in content]
+    if isinstance(content, dict):
+        return {key: _without_seconds(value) for key, value in content.items() if key != "seconds"}
+    return content
 
 
 def checkpoint(out: Path) -> dict[str, bytes | None]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 
@@ -109,8 +109,8 @@ def counts_of(shares: Sequence[float], samples: int) -> list[int]:
 
 def _exists(name: str) -> bool:
     try:
-        return Path(name).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):
+        return expand_home(name).exists()
+    except (OSError, ValueError):
         return False
 
 

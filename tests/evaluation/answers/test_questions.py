@@ -16,6 +16,8 @@ from coprune.recipe.answers import AnswersPart
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer
 
+pytestmark = pytest.mark.usefixtures("whole_answers")
+
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:

@@ -15,7 +15,8 @@ from coprune.evaluation.answers.repetition import LEAST_TOKENS
 from coprune.model.generation import positions_of
 from coprune.recipe.answers import AnswersPart
 
-_SHORT_ANSWER = 64
+SHORT_ANSWER = 64
+"""Tokens of an answer where a run only looks whether the model it saves can still write."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def plan_of(asked: AnswersPart, saves: bool) -> Plan | None:
     if asked.require is None and not (asked.gate and saves):
         return None
     few = dict(is_asked=asked.is_asked, measures_kl=kl, is_short=True)
-    return Plan(short_prompts(), _SHORT_ANSWER, 0.0, asked.seed, **few)
+    return Plan(short_prompts(), SHORT_ANSWER, 0.0, asked.seed, **few)
 
 
 @dataclass(frozen=True)
