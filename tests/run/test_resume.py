@@ -121,7 +121,11 @@ def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Undist
     return get
 
 
-@pytest.mark.parametrize("seed", range(20))
+# Every kind of run once; more of them take long.
+MOMENTS = [*range(len(RUNS)), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(len(RUNS), 20))]
+
+
+@pytest.mark.parametrize("seed", MOMENTS)
 def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     generator = random.Random(seed)
     name = list(RUNS)[seed % len(RUNS)]
