@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 
-class MeasureArguments(TypedDict, total=False):
+class AnswerArguments(TypedDict, total=False):
+    """Which prompts are answered, and how."""
+
+    generate: str | Path | None
+    generate_prompts: int | None
+    generate_tokens: int
+    generate_temperature: float
+    generate_seed: int
+
+
+class MeasureArguments(AnswerArguments, total=False):
     """What is measured of a model, and how."""
 
     tasks: str | Sequence[str] | None
@@ -18,11 +28,6 @@ class MeasureArguments(TypedDict, total=False):
     apply_chat_template: bool
     gen_kwargs: str | None
     log_samples: str | Path | None
-    generate: str | Path | None
-    generate_prompts: int | None
-    generate_tokens: int
-    generate_temperature: float
-    generate_seed: int
     seqlen: int | None
     bos: Literal["auto", "first", "every", "never"]
     batch_size: int | None

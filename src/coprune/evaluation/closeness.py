@@ -76,13 +76,22 @@ def compare_logits(dense: Tensor, pruned: Tensor) -> LogitComparison:
         divergence = torch.zeros((), dtype=torch.float64, device=dense.device)
         same = torch.zeros((), dtype=torch.float64, device=dense.device)
         for part in slices(dense_rows):
-            expected = functional.log_softmax(dense_rows[part].to(torch.float32), dim=-1)
-            found = functional.log_softmax(pruned_rows[part].to(device=dense.device, dtype=torch.float32), dim=-1)
-            divergence += functional.kl_div(found, expected, reduction="none", log_target=True).sum(dtype=torch.float64)
+            expected, found = (log_probabilities(rows[part], dense.device) for rows in (dense_rows, pruned_rows))
+            divergence += summed_kl(expected, found)
             same += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum()
         kl.append(divergence / len(dense_rows))
         agreement.append(same / len(dense_rows))
     return LogitComparison(torch.stack(kl), torch.stack(agreement))
+
+
+def log_probabilities(logits: Tensor, device: torch.device) -> Tensor:
+    """Of every token after every row, in float32 on a device. logits: N × vocabulary."""
+    return functional.log_softmax(logits.to(device=device, dtype=torch.float32), dim=-1)
+
+
+def summed_kl(expected: Tensor, found: Tensor) -> Tensor:
+    """Sum over the rows of KL(expected ‖ found) in nats, float64. Both as `log_probabilities` gives them."""
+    return functional.kl_div(found, expected, reduction="none", log_target=True).sum(dtype=torch.float64)
 
 
 def aggregate_closeness(compared: list[LogitComparison], seqlen: int) -> Closeness:

@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +21,7 @@ from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
 from coprune.model.generation import Generation, generate, positions_of
 from coprune.model.opened import Loaded
+from coprune.model.text_ends import ends_among, filling
 from coprune.recipe.sources import Source
 
 _TOGETHER = (16, 64)
@@ -101,13 +101,9 @@ def settings_for(loaded: Loaded, length: int, temperature: float, top_p: float, 
     """How a model writes: ended by any token that its tokenizer or its own settings say ends a text."""
     tokenizer, model = loaded.tokenizer, loaded.model
     assert tokenizer is not None
-    said: list[Any] = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
-    ends = [end for one in said for end in (one if isinstance(one, list | tuple) else [one])]
-    end_ids = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
-    pad = tokenizer.pad_token_id
+    end_ids = ends_among(tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None))
     together = _TOGETHER[0 if in_host_memory(loaded.device) else 1]
-    pad_id = pad if isinstance(pad, int) else next(iter(end_ids), 0)
-    return Generation(length, temperature, top_p, seed, together, end_ids, pad_id)
+    return Generation(length, temperature, top_p, seed, together, end_ids, filling(tokenizer.pad_token_id, end_ids))
 
 
 def prompt_ids(source: Source, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[list[int]]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from coprune.data.given import CalibrationData, TextData
+from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
@@ -85,7 +86,7 @@ class StructureArguments(TypedDict, total=False):
     align: int
 
 
-class OutcomeArguments(TypedDict, total=False):
+class OutcomeArguments(AnswerArguments, total=False):
     """How the model is held, trained, measured and written."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
@@ -112,11 +113,6 @@ class OutcomeArguments(TypedDict, total=False):
     prompt: str
     layer_error: bool
     answers: AnswersPart | Mapping[str, Any]
-    generate: File | None
-    generate_prompts: int | None
-    generate_tokens: int
-    generate_temperature: float
-    generate_seed: int
     gate: bool
     require: str | None
     output: OutputPart | Mapping[str, Any]

@@ -85,9 +85,9 @@ def generate(
     length = int(asked.get("seqlen") or min(_LENGTH, limit or _LENGTH))
     drawn = (float(asked.get("temperature", 1.0)), float(asked.get("top_p", 1.0)), int(asked.get("seed", 0)))
     texts = asked.get("samples") or (_SAMPLES if prompts is None else len(given))
-    own = write_own(loaded, given, Wanted(0, settings_for(loaded, length, *drawn), int(texts)), Reporter(quiet))
-    ends = settings_for(loaded, length, *drawn).end_ids
-    rows = [_row(tokenizer, prompt, answer, ends) for prompt, answer in own.pairs]
+    how = settings_for(loaded, length, *drawn)
+    own = write_own(loaded, given, Wanted(0, how, int(texts)), Reporter(quiet))
+    rows = [_row(tokenizer, prompt, answer, how.end_ids) for prompt, answer in own.pairs]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 

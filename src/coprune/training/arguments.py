@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from coprune.data.given import CalibrationData, TextData
+from coprune.evaluation.arguments import AnswerArguments
 
 
 class TrainingArguments(TypedDict, total=False):
@@ -43,7 +44,7 @@ class TrainingArguments(TypedDict, total=False):
     device: str
 
 
-class FinetuneArguments(TrainingArguments, total=False):
+class FinetuneArguments(TrainingArguments, AnswerArguments, total=False):
     """The settings of a fine-tuning but for model and mode."""
 
     evaluations: int
@@ -55,11 +56,6 @@ class FinetuneArguments(TrainingArguments, total=False):
     eval_images: int | None
     eval_tokens: int | None
     bos: Literal["auto", "first", "every", "never"]
-    generate: str | Path | None
-    generate_prompts: int | None
-    generate_tokens: int
-    generate_temperature: float
-    generate_seed: int
     gate: bool
     require: str | None
     against: str | Path | None

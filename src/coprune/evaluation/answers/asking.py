@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.answered import Along, Answered, Answers
 from coprune.evaluation.answers.questions import Questions
 from coprune.evaluation.batches import bootstrap_interval, inference_logits, slices
+from coprune.evaluation.closeness import log_probabilities, summed_kl
 from coprune.model.generation import Generation, generate
 from coprune.model.walk.record import forward_logits, input_device
 
@@ -121,9 +121,8 @@ def _divergence(dense: Tensor, rows: Tensor) -> Tensor:
     """Mean over one answer's tokens: float64, on the CPU."""
     total = torch.zeros((), dtype=torch.float64)
     for part in slices(dense):
-        expected = functional.log_softmax(dense[part].to(device=rows.device, dtype=torch.float32), dim=-1)
-        found = functional.log_softmax(rows[part].to(torch.float32), dim=-1)
-        total += functional.kl_div(found, expected, reduction="none", log_target=True).sum(dtype=torch.float64).cpu()
+        expected, found = (log_probabilities(one[part], rows.device) for one in (dense, rows))
+        total += summed_kl(expected, found).cpu()
     return total / len(dense)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
+from coprune.data.conversations import template_text
 from coprune.evaluation.answers.facts import Asked
 from coprune.evaluation.answers.prompts import Prompts, read_prompts, short_prompts
 from coprune.evaluation.answers.repetition import LEAST_TOKENS
 from coprune.model.generation import positions_of
+from coprune.model.text_ends import ends_among, filling
 from coprune.recipe.answers import AnswersPart
 
 SHORT_ANSWER = 64
@@ -108,20 +109,16 @@ def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrai
     )
     new_tokens = _room(plan, [len(one) for one in ids], positions_of(model))
     ends = _ends(tokenizer, model)
-    pad = tokenizer.pad_token_id
-    return Questions(plan, ids, new_tokens, chat, ends, pad if isinstance(pad, int) else next(iter(ends), 0))
+    return Questions(plan, ids, new_tokens, chat, ends, filling(tokenizer.pad_token_id, ends))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: int) -> list[int]:
     if chat:
-        message = [{"role": "user", "content": prompt}]
         try:
-            text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of somebody else's: whatever it raises
-            said = " ".join(str(error).split())[:200] or type(error).__name__
+            text = template_text([{"role": "user", "content": prompt}], tokenizer, f"prompt {place}", answers=True)
+        except BadInput as error:
             fix = "mend the tokenizer's chat_template, or remove it, so that prompts are continued as they stand"
-            cause = f"the tokenizer's chat template fails on prompt {place}: {said}"
-            raise BadInput(cause, field="generate", fix=fix) from error
+            raise BadInput(error.cause, field="generate", fix=fix) from error
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         ids = list(tokenizer(prompt)["input_ids"])
@@ -150,7 +147,5 @@ def _room(plan: Plan, lengths: list[int], limit: int | None) -> int:
 def _ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's, and those of the model's settings for generation."""
     generation = getattr(model, "generation_config", None)
-    known = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
-    known += [model.config.get_text_config().eos_token_id]
-    found = [end for one in known for end in (one if isinstance(one, list | tuple) else [one])]
-    return tuple(dict.fromkeys(end for end in found if isinstance(end, int)))
+    own = getattr(generation, "eos_token_id", None)
+    return ends_among(tokenizer.eos_token_id, own, model.config.get_text_config().eos_token_id)

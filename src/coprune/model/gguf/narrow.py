@@ -28,7 +28,7 @@ from coprune.model.edits import Edits
 from coprune.model.folding import head_size
 from coprune.model.gguf.smaller import Exported
 from coprune.model.removal.find_parts import find_parts
-from coprune.model.removal.parts import Kind, Part, together
+from coprune.model.removal.parts import Kind, Part, filled, together
 from coprune.model.removal.smaller import Resized, possible_changes
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -111,13 +111,6 @@ def _width(part: Part, silent: Sequence[Tensor]) -> int:
     return max(1, -(-heard // step)) * step
 
 
-def _kept(silent: Tensor, count: int) -> Tensor:
-    """So many units: all that are heard, and the first of the silent ones."""
-    keep = ~silent
-    keep[silent.nonzero().flatten()[: count - int(keep.sum())]] = True
-    return keep
-
-
 def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | None) -> dict[str, list[Edit]]:
     """Keep as many units of every block as all need, or as the block itself needs."""
     edits: dict[str, list[Edit]] = {}
@@ -126,7 +119,7 @@ def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | N
         for part, silent in found:
             count = _width(part, silent) if common is None else common[part.kind, part.count]
             if count < part.count:
-                masks = together(masks, part.masks([_kept(own, count) for own in silent]))
+                masks = together(masks, part.masks([filled(~own, count) for own in silent]))
         kept = slices_kept(model.module, block, masks, partial(model.weights.layout, block)) if masks else {}
         if kept:
             edits[block] = [KeepSlices(kept=kept)]

@@ -173,6 +173,13 @@ def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
         return close(run(), alone)
 
 
+def filled(keep: Tensor, count: int) -> Tensor:
+    """So many units: those that are kept, and the first of the others. keep: U bool."""
+    whole = keep.clone()
+    whole[(~keep).nonzero().flatten()[: count - int(keep.sum())]] = True
+    return whole
+
+
 def together(masks: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is kept of every parameter where two parts were removed: what both keep."""
     return {**masks, **{name: mask & masks[name] if name in masks else mask for name, mask in more.items()}}

@@ -166,12 +166,12 @@ def divergences(
             if isinstance(event, BlockDone):
                 ways.move(event.block)
         for batch, tokens in enumerate(some):
-            dense = _logits(model, tokens, recording.hidden[batch])
+            dense = logits_of(model, tokens, recording.hidden[batch])
             count += dense.shape[0]
             for index in tried:
                 hidden = ways.without.get(index)
                 total[index] += (
-                    torch.inf if hidden is None else kl_of_logits(dense, _logits(model, tokens, hidden[batch]))
+                    torch.inf if hidden is None else kl_of_logits(dense, logits_of(model, tokens, hidden[batch]))
                 )
     return {index: found / max(count, 1) for index, found in total.items()}
 
@@ -202,7 +202,7 @@ class _Ways:
         return [self.recording.run(block, batch, one) for batch, one in enumerate(hidden)]
 
 
-def _logits(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+def logits_of(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
     """What the model makes of the last block's answer: N × V."""
     return run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden).flatten(0, -2)
 

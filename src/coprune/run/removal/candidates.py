@@ -11,10 +11,9 @@ from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording, record_batches
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.structure.blocks import first_batches, kl_of_logits
+from coprune.pruning.structure.blocks import first_batches, kl_of_logits, logits_of
 from coprune.pruning.structure.scores import refitted, score_named
 from coprune.run.removal.steps import Levels, Steps
 from coprune.run.session import Session
@@ -120,8 +119,5 @@ class Candidates:
             self.hidden.append(self._run(block, self.hidden[-1]))
 
     def _logits(self, hidden: Hidden) -> list[Tensor]:
-        model = self.session.model
-        return [
-            run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, one).flatten(0, -2)
-            for tokens, one in zip(self.recording.tokens, hidden, strict=True)
-        ]
+        model, batches = self.session.model, zip(self.recording.tokens, hidden, strict=True)
+        return [logits_of(model, tokens, one) for tokens, one in batches]

@@ -14,7 +14,7 @@ from coprune.model.blocks import Block
 from coprune.model.edit import DropBlock, Edit, KeepSlices, PadUnits
 from coprune.model.expert_edit import keep_experts
 from coprune.model.removal.experts import Mixture
-from coprune.model.removal.parts import Kind, Part, together
+from coprune.model.removal.parts import Kind, Part, filled, together
 from coprune.model.slices import runs_of
 from coprune.run.session import Session
 
@@ -67,7 +67,7 @@ class Cut:
 
     def padded(self, plan: Plan) -> Cut:
         """The same with silent units, as many as are saved."""
-        return Cut([(part, [_filled(keep, plan.saved(part)) for keep in keeps]) for part, keeps in self.units])
+        return Cut([(part, [filled(keep, plan.saved(part)) for keep in keeps]) for part, keeps in self.units])
 
     def padding(self, plan: Plan) -> int:
         """How many parameters are saved as zeros for nothing else than to pad."""
@@ -80,13 +80,6 @@ def _masks(units: Sequence[tuple[Part, Sequence[Tensor]]]) -> dict[str, Tensor]:
     for part, keeps in units:
         masks = together(masks, part.masks(keeps))
     return masks
-
-
-def _filled(keep: Tensor, count: int) -> Tensor:
-    """So many units: those that are kept, and the first of the others."""
-    filled = keep.clone()
-    filled[(~keep).nonzero().flatten()[: count - int(keep.sum())]] = True
-    return filled
 
 
 def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
@@ -105,9 +98,9 @@ def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout:
 
 
 def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
-    for (part, keeps), (_, filled) in zip(cut.units, saved.units, strict=True):
+    for (part, keeps), (_, whole) in zip(cut.units, saved.units, strict=True):
         if part.name in plan.uneven:
-            real = [runs_of(keep[own]) for keep, own in zip(keeps, filled, strict=True)]
+            real = [runs_of(keep[own]) for keep, own in zip(keeps, whole, strict=True)]
             yield PadUnits(part=part.kind, units=plan.saved(part), real=real)
 
 

@@ -13,12 +13,11 @@ from coprune.model.blocks import Block
 from coprune.model.removal.parts import Part, put_back
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.moves import Dense
-from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording, record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.structure.blocks import first_batches, kl_of_logits
+from coprune.pruning.structure.blocks import first_batches, kl_of_logits, logits_of
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import Score, score_named
 from coprune.run.prune_blocks import record_calibration
@@ -94,8 +93,7 @@ def _divergences(session: Session, trial: _Trial, windows: Sequence[Tensor]) -> 
     model = session.model
 
     def logits(way: int, batch: int) -> Tensor:
-        answers, hidden = model.structure.answers, trial.hidden[way][batch]
-        return run_after_blocks(model.module, model.blocks, windows[batch], answers, hidden).flatten(0, -2)
+        return logits_of(model, windows[batch], trial.hidden[way][batch])
 
     rows = 0
     found = [0.0] * (len(trial.hidden) - 1)
