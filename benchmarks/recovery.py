@@ -6,6 +6,7 @@ interrupted table goes on where it stopped; an interrupted cell goes on from its
 smollm2-135m were 4-bit before they were dequantised, so the figures compare modes, not models.
 
     python benchmarks/recovery.py                  # the README's table: 20 minutes per cell
+    python benchmarks/recovery.py --patterns wanda_sp,influence,obs,uneven --modes distill --minutes 10    # parts removed
     python benchmarks/recovery.py --minutes 1      # a smoke run
     python benchmarks/recovery.py --cost           # what a masked update costs beside plain LoRA and dense training
 """
@@ -25,6 +26,16 @@ from typing import Any
 TEXTS = ("embedded", "embedded-lambada")
 # A few hundred small steps fit into the minutes, so rates are above the defaults, which are meant for hours.
 RATES = {"lora": 1e-3, "dense": 1e-4, "distill": 1e-4}
+REMOVALS: dict[str, dict[str, Any]] = {
+    "influence": {"remove": "blocks=0.2334", "score": "influence"},
+    "kl": {"remove": "blocks=0.2334", "score": "kl"},
+    "wanda_sp": {"remove": "channels=0.33", "score": "wanda_sp"},
+    "flap": {"remove": "channels=0.33", "score": "flap"},
+    "obs": {"remove": "channels=0.33"},
+    "uneven": {"remove": "channels=0.33", "allocation": "error"},
+    "reconstructed": {"remove": "channels=0.33", "reconstruct": 20},
+}
+"""In place of a pattern: a quarter of the blocks' parameters removed. The published ways, then coprune's."""
 
 
 def main() -> None:
@@ -56,7 +67,7 @@ def main() -> None:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--patterns", default="2:4,0.6")
+    parser.add_argument("--patterns", default="2:4,0.6", help=f"also {', '.join(REMOVALS)}")
     parser.add_argument("--modes", default="lora,dense,distill")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training per cell")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples of the pruning")
@@ -133,15 +144,16 @@ def prune(settings: dict[str, Any]) -> None:
     import coprune
 
     folder, pattern = Path(settings.pop("save")), settings.pop("pattern")
-    ratio = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    how = REMOVALS.get(pattern) or {"method": "wanda"} | (
+        {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    )
     texts = ",".join(TEXTS)
     report = coprune.prune(
         settings.pop("model"),
-        "wanda",
         dataset=TEXTS[0],
         eval_data=texts,
         save_model=folder / "model",
-        **ratio,
+        **how,
         **settings,
     ).report
     found = {entry.data: {"dense": entry.dense, "pruned": entry.pruned} for entry in report.perplexity}
@@ -162,7 +174,7 @@ def markdown(arguments: argparse.Namespace, patterns: list[str]) -> str:
     The share recovered is (before − after) / (before − dense) of perplexity on the first text.
     """
     lines = [
-        f"{arguments.model}, pruned by wanda, {arguments.minutes:g} minutes of training on {TEXTS[0]} (windows of "
+        f"{arguments.model}, zeros by wanda, {arguments.minutes:g} minutes of training on {TEXTS[0]} (windows of "
         f"{arguments.block_size} tokens), perplexity on {arguments.eval_tokens:,} tokens that training never saw.",
         "",
         "| pattern | mode | Wikipedia | novels (unseen domain) | recovered | of what dense recovers | sparsity | steps |",
@@ -170,7 +182,7 @@ def markdown(arguments: argparse.Namespace, patterns: list[str]) -> str:
     ]
     for pattern in patterns:
         found = json.loads((pruned_folder(arguments, pattern) / "perplexity.json").read_text(encoding="utf-8"))
-        name = pattern if ":" in pattern else f"{float(pattern):.0%}"
+        name = pattern if ":" in pattern or pattern in REMOVALS else f"{float(pattern):.0%}"
         for which in ("dense", "pruned"):
             values = " | ".join(f"{found[text][which]:.2f}" for text in TEXTS)
             lines.append(f"| {name} | ({which}) | {values} | – | – | – | – |")
