@@ -26,12 +26,19 @@ PRUNED: dict[str, dict[str, Any]] = {
     "zeros-2-4": {"method": "sparsegpt", "pattern": "2:4"},
     "channels-20": {"remove": "channels=0.2"},
     "channels-33": {"remove": "channels=0.33"},
+    "uneven-33": {"remove": "channels=0.33", "allocation": "error"},
     "blocks-23": {"remove": "blocks=0.2334"},
 }
 """Folders that are pruned, and how."""
 FILES = ("f16", "q8_0", "q4_k_m")
 """Types of GGUF files that are made of the dense model and of those with parts removed."""
-KINDS = {"dense": "dense", "zeros": "zeros, packed", "channels": "channels removed", "blocks": "blocks removed"}
+KINDS = {
+    "dense": "dense",
+    "zeros": "zeros, packed",
+    "channels": "channels removed",
+    "uneven": "channels removed, uneven",
+    "blocks": "blocks removed",
+}
 
 
 def main() -> None:
@@ -69,7 +76,7 @@ def make(asked: argparse.Namespace) -> dict[str, Path | str]:
             models[f"{name} packed"] = packed = asked.folder / f"{name}-packed"
             if not packed.exists():
                 coprune.pack(folder, packed)
-        else:
+        elif not name.startswith("uneven"):  # whose folder is padded; GGUF files of it are not
             models[name] = folder
     for name in ("dense", *(name for name in PRUNED if not name.startswith("zeros"))):
         for kind in FILES:
