@@ -1,9 +1,10 @@
-"""What calibration on a model's own text changes: perplexity, and closeness to the dense model along its own answers.
+"""What calibration on a model's own text changes: perplexity, what is written, and closeness along the model's own answers.
 
-    python benchmarks/own_text.py smollm2-135m --nsamples 32 --seqlen 256 --pattern 2:4 --seeds 0
+    python benchmarks/own_text.py smollm2-135m --nsamples 32 --seqlen 256 --pattern 2:4 --seeds 0 1 2
 
-Prunes with sparsegpt, calibrated on Wikipedia (`embedded`), on what the model writes from BOS, on its answers to the prompts
-that ship with the package, half and half, and on its own tokens added to as many of Wikipedia's. One line a run, in Markdown.
+Prunes, calibrated on Wikipedia (`embedded`), on what the model writes from BOS, on its answers to prompts, half and half, and on
+its own tokens added to as many of Wikipedia's. Of the English prompts that ship with the package every other one is answered
+for calibration; the others are what is measured on. One line a run, in Markdown.
 """
 
 from __future__ import annotations
@@ -22,15 +23,30 @@ from torch.nn import functional
 import coprune
 
 TEXTS = ("embedded", "embedded-lambada")
-PROMPTS = str(files("coprune.evaluation.answers") / "prompts.jsonl")
+WAYS: dict[str, dict[str, str]] = {
+    "sparsegpt": {"method": "sparsegpt", "propagation": "sequential"},
+    "balanced": {"preset": "balanced"},
+}
+PROMPTS = files("coprune.evaluation.answers") / "prompts.jsonl"
 
 
-def kinds(nsamples: int) -> dict[str, tuple[str, int]]:
+def write_halves(folder: Path) -> tuple[str, str]:
+    """The prompts to calibrate on, and those to measure on."""
+    rows = [
+        line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if json.loads(line)["language"] == "English"
+    ]
+    halves = folder / "calibration.jsonl", folder / "measured.jsonl"
+    for place, file in enumerate(halves):
+        file.write_text("\n".join(rows[place::2]) + "\n", encoding="utf-8")
+    return str(halves[0]), str(halves[1])
+
+
+def kinds(nsamples: int, prompts: str = "PROMPTS") -> dict[str, tuple[str, int]]:
     """By name, what is calibrated on, and how many samples of it."""
     return {
         "Wikipedia": ("embedded", nsamples),
         "own text": ("self", nsamples),
-        "own answers": (f"self:{PROMPTS}:length=128", nsamples),
+        "own answers": (f"self:{prompts}:length=128", nsamples),
         "half and half": ("self=0.5,embedded=0.5", nsamples),
         "own text added": ("self=0.5,embedded=0.5", 2 * nsamples),
     }
@@ -47,42 +63,70 @@ def divergence(dense: Any, pruned: Any, pairs: list[tuple[list[int], list[int]]]
     return statistics.fmean(found)
 
 
-def answers_of(arguments: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
-    """The dense model's own answers to some of the prompts, drawn by another seed than any calibration."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "answers.jsonl"
-        settings: Any = dict(samples=arguments.answers, seqlen=64, seed=12345)
-        coprune.generate(arguments.model, target, PROMPTS, **settings)
-        rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+def answers_of(arguments: argparse.Namespace, prompts: str, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """The dense model's own answers, drawn by another seed than any calibration."""
+    target = folder / "answers.jsonl"
+    settings: Any = dict(samples=arguments.answers, seqlen=64, seed=12345)
+    coprune.generate(arguments.model, target, prompts, **settings)
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     return [(row["prompt_ids"], row["answer_ids"]) for row in rows if row["answer_ids"]]
+
+
+def written(way: Any, is_dense: bool = False) -> list[str]:
+    """How many answers loop, how many end, and their mean length."""
+    found = way.dense if is_dense else way.figures
+    return [f"{found.loops} of {found.answers}", f"{found.ended}", f"{found.tokens:.1f}"]
 
 
 def main() -> None:
     """Run what is asked for and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--pattern", action="append", help="repeatable; unstructured means 50 %% [2:4, unstructured]")
-    parser.add_argument("--only", action="append", help=f"repeatable, of: {', '.join(kinds(1))}")
-    for name, default in dict(nsamples=32, seqlen=256, answers=16, tokens=16384).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    arguments = parser.parse_args()
-    pairs = answers_of(arguments)
+    arguments = _options()
+    with tempfile.TemporaryDirectory() as name:
+        _measure(arguments, Path(name))
+
+
+def _measure(arguments: argparse.Namespace, folder: Path) -> None:
+    calibrated, measured = write_halves(folder)
+    pairs = answers_of(arguments, measured, folder)
     dense: Any = coprune.prune(
         arguments.model, sparsity=0.0, method="magnitude", evaluate=False, layer_error=False
     ).model
-    print("| pattern | calibrated on | seed | " + " | ".join(TEXTS) + " | KL |\n|---|---|---|---|---|---|", flush=True)
+    columns = (*TEXTS, "KL", "loops", "ended", "tokens", "loops at 0.8", "ended", "tokens")
+    print("| by | pattern | calibrated on | seed | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 4) + "|", flush=True)
+    common: Any = dict(eval_data=",".join(TEXTS), eval_tokens=arguments.tokens, generate=measured, generate_tokens=64)
+    known = False
     for pattern in arguments.pattern or ["2:4", "unstructured"]:
-        for name, (data, samples) in kinds(arguments.nsamples).items():
-            for seed in arguments.seeds if name in (arguments.only or [name]) else []:
-                settings: Any = dict(
-                    dataset=data, nsamples=samples, seqlen=arguments.seqlen, seed=seed, pattern=pattern
-                )
-                settings |= dict(propagation="sequential", eval_data=",".join(TEXTS), eval_tokens=arguments.tokens)
-                result = coprune.prune(arguments.model, "sparsegpt", evaluate_dense=False, **settings)
-                figures = [f"{one.pruned:.2f}" for one in result.report.perplexity]
+        for kind, (data, samples) in kinds(arguments.nsamples, calibrated).items():
+            for seed in arguments.seeds if kind in (arguments.only or [kind]) else []:
+                settings = common | dict(dataset=data, nsamples=samples, seqlen=arguments.seqlen, seed=seed)
+                settings |= WAYS[arguments.by] | dict(pattern=pattern, evaluate_dense=not known)
+                result = coprune.prune(arguments.model, **settings)
+                report, facts = result.report, result.report.answers
+                assert facts is not None
+                assert facts.sampled is not None
+                ways = facts.greedy, facts.sampled
+                if not known:
+                    known = True
+                    figures = [f"{one.dense:.2f}" for one in report.perplexity] + ["0"]
+                    figures += [figure for way in ways for figure in written(way, is_dense=True)]
+                    print("| dense | | | | " + " | ".join(figures) + " |", flush=True)
+                figures = [f"{one.pruned:.2f}" for one in report.perplexity]
                 figures.append(f"{divergence(dense, result.model, pairs):.3f}")
-                print(f"| {pattern} | {name} | {seed} | " + " | ".join(figures) + " |", flush=True)
+                figures += [figure for way in ways for figure in written(way)]
+                print(f"| {arguments.by} | {pattern} | {kind} | {seed} | " + " | ".join(figures) + " |", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--by", choices=list(WAYS), default="sparsegpt")
+    parser.add_argument("--pattern", action="append", help="repeatable; unstructured means 50 %% [2:4, unstructured]")
+    parser.add_argument("--only", action="append", help=f"repeatable, of: {', '.join(kinds(1))}")
+    for name, default in dict(nsamples=32, seqlen=256, answers=48, tokens=8192).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

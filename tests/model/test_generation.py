@@ -43,6 +43,18 @@ def test_greedy_answers_are_those_of_transformers(family: str) -> None:
     assert sum(heard) == sum(len(tokens) for tokens in expected)
 
 
+def test_the_head_is_given_vectors_without_gaps_and_the_model_comes_back_as_it_came() -> None:
+    """Else torch may multiply with as many copies of the head as a batch has rows."""
+    model = pico_model("llama")
+    seen: list[bool] = []
+    with model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].is_contiguous())):
+        generate(model, PROMPTS, Generation(2, temperature=0))
+        assert all(seen)
+        seen.clear()
+        model(torch.ones(2, 3, dtype=torch.int64), logits_to_keep=1)
+    assert seen == [False]
+
+
 def texts(answers: list[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in answers]
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -86,8 +86,8 @@ def generate(
     room = _room(module, prompts)
     answers: dict[int, Answer] = {}
     with _plain(module):
-        for batch, new_tokens in _batches(module, prompts, settings, room):
-            found = _answer_batch(module, [prompts[i] for i in batch], batch, settings, new_tokens, advance)
+        for batch, most in _batches(module, prompts, settings, room):
+            found = _answer_batch(module, [prompts[i] for i in batch], batch, settings, most, advance)
             answers.update(zip(batch, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
@@ -144,16 +144,15 @@ def _answer_batch(
     for row, prompt in enumerate(prompts):
         tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    processors: list[LogitsProcessor] = []
+    processors = LogitsProcessorList()
     if settings.temperature > 0:
         processors.append(_Draw(settings, _numbers(settings.seed, places, new_tokens, device), longest))
     options: dict[str, Any] = {"attention_mask": mask.to(device)} if _masks(module) else {}
-    started = time.perf_counter()
-    write: Any = module.generate
+    write, started = cast(Any, module.generate), time.perf_counter()
     written: Tensor = write(
         tokens.to(device),
         generation_config=_configuration(settings, new_tokens),
-        logits_processor=LogitsProcessorList(processors),
+        logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([] if advance is None else [_Heard(settings, longest, advance)]),
         **options,
     )
@@ -188,17 +187,25 @@ def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
 
 @contextmanager
 def _plain(module: PreTrainedModel) -> Iterator[None]:
-    """For a while, a model that evaluates and has no settings of its own for how it writes (penalties, top-k …)."""
+    """For a while, a model that evaluates and has no settings of its own (penalties, top-k …)."""
     own, training = module.generation_config, [part for part in module.modules() if part.training]
     module.generation_config = GenerationConfig()
     module.eval()
+    # The head gets the last positions of a batch, a view with gaps, for which torch may copy it once for every row (in
+    # bfloat16 on a CPU, where weights of a mapped file are not aligned): sixteen vocabularies for sixteen vectors.
+    hook = (module.get_output_embeddings() or nn.Identity()).register_forward_pre_hook(_without_gaps)
     try:
         with torch.no_grad():
             yield
     finally:
+        hook.remove()
         module.generation_config = own
         for part in training:
             part.training = True
+
+
+def _without_gaps(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
 
 
 def _numbers(seed: int, places: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:

@@ -26,8 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "dense target": {"stream": True, "method": "sparsegpt", "propagation": "block", "target": "dense"},
     "reconstruction": {"stream": True, "method": "wanda", "reconstruct": 2},
 }
-HALF, PICO = {"in memory"}, {"streamed"}
-"""What is run in bfloat16 too, at which many CPUs are slow, and of a model of no size; the slow tests do all of them."""
+PICO = {"streamed"}
+"""What is run of a model of no size; the slow tests do all ways, and in bfloat16 too, at which many CPUs are slow."""
 
 
 def runs_of(model: Path, name: str, page: bool, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -62,7 +62,7 @@ def sizeless(folder: Path, page: bool) -> dict[str, dict[str, Any]]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Peak]:
     folder = tmp_path_factory.mktemp("peaks")
     pico = only(PICO, sizeless(folder, page=True)) | only(PICO, sizeless(folder, page=False))
-    return measured_peaks(sized(folder, torch.float32) | only(HALF, sized(folder, torch.bfloat16)) | pico)
+    return measured_peaks(sized(folder, torch.float32) | pico)
 
 
 def check(found: dict[str, Peak]) -> None:
