@@ -1,6 +1,7 @@
 """A quarter of the blocks' parameters removed in every way, without training: perplexity beside what is published.
 
     python benchmarks/removal.py [--model smollm2-135m] [--samples 32] [--seqlen 512] [--tokens 20480] [--seeds 0]
+    python benchmarks/removal.py --model gemma-3-270m.gguf --channels 0.36 --blocks 0.2778 --only "by "
 
 Prints a line as soon as it is measured. The loss is the perplexity above the dense model's; the last column is its share
 of the best published way's loss on the first text.
@@ -14,20 +15,20 @@ import time
 import coprune
 
 WAYS: dict[str, dict[str, str | int]] = {
-    "blocks by influence (ShortGPT)": {"remove": "blocks=0.2334", "score": "influence"},
-    "channels by norm": {"remove": "channels=0.33", "score": "magnitude"},
-    "channels by Wanda-sp": {"remove": "channels=0.33", "score": "wanda_sp"},
-    "channels by FLAP, no bias": {"remove": "channels=0.33", "score": "flap"},
-    "channels by norm, refit": {"remove": "channels=0.33", "score": "magnitude:refit=true"},
-    "channels by Wanda-sp, refit": {"remove": "channels=0.33", "score": "wanda_sp:refit=true"},
-    "channels by FLAP, refit": {"remove": "channels=0.33", "score": "flap:refit=true"},
-    "channels by OBS, refit": {"remove": "channels=0.33", "score": "obs"},
-    "blocks by KL": {"remove": "blocks=0.2334", "score": "kl"},
+    "blocks by influence (ShortGPT)": {"remove": "blocks={blocks}", "score": "influence"},
+    "channels by norm": {"remove": "channels={channels}", "score": "magnitude"},
+    "channels by Wanda-sp": {"remove": "channels={channels}", "score": "wanda_sp"},
+    "channels by FLAP, no bias": {"remove": "channels={channels}", "score": "flap"},
+    "channels by norm, refit": {"remove": "channels={channels}", "score": "magnitude:refit=true"},
+    "channels by Wanda-sp, refit": {"remove": "channels={channels}", "score": "wanda_sp:refit=true"},
+    "channels by FLAP, refit": {"remove": "channels={channels}", "score": "flap:refit=true"},
+    "channels by OBS, refit": {"remove": "channels={channels}", "score": "obs"},
+    "blocks by KL": {"remove": "blocks={blocks}", "score": "kl"},
     "a budget, spread by KL": {"remove": "parameters=0.25"},
-    "channels by OBS, spread by error": {"remove": "channels=0.33", "allocation": "error"},
-    "channels by OBS, spread by search": {"remove": "channels=0.33", "allocation": "search:minutes=8"},
-    "channels by OBS, dense target": {"remove": "channels=0.33", "target": "dense"},
-    "channels by OBS, reconstructed": {"remove": "channels=0.33", "reconstruct": 20},
+    "channels by OBS, spread by error": {"remove": "channels={channels}", "allocation": "error"},
+    "channels by OBS, spread by search": {"remove": "channels={channels}", "allocation": "search:minutes=8"},
+    "channels by OBS, dense target": {"remove": "channels={channels}", "target": "dense"},
+    "channels by OBS, reconstructed": {"remove": "channels={channels}", "reconstruct": 20},
 }
 PUBLISHED = 4
 """The first so many ways are the published ones."""
@@ -55,7 +56,7 @@ def main() -> None:
                 eval_tokens=asked.tokens,
                 evaluate_dense=not dense,  # once is enough
                 quiet=True,
-                **settings,  # type: ignore[arg-type]
+                **(settings | {"remove": str(settings["remove"]).format(**vars(asked))}),  # type: ignore[arg-type]
             )
             found, seconds = result.report.perplexity, time.perf_counter() - started
             dense |= {entry.data: entry.dense for entry in found if entry.dense is not None}
@@ -71,6 +72,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dataset", default="embedded")
     parser.add_argument("--data", default="embedded,embedded-lambada", help="texts, comma-separated")
+    parser.add_argument("--channels", default="0.33", help="the share that is a quarter of the blocks' parameters")
+    parser.add_argument("--blocks", default="0.2334", help="likewise")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=20_480, help="of each text")
