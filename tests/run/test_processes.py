@@ -39,6 +39,18 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("mixtral", "wanda", "block", {"allocation": "error:movement=0", "pattern": "4:8"}),
     ("llama", "wanda", "block", {"permute": True, "pattern": "2:4"}),
     ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
+    (
+        "llama",
+        "magnitude",
+        "block",
+        {
+            "remove": "channels=0.33,heads=0.5,blocks=0.34",
+            "align": 16,
+            "score": "influence",
+            "allocation": "search:rounds=5",
+        },
+    ),
+    ("llama", "magnitude", "block", {"remove": "parameters=0.3", "align": 16, "allocation": "error", "pattern": "2:4"}),
     # Of half of the samples no token is counted.
     ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
 ]

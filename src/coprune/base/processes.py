@@ -103,6 +103,15 @@ class Processes:
         self.broadcast([(part, source) for source, part in enumerate(parts) if len(part)])
         return torch.cat(parts), sum(seen for _, seen in totals)
 
+    def own(self, jobs: Sequence[Value]) -> Sequence[Value]:
+        """This process's jobs: every so many-th, from the one of its rank on. May be none."""
+        return jobs[self.rank :: self.size]
+
+    def in_order(self, answers: Sequence[Value]) -> list[Value]:
+        """Everybody's answers to `own` jobs, in the order of all jobs."""
+        found = self.gather(list(answers))
+        return [found[at % self.size][at // self.size] for at in range(sum(map(len, found)))]
+
     def positions(self, position: int | None) -> list[int]:
         """Everybody's position; those who have none are left out."""
         return [other for other in self.gather(position) if other is not None]

@@ -134,7 +134,7 @@ def _of_allocation(recipe: Parts) -> BadInput | None:
     if asked == "search" and recipe.model.stream:
         wrong = "a search runs the whole model, which has to be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
-    units, zeros = bool({"channels", "heads"} & shares), not shares or recipe.pattern.is_said
+    units, zeros = bool({"channels", "heads", "parameters"} & shares), not shares or recipe.pattern.is_said
     if asked == "uniform" or (units and asked in SPREADING) or (zeros and asked != "search"):
         return None
     fix: Words = ("take ", Set("allocation", "uniform"))

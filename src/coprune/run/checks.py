@@ -92,13 +92,6 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
 
 def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
-    if size > 1 and (others := recipe.structure.shares.keys() - {"experts"}):
-        raise BadInput(
-            f"{' and '.join(sorted(others))} are removed in one process; experts are scored by several",
-            field="remove",
-            value=recipe.structure.remove,
-            fix="run without torchrun",
-        )
     if size > 1 and recipe.reconstruction.steps:
         raise BadInput(
             "reconstruct trains a block on all samples in one process",

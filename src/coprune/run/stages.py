@@ -195,7 +195,7 @@ def _run_both(recipe: Recipe, given: Given, around: Surroundings, write: bool) -
     def run(half: Recipe, own: Given) -> Result:
         return run_recipe(half, own, around.reporter, write, around.processes)
 
-    second, report = cut_and_prune(recipe, given, write, run)
+    second, report = cut_and_prune(recipe, given, write, run, around.processes)
     return Result(report) if second is None else Result(report, second.processor, lambda: second.model)
 
 

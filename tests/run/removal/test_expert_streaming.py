@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coprune.base.errors import BadInput, VerificationError
+from coprune.base.errors import VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import make_recipe
@@ -102,14 +102,6 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
         assert other["weighted"] == pytest.approx(sums["weighted"], rel=1e-6)
     both = listing(tmp_path / "both" / "small")
     assert {name: both[name] for name in alone} == alone
-
-
-def test_several_processes_remove_experts_alone() -> None:
-    from coprune.run.checks import check_processes
-
-    check_processes(make_recipe({"model": "x", "remove": "experts=0.5"}), 2)
-    with pytest.raises(BadInput, match="heads are removed in one process"):
-        check_processes(make_recipe({"model": "x", "remove": "experts=0.5,heads=0.5"}), 2)
 
 
 @pytest.mark.slow

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,14 @@ from coprune.commands.app import app
 from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
+from coprune.report.schema import Report
 from coprune.run.removal import search
 from coprune.run.stages import Result, run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 from support.saved import assert_same_tensors, load_clean, saved_like, tensors_of
+from support.torchrun import ENVIRONMENT, run_together, torchrun
 
 IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
@@ -72,6 +78,22 @@ def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
     even = coprune.prune(damped(family), remove=remove, **SETTINGS)
     if "blocks" not in remove:
         assert result.report.left == even.report.left
+
+
+@pytest.mark.parametrize("allocation", ["error:tokens=0", "search:rounds=3"])
+def test_a_budget_over_parameters_is_spread_unevenly_too(allocation: str) -> None:
+    def run(spread: str) -> Report:
+        return coprune.prune(damped(), remove="parameters=0.2", score="magnitude", allocation=spread, **SETTINGS).report
+
+    even, uneven = run("uniform"), run(allocation)
+    assert uneven.left == even.left
+    assert "of every block" in even.edits[0]
+    assert " on average) of every block" in uneven.edits[0]
+
+
+def test_where_only_blocks_go_nothing_is_spread(tmp_path: Path) -> None:
+    report = coprune.prune(pico_model("bloom"), remove="parameters=0.3", allocation="error", **SETTINGS).report
+    assert report.edits[0].startswith("blocks 3 → 2: ")
 
 
 def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
@@ -166,6 +188,36 @@ def test_a_killed_search_and_run_go_on_to_the_same_bytes(out: str, share: int, t
     assert json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] == finds["tried"]
 
 
+@pytest.mark.slow
+def test_a_search_of_two_processes_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=4)
+    write_words(tmp_path / "words.txt")
+
+    def command(out: str) -> list[str]:
+        settings = settings_of(tmp_path, out) | {"allocation": "search:rounds=41", "nsamples": 64, "seqlen": 32}
+        recipe = tmp_path / f"{out}.yaml"
+        recipe.write_text(make_recipe(settings).to_yaml())
+        return torchrun(2, "-m", "coprune", "prune", "--recipe", str(recipe))
+
+    def tried(out: str) -> list[Any]:
+        file = tmp_path / out / "run" / "search.json"
+        found: list[Any] = json.loads(file.read_text())["tried"] if file.is_file() else []
+        return found
+
+    run_together(command("whole"))
+    with subprocess.Popen(command("killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True) as one:
+        while len(tried("killed")) < 6:
+            assert one.poll() is None
+            time.sleep(0.01)
+        os.killpg(one.pid, signal.SIGKILL)
+    assert 6 <= len(tried("killed")) < 41
+    assert len(tried("killed")) % 2 == 0  # both tries of a round, or neither
+    run_together(command("killed"))
+    assert len(tried("killed")) == 41
+    assert tried("killed") == tried("whole")
+    assert without_card(tmp_path / "killed" / "small") == without_card(tmp_path / "whole" / "small")
+
+
 def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +225,7 @@ def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
     write_words(tmp_path / "words.txt")
     run(tmp_path, "called")
     with monkeypatch.context() as patched:
-        patched.setattr(search, "next_try", interrupt)
+        patched.setattr(search, "next_tries", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "stopped")
     finds = [json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] for out in ("called", "stopped")]
@@ -202,7 +254,7 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
         ({"remove": "channels=0.3", "allocation": "owl"}, "uniform, error, search, not by owl"),
         ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
         ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
-        ({"remove": "parameters=0.3", "allocation": "search:rounds=3"}, "none are removed"),
+        ({"remove": "experts=0.3", "allocation": "error"}, "none are removed"),
         ({"allocation": "search:minutes=3"}, "not zeros over matrices"),
         ({"remove": "channels=0.3", "allocation": "search"}, "for some minutes or for some rounds"),
         ({"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"}, "one of the two"),

@@ -28,13 +28,13 @@ from coprune.model.edits import Edits
 from coprune.model.folding import head_size
 from coprune.model.gguf.smaller import Exported
 from coprune.model.removal.find_parts import find_parts
-from coprune.model.removal.parts import Kind, Part, filled, together
+from coprune.model.removal.parts import Kind, Part, filled, step_of, together
 from coprune.model.removal.smaller import Resized, possible_changes
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
 
-_STEPS = (64, 32, 16, 8, 4, 2, 1)
-"""Channels are kept in multiples of the first of these that divides them, as `--align` does it, for types with blocks of 32."""
+_ALIGN = 64
+"""Channels are kept in multiples of this, as `--align` does it, for types with blocks of 32."""
 Silence = Mapping[str, Sequence[tuple[Part, Sequence[Tensor]]]]
 """By block, its parts with the units of each consumer that are zeros."""
 _Size = tuple[Kind, int]
@@ -107,7 +107,7 @@ def _proven(folder: ModelFolder) -> ProvenModel:
 def _width(part: Part, silent: Sequence[Tensor]) -> int:
     """Units of a part that are kept at least: those that are heard, for whichever consumer has most, in whole steps."""
     heard = max(int((~own).sum()) for own in silent)
-    step = 1 if part.kind == "heads" else next(s for s in _STEPS if part.count % s == 0 and s < max(part.count, 2))
+    step = 1 if part.kind == "heads" else step_of(part.count, _ALIGN)
     return max(1, -(-heard // step)) * step
 
 

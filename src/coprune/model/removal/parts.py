@@ -80,6 +80,11 @@ class Part:
             found[name] = keeps[0].repeat_interleave(self.repeats).to(_place_of(parameter))
         return found
 
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters that lose something with a unit."""
+        return frozenset(self.masks([torch.ones(self.count, dtype=torch.bool)] * len(self.fold.consumers)))
+
     def silent(self) -> list[Tensor]:
         """Units that are zeros in every matrix and bias: U bool for each consumer. The block has to be in memory."""
         units = torch.arange(self.count)
@@ -173,6 +178,12 @@ def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
         return close(run(), alone)
 
 
+def step_of(units: int, align: int) -> int:
+    """How many units are kept or removed together: `align`, or the largest power of two below it, that divides them."""
+    steps = [align, *(1 << power for power in reversed(range((align - 1).bit_length())))]
+    return next(step for step in steps if units % step == 0 and step < max(units, 2))
+
+
 def filled(keep: Tensor, count: int) -> Tensor:
     """So many units: those that are kept, and the first of the others. keep: U bool."""
     whole = keep.clone()
@@ -185,25 +196,25 @@ def together(masks: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[st
     return {**masks, **{name: mask & masks[name] if name in masks else mask for name, mask in more.items()}}
 
 
-def _parameter(module: nn.Module, prefix: str, name: str) -> nn.Parameter:
+def parameter_of(module: nn.Module, prefix: str, name: str) -> nn.Parameter:
     return module.get_parameter(name.removeprefix(f"{prefix}."))
 
 
 @contextmanager
 def put_back(module: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
     """Give some parameters of a module their values again when the block ends. prefix: the module's path."""
-    before = {name: _parameter(module, prefix, name).detach().clone() for name in names}
+    before = {name: parameter_of(module, prefix, name).detach().clone() for name in names}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, values in before.items():
-                _parameter(module, prefix, name).copy_(values)
+                parameter_of(module, prefix, name).copy_(values)
 
 
 @torch.no_grad()
 def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None:
     """Set what is not kept to zero, in place. prefix: the module's path, with which the masks' names begin."""
     for name, mask in masks.items():
-        parameter = _parameter(module, prefix, name)
+        parameter = parameter_of(module, prefix, name)
         parameter.masked_fill_(~mask.to(parameter.device), 0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.options import one_of, require_not_negative, require_positive
+from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance
 from coprune.model.blocks import Block
 from coprune.model.walk.moves import Dense
@@ -28,7 +29,12 @@ class BlockScore(Protocol):
     """Chooses the blocks that go."""
 
     def choose(
-        self, model: ProvenModel, batches: Sequence[Tensor], count: int, advance: Advance = lambda share: None
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        count: int,
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
     ) -> list[int]:
         """Choose blocks.
 
@@ -37,6 +43,7 @@ class BlockScore(Protocol):
             batches: what it is run on, as in `record_batches`.
             count: how many blocks go.
             advance: called with the share of the work that was just done.
+            processes: those that choose together, each with the whole of the model and of the batches.
 
         Returns:
             Their numbers, in the order in which they went.
@@ -49,9 +56,14 @@ class Influence:
     """Let the blocks go that turn their inputs least (ShortGPT, arXiv 2403.03853)."""
 
     def choose(
-        self, model: ProvenModel, batches: Sequence[Tensor], count: int, advance: Advance = lambda share: None
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        count: int,
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
     ) -> list[int]:
-        found = influences(model, batches, advance)
+        found = influences(model, batches, advance, processes)
         return sorted(range(len(found)), key=found.__getitem__)[:count]
 
 
@@ -72,7 +84,12 @@ class Divergence:
         require_not_negative(candidates=self.candidates)
 
     def choose(
-        self, model: ProvenModel, batches: Sequence[Tensor], count: int, advance: Advance = lambda share: None
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        count: int,
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
     ) -> list[int]:
         some, gone = first_batches(batches, self.tokens), list[int]()
         order = [block.index for block in model.blocks]
@@ -80,7 +97,8 @@ class Divergence:
             tried = [index for index in order if index not in gone]
             if gone and self.candidates:
                 tried = tried[: self.candidates]
-            found = divergences(model, some, tried, gone)
+            shares = processes.gather(divergences(model, some, processes.own(tried), gone))
+            found = {index: cost for own in shares for index, cost in own.items()}
             nearest = sorted(tried, key=found.__getitem__)
             gone.append(nearest[0])
             advance(1 / count)
@@ -108,14 +126,20 @@ def block_score_named(asked: Choice) -> BlockScore:
 
 
 @torch.no_grad()
-def influences(model: ProvenModel, batches: Sequence[Tensor], advance: Advance = lambda share: None) -> list[float]:
+def influences(
+    model: ProvenModel,
+    batches: Sequence[Tensor],
+    advance: Advance = lambda share: None,
+    processes: Processes = ALONE,
+) -> list[float]:
     """One minus the mean cosine of every block's inputs and outputs, token by token; infinite where these differ in shape.
 
-    model, batches, advance: as in `BlockScore.choose`.
+    model, batches, advance, processes: as in `BlockScore.choose`; the batches are shared out.
     """
     total, count = [0.0] * len(model.blocks), [0] * len(model.blocks)
-    for some in _together(model, batches):
-        share = len(some) / (len(batches) * len(model.blocks))
+    own = processes.own(batches)
+    for some in _together(model, own):
+        share = len(some) / (len(own) * len(model.blocks))
         recording, moves = record_batches(model, some), Dense(keep=Tensor.clone)
         for event in Walk(model.idle(), recording, moves=moves, advance=_scaled(advance, share)):
             if not isinstance(event, BlockDone):
@@ -128,7 +152,8 @@ def influences(model: ProvenModel, batches: Sequence[Tensor], advance: Advance =
                     cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
                     total[index] += float(cosine.sum(dtype=torch.float64))
                 count[index] += after[..., 0].numel()
-    return [1.0 - cosines / max(tokens, 1) for cosines, tokens in zip(total, count, strict=True)]
+    sums, counts = (map(sum, zip(*processes.gather(one), strict=True)) for one in (total, count))
+    return [1.0 - cosines / max(tokens, 1) for cosines, tokens in zip(sums, counts, strict=True)]
 
 
 def _scaled(advance: Advance, by: float) -> Advance:
@@ -137,7 +162,7 @@ def _scaled(advance: Advance, by: float) -> Advance:
 
 def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
     """Batches that go through the blocks side by side: all where each block is read for that, else one, for its memory."""
-    return [batches] if model.weights.streams else [[batch] for batch in batches]
+    return [batches] if model.weights.streams and batches else [[batch] for batch in batches]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The next budget that a search tries: the best so far with some steps exchanged, the likeliest of several such.
+"""The next budgets that a search tries: the best so far with some steps exchanged, the likeliest of several such.
 
 What an exchange will do is guessed from all that was tried before: a straight line through the differences from the best,
 which is pulled to zero where little is known.
@@ -15,15 +15,19 @@ from numpy.typing import NDArray
 Steps = tuple[int, ...]
 """How many steps every part loses."""
 GUESSED = 24
-"""So many changed budgets are drawn, and the one with the lowest guess is tried."""
+"""So many changed budgets are drawn for each that is tried, and those with the lowest guesses are."""
 RIDGE = 1.0
 """How strongly guesses are pulled to zero, in squared steps."""
 MOST_EXCHANGES = 6
 
 
-def next_try(
-    tried: Sequence[tuple[Steps, float]], alike: Sequence[Sequence[int]], most: Sequence[int], seed: int
-) -> Steps:
+def next_tries(
+    tried: Sequence[tuple[Steps, float]],
+    alike: Sequence[Sequence[int]],
+    most: Sequence[int],
+    seed: int,
+    number: int = 1,
+) -> list[Steps]:
     """Change the best budget.
 
     Args:
@@ -31,17 +35,18 @@ def next_try(
         alike: numbers of the parts among which steps are exchanged.
         most: steps that every part can lose.
         seed: of what is drawn.
+        number: how many are tried side by side.
 
     Returns:
-        One that was not tried yet, as far as there is one nearby.
+        At most so many, the likeliest first, that were not tried yet, as far as there are any nearby; one at least.
     """
     best = min(tried, key=lambda one: one[1])
     known = {steps for steps, _ in tried}
     draw = random.Random(f"{seed} {len(tried)}")
-    found = [_changed(best[0], alike, most, draw) for _ in range(GUESSED)]
-    new = [steps for steps in found if steps not in known] or found
+    found = [_changed(best[0], alike, most, draw) for _ in range(GUESSED * number)]
+    new = [*dict.fromkeys(steps for steps in found if steps not in known)] or found[:1]
     slopes = _slopes(tried, best)
-    return min(new, key=lambda steps: float(_difference(steps, best[0]) @ slopes))
+    return sorted(new, key=lambda steps: float(_difference(steps, best[0]) @ slopes))[:number]
 
 
 def _changed(steps: Steps, alike: Sequence[Sequence[int]], most: Sequence[int], draw: random.Random) -> Steps:

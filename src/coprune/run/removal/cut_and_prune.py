@@ -8,6 +8,7 @@ from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
+from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Setting
 from coprune.evaluation.answers.requirements import judge
 from coprune.model.checkpoint.companions import CARD_FILE
@@ -40,7 +41,9 @@ _NO_ZEROS: dict[str, Any] = {
 _UNIFORM = Choice(name="uniform")
 
 
-def cut_and_prune(recipe: Recipe, given: Given, write: bool, run: Callable[[Recipe, Given], Any]) -> Any:
+def cut_and_prune(
+    recipe: Recipe, given: Given, write: bool, run: Callable[[Recipe, Given], Any], processes: Processes = ALONE
+) -> Any:
     """Remove parts, then prune what is left.
 
     Where a run folder is wanted, both halves leave theirs in it (`cut` with the smaller model, `zeros`), so that either can be
@@ -51,6 +54,7 @@ def cut_and_prune(recipe: Recipe, given: Given, write: bool, run: Callable[[Reci
         given: what is taken instead of what the recipe names.
         write: whether a run folder is wanted.
         run: does what one half's recipe says, and gives its `Result`.
+        processes: this one among those that do the run together.
 
     Returns:
         The result of the second half, and the report of both. Raises as both halves do.
@@ -63,13 +67,16 @@ def cut_and_prune(recipe: Recipe, given: Given, write: bool, run: Callable[[Reci
         loaded = Loaded(InMemory(first.model), first.processor, first.report.model.source, False)
         second = run(pruning_of(recipe, first.report, None), Given(loaded, given.method))
         return second, _of_both(recipe, first.report, second.report)
-    refuse_finished(recipe.run_folder)
-    write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
+    if processes.first:
+        refuse_finished(recipe.run_folder)
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
     cutting = cutting_of(recipe, recipe.run_folder / "cut")
-    cut, _ = _once(cutting, lambda: run(cutting, given))
+    cut, _ = _once(cutting, processes, lambda: run(cutting, given))
     pruning = pruning_of(recipe, cut, recipe.run_folder / "zeros")
-    pruned, second = _once(pruning, lambda: run(pruning, Given(None, given.method)))
+    pruned, second = _once(pruning, processes, lambda: run(pruning, Given(None, given.method)))
     report = _of_both(recipe, cut, pruned)
+    if not processes.first:
+        return second, report
     if recipe.output.model is not None:
         write_text(recipe.output.model / CARD_FILE, model_card(report))
     announce(recipe, report)
@@ -96,15 +103,24 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="", require=require)
 
 
-def _once(recipe: Recipe, run: Callable[[], Any]) -> tuple[Report, Any]:
+def _once(recipe: Recipe, processes: Processes, run: Callable[[], Any]) -> tuple[Report, Any]:
     """The report of one half, and its result unless an earlier run came so far."""
+    earlier = processes.from_first(lambda: _earlier(recipe))
+    if earlier is not None:
+        return earlier, None
+    result = run()
+    # The others also wait here for the first one, which saves what all of them are about to read.
+    return processes.from_first(lambda: result.report), result
+
+
+def _earlier(recipe: Recipe) -> Report | None:
+    """The report of a half that is done."""
     path, model = recipe.run_folder / REPORT_FILE, recipe.output.model
     if path.is_file() and (model is None or holds_model(model)):
         report = Report.read(path)
         if report.recipe == recipe:
-            return report, None
-    result = run()
-    return result.report, result
+            return report
+    return None
 
 
 def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.model.as_saved import smaller_tensors
+from coprune.model.blocks import Block
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.removal.parts import Part
+from coprune.model.removal.parts import Part, parameter_of
 from coprune.model.removal.smaller import build_smaller
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, Past
@@ -61,7 +62,8 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
             Gram,
             moves_of(session),
             Past(finished, shared.restore),
-            advance=advance,
+            opened.around.processes,
+            advance,
         )
         results = _remove(session, walk, shared, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
@@ -71,14 +73,13 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
 
 def _planned(session: Session) -> Plan:
     budget = session.opened.recipe.structure.shares.get("parameters")
-    return spread_units(session, plan_removal(session)) if budget is None else spread_budget(session, budget)
+    return spread_units(session, plan_removal(session) if budget is None else spread_budget(session, budget))
 
 
 def _remove(
     session: Session, walk: Walk, shared: SharedOutput, plan: Plan, experts: Mapping[str, Tensor]
 ) -> list[MatrixResult]:
     """Cut every block when the walk is through with it, and write it. experts: which are kept, by block."""
-    score = score_named(session.opened.recipe.structure.score_of("units"))
     inputs: dict[str, Inputs] = {}
     results: list[MatrixResult] = []
     # Blocks before the first cut have nothing to make up for.
@@ -88,11 +89,8 @@ def _remove(
         if not isinstance(event, BlockDone):
             inputs |= event.known()
             continue
-        block, own, units = event.block, list[MatrixResult](), list[tuple[Part, list[Tensor]]]()
-        for part in plan.parts.get(block.name, ()):
-            kept, found = remove_units(block.module, part, inputs, score, plan.count(part))
-            units.append((part, kept))
-            own += found
+        block = event.block
+        units, own = _cut_units(session, plan, block, inputs)
         layout = partial(session.model.weights.layout, block.name)
         if (left := experts.get(block.name)) is not None:
             plan.mixtures[block.name].never_choose(block.module, left)
@@ -103,6 +101,30 @@ def _remove(
         finish_block(session, shared, block, BlockOutcome(own, edits))
         results, inputs = results + own, {}
     return results
+
+
+def _cut_units(
+    session: Session, plan: Plan, block: Block, inputs: Mapping[str, Inputs]
+) -> tuple[list[tuple[Part, list[Tensor]]], list[MatrixResult]]:
+    """Cut a block's parts, in place. Each is cut by one process, which tells the others what is left of it."""
+    score = score_named(session.opened.recipe.structure.score_of("units"))
+    parts, processes = plan.parts.get(block.name, ()), session.opened.around.processes
+    apart = sum(len(part.parameters) for part in parts) == len({name for part in parts for name in part.parameters})
+    jobs = [[part] for part in parts] if apart else [[*parts]]
+
+    def cut(part: Part) -> tuple[list[Tensor], list[MatrixResult]]:
+        kept, results = remove_units(block.module, part, inputs, score, plan.count(part))
+        return [own.cpu() for own in kept], results
+
+    done = [
+        one for job in processes.in_order([[cut(part) for part in job] for job in processes.own(jobs)]) for one in job
+    ]
+    changed = {name: at % processes.size for at, job in enumerate(jobs) for part in job for name in part.parameters}
+    processes.broadcast(
+        [(parameter_of(block.module, block.name, name).detach(), changed[name]) for name in sorted(changed)]
+    )
+    units = [(part, kept) for part, (kept, _) in zip(parts, done, strict=True)]
+    return units, [result for _, results in done for result in results]
 
 
 def _reconstruct(

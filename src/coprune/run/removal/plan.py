@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.removal.find_parts import find_parts
-from coprune.model.removal.parts import Kind
+from coprune.model.removal.parts import Kind, step_of
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.run.removal.cut import Plan
@@ -60,20 +60,14 @@ def kept_count(units: int, share: float, align: int) -> int:
     return min(kept, units)
 
 
-def step_of(units: int, align: int) -> int:
-    """How many units are kept or removed together."""
-    if units % align == 0 and units > align:
-        return align
-    return next(s for s in (32, 16, 8, 4, 2, 1) if units % s == 0 and s <= align)
-
-
 def blocks_that_go(session: Session, count: int) -> list[int]:
     """Numbers of the blocks that are missed least."""
     opened = session.opened
     assert opened.samples is not None
     score = block_score_named(opened.recipe.structure.score_of("blocks"))
     with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
-        return score.choose(session.model, opened.task.batches(opened.samples.tokens), count, advance)
+        batches = opened.task.batches(opened.samples.tokens)
+        return score.choose(session.model, batches, count, advance, opened.around.processes)
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:

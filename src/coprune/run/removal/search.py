@@ -1,7 +1,7 @@
 """An uneven budget found by evolution: steps move from block to block, and what is nearest to the dense model stays.
 
 What was tried stands in the run's folder. The next try follows from that and the seed alone, so a killed search goes on as if
-it had not been.
+it had not been. Several processes make as many tries side by side, each with all of the calibration that is looked at.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coprune.base.files import path_of, write_text
-from coprune.pruning.structure.evolution import next_try
+from coprune.pruning.structure.evolution import next_tries
 from coprune.pruning.structure.spreading import Search
 from coprune.run.journal import run_identity
 from coprune.run.removal.candidates import Candidates
@@ -41,7 +41,12 @@ class Finds:
 
     @classmethod
     def of(cls, session: Session) -> Finds:
-        """What an earlier run of the same kind found, or nothing."""
+        """What an earlier run of the same kind found, or nothing; the first process's answer for all."""
+        found = session.opened.around.processes.from_first(lambda: cls._read(session))
+        return found if session.opened.around.writes else replace(found, path=None)
+
+    @classmethod
+    def _read(cls, session: Session) -> Finds:
         opened = session.opened
         known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
         identity = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
@@ -57,9 +62,9 @@ class Finds:
             found.seconds = content["seconds"]
         return found
 
-    def add(self, steps: Steps, cost: float, seconds: float) -> None:
-        """Note a try."""
-        self.tried.append((steps, cost))
+    def add(self, tries: Sequence[tuple[Steps, float]], seconds: float) -> None:
+        """Note tries that were made side by side, all at once, so that a killed search makes the same ones again."""
+        self.tried += tries
         self.seconds += seconds
         if self.path is not None:
             content = {"identity": self.identity, "seconds": self.seconds, "tried": self.tried}
@@ -82,7 +87,7 @@ def search_steps(
     first: Sequence[Steps],
     rest: tuple[Sequence[Sequence[int]], Sequence[int]],
 ) -> Steps:
-    """Search for the steps with which the model stays nearest to the dense one.
+    """Search for the steps with which the model stays nearest to the dense one; every process makes a try at a time.
 
     Args:
         session: of the run.
@@ -91,7 +96,7 @@ def search_steps(
         first: what is tried first.
         rest: numbers of the parts among which steps are exchanged, and numbers of the blocks that go.
     """
-    finds, reporter = Finds.of(session), session.opened.around.reporter
+    finds, reporter, processes = Finds.of(session), session.opened.around.reporter, session.opened.around.processes
     if finds.tried:
         reporter.say(f"{len(finds.tried)} tries of the search were made by an earlier run.")
     most = [len(own.counts) - 1 for own in levels]
@@ -103,10 +108,12 @@ def search_steps(
         while (share := finds.share_done(asked)) < 1.0:
             advance(share - done)
             started, done = time.perf_counter(), share
-            count = len(finds.tried)
-            steps = first[count] if count < len(first) else next_try(finds.tried, rest[0], most, asked.seed)
-            cost = candidates.cost(steps, finds.best[0] if count else None)
-            finds.add(steps, cost, time.perf_counter() - started)
+            count, best = len(finds.tried), finds.best[0] if finds.tried else None
+            number = min(processes.size, asked.rounds - count) if asked.rounds else processes.size
+            tries = first[count : count + number] or next_tries(finds.tried, rest[0], most, asked.seed, number)
+            costs = processes.in_order([candidates.cost(steps, best) for steps in processes.own(tries)])
+            took = processes.gather(time.perf_counter() - started)[0]
+            finds.add([*zip(tries, costs, strict=True)], took)
         advance(1.0 - done)
     steps, cost = finds.best
     starts = ", ".join(f"{name} {found:.4f}" for name, (_, found) in zip(STARTS, finds.tried, strict=False))

@@ -43,12 +43,16 @@ class _Trial:
 
 @torch.no_grad()
 def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
-    """KL(dense ‖ cut) of every plan, in nats per token, with what is left solved for on the dense model's inputs."""
-    opened, model = session.opened, session.model
+    """KL(dense ‖ cut) of every plan, in nats per token, with what is left solved for on the dense model's inputs.
+
+    Several processes gather the Gram matrices together, and share out the plans.
+    """
+    opened, model, processes = session.opened, session.model, session.opened.around.processes
     assert opened.samples is not None
+    tried = processes.own(plans)
     windows = first_batches(opened.task.batches(opened.samples.tokens), TOKENS)
     recording = record_batches(model, windows)
-    trial = _Trial(recording, [list(recording.hidden) for _ in range(len(plans) + 1)])
+    trial = _Trial(recording, [list(recording.hidden) for _ in range(len(tried) + 1)])
     every: dict[str, list[Part]] = defaultdict(list)
     for plan in plans:
         for name, parts in plan.parts.items():
@@ -57,15 +61,20 @@ def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
     inputs: dict[str, Inputs] = {}
     with opened.around.reporter.bar(f"Trying {len(plans)} ways", len(model.blocks)) as advance:
         walk = Walk(
-            only_consumers(model, Plan(parts=every)), record_calibration(session), Gram, Dense(), advance=advance
+            only_consumers(model, Plan(parts=every)),
+            record_calibration(session),
+            Gram,
+            Dense(),
+            processes=processes,
+            advance=advance,
         )
         for event in walk:
             if not isinstance(event, BlockDone):
                 inputs |= event.known()
                 continue
-            _try_block(trial, event.block, plans, inputs, score)
+            _try_block(trial, event.block, tried, inputs, score)
             inputs = {}
-    return _divergences(session, trial, windows)
+    return processes.in_order(_divergences(session, trial, windows))
 
 
 def _try_block(trial: _Trial, block: Block, plans: Sequence[Plan], inputs: Mapping[str, Inputs], score: Score) -> None:
@@ -78,15 +87,10 @@ def _try_block(trial: _Trial, block: Block, plans: Sequence[Plan], inputs: Mappi
     for ways in alike.values():
         plan = plans[ways[-1] - 1] if ways[-1] else Plan()
         parts = plan.parts.get(block.name, ())
-        names = {name for part in parts for name in part.masks([_all(part)] * len(part.fold.consumers))}
-        with put_back(block.module, block.name, names):
+        with put_back(block.module, block.name, {name for part in parts for name in part.parameters}):
             for part in parts:
                 remove_units(block.module, part, inputs, score, plan.count(part))
             trial.move(block, ways)
-
-
-def _all(part: Part) -> Tensor:
-    return torch.ones(part.count, dtype=torch.bool)
 
 
 def _divergences(session: Session, trial: _Trial, windows: Sequence[Tensor]) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coprune.model.blocks import Block
-from coprune.model.removal.parts import Kind, Part
+from coprune.model.removal.parts import Kind, Part, step_of
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.shown import BlockDone
@@ -24,7 +24,7 @@ from coprune.pruning.structure.spreading import ByError, Search, cheapest, sprea
 from coprune.run.prune_blocks import record_calibration
 from coprune.run.removal.candidates import Candidates
 from coprune.run.removal.cut import Plan
-from coprune.run.removal.plan import only_consumers, step_of
+from coprune.run.removal.plan import only_consumers
 from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.search import search_steps
 from coprune.run.removal.steps import Levels, Steps
@@ -41,12 +41,16 @@ def spread_units(session: Session, plan: Plan) -> Plan:
     asked = spreading_named(opened.recipe.allocation)
     if isinstance(asked, Uniform):
         return plan
+    if not any(plan.parts.values()):
+        opened.around.reporter.say("Only blocks go, so there is nothing to spread over the others.")
+        return plan
     rehearse(session, plan, quiet=True)  # what is refused is refused before anything slow
     levels = _measured(session, plan)
     alike = alike_parts(levels)
     even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
     scales = _scales(session, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
-    steps = least_error(levels, alike, even, scales)
+    # Another process's machine may round otherwise; what the first one finds counts.
+    steps = opened.around.processes.from_first(lambda: least_error(levels, alike, even, scales))
     if isinstance(asked, Search):
         steps = search_steps(session, asked, levels, [even, steps], (alike, plan.dropped))
     return unevenly(plan, levels, steps)
@@ -60,18 +64,19 @@ def _scales(session: Session, plan: Plan, levels: Sequence[Levels], even: Steps,
                 "A streamed model's blocks count by what they change in the hidden states."
             )
         return [own.moved**asked.movement for own in levels]
-    found, none = [], [0] * len(levels)
+    found, none, processes = [], [0] * len(levels), session.opened.around.processes
+    jobs = processes.own(range(len(levels)))
     with (
         Candidates.of(session, levels, plan.dropped, asked.tokens) as candidates,
-        session.opened.around.reporter.bar("Weighing blocks", len(levels)) as advance,
+        session.opened.around.reporter.bar("Weighing blocks", len(jobs)) as advance,
     ):
         base = candidates.cost(tuple(none), None) if plan.dropped else 0.0
-        for at, own in enumerate(levels):
+        for at in jobs:
             alone = (*none[:at], even[at], *none[at + 1 :])
             lost = max(candidates.cost(alone, None) - base, 0.0)
-            found.append(lost / max(own.costs[even[at]], 1e-12))
+            found.append(lost / max(levels[at].costs[even[at]], 1e-12))
             advance(1.0)
-    return found
+    return processes.in_order(found)
 
 
 def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
@@ -118,7 +123,10 @@ def _measured(session: Session, plan: Plan) -> list[Levels]:
     levels: list[Levels] = []
     inputs: dict[str, Inputs] = {}
     with session.opened.around.reporter.bar("Measuring what blocks lose", len(model.blocks)) as advance:
-        walk = Walk(only_consumers(model, plan), recording, Gram, Dense(keep=keep), advance=advance)
+        processes = session.opened.around.processes
+        walk = Walk(
+            only_consumers(model, plan), recording, Gram, Dense(keep=keep), processes=processes, advance=advance
+        )
         for event in walk:
             if not isinstance(event, BlockDone):
                 inputs |= event.known()
