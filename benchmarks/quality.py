@@ -156,7 +156,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     for result in results:
         groups.setdefault((result["pattern"], result["method"]), []).append(result)
     for (pattern, method), group in groups.items():
-        name = pattern if ":" in pattern else f"{float(pattern):.0%}"
+        name = pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
         values = [
             spread([r["perplexity"][COLUMNS[0]] for r in group], ".2f"),
             spread([r["perplexity"][COLUMNS[1]] for r in group], ".2f"),
@@ -165,7 +165,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
             spread([r["seconds"] for r in group], ".0f"),
             spread([r["memory"] / 2**30 for r in group], ".2f"),
         ]
-        lines.append(f"| {name} | {method} | {group[0]['sparsity']:.2%} | {' | '.join(values)} |")
+        lines.append(f"| {name} | {method} | {100 * group[0]['sparsity']:.2f} % | {' | '.join(values)} |")
     return "\n".join(lines)
 
 

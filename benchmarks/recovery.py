@@ -116,7 +116,7 @@ def finetuning_cell(arguments: argparse.Namespace, pattern: str, mode: str) -> d
         "mode": mode,
         "teacher": arguments.model if mode == "distill" else None,
         "dataset": TEXTS[0],
-        "block_size": arguments.block_size,
+        "seqlen": arguments.block_size,
         "accumulate": arguments.accumulate,
         "minutes": arguments.minutes,
         "learning_rate": rates[mode],
@@ -182,7 +182,7 @@ def markdown(arguments: argparse.Namespace, patterns: list[str]) -> str:
     ]
     for pattern in patterns:
         found = json.loads((pruned_folder(arguments, pattern) / "perplexity.json").read_text(encoding="utf-8"))
-        name = pattern if ":" in pattern or pattern in REMOVALS else f"{float(pattern):.0%}"
+        name = pattern if ":" in pattern or pattern in REMOVALS else f"{100 * float(pattern):.0f} %"
         for which in ("dense", "pruned"):
             values = " | ".join(f"{found[text][which]:.2f}" for text in TEXTS)
             lines.append(f"| {name} | ({which}) | {values} | – | – | – | – |")
@@ -193,10 +193,10 @@ def markdown(arguments: argparse.Namespace, patterns: list[str]) -> str:
         shares = {mode: recovered(result, found) for mode, result in results.items()}
         for mode, result in results.items():
             after = {entry["data"]: entry["after"] for entry in result["perplexity"]}
-            relative = f"{shares[mode] / shares['dense']:.0%}" if "dense" in shares else "–"
+            relative = f"{100 * shares[mode] / shares['dense']:.0f} %" if "dense" in shares else "–"
             lines.append(
-                f"| {name} | {mode} | {' | '.join(f'{after[t]:.2f}' for t in TEXTS)} | {shares[mode]:.0%} | {relative} | "
-                f"{result['sparsity_after']:.2%} | {result['steps']} |"
+                f"| {name} | {mode} | {' | '.join(f'{after[t]:.2f}' for t in TEXTS)} | {100 * shares[mode]:.0f} % | {relative} | "
+                f"{100 * result['sparsity_after']:.2f} % | {result['steps']} |"
             )
     return "\n".join(lines)
 

@@ -73,7 +73,7 @@ def test_two_classifiers_side_by_side(
     assert float(rows[1]["Δ top-1 digits"]) == pytest.approx(gained)
     assert float(rows[1]["same class digits"]) == pytest.approx(same)
     assert rows[0]["Δ top-1 digits"] == ""
-    assert f"| same class digits |  | {same:.2%} |" in (tmp_path / "c.md").read_text()
+    assert f"| same class digits |  | {100 * same:.2f} % |" in (tmp_path / "c.md").read_text()
     assert "top-5 digits" in ended.out
 
 
@@ -87,7 +87,7 @@ def test_eval_of_a_classifier(
     (found,) = json.loads((tmp_path / "e.json").read_text())["accuracy"]
     assert found["predicted"] == ranked[:, 0].tolist()
     assert found["labels"] == labels.tolist()
-    assert f"top-1 {(ranked[:, 0] == labels).double().mean():.2%}" in ended.out
+    assert f"top-1 {100 * (ranked[:, 0] == labels).double().mean():.2f} %" in ended.out
 
 
 def test_a_classifier_and_a_language_model_do_not_compare(

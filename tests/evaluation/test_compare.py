@@ -151,7 +151,7 @@ def test_the_json_of_a_comparison_is_what_direct_computation_gives(
     assert [line["mean acc"] for line in table] == [repr(row["zero_shot"]["mean_pruned"]["value"]) for row in rows]
     markdown = (tmp_path / "all.md").read_text(encoding="utf-8").splitlines()
     assert {line.count("|") for line in markdown} == {len(rows) + 2}
-    assert f"{rows[0]['evaluation']['perplexity'][0]['value']:.3f}" in ended.out
+    assert f"{rows[0]['evaluation']['perplexity'][0]['value']:.2f}" in ended.out
 
 
 def recipe(text: Path, **changes: Any) -> Any:

@@ -261,7 +261,9 @@ def test_tables_are_named_and_a_block_of_mostly_tables_is_refused() -> None:
         "kernel (a convolution in 1 dimension; 2 layers)",
         "places (an embedding; 2 layers)",
     ]
-    with pytest.raises(UnsupportedModel, match=r"only 20% of the weights of layers\.0 .* in layers\.0\.table \(40 × 8"):
+    with pytest.raises(
+        UnsupportedModel, match=r"only 20 % of the weights of layers\.0 .* in layers\.0\.table \(40 × 8"
+    ):
         chosen_of(toy(Tables))
 
 
@@ -279,7 +281,9 @@ def test_blocks_without_any_matrix_are_passed_through_unless_they_are_most_of_th
     assert lines(chosen_of(model)) == ["table (the weight of no linear layer; 1 layer)"]
     for _ in range(4):
         model.layers.append(Mixing())
-    with pytest.raises(UnsupportedModel, match=r"only 44% of the weights of its blocks .* in layers\.1\.table \(8 × 8"):
+    with pytest.raises(
+        UnsupportedModel, match=r"only 44 % of the weights of its blocks .* in layers\.1\.table \(8 × 8"
+    ):
         chosen_of(model)
 
 

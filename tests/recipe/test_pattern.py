@@ -121,8 +121,8 @@ def test_a_fixed_sparsity_is_the_only_one() -> None:
 
 
 def test_targets_are_named_for_people() -> None:
-    assert str(Target(Unstructured(), 0.5)) == "50.0%"
-    assert str(Target(NM(3, 8), 0.625)) == "62.5% (3:8)"
+    assert str(Target(Unstructured(), 0.5)) == "50.00 %"
+    assert str(Target(NM(3, 8), 0.625)) == "62.50 % (3:8)"
     assert [pattern.label("0.7") for pattern in (Unstructured(), NM(2, 4), Blocks(4))] == ["0.7", "2:4", "1x4 0.7"]
 
 

@@ -72,7 +72,7 @@ def test_the_page_shows_them_with_both_models_classes(run: Path) -> None:
     page = (run / "report.html").read_text(encoding="utf-8")
     report = Report.read(run / "report.json")
     (found,) = report.accuracy
-    assert f"{100 * (found.dense_top1 or 0):.1f} →</span> {100 * found.pruned_top1:.1f} %" in page
+    assert f"{100 * (found.dense_top1 or 0):.2f} →</span> {100 * found.pruned_top1:.2f} %" in page
     assert f"<td>{found.changed}</td>" in page
     figures = re.findall(r'<figure><img src="(data:image/png;base64,[^"]+)".*?</figure>', page)
     assert figures == [example.thumbnail for example in found.examples[:SHOWN]]

@@ -69,7 +69,7 @@ def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path
             "{ const s = document.getElementById('matrix'); s.value = '4'; s.dispatchEvent(new Event('change')) }"
         )
         page.wait(f"{shown} === {json.dumps(names[4])}")
-        assert f"{report.matrices[4].sparsity:.2%}".replace("%", " %") in page.evaluate(
+        assert f"{100 * report.matrices[4].sparsity:.2f} %" in page.evaluate(
             "document.getElementById('matrix-facts').textContent"
         )
         # A phone, and dark colours, without a page that scrolls sideways.

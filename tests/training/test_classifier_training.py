@@ -73,7 +73,10 @@ def test_every_mode_keeps_every_zero_of_a_classifier(home: Path, tmp_path: Path,
     assert (accuracy.data, accuracy.images) == ("digits", 60)
     low, high = accuracy.after_top1_interval
     assert low <= accuracy.after_top1 <= high
-    assert f"| digits | 60 | {accuracy.before_top1:.2%} |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert (
+        f"| digits | 60 | {100 * accuracy.before_top1:.2f} % |"
+        in (tmp_path / "run" / "model" / "README.md").read_text()
+    )
     if not family.startswith("transformers"):
         again = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True).eval()
         with torch.no_grad():
@@ -128,7 +131,7 @@ def test_pruning_and_fine_tuning_in_one_command(
         ({"dataset": None}, "name some with dataset"),
         ({"mode": "distill", "top_k": 5}, "leave out top_k"),
         ({"mode": "distill", "hidden_weight": 1.0}, "leave out hidden_weight"),
-        ({"block_size": 64}, "leave out block_size"),
+        ({"seqlen": 64}, "leave out seqlen"),
         ({"mode": "lora", "model": "convnext"}, "use mode=.dense"),  # its products are 1 × 1 convolutions
         ({"train": ["nothing"]}, "matches no parameter"),
     ],

@@ -8,6 +8,11 @@ from html import escape
 from typing import NamedTuple
 
 
+def per_cent(share: float, digits: int = 2, signed: bool = False) -> str:
+    """A share as it is written everywhere: 0.5 is `50.00 %`."""
+    return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
+
+
 class Sheet(NamedTuple):
     """A small table for people.
 

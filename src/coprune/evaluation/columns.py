@@ -24,6 +24,6 @@ def plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
 
     def show(row: Row) -> str:
         number = value(row)
-        return "" if number is None else form.format(number)
+        return "" if number is None else form.format(number).replace("%", " %")
 
     return Column(title, value, show)

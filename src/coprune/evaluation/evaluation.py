@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
-from coprune.base.shown import Sheet, Shown
+from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
@@ -55,9 +55,9 @@ class Evaluation(Shown, _Facts):
     def headline(self) -> str:
         """The model, and the first of what was measured."""
         first = [f"perplexity {found.value:.2f} on {found.data}" for found in self.perplexity]
-        first += [f"top-1 accuracy {found.top1:.2%} on {found.data}" for found in self.accuracy]
+        first += [f"top-1 accuracy {per_cent(found.top1)} on {found.data}" for found in self.accuracy]
         if self.zero_shot is not None and self.zero_shot.mean is not None:
-            first.append(f"mean acc {self.zero_shot.mean.value:.2%} over {len(self.zero_shot.tasks)} tasks")
+            first.append(f"mean acc {per_cent(self.zero_shot.mean.value)} over {len(self.zero_shot.tasks)} tasks")
         first += [] if self.answers is None else [self.answers.verdict()]
         return ": ".join([Path(self.model).name, *first[:1]])
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.shown import per_cent
 from coprune.base.words import Command, Set
 from coprune.evaluation.answers.look import Look
 from coprune.evaluation.answers.questions import plan_of
@@ -83,7 +84,7 @@ class Extras:
             self.zero_shot[which] = found
             if found.mean is not None:
                 reporter.say(
-                    f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {found.mean.value:.2%}"
+                    f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {per_cent(found.mean.value)}"
                 )
         if which == "dense":
             self.look.ask_dense(loaded, reporter, self.recipe.calibration.batch_size)

@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from coprune.base.shown import per_cent
+
 Interval = tuple[float, float]
 
 
@@ -57,7 +59,7 @@ class Perplexity(Measurement):
         low, high = self.interval or (self.value, self.value)
         per_byte = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         windows = f"({self.windows} windows, sequence length {self.seqlen})"
-        return f"{self.value:.4f} [{low:.2f}, {high:.2f}]{per_byte} on {self.data} {windows}"
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]{per_byte} on {self.data} {windows}"
 
     def of_model(self, which: str) -> str:
         """The figure in a sentence. which: the model, as "dense"."""
@@ -80,15 +82,15 @@ class Accuracy(Measurement):
     def line(self) -> str:
         """The figures, for people."""
         (low, high), (low5, high5) = self.top1_interval, self.top5_interval
-        top1 = f"top-1 {self.top1:.2%} [{low:.2%}, {high:.2%}]"
-        return f"{top1}, top-5 {self.top5:.2%} [{low5:.2%}, {high5:.2%}] on {self.data} ({self.images} images)"
+        top1 = f"top-1 {per_cent(self.top1)} [{per_cent(low)}, {per_cent(high)}]"
+        return f"{top1}, top-5 {per_cent(self.top5)} [{per_cent(low5)}, {per_cent(high5)}] on {self.data} ({self.images} images)"
 
     def of_model(self, which: str) -> str:
         """The figures in a sentence. which: the model, as "dense"."""
         low, high = self.top1_interval
         return (
-            f"Accuracy of the {which} model on {self.data}: top-1 {self.top1:.2%} [{low:.2%}, {high:.2%}], "
-            f"top-5 {self.top5:.2%} ({self.images} images)"
+            f"Accuracy of the {which} model on {self.data}: top-1 {per_cent(self.top1)} [{per_cent(low)}, {per_cent(high)}], "
+            f"top-5 {per_cent(self.top5)} ({self.images} images)"
         )
 
 
@@ -109,7 +111,7 @@ class Closeness(Measurement):
         """The figures, for people. against: the other model."""
         low, high = self.kl_interval or (self.kl, self.kl)
         kl = f"KL {self.kl:.4f} [{low:.4f}, {high:.4f}] nats"
-        return f"{kl}, top-1 agreement {self.top1_agreement:.2%} with {against} on {self.data}"
+        return f"{kl}, top-1 agreement {per_cent(self.top1_agreement)} with {against} on {self.data}"
 
 
 Measured = Perplexity | Accuracy

@@ -67,7 +67,7 @@ def _perplexity_columns(data: str, index: int) -> list[Column]:
         return f"× {change.ratio:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
 
     return [
-        plain(f"perplexity {data}", lambda row: row.evaluation.perplexity[index].value, "{:.3f}"),
+        plain(f"perplexity {data}", lambda row: row.evaluation.perplexity[index].value, "{:.2f}"),
         Column(f"ratio {data}", ratio, show_ratio),
         plain(f"bits per byte {data}", lambda row: row.evaluation.perplexity[index].bits_per_byte, "{:.4f}"),
     ]

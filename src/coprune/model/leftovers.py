@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from coprune.base.errors import UnsupportedModel
+from coprune.base.shown import per_cent
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix, why_no_matrix
 
@@ -142,8 +143,9 @@ def _require_share(name: str, parameters: Sequence[LargeParameter], others: Sequ
         return
     largest = max(others, key=lambda parameter: parameter.size)
     shape = " × ".join(map(str, largest.shape))
+    share = per_cent(1 - rest / size, 0)
     raise UnsupportedModel(
-        f"only {1 - rest / size:.0%} of the weights of {name} are in matrices that can be pruned; most of the others are "
+        f"only {share} of the weights of {name} are in matrices that can be pruned; most of the others are "
         f"in {largest.name} ({shape}; {largest.why})"
     )
 

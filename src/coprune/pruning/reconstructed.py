@@ -15,6 +15,9 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.pruning.refine.trained import Trained, names_of, trained_in
 
+RECONSTRUCTED = "block reconstruction: "
+"""How an event begins that tells of a training, which is no trouble."""
+
 
 def reconstruct_block(
     reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
@@ -98,10 +101,7 @@ def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording
         start, end = reconstruction.improve(block.module, trained, run, done.before, done.after)
     except NumericalError as error:
         raise error.within(block.name) from error
-    return (
-        f"block reconstruction: relative error {start:.5f} → {end:.5f} on the watched batches; "
-        f"trained: {names_of(trained)}"
-    )
+    return f"{RECONSTRUCTED}relative error {start:.5f} → {end:.5f} on the watched batches; trained: {names_of(trained)}"
 
 
 def _told(results: Sequence[MatrixResult], event: str, checksums: Mapping[str, str]) -> list[MatrixResult]:

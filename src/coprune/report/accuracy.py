@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from coprune.base.shown import per_cent
 from coprune.report.figures import AccuracyFacts, ChangedPrediction
 from coprune.report.html import card, section, table, text
 
 
 def accuracy_card(found: AccuracyFacts) -> str:
     """The headline figure."""
-    before = "" if found.dense_top1 is None else f'<span class="from">{100 * found.dense_top1:.1f} →</span> '
+    before = "" if found.dense_top1 is None else f'<span class="from">{100 * found.dense_top1:.2f} →</span> '
     return card(
-        f"top-1 accuracy on {found.data}", f"{before}{100 * found.pruned_top1:.1f} %", f"of {found.images:,} images"
+        f"top-1 accuracy on {found.data}", f"{before}{per_cent(found.pruned_top1)}", f"of {found.images:,} images"
     )
 
 

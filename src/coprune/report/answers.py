@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from coprune.base.shown import per_cent
 from coprune.evaluation.answers.answered import Figures, Way
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement
@@ -43,7 +44,7 @@ def answer_table(facts: AnswerFacts) -> tuple[list[str], list[list[str]]]:
 
 
 def _share(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+    return "" if share is None else per_cent(share, 1)
 
 
 _LIKENESS: dict[str, Callable[[Way], str]] = {

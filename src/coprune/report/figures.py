@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from coprune.base.shown import per_cent
 from coprune.evaluation.measurement import Perplexity
 
 
@@ -66,7 +67,7 @@ class FinetunedFacts(BaseModel):
         """What to add to a line of the pruned model's figures: the figure of the same data; nothing if there is none."""
         if data in self.perplexity:
             return f" → fine-tuned {self.perplexity[data]:.2f}"
-        return f" → fine-tuned {self.top1[data]:.2%} top-1" if data in self.top1 else ""
+        return f" → fine-tuned {per_cent(self.top1[data])} top-1" if data in self.top1 else ""
 
 
 class ChangedPrediction(BaseModel):
@@ -106,7 +107,7 @@ class AccuracyFacts(BaseModel):
 
     def line(self, after: str = "") -> str:
         """Both figures, for people. after: what follows them."""
-        before = "" if self.dense_top1 is None else f"dense {self.dense_top1:.2%} → "
+        before = "" if self.dense_top1 is None else f"dense {per_cent(self.dense_top1)} → "
         low, high = self.pruned_top1_interval
-        top = f"pruned {self.pruned_top1:.2%} [{low:.2%}, {high:.2%}] top-1, {self.pruned_top5:.2%} top-5"
+        top = f"pruned {per_cent(self.pruned_top1)} [{per_cent(low)}, {per_cent(high)}] top-1, {per_cent(self.pruned_top5)} top-5"
         return f"{before}{top}{after} on {self.data} ({self.images} images)"

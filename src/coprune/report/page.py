@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from coprune.base.shown import per_cent
 from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.report.accuracy import accuracy_card, accuracy_section
 from coprune.report.answers_page import answers_section
@@ -81,17 +82,17 @@ def _head(report: Report) -> str:
 def _cards(report: Report) -> str:
     zeros = card(
         "zeros in the pruned matrices",
-        f"{report.sparsity.matrices:.2%}",
-        f"{report.sparsity.model:.2%} of all parameters, {len(report.matrices)} matrices",
+        per_cent(report.sparsity.matrices),
+        f"{per_cent(report.sparsity.model)} of all parameters, {len(report.matrices)} matrices",
     )
     cards = [zeros] if report.has_zeros else []
     cards += [perplexity_card(report, entry) for entry in report.perplexity[:1]]
     cards += [accuracy_card(found) for found in report.accuracy[:1]]
     facts = report.zero_shot
     if facts is not None and facts.mean_pruned is not None:
-        before = "" if facts.mean_dense is None else f'<span class="from">{100 * facts.mean_dense.value:.1f} →</span> '
+        before = "" if facts.mean_dense is None else f'<span class="from">{100 * facts.mean_dense.value:.2f} →</span> '
         cards.append(
-            card("mean accuracy", f"{before}{100 * facts.mean_pruned.value:.1f} %", f"over {len(facts.tasks)} tasks")
+            card("mean accuracy", f"{before}{per_cent(facts.mean_pruned.value)}", f"over {len(facts.tasks)} tasks")
         )
     parameters = report.model.parameters if report.left is None else report.left
     left = parameters - round(report.sparsity.model * parameters)
@@ -162,12 +163,18 @@ def _sample(report: Report) -> str:
 
 
 def _events(report: Report) -> str:
-    if not report.events:
-        return section("Numerical events", note="None: no matrix needed more damping, a fallback or topping up.")
-    items = "".join(f"<li>{text(event)}</li>" for event in report.events)
-    return section(
-        f"Numerical events ({len(report.events)})", f'<div class="panel"><ul class="events">{items}</ul></div>'
-    )
+    trained = _listed("Block reconstruction", report.reconstructions)
+    if not report.troubles:
+        none = section("Numerical events", note="None: no matrix needed more damping, a fallback or topping up.")
+        return trained + none
+    return trained + _listed("Numerical events", report.troubles)
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
+    return section(f"{title} ({len(lines)})", f'<div class="panel"><ul class="events">{items}</ul></div>')
 
 
 def _phases(report: Report) -> str:

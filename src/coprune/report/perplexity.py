@@ -50,4 +50,4 @@ def number(value: float) -> str:
     """A perplexity with as many digits as tell something."""
     if not math.isfinite(value):
         return "∞"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"

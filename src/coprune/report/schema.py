@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.base.shown import Sheet, Shown
+from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.data.windows import SourcePart
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement, answer_rows
@@ -20,6 +20,7 @@ from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.load import TaskName
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.reconstructed import RECONSTRUCTED
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
 
@@ -114,7 +115,7 @@ class Report(Shown, BaseModel):
     peak_device_memory_bytes: int | None
     versions: dict[str, str]
     events: list[str]
-    """Numerical events, each with the name of its matrix."""
+    """Numerical events, and what block reconstruction did, each with the name of its matrix."""
     matrices: list[MatrixResult]
     saved_model: Path | None = None
     zero_shot: ZeroShotFacts | None = None
@@ -146,6 +147,16 @@ class Report(Shown, BaseModel):
         """Whether weights were set to zero, beside what may have been removed."""
         return not self.recipe.structure.remove or self.recipe.cuts_and_prunes
 
+    @property
+    def troubles(self) -> list[str]:
+        """The numerical events alone."""
+        return [event for event in self.events if f": {RECONSTRUCTED}" not in event]
+
+    @property
+    def reconstructions(self) -> list[str]:
+        """What block reconstruction did, a line for each block."""
+        return [event.partition(f": {RECONSTRUCTED}")[2] for event in self.events if f": {RECONSTRUCTED}" in event]
+
     def headline(self) -> str:
         """Model, method and pattern, and what that did to the first text."""
         recipe, measured = self.recipe, ""
@@ -155,7 +166,7 @@ class Report(Shown, BaseModel):
             after = f" → {tuned[text.data]:.2f} after {recipe.finetune.mode}" if text.data in tuned else ""
             measured = f", perplexity {dense}{text.pruned:.2f}{after} on {text.data}"
         asked = f"{recipe.way} {recipe.shape}"
-        zeros = f"{self.sparsity.matrices:.2%} zeros" if self.has_zeros else "removed"
+        zeros = f"{per_cent(self.sparsity.matrices)} zeros" if self.has_zeros else "removed"
         return f"{Path(self.model.source).name}: {asked}, {zeros}{measured}"
 
     def sheet(self) -> Sheet:
@@ -166,8 +177,8 @@ class Report(Shown, BaseModel):
             ("method", f"{recipe.way}, {recipe.shape}, {recipe.calibration.propagation} propagation"),
         ]
         if self.has_zeros:
-            matrices = f"{zeros.matrices:.4%} of the {len(self.matrices)} pruned matrices"
-            rows.append(("sparsity", f"{matrices}, {zeros.model:.2%} of all parameters"))
+            matrices = f"{per_cent(zeros.matrices)} of the {len(self.matrices)} pruned matrices"
+            rows.append(("sparsity", f"{matrices}, {per_cent(zeros.model)} of all parameters"))
         after = self.finetuned.after if self.finetuned is not None else lambda data: ""
         rows += [("fine-tuned", self.finetuned.line())] if self.finetuned is not None else []
         rows += [("perplexity", text.line(after(text.data))) for text in self.perplexity]
@@ -176,14 +187,16 @@ class Report(Shown, BaseModel):
         rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         if self.covered:
-            kept = ", ".join(f"{name} {share:.1%}" for name, share in self.covered.items())
+            kept = ", ".join(f"{name} {per_cent(share)}" for name, share in self.covered.items())
             rows.append(("kept", f"of the experts' score by {recipe.structure.score_of('experts')}: {kept}"))
         rows += [("left", layer) for layer in self.left_out]
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
         rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))
         rows += answer_rows(self.answers, self.no_answers, self.required)
-        if self.events:
-            rows.append(("events", f"{len(self.events)} numerical events, the first: {self.events[0]}"))
+        if self.reconstructions:
+            rows.append(("trained", f"{len(self.reconstructions)} blocks, the last: {self.reconstructions[-1]}"))
+        if troubles := self.troubles:
+            rows.append(("events", f"numerical: {len(troubles)}, the first: {troubles[0]}"))
         if self.saved_model is not None:
             rows.append(("model in", f"{self.saved_model} (reloaded and compared)"))
         return Sheet(self.headline(), rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.base.shown import per_cent
 from coprune.base.words import Command
 from coprune.evaluation.cache import bytes_of_weights
 from coprune.report.card import percent
@@ -145,8 +146,8 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
                 run.name,
                 report.recipe.way,
                 report.recipe.shape,
-                f"{report.sparsity.matrices:.2%}",
-                f"{report.sparsity.model:.2%}",
+                per_cent(report.sparsity.matrices),
+                per_cent(report.sparsity.model),
                 *("–" if facts is None else number(facts.pruned) for facts in found),
                 *("–" if facts is None else f"{100 * facts.pruned_top1:.2f}" for facts in seen),
                 percent(None if facts is None else facts.mean_pruned),

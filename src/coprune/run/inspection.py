@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from coprune.base.shown import Sheet, Shown
+from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.recipe.pattern import Target
 
 
@@ -87,8 +87,8 @@ class Inspection(Shown):
         chosen, share = self.chosen, self.target.sparsity
         pruned = sum(matrix.size for matrix in chosen)
         return (
-            f"would prune {len(chosen)} matrices with {pruned:,} weights ({pruned / self.parameters:.1%} of the model) to "
-            f"{share:.1%} ({self.target.pattern}), {pruned * share / self.parameters:.1%} of the model"
+            f"would prune {len(chosen)} matrices with {pruned:,} weights ({per_cent(pruned / self.parameters)} of the model) to "
+            f"{per_cent(share)} ({self.target.pattern}), {per_cent(pruned * share / self.parameters)} of the model"
         )
 
     def _kinds(self) -> Iterator[tuple[str, list[InspectedMatrix]]]:
@@ -112,13 +112,14 @@ class Inspection(Shown):
     def _allocation_lines(self) -> Iterator[str]:
         """Every block's sparsity, and that of its least and most pruned matrix."""
         least, mean, most = _spread(self.chosen)
-        yield (f"allocation {self.allocation}: matrices from {least:.1%} to {most:.1%} sparse, {mean:.3%} in all.")
+        span = f"from {per_cent(least)} to {per_cent(most)} sparse, {per_cent(mean)} in all"
+        yield f"allocation {self.allocation}: matrices {span}."
         places: dict[str, list[InspectedMatrix]] = defaultdict(list)
         for matrix in self.chosen:
             places[matrix.block or matrix.name].append(matrix)
         for place, group in places.items():
             least, mean, most = _spread(group)
-            yield f"  {place}  {mean:.1%}  ({least:.1%} … {most:.1%})"
+            yield f"  {place}  {per_cent(mean)}  ({per_cent(least)} … {per_cent(most)})"
 
 
 def _spread(matrices: Sequence[InspectedMatrix]) -> tuple[float, float, float]:
@@ -137,7 +138,7 @@ def _shape(matrices: Sequence[InspectedMatrix]) -> str:
 def _present(matrices: Sequence[InspectedMatrix]) -> str:
     """The fraction of zeros that some matrices have already; empty if they were not read."""
     zeros = [matrix.zeros for matrix in matrices if matrix.zeros is not None]
-    return f"{sum(zeros) / sum(matrix.size for matrix in matrices):.2%}" if len(zeros) == len(matrices) else ""
+    return per_cent(sum(zeros) / sum(matrix.size for matrix in matrices)) if len(zeros) == len(matrices) else ""
 
 
 def _zero(matrices: Sequence[InspectedMatrix]) -> str:

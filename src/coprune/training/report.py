@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.shown import Sheet, Shown
+from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement, answer_rows, judge
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
@@ -72,8 +72,8 @@ class AccuracyChange(BaseModel):
     def line(self) -> str:
         """Both figures, for people."""
         low, high = self.after_top1_interval
-        top1 = f"top-1 {self.before_top1:.2%} → {self.after_top1:.2%} [{low:.2%}, {high:.2%}]"
-        return f"{top1}, top-5 {self.before_top5:.2%} → {self.after_top5:.2%} on {self.data} ({self.images} images)"
+        top1 = f"top-1 {per_cent(self.before_top1)} → {per_cent(self.after_top1)} [{per_cent(low)}, {per_cent(high)}]"
+        return f"{top1}, top-5 {per_cent(self.before_top5)} → {per_cent(self.after_top5)} on {self.data} ({self.images} images)"
 
 
 Change = PerplexityChange | AccuracyChange
@@ -155,7 +155,7 @@ class FinetuneReport(Shown, BaseModel):
         """What was trained, what that did, and where it is."""
         patterns = ", ".join(f"{count} × {name}" for name, count in self.patterns.items())
         trained = f"{self.trained_parameters:,} parameters ({self.settings.mode}), {self.steps} steps"
-        sparsity = f"{self.sparsity_before:.4%} before, {self.sparsity_after:.4%} after"
+        sparsity = f"{per_cent(self.sparsity_before)} before, {per_cent(self.sparsity_after)} after"
         rows = [
             ("trained", f"{trained} in {self.seconds / 60:.1f} minutes"),
         ]

@@ -96,6 +96,6 @@ def test_experts_that_are_rows_of_a_table_are_refused() -> None:
     with pytest.raises(UnsupportedModel) as refused:
         prove(pico_model("dbrx"), BATCHES[0][:1])
     assert str(refused.value) == (
-        "only 34% of the weights of transformer.blocks.0 are in matrices that can be pruned; most of the others are in "
+        "only 34 % of the weights of transformer.blocks.0 are in matrices that can be pruned; most of the others are in "
         "transformer.blocks.0.ffn.experts.mlp.w1 (128 × 64; the weight of no linear layer)."
     )

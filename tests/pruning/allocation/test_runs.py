@@ -24,7 +24,7 @@ from support.pico_folder import pico_tokenizer, save_pico, write_words
 from support.walking import make_walk
 
 BATCHES = pico_tokens(16, 32).split(8)
-PERCENT = r"([\d.]+)%"
+PERCENT = r"([\d.]+) %"
 TARGETS = [Target(Unstructured(), 0.5), Target(Unstructured(), 0.7), Target(NM(4, 8), 0.5)]
 
 
@@ -213,7 +213,7 @@ def test_inspect_shows_what_an_allocation_would_do(
     ended = run_command(arguments, monkeypatch, capsys)
     assert ended.code == 0, ended.err
     found = re.findall(
-        rf"^allocation {name}: matrices from {PERCENT} to {PERCENT} sparse, 70\.000% in all", ended.out, re.M
+        rf"^allocation {name}: matrices from {PERCENT} to {PERCENT} sparse, 70\.00 % in all", ended.out, re.M
     )
     ((least, most),) = [tuple(map(float, figures)) for figures in found]
     found = re.findall(rf"^  model\.layers\.\d  {PERCENT}  \({PERCENT} … {PERCENT}\)$", ended.out, re.M)

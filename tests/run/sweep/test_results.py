@@ -61,7 +61,7 @@ def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(
     sweep, runs, reports = here
     (table,) = paper_tables(sweep, runs, reports)
     assert table.title == "model: perplexity on test.txt, sequence length 32"
-    assert table.columns == ["50%", "2:4"]
+    assert table.columns == ["50 %", "2:4"]
     assert list(table.rows) == [
         "dense",
         "wanda, nsamples 4",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from coprune.base.shown import per_cent
 from coprune.evaluation.answers.answered import Along, Answers, Facts, Figures, Way
 
 Reference = Literal["dense", "before"]
@@ -115,8 +116,8 @@ class AnswerFacts(Asked):
             self._pair(way, "seconds", lambda found: f"{found.seconds:.2f}"),
         ]
         if way.likeness is not None:
-            parts.append(f"agrees {way.likeness.agreed:.1%}")
-            parts += [] if way.likeness.script is None else [f"same script {way.likeness.script:.1%}"]
+            parts.append(f"agrees {per_cent(way.likeness.agreed, 1)}")
+            parts += [] if way.likeness.script is None else [f"same script {per_cent(way.likeness.script, 1)}"]
         return ", ".join(parts)
 
     def _pair(self, way: Way, name: str, show: Callable[[Figures], str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
+from coprune.base.shown import per_cent
 from coprune.base.words import Set
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.folding import Fold, close, find_folds, head_size
@@ -45,7 +46,7 @@ class Permuted:
             return "No inputs could be permuted without changing the model; it is as it was."
         return (
             f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
-            f"or from what could not be proved): N:M retains {self.after / self.before - 1:.2%} more of their score."
+            f"or from what could not be proved): N:M retains {per_cent(self.after / self.before - 1)} more of their score."
         )
 
 

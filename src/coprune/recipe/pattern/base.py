@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from coprune.base.errors import BadInput
+from coprune.base.shown import per_cent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +141,7 @@ class Pattern(ABC):
 
     def describe(self, sparsity: float) -> str:
         """A sparsity and the pattern of its zeros, for people."""
-        return f"{sparsity:.1%} ({self})"
+        return f"{per_cent(sparsity)} ({self})"
 
     def label(self, sparsity: str) -> str:
         """A short name of the pattern with a sparsity, written as the caller likes, where that is free."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from coprune.base.shown import per_cent
 from coprune.recipe.pattern.base import Group, Pattern
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Unstructured(Pattern):
         return None
 
     def describe(self, sparsity: float) -> str:
-        return f"{sparsity:.1%}"
+        return per_cent(sparsity)
 
     def label(self, sparsity: str) -> str:
         return sparsity

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.shown import per_cent
 from coprune.evaluation.tasks import Samples
 from coprune.model.leftovers import lists_of
 from coprune.model.removal.experts import Mixture
@@ -155,6 +156,6 @@ def choose_experts(
         keeps[block] = kept_experts(scores, left[mixture.count], mixture.groups, asked.weights)
         for name, share in coverage(scores, keeps[block]).items():
             covered[name] += share / len(mixtures)
-    kept = ", ".join(f"{name} {share:.1%}" for name, share in covered.items())
+    kept = ", ".join(f"{name} {per_cent(share)}" for name, share in covered.items())
     session.opened.around.reporter.say(f"The experts that stay have of the score of all: {kept}.")
     return keeps, covered

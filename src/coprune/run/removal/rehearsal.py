@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from coprune.base.errors import CopruneError, UnsupportedModel
+from coprune.base.shown import per_cent
 from coprune.model.as_saved import smaller_tensors, usual_layout
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.load import prepare
@@ -51,7 +52,7 @@ def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
 def _sizes(before: int, saved: int, padding: int) -> str:
     """How many parameters there were and are, in words. padding: zeros among those that are saved."""
     left = saved - padding
-    words = f"{before:,} → {left:,} parameters ({left / before - 1:+.1%})"
+    words = f"{before:,} → {left:,} parameters ({per_cent(left / before - 1, 1, signed=True)})"
     if not padding:
         return words
     held = "the folder is as large as before" if saved == before else f"the folder holds {saved:,}"

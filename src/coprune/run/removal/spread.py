@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from coprune.base.errors import UnsupportedModel
+from coprune.base.shown import per_cent
 from coprune.model.blocks import count_parameters
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, Part
@@ -43,10 +44,14 @@ def spread_budget(session: Session, share: float) -> Plan:
     order = blocks_that_go(session, min(most, blocks - 1)) if _blocks_can_go(session) else []
     plans = list(_ways(session, parts, order, share))
     if not plans:
-        raise UnsupportedModel(f"no cut of channels, heads and blocks removes {share:.0%} of the blocks' parameters")
+        raise UnsupportedModel(
+            f"no cut of channels, heads and blocks removes {per_cent(share, 0)} of the blocks' parameters"
+        )
     costs = costs_of(session, plans)
     for cost, plan in sorted(zip(costs, plans, strict=True), key=lambda pair: pair[0])[:4]:
-        reporter.say(f"{share:.0%} of the blocks' parameters as {', '.join(words_of(plan, blocks))}: KL {cost:.4f}.")
+        reporter.say(
+            f"{per_cent(share, 0)} of the blocks' parameters as {', '.join(words_of(plan, blocks))}: KL {cost:.4f}."
+        )
     return plans[costs.index(min(costs))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coprune.base.errors import CopruneError
-from coprune.base.shown import Sheet, Shown
+from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.report.schema import Report
 from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.expand import Run
@@ -48,8 +48,8 @@ class SweepResult(Shown):
         if report is None:
             return (run.name, "failed" if run.name in self.failures else "not done", "", "", "")
         measured = [f"perplexity {text.pruned:.2f} on {text.data}" for text in report.perplexity]
-        measured += [f"top-1 {images.pruned_top1:.2%} on {images.data}" for images in report.accuracy]
-        zeros, seconds = f"{report.sparsity.matrices:.2%}", f"{report.total_seconds:.1f}"
+        measured += [f"top-1 {per_cent(images.pruned_top1)} on {images.data}" for images in report.accuracy]
+        zeros, seconds = per_cent(report.sparsity.matrices), f"{report.total_seconds:.1f}"
         return (run.name, "done", zeros, ", ".join(measured), seconds)
 
     def require_success(self) -> None:

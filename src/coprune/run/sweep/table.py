@@ -86,7 +86,7 @@ def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[s
 
 def _column(run: Run) -> str:
     recipe = run.recipe
-    return parse_pattern(recipe.pattern.name).label(f"{100 * recipe.pattern.ratio:g}%")
+    return parse_pattern(recipe.pattern.name).label(f"{100 * recipe.pattern.ratio:g} %")
 
 
 def _row(run: Run, beside: Sequence[str]) -> str:
@@ -109,7 +109,7 @@ def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: 
 
 
 def _number(value: float, form: str) -> str:
-    return f"{value:{form}}" if math.isfinite(value) else "∞"
+    return f"{value:{form}}".replace("%", " %") if math.isfinite(value) else "∞"
 
 
 def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Measure]:
