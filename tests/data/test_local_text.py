@@ -36,6 +36,9 @@ def write(path: Path, kind: str) -> Path:
     [
         ("a.txt", "txt"),
         ("a.txt.gz", "txt"),
+        ("wiki.train.raw", "txt"),
+        ("README", "txt"),
+        ("a.md.gz", "txt"),
         ("a.jsonl", "jsonl"),
         ("a.b.jsonl.gz", "jsonl"),
         ("a.jsonl", "strings"),
@@ -62,6 +65,13 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path: P
     assert local_text(str(tmp_path)).text == "text of a.txt\n\ntext of b/1.txt"
 
 
+def test_a_folder_without_the_usual_endings_is_read_by_what_its_files_hold(tmp_path: Path) -> None:
+    for name in ["wiki.train.raw", "b.md"]:
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "picture").write_bytes(b"\x89PNG\0")
+    assert local_text(str(tmp_path)).text == "text of b.md\n\ntext of wiki.train.raw"
+
+
 def test_a_column_is_found_by_name_or_by_being_the_only_one_of_strings(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "hello", "id": 1}\n{"body": null, "id": 2}\n{"id": 3}')
@@ -77,12 +87,12 @@ def test_a_column_is_found_by_name_or_by_being_the_only_one_of_strings(tmp_path:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("a.csv", b"text", "ending that cannot be read"),
-        ("a.gz", b"text", "ending that cannot be read"),
-        ("a", b"text", "ending that cannot be read"),
+        ("a.gz", b"text", "cannot be read"),
+        ("a.pdf", b"%PDF-1.4 \xe2\xe3", r"no text in UTF-8 \(byte 9\)"),
+        ("a", b"text\0text", "zero bytes, so it is no text"),
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\n ", "holds no text"),
-        ("a.txt", b"caf\xe9", "cannot be read.*utf-8"),
+        ("a.txt", b"caf\xe9", r"no text in UTF-8 \(byte 3\)"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
         ("a.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-12], "cannot be read"),
         ("a.json", b"", "holds no text"),

@@ -1,11 +1,12 @@
-"""Text of the user's own: .txt, .json, .jsonl and .parquet files (the first three also gzipped), or folders of them.
+"""Text of the user's own: files of text by whatever name, rows in .json, .jsonl and .parquet, or folders of them.
 
-A .txt file is one document; the other kinds hold one document a row. Everything is joined with blank lines, in the
-order of the files' names.
+What is valid UTF-8, also gzipped, is text, and one document; the other kinds hold one document a row. Everything is
+joined with blank lines, in the order of the files' names.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
@@ -17,11 +18,13 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join
 
+_LOOKED_AT = 1 << 16
+
 
 def local_text(name: str) -> JoinedText:
     """Read a file or folder as one text; `path:column` names the column that holds the text.
 
-    Raises BadInput if it does not exist, has an unsupported ending, no text column or no text, or cannot be decoded.
+    Raises BadInput if it does not exist, has no text column or no text, or cannot be decoded.
     """
     path, column = split_column(name)
     texts = [text for file in files_of(path) for text in _read(file, column)]
@@ -47,22 +50,22 @@ def looks_local(name: str) -> bool:
 
 
 def files_of(path: Path) -> list[Path]:
-    """List the readable files of a folder (recursively, hidden ones left out), or the one file."""
+    """List the readable files of a folder (recursively, hidden ones left out), or the one file.
+
+    Files of text by other names count in a folder where there are none by the usual ones: beside those they are notes.
+    """
     if not path.exists():
         raise BadInput(f"there is no file or folder {str(path)!r}", fix=LOCAL_FILE_HINT)
     if path.is_file():
-        if _ending(path) not in READERS:
-            raise BadInput(f"{path} has an ending that cannot be read as text", fix=f"Known: {', '.join(READERS)}")
         return [path]
-    files = sorted(
+    seen = sorted(
         file
         for file in path.rglob("*")
-        if file.is_file()
-        and _ending(file) in READERS
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
+    files = [file for file in seen if _ending(file) in READERS] or [file for file in seen if _begins_as_text(file)]
     if not files:
-        raise BadInput(f"the folder {path} holds no file to read", fix=f"Known endings: {', '.join(READERS)}")
+        raise BadInput(f"the folder {path} holds no file to read", fix=LOCAL_FILE_HINT)
     return files
 
 
@@ -71,12 +74,26 @@ def _ending(path: Path) -> str:
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
+def _begins_as_text(file: Path) -> bool:
+    """Whether a file is text, as far as its beginning tells."""
+    try:
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+            begin = stream.read(_LOOKED_AT)
+        # A character may be cut off at the end.
+        return b"\0" not in begin and bool(begin) and codecs.getincrementaldecoder("utf-8")().decode(begin) is not None
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error):
+        return False
+
+
 def _read(file: Path, column: str | None) -> list[str]:
-    if column is not None and _ending(file).startswith(".txt"):
+    reader = READERS.get(_ending(file), _read_txt)
+    if column is not None and reader is _read_txt:
         raise BadInput(f"{file} is plain text and has no columns", fix=f"leave out ':{column}'")
     try:
-        return READERS[_ending(file)](file, column)
-    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
+        return reader(file, column)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is no text in UTF-8 (byte {error.start})", fix=LOCAL_FILE_HINT) from error
+    except (json.JSONDecodeError, gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
 
 
@@ -107,7 +124,10 @@ def _content(file: Path) -> str:
 
 
 def _read_txt(file: Path, column: str | None) -> list[str]:
-    return [_content(file)]
+    text = _content(file)
+    if "\0" in text:
+        raise BadInput(f"{file} holds zero bytes, so it is no text", fix=LOCAL_FILE_HINT)
+    return [text]
 
 
 def _read_json(file: Path, column: str | None) -> list[str]:
@@ -159,4 +179,4 @@ READERS: dict[str, Callable[[Path, str | None], list[str]]] = {
     ".jsonl.gz": _read_jsonl,
     ".parquet": _read_parquet,
 }
-"""Reader of one file by its ending."""
+"""Reader of one file by its ending; by any other it is text."""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from coprune.base.errors import BadInput
 
 LOCAL_FILE_HINT = (
-    "To use text of your own, give the path of a .txt, .jsonl, .json or .parquet file or of a folder of such files"
+    "To use text of your own, give the path of a file of text (UTF-8), of rows (.jsonl, .json, .parquet), or of a "
+    "folder of such files"
 )
 
 

@@ -61,6 +61,8 @@ class Windows:
     """Which tokens a model wrote, samples × seqlen bool; None where nobody says."""
     parts: tuple[SourcePart, ...] = ()
     """Of several sources, or of one with options: what each gave."""
+    text_tokens: int | None = None
+    """Tokens of the one text that they were drawn from; None of separate documents and of several sources."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def calibration_windows(
             text.texts, lambda document: token_ids(tokenizer, document), nsamples, seqlen, seed, text.source
         )
     else:
-        tokens = draw_windows(token_ids(tokenizer, text.text), nsamples, seqlen, seed, text.source)
+        ids = token_ids(tokenizer, text.text)
+        tokens = draw_windows(ids, nsamples, seqlen, seed, text.source)
+        return Windows(tokens, fingerprint(tokens), text.source, text_tokens=len(ids))
     return Windows(tokens, fingerprint(tokens), text.source)
 
 

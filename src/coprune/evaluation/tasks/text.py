@@ -51,18 +51,32 @@ class TextTask:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
         reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
-        sampling = Sampling(nsamples, self.seqlen, recipe.calibration.seed, recipe.model.cache_dir)
         with about("dataset", recipe.calibration.data):
-            windows = self._remember(
-                ("calibration", *self._source, recipe.calibration.data, *sampling),
-                lambda: read_samples(
-                    recipe.calibration.data, self._loaded, self._tokenizer, sampling, self._processes, reporter
-                ),
-            )
-            self._check_ids(windows.tokens)
+            try:
+                windows = self._samples(nsamples, reporter)
+            except BadInput as error:
+                if needed or "data" in recipe.calibration.model_fields_set:
+                    raise
+                # Nobody named a text, and what is pruned does not depend on any.
+                reporter.say(f"No layer errors, since nothing is calibrated on: {error}")
+                return None
             if recipe.calibration.calibrate_on == "generated":
                 require_generated(windows)
+        if windows.text_tokens is not None and windows.tokens.numel() > windows.text_tokens:
+            drawn = f"{windows.tokens.numel():,} tokens are drawn from a text of {windows.text_tokens:,}"
+            reporter.say(f"Samples overlap, since {drawn}: fewer of them tell as much, and more text tells more.")
         return windows_at_bos(windows, self._bos) if recipe.calibration.bos == "every" else windows
+
+    def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
+        recipe = self._recipe
+        sampling = Sampling(nsamples, self.seqlen, recipe.calibration.seed, recipe.model.cache_dir)
+        named, loaded, processes = recipe.calibration.data, self._loaded, self._processes
+        windows = self._remember(
+            ("calibration", *self._source, named, *sampling),
+            lambda: read_samples(named, loaded, self._tokenizer, sampling, processes, reporter),
+        )
+        self._check_ids(windows.tokens)
+        return windows
 
     @property
     def _source(self) -> tuple[str, str]:
