@@ -215,7 +215,7 @@ class Refusal(BaseHTTPRequestHandler):
     [
         (404, "RepoNotFound", "'owner/name' is not on the Hub"),
         (403, "GatedRepo", "'owner/name' is gated.*log in"),
-        (503, "", "'owner/name' is out of reach.*path of a .txt"),
+        (503, "", "'owner/name' is out of reach.*path of a file of text"),
     ],
 )
 def test_a_refusal_of_the_hub_is_told_without_retries(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,14 +59,22 @@ def interrupt(place: Path, sent: signal.Signals) -> tuple[int, str]:
 
 
 # That a kill at any moment is survived, test_resume shows without starting a command.
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
     sent: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, err = interrupt(place, sent)
-    assert code == (130 if sent == signal.SIGINT else -signal.SIGKILL)
-    if sent == signal.SIGINT:
-        assert err.splitlines() == ["coprune: stopped; nothing half-written was left under its final name."]
+    assert code == (-signal.SIGKILL if sent == signal.SIGKILL else 128 + sent)
+    if sent != signal.SIGKILL:
+        said = "coprune: stopped; nothing half-written was left under its final name. To go on, type: coprune "
+        assert err.splitlines() == [said + shlex.join(command(*OPTIONS))]
     assert not (place / "pruned").exists()
     assert not (place / "run" / "report.json").exists()
     for part in place.glob(".pruned.partial/*.safetensors"):
@@ -77,16 +86,17 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_goes_on(
     assert not list(place.glob(".pruned*"))
 
 
-def test_ctrl_c_before_the_walk_answers_and_leaves_no_model(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_walk_is_answered_and_leaves_no_model(
+    sent: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(*arguments: Any, **settings: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(sent)
 
     monkeypatch.setattr("coprune.evaluation.calibration.calibration_windows", stop)
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
-    assert ended.code == 130
-    assert "stopped" in ended.err
+    assert ended.code == 128 + sent
+    assert "stopped; nothing half-written was left under its final name. To go on, type: coprune prune" in ended.err
     assert sorted(path.name for path in place.iterdir()) == ["model", "test.txt", "words.txt"]
 
 

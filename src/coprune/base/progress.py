@@ -1,7 +1,8 @@
-"""Progress bars with a remaining time, on standard error, so that results can be piped."""
+"""What a run is doing, on standard error, so that results can be piped: lines and bars, or a line a minute in a log."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -14,6 +15,9 @@ from rich.progress import TimeRemainingColumn as Remaining
 Advance = Callable[[float], None]
 NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)
 """In place of a bar where there is nothing to wait for."""
+_LINE_SECONDS = 60.0
+_WORDS, _BAR = 28, 40  # columns of a bar's description at least, and of the bar at most
+_BESIDE = 30  # columns of what else stands in its line
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Reporter:
     """Says what a run is doing: lines and bars for people, or nothing at all."""
 
     def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self._console = Console(stderr=True, quiet=quiet)
         self.listeners: list[Listener] = []
         """Are told of every event, whether people are shown anything or not."""
@@ -54,26 +59,80 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Print one line of plain text."""
-        self._console.print(line, markup=False, highlight=False)
+        self._show(line)
         self.tell(Said(line))
+
+    def _show(self, line: str) -> None:
+        # A terminal wraps by itself, and in a log a line stays one.
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Advance]:
-        """Show a bar while the body runs; the body calls what it is given with the amount done."""
+        """Show a bar while the body runs, or a line a minute where there is no terminal.
+
+        The body calls what it is given with the amount done.
+        """
+        if not self._console.is_terminal:
+            yield self._lines(description, total)
+            return
+        words = shortened(description, max(_WORDS, self._console.width - _BESIDE - _BAR // 2))
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn(f"{{task.description:<{_WORDS}}}", markup=False),
+            BarColumn(max(8, min(_BAR, self._console.width - _BESIDE - max(_WORDS, len(words))))),
+            TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("left"),
             Remaining(),
         )
         with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(description, total=total)
+            task = progress.add_task(words, total=total)
 
             def advance(amount: float) -> None:
                 progress.advance(task, amount)
 
             yield advance
             progress.update(task, completed=total)
+
+    def _lines(self, description: str, total: float) -> Advance:
+        started = said = time.monotonic()
+        done = 0.0
+
+        def advance(amount: float) -> None:
+            nonlocal done, said
+            done, now = done + amount, time.monotonic()
+            if now - said >= _LINE_SECONDS and 0 < done < total:
+                said, share = now, done / total
+                left = (now - started) * (1 / share - 1)
+                self._show(
+                    f"{description}: {100 * share:.0f} % after {_time(now - started)}, about {_time(left)} left."
+                )
+
+        return advance
+
+    @contextmanager
+    def libraries(self) -> Iterator[None]:
+        """Let libraries that fetch files be as quiet as this is, while the body runs."""
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+        hides = self.quiet and not are_progress_bars_disabled()
+        if hides:
+            disable_progress_bars()
+        try:
+            yield
+        finally:
+            if hides:
+                enable_progress_bars()
+
+
+def shortened(text: str, width: int) -> str:
+    """Text that is cut in the middle where it is too long, since the end of a path tells most."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) * 2 // 3
+    return f"{text[: width - 1 - end]}…{text[-end:]}"
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"

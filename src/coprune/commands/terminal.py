@@ -13,6 +13,7 @@ from rich.table import Table
 from coprune.base.shown import Sheet
 
 NOT_AS_REQUIRED = 3
+_NO_EDGE = 10_000  # columns
 
 
 class Requirement(Protocol):
@@ -28,6 +29,12 @@ def end_unless_held(required: Iterable[Requirement]) -> None:
         raise typer.Exit(NOT_AS_REQUIRED)
 
 
+def console() -> Console:
+    """Standard output; where that is no terminal, a row of a table stays one line, however long."""
+    found = Console()
+    return found if found.is_terminal else Console(width=_NO_EDGE)
+
+
 def print_sheet(sheet: Sheet) -> None:
     """Print a table with named columns, folded where the terminal is narrower."""
     table = Table(box=box.SIMPLE, pad_edge=False)
@@ -37,4 +44,4 @@ def print_sheet(sheet: Sheet) -> None:
         table.add_column(column, justify="right", overflow="fold")
     for row in sheet.rows:
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.data.loading import load_dataset
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, choose_text_column, join
 
 REACH_SECONDS = 10.0
@@ -76,8 +77,6 @@ class HubCorpus:
         return join(texts, part.separator, source, part.most_windows)
 
     def _load(self, part: Part, cache_dir: Path | None) -> Any:
-        from datasets.load import load_dataset  # slow to import, and only some corpora need it
-
         require_dataset(self.dataset, cache_dir)
         options: dict[str, Any] = {
             "data_files": {part.splits[0]: part.file} if part.file else None,

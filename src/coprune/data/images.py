@@ -19,6 +19,7 @@ from torch import Tensor
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.hub import require_dataset
+from coprune.data.loading import load_dataset
 from coprune.data.local_text import looks_local
 
 Part = Literal["calibration", "evaluation"]
@@ -191,8 +192,6 @@ def _from_folder(path: Path, part: Part) -> LabelledImages:
 
 
 def _load_parquet(files: Sequence[Path], part: Part, cache_dir: Path | None) -> Any:
-    from datasets.load import load_dataset
-
     named = [file for file in files if any(split in file.name for split in SPLITS[part])]
     try:
         return load_dataset(
@@ -205,8 +204,6 @@ def _load_parquet(files: Sequence[Path], part: Part, cache_dir: Path | None) -> 
 
 
 def _load_hub(name: str, cache_dir: Path | None) -> Any:
-    from datasets.load import load_dataset
-
     require_dataset(name, cache_dir)
     try:
         return load_dataset(name, cache_dir=None if cache_dir is None else str(cache_dir))

@@ -53,8 +53,9 @@ def evaluate(
         BadInput: for what cannot be done as asked.
         NumericalError: the model's output is NaN.
     """
-    with handed_over({"data": data, **settings}, None, "data") as named:
-        return _evaluate(model, against, processor, Reporter(quiet), named)
+    reporter = Reporter(quiet)
+    with handed_over({"data": data, **settings}, None, "data") as named, reporter.libraries():
+        return _evaluate(model, against, processor, reporter, named)
 
 
 def _evaluate(

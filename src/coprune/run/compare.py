@@ -48,6 +48,7 @@ def compare(
     named = [name for model in models for name in models_to_compare(str(model))]
     folder = default_cache_folder() if evaluations is None else Path(evaluations)
     cache = EvaluationCache(None if fresh else folder)
-    with handed_over({"data": data, **settings}, None, "data") as asked:
+    reporter = Reporter(quiet)
+    with handed_over({"data": data, **settings}, None, "data") as asked, reporter.libraries():
         recipe = measuring_recipe(named[0] if named else "-", asked)
-        return compare_models(named, recipe, Reporter(quiet), cache, model_of)
+        return compare_models(named, recipe, reporter, cache, model_of)

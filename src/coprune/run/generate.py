@@ -75,7 +75,9 @@ def generate(
     path = Path(target)
     _check(path, asked)
     source = Source(OWN if prompts is None else f"{OWN}:{prompts}", 1.0, _options(asked))
-    loaded = _open(model, processor, asked)
+    reporter = Reporter(quiet)
+    with reporter.libraries():
+        loaded = _open(model, processor, asked)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise BadInput("a model needs its tokenizer to write", field="processor")
@@ -86,7 +88,7 @@ def generate(
     drawn = (float(asked.get("temperature", 1.0)), float(asked.get("top_p", 1.0)), int(asked.get("seed", 0)))
     texts = asked.get("samples") or (_SAMPLES if prompts is None else len(given))
     how = settings_for(loaded, length, *drawn)
-    own = write_own(loaded, given, Wanted(0, how, int(texts)), Reporter(quiet))
+    own = write_own(loaded, given, Wanted(0, how, int(texts)), reporter)
     rows = [_row(tokenizer, prompt, answer, how.end_ids) for prompt, answer in own.pairs]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

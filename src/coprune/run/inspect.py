@@ -68,7 +68,8 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
     """Look at what a recipe would prune. Raises BadInput as a run with the recipe would."""
     _, target = prepare_solver(recipe)
     allocation_named(recipe.allocation)
-    loaded = given.loaded or open_model(recipe.model, stream=True)
+    with reporter.libraries():
+        loaded = given.loaded or open_model(recipe.model, stream=True)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude)
     check_widths(chosen.all(), target)

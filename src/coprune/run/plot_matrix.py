@@ -41,7 +41,8 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
         import vl_convert
     except ImportError as error:
         raise BadInput("plots need altair and vl-convert", field="plot", fix="pip install 'coprune[report]'") from error
-    spec = plot_spec(name, matrix_distributions(recipe, name, reporter))
+    with reporter.libraries():
+        spec = plot_spec(name, matrix_distributions(recipe, name, reporter))
     picture = (
         vl_convert.vegalite_to_svg(spec).encode()
         if path.suffix == ".svg"

@@ -101,7 +101,8 @@ def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING, 
 
     writes: whether the run would leave a folder.
     """
-    found = open_run(recipe, given, Surroundings(reporter, writes=writes)).estimate()
+    with reporter.libraries():
+        found = open_run(recipe, given, Surroundings(reporter, writes=writes)).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
     return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coprune.base.progress import Reporter
-from coprune.base.shown import Sheet, Shown
+from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.tasks import task_for
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model
@@ -33,11 +33,11 @@ class Merged(Shown):
 
     def headline(self) -> str:
         """Where the model is, and its zeros."""
-        return f"{self.folder}: {self.sparsity:.2%} zeros in {self.matrices} matrices"
+        return f"{self.folder}: {per_cent(self.sparsity)} zeros in {self.matrices} matrices"
 
     def sheet(self) -> Sheet:
         """Where the model is, and that its zeros are kept."""
-        zeros = f"{self.sparsity:.4%} zeros in {self.matrices} matrices, every zero kept"
+        zeros = f"{per_cent(self.sparsity)} zeros in {self.matrices} matrices, every zero kept"
         return Sheet(self.headline(), [("model in", f"{self.folder} ({zeros})")])
 
 
@@ -60,13 +60,15 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
     """
     name, adapter, output = str(model), Path(adapter), Path(output)
     refuse_occupied(output)
-    location = locate(name)
+    reporter = Reporter(quiet)
+    with reporter.libraries():
+        location = locate(name)
     pruned, processor = load_model(location, "auto")
     loaded = Loaded(InMemory(pruned), processor, name, False)
     probe = task_for(make_recipe({"model": name, "seqlen": 8}), loaded).probe(None, {})
     masks = masks_of(pruned, location.path)
-    Reporter(quiet).say(f"Merging {adapter} into {name}")
+    reporter.say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)
-    card = f"# {inline(name)} with the masked adapter {inline(str(adapter))} merged\n"
+    card = f"# {inline(Path(name).name)} with the masked adapter {inline(adapter.name)} merged\n"
     save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype), name), output, probe)
     return Merged(output, masks.sparsity, len(masks.matrices))

@@ -82,8 +82,9 @@ def export(
     target, reporter = expand_home(output), Reporter(quiet)
     require_type(type)
     _require_free(target)
-    location = locate(model)
-    file = _example(location, like)
+    with reporter.libraries():
+        location = locate(model)
+        file = _example(location, like)
     source = exported(location)
     example = read_example(file, source, reporter)
     making = Making(example, Narrow(source, None) if padded else _without_zeros(source, reporter), reporter)
