@@ -9,7 +9,7 @@ import errno
 import logging
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +17,8 @@ from coprune.base.environment import quieten_tokenizers
 from coprune.base.errors import CopruneError
 from coprune.base.words import ended, speaking
 from coprune.commands.face import CommandLine
+from coprune.commands.grouped import WIDEST
+from coprune.commands.stopping import INTERRUPTED, how_to_go_on, stopped_alike
 from coprune.commands.table import Commands
 
 app = typer.Typer(
@@ -26,7 +28,7 @@ app = typer.Typer(
     epilog="Try: coprune demo. Every command explains itself with --help.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
 # What every error of typer's own (a missing argument, no number) derives from; it has no public name.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -66,12 +68,21 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     quieten_tokenizers()
-    stopped, code = False, 0
+    with stopped_alike() as stop:
+        code = _run(sys.argv[1:] or ["--help"])
+    if code == INTERRUPTED:
+        typer.echo(f"coprune: {how_to_go_on(sys.argv[1:])}", err=True)
+        code = stop.code
+    if code:
+        sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run what was typed, and return its exit code."""
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
         with speaking(CommandLine()):
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
-            stopped = code == 130
+            return app(arguments, standalone_mode=False) or 0
     except CopruneError as error:
         _fail(error.text(CommandLine()))
     except _UsageError as error:
@@ -89,15 +100,10 @@ def main() -> None:
             raise
         _fail(f"{first_line_of(error)}. Half precision, or a smaller batch or sequence length, takes less.")
     except (KeyboardInterrupt, typer.Abort):
-        stopped = True
-    if stopped:
-        typer.echo("coprune: stopped; nothing half-written was left under its final name.", err=True)
-        sys.exit(130)
-    if code:
-        sys.exit(code)
+        return INTERRUPTED
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     """Print one line on standard error and exit with 2."""
     typer.echo(f"coprune: {' '.join(message.split())}", err=True)
     sys.exit(2)

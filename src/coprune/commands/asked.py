@@ -19,11 +19,13 @@ from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """How typer is told to leave a method's own options to `recipe_asked`."""
 
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The same, as an option.")]
 _OWN: dict[str, Any] = {
-    "model": Annotated[
-        str | None, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.", show_default=False)
-    ],
-    "model_option": Annotated[str | None, typer.Option("--model", help="The same, as an option.")],
+    "model": ModelArgument,
+    "model_option": ModelOption,
     "recipe": Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")],
     "preset": Annotated[
         str | None, typer.Option("--preset", help="fast, balanced or best: settings that belong together.")
@@ -52,7 +54,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
         BadInput: there is no such preset, file, setting or option, or no model, or it makes no valid recipe.
     """
     settings = {name: value for name, value in typed.items() if value is not None and name not in _OWN}
-    if model := _one_model(typed["model"], typed["model_option"]):
+    if model := one_model(typed["model"], typed["model_option"]):
         settings["model"] = model
     if typed["use_variant"]:
         settings["use_variant"] = True
@@ -62,12 +64,23 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
     chosen = layered(from_preset, from_file, settings)
     if "model" not in flatten(chosen):
-        example = ("for example: ", Command("prune", "smollm2-135m", Set("dataset", "embedded")))
-        raise BadInput("no model is named", field="model", fix=example)
+        raise _no_model(Command("prune", "smollm2-135m", Set("dataset", "embedded")))
     return make_recipe(chosen)
 
 
-def _one_model(model: str | None, model_option: str | None) -> str | None:
+def named_model(model: str | None, model_option: str | None, example: Command) -> str:
+    """The model that is named. Raises BadInput, with an example, if none is, and as `one_model`."""
+    if found := one_model(model, model_option):
+        return found
+    raise _no_model(example)
+
+
+def _no_model(example: Command) -> BadInput:
+    return BadInput("no model is named", field="model", fix=("for example: ", example))
+
+
+def one_model(model: str | None, model_option: str | None) -> str | None:
+    """The model that is named, as the argument or as an option. Raises BadInput if two are."""
     if model and model_option and model != model_option:
         raise BadInput(f"two models are named: {model} and {model_option}", field="model", value=model)
     return model or model_option

@@ -22,8 +22,12 @@ def bench(
         str | None,
         typer.Option(help="Batch sizes, comma-separated. [1,4, and 1 for several models]", show_default=False),
     ] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens to decode per measurement.", min=1)] = 24,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "--prompt", help="Tokens of the prompt.", min=1)
+    ] = 128,
+    decode_tokens: Annotated[
+        int, typer.Option("--decode-tokens", "--tokens", help="Tokens to decode per measurement.", min=1)
+    ] = 24,
     repeats: Annotated[int, typer.Option(help="Measurements of each form, in turns.", min=1)] = 5,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
@@ -60,9 +64,8 @@ def bench(
     asked: Any = {"dtype": dtype, "device": device, "busy": busy}
     alone = len(models) == 1 and not models[0].lower().endswith(".gguf")
     model = Path(models[0]) if alone else models
-    found = bench(
-        model, None if sizes is None else tuple(map(int, sizes)), prompt=prompt, tokens=tokens, repeats=repeats, **asked
-    )
+    asked |= {"prompt": prompt_tokens, "tokens": decode_tokens, "repeats": repeats}
+    found = bench(model, None if sizes is None else tuple(map(int, sizes)), **asked)
     typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")

@@ -18,8 +18,13 @@ def compare(
             help="Folders, Hub ids, GGUF files, runs or sweeps that saved models; the first is the baseline."
         ),
     ],
-    evaluations: Annotated[
-        Path | None, typer.Option(help="Where evaluations are kept, to be used again. [~/.cache/coprune/evaluations]")
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--evaluation-cache",
+            "--evaluations",
+            help="Where evaluations are kept, to be used again. [~/.cache/coprune/evaluations]",
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again and keep nothing.")] = False,
     json_file: Annotated[
@@ -38,7 +43,7 @@ def compare(
     from coprune.commands.terminal import print_sheet
     from coprune.run.compare import compare
 
-    found = compare(models, evaluations=evaluations, fresh=fresh, quiet=quiet, **settings)
+    found = compare(models, evaluations=cache, fresh=fresh, quiet=quiet, **settings)
     print_sheet(found.sheet())
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
+from coprune.commands.grouped import GroupedCommand, with_value
 from coprune.commands.options import with_options
 
-READ_WITH = {"context_settings": METHOD_OPTIONS}
+PRINTED = "-"
+
+
+class EstimateCommand(GroupedCommand):
+    """Lets `--json` stand without a file, for standard output."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a `--json` that no file follows one."""
+        return super().parse_args(ctx, with_value(args, "--json", PRINTED, lambda word: word.endswith(".json")))
+
+
+READ_WITH = {"context_settings": METHOD_OPTIONS, "cls": EstimateCommand}
 
 
 @with_options(run_options())
 def estimate(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="[FILE.json]",
+            help="Also write all figures to this file; without one, print them as JSON.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **typed: Any,
 ) -> None:
     """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
     recipe = recipe_asked(context, typed)
+    from coprune.base.files import write_text
     from coprune.base.progress import Reporter
     from coprune.run.prune import estimate_recipe
 
     found = estimate_recipe(recipe, Reporter(quiet))
-    typer.echo(found.to_json() if as_json else str(found))
+    typer.echo(found.to_json() if json_file == PRINTED else str(found))
+    if json_file not in (None, PRINTED):
+        write_text(Path(str(json_file)), found.to_json() + "\n")

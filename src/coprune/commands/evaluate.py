@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.words import Command, Set
+from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import measuring_options, with_options
 
 
 @with_options(measuring_options())
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     against: Annotated[
         str | None, typer.Option(help="Also compare next-token distributions with this (dense) model.")
     ] = None,
@@ -29,7 +32,8 @@ def evaluate(
     from coprune.base.files import write_text
     from coprune.evaluation.evaluate import evaluate
 
-    found = evaluate(model, against=against, quiet=quiet, **settings)
+    example = Command("evaluate", "smollm2-135m", Set("data", "embedded"))
+    found = evaluate(named_model(model, model_option, example), against=against, quiet=quiet, **settings)
     typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")

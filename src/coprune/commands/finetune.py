@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.environment import rank
+from coprune.base.words import Command, Set
+from coprune.commands.asked import ModelOption, named_model
 from coprune.commands.options import finetune_options, with_options
 from coprune.commands.terminal import end_unless_held
 from coprune.training.settings import make_settings
@@ -14,19 +16,23 @@ from coprune.training.settings import make_settings
 
 @with_options(finetune_options())
 def finetune(
-    model: Annotated[str, typer.Argument(help="The pruned model: a local folder or Hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="The pruned model: a local folder or Hub id.", show_default=False)
+    ] = None,
+    model_option: ModelOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
     """Recover what pruning cost, with every zero kept: masked LoRA, masked dense training, or distillation.
 
-    Example: coprune finetune out/pruned --mode lora --dataset embedded --block-size 512 --minutes 20
+    Example: coprune finetune out/pruned --mode lora --dataset embedded --seqlen 512 --minutes 20
     """
     typed = {name: value for name, value in settings.items() if value is not None}
-    make_settings({"model": model} | typed)  # what cannot be is told before torch is loaded
+    named = named_model(model, model_option, Command("finetune", "FOLDER", Set("dataset", "embedded")))
+    make_settings({"model": named} | typed)  # what cannot be is told before torch is loaded
     from coprune.training.finetune import finetune
 
-    report = finetune(model, quiet=quiet, **typed)
+    report = finetune(named, quiet=quiet, **typed)
     if rank() == 0:
         typer.echo(str(report))
         typer.echo(f"curves    {report.settings.run_folder / 'finetune.json'}")

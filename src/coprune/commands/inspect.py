@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.words import Command, Set
+from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import inspecting_options, with_options
 from coprune.recipe.recipe import make_recipe
 
@@ -15,7 +17,8 @@ _FEW_SAMPLES = 16
 
 @with_options(inspecting_options())
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     matrices: Annotated[bool, typer.Option("--matrices", help="One line per matrix instead of one per kind.")] = False,
     weights: Annotated[bool, typer.Option(help="Read the weights, to tell how sparse they are already.")] = True,
     plot: Annotated[
@@ -28,7 +31,8 @@ def inspect(
 ) -> None:
     """Show a model's blocks and matrices, what would be pruned, and the present sparsity."""
     typed = {name: value for name, value in settings.items() if value is not None}
-    recipe = make_recipe({"model": model, "nsamples": _FEW_SAMPLES} | typed)
+    named = named_model(model, model_option, Command("inspect", "smollm2-135m", Set("pattern", "2:4")))
+    recipe = make_recipe({"model": named, "nsamples": _FEW_SAMPLES} | typed)
     from coprune.base.progress import Reporter
     from coprune.run.inspect import inspect_recipe
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from coprune.base.errors import BadInput, unknown_name
 from coprune.recipe.choice import Choice
 from coprune.recipe.flags import flags_of
+from coprune.recipe.flat import FLAT, place_of
 from coprune.recipe.grammar import read_scalar
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.recipe import DEFAULTS, FIELDS
@@ -22,6 +23,35 @@ from coprune.training.settings import FinetuneSettings
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
+_TITLES = {
+    "model": "The model",
+    "method": "What is pruned, and how",
+    "pattern": "What is pruned, and how",
+    "selection": "What is pruned, and how",
+    "allocation": "What is pruned, and how",
+    "refine": "What is pruned, and how",
+    "reconstruction": "What is pruned, and how",
+    "structure": "What is removed as a whole (--remove)",
+    "calibration": "Calibration",
+    "finetune": "Fine-tuning",
+    "evaluation": "Measuring",
+    "answers": "What the models write",
+    "output": "Where it goes",
+}
+"""What the options of a recipe's parts are called together."""
+# A fine-tuning's settings that are called otherwise on the command line, where the word has another meaning.
+_FLAGS_OF_TRAINING = {
+    "seqlen": ["--seqlen", "--block-size", "--block_size"],
+    "temperature": ["--distill-temperature", "--temperature"],
+}
+_TITLES_OF_TRAINING = {
+    "The data": ("dataset", "seqlen", "max_samples", "held_out"),
+    "How long": ("epochs", "max_steps", "minutes", "patience", "evaluations"),
+    "Adapters (--mode lora)": ("rank", "alpha", "dropout", "masked"),
+    "Distillation (--mode distill)": ("teacher", "temperature", "kl_weight", "hidden_weight", "text_weight", "top_k"),
+    "Measuring": ("evaluate", "eval_data", "eval_images", "eval_tokens", "bos", "against"),
+    "Where it goes": ("cache_dir", "report_to", "save", "save_model", "save_every", "overwrite"),
+}
 
 
 def recipe_options() -> list[inspect.Parameter]:
@@ -31,8 +61,22 @@ def recipe_options() -> list[inspect.Parameter]:
 
 def finetune_options() -> list[inspect.Parameter]:
     """One command-line option per setting of a fine-tuning."""
-    fields = FinetuneSettings.model_fields
-    return [_option(name, field, field.default) for name, field in fields.items() if name not in _NOT_OPTIONS]
+    titles = {name: title for title, names in _TITLES_OF_TRAINING.items() for name in names}
+    return [
+        _option(
+            name,
+            field,
+            field.default,
+            _FLAGS_OF_TRAINING.get(name),
+            title=titles.get(name) or (_title(name) if FLAT.get(name, "").startswith("answers.") else "The training"),
+        )
+        for name, field in FinetuneSettings.model_fields.items()
+        if name not in _NOT_OPTIONS
+    ]
+
+
+def _title(setting: str) -> str | None:
+    return _TITLES[place_of(setting)[0]] if setting in FLAT else None
 
 
 _INSPECTED: dict[str, str | None] = {
@@ -56,20 +100,28 @@ def measuring_options() -> list[inspect.Parameter]:
     for name, (word, description) in SETTINGS.items():
         flags = list(dict.fromkeys([*flags_of(name), *flags_of(word)]))
         default = None if description is not None else DEFAULTS[word]
-        made.append(_option(name, FIELDS[word], default, flags, description))
+        made.append(_option(name, FIELDS[word], default, flags, description, _title(word)))
     return made
 
 
 def _option(
-    name: str, field: FieldInfo, default: Any, flags: list[str] | None = None, description: str | None = None
+    name: str,
+    field: FieldInfo,
+    default: Any,
+    flags: list[str] | None = None,
+    description: str | None = None,
+    title: str | None = None,
 ) -> inspect.Parameter:
-    """The option of one setting, with its description and its default as help."""
+    """The option of one setting, with its description and its default as help. title: of its group, if not the recipe's."""
     several = default == ()
     kind: Any = list[str] if several else str if field.annotation is Choice else field.annotation
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
-    shown = "" if default is None or several else f" [{default}]"
+    shown = "" if default in (None, False) or several else " [on]" if default is True else f" [{default}]"
     option = typer.Option(
-        *flags or flags_of(name), help=f"{description or field.description}{shown}", show_default=False
+        *flags or flags_of(name),
+        help=f"{description or field.description}{shown}",
+        show_default=False,
+        rich_help_panel=title or _title(name),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

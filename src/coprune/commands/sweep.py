@@ -1,4 +1,4 @@
-"""`coprune sweep`: many runs from one file or preset."""
+"""`coprune sweep`: many runs from one file or script."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from coprune.commands.grouped import GroupedCommand, with_value
 from coprune.commands.options import recipe_options, with_options
 
 if TYPE_CHECKING:
@@ -16,18 +16,12 @@ if TYPE_CHECKING:
 _LOCAL = "local"
 
 
-class SweepCommand(TyperCommand):
+class SweepCommand(GroupedCommand):
     """Lets `--ray` stand without a value, for a cluster of this machine alone."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give a `--ray` that no address follows one."""
-        complete = list(args)
-        for index, word in enumerate(args):
-            following = args[index + 1 : index + 2]
-            if word == "--ray" and (not following or not _is_address(following[0])):
-                complete[index] = f"--ray={_LOCAL}"
-        rest: list[str] = super().parse_args(ctx, complete)
-        return rest
+        return super().parse_args(ctx, with_value(args, "--ray", _LOCAL, _is_address))
 
 
 def _is_address(word: str) -> bool:
@@ -40,9 +34,13 @@ READ_WITH = {"cls": SweepCommand}
 @with_options(recipe_options())
 def sweep(
     file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,
-    preset: Annotated[
+    script: Annotated[
         str | None,
-        typer.Option(help="llama-7b, llama-13b, …, opt, ablate-weight-update: the original batch scripts."),
+        typer.Option(
+            "--script",
+            "--preset",
+            help="llama-7b, …, opt, ablate-weight-update: the original batch scripts.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead.")] = None,
     dry_run: Annotated[
@@ -86,7 +84,7 @@ def sweep(
     typed |= {"ray": ray, "workers": workers, "threads": threads}
     from coprune.run.sweep.sweep import sweep
 
-    found = sweep(file, preset=preset, dry_run=dry_run, quiet=quiet, **typed)
+    found = sweep(file, script=script, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:
         typer.echo("\n".join(found.commands))
     else:
@@ -95,11 +93,10 @@ def sweep(
 
 def _show(found: SweepResult) -> None:
     """The tables, and where they are. Raises CopruneError if a run failed."""
-    from rich.console import Console
-
+    from coprune.commands.terminal import console
     from coprune.run.sweep.results import MARKDOWN, print_tables
 
-    print_tables(found.sweep, found.runs, found.reports, Console())
+    print_tables(found.sweep, found.runs, found.reports, console())
     typer.echo(found.ledger.line())
     typer.echo(f"results   {found.sweep.folder / MARKDOWN}")
     found.require_success()

@@ -24,6 +24,20 @@ _FLAGS: dict[str, list[str]] = {
     "masked": ["--masked/--no-masked"],
 }
 
+# Names that are still accepted and no longer shown, as they had another meaning in other commands; by the option.
+OLDER: dict[str, list[str]] = {
+    "method": ["--prune-method"],
+    "sparsity": ["--sparsity-ratio"],
+    "pattern": ["--sparsity-type"],
+    "seqlen": ["--block-size"],
+    "temperature": ["--temperature"],
+    "prompt_tokens": ["--prompt"],
+    "decode_tokens": ["--tokens"],
+    "script": ["--preset"],
+    "cache": ["--evaluations"],
+}
+"""An option that has no other name keeps these."""
+
 
 def flags_of(setting: str) -> list[str]:
     """The names of a setting's option, its own first."""

@@ -20,6 +20,9 @@ def _joined(value: Any) -> Any:
     return ",".join(value) if named else value
 
 
+Overwrite = Annotated[
+    bool | None, Decides.WHERE, Field(description="Replace what an earlier run left in the folders of this one.")
+]
 CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
 
 
@@ -140,6 +143,10 @@ class OutputPart(Part):
         Decides.WHERE,
         Field(description="Upload the saved model with its card to this repository of the Hub."),
     ] = None
+    private: Annotated[
+        bool | None, Decides.WHERE, Field(description="Let nobody else see that repository, which is then a new one.")
+    ] = None
+    overwrite: Overwrite = None
     log_json: Annotated[
         Path | None, Decides.WHERE, Field(description="Also write what happens to this file, one JSON object a line.")
     ] = None

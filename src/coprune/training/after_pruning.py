@@ -113,7 +113,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "model": str(recipe.run_folder / "pruned"),
             "mode": recipe.finetune.mode,
             "teacher": recipe.model.name if recipe.finetune.mode == "distill" else None,
-            "block_size": recipe.calibration.seqlen,
+            "seqlen": recipe.calibration.seqlen,
             "minutes": recipe.finetune.minutes,
             "seed": recipe.calibration.seed,
             "device": recipe.model.device,

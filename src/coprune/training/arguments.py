@@ -14,7 +14,7 @@ class TrainingArguments(TypedDict, total=False):
     """What is trained, on what, and how long."""
 
     dataset: CalibrationData
-    block_size: int | None
+    seqlen: int | None
     batch_size: int | None
     accumulate: int | None
     epochs: float
@@ -63,3 +63,4 @@ class FinetuneArguments(TrainingArguments, AnswerArguments, total=False):
     report_to: str
     save: str | Path | None
     save_model: str | Path | None
+    overwrite: bool | None

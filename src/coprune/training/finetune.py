@@ -27,7 +27,7 @@ def finetune(
         mode: `lora` (low-rank adapters, masked so that merging keeps every zero), `dense` (the weights themselves) or
             `distill` (the weights, toward the dense model, which `teacher` names).
         quiet: no progress bars and lines on standard error.
-        settings: as `coprune finetune --help` lists them: the data (`dataset`, `block_size`), how long (`minutes`, `epochs`
+        settings: as `coprune finetune --help` lists them: the data (`dataset`, `seqlen`), how long (`minutes`, `epochs`
             or `max_steps`), and where the results go (`save`, `save_model`), among others. Data may be handed over, as in
             `coprune.prune`.
 

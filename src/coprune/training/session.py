@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.shown import per_cent
 from coprune.base.words import LeaveOut
 from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
@@ -68,7 +69,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
         reporter.say(f"Removed before: {line}.")
     if masks.matrices:
         reporter.say(
-            f"{len(masks.matrices)} pruned matrices, {masks.sparsity:.2%} zeros: "
+            f"{len(masks.matrices)} pruned matrices, {per_cent(masks.sparsity)} zeros: "
             + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
         )
     dtype = model.dtype
@@ -85,12 +86,10 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
 def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
     """The task of the model, which pruning has too, for the part of the settings that a pruning run shares."""
     names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "bos"}
-    recipe = make_recipe(
-        settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.block_size}
-    )
+    recipe = make_recipe(settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.seqlen})
     if loaded.task == "text":
-        limit = choose_seqlen(loaded.model, settings.block_size)
-        recipe = recipe.replaced(seqlen=settings.block_size or min(1024, limit))
+        limit = choose_seqlen(loaded.model, settings.seqlen)
+        recipe = recipe.replaced(seqlen=settings.seqlen or min(1024, limit))
     return task_for(recipe, loaded)
 
 
@@ -103,8 +102,8 @@ def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> Tr
 
 
 def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
-    if settings.block_size is not None:
-        raise BadInput("images are not cut into windows", field="block_size", fix=LeaveOut("block_size"))
+    if settings.seqlen is not None:
+        raise BadInput("images are not cut into windows", field="seqlen", fix=LeaveOut("seqlen"))
     if settings.top_k is not None:
         raise BadInput("a classifier's teacher runs beside it", field="top_k", fix=LeaveOut("top_k"))
     if settings.hidden_weight:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coprune.base.environment import asks_for_fsdp
 from coprune.base.errors import BadInput, unknown_name
@@ -18,11 +18,18 @@ from coprune.base.validation import explain
 from coprune.recipe.answers import AnswersPart, Count, Gate, NewTokens, Prompts, Require, Seed, Temperature
 from coprune.recipe.decides import Decides
 from coprune.recipe.flat import FLAT
+from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Globs
 from coprune.training.checks import contradiction
 
 Mode = Literal["lora", "dense", "distill"]
 _RESULT = Decides.RESULT
+_OLDER = "block_size"  # what `seqlen` was called
+_SEQLEN = Field(
+    description="Tokens per training window. [min(1024, model's limit)]",
+    ge=2,
+    validation_alias=AliasChoices("seqlen", _OLDER),
+)
 _ANSWERS = {place.partition(".")[2]: word for word, place in FLAT.items() if place.startswith("answers.")}
 _LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5}
 
@@ -49,9 +56,7 @@ class FinetuneSettings(BaseModel):
             "digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
-    block_size: Annotated[
-        int | None, _RESULT, Field(description="Tokens per training window. [min(1024, model's limit)]", ge=2)
-    ] = None
+    seqlen: Annotated[int | None, _RESULT, _SEQLEN] = None
     batch_size: Annotated[
         int | None,
         _RESULT,
@@ -87,9 +92,7 @@ class FinetuneSettings(BaseModel):
         Literal["adamw", "sgd", "adafactor"], _RESULT, Field(description="sgd has a momentum of 0.9.")
     ] = "adamw"
     weight_decay: Annotated[float, _RESULT, Field(description="Weight decay.", ge=0)] = 0.0
-    max_grad_norm: Annotated[
-        float, _RESULT, Field(description="Clip gradients to this norm; 0 for no clipping.", ge=0)
-    ] = 1.0
+    max_grad_norm: Annotated[float, _RESULT, Field(description="Clip gradients to this norm; 0: not.", ge=0)] = 1.0
     train: Annotated[
         Globs,
         _RESULT,
@@ -100,21 +103,15 @@ class FinetuneSettings(BaseModel):
     ] = ()
     rank: Annotated[int, _RESULT, Field(description="lora: rank of the adapters.", ge=1)] = 8
     alpha: Annotated[float, _RESULT, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
-    dropout: Annotated[
-        float, _RESULT, Field(description="lora: dropout before plain adapters (--no-masked).", ge=0, lt=1)
-    ] = 0.0
+    dropout: Annotated[float, _RESULT, Field(description="lora: dropout before plain adapters.", ge=0, lt=1)] = 0.0
     masked: Annotated[
         bool,
         _RESULT,
         Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
     ] = True
     teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model.")] = None
-    temperature: Annotated[
-        float, _RESULT, Field(description="distill: temperature of the compared distributions.", gt=0)
-    ] = 2.0
-    kl_weight: Annotated[
-        float, _RESULT, Field(description="distill: weight of the divergence of the logits.", ge=0)
-    ] = 1.0
+    temperature: Annotated[float, _RESULT, Field(description="distill: of the compared distributions.", gt=0)] = 2.0
+    kl_weight: Annotated[float, _RESULT, Field(description="distill: weight of the logits' divergence.", ge=0)] = 1.0
     hidden_weight: Annotated[
         float | None,
         _RESULT,
@@ -192,6 +189,8 @@ class FinetuneSettings(BaseModel):
         Path | None, Decides.WHERE, Field(description="Folder for the model. [model/ in the run folder]")
     ] = None
 
+    overwrite: Overwrite = None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (error := contradiction(self)) is not None:
@@ -226,7 +225,8 @@ class FinetuneSettings(BaseModel):
 
     def to_yaml(self) -> str:
         """The settings as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        said = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def make_settings(values: dict[str, Any]) -> FinetuneSettings:
@@ -239,7 +239,7 @@ def make_settings(values: dict[str, Any]) -> FinetuneSettings:
             fix="use data parallel processes: torchrun, or accelerate without FSDP",
         )
     for name in values:
-        if name not in FinetuneSettings.model_fields:
+        if name not in FinetuneSettings.model_fields and name != _OLDER:
             raise unknown_name("setting", name, FinetuneSettings.model_fields, field=name)
     try:
         return FinetuneSettings.model_validate(values)

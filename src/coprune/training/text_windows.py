@@ -47,9 +47,9 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
     if len(ids) < 2 * block_size:
         raise BadInput(
             f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}",
-            field="block_size",
+            field="seqlen",
             value=block_size,
-            fix=("take more text, or shorter windows with ", Setting("block_size"), f". {LOCAL_FILE_HINT}"),
+            fix=("take more text, or shorter windows with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
         )
     windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
     held_out = count_held_out(settings, len(windows), MOST_HELD_OUT)

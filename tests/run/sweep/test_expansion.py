@@ -269,9 +269,9 @@ def test_a_dry_run_lists_commands_and_touches_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "neither a file nor a preset is named"),
-        (["some.yaml", "--preset", "llama-7b"], "a file (some.yaml) and a preset (llama-7b) are named"),
-        (["--preset", "llama-7bb", "--dry-run"], "did you mean 'llama-7b'"),
+        ([], "neither a file nor a script is named"),
+        (["some.yaml", "--preset", "llama-7b"], "a file (some.yaml) and a script (llama-7b) are named"),
+        (["--script", "llama-7bb", "--dry-run"], "did you mean 'llama-7b'"),
         (["missing.yaml", "--dry-run"], "cannot be read"),
         (["--preset", "llama-7b", "--dry-run", "--method", "wnda"], "the run unstructured/wnda: unknown method"),
         (["--preset", "llama-7b", "--dry-run", "--block-size=64"], "No such option"),

@@ -56,5 +56,5 @@ SWEEPS: dict[str, dict[str, Any]] = {
 def sweep_preset(name: str) -> Sweep:
     """A shipped sweep. Raises BadInput for an unknown name."""
     if name not in SWEEPS:
-        raise unknown_name("sweep preset", name, SWEEPS, field="preset")
+        raise unknown_name("script", name, SWEEPS, field="script")
     return Sweep.make(SWEEPS[name])

@@ -27,6 +27,7 @@ class SweepArguments(CalibrationArguments, OutcomeArguments, total=False):
 
     model: str
     method: str
+    preset: str | None
     ray: str | None
     workers: int | None
     threads: int | None
@@ -36,7 +37,7 @@ class SweepArguments(CalibrationArguments, OutcomeArguments, total=False):
 def sweep(
     lists: Lists | None = None,
     *,
-    preset: str | None = None,
+    script: str | None = None,
     dry_run: bool = False,
     quiet: bool = False,
     **settings: Unpack[SweepArguments],
@@ -49,7 +50,7 @@ def sweep(
     Args:
         lists: a file, or a mapping of what it would say, in which any setting of `coprune.prune` may have a list, such as
             `{"model": "smollm2-135m", "method": ["wanda", "sparsegpt"], "seed": [0, 1], "save": "out/table"}`.
-        preset: instead of that, a batch script of the original code (`llama-7b`, `opt` …).
+        script: instead of that, a batch script of the original code (`llama-7b`, `opt` …).
         dry_run: only say which runs there are.
         quiet: no live table on standard error.
         settings: settings that replace what the lists say for all runs; `workers` (runs at a time), `threads` (cores of a
@@ -63,22 +64,23 @@ def sweep(
     """
     how = Execution(**{name: value for name, value in settings.items() if name in _EXECUTION})  # type: ignore[arg-type]
     fixed = {name: value for name, value in settings.items() if name not in _EXECUTION}
-    chosen = _chosen(lists, preset).with_settings(fixed)
+    older: Any = fixed.pop("preset", None)  # what `script` was called
+    chosen = _chosen(lists, script or older).with_settings(fixed)
     if dry_run:
         runs = check_sweep(chosen)
         return SweepResult(chosen, runs, finished_reports(runs), ledger=Ledger.read(chosen.folder))
     return run_sweep(chosen, how, quiet)
 
 
-def _chosen(lists: Lists | None, preset: str | None) -> Sweep:
-    if lists is not None and preset is not None:
+def _chosen(lists: Lists | None, script: str | None) -> Sweep:
+    if lists is not None and script is not None:
         named = "lists" if isinstance(lists, Mapping) else lists
         raise BadInput(
-            f"a file ({named}) and a preset ({preset}) are named", field="preset", value=preset, fix="leave one out"
+            f"a file ({named}) and a script ({script}) are named", field="script", value=script, fix="leave one out"
         )
-    if preset is not None:
-        return sweep_preset(preset)
+    if script is not None:
+        return sweep_preset(script)
     if lists is None:
-        example = Command("sweep", Set("preset", "llama-7b"), Set("dry_run", True))
-        raise BadInput("neither a file nor a preset is named", field="file", fix=("for example: ", example))
+        example = Command("sweep", Set("script", "llama-7b"), Set("dry_run", True))
+        raise BadInput("neither a file nor a script is named", field="file", fix=("for example: ", example))
     return Sweep.make(lists) if isinstance(lists, Mapping) else Sweep.read(Path(lists))

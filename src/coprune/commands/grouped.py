@@ -1,0 +1,60 @@
+"""`--help` of a command: options in groups, as wide as the terminal, each by the names that are its own today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from typer.core import TyperCommand
+
+from coprune.recipe.flags import OLDER
+
+WIDEST = 160
+"""Columns; a wider terminal makes lines that are hard to read."""
+_UNGROUPED = "Options"
+
+
+def with_value(arguments: Sequence[str], flag: str, value: str, is_value: Callable[[str], bool]) -> list[str]:
+    """Arguments in which a flag that may stand alone has a value. is_value: whether the word after it is its own one."""
+    complete = list(arguments)
+    for index, word in enumerate(arguments):
+        following = arguments[index + 1 : index + 2]
+        if word == flag and not (following and is_value(following[0])):
+            complete[index] = f"{flag}={value}"
+    return complete
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose options are shown in the groups that they name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does."""
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, what is the command's own, and the groups."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _UNGROUPED: []}
+        for param in self.get_params(ctx):
+            with _by_todays_names(param):
+                record = param.get_help_record(ctx)
+            if record is not None:
+                argument = param.param_type_name == "argument"
+                title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or _UNGROUPED
+                groups.setdefault(title, []).append(record)
+        for title, rows in groups.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+@contextmanager
+def _by_todays_names(param: Any) -> Iterator[None]:
+    """Leave out names that are accepted for what was written with them."""
+    before = param.opts
+    param.opts = [name for name in before if "_" not in name and name not in OLDER.get(param.name, ())] or before
+    try:
+        yield
+    finally:
+        param.opts = before

@@ -1,0 +1,129 @@
+"""Options of all commands together: each has one meaning, old names are accepted, and help is grouped and as wide as it may."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coprune.commands.table import COMMANDS, command_named
+from coprune.recipe.flags import OLDER
+from coprune.recipe.measuring import SETTINGS
+from support.commands import run_command
+from support.pico_folder import save_pico, write_words
+
+# What the Python functions behind the commands take, so that nothing is computed.
+FUNCTIONS = {"bench": "coprune.packed.bench.bench", "sweep": "coprune.run.sweep.sweep.sweep",
+             "compare": "coprune.run.compare.compare", "finetune": "coprune.training.finetune.finetune"}  # fmt: skip
+SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
+
+
+@pytest.fixture
+def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that has to succeed; its standard output."""
+
+    def run(*arguments: Any) -> str:
+        ended = run_command(list(arguments), monkeypatch, capsys)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    return run
+
+
+def options_of(command: str) -> dict[str, tuple[str, str]]:
+    """Every flag of a command that is no older name, with the setting that it is of, and the kind of its value."""
+    found = {}
+    for parameter in inspect.signature(command_named(command), eval_str=True).parameters.values():
+        kind, option = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
+        names = [option.default, *(option.param_decls or ())]
+        flags = [flag for name in names if isinstance(name, str) for flag in name.split("/") if flag.startswith("-")]
+        setting = SETTINGS[parameter.name].word if parameter.name in SETTINGS else parameter.name
+        older = OLDER.get(parameter.name, []) if len(flags) > 1 else []
+        for flag in flags or [f"--{parameter.name.replace('_', '-')}"]:
+            if type(option).__name__ == "OptionInfo" and flag not in older and "_" not in flag:
+                found[flag] = setting, str(kind).replace(" | None", "")
+    return found
+
+
+def test_a_flag_has_one_meaning_in_all_commands() -> None:
+    meanings: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for command in COMMANDS:
+        for flag, meaning in options_of(command).items():
+            meanings[flag].add(meaning)
+    assert len(meanings) > 120
+    # A path or the word for standard output is text where both may stand.
+    assert {flag: found for flag, found in meanings.items() if len(found) > 1 and flag != "--json"} == {}
+    assert {setting for setting, _ in meanings["--json"]} == {"json_file"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [
+        (["bench", "m", "--prompt", "7", "--tokens", "3"], {"prompt": 7, "tokens": 3}),
+        (["bench", "m", "--prompt-tokens", "7", "--decode-tokens", "3"], {"prompt": 7, "tokens": 3}),
+        (["sweep", "--preset", "opt", "--dry-run"], {"script": "opt"}),
+        (["sweep", "--script", "opt", "--dry-run"], {"script": "opt"}),
+        (["compare", "a", "b", "--evaluations", "x"], {"evaluations": Path("x")}),
+        (["compare", "a", "b", "--evaluation-cache", "x"], {"evaluations": Path("x")}),
+        (["finetune", "m", "--block-size", "16", "--temperature", "3"], {"seqlen": 16, "temperature": 3.0}),
+        (
+            ["finetune", "--model", "m", "--seqlen", "16", "--distill-temperature", "3"],
+            {"seqlen": 16, "temperature": 3.0},
+        ),
+    ],
+)
+def test_older_names_are_accepted(
+    typed: list[str], taken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Enough(Exception):
+        """What was asked for is known by now."""
+
+    def take(*_: Any, **settings: Any) -> None:
+        asked.update(settings)
+        raise Enough
+
+    pytest.importorskip("peft")
+    monkeypatch.setattr(FUNCTIONS[typed[0]], take)
+    with pytest.raises(Enough):
+        run_command(typed, monkeypatch, capsys)
+    assert asked | taken == asked
+
+
+def test_help_is_grouped_and_as_wide_as_the_terminal(
+    coprune: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {}
+    for columns in (80, 150):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = coprune("prune", "--help").splitlines()
+        widths[columns] = max(map(len, lines))
+        assert widths[columns] <= columns
+        titles = [line.removesuffix(":") for line in lines if re.match(r"[A-Z].*:$", line)]
+        assert titles[:3] == ["Arguments", "Options", "What is pruned, and how"]
+        assert titles[-1] == "Where it goes"
+        assert titles.count("Measuring") == 1
+    assert widths[150] > 130
+    text = "\n".join(lines)
+    assert "--sparsity_ratio" not in text
+    assert "--save-model" in text[text.index("Where it goes:") :]
+    assert "Distillation (--mode distill):" in coprune("finetune", "--help")
+
+
+def test_estimate_prints_json_or_writes_it(
+    coprune: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pico(tmp_path / "model", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    monkeypatch.chdir(tmp_path)
+    printed = json.loads(coprune("estimate", "--json", "model", *SMALL, "-q"))
+    told = coprune("estimate", "model", *SMALL, "-q", "--json", "found.json")
+    assert told.startswith("Estimate: ")
+    assert json.loads((tmp_path / "found.json").read_text()).keys() == printed.keys()
