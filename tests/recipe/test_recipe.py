@@ -21,24 +21,25 @@ FREE_TO_RESUME = {
     *("save", "save_model", "cache_dir", "evaluate", "evaluate_dense", "eval_data", "eval_tokens", "eval_images"),
     *("stream", "activation_memory", "check_memory", "eval_zero_shot", "tasks", "num_fewshot", "include_path"),
     *("limit", "prompt", "report_to", "push_to_hub", "log_json", "encoding", "generate", "generate_prompts"),
+    *("private", "overwrite"),
     *("generate_tokens", "generate_temperature", "generate_seed", "gate", "require", "apply_chat_template"),
     *("gen_kwargs", "log_samples"),
 }
 # What may differ where a sweep takes a finished run over; that a model was saved may not.
 FREE_WHEN_FINISHED = {
     *("save", "cache_dir", "check_memory", "activation_memory", "report_to", "push_to_hub", "log_json"),
-    "log_samples",
+    *("log_samples", "private", "overwrite"),
 }
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
     *("bos", "push_to_hub", "log_json", "encoding", "score", "align", "blend", "generate_seed", "require"),
-    *("apply_chat_template", "log_samples"),
+    *("apply_chat_template", "log_samples", "private", "overwrite"),
 }
 FREE_TO_RESUME_TRAINING = {
     *("save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "report_to"),
     *("save_every", "bos", "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"),
-    *("gate", "require", "against"),
+    *("gate", "require", "against", "overwrite"),
 }
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.journal import run_identity
-from coprune.run.repeat import beside_finished
+from coprune.run.repeat import beside_finished, where_to
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -134,6 +134,28 @@ def test_a_pruned_run_that_is_not_fine_tuned_yet_goes_on(tmp_path: Path) -> None
     (tmp_path / "run" / "finetune").mkdir()
     (tmp_path / "run" / "finetune" / "finetune.json").touch()
     assert beside_finished(asked).output.run == tmp_path / "run-2"
+
+
+def test_a_default_folder_whose_pruning_was_interrupted_before_the_fine_tuning_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    from coprune.training.after_pruning import pruning_of
+
+    monkeypatch.chdir(tmp_path)
+    asked = make_recipe({"model": "m", "finetune": "lora", "seed": 1})
+    run = asked.run_folder
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(pruning_of(asked).untold().to_yaml())
+    assert where_to(asked, False, ()) == (asked, None)
+    finish(run)
+    (run / "pruned").mkdir()
+    assert where_to(asked, False, ()) == (asked, None)
+    other = make_recipe({"model": "m", "finetune": "lora"})
+    found, said = where_to(other, False, ())
+    assert found.output.run == run.with_name("wanda-finetune-lora-seed-0-no-save-model")
+    assert said == f"{run} holds a run that differs in finetune, seed, save_model; this one goes to {found.output.run}."
+    assert where_to(other.replaced(overwrite=True), False, ()) == (other.replaced(overwrite=True), None)
 
 
 def test_flat_and_nested_recipes_have_one_identity() -> None:

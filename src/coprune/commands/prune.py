@@ -28,17 +28,15 @@ def prune(
     recipe = recipe_asked(context, typed)
     from coprune.base.processes import joined_processes
     from coprune.base.progress import Reporter
-    from coprune.run.repeat import beside_finished
+    from coprune.run.repeat import where_to
     from coprune.run.stages import run_recipe
 
     reporter = Reporter(quiet)
     with joined_processes() as processes:
-        if typed["recipe"] is not None:
-            asked = recipe
-            named = {name for name in ("save", "save_model") if typed[name] is not None}
-            recipe = processes.from_first(lambda: beside_finished(asked, named))
-            if processes.first and recipe.run_folder != asked.run_folder:
-                reporter.say(f"{asked.run_folder} holds a finished run; this one goes to {recipe.run_folder}.")
+        asked, named = recipe, {name for name in ("save", "save_model") if typed[name] is not None}
+        recipe, said = processes.from_first(lambda: where_to(asked, typed["recipe"] is not None, named))
+        if processes.first and said is not None:
+            reporter.say(said)
         report = run_recipe(recipe, reporter=reporter, processes=processes).report
     if processes.first:
         typer.echo(str(report))

@@ -9,6 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from coprune.commands.grouped import GroupedCommand
+
 COMMANDS: dict[str, str] = {
     "prune": "Prune a model, measure what that did, and save it.",
     "methods": "List the pruning methods and their own options.",
@@ -24,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "merge": "Merge a masked adapter into its pruned model.",
     "pack": "Store a pruned model smaller, bit for bit the same.",
     "unpack": "Give back the dense folder that was packed.",
+    "push": "Put a saved model on the Hugging Face Hub.",
     "export": "Write a model as a GGUF file for llama.cpp and others.",
     "bench": "Measure how fast models are on this machine.",
 }
@@ -49,7 +52,7 @@ class _Parsers(Mapping[str, Any]):
         # Its file may say how it wants to be read otherwise than others.
         settings = getattr(import_module(function.__module__), "READ_WITH", {})
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(name, **settings)(function)
+        alone.command(name, **{"cls": GroupedCommand, **settings})(function)
         return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:

@@ -137,6 +137,11 @@ def load_edits(values: Sequence[Mapping[str, Any]]) -> list[Edit]:
     return found
 
 
+def is_coprunes(folder: Path) -> bool:
+    """Whether a folder holds a model that coprune wrote."""
+    return (folder / EDITS_FILE).is_file() and (folder / "config.json").is_file()
+
+
 def pruned_names(folder: Path) -> set[str]:
     """Names of the matrices that were pruned in a folder's model; empty where nothing tells. Raises BadInput if damaged."""
     try:

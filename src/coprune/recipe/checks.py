@@ -228,6 +228,9 @@ def _of_folders(output: OutputPart) -> BadInput | None:
             value=output.push_to_hub,
             fix=("name its folder with ", Setting("save_model")),
         )
+    if output.private and output.push_to_hub is None:
+        fix: Words = ("name one with ", Setting("push_to_hub"), ", or ", LeaveOut("private"))
+        return BadInput("there is no repository to keep private", field="private", value=True, fix=fix)
     if output.run is not None and output.run == output.model:
         same = "the run folder and the model folder are the same"
         return BadInput(same, field="save_model", value=output.run, fix=("name another with ", Setting("save_model")))

@@ -73,12 +73,14 @@ FLAT: dict[str, str] = {
     "require": "answers.require",
     "report_to": "output.report_to",
     "push_to_hub": "output.push_to_hub",
+    "private": "output.private",
     "log_json": "output.log_json",
     "check_memory": "model.check_memory",
     "layer_error": "evaluation.layer_error",
     "stream": "model.stream",
     "save": "output.run",
     "save_model": "output.model",
+    "overwrite": "output.overwrite",
     "encoding": "output.encoding",
 }
 # The Wanda repository's words that are not coprune's own.

@@ -136,8 +136,8 @@ class Recipe(BaseModel):
         return self.model_copy(update=changed)
 
     def untold(self) -> Recipe:
-        """The recipe as a run keeps it: repeated, it tells no tracker, log or Hub unless that is asked for again."""
-        return self.replaced(report_to=None, push_to_hub=None, log_json=None)
+        """The recipe as a run keeps it: repeated, it tells nobody and replaces nothing unless that is asked for again."""
+        return self.replaced(report_to=None, push_to_hub=None, private=None, log_json=None, overwrite=None)
 
     @property
     def given(self) -> list[str]:
@@ -158,7 +158,7 @@ class Recipe(BaseModel):
             del parts["calibration"]["data"]  # its default depends on what the model reads
         said = {part: settings for part, settings in parts.items() if settings not in ({}, [])}
         note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
-        return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+        return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:

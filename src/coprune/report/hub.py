@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut
+from coprune.model.checkpoint.own_files import own_files
+from coprune.report.folder import model_of
 
 
 def require_login(repository: str) -> None:
@@ -20,21 +25,46 @@ def require_login(repository: str) -> None:
         )
 
 
-def push(folder: Path, repository: str) -> str:
-    """Upload a saved model with its card; the repository is made if it does not exist. Returns its address.
+def push(folder: Path | str, repository: str, private: bool = False) -> str:
+    """Put the folder of a model, with its card, on the Hugging Face Hub.
 
-    Raises BadInput if the Hub refuses or is out of reach; the folder stays as it is.
+    Args:
+        folder: of a saved model (packed or not), of adapters, or of a run that saved its model.
+        repository: its name there, `owner/name`; it is made if it does not exist.
+        private: let nobody else see it.
+
+    Returns:
+        Its address.
+
+    Raises:
+        BadInput: there is no model, nobody is logged in, the repository is there and public though it should be private,
+            or the Hub refuses or is out of reach; the folder stays as it is.
     """
+    place = expand_home(model_of(str(folder)))
+    if not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise BadInput(
+            f"{place} holds no model", field="folder", value=str(folder), fix="name the folder of a saved one"
+        )
+    require_login(repository)
     api = HfApi()
+    # No link that leads out of the folder, wherever it came from.
+    files = [glob.escape(str(path.relative_to(place))) for path in own_files(place, below=True)]
     try:
-        made = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message="Pruned with coprune")
+        made = api.create_repo(repository, exist_ok=True, private=private or None)
+        public = private and not api.repo_info(made.repo_id).private
+        if not public:
+            api.upload_folder(
+                folder_path=place, repo_id=made.repo_id, allow_patterns=files, commit_message="Pruned with coprune"
+            )
     except Exception as error:  # no name, no route, no right to write, a name that the Hub refuses
         reason = " ".join(str(error).split())[:300]
         raise BadInput(
-            f"{folder} is saved, but could not be pushed to {repository} ({reason})",
+            f"{place} is saved, but could not be pushed to {repository} ({reason})",
             field="push_to_hub",
             value=repository,
-            fix=f"later: hf upload {repository} {folder}",
+            fix=f"later: hf upload {repository} {place}",
         ) from error
+    if public:
+        fix = ("name another one, or ", LeaveOut("private"))
+        raise BadInput(f"{repository} is there already, and everybody sees it", field="private", value=True, fix=fix)
     return str(made)

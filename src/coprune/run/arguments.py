@@ -121,6 +121,8 @@ class OutcomeArguments(AnswerArguments, total=False):
     encoding: Literal["dense", "packed"]
     report_to: str | Sequence[str] | None
     push_to_hub: str | None
+    private: bool | None
+    overwrite: bool | None
     log_json: File | None
 
 

@@ -11,6 +11,7 @@ from coprune.base.durable import TEMPORARY
 from coprune.base.errors import BadInput
 from coprune.base.output_names import require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
+from coprune.model.edits import is_coprunes
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.proven import FoundModel
@@ -29,6 +30,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+from coprune.run.overwrite import refuse_own_source
 
 LARGE_GROUP = 64
 """Of groups of more inputs than these one is enough to try a method on."""
@@ -116,7 +118,10 @@ def prepare_folders(recipe: Recipe) -> None:
     another = ("name another run folder with ", Setting("save"))
     if run_folder.exists() and not run_folder.is_dir():
         raise BadInput(f"{run_folder} is a file", field="save", value=run_folder, fix=another)
-    refuse_finished(run_folder)
+    if recipe.output.overwrite:
+        refuse_own_source(recipe)
+    else:
+        refuse_finished(run_folder)
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
     holds = {path for path in run_folder.glob("*") if path.suffix != TEMPORARY} - logs
@@ -128,18 +133,17 @@ def prepare_folders(recipe: Recipe) -> None:
     if target is not None:
         require_own_name(target, "save_model")
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(
-            f"{target} already exists and is not empty",
-            field="save_model",
-            value=target,
-            fix=("name another folder with ", Setting("save_model")),
-        )
+        mine = is_coprunes(target)
+        if not (mine and recipe.output.overwrite):
+            replace = (", or replace that model with ", Set("overwrite", True)) if mine else ()
+            fix = ("name another folder with ", Setting("save_model"), *replace)
+            raise BadInput(f"{target} already exists and is not empty", field="save_model", value=target, fix=fix)
 
 
 def refuse_finished(run_folder: Path) -> None:
     """Raise BadInput where a run was finished already."""
     if (run_folder / REPORT_FILE).exists():
-        fix = ("name another run folder with ", Setting("save"), ", or remove it")
+        fix = ("name another run folder with ", Setting("save"), ", or replace it with ", Set("overwrite", True))
         raise BadInput(f"{run_folder} already holds a finished run", field="save", value=run_folder, fix=fix)
 
 

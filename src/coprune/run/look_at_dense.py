@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from coprune.base.progress import NO_BAR
+from coprune.base.shown import per_cent
+from coprune.model.checkpoint.weights import is_below
 from coprune.model.choosing import Chosen
 from coprune.model.matrices import Matrix
 from coprune.model.walk.recording import Recording
@@ -13,6 +15,7 @@ from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
 from coprune.recipe.pattern import Target
 from coprune.run.session import Session
+from coprune.training.masks import LEAST_SPARSITY
 
 Record = Callable[[], Recording | None]
 """Records the calibration batches anew, since every walk moves their hidden states on."""
@@ -38,12 +41,30 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     return lambda matrix: targets[matrix.name]
 
 
+def pruned_before(session: Session) -> str | None:
+    """What to say of a model that is sparse already, as its first block tells; None of a dense one."""
+    model, block = session.model, session.model.blocks[0]
+    matrices = [matrix for matrix in model.chosen.all() if is_below(matrix.name, block.name)]
+    model.weights.acquire(block.name)
+    zeros = sum(matrix.zeros() for matrix in matrices)
+    share = zeros / max(1, sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices))
+    model.weights.release(block.name)
+    if share < LEAST_SPARSITY:
+        return None
+    said = (
+        f"{session.opened.loaded.source} was pruned before: {per_cent(share)} of the weights of {block.name} are zero"
+    )
+    return f"{said}. What is called dense in the report is the model as it comes."
+
+
 def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:
     """The range of the planned sparsities, and the overall one, for people."""
     sizes = {matrix.name: matrix.shape[0] * matrix.shape[1] for matrix in chosen.all()}
     overall = sum(targets[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
     sparsities = [target.sparsity for target in targets.values()]
-    return f"matrices from {min(sparsities):.1%} to {max(sparsities):.1%} sparse, {overall:.3%} in all."
+    return (
+        f"matrices from {per_cent(min(sparsities))} to {per_cent(max(sparsities))} sparse, {per_cent(overall)} in all."
+    )
 
 
 def _permute(session: Session, record: Record) -> None:

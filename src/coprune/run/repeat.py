@@ -1,13 +1,63 @@
-"""A run repeated from its recipe: it goes on where it was interrupted, or beside what is finished, never over it."""
+"""Where a run goes that named no folder, or is repeated from its recipe: on where it was interrupted, or beside others."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+from coprune.base.apart import folder_apart
+from coprune.base.errors import BadInput
+from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import REPORT_FILE
+from coprune.report.folder import RECIPE_FILE, REPORT_FILE
+
+
+def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Recipe, str | None]:
+    """The recipe with the folders that it writes to, and what to say of them where they are not the usual ones.
+
+    Args:
+        recipe: as it was asked for.
+        repeats: whether it was read from a file, which is a run to do once more.
+        named: which of `save` and `save_model` were asked for now, and stay as they are.
+    """
+    usual = recipe.run_folder
+    if recipe.output.overwrite:
+        return recipe, None
+    if repeats:
+        found = beside_finished(recipe, named)
+        moved = found.run_folder != usual
+        return found, f"{usual} holds a finished run; this one goes to {found.run_folder}." if moved else None
+    if recipe.output.run is not None:
+        return recipe, None
+    folder, differing = folder_apart(usual, _deciding(recipe), partial(_settings_in, recipe))
+    if not differing:
+        return recipe, None
+    said = f"{usual} holds a run that differs in {', '.join(differing)}; this one goes to {folder}."
+    return recipe.replaced(save=folder), said
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    return recipe.deciding(Decides.RESULT | Decides.MEASUREMENT)
+
+
+def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """What decides the run in a folder; None if there is none, nothing known if its recipe is of another version."""
+    if not (folder / RECIPE_FILE).is_file():
+        return None
+    try:
+        there = _deciding(Recipe.from_yaml(folder / RECIPE_FILE))
+    except BadInput:
+        return {}
+    if recipe.finetune.mode is None:
+        return there
+    from coprune.training.after_pruning import pruning_of  # needs an extra, as fine-tuning does
+
+    # The first half of this run, which was interrupted before it was fine-tuned.
+    own_half = (folder / "pruned").is_dir() or not (folder / REPORT_FILE).is_file()
+    return _deciding(recipe) if own_half and there == _deciding(pruning_of(recipe)) else there
 
 
 def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:

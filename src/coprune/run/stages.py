@@ -18,7 +18,6 @@ from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown
-from coprune.base.words import Set, Together, Words
 from coprune.evaluation.extras import Extras
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
@@ -29,14 +28,18 @@ from coprune.packed.encoding import PackedEncoding
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
-from coprune.report.hub import push, require_login
+from coprune.report.hub import require_login
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_folders
+from coprune.run.ending import finished, push_if_asked
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
 from coprune.run.given import NOTHING, Given
 from coprune.run.journal import Output, run_identity
+from coprune.run.less_memory import less_memory
+from coprune.run.look_at_dense import pruned_before
 from coprune.run.measuring import look_at_pruned, measure, measure_dense
+from coprune.run.overwrite import refuse_own_source, replace_earlier
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
 from coprune.run.removal.cut_and_prune import cut_and_prune
@@ -105,10 +108,8 @@ def run_recipe(
     started = time.perf_counter()
     writes = write and processes.first
     around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes, writes)
-    if recipe.finetune.mode is not None:
-        return _run_with_finetuning(recipe, given, around)
-    if recipe.cuts_and_prunes:
-        return _run_both(recipe, given, around, write)
+    if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
+        return _run_halves(recipe, given, around, write)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report, again=True)
         return Result(report)
@@ -116,7 +117,8 @@ def run_recipe(
         require_login(recipe.output.push_to_hub)
     if processes.first and (write or recipe.output.model):
         prepare_folders(recipe)
-    with listening(recipe, around.reporter) if processes.first else nullcontext(), enough_memory(_smaller(recipe)):
+    told = listening(recipe, around.reporter) if processes.first else nullcontext()
+    with told, enough_memory(less_memory(recipe)), around.reporter.libraries():
         return _run(recipe, given, around, reuse or Reuse(), writes, started)
 
 
@@ -130,6 +132,8 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
     if first:
         extras.look.prepare(loaded, around.reporter)
     phases.done(Phase.PREPARE)
+    if first and recipe.output.overwrite:
+        replace_earlier(recipe)
     output = _open_output(session) if first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
@@ -150,25 +154,14 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
         announce(recipe, report)
     _save(session, output, report, outcome.edits)
     return_free_memory()
-    if write:
-        finish_run_folder(recipe, report)
+    report = finished(recipe, report, started, around)
     around.reporter.tell(Finished(final_figures(report)))
-    if first and recipe.output.push_to_hub is not None and recipe.output.model is not None:
-        around.reporter.say(f"Pushed to {push(recipe.output.model, recipe.output.push_to_hub)}")
+    if first:
+        push_if_asked(recipe.output, around.reporter)
     if loaded.weights.streams:
         return Result(report, loaded.processor)
     made = partial(smaller_model, session, outcome.edits) if removes else lambda: loaded.model
     return Result(report, loaded.processor, made)
-
-
-def _smaller(recipe: Recipe) -> Words:
-    """What would make a run of this recipe take less memory."""
-    calibration = recipe.calibration
-    changes = [Set("batch_size", 1)] if calibration.batch_size != 1 else []
-    changes += [Set("activation_memory", 0)] if calibration.activation_memory != 0 else []
-    changes += [Set("stream", True)] if recipe.model.stream is False else []
-    changes += [Set("nsamples", max(1, calibration.samples // 4))]
-    return ("it takes less with ", Together(tuple(changes)))
 
 
 def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> Session:
@@ -179,10 +172,23 @@ def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> S
         if recipe.model.check_memory:
             estimate.require()
     return_free_memory()  # of the blocks and matrices that were tried
-    return prove_run(opened)
+    session = prove_run(opened)
+    if around.processes.first and (pruned := pruned_before(session)) is not None:
+        around.reporter.say(pruned)
+    return session
 
 
-def _run_with_finetuning(recipe: Recipe, given: Given, around: Surroundings) -> Result:
+def _run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool) -> Result:
+    """What is done as two runs, one on the other's model."""
+    if around.processes.first and recipe.output.overwrite:
+        refuse_own_source(recipe)
+        replace_earlier(recipe)
+    around.processes.from_first(lambda: None)  # nobody looks for halves that are being removed
+    own = recipe.replaced(overwrite=None)
+    return _run_both(own, given, around, write) if own.finetune.mode is None else _run_tuned(own, given, around)
+
+
+def _run_tuned(recipe: Recipe, given: Given, around: Surroundings) -> Result:
     from coprune.training.after_pruning import prune_and_finetune
 
     def prune_only(pruning: Recipe) -> Report:

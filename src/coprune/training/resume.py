@@ -6,15 +6,19 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from coprune.base.apart import folder_apart
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.output_names import require_own_name, require_usable
-from coprune.base.words import Setting
+from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
+from coprune.model.edits import is_coprunes
 from coprune.recipe.decides import Decides, deciding
 from coprune.training.history import masks_of
 from coprune.training.masks import plain_parameters
@@ -61,21 +65,61 @@ def prepare_folders(settings: FinetuneSettings) -> None:
         raise BadInput(
             f"{folder} is a file", field="save", value=folder, fix=("name another run folder with ", Setting("save"))
         )
-    if (folder / REPORT_FILE).exists():
-        raise BadInput(
-            f"{folder} already holds a finished run",
-            field="save",
-            value=folder,
-            fix=("name another folder with ", Setting("save"), ", or remove it"),
-        )
+    replace = (", or replace it with ", Set("overwrite", True))
+    if (folder / REPORT_FILE).exists() and not settings.overwrite:
+        named = ("name another folder with ", Setting("save"), *replace)
+        raise BadInput(f"{folder} already holds a finished run", field="save", value=folder, fix=named)
     target = settings.model_folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(
-            f"{target} already exists and is not empty",
-            field="save_model",
-            value=target,
-            fix=("name another folder with ", Setting("save_model")),
-        )
+        mine = is_coprunes(target)
+        if mine and settings.overwrite and target.resolve() != expand_home(settings.model).resolve():
+            return
+        named = ("name another folder with ", Setting("save_model"), *(replace if mine else ()))
+        raise BadInput(f"{target} already exists and is not empty", field="save_model", value=target, fix=named)
+
+
+def beside_others(settings: FinetuneSettings) -> tuple[FinetuneSettings, str | None]:
+    """The settings with a run folder of its own, where nobody named one and the usual one holds a run of others.
+
+    Returns the settings, and what to say of the folder if it is not the usual one.
+    """
+    if settings.save is not None or settings.overwrite:
+        return settings, None
+    usual = settings.run_folder
+    folder, differing = folder_apart(usual, _deciding(settings), _settings_in)
+    if not differing:
+        return settings, None
+    said = f"{usual} holds a run that differs in {', '.join(differing)}; this one goes to {folder}."
+    return settings.model_copy(update={"save": folder}), said
+
+
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    """What decides the finished or unfinished run in a folder; None if there is none."""
+    for file in (folder / REPORT_FILE, folder / "training" / _IDENTITY):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return dict(content["settings"] if file.name == REPORT_FILE else content)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+    return None
+
+
+def _deciding(settings: FinetuneSettings) -> dict[str, Any]:
+    return deciding(settings.model_dump(mode="json"), type(settings).model_fields, Decides.RESULT)
+
+
+def replace_earlier(settings: FinetuneSettings) -> None:
+    """Remove what a finished run left where this one writes."""
+    run, model = settings.run_folder, settings.model_folder
+    finished = (run / REPORT_FILE).is_file()
+    if finished:
+        shutil.rmtree(run / "adapter", ignore_errors=True)
+    if is_coprunes(model):
+        shutil.rmtree(model)
+    if finished:
+        (run / REPORT_FILE).unlink()  # last, since it says that the rest is of a finished run
 
 
 def resume_from(session: Session, first: bool) -> Path | None:
@@ -85,8 +129,7 @@ def resume_from(session: Session, first: bool) -> Path | None:
     """
     folder = session.training_folder
     settings = session.settings
-    identity = deciding(settings.model_dump(mode="json"), type(settings).model_fields, Decides.RESULT)
-    identity |= {
+    identity = _deciding(settings) | {
         "masks": session.masks.fingerprint(),
         "weights": _fingerprint(session),
         "data": session.data.fingerprint,

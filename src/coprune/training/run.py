@@ -35,7 +35,14 @@ from coprune.training.report import (
     change,
     curves,
 )
-from coprune.training.resume import announce, finish_announced, prepare_folders, resume_from
+from coprune.training.resume import (
+    announce,
+    beside_others,
+    finish_announced,
+    prepare_folders,
+    replace_earlier,
+    resume_from,
+)
 from coprune.training.saving import save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.settings import FinetuneSettings
@@ -52,11 +59,21 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
     processes = started_processes()
     first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
+    settings, said = beside_others(settings)
+    if said is not None:
+        reporter.say(said)
     if processes.size == 1 and (report := finish_announced(settings)) is not None:
         return report
     if first:
         prepare_folders(settings)
+    with reporter.libraries():
+        return _run(settings, reporter, first)
+
+
+def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> FinetuneReport:
     session = prepare_session(settings, reporter)
+    if first and settings.overwrite:
+        replace_earlier(settings)
     resume = resume_from(session, first)
     before = _measure(session, "pruned") if first else {}
     look = look_before(session) if first else Look(None)

@@ -34,6 +34,7 @@ _NO_ZEROS: dict[str, Any] = {
     "encoding": "dense",
     "report_to": None,
     "push_to_hub": None,
+    "private": None,
     "log_json": None,
     "prompt": "",
 }

@@ -1,0 +1,28 @@
+"""`coprune push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a saved model, of adapters, or of a run that saved its model.")
+    ],
+    repository: Annotated[str, typer.Argument(help="Its name on the Hub.", metavar="OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="Let nobody else see the repository.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Put a saved model with its card on the Hugging Face Hub; the repository is made if it does not exist.
+
+    Example: coprune push out/pruned me/SmolLM2-2-4 --private
+    """
+    from coprune.base.progress import Reporter
+    from coprune.report.hub import push
+
+    with Reporter(quiet).libraries():
+        address = push(folder, repository, private)
+    typer.echo(f"pushed to {address}")

@@ -1,0 +1,48 @@
+"""The folder that nobody named follows what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coprune.base.apart import folder_apart
+
+USUAL = Path("out/wanda")
+
+
+def apart(there: Mapping[str, Mapping[str, Any]], **settings: Any) -> str:
+    """The folder's name, with runs of some settings in some folders."""
+    found, _ = folder_apart(USUAL, settings, lambda folder: there.get(folder.name))
+    assert found.parent == USUAL.parent
+    return found.name
+
+
+def test_the_usual_folder_is_for_the_first_run_and_for_the_same_again() -> None:
+    assert apart({}, seed=0) == "wanda"
+    assert apart({"wanda": {"seed": 0}}, seed=0) == "wanda"
+
+
+def test_a_run_with_other_settings_gets_a_name_that_says_which() -> None:
+    there = {"wanda": {"seed": 0, "data": "wikitext2", "tokens": None, "include": (), "save_model": "not given"}}
+    same = dict(there["wanda"])
+    assert apart(there, **same | {"seed": 1}) == "wanda-seed-1"
+    assert apart(there, **same | {"data": "/home/me/my texts/a b.txt"}) == "wanda-data-my-texts-a-b.txt"
+    assert apart(there, **same | {"tokens": 512, "save_model": "given"}) == "wanda-tokens-512-save-model"
+    assert apart(there, **same | {"include": ("*.q_proj", "*.v_proj")}) == "wanda-include-.q-proj-.v-proj"
+    assert apart({"wanda": same | {"tokens": 512}}, **same) == "wanda-no-tokens"
+    assert folder_apart(USUAL, same | {"seed": 1, "data": "c4"}, lambda _: None)[1] == []
+    assert folder_apart(USUAL, same | {"seed": 1}, lambda folder: there.get(folder.name))[1] == ["seed"]
+
+
+def test_it_goes_on_there_and_never_over_another() -> None:
+    there = {"wanda": {"seed": 0}, "wanda-seed-1": {"seed": 1}, "wanda-seed-2": {"seed": 7}, "wanda-seed-2-2": {}}
+    assert apart(there, seed=1) == "wanda-seed-1"
+    assert apart(there, seed=2) == "wanda-seed-2-3"
+
+
+def test_a_name_is_no_longer_than_a_name_may_be() -> None:
+    many = {f"setting_{i}": i for i in range(60)}
+    names = {apart({"wanda": {}}, **many | {"setting_59": last}) for last in (1, 2)}
+    assert len(names) == 2
+    assert all(len(name) < 100 for name in names)

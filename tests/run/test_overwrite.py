@@ -1,0 +1,103 @@
+"""A second command: beside the first run if it differs, in its place if that is asked for, and nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coprune as package
+from coprune.recipe.recipe import make_recipe
+from coprune.run.overwrite import refuse_own_source
+from support.commands import run_command
+from support.pico_folder import listing, save_pico, write_words
+
+COMMAND = [
+    "prune",
+    "model",
+    "--dataset",
+    "words.txt",
+    "--nsamples",
+    "2",
+    "--seqlen",
+    "32",
+    "-m",
+    "magnitude",
+    "--no-eval",
+]
+USUAL = Path("out/model/unstructured-0.5/magnitude")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_pico(tmp_path / "model", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("coprune.report.folder.can_make_pages", lambda: False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command; its exit code and what it tells."""
+
+    def command(*more: Any) -> tuple[int, str]:
+        ended = run_command([*COMMAND, *more], monkeypatch, capsys)
+        return ended.code, ended.err
+
+    return command
+
+
+def test_another_seed_goes_beside_and_the_same_command_is_told_what_to_do(
+    place: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    assert run()[0] == 0
+    usual = next((place / "out").rglob("report.json")).parent
+    before = listing(usual)
+    code, said = run("--seed", "1")
+    own = usual.with_name("magnitude-seed-1").relative_to(place)
+    assert code == 0
+    assert f"{usual.relative_to(place)} holds a run that differs in seed; this one goes to {own}." in said
+    assert (own / "report.json").is_file()
+    assert listing(usual) == before
+    code, said = run("--seed", "1")
+    assert code == 2
+    assert (
+        f"{own} already holds a finished run; name another run folder with --save, or replace it with --overwrite."
+        in said
+    )
+
+
+def test_overwrite_replaces_run_and_model_and_nothing_else(place: Path, run: Callable[..., tuple[int, str]]) -> None:
+    folders = ["--save", "run", "--save-model", "run/pruned"]
+    assert run(*folders)[0] == 0
+    (place / "run" / "notes.txt").write_text("mine")
+    (place / "run" / "bench.json").write_text("{}")
+    code, said = run(*folders, "--sparsity", "0.75")
+    assert code == 2
+    assert "--overwrite" in said
+    # What cannot be done at all removes nothing.
+    before = listing(place)
+    assert run(*folders, "--overwrite", "--dataset", "wrods.txt")[0] == 2
+    assert listing(place) == before
+    assert run(*folders, "--sparsity", "0.75", "--overwrite")[0] == 0
+    assert json.loads((place / "run" / "report.json").read_text())["sparsity"]["matrices"] == 0.75
+    assert (place / "run" / "notes.txt").read_text() == "mine"
+    assert not (place / "run" / "bench.json").exists()
+    assert "overwrite" not in (place / "run" / "recipe.yaml").read_text()
+
+
+def test_overwrite_keeps_what_coprune_did_not_write_and_what_the_run_reads(
+    place: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.txt").write_text("mine")
+    code, said = run("--save", "run", "--save-model", "mine", "--overwrite")
+    assert code == 2
+    assert "mine already exists and is not empty; name another folder with --save-model." in said
+    assert run("--save", "run", "--save-model", "pruned")[0] == 0
+    with pytest.raises(package.BadInput, match="the run would replace pruned, which it reads"):
+        refuse_own_source(make_recipe({"model": "pruned", "save": "other", "save_model": "pruned", "overwrite": True}))

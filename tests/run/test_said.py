@@ -1,0 +1,73 @@
+"""What a run says of itself: samples that overlap, a text that nothing depends on, zeros that were there, what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coprune
+from coprune.base.errors import BadInput
+from support.pico_folder import save_pico, write_words
+
+SMALL: dict[str, Any] = dict(dataset="words.txt", seqlen=32, nsamples=2, evaluate=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("said")
+    save_pico(folder / "model", num_hidden_layers=2)
+    write_words(folder / "words.txt")
+    return folder
+
+
+@pytest.fixture
+def said(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that are said."""
+    lines: list[str] = []
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("coprune.base.progress.Reporter.say", lambda self, line: lines.append(line))
+    return lines
+
+
+def test_samples_that_overlap_are_said(said: list[str], place: Path) -> None:
+    tokens = len((place / "words.txt").read_text().split())
+    coprune.prune("model", "magnitude", **SMALL | {"nsamples": tokens // 32})
+    assert not any("overlap" in line for line in said)
+    coprune.prune("model", "wanda", **SMALL | {"nsamples": tokens // 32 + 1})
+    wanted = f"{32 * (tokens // 32 + 1):,} tokens are drawn from a text of {tokens:,}"
+    assert f"Samples overlap, since {wanted}: fewer of them tell as much, and more text tells more." in said
+
+
+def test_a_text_that_nobody_named_and_nothing_depends_on_may_be_missing(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BadInput("no network here")
+
+    monkeypatch.setattr("coprune.evaluation.tasks.text.read_samples", refuse)
+    unnamed = {name: value for name, value in SMALL.items() if name != "dataset"}
+    report = coprune.prune("model", "magnitude", **unnamed).report
+    assert "No layer errors, since nothing is calibrated on: no network here." in said
+    assert {matrix.relative_layer_error for matrix in report.matrices} == {None}
+    for settings in (SMALL, unnamed | {"method": "wanda"}):
+        with pytest.raises(BadInput, match="no network here"):
+            coprune.prune("model", **{"method": "magnitude", **settings})
+
+
+def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Path) -> None:
+    coprune.prune("model", "magnitude", **SMALL, save_model=place / "pruned")
+    assert not any("was pruned before" in line for line in said)
+    coprune.prune("pruned", "magnitude", sparsity=0.7, **SMALL)
+    wanted = "pruned was pruned before: 50.00 % of the weights of model.layers.0 are zero. "
+    assert f"{wanted}What is called dense in the report is the model as it comes." in said
+
+
+def test_what_reconstruction_did_is_no_numerical_event(said: list[str]) -> None:
+    report = coprune.prune("model", "magnitude", reconstruct=2, **SMALL).report
+    assert len(report.reconstructions) == 2
+    assert report.troubles == []
+    rows = {line.split()[0]: line for line in str(report).splitlines()}
+    assert "events" not in rows
+    assert rows["trained"].startswith("trained   2 blocks, the last: relative error ")
