@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 
 import coprune
 from coprune.base.errors import BadInput
@@ -102,10 +105,80 @@ def test_a_push_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.
     from coprune.report.hub import push
 
     (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("coprune.report.hub.get_token", lambda: "token")
     with pytest.raises(BadInput, match="hf upload me/model"):
         push(tmp_path, "me/model")
     assert (tmp_path / "model.safetensors").exists()
+
+
+class Hub:
+    """Stands for the Hub: remembers what was put there."""
+
+    private = False
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def create_repo(self, repository: str, exist_ok: bool, private: bool | None) -> Any:
+        assert exist_ok
+        return RepoUrl(f"https://huggingface.co/{repository}")
+
+    def repo_info(self, repository: str) -> Any:
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(self, *, folder_path: Path, repo_id: str, allow_patterns: list[str], commit_message: str) -> None:
+        files = [str(path.relative_to(folder_path)) for path in sorted(folder_path.rglob("*")) if path.is_file()]
+        self.files += [f"{repo_id}/{name}" for name in filter_repo_objects(files, allow_patterns=allow_patterns)]
+
+
+def test_a_folder_or_the_model_of_a_run_is_pushed(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("coprune.report.hub.HfApi", lambda: hub)
+    monkeypatch.setattr("coprune.report.hub.get_token", lambda: "token")
+    settings: dict[str, Any] = dict(evaluate=False, dataset=str(files[1]), seqlen=32, nsamples=2, layer_error=False)
+    coprune.prune(
+        str(files[0]), "magnitude", **settings, quiet=True, save=tmp_path / "run", save_model=tmp_path / "model"
+    )
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "model" / "link.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / "model" / "odd[1].txt").write_text("odd")
+    ended = run_command(["push", str(tmp_path / "run"), "me/model", "-q"], monkeypatch, capsys)
+    assert (ended.code, ended.out) == (0, "pushed to https://huggingface.co/me/model\n")
+    names = {name.removeprefix("me/model/") for name in hub.files}
+    assert names >= {"README.md", "config.json", "model.safetensors", "tokenizer.json", "odd[1].txt"}
+    assert "link.txt" not in names
+    hub.files = []
+    ended = run_command(["push", str(tmp_path / "model"), "me/model", "--private"], monkeypatch, capsys)
+    assert ended.err.splitlines()[-1] == (
+        "coprune: me/model is there already, and everybody sees it; name another one, or leave out --private."
+    )
+    assert (ended.code, hub.files) == (2, [])
+    hub.private = True
+    assert coprune.push(tmp_path / "model", "me/model", private=True) == "https://huggingface.co/me/model"
+    ended = run_command(["push", str(tmp_path), "me/model"], monkeypatch, capsys)
+    assert f"{tmp_path} holds no model; name the folder of a saved one." in ended.err
+
+
+def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path: Path) -> None:
+    model, text = files
+    spaced = tmp_path / "my own texts" / "a.txt"
+    spaced.parent.mkdir()
+    spaced.write_text(text.read_text())
+    settings: dict[str, Any] = dict(seqlen=32, nsamples=2, quiet=True, save_model=tmp_path / "a b" / "pruned")
+    report = coprune.prune(str(model), "magnitude", dataset=str(spaced), eval_data=str(text), **settings).report
+    card = (tmp_path / "a b" / "pruned" / "README.md").read_text()
+    assert card == model_card(report)
+    for place in (tmp_path, model.parent, "my own texts", "a b/"):
+        assert str(place) not in card
+    assert "# model, pruned with magnitude" in card
+    assert "base_model" not in card
+    assert "| text.txt | 32 |" in card
+    assert "data: a.txt" in card
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in card
 
 
 def test_what_others_named_stays_text_in_the_card(files: tuple[Path, Path]) -> None:

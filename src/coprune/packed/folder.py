@@ -23,10 +23,11 @@ from coprune.model.checkpoint.header import read_header_bytes
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.own_files import own_files
 from coprune.model.checkpoint.shards import read_json
+from coprune.packed.card import packed_card
 from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
 from coprune.packed.header import is_packed
-from coprune.packed.manifest import CONFIG, INDEX, MANIFEST, read_manifest, write_manifest
+from coprune.packed.manifest import CARD, CONFIG, INDEX, MANIFEST, read_manifest, write_manifest
 from coprune.packed.shards import (
     DTYPE_NAMES,
     ShardWriter,
@@ -85,6 +86,8 @@ def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_n
             index = read_json(source / INDEX)
             index.setdefault("metadata", {})["total_size"] = sizes.packed
             _write_json(out / INDEX, index)
+        if (out / CARD).is_file():
+            kept |= _say_in_card(out / CARD)
         write_manifest(out / MANIFEST, kept, headers)
     return sizes
 
@@ -127,6 +130,16 @@ def unpack(source: Path | str, target: Path | str) -> Path:
         for name, content in files.items():
             (out / name).write_bytes(content)
     return target
+
+
+def _say_in_card(path: Path) -> dict[str, bytes]:
+    """Let a folder's card say that it is packed; returns the card as it was, by its name."""
+    before = path.read_bytes()
+    try:
+        path.write_bytes(packed_card(before.decode("utf-8")).encode("utf-8"))
+    except UnicodeDecodeError:
+        return {}
+    return {path.name: before}
 
 
 def checkpoint_shards(folder: Path) -> list[Path]:

@@ -18,10 +18,11 @@ from coprune.packed.header import VERSION
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "coprune_packed.json"
+CARD = "README.md"
 
 
 def write_manifest(path: Path, files: Mapping[str, bytes], headers: Mapping[str, bytes]) -> None:
-    """Keep the configuration and index, and every safetensors file's header, as they were."""
+    """Keep the configuration, index and card, and every safetensors file's header, as they were."""
     content = {
         "version": VERSION,
         "files": {name: file.decode("utf-8") for name, file in files.items()},
@@ -37,7 +38,7 @@ def read_manifest(path: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
     content = read_json(path)
     try:
         files, headers = content.get("files", {}), content.get("safetensors_headers", {})
-        if not set(files) <= {CONFIG, INDEX}:
+        if not set(files) <= {CONFIG, INDEX, CARD}:
             raise ValueError("it names other files")
         restored = {name: text.encode("utf-8") for name, text in files.items()}
         return restored, {name: _inflated(header) for name, header in headers.items()}

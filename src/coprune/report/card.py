@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
+from coprune.base.shown import per_cent
 from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
+from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
-from coprune.report.markdown import fenced, field, inline
+from coprune.report.markdown import fenced, field, hub_id, inline, without_places
 from coprune.report.schema import Report
 
 _LOAD = """```python
-from transformers import {model}, {processor}
+{first}from transformers import {model}, {processor}
 
 model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
 {name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
@@ -26,16 +30,11 @@ _AUTO = {
 }
 
 
-_STORED = {
-    "dense": "The weights are stored dense, so any tool that loads the original loads this.",
-    "packed": "The weights are stored packed: `import coprune` before transformers loads this folder, and `coprune unpack` "
-    "makes a dense folder of it that needs no coprune.",
-}
-
-
 def _how_to_load(report: Report) -> str:
     names = _AUTO[report.model.task]
-    return _LOAD.format(**names | ({"model": report.model.loaded_by} if report.model.loaded_by else {}))
+    own = {"model": report.model.loaded_by} if report.model.loaded_by else {}
+    packed = report.recipe.output.encoding == "packed"
+    return _LOAD.format(**names | own, first=IMPORT if packed else "")
 
 
 def model_card(report: Report) -> str:
@@ -44,7 +43,7 @@ def model_card(report: Report) -> str:
     images = report.model.task == "images"
     pipeline = "image-classification" if images else "text-generation"
     header = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- coprune", "- pruning"]
-    header += [field("base_model", base)] if base.count("/") == 1 and not base.startswith((".", "/")) else []
+    header += [field("base_model", base)] if hub_id(base) else []
     note = (
         "The weights were dequantised from a quantised file before they were pruned; all figures are of those.\n\n"
         if report.model.quantised_source
@@ -55,24 +54,30 @@ def model_card(report: Report) -> str:
         results += f"\n\n## Zero-shot tasks\n\n{_task_table(report.zero_shot)}"
     if report.answers is not None:
         results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
-    calibration = report.calibration
-    size = "" if calibration is None else "images" if images else f"samples of {calibration.seqlen} tokens"
-    details = "" if calibration is None or not calibration.details() else f" {inline(calibration.details())}"
-    data = (
-        "No calibration data was used."
-        if calibration is None
-        else f"Calibrated on {calibration.nsamples} {size} of {inline(calibration.source)} "
-        f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`).{details}"
-    )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     tuned = "" if report.finetuned is None else f", then fine-tuned ({report.finetuned.line()})"
-    return "\n".join(header) + (
-        f"\n{_model_index(report)}---\n\n# {inline(base)}, pruned with {report.recipe.way}{tuned}\n\n"
+    recipe, title = report.recipe.untold(), base if hub_id(base) else Path(base).name
+    repeats = "" if report.recipe.given else ", which `coprune prune --recipe` repeats where its files are"
+    card = "\n".join(header) + (
+        f"\n{_model_index(report)}---\n\n# {inline(title)}, pruned with {report.recipe.way}{tuned}\n\n"
         f"{_what_was_done(report)} "
-        f"{_STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
-        f"## How it was made\n\n{data}\n\n"
-        f"Made with {versions}. The recipe{'' if report.recipe.given else ', which `coprune prune --recipe` repeats'}:"
-        f"\n\n{fenced(report.recipe.untold().to_yaml(), 'yaml')}\n\n## Load\n\n{_how_to_load(report)}\n"
+        f"{STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
+        f"## How it was made\n\n{_calibrated_on(report)}\n\n"
+        f"Made with {versions}. The recipe{repeats}:\n\n{fenced(recipe.to_yaml(), 'yaml')}\n\n"
+        f"## Load\n\n{_how_to_load(report)}\n"
+    )
+    return without_places(card, [recipe.model_dump(mode="json"), base])
+
+
+def _calibrated_on(report: Report) -> str:
+    calibration = report.calibration
+    if calibration is None:
+        return "No calibration data was used."
+    size = "images" if report.model.task == "images" else f"samples of {calibration.seqlen} tokens"
+    details = f" {inline(calibration.details())}" if calibration.details() else ""
+    return (
+        f"Calibrated on {calibration.nsamples} {size} of {inline(calibration.source)} "
+        f"(seed {calibration.seed}, fingerprint `{calibration.fingerprint}`).{details}"
     )
 
 
@@ -84,8 +89,8 @@ def _what_was_done(report: Report) -> str:
     if report.has_zeros:
         zeros = report.sparsity
         said.append(
-            f"{zeros.matrices:.2%} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
-            f"{zeros.model:.2%} of all parameters."
+            f"{per_cent(zeros.matrices)} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
+            f"{per_cent(zeros.model)} of all parameters."
         )
     return " ".join(said)
 
@@ -145,13 +150,13 @@ def _model_index(report: Report) -> str:
         return ""
     name = report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
     index = eval_results_to_model_index(f"{name}-{report.recipe.way}", found)
-    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _accuracy_table(report: Report) -> str:
     rows = [
-        f"| {a.data} | {a.images} | {'not measured' if a.dense_top1 is None else f'{a.dense_top1:.2%}'} "
-        f"| {a.pruned_top1:.2%} | {a.pruned_top5:.2%} |{_tuned(report, a.data)}"
+        f"| {a.data} | {a.images} | {'not measured' if a.dense_top1 is None else per_cent(a.dense_top1)} "
+        f"| {per_cent(a.pruned_top1)} | {per_cent(a.pruned_top5)} |{_tuned(report, a.data)}"
         for a in report.accuracy
     ]
     tuned = "" if report.finetuned is None else " fine-tuned top-1 |"
@@ -164,7 +169,7 @@ def _tuned(report: Report, data: str) -> str:
         return ""
     if data in facts.perplexity:
         return f" {facts.perplexity[data]:.2f} |"
-    return f" {facts.top1[data]:.2%} |" if data in facts.top1 else " not measured |"
+    return f" {per_cent(facts.top1[data])} |" if data in facts.top1 else " not measured |"
 
 
 def _table(head: str, rows: list[str]) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.base.shown import per_cent
+from coprune.model.edits import source_of
 from coprune.report.answers import answers_markdown
-from coprune.report.markdown import fenced, field, inline
+from coprune.report.markdown import fenced, field, hub_id, inline, without_places
 from coprune.training.report import FinetuneReport
 
 
@@ -30,11 +34,8 @@ def adapter_card(report: FinetuneReport, warning: str) -> str:
 def _card(report: FinetuneReport, library: str, note: str) -> str:
     settings = report.settings
     header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
-    header += (
-        [field("base_model", settings.model)]
-        if settings.model.count("/") == 1 and settings.model[0] not in "./"
-        else []
-    )
+    base = hub_id(settings.model) or hub_id(_source(settings.model))
+    header += [field("base_model", base)] if base else []
     title, results = _results(report)
     if report.answers is not None:
         results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
@@ -42,19 +43,28 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     zeros = (
-        f"{report.sparsity_after:.2%} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
+        f"{per_cent(report.sparsity_after)} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
         "as before; this was verified before saving.\n\n"
     )
     what = [f"Removed before: {inline(line)}.\n\n" for line in report.removed]
     what += [zeros] if report.pruned_matrices else []
     how = "with its zeros kept" if report.pruned_matrices else "with less in it"
-    return "\n".join(header) + (
+    card = "\n".join(header) + (
         f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned {how} ({settings.mode})\n\n"
         f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
         f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
         f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
         f"{fenced(settings.to_yaml(), 'yaml')}\n"
     )
+    return without_places(card, settings.model_dump(mode="json"))
+
+
+def _source(model: str) -> str:
+    """What the model that was fine-tuned was made from, as its folder tells."""
+    try:
+        return source_of(expand_home(model)) or ""
+    except BadInput:
+        return ""
 
 
 def _results(report: FinetuneReport) -> tuple[str, str]:
@@ -62,8 +72,8 @@ def _results(report: FinetuneReport) -> tuple[str, str]:
     if report.block_size is None:
         title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
         rows = [
-            f"| {inline(a.data)} | {a.images} | {a.before_top1:.2%} | {a.after_top1:.2%} | {a.before_top5:.2%} "
-            f"| {a.after_top5:.2%} |"
+            f"| {inline(a.data)} | {a.images} | {per_cent(a.before_top1)} | {per_cent(a.after_top1)} | {per_cent(a.before_top5)} "
+            f"| {per_cent(a.after_top5)} |"
             for a in report.accuracy
         ]
     else:
