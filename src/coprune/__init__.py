@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from coprune.packed.sizes import Sizes
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
+    from coprune.report.hub import push
     from coprune.report.schema import Report
     from coprune.run.compare import compare
     from coprune.run.estimate.found import Estimate
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from coprune.run.sweep.result import SweepResult
     from coprune.run.sweep.sweep import sweep
     from coprune.training.finetune import finetune
+    from coprune.training.keep_zeros import keep_zeros
     from coprune.training.merge import Merged, merge
     from coprune.training.report import FinetuneReport
 
@@ -85,11 +87,13 @@ _HOME = {
     "finetune": "coprune.training.finetune",
     "generate": "coprune.run.generate",
     "inspect": "coprune.run.inspect",
+    "keep_zeros": "coprune.training.keep_zeros",
     "load_packed": "coprune.packed.quantizer",
     "merge": "coprune.training.merge",
     "pack": "coprune.packed.folder",
     "perplexity": "coprune.evaluation.perplexity",
     "prune": "coprune.run.prune",
+    "push": "coprune.report.hub",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
     "sweep": "coprune.run.sweep.sweep",
@@ -127,11 +131,13 @@ __all__ = [
     "finetune",
     "generate",
     "inspect",
+    "keep_zeros",
     "load_packed",
     "merge",
     "pack",
     "perplexity",
     "prune",
+    "push",
     "register_method",
     "run_recipe",
     "sweep",

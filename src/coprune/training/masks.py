@@ -107,13 +107,15 @@ def find_masks(
     whole_matrices: list[Matrix] = []
     pruned: dict[str, Tensor] = {}
     for matrix in find_matrices(model):
+        if _is_adapter(matrix.name):
+            continue
         stored = matrix.stored()
         zero = stored == 0
         zeros = int(zero.sum())
         if zeros < least * stored.numel() and not (zeros and matrix.name in named):
             whole_matrices += [matrix] if any(is_below(matrix.name, block) for block in smaller) else []
             continue
-        name = matrix.parameter
+        name = _plain_name(matrix.parameter)
         matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
         whole = getattr(matrix.owner, matrix.attribute)
         if matrix.expert is None:
@@ -136,7 +138,7 @@ def find_masks(
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A model's own parameters by their names before adapters, data parallelism or compilation wrapped them."""
-    return {_plain_name(name): p for name, p in model.named_parameters() if ".lora_" not in name}
+    return {_plain_name(name): p for name, p in model.named_parameters() if not _is_adapter(name)}
 
 
 def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.Parameter]:
@@ -160,6 +162,10 @@ def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.P
 
 def _matches(name: str, glob: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name
 
 
 def _plain_name(name: str) -> str:

@@ -1,0 +1,160 @@
+"""Keep the zeros of a pruned model while something else trains it: a plain loop, transformers' Trainer, TRL.
+
+What `hold_zeros` does for the optimiser that coprune makes is done here for any optimiser of torch, whoever makes it and
+whenever: gradients are masked as they are accumulated, and after every step of an optimiser that has a pruned weight
+that weight is set to zero once more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import TrainerCallback
+
+from coprune.base.environment import asks_for_fsdp, rank
+from coprune.base.errors import BadInput, BrokenMask
+from coprune.base.progress import Reporter
+from coprune.base.shown import per_cent
+from coprune.model.edits import pruned_names
+from coprune.training.masks import Masks, find_masks, plain_parameters
+
+
+def keep_zeros(model: nn.Module, *, quiet: bool = False) -> ZeroKeeper:
+    """Keep every zero of a pruned model, and its N:M, whatever optimiser of torch trains it.
+
+    It holds from this call on. What is returned is a context manager, at whose end the zeros are checked and let go, and
+    a callback for transformers' Trainer and what is built on it, which checks them at every save and at the end.
+
+    Args:
+        model: the pruned model in memory; its zeros are the mask.
+        quiet: say nothing on standard error of what was kept.
+
+    Returns:
+        What keeps the zeros, until its `release`.
+
+    Raises:
+        BadInput: the model is dense, or FSDP would share its parameters out among processes.
+    """
+    if asks_for_fsdp():
+        fix = "use data parallel processes: torchrun, or accelerate without FSDP"
+        raise BadInput("zeros are not kept over FSDP", fix=fix)
+    return ZeroKeeper(model, find_masks(model, named=_pruned_before(model)), Reporter(quiet))
+
+
+class _Mask:
+    """Where a parameter is kept. It knows nothing of the parameter, whose hook holds it: both go together."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self._keep = keep
+
+    @torch.no_grad()
+    def hold(self, tensor: Tensor) -> None:
+        """Set what is pruned to zero, wherever the model is by now."""
+        self._keep = self._keep.to(tensor.device)
+        tensor.mul_(self._keep)
+
+    def hold_gradient(self, parameter: Tensor) -> None:
+        """The same of the gradient that a parameter has accumulated."""
+        if parameter.grad is not None:
+            self.hold(parameter.grad)
+
+
+# The masks of every parameter that is kept, for as long as it lives.
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups if _kept else ():
+        for parameter in group["params"]:
+            for mask in _kept.get(parameter, ()):
+                mask.hold(parameter)
+
+
+# Of all optimisers, also of those that are made later.
+register_optimizer_step_post_hook(_after_step)
+
+
+class ZeroKeeper(TrainerCallback):
+    """What keeps the zeros of a model; `coprune.keep_zeros` makes it. They are kept even if nobody holds it."""
+
+    def __init__(self, model: nn.Module, masks: Masks, reporter: Reporter) -> None:
+        self.masks = masks
+        self._reporter = reporter
+        self._parameters = plain_parameters(model)
+        self._said = -1
+        self._held: list[tuple[nn.Parameter, _Mask, RemovableHandle]] = []
+        for name, pruned in masks.pruned.items():
+            parameter, mask = self._parameters[name], _Mask(~pruned)
+            _kept.setdefault(parameter, []).append(mask)
+            self._held.append((parameter, mask, _hook(parameter, mask.hold_gradient)))
+
+    def line(self) -> str:
+        """What is kept, for people."""
+        patterns = ", ".join(f"{count} × {name}" for name, count in self.masks.patterns.items())
+        return f"Every zero kept: {per_cent(self.masks.sparsity)} of {len(self.masks.matrices)} matrices ({patterns})."
+
+    def verify(self) -> None:
+        """Raise BrokenMask, naming the first matrix, if a pruned weight is not zero or an N:M is none any more."""
+        try:
+            self.masks.verify(self._parameters)
+        except BrokenMask as error:
+            cause = "something else than an optimiser of torch changed them, which is not seen"
+            raise BrokenMask(error.cause, fix=cause) from None
+
+    def release(self) -> None:
+        """Keep the zeros no longer."""
+        for parameter, mask, hook in self._held:
+            hook.remove()
+            _kept[parameter].remove(mask)
+        self._held.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.release()
+        if kind is None:
+            self._tell()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse another model than the one whose zeros are kept."""
+        trained = plain_parameters(kwargs["model"])
+        if any(trained.get(name) is not self._parameters[name] for name in self.masks.pruned):
+            fix = "trainer.add_callback(coprune.keep_zeros(trainer.model)) keeps those of the trainer's own"
+            raise BadInput("the trainer trains another model than the one whose zeros are kept", fix=fix)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the zeros, and say what was kept."""
+        self._said = state.global_step
+        self._tell()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The same, unless it was just saved."""
+        if self._said != state.global_step:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.verify()
+        if rank() == 0:
+            self._reporter.say(self.line())
+
+
+def _hook(parameter: nn.Parameter, mask: Any) -> RemovableHandle:
+    """Have a gradient masked as it is accumulated; of a frozen parameter, once it is trained after all."""
+    trained = parameter.requires_grad
+    handle: RemovableHandle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(mask)
+    parameter.requires_grad_(trained)
+    return handle
+
+
+def _pruned_before(model: nn.Module) -> set[str]:
+    """Names of the matrices that were pruned, as the model's folder tells, if it comes from one."""
+    folder = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return pruned_names(Path(folder)) if folder and Path(folder).is_dir() else set()
