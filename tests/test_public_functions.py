@@ -86,7 +86,7 @@ def test_a_streamed_result_has_the_tokenizer_too(inside: Path, tmp_path: Path) -
 def test_a_result_shows_itself_in_one_line(pruned: coprune.Result, place: Path) -> None:
     figures = pruned.report.perplexity[0]
     headline = (
-        f"model: wanda 2:4, 50.00% zeros, perplexity {figures.dense:.2f} → {figures.pruned:.2f} on {place}/test.txt"
+        f"model: wanda 2:4, 50.00 % zeros, perplexity {figures.dense:.2f} → {figures.pruned:.2f} on {place}/test.txt"
     )
     assert repr(pruned) == f"<Result of {headline}>"
     assert repr(pruned.report) == f"<Report of {headline}>"
@@ -95,7 +95,7 @@ def test_a_result_shows_itself_in_one_line(pruned: coprune.Result, place: Path) 
 def test_a_result_prints_and_renders_its_figures(pruned: coprune.Result, place: Path) -> None:
     lines = str(pruned).splitlines()
     assert lines[0] == f"model     {place}/model, 94,528 parameters, float32"
-    assert lines[2].startswith("sparsity  50.0000% of the 14 pruned matrices")
+    assert lines[2].startswith("sparsity  50.00 % of the 14 pruned matrices")
     assert [line.split()[0] for line in lines] == ["model", "method", "sparsity", "perplexity", "took"]
     html = pruned._repr_html_()
     assert html.count("<tr>") == len(lines)
@@ -261,7 +261,7 @@ def test_inspect_gives_the_data_of_which_the_commands_lines_are_a_rendering(
     first, second, *_ = found.matrices
     assert (first.name, first.shape, first.target) == ("model.layers.0.self_attn.q_proj", (64, 64), None)
     assert second.target == found.target
-    assert str(second.target) == "50.0% (2:4)"
+    assert str(second.target) == "50.00 % (2:4)"
     assert {matrix.zeros for matrix in found.matrices} == {0}
     assert len(found.chosen) == 12
     assert repr(found) == "<Inspection of model: llama, 94,528 parameters, 2 blocks>"
@@ -300,7 +300,7 @@ def test_finetune_trains_what_the_command_does(
         == str(merged).replace(str(tmp_path / "merged"), str(tmp_path / "again")) + "\n"
     )
     assert (merged.folder, merged.sparsity, merged.matrices) == (tmp_path / "merged", 0.5, 14)
-    assert repr(merged) == f"<Merged of {tmp_path / 'merged'}: 50.00% zeros in 14 matrices>"
+    assert repr(merged) == f"<Merged of {tmp_path / 'merged'}: 50.00 % zeros in 14 matrices>"
 
 
 def test_pack_and_unpack_do_what_the_commands_do(
@@ -350,7 +350,7 @@ def test_a_sweep_does_what_the_command_does(inside: Path, tmp_path: Path, comman
 
 
 def test_a_sweep_is_named_once() -> None:
-    with pytest.raises(coprune.BadInput, match="neither a file nor a preset"):
+    with pytest.raises(coprune.BadInput, match="neither a file nor a script"):
         coprune.sweep()
-    with pytest.raises(coprune.BadInput, match=r"a file \(lists\) and a preset \(opt\) are named"):
-        coprune.sweep({"model": "model"}, preset="opt")
+    with pytest.raises(coprune.BadInput, match=r"a file \(lists\) and a script \(opt\) are named"):
+        coprune.sweep({"model": "model"}, script="opt")

@@ -65,6 +65,10 @@ def run(installed: Path, tmp_path: Path) -> Callable[..., str]:
 def test_everything_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     files = {path for path in (ROOT / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     expected = {path.relative_to(ROOT / "src").as_posix() for path in files}
+    tasks = {
+        path for path in (ROOT / "docs" / "tasks").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    expected |= {f"coprune/task_definitions/{path.relative_to(ROOT / 'docs' / 'tasks').as_posix()}" for path in tasks}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -98,6 +102,6 @@ def test_a_kernel_is_compiled_and_a_model_pruned(run: Callable[..., str], tmp_pa
         "2:4",
     ]
     said = run("coprune", "prune", "model", *arguments, "--save", "run", "--save-model", "pruned", "--quiet")
-    assert "50.0000% of the 14 pruned matrices" in said
+    assert "50.00 % of the 14 pruned matrices" in said
     assert "<style>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "pruned" / "model.safetensors").is_file()

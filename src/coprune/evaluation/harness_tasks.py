@@ -25,10 +25,15 @@ from coprune.data.hub import require_dataset
 from coprune.evaluation.zero_shot import ZeroShotSettings
 from coprune.recipe.grammar import read_named
 
+_PACKAGE = Path(__file__).parents[1]
+# In an installed package, and in a checkout.
+_DEFINITIONS = next(
+    (p for p in (_PACKAGE / "task_definitions", _PACKAGE.parents[1] / "docs" / "tasks") if p.is_dir()), None
+)
 LOCAL_TASKS_HINT = (
     "To use files on this machine, write a task definition that names them and give its folder with ",
     Setting("include_path"),
-    "; docs/tasks holds such definitions of the usual tasks",
+    *([] if _DEFINITIONS is None else [f"; {_DEFINITIONS} holds such definitions of the usual tasks"]),
 )
 # Dataset builders that read files, where the Hub has no say.
 _FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}

@@ -217,7 +217,10 @@ def _not_fetched(name: str, error: Exception) -> BadInput:
     else:
         reason = str(error).strip().splitlines()
         cause = f"{name} could not be fetched from the Hub: {reason[0] if reason else repr(error)}"
-    return BadInput(cause, field="model", value=name, fix=fix)
+    found = BadInput(cause, field="model", value=name, fix=fix)
+    if name.startswith("timm/") and "." not in name and importlib.util.find_spec("timm") is None:
+        return found.advised("timm's own names of architectures are known where it is: pip install 'coprune[images]'")
+    return found
 
 
 def _nearest_here(name: str) -> str:
