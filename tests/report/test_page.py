@@ -18,7 +18,7 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 from coprune.report.charts import matrix_rows, place_of
 from coprune.report.page import run_page
-from coprune.report.several import Run, runs_page
+from coprune.report.several import Run, names_apart, runs_page
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here")
 
@@ -98,6 +98,26 @@ def test_the_page_of_several_runs(runs: list[Path], tmp_path: Path) -> None:
             assert f"{Report.read(run / 'report.json').perplexity[0].pruned:.2f}" in text
         assert page.errors == []
         assert page.requests == [file.as_uri()]
+
+
+def test_runs_are_told_apart_by_as_much_of_their_folders_as_differs(runs: list[Path]) -> None:
+    assert names_apart(runs) == ["wanda", "magnitude"]
+    assert names_apart([Path("out/a/2-4/wanda"), Path("out/a/4-8/wanda")]) == ["2-4/wanda", "4-8/wanda"]
+    assert names_apart([Path("x/a/2-4/wanda"), Path("x/b/2-4/wanda"), Path("x/b/2-4/ria")])[0] == "a/2-4/wanda"
+    assert names_apart([runs[0], runs[0] / "report.json"]) == ["wanda", "wanda"]  # one run twice
+
+
+def test_every_text_has_a_chart(runs: list[Path]) -> None:
+    found = []
+    for run in runs:
+        one = Run.read(run)
+        other = one.report.perplexity[0].model_copy(update={"data": "another text", "fingerprint": "other"})
+        report = one.report.model_copy(update={"perplexity": [*one.report.perplexity, other]})
+        found.append(Run(one.name, report, one.size))
+    page = runs_page(found)
+    assert page.count("Perplexity against sparsity") == 2
+    assert '"by-sparsity-1"' in page
+    assert "Perplexity on another text (sequence length 32, 2 of 2 runs); lower is better." in page
 
 
 def test_every_run_leaves_its_page_and_report_makes_it_again(

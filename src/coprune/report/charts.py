@@ -160,7 +160,7 @@ def pareto(rows: list[dict[str, Any]], x: str, x_title: str, x_format: str) -> S
         tooltip=[
             "name:N",
             "method:N",
-            alt.Tooltip("perplexity:Q", format=".3f"),
+            alt.Tooltip("perplexity:Q", format=".2f"),
             alt.Tooltip(f"{x}:Q", format=x_format),
         ],
     )

@@ -55,10 +55,20 @@ def report_page(paths: Sequence[Path]) -> str:
     """The page of one run, or one page for several. Raises BadInput if a report is missing or cannot be read."""
     if not paths:
         raise BadInput("no run is named", fix=("for example: ", Command("report", Path("out/MODEL/2-4/wanda"))))
-    runs = [Run.read(path) for path in paths]
+    runs = [Run.read(path, name) for path, name in zip(paths, names_apart(paths), strict=True)]
     if len(runs) > 1:
         return runs_page(runs)
     return run_page(runs[0].report, speed_sections(paths[0] if paths[0].is_dir() else paths[0].parent))
+
+
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """A name for every run: its folder's, with as many of those above it as tell all of them apart."""
+    folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
+    for depth in range(1, max(map(len, folders))):
+        names = ["/".join(parts[-depth:]) for parts in folders]
+        if len(set(names)) == len(set(folders)):
+            return names
+    return [str(path) for path in paths]
 
 
 def runs_page(runs: Sequence[Run], tables: Sequence[str] = ()) -> str:
@@ -66,20 +76,24 @@ def runs_page(runs: Sequence[Run], tables: Sequence[str] = ()) -> str:
     texts = Counter(_text_of(facts) for run in runs for facts in run.report.perplexity)
     charts: dict[str, Any] = {}
     parts = [f"<header><h1>{len(runs)} runs</h1><p class='soft'>{text(_models(runs))}</p></header>", *tables]
-    if texts:
-        shown = max(texts, key=lambda key: texts[key])
-        note = f"Perplexity on {shown[0]} (sequence length {shown[2]}, {texts[shown]} of {len(runs)} runs); lower is better."
-        points = _points(runs, shown)
-        charts["by-sparsity"] = pareto(_with_front(points, "sparsity"), "sparsity", "zeros among all parameters", ".0%")
-        parts.append(
-            section("Perplexity against sparsity", chart("by-sparsity"), note=note + " The line joins the front.")
-        )
-        sized = [point for point in points if point["size"] is not None]
-        if len({point["size"] for point in sized}) > 1:
-            charts["by-size"] = pareto(_with_front(sized, "size", less_is_better=True), "size", "bytes on disk", "~s")
-            parts.append(section("Perplexity against size", chart("by-size"), note=note))
+    for place, (shown, count) in enumerate(texts.most_common()):
+        said = f"Perplexity on {shown[0]} (sequence length {shown[2]}, {count} of {len(runs)} runs); lower is better."
+        parts += _charts_of(_points(runs, shown), f"-{place}" if place else "", said, charts)
     parts.append(_table(runs, sorted(texts)))
     return page(f"{len(runs)} pruning runs", "\n".join(parts), {"charts": charts, "matrices": [], "distributions": {}})
+
+
+def _charts_of(points: list[dict[str, Any]], mark: str, note: str, charts: dict[str, Any]) -> list[str]:
+    """Perplexity on one text against sparsity, and against size where sizes differ. charts: gets them, by their names."""
+    name, zeros = f"by-sparsity{mark}", "zeros among all parameters"
+    charts[name] = pareto(_with_front(points, "sparsity"), "sparsity", zeros, ".2~%")
+    parts = [section("Perplexity against sparsity", chart(name), note=f"{note} The line joins the front.")]
+    sized = [point for point in points if point["size"] is not None]
+    if len({point["size"] for point in sized}) > 1:
+        name = f"by-size{mark}"
+        charts[name] = pareto(_with_front(sized, "size", less_is_better=True), "size", "bytes on disk", "~s")
+        parts.append(section("Perplexity against size", chart(name), note=note))
+    return parts
 
 
 def _text_of(facts: PerplexityFacts) -> _Text:
