@@ -117,13 +117,22 @@ def test_help_is_grouped_and_as_wide_as_the_terminal(
     assert "Distillation (--mode distill):" in coprune("finetune", "--help")
 
 
-def test_estimate_prints_json_or_writes_it(
-    coprune: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_model_may_be_named_as_an_option(coprune: Callable[..., str], place: Path) -> None:
+    found = coprune("inspect", "--model", "model", "--sparsity_ratio", "0.75", "--no-weights", "-q")
+    assert found == coprune("inspect", "model", "-s", "0.75", "--no-weights", "-q")
+    assert "to 75.00 %" in found
+
+
+def test_estimate_prints_json_or_writes_it(coprune: Callable[..., str], place: Path) -> None:
     printed = json.loads(coprune("estimate", "--json", "model", *SMALL, "-q"))
     told = coprune("estimate", "model", *SMALL, "-q", "--json", "found.json")
     assert told.startswith("Estimate: ")
-    assert json.loads((tmp_path / "found.json").read_text()).keys() == printed.keys()
+    assert json.loads((place / "found.json").read_text()).keys() == printed.keys()
