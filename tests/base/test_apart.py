@@ -28,7 +28,8 @@ def test_a_run_with_other_settings_gets_a_name_that_says_which() -> None:
     same = dict(there["wanda"])
     assert apart(there, **same | {"seed": 1}) == "wanda-seed-1"
     assert apart(there, **same | {"data": "/home/me/my texts/a b.txt"}) == "wanda-data-my-texts-a-b.txt"
-    assert apart(there, **same | {"tokens": 512, "save_model": "given"}) == "wanda-tokens-512-save-model"
+    assert apart(there, **same | {"tokens": 512, "save_model": "given"}) == "wanda-tokens-512"
+    assert apart(there, **same | {"save_model": "given"}) == "wanda-save-model"
     assert apart(there, **same | {"include": ("*.q_proj", "*.v_proj")}) == "wanda-include-.q-proj-.v-proj"
     assert apart({"wanda": same | {"tokens": 512}}, **same) == "wanda-no-tokens"
     assert folder_apart(USUAL, same | {"seed": 1, "data": "c4"}, lambda _: None)[1] == []

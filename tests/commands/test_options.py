@@ -40,6 +40,8 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
     """Every flag of a command that is no older name, with the setting that it is of, and the kind of its value."""
     found = {}
     for parameter in inspect.signature(command_named(command), eval_str=True).parameters.values():
+        if not hasattr(parameter.annotation, "__metadata__"):
+            continue  # what typer hands over
         kind, option = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
         names = [option.default, *(option.param_decls or ())]
         flags = [flag for name in names if isinstance(name, str) for flag in name.split("/") if flag.startswith("-")]

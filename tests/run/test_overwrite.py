@@ -69,6 +69,10 @@ def test_another_seed_goes_beside_and_the_same_command_is_told_what_to_do(
         f"{own} already holds a finished run; name another run folder with --save, or replace it with --overwrite."
         in said
     )
+    (own / "log_magnitude.txt").unlink()
+    assert run("--seed", "1", "--overwrite")[0] == 0
+    assert (own / "log_magnitude.txt").is_file()
+    assert listing(usual) == before
 
 
 def test_overwrite_replaces_run_and_model_and_nothing_else(place: Path, run: Callable[..., tuple[int, str]]) -> None:

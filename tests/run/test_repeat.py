@@ -153,9 +153,11 @@ def test_a_default_folder_whose_pruning_was_interrupted_before_the_fine_tuning_g
     assert where_to(asked, False, ()) == (asked, None)
     other = make_recipe({"model": "m", "finetune": "lora"})
     found, said = where_to(other, False, ())
-    assert found.output.run == run.with_name("wanda-finetune-lora-seed-0-no-save-model")
+    assert found.output.run == run.with_name("wanda-finetune-lora-seed-0")
     assert said == f"{run} holds a run that differs in finetune, seed, save_model; this one goes to {found.output.run}."
-    assert where_to(other.replaced(overwrite=True), False, ()) == (other.replaced(overwrite=True), None)
+    # What is in the way is another run, which nobody asked to replace.
+    assert where_to(other.replaced(overwrite=True), False, ())[0].output.run == found.output.run
+    assert where_to(other.replaced(overwrite=True), True, ()) == (other.replaced(overwrite=True), None)
 
 
 def test_flat_and_nested_recipes_have_one_identity() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 _MOST_LETTERS = 80
 _OF_A_VALUE = 30
+_BESIDES = ("given", "not given")  # of what only matters whether it is there
 
 
 def folder_apart(
@@ -31,7 +32,9 @@ def folder_apart(
     differing = [] if there is None else _differing(settings, there)
     if not differing:
         return folder, []
-    stem = f"{folder.name}-{_short('-'.join(_word(name, settings.get(name)) for name in differing))}"
+    # That something is wanted besides is in the name only if nothing else differs.
+    telling = [name for name in differing if settings[name] not in _BESIDES] or differing
+    stem = f"{folder.name}-{_short('-'.join(_word(name, settings[name]) for name in telling))}"
     for number in count(1):
         own = folder.with_name(stem if number == 1 else f"{stem}-{number}")
         there = settings_in(own)
@@ -47,9 +50,9 @@ def _differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> list[s
 def _word(name: str, value: Any) -> str:
     """A setting with its value, as a part of a folder's name."""
     word = name.replace("_", "-")
-    if value is True or value == "given":
+    if value is True or value == _BESIDES[0]:
         return word
-    if value is None or value is False or value in ((), [], "", "not given"):
+    if value is None or value is False or value in ((), [], "", _BESIDES[1]):
         return f"no-{word}"
     values = value if isinstance(value, list | tuple) else [value]
     said = "-".join("-".join(Path(str(one)).parts[-2:]) for one in values)

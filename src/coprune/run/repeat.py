@@ -24,7 +24,7 @@ def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Rec
         named: which of `save` and `save_model` were asked for now, and stay as they are.
     """
     usual = recipe.run_folder
-    if recipe.output.overwrite:
+    if repeats and recipe.output.overwrite:
         return recipe, None
     if repeats:
         found = beside_finished(recipe, named)

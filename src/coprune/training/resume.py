@@ -83,7 +83,7 @@ def beside_others(settings: FinetuneSettings) -> tuple[FinetuneSettings, str | N
 
     Returns the settings, and what to say of the folder if it is not the usual one.
     """
-    if settings.save is not None or settings.overwrite:
+    if settings.save is not None:
         return settings, None
     usual = settings.run_folder
     folder, differing = folder_apart(usual, _deciding(settings), _settings_in)
