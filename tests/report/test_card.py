@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import RepoUrl
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 
 import coprune
 from coprune.base.errors import BadInput

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from coprune.base.errors import BadInput, about
-from coprune.base.words import Set, Setting, parts_of
+from coprune.base.words import Set, Setting, Words, parts_of
 from coprune.data.hub import require_dataset
 from coprune.evaluation.zero_shot import ZeroShotSettings
 from coprune.recipe.grammar import read_named
@@ -30,7 +30,7 @@ _PACKAGE = Path(__file__).parents[1]
 _DEFINITIONS = next(
     (p for p in (_PACKAGE / "task_definitions", _PACKAGE.parents[1] / "docs" / "tasks") if p.is_dir()), None
 )
-LOCAL_TASKS_HINT = (
+LOCAL_TASKS_HINT: Words = (
     "To use files on this machine, write a task definition that names them and give its folder with ",
     Setting("include_path"),
     *([] if _DEFINITIONS is None else [f"; {_DEFINITIONS} holds such definitions of the usual tasks"]),
