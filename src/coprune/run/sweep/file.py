@@ -27,7 +27,7 @@ SWEEP_FILE = "sweep.yaml"
 _MOST_RUNS = 10_000
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.
-_ONE_RUN_ONLY = ("log_json", "push_to_hub")
+_ONE_RUN_ONLY = ("log_json", "push_to_hub", "private", "overwrite")
 
 
 class Sweep(BaseModel):
