@@ -49,8 +49,14 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
         older = OLDER.get(parameter.name, []) if len(flags) > 1 else []
         for flag in flags or [f"--{parameter.name.replace('_', '-')}"]:
             if type(option).__name__ == "OptionInfo" and flag not in older and "_" not in flag:
-                found[flag] = setting, str(kind).replace(" | None", "")
+                found[flag] = setting.removesuffix("_option"), kind_of(kind)
     return found
+
+
+def kind_of(annotation: Any) -> str:
+    """What a value is read as; a choice of words is text."""
+    words = set(re.findall(r"\w+", str(annotation)))
+    return next((kind for kind in ("list", "bool", "int", "float", "Path") if kind in words), "str")
 
 
 def test_a_flag_has_one_meaning_in_all_commands() -> None:
