@@ -17,6 +17,7 @@ from support.reports import with_tasks
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 from coprune.report.charts import matrix_rows, place_of
+from coprune.report.made import MadeFacts
 from coprune.report.page import run_page
 from coprune.report.several import Run, names_apart, runs_page
 
@@ -105,6 +106,28 @@ def test_runs_are_told_apart_by_as_much_of_their_folders_as_differs(runs: list[P
     assert names_apart([Path("out/a/2-4/wanda"), Path("out/a/4-8/wanda")]) == ["2-4/wanda", "4-8/wanda"]
     assert names_apart([Path("x/a/2-4/wanda"), Path("x/b/2-4/wanda"), Path("x/b/2-4/ria")])[0] == "a/2-4/wanda"
     assert names_apart([runs[0], runs[0] / "report.json"]) == ["wanda", "wanda"]  # one run twice
+
+
+def test_a_page_says_when_where_and_by_what_command(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report.read(runs[0] / "report.json")
+    assert report.made is not None
+    assert report.made.command is None  # it was called from Python
+    assert f"{report.made.date:%Y-%m-%d %H:%M} UTC, on " in run_page(report)
+    for program in ("/usr/bin/coprune", "/src/coprune/__main__.py"):
+        monkeypatch.setattr("sys.argv", [program, "prune", "a model", "--quiet"])
+        made = MadeFacts.here()
+        assert made.command == "coprune prune 'a model' --quiet"
+    page = run_page(report.model_copy(update={"made": made.model_copy(update={"command": "coprune prune <b>"})}))
+    assert ": <code>coprune prune &lt;b&gt;</code></p>" in page
+    assert "<code>coprune" not in run_page(report.model_copy(update={"made": None}))  # of an earlier version
+
+
+def test_one_sparsity_for_all_is_a_sentence(runs: list[Path]) -> None:
+    report = Report.read(runs[0] / "report.json")
+    assert "Every pruned matrix is 50.00 % zeros." in run_page(report)
+    first, *others = report.matrices
+    uneven = report.model_copy(update={"matrices": [first.model_copy(update={"sparsity": 0.6}), *others]})
+    assert "Sparsity per block and kind of matrix" in run_page(uneven)
 
 
 def test_every_text_has_a_chart(runs: list[Path]) -> None:

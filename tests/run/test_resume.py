@@ -90,7 +90,7 @@ def run(name: str, place: Path, out: Path, **changes: Any) -> Result:
 def figures(out: Path) -> tuple[Any, Any]:
     """The report without what may differ between two runs of one recipe: times, memory, places."""
     report = json.loads((out / "run" / "report.json").read_text())
-    for name in ("prune_seconds", "total_seconds", "phases", "peak_memory_bytes", "saved_model", "recipe"):
+    for name in ("prune_seconds", "total_seconds", "phases", "peak_memory_bytes", "saved_model", "recipe", "made"):
         del report[name]
     return _without_seconds(report), json.loads((out / "run" / "distributions.json").read_text())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +112,13 @@ def expand_home(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         return Path(name)
+
+
+def typed_command() -> str | None:
+    """What was typed, where this process is the command `coprune`; None where coprune is called from Python."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    ours = program.name == "coprune" or (program.name == "__main__.py" and program.parent.name == "coprune")
+    return shlex.join(["coprune", *sys.argv[1:]]) if ours else None
 
 
 def _number(name: str, default: int) -> int:

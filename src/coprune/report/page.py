@@ -22,6 +22,8 @@ _DISTRIBUTIONS = {
     "score": "log₁₀ |weight| · input norm",
 }
 
+_SAME = 0.001  # sparsities that differ by less are one figure
+
 
 def run_page(report: Report, speed: Sequence[str] = ()) -> str:
     """Build the page of one run. speed: sections about its speed, HTML."""
@@ -35,8 +37,12 @@ def run_page(report: Report, speed: Sequence[str] = ()) -> str:
     if report.zero_shot is not None:
         charts["zero-shot"] = zero_shot_bars(report.zero_shot)
         parts.append(_zero_shot(report.zero_shot))
-    charts["sparsity"] = heat_map(rows, "sparsity", "zeros", 1.0)
-    parts.append(section("Sparsity per block and kind of matrix", chart("sparsity")))
+    shares = [row["sparsity"] for row in rows]
+    if shares and max(shares) - min(shares) < _SAME:
+        parts.append(section("Sparsity", note=f"Every pruned matrix is {per_cent(max(shares))} zeros."))
+    else:
+        charts["sparsity"] = heat_map(rows, "sparsity", "zeros", 1.0)
+        parts.append(section("Sparsity per block and kind of matrix", chart("sparsity")))
     if any(row["error"] is not None for row in rows):
         charts["layer-error"] = heat_map(rows, "error", "relative layer error", None)
         note = "‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs of each matrix: how much of its output was lost."
@@ -76,6 +82,9 @@ def _head(report: Report) -> str:
     )
     if model.quantised_source:
         lines += '<p class="warn">The weights were dequantised from a quantised file; all figures are of those.</p>'
+    if report.made is not None:
+        typed = "" if report.made.command is None else f": <code>{text(report.made.command)}</code>"
+        lines += f'<p class="soft">{text(report.made.line())}{typed}</p>'
     return f"<header>{lines}</header>"
 
 

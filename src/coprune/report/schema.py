@@ -23,6 +23,7 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import RECONSTRUCTED
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, PerplexityFacts
+from coprune.report.made import MadeFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
@@ -139,6 +140,8 @@ class Report(Shown, BaseModel):
     """Zeros saved beside them, where blocks keep different numbers of channels or heads."""
     edits: list[str] = []
     """What was done to the model besides zeros, a line each."""
+    made: MadeFacts | None = None
+    """None in reports of earlier versions."""
     left_out: list[str] = []
     """Layers that cannot be pruned as matrices, and tensors that are not written again, each with the reason."""
 

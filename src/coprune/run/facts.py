@@ -16,6 +16,7 @@ from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
+from coprune.report.made import MadeFacts
 from coprune.report.schema import CalibrationFacts, ModelFacts, PhaseFacts, Report, SparsityFacts, installed_versions
 from coprune.run.prune_blocks import Outcome
 from coprune.run.session import Opened, Session
@@ -70,6 +71,7 @@ def build_report(session: Session, found: Found) -> Report:
         no_answers=found.extras.look.left_out,
         required=judge(opened.recipe.answers.conditions, answers),
         phases=found.phases,
+        made=MadeFacts.here(),
     )
 
 
