@@ -46,9 +46,7 @@ def main() -> None:
     asked = _options()
     asked.folder.mkdir(parents=True, exist_ok=True)
     models = make(asked)
-    rows: list[dict[str, Any]] = [
-        {"model": name, "kind": kind_of(name), **quality(model, asked)} for name, model in models.items()
-    ]
+    rows: list[dict[str, Any]] = [described(name) | quality(model, asked) for name, model in models.items()]
     speeds = speed([str(model) for model in models.values()], asked)
     for row, model in zip(rows, models.values(), strict=True):
         row["tokens_per_second"] = speeds[Path(model).name]
@@ -79,7 +77,8 @@ def make(asked: argparse.Namespace) -> dict[str, Path | str]:
         elif not name.startswith("uneven"):  # whose folder is padded; GGUF files of it are not
             models[name] = folder
     for name in ("dense", *(name for name in PRUNED if not name.startswith("zeros"))):
-        for kind in FILES:
+        # Of uneven widths the file that is measured is another one, whose types would not all be the same in four bits.
+        for kind in FILES[: 2 if name.startswith("uneven") else None]:
             models[f"{name} {kind}"] = file = asked.folder / f"{name}-{kind}.gguf"
             if not file.exists():
                 coprune.export(asked.model if name == "dense" else asked.folder / name, file, type=kind, quiet=True)
@@ -104,12 +103,25 @@ def quality(model: Path | str, asked: argparse.Namespace) -> dict[str, float]:
     """Perplexity and size, measured once."""
     known = asked.folder / "quality" / f"{Path(model).name}.json"
     if not known.exists():
-        found = coprune.evaluate(model, "embedded", seqlen=asked.seqlen, tokens=asked.tokens, dtype="float32")
-        size = found.weights.bytes_on_disk / 1e6
+        found = coprune.evaluate(
+            _loadable(Path(model)), "embedded", seqlen=asked.seqlen, tokens=asked.tokens, dtype="float32"
+        )
+        size = (Path(model).stat().st_size if Path(model).is_file() else found.weights.bytes_on_disk) / 1e6
         known.parent.mkdir(exist_ok=True)
         known.write_text(json.dumps({"megabytes": size, "perplexity": found.perplexity[0].value}))
     content: dict[str, float] = json.loads(known.read_text())
     return content
+
+
+def _loadable(model: Path) -> Path:
+    """The same for transformers, which knows no architecture of uneven widths: padded with zeros, so of equal logits."""
+    if not model.name.startswith("uneven"):
+        return model
+    name, _, kind = model.stem.rpartition("-")
+    padded = model.with_name(f"{name}-{kind}-padded.gguf")
+    if not padded.exists():
+        coprune.export(model.with_name(name), padded, type=kind, padded=True, quiet=True)
+    return padded
 
 
 def speed(models: list[str], asked: argparse.Namespace) -> dict[str, float]:
@@ -123,26 +135,40 @@ def speed(models: list[str], asked: argparse.Namespace) -> dict[str, float]:
     return {row["form"].partition(" in ")[0]: row["tokens_per_second"] for row in rows if row["phase"] == "decode"}
 
 
-def kind_of(name: str) -> str:
-    """What was done, and where it runs."""
-    first, _, runtime = name.partition(" ")
-    done = KINDS[first.partition("-")[0]]
-    return f"{done}, llama.cpp" if runtime in FILES else done
+def described(name: str) -> dict[str, str]:
+    """What was done, where the model runs, and what tells it from others of the same colour and shape."""
+    first, _, form = name.partition(" ")
+    done, _, how_much = first.partition("-")
+    in_llama = form in FILES
+    shares = {"zeros": "2:4" if how_much == "2-4" else f"{how_much} %", "channels": f"{how_much} %", "blocks": "7 of 30"}
+    label = " ".join(part for part in (shares.get(done, ""), form if in_llama else "") if part)
+    return {"model": name, "kind": KINDS[done], "runtime": "llama.cpp" if in_llama else "transformers", "label": label}
 
 
-def draw(rows: list[dict[str, Any]]) -> alt.Chart:
-    """Two pictures beside each other, with the same colours."""
-    points = alt.Chart(alt.Data(values=rows)).encode(
-        y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False), title="perplexity (lower is better)"),
-        color=alt.Color("kind:N", title=None),
-        tooltip=["model:N"],
-    )
+def draw(rows: list[dict[str, Any]]) -> alt.HConcatChart:
+    """Two pictures beside each other, with the same colours and shapes."""
+    # On the disk a file of f16 is what a folder of bfloat16 is.
+    files = {row["model"].partition(" ")[0] for row in rows if row["model"].endswith("f16")}
+    on_disk = [row for row in rows if row["model"] not in files]
     sides = []
-    for field, title in (("megabytes", "MB on the disk"), ("tokens_per_second", "tokens per second, decoding")):
-        axis = alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False))
-        dots = points.mark_point(filled=True, size=70).encode(x=axis)
-        names = points.mark_text(align="left", dx=6, fontSize=9).encode(x=axis, text="model:N")
-        sides.append((dots + names).properties(width=420, height=340))
+    for chosen, field, title in (
+        (on_disk, "megabytes", "MB on the disk"),
+        (rows, "tokens_per_second", "tokens per second, decoding one sequence"),
+    ):
+        points = alt.Chart(alt.Data(values=chosen)).encode(
+            x=alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, padding=30)),
+            y=alt.Y(
+                "perplexity:Q",
+                scale=alt.Scale(type="log", nice=False, padding=14),
+                axis=alt.Axis(values=[15, 20, 25, 30, 40, 50, 60, 70]),
+                title="perplexity (lower is better)",
+            ),
+            color=alt.Color("kind:N", title=None, sort=list(KINDS.values()), scale=alt.Scale(scheme="dark2")),
+            tooltip=["model:N"],
+        )
+        dots = points.mark_point(filled=True, size=70, opacity=1).encode(shape=alt.Shape("runtime:N", title=None))
+        names = points.mark_text(align="left", dx=7, fontSize=10).encode(text="label:N")
+        sides.append((dots + names).properties(width=400, height=340))
     return alt.hconcat(*sides)
 
 
