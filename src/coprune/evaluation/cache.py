@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from coprune.base.environment import user_cache
@@ -33,20 +34,37 @@ class EvaluationCache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
+    def find(self, key: str, kind: type[Kept]) -> Kept | None:
+        """Return what is kept under a key; None if nothing is."""
+        if self._folder is None:
+            return None
+        try:
+            return kind.model_validate_json(_file_of(self._folder, key).read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            return None
+
     def get(self, key: str, kind: type[Kept], measure: Callable[[], Kept]) -> Kept:
-        """Return what is kept under a key, or else measure and keep it."""
+        """Return what is kept under a key, or else measure and keep it.
+
+        Of several processes one measures, and the others wait for what it finds. A killed one lets go.
+        """
         if self._folder is None:
             return measure()
-        name = hashlib.sha256(f"{_GENERATION} {key}".encode()).hexdigest()[:32]
-        file = self._folder / f"{name}.json"
-        try:
-            return kind.model_validate_json(file.read_text(encoding="utf-8"))
-        except (OSError, ValidationError):
-            pass
-        found = measure()
+        if (kept := self.find(key, kind)) is not None:
+            return kept
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, found.model_dump_json() + "\n")
-        return found
+        file = _file_of(self._folder, key)
+        with FileLock(file.with_suffix(".lock")):
+            # Another process may have measured it by now.
+            if (kept := self.find(key, kind)) is not None:
+                return kept
+            found = measure()
+            write_text(file, found.model_dump_json() + "\n")
+            return found
+
+
+def _file_of(folder: Path, key: str) -> Path:
+    return folder / f"{hashlib.sha256(f'{_GENERATION} {key}'.encode()).hexdigest()[:32]}.json"
 
 
 def default_cache_folder() -> Path:

@@ -114,8 +114,7 @@ class SweepReuse(Reuse):
             return KeptEstimate(estimate=estimate(), seconds=time.perf_counter() - started)
 
         key = estimate_key(self._recipe)
-        with self._alone(key):
-            return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
+        return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
 
     def dense(
         self, session: Session, extras: Extras, measure: Callable[[], dict[str, Measured]]
@@ -137,8 +136,7 @@ class SweepReuse(Reuse):
             return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=answers, seconds=seconds)
 
         key = dense_key(session)
-        with self._alone(key):
-            facts = EvaluationCache(self._folder).get(key, DenseFacts, measure_now)
+        facts = EvaluationCache(self._folder).get(key, DenseFacts, measure_now)
         if anew is not None:
             return anew
         self.saved.dense += facts.seconds
@@ -177,14 +175,4 @@ class SweepReuse(Reuse):
 
 def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
     """What an earlier estimate in the sweep's folder tells of runs like this one; None if there was none."""
-
-    class Missing(Exception):
-        pass
-
-    def refuse() -> KeptEstimate:
-        raise Missing
-
-    try:
-        return EvaluationCache(folder / SHARED_FOLDER).get(estimate_key(recipe), KeptEstimate, refuse)
-    except Missing:
-        return None
+    return EvaluationCache(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
