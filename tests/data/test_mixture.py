@@ -75,7 +75,7 @@ def test_what_a_template_cannot_do_is_said(tmp_path: Path) -> None:
 def test_prompts_are_read_from_a_column_or_a_conversation(tmp_path: Path) -> None:
     name = write(tmp_path / "p.jsonl", {"prompt": "w20"}, ROWS[0])
     assert read_prompts(name) == ["w20", [{"role": "user", "content": "w20 w21"}]]
-    with pytest.raises(BadInput, match=r"row 1 of .* has no text in a column 'question', only 'prompt'"):
+    with pytest.raises(BadInput, match=r"row 1 of .* has no column 'question', only 'prompt'"):
         read_prompts(name, "question")
 
 

@@ -19,6 +19,7 @@ from coprune.data.local_text import files_of, rows_of, split_column
 IDS = ("prompt_ids", "answer_ids")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _ANSWERS = ("answer", "completion", "response", "output")
+_PROMPT = 'A row reads like {"prompt": "Why is the sky blue?"}'
 _FORMATS = "messages, conversations, instruction and output, prompt and answer, or prompt_ids and answer_ids"
 Message = dict[str, str]
 
@@ -149,15 +150,20 @@ def _of_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, place: s
     return Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
-def read_prompts(name: str, column: str | None = None) -> list[str | list[Message]]:
+def read_prompts(name: str, column: str | None = None, instead: str = "") -> list[str | list[Message]]:
     """Read prompts: texts in a column (`prompt`), or conversations up to their last answer.
+
+    Args:
+        name: a .jsonl, .json or .parquet file; `file:column` names another column.
+        column: likewise.
+        instead: what else can be given, for the message where there is no such file.
 
     Raises:
         BadInput: there is no such file, or a row without a prompt.
     """
     path, named = split_column(name)
     if not Path(path).is_file():
-        raise BadInput(f"there is no file of prompts {str(path)!r}", fix="give a .jsonl file")
+        raise BadInput(f"there is no file of prompts {str(path)!r}", fix=f"give a .jsonl file{instead}")
     wanted, prompts = column or named or "prompt", list[str | list[Message]]()
     for number, row in enumerate(rows_of(path), start=1):
         said = row.get(wanted) if isinstance(row, Mapping) else row
@@ -167,11 +173,17 @@ def read_prompts(name: str, column: str | None = None) -> list[str | list[Messag
         elif messages and messages[0]["role"] in ("user", "system"):
             prompts.append(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
         else:
-            has = f", only {', '.join(map(repr, row))}" if isinstance(row, Mapping) and row else ""
             raise BadInput(
-                f"row {number} of {path} has no text in a column {wanted!r}{has}",
-                fix=f"name another column, as in {path}:COLUMN",
+                f"row {number} of {path} {_lacks(row, wanted)}",
+                fix=f"name another column, as in {path}:COLUMN. {_PROMPT}",
             )
     if not prompts:
-        raise BadInput(f"{path} holds no prompts", fix='a row reads like {"prompt": "Why is the sky blue?"}')
+        raise BadInput(f"{path} holds no prompts", fix=_PROMPT)
     return prompts
+
+
+def _lacks(row: Any, column: str) -> str:
+    if isinstance(row, Mapping) and column in row:
+        return f"has no text in the column {column!r}"
+    has = f", only {', '.join(map(repr, row))}" if isinstance(row, Mapping) and row else ""
+    return f"has no column {column!r}{has}"

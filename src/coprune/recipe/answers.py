@@ -10,6 +10,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
+from coprune.base.errors import BadInput
+from coprune.base.words import Set, Words
 from coprune.recipe.conditions import Condition, read_conditions
 from coprune.recipe.decides import Decides
 from coprune.recipe.parts import Part
@@ -67,3 +69,26 @@ class AnswersPart(Part):
     def is_asked(self) -> bool:
         """Whether somebody asked for answers, which are looked at anyway where a model is saved."""
         return self.prompts is not None or self.require is not None
+
+
+def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
+    """What is wrong with what is required of answers; None if nothing is.
+
+    Args:
+        asked: the settings.
+        dense: how to have the dense model's answers; None where they are there.
+    """
+    try:
+        conditions = asked.conditions
+    except BadInput as error:
+        return error
+    fix: Words
+    for condition in conditions:
+        if condition.sampled and (asked.prompts is None or not asked.temperature):
+            cause, fix = "sampled answers", ("ask for them with ", Set("generate", "builtin"))
+        elif condition.needs_dense and dense is not None:
+            cause, fix = "the dense model's answers", dense
+        else:
+            continue
+        return BadInput(f"{condition.text} is about {cause}", field="require", value=asked.require, fix=fix)
+    return None

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
-from coprune.recipe.answers import AnswersPart
+from coprune.recipe.answers import AnswersPart, cannot_require
 from coprune.recipe.choice import Choice
 from coprune.recipe.conditions import LIKENESS
 from coprune.recipe.outcome import EvaluationPart, OutputPart
@@ -173,28 +173,19 @@ def _of_streaming(recipe: Parts) -> BadInput | None:
 
 def _of_answers(recipe: Parts) -> BadInput | None:
     asked = recipe.answers
-    try:
-        conditions = asked.conditions
-    except BadInput as error:
-        return error
+    dense: Words | None = None if recipe.evaluation.dense else ("leave out ", Set("evaluate_dense", False))
+    if (wrong := cannot_require(asked, dense)) is not None:
+        return wrong
     if recipe.model.stream and asked.is_asked:
         later = Command("evaluate", "FOLDER", Set("generate", "builtin"))
         fix: Words = (LeaveOut("stream"), ", or save the model and run: ", later)
         return BadInput("answers need the whole model in memory", field="stream", value=True, fix=fix)
-    sampled = asked.prompts is not None and asked.temperature > 0
-    for condition in conditions:
-        wrong = f"{condition.text} is about "
-        if condition.sampled and not sampled:
-            fix = ("ask for them with ", Set("generate", "builtin"))
-            return BadInput(f"{wrong}sampled answers", field="require", value=asked.require, fix=fix)
-        if condition.needs_dense and not recipe.evaluation.dense:
-            fix = ("leave out ", Set("evaluate_dense", False))
-            return BadInput(f"{wrong}the dense model's answers", field="require", value=asked.require, fix=fix)
-        if condition.name in LIKENESS and recipe.structure.remove and recipe.pattern.is_said:
-            fix = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin")))
-            return BadInput(
-                f"{wrong}the dense model, which a run that cuts and prunes does not keep", field="require", fix=fix
-            )
+    if recipe.structure.remove and recipe.pattern.is_said:
+        for condition in asked.conditions:
+            if condition.name in LIKENESS:
+                cause = f"{condition.text} is about the dense model, which a run that cuts and prunes does not keep"
+                fix = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generate", "builtin")))
+                return BadInput(cause, field="require", fix=fix)
     return None
 
 
@@ -214,9 +205,6 @@ def _of_calibration(recipe: Parts) -> BadInput | None:
                 Command("generate", "MODEL", "OUT.jsonl"),
             ),
         )
-    if recipe.calibration.calibrate_on == "generated" and "experts" in recipe.structure.shares:
-        wrong = "experts are scored on all tokens that come to them"
-        return BadInput(wrong, field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on"))
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Set, Setting, Words
-from coprune.recipe.answers import AnswersPart
+from coprune.recipe.answers import AnswersPart, cannot_require
 
 
 class Settings(Protocol):
@@ -69,22 +69,7 @@ def _of_training(asked: Settings) -> BadInput | None:
 
 
 def _of_answers(asked: Settings) -> BadInput | None:
-    answers = asked.answers
-    try:
-        conditions = answers.conditions
-    except BadInput as error:
-        return error
-    fix: Set | Setting
-    for condition in conditions:
-        if condition.needs_dense and asked.against is None:
-            cause, fix = "the dense model's answers", Setting("against")
-        elif condition.sampled and (answers.prompts is None or not answers.temperature):
-            cause, fix = "sampled answers", Set("generate", "builtin")
-        else:
-            continue
-        about = f"{condition.text} is about {cause}"
-        return BadInput(about, field="require", value=answers.require, fix=("ask for them with ", fix))
-    return None
+    return cannot_require(asked.answers, ("ask for them with ", Setting("against")) if asked.against is None else None)
 
 
 def _of_folders(asked: Settings) -> BadInput | None:

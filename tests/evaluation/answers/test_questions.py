@@ -43,6 +43,13 @@ def test_a_file_of_prompts_and_its_columns(tmp_path: Path) -> None:
     file.write_text('{"prompt": 3}')
     with pytest.raises(BadInput, match="no text in the column 'prompt'"):
         read_prompts(str(file))
+    asked = {"role": "user", "content": "w5"}
+    file.write_text(json.dumps({"messages": [asked, {"role": "assistant", "content": "w6"}]}))
+    assert read_prompts(str(file)).texts == ("w5",)
+    file.write_text(json.dumps({"messages": [asked, {"role": "assistant", "content": "w6"}, asked]}))
+    with pytest.raises(BadInput, match=r"row 1 of .* is a conversation of several turns") as raised:
+        read_prompts(str(file))
+    assert raised.value.field == "generate"
 
 
 def test_prompts_go_into_the_chat_template_of_a_tokenizer_that_has_one(tmp_path: Path, model: PreTrainedModel) -> None:
