@@ -161,3 +161,64 @@ def test_a_fine_tuning_looks_before_and_after(
     expected = coprune.evaluate("model", generate="prompts.jsonl", generate_tokens=8, quiet=True).answers
     assert [one["dense"] for one in report["answers"]["samples"]] == [one.answer for one in expected.samples]
     assert report["answers"]["along"]["kl"] > 0
+
+
+@pytest.fixture
+def tuned(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Prune and fine-tune in one run; how the command ended, and the report."""
+    pytest.importorskip("peft")
+
+    def run(*more: str) -> tuple[Ended, Report]:
+        command = ["prune", "model", "-m", "magnitude", "-s", "0.9", "--dataset", "words.txt", "--seqlen", "16"]
+        command += [
+            "--nsamples",
+            "4",
+            "--no-eval",
+            "--no-layer-error",
+            "--finetune",
+            "lora",
+            "--finetune-minutes",
+            "0.002",
+        ]
+        command += ["--save", str(tmp_path / "run"), "--save-model", str(tmp_path / "out"), "--quiet"]
+        return run_command([*command, *more], monkeypatch, capsys), Report.read(tmp_path / "run" / "report.json")
+
+    return run
+
+
+def test_a_run_that_fine_tunes_speaks_of_the_fine_tuned_model(tuned: Any, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"generate": "prompts.jsonl", "generate_tokens": 12}
+    ended, report = tuned(
+        "--generate", "prompts.jsonl", "--generate-tokens", "12", "--require", "kl<1e-9,agreed>=0,sampled.loops<3"
+    )
+    assert ended.code == 3, ended.err
+    pruned = coprune.evaluate(tmp_path / "run" / "pruned", against="model", quiet=True, **asked).answers
+    found = coprune.evaluate(tmp_path / "out", against="model", quiet=True, **asked).answers
+    assert found.samples != pruned.samples, "the training changed nothing, so this test shows nothing"
+    assert report.answers.samples == found.samples
+    assert report.answers.reference == "dense"
+    assert report.answers.along.kl == pytest.approx(found.along.kl, rel=1e-5)
+    assert report.answers.sampled.likeness == found.sampled.likeness
+    assert [one.holds for one in report.required] == [False, True, True]
+    assert report.required[0].figure == report.answers.along.kl
+    # Everything is there nevertheless, and says the same.
+    alone = json.loads((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    assert alone["required"] == json.loads(report.model_dump_json())["required"]
+    assert "kl<1e-9 does not hold" in ended.out
+    assert report.answers.verdict() in (tmp_path / "out" / "README.md").read_text()
+    if (page := tmp_path / "run" / "report.html").is_file():
+        assert report.answers.verdict() in page.read_text()
+        assert '<div class="tag pruned">fine-tuned' in page.read_text()
+
+
+def test_its_gate_holds_it_against_the_dense_model(tuned: Any, tmp_path: Path) -> None:
+    ended, report = tuned("--no-stream")
+    assert ended.code == 0, ended.err
+    asked: dict[str, Any] = {"generate": "builtin", "generate_tokens": 64, "generate_temperature": 0, "quiet": True}
+    dense, after = (coprune.evaluate(model, **asked).answers for model in ("model", tmp_path / "out"))
+    answers = {sample.prompt: sample.answer for sample in after.samples}
+    expected = {sample.prompt: sample.answer for sample in dense.samples}
+    assert report.answers.reference == "dense"
+    assert len(report.answers.samples) == 16
+    for sample in report.answers.samples:
+        assert (sample.answer, sample.dense) == (answers[sample.prompt], expected[sample.prompt])

@@ -12,8 +12,9 @@ from coprune.report.html import section, table, text
 _SHOWN = 12
 
 
-def answers_section(facts: AnswerFacts, required: Sequence[Requirement]) -> str:
-    """The section of a run's page, as HTML."""
+def answers_section(facts: AnswerFacts, required: Sequence[Requirement], tuned: bool = False) -> str:
+    """The section of a run's page, as HTML. tuned: whether the model was fine-tuned after it was pruned."""
+    which = "fine-tuned" if tuned else "pruned"
     warn = ' class="warn"' if facts.degenerates else ""
     lines = f"<p{warn}>{text(facts.verdict())}.</p>"
     lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)
@@ -21,7 +22,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement]) -> str:
     shown = sorted(facts.samples, key=lambda sample: not sample.loops)[:_SHOWN]
     samples = "".join(
         f'<p class="soft">{text(sample.prompt)}</p><div class="two">'
-        f"{_quote(facts.reference, sample.dense, bool(sample.dense_loops))}{_quote('pruned', sample.answer, sample.loops)}"
+        f"{_quote(facts.reference, sample.dense, bool(sample.dense_loops))}{_quote(which, sample.answer, sample.loops)}"
         "</div>"
         for sample in shown
     )
@@ -33,4 +34,4 @@ def _quote(which: str, answer: str | None, loops: bool) -> str:
         return ""
     tag = f"{which}, loops" if loops else which
     said = f"<blockquote>{text(shortened(answer))}</blockquote>"
-    return f'<div class="panel"><div class="tag {which}">{text(tag)}</div>{said}</div>'
+    return f'<div class="panel"><div class="tag {which.replace("fine-tuned", "pruned")}">{text(tag)}</div>{said}</div>'

@@ -49,7 +49,7 @@ def run_page(report: Report, speed: Sequence[str] = ()) -> str:
         parts.append(section("Layer error", chart("layer-error"), note=note))
     parts.append(_picker(report))
     if report.answers is not None:
-        parts.append(answers_section(report.answers, report.required))
+        parts.append(answers_section(report.answers, report.required, tuned=report.finetuned is not None))
     if report.sample is not None:
         parts.append(_sample(report))
     parts += [*speed, _events(report), _phases(report), _recipe(report)]
