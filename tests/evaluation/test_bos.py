@@ -88,10 +88,10 @@ def test_the_dense_model_is_tried_on_the_same_tokens_with_and_without() -> None:
             logits = model(input_ids=part).logits[0, -16:-1]
         expected.append(float(functional.cross_entropy(logits, part[0, -15:])))
     proven = prove(model, windows[:1])
-    found = score_in_memory(model, 16)(parts)
+    found = score_in_memory(model)(parts)
     assert torch.cat(found).tolist() == pytest.approx(expected, rel=1e-5)
     object.__setattr__(proven.weights, "streams", True)
-    assert torch.cat(score_of(proven, 16, Activations())(parts)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.cat(score_of(proven, Activations())(parts)).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,10 @@ from coprune.recipe.sources import Source, counts_of, split_sources
         ("self,c4", [Source("self", 0.5), Source("c4", 0.5)]),
         ("self=0.5, c4=0.5", [Source("self", 0.5), Source("c4", 0.5)]),
         (
+            "chat.jsonl:seqlen=512=0.3,wikitext2=0.7",
+            [Source("chat.jsonl", 0.3, {"seqlen": 512}), Source("wikitext2", 0.7)],
+        ),
+        (
             "self:a.jsonl:temperature=0.8,top_p=0.9=0.25,chat.jsonl:template=chat,column=talk=0.75",
             [
                 Source("self:a.jsonl", 0.25, {"temperature": 0.8, "top_p": 0.9}),
@@ -49,6 +53,8 @@ def test_what_exists_is_a_name_whatever_is_in_it(tmp_path: Path) -> None:
         ("c4:temperature=1", "temperature is an option of self, and c4 is not written by the model"),
         ("self:temperature=hot", "temperature of self is a number of at least 0, not 'hot'"),
         ("self:length=1.5", "length of self is a whole number of at least 1, not '1.5'"),
+        ("c4:seqlen=1", "seqlen of c4 is a whole number of at least 2, not '1'"),
+        ("c4:seqlen=8,seqlen=9", "seqlen of c4 is said twice"),
         ("a.jsonl:template=talk", "template of a.jsonl is chat or none, not 'talk'"),
     ],
 )

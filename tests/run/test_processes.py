@@ -51,6 +51,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         },
     ),
     ("llama", "magnitude", "block", {"remove": "parameters=0.3", "align": 16, "allocation": "error", "pattern": "2:4"}),
+    # Samples of two lengths, and each process has both.
+    ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
     # Of half of the samples no token is counted.
     ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
 ]
@@ -75,7 +77,6 @@ def recipe_of(models: Path, out: Path, number: int, **changes: Any) -> Recipe:
         model=str(models / family),
         method=method,
         propagation=propagation,
-        dataset=str(models / ("own.jsonl" if "calibrate_on" in more else "words.txt")),
         eval_data=str(models / "words.txt"),
         eval_tokens=400,
         nsamples=10,
@@ -85,7 +86,9 @@ def recipe_of(models: Path, out: Path, number: int, **changes: Any) -> Recipe:
         save=out / f"{number}-run",
         save_model=out / f"{number}-model",
     )
-    return make_recipe(settings | more | changes)
+    named = more.get("dataset", "{own}" if "calibrate_on" in more else "{words}")
+    data = named.format(words=models / "words.txt", own=models / "own.jsonl")
+    return make_recipe(settings | more | {"dataset": data} | changes)
 
 
 @pytest.fixture(scope="module")

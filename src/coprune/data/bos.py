@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set
+from coprune.data.lengths import NOTHING
 from coprune.data.windows import EvaluationText, Tokenizes, Windows, fingerprint
 
 Bos = Literal["first", "every", "never"]
@@ -78,7 +79,8 @@ def windows_at_bos(windows: Windows, bos: int) -> Windows:
     begun, marks = tokens[:, :1] == bos, windows.generated
     if marks is not None:
         marks = torch.where(begun, marks, torch.cat([torch.zeros_like(marks[:, :1]), marks[:, :-1]], dim=1))
-    tokens = torch.where(begun, tokens, behind)
+        marks = marks & (tokens != NOTHING)
+    tokens = torch.where(begun | (tokens == NOTHING), tokens, behind)
     return replace(windows, tokens=tokens, fingerprint=fingerprint(tokens), generated=marks)
 
 

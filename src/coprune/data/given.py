@@ -115,14 +115,17 @@ def _named_sources(asked: Any, field: str) -> tuple[str, dict[str, GivenData]]:
     for label, (value, share) in parts.items():
         name = str(value)
         if not _is_name(value):
-            name, data = _named(value, label or None, field)
+            own, colon, options = label.partition(":")
+            name, data = _named(value, own or None, field)
             found[name] = data
+            name += colon + options
         said.append(name if share is None else f"{name}={share}")
     return ",".join(said), found
 
 
 def _with_shares(asked: Mapping[Any, Any], field: str) -> dict[str, tuple[Any, Any]]:
-    """From labels to data and shares: `{"wikitext2": 0.5, "mine": (texts, 0.5)}`; the label is the name of what is not there."""
+    """From labels to data and shares: `{"wikitext2": 0.5, "mine:seqlen=64": (texts, 0.5)}`; the label is the name of what is
+    not there, perhaps with options."""
     found = {}
     for label, value in asked.items():
         data, share = value if isinstance(value, tuple) and len(value) == 2 else (label, value)

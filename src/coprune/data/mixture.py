@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.conversations import Document, holds_conversations, read_conversations
+from coprune.data.given import given_samples
+from coprune.data.lengths import NOTHING, padded
 from coprune.data.windows import SourcePart, Tokenizes, Windows, calibration_windows, fingerprint
 from coprune.recipe.sources import Source
 
@@ -22,6 +24,12 @@ def reads_conversations(source: Source) -> bool:
     if source.is_own or source.options.get("template") == "none":
         return False
     return source.options.get("template") == "chat" or holds_conversations(source.name)
+
+
+def length_of(source: Source, seqlen: int) -> int:
+    """Tokens of each of a source's samples: its own option, or what was handed over, or else the run's."""
+    own: int = source.options.get("seqlen") or given_samples(source.name).get("seqlen") or seqlen
+    return own
 
 
 def source_windows(
@@ -92,20 +100,25 @@ def marked(windows: Windows) -> Windows:
 def mixed(found: Sequence[tuple[Source, Windows]], seed: int) -> Windows:
     """Samples of all sources as one, in a random order; of one source they are as they were."""
     parts = tuple(
-        SourcePart(name=source.name, source=one.source, nsamples=len(one.tokens), fingerprint=one.fingerprint)
+        SourcePart(
+            name=source.name,
+            source=one.source,
+            nsamples=len(one.tokens),
+            fingerprint=one.fingerprint,
+            seqlen=one.tokens.shape[1],
+        )
         for source, one in found
     )
     if len(found) == 1:
         return replace(found[0][1], parts=parts)
     order = torch.randperm(sum(part.nsamples for part in parts), generator=torch.Generator().manual_seed(seed))
-    tokens = torch.cat([one.tokens for _, one in found])[order]
+    tokens = padded([one.tokens for _, one in found], NOTHING)[order]
     marks = None
     if any(one.generated is not None for _, one in found):
         # Of text that nobody marked there is no prompt to leave out.
         whole = [torch.ones_like(one.tokens, dtype=torch.bool) for _, one in found]
-        marks = torch.cat(
-            [all_ if one.generated is None else one.generated for all_, (_, one) in zip(whole, found, strict=True)]
-        )[order]
+        own = [all_ if one.generated is None else one.generated for all_, (_, one) in zip(whole, found, strict=True)]
+        marks = padded(own, False)[order]
     said = "; ".join(f"{part.nsamples} of {part.source}" for part in parts)
     given = any(one.given for _, one in found)
     return marked(Windows(tokens, "", said, given, marks, parts))

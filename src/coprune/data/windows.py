@@ -46,11 +46,16 @@ class SourcePart(BaseModel):
     source: str
     nsamples: int
     fingerprint: str
+    seqlen: int | None = None
+    """Tokens of each; None in reports that do not say."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration samples: tokens (samples × seqlen, int64), their fingerprint, and where they come from."""
+    """Calibration samples: tokens (samples × seqlen, int64), their fingerprint, and where they come from.
+
+    Samples of several lengths are as wide as the longest (`coprune.data.lengths`).
+    """
 
     tokens: Tensor
     fingerprint: str

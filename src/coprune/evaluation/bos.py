@@ -90,27 +90,33 @@ def choose_bos(
     return BosChoice(used=used, without=without, with_bos=with_bos, windows=count)
 
 
-def score_in_memory(model: PreTrainedModel, length: int) -> Score:
-    """Of a model in memory. length: of the text in a window."""
+def score_in_memory(model: PreTrainedModel) -> Score:
+    """Of a model in memory."""
 
     def score(windows: Sequence[Tensor]) -> list[Tensor]:
+        length = _text_in(windows)
         with inference_logits(model) as logits_of:
             return [_behind(logits_of(window), window, length) for window in windows]
 
     return score
 
 
-def score_of(model: ProvenModel, length: int, activations: Activations) -> Score:
-    """Of a model whose blocks may be read one at a time, each once. length: of the text in a window."""
+def score_of(model: ProvenModel, activations: Activations) -> Score:
+    """Of a model whose blocks may be read one at a time, each once."""
     if not model.weights.streams:
-        return score_in_memory(model.module, length)
+        return score_in_memory(model.module)
 
     def score(windows: Sequence[Tensor]) -> list[Tensor]:
-        device = model.structure.sample.device
+        device, length = model.structure.sample.device, _text_in(windows)
         there = [window.to(device) for window in windows]
         return streamed_logits(model, there, lambda x, t: _behind(x, t, length), activations=activations)
 
     return score
+
+
+def _text_in(windows: Sequence[Tensor]) -> int:
+    """Tokens of text in each of some windows, to some of which BOS was added."""
+    return min(window.shape[1] for window in windows)
 
 
 def _behind(logits: Tensor, window: Tensor, length: int) -> Tensor:

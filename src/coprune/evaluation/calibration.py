@@ -10,9 +10,10 @@ from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set
 from coprune.data import Windows, calibration_windows
-from coprune.data.mixture import marked, mixed, packed, reads_conversations, source_windows
+from coprune.data.mixture import length_of, marked, mixed, packed, reads_conversations, source_windows
 from coprune.data.windows import Tokenizes
 from coprune.evaluation.own_text import own_documents
+from coprune.model.generation import positions_of
 from coprune.model.opened import Loaded
 from coprune.recipe.sources import Source, counts_of, split_sources
 
@@ -50,18 +51,38 @@ def read_samples(
     sources, nsamples = split_sources(data), sampling.nsamples
     if len(sources) == 1 and sources[0].is_plain and not reads_conversations(sources[0]):
         return calibration_windows(sources[0].name, tokenizer, nsamples, *sampling[1:])
-    counts = counts_of([source.share for source in sources], nsamples)
+    counts, lengths = (
+        counts_of([source.share for source in sources], nsamples),
+        sample_lengths(data, loaded, sampling[1]),
+    )
     found: list[tuple[Source, Windows]] = []
-    for source, count in sorted(zip(sources, counts, strict=True), key=lambda pair: pair[0].is_own):
+    each = zip(sources, counts, lengths, strict=True)
+    for source, count, length in sorted(each, key=lambda one: one[0].is_own):
         if count == 0:
             continue  # so small a share of so few samples is none
         if source.is_own:
-            windows = _own(source, loaded, sampling._replace(nsamples=count), processes, reporter)
+            windows = _own(source, loaded, sampling._replace(nsamples=count, seqlen=length), processes, reporter)
         else:
-            windows = source_windows(source, (tokenizer, loaded.tokenizer), count, *sampling[1:])
+            windows = source_windows(source, (tokenizer, loaded.tokenizer), count, length, *sampling[2:])
         found.append((source, windows))
     order = {source.name: place for place, source in enumerate(sources)}
     return mixed(sorted(found, key=lambda pair: order[pair[0].name]), sampling.seed)
+
+
+def sample_lengths(data: str, loaded: Loaded, seqlen: int) -> list[int]:
+    """Tokens of a sample of every source. Raises BadInput for more than the model has positions."""
+    limit, found = positions_of(loaded.model), list[int]()
+    for source in split_sources(data):
+        length = length_of(source, seqlen)
+        if limit is not None and length > limit:
+            raise BadInput(
+                f"samples of {source.name} have {length} tokens, and the model {limit} positions",
+                field="dataset",
+                value=data,
+                fix="give it a smaller seqlen",
+            )
+        found.append(length)
+    return found
 
 
 def _own(source: Source, loaded: Loaded, sampling: Sampling, processes: Processes, reporter: Reporter) -> Windows:

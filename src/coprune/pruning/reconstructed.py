@@ -12,7 +12,7 @@ from coprune.model.matrices import Matrix, find_matrices, mask_checksum
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.pruning.refine.reconstruct import Examples, Reconstruction
 from coprune.pruning.refine.trained import Trained, names_of, trained_in
 
 RECONSTRUCTED = "block reconstruction: "
@@ -98,7 +98,8 @@ def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording
         return recording.calls[batch][block.index].in_float32().run(block.module, hidden)
 
     try:
-        start, end = reconstruction.improve(block.module, trained, run, done.before, done.after)
+        examples = Examples(done.before, done.after, recording.shares, recording.counted)
+        start, end = reconstruction.improve(block.module, trained, run, examples)
     except NumericalError as error:
         raise error.within(block.name) from error
     return f"{RECONSTRUCTED}relative error {start:.5f} → {end:.5f} on the watched batches; trained: {names_of(trained)}"

@@ -1,7 +1,7 @@
 """What a model is calibrated on, as it is written: one source, or several with shares: `self=0.5,wikitext2=0.3,chat.jsonl=0.2`.
 
-Each may have options of its own behind a colon, its share last: `chat.jsonl:template=chat=0.2`. A comma before the name
-of an option goes on with the source before it: `self:temperature=0.8,top_p=0.9`.
+Each may have options of its own behind a colon, its share last: `chat.jsonl:template=chat,seqlen=512=0.2`. A comma before the
+name of an option goes on with the source before it: `self:temperature=0.8,top_p=0.9`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ OPTIONS: dict[str, str] = {
     "temperature": "a number of at least 0",
     "top_p": "a number above 0, up to 1",
     "length": "a whole number of at least 1",
+    "seqlen": "a whole number of at least 2",
 }
 """Every option of a source, and what it can be."""
 _NAMES = "|".join(OPTIONS)
@@ -61,6 +62,11 @@ class Source:
     def is_plain(self) -> bool:
         """Whether it is nothing but a name."""
         return not self.is_own and not self.options
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is read as it stands: a name, of which only the samples may have a length of their own."""
+        return not self.is_own and self.options.keys() <= {"seqlen"}
 
 
 def split_sources(data: str) -> list[Source]:
@@ -132,10 +138,15 @@ def _value(name: str, key: str, text: str, data: str) -> Any:
     if key in ("template", "column"):
         return text
     try:
-        number = int(text) if key == "length" else float(text)
+        number = int(text) if key in ("length", "seqlen") else float(text)
     except ValueError:
         raise wrong from None
-    fits = {"temperature": 0 <= number < 1e6, "top_p": 0 < number <= 1, "length": number >= 1}
+    fits = {
+        "temperature": 0 <= number < 1e6,
+        "top_p": 0 < number <= 1,
+        "length": number >= 1,
+        "seqlen": number >= 2,
+    }
     if not fits[key]:
         raise wrong
     return number

@@ -73,7 +73,7 @@ def _calibrated_on(report: Report) -> str:
     calibration = report.calibration
     if calibration is None:
         return "No calibration data was used."
-    size = "images" if report.model.task == "images" else f"samples of {calibration.seqlen} tokens"
+    size = "images" if report.model.task == "images" else f"samples of {calibration.length} tokens"
     details = f" {inline(calibration.details())}" if calibration.details() else ""
     return (
         f"Calibrated on {calibration.nsamples} {size} of {inline(calibration.source)} "

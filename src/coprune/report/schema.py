@@ -58,7 +58,7 @@ class CalibrationFacts(BaseModel):
     source: str
     nsamples: int
     seqlen: int | None
-    """Tokens per sample; None for images."""
+    """Tokens per sample, of the longest where sources have lengths of their own; None for images."""
     seed: int
     fingerprint: str
     sources: list[SourcePart] = []
@@ -68,10 +68,19 @@ class CalibrationFacts(BaseModel):
     image_size: tuple[int, int] | None = None
     """(height, width) that the model's transforms gave; None for text."""
 
+    @property
+    def length(self) -> str:
+        """Tokens of a sample, for people."""
+        return f"{'up to ' if len({part.seqlen for part in self.sources}) > 1 else ''}{self.seqlen}"
+
     def details(self) -> str:
         """What of the tokens was counted, and what each source gave, as sentences behind another; empty for nothing."""
         said = "" if self.counted is None else f" Statistics are of {self.counted:,} tokens that a model wrote."
-        parts = [f"{part.name}: {part.nsamples} samples, fingerprint {part.fingerprint}" for part in self.sources]
+        parts = [
+            f"{part.name}: {part.nsamples} samples{'' if part.seqlen is None else f' of {part.seqlen} tokens'}, "
+            f"fingerprint {part.fingerprint}"
+            for part in self.sources
+        ]
         return f"{said} Sources: {'; '.join(parts)}." if parts else said
 
 

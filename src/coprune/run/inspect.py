@@ -18,13 +18,13 @@ from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.opened import Loaded, open_model
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.recipe.flat import layered
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.arguments import PruneArguments
+from coprune.run.batches import counted_batches, record_counted
 from coprune.run.call import read_call
 from coprune.run.checks import check_widths, prepare_solver
 from coprune.run.given import NOTHING, Given
@@ -118,6 +118,6 @@ def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, rep
         samples = task.calibration(True, reporter)
         assert samples is not None
         model = proven = prove_replay(model, task.probe(samples, {}))
-        recording = record_batches(proven, task.batches(samples.tokens))
+        recording = record_counted(proven, counted_batches(task, recipe, samples))
     with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR as advance:
         return plan_targets(allocation, model, recording, target, advance=advance)

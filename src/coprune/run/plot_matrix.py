@@ -15,11 +15,11 @@ from coprune.model.opened import open_model
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.walk import Walk
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.recipe.recipe import Recipe
+from coprune.run.batches import counted_batches, record_counted
 from coprune.run.checks import check_widths, prepare_solver
 
 _PANELS = {
@@ -71,7 +71,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
     assert samples is not None  # Wanda needs data
     model = prove_replay(FoundModel(loaded.weights, blocks, chosen), task.probe(samples, {}))
     with reporter.bar(f"Walking to {name}", len(blocks)) as advance:
-        recording = record_batches(model, task.batches(samples.tokens))
+        recording = record_counted(model, counted_batches(task, recipe, samples))
         for event in Walk(model, recording, solver.statistic, Dense(), advance=advance):
             if isinstance(event, MatricesReady) and event.inputs is not None and event.inputs.statistic is not None:
                 weight = event.matrices[0].read()

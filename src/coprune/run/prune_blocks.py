@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coprune.data import Windows
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import Edit, FillZeros
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
-from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk
 from coprune.pruning.reconstructed import reconstruct_block
 from coprune.recipe.pattern import Target
+from coprune.run.batches import counted_batches, record_counted
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.look_at_dense import look_at_dense
@@ -143,14 +143,10 @@ def record_calibration(session: Session, dense: bool = False) -> Recording | Non
     opened = session.opened
     if opened.samples is None:
         return None
-    batches = opened.task.batches(opened.around.processes.share(opened.samples.tokens))
-    recording = record_batches(session.model, batches, opened.activations(lists=2 if dense else 1))
-    if opened.recipe.calibration.calibrate_on == "generated":
-        assert isinstance(opened.samples, Windows)
-        assert opened.samples.generated is not None
-        recording.counted = opened.task.batches(opened.around.processes.share(opened.samples.generated))
+    batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
+    recording = record_counted(session.model, batches, opened.activations(lists=2 if dense else 1))
     if dense:
         recording.dense = recording.hidden.copy()
         if opened.solver.aim != "dense" and session.reconstruction is not None:
-            recording.aims = session.reconstruction.batches_used(len(batches))
+            recording.aims = session.reconstruction.batches_used(recording.shares)
     return recording

@@ -182,7 +182,7 @@ def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:
     task, recipe = opened.task, opened.recipe
     if not isinstance(task, TextTask) or not (opened.looked_at or opened.data):
         return opened
-    score = score_of(model, task.seqlen - 1, opened.activations())
+    score = score_of(model, opened.activations())
     choice, samples, data = task.settle_bos(score, opened.looked_at, opened.data)
     if (line := choice.line()) is not None:
         opened.around.reporter.say(f"The token that begins a text: {line}.")

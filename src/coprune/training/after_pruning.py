@@ -104,7 +104,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
     """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
     # Of several the largest that is text as it stands: a training reads one.
-    plain = [source for source in split_sources(recipe.calibration.data) if source.is_plain]
+    plain = [source for source in split_sources(recipe.calibration.data) if source.is_text]
     named = "data" in recipe.calibration.model_fields_set and plain
     data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
     return make_settings(

@@ -78,7 +78,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     data = _training_data(settings, task, processor)
     evaluation = task.evaluation(reporter)
     if isinstance(task, TextTask) and evaluation:
-        _, _, evaluation = task.settle_bos(score_in_memory(model, task.seqlen - 1), None, evaluation)
+        _, _, evaluation = task.settle_bos(score_in_memory(model), None, evaluation)
     prepared = _make_trainable(model, masks, settings, reporter)
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history)
 

@@ -51,7 +51,7 @@ def prune_two_of_four(
     solver = Solver(METHODS["wanda"])
     if reconstruction is not None:
         recording.dense = recording.hidden.copy()
-        recording.aims = reconstruction.batches_used(len(batches)) if aims else None
+        recording.aims = reconstruction.batches_used(recording.shares) if aims else None
     moves = replace(MOVES[propagation], keep_inputs=reconstruction is not None)  # type: ignore[arg-type]
     walk = Walk(proven, recording, solver.statistic, moves)
 
@@ -85,7 +85,7 @@ def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_dense_states_that_nobody_looks_at_make_no_difference(steps: int) -> None:
     reconstruction = Reconstruction(steps=steps)
-    used = reconstruction.batches_used(len(BATCHES))
+    used = reconstruction.batches_used([1.0] * len(BATCHES))
     assert len(used) == min(steps, len(BATCHES) - 1) + 1
     with_all, _ = pruned(reconstruction, aims=False)
     with_few, _ = pruned(reconstruction)

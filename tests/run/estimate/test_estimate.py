@@ -148,6 +148,15 @@ def test_more_work_takes_more() -> None:
     assert estimate(WORK, replace(RUN, activation_limit=0), None).peak_bytes < base.peak_bytes
 
 
+def test_samples_of_several_lengths_take_what_their_tokens_take() -> None:
+    alike = replace(RUN, mean_length=512.0, batch_length=512)
+    assert estimate(WORK, alike, None) == estimate(WORK, RUN, None)
+    half = replace(RUN, mean_length=256.0, batch_length=512)
+    assert half.tokens == replace(RUN, samples=64).tokens == 128 * 256
+    assert estimate(WORK, half, None).seconds == estimate(WORK, replace(RUN, samples=64), None).seconds
+    assert replace(RUN, batch_length=1024).batch_tokens == 2 * RUN.batch_tokens == 8 * 1024
+
+
 def test_dense_propagation_takes_one_pass_and_the_memory_of_block() -> None:
     block, dense, sequential = (
         estimate(WORK, replace(RUN, propagation=name), None) for name in ("block", "dense", "sequential")

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import coprune
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.data.conversations import read_conversations
+from coprune.data.mixture import packed
+from coprune.model.removal.routing import Routed
+from coprune.pruning.structure.experts import ExpertSums
 from coprune.recipe.recipe import make_recipe
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, write_words
@@ -21,8 +25,12 @@ IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"remove": "experts=0.25", "evaluate": False, "quiet": True}
 
 
-def by_hand(family: str, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and the mean of gate · ‖answer‖₂ of every expert, block by block, from what full forwards route."""
+def by_hand(family: str, tokens: Tensor, counted: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and the mean of gate · ‖answer‖₂ of every expert, block by block, from what full forwards route.
+
+    counted: which tokens count, of the shape of them; None for all.
+    """
+    own = torch.ones(tokens.numel(), dtype=torch.bool) if counted is None else counted.flatten()
     model = pico_model(family)
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     names = [name for name, _ in model.named_modules() if name.endswith("mlp.experts")]
@@ -34,7 +42,8 @@ def by_hand(family: str, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     for name, (hidden, index, gates) in zip(names, calls, strict=True):
         experts: Any = model.get_submodule(name)
         total, count = torch.zeros(experts.num_experts), torch.zeros(experts.num_experts)
-        for token, (chosen, weights) in enumerate(zip(index, gates, strict=True)):
+        for token in own.nonzero().flatten().tolist():
+            chosen, weights = index[token], gates[token]
             for expert, gate in zip(chosen.tolist(), weights.tolist(), strict=True):
                 up_gate, up = F.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2)
                 answer = F.linear(F.silu(up_gate) * up, experts.down_proj[expert])
@@ -52,6 +61,29 @@ def test_reap_is_the_formula_on_full_forwards(family: str, tmp_path: Path) -> No
         tokens, weighted = (torch.tensor(sums[part]) for part in ("tokens", "weighted"))
         assert torch.equal(tokens, count)
         torch.testing.assert_close(weighted / tokens, mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_only_what_a_model_wrote_is_scored(family: str, tmp_path: Path) -> None:
+    """Also where what it wrote lies at another place in every sample, and one domain's samples are shorter."""
+    rows = [{"prompt_ids": row[:9], "answer_ids": row[9:]} for row in (IDS + 4).tolist()]
+    for name, own in (("long", rows), ("short", rows[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    data = {"long": f"{tmp_path / 'long.jsonl'}:seqlen=24", "short": f"{tmp_path / 'short.jsonl'}:seqlen=15"}
+    asked = SETTINGS | {"processor": pico_tokenizer(), "nsamples": 6, "seqlen": 20, "calibrate_on": "generated"}
+    coprune.prune(pico_model(family), domains=data, save=tmp_path / "run", **asked)
+    for name, length in (("long", 24), ("short", 15)):
+        windows = packed(read_conversations(str(tmp_path / f"{name}.jsonl"), pico_tokenizer()), 6, length, 0, name)
+        assert windows.generated is not None
+        kept = json.loads((tmp_path / "run" / "experts.json").read_text())["sums"][name]
+        expected = by_hand(family, windows.tokens, windows.generated)
+        for sums, (count, mean) in zip(kept.values(), expected, strict=True):
+            tokens, weighted = (torch.tensor(sums[part]) for part in ("tokens", "weighted"))
+            assert torch.equal(tokens, count)
+            torch.testing.assert_close(weighted, (mean * count).nan_to_num(), rtol=1e-4, atol=1e-6)
+    other = Routed(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.ones(3, 1, 2))
+    with pytest.raises(UnsupportedModel, match="a mixture routes 3 rows of 4 tokens"):
+        ExpertSums.empty(2).update(other, torch.ones(2, 2) > 0)
 
 
 def test_domains_are_scored_at_once_and_blended_anew(tmp_path: Path) -> None:

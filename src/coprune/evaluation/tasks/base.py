@@ -58,8 +58,11 @@ class Task(Protocol):
         """One sample to prove the replay with."""
         ...
 
-    def batches(self, samples: Tensor) -> Sequence[Tensor]:
-        """Cut calibration samples into batches on the model's device."""
+    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
+        """Cut calibration samples into batches of one length on the model's device.
+
+        marks: something of every token, samples × S, which is cut likewise and given instead.
+        """
         ...
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Measured:

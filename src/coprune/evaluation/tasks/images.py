@@ -11,7 +11,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput, about
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
-from coprune.base.words import Setting
+from coprune.base.words import LeaveOut, Setting
 from coprune.data.images import (
     ImageSamples,
     LabelledImages,
@@ -48,6 +48,10 @@ class ImageTask:
         if recipe.evaluation.runs_tasks:
             cause = f"{loaded.source} classifies images, and zero-shot tasks are for language models"
             raise BadInput(cause, field="tasks", value=recipe.evaluation.tasks)
+        if recipe.calibration.calibrate_on == "generated":
+            raise BadInput(
+                "no model wrote images", field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on")
+            )
 
     def _named(self, names: str | None) -> str:
         """The images that were asked for: by these names or else the dataset, whose default is a text."""
@@ -112,7 +116,7 @@ class ImageTask:
         image = images.image(0) if isinstance(images, LabelledImages) else random_image()
         return self.transform([image]).to(self._loaded.device)
 
-    def batches(self, samples: Tensor) -> Sequence[Tensor]:
+    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
         return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
 
     def _batch_size(self, pixels: Tensor) -> int:

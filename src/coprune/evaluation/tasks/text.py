@@ -16,9 +16,10 @@ from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
 from coprune.data import EvaluationText, Windows, evaluation_corpus_for, evaluation_tokens
 from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
+from coprune.data.lengths import a_longest, first_of_a_length, of_each_length
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, Score, choose_bos
-from coprune.evaluation.calibration import Sampling, read_samples, require_generated
+from coprune.evaluation.calibration import Sampling, read_samples, require_generated, sample_lengths
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import perplexity
 from coprune.evaluation.shared import shared_perplexity
@@ -50,8 +51,10 @@ class TextTask:
             if not recipe.evaluation.layer_error:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
-        reporter.say(f"Calibration: {nsamples} samples of {self.seqlen} tokens from {recipe.calibration.data}.")
         with about("dataset", recipe.calibration.data):
+            lengths = sorted({*sample_lengths(recipe.calibration.data, self._loaded, self.seqlen)})
+            said = " or ".join(map(str, lengths))
+            reporter.say(f"Calibration: {nsamples} samples of {said} tokens from {recipe.calibration.data}.")
             try:
                 windows = self._samples(nsamples, reporter)
             except BadInput as error:
@@ -104,7 +107,7 @@ class TextTask:
         texts = [one for one in data.values() if isinstance(one, EvaluationText) and not one.given]
         windows = None
         if isinstance(samples, Windows) and not samples.given:
-            windows = samples.tokens
+            windows = first_of_a_length(samples.tokens)
         elif texts:
             windows = cut_windows(texts[0].tokens, self.seqlen)
         asked, tokenizer = self._recipe.calibration.bos, self._loaded.tokenizer
@@ -160,8 +163,8 @@ class TextTask:
         texts = [text for text in data.values() if isinstance(text, EvaluationText)]
         return probe_tokens(samples if isinstance(samples, Windows) else None, texts, self.seqlen, self._loaded)
 
-    def batches(self, samples: Tensor) -> Sequence[Tensor]:
-        return split_batches(samples, self._recipe, self._loaded.device)
+    def batches(self, samples: Tensor, marks: Tensor | None = None) -> Sequence[Tensor]:
+        return split_batches(samples, self._recipe, self._loaded.device, marks)
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Perplexity:
         assert isinstance(data, EvaluationText)
@@ -205,7 +208,7 @@ def probe_tokens(windows: Windows | None, texts: Sequence[EvaluationText], seqle
     """One sample (1 × S int64, at most 512 tokens) to prove the replay with: of the data, or random without any."""
     length = min(seqlen, 512)
     if windows is not None:
-        sample = windows.tokens[:1, :length]
+        sample = a_longest(windows.tokens)[:, :512]
     elif texts:
         sample = texts[0].tokens[None, :length]
     else:
@@ -225,6 +228,19 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
     return recipe.calibration.batch_size or max(1, tokens // seqlen)
 
 
-def split_batches(windows: torch.Tensor, recipe: Recipe, device: torch.device) -> Sequence[torch.Tensor]:
-    """Cut calibration samples (N × S) into batches on the device."""
-    return torch.split(windows.to(device), samples_per_batch(recipe, windows.shape[1], device))
+def split_batches(
+    windows: Tensor, recipe: Recipe, device: torch.device, marks: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Cut calibration samples (N × S) into batches of one length on the device, in the order of their first samples.
+
+    marks: N × S, of every token, cut likewise and given instead.
+    """
+    values, found = windows if marks is None else marks, list[tuple[int, Tensor]]()
+    groups = list(of_each_length(windows))
+    if len(groups) < 2:
+        return torch.split(values.to(device), samples_per_batch(recipe, windows.shape[1], device))
+    for rows, length in groups:
+        for own in rows.split(samples_per_batch(recipe, length, device)):
+            found.append((int(own[0]), values[own, :length].to(device)))
+    # So that the first batches, and the last, are of several lengths like the others.
+    return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]

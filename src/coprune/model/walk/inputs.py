@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +31,13 @@ class Inputs:
     pool: Statistic | None = None
     """For an expert: the statistic of all experts of its layer, as far as they are known."""
 
-    def update(self, x: Tensor, x_dense: Tensor | None) -> None:
+    def update(self, x: Tensor, x_dense: Tensor | None, kept: int | None = None) -> None:
+        """Add a batch's rows. x_dense: the same in the dense model; kept: as in `InputSample.update`."""
         if x_dense is not None and self.cross is None:
             self.cross = CrossGram(self.sample.width, x.device)
         if x.numel() == 0:
             return
-        self.sample.update(x)
+        self.sample.update(x, kept)
         if self.statistic is not None:
             self.statistic.update(x)
         if x_dense is not None and self.cross is not None:
@@ -51,6 +53,15 @@ class Inputs:
         self.sample.reduce(processes, needed=self.statistic is None or not self.statistic.tells_errors)
 
 
+class BatchRows(NamedTuple):
+    """What is taken of one batch's rows."""
+
+    counted: CountedRows | None = None
+    """Which are counted; None for all."""
+    kept: int | None = None
+    """How many the sample keeps; None for as many as of every other batch."""
+
+
 class Gathered:
     """The inputs of one block's groups of matrices while its batches run."""
 
@@ -58,12 +69,11 @@ class Gathered:
         self,
         groups: Sequence[list[Matrix]],
         statistic: type[Statistic] | None,
-        batches: Sequence[CountedRows | None],
+        batches: Sequence[BatchRows],
         processes: Processes,
         known: Mapping[str, Inputs] | None = None,
     ) -> None:
-        """batches: for each, which of its rows are counted, None for all; known: what was gathered before, by the name of a
-        group's first matrix."""
+        """batches: what is taken of each; known: what was gathered before, by the name of a group's first matrix."""
         self._groups = {group[0].name: group for group in groups}
         self._leader = {matrix.name: group[0].name for group in groups for matrix in group}
         self._statistic = statistic
@@ -80,17 +90,18 @@ class Gathered:
         leader = self._leader[matrix.name]
         if leader != matrix.name:
             return
-        inputs, dense, counted = self._of(leader, x.shape[-1], x.device), self.dense.get(leader), self._batches[batch]
+        inputs, dense = self._of(leader, x.shape[-1], x.device), self.dense.get(leader)
+        counted, kept = self._batches[batch]
         if counted is not None:
             x, dense = counted.of(matrix, x), None if dense is None else counted.of(matrix, dense)
         try:
-            inputs.update(x, dense)
+            inputs.update(x, dense, kept)
         except NumericalError as error:
             raise error.within(f"{matrix.name}, calibration batch {batch}") from error
 
     def hear(self, batch: int) -> Callable[[Tensor], None] | None:
         """What is to be told of every product's operand in a batch; None if nobody wants to know."""
-        counted = self._batches[batch]
+        counted = self._batches[batch].counted
         return None if counted is None else counted.hear
 
     def _of(self, leader: str, width: int, device: torch.device) -> Inputs:

@@ -11,6 +11,8 @@ from torch import Tensor
 from coprune.model.blocks import Block
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.arguments import TensorPool
+from coprune.model.walk.counted import CountedRows
+from coprune.model.walk.inputs import BatchRows
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import BlockCall, run_without_blocks
 
@@ -30,6 +32,28 @@ class Recording:
     dense: Activations | None = None
     aims: Container[int] | None = None
     counted: Sequence[Tensor] | None = None
+
+    @property
+    def uneven(self) -> int | None:
+        """Tokens of all batches, where the samples of one are longer than those of another; None where they are not."""
+        alike = len({batch.shape[1:] for batch in self.tokens}) < 2
+        return None if alike else sum(batch.numel() for batch in self.tokens)
+
+    @property
+    def shares(self) -> list[float]:
+        """By how much every batch counts where a mean is over batches: 1, or where only some tokens count, or samples differ
+        in length, the batch's tokens that count over those of a batch in the mean."""
+        if self.counted is None and self.uneven is None:
+            return [1.0] * len(self.tokens)
+        counts = [one.numel() if self.counted is None else int(one.sum()) for one in self.counted or self.tokens]
+        return [count * len(counts) / max(sum(counts), 1) for count in counts]
+
+    def rows(self, kept: int) -> list[BatchRows]:
+        """What is taken of every batch's rows. kept: so many of all together for a sample of them, or a few more."""
+        counted = [None] * len(self.tokens) if self.counted is None else [CountedRows(one) for one in self.counted]
+        total = self.uneven
+        shares = [None if total is None else -(-kept * batch.numel() // total) for batch in self.tokens]
+        return [BatchRows(*pair) for pair in zip(counted, shares, strict=True)]
 
     @torch.no_grad()
     def run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:

@@ -24,12 +24,14 @@ class InputSample:
         self._rows: list[Tensor] = []
         self.count = 0  # tokens seen, not kept
 
-    def update(self, x: Tensor) -> None:
-        """Keep some rows of a batch of inputs (T × I, any leading dimensions)."""
+    def update(self, x: Tensor, kept: int | None = None) -> None:
+        """Keep some rows of a batch of inputs (T × I, any leading dimensions). kept: how many at most; None for as many as of
+        every other batch."""
+        kept = self._per_batch if kept is None else kept
         x_TI = x.reshape(-1, self.width)
         self.count += x_TI.shape[0]
-        step = max(1, x_TI.shape[0] // self._per_batch)
-        self._rows.append(x_TI[step // 2 :: step][: self._per_batch].to(torch.float32, copy=True))
+        step = max(1, x_TI.shape[0] // kept)
+        self._rows.append(x_TI[step // 2 :: step][:kept].to(torch.float32, copy=True))
 
     def reduce(self, processes: Processes, needed: bool) -> None:
         """Put in place what the samples of all processes hold together; needed: whether its rows are, or only the count."""

@@ -19,7 +19,6 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.walk.counted import CountedRows
 from coprune.model.walk.inputs import Gathered
 from coprune.model.walk.lockstep import Lanes, Lockstep
 from coprune.model.walk.moves import BY_BLOCK, ByBlock, Dense, Moves, Sequential
@@ -28,6 +27,7 @@ from coprune.model.walk.paging import Paging
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import run_after_blocks
 from coprune.model.walk.recording import Recording
+from coprune.model.walk.sample import InputSample
 from coprune.model.walk.shown import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.statistics import Statistic
 
@@ -176,9 +176,7 @@ class Walk:
 
     def _gathered(self, place: str, groups: Sequence[list[Matrix]]) -> Gathered:
         """Where the inputs of a place's groups are gathered: empty, unless they are known."""
-        batches: list[CountedRows | None] = [None] * (0 if self.recording is None else len(self.recording.hidden))
-        if self.recording is not None and self.recording.counted is not None:
-            batches = [CountedRows(counted) for counted in self.recording.counted]
+        batches = [] if self.recording is None else self.recording.rows(InputSample.tokens)
         known = self.past.known[place]() if place in self.past.known else {}
         return Gathered(groups, self.statistic, batches, self.processes, known)
 

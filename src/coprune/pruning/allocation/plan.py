@@ -52,16 +52,17 @@ def plan_targets(
             raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
         data = recording if allocation.statistic is not None else None
         count = 0 if data is None else len(data.hidden)
-        looks = Dense(keep=partial(some_tokens, batches=count))
+        keep = partial(some_tokens, batches=count, total=None if data is None else data.uneven)
+        looks = Dense(keep=keep)
         walk = Walk(model, data, allocation.statistic, looks, processes=processes, advance=advance)
-        sums = _measure(allocation, walk, target)
+        sums = _measure(allocation, walk, target, keep)
     targets = allocation.allocate(units, sums, target)
     return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
 
 
 @torch.no_grad()
-def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Tensor]:
-    """What the allocation measured in every block, experts added up, by name of unit."""
+def _measure(allocation: Allocation, walk: Walk, target: Target, keep: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What the allocation measured in every block, experts added up, by name of unit. keep: some rows of hidden states."""
     sums: dict[str, Tensor] = {}
 
     def measure(shown: list[Shown], moved: float) -> None:
@@ -72,7 +73,7 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
     shown: list[Shown] = []
     for event in walk:
         if isinstance(event, BlockDone):
-            after = [some_tokens(hidden, len(event.after)) for hidden in event.after]
+            after = [keep(hidden) for hidden in event.after]
             measure(shown, movement(joined(event.before), joined(after)))
             shown = []
             continue
@@ -85,11 +86,14 @@ def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Te
     return sums
 
 
-def some_tokens(hidden: Tensor, batches: int) -> Tensor:
+def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
     """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
-    samples. On the first of several processes only its own, whose plan counts for all."""
-    per_batch = -(-TOKENS // batches)
+    samples. On the first of several processes only its own, whose plan counts for all.
+
+    total: rows of all batches, where they hold different numbers of them (`Recording.uneven`).
+    """
     rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
+    per_batch = -(-TOKENS // batches) if total is None else -(-TOKENS * len(rows) // total)
     step = max(1, len(rows) // per_batch)
     return rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True)
 

@@ -25,6 +25,25 @@ from coprune.pruning.refine.trained import Trained
 
 
 @dataclass(frozen=True)
+class Examples:
+    """What a block is trained on, batch by batch."""
+
+    inputs: Sequence[Tensor]
+    """B × S × H per batch, in the model's dtype."""
+    targets: Sequence[Tensor]
+    """What the dense block gives, likewise."""
+    shares: Sequence[float]
+    """By how much every batch counts; one of 0 is not looked at."""
+    counted: Sequence[Tensor] | None = None
+    """Which tokens count, B × S bool per batch; None for all."""
+
+    def error(self, batch: int, output: Tensor) -> Tensor:
+        """The relative error of what the block gives for a batch, mean over the tokens that count."""
+        errors = _relative_errors(output, self.targets[batch])
+        return errors.mean() if self.counted is None else errors[self.counted[batch]].mean()
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """Masked AdamW on one block after it was pruned.
 
@@ -53,8 +72,7 @@ class Reconstruction:
         block: nn.Module,
         trained: Sequence[Trained],
         run: Callable[[int, Tensor], Tensor],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        examples: Examples,
     ) -> tuple[float, float]:
         """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
 
@@ -62,8 +80,7 @@ class Reconstruction:
             block: the pruned block.
             trained: which of its parameters may change.
             run: (batch, float32 hidden states) → the block's output, differentiable.
-            inputs: B × S × H per batch, in the model's dtype.
-            targets: what the dense block gives, likewise.
+            examples: what it is trained on.
 
         Returns:
             The relative error on the watched batches before and after.
@@ -71,16 +88,17 @@ class Reconstruction:
         Raises:
             NumericalError: the loss is not finite before the first step.
         """
-        watched, batches = self._split(len(inputs))
+        inputs, shares = examples.inputs, examples.shares
+        watched, batches = self._split(shares)
 
         def loss_of(batch: int) -> Tensor:
             with torch.autocast(inputs[batch].device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 output = run(batch, inputs[batch].to(torch.float32))
-            return _relative_error(output, targets[batch])
+            return shares[batch] * examples.error(batch, output)
 
         def watch() -> float:
             with torch.no_grad():
-                return sum(float(loss_of(batch)) for batch in watched) / len(watched)
+                return sum(float(loss_of(batch)) for batch in watched) / sum(shares[batch] for batch in watched)
 
         with _in_float32(block):
             before = best = watch()
@@ -90,15 +108,16 @@ class Reconstruction:
                 best = self._train(block, part, loss_of, watch, batches, best)
         return before, best
 
-    def batches_used(self, batches: int) -> set[int]:
-        """Numbers of the batches that are looked at, of so many: short trainings do not see all of them."""
-        watched, trained = self._split(batches)
+    def batches_used(self, shares: Sequence[float]) -> set[int]:
+        """Numbers of the batches that are looked at: short trainings do not see all of them. shares: as of `Examples`."""
+        watched, trained = self._split(shares)
         return {*watched, *islice(_endless(trained, self.seed), self.steps)}
 
-    def _split(self, batches: int) -> tuple[list[int], list[int]]:
+    def _split(self, shares: Sequence[float]) -> tuple[list[int], list[int]]:
         """Numbers of the batches to watch and to train on; too few batches serve for both."""
+        everything = [batch for batch, share in enumerate(shares) if share > 0]
+        batches = len(everything)
         held_out = round(batches * self.held_out) if self.held_out == 0 else max(1, round(batches * self.held_out))
-        everything = list(range(batches))
         if held_out == 0 or batches - held_out < 2:
             return everything, everything
         return everything[-held_out:], everything[:-held_out]
@@ -154,15 +173,15 @@ class Reconstruction:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
-def _relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error, token by token relative to the size of the dense hidden state, mean over the tokens.
+def _relative_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error, token by token relative to the size of the dense hidden state.
 
     The next block normalises each token by its size; without that weight the first token of many models, a thousand
     times larger than the others, would be all that counts.
     """
     dense = target.to(torch.float32)
     error = (output.to(torch.float32) - dense).square().sum(dim=-1)
-    return (error / dense.square().sum(dim=-1).clamp_min(1e-12)).mean()
+    return error / dense.square().sum(dim=-1).clamp_min(1e-12)
 
 
 def _endless(batches: Sequence[int], seed: int) -> Iterator[int]:

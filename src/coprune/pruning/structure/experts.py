@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coprune.base.errors import UnsupportedModel
 from coprune.base.options import one_of
+from coprune.base.words import Set
 from coprune.model.removal.routing import Routed
 from coprune.recipe.choice import Choice
 
@@ -34,8 +36,24 @@ class ExpertSums:
         """Of no token."""
         return cls(torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64))
 
-    def update(self, routed: Routed) -> None:
-        """Add what one call of the experts showed."""
+    def update(self, routed: Routed, counted: Tensor | None = None) -> None:
+        """Add what one call of the experts showed.
+
+        Args:
+            routed: the call, of all tokens of a batch.
+            counted: which of them count, B × S bool; None for all.
+
+        Raises:
+            UnsupportedModel: nobody can tell which tokens were routed.
+        """
+        if counted is not None:
+            if counted.numel() != len(routed.index):
+                raise UnsupportedModel(
+                    f"a mixture routes {len(routed.index)} rows of {counted.numel()} tokens, so nobody can tell which they are",
+                    fix=("count all tokens with ", Set("calibrate_on", "all")),
+                )
+            own = counted.flatten()
+            routed = Routed(routed.index[own], routed.gates[own], routed.answers[own])
         index = routed.index.flatten().cpu()
         weighted = routed.gates.to(torch.float64) * torch.linalg.vector_norm(
             routed.answers, dim=-1, dtype=torch.float32

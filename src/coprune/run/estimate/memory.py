@@ -97,19 +97,18 @@ def _perplexity(work: Workload, run: Settings, count: int, weights: float) -> fl
 
 def _pruning(work: Workload, run: Settings) -> float:
     """Bytes that pruning needs besides the weights: activations, statistics, and one solve."""
-    block, tokens = work.block, run.samples * run.seqlen
+    block, tokens = work.block, run.tokens
     lists = 2 if run.dense_target else 1
     # Several lists share the limit.
     hidden = _within(lists * tokens * block.hidden_bytes_per_token, run.activation_limit)
     sums = [work.solving[group[0]].statistic_bytes for group in block.groups]
     solve = max((work.solving[shape].most_bytes for group in block.groups for shape in group), default=0)
-    batch_tokens = min(run.batch, run.samples) * run.seqlen
-    batch = batch_tokens * (block.bytes_per_token + block.hidden_bytes_per_token)
+    batch = run.batch_tokens * (block.bytes_per_token + block.hidden_bytes_per_token)
     if run.propagation == "sequential":
         waiting = _within(hidden + tokens * block.waiting_bytes_per_token, run.activation_limit)
         return max(hidden, waiting) + max(sums, default=0) + max(solve, batch)
     pruned = sum(sums) + max(solve, batch)
-    return hidden + (max(pruned, _training(work, run, batch_tokens)) if run.reconstruction_steps else pruned)
+    return hidden + (max(pruned, _training(work, run, run.batch_tokens)) if run.reconstruction_steps else pruned)
 
 
 def _training(work: Workload, run: Settings, tokens: int) -> float:

@@ -9,7 +9,7 @@ from coprune.run.estimate.work import Settings, Workload
 def seconds_of(work: Workload, run: Settings) -> float:
     """Seconds from now to the end."""
     block, read = work.block, work.block.read_seconds * work.blocks if run.streamed else 0.0
-    tokens, head = run.samples * run.seqlen, work.head
+    tokens, head = run.tokens, work.head
     one_pass = block.seconds_per_token * work.blocks
     passes = 2 if run.propagation == "block" else 1
     passes += 1 if run.dense_target else 0
@@ -20,7 +20,9 @@ def seconds_of(work: Workload, run: Settings) -> float:
     proof = 2 * (probed * one_pass + min(probed, head.compared_positions) * head.seconds_per_token)
     evaluation = sum(run.evaluation_tokens) * (one_pass + head.seconds_per_token) * run.evaluations
     # Half of a step's passes are forward, the rest backward; and a tenth of the batches watch after every tenth step.
-    trained = run.reconstruction_steps * run.batch * run.seqlen * 3 + (1.1 * tokens if run.reconstruction_steps else 0)
+    trained = run.reconstruction_steps * run.batch * (run.batch_length or run.seqlen) * 3 + (
+        1.1 * tokens if run.reconstruction_steps else 0
+    )
     # Reading for the proof, for every evaluation, for pruning and for verifying, and writing, which takes about as long
     # as reading and its checksum once more.
     transfers = read * (2 + run.evaluations * len(run.evaluation_tokens)) + 3 * read * run.saved

@@ -37,6 +37,20 @@ class Settings:
     dtype: str
     processes: int = 1
     """That share this machine and the solving."""
+    mean_length: float | None = None
+    """Tokens of a calibration sample in the mean, where they have lengths of their own; None for seqlen."""
+    batch_length: int | None = None
+    """Likewise of a sample in the largest batch."""
+
+    @property
+    def tokens(self) -> float:
+        """Of all calibration samples."""
+        return self.samples * (self.seqlen if self.mean_length is None else self.mean_length)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Of the largest calibration batch."""
+        return min(self.batch, self.samples) * (self.batch_length or self.seqlen)
 
     @property
     def bytes_per_weight(self) -> int:

@@ -10,6 +10,7 @@ from coprune.base.devices import device_memory
 from coprune.base.memory import available_bytes, resident_peak, unread_weights
 from coprune.base.processes import Processes
 from coprune.data import EvaluationText, Windows
+from coprune.data.lengths import a_longest, lengths_of
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
 from coprune.model.opened import Loaded
@@ -48,10 +49,11 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     (resident, _), unread, device = resident_peak(), unread_weights(), device_memory(loaded.device)
     settings = _settings(planned, loaded, processes)
     windows, texts, solver, seqlen = planned.windows, planned.texts, planned.solver, planned.seqlen
-    sample = (
-        (windows.tokens if windows is not None else texts[0].tokens[None])[:1, :seqlen] if windows or texts else None
-    )
-    if sample is None:
+    if windows is not None:
+        sample = a_longest(windows.tokens)
+    elif texts:
+        sample = texts[0].tokens[None, :seqlen]
+    else:
         sample = loaded.model.dummy_inputs["input_ids"][:1]
     block = measure_block(found, sample.to(loaded.device), trained=settings.reconstruction_steps > 0)
     shapes = Counter(matrix.shape for matrix in found.chosen.all())
@@ -84,8 +86,12 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
 def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Settings:
     recipe, seqlen, windows, texts = planned.recipe, planned.seqlen, planned.windows, planned.texts
     vocabulary = loaded.model.config.get_text_config().vocab_size
-    # As the walk and the evaluations choose them.
-    batch = samples_per_batch(recipe, seqlen, loaded.device)
+    lengths = [seqlen] if windows is None else lengths_of(windows.tokens).tolist()
+    # As the walk and the evaluations choose them; the largest batch is not always of the longest samples.
+    batch, batch_length = max(
+        ((samples_per_batch(recipe, length, loaded.device), length) for length in {*lengths}),
+        key=lambda pair: pair[0] * pair[1],
+    )
     evaluation_batch = recipe.calibration.batch_size or default_batch_size(seqlen, vocabulary)
     memory = recipe.calibration.activation_memory
     windows_of = [len(text.tokens) // seqlen for text in texts]
@@ -105,4 +111,6 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         page=planned.page,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
+        mean_length=sum(lengths) / len(lengths),
+        batch_length=batch_length,
     )

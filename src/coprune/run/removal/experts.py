@@ -20,6 +20,7 @@ from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.experts import ExpertSums, coverage, expert_score_named, kept_experts
+from coprune.run.batches import counted_batches, record_counted
 from coprune.run.removal.expert_scores import Scored, keep_scores, known_scores
 from coprune.run.session import Session
 
@@ -79,48 +80,54 @@ def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
     named: dict[str, Samples] = dict(opened.domains)
     if not named and opened.samples is not None:
         named["calibration"] = opened.samples
-    data = {name: one.fingerprint for name, one in named.items()}
+    counts = "" if opened.recipe.calibration.calibrate_on == "all" else " generated"
+    data = {name: f"{one.fingerprint}{counts}" for name, one in named.items()}
     processes, model = opened.around.processes, opened.loaded.fingerprint(session.model.blocks)
     known = processes.from_first(lambda: known_scores(session, model, data))
     if known is not None:
         opened.around.reporter.say("The experts' scores are known, so no text runs through the model.")
         return known
-    scored = gather_scores(session, mixtures, {name: one.tokens for name, one in named.items()})
+    scored = gather_scores(session, mixtures, named)
     keep_scores(session, model, data, scored)
     return scored
 
 
-def gather_scores(session: Session, mixtures: Mapping[str, Mixture], domains: Mapping[str, Tensor]) -> Scored:
+def gather_scores(session: Session, mixtures: Mapping[str, Mixture], domains: Mapping[str, Samples]) -> Scored:
     """Run every domain's samples through the dense model once, and sum up what comes to each expert.
 
     Args:
         session: the run.
         mixtures: by block.
-        domains: samples by name, N × S int64.
+        domains: samples by name.
     """
     opened, model = session.opened, session.model
+    processes = opened.around.processes
     batches = [
         (name, batch)
         for name, samples in domains.items()
-        for batch in opened.task.batches(opened.around.processes.share(samples))
+        for batch in counted_batches(opened.task, opened.recipe, samples, processes)
     ]
     sums = {name: {block: ExpertSums.empty(m.count) for block, m in mixtures.items()} for name in domains}
-    recording = record_batches(model, [batch for _, batch in batches], opened.activations())
-    names = [name for name, _ in batches]
+    recording = record_counted(model, [batch for _, batch in batches], opened.activations())
     with ExitStack() as watching, opened.around.reporter.bar("Scoring experts", len(model.blocks)) as advance:
         for block in model.blocks:
             if (mixture := mixtures.get(block.name)) is not None:
-                see = _in_turn([sums[name][block.name] for name in names])
+                see = _in_turn([(sums[name][block.name], batch.counted) for name, batch in batches])
                 watching.enter_context(mixture.watched(block.module, see))
         for _ in Walk(model.idle(), recording, None, Dense(), advance=advance):
             pass
     return _of_all(session, sums)
 
 
-def _in_turn(sums: Sequence[ExpertSums]) -> Callable[[Routed], None]:
-    """Adds what one batch after the other shows. sums: where to, batch by batch."""
-    left = iter(sums)
-    return lambda routed: next(left).update(routed)
+def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Routed], None]:
+    """Adds what one batch after the other shows. places: where to, and which tokens count, batch by batch."""
+    left = iter(places)
+
+    def see(routed: Routed) -> None:
+        sums, counted = next(left)
+        sums.update(routed, counted)
+
+    return see
 
 
 def _of_all(session: Session, own: Scored) -> Scored:

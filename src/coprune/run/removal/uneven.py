@@ -119,7 +119,7 @@ def _measured(session: Session, plan: Plan) -> list[Levels]:
     score = score_named(session.opened.recipe.structure.score_of("units"))
     recording = record_calibration(session)
     batches = 0 if recording is None else len(recording.hidden)
-    keep = partial(some_tokens, batches=batches)
+    keep = partial(some_tokens, batches=batches, total=None if recording is None else recording.uneven)
     levels: list[Levels] = []
     inputs: dict[str, Inputs] = {}
     with session.opened.around.reporter.bar("Measuring what blocks lose", len(model.blocks)) as advance:
@@ -131,7 +131,7 @@ def _measured(session: Session, plan: Plan) -> list[Levels]:
             if not isinstance(event, BlockDone):
                 inputs |= event.known()
                 continue
-            after = [some_tokens(hidden, batches) for hidden in event.after]
+            after = [keep(hidden) for hidden in event.after]
             moved = movement(joined(event.before), joined(after))
             for part in plan.parts.get(event.block.name, ()):
                 counts = list(range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1)))

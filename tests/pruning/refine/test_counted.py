@@ -1,0 +1,90 @@
+"""Block reconstruction where only some tokens count: its loss is the mean over those, whatever batches they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coprune.model.walk.recording import record_batches
+from coprune.pruning.refine.reconstruct import Examples, Reconstruction
+from coprune.pruning.refine.trained import Trained
+from support.pico import pico_model, pico_tokens
+from support.walking import prove
+
+COUNTS = (1, 6, 0, 3)
+
+
+def batches(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 4, 6, generator=generator) for _ in COUNTS]
+
+
+def marks() -> list[Tensor]:
+    """So many of each batch's tokens, some in either sample."""
+    return [(torch.arange(8) * 5 % 8 < count).view(2, 4) for count in COUNTS]
+
+
+def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
+    """What training makes of a matrix, and the error before it."""
+    block = nn.Linear(6, 6, bias=False)
+    block.weight.data = torch.eye(6)
+    block.requires_grad_(False)
+    parts = [Trained("weight", block.weight, None)]
+    # All batches are watched, since so few leave none to hold out.
+    asked = Reconstruction(steps=steps, learning_rate=0.05, held_out=0)
+    before, _ = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
+    return block.weight.data, before
+
+
+def shares(counts: Sequence[int]) -> list[float]:
+    return [count * len(counts) / sum(counts) for count in counts]
+
+
+def test_the_loss_is_the_mean_over_the_tokens_that_count() -> None:
+    inputs, targets, counted = batches(0), batches(1), marks()
+    weight, before = trained(Examples(inputs, targets, shares(COUNTS), counted), 8)
+    x, y = (torch.cat([one[mark] for one, mark in zip(some, counted, strict=True)]) for some in (inputs, targets))
+    errors = (x - y).square().sum(dim=1) / y.square().sum(dim=1)
+    assert len(errors) == sum(COUNTS)
+    assert before == pytest.approx(float(errors.mean()), rel=1e-6)
+    # The same tokens without the others between them, and without the batch that has none.
+    alone = [one[mark][None] for one, mark in zip(inputs, counted, strict=True) if bool(mark.any())]
+    aims = [one[mark][None] for one, mark in zip(targets, counted, strict=True) if bool(mark.any())]
+    again, _ = trained(Examples(alone, aims, [share for share in shares(COUNTS) if share]), 8)
+    torch.testing.assert_close(weight, again)
+    # And what does not count may aim at anything.
+    other = [torch.where(mark[..., None], one, 1e3) for one, mark in zip(targets, counted, strict=True)]
+    assert torch.equal(trained(Examples(inputs, other, shares(COUNTS), counted), 8)[0], weight)
+    assert not torch.equal(trained(Examples(inputs, targets, [1.0] * 4), 8)[0], weight)
+
+
+def test_a_step_goes_by_the_batchs_part_of_that_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of an epoch's gradients together are that of the mean over the tokens that count, times the batches."""
+    inputs, targets, counted = batches(0), batches(1), marks()
+    found: list[Tensor] = []
+
+    def step(self: torch.optim.AdamW) -> None:
+        found.append(self.param_groups[0]["params"][0].grad.clone())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    trained(Examples(inputs, targets, shares(COUNTS), counted), 3)
+    weight = torch.eye(6, requires_grad=True)
+    x, y = (torch.cat([one[mark] for one, mark in zip(some, counted, strict=True)]) for some in (inputs, targets))
+    ((x @ weight.T - y).square().sum(dim=1) / y.square().sum(dim=1)).mean().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(sum(found), len(COUNTS) * weight.grad)
+
+
+def test_shares_are_of_the_tokens_that_count_and_of_nothing_else_alike() -> None:
+    proven = prove(pico_model("llama"), pico_tokens(1, 24))
+    recording = record_batches(proven, pico_tokens(5, 8).split(2))
+    assert recording.shares == [1.0, 1.0, 1.0], "a last batch with fewer samples counts as ever"
+    recording.counted = [torch.arange(16).view(2, 8) < 4, torch.zeros(2, 8) > 0, torch.arange(8)[None] < 2]
+    assert recording.shares == [2.0, 0.0, 1.0]
+    assert Reconstruction(steps=3).batches_used(recording.shares) == {0, 2}
+    lengths = record_batches(proven, [pico_tokens(2, 8), pico_tokens(1, 32)])
+    assert lengths.shares == [16 / 24, 32 / 24]
