@@ -105,7 +105,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prune(dataset: Any, **settings: Any) -> coprune.Result:
-    asked = dict(method="wanda", nsamples=6, seqlen=24, evaluate=False, quiet=True) | settings
+    asked: dict[str, Any] = dict(method="wanda", nsamples=6, seqlen=24, evaluate=False, quiet=True) | settings
     return coprune.prune(pico_model("llama"), tokenizer=pico_tokenizer("known"), dataset=dataset, **asked)
 
 
@@ -134,7 +134,7 @@ def test_masks_are_those_of_the_samples_one_by_one(place: Path) -> None:
     kept = prune_by_whole_forwards(expected, batches, Target(parse_pattern("2:4"), 0.5), ())
     assert kept
     for name, mask in kept.items():
-        assert torch.equal(model.get_submodule(name).weight != 0, mask), name
+        assert torch.equal(model.get_parameter(f"{name}.weight") != 0, mask), name
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ class SourcePart(BaseModel):
     seqlen: int | None = None
     """Tokens of each; None in reports that do not say."""
 
+    def line(self) -> str:
+        """For people."""
+        each = "" if self.seqlen is None else f" of {self.seqlen} tokens"
+        return f"{self.name}: {self.nsamples} samples{each}, fingerprint {self.fingerprint}"
+
 
 @dataclass(frozen=True)
 class Windows:

@@ -76,12 +76,8 @@ class CalibrationFacts(BaseModel):
     def details(self) -> str:
         """What of the tokens was counted, and what each source gave, as sentences behind another; empty for nothing."""
         said = "" if self.counted is None else f" Statistics are of {self.counted:,} tokens that a model wrote."
-        parts = [
-            f"{part.name}: {part.nsamples} samples{'' if part.seqlen is None else f' of {part.seqlen} tokens'}, "
-            f"fingerprint {part.fingerprint}"
-            for part in self.sources
-        ]
-        return f"{said} Sources: {'; '.join(parts)}." if parts else said
+        parts = "; ".join(part.line() for part in self.sources)
+        return f"{said} Sources: {parts}." if parts else said
 
 
 class SparsityFacts(BaseModel):

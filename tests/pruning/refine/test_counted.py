@@ -32,7 +32,7 @@ def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
     block = nn.Linear(6, 6, bias=False)
     block.weight.data = torch.eye(6)
     block.requires_grad_(False)
-    parts = [Trained("weight", block.weight, None)]
+    parts = [Trained("weight", block.get_parameter("weight"), None)]
     # All batches are watched, since so few leave none to hold out.
     asked = Reconstruction(steps=steps, learning_rate=0.05, held_out=0)
     before, _ = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
