@@ -140,7 +140,11 @@ def described(name: str) -> dict[str, str]:
     first, _, form = name.partition(" ")
     done, _, how_much = first.partition("-")
     in_llama = form in FILES
-    shares = {"zeros": "2:4" if how_much == "2-4" else f"{how_much} %", "channels": f"{how_much} %", "blocks": "7 of 30"}
+    shares = {
+        "zeros": "2:4" if how_much == "2-4" else f"{how_much} %",
+        "channels": f"{how_much} %",
+        "blocks": "7 of 30",
+    }
     label = " ".join(part for part in (shares.get(done, ""), form if in_llama else "") if part)
     return {"model": name, "kind": KINDS[done], "runtime": "llama.cpp" if in_llama else "transformers", "label": label}
 
