@@ -190,7 +190,7 @@ def test_a_damaged_entry_is_measured_again(tmp_path: Path) -> None:
     cache = EvaluationCache(tmp_path)
     facts = WeightFacts(parameters=2, nonzeros=1, matrix_sparsity=0.5, bytes_on_disk=8)
     assert cache.get("key", WeightFacts, lambda: facts) == facts
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     file.write_text("{", encoding="utf-8")
     other = facts.model_copy(update={"nonzeros": 2})
     assert cache.get("key", WeightFacts, lambda: other) == other

@@ -156,5 +156,5 @@ def _hook(parameter: nn.Parameter, mask: Any) -> RemovableHandle:
 
 def _pruned_before(model: nn.Module) -> set[str]:
     """Names of the matrices that were pruned, as the model's folder tells, if it comes from one."""
-    folder = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    folder = str(getattr(model, "name_or_path", ""))
     return pruned_names(Path(folder)) if folder and Path(folder).is_dir() else set()
