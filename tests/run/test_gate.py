@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import coprune
+from coprune.base.errors import UnsupportedModel
 from coprune.report.schema import Report
 from support.commands import Ended, run_command
 from support.pico import pico_model
@@ -82,6 +84,31 @@ def test_a_streamed_model_is_not_asked_and_that_is_said(prune: Any) -> None:
     assert report.answers is None
     assert "answers   not looked at: the model is streamed, block by block" in ended.out
     assert "What the model writes is not looked at" in ended.err
+
+
+def test_a_model_that_transformers_does_not_let_write_is_told_of(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hybrids that have lost the last of their attention."""
+
+    whole = GenerationMixin.generate
+
+    def fail_if_cut(model: Any, *arguments: Any, **options: Any) -> Any:
+        if model.config.intermediate_size < 96:
+            raise ValueError("no cache")
+        return whole(model, *arguments, **options)
+
+    monkeypatch.chdir(place)
+    settings = SETTINGS | {"dataset": "words.txt", "align": 16, "remove": "channels=0.5"}
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerationMixin, "generate", fail_if_cut)
+        report = coprune.prune("model", save_model=tmp_path / "out", **settings).report
+        assert report.answers is None
+        assert report.no_answers == "transformers does not let LlamaForCausalLM write: no cache"
+        with pytest.raises(UnsupportedModel, match="does not let LlamaForCausalLM write"):
+            coprune.prune(
+                "model", save_model=tmp_path / "other", generate="prompts.jsonl", generate_tokens=20, **settings
+            )
 
 
 def test_it_can_be_left_out(prune: Any) -> None:

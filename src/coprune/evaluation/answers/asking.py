@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.answered import Along, Answered, Answers
 from coprune.evaluation.answers.questions import Questions
@@ -40,6 +41,9 @@ def ask(
 
     Returns:
         One answer per prompt and way.
+
+    Raises:
+        UnsupportedModel: the model does not write text, or transformers does not let it.
     """
     found = [_ask(model, tokenizer, questions, 0.0, reporter, batch_size or _BATCH)]
     if (temperature := questions.plan.temperature) > 0:
@@ -65,7 +69,12 @@ def _ask(
     )
     way = f"sampled at {temperature:g}" if temperature else "greedy"
     with reporter.bar(f"Answers, {way}", len(questions.ids) * questions.new_tokens) as advance:
-        answers = generate(model, [list(ids) for ids in questions.ids], settings, advance)
+        try:
+            answers = generate(model, [list(ids) for ids in questions.ids], settings, advance)
+        except ValueError as error:  # as of hybrids that have lost the last of their attention
+            if isinstance(error, CopruneError):
+                raise
+            raise UnsupportedModel(f"transformers does not let {type(model).__name__} write: {error}") from error
     return tuple(
         Answered(
             text=str(tokenizer.decode(answer.tokens, skip_special_tokens=True)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.evaluation.answers.answered import Along, Answers
@@ -61,8 +61,11 @@ class Look:
                 raise
             # A classifier has none to look at, which goes without saying.
             if loaded.task == "text":
-                self.left_out = say(error.cause)
-                reporter.say(f"What the model writes is not looked at: {self.left_out}.")
+                self._leave_out(error, reporter)
+
+    def _leave_out(self, error: CopruneError, reporter: Reporter) -> None:
+        self.left_out = say(error.cause)
+        reporter.say(f"What the model writes is not looked at: {self.left_out}.")
 
     def ask_dense(self, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
         """Let the dense model answer, or take the answers that it gave before."""
@@ -81,10 +84,20 @@ class Look:
             self._rows = KeptRows(rows_along(loaded.model, self._questions, self.dense))
 
     def ask(self, model: PreTrainedModel, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
-        """Let the run's result answer. loaded: whose tokenizer it reads with."""
+        """Let the run's result answer. loaded: whose tokenizer it reads with.
+
+        Raises:
+            UnsupportedModel: it cannot, and somebody asked for its answers.
+        """
         if self._questions is None or loaded.tokenizer is None:
             return
-        self.answers = ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
+        try:
+            self.answers = ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
+        except UnsupportedModel as error:
+            if self._questions.plan.is_asked:
+                raise
+            self._leave_out(error, reporter)
+            return
         if self._rows is not None and self.dense is not None:
             self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
 
