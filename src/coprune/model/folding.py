@@ -1,9 +1,10 @@
 """Fold a permutation of a matrix's inputs into what produces them, so that the model computes what it did before.
 
 The inputs of a down projection are, channel by channel, what rows of the gate and up projections give; those of an
-output projection what rows of the value projection give, within each head. Which matrices these are is not known by
-name: every arrangement that fits by its shapes is tried with a random permutation on a recorded call of the block,
-and only one that leaves the block's output as it was (while the permutation without its producers does not) is taken.
+output projection what rows of the value projection give, within each head, also where query and key are in the same matrix.
+Which matrices these are is not known by name: every arrangement that fits by its shapes is tried with a random permutation on
+a recorded call of the block, and only one that leaves the block's output as it was (while the permutation without its
+producers does not) is taken.
 Inputs that come from the residual stream through a norm (query, key, value, gate, up) stay as they are: permuting them
 would mean permuting the stream of the whole model.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,17 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 3e-2
 
 
+Fused = Literal["stacks", "together"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows of a producer become inputs of a consumer: channels that may be permuted among each other.
 
     segments: permutations that are independent of each other (key-value heads), each of `size` channels; repeats: how
     many times in a row the consumer has each segment (query heads per key-value head); copies: rows of a producer for
-    each channel (2 where gate and up are one matrix), interleaved or one stack after the other.
+    each channel (2 where gate and up are one matrix), interleaved or one stack after the other; fused: where the producer
+    gives queries and keys too, whether all queries, all keys and all values are three stacks, or each segment's stand together.
     """
 
     segments: int
@@ -38,6 +43,7 @@ class Layout:
     repeats: int = 1
     copies: int = 1
     interleaved: bool = False
+    fused: Fused | None = None
 
     def columns(self, orders: Tensor) -> Tensor:
         """The order of the consumer's inputs. orders: segments × size int64, within each segment."""
@@ -46,11 +52,31 @@ class Layout:
 
     def rows(self, orders: Tensor) -> Tensor:
         """The order of the producer's outputs."""
+        if self.fused is not None:
+            rows = torch.arange(self.segments * (self.repeats + 2) * self.size)
+            values = self._rows_of_values(rows)
+            rows[values] = values.gather(1, orders)
+            return rows
         channels = (orders + torch.arange(self.segments)[:, None] * self.size).reshape(-1)
         copy = torch.arange(self.copies)
         if self.interleaved:
             return (channels[:, None] * self.copies + copy).reshape(-1)
         return (channels + copy[:, None] * len(channels)).reshape(-1)
+
+    def _rows_of_values(self, rows: Tensor) -> Tensor:
+        """Those of a fused producer's outputs that are values: segments × size."""
+        if self.fused == "stacks":
+            return rows[-self.segments * self.size :].view(self.segments, self.size).clone()
+        return rows.view(self.segments, self.repeats + 2, self.size)[:, -1].clone()
+
+    def rows_of(self, units: Tensor) -> Tensor:
+        """What is said of every unit (of every segment, or channel where there is one), said of every row of the producer."""
+        if self.fused == "together":
+            return units.repeat_interleave((self.repeats + 2) * self.size)
+        if self.fused == "stacks":
+            return torch.cat([units.repeat_interleave(times * self.size) for times in (self.repeats, 1, 1)])
+        channels = units if len(units) == self.segments * self.size else units.repeat_interleave(self.size)
+        return channels.repeat_interleave(self.copies) if self.interleaved else channels.repeat(self.copies)
 
     def scores(self, score: Tensor) -> Tensor:
         """Every segment's scores, with those of its repeats below each other. score: O × I → segments × O' × size."""
@@ -149,6 +175,19 @@ def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], head_size
         rows = producer[0].shape[0]
         if head_size and rows % head_size == 0 and width % rows == 0:
             yield fold(Layout(rows // head_size, head_size, repeats=width // rows), [producer])
+    for producer in fitting:
+        for layout in _fused(width, producer[0].shape[0], head_size):
+            yield fold(layout, [producer])
+
+
+def _fused(width: int, rows: int, head_size: int | None) -> Iterator[Layout]:
+    """How query, key and value may be one matrix of so many rows, whose answers make the consumer's so many inputs."""
+    if not head_size or width % head_size or (rows - width) % (2 * head_size) or rows <= width:
+        return
+    heads, segments = width // head_size, (rows - width) // (2 * head_size)
+    if heads % segments == 0:
+        ways: tuple[Fused, ...] = ("stacks", "together")
+        yield from (Layout(segments, head_size, repeats=heads // segments, fused=way) for way in ways)
 
 
 def _expert(matrix: Matrix) -> int:
@@ -206,5 +245,6 @@ def head_size(model: Any) -> int | None:
     size = getattr(config, "head_dim", None)
     if size is None:
         heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-        size = width // heads if heads and width else None
+        # Where stages have numbers of their own, a list says them.
+        size = width // heads if isinstance(heads, int) and heads and width else None
     return size

@@ -80,9 +80,10 @@ EXPECTED = {
     "qwen3": {"o_proj", "down_proj"},
     "gemma2": {"o_proj", "down_proj"},
     "opt": {"out_proj", "fc2"},
-    "gpt_neox": {"dense_4h_to_h"},  # its queries, keys and values are one matrix
+    "gpt_neox": {"dense", "dense_4h_to_h"},  # queries, keys and values in one matrix, head by head
     "gpt2": {"c_proj"},
-    "phi3": {"down_proj"},
+    "phi3": {"o_proj", "down_proj"},  # the same, all queries first
+    "falcon": {"dense", "dense_4h_to_h"},  # the same, with the queries that share a key together
     "mixtral": {"o_proj", "down_proj"},
     "qwen3_moe": {"o_proj", "down_proj"},
     "gpt_oss": {"o_proj", "down_proj"},

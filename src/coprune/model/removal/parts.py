@@ -62,18 +62,13 @@ class Part:
         """Which of the consumer's columns are kept: C bool. keep: U bool."""
         return keep.repeat_interleave(self.units.shape[1])
 
-    def _rows(self, keep: Tensor) -> Tensor:
-        layout = self.fold.layout
-        channels = keep if self.kind == "channels" else keep.repeat_interleave(layout.size)
-        return channels.repeat_interleave(layout.copies) if layout.interleaved else channels.repeat(layout.copies)
-
     def masks(self, keeps: Sequence[Tensor]) -> dict[str, Tensor]:
         """What is kept of every parameter that loses something: bool, by its name. keeps: U bool for each consumer."""
         found: dict[str, Tensor] = {}
         for consumer, producers, keep in zip(self.fold.consumers, self.fold.producers, keeps, strict=True):
             _mask(found, consumer, self.columns(keep), inputs=True)
             for producer in producers:
-                _mask(found, producer, self._rows(keep), inputs=False)
+                _mask(found, producer, self.fold.layout.rows_of(keep), inputs=False)
         for matrix, rows in self.beside:
             _mask(found, matrix, keeps[0].repeat_interleave(rows), inputs=False)
         for name, parameter in self.vectors:
@@ -91,7 +86,7 @@ class Part:
         found = []
         for consumer, producers in zip(self.fold.consumers, self.fold.producers, strict=True):
             heard = [self.columns(units)[_any_number(consumer.read().T)]]
-            heard += [self._rows(units)[_speaks(producer)] for producer in producers]
+            heard += [self.fold.layout.rows_of(units)[_speaks(producer)] for producer in producers]
             heard += [units.repeat_interleave(rows)[_speaks(matrix)] for matrix, rows in self.beside]
             found.append(torch.ones(self.count, dtype=torch.bool).index_fill(0, torch.cat(heard), False))
         return found
@@ -137,14 +132,15 @@ def parts_of(block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matr
     """The parts of a block. groups: its matrices by the tensor that feeds them."""
     for fold in folds:
         layout = fold.layout
-        if layout.segments == 1 and layout.repeats == 1:
+        if layout.segments == 1 and layout.repeats == 1 and layout.fused is None:
             yield Part(block.name, "channels", fold)
             continue
         value = fold.producers[0][0]
         group = next(group for group in groups if any(matrix.name == value.name for matrix in group))
         others = [matrix for matrix in group if matrix.name != value.name]
         rows = {layout.segments * layout.size: layout.size, fold.consumers[0].shape[1]: layout.repeats * layout.size}
-        beside = tuple((matrix, rows[matrix.shape[0]]) for matrix in others if matrix.shape[0] in rows)
+        apart = layout.fused is None  # else the value's matrix has query and key too
+        beside = tuple((matrix, rows[matrix.shape[0]]) for matrix in others if apart and matrix.shape[0] in rows)
         yield Part(block.name, "heads", fold, beside, tuple(_per_head(block, value, layout.segments * layout.repeats)))
 
 
