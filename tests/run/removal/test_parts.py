@@ -13,7 +13,8 @@ import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.model.removal import smaller
-from coprune.model.removal.smaller import Resized, possible_changes
+from coprune.model.removal.choices import Resized
+from coprune.model.removal.smaller import possible_changes
 from coprune.recipe.recipe import make_recipe
 from coprune.run.removal.rehearsal import alike
 from coprune.run.stages import run_recipe
@@ -34,6 +35,7 @@ SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "qui
         ("qwen2", "heads=0.5"),  # biases; the width of a head has to be said now
         ("gemma3_text", "channels=0.4,heads=0.5,blocks=0.25"),  # tied; norms after; two kinds of attention
         ("phi3", "channels=0.4"),  # gate and up are one matrix
+        ("phi3", "heads=0.5"),  # query, key and value are one
         ("falcon", "channels=0.4,blocks=0.34"),
         ("mixtral", "channels=0.4,heads=0.5"),  # every expert other channels; saved one by one
         ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
@@ -149,8 +151,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "remove", "message"),
     [
-        ("phi3", "heads=0.5", "no heads of the model's blocks could be proved to be removable"),
-        ("olmo2", "heads=0.5", "no heads"),  # a norm over all heads
+        (
+            "olmo2",
+            "heads=0.5",
+            "no heads of the model's blocks could be proved to be removable",
+        ),  # a norm over all heads
+        (
+            "gpt2",
+            "heads=0.5",
+            "no change of the configuration of GPT2LMHeadModel",
+        ),  # heads as wide together as the model
         ("mamba", "channels=0.4", "no channels"),
         ("bloom", "channels=0.4", "no change of the configuration of BloomForCausalLM"),  # always four times the width
     ],
@@ -171,6 +181,8 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
         ({"remove": "channels"}, "not ''"),
         ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
         ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
+        ({"remove": "channels=0.01"}, "0.01 of 96 channels is none"),
+        ({"remove": "heads=0.1,channels=0.4"}, "0.1 of 2 heads is none"),
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
         ({"remove": "heads=0.5", "score": "obs:luck=3"}, "option of score 'obs': 'luck'"),
         ({"remove": "heads=0.5", "permute": True}, "permute reorders channels"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from coprune.base.errors import BadInput, UnsupportedModel
@@ -46,11 +47,19 @@ def plan_removal(session: Session) -> Plan:
                 f"Left alone: {without[0]} and {len(without) - 1} other blocks have no {kind} that can be removed."
             )
     sizes = {kind: {part.count for found in parts.values() for part in found if part.kind == kind} for kind in kinds}
-    align = {"channels": asked.align, "heads": 1}
-    keep = {kind: {old: kept_count(old, shares[kind], align[kind]) for old in sizes[kind]} for kind in kinds}
+    keep = {kind: _kept(kind, sizes[kind], shares[kind], asked.align) for kind in kinds}
     mixtures = find_experts(session, dropped) if "experts" in shares else {}
     left = {mixture.count: experts_left(mixture, shares["experts"]) for mixture in mixtures.values()}
     return Plan(dropped, parts, keep, mixtures, left)
+
+
+def _kept(kind: Kind, sizes: Collection[int], share: float, align: int) -> dict[int, int]:
+    """How many units are kept, by how many there are. Raises BadInput where none goes."""
+    kept = {old: kept_count(old, share, align if kind == "channels" else 1) for old in sizes}
+    if all(new == old for old, new in kept.items()):
+        of, fix = " and ".join(map(str, sorted(sizes))), "give a larger share, or leave it out"
+        raise BadInput(f"{share:g} of {of} {kind} is none", field="remove", fix=fix)
+    return kept
 
 
 def kept_count(units: int, share: float, align: int) -> int:
