@@ -102,12 +102,13 @@ def test_a_model_that_transformers_does_not_let_write_is_told_of(
     settings = SETTINGS | {"dataset": "words.txt", "align": 16, "remove": "channels=0.5"}
     with monkeypatch.context() as patched:
         patched.setattr(GenerationMixin, "generate", fail_if_cut)
+        patched.setattr("coprune.evaluation.answers.questions.SHORT_ANSWER", 4)
         report = coprune.prune("model", save_model=tmp_path / "out", **settings).report
         assert report.answers is None
         assert report.no_answers == "transformers does not let LlamaForCausalLM write: no cache"
         with pytest.raises(UnsupportedModel, match="does not let LlamaForCausalLM write"):
             coprune.prune(
-                "model", save_model=tmp_path / "other", generate="prompts.jsonl", generate_tokens=20, **settings
+                "model", save_model=tmp_path / "other", generate="prompts.jsonl", generate_tokens=4, **settings
             )
 
 

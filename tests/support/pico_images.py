@@ -63,19 +63,32 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 CLASSIFIERS = [*TIMM, *TRANSFORMERS]
+_SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=8)
+MORE_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformers dinov2": ("dinov2", _SIZES),
+    "transformers deit": ("deit", dict(_SIZES, intermediate_size=64)),
+    "transformers beit": ("beit", dict(_SIZES, intermediate_size=64)),
+}
+MORE_TIMM: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit of twelve blocks": ("vit_tiny_patch16_224", {key: value for key, value in _VIT.items() if key != "depth"}),
+}
+"""Like those, for what is removed."""
 
 
 def pico_classifier(family: str, seed: int = 0) -> PreTrainedModel:
     """A classifier of ten classes with random weights large enough that every block matters, in evaluation mode."""
     torch.manual_seed(seed)
-    if family in TIMM:
-        architecture, arguments = TIMM[family]
+    if family in TIMM | MORE_TIMM:
+        architecture, arguments = (TIMM | MORE_TIMM)[family]
         config: Any = TimmWrapperConfig(architecture=architecture, model_args=arguments)
         config.num_labels = CLASSES
         config.pretrained_cfg = {"input_size": [3, SIZE, SIZE], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
     else:
-        kind, arguments = TRANSFORMERS[family]
+        kind, arguments = (TRANSFORMERS | MORE_TRANSFORMERS)[family]
         config = AutoConfig.for_model(kind, num_labels=CLASSES, **arguments)
+        config.architectures = [
+            f"{type(config).__name__.removesuffix('Config')}ForImageClassification"
+        ]  # one of several of DeiT's
     model: PreTrainedModel = AutoModelForImageClassification.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -95,10 +108,10 @@ def pico_pixels(family: str, images: int = 4, seed: int = 0) -> torch.Tensor:
 def save_classifier(family: str, folder: Path) -> Path:
     """Save a pico classifier as its library would, with what its images have to look like; returns the folder."""
     model = pico_classifier(family)
-    if family in TIMM:
+    if family in TIMM | MORE_TIMM:
         inner: Any = model.timm_model
         inner.pretrained_cfg = {**inner.pretrained_cfg, **model.config.pretrained_cfg}
-        save_for_hf(inner, str(folder), model_args=TIMM[family][1], safe_serialization=True)
+        save_for_hf(inner, str(folder), model_args=(TIMM | MORE_TIMM)[family][1], safe_serialization=True)
     else:
         model.save_pretrained(folder)
         ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)

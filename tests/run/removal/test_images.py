@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
 
 import coprune
 from coprune.base.errors import UnsupportedModel
-from support.pico_images import pico_pixels, save_classifier
+from support.pico_images import SIZE, pico_classifier, pico_pixels, save_classifier
 
 SETTINGS: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 8, "align": 16, "quiet": True}
 
@@ -29,7 +29,9 @@ def load(folder: Path) -> PreTrainedModel:
     [
         ("transformers vit", "channels=0.4,heads=0.5", "channels 64 → 32 of every block, key-value heads"),
         ("transformers vit", "parameters=0.3", "channels 64 → 16"),
-        ("vit", "blocks=0.5", "blocks 2 → 1"),  # timm's names are others in the checkpoint than in memory
+        # timm's names are others in the checkpoint than in memory.
+        ("vit", "channels=0.4,blocks=0.5", "channels 128 → 80"),
+        ("vit of twelve blocks", "blocks=0.25", "blocks 12 → 9"),  # which only the architecture's name says
     ],
 )
 def test_a_smaller_vision_transformer_loads_and_computes_what_was_measured(
@@ -46,14 +48,54 @@ def test_a_smaller_vision_transformer_loads_and_computes_what_was_measured(
     assert small.num_parameters() < result.report.model.parameters
 
 
+def classifier(family: str) -> Any:
+    """With biases that are no zeros, and what its images have to look like."""
+    model = pico_classifier(family)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 @pytest.mark.parametrize(
-    ("remove", "message"),
+    ("family", "remove", "left"),
     [
-        ("heads=0.5", "no heads"),
-        ("channels=0.4", "no change of the configuration of TimmWrapperForImageClassification"),
+        ("transformers vit", "channels=0.4", "channels 64 → 32"),
+        ("transformers vit", "heads=0.5", "key-value heads with their query heads 2 → 1"),
+        ("transformers vit", "blocks=0.5", "blocks 2 → 1"),
+        ("transformers dinov2", "channels=0.25", "channels 128 → 96"),  # said as a multiple of the width
+        ("transformers dinov2", "heads=0.5", "key-value heads with their query heads 2 → 1"),
+        ("transformers dinov2", "blocks=0.5", "blocks 2 → 1"),
+        ("transformers deit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32"),
+        ("transformers beit", "channels=0.4,heads=0.5", "channels 64 → 32"),
+        ("transformers swin", "channels=0.5", "channels 64 → 32 and 128 → 64 and 256 → 128 and 512 → 256"),
     ],
 )
-def test_what_timm_cannot_say_is_refused(remove: str, message: str, tmp_path: Path) -> None:
-    source = save_classifier("vit", tmp_path / "dense")
+def test_the_small_classifier_is_the_big_one_with_the_parts_silent(
+    family: str, remove: str, left: str, tmp_path: Path
+) -> None:
+    model, processor = classifier(family), ViTImageProcessor(size={"height": SIZE, "width": SIZE})
+    if "swin" in family:
+        processor.size = {"height": 64, "width": 64}
+    result = coprune.prune(model, processor=processor, remove=remove, save_model=tmp_path / "small", **SETTINGS)
+    assert result.report.edits[0].startswith(left)
+    small, pixels = load(tmp_path / "small"), pico_pixels(family)
+    with torch.no_grad():
+        silent, found = model(pixels).logits, small(pixels).logits
+    torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
+    assert small.num_parameters() < model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "message"),
+    [
+        ("transformers dinov2", "channels=0.4", "no change of the configuration of Dinov2ForImageClassification"),
+        ("vit", "heads=0.5", "no heads"),
+    ],
+)
+def test_what_a_configuration_cannot_say_is_refused(family: str, remove: str, message: str, tmp_path: Path) -> None:
+    source = save_classifier(family, tmp_path / "dense")
     with pytest.raises(UnsupportedModel, match=message):
         coprune.prune(source, remove=remove, **SETTINGS)

@@ -72,7 +72,9 @@ def put_into(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
         *path, key = place.split(".")
         part = config
         for name in path:
-            part = part.setdefault(name, {})
+            if part.get(name) is None:
+                part[name] = {}
+            part = part[name]
         part[key] = value
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any
 
@@ -19,10 +17,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coprune.model.checkpoint.companions import places_in, put_into
+from coprune.model.checkpoint.companions import put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.weights import is_below_any
+from coprune.model.removal.choices import Resized, choices_of
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,
@@ -33,19 +32,6 @@ from coprune.model.walk.record import input_device
 
 MOST_CANDIDATES = 500
 """Configurations that are tried; each costs as long as it takes to make the modules."""
-
-
-@dataclass
-class Resized:
-    """What a configuration has to tell otherwise."""
-
-    sizes: Sequence[tuple[int, int]] = ()
-    """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
-    blocks: int = 0
-    """How many there were."""
-    dropped: Sequence[int] = ()
-    extra: dict[str, int] = field(default_factory=dict)
-    """What may have to be said, though it was not: the width of a head, which followed from their number."""
 
 
 def possible_changes(
@@ -74,10 +60,10 @@ def possible_changes(
 def _candidates(
     model: PreTrainedModel, config: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], resized: Resized
 ) -> Iterator[dict[str, Any]]:
-    """What may be said, at most so many; where there are more, first of what by itself makes no shape that nobody wants."""
-    choices = [options for options in _choices(config, resized) if options]
-    every = [choices]
-    if math.prod(map(len, choices)) > MOST_CANDIDATES and not resized.dropped:
+    """What may be said, at most so many; first of what by itself makes no shape that nobody wants, which is soon known."""
+    choices = [options for options in choices_of(config, resized) if options]
+    every, tried = [choices], list[dict[str, Any]]()
+    if math.prod(map(len, choices)) > 2 * sum(map(len, choices)) and not resized.dropped:
         whole = _shapes(model, config)
         every.insert(
             0,
@@ -88,7 +74,10 @@ def _candidates(
         )
     for some in every:
         for chosen in islice(product(*some), MOST_CANDIDATES):
-            yield {place: value for part in chosen for place, value in part.items()}
+            changes = {place: value for part in chosen for place, value in part.items()}
+            if changes not in tried:
+                tried.append(changes)
+                yield changes
 
 
 def _may_fit(
@@ -102,44 +91,6 @@ def _may_fit(
         for name in whole.keys() & changed.keys() & wanted.keys()
         for old, new, last in zip(whole[name], changed[name], wanted[name], strict=False)
     )
-
-
-def _choices(config: Mapping[str, Any], resized: Resized) -> list[list[dict[str, Any]]]:
-    """For each number that is another now, what may tell of it."""
-    places = [*places_in(config)]
-    choices: list[list[dict[str, Any]]] = []
-    if resized.dropped:
-        keep = [index for index in range(resized.blocks) if index not in resized.dropped]
-        lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
-        counts = [p for p, v in places if type(v) is int and v == resized.blocks]
-        choices += [[dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
-    for old, new in resized.sizes:
-        single = [p for p, v in places if type(v) is int and v == old]
-        equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
-        # In the end without a change, since some sizes follow from others, and where nothing was said.
-        silent: list[dict[str, Any]] = [{p: new} for p, v in places if v is None]
-        choices += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), {}, *silent], _some(equal)]
-    for key, value in resized.extra.items():
-        # What a configuration does not say follows from others there, which change now.
-        beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
-        holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
-        unsaid = [holder + key for holder in holders if dict(places).get(holder + key) is None]
-        choices.append([{}, *({place: value} for place in unsaid)])
-    return choices
-
-
-def _subsets(places: Sequence[str]) -> list[list[str]]:
-    """One place alone, then all of them, then all but one."""
-    alone = [[place] for place in places]
-    if len(places) < 2:
-        return alone
-    return [*alone, [*places], *([other for other in places if other != one] for one in places if len(places) > 2)]
-
-
-def _some(lists: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All lists, each alone, none."""
-    alone = [{place: value} for place, value in lists.items()] if len(lists) > 1 else []
-    return [dict(lists), *alone, {}] if lists else []
 
 
 def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

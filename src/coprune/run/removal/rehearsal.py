@@ -18,8 +18,9 @@ from coprune.model.checkpoint.load import prepare
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.folding import close, head_size
+from coprune.model.removal.choices import Resized, ratio_of
 from coprune.model.removal.parts import put_back, silence
-from coprune.model.removal.smaller import Resized, build_smaller, possible_changes, smaller_skeleton
+from coprune.model.removal.smaller import build_smaller, possible_changes, smaller_skeleton
 from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.run.removal.cut import Cut, Plan, anywhere, dropped, edits_of_block, words_of
 from coprune.run.removal.streamed import same_block_by_block
@@ -113,7 +114,8 @@ def _proven_changes(
     model, module = session.model, session.model.module
     head = head_size(module)
     unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
-    resized = Resized(plan.sizes(), len(model.blocks), plan.dropped, unsaid)
+    arguments = _arguments(plan, len(model.blocks))
+    resized = Resized(plan.sizes(), len(model.blocks), plan.dropped, unsaid, arguments)
     fitting, said = 0, ""
     for changes in possible_changes(module, shapes, resized):
         fitting += 1
@@ -135,6 +137,14 @@ def _proven_changes(
         f"no change of the configuration of {type(module).__name__} gives the smaller shapes, so what would result could not be "
         "loaded"
     )
+
+
+def _arguments(plan: Plan, blocks: int) -> dict[str, float]:
+    """What a library's arguments may say of a plan, as timm calls it. blocks: how many there are."""
+    channels = [part for parts in plan.parts.values() for part in parts if part.kind == "channels"]
+    ratios = {ratio_of(plan.saved(part), part.fold.consumers[0].shape[0]) for part in channels}
+    found: dict[str, float] = {"mlp_ratio": ratios.pop()} if len(ratios) == 1 else {}
+    return found | ({"depth": blocks - len(plan.dropped)} if plan.dropped else {})
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:

@@ -1,0 +1,99 @@
+"""What a configuration may say of a model that has got smaller, where nobody knows what its numbers are called.
+
+Every number that is as large as what was cut may be another one now, or follow from others; which of all these is right shows
+when the model is made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from coprune.model.checkpoint.companions import places_in
+
+
+@dataclass
+class Resized:
+    """What a configuration has to tell otherwise."""
+
+    sizes: Sequence[tuple[int, int]] = ()
+    """Old numbers with the new ones; two things may have been as large as each other, and are not any more."""
+    blocks: int = 0
+    """How many there were."""
+    dropped: Sequence[int] = ()
+    extra: dict[str, int] = field(default_factory=dict)
+    """What may have to be said, though it was not: the width of a head, which followed from their number."""
+    arguments: dict[str, float] = field(default_factory=dict)
+    """The same for a library that makes the model by the name of an architecture (timm), which stands for all numbers."""
+
+
+def choices_of(config: Mapping[str, Any], resized: Resized) -> list[list[dict[str, Any]]]:
+    """For each number that is another now, what may tell of it."""
+    places = [*places_in(config)]
+    choices: list[list[dict[str, Any]]] = []
+    if resized.dropped:
+        keep = [index for index in range(resized.blocks) if index not in resized.dropped]
+        lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
+        counts = [p for p, v in places if type(v) is int and v == resized.blocks]
+        # Rarely needed, so the first option, without it, is tried with everything else.
+        choices.append(_some(_renumbered(places, resized.blocks, len(keep)))[::-1])
+        choices += [[dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
+    for old, new in resized.sizes:
+        single = [p for p, v in places if type(v) is int and v == old]
+        equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
+        # In the end without a change, since some sizes follow from others, and where nothing was said.
+        silent: list[dict[str, Any]] = [{p: new} for p, v in places if v is None]
+        ratios = [] if single else [*_ratios(places, old, new)]
+        choices += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), *ratios, {}, *silent], _some(equal)]
+    for key, value in resized.extra.items():
+        # What a configuration does not say follows from others there, which change now.
+        beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
+        holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
+        unsaid = [holder + key for holder in holders if dict(places).get(holder + key) is None]
+        choices.append([{}, *({place: value} for place in unsaid)])
+    if "model_args" in config:
+        choices += [[{f"model_args.{key}": value}, {}] for key, value in resized.arguments.items()]
+    return choices
+
+
+def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> dict[str, Any]:
+    """Lists that name the last block by its number, counted from one, or all of them and what is before."""
+
+    def last(item: Any) -> Any:
+        if isinstance(item, str) and item.endswith(str(blocks)):
+            return f"{item.removesuffix(str(blocks))}{left}"
+        return left if type(item) is int and item == blocks else item
+
+    found = {p: v[: left + 1] if len(v) == blocks + 1 else [*map(last, v)] for p, v in places if isinstance(v, list)}
+    return {place: value for place, value in found.items() if value != dict(places)[place]}
+
+
+def _ratios(places: Sequence[tuple[str, Any]], old: int, new: int) -> Iterator[dict[str, Any]]:
+    """Numbers that are said as multiples of another one, as of channels for each of the model's width."""
+    whole = {value for _, value in places if type(value) is int and value > 0}
+    for place, value in places:
+        if type(value) in (int, float) and value > 0 and old / value in whole:
+            ratio = ratio_of(new, old / value)
+            yield {place: int(ratio) if ratio.is_integer() else ratio}
+
+
+def ratio_of(new: int, width: float) -> float:
+    """What a width is multiplied with to give a number, when the product is rounded down or to the nearest."""
+    ratio = new / width
+    return ratio if int(width * ratio) == new else (new + 0.25) / width
+
+
+def _subsets(places: Sequence[str]) -> list[list[str]]:
+    """One place alone, then all of them, then all but one."""
+    alone = [[place] for place in places]
+    if len(places) < 2:
+        return alone
+    return [*alone, [*places], *([other for other in places if other != one] for one in places if len(places) > 2)]
+
+
+def _some(lists: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All lists, each alone, none."""
+    alone = [{place: value} for place, value in lists.items()] if len(lists) > 1 else []
+    return [dict(lists), *alone, {}] if lists else []
