@@ -69,7 +69,7 @@ def classifier(family: str) -> Any:
         ("transformers dinov2", "heads=0.5", "key-value heads with their query heads 2 → 1"),
         ("transformers dinov2", "blocks=0.5", "blocks 2 → 1"),
         ("transformers deit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32"),
-        ("transformers beit", "channels=0.4,heads=0.5", "channels 64 → 32"),
+        ("transformers beit", "channels=0.4,heads=0.5,blocks=0.5", "channels 64 → 32"),
         ("transformers swin", "channels=0.5", "channels 64 → 32 and 128 → 64 and 256 → 128 and 512 → 256"),
     ],
 )

@@ -29,33 +29,40 @@ class Resized:
     """The same for a library that makes the model by the name of an architecture (timm), which stands for all numbers."""
 
 
-def choices_of(config: Mapping[str, Any], resized: Resized) -> list[list[dict[str, Any]]]:
-    """For each number that is another now, what may tell of it."""
+Choices = list[list[dict[str, Any]]]
+"""For each number that is another now, what may tell of it."""
+
+
+def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices]:
+    """What may tell of the blocks that went, and what of everything that is smaller."""
     places = [*places_in(config)]
-    choices: list[list[dict[str, Any]]] = []
-    if resized.dropped:
-        keep = [index for index in range(resized.blocks) if index not in resized.dropped]
-        lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
-        counts = [p for p, v in places if type(v) is int and v == resized.blocks]
-        # Rarely needed, so the first option, without it, is tried with everything else.
-        choices.append(_some(_renumbered(places, resized.blocks, len(keep)))[::-1])
-        choices += [[dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
+    blocks, sizes = _of_blocks(places, resized) if resized.dropped else [], Choices()
     for old, new in resized.sizes:
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
         # In the end without a change, since some sizes follow from others, and where nothing was said.
         silent: list[dict[str, Any]] = [{p: new} for p, v in places if v is None]
         ratios = [] if single else [*_ratios(places, old, new)]
-        choices += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), *ratios, {}, *silent], _some(equal)]
+        sizes += [[*(dict.fromkeys(chosen, new) for chosen in _subsets(single)), *ratios, {}, *silent], _some(equal)]
     for key, value in resized.extra.items():
         # What a configuration does not say follows from others there, which change now.
         beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
         holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
         unsaid = [holder + key for holder in holders if dict(places).get(holder + key) is None]
-        choices.append([{}, *({place: value} for place in unsaid)])
+        sizes.append([{}, *({place: value} for place in unsaid)])
     if "model_args" in config:
-        choices += [[{f"model_args.{key}": value}, {}] for key, value in resized.arguments.items()]
-    return choices
+        for key, number in resized.arguments.items():
+            (blocks if key == "depth" else sizes).append([{f"model_args.{key}": number}, {}])
+    return blocks, sizes
+
+
+def _of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:
+    keep = [index for index in range(resized.blocks) if index not in resized.dropped]
+    lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
+    counts = [p for p, v in places if type(v) is int and v == resized.blocks]
+    # Rarely needed, so the first option, without it, is tried with everything else.
+    numbers = _some(_renumbered(places, resized.blocks, len(keep)))[::-1]
+    return [numbers, [dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
 
 
 def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> dict[str, Any]:

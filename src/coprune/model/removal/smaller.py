@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, product
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from coprune.model.checkpoint.companions import put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.weights import is_below_any
-from coprune.model.removal.choices import Resized, choices_of
+from coprune.model.removal.choices import Choices, Resized, choices_of
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,
@@ -51,33 +52,65 @@ def possible_changes(
     # Of tied weights only one is saved, which a model without weights does not show.
     unsaved = set(model.state_dict()) - set(saved_tensors(model))
     before = model.config.to_dict()
-    for changes in _candidates(model, before, wanted, resized):
+    for changes in _candidates(model, wanted, unsaved, resized):
         found = _shapes(model, _changed(before, changes))
         if {name: shape for name, shape in found.items() if name in wanted or name not in unsaved} == wanted:
             yield changes
 
 
 def _candidates(
-    model: PreTrainedModel, config: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], resized: Resized
+    model: PreTrainedModel, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
 ) -> Iterator[dict[str, Any]]:
-    """What may be said, at most so many; first of what by itself makes no shape that nobody wants, which is soon known."""
-    choices = [options for options in choices_of(config, resized) if options]
-    every, tried = [choices], list[dict[str, Any]]()
-    if math.prod(map(len, choices)) > 2 * sum(map(len, choices)) and not resized.dropped:
+    """What may be said: first what gives the blocks that are left, with each of these what gives the sizes; then all together."""
+    blocks, sizes = ([options for options in own if options] for own in choices_of(model.config.to_dict(), resized))
+    tried: list[dict[str, Any]] = []
+    whole = (
+        first | last
+        for first in _of_blocks(model, blocks, wanted, unsaved)
+        for last in _of_sizes(model, first, sizes, wanted)
+    )
+    for changes in chain(whole, _together([*blocks, *sizes]) if blocks else ()):
+        if changes not in tried:
+            tried.append(changes)
+            yield changes
+
+
+def _of_blocks(
+    model: PreTrainedModel, blocks: Choices, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str]
+) -> Iterator[dict[str, Any]]:
+    """What gives as many blocks as are left, by the names of their tensors."""
+    config, outline = model.config.to_dict(), _outline(wanted)
+    for changes in _together(blocks):
+        found = _shapes(model, _changed(config, changes)) if blocks else wanted
+        if _outline(name for name in found if name in wanted or name not in unsaved) == outline:
+            yield changes
+
+
+def _outline(names: Iterable[str]) -> set[str]:
+    """Names up to their second number: what blocks there are, whatever of experts there is in them."""
+    return {re.sub(r"^((?:.*?\.)?\d+\..*?)\.\d+(\.|$).*", r"\1", name) for name in names}
+
+
+def _of_sizes(
+    model: PreTrainedModel, first: Mapping[str, Any], sizes: Choices, wanted: Mapping[str, tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """What gives the sizes; where there are many ways, first what by itself makes no shape that nobody wants."""
+    if math.prod(map(len, sizes)) > 2 * sum(map(len, sizes)):
+        config = _changed(model.config.to_dict(), first)
         whole = _shapes(model, config)
-        every.insert(
-            0,
+        yield from _together(
             [
                 [one for one in options if _may_fit(whole, _shapes(model, _changed(config, one)), wanted)]
-                for options in choices
-            ],
+                for options in sizes
+            ]
         )
-    for some in every:
-        for chosen in islice(product(*some), MOST_CANDIDATES):
-            changes = {place: value for part in chosen for place, value in part.items()}
-            if changes not in tried:
-                tried.append(changes)
-                yield changes
+    yield from _together(sizes)
+
+
+def _together(choices: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """One of each together, at most so many."""
+    for chosen in islice(product(*choices), MOST_CANDIDATES):
+        yield {place: value for part in chosen for place, value in part.items()}
 
 
 def _may_fit(
