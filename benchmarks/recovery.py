@@ -23,19 +23,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from removal import settings_of
+
 TEXTS = ("embedded", "embedded-lambada")
 # A few hundred small steps fit into the minutes, so rates are above the defaults, which are meant for hours.
 RATES = {"lora": 1e-3, "dense": 1e-4, "distill": 1e-4}
-REMOVALS: dict[str, dict[str, Any]] = {
-    "influence": {"remove": "blocks=0.2334", "score": "influence"},
-    "kl": {"remove": "blocks=0.2334", "score": "kl"},
-    "wanda_sp": {"remove": "channels=0.33", "score": "wanda_sp"},
-    "flap": {"remove": "channels=0.33", "score": "flap"},
-    "obs": {"remove": "channels=0.33"},
-    "uneven": {"remove": "channels=0.33", "allocation": "error"},
-    "reconstructed": {"remove": "channels=0.33", "reconstruct": 20},
+REMOVALS = {
+    "influence": "blocks by influence (ShortGPT)",
+    "kl": "blocks by KL",
+    "wanda_sp": "channels by Wanda-sp",
+    "flap": "channels by FLAP, no bias",
+    "obs": "channels by OBS, refit",
+    "uneven": "channels by OBS, spread by error",
+    "reconstructed": "channels by OBS, reconstructed",
 }
-"""In place of a pattern: a quarter of the blocks' parameters removed. The published ways, then coprune's."""
+"""In place of a pattern: a quarter of the blocks' parameters removed, by the name of the way in removal.py."""
 
 
 def main() -> None:
@@ -144,9 +146,10 @@ def prune(settings: dict[str, Any]) -> None:
     import coprune
 
     folder, pattern = Path(settings.pop("save")), settings.pop("pattern")
-    how = REMOVALS.get(pattern) or {"method": "wanda"} | (
-        {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    )
+    if pattern in REMOVALS:
+        how = settings_of(REMOVALS[pattern])
+    else:
+        how = {"method": "wanda"} | ({"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)})
     texts = ",".join(TEXTS)
     report = coprune.prune(
         settings.pop("model"),

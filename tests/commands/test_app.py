@@ -33,18 +33,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that has to succeed; its standard output."""
-
-    def run(*arguments: Any) -> str:
-        ended = run_command(list(arguments), monkeypatch, capsys)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    return run
-
-
 SHORTER = {"evaluate": "eval", "evaluate_dense": "eval-dense"}
 """The fields of the recipe whose option is not spelled as they are."""
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]

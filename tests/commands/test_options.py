@@ -24,18 +24,6 @@ FUNCTIONS = {"bench": "coprune.packed.bench.bench", "sweep": "coprune.run.sweep.
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
 
 
-@pytest.fixture
-def coprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that has to succeed; its standard output."""
-
-    def run(*arguments: Any) -> str:
-        ended = run_command(list(arguments), monkeypatch, capsys)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    return run
-
-
 def options_of(command: str) -> dict[str, tuple[str, str]]:
     """Every flag of a command that is no older name, with the setting that it is of, and the kind of its value."""
     found = {}

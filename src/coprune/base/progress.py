@@ -113,16 +113,29 @@ class Reporter:
     @contextmanager
     def libraries(self) -> Iterator[None]:
         """Let libraries that fetch files be as quiet as this is, while the body runs."""
-        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from huggingface_hub import utils
 
-        hides = self.quiet and not are_progress_bars_disabled()
-        if hides:
-            disable_progress_bars()
-        try:
+        with bars_hidden(utils, self.quiet):
             yield
-        finally:
-            if hides:
-                enable_progress_bars()
+
+
+@contextmanager
+def bars_hidden(library: Any, wanted: bool) -> Iterator[None]:
+    """Hide a library's bars while the body runs, if that is wanted.
+
+    Args:
+        library: a module with what huggingface_hub.utils and datasets.utils call are_progress_bars_disabled,
+            disable_progress_bars and enable_progress_bars.
+        wanted: whether to hide them; those that are hidden already stay so.
+    """
+    hides = wanted and not library.are_progress_bars_disabled()
+    if hides:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            library.enable_progress_bars()
 
 
 def shortened(text: str, width: int) -> str:

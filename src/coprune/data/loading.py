@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from coprune.base.progress import bars_hidden
+
 
 def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
     """`datasets.load_dataset`, whose bars are hidden where those of the Hub's downloads are. Raises what it raises."""
-    from datasets.load import load_dataset  # slow to import, and only some data needs it
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled as downloads_are_quiet
+    from datasets import utils  # slow to import, and only some data needs it
+    from datasets.load import load_dataset
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
-    hides = downloads_are_quiet() and not are_progress_bars_disabled()
-    if hides:
-        disable_progress_bars()
-    try:
+    with bars_hidden(utils, are_progress_bars_disabled()):
         return load_dataset(path, name, **options)
-    finally:
-        if hides:
-            enable_progress_bars()
