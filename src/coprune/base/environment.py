@@ -114,6 +114,13 @@ def expand_home(name: str | Path) -> Path:
         return Path(name)
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, of which a batch system gives it a part."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def typed_command() -> str | None:
     """What was typed, where this process is the command `coprune`; None where coprune is called from Python."""
     program = Path(sys.argv[0]) if sys.argv else Path()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from datetime import UTC, datetime
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.environment import typed_command
+from coprune.base.environment import typed_command, usable_cores
 
 
 class MadeFacts(BaseModel):
@@ -26,8 +25,7 @@ class MadeFacts(BaseModel):
     @classmethod
     def here(cls) -> Self:
         """Of this process."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        machine = f"{platform.system()} {platform.machine()}, {cores} cores"
+        machine = f"{platform.system()} {platform.machine()}, {usable_cores()} cores"
         return cls(date=datetime.now(UTC).replace(microsecond=0), machine=machine, command=typed_command())
 
     def line(self) -> str:

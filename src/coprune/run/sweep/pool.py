@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from coprune.base.environment import see_only, visible_gpus
+from coprune.base.environment import see_only, usable_cores, visible_gpus
 from coprune.base.memory import available_bytes
 from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
 from coprune.run.sweep.work import Job, do_job
@@ -38,7 +38,7 @@ class LocalWorkers:
 
     def __init__(self, log: Path) -> None:
         self._gpus = _gpus()
-        cores, memory = _cores(), available_bytes()
+        cores, memory = usable_cores(), available_bytes()
         self.capacity = Capacity(cores, memory, len(self._gpus), cores, memory)
         self.at_once = 1
         self._log = log
@@ -127,13 +127,6 @@ def _how_it_ended(code: int | None) -> str:
         hint = " (which the system sends when memory runs out)" if name == "SIGKILL" else ""
         return f"the process that did it was ended by {name}{hint}"
     return f"the process that did it ended with exit code {code}"
-
-
-def _cores() -> int:
-    """The cores that this process may use, of which a batch system gives it a part."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
