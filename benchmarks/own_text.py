@@ -2,9 +2,9 @@
 
     python benchmarks/own_text.py smollm2-135m --nsamples 32 --seqlen 256 --pattern 2:4 --seeds 0 1 2
 
-Prunes, calibrated on Wikipedia (`embedded`), on what the model writes from BOS, on its answers to prompts, half and half, and on
-its own tokens added to as many of Wikipedia's. Of the English prompts that ship with the package every other one is answered
-for calibration; the others are what is measured on. One line a run, in Markdown.
+Prunes, calibrated on Wikipedia (`embedded`), on what the model writes from BOS, on its answers to prompts, on half of either
+and half of Wikipedia's, and on either added to as many tokens of Wikipedia's. Of the English prompts that ship with the
+package every other one is answered for calibration; the others are what is measured on. One line a run, in Markdown.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def kinds(nsamples: int, prompts: str = "PROMPTS") -> dict[str, tuple[str, int]]
         "own text": ("self", nsamples),
         "own answers": (f"self:{prompts}:length=128", nsamples),
         "half and half": ("self=0.5,embedded=0.5", nsamples),
+        "half answers": (f"self:{prompts}:length=128=0.5,embedded=0.5", nsamples),
         "own text added": ("self=0.5,embedded=0.5", 2 * nsamples),
+        "answers added": (f"self:{prompts}:length=128=0.5,embedded=0.5", 2 * nsamples),
     }
 
 
