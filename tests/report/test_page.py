@@ -158,7 +158,7 @@ def test_every_run_leaves_its_page_and_report_makes_it_again(
     assert "2 runs" in (tmp_path / "both.html").read_text(encoding="utf-8")
     ended = run_command(["report", str(tmp_path)], monkeypatch, capsys)
     assert ended.code == 2
-    assert "cannot be read" in ended.err
+    assert "holds no report.json; name the folder of a finished run" in ended.err
 
 
 def test_nothing_that_is_written_can_end_an_element(runs: list[Path]) -> None:

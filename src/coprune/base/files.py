@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from coprune.base.durable import write_durably
@@ -28,3 +29,14 @@ def path_of(folder: Path, name: str) -> Path:
     """A file of a run folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
+
+
+def like_named(path: Path, least: float = 0.6) -> Path | None:
+    """What is beside a path that leads nowhere and is named most like it; None if nothing is.
+
+    least: how alike, from 0 to 1.
+    """
+    if not path.parent.is_dir():
+        return None
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=least)
+    return path.parent / near[0] if near else None

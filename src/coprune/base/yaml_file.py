@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from coprune.base.errors import BadInput
+from coprune.base.files import like_named
 
 _MOST_BYTES = 1_000_000
 # A sweep of thousands of lines has some ten thousand; each alias counts as what it stands for.
@@ -32,7 +33,9 @@ def read_yaml(path: Path, what: str, field: str) -> Any:
             raise _refused(path, what, field, f"is too large: more than {_MOST_BYTES:,} bytes")
         return _loaded(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _refused(path, what, field, f"cannot be read: {error.strerror or error}") from None
+        near = like_named(path, least=0.75) if isinstance(error, FileNotFoundError) else None
+        hint = f"did you mean {near}?" if near else "name a file that is there"
+        raise _refused(path, what, field, f"cannot be read: {error.strerror or error}", hint) from None
     except UnicodeDecodeError:
         raise _refused(path, what, field, "is not UTF-8") from None
     except RecursionError:
@@ -44,8 +47,8 @@ def read_yaml(path: Path, what: str, field: str) -> Any:
         raise _refused(path, what, field, f"is not valid YAML: {said[:200]}") from None
 
 
-def _refused(path: Path, what: str, field: str, why: str) -> BadInput:
-    return BadInput(f"{what} {path} {why}", field=field, value=path)
+def _refused(path: Path, what: str, field: str, why: str, fix: str | None = None) -> BadInput:
+    return BadInput(f"{what} {path} {why}", field=field, value=path, fix=fix)
 
 
 def _loaded(text: str) -> Any:

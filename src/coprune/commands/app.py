@@ -88,7 +88,9 @@ def _run(arguments: list[str]) -> int:
     except _UsageError as error:
         # What pydantic says of a value, in the words of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
-        _fail(ended(said))
+        # A missing argument: how the command is typed.
+        usage = error.ctx.get_usage().removeprefix("Usage: ") if said.startswith("Missing argument") else ""
+        _fail(ended(said.removesuffix(".") + (f"; type {usage}" if usage else "")))
     except OSError as error:
         if error.errno not in _FILE_ERRORS:
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.files import like_named
 from coprune.data.embedded import embedded_calibration, embedded_evaluation, embedded_lambada
 from coprune.data.given import PREFIX, GivenTokens, given_data
 from coprune.data.hub import HubCorpus, Part
@@ -121,7 +122,9 @@ def _hub_corpus(name: str) -> HubCorpus:
     match = _HUB_ID.fullmatch(name)
     if match is None:
         other = f"Or give a dataset of the Hub as owner/name[:config][:column]. {LOCAL_FILE_HINT}"
-        raise unknown_name("corpus", name, CORPORA).advised(other)
+        near = like_named(Path(name), least=0.5)
+        like = f"Did you mean the file {near}? " if near else ""
+        raise unknown_name("corpus", name, CORPORA).advised(like + other)
     return HubCorpus(
         match["dataset"],
         match["config"] or None,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Set
 from coprune.data.loading import load_dataset
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, choose_text_column, join
 
@@ -77,7 +78,7 @@ class HubCorpus:
         return join(texts, part.separator, source, part.most_windows)
 
     def _load(self, part: Part, cache_dir: Path | None) -> Any:
-        require_dataset(self.dataset, cache_dir)
+        require_dataset(self.dataset, cache_dir, Set("dataset", "embedded") if part is self.calibration else None)
         options: dict[str, Any] = {
             "data_files": {part.splits[0]: part.file} if part.file else None,
             "revision": self.revision,
@@ -90,9 +91,10 @@ class HubCorpus:
             raise _unreadable(self.dataset, error) from error
 
 
-def require_dataset(dataset: str, cache_dir: Path | None = None) -> None:
+def require_dataset(dataset: str, cache_dir: Path | None = None, instead: Set | None = None) -> None:
     """Ask the Hub once, without retries, whether a dataset is there; a copy in the cache is enough.
 
+    instead: how to ask for what needs no network.
     Raises BadInput if it does not exist, needs a login, or the Hub is out of reach.
     """
     import datasets
@@ -112,9 +114,10 @@ def require_dataset(dataset: str, cache_dir: Path | None = None) -> None:
     except RepositoryNotFoundError as error:
         raise BadInput(f"dataset {dataset!r} is not on the Hub, or is private", fix=LOCAL_FILE_HINT) from error
     except Exception as error:  # whatever the HTTP client raises: no name, no route, a proxy, offline mode
+        typed = (": ", instead) if instead is not None else ()
         raise BadInput(
             f"dataset {dataset!r} is out of reach: the Hugging Face Hub does not answer ({_one_line(error)})",
-            fix=f"{LOCAL_FILE_HINT}, or use the corpus 'embedded', which needs no network",
+            fix=(f"{LOCAL_FILE_HINT}, or use the corpus 'embedded', which needs no network", *typed),
         ) from error
 
 

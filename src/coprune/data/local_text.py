@@ -16,6 +16,7 @@ from typing import Any
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.files import like_named
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join
 
 _LOOKED_AT = 1 << 16
@@ -55,7 +56,9 @@ def files_of(path: Path) -> list[Path]:
     Files of text by other names count in a folder where there are none by the usual ones: beside those they are notes.
     """
     if not path.exists():
-        raise BadInput(f"there is no file or folder {str(path)!r}", fix=LOCAL_FILE_HINT)
+        near = like_named(path, least=0.7)
+        hint = f"Did you mean {near}? {LOCAL_FILE_HINT}" if near else LOCAL_FILE_HINT
+        raise BadInput(f"there is no file or folder {str(path)!r}", fix=hint)
     if path.is_file():
         return [path]
     seen = sorted(

@@ -27,9 +27,8 @@ def compare_models(
     holds is not measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
     """
     if len(models) < 2:
-        raise BadInput(
-            "a comparison needs two models or more, of which the first is the baseline", field="models", value=models
-        )
+        few = "a comparison needs two models or more, of which the first is the baseline"
+        raise BadInput(few, field="models", value=models, fix="name another one after it")
     if not measures_anything(recipe):
         raise nothing_to_measure()
     found = [recipe.replaced(model=model_of(name)) for name in models]

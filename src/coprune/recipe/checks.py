@@ -65,7 +65,7 @@ def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
         return None
     if not 0 <= sparsity < 1:
         wrong = f"sparsity {sparsity:g} is out of range: it is the fraction of zeros, 0 ≤ s < 1"
-        return BadInput(wrong, field="sparsity", value=sparsity)
+        return BadInput(wrong, field="sparsity", value=sparsity, fix=("half is ", Set("sparsity", 0.5)))
     fixed = "does not allow it" if asked.sparsity is None else f"fixes it at {asked.sparsity:g}"
     wrong = f"sparsity {sparsity:g} contradicts the pattern {pattern}, which {fixed}"
     return BadInput(wrong, field="sparsity", value=sparsity, fix="leave one out")

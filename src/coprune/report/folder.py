@@ -14,7 +14,7 @@ from pathlib import Path
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
-from coprune.base.words import Set
+from coprune.base.words import Command, Set, Words
 from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report, reference_log
@@ -81,8 +81,20 @@ def write_page(runs: Sequence[Path], path: Path) -> bool:
         return False
     from coprune.report.several import report_page
 
+    for run in runs:
+        _require_report(run)
     write_text(path, report_page(runs))
     return True
+
+
+def _require_report(run: Path) -> None:
+    """Raise BadInput for a folder without a report; where runs are below it, it names one."""
+    if not run.is_dir() or (run / REPORT_FILE).is_file():
+        return
+    below = (file.parent for depth in range(1, 4) for file in sorted(run.glob(f"{'*/' * depth}{REPORT_FILE}")))
+    near = next(below, None)
+    fix: Words = ("for example: ", Command("report", near)) if near else "name the folder of a finished run"
+    raise BadInput(f"{run} holds no {REPORT_FILE}", field="runs", value=run, fix=fix)
 
 
 def model_of(name: str) -> str:

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
-from coprune.base.words import Setting, Words
+from coprune.base.files import like_named
+from coprune.base.words import Set, Setting, Words
 from coprune.model.checkpoint.claims import check_claims, check_gguf
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
@@ -103,8 +104,7 @@ def check_folder(folder: ModelFolder) -> ModelFolder:
     if not any(folder.path.iterdir()):
         raise BadInput(f"{folder.path} is an empty folder", field="model", value=folder.name)
     if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
-        why = f"{folder.path} has no config.json"
-        raise BadInput(why, field="model", value=folder.name, fix="is it the folder of a saved model?")
+        raise _no_config(folder)
     entries = checkpoint_entries(folder.path)
     config = read_json(folder.path / "config.json")
     widest = max((entry.shape[0] for entry in entries.values() if entry.shape), default=0)
@@ -122,6 +122,19 @@ def check_folder(folder: ModelFolder) -> ModelFolder:
             ),
         )
     return folder
+
+
+def _no_config(folder: ModelFolder) -> BadInput:
+    """What to say of a folder that is of no model: perhaps of a run, or models are in it."""
+    saved: Words = "is it the folder of a saved model?"
+    if (folder.path / "report.json").is_file():
+        saved = (
+            "it is a run's; name the folder that its model was saved in, or repeat it with ",
+            Set("save_model", ...),
+        )
+    elif inside := sorted(folder.path.glob("*/config.json")):
+        saved = f"did you mean {inside[0].parent}?"
+    return BadInput(f"{folder.path} has no config.json", field="model", value=folder.name, fix=saved)
 
 
 def holds_model(folder: Path) -> bool:
@@ -176,8 +189,8 @@ def _nearest(path: Path) -> str | None:
     """Hint at a similar name in the same folder, or at the folder that does not exist."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else None
+    near = like_named(path)
+    return f"did you mean {near}?" if near else None
 
 
 def _fetch(name: str, cache_dir: Path | None, revision: str | None) -> ModelFolder:

@@ -1,0 +1,117 @@
+"""The first hour: what somebody types who has just installed coprune, right and wrong; no refusal is without a next step."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import coprune as package
+from support.commands import Ended, run_command
+from support.pico_folder import save_pico, write_words
+
+Type = Callable[[str], Ended]
+TEXT = "--dataset words --seqlen 32 --nsamples 2 --no-layer-error"
+# What is typed, and what the refusal names to type instead.
+REFUSED = {
+    "the command": ("coprune prun model", ["prune"]),
+    "an argument": ("coprune pack out/pruned", ["coprune pack", "{source} {target}"]),
+    "the repository": ("coprune push out/pruned", ["coprune push", "{OWNER/NAME}"]),
+    "the model": ("coprune prune", ["coprune prune smollm2-135m --dataset embedded"]),
+    "the second model": ("coprune compare model", ["name another one after it"]),
+    "an option": (f"coprune prune model {TEXT} --nsampels 3", ["--nsamples"]),
+    "a model's name": (f"coprune prune modle {TEXT}", ["did you mean model?"]),
+    "a packaged model's name": (f"coprune prune smollm-135m {TEXT}", ["did you mean smollm2-135m?", "--cache-dir"]),
+    "a model's path": ("coprune eval out/prunde --data held", ["did you mean out/pruned?"]),
+    "a folder of models": ("coprune inspect out", ["did you mean out/packed?"]),
+    "a run for a model": ("coprune eval out/model/0.5/wanda --data held", ["--save-model"]),
+    "a run without a model": ("coprune push out/model/0.5/wanda me/pico", ["--save-model"]),
+    "a method": (f"coprune prune model {TEXT} -m wnada", ["did you mean 'wanda'?"]),
+    "a method to read of": ("coprune methods sparsgpt", ["did you mean 'sparsegpt'?"]),
+    "a pattern": (f"coprune prune model {TEXT} -p 24", ["2:4"]),
+    "per cent": (f"coprune prune model {TEXT} -s 50", ["--sparsity 0.5"]),
+    "a text": ("coprune prune model --dataset word", ["Did you mean the file words?", "embedded"]),
+    "a text's path": ("coprune eval model --data ./words.txt", ["Did you mean words?"]),
+    "what is no text": ("coprune prune model --dataset noise", [".jsonl"]),
+    "the network": ("coprune prune model", ["--dataset embedded"]),
+    "the network to measure": ("coprune eval model", ["'embedded', which needs no network"]),
+    "a device": (f"coprune prune model {TEXT} --device cuda:99", ["--device auto", "--device cpu"]),
+    "a recipe": ("coprune prune --recipe recipes.yaml", ["did you mean recipe.yaml?"]),
+    "a report": ("coprune report out", ["coprune report out/run"]),
+    "a report of a model": ("coprune report out/pruned", ["the folder of a finished run"]),
+    "the same again": (f"coprune prune model {TEXT}", ["--save", "--overwrite"]),
+    "the model's folder": (
+        f"coprune prune model {TEXT} --seed 3 --save-model out/pruned",
+        ["--save-model", "--overwrite"],
+    ),
+    "a login": ("coprune push out/pruned me/pico", ["hf auth login", "HF_TOKEN"]),
+    "a folder that is there": ("coprune pack out/pruned model", ["another folder"]),
+    "what is dense": (
+        f"coprune finetune model {TEXT.partition(' --no')[0].replace('--nsamples 2', '')}",
+        ["coprune prune"],
+    ),
+    "an example for a file": ("coprune export out/pruned pruned.gguf", ["--like"]),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a model, two texts whose names have no ending, and noise."""
+    save_pico(tmp_path / "model", num_hidden_layers=2)
+    write_words(tmp_path / "words", count=600)
+    write_words(tmp_path / "held", count=300, seed=1)
+    (tmp_path / "noise").write_bytes(bytes(range(256)))
+    return tmp_path
+
+
+@pytest.fixture
+def typed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
+    """Type a line in that folder, with nobody logged in and no Hub in reach."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("coprune.report.hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(line: str) -> Ended:
+        name, *arguments = shlex.split(line)
+        assert name == "coprune"
+        return run_command(arguments, monkeypatch, capsys)
+
+    return run
+
+
+def do_what_works(place: Path, typed: Type) -> None:
+    """What a newcomer types right, and what it says."""
+
+    def works(line: str) -> str:
+        ended = typed(line)
+        assert ended.code == 0, (line, ended.err)
+        return ended.out
+
+    assert works("coprune --version") == f"coprune {package.__version__}\n"
+    assert "coprune demo" in works("coprune --help")
+    assert works("coprune") == works("coprune -h")
+    assert "sparsegpt" in works("coprune methods")
+    assert "would prune 14 matrices" in works("coprune inspect model")
+    assert "out/model/0.5/wanda/report.json" in works(f"coprune prune model {TEXT}")
+    seeded = typed(f"coprune prune model {TEXT} --seed 1")
+    assert "holds a run that differs in seed; this one goes to out/model/0.5/wanda-seed-1." in seeded.err
+    assert "out/pruned (reloaded" in works(f"coprune prune model {TEXT} --save-model out/pruned --save out/run")
+    (place / "recipe.yaml").write_bytes((place / "out/run/recipe.yaml").read_bytes())
+    for model in ("out/pruned", "model"):
+        assert "perplexity" in works(f"coprune eval {model} --data held --seqlen 32")
+    assert "KL held" in works("coprune compare model out/run --data held --seqlen 32")
+    assert works("coprune report out/run") == "page      out/run/report.html\n"
+    assert "out/packed" in works("coprune pack out/pruned out/packed")
+    assert "perplexity" in works("coprune eval out/packed --data held --seqlen 32")
+    assert works("coprune unpack out/packed out/unpacked") == "unpacked  out/unpacked\n"
+
+
+def test_what_a_newcomer_types_works_or_is_told_what_to_type(place: Path, typed: Type) -> None:
+    do_what_works(place, typed)
+    for what, (line, names) in REFUSED.items():
+        ended = typed(line)
+        last = ended.err.splitlines()[-1]
+        assert (what, ended.code, last[:9]) == (what, 2, "coprune: ")
+        assert [name for name in names if name not in last] == [], (what, last)
