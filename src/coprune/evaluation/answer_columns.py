@@ -8,6 +8,7 @@ from coprune.evaluation.columns import Column, Number, plain
 
 _FIGURES = {
     "loops": ("answers that loop", "{}"),
+    "empty": ("answers that are empty", "{}"),
     "ended": ("answers that end", "{}"),
     "tokens": ("tokens per answer", "{:.1f}"),
     "distinct2": ("distinct-2", "{:.3f}"),

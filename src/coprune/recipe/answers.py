@@ -37,14 +37,16 @@ Seed = Annotated[int, Decides.MEASUREMENT, Field(description="Seed of the sample
 Gate = Annotated[
     bool,
     _MEASUREMENT,
-    Field(description="Let a model that is saved answer a few short prompts, and say whether the answers loop."),
+    Field(
+        description="Let a model that is saved answer a few short prompts, and say whether the answers loop or are empty."
+    ),
 ]
 Require = Annotated[
     str | None,
     Decides.MEASUREMENT,
     Field(
         description="Exit with 3, once all is saved, unless the answers are so: conditions with commas between, such as "
-        "'loops<=dense+1,kl<0.5'."
+        "'loops<=dense+1,empty<=dense+1,kl<0.5'."
     ),
 ]
 

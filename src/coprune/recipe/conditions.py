@@ -13,6 +13,7 @@ from coprune.base.errors import BadInput, unknown_name
 
 FIGURES: dict[str, str] = {
     "loops": "answers that loop",
+    "empty": "answers that say nothing: white space and punctuation at most",
     "ended": "answers that end by themselves",
     "tokens": "mean tokens of an answer",
     "seconds": "mean seconds of an answer",

@@ -15,6 +15,7 @@ _MOST_LETTERS = 600
 # What each figure is called, and how it is written.
 _FIGURES: dict[str, Callable[[Figures], str]] = {
     "answers that loop": lambda found: f"{found.loops} of {found.answers}",
+    "answers that are empty": lambda found: "" if found.empty is None else f"{found.empty} of {found.answers}",
     "answers that end by themselves": lambda found: f"{found.ended} of {found.answers}",
     "tokens of an answer": lambda found: f"{found.tokens:.1f}",
     "distinct tokens (distinct-1)": lambda found: f"{found.distinct1:.3f}",

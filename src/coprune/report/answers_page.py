@@ -18,20 +18,24 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], tuned: 
     warn = ' class="warn"' if facts.degenerates else ""
     lines = f"<p{warn}>{text(facts.verdict())}.</p>"
     lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)
-    # Those that loop come first, since they are what to look at.
-    shown = sorted(facts.samples, key=lambda sample: not sample.loops)[:_SHOWN]
+    # Those that loop or are empty come first, since they are what to look at.
+    shown = sorted(facts.samples, key=lambda sample: not (sample.loops or sample.empty))[:_SHOWN]
     samples = "".join(
         f'<p class="soft">{text(sample.prompt)}</p><div class="two">'
-        f"{_quote(facts.reference, sample.dense, bool(sample.dense_loops))}{_quote(which, sample.answer, sample.loops)}"
-        "</div>"
+        f"{_quote(facts.reference, sample.dense, _ill(bool(sample.dense_loops), sample.dense_empty))}"
+        f"{_quote(which, sample.answer, _ill(sample.loops, sample.empty))}</div>"
         for sample in shown
     )
     return section("What it writes", lines, table(*answer_table(facts)), samples, note=note(facts))
 
 
-def _quote(which: str, answer: str | None, loops: bool) -> str:
+def _ill(loops: bool, empty: bool) -> str:
+    """What is wrong with an answer, to stand behind its model's name."""
+    return ", loops" * loops + ", empty" * empty
+
+
+def _quote(which: str, answer: str | None, ill: str) -> str:
     if answer is None:
         return ""
-    tag = f"{which}, loops" if loops else which
     said = f"<blockquote>{text(shortened(answer))}</blockquote>"
-    return f'<div class="panel"><div class="tag {which.replace("fine-tuned", "pruned")}">{text(tag)}</div>{said}</div>'
+    return f'<div class="panel"><div class="tag {which.replace("fine-tuned", "pruned")}">{text(which + ill)}</div>{said}</div>'

@@ -60,6 +60,8 @@ def greedy(folder: Path) -> list[list[int]]:
 
 
 def words(tokens: list[int]) -> str:
+    """What is said, without the mark that ends it."""
+    tokens = tokens[:-1] if tokens[-1] == 2 else tokens
     return " ".join(f"w{token}" for token in tokens)
 
 
@@ -153,7 +155,7 @@ def test_the_command_shows_figures_and_answers(
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0].startswith(
-        "answers   none of 2 answers loops; dense 0 (greedy, at most 8 tokens, prompts: prompts.jsonl"
+        "answers   none of 2 answers loops or is empty; dense 0 (greedy, at most 8 tokens, prompts: prompts.jsonl"
     )
     assert [line.split()[0] for line in lines[1:]] == ["greedy", "KL", "T", *("prompt", "dense", "answer") * 2]
     assert "perplexity" not in ended.out

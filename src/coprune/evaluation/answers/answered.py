@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -10,6 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from coprune.evaluation.answers.likeness import agreed_share, script_agreement
 from coprune.evaluation.answers.repetition import distinct, find_loop, longest_repeat
 from coprune.evaluation.measurement import Interval
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text says nothing: white space and punctuation at most (accents that stand alone are such, too)."""
+    return not any((kind := unicodedata.category(letter))[0] in "LNS" and kind != "Sk" for letter in text)
 
 
 class Facts(BaseModel):
@@ -32,6 +38,11 @@ class Answered(Facts):
     def loops(self) -> bool:
         """Whether it is stuck in a loop."""
         return find_loop(self.tokens, self.ended) is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing."""
+        return is_empty(self.text)
 
 
 class Answers(Facts):
@@ -65,6 +76,8 @@ class Figures(Facts):
     distinct3: float
     repeat: int
     """Of all answers the longest stretch that says something at least twice in a row, in tokens."""
+    empty: int | None = None
+    """None where a report was written before they were counted."""
 
     @classmethod
     def of(cls, answers: Sequence[Answered]) -> Figures:
@@ -74,6 +87,7 @@ class Figures(Facts):
             answers=len(answers),
             loops=sum(answer.loops for answer in answers),
             ended=sum(answer.ended for answer in answers),
+            empty=sum(answer.empty for answer in answers),
             tokens=fmean(len(answer.tokens) for answer in answers),
             seconds=fmean(answer.seconds for answer in answers),
             repeat=max(longest_repeat(answer.tokens) for answer in answers),

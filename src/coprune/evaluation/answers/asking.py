@@ -77,7 +77,8 @@ def _ask(
             raise UnsupportedModel(f"transformers does not let {type(model).__name__} write: {error}") from error
     return tuple(
         Answered(
-            text=str(tokenizer.decode(answer.tokens, skip_special_tokens=True)),
+            # The mark that ended it says nothing, and not every tokenizer knows that it is one.
+            text=str(tokenizer.decode(answer.tokens[: -1 if answer.ended else None], skip_special_tokens=True)),
             tokens=tuple(answer.tokens),
             ended=answer.ended,
             seconds=answer.seconds,

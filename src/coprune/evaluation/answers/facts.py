@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from coprune.base.shown import per_cent
-from coprune.evaluation.answers.answered import Along, Answers, Facts, Figures, Way
+from coprune.evaluation.answers.answered import Along, Answers, Facts, Figures, Way, is_empty
 
 Reference = Literal["dense", "before"]
 _SHOWN = 3
+# Answers whose mean length is less than this share of the dense model's stop too soon, though they may be no loops and
+# not empty.
+_SHORT_SHARE = 1 / 3
 _MOST_LETTERS = 160
 
 
@@ -22,6 +25,16 @@ class Sample(Facts):
     answer: str
     loops: bool
     dense_loops: bool | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the answer says nothing."""
+        return is_empty(self.answer)
+
+    @property
+    def dense_empty(self) -> bool:
+        """Whether the dense model's says nothing."""
+        return self.dense is not None and is_empty(self.dense)
 
 
 class Asked(Facts):
@@ -51,16 +64,38 @@ class AnswerFacts(Asked):
     """Which model stands under `dense`: that one, or the one before a fine-tuning."""
 
     def verdict(self) -> str:
-        """Whether it degenerates, in plain words: `3 of 16 answers loop; dense 0`."""
+        """Whether it degenerates, in plain words: `3 of 16 answers loop; dense 0`, `2 of 16 answers are empty; dense 0`."""
         found, dense = self.greedy.figures, self.greedy.dense
-        loops = f"{found.loops or 'none'} of {found.answers} answers {'loops' if found.loops < 2 else 'loop'}"
-        return loops if dense is None else f"{loops}; {self.reference} {dense.loops}"
+        ills = [("loops", "loop", found.loops, dense.loops if dense else 0)]
+        if found.empty is not None:
+            ills.append(("is empty", "are empty", found.empty, (dense.empty if dense else None) or 0))
+        told = [ill for ill in ills if ill[2] or ill[3]]
+        if told:
+            said = [(f"{count or 'none'}", many if count > 1 else one) for one, many, count, _ in told]
+            others = " and ".join(str(other) for *_, other in told)
+        else:  # what nobody suffers from is said in one go
+            said, others = [("none", " or ".join(one for one, *_ in ills))], "0"
+        (first, verb), *more = said
+        words = " and ".join([f"{first} of {found.answers} answers {verb}", *(" ".join(one) for one in more)])
+        if dense is None:
+            return words
+        words = f"{words}; {self.reference} {others}"
+        if self._stops_soon:
+            words += f"; {found.tokens:.1f} tokens an answer, {self.reference} {dense.tokens:.1f}"
+        return words
+
+    @property
+    def _stops_soon(self) -> bool:
+        found, dense = self.greedy.figures, self.greedy.dense
+        return dense is not None and found.tokens < _SHORT_SHARE * dense.tokens
 
     @property
     def degenerates(self) -> bool:
-        """Whether more answers loop than the dense model's."""
-        dense = self.greedy.dense
-        return self.greedy.figures.loops > (0 if dense is None else dense.loops)
+        """Whether more answers loop, or are empty, than the dense model's, or they are much shorter."""
+        found, dense = self.greedy.figures, self.greedy.dense
+        if dense is None:
+            return bool(found.loops or found.empty)
+        return found.loops > dense.loops or (found.empty or 0) > (dense.empty or 0) or self._stops_soon
 
     def beside(self, dense: AnswerFacts | None) -> AnswerFacts:
         """The same with the dense model's figures and answers out of another run's, of the same prompts."""
@@ -83,7 +118,7 @@ class AnswerFacts(Asked):
         )
 
     def lines(self) -> list[tuple[str, str]]:
-        """What was found, for people: names and values; of the short ones only whether they loop."""
+        """What was found, for people: names and values; of the short ones only the verdict."""
         rows = [("answers", f"{self.verdict()} (greedy, at most {self.new_tokens} tokens, prompts: {self._source})")]
         if self.short:
             return rows
@@ -109,6 +144,7 @@ class AnswerFacts(Asked):
         """The figures of one way, each with the other model's behind it."""
         parts = [
             self._pair(way, "loops", lambda found: f"{found.loops} of {found.answers}"),
+            self._pair(way, "empty", lambda found: "?" if found.empty is None else f"{found.empty} of {found.answers}"),
             self._pair(way, "ended", lambda found: f"{found.ended} of {found.answers}"),
             self._pair(way, "tokens", lambda found: f"{found.tokens:.1f}"),
             self._pair(way, "distinct-2", lambda found: f"{found.distinct2:.2f}"),
