@@ -39,6 +39,11 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"], "target": "dense"}),
     "reconstructed": ("wanda", "sequential", "llama", True, {"reconstruct": 3}),
     "allocated": ("wanda", "block", "llama", True, {"allocation": "owl", "sparsity": 0.6}),
+    # Samples of two lengths, in batches of their own.
+    "mixed lengths": (
+        *("sparsegpt", "sequential", "llama", True),
+        {"dataset": "{place}/words.txt:seqlen=9=0.3,{place}/rows.jsonl=0.4,{place}/other.txt:seqlen=24=0.3"},
+    ),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
 }
 
@@ -61,6 +66,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_words(folder / "words.txt")
     write_words(folder / "test.txt", count=300, seed=1)
     write_words(folder / "other.txt", seed=2)
+    words = (folder / "words.txt").read_text().split()
+    rows = [" ".join(words[start : start + 30]) for start in range(100, 400, 30)]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     return folder
 
 
@@ -80,7 +88,8 @@ def recipe_of(name: str, place: Path, out: Path, **changes: Any) -> Recipe:
         "save": str(out / "run"),
         "save_model": str(out / "pruned"),
     }
-    return make_recipe({**settings, **more, **changes})
+    named = {"dataset": more["dataset"].format(place=place)} if "dataset" in more else {}
+    return make_recipe({**settings, **more, **named, **changes})
 
 
 def run(name: str, place: Path, out: Path, **changes: Any) -> Result:
