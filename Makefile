@@ -5,6 +5,7 @@
 #   make lint, make types
 #   make coverage  make test with the lines and branches that it reaches, and the share that it must reach
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
+#   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
 #   make torture   change packed folders under the address sanitiser, kill runs, fill disks (half an hour; docs/reliability.md)
 #   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test coverage slow test-all wheel families torture golden lint types clean
+.PHONY: demo test coverage slow test-all wheel site families torture golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -35,6 +36,10 @@ test-all: test slow
 
 wheel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py
+
+# mkdocs-material speaks of its successor at every build; that is no warning of ours.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 families: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/families/make.py

@@ -35,6 +35,12 @@ class GroupedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, what is the command's own, and the groups."""
+        for title, rows in self.groups(ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def groups(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """Arguments, what is the command's own, and the groups: by title, each option's names and its help."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _UNGROUPED: []}
         for param in self.get_params(ctx):
             with _by_todays_names(param):
@@ -43,10 +49,7 @@ class GroupedCommand(TyperCommand):
                 argument = param.param_type_name == "argument"
                 title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or _UNGROUPED
                 groups.setdefault(title, []).append(record)
-        for title, rows in groups.items():
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
+        return {title: rows for title, rows in groups.items() if rows}
 
 
 @contextmanager

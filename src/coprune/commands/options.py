@@ -116,7 +116,8 @@ def _option(
     several = default == ()
     kind: Any = list[str] if several else str if field.annotation is Choice else field.annotation
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
-    shown = "" if default in (None, False) or several else " [on]" if default is True else f" [{default}]"
+    # 0 equals False, and is a default to be shown.
+    shown = "" if default is None or default is False or several else " [on]" if default is True else f" [{default}]"
     option = typer.Option(
         *flags or flags_of(name),
         help=f"{description or field.description}{shown}",

@@ -1,4 +1,4 @@
-"""Shipped sweeps: the batch scripts of the original research code, run for run.
+"""Shipped sweeps: the batch scripts of the Wanda repository, run for run.
 
 A run of a preset is what `coprune prune` makes of the script's command, in the same folder. Two things differ in where
 results go: the script of the ablation writes four methods to one folder, which here get one each, and its folders

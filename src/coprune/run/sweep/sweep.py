@@ -50,7 +50,7 @@ def sweep(
     Args:
         lists: a file, or a mapping of what it would say, in which any setting of `coprune.prune` may have a list, such as
             `{"model": "smollm2-135m", "method": ["wanda", "sparsegpt"], "seed": [0, 1], "save": "out/table"}`.
-        script: instead of that, a batch script of the original code (`llama-7b`, `opt` …).
+        script: instead of that, a batch script of the Wanda repository (`llama-7b`, `opt` …).
         dry_run: only say which runs there are.
         quiet: no live table on standard error.
         settings: settings that replace what the lists say for all runs; `workers` (runs at a time), `threads` (cores of a

@@ -1,0 +1,81 @@
+"""The documentation as a site: every page has its place, and what is made from the code is whole. `make site` builds it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import command_pages
+import diagrams
+import pytest
+import yaml
+
+import coprune
+from coprune.commands.table import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def pages(entries: list[Any]) -> Iterator[str]:
+    """The files that a nav names."""
+    for entry in entries:
+        for below in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from [below] if isinstance(below, str) else pages(below)
+
+
+def test_every_page_is_in_the_nav_once() -> None:
+    nav = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    there = [file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")]
+    assert sorted(nav) == sorted([*there, "log.md", "changelog.md"])  # the two of the root
+
+
+def sections() -> dict[str, str]:
+    """What the page tells of every command."""
+    told = command_pages.all_commands().split("## coprune ")[1:]
+    return dict(part.split("\n", 1) for part in told)
+
+
+def test_the_page_of_commands_has_every_command_with_every_option() -> None:
+    told = sections()
+    assert list(told) == list(COMMANDS)
+    for name, command in command_pages.commands().items():
+        for parameter in command.params:
+            flags = [flag for flag in parameter.opts if flag.startswith("--")]
+            assert not flags or any(flag in told[name] for flag in flags), (name, flags)
+
+
+@pytest.mark.parametrize(
+    ("command", "entry"),
+    [
+        ("prune", "`-m, --method <str>`\n:   How to choose (and mend) weights; see: coprune methods. Default: wanda."),
+        ("prune", "`--seed <int>`\n:   Seed for the choice of calibration samples. Default: 0."),
+        (
+            "prune",
+            "`-s, --sparsity <float>`\n:   Fraction of zeros, 0 ≤ s &lt; 1; an N:M pattern sets it. Without either: 0.5.",
+        ),
+        ("pack", "`source <path>`\n:   Folder of a pruned model (safetensors). **Required.**"),
+        ("bench", "`--repeats <int range>`\n:   Measurements of each form, in turns. Default: 5."),
+    ],
+)
+def test_an_option_has_its_default_and_help(command: str, entry: str) -> None:
+    assert entry + "\n" in sections()[command]
+
+
+def test_the_api_has_every_public_name_once() -> None:
+    lines = (DOCS / "api.md").read_text(encoding="utf-8").splitlines()
+    assert sorted(line.removeprefix("::: coprune.") for line in lines if line.startswith(":::")) == coprune.__all__
+
+
+@pytest.mark.parametrize("name", diagrams.DRAWINGS)
+def test_a_picture_is_what_its_script_draws(name: str) -> None:
+    assert (DOCS / "diagrams" / name).read_text(encoding="utf-8") == diagrams.DRAWINGS[name]().svg()
+
+
+def test_the_changes_are_of_the_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert changes.split("\n## ")[1].split()[0] == version
+    assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
