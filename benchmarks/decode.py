@@ -20,7 +20,7 @@ from torch.nn import functional
 from coprune.base.native.build import MatrixStruct, instruction_set, load_kernels
 from coprune.base.pages import on_large_pages
 from coprune.packed.header import read_header
-from coprune.packed.matrix import native_matrix, pack_matrix
+from coprune.packed.matrix import native_matrix, pack_matrix, row_starts
 from coprune.packed.timing import Clock, measure_bandwidth, time_in_turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,7 +77,7 @@ def _print_products(
     y = x.new_empty(batch, weight.shape[0])
     large = [on_large_pages(w.view(-1).view(torch.uint8)).view(w.dtype).view(w.shape) for w, _ in matrices]
     structs = [MatrixStruct(None, w.data_ptr(), None, None, *w.shape) for w in large]
-    natives = [native_matrix(p, read_header(p), None) for _, p in matrices]
+    natives = [native_matrix(p, row_starts(p, read_header(p)), read_header(p), None) for _, p in matrices]
     size, threads = weight.dtype.itemsize, torch.get_num_threads()
 
     def own_dense() -> None:

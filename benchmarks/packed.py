@@ -186,7 +186,7 @@ def print_speed(folder: Path, batches: tuple[int, ...], prompt: int, tokens: int
     for dtype in DTYPES:
         small = AutoModelForCausalLM.from_pretrained(pruned(folder, "50 %", dtype))
         for name, model in (("SmolLM2-135M", small), ("1B width, 4 blocks", wide_model(getattr(torch, dtype)))):
-            print(bench_model(model, name, Work(batches, prompt, tokens), clock), flush=True)
+            print(bench_model(model, name, Work(batches, prompt, tokens), clock=clock), flush=True)
 
 
 def wide_model(dtype: torch.dtype) -> PreTrainedModel:

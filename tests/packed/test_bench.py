@@ -176,7 +176,9 @@ def test_a_busy_machine_is_measured_by_the_processors_time(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks: list[Any] = []
-    monkeypatch.setattr("coprune.packed.bench.bench_model", lambda dense, name, work, clock: clocks.append(clock))
+    monkeypatch.setattr(
+        "coprune.packed.bench.bench_model", lambda dense, name, work, compiles, clock: clocks.append(clock)
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     bench(model, busy=True)
     bench(model)

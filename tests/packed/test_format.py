@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.selection import keep_n_of_m
 from coprune.packed.format import BITS_OF_SIZE, Format, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import DTYPE_CODES, is_packed, read_header
-from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix
+from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, row_starts
 
 shapes = st.lists(st.integers(1, 37), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) < 40_000)
 
@@ -69,7 +69,8 @@ def test_values_are_little_endian_on_every_machine(
     assert same_bits(unpack_tensor(there), swapped)
     if dtype.itemsize > 1:  # torch has no such operation for smaller ones
         assert same_bits(dense_matrix(for_kernels(there), read_header(for_kernels(there))), swapped)
-    assert native_matrix(for_kernels(there), read_header(for_kernels(there)), None) is None
+    blob, header = for_kernels(there), read_header(for_kernels(there))
+    assert native_matrix(blob, row_starts(blob, header), header, None) is None
 
 
 @settings(max_examples=60, deadline=None)

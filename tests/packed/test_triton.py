@@ -8,7 +8,8 @@ SCRIPT = """
 import torch
 from coprune.packed.format import pack_tensor
 from coprune.packed.header import read_header
-from coprune.packed.triton_kernel import multiply, row_starts
+from coprune.packed.matrix import row_starts
+from coprune.packed.triton_kernel import multiply
 own, launched_at = torch.cuda.device_of, []
 torch.cuda.device_of = lambda tensor: (launched_at.append(tensor), own(tensor))[1]
 torch.manual_seed(0)

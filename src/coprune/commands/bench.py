@@ -38,6 +38,9 @@ def bench(
             "--busy", help="Count the processor's time of one thread, where others use the machine meanwhile."
         ),
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also with a compiled decoding step: half a minute more for each form.")
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Also write the figures to this file; RUN/bench.json puts them into RUN's page."),
@@ -61,7 +64,7 @@ def bench(
         raise BadInput(f"the batches cannot be {batches!r}", field="batches", value=batches, fix=numbers)
     if threads is not None or busy:
         torch.set_num_threads(threads or 1)
-    asked: Any = {"dtype": dtype, "device": device, "busy": busy}
+    asked: Any = {"dtype": dtype, "device": device, "busy": busy, "compile": compile}
     alone = len(models) == 1 and not models[0].lower().endswith(".gguf")
     model = Path(models[0]) if alone else models
     asked |= {"prompt": prompt_tokens, "tokens": decode_tokens, "repeats": repeats}

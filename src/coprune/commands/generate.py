@@ -22,6 +22,9 @@ def generate(
     column: Annotated[str | None, typer.Option(help="Column of the prompts. [prompt]")] = None,
     template: Annotated[str | None, typer.Option(help="chat or none. [chat where there is a template]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda … [auto]")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the step that makes a token: for long texts and many of them.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
 ) -> None:
     """Let a model write texts, or answers to prompts, into a file for --dataset, of a run with it or with --calibrate-on.
@@ -29,7 +32,7 @@ def generate(
     Example: coprune generate smollm2-135m own.jsonl --samples 64 --seqlen 256
     """
     said: dict[str, Any] = dict(samples=samples, seqlen=seqlen, temperature=temperature, top_p=top_p, seed=seed)
-    said |= dict(column=column, template=template, device=device)
+    said |= dict(column=column, template=template, device=device, compile=compile or None)
     from coprune.run.generate import generate
 
     given: Any = {name: value for name, value in said.items() if value is not None}

@@ -48,6 +48,8 @@ class Generation:
     """Tokens that end an answer."""
     pad_id: int = 0
     """What fills shorter prompts of a batch, out of the model's sight."""
+    fixed_cache: bool = False
+    """Keys and values are as long as they get from the start, as a compiled step asks."""
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,9 @@ def _cut(tokens: list[int], end_ids: Iterable[int], seconds: float) -> Answer:
 
 
 def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=list(settings.end_ids) or None,
-        pad_token_id=settings.pad_id,
-    )
+    how: dict[str, Any] = dict(eos_token_id=list(settings.end_ids) or None, pad_token_id=settings.pad_id)
+    how["cache_implementation"] = "static" if settings.fixed_cache else None
+    return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, **how)
 
 
 @contextmanager
@@ -230,8 +228,7 @@ class _Draw(LogitsProcessor):
         up_to = probability.cumsum(-1)
         if self._settings.top_p < 1:
             probability = probability.where(up_to - probability < self._settings.top_p, 0)
-            up_to = probability.cumsum(-1)
-        # The first token with which the sum goes beyond the number's share of it.
+            up_to = probability.cumsum(-1)  # the first token with which it goes beyond the number's share of the sum:
         drawn = (up_to <= number * up_to[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, order.gather(1, drawn), 0.0)
 
@@ -244,7 +241,6 @@ class _Heard(StoppingCriteria):
         self._start, self._advance = start, advance
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        before = input_ids[:, self._start : -1]
-        going_on = ~torch.isin(before, self._ends.to(before.device)).any(dim=1)
-        self._advance(float(going_on.sum()))
+        ended = torch.isin(input_ids[:, self._start : -1], self._ends.to(input_ids.device)).any(dim=1)
+        self._advance(float((~ended).sum()))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coprune.base.errors import BadInput
+from coprune.packed.compiled import compile_decoding
 from coprune.packed.linear import PackedLinear
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import time_in_turns
@@ -33,7 +34,7 @@ class Choice:
 
 
 @torch.no_grad()
-def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choice]:
+def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15, *, compile: bool = False) -> list[Choice]:
     """Replace, in place, the linear layers for which another form is faster on this device.
 
     Layers are measured by shape, dtype and sparsity (in steps of 5 %), in turns with the dense ones. Layers with
@@ -43,12 +44,14 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choi
         model: pruned, for inference.
         batch: the number of inputs at a time to be fast for (1: decoding one sequence).
         repeats: measurements of each form.
+        compile: afterwards compile the step that makes one token per sequence (transformers' language models): its `generate`
+            then has a cache of fixed size, and its first token waits for the compiler, half a minute for thirty blocks.
 
     Returns:
         Every group of layers with what was measured.
 
     Raises:
-        BadInput: batch or repeats is below 1.
+        BadInput: batch or repeats is below 1, or what should be compiled is no model that writes text.
     """
     if batch < 1 or repeats < 1:
         raise BadInput("batch and repeats must be at least 1")
@@ -56,6 +59,8 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15) -> list[Choi
     for (rows, columns, _, twentieths), layers in _groups(model).items():
         choice = _accelerate_group(model, layers, batch, repeats)
         choices.append(Choice(choice[0], tuple(layers), (rows, columns), twentieths / 20, choice[1]))
+    if compile:
+        compile_decoding(model)
     return choices
 
 

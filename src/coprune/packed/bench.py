@@ -21,16 +21,18 @@ from coprune.packed.benched import Bench
 from coprune.packed.beside import bench_beside
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
-from coprune.packed.runtimes import InTransformers, Work, random_prompt, time_runners, weight_bytes
+from coprune.packed.runtimes import InTransformers, Work, random_prompt, time_runners
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import Clock, measure_bandwidth
 
 
-class LoadArguments(TypedDict, total=False):
-    """How a model is loaded."""
+class BenchArguments(TypedDict, total=False):
+    """How a model is loaded and run."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
+    compile: bool
+    """Also with a compiled decoding step, which takes half a minute for thirty blocks before its first token."""
 
 
 def bench(
@@ -41,7 +43,7 @@ def bench(
     tokens: int = 24,
     repeats: int = 5,
     busy: bool = False,
-    **loading: Unpack[LoadArguments],
+    **how: Unpack[BenchArguments],
 ) -> Bench:
     """Measure prefill and decoding: of a pruned causal language model in every form that this device has, or of several models.
 
@@ -57,7 +59,8 @@ def bench(
         tokens: decoding steps per form.
         repeats: of each prefill.
         busy: count the processor's time of one thread instead of the clock's, for a machine that does other things meanwhile.
-        loading: `dtype` and `device` (by default the checkpoint's and the CPU) of a model that is loaded.
+        how: `dtype` and `device` (by default the checkpoint's and the CPU) of a model that is loaded; `compile=True` adds the
+            forms with a compiled decoding step (of several models, those in transformers have it).
 
     Returns:
         Times, tokens per second and speed-ups of every form, and what each takes in memory.
@@ -67,19 +70,19 @@ def bench(
     """
     several = not isinstance(model, str | Path | PreTrainedModel)
     work = Work(batches or ((1,) if several else (1, 4)), prompt, tokens, repeats)
-    clock = _clock(busy)
+    clock, compiles = _clock(busy), how.pop("compile", False)
     if not isinstance(model, str | Path | PreTrainedModel):
-        if loading.get("device", "cpu") != "cpu":
-            raise BadInput("several models are measured on the CPU", field="device", value=loading["device"])
-        return bench_beside(model, work, loading.get("dtype", "auto"), clock)
+        if how.get("device", "cpu") != "cpu":
+            raise BadInput("several models are measured on the CPU", field="device", value=how["device"])
+        return bench_beside(model, work, how.get("dtype", "auto"), compiles=compiles, clock=clock)
     if isinstance(model, PreTrainedModel):
-        refuse_what_loading_decides(loading)
+        refuse_what_loading_decides(how)
         name, dense = model.name_or_path or type(model).__name__, model
     else:
-        name, dense = str(model), _load(Path(model), loading)
+        name, dense = str(model), _load(Path(model), how)
     training = dense.training
     try:
-        return bench_model(dense.eval(), name, work, clock)
+        return bench_model(dense.eval(), name, work, compiles=compiles, clock=clock)
     finally:
         dense.train(training)
 
@@ -95,21 +98,27 @@ def _clock(busy: bool) -> Clock:
     return time.process_time if busy else time.perf_counter
 
 
-def _load(folder: Path, loading: LoadArguments) -> Any:
+def _load(folder: Path, how: BenchArguments) -> Any:
     if not (folder / "config.json").exists():
         raise BadInput(
             f"{folder} has no config.json", field="model", value=folder, fix="give a checkpoint folder, dense or packed"
         )
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=loading.get("dtype", "auto"))
-    return dense.to(loading.get("device", "cpu")).eval()
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=how.get("dtype", "auto"))
+    return dense.to(how.get("device", "cpu")).eval()
 
 
 @torch.no_grad()
-def bench_model(dense: Any, name: str, work: Work, clock: Clock = time.perf_counter) -> Bench:
+def bench_model(
+    dense: Any, name: str, work: Work, *, compiles: bool = False, clock: Clock = time.perf_counter
+) -> Bench:
     """The same for a model in memory, which is not changed. clock: see time_in_turns."""
     forms = make_forms(dense)
+    compiled = [form for form in ("dense", "packed") if form in forms] if compiles else []
+    context = work.prompt + work.tokens
+    runners = {form: InTransformers(model) for form, model in forms.items()}
+    runners |= {f"{form}, compiled": InTransformers(share_weights(forms[form]), context) for form in compiled}
     on_cpu = in_host_memory(dense.device)
     result = Bench(
         model=name,
@@ -118,16 +127,14 @@ def bench_model(dense: Any, name: str, work: Work, clock: Clock = time.perf_coun
         dtype=str(dense.dtype).removeprefix("torch."),
         instruction_set=instruction_set(),
         bandwidth=measure_bandwidth(clock=clock) if on_cpu else 0.0,
-        bytes={form: weight_bytes(model) for form, model in forms.items()},
+        bytes={form: runner.bytes for form, runner in runners.items()},
     )
     generator = torch.Generator().manual_seed(0)
     for batch in work.batches:
         vocabulary = dense.config.get_text_config().vocab_size
         ids = random_prompt(vocabulary, batch, work.prompt, generator).to(dense.device)
-        runners = {form: InTransformers(model) for form, model in forms.items()}
-        prefill, decode = time_runners(runners, ids, work, clock)
-        result.add("prefill", batch, batch * work.prompt, prefill)
-        result.add("decode", batch, batch, decode)
+        turns = time_runners(runners, ids, work, clock)
+        result.add_turns(batch, work.prompt, turns, [f"{form}, compiled" for form in compiled])
     return result
 
 
@@ -154,6 +161,6 @@ def make_forms(dense: nn.Module) -> dict[str, Any]:
 
 
 def share_weights(model: nn.Module) -> Any:
-    """A copy of the modules that holds the same parameters."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    """A copy of the modules that holds the same parameters and buffers."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from coprune.base.shown import Sheet, Shown
+from coprune.packed.runtimes import Turns
 from coprune.packed.timing import Timing
 
 NO_GAIN = 1.03
@@ -20,8 +21,8 @@ class Row:
     phase: str
     """prefill (a whole prompt at once) or decode (one token per sequence)."""
     form: str
-    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured; where several
-    models were measured, one of them in one runtime."""
+    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured, and the first two
+    compiled; where several models were measured, one of them in one runtime."""
     batch: int
     seconds: Timing
     """Of one forward pass."""
@@ -52,6 +53,8 @@ class Bench(Shown):
     rows: list[Row] = field(default_factory=list)
     baselines: dict[str, str] = field(default_factory=dict)
     """Which form each is compared with: dense, unless said otherwise."""
+    compiling: dict[str, float] = field(default_factory=dict)
+    """Seconds that the first step of each compiled form took, at the first batch size."""
     files: dict[str, int] = field(default_factory=dict)
     """Bytes on the disk of each form's weights, where several models were measured."""
 
@@ -73,6 +76,13 @@ class Bench(Shown):
         for form, timing in timings.items():
             speedup = timings[self.baseline(form)].median / timing.median
             self.rows.append(Row(phase, form, batch, timing, tokens / timing.median, speedup))
+
+    def add_turns(self, batch: int, prompt: int, turns: Turns, compiled: Iterable[str]) -> None:
+        """Note both phases of all forms at one batch size, and what the compiled ones waited for. prompt: tokens."""
+        self.add("prefill", batch, batch * prompt, turns.prefill)
+        self.add("decode", batch, batch, turns.decode)
+        for form in compiled:
+            self.compiling.setdefault(form, turns.first[form])
 
     def headline(self) -> str:
         """Model, device, and the best speed-up of decoding."""
@@ -103,7 +113,8 @@ class Bench(Shown):
             limit = f", memory allows {self.bandwidth / size:.1f} tokens/s" if self.bandwidth else ""
             share = f"{size / self.bytes[self.baseline(form)]:.2f} of {self.reference}"
             on_disk = f", {self.files[form] / 1e6:.1f} MB on the disk" if form in self.files else ""
-            lines.append(f"{form:<{wide}} {size / 1e6:9.1f} MB in memory ({share}{limit}){on_disk}")
+            waited = f", compiled in {self.compiling[form]:.0f} s" if form in self.compiling else ""
+            lines.append(f"{form:<{wide}} {size / 1e6:9.1f} MB in memory ({share}{limit}){on_disk}{waited}")
         lines.append(
             f"{'phase':<8} {'batch':>5} {'form':<{wide}} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}"
         )

@@ -42,7 +42,12 @@ class Entrant:
 
 @torch.no_grad()
 def bench_beside(
-    models: Sequence[Path | str], work: Work, dtype: DtypeName = "auto", clock: Clock = time.perf_counter
+    models: Sequence[Path | str],
+    work: Work,
+    dtype: DtypeName = "auto",
+    *,
+    compiles: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Bench:
     """Measure prefill and decoding of several models in turns, on the CPU.
 
@@ -50,12 +55,13 @@ def bench_beside(
         models: Hub ids, folders and `smollm2-135m` run in transformers, GGUF files that are named as files in llama.cpp.
         work: what is timed; more than one sequence at a time only in transformers.
         dtype: of the weights in transformers.
+        compiles: whether those in transformers decode with a compiled step.
         clock: see time_in_turns.
 
     Raises:
         BadInput: a model is not there, or llama.cpp is not installed.
     """
-    entrants = [_enter(model, work, dtype) for model in models]
+    entrants = [_enter(model, work, dtype, compiles) for model in models]
     first: dict[str, str] = {}
     for one in entrants:
         first.setdefault(one.kind, one.form)
@@ -80,17 +86,17 @@ def bench_beside(
         runners = {
             form: one.runner for form, one in forms.items() if batch == 1 or isinstance(one.runner, InTransformers)
         }
-        prefill, decode = time_runners(runners, ids, work, clock)
-        result.add("prefill", batch, batch * work.prompt, prefill)
-        result.add("decode", batch, batch, decode)
+        in_transformers = [form for form, runner in runners.items() if isinstance(runner, InTransformers)]
+        turns = time_runners(runners, ids, work, clock)
+        result.add_turns(batch, work.prompt, turns, in_transformers if compiles else [])
     return result
 
 
-def _enter(model: Path | str, work: Work, dtype: DtypeName) -> Entrant:
+def _enter(model: Path | str, work: Work, dtype: DtypeName, compiles: bool) -> Entrant:
     path = expand_home(model)
     if path.suffix.lower() == ".gguf" and path.is_file():
-        runner = InLlamaCpp(path, work.prompt + work.tokens + 1)
-        return Entrant(path.name, f"llama.cpp {runner.type}", runner, path.stat().st_size, runner.vocabulary)
+        llama = InLlamaCpp(path, work.prompt + work.tokens + 1)
+        return Entrant(path.name, f"llama.cpp {llama.type}", llama, path.stat().st_size, llama.vocabulary)
     register_with_transformers()
     location = locate(model)
     loaded: Any = load_model(location, dtype, processed=False)[0]
@@ -100,4 +106,6 @@ def _enter(model: Path | str, work: Work, dtype: DtypeName) -> Entrant:
     files = [location.path] if isinstance(location, GgufFile) else shard_files(location.path)
     size = sum(file.stat().st_size for file in files)
     vocabulary = loaded.config.get_text_config().vocab_size
-    return Entrant(name, f"{kind}, packed" if packed else kind, InTransformers(loaded), size, vocabulary)
+    kind += (", packed" if packed else "") + (", compiled" if compiles else "")
+    runner = InTransformers(loaded, work.prompt + work.tokens if compiles else None)
+    return Entrant(name, kind, runner, size, vocabulary)

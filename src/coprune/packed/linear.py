@@ -7,24 +7,26 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from coprune.base.errors import BadInput
-from coprune.base.native.product import IN_KERNEL, NativeMatrix
+from coprune.base.native.product import NativeMatrix
 from coprune.packed.format import check_packed
 from coprune.packed.header import Header, read_header
-from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, pack_matrix
+from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, pack_matrix, row_starts
+from coprune.packed.operator import packed_linear
 
 
 class PackedLinear(nn.Module):
     """`nn.Linear` whose weight is one buffer, `packed` (uint8); `weight` unpacks a fresh dense copy on every access.
 
-    Small inputs on the CPU go through the native kernels, in float32 and bfloat16; everything else (other devices
-    and dtypes, inputs that need gradients, no compiler, torch.compile) multiplies by an unpacked copy that lives for
-    the length of the call.
+    Products on the CPU in float32 and bfloat16 come from the native kernels; everything else (other devices and dtypes, no
+    compiler) multiplies by an unpacked copy that lives for the length of the call. torch.compile, torch.export and autograd
+    see one operator, coprune::packed_linear.
     """
 
     packed: Tensor
+    starts: Tensor
+    """How many values come before each row."""
     bias: Tensor | None
 
     def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
@@ -40,6 +42,7 @@ class PackedLinear(nn.Module):
         if bias is not None and bias.shape != (self.out_features,):
             raise BadInput(f"a bias of the shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
         self.register_buffer("packed", in_host_memory.to(packed.device))
+        self.register_buffer("starts", row_starts(in_host_memory, self.header).to(packed.device), persistent=False)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         self._native: NativeMatrix | None = None
         self._prepared = False
@@ -52,6 +55,7 @@ class PackedLinear(nn.Module):
             return None
         made = cls(packed, linear.bias)
         made.packed = made.packed.to(linear.weight.device)
+        made.starts = made.starts.to(linear.weight.device)
         return made
 
     def to_linear(self) -> nn.Linear:
@@ -70,26 +74,18 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """… × I to … × O, in x's dtype."""
-        if torch.compiler.is_compiling():
-            return self._forward_dense(x)
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return packed_linear(x, self.packed, self.starts, self.bias, self.header)
+        # An operator's way costs some microseconds, a good part of a small product.
         native = self._native if self._prepared else self._prepare()
-        if native is None or x.dtype != native.dtype or (x.requires_grad and torch.is_grad_enabled()):
-            return self._forward_dense(x)
-        if x.device != native.blob.device:
-            return self._forward_dense(x)
+        if native is None or x.dtype != native.dtype or x.device != native.blob.device:
+            return packed_linear(x, self.packed, self.starts, self.bias, self.header)
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the input's last dimension is {x.shape[-1]}; this layer takes {self.in_features}.")
-        batch = x.numel() // self.in_features
-        if batch <= IN_KERNEL[native.dtype]:
-            return native.multiply(x.contiguous(), batch)
-        return native.multiply_by_tiles(x, batch)
-
-    def _forward_dense(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
+        return native.product(x)
 
     def _prepare(self) -> NativeMatrix | None:
-        self._native = native_matrix(self.packed, self.header, self.bias)
+        self._native = native_matrix(self.packed, self.starts, self.header, self.bias)
         if self._native is not None:
             self._buffers["packed"] = self._native.blob
         self._prepared = True
@@ -117,6 +113,7 @@ class PackedLinear(nn.Module):
             loaded = for_kernels(loaded.cpu())
             self.header = read_header(loaded)
             self._buffers["packed"] = loaded.to(self.packed.device, copy=True)
+            self._buffers["starts"] = row_starts(loaded, self.header).to(self.packed.device)
             state_dict = {**state_dict, prefix + "packed": loaded}
         self._prepared, self._native = False, None
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from coprune.base.errors import BadInput
 from coprune.model.gguf.llama_cpp import LlamaCpp, require_llama_cpp
+from coprune.packed.compiled import compile_decoding
 from coprune.packed.timing import Clock, Timing, summarise, time_in_turns, time_once
 
 
@@ -48,15 +49,19 @@ class Runner(Protocol):
 
 
 class InTransformers:
-    """A model of transformers in memory."""
+    """A model of transformers in memory; with `context`, its step is compiled, on a cache of so many tokens."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._cache: dict[str, DynamicCache] = {}
+    def __init__(self, model: Any, context: int | None = None) -> None:
+        self._model, self._context = model, context
+        self._cache: dict[str, Cache] = {}
         self.bytes = weight_bytes(model)
+        if context is not None:
+            compile_decoding(model)
 
     def prefill(self, ids: Tensor) -> None:
-        self._cache = {cache_argument(self._model): DynamicCache(config=self._model.config)}
+        config, size = self._model.config, self._context
+        cache = DynamicCache(config=config) if size is None else StaticCache(config=config, max_cache_len=size)
+        self._cache = {cache_argument(self._model): cache}
         self._model(ids, **self._cache, logits_to_keep=1)
 
     def step(self, token: Tensor) -> None:
@@ -98,14 +103,23 @@ def random_prompt(vocabulary: int, batch: int, length: int, generator: torch.Gen
     return torch.randint(0, vocabulary, (batch, length), generator=generator)
 
 
-def time_runners(
-    runners: Mapping[str, Runner], ids: Tensor, work: Work, clock: Clock
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Seconds of a prefill and of a decoding step, in turns: every runner reads the same tokens."""
+@dataclass(frozen=True)
+class Turns:
+    """What was timed of several runners, by their names."""
+
+    prefill: dict[str, Timing]
+    decode: dict[str, Timing]
+    first: dict[str, float]
+    """Seconds of the first decoding step, which waits for a compiler where there is one; it is not part of `decode`."""
+
+
+def time_runners(runners: Mapping[str, Runner], ids: Tensor, work: Work, clock: Clock) -> Turns:
+    """Time a prefill and decoding steps, in turns: every runner reads the same tokens."""
     prefill = time_in_turns({name: partial(one.prefill, ids) for name, one in runners.items()}, work.repeats, clock)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     step = ids[:, -1:]
     for _ in range(work.tokens):
         for name, one in runners.items():
             seconds[name].append(time_once(partial(one.step, step), clock))
-    return prefill, {name: summarise(values[1:] or values) for name, values in seconds.items()}
+    first = {name: values[0] for name, values in seconds.items()}
+    return Turns(prefill, {name: summarise(values[1:] or values) for name, values in seconds.items()}, first)

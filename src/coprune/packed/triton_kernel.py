@@ -72,12 +72,3 @@ def multiply(blob: Tensor, header: Header, starts: Tensor, x: Tensor) -> Tensor:
     with launching_at(x):
         _multiply[grid](words, values, starts, x.contiguous(), y, rows, columns, BLOCK_ROWS=BLOCK_ROWS, WORDS=WORDS)
     return y
-
-
-def row_starts(blob: Tensor, header: Header) -> Tensor:
-    """O + 1 int64: how many values come before each row, on the blob's device. I is a multiple of 8."""
-    rows, columns = header.shape
-    pattern = blob[header.pattern_at : header.pattern_at + header.pattern_bytes].view(rows, columns // 8)
-    shifts = torch.arange(8, dtype=torch.uint8, device=blob.device)
-    ones = ((pattern[:, :, None] >> shifts) & 1).sum(dim=(1, 2), dtype=torch.int64)
-    return torch.cat([ones.new_zeros(1), ones.cumsum(0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -16,6 +17,7 @@ from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.generation import positions_of
 from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides
+from coprune.packed.compiled import compile_decoding
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.sources import OWN, Source
 
@@ -40,6 +42,8 @@ class GenerateArguments(TypedDict, total=False):
     """Whether prompts go through the chat template; by default where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
+    compile: bool
+    """Compile the step that makes a token, which pays off where much is written [no]."""
     cache_dir: str | Path | None
 
 
@@ -62,8 +66,8 @@ def generate(
             the token that begins a text.
         processor: the tokenizer of a model in memory.
         quiet: no progress bar on standard error.
-        settings: `samples`, `seqlen`, `temperature`, `top_p`, `seed`; `column` and `template` of prompts; `dtype`, `device` and
-            `cache_dir` of a model that is loaded.
+        settings: `samples`, `seqlen`, `temperature`, `top_p`, `seed`; `column` and `template` of prompts; `compile`; `dtype`,
+            `device` and `cache_dir` of a model that is loaded.
 
     Returns:
         The file.
@@ -87,8 +91,13 @@ def generate(
     length = int(asked.get("seqlen") or min(_LENGTH, limit or _LENGTH))
     drawn = (float(asked.get("temperature", 1.0)), float(asked.get("top_p", 1.0)), int(asked.get("seed", 0)))
     texts = asked.get("samples") or (_SAMPLES if prompts is None else len(given))
-    how = settings_for(loaded, length, *drawn)
-    own = write_own(loaded, given, Wanted(0, how, int(texts)), reporter)
+    compiles = bool(asked.get("compile"))
+    how = replace(settings_for(loaded, length, *drawn), fixed_cache=compiles)
+    undo = compile_decoding(loaded.model) if compiles else lambda: None
+    try:
+        own = write_own(loaded, given, Wanted(0, how, int(texts)), reporter)
+    finally:
+        undo()
     rows = [_row(tokenizer, prompt, answer, how.end_ids) for prompt, answer in own.pairs]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

@@ -13,7 +13,7 @@ from coprune.base.native import build
 from coprune.base.native.build import load_kernels
 from coprune.base.native.product import NativeMatrix
 from coprune.packed.header import read_header
-from coprune.packed.matrix import native_matrix, pack_matrix
+from coprune.packed.matrix import native_matrix, pack_matrix, row_starts
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 
@@ -26,7 +26,10 @@ def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: i
 
 def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> NativeMatrix | None:
     blob = pack_matrix(weight)
-    return None if blob is None else native_matrix(blob, read_header(blob), bias)
+    if blob is None:
+        return None
+    header = read_header(blob)
+    return native_matrix(blob, row_starts(blob, header), header, bias)
 
 
 @needs_kernels

@@ -1,6 +1,6 @@
 """The operation `packed_product`: prepare a packed matrix, so that inputs can be multiplied from it as it is.
 
-(blob, places, bias) → an object that multiplies, or None where the matrix has to be unpacked for every product. The
+(blob, starts, places, bias) → an object that multiplies, or None where the matrix has to be unpacked for every product. The
 kernels read the bytes of the file as they are: kept values and bitmask, plus one number per row (how many values come
 before it). Up to `IN_KERNEL` inputs are multiplied straight from the packed weights; more of them (a long prompt) are
 bound by arithmetic, so rows are unpacked tile by tile and given to PyTorch's dense product.
@@ -48,34 +48,39 @@ class Places(Protocol):
 class NativeMatrix:
     """What a kernel needs to know of one packed matrix: pointers into it, kept alive here."""
 
-    def __init__(self, blob: Tensor, places: Places, bias: Tensor | None, library: ctypes.CDLL) -> None:
-        """Prepare the pointers.
+    def __init__(self, blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None, library: ctypes.CDLL) -> None:
+        """Take the pointers.
 
         Args:
-            blob: packed in the bitmask layout, one-dimensional uint8 on the CPU, checked; it is copied.
+            blob: packed in the bitmask layout, one-dimensional uint8 on the CPU, checked.
+            starts: O + 1 int64, how many values come before each row. Kernels trust them.
             places: what its header says.
             bias: O values of its dtype, contiguous.
             library: the compiled kernels.
 
         Raises:
-            BadInput: the bitmask and the number of values disagree, or the bias has another length.
+            BadInput: the bias or the starts have another length.
         """
         if bias is not None and bias.numel() != places.shape[0]:
             raise BadInput(f"damaged packed matrix: {bias.numel()} values of a bias for {places.shape[0]} outputs")
-        blob = on_large_pages(blob)
-        self.blob, self.bias = blob, bias
+        if starts.numel() != places.shape[0] + 1:
+            raise BadInput(f"damaged packed matrix: {starts.numel()} starts of rows for {places.shape[0]} outputs")
+        self.blob, self.starts, self.bias = blob, starts, bias
         self.rows, self.columns = places.shape
         self.dtype, self.bytes = places.dtype, places.dtype.itemsize
-        self.starts = torch.empty(self.rows + 1, dtype=torch.int64)
         start = blob.data_ptr()
-        pointers = (start + places.pattern_at, start + places.values_at, self.starts.data_ptr())
+        pointers = (start + places.pattern_at, start + places.values_at, starts.data_ptr())
         self.struct = MatrixStruct(*pointers, None if bias is None else bias.data_ptr(), self.rows, self.columns)
         self.address = ctypes.addressof(self.struct)
         self.library = library
         self.call = library.coprune_multiply
-        counted = library.coprune_count(start + places.pattern_at, self.rows, self.columns, self.starts.data_ptr())
-        if counted != places.kept:
-            raise BadInput("damaged packed matrix: the bitmask and the number of values disagree")
+
+    def product(self, x: Tensor) -> Tensor:
+        """… × I to … × O, in the way that is faster for as many inputs. x: of the weights' dtype, on the CPU."""
+        batch = x.numel() // self.columns
+        if batch <= IN_KERNEL[self.dtype]:
+            return self.multiply(x.contiguous(), batch)
+        return self.multiply_by_tiles(x, batch)
 
     def multiply(self, x: Tensor, batch: int) -> Tensor:
         """… × I to … × O in the kernel. x: contiguous, of the weights' dtype, `batch` rows in all."""
@@ -113,18 +118,30 @@ def _scratch(size: int, dtype: torch.dtype) -> Tensor:
     return kept[: size * dtype.itemsize].view(dtype)
 
 
-def prepare_natively(blob: Tensor, places: Places, bias: Tensor | None) -> NativeMatrix | None:
-    """For the native kernels; None where they do not serve the dtype, or numbers are not as the format stores them."""
+def count_rows(blob: Tensor, places: Places) -> Tensor | None:
+    """O + 1 int64: how many values come before each row, counted by the kernels; None where there are none."""
     library = load_kernels()
-    if (
-        library is None
-        or sys.byteorder != "little"
-        or places.dtype not in KERNEL_DTYPES
-        or (bias is not None and bias.dtype != places.dtype)
-    ):
+    if library is None or sys.byteorder != "little":
         return None
-    return NativeMatrix(blob, places, None if bias is None else bias.detach().contiguous(), library)
+    starts = torch.empty(places.shape[0] + 1, dtype=torch.int64)
+    library.coprune_count(blob.data_ptr() + places.pattern_at, *places.shape, starts.data_ptr())
+    return starts
 
 
-def leave_packed(blob: Tensor, places: Places, bias: Tensor | None) -> None:
+def serves(places: Places, bias: Tensor | None) -> bool:
+    """Whether the kernels take such numbers, and numbers are as the format stores them."""
+    same = bias is None or bias.dtype == places.dtype
+    return sys.byteorder == "little" and places.dtype in KERNEL_DTYPES and same
+
+
+def prepare_natively(blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None) -> NativeMatrix | None:
+    """For the native kernels, on a copy of the blob; None where they do not serve."""
+    library = load_kernels()
+    if library is None or not serves(places, bias):
+        return None
+    bias = None if bias is None else bias.detach().contiguous()
+    return NativeMatrix(on_large_pages(blob), starts, places, bias, library)
+
+
+def leave_packed(blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None) -> None:
     """There is no kernel: the matrix is unpacked for every product."""

@@ -1,0 +1,93 @@
+"""The product of a packed matrix as an operator of torch, which torch.compile and torch.export take as it is.
+
+`coprune::packed_linear` has one implementation for every device, which unpacks the weight for the length of the call,
+and one for the CPU, which multiplies from the packed bytes by the native kernels where they serve. It is a function of tensors
+alone, so an exported program needs nothing but `import coprune.packed.operator` where it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coprune.base.native.build import load_kernels
+from coprune.base.native.product import NativeMatrix, serves
+from coprune.packed.header import Header
+from coprune.packed.matrix import dense_matrix
+
+_library = torch.library.Library("coprune", "DEF")
+_library.define(
+    "packed_linear(Tensor x, Tensor packed, Tensor starts, Tensor? bias, int inputs, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def packed_linear(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, header: Header) -> Tensor:
+    """Multiply by a packed weight.
+
+    Args:
+        x: … × I, floating, on the weight's device.
+        packed: the weight in the bitmask layout, as `for_kernels` gives it.
+        starts: O + 1 int64, as `row_starts` gives them.
+        bias: O, or None.
+        header: of the weight, O × I.
+
+    Returns:
+        … × O in x's dtype.
+    """
+    kernel: Any = torch.ops.coprune.packed_linear.default
+    y: Tensor = kernel(x, packed, starts, bias, header.shape[1], header.dtype)
+    return y
+
+
+def _unpacked(
+    x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    weight = dense_matrix(packed, _header(packed, starts, inputs, dtype))
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    header, library = _header(packed, starts, inputs, dtype), load_kernels()
+    if library is None or x.dtype != dtype or not serves(header, bias):
+        return _unpacked(x, packed, starts, bias, inputs, dtype)
+    return NativeMatrix(packed, starts, header, None if bias is None else bias.contiguous(), library).product(x)
+
+
+def _header(packed: Tensor, starts: Tensor, inputs: int, dtype: torch.dtype) -> Header:
+    """A header that says where what lies. How many values there are the bitmask knows; here they reach to the end."""
+    header = Header("bitmask", dtype, (starts.numel() - 1, inputs), 0)
+    return replace(header, kept=(packed.numel() - header.values_at) // dtype.itemsize)
+
+
+def _shape_alone(
+    x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    torch._check(x.shape[-1] == inputs, lambda: f"the input has {x.shape[-1]} columns; this layer takes {inputs}.")
+    return x.new_empty((*x.shape[:-1], starts.shape[0] - 1))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, starts, _, ctx.inputs, ctx.dtype = inputs
+    ctx.save_for_backward(packed, starts)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x and the bias; what is packed does not train. The weight is unpacked anew, so that no graph holds it dense."""
+    packed, starts = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = grad @ dense_matrix(packed, _header(packed, starts, ctx.inputs, ctx.dtype)).to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return to_x, None, None, to_bias, None, None
+
+
+_library.impl("packed_linear", _unpacked, "CompositeExplicitAutograd")
+_library.impl("packed_linear", _on_cpu, "CPU")
+torch.library.register_fake("coprune::packed_linear", _shape_alone, lib=_library)
+torch.library.register_autograd("coprune::packed_linear", _backward, setup_context=_remember, lib=_library)

@@ -1,0 +1,157 @@
+"""A packed product is one operator: for torch.compile, torch.export and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.packed.accelerate import accelerate
+from coprune.packed.bench import bench
+from coprune.packed.compiled import compile_decoding
+from coprune.packed.linear import PackedLinear, pack_linears
+
+OPERATOR = torch.ops.coprune.packed_linear.default
+Compile = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes: Any = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
+    made: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim == 2 and "layers" in name:
+                parameter.mul_(torch.rand_like(parameter) < 0.5)
+    assert len(pack_linears(made)) == 14
+    return made
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are made as ever, and run as they are: compiling them is torch's, and takes a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("coprune.packed.compiled.torch.compile", partial(torch.compile, backend="aot_eager"))
+
+
+def layer(dtype: torch.dtype, bias: bool = True) -> tuple[PackedLinear, nn.Linear]:
+    torch.manual_seed(1)
+    linear = nn.Linear(70, 40, bias=bias)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand_like(linear.weight) < 0.4)
+    linear = linear.to(dtype)
+    packed = PackedLinear.from_linear(linear)
+    assert packed is not None
+    return packed, linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_operator_keeps_what_torch_asks_of_one(dtype: torch.dtype) -> None:
+    for bias in (True, False):
+        packed, _ = layer(dtype, bias)
+        x = torch.randn(2, 3, 70, dtype=dtype, requires_grad=True)
+        arguments = (x, packed.packed, packed.starts, packed.bias, 70, dtype)
+        assert set(torch.library.opcheck(OPERATOR, arguments).values()) == {"SUCCESS"}
+
+
+def test_the_operator_gives_what_the_layer_gives_for_every_size_of_batch() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        packed, _ = layer(dtype)
+        for rows in (1, 5, 100):
+            x = torch.randn(rows, 70).to(dtype)
+            with torch.no_grad():
+                expected = packed(x)
+                assert torch.equal(OPERATOR(x, packed.packed, packed.starts, packed.bias, 70, dtype), expected)
+
+
+def test_gradients_are_those_of_the_dense_layer() -> None:
+    packed, linear = layer(torch.float32)
+    packed.bias = nn.Parameter(packed.bias.detach().clone())
+    grads = []
+    for one in (packed, linear):
+        x = torch.linspace(-1, 1, 210).reshape(3, 70).requires_grad_()
+        one(x).square().sum().backward()
+        grads.append((x.grad, one.bias.grad))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_compiles_as_one_graph_in_which_weights_stay_packed(model: PreTrainedModel) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    ids = torch.arange(12)[None]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled: Any = torch.compile(model, backend=keep, fullgraph=True)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    (graph,) = graphs
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert sum("packed_linear" in target for target in targets) == 14
+    assert not any("masked_scatter" in target for target in targets)
+
+
+def test_an_exported_model_gives_the_same_logits(model: PreTrainedModel) -> None:
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids,), {"use_cache": False})
+        again: Any = exported.module()
+        torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert sum(node.target is OPERATOR for node in exported.graph.nodes) == 14
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedModel) -> None:
+    ids, asked = torch.arange(5)[None], dict(max_new_tokens=6, do_sample=False)
+    write: Any = model.generate
+    expected, before = write(ids, **asked), model.forward
+    undo = compile_decoding(model)
+    try:
+        torch._dynamo.utils.counters.clear()
+        assert torch.equal(write(ids, **asked), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all steps; the prompt has none
+    finally:
+        undo()
+    assert model.forward == before
+    assert model.generation_config is not None
+    assert model.generation_config.cache_implementation is None
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_bench_measures_compiled_forms_and_tells_how_long_that_took(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
+    found = bench(model, (1,), prompt=4, tokens=3, repeats=1, compile=True)
+    assert {row.form for row in found.rows} >= {"dense", "dense, compiled"}
+    assert found.compiling["dense, compiled"] > 0
+    assert "compiled in" in str(found)
+    assert "forward" not in vars(model)
+
+
+def test_what_writes_no_text_is_not_compiled_but_says_what_to_do() -> None:
+    with pytest.raises(BadInput, match=r"torch\.compile"):
+        accelerate(nn.Sequential(nn.Linear(8, 8)), compile=True)
+
+
+@pytest.mark.slow
+def test_torch_compile_itself_writes_the_same(model: PreTrainedModel) -> None:
+    ids, asked = torch.arange(5)[None], dict(max_new_tokens=12, do_sample=False)
+    write: Any = model.generate
+    expected = write(ids, **asked)
+    torch._dynamo.reset()
+    undo = compile_decoding(model)
+    try:
+        assert torch.equal(write(ids, **asked), expected)
+    finally:
+        undo()
