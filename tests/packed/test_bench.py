@@ -130,6 +130,22 @@ def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path: Path) -> None
         bench(tmp_path)
 
 
+def test_a_packed_folder_is_measured_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
+    model = pico_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "layers" in name:
+                parameter.mul_(torch.rand_like(parameter) < 0.3)
+    model.save_pretrained(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "small")
+    result = bench([tmp_path / "dense", tmp_path / "small"], prompt=4, tokens=2, repeats=1)
+    dense, packed = result.bytes
+    assert packed == "small, packed in transformers float32"
+    assert result.baseline(packed) == dense
+    assert result.bytes[packed] < 0.8 * result.bytes[dense]
+
+
 def test_models_beside_each_other_in_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp_py_sync")
     monkeypatch.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)

@@ -18,6 +18,7 @@ from coprune.model.checkpoint.load import DtypeName, load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
 from coprune.model.checkpoint.shards import shard_files
 from coprune.packed.benched import Bench
+from coprune.packed.quantizer import load_packed
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.runtimes import InLlamaCpp, InTransformers, Runner, Work, random_prompt, time_runners
 from coprune.packed.timing import Clock, measure_bandwidth
@@ -99,13 +100,16 @@ def _enter(model: Path | str, work: Work, dtype: DtypeName, compiles: bool) -> E
         return Entrant(path.name, f"llama.cpp {llama.type}", llama, path.stat().st_size, llama.vocabulary)
     register_with_transformers()
     location = locate(model)
-    loaded: Any = load_model(location, dtype, processed=False)[0]
+    packed = isinstance(location, ModelFolder) and is_packed(location)
+    # Kept packed, which is what is to be measured; what loads a folder for other work unpacks it.
+    loaded: Any = (
+        load_packed(location.path, dtype=dtype).eval() if packed else load_model(location, dtype, processed=False)[0]
+    )
     name = str(model) if not path.is_dir() else path.name
     kind = f"transformers {str(loaded.dtype).removeprefix('torch.')}"
-    packed = isinstance(location, ModelFolder) and is_packed(location)
     files = [location.path] if isinstance(location, GgufFile) else shard_files(location.path)
     size = sum(file.stat().st_size for file in files)
     vocabulary = loaded.config.get_text_config().vocab_size
-    kind += (", packed" if packed else "") + (", compiled" if compiles else "")
+    kind += ", compiled" if compiles else ""
     runner = InTransformers(loaded, work.prompt + work.tokens if compiles else None)
-    return Entrant(name, kind, runner, size, vocabulary)
+    return Entrant(f"{name}, packed" if packed else name, kind, runner, size, vocabulary)
