@@ -46,6 +46,7 @@ REFUSED = {
         f"coprune prune model {TEXT} --seed 3 --save-model out/pruned",
         ["--save-model", "--overwrite"],
     ),
+    "a run in its model": (f"coprune prune model {TEXT} --save-model out/model", ["--save-model", "--save."]),
     "a login": ("coprune push out/pruned me/pico", ["hf auth login", "HF_TOKEN"]),
     "a folder that is there": ("coprune pack out/pruned model", ["another folder"]),
     "what is dense": (

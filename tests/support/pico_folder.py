@@ -46,9 +46,14 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 def write_words(file: Path, count: int = 3000, seed: int = 0) -> Path:
     """Write a text of random words, one token each; returns the file."""
-    generator = random.Random(seed)
-    file.write_text(" ".join(f"w{generator.randrange(3, VOCABULARY)}" for _ in range(count)), encoding="utf-8")
+    file.write_text(words_of(count, seed), encoding="utf-8")
     return file
+
+
+def words_of(count: int, seed: int) -> str:
+    """Random words, one token each."""
+    generator = random.Random(seed)
+    return " ".join(f"w{generator.randrange(3, VOCABULARY)}" for _ in range(count))
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:

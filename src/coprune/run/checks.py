@@ -132,6 +132,10 @@ def prepare_folders(recipe: Recipe) -> None:
     target = recipe.output.model
     if target is not None:
         require_own_name(target, "save_model")
+    if target is not None and run_folder.is_relative_to(target):
+        inside = f"the run folder {run_folder} would be in {target}, which becomes the model's"
+        fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
+        raise BadInput(inside, field="save_model", value=target, fix=fix)
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         mine = is_coprunes(target)
         if not (mine and recipe.output.overwrite):

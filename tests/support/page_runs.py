@@ -1,0 +1,208 @@
+"""Run the commands and blocks of a page on its small world: with few samples, short windows and one step."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+import tomllib
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from coprune.commands.app import main
+from coprune.commands.table import COMMANDS, Commands
+from support.page_blocks import ROOT, Block, Line
+from support.page_world import World
+
+# Instead of what a page says, in every command that has the setting.
+SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, max_samples=8, workers=1, threads=1) | dict(
+    prompt_tokens=4, decode_tokens=2, repeats=1, limit=2
+)
+# Only where a page says something.
+SMALLER: dict[str, float | None] = dict(
+    eval_tokens=64, tokens=64, generate_prompts=2, finetune_minutes=0.001, minutes=None, epochs=None, patience=None
+)
+_TASKS = ("tasks", "eval_zero_shot", "zero_shot")
+_TEXTS = ("dataset", "eval_data", "data", "generate", "domains", "prompts")
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+_EXTRAS = _PROJECT["project"]["optional-dependencies"]
+_GROUPS = _PROJECT["dependency-groups"]
+
+
+class Parsed(Exception):
+    """The arguments of a program were read, which then would have begun."""
+
+
+def run_line(line: Line, world: World, patches: pytest.MonkeyPatch) -> None:
+    """Do what a command of a page says, as far as its program allows. AssertionError if it fails, KeyError if nobody knows it."""
+    for variable in line.variables:
+        if variable.partition("=")[0] != "TASK_DATA":  # whose folder is given
+            patches.setenv(*variable.split("=", 1))
+    RUNNERS[line.program](list(line.words[1:]), world, patches)
+
+
+def run_coprune(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
+    """Run a command of coprune in this process."""
+    typed = small(words, world) if words and words[0] in COMMANDS else words
+    patches.setattr(sys, "argv", ["coprune", *typed])
+    world.pages = words[0] == "report"
+    code: object = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code
+    assert not code, f"coprune {' '.join(typed)}"
+
+
+def small(words: list[str], world: World) -> list[str]:
+    """The words of a command with its settings made small; what it reads is there."""
+    name, rest = words[0], list(words[1:])
+    command: Any = Commands(name="coprune").commands[name]
+    options = {param.name: param for param in command.params if param.param_type_name == "option"}
+    flags = {flag: param for param in options.values() for flag in (*param.opts, *param.secondary_opts)}
+    arguments, settings = _apart(rest, flags)
+    world.provide(name, arguments)
+    for model in (value for key in ("model_option", "teacher", "against") for value in settings.get(key, ())):
+        world.model(model)
+    for text in (value for key in _TEXTS for value in settings.get(key, ())):
+        world.texts(text)
+    changed: dict[str, Any] = {key: value for key, value in SMALL.items() if key in options}
+    changed |= {key: value for key, value in SMALLER.items() if key in settings}
+    if any(word.startswith("timm/") or word.endswith("deit") for word in arguments):
+        changed.pop("seqlen", None)
+    if not any(key in settings for key in _TASKS):
+        changed.pop("limit", None)
+    elif "include_path" not in settings:
+        changed["include_path"] = "docs/tasks"
+    kept = [word for index, word in enumerate(rest) if not _is_of(index, rest, flags, changed)]
+    if any((world.folder / value).exists() for key in ("save", "save_model") for value in settings.get(key, ())):
+        kept.append("--overwrite")  # pages begin anew at several places
+    for key, value in changed.items():
+        kept += [options[key].opts[0], str(value)] if value is not None else []
+    return [name, *(re.sub(r"length=\d+", "length=8", word) for word in kept)]
+
+
+def _apart(words: list[str], flags: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Arguments, and the values of options by their setting."""
+    arguments: list[str] = []
+    settings: dict[str, list[str]] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, has_value, value = word.partition("=")
+        if not flag.startswith("-"):
+            arguments.append(word)
+        elif flag in flags:
+            param = flags[flag]
+            values = settings.setdefault(param.name, [])
+            if has_value or not param.is_flag:
+                values.append(value if has_value else rest.pop(0))
+        elif not has_value and rest:  # a method's own
+            rest.pop(0)
+    return arguments, settings
+
+
+def _is_of(index: int, words: list[str], flags: dict[str, Any], changed: dict[str, Any]) -> bool:
+    """Whether a word is an option that is changed, or the value of one."""
+    here, before = flags.get(words[index].partition("=")[0]), flags.get(words[index - 1]) if index else None
+    if here is not None and here.name in changed:
+        return True
+    return before is not None and before.name in changed and not before.is_flag
+
+
+def run_python(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
+    """`python -m coprune …` is run; of a script the arguments are read, for what follows may take hours."""
+    if words[:2] == ["-m", "coprune"]:
+        run_coprune(words[2:], world, patches)
+        return
+    script = ROOT / words[0]
+    assert script.is_file(), f"there is no {words[0]}"
+    patches.setattr(sys, "argv", words)
+    patches.syspath_prepend(str(script.parent))
+    with pytest.MonkeyPatch.context() as reading:
+        reading.setattr("argparse.ArgumentParser.parse_args", _read_arguments)
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Parsed:
+            return
+        except SystemExit as error:
+            raise AssertionError(f"{' '.join(words)}: its arguments are refused") from error
+    raise AssertionError(f"{words[0]} reads no arguments")
+
+
+def _read_arguments(self: Any, *arguments: Any) -> None:
+    _, unknown = self.parse_known_args(*arguments)
+    assert not unknown, f"unknown arguments: {unknown}"
+    raise Parsed
+
+
+def run_torchrun(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
+    """torchrun's own options are read, and what it starts is run in one process."""
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(words)
+    assert options.module
+    assert options.training_script == "coprune"
+    run_coprune(options.training_script_args, world, patches)
+
+
+def run_pip(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
+    """What is to be installed exists: extras and groups of this package, packages that it pins, folders of the page."""
+    assert words[0] == "install"
+    wanted = [word for before, word in pairwise(words) if not word.startswith("-") and before != "--group"]
+    groups = [word for before, word in pairwise(words) if before == "--group"]
+    assert set(groups) <= set(_GROUPS), groups
+    pinned = [*_GROUPS["demo"], "coprune"]
+    for package in wanted:
+        name, _, extras = package.rstrip("]").partition("[")
+        assert name in (".", *pinned) or name.startswith("./coprune-"), package
+        assert set(filter(None, extras.split(","))) <= set(_EXTRAS), package
+
+
+def run_make(words: list[str], world: World, patches: pytest.MonkeyPatch) -> None:
+    """The targets exist."""
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in words:
+        assert re.search(rf"^{re.escape(target)}:", rules, re.MULTILINE), target
+
+
+RUNNERS: dict[str, Callable[[list[str], World, pytest.MonkeyPatch], None]] = {
+    "coprune": run_coprune,
+    "python": run_python,
+    "torchrun": run_torchrun,
+    "pip": run_pip,
+    "make": run_make,
+}
+
+
+def run_python_block(block: Block, world: World, names: dict[str, Any]) -> None:
+    """Run a block of Python with few samples; what it defines is there for the next one of its page."""
+    for file in world.folder.glob("*.gguf"):
+        file.unlink()  # what a command before it made, which does the same
+    text = re.sub(r"nsamples=\d+", "nsamples=2", re.sub(r"seqlen=\d+", "seqlen=32", block.text))
+    exec(compile(text, block.place, "exec"), names)
+
+
+def run_yaml(block: Block, world: World, patches: pytest.MonkeyPatch) -> None:
+    """A recipe or a sweep is done; what names matrices is an allocation, and a run takes it."""
+    named = re.match(r"# *([\w-]+\.yaml)", block.text)
+    file = world.recipe(named[1] if named else "block.yaml", block.text)
+    if "model" not in block.text:
+        run_coprune(["prune", "MODEL", "-p", "4:8", "--allocation", file.name], world, patches)
+    elif named or "sweep:" in block.text:
+        run_coprune(["sweep", file.name, "--dry-run"], world, patches)
+    else:
+        world.model(str(re.findall(r"^model: *(\S+)", block.text, re.MULTILINE)[0]))
+        run_coprune(["prune", "--recipe", file.name], world, patches)
+
+
+def is_excerpt(block: Block) -> bool:
+    """Whether all of a block's lines are in one file of the package."""
+    lines = {line.strip() for line in block.text.splitlines()} - {"", "...", "}"}
+    return any(
+        lines <= {line.strip() for line in file.read_text(encoding="utf-8").splitlines()}
+        for file in (ROOT / "src").rglob("*.py")
+    )

@@ -1,0 +1,261 @@
+"""The folder that the pages speak of, made small: their models, texts and files exist, and so do those that only have a name."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from gguf import GGUFValueType, GGUFWriter
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import coprune
+from coprune.data.corpora import EMBEDDED, EMBEDDED_EVALUATION
+from coprune.data.text import JoinedText
+from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.checkpoint.locate import PACKAGED, Packaged
+from coprune.report import folder as run_folders
+from support.page_blocks import ROOT
+from support.pico import pico_model
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.pico_images import save_classifier
+from support.task_items import word_items
+
+FILE = "pico.Q4_1.gguf"
+PACKAGE = "pico_package"
+# The letters of GPT-2's vocabulary, one for each byte, and two joined ones.
+_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 256 + 68)]
+TOKENS = ["<|endoftext|>", *map(chr, _BYTES), "Ġt", "he"]
+_TEXT = re.compile(r"(?:[\w-]+/)*[\w-]+\.(?:txt|jsonl)")
+# Arguments of these are all models that are read, of others only the first is.
+_READ_ALL = ("bench", "compare")
+_READ_FIRST = (
+    "prune",
+    "inspect",
+    "eval",
+    "estimate",
+    "finetune",
+    "generate",
+    "pack",
+    "unpack",
+    "push",
+    "export",
+    "merge",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Models that are made once: the package's, and folders."""
+
+    folder: Path
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+
+def make_base(folder: Path) -> Base:
+    """Make what no page changes."""
+    tokens = dict(vocab_size=len(TOKENS), bos_token_id=0, eos_token_id=0, max_position_embeddings=2048)
+    package = folder / "site" / PACKAGE
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    dense = distinct_norms(pico_model("llama", num_hidden_layers=2, **tokens))
+    with patch.object(GGUFWriter, "add_key_value", _with_tokenizer(GGUFWriter.add_key_value)):
+        write_pico_gguf(dense, package / FILE)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=FILE)
+    pruned = pico_model("llama", num_hidden_layers=2, **tokens)
+    with torch.no_grad():
+        for name, weight in pruned.named_parameters():
+            if ".layers." in name and weight.ndim == 2:
+                weight[:, ::2] = 0
+    mixture = pico_model("mixtral", num_hidden_layers=2, **tokens)
+    for name, model in {"dense": dense, "pruned": pruned, "mixture": mixture}.items():
+        with quiet_transformers():
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+    words = [" ".join(f"word{number * row % 97}" for number in range(99)) for row in range(9)]
+    with patch("coprune.report.folder.can_make_pages", lambda: False):
+        coprune.prune(str(folder / "dense"), dataset=words, nsamples=2, seqlen=32, save=folder / "run", quiet=True)
+    coprune.pack(folder / "pruned", folder / "packed")
+    save_classifier("deit", folder / "classifier")
+    _write_images(folder / "images")
+    _write_items(folder / "items")
+    return Base(folder)
+
+
+def _with_tokenizer(add: Any) -> Any:
+    """GGUFWriter.add_key_value that, where a file would have no tokenizer, gives it one of bytes."""
+
+    def add_key_value(self: GGUFWriter, key: str, value: Any, kind: GGUFValueType, **more: Any) -> None:
+        if key != "tokenizer.ggml.model":
+            add(self, key, value, kind, **more)
+            return
+        add(self, key, "gpt2", kind, **more)
+        self.add_tokenizer_pre("gpt-2")
+        self.add_token_list(TOKENS)
+        self.add_token_types([3] + [1] * (len(TOKENS) - 1))
+        self.add_token_merges(["Ġ t", "h e"])
+        self.add_bos_token_id(0)
+        self.add_eos_token_id(0)
+
+    return add_key_value
+
+
+def _write_images(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(2):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+
+
+def _write_items(folder: Path) -> None:
+    word_items(folder)
+    rows = [{"passage": "w1 w2", "question": "w3 w4", "label": number % 2} for number in range(6)]
+    (folder / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in list(folder.glob("*.jsonl")):
+        shutil.copy(file, file.with_suffix(".train.jsonl"))
+
+
+class World:
+    """A folder of a page's own, in which its blocks run one after the other."""
+
+    def __init__(self, base: Base, folder: Path, patches: pytest.MonkeyPatch) -> None:
+        self.base = base
+        self.folder = folder
+        self.pages = False
+        """Whether the pages of runs are made, which takes longer than the runs."""
+        write = run_folders.write_page
+        patches.setattr(run_folders, "write_page", lambda runs, path: not self.pages or write(runs, path))
+        patches.chdir(folder)
+        patches.syspath_prepend(str(base["site"]))
+        patches.setitem(PACKAGED, "smollm2-135m", Packaged(PACKAGE, FILE, "HuggingFaceTB/SmolLM2-135M-Instruct"))
+        pages = "\n\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
+        calibration, held_out = JoinedText(pages[:20_000], "pages"), JoinedText(pages[-3_000:], "other pages", 4)
+        for name in ("embedded", "wikitext2", "c4", "ptb"):
+            patches.setitem(EMBEDDED, name, lambda: calibration)
+            patches.setitem(EMBEDDED_EVALUATION, name, lambda: held_out)
+        patches.setitem(EMBEDDED_EVALUATION, "embedded-lambada", lambda: held_out)
+        patches.setenv("TASK_DATA", str(base["items"]))
+        patches.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
+        # A worker of a sweep that begins anew would know nothing of this world.
+        patches.setattr("coprune.run.sweep.pool.get_context", lambda _: get_context("fork"))
+        (folder / "docs").symlink_to(ROOT / "docs")
+        (folder / "my-tasks").symlink_to(ROOT / "docs" / "tasks")
+
+    def provide(self, name: str, arguments: list[str]) -> None:
+        """Make the models and files that a command reads and nothing has made.
+
+        name: of the command; arguments: those without an option in front, after it.
+        """
+        for run in arguments if name == "report" else []:
+            if not (self.folder / run).exists():
+                shutil.copytree(self.base["run"], self.folder / run)
+        if name in ("export", "generate"):
+            (self.folder / arguments[1]).unlink(missing_ok=True)  # pages begin anew at several places
+        models = arguments if name in _READ_ALL else arguments[:1] if name in _READ_FIRST else []
+        for model in models:
+            self.model(model)
+
+    def model(self, name: str) -> None:
+        """Let a model be there that a page names."""
+        place = self.folder / name
+        if place.exists() or name in PACKAGED or not re.fullmatch(r"[\w./-]+", name):
+            return
+        if name.endswith(".gguf"):
+            source = self.base["site"] / PACKAGE / FILE
+        elif name.startswith("timm/"):
+            source = self.base["classifier"]
+        elif "MIXTURE" in name or name.endswith("packed"):
+            source = self.base["mixture" if "MIXTURE" in name else "packed"]
+        else:
+            source = self.base["pruned" if name.startswith("out/") or name in ("PRUNED", "FOLDER") else "dense"]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(source)
+
+    def texts(self, words: str) -> None:
+        """Let the texts be there that a setting names, and the folders of images."""
+        for name in _TEXT.findall(words):
+            write_text(self.folder / name)
+        images = self.folder / words
+        if words.startswith("path/") and not images.exists():
+            images.parent.mkdir(parents=True, exist_ok=True)
+            images.symlink_to(self.base["images"])
+
+    def recipe(self, file: str, text: str) -> Path:
+        """A page's YAML as a file, of which every list of runs is cut: two of the first, one of others."""
+        data = yaml.safe_load(text)
+        long = [name for name, value in data.items() if isinstance(value, list) and name not in ("refine", "exclude")]
+        for name in long:
+            data[name] = data[name][: 2 if name == long[0] else 1]
+        place = self.folder / file
+        place.write_text(yaml.safe_dump(data), encoding="utf-8")
+        for word in _TEXT.findall(text):
+            write_text(self.folder / word)
+        return place
+
+    def names(self) -> dict[str, Any]:
+        """What a block of Python takes for granted."""
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(self.base["dense"])
+            model = coprune_model(self.base["pruned"])
+        texts = [" ".join(f"word{number * row % 97}" for number in range(60)) for row in range(1, 9)]
+        rows = [_row(tokenizer, text) for text in texts]
+        return {"coprune": coprune, "torch": torch, "model": model, "tokenizer": tokenizer, "my_texts": texts} | {
+            "held_out_texts": texts[:3],
+            "texts": rows,
+            "batches": [{name: torch.tensor([value]) for name, value in row.items()} for row in rows[:2]],
+            "SFTTrainer": small_trainer(self.folder),
+        }
+
+
+def write_text(place: Path) -> None:
+    """A text, or rows that are text, prompts and answers at once; what is there stays."""
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(place.name)
+    lines = [" ".join(f"word{generator.randrange(99)}" for _ in range(40)) for _ in range(12)]
+    rows = [json.dumps({"text": line, "prompt": line[:40]}) for line in lines]
+    place.write_text("\n".join(rows if place.suffix == ".jsonl" else lines) + "\n", encoding="utf-8")
+
+
+def coprune_model(folder: Path) -> PreTrainedModel:
+    """A model in memory, ready to be trained."""
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return model
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list[int]]:
+    tokens = tokenizer(text)["input_ids"][:16]
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def small_trainer(folder: Path) -> Any:
+    """Stands for TRL's trainers, which are built on transformers': one step, on rows of tokens."""
+    from transformers import Trainer, TrainingArguments
+
+    def make(**settings: Any) -> Trainer:
+        small = TrainingArguments(
+            output_dir=str(folder / "trainer"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        return Trainer(args=small, **settings)
+
+    return make

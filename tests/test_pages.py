@@ -1,0 +1,107 @@
+"""Every command and code block of README.md and docs/ is run, on small models; what is not run is listed here, with why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.page_blocks import ROOT, SHELLS, Block, Line, lines_of, read_blocks
+from support.page_runs import RUNNERS, is_excerpt, run_line, run_python_block, run_yaml
+from support.page_world import Base, World, make_base
+
+BLOCKS = read_blocks()
+EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.yaml"))
+PAGES = sorted({block.page for block in BLOCKS})
+# What a block's first line or a command begins with, and why it is not run here.
+EXCEPTIONS = {
+    "src/coprune/     a room uses": "a tree of folders",
+    "flowchart BT": "a drawing",
+    "[project]": "test_outside.py installs a package with this entry point",
+    "pip install ./coprune-lottery": "the same",
+    "coprune methods lottery": "the same",
+    "coprune prune smollm2-135m --dataset embedded --method lottery": "the same",
+    "#!/bin/bash": "a job of SLURM, which is not here; test_on_ray.py runs sweeps on Ray",
+    "from datasets import load_dataset": "needs the Hub",
+    "coprune compare out/table": "where the file names save_model, which the page's does not",
+    "lm_eval run": "another program's command, with the same tasks as the line before it",
+    "python -c import coprune; from lm_eval": "another program's, on tasks of the Hub; test_loading.py loads the same",
+}
+
+
+def exception_of(text: str) -> str | None:
+    """The exception that a block or command falls under."""
+    return next((start for start in EXCEPTIONS if text.startswith(start)), None)
+
+
+def unaccounted(block: Block) -> list[str]:
+    """What of a block is neither run nor an exception."""
+    if exception_of(block.begins()) is not None or block.language in ("python", "yaml"):
+        return []
+    lines = lines_of(block)
+    if not lines:
+        return [block.begins()]
+    return [line.text for line in lines if line.program not in RUNNERS and exception_of(line.text) is None]
+
+
+def test_every_block_is_run_or_an_exception() -> None:
+    left = {block.place: what for block in BLOCKS if (what := unaccounted(block))}
+    assert left == {}, "run it in support/page_runs.py, or say here why not"
+
+
+def test_every_exception_is_one_of_something() -> None:
+    texts = [text for block in BLOCKS for text in (block.begins(), *(line.text for line in lines_of(block)))]
+    assert {start for text in texts if (start := exception_of(text))} == set(EXCEPTIONS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def world(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World(base, tmp_path, monkeypatch)
+    # Sweeps have a file of their own on one page, and are spoken of on others.
+    for block in BLOCKS:
+        if block.language == "yaml" and block.text.startswith("# table.yaml"):
+            world.recipe("table.yaml", block.text)
+    return world
+
+
+def in_turn(page: str) -> Iterator[Block | Line]:
+    """What is to be run of a page."""
+    for block in BLOCKS:
+        if block.page != page or exception_of(block.begins()) is not None:
+            continue
+        if block.language in SHELLS:
+            yield from (line for line in lines_of(block) if exception_of(line.text) is None)
+        else:
+            yield block
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_says_works(page: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    for piece in in_turn(page):
+        if isinstance(piece, Line):
+            run_line(piece, world, monkeypatch)
+        elif piece.language == "yaml":
+            run_yaml(piece, world, monkeypatch)
+        elif not is_excerpt(piece):
+            names = names or world.names()
+            run_python_block(piece, world, names)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_says_how_it_is_run_and_that_works(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "examples" / name).read_text(encoding="utf-8")
+    said = "\n".join(line[2:] for line in text.splitlines() if line.startswith("# coprune "))
+    lines = lines_of(Block(f"examples/{name}", 1, "bash", said))
+    assert any(f"examples/{name}" in line.words for line in lines)
+    (world.folder / "examples").mkdir()
+    world.recipe(f"examples/{name}", text)
+    for line in lines:
+        run_line(line, world, monkeypatch)
