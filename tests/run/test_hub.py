@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from pyarrow import parquet
 from safetensors.torch import load
 
 from support.hub import TOKEN, Hub, Repository, serving
+from support.page_blocks import lines_of, read_blocks
 from support.pico_folder import save_pico, words_of
 
 SMALL = "--seqlen 32 --nsamples 2 --eval-tokens 128 --no-layer-error"
 WIKITEXT = "wikitext-2-raw-v1"
+LLAMA = "meta-llama/Llama-3.2-1B"
 CARD = f"""---
 configs:
 - config_name: {WIKITEXT}
@@ -31,9 +34,12 @@ configs:
 """
 # One process for all lines, since what it imports takes longer than what it does.
 DRIVER = """
-import shlex, sys
+import os, shlex, sys
 from coprune.commands.app import main
 for line in sys.stdin.read().splitlines():
+    if line == "log out":
+        del os.environ["HF_TOKEN"]
+        continue
     sys.argv = shlex.split(line)
     print("$", line, flush=True)
     try:
@@ -59,7 +65,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A Hub with a model, WikiText-2 in parquet and C4 in gzipped lines."""
     folder = save_pico(tmp_path_factory.mktemp("hub") / "pico", num_hidden_layers=2)
     with serving() as hub:
-        hub.model("owner/pico", folder)
+        for name in ("owner/pico", LLAMA):
+            hub.model(name, folder)
         texts = {split: parquet_of([words_of(40, seed) for seed in range(8)]) for split in ("train", "test")}
         files = {f"{WIKITEXT}/{split}-00000-of-00001.parquet": content for split, content in texts.items()}
         hub.dataset("Salesforce/wikitext", {"README.md": CARD.encode(), **files})
@@ -69,11 +76,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield hub
 
 
-def typed(hub: Hub, place: Path, lines: list[str], token: str | None = TOKEN) -> tuple[list[str], str]:
+def typed(hub: Hub, place: Path, lines: list[str]) -> tuple[list[str], str]:
     """Type lines where that Hub is the Hub; what each printed, and all errors."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-    environment |= {"HF_TOKEN": token} if token is not None else {}
+    environment["HF_TOKEN"] = TOKEN
     command = [sys.executable, "-c", DRIVER]
     ended = subprocess.run(
         command, input="\n".join(lines), cwd=place, env=environment, capture_output=True, text=True, timeout=240
@@ -94,10 +101,15 @@ def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub,
             "coprune eval me/pico-2-4 --seqlen 32 --tokens 128",
             "coprune inspect owner/nothing",
             "coprune prune owner/pico --dataset owner/no-text",
+            *lines_on_the_hub(),
+            "log out",
+            f"coprune prune owner/pico {SMALL} --save-model out/logged-out --push-to-hub me/pico-logged-out",
         ],
     )
-    assert not [line for line in said[:3] if "ended with" in line], errors
-    assert "perplexity wikitext2" in said[0]
+    assert not [line for line in (*said[:3], *said[7:-1]) if "ended with" in line], errors
+    assert len(said[7:-1]) >= 2
+    assert "on wikitext2 (sequence length 32)" in said[0]
+    assert "on c4 (sequence length 32)" in said[1]
     half, packed = (hub.repositories["models", f"me/pico-{name}"] for name in ("half", "2-4"))
     for repository, folder, private in ((half, "out/half", False), (packed, "out/c4", True)):
         assert repository.private is private
@@ -111,21 +123,19 @@ def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub,
     assert "perplexity" in said[4]
     assert "there is no model owner/nothing on the Hub" in errors
     assert "dataset 'owner/no-text' is not on the Hub" in errors
-    assert [said[number].splitlines()[-1] for number in (3, 5, 6)] == ["ended with 2"] * 3
+    assert "pushing to me/pico-logged-out needs a login; use `hf auth login`, or the environment variable" in errors
+    assert not (tmp_path / "out/logged-out").exists()
+    assert [said[number].splitlines()[-1] for number in (3, 5, 6, -1)] == ["ended with 2"] * 4
+
+
+def lines_on_the_hub() -> list[str]:
+    """What README.md types of a model there, with few samples."""
+    lines = [line for block in read_blocks() if block.page == "README.md" for line in lines_of(block)]
+    typed = [shlex.join(line.words) for line in lines if line.program == "coprune" and LLAMA in line.words]
+    return [f"{line} {SMALL}" if line.startswith("coprune prune") else line for line in typed]
 
 
 def assert_same_files(repository: Repository, folder: Path) -> None:
     there = {path: content for path, content in repository.files.items() if path != ".gitattributes"}
     here = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert there == here
-
-
-def test_without_a_token_nothing_is_done(hub: Hub, tmp_path: Path) -> None:
-    asked = len(hub.requests)
-    said, errors = typed(
-        hub, tmp_path, [f"coprune prune owner/pico {SMALL} --save-model out/m --push-to-hub me/x"], None
-    )
-    assert said[0].splitlines()[-1] == "ended with 2"
-    assert "pushing to me/x needs a login; use `hf auth login`, or the environment variable HF_TOKEN." in errors
-    assert len(hub.requests) == asked
-    assert not (tmp_path / "out").exists()

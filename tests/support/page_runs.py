@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sys
@@ -23,7 +24,7 @@ SMALL: dict[str, int] = dict(nsamples=2, seqlen=32, max_steps=1, max_samples=8, 
 )
 # Only where a page says something.
 SMALLER: dict[str, float | None] = dict(
-    eval_tokens=64, tokens=64, generate_prompts=2, finetune_minutes=0.001, minutes=None, epochs=None, patience=None
+    eval_tokens=64, tokens=64, finetune_minutes=0.001, minutes=None, epochs=None, patience=None
 )
 _TASKS = ("tasks", "eval_zero_shot", "zero_shot")
 _TEXTS = ("dataset", "eval_data", "data", "generate", "domains", "prompts")
@@ -71,6 +72,8 @@ def small(words: list[str], world: World) -> list[str]:
         world.texts(text)
     changed: dict[str, Any] = {key: value for key, value in SMALL.items() if key in options}
     changed |= {key: value for key, value in SMALLER.items() if key in settings}
+    if "generate" in settings:
+        changed |= {"generate_prompts": 2, "generate_tokens": 8}
     if any(word.startswith("timm/") or word.endswith("deit") for word in arguments):
         changed.pop("seqlen", None)
     if not any(key in settings for key in _TASKS):
@@ -183,14 +186,18 @@ def run_python_block(block: Block, world: World, names: dict[str, Any]) -> None:
     for file in world.folder.glob("*.gguf"):
         file.unlink()  # what a command before it made, which does the same
     text = re.sub(r"nsamples=\d+", "nsamples=2", re.sub(r"seqlen=\d+", "seqlen=32", block.text))
-    exec(compile(text, block.place, "exec"), names)
+    for read in re.findall(r'\w\("(out/[^"]+)"', text):
+        world.model(read)
+    if "nsamples" not in text:
+        text = re.sub(r"(coprune\.prune\(.*?)(dataset=)", r"\1nsamples=2, seqlen=32, \2", text)
+    exec(compile(text, block.place, "exec", dont_inherit=True), names)
 
 
 def run_yaml(block: Block, world: World, patches: pytest.MonkeyPatch) -> None:
     """A recipe or a sweep is done; what names matrices is an allocation, and a run takes it."""
     named = re.match(r"# *([\w-]+\.yaml)", block.text)
     file = world.recipe(named[1] if named else "block.yaml", block.text)
-    if "model" not in block.text:
+    if not re.search("^model:", block.text, re.MULTILINE):
         run_coprune(["prune", "MODEL", "-p", "4:8", "--allocation", file.name], world, patches)
     elif named or "sweep:" in block.text:
         run_coprune(["sweep", file.name, "--dry-run"], world, patches)
@@ -200,9 +207,28 @@ def run_yaml(block: Block, world: World, patches: pytest.MonkeyPatch) -> None:
 
 
 def is_excerpt(block: Block) -> bool:
-    """Whether all of a block's lines are in one file of the package."""
-    lines = {line.strip() for line in block.text.splitlines()} - {"", "...", "}"}
-    return any(
-        lines <= {line.strip() for line in file.read_text(encoding="utf-8").splitlines()}
-        for file in (ROOT / "src").rglob("*.py")
-    )
+    """Whether all of a block's code is in one file of the package, which may explain it at more length."""
+    begins = re.search(r"^(?:def|class) \w+|^[A-Z_]+: ", block.text, re.MULTILINE)
+    files = [file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py")] if begins else []
+    said = _code(block.text)
+    return any(said <= _code(text) | _lines(text) for text in files if begins and begins[0] in text)
+
+
+def _code(text: str) -> set[str]:
+    """The lines of code without strings that explain it; of what is no whole code, every line."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return _lines(text) - {"..."}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [one for one in node.body if not _explains(one)] or [ast.Pass()]
+    return _lines(ast.unparse(tree))
+
+
+def _lines(text: str) -> set[str]:
+    return {line.strip() for line in text.splitlines()} - {""}
+
+
+def _explains(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -67,7 +67,7 @@ class Base:
 
 def make_base(folder: Path) -> Base:
     """Make what no page changes."""
-    tokens = dict(vocab_size=len(TOKENS), bos_token_id=0, eos_token_id=0, max_position_embeddings=2048)
+    tokens: dict[str, Any] = dict(vocab_size=len(TOKENS), bos_token_id=0, eos_token_id=0, max_position_embeddings=2048)
     package = folder / "site" / PACKAGE
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -86,7 +86,7 @@ def make_base(folder: Path) -> Base:
             model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
     words = [" ".join(f"word{number * row % 97}" for number in range(99)) for row in range(9)]
-    with patch("coprune.report.folder.can_make_pages", lambda: False):
+    with patch.object(run_folders, "write_page", lambda runs, path: True):
         coprune.prune(str(folder / "dense"), dataset=words, nsamples=2, seqlen=32, save=folder / "run", quiet=True)
     coprune.pack(folder / "pruned", folder / "packed")
     save_classifier("deit", folder / "classifier")
@@ -126,8 +126,15 @@ def _write_images(folder: Path) -> None:
 
 def _write_items(folder: Path) -> None:
     word_items(folder)
-    rows = [{"passage": "w1 w2", "question": "w3 w4", "label": number % 2} for number in range(6)]
-    (folder / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = {"text": ["w1", "w2", "w3", "w4"], "label": ["A", "B", "C", "D"]}
+    items: dict[str, dict[str, Any]] = {
+        "boolq": {"passage": "w1 w2", "question": "w3 w4", "label": 1},
+        "rte": {"sentence1": "w1 w2", "sentence2": "w3 w4", "label": 0},
+        "openbookqa": {"question_stem": "w1 w2", "choices": choices, "answerKey": "B"},
+        "arc_challenge": {"question": "w1 w2", "choices": choices, "answerKey": "C"},
+    }
+    for task, row in items.items():
+        (folder / f"{task}.jsonl").write_text((json.dumps(row) + "\n") * 6)
     for file in list(folder.glob("*.jsonl")):
         shutil.copy(file, file.with_suffix(".train.jsonl"))
 
@@ -151,12 +158,17 @@ class World:
             patches.setitem(EMBEDDED, name, lambda: calibration)
             patches.setitem(EMBEDDED_EVALUATION, name, lambda: held_out)
         patches.setitem(EMBEDDED_EVALUATION, "embedded-lambada", lambda: held_out)
+        patches.setattr("coprune.pruning.methods._registered", {})
         patches.setenv("TASK_DATA", str(base["items"]))
         patches.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
         # A worker of a sweep that begins anew would know nothing of this world.
         patches.setattr("coprune.run.sweep.pool.get_context", lambda _: get_context("fork"))
         (folder / "docs").symlink_to(ROOT / "docs")
-        (folder / "my-tasks").symlink_to(ROOT / "docs" / "tasks")
+        own, tasks = folder / "my-tasks", ROOT / "docs" / "tasks"
+        own.mkdir()
+        shutil.copy(tasks / "local.py", own)
+        piqa = (tasks / "piqa.yaml").read_text(encoding="utf-8")
+        (own / "my_task.yaml").write_text(piqa.replace("task: piqa\n", "task: my_task\n"), encoding="utf-8")
 
     def provide(self, name: str, arguments: list[str]) -> None:
         """Make the models and files that a command reads and nothing has made.
@@ -203,6 +215,8 @@ class World:
         long = [name for name, value in data.items() if isinstance(value, list) and name not in ("refine", "exclude")]
         for name in long:
             data[name] = data[name][: 2 if name == long[0] else 1]
+        if "generate" in data:
+            data |= {"generate_prompts": 2, "generate_tokens": 8}
         place = self.folder / file
         place.write_text(yaml.safe_dump(data), encoding="utf-8")
         for word in _TEXT.findall(text):
@@ -216,7 +230,14 @@ class World:
             model = coprune_model(self.base["pruned"])
         texts = [" ".join(f"word{number * row % 97}" for number in range(60)) for row in range(1, 9)]
         rows = [_row(tokenizer, text) for text in texts]
-        return {"coprune": coprune, "torch": torch, "model": model, "tokenizer": tokenizer, "my_texts": texts} | {
+        return {
+            "__name__": "page",
+            "coprune": coprune,
+            "torch": torch,
+            "model": model,
+            "tokenizer": tokenizer,
+            "my_texts": texts,
+        } | {
             "held_out_texts": texts[:3],
             "texts": rows,
             "batches": [{name: torch.tensor([value]) for name, value in row.items()} for row in rows[:2]],
