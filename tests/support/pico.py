@@ -102,11 +102,18 @@ SORTED_MIXTURES: dict[str, dict[str, Any]] = {
     "jetmoe": dict(_COMMON, kv_channels=16, num_local_experts=4, num_experts_per_tok=2),
 }
 """That sort the tokens by expert; of the second, attention has experts too."""
+MORE_HEADS: dict[str, dict[str, Any]] = {
+    "afmoe": dict(_COMMON, head_dim=16, num_dense_layers=3, num_experts=4, moe_intermediate_size=32),
+    "minicpm3": dict(_COMMON, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24)
+    | dict(qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=16),
+}
+"""Of the first, attention's answers have a gate in a matrix of its own; the second compresses keys and values."""
 
 
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
-    settings = {**(FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | HYBRIDS | {"dbrx": DBRX})[family], **changes}
+    known = FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | MORE_HEADS | HYBRIDS | {"dbrx": DBRX}
+    settings = known[family] | changes
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Fold a permutation of a matrix's inputs into what produces them, so that the model computes what it did before.
 
 The inputs of a down projection are, channel by channel, what rows of the gate and up projections give; those of an
-output projection what rows of the value projection give, within each head, also where query and key are in the same matrix.
+output projection what rows of the value projection give, within each head, also where query and key (or keys alone) are in
+the same matrix, and where the heads' answers are multiplied with a gate that other rows give.
 Which matrices these are is not known by name: every arrangement that fits by its shapes is tried with a random permutation on
 a recorded call of the block, and only one that leaves the block's output as it was (while the permutation without its
 producers does not) is taken.
@@ -13,75 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from coprune.model.layouts import Heads, Layout
 from coprune.model.matrices import Matrix
 
 # A folded permutation only changes the order of additions; a wrong one changes everything.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 3e-2
-
-
-Fused = Literal["stacks", "together"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows of a producer become inputs of a consumer: channels that may be permuted among each other.
-
-    segments: permutations that are independent of each other (key-value heads), each of `size` channels; repeats: how
-    many times in a row the consumer has each segment (query heads per key-value head); copies: rows of a producer for
-    each channel (2 where gate and up are one matrix), interleaved or one stack after the other; fused: where the producer
-    gives queries and keys too, whether all queries, all keys and all values are three stacks, or each segment's stand together.
-    """
-
-    segments: int
-    size: int
-    repeats: int = 1
-    copies: int = 1
-    interleaved: bool = False
-    fused: Fused | None = None
-
-    def columns(self, orders: Tensor) -> Tensor:
-        """The order of the consumer's inputs. orders: segments × size int64, within each segment."""
-        starts = torch.arange(self.segments * self.repeats)[:, None] * self.size
-        return (orders.repeat_interleave(self.repeats, dim=0) + starts).reshape(-1)
-
-    def rows(self, orders: Tensor) -> Tensor:
-        """The order of the producer's outputs."""
-        if self.fused is not None:
-            rows = torch.arange(self.segments * (self.repeats + 2) * self.size)
-            values = self._rows_of_values(rows)
-            rows[values] = values.gather(1, orders)
-            return rows
-        channels = (orders + torch.arange(self.segments)[:, None] * self.size).reshape(-1)
-        copy = torch.arange(self.copies)
-        if self.interleaved:
-            return (channels[:, None] * self.copies + copy).reshape(-1)
-        return (channels + copy[:, None] * len(channels)).reshape(-1)
-
-    def _rows_of_values(self, rows: Tensor) -> Tensor:
-        """Those of a fused producer's outputs that are values: segments × size."""
-        if self.fused == "stacks":
-            return rows[-self.segments * self.size :].view(self.segments, self.size).clone()
-        return rows.view(self.segments, self.repeats + 2, self.size)[:, -1].clone()
-
-    def rows_of(self, units: Tensor) -> Tensor:
-        """What is said of every unit (of every segment, or channel where there is one), said of every row of the producer."""
-        if self.fused == "together":
-            return units.repeat_interleave((self.repeats + 2) * self.size)
-        if self.fused == "stacks":
-            return torch.cat([units.repeat_interleave(times * self.size) for times in (self.repeats, 1, 1)])
-        channels = units if len(units) == self.segments * self.size else units.repeat_interleave(self.size)
-        return channels.repeat_interleave(self.copies) if self.interleaved else channels.repeat(self.copies)
-
-    def scores(self, score: Tensor) -> Tensor:
-        """Every segment's scores, with those of its repeats below each other. score: O × I → segments × O' × size."""
-        parts = score.reshape(score.shape[0], self.segments, self.repeats, self.size)
-        return parts.permute(1, 2, 0, 3).reshape(self.segments, -1, self.size)
 
 
 @dataclass(frozen=True)
@@ -92,6 +34,8 @@ class Fold:
     consumers: tuple[Matrix, ...]
     producers: tuple[tuple[Matrix, ...], ...]
     """For each consumer what produces its inputs."""
+    gate: Matrix | None = None
+    """What gives a gate for every input of the only consumer, behind as many queries of each head or by itself."""
 
     def apply(self, orders: Sequence[Tensor]) -> None:
         """Permute in place. orders: for each consumer, segments × size int64."""
@@ -99,6 +43,12 @@ class Fold:
         for producers, order in zip(self.producers, orders, strict=True):
             for producer in producers:
                 _permute_outputs(producer, self.layout.rows(order))
+        if self.gate is not None:
+            layout, width = self.layout, self.consumers[0].shape[1]
+            gates = Layout(
+                layout.segments * layout.repeats, layout.size, before=layout.size * (self.gate.shape[0] // width - 1)
+            )
+            _permute_outputs(self.gate, gates.rows(orders[0].repeat_interleave(layout.repeats, dim=0)))
 
     def permute_consumers(self, orders: Sequence[Tensor]) -> None:
         """Permute the inputs of the consumers alone, in place, which changes what the model computes."""
@@ -110,11 +60,11 @@ class Fold:
         self.apply([order.argsort(dim=1) for order in orders])
 
 
-def find_folds(groups: Sequence[Sequence[Matrix]], head_size: int | None, run: Callable[[], Tensor]) -> list[Fold]:
+def find_folds(groups: Sequence[Sequence[Matrix]], heads: Heads, run: Callable[[], Tensor]) -> list[Fold]:
     """Find the matrices of a block whose inputs can be permuted, and prove each on the block's output.
 
-    groups: the block's matrices by the tensor that feeds them, in the order of use; head_size: width of an attention
-    head, if it is known; run: runs the block on a sample and returns its output. The weights are as before in the end.
+    groups: the block's matrices by the tensor that feeds them, in the order of use; heads: of its attention, as
+    far as they are known; run: runs the block on a sample and returns its output. The weights are as before in the end.
     """
     dense = run()
     units = _by_parameter(groups)
@@ -123,7 +73,7 @@ def find_folds(groups: Sequence[Sequence[Matrix]], head_size: int | None, run: C
         if len(consumers) != 1:
             continue  # the same inputs feed several matrices
         candidates = (
-            fold for producers in reversed(units[:position]) for fold in _candidates(consumers[0], producers, head_size)
+            fold for producers in reversed(units[:position]) for fold in _candidates(consumers[0], producers, heads)
         )
         fold = next((fold for fold in candidates if _holds(fold, dense, run)), None)
         if fold is not None:
@@ -151,15 +101,15 @@ def _by_parameter(groups: Sequence[Sequence[Matrix]]) -> list[list[list[Matrix]]
     return units
 
 
-def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], head_size: int | None) -> Iterator[Fold]:
+def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], heads: Heads) -> Iterator[Fold]:
     """Every arrangement that fits by its shapes: all fitting producers together, or one of them."""
     width = consumer[0].shape[1]
     fitting = [p for p in producers if len(p) == len(consumer) and not any(m.name == consumer[0].name for m in p)]
     consumers = sorted(consumer, key=_expert)
 
-    def fold(layout: Layout, chosen: Sequence[list[Matrix]]) -> Fold:
+    def fold(layout: Layout, chosen: Sequence[list[Matrix]], gate: Matrix | None = None) -> Fold:
         by_expert = [sorted(producer, key=_expert) for producer in chosen]
-        return Fold(layout, tuple(consumers), tuple(zip(*by_expert, strict=True)))
+        return Fold(layout, tuple(consumers), tuple(zip(*by_expert, strict=True)), gate)
 
     alike = [p for p in fitting if p[0].shape[0] == width]
     if len(alike) > 1:
@@ -171,23 +121,38 @@ def _candidates(consumer: list[Matrix], producers: list[list[Matrix]], head_size
         elif rows == 2 * width:
             yield fold(Layout(1, width, copies=2), [producer])
             yield fold(Layout(1, width, copies=2, interleaved=True), [producer])
+    values = [(p, layout) for p in fitting for layout in _of_heads(width, p[0].shape[0], heads.size)]
+    for producer, layout in values:
+        yield fold(layout, [producer])
     for producer in fitting:
-        rows = producer[0].shape[0]
-        if head_size and rows % head_size == 0 and width % rows == 0:
-            yield fold(Layout(rows // head_size, head_size, repeats=width // rows), [producer])
-    for producer in fitting:
-        for layout in _fused(width, producer[0].shape[0], head_size):
+        for layout in _beside_keys(width, producer[0].shape[0], heads):
             yield fold(layout, [producer])
+    for producer, layout in values:
+        for other in fitting:
+            if other is not producer and other[0].expert is None and other[0].shape[0] in (width, 2 * width):
+                yield fold(layout, [producer], other[0])
 
 
-def _fused(width: int, rows: int, head_size: int | None) -> Iterator[Layout]:
-    """How query, key and value may be one matrix of so many rows, whose answers make the consumer's so many inputs."""
-    if not head_size or width % head_size or (rows - width) % (2 * head_size) or rows <= width:
+def _of_heads(width: int, rows: int, size: int | None) -> Iterator[Layout]:
+    """How so many rows may be the values of heads that make the consumer's so many inputs."""
+    if size and rows % size == 0 and width % rows == 0:
+        yield Layout(rows // size, size, repeats=width // rows)
+
+
+def _beside_keys(width: int, rows: int, heads: Heads) -> Iterator[Layout]:
+    """How values may be one matrix with queries and keys, or with what every head makes of compressed keys and values."""
+    if rows <= width:
         return
-    heads, segments = width // head_size, (rows - width) // (2 * head_size)
-    if heads % segments == 0:
-        ways: tuple[Fused, ...] = ("stacks", "together")
-        yield from (Layout(segments, head_size, repeats=heads // segments, fused=way) for way in ways)
+    if (size := heads.size) and width % size == 0 and (rows - width) % (2 * size) == 0:
+        count, segments = width // size, (rows - width) // (2 * size)
+        if count % segments == 0:
+            repeats = count // segments
+            ways = (
+                Layout(segments, size, repeats, before=(repeats + 1) * size, stacks=stacks) for stacks in (True, False)
+            )
+            yield from ways
+    if (count := heads.count or 0) and width % count == 0 and rows % count == 0:
+        yield Layout(count, width // count, before=(rows - width) // count)
 
 
 def _expert(matrix: Matrix) -> int:
@@ -237,14 +202,3 @@ def bias_of(matrix: Matrix) -> Tensor | None:
     if not isinstance(bias, nn.Parameter):
         return None
     return bias.detach() if matrix.expert is None else bias.detach()[matrix.expert]
-
-
-def head_size(model: Any) -> int | None:
-    """Width of an attention head by the configuration, if it says so."""
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None)
-    if size is None:
-        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-        # Where stages have numbers of their own, a list says them.
-        size = width // heads if isinstance(heads, int) and heads and width else None
-    return size

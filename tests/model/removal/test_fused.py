@@ -1,4 +1,4 @@
-"""Heads where query, key and value are one matrix: which of its rows belong to a head is found, whatever their order."""
+"""Heads where query, key and value share matrices: which rows belong to a head is found, whatever their order."""
 
 from __future__ import annotations
 
@@ -41,4 +41,36 @@ def test_the_rows_of_a_head_are_found(family: str) -> None:
             assert torch.equal(masks[bias], expected)
         columns = masks[part.fold.consumers[0].parameter]
         assert int(columns.sum()) == columns.numel() // part.count
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+APART = {
+    # Rows of the first key-value head, of the matrices that lose some.
+    "qwen3_next": {"q_proj": 64, "k_proj": 16, "v_proj": 16},  # two queries, each with the gate of its answer behind it
+    "qwen3_5_text": {"q_proj": 64, "k_proj": 16, "v_proj": 16},
+    "afmoe": {"q_proj": 32, "k_proj": 16, "v_proj": 16, "gate_proj": 32},
+    # A key without its position (16), and a value; queries of such keys with their position (8).
+    "deepseek_v3": {"q_b_proj": 24, "kv_b_proj": 32},
+    "minicpm3": {"q_b_proj": 20, "kv_b_proj": 28},
+    "deepseek_v2 without compressed queries": {"q_proj": 24, "kv_b_proj": 32},
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_the_rows_of_a_head_with_a_gate_or_compressed_keys_are_found(case: str) -> None:
+    family, *more = case.split(" ", 1)
+    model = pico_model(family, **({"q_lora_rank": None} if more else {}))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = dict(find_parts(prove(model, pico_tokens(1, 16)), ()))
+    parts = [part for own in found.values() for part in own if part.kind == "heads"]
+    assert len(parts) == sum(name.endswith("self_attn.o_proj.weight") for name in before) > 0
+    for part in parts:
+        masks = part.masks([torch.arange(part.count) == 0])
+        columns = masks.pop(part.fold.consumers[0].parameter)
+        assert part.name.endswith("o_proj")
+        assert torch.equal(columns, (torch.arange(64) < 64 // part.count).expand_as(columns))
+        kept = {name.split(".")[-2]: mask for name, mask in masks.items()}
+        assert kept.keys() == APART[case].keys()
+        for name, rows in APART[case].items():
+            assert torch.equal(kept[name], (torch.arange(len(kept[name])) < rows)[:, None].expand_as(kept[name]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

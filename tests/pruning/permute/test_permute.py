@@ -87,7 +87,8 @@ EXPECTED = {
     "mixtral": {"o_proj", "down_proj"},
     "qwen3_moe": {"o_proj", "down_proj"},
     "gpt_oss": {"o_proj", "down_proj"},
-    "deepseek_v3": {"down_proj"},  # its values are one matrix with a part of the keys
+    "deepseek_v3": {"o_proj", "down_proj"},  # its values are one matrix with a part of the keys
+    "qwen3_5_text": {"o_proj", "down_proj"},  # its answers have a gate, which is one matrix with the queries
 }
 
 

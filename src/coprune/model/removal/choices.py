@@ -33,10 +33,10 @@ Choices = list[list[dict[str, Any]]]
 """For each number that is another now, what may tell of it."""
 
 
-def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices]:
-    """What may tell of the blocks that went, and what of everything that is smaller."""
+def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Choices, Choices]:
+    """What may tell of the blocks that went, what of everything that is smaller, and what has to be said besides."""
     places = [*places_in(config)]
-    blocks, sizes = _of_blocks(places, resized) if resized.dropped else [], Choices()
+    blocks, sizes, unsaid = _of_blocks(places, resized) if resized.dropped else [], Choices(), Choices()
     for old, new in resized.sizes:
         single = [p for p, v in places if type(v) is int and v == old]
         equal = {p: [new] * len(v) for p, v in places if isinstance(v, list) and v and all(one == old for one in v)}
@@ -48,12 +48,12 @@ def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Ch
         # What a configuration does not say follows from others there, which change now.
         beside = re.compile(r"(.*\.)?(num_attention_heads|hidden_size)")
         holders = {found[1] or "" for place, _ in places if (found := beside.fullmatch(place))} or {""}
-        unsaid = [holder + key for holder in holders if dict(places).get(holder + key) is None]
-        sizes.append([{}, *({place: value} for place in unsaid)])
+        silent_places = [holder + key for holder in holders if dict(places).get(holder + key) is None]
+        unsaid.append([{}, *({place: value} for place in silent_places)])
     if "model_args" in config:
         for key, number in resized.arguments.items():
             (blocks if key == "depth" else sizes).append([{f"model_args.{key}": number}, {}])
-    return blocks, sizes
+    return tuple([options for options in own if options] for own in (blocks, sizes, unsaid))
 
 
 def _of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:

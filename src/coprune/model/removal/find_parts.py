@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from coprune.model.folding import find_folds, head_size
-from coprune.model.removal.parts import Part, is_apart, parts_of
+from coprune.model.folding import find_folds
+from coprune.model.layouts import heads_of
+from coprune.model.removal.parts import Part, parts_of
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import record_batches
@@ -23,6 +24,5 @@ def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str
         if isinstance(event, BlockDone) and event.block.index not in dropped:
             groups = model.structure.groups[event.block.index]
             run = partial(recording.run, event.block, 0, event.before[0])
-            folds = find_folds(groups, head_size(model.module), run)
-            parts = parts_of(event.block, folds, groups)
-            yield event.block.name, [part for part in parts if is_apart(event.block.module, part, run)]
+            folds = find_folds(groups, heads_of(model.module), run)
+            yield event.block.name, [*parts_of(event.block, folds, groups, run)]

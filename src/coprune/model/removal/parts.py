@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -128,20 +128,48 @@ def _place_of(parameter: Tensor) -> torch.device:
     return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
-def parts_of(block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]]) -> Iterator[Part]:
-    """The parts of a block. groups: its matrices by the tensor that feeds them."""
+def parts_of(
+    block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]
+) -> Iterator[Part]:
+    """The parts of a block. groups: its matrices by the tensor that feeds them; run: runs it on a sample."""
     for fold in folds:
-        layout = fold.layout
-        if layout.segments == 1 and layout.repeats == 1 and layout.fused is None:
-            yield Part(block.name, "channels", fold)
-            continue
-        value = fold.producers[0][0]
-        group = next(group for group in groups if any(matrix.name == value.name for matrix in group))
-        others = [matrix for matrix in group if matrix.name != value.name]
-        rows = {layout.segments * layout.size: layout.size, fold.consumers[0].shape[1]: layout.repeats * layout.size}
-        apart = layout.fused is None  # else the value's matrix has query and key too
-        beside = tuple((matrix, rows[matrix.shape[0]]) for matrix in others if apart and matrix.shape[0] in rows)
-        yield Part(block.name, "heads", fold, beside, tuple(_per_head(block, value, layout.segments * layout.repeats)))
+        if not fold.layout.is_heads():
+            part = Part(block.name, "channels", fold)
+        else:
+            part = _heads_of(block, fold, groups, run)
+        if is_apart(block.module, part, run):
+            yield part
+
+
+def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]) -> Part:
+    """Heads with the queries and keys that are theirs."""
+    layout, value = fold.layout, fold.producers[0][0]
+    part = Part(block.name, "heads", fold, vectors=tuple(_per_head(block, value, layout.segments * layout.repeats)))
+    if layout.before:  # its matrix holds the keys, and may hold the queries; else these are made of something else
+        used = [matrix for group in groups for matrix in group]
+        names = [matrix.name for matrix in used]
+        others = [m for m in used[: names.index(part.name)] if m.expert is None and m.name != value.name]
+        fitting = [(m, m.shape[0] // layout.segments) for m in others if m.shape[0] % layout.segments == 0]
+        return replace(part, beside=tuple(one for one in fitting if _is_theirs(block.module, part, one, run)))
+    group = next(group for group in groups if any(matrix.name == value.name for matrix in group))
+    keys, queries = layout.segments * layout.size, fold.consumers[0].shape[1]
+    rows = {keys: layout.size, queries: layout.repeats * layout.size}
+    if fold.gate is not None:
+        rows[fold.gate.shape[0]] = fold.gate.shape[0] // layout.segments
+    beside = tuple((m, rows[m.shape[0]]) for m in group if m.name != value.name and m.shape[0] in rows)
+    return replace(part, beside=beside)
+
+
+def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Callable[[], Tensor]) -> bool:
+    """Whether rows of a matrix are the heads' as well: those of silent heads touch no other head, and did something before."""
+    whole = replace(part, beside=(other,))
+    if not is_apart(module, whole, run):
+        return False
+    name = other[0].parameter
+    dense = run()
+    with put_back(module, part.block, [name]):
+        silence(module, part.block, {name: whole.masks([_every_other(part)])[name]})
+        return not close(run(), dense)
 
 
 def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn.Parameter]]:
@@ -164,14 +192,17 @@ def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
         part: as it was found.
         run: runs the block on a sample and returns its output.
     """
-    keep = torch.arange(part.count) % 2 == 0
-    masks = part.masks([keep] * len(part.fold.consumers))
+    masks = part.masks([_every_other(part)] * len(part.fold.consumers))
     consumers = {consumer.parameter for consumer in part.fold.consumers}
     with put_back(module, part.block, masks):
         silence(module, part.block, {name: mask for name, mask in masks.items() if name in consumers})
         alone = run()
         silence(module, part.block, masks)
         return close(run(), alone)
+
+
+def _every_other(part: Part) -> Tensor:
+    return torch.arange(part.count) % 2 == 0
 
 
 def step_of(units: int, align: int) -> int:

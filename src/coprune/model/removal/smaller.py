@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coprune.model.checkpoint.companions import put_into
+from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.weights import is_below_any
@@ -62,14 +62,14 @@ def _candidates(
     model: PreTrainedModel, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
 ) -> Iterator[dict[str, Any]]:
     """What may be said: first what gives the blocks that are left, with each of these what gives the sizes; then all together."""
-    blocks, sizes = ([options for options in own if options] for own in choices_of(model.config.to_dict(), resized))
+    blocks, sizes, unsaid = choices_of(model.config.to_dict(), resized)
     tried: list[dict[str, Any]] = []
     whole = (
         first | last
         for first in _of_blocks(model, blocks, wanted, unsaved)
-        for last in _of_sizes(model, first, sizes, wanted)
+        for last in _of_sizes(model, first, (sizes, unsaid), wanted)
     )
-    for changes in chain(whole, _together([*blocks, *sizes]) if blocks else ()):
+    for changes in chain(whole, _together([*blocks, *sizes, *unsaid]) if blocks else ()):
         if changes not in tried:
             tried.append(changes)
             yield changes
@@ -92,19 +92,44 @@ def _outline(names: Iterable[str]) -> set[str]:
 
 
 def _of_sizes(
-    model: PreTrainedModel, first: Mapping[str, Any], sizes: Choices, wanted: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    first: Mapping[str, Any],
+    choices: tuple[Choices, Choices],
+    wanted: Mapping[str, tuple[int, ...]],
 ) -> Iterator[dict[str, Any]]:
-    """What gives the sizes; where there are many ways, first what by itself makes no shape that nobody wants."""
-    if math.prod(map(len, sizes)) > 2 * sum(map(len, sizes)):
-        config = _changed(model.config.to_dict(), first)
-        whole = _shapes(model, config)
-        yield from _together(
-            [
-                [one for one in options if _may_fit(whole, _shapes(model, _changed(config, one)), wanted)]
-                for options in sizes
-            ]
-        )
-    yield from _together(sizes)
+    """What gives the sizes, and what has to be said besides.
+
+    Where there are many ways, first what by itself makes shapes that are wanted, then also what by itself makes no other ones.
+    """
+    sizes, unsaid = choices
+    every = [*sizes, *unsaid]
+    if math.prod(map(len, every)) > 2 * sum(map(len, every)):
+        for is_needed in (True, False):
+            for said in _together(unsaid):
+                for one in _together(_fitting(model, {**first, **said}, sizes, wanted, is_needed)):
+                    yield {**one, **said}
+    yield from _together(every)
+
+
+def _fitting(
+    model: PreTrainedModel,
+    first: Mapping[str, Any],
+    sizes: Choices,
+    wanted: Mapping[str, tuple[int, ...]],
+    is_needed: bool,
+) -> Choices:
+    """What makes no shape that nobody wants when it is said alone. is_needed: and makes one that is wanted, if it is anything."""
+    before = model.config.to_dict()
+    config, silent = _changed(before, first), {place for place, value in places_in(before) if value is None}
+    whole = _shapes(model, config)
+
+    def fits(one: Mapping[str, Any]) -> bool:
+        if not one or (is_needed and one.keys() & silent):
+            return not one
+        changed = _shapes(model, _changed(config, one))
+        return _may_fit(whole, changed, wanted) and not (is_needed and changed == whole)
+
+    return [[*filter(fits, options)] for options in sizes]
 
 
 def _together(choices: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,8 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.shown import per_cent
 from coprune.base.words import Set
 from coprune.model.checkpoint.weights import Weights
-from coprune.model.folding import Fold, close, find_folds, head_size
+from coprune.model.folding import Fold, close, find_folds
+from coprune.model.layouts import heads_of
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
@@ -118,7 +119,7 @@ def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tup
             statistics |= event.statistics()
             continue
         run = partial(recording.run, event.block, 0, event.before[0])
-        for fold in find_folds(model.structure.groups[event.block.index], head_size(model.module), run):
+        for fold in find_folds(model.structure.groups[event.block.index], heads_of(model.module), run):
             yield fold, statistics
         statistics = {}
 

@@ -17,7 +17,8 @@ from coprune.model.blocks import Block
 from coprune.model.checkpoint.load import prepare
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.folding import close, head_size
+from coprune.model.folding import close
+from coprune.model.layouts import head_size
 from coprune.model.removal.choices import Resized, ratio_of
 from coprune.model.removal.parts import put_back, silence
 from coprune.model.removal.smaller import build_smaller, possible_changes, smaller_skeleton
