@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,7 +61,8 @@ APART = {
 @pytest.mark.parametrize("case", APART)
 def test_the_rows_of_a_head_with_a_gate_or_compressed_keys_are_found(case: str) -> None:
     family, *more = case.split(" ", 1)
-    model = pico_model(family, **({"q_lora_rank": None} if more else {}))
+    changes: dict[str, Any] = {"q_lora_rank": None} if more else {}
+    model = pico_model(family, **changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = dict(find_parts(prove(model, pico_tokens(1, 16)), ()))
     parts = [part for own in found.values() for part in own if part.kind == "heads"]

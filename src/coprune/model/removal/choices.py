@@ -53,7 +53,8 @@ def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Ch
     if "model_args" in config:
         for key, number in resized.arguments.items():
             (blocks if key == "depth" else sizes).append([{f"model_args.{key}": number}, {}])
-    return tuple([options for options in own if options] for own in (blocks, sizes, unsaid))
+    blocks, sizes = ([options for options in own if options] for own in (blocks, sizes))
+    return blocks, sizes, unsaid
 
 
 def _of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:
