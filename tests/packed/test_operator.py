@@ -17,7 +17,8 @@ from coprune.packed.bench import bench
 from coprune.packed.compiled import compile_decoding
 from coprune.packed.linear import PackedLinear, pack_linears
 
-OPERATOR = torch.ops.coprune.packed_linear.default
+WITH_GRADIENTS = torch.ops.coprune.packed_linear.default
+WITHOUT = torch.ops.coprune.packed_product.default
 Compile = Callable[..., Any]
 
 
@@ -56,9 +57,11 @@ def layer(dtype: torch.dtype, bias: bool = True) -> tuple[PackedLinear, nn.Linea
 def test_the_operator_keeps_what_torch_asks_of_one(dtype: torch.dtype) -> None:
     for bias in (True, False):
         packed, _ = layer(dtype, bias)
-        x = torch.randn(2, 3, 70, dtype=dtype, requires_grad=True)
-        arguments = (x, packed.packed, packed.starts, packed.bias, 70, dtype)
-        assert set(torch.library.opcheck(OPERATOR, arguments).values()) == {"SUCCESS"}
+        x = torch.randn(2, 3, 70, dtype=dtype)
+        arguments = (packed.packed, packed.starts, packed.bias, 70, dtype)
+        assert set(torch.library.opcheck(WITHOUT, (x, *arguments)).values()) == {"SUCCESS"}
+        x.requires_grad_()
+        assert set(torch.library.opcheck(WITH_GRADIENTS, (x, *arguments)).values()) == {"SUCCESS"}
 
 
 def test_the_operator_gives_what_the_layer_gives_for_every_size_of_batch() -> None:
@@ -68,7 +71,8 @@ def test_the_operator_gives_what_the_layer_gives_for_every_size_of_batch() -> No
             x = torch.randn(rows, 70).to(dtype)
             with torch.no_grad():
                 expected = packed(x)
-                assert torch.equal(OPERATOR(x, packed.packed, packed.starts, packed.bias, 70, dtype), expected)
+                for operator in (WITH_GRADIENTS, WITHOUT):
+                    assert torch.equal(operator(x, packed.packed, packed.starts, packed.bias, 70, dtype), expected)
 
 
 def test_gradients_are_those_of_the_dense_layer() -> None:
@@ -97,7 +101,7 @@ def test_a_model_compiles_as_one_graph_in_which_weights_stay_packed(model: PreTr
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     (graph,) = graphs
     targets = [str(node.target) for node in graph.graph.nodes]
-    assert sum("packed_linear" in target for target in targets) == 14
+    assert sum("packed_product" in target for target in targets) == 14
     assert not any("masked_scatter" in target for target in targets)
 
 
@@ -107,7 +111,7 @@ def test_an_exported_model_gives_the_same_logits(model: PreTrainedModel) -> None
         exported = torch.export.export(model, (ids,), {"use_cache": False})
         again: Any = exported.module()
         torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    assert sum(node.target is OPERATOR for node in exported.graph.nodes) == 14
+    assert sum(node.target is WITHOUT for node in exported.graph.nodes) == 14
 
 
 @pytest.mark.usefixtures("without_inductor")

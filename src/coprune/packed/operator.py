@@ -1,12 +1,15 @@
 """The product of a packed matrix as an operator of torch, which torch.compile and torch.export take as it is.
 
-`coprune::packed_linear` has one implementation for every device, which unpacks the weight for the length of the call,
-and one for the CPU, which multiplies from the packed bytes by the native kernels where they serve. It is a function of tensors
-alone, so an exported program needs nothing but `import coprune.packed.operator` where it runs.
+`coprune::packed_linear` has gradients; `coprune::packed_product` is the same without, since the way through torch's gradients
+costs as much as a small product. Both have one implementation for every device, which unpacks the weight for the length of the
+call, and one for the CPU, which multiplies from the packed bytes by the native kernels where they serve. They are functions of
+tensors alone, so an exported program needs nothing but `import coprune.packed.operator` where it runs.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coprune.base.native.build import load_kernels
-from coprune.base.native.product import NativeMatrix, serves
+from coprune.base.native.build import MatrixStruct, load_kernels
+from coprune.base.native.product import IN_KERNEL, NativeMatrix, matrix_at, serves
 from coprune.packed.header import Header
 from coprune.packed.matrix import dense_matrix
 
 _library = torch.library.Library("coprune", "DEF")
-_library.define(
-    "packed_linear(Tensor x, Tensor packed, Tensor starts, Tensor? bias, int inputs, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in ("packed_linear", "packed_product"):
+    _library.define(
+        f"{_name}(Tensor x, Tensor packed, Tensor starts, Tensor? bias, int inputs, ScalarType dtype) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 def packed_linear(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, header: Header) -> Tensor:
@@ -39,7 +43,8 @@ def packed_linear(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None
     Returns:
         … × O in x's dtype.
     """
-    kernel: Any = torch.ops.coprune.packed_linear.default
+    operators: Any = torch.ops.coprune
+    kernel = operators.packed_linear.default if torch.is_grad_enabled() else operators.packed_product.default
     y: Tensor = kernel(x, packed, starts, bias, header.shape[1], header.dtype)
     return y
 
@@ -52,10 +57,27 @@ def _unpacked(
 
 
 def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
-    header, library = _header(packed, starts, inputs, dtype), load_kernels()
-    if library is None or x.dtype != dtype or not serves(header, bias):
+    library, outputs, batch = load_kernels(), starts.numel() - 1, x.numel() // inputs
+    known = x.dtype == dtype and serves(dtype, None if bias is None else bias.dtype)
+    if library is None or not known or not (bias is None or bias.is_contiguous()):
         return _unpacked(x, packed, starts, bias, inputs, dtype)
-    return NativeMatrix(packed, starts, header, None if bias is None else bias.contiguous(), library).product(x)
+    if batch > IN_KERNEL[dtype]:
+        return NativeMatrix(packed, starts, _header(packed, starts, inputs, dtype), bias, library).product(x)
+    bias_at = None if bias is None else bias.data_ptr()
+    _, address = _kernel_matrix(packed.data_ptr(), starts.data_ptr(), bias_at, outputs, inputs, dtype)
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], outputs))
+    library.coprune_multiply(address, dtype.itemsize, 0, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
+    return y
+
+
+@functools.lru_cache(8192)
+def _kernel_matrix(
+    packed: int, starts: int, bias: int | None, outputs: int, inputs: int, dtype: torch.dtype
+) -> tuple[MatrixStruct, int]:
+    """What the kernels take, and its address. Only addresses and sizes, so the same ones always mean the same."""
+    struct = matrix_at(packed, starts, bias, Header("bitmask", dtype, (outputs, inputs), 0))
+    return struct, ctypes.addressof(struct)
 
 
 def _header(packed: Tensor, starts: Tensor, inputs: int, dtype: torch.dtype) -> Header:
@@ -87,7 +109,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, None, None, to_bias, None, None
 
 
-_library.impl("packed_linear", _unpacked, "CompositeExplicitAutograd")
-_library.impl("packed_linear", _on_cpu, "CPU")
-torch.library.register_fake("coprune::packed_linear", _shape_alone, lib=_library)
+for _name in ("packed_linear", "packed_product"):
+    _library.impl(_name, _unpacked, "CompositeExplicitAutograd")
+    _library.impl(_name, _on_cpu, "CPU")
+    torch.library.register_fake(f"coprune::{_name}", _shape_alone, lib=_library)
 torch.library.register_autograd("coprune::packed_linear", _backward, setup_context=_remember, lib=_library)
+_library.impl("packed_product", torch.library.fallthrough_kernel, "Autograd")

@@ -68,9 +68,7 @@ class NativeMatrix:
         self.blob, self.starts, self.bias = blob, starts, bias
         self.rows, self.columns = places.shape
         self.dtype, self.bytes = places.dtype, places.dtype.itemsize
-        start = blob.data_ptr()
-        pointers = (start + places.pattern_at, start + places.values_at, starts.data_ptr())
-        self.struct = MatrixStruct(*pointers, None if bias is None else bias.data_ptr(), self.rows, self.columns)
+        self.struct = matrix_at(blob.data_ptr(), starts.data_ptr(), None if bias is None else bias.data_ptr(), places)
         self.address = ctypes.addressof(self.struct)
         self.library = library
         self.call = library.coprune_multiply
@@ -107,6 +105,11 @@ class NativeMatrix:
         self.library.coprune_expand(self.address, self.bytes, pointer, first, last, threads)
 
 
+def matrix_at(blob: int, starts: int, bias: int | None, places: Places) -> MatrixStruct:
+    """What the kernels take, of three addresses and what a header says."""
+    return MatrixStruct(blob + places.pattern_at, blob + places.values_at, starts, bias, *places.shape)
+
+
 _scratches = threading.local()
 
 
@@ -128,16 +131,15 @@ def count_rows(blob: Tensor, places: Places) -> Tensor | None:
     return starts
 
 
-def serves(places: Places, bias: Tensor | None) -> bool:
+def serves(weight: torch.dtype, bias: torch.dtype | None) -> bool:
     """Whether the kernels take such numbers, and numbers are as the format stores them."""
-    same = bias is None or bias.dtype == places.dtype
-    return sys.byteorder == "little" and places.dtype in KERNEL_DTYPES and same
+    return sys.byteorder == "little" and weight in KERNEL_DTYPES and bias in (None, weight)
 
 
 def prepare_natively(blob: Tensor, starts: Tensor, places: Places, bias: Tensor | None) -> NativeMatrix | None:
     """For the native kernels, on a copy of the blob; None where they do not serve."""
     library = load_kernels()
-    if library is None or not serves(places, bias):
+    if library is None or not serves(places.dtype, None if bias is None else bias.dtype):
         return None
     bias = None if bias is None else bias.detach().contiguous()
     return NativeMatrix(on_large_pages(blob), starts, places, bias, library)
