@@ -82,12 +82,28 @@ def test_copies_share_the_weights_that_stay_dense(model: PreTrainedModel) -> Non
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-@pytest.mark.parametrize(("packed_seconds", "kind"), [(0.5, "packed"), (2.0, "dense"), (0.99, "dense")])
+@pytest.mark.parametrize(
+    ("packed_seconds", "kernel_seconds", "kind", "of_the_head"),
+    [
+        (0.5, 2.0, "packed", "dense"),
+        (0.5, 0.8, "packed", "kernel"),
+        (2.0, 0.8, "kernel", "kernel"),
+        (2.0, 2.0, "dense", "dense"),
+        (0.99, 0.99, "dense", "dense"),
+    ],
+)
 def test_only_what_wins_is_converted(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, packed_seconds: float, kind: str
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    packed_seconds: float,
+    kernel_seconds: float,
+    kind: str,
+    of_the_head: str,
 ) -> None:
+    seconds = {"dense": 1.0, "packed": packed_seconds, "kernel": kernel_seconds}
+
     def timings(calls: Mapping[str, Any], repeats: int) -> dict[str, Timing]:
-        return {name: Timing(*[1.0 if name == "dense" else packed_seconds] * 3) for name in calls}
+        return {name: Timing(*[seconds[name]] * 3) for name in calls}
 
     monkeypatch.setattr(accelerate_module, "time_in_turns", timings)
     ids = torch.arange(6)[None]
@@ -97,9 +113,10 @@ def test_only_what_wins_is_converted(
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
     pruned = [choice for choice in choices if choice.sparsity > 0.3]
     assert {choice.kind for choice in pruned} == {kind}
-    assert all(choice.speedup == pytest.approx(1 / packed_seconds) for choice in pruned)
+    fastest = 1 / min(packed_seconds, kernel_seconds)
+    assert all(choice.speedup == pytest.approx(fastest) for choice in pruned)
     head = next(choice for choice in choices if choice.names == ("lm_head",))
-    assert (head.kind, head.speedup) == ("dense", 1.0)
+    assert (head.kind, head.speedup) == (of_the_head, pytest.approx(1 / kernel_seconds))
     converted = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert converted == ({name for choice in pruned for name in choice.names} if kind == "packed" else set())
 

@@ -12,14 +12,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.base.native.build import load_kernels
 from coprune.packed.accelerate import accelerate
 from coprune.packed.bench import bench
 from coprune.packed.compiled import compile_decoding
+from coprune.packed.dense_linear import kernel_linear
 from coprune.packed.linear import PackedLinear, pack_linears
 
 WITH_GRADIENTS = torch.ops.coprune.packed_linear.default
 WITHOUT = torch.ops.coprune.packed_product.default
-Compile = Callable[..., Any]
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +161,24 @@ def test_torch_compile_itself_writes_the_same(model: PreTrainedModel) -> None:
         assert torch.equal(write(ids, **asked), expected)
     finally:
         undo()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_layer_by_the_kernels_gives_the_same_and_shares_its_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    embedding = nn.Embedding(45, 70, dtype=dtype)
+    linear = nn.Linear(70, 45, dtype=dtype)
+    linear.weight = embedding.weight
+    fast = kernel_linear(linear)
+    assert fast is not None
+    assert fast.weight is embedding.weight
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        for rows in (0, 1, 3, 100):
+            x = torch.randn(2, rows, 70).to(dtype)
+            torch.testing.assert_close(fast(x), linear(x), rtol=tolerance, atol=tolerance)
+        arguments = (torch.randn(2, 70).to(dtype), fast.weight.detach(), fast.bias.detach())
+        assert set(torch.library.opcheck(torch.ops.coprune.dense_product.default, arguments).values()) == {"SUCCESS"}
+    fast(torch.randn(1, 70).to(dtype)).sum().backward()
+    assert embedding.weight.grad is not None

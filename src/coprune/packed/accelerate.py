@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coprune.base.errors import BadInput
 from coprune.packed.compiled import compile_decoding
+from coprune.packed.dense_linear import kernel_linear
 from coprune.packed.linear import PackedLinear
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import time_in_turns
@@ -20,12 +21,15 @@ MEASURED_LAYERS = 12  # of one kind, in turn, so that their weights come from me
 WORTH_IT = 1.03  # below this the difference is within the noise
 
 
+Form = Callable[[nn.Linear], nn.Module | None]
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was measured for the linear layers of one shape, dtype and sparsity, and what they became."""
 
     kind: str
-    """dense, packed or semi-structured."""
+    """dense, kernel (dense, by our own product), packed or semi-structured."""
     names: tuple[str, ...]
     shape: tuple[int, int]
     sparsity: float
@@ -37,8 +41,8 @@ class Choice:
 def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15, *, compile: bool = False) -> list[Choice]:
     """Replace, in place, the linear layers for which another form is faster on this device.
 
-    Layers are measured by shape, dtype and sparsity (in steps of 5 %), in turns with the dense ones. Layers with
-    shared weights (tied embeddings) stay.
+    Layers are measured by shape, dtype and sparsity (in steps of 5 %), in turns with the dense ones. Weights that are
+    shared (tied embeddings) stay what they are; their product may be another one.
 
     Args:
         model: pruned, for inference.
@@ -56,31 +60,43 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15, *, compile: 
     if batch < 1 or repeats < 1:
         raise BadInput("batch and repeats must be at least 1")
     choices = []
-    for (rows, columns, _, twentieths), layers in _groups(model).items():
-        choice = _accelerate_group(model, layers, batch, repeats)
+    for (rows, columns, _, twentieths, shared), layers in _groups(model).items():
+        choice = _accelerate_group(model, layers, _forms(layers, shared), batch, repeats)
         choices.append(Choice(choice[0], tuple(layers), (rows, columns), twentieths / 20, choice[1]))
     if compile:
         compile_decoding(model)
     return choices
 
 
-def _groups(model: nn.Module) -> dict[tuple[int, int, torch.dtype, int], dict[str, nn.Linear]]:
+def _groups(model: nn.Module) -> dict[tuple[int, int, torch.dtype, int, bool], dict[str, nn.Linear]]:
     uses: dict[int, int] = defaultdict(int)
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
-    groups: dict[tuple[int, int, torch.dtype, int], dict[str, nn.Linear]] = defaultdict(dict)
+    groups: dict[tuple[int, int, torch.dtype, int, bool], dict[str, nn.Linear]] = defaultdict(dict)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and uses[id(module.weight)] == 1:
-            zeros = 1 - float(module.weight.count_nonzero()) / module.weight.numel()
-            groups[(*module.weight.shape, module.weight.dtype, round(zeros * 20))][name] = module
+        if type(module) is nn.Linear:
+            zeros, shared = (
+                1 - float(module.weight.count_nonzero()) / module.weight.numel(),
+                uses[id(module.weight)] > 1,
+            )
+            groups[(*module.weight.shape, module.weight.dtype, round(zeros * 20), shared)][name] = module
     return groups
 
 
-def _accelerate_group(model: nn.Module, layers: dict[str, nn.Linear], batch: int, repeats: int) -> tuple[str, float]:
+def _forms(layers: dict[str, nn.Linear], shared: bool) -> dict[str, Form]:
+    """What the layers of a group may become."""
+    forms: dict[str, Form] = {"kernel": kernel_linear}
+    if not shared:
+        forms["packed"] = PackedLinear.from_linear
+        if all(can_convert(layer) for layer in layers.values()):
+            forms["semi-structured"] = semi_structured_linear
+    return forms
+
+
+def _accelerate_group(
+    model: nn.Module, layers: dict[str, nn.Linear], forms: dict[str, Form], batch: int, repeats: int
+) -> tuple[str, float]:
     sample = dict(list(layers.items())[:MEASURED_LAYERS])
-    forms: dict[str, Callable[[nn.Linear], nn.Module | None]] = {"packed": PackedLinear.from_linear}
-    if all(can_convert(layer) for layer in layers.values()):
-        forms["semi-structured"] = semi_structured_linear
     made: dict[str, list[nn.Module]] = {"dense": list(sample.values())}
     for kind, form in forms.items():
         converted = [form(layer) for layer in sample.values()]

@@ -115,7 +115,8 @@ def bench_model(
 ) -> Bench:
     """The same for a model in memory, which is not changed. clock: see time_in_turns."""
     forms = make_forms(dense)
-    compiled = [form for form in ("dense", "packed") if form in forms] if compiles else []
+    fast = next((form for form in ("accelerated", "packed") if form in forms), "dense")
+    compiled = list(dict.fromkeys(("dense", fast))) if compiles else []
     context = work.prompt + work.tokens
     runners = {form: InTransformers(model) for form, model in forms.items()}
     runners |= {f"{form}, compiled": InTransformers(share_weights(forms[form]), context) for form in compiled}

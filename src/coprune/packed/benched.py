@@ -21,7 +21,7 @@ class Row:
     phase: str
     """prefill (a whole prompt at once) or decode (one token per sequence)."""
     form: str
-    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured, and the first two
+    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured, some of them
     compiled; where several models were measured, one of them in one runtime."""
     batch: int
     seconds: Timing

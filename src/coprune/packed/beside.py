@@ -17,6 +17,7 @@ from coprune.base.native.build import instruction_set
 from coprune.model.checkpoint.load import DtypeName, load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
 from coprune.model.checkpoint.shards import shard_files
+from coprune.packed.accelerate import accelerate
 from coprune.packed.benched import Bench
 from coprune.packed.quantizer import load_packed
 from coprune.packed.registration import register_with_transformers
@@ -110,6 +111,8 @@ def _enter(model: Path | str, work: Work, dtype: DtypeName, compiles: bool) -> E
     files = [location.path] if isinstance(location, GgufFile) else shard_files(location.path)
     size = sum(file.stat().st_size for file in files)
     vocabulary = loaded.config.get_text_config().vocab_size
+    if packed:
+        accelerate(loaded)  # what stayed dense may have a faster product
     kind += ", compiled" if compiles else ""
     runner = InTransformers(loaded, work.prompt + work.tokens if compiles else None)
     return Entrant(f"{name}, packed" if packed else name, kind, runner, size, vocabulary)
