@@ -116,7 +116,8 @@ def test_only_what_wins_is_converted(
     fastest = 1 / min(packed_seconds, kernel_seconds)
     assert all(choice.speedup == pytest.approx(fastest) for choice in pruned)
     head = next(choice for choice in choices if choice.names == ("lm_head",))
-    assert (head.kind, head.speedup) == (of_the_head, pytest.approx(1 / kernel_seconds))
+    assert head.kind == of_the_head
+    assert head.speedup == pytest.approx(1 / kernel_seconds)
     converted = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert converted == ({name for choice in pruned for name in choice.names} if kind == "packed" else set())
 

@@ -126,8 +126,10 @@ def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedM
         torch._dynamo.utils.counters.clear()
         assert torch.equal(write(ids, **asked), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all steps; the prompt has none
+        assert model.config._attn_implementation == "eager"
     finally:
         undo()
+    assert model.config._attn_implementation == "sdpa"
     assert model.forward == before
     assert model.generation_config is not None
     assert model.generation_config.cache_implementation is None
