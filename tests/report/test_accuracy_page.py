@@ -14,18 +14,15 @@ from PIL import Image
 
 import coprune
 from coprune.data.images import LabelledImages, labelled_images
-from coprune.report.examples import class_name, thumbnail
-from coprune.report.schema import Report
-from support.browser import find_browser, opened_page
-from support.pico_images import save_classifier
-
-pytest.importorskip("altair")
-pytest.importorskip("vl_convert")
 from coprune.report.card import model_card
-from coprune.report.charts import matrix_rows
+from coprune.report.examples import class_name, thumbnail
+from coprune.report.heat_map import matrix_rows
 from coprune.report.page import run_page
+from coprune.report.schema import Report
 from coprune.report.several import Run, runs_page
 from coprune.run.trackers import final_figures
+from support.browser import find_browser, opened_page
+from support.pico_images import save_classifier
 
 SHOWN = 12
 
@@ -73,7 +70,7 @@ def test_the_page_shows_them_with_both_models_classes(run: Path) -> None:
     report = Report.read(run / "report.json")
     (found,) = report.accuracy
     assert f"{100 * (found.dense_top1 or 0):.2f} →</span> {100 * found.pruned_top1:.2f} %" in page
-    assert f"<td>{found.changed}</td>" in page
+    assert f'<td data-of="changed class">{found.changed}</td>' in page
     figures = re.findall(r'<figure><img src="(data:image/png;base64,[^"]+)".*?</figure>', page)
     assert figures == [example.thumbnail for example in found.examples[:SHOWN]]
     named = found.examples[0].model_copy(update={"names": ("<b>cat</b>", "dog", "</script>")})
@@ -103,7 +100,8 @@ def test_what_else_tells_of_a_run_knows_its_accuracy(run: Path) -> None:
     (found,) = report.accuracy
     page = runs_page([Run.read(run, "one"), Run("two", report.model_copy(update={"accuracy": []}), None)])
     assert "<th>top-1 % digits (100)</th>" in page
-    assert f"<td>{100 * found.pruned_top1:.2f}</td>" in page
+    assert f'<td data-of="top-1 % digits (100)">{100 * found.pruned_top1:.2f}</td>' in page
+    assert "Top-1 accuracy on digits against sparsity" in page
     figures = final_figures(report)
     assert figures["top1/digits"] == found.pruned_top1
     assert figures["top1_dense/digits"] == found.dense_top1

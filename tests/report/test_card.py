@@ -21,6 +21,7 @@ from coprune.report.schema import Report
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save_pico, write_words
+from support.reports import with_tasks
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
-    pytest.importorskip("altair")
-    from support.reports import with_tasks
-
     model, text = files
     settings: dict[str, Any] = {
         "dataset": str(text),
@@ -204,13 +202,11 @@ def test_a_run_killed_while_its_page_is_made_is_finished_with_it(
     def killed(*_: Any) -> None:
         raise Killed
 
-    def page(runs: list[Path], path: Path) -> bool:
+    def page(runs: list[Path], path: Path) -> None:
         assert Report.read(runs[0] if runs[0].is_file() else runs[0] / "report.json")
         path.write_text("page")
-        return True
 
     settings: dict[str, Any] = {"evaluate": False, "quiet": True, "save": tmp_path / "run", "layer_error": False}
-    monkeypatch.setattr("coprune.report.folder.memory_is_limited", lambda: False)
     with monkeypatch.context() as patch:
         patch.setattr("coprune.report.folder.write_page", killed)
         with pytest.raises(Killed):

@@ -36,7 +36,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words.txt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("coprune.report.folder.can_make_pages", lambda: False)
     return tmp_path
 
 

@@ -77,8 +77,10 @@ def bench(
 
 def _put_into_page(json_file: Path) -> None:
     """Make the page of the run again whose folder now holds the figures."""
-    from coprune.report.folder import PAGE_FILE, REPORT_FILE, write_page
+    from coprune.report.folder import REPORT_FILE, write_page
+    from coprune.report.links import PAGE_FILE
 
     run = json_file.parent
-    if json_file.name == "bench.json" and (run / REPORT_FILE).is_file() and write_page([run], run / PAGE_FILE):
+    if json_file.name == "bench.json" and (run / REPORT_FILE).is_file():
+        write_page([run], run / PAGE_FILE)
         typer.echo(f"page      {run / PAGE_FILE}")

@@ -32,6 +32,9 @@ def compare(
     ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file, as CSV.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="The same as Markdown.")] = None,
+    page_file: Annotated[
+        Path | None, typer.Option("--page", help="Also write a page with charts to this file, as HTML.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
@@ -51,3 +54,9 @@ def compare(
         write_text(csv_file, found.to_csv())
     if markdown_file is not None:
         write_text(markdown_file, found.to_markdown())
+    if page_file is not None:
+        from coprune.report.compared import comparison_page
+        from coprune.report.made import MadeFacts
+
+        write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
+        typer.echo(f"page      {page_file}")

@@ -36,4 +36,5 @@ def finetune(
     if rank() == 0:
         typer.echo(str(report))
         typer.echo(f"curves    {report.settings.run_folder / 'finetune.json'}")
+        typer.echo(f"page      {report.settings.run_folder / 'report.html'}")
         end_unless_held(report.required)

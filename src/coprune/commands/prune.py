@@ -41,4 +41,5 @@ def prune(
     if processes.first:
         typer.echo(str(report))
         typer.echo(f"report    {recipe.run_folder / 'report.json'}")
+        typer.echo(f"page      {recipe.run_folder / 'report.html'}")
         end_unless_held(report.required)

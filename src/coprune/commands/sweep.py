@@ -94,9 +94,12 @@ def sweep(
 def _show(found: SweepResult) -> None:
     """The tables, and where they are. Raises CopruneError if a run failed."""
     from coprune.commands.terminal import console
+    from coprune.report.links import PAGE_FILE
     from coprune.run.sweep.results import MARKDOWN, print_tables
 
     print_tables(found.sweep, found.runs, found.reports, console())
     typer.echo(found.ledger.line())
     typer.echo(f"results   {found.sweep.folder / MARKDOWN}")
+    if found.reports:
+        typer.echo(f"page      {found.sweep.folder / PAGE_FILE}")
     found.require_success()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from coprune.base.shown import per_cent
+from coprune.report.bars import Bar, bars
 from coprune.report.figures import AccuracyFacts, ChangedPrediction
-from coprune.report.html import card, section, table, text
+from coprune.report.html import card, from_to, section, table, text
 
 
 def accuracy_card(found: AccuracyFacts) -> str:
     """The headline figure."""
-    before = "" if found.dense_top1 is None else f'<span class="from">{100 * found.dense_top1:.2f} →</span> '
-    return card(
-        f"top-1 accuracy on {found.data}", f"{before}{per_cent(found.pruned_top1)}", f"of {found.images:,} images"
-    )
+    before = [] if found.dense_top1 is None else [f"{100 * found.dense_top1:.2f}"]
+    shown = from_to([*before, per_cent(found.pruned_top1)])
+    return card(f"top-1 accuracy on {found.data}", shown, f"of {found.images:,} images")
 
 
 def accuracy_section(found: list[AccuracyFacts]) -> str:
-    """A table of all sets of images, and the images of each whose predicted class changed."""
+    """Bars and a table of all sets of images, and the images of each whose predicted class changed."""
     header = ["images", "number", "dense top-1 %", "pruned top-1 %", "dense top-5 %", "pruned top-5 %", "changed class"]
     rows = [
         [
@@ -31,7 +31,16 @@ def accuracy_section(found: list[AccuracyFacts]) -> str:
         for entry in found
     ]
     shown = "".join(_examples(entry) for entry in found)
-    return section("Accuracy", table(header, rows), note="Intervals are Wilson's 95 %.") + shown
+    charted = bars([(f"{entry.data}, top-1", _bars(entry)) for entry in found], top=1.0)
+    return section("Accuracy", charted, table(header, rows), note="Intervals are Wilson's 95 %.") + shown
+
+
+def _bars(entry: AccuracyFacts) -> list[Bar]:
+    sides = (
+        ("dense", entry.dense_top1, entry.dense_top1_interval),
+        ("pruned", entry.pruned_top1, entry.pruned_top1_interval),
+    )
+    return [Bar(kind, kind, top1, per_cent(top1), reach) for kind, top1, reach in sides if top1 is not None]
 
 
 def _share(value: float | None, interval: tuple[float, float] | None) -> str:

@@ -7,26 +7,30 @@ from collections.abc import Sequence
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement
 from coprune.report.answers import answer_table, note, shortened
-from coprune.report.html import section, table, text
+from coprune.report.html import quote, section, table, text
 
 _SHOWN = 12
+_OPEN = 4  # of them to be seen at once
+# How each model is coloured: what stands before a fine-tuning is the pruned one.
+_KINDS = {"dense": "dense", "before": "pruned", "pruned": "pruned", "fine-tuned": "tuned"}
 
 
-def answers_section(facts: AnswerFacts, required: Sequence[Requirement], tuned: bool = False) -> str:
-    """The section of a run's page, as HTML. tuned: whether the model was fine-tuned after it was pruned."""
-    which = "fine-tuned" if tuned else "pruned"
+def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: str = "pruned") -> str:
+    """The section of a run's page, as HTML. who: what the model is called, `pruned` or `fine-tuned`."""
     warn = ' class="warn"' if facts.degenerates else ""
     lines = f"<p{warn}>{text(facts.verdict())}.</p>"
     lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)
     # Those that loop or are empty come first, since they are what to look at.
     shown = sorted(facts.samples, key=lambda sample: not (sample.loops or sample.empty))[:_SHOWN]
-    samples = "".join(
-        f'<p class="soft">{text(sample.prompt)}</p><div class="two">'
-        f"{_quote(facts.reference, sample.dense, _ill(bool(sample.dense_loops), sample.dense_empty))}"
-        f"{_quote(which, sample.answer, _ill(sample.loops, sample.empty))}</div>"
+    samples = [
+        f'<p class="asked">{text(sample.prompt)}</p><div class="two">'
+        f"{_answer(facts.reference, sample.dense, _ill(bool(sample.dense_loops), sample.dense_empty))}"
+        f"{_answer(who, sample.answer, _ill(sample.loops, sample.empty))}</div>"
         for sample in shown
-    )
-    return section("What it writes", lines, table(*answer_table(facts)), samples, note=note(facts))
+    ]
+    first, rest = "".join(samples[:_OPEN]), "".join(samples[_OPEN:])
+    rest = f"<details><summary>{len(samples) - _OPEN} more</summary>{rest}</details>" if rest else ""
+    return section("What it writes", lines, table(*answer_table(facts)), first, rest, note=note(facts))
 
 
 def _ill(loops: bool, empty: bool) -> str:
@@ -34,8 +38,5 @@ def _ill(loops: bool, empty: bool) -> str:
     return ", loops" * loops + ", empty" * empty
 
 
-def _quote(which: str, answer: str | None, ill: str) -> str:
-    if answer is None:
-        return ""
-    said = f"<blockquote>{text(shortened(answer))}</blockquote>"
-    return f'<div class="panel"><div class="tag {which.replace("fine-tuned", "pruned")}">{text(which + ill)}</div>{said}</div>'
+def _answer(who: str, answer: str | None, ill: str) -> str:
+    return "" if answer is None else quote(_KINDS[who], who + ill, shortened(answer))

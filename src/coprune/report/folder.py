@@ -6,8 +6,6 @@ announced, and the same command finds it, knows that the model is whole, and giv
 
 from __future__ import annotations
 
-import importlib.util
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +15,13 @@ from coprune.base.files import path_of, write_text
 from coprune.base.words import Command, Set, Words
 from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
+from coprune.report.links import PAGE_FILE
 from coprune.report.schema import Report, reference_log
 
 # Files of a run folder; a folder that holds one belongs to a run.
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
 _ANNOUNCED = ".report.json"
-PAGE_FILE = "report.html"
 
 
 def announce(recipe: Recipe, report: Report) -> None:
@@ -53,38 +51,18 @@ def finish_run_folder(recipe: Recipe, report: Report, again: bool = False) -> No
     write_text(path_of(recipe.run_folder, f"log_{method}.txt"), reference_log(method, report.sparsity.matrices, first))
     announced = recipe.run_folder / _ANNOUNCED
     source = announced.replace(recipe.run_folder / REPORT_FILE) if again else announced
-    # The charts' library reserves address space by the gigabyte and aborts the process where it gets none. A page is
-    # not worth that; `coprune report RUN` makes it later.
-    if not memory_is_limited():
-        write_page([source], recipe.run_folder / PAGE_FILE)
+    write_page([source], recipe.run_folder / PAGE_FILE)
     if not again:
         announced.replace(recipe.run_folder / REPORT_FILE)
 
 
-def memory_is_limited() -> bool:
-    """Whether somebody set a limit on this process's address space or data."""
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    return any(limit != resource.RLIM_INFINITY for limit in limits)
-
-
-def can_make_pages() -> bool:
-    """Whether the extra `report` is installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("altair", "vl_convert"))
-
-
-def write_page(runs: Sequence[Path], path: Path) -> bool:
-    """Write the page of one or several runs; returns whether it could be made, which needs the extra `report`.
-
-    runs: folders of runs, or report files. Raises BadInput if one has no report.
-    """
-    if not can_make_pages():
-        return False
+def write_page(runs: Sequence[Path], path: Path) -> None:
+    """Write the page of one or several runs. runs: folders, or report files. Raises BadInput if one has no report."""
     from coprune.report.several import report_page
 
     for run in runs:
         _require_report(run)
-    write_text(path, report_page(runs))
-    return True
+    write_text(path, report_page(runs, path.parent))
 
 
 def _require_report(run: Path) -> None:

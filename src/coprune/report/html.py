@@ -1,45 +1,59 @@
-"""The frame of every page: one self-contained file, with styles and scripts in it and a policy that forbids requests."""
+"""The frame of every page: one self-contained file, with styles and a small script in it and a policy that forbids requests."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
-import vl_convert
+from coprune.report.made import MadeFacts
 
-# Vega compiles its expressions, hence unsafe-eval; nothing can be loaded from anywhere.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+# The page's own script and styles run; nothing can be loaded from anywhere.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+_MANY = 9  # columns beyond which a printed table wraps within its cells
+_STACKED = 12  # a table of at most so many rows becomes a list of cards on a phone; a longer one scrolls
 
 
-def page(title: str, body: str, data: dict[str, Any]) -> str:
-    """Put a page together.
-
-    body: HTML; data: what page.js reads: `charts` (element to Vega-Lite specification), `matrices`, `distributions`.
-    """
+def page(title: str, body: str, data: dict[str, Any] | None = None) -> str:
+    """Put a page together. body: HTML; data: what page.js reads, see `matrices.picker_data`."""
     assets = files("coprune.report") / "assets"
     style = (assets / "page.css").read_text(encoding="utf-8")
     script = (assets / "page.js").read_text(encoding="utf-8")
     # "<" never stands in the data as such, so that no name can end the element.
-    payload = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    payload = json.dumps(data or {}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    payload = payload.replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         f'<script type="application/json" id="data">{payload}</script>\n'
-        f"<script>{_vega()}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
+        f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 
-@cache
-def _vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script."""
-    bundle: str = vl_convert.javascript_bundle(None)  # type: ignore[arg-type]  # its stub forgets that it may be None
-    return bundle.replace("</script", "<\\/script")
+def header(kind: str, title: str, lead: str, made: str, links: Sequence[str] = ()) -> str:
+    """The top of every page.
+
+    Args:
+        kind: what the page is of, such as `Pruning run`; a plain text.
+        title: plain text.
+        lead: HTML below it.
+        made: HTML of when, where and by what it was made (`made_lines`).
+        links: to pages that belong to it, HTML.
+    """
+    return f'<header><nav>{"".join(links)}</nav><p class="kind">{text(kind)}</p><h1>{text(title)}</h1>{lead}{made}</header>'
+
+
+def made_lines(made: MadeFacts | None) -> str:
+    """When, where and by which command something was made; nothing for a report of an earlier version."""
+    if made is None:
+        return ""
+    typed = '<p class="soft">Called from Python.</p>' if made.command is None else copyable("command", made.command)
+    return f'<p class="soft">{text(made.line())}</p>{typed}'
 
 
 def text(value: object) -> str:
@@ -53,16 +67,41 @@ def card(label: str, figure: str, note: str = "") -> str:
     return f'<div class="card"><div class="label">{text(label)}</div><div class="figure">{figure}</div>{below}</div>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain texts."""
+def from_to(figures: Sequence[str]) -> str:
+    """Figures of a card, each followed by what became of it; the last is the result."""
+    return "".join(f'<span class="from">{text(figure)} →</span> ' for figure in figures[:-1]) + text(figures[-1])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], links: Sequence[str | None] = ()) -> str:
+    """A table of plain texts. links: where the first cell of each row leads, None for nowhere."""
+    stacked = len(header) > 3 and len(rows) <= _STACKED
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
-    lines = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="panel"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    targets = [*links, *[None] * (len(rows) - len(links))]
+    lines = "".join(_line(header if stacked else (), row, to) for row, to in zip(rows, targets, strict=True))
+    kinds = " ".join(["stacked"] * stacked + ["many"] * (len(header) > _MANY))
+    kind = f' class="{kinds}"' if kinds else ""
+    shown = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return panel(shown, whole=len(rows) <= _STACKED)
 
 
-def chart(name: str) -> str:
-    """A place for a chart."""
-    return f'<div class="panel"><div class="chart" id="{text(name)}"></div></div>'
+def _line(names: Sequence[str], row: Sequence[str], target: str | None) -> str:
+    """A row of a table. names: of its columns, where a phone shows them beside the cells."""
+    cells = [text(cell) for cell in row]
+    if target is not None:
+        cells[0] = link(target, row[0])
+    of = [f' data-of="{text(name)}"' for name in names[1:]] or [""] * (len(cells) - 1)
+    others = "".join(f"<td{name}>{cell}</td>" for name, cell in zip(of, cells[1:], strict=True))
+    return f"<tr><td>{cells[0]}</td>{others}</tr>"
+
+
+def link(target: str, name: str) -> str:
+    """A link within the folder of the page."""
+    return f'<a href="{text(target)}">{text(name)}</a>'
+
+
+def panel(*parts: str, whole: bool = True) -> str:
+    """A frame around charts, or a list. whole: whether it fits a printed page, so that it is not cut there."""
+    return f'<div class="{"panel whole" if whole else "panel"}">{"".join(parts)}</div>'
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
@@ -77,3 +116,39 @@ def copyable(name: str, content: str) -> str:
         f'<div class="withcopy"><pre id="{text(name)}">{text(content)}</pre>'
         f'<button type="button" data-copy="{text(name)}">Copy</button></div>'
     )
+
+
+def quote(kind: str, tag: str, content: str, prompt: str = "") -> str:
+    """What a model wrote. kind: `dense`, `pruned` or `tuned`, by which it is coloured; tag: what it is called."""
+    before = f'<span class="prompt">{text(prompt)}</span> ' if prompt else ""
+    said = f"<blockquote>{before}{text(_told(content))}</blockquote>"
+    return f'<div class="panel"><div class="tag {kind}">{text(tag)}</div>{said}</div>'
+
+
+def _told(content: str) -> str:
+    """What a model wrote, with lines that it repeats counted: an endless answer would be all there is to see."""
+    lines = [line.rstrip() for line in content.splitlines() if line.strip()]
+    groups = [(line, len(list(same))) for line, same in groupby(lines)]
+    return "\n".join(line if count < 3 else f"{line}   [{count} times]" for line, count in groups)
+
+
+def listed(title: str, lines: Sequence[str], most: int = 200) -> str:
+    """A section with a list of plain texts, nothing for none. most: how many are shown."""
+    if not lines:
+        return ""
+    items = "".join(f"<li>{text(line)}</li>" for line in lines[:most])
+    rest = f"<li>and {len(lines) - most:,} more, in report.json</li>" if len(lines) > most else ""
+    return section(f"{title} ({len(lines):,})", panel(f'<ul class="events">{items}{rest}</ul>', whole=False))
+
+
+def seconds(value: float) -> str:
+    """A time, in the unit that suits it."""
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def short(count: int) -> str:
+    """A number of weights: 134.5 M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.4g} {letter}"
+    return str(count)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from coprune.report.bars import Bar, bars
 from coprune.report.figures import PerplexityFacts
-from coprune.report.html import card, section, table
+from coprune.report.html import card, from_to, section, table
 from coprune.report.schema import Report
 
 
@@ -14,12 +15,12 @@ def perplexity_card(report: Report, entry: PerplexityFacts) -> str:
     tuned = {} if report.finetuned is None else report.finetuned.perplexity
     figures = [*([] if entry.dense is None else [entry.dense]), entry.pruned]
     figures += [tuned[entry.data]] if entry.data in tuned else []
-    before = "".join(f'<span class="from">{number(value)} →</span> ' for value in figures[:-1])
-    return card(f"perplexity on {entry.data}", before + number(figures[-1]), f"sequence length {entry.seqlen}")
+    shown = from_to([number(figure) for figure in figures])
+    return card(f"perplexity on {entry.data}", shown, f"sequence length {entry.seqlen}")
 
 
 def perplexity_section(report: Report) -> str:
-    """A table of all texts."""
+    """Bars and a table of all texts."""
     tuned = None if report.finetuned is None else report.finetuned.perplexity
     rows = [_row(entry, tuned) for entry in report.perplexity]
     header = ["text", "dense", "pruned", *([] if tuned is None else ["fine-tuned"])]
@@ -27,8 +28,16 @@ def perplexity_section(report: Report) -> str:
     begins = None if report.bos is None else report.bos.line()
     said = "" if begins is None else f" The token that begins a text (BOS): {begins}."
     of = "" if tuned is None else "; it and the bits per byte are of the pruned model"
-    note = f"Non-overlapping windows; the interval is a bootstrap over them{of}.{said}"
-    return section("Perplexity", table(header, rows), note=note)
+    note = f"Lower is better. Non-overlapping windows; the interval is a bootstrap over them{of}.{said}"
+    charted = bars([(entry.data, _bars(entry, tuned or {})) for entry in report.perplexity])
+    return section("Perplexity", charted, table(header, rows), note=note)
+
+
+def _bars(entry: PerplexityFacts, tuned: dict[str, float]) -> list[Bar]:
+    found = [] if entry.dense is None else [Bar("dense", "dense", entry.dense, number(entry.dense))]
+    found.append(Bar("pruned", "pruned", entry.pruned, number(entry.pruned), entry.pruned_interval))
+    after = tuned.get(entry.data)
+    return found if after is None else [*found, Bar("fine-tuned", "tuned", after, number(after))]
 
 
 def _row(entry: PerplexityFacts, tuned: dict[str, float] | None) -> list[str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.base.shown import per_cent
 from coprune.base.words import Command
 from coprune.evaluation.cache import bytes_of_weights
 from coprune.report.card import percent
-from coprune.report.charts import pareto
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
-from coprune.report.html import chart, page, section, table, text
+from coprune.report.front import Reached, fronts
+from coprune.report.html import copyable, header, page, section, table, text
+from coprune.report.links import PAGE_FILE, links_of_run, target
+from coprune.report.made import of_several
 from coprune.report.page import run_page
 from coprune.report.perplexity import number
 from coprune.report.schema import Report
@@ -32,6 +33,7 @@ class Run:
     name: str
     report: Report
     size: int | None
+    folder: Path | None = None
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> Run:
@@ -40,7 +42,7 @@ class Run:
         report = Report.read(file)
         saved = report.saved_model
         size = bytes_of_weights(saved) if saved is not None and saved.is_dir() else None
-        return cls(name or file.parent.name or str(path), report, size)
+        return cls(name or file.parent.name or str(path), report, size, file.parent)
 
     def perplexity(self, on: _Text) -> PerplexityFacts | None:
         """Its perplexity on a text, if that was measured."""
@@ -51,14 +53,29 @@ class Run:
         return next((facts for facts in self.report.accuracy if _images_of(facts) == on), None)
 
 
-def report_page(paths: Sequence[Path]) -> str:
-    """The page of one run, or one page for several. Raises BadInput if a report is missing or cannot be read."""
+@dataclass(frozen=True)
+class Top:
+    """What stands first on a page of several runs. made: HTML; tables: sections, HTML; commands: by the run's name."""
+
+    kind: str
+    title: str
+    made: str = ""
+    tables: Sequence[str] = ()
+    commands: Mapping[str, str] | None = None
+
+
+def report_page(paths: Sequence[Path], beside: Path | None = None) -> str:
+    """The page of one run, or one page for several. Raises BadInput if a report is missing or cannot be read.
+
+    beside: the folder that the page is for, from which links lead; by default that of a single run.
+    """
     if not paths:
         raise BadInput("no run is named", fix=("for example: ", Command("report", Path("out/MODEL/2-4/wanda"))))
     runs = [Run.read(path, name) for path, name in zip(paths, names_apart(paths), strict=True)]
     if len(runs) > 1:
-        return runs_page(runs)
-    return run_page(runs[0].report, speed_sections(paths[0] if paths[0].is_dir() else paths[0].parent))
+        return runs_page(runs, beside=beside)
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    return run_page(runs[0].report, speed_sections(folder), links_of_run(folder, beside or folder))
 
 
 def names_apart(paths: Sequence[Path]) -> list[str]:
@@ -71,29 +88,22 @@ def names_apart(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def runs_page(runs: Sequence[Run], tables: Sequence[str] = ()) -> str:
-    """Build the page for several runs. tables: sections that come first, HTML."""
+def runs_page(runs: Sequence[Run], top: Top | None = None, beside: Path | None = None) -> str:
+    """Build the page for several runs. top: what is said first; beside: the folder that the page is for."""
+    top = top or Top("Several runs", f"{len(runs)} runs")
     texts = Counter(_text_of(facts) for run in runs for facts in run.report.perplexity)
-    charts: dict[str, Any] = {}
-    parts = [f"<header><h1>{len(runs)} runs</h1><p class='soft'>{text(_models(runs))}</p></header>", *tables]
-    for place, (shown, count) in enumerate(texts.most_common()):
-        said = f"Perplexity on {shown[0]} (sequence length {shown[2]}, {count} of {len(runs)} runs); lower is better."
-        parts += _charts_of(_points(runs, shown), f"-{place}" if place else "", said, charts)
-    parts.append(_table(runs, sorted(texts)))
-    return page(f"{len(runs)} pruning runs", "\n".join(parts), {"charts": charts, "matrices": [], "distributions": {}})
-
-
-def _charts_of(points: list[dict[str, Any]], mark: str, note: str, charts: dict[str, Any]) -> list[str]:
-    """Perplexity on one text against sparsity, and against size where sizes differ. charts: gets them, by their names."""
-    name, zeros = f"by-sparsity{mark}", "zeros among all parameters"
-    charts[name] = pareto(_with_front(points, "sparsity"), "sparsity", zeros, ".2~%")
-    parts = [section("Perplexity against sparsity", chart(name), note=f"{note} The line joins the front.")]
-    sized = [point for point in points if point["size"] is not None]
-    if len({point["size"] for point in sized}) > 1:
-        name = f"by-size{mark}"
-        charts[name] = pareto(_with_front(sized, "size", less_is_better=True), "size", "bytes on disk", "~s")
-        parts.append(section("Perplexity against size", chart(name), note=note))
-    return parts
+    sets = Counter(_images_of(facts) for run in runs for facts in run.report.accuracy)
+    made = of_several([run.report.made for run in runs])
+    lead = f'<p class="soft">{text(_models(runs))}</p>' + (f'<p class="soft">{text(made)}</p>' if made else "")
+    parts = [header(top.kind, top.title, lead, top.made), *top.tables]
+    for on, count in texts.most_common():
+        said = f"Sequence length {on[2]}, {count} of {len(runs)} runs; lower is better."
+        parts += fronts(f"Perplexity on {on[0]}", said, _of_text(runs, on))
+    for images, count in sets.most_common():
+        said = f"{images[2]:,} images, {count} of {len(runs)} runs; higher is better."
+        parts += fronts(f"Top-1 accuracy on {images[0]}", said, _of_images(runs, images), less=False)
+    parts += [_table(runs, sorted(texts), list(sets), beside), _commands(runs, top.commands)]
+    return page(top.title, "\n".join(parts))
 
 
 def _text_of(facts: PerplexityFacts) -> _Text:
@@ -108,67 +118,77 @@ def _models(runs: Sequence[Run]) -> str:
     return "Of " + ", ".join(dict.fromkeys(run.report.model.source for run in runs)) + "."
 
 
-def _points(runs: Sequence[Run], on: _Text) -> list[dict[str, Any]]:
-    """The runs' points, and one for every dense model among them."""
-    points: list[dict[str, Any]] = []
-    for run in runs:
-        facts = run.perplexity(on)
-        if facts is None:
-            continue
-        source = run.report.model.source
-        method = run.report.recipe.way
-        point = {"name": run.name, "method": method, "perplexity": facts.pruned, "size": run.size}
-        # A few weights more or less, as rounding gives them, make no run better than another.
-        points.append(point | {"sparsity": round(run.report.sparsity.model, 4)})
-        if facts.dense is not None and all(other.get("source") != source for other in points):
-            dense = {"name": "dense", "method": "dense", "perplexity": facts.dense, "size": None, "source": source}
-            points.append(dense | {"sparsity": 0.0})
-    return points
+def _of_text(runs: Sequence[Run], on: _Text) -> list[Reached]:
+    """What every run reached on a text, after a fine-tuning where it had one, and every dense model."""
+    found = []
+    for number_, run in enumerate(runs, 1):
+        if (facts := run.perplexity(on)) is not None:
+            tuned = run.report.finetuned
+            value = facts.pruned if tuned is None else tuned.perplexity.get(facts.data, facts.pruned)
+            found += _reached(run, number_, value, facts.dense)
+    return list(dict.fromkeys(found))
 
 
-def _with_front(points: list[dict[str, Any]], field: str, less_is_better: bool = False) -> list[dict[str, Any]]:
-    """Mark the points that no other beats: none is as good in both and better in one."""
-    sign = 1 if less_is_better else -1
-
-    def beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
-        ours = (one["perplexity"], sign * one[field])
-        theirs = (other["perplexity"], sign * other[field])
-        return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
-
-    return [point | {"front": not any(beats(other, point) for other in points)} for point in points]
+def _of_images(runs: Sequence[Run], on: _Images) -> list[Reached]:
+    found = []
+    for number_, run in enumerate(runs, 1):
+        if (facts := run.accuracy(on)) is not None:
+            tuned = run.report.finetuned
+            value = facts.pruned_top1 if tuned is None else tuned.top1.get(facts.data, facts.pruned_top1)
+            found += _reached(run, number_, value, facts.dense_top1)
+    return list(dict.fromkeys(found))
 
 
-def _table(runs: Sequence[Run], texts: Sequence[_Text]) -> str:
-    sets = dict.fromkeys(_images_of(facts) for run in runs for facts in run.report.accuracy)
-    header = [
-        "run",
-        "method",
-        "pattern",
-        "zeros",
-        "of all",
-        *(f"perplexity {name} ({length})" for name, _, length in texts),
-        *(f"top-1 % {name} ({count:,})" for name, _, count in sets),
-    ]
-    header += ["mean accuracy %", "difference to dense", "prune time", "size"]
+def _reached(run: Run, number_: int, value: float, dense: float | None) -> list[Reached]:
+    """A run's point and its dense model's; equal ones of several runs are one."""
+    source = run.report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
+    before = [] if dense is None else [Reached(f"dense {source}", "dense", dense, 0.0, None)]
+    # A few weights more or less, as rounding gives them, make no run better than another.
+    zeros = round(run.report.sparsity.model, 4)
+    return [*before, Reached(run.name, run.report.recipe.way, value, zeros, run.size, str(number_))]
+
+
+def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images], beside: Path | None) -> str:
+    titles = ["run", "method", "pattern", "zeros", "of all"]
+    titles += [f"perplexity {name} ({length})" for name, _, length in texts]
+    titles += [f"top-1 % {name} ({count:,})" for name, _, count in sets]
+    titles += ["mean accuracy %", "difference to dense", "prune time", "size"]
     rows = []
-    for run in runs:
+    for number_, run in enumerate(runs, 1):
         report, facts = run.report, run.report.zero_shot
-        seen = [run.accuracy(on) for on in sets]
-        found = [run.perplexity(on) for on in texts]
-        rows.append(
-            [
-                run.name,
-                report.recipe.way,
-                report.recipe.shape,
-                per_cent(report.sparsity.matrices),
-                per_cent(report.sparsity.model),
-                *("–" if facts is None else number(facts.pruned) for facts in found),
-                *("–" if facts is None else f"{100 * facts.pruned_top1:.2f}" for facts in seen),
-                percent(None if facts is None else facts.mean_pruned),
-                percent(None if facts is None else facts.mean_delta, "+"),
-                f"{report.prune_seconds:.1f} s",
-                "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB",
-            ]
-        )
-    told = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
-    return section("Runs", table([header[c] for c in told], [[row[c] for c in told] for row in rows]))
+        row = [f"{number_} {run.name}", report.recipe.way, report.recipe.shape]
+        row += [per_cent(report.sparsity.matrices), per_cent(report.sparsity.model)]
+        row += [_perplexity(run, on) for on in texts] + [_top1(run, on) for on in sets]
+        row += [percent(None if facts is None else facts.mean_pruned)]
+        row += [percent(None if facts is None else facts.mean_delta, "+"), f"{report.prune_seconds:.1f} s"]
+        rows.append([*row, "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB"])
+    told = [column for column in range(len(titles)) if any(row[column] != "–" for row in rows)]
+    pages = [None if run.folder is None or beside is None else target(run.folder / PAGE_FILE, beside) for run in runs]
+    shown = table([titles[c] for c in told], [[row[c] for c in told] for row in rows], pages)
+    return section("Runs", shown, note="Charts call the runs by these numbers where names have no room.")
+
+
+def _perplexity(run: Run, on: _Text) -> str:
+    facts = run.perplexity(on)
+    if facts is None:
+        return "–"
+    tuned = {} if run.report.finetuned is None else run.report.finetuned.perplexity
+    return number(facts.pruned) + (f" → {number(tuned[facts.data])}" if facts.data in tuned else "")
+
+
+def _top1(run: Run, on: _Images) -> str:
+    facts = run.accuracy(on)
+    if facts is None:
+        return "–"
+    tuned = {} if run.report.finetuned is None else run.report.finetuned.top1
+    return f"{100 * facts.pruned_top1:.2f}" + (f" → {100 * tuned[facts.data]:.2f}" if facts.data in tuned else "")
+
+
+def _commands(runs: Sequence[Run], given: Mapping[str, str] | None) -> str:
+    """The command of every run, so that one can be repeated by itself."""
+    own = {run.name: run.report.made.command for run in runs if run.report.made is not None}
+    known = [(run.name, command) for run in runs if (command := (given or own).get(run.name))]
+    if not known:
+        return ""
+    lines = "\n\n".join(f"# {name}\n{command}" for name, command in known)
+    return section("Commands", copyable("commands", lines), note="Each repeats one run.")

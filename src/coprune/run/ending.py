@@ -7,7 +7,7 @@ import time
 from coprune.base.progress import Reporter
 from coprune.recipe.outcome import OutputPart
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import announce, can_make_pages, finish_run_folder
+from coprune.report.folder import announce, finish_run_folder
 from coprune.report.hub import push
 from coprune.report.schema import Report
 from coprune.run.session import Surroundings
@@ -18,8 +18,6 @@ def finished(recipe: Recipe, report: Report, started: float, around: Surrounding
     report = report.model_copy(update={"total_seconds": time.perf_counter() - started})
     if around.writes:
         announce(recipe, report)
-        if not can_make_pages():
-            around.reporter.say("No page is made: that needs altair and vl-convert, pip install 'coprune[report]'.")
         finish_run_folder(recipe, report)
     return report
 

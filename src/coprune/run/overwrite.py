@@ -9,7 +9,8 @@ from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.model.edits import is_coprunes
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import PAGE_FILE, REPORT_FILE
+from coprune.report.folder import REPORT_FILE
+from coprune.report.links import PAGE_FILE
 from coprune.report.schema import DISTRIBUTIONS_FILE
 
 _FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "bench.json", "log_*.txt")

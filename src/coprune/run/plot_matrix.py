@@ -27,6 +27,7 @@ _PANELS = {
     "norm": "log₁₀ input norm (RMS per channel)",
     "score": "log₁₀ |weight| · input norm",
 }
+_KEPT, _PRUNED = "#4c78a8", "#e4793c"
 
 
 def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> None:
@@ -82,8 +83,6 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
 
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:
     """The three histograms beside each other, as one Vega-Lite specification."""
-    from coprune.report.charts import bins_chart
-
     panels = []
     for kind, title in _PANELS.items():
         histogram = getattr(found, kind)
@@ -95,7 +94,32 @@ def plot_spec(name: str, found: Distributions) -> dict[str, Any]:
             for what, counts in (("kept", histogram.kept), ("pruned", histogram.pruned))
             for i, count in enumerate(counts)
         ]
-        panels.append(bins_chart(title, split=kind != "norm") | {"width": 300, "height": 200, "data": {"values": rows}})
+        panels.append(_bins(title, split=kind != "norm") | {"width": 300, "height": 200, "data": {"values": rows}})
     schema = panels[0].get("$schema") if panels else None
     hconcat = [{key: value for key, value in panel.items() if key != "$schema"} for panel in panels]
     return {"$schema": schema, "title": name, "background": "white", "hconcat": hconcat}
+
+
+def _bins(title: str, split: bool = True) -> dict[str, Any]:
+    """Bars over log₁₀. split: whether there are pruned ones among the values, so that a legend is wanted."""
+    import altair as alt
+
+    chart = (
+        alt.Chart(alt.NamedData("bins"))
+        .mark_bar(binSpacing=0.5)
+        .encode(
+            x=alt.X("start:Q", bin=alt.BinParams(binned=True), title=title, axis=alt.Axis(tickCount=6)),
+            x2="end:Q",
+            y=alt.Y("count:Q", title=None, stack="zero", axis=alt.Axis(tickCount=4, format="~s")),
+            color=alt.Color(
+                "what:N",
+                title=None,
+                scale=alt.Scale(domain=["kept", "pruned"], range=[_KEPT, _PRUNED]),
+                legend=alt.Legend(orient="top") if split else None,
+            ),
+            order=alt.Order("what:N", sort="descending"),
+        )
+    )
+    spec: dict[str, Any] = chart.to_dict(validate=True)
+    spec.pop("config", None)
+    return spec

@@ -25,7 +25,6 @@ from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import can_make_pages
 from coprune.run.checks import (
     check_allocation,
     check_processes,
@@ -86,8 +85,7 @@ class Opened:
             return None
         texts = [text for text in self.data.values() if isinstance(text, EvaluationText)]
         windows = self.samples if isinstance(self.samples, Windows) else None
-        page = self.around.writes and can_make_pages()
-        planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts, page)
+        planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts)
         found = estimate_run(planned, self.loaded, self.found, self.around.processes)
         return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
 

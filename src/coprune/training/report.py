@@ -11,6 +11,7 @@ from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement, answer_rows, judge
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
+from coprune.report.made import MadeFacts
 from coprune.training.settings import FinetuneSettings
 
 REPORT_FILE = "finetune.json"
@@ -140,6 +141,8 @@ class FinetuneReport(Shown, BaseModel):
     no_answers: str | None = None
     """Why it was not, where it would have been."""
     required: tuple[Requirement, ...] = ()
+    made: MadeFacts | None = None
+    """None in reports of earlier versions."""
 
     def answered(self, answers: AnswerFacts | None, left_out: str | None) -> FinetuneReport:
         """The same with what the model writes, and whether that is as required. left_out: why there are no answers."""

@@ -22,6 +22,7 @@ from coprune.model.edits import is_coprunes
 from coprune.recipe.decides import Decides, deciding
 from coprune.training.history import masks_of
 from coprune.training.masks import plain_parameters
+from coprune.training.page import write_finetune_page
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
@@ -52,6 +53,7 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
     saved, _ = load_model(locate(settings.model_folder))
     masks_of(pruned, location.path).verify(plain_parameters(saved))
     report.write(settings.run_folder)
+    write_finetune_page(settings.run_folder)
     shutil.rmtree(training, ignore_errors=True)
     return report
 

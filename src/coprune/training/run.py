@@ -21,12 +21,14 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model, task_of
 from coprune.model.checkpoint.locate import locate
+from coprune.report.made import MadeFacts
 from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.answers import look_before
 from coprune.training.card import adapter_card, finetune_card
 from coprune.training.distill import Distillation, Objective
 from coprune.training.one_device import training_device
+from coprune.training.page import write_finetune_page
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -195,6 +197,7 @@ def _finish(
         save_model(merged, session.masks, beside, folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     report.write(settings.run_folder)
+    write_finetune_page(settings.run_folder)
     shutil.rmtree(session.training_folder, ignore_errors=True)
     return report
 
@@ -231,6 +234,7 @@ def _report(
         saved_model=folder,
         removed=session.history.removed,
         versions=installed_versions(),
+        made=MadeFacts.here(),
     )
 
 

@@ -129,7 +129,6 @@ RUN = Settings(
     reconstruction_steps=0,
     activation_limit=None,
     saved=True,
-    page=False,
     dtype="float32",
 )
 

@@ -31,7 +31,7 @@ PICO = {"streamed"}
 
 
 def runs_of(model: Path, name: str, page: bool, **settings: Any) -> dict[str, dict[str, Any]]:
-    """All ways to prune a model, each with folders of its own. page: whether one is made, which has a peak of its own."""
+    """All ways to prune a model, each with folders of its own. page: whether one is made, which should not show."""
     out = model.parent / f"{name} out"
     saved = {way: {"save_model": str(out / way / "model")} for way in WAYS}
     if page:

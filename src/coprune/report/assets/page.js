@@ -1,67 +1,73 @@
 "use strict";
-// Draws every chart in the reader's colours and fills the picker; the page's data lie in the element #data.
+// Fills the list of matrices and draws the histograms of the one that is picked; the page's data lie in the element #data.
+// All else on the page is there without a script.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const printing = window.matchMedia("print");
-  const drawn = new Map();
+  const svg = "http://www.w3.org/2000/svg";
 
-  const config = () => {
-    const style = getComputedStyle(root);
-    const colour = (name) => style.getPropertyValue(name).trim();
-    const text = { labelColor: colour("--soft"), titleColor: colour("--soft"), titleFontWeight: 500 };
-    return {
-      background: "transparent",
-      font: getComputedStyle(document.body).fontFamily,
-      view: { stroke: "transparent" },
-      axis: { ...text, gridColor: colour("--line"), domainColor: colour("--line"), tickColor: colour("--line") },
-      legend: text,
-      rule: { color: colour("--ink") },
-      text: { color: colour("--ink") },
-      range: { category: ["#4c78a8", "#e4793c", "#3a9d8f", "#b4589e", "#b08a2e", "#7a6fc9"] },
-    };
+  const made = (parent, name, attributes, text) => {
+    const drawn = name === "svg" || parent instanceof SVGElement;
+    const element = drawn ? document.createElementNS(svg, name) : document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text !== undefined) element.textContent = text;
+    return parent.appendChild(element);
   };
 
-  const draw = async (id, spec) => {
-    const element = document.getElementById(id);
-    const before = drawn.get(id);
-    const options = { mode: "vega-lite", renderer: "svg", actions: false, config: config() };
-    const result = await vegaEmbed(element, spec, options);
-    if (before) before.view.finalize();
-    drawn.set(id, { spec, view: result.view });
-    root.dataset.drawn = String(drawn.size);
+  // About four round figures between two others.
+  const ticks = (low, high) => {
+    const rough = (high - low) / 4;
+    const size = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((m) => m * size).find((s) => s >= rough);
+    const found = [];
+    for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(Number((i * step).toPrecision(6)));
+    return found;
   };
 
-  const drawAll = (specs) => Promise.all(Object.entries(specs).map(([id, spec]) => draw(id, spec)));
-
-  const bins = (histogram) => {
-    const width = (histogram.high - histogram.low) / histogram.kept.length;
-    const rows = [];
-    for (const what of ["kept", "pruned"]) {
-      histogram[what].forEach((count, index) => {
-        const start = histogram.low + index * width;
-        if (count > 0) rows.push({ what, count, start, end: start + width });
-      });
+  const histogram = (element, [low, high, top, kept, pruned]) => {
+    const height = (digit) => data.digits.indexOf(digit ?? "0") / (data.digits.length - 1);
+    element.replaceChildren();
+    made(element, "div", { class: "title" }, element.dataset.title);
+    const legend = made(element, "div", { class: "legend" });
+    for (const [kind, name] of pruned ? [["kept", "kept"], ["pruned", "pruned"]] : [["kept", "all channels"]]) {
+      const entry = made(legend, "span", {});
+      made(entry, "i", { class: kind });
+      entry.append(name);
     }
-    return rows;
+    const area = made(element, "div", { class: "area" });
+    const chart = made(area, "svg", { viewBox: `0 0 ${kept.length} 1`, preserveAspectRatio: "none" });
+    const place = (bin) => (low + (bin * (high - low)) / kept.length).toFixed(2);
+    for (let bin = 0; bin < kept.length; bin++) {
+      let below = 0;
+      for (const [kind, bins] of [["pruned", pruned], ["kept", kept]]) {
+        const share = height(bins[bin]);
+        if (!share) continue;
+        const size = Math.min(share, 1 - below);
+        const bar = made(chart, "rect", { class: kind, x: bin + 0.04, width: 0.92, y: 1 - below - size, height: size });
+        made(bar, "title", {}, `${kind}: about ${Math.round(share * top).toLocaleString("en")} from ${place(bin)} to ${place(bin + 1)}`);
+        below += size;
+      }
+    }
+    for (const tick of ticks(low, high)) {
+      made(area, "span", { class: "x", style: `left:${((100 * (tick - low)) / (high - low)).toFixed(1)}%` }, String(tick));
+    }
   };
 
   const percent = (value) => (100 * value).toFixed(2) + " %";
 
-  const show = async (index) => {
-    const matrix = data.matrices[index];
-    const facts = [`${matrix.shape[0]} × ${matrix.shape[1]}`, `${percent(matrix.sparsity)} zero`];
-    if (matrix.error !== null) facts.push(`layer error ${percent(matrix.error)}`);
-    if (matrix.tokens !== null) facts.push(`${matrix.tokens.toLocaleString("en")} calibration inputs`);
-    document.getElementById("matrix-facts").textContent = facts.concat(matrix.events).join(" · ");
-    document.getElementById("matrix-facts").dataset.matrix = matrix.name;
-    const found = matrix.distributions || {};
-    for (const [kind, spec] of Object.entries(data.distributions)) {
-      const id = "distribution-" + kind;
-      const histogram = found[kind];
-      document.getElementById(id).parentElement.hidden = !histogram;
-      if (histogram) await draw(id, { ...spec, data: { values: bins(histogram) } });
+  const show = (index) => {
+    const [name, shape, sparsity, error, tokens, events, charts] = data.matrices[index];
+    const facts = [name, shape, `${percent(sparsity)} zero`];
+    if (error !== null) facts.push(`layer error ${percent(error)}`);
+    if (tokens !== null) facts.push(`${tokens.toLocaleString("en")} calibration inputs`);
+    if (events) facts.push(events);
+    const line = document.getElementById("matrix-facts");
+    line.textContent = facts.join(" · ");
+    line.dataset.matrix = name;
+    for (const element of document.querySelectorAll(".histogram")) {
+      const found = charts[element.id.replace("distribution-", "")];
+      element.hidden = !found;
+      if (found) histogram(element, found);
     }
   };
 
@@ -76,20 +82,19 @@
 
   const picker = () => {
     const select = document.getElementById("matrix");
-    if (!select) return Promise.resolve();
-    data.matrices.forEach((matrix, index) => select.add(new Option(matrix.name, String(index))));
+    if (!select) return;
+    data.matrices.forEach(([name], index) => select.add(new Option(name, String(index))));
     const asked = decoded(location.hash.replace(/^#matrix=/, ""));
-    const first = data.matrices.findIndex((matrix) => matrix.name === asked);
-    select.value = String(Math.max(0, first));
+    const first = data.matrices.findIndex(([name]) => name === asked);
     const pick = (index) => {
       const count = data.matrices.length;
       select.value = String((index + count) % count);
-      return show(Number(select.value));
+      show(Number(select.value));
     };
     select.addEventListener("change", () => pick(Number(select.value)));
     document.getElementById("previous").addEventListener("click", () => pick(Number(select.value) - 1));
     document.getElementById("next").addEventListener("click", () => pick(Number(select.value) + 1));
-    return pick(Number(select.value));
+    pick(Math.max(0, first));
   };
 
   const copying = () => {
@@ -109,18 +114,12 @@
     }
   };
 
-  const redraw = () => Promise.all([...drawn].map(([id, { spec }]) => draw(id, spec)));
-
-  const start = async () => {
+  try {
     copying();
-    await drawAll(data.charts);
-    await picker();
-    dark.addEventListener("change", redraw);
-    printing.addEventListener("change", redraw);
+    picker();
     root.dataset.ready = "yes";
-  };
-  start().catch((error) => {
+  } catch (error) {
     root.dataset.ready = "failed";
     console.error(error);
-  });
+  }
 })();

@@ -18,10 +18,6 @@ STEADY = 20 << 20
 that is imported late, compiled kernels, the report."""
 STEADY_IN_HALF = 90 << 20
 """The same where weights are of half precision, whose products leave more behind in the libraries (30 to 110 MiB)."""
-PAGE = 160 << 20
-"""What the libraries of the page's charts take, measured."""
-SCATTERED_BLOCKS = 2
-"""What a run leaves behind in pieces that are too small to be given back, in blocks' weights, measured (2 to 3)."""
 SLICE_VALUES = 2**24
 """Logits that become float32 at a time (see `evaluation.batches.slices`)."""
 VERIFIED_TOKENS = 64
@@ -31,8 +27,7 @@ def host_phases(work: Workload, run: Settings) -> dict[str, int]:
     """The process's resident set at the peak of each phase, in bytes."""
     base = work.resident + work.unread_bytes + (STEADY if run.bytes_per_weight == 4 else STEADY_IN_HALF)
     tensors = _tensors if work.device is None else _passing_through
-    found = _largest((name, int(base + SLACK * size)) for name, size in tensors(work, run))
-    return found | ({"page": base + PAGE + SCATTERED_BLOCKS * work.block.weight_bytes} if run.page else {})
+    return _largest((name, int(base + SLACK * size)) for name, size in tensors(work, run))
 
 
 def device_phases(work: Workload, run: Settings) -> dict[str, int]:

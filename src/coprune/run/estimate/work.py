@@ -32,8 +32,6 @@ class Settings:
     reconstruction_steps: int
     activation_limit: int | None
     saved: bool
-    page: bool
-    """Whether a page is made in the end."""
     dtype: str
     processes: int = 1
     """That share this machine and the solving."""

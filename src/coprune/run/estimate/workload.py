@@ -40,8 +40,6 @@ class Planned:
     """Calibration samples; None if none run through the model."""
     texts: Sequence[EvaluationText]
     """Those that perplexity is measured on."""
-    page: bool
-    """Whether a page is made in the end."""
 
 
 def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes: Processes) -> Estimate:
@@ -108,7 +106,6 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         reconstruction_steps=recipe.reconstruction.steps,
         activation_limit=None if memory is None else int(memory * GIB),
         saved=recipe.output.model is not None,
-        page=planned.page,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
         mean_length=sum(lengths) / len(lengths),

@@ -23,7 +23,6 @@ from coprune.recipe.choice import Choice, split_choice
 from coprune.recipe.flat import FLAT, flatten, layered, word_for
 from coprune.recipe.recipe import DEFAULTS, read_settings
 
-SWEEP_FILE = "sweep.yaml"
 _MOST_RUNS = 10_000
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.

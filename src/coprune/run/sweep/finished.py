@@ -11,9 +11,10 @@ from coprune.base.words import Command, Setting
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import REPORT_FILE
+from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.run.sweep.expand import Run, expand
-from coprune.run.sweep.file import SWEEP_FILE, Sweep
+from coprune.run.sweep.file import Sweep
 
 
 def finished_report(recipe: Recipe) -> Report | None:

@@ -1,35 +1,43 @@
-"""The page of a sweep: the papers' tables, perplexity against sparsity with its front, and every run."""
+"""The page of a sweep: the papers' tables, what every run reached with the front, all runs and their commands."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from coprune.base.files import write_text
-from coprune.report.folder import PAGE_FILE, can_make_pages
+from coprune.report.html import copyable, section
+from coprune.report.html import table as html_table
+from coprune.report.links import PAGE_FILE, SWEEP_FILE, link_back
+from coprune.report.several import Run, Top, runs_page
+from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.finished import read_finished
 from coprune.run.sweep.table import PaperTable, paper_tables
 
 
-def write_sweep_page(folder: Path, path: Path | None = None) -> bool:
-    """Write the page of a sweep's finished runs; returns whether it could be made, which needs the extra `report`.
+def write_sweep_page(folder: Path, path: Path | None = None) -> None:
+    """Write the page of a sweep's finished runs, and put a link to it on theirs.
 
     path: by default `report.html` in the sweep's folder. Raises BadInput if no run is finished.
     """
-    if not can_make_pages():
-        return False
-    from coprune.report.several import Run, runs_page
-
     sweep, runs, reports = read_finished(folder)
-    tables = [_section(table) for table in paper_tables(sweep, runs, reports)]
-    write_text(path or folder / PAGE_FILE, runs_page([Run.read(folder / name, name) for name in reports], tables))
-    return True
+    page = path or folder / PAGE_FILE
+    name = folder.absolute().name
+    done = f"{len(reports)} of {len(runs)}" if len(reports) < len(runs) else str(len(runs))
+    top = Top(
+        kind="Sweep",
+        title=f"{name}: {done} runs",
+        made=copyable("command", f"coprune sweep {folder / SWEEP_FILE}"),
+        tables=[_section(table) for table in paper_tables(sweep, runs, reports)],
+        commands={run.name: command_of(run.recipe) for run in runs},
+    )
+    found = [Run.read(folder / one, one) for one in reports]
+    write_text(page, runs_page(found, top, page.parent))
+    if page == folder / PAGE_FILE:
+        for one in reports:
+            link_back(folder / one / PAGE_FILE, page, f"The sweep {name}")
 
 
 def _section(table: PaperTable) -> str:
-    from coprune.report.html import section
-    from coprune.report.html import table as html_table
-
     rows = [[name, *(cell.text for cell in cells)] for name, cells in table.rows.items()]
-    return section(
-        table.title, html_table(["method", *table.columns], rows), note="Mean ± standard deviation over seeds."
-    )
+    note = "Mean ± standard deviation over seeds."
+    return section(table.title, html_table(["method", *table.columns], rows), note=note)

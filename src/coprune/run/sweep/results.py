@@ -17,11 +17,11 @@ from rich.text import Text
 
 from coprune.base.durable import write_durably
 from coprune.base.files import write_text
-from coprune.report.folder import memory_is_limited
+from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.expand import Run, varied
-from coprune.run.sweep.file import SWEEP_FILE, Sweep
+from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.page import write_sweep_page
 from coprune.run.sweep.table import markdown, paper_tables
@@ -45,7 +45,7 @@ def collect(
         write_text(folder / FAILURES, "\n".join(told))
     else:
         (folder / FAILURES).unlink(missing_ok=True)
-    if reports and not memory_is_limited():
+    if reports:
         write_sweep_page(folder)
 
 

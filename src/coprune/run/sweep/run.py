@@ -13,12 +13,13 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import path_of, write_text
 from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
+from coprune.report.links import SWEEP_FILE
 from coprune.run.checks import prepare_solver
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.conduct import conduct
 from coprune.run.sweep.events import Done, JobEvent, NotDone
 from coprune.run.sweep.expand import Run, expand
-from coprune.run.sweep.file import SWEEP_FILE, Sweep
+from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.finished import finished_reports
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.on_ray import RayWorkers

@@ -1,0 +1,136 @@
+"""The page of a comparison: what was measured of every model, charted and as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from coprune.base.environment import expand_home
+from coprune.base.shown import per_cent
+from coprune.evaluation.changes import Row
+from coprune.evaluation.comparison import Comparison
+from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate
+from coprune.report.bars import Bar, bars
+from coprune.report.front import Reached, fronts
+from coprune.report.html import header, link, made_lines, page, quote, section, table, text
+from coprune.report.links import PAGE_FILE, target
+from coprune.report.made import MadeFacts
+from coprune.report.perplexity import number
+from coprune.report.zero_shot import REACH
+
+_SAMPLES = 12
+_MOST_LETTERS = 600
+_COLUMNS = 5  # models that a table has room for beside each other
+
+
+def comparison_page(found: Comparison, made: MadeFacts | None = None, beside: Path | None = None) -> str:
+    """Build the page. made: when, where and by what; beside: the folder that the page is for, from which links lead."""
+    rows = found.rows
+    first, *others = (row.name for row in rows)
+    lead = f'<p class="soft">The first model, {text(first)}, is what the others are compared with.</p>'
+    links = [] if beside is None else _links(rows, beside)
+    parts = [header("Comparison", f"{len(rows)} models", lead, made_lines(made), links), *_perplexity(rows)]
+    parts += [*_size(rows), *_accuracy(rows), *_tasks(rows), _table(found), *_answers(rows)]
+    return page(f"{', '.join(others[:3])} compared with {first}", "\n".join(parts))
+
+
+def _links(rows: Sequence[Row], beside: Path) -> list[str]:
+    """Links to the pages of the runs that made the models, by their numbers in the table."""
+    pages = [(place, row.name, target(expand_home(row.name) / PAGE_FILE, beside)) for place, row in enumerate(rows, 1)]
+    return [link(address, f"{place} {name}") for place, name, address in pages if address is not None]
+
+
+def _kind(place: int) -> str:
+    """The colour of a row: the baseline has that of the dense model."""
+    return "dense" if place == 0 else "pruned"
+
+
+def _perplexity(rows: Sequence[Row]) -> list[str]:
+    """Bars for every text."""
+    groups = []
+    for index, text_ in enumerate(rows[0].evaluation.perplexity):
+        found = [row.evaluation.perplexity[index] for row in rows]
+        named = [
+            Bar(row.name, _kind(place), one.value, number(one.value), one.interval)
+            for place, (row, one) in enumerate(zip(rows, found, strict=True))
+        ]
+        groups.append((f"{text_.data}, sequence length {text_.seqlen}", named))
+    note = "Lower is better; lines are 95 % bootstrap intervals over the windows."
+    return [section("Perplexity", bars(groups), note=note)] if groups else []
+
+
+def _size(rows: Sequence[Row]) -> list[str]:
+    """Each perplexity against the sparsity and the size of the files."""
+    parts = []
+    for index, text_ in enumerate(rows[0].evaluation.perplexity if len(rows) > 2 else ()):
+        reached = [
+            Reached(
+                row.name,
+                "baseline" if place == 0 else "others",
+                row.evaluation.perplexity[index].value,
+                round(row.evaluation.weights.sparsity, 4),
+                row.evaluation.weights.bytes_on_disk,
+                str(place + 1),
+            )
+            for place, row in enumerate(rows)
+        ]
+        parts += fronts(f"Perplexity on {text_.data}", "Numbers are those of the table's models.", reached)
+    return parts
+
+
+def _accuracy(rows: Sequence[Row]) -> list[str]:
+    groups = []
+    for index, images in enumerate(rows[0].evaluation.accuracy):
+        found = [row.evaluation.accuracy[index] for row in rows]
+        named = [
+            Bar(row.name, _kind(place), one.top1, per_cent(one.top1), one.top1_interval)
+            for place, (row, one) in enumerate(zip(rows, found, strict=True))
+        ]
+        groups.append((f"{images.data}, top-1 of {images.images:,} images", named))
+    return [section("Accuracy", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []
+
+
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    """Bars for every zero-shot task."""
+    names = [] if rows[0].zero_shot is None else [task.task for task in rows[0].zero_shot.tasks]
+    groups = []
+    for index, name in enumerate(names):
+        bars_ = []
+        for place, row in enumerate(rows):
+            metrics: dict[str, Estimate] = {} if row.zero_shot is None else dict(row.zero_shot.tasks[index].pruned)
+            if metrics:
+                found = metrics[MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))]
+                reach = REACH * (found.stderr or 0.0)
+                ends = (found.value - reach, found.value + reach)
+                bars_.append(Bar(row.name, _kind(place), found.value, per_cent(found.value), ends))
+        groups.append((name, bars_))
+    return [section("Zero-shot tasks", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []
+
+
+def _table(found: Comparison) -> str:
+    """Models as columns, since there are more figures than models; many models as rows."""
+    sheet = found.sheet()
+    names = [f"{place} {row.name}" for place, row in enumerate(found.rows, 1)]
+    if len(names) <= _COLUMNS:
+        return section("Everything measured", table(["", *names], sheet.rows))
+    rows = [[name, *(cells[place] for cells in sheet.rows)] for place, name in enumerate(names, 1)]
+    return section("Everything measured", table(["model", *(cells[0] for cells in sheet.rows)], rows))
+
+
+def _answers(rows: Sequence[Row]) -> list[str]:
+    """What every model answers to a prompt, side by side."""
+    known = [(place, row.name, row.evaluation.answers) for place, row in enumerate(rows)]
+    told = [(place, name, answers.samples) for place, name, answers in known if answers is not None]
+    if not told:
+        return []
+    parts = []
+    for index, sample in enumerate(told[0][2][:_SAMPLES]):
+        quotes = [
+            quote(
+                _kind(place), f"{name}, loops" if samples[index].loops else name, samples[index].answer[:_MOST_LETTERS]
+            )
+            for place, name, samples in told
+            if index < len(samples)
+        ]
+        parts.append(f'<p class="asked">{text(sample.prompt)}</p><div class="two">{"".join(quotes)}</div>')
+    return [section("What they write", *parts, note="The likeliest answer of every model.")]

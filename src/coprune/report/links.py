@@ -1,0 +1,54 @@
+"""Links between the pages that belong together: relative, and only to what is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from coprune.base.files import write_text
+from coprune.report.html import link
+
+PAGE_FILE = "report.html"
+SWEEP_FILE = "sweep.yaml"
+FINETUNE_FOLDER = "finetune"
+_NAV = "<nav>"
+
+
+def target(page: Path, beside: Path) -> str | None:
+    """The address of a page for another in the folder `beside`; None where it is not there."""
+    if not page.is_file():
+        return None
+    return quote(os.path.relpath(page.absolute(), beside.absolute()).replace(os.sep, "/"))
+
+
+def links_of_run(folder: Path, beside: Path) -> list[str]:
+    """Links on the page of a run: to the sweep that it belongs to, and to its fine-tuning."""
+    sweep = next((parent for parent in folder.absolute().parents if (parent / SWEEP_FILE).is_file()), None)
+    found = [] if sweep is None else [_link(sweep / PAGE_FILE, beside, f"The sweep {sweep.name}")]
+    found.append(_link(folder / FINETUNE_FOLDER / PAGE_FILE, beside, "Its fine-tuning"))
+    return [one for one in found if one is not None]
+
+
+def links_of_finetuning(folder: Path, model: Path) -> list[str]:
+    """Links on the page of a fine-tuning: to the run that pruned its model, where that lies around it or the model."""
+    places = [folder.parent] if folder.name == FINETUNE_FOLDER else []
+    for place in [*places, model, model.parent]:
+        if (place / "report.json").is_file() and (one := _link(place / PAGE_FILE, folder, "The pruning")) is not None:
+            return [one]
+    return []
+
+
+def link_back(page: Path, to: Path, name: str) -> None:
+    """Put a link to a page that was made later on top of another one, if that is there and has none yet."""
+    address = target(to, page.parent)
+    if address is None or not page.is_file():
+        return
+    written, added = page.read_text(encoding="utf-8"), link(address, name)
+    if added not in written:
+        write_text(page, written.replace(_NAV, _NAV + added, 1))
+
+
+def _link(page: Path, beside: Path, name: str) -> str | None:
+    address = target(page, beside)
+    return None if address is None else link(address, name)

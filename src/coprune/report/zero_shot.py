@@ -1,0 +1,57 @@
+"""Zero-shot tasks on a run's page: a bar for both models on every task, and the table."""
+
+from __future__ import annotations
+
+from coprune.base.shown import per_cent
+from coprune.evaluation.zero_shot import MAIN_METRIC, TaskComparison, ZeroShotFacts
+from coprune.report.bars import Bar, bars
+from coprune.report.card import percent
+from coprune.report.html import card, from_to, section, table
+
+REACH = 1.96  # standard errors to either end of a 95 % interval
+
+
+def zero_shot_card(facts: ZeroShotFacts | None) -> str:
+    """The headline figure; nothing without a mean."""
+    if facts is None or facts.mean_pruned is None:
+        return ""
+    before = [] if facts.mean_dense is None else [f"{100 * facts.mean_dense.value:.2f}"]
+    return card(
+        "mean accuracy", from_to([*before, per_cent(facts.mean_pruned.value)]), f"over {len(facts.tasks)} tasks"
+    )
+
+
+def zero_shot_section(facts: ZeroShotFacts) -> str:
+    """Bars and a table of all tasks."""
+    rows = [_row(task, metric) for task in facts.tasks for metric in task.pruned]
+    if facts.mean_pruned is not None:
+        mean = [percent(facts.mean_dense), percent(facts.mean_pruned), percent(facts.mean_delta, "+")]
+        rows.append(["mean", "acc", *mean, "", ""])
+    shots = {task.num_fewshot for task in facts.tasks}
+    note = (
+        f"lm-eval {facts.harness}, {', '.join(map(str, sorted(shots)))} examples before each question. Bars show 95 % "
+        "intervals; the difference has the standard error over the same items."
+    )
+    header = ["task", "metric", "dense %", "pruned %", "difference", "items", "version"]
+    charted = bars([(task.task, _bars(task)) for task in facts.tasks], top=1.0)
+    return section("Zero-shot tasks", charted, table(header, rows), note=note)
+
+
+def _row(task: TaskComparison, metric: str) -> list[str]:
+    dense = None if task.dense is None else task.dense.get(metric)
+    delta = None if task.delta is None else task.delta.get(metric)
+    found = [percent(dense), percent(task.pruned[metric]), percent(delta, "+")]
+    return [task.task, metric, *found, str(task.items), str(task.version)]
+
+
+def _bars(task: TaskComparison) -> list[Bar]:
+    shown = []
+    for kind, metrics in (("dense", task.dense), ("pruned", task.pruned)):
+        if metrics is None:
+            continue
+        metric = MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
+        found = metrics[metric]
+        reach = REACH * (found.stderr or 0.0)
+        ends = (found.value - reach, found.value + reach)
+        shown.append(Bar(kind, kind, found.value, per_cent(found.value), ends))
+    return shown
