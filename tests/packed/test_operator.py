@@ -118,14 +118,26 @@ def test_an_exported_model_gives_the_same_logits(model: PreTrainedModel) -> None
 
 @pytest.mark.usefixtures("without_inductor")
 def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedModel) -> None:
-    ids, asked = torch.arange(5)[None], dict(max_new_tokens=6, do_sample=False)
+    asked: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
+    asked["return_dict_in_generate"] = True
+    prompts = (
+        {"input_ids": torch.arange(5)[None]},
+        {
+            "input_ids": torch.arange(10).reshape(2, 5),
+            "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        },
+    )
     write: Any = model.generate
-    expected, before = write(ids, **asked), model.forward
+    expected, before = [write(**prompt, **asked) for prompt in prompts], model.forward
     undo = compile_decoding(model)
     try:
-        torch._dynamo.utils.counters.clear()
-        assert torch.equal(write(ids, **asked), expected)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all steps; the prompt has none
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            torch._dynamo.utils.counters.clear()
+            torch._dynamo.reset()
+            found = write(**prompt, **asked)
+            assert torch.equal(found.sequences, wanted.sequences)
+            torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-5)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all steps; the prompt has none
         assert model.config._attn_implementation == "eager"
     finally:
         undo()

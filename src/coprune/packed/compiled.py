@@ -35,33 +35,16 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
             f"{type(model).__name__} does not write text by transformers' generate",
             fix="without it, torch.compile(model) takes packed layers as they are",
         )
-    own, eager = vars(model).get("forward"), cast(Any, model.forward)
-    compiled: Any = torch.compile(eager, fullgraph=True, dynamic=False)
-
-    attention = model.config._attn_implementation
-    # One query against a short cache: on a CPU the compiler's own sums take a third of what a call of torch's attention does.
-    # Prompts keep theirs, whose memory does not grow with the square of their length.
-    of_the_step = "eager" if attention == "sdpa" and in_host_memory(model.device) else attention
-
-    @functools.wraps(eager)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        step = _is_step(args, kwargs)
-        wanted = of_the_step if step else attention
-        if model.config._attn_implementation != wanted:
-            model.set_attn_implementation(wanted)
-        return (compiled if step else eager)(*args, **kwargs)
-
-    settings = model.generation_config
+    own, attention, settings = vars(model).get("forward"), model.config._attn_implementation, model.generation_config
     assert settings is not None
     before = settings.cache_implementation, settings.disable_compile
     # On a GPU transformers would compile once more around what is compiled here.
     settings.cache_implementation, settings.disable_compile = "static", True
-    model.forward = forward
+    model.forward = _stepping(model, attention)
 
     def undo() -> None:
         settings.cache_implementation, settings.disable_compile = before
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
+        _attend(model, attention)
         del model.forward  # the class's own is behind it
         if own is not None:
             model.forward = own
@@ -69,8 +52,43 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
+    """The model's forward, with a compiled one for steps. attention: the implementation that prompts have."""
+    eager = cast(Any, model.forward)
+    compiled: Any = torch.compile(eager, fullgraph=True, dynamic=False)
+    # One query against a short cache: on a CPU the compiler's own sums take a third of what a call of torch's attention does.
+    # Prompts keep theirs, whose memory does not grow with the square of their length.
+    of_the_step = "eager" if attention == "sdpa" and in_host_memory(model.device) else attention
+
+    @functools.wraps(eager)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if _is_step(args, kwargs):
+            _attend(model, of_the_step)
+            return compiled(*args, **kwargs)
+        _attend(model, attention)
+        found = eager(*args, **kwargs)
+        if isinstance(_cache(kwargs), StaticCache):
+            _attend(model, of_the_step)  # generate makes the next step's mask before it calls, and masks differ
+        return found
+
+    return forward
+
+
+def _attend(model: PreTrainedModel, implementation: str) -> None:
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
 def _is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether one token per sequence is read, with a cache of fixed size."""
+    """Whether one token per sequence is read, with a cache of fixed size, and a mask that any attention can take."""
     ids = args[0] if args else kwargs.get("input_ids")
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return isinstance(ids, Tensor) and ids.shape[-1] == 1 and isinstance(cache, StaticCache)
+    mask = kwargs.get("attention_mask")
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    # A mask of four dimensions that says yes or no was made for torch's attention; others would add it to their scores.
+    if any(isinstance(one, Tensor) and one.ndim == 4 and one.dtype == torch.bool for one in masks):
+        return False
+    return isinstance(ids, Tensor) and ids.shape[-1] == 1 and isinstance(_cache(kwargs), StaticCache)
