@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coprune.evaluation.answers.answered import Way
 from coprune.evaluation.changes import Row
-from coprune.evaluation.columns import Column, Number, plain
+from coprune.evaluation.columns import Column, Number, plain, share
 
 _FIGURES = {
     "loops": ("answers that loop", "{}"),
@@ -15,7 +15,7 @@ _FIGURES = {
     "repeat": ("longest repeat", "{}"),
     "seconds": ("seconds per answer", "{:.2f}"),
 }
-_LIKENESS = {"agreed": ("tokens that agree", "{:.1%}"), "script": ("same script", "{:.1%}")}
+_LIKENESS = {"agreed": "tokens that agree", "script": "same script"}
 
 
 def answer_columns(sampled: bool, against: bool) -> list[Column]:
@@ -43,12 +43,12 @@ def _columns(name: str, against: bool) -> list[Column]:
 
         return plain(f"{title}, {name}", value, form)
 
-    def likeness(field: str, title: str, form: str) -> Column:
+    def likeness(field: str, title: str) -> Column:
         def value(row: Row) -> Number:
             found = way(row)
             return None if found is None or found.likeness is None else getattr(found.likeness, field)
 
-        return plain(f"{title}, {name}", value, form)
+        return share(f"{title}, {name}", value, 1)
 
     columns = [figure(field, *shown) for field, shown in _FIGURES.items()]
-    return columns + ([likeness(field, *shown) for field, shown in _LIKENESS.items()] if against else [])
+    return columns + ([likeness(field, title) for field, title in _LIKENESS.items()] if against else [])

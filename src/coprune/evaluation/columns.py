@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from coprune.base.shown import per_cent
 from coprune.evaluation.changes import Row
 
 Number = float | int | None
@@ -24,6 +25,16 @@ def plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
 
     def show(row: Row) -> str:
         number = value(row)
-        return "" if number is None else form.format(number).replace("%", " %")
+        return "" if number is None else form.format(number)
+
+    return Column(title, value, show)
+
+
+def share(title: str, value: Callable[[Row], Number], digits: int = 2) -> Column:
+    """A column of shares, which people see in per cent."""
+
+    def show(row: Row) -> str:
+        number = value(row)
+        return "" if number is None else per_cent(number, digits)
 
     return Column(title, value, show)

@@ -21,7 +21,7 @@ from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
 from coprune.model.generation import Generation, generate, positions_of
 from coprune.model.opened import Loaded
-from coprune.model.text_ends import ends_among, filling
+from coprune.model.text_ends import ends_of, filling
 from coprune.recipe.sources import Source
 
 _TOGETHER = (16, 64)
@@ -98,10 +98,10 @@ def own_documents(
 
 
 def settings_for(loaded: Loaded, length: int, temperature: float, top_p: float, seed: int) -> Generation:
-    """How a model writes: ended by any token that its tokenizer or its own settings say ends a text."""
+    """How a model writes: ended by the tokens that end an answer, too."""
     tokenizer, model = loaded.tokenizer, loaded.model
     assert tokenizer is not None
-    end_ids = ends_among(tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None))
+    end_ids = ends_of(tokenizer, model)
     together = _TOGETHER[0 if in_host_memory(loaded.device) else 1]
     return Generation(length, temperature, top_p, seed, together, end_ids, filling(tokenizer.pad_token_id, end_ids))
 

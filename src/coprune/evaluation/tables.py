@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from coprune.evaluation.answer_columns import answer_columns
 from coprune.evaluation.changes import AccuracyChange, Row
-from coprune.evaluation.columns import Column, Number, plain
+from coprune.evaluation.columns import Column, Number, plain, share
 from coprune.evaluation.measurement import Accuracy, Interval
 from coprune.evaluation.zero_shot import Estimate
 
@@ -17,8 +17,8 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     columns = [
         plain("parameters", lambda row: row.evaluation.weights.parameters, "{:,}"),
         plain("non-zeros", lambda row: row.evaluation.weights.nonzeros, "{:,}"),
-        plain("sparsity", lambda row: row.evaluation.weights.sparsity, "{:.2%}"),
-        plain("matrix sparsity", lambda row: row.evaluation.weights.matrix_sparsity, "{:.2%}"),
+        share("sparsity", lambda row: row.evaluation.weights.sparsity),
+        share("matrix sparsity", lambda row: row.evaluation.weights.matrix_sparsity),
         plain("bytes", lambda row: row.evaluation.weights.bytes_on_disk, "{:,}"),
     ]
     for index, result in enumerate(first.perplexity):
@@ -89,7 +89,7 @@ def _accuracy_columns(data: str, index: int) -> list[Column]:
             signed=True,
         ),
         _share(f"top-5 {data}", lambda row: found(row).top5, lambda row: found(row).top5_interval),
-        plain(f"same class {data}", lambda row: None if (it := change(row)) is None else it.agreement, "{:.2%}"),
+        share(f"same class {data}", lambda row: None if (it := change(row)) is None else it.agreement),
     ]
 
 
@@ -100,11 +100,11 @@ def _share(
     sign = "+" if signed else ""
 
     def show(row: Row) -> str:
-        share, ends = value(row), interval(row)
-        if share is None:
+        number, ends = value(row), interval(row)
+        if number is None:
             return ""
         spread = "" if ends is None else f" [{100 * ends[0]:{sign}.2f}, {100 * ends[1]:{sign}.2f}]"
-        return f"{100 * share:{sign}.2f}{spread} %"
+        return f"{100 * number:{sign}.2f}{spread} %"
 
     return Column(title, value, show)
 
@@ -116,7 +116,7 @@ def _closeness_columns(data: str, index: int) -> list[Column]:
     def agreement(row: Row) -> Number:
         return row.evaluation.closeness[index].top1_agreement if row.evaluation.closeness else None
 
-    return [plain(f"KL {data}", kl, "{:.4f}"), plain(f"top-1 agreement {data}", agreement, "{:.2%}")]
+    return [plain(f"KL {data}", kl, "{:.4f}"), share(f"top-1 agreement {data}", agreement)]
 
 
 def _task_columns(task: str, metric: str, index: int) -> list[Column]:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a text that a model writes: its tokenizer's, its settings' for generation, its configuration's."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return ends_among(tokenizer.eos_token_id, own, model.config.get_text_config().eos_token_id)
 
 
 def ends_among(*said: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from coprune.evaluation.answers.facts import Asked
 from coprune.evaluation.answers.prompts import Prompts, read_prompts, short_prompts
 from coprune.evaluation.answers.repetition import LEAST_TOKENS
 from coprune.model.generation import positions_of
-from coprune.model.text_ends import ends_among, filling
+from coprune.model.text_ends import ends_of, filling
 from coprune.recipe.answers import AnswersPart
 
 SHORT_ANSWER = 64
@@ -108,7 +108,7 @@ def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrai
         tuple(_encode(tokenizer, prompt, chat, place)) for place, prompt in enumerate(plan.prompts.texts, start=1)
     )
     new_tokens = _room(plan, [len(one) for one in ids], positions_of(model))
-    ends = _ends(tokenizer, model)
+    ends = ends_of(tokenizer, model)
     return Questions(plan, ids, new_tokens, chat, ends, filling(tokenizer.pad_token_id, ends))
 
 
@@ -142,10 +142,3 @@ def _room(plan: Plan, lengths: list[int], limit: int | None) -> int:
         field="generate",
         fix=("leave it out, or ask for shorter answers with ", Setting("generate_tokens")),
     )
-
-
-def _ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's, and those of the model's settings for generation."""
-    generation = getattr(model, "generation_config", None)
-    own = getattr(generation, "eos_token_id", None)
-    return ends_among(tokenizer.eos_token_id, own, model.config.get_text_config().eos_token_id)
