@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from coprune.base.environment import require_posix
 from coprune.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def __getattr__(name: str) -> Any:
         return version("coprune")
     if name not in _HOME:
         raise AttributeError(f"module 'coprune' has no attribute {name!r}")
+    require_posix()
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

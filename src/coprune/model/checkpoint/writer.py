@@ -9,12 +9,12 @@ shards of the checkpoint, or, if they are small, are joined to one file.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,9 +35,6 @@ from coprune.model.checkpoint.shards import (
     TensorEntry,
     read_entries,
 )
-
-if sys.platform != "win32":
-    import fcntl
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
@@ -84,8 +81,6 @@ class CheckpointWriter:
 
     def _lock(self) -> None:
         """Keep other processes out of the unfinished folder for as long as this one lives, however it ends."""
-        if sys.platform == "win32":
-            return
         lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT)
         weakref.finalize(self, os.close, lock)
         try:
