@@ -7,6 +7,7 @@
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
 #   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
 #   make torture   change packed folders under the address sanitiser, kill runs, fill disks (half an hour; docs/reliability.md)
+#   make matrix try every Python, with the oldest and newest packages that are allowed (gigabytes; uv is fetched for it)
 #   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
 # All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test coverage slow test-all wheel site families torture golden lint types clean
+.PHONY: demo test coverage slow test-all wheel matrix site families torture golden lint types clean
 
 demo: $(READY)
 	$(BIN)/coprune demo
@@ -40,6 +41,10 @@ wheel: $(READY)
 # mkdocs-material speaks of its successor at every build; that is no warning of ours.
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+matrix: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix/run.py
 
 families: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/families/make.py
