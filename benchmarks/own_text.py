@@ -48,6 +48,7 @@ def kinds(nsamples: int, prompts: str = "PROMPTS") -> dict[str, tuple[str, int]]
         "own text": ("self", nsamples),
         "own answers": (f"self:{prompts}:length=128", nsamples),
         "half and half": ("self=0.5,embedded=0.5", nsamples),
+        "quarter answers": (f"self:{prompts}:length=128=0.25,embedded=0.75", nsamples),
         "half answers": (f"self:{prompts}:length=128=0.5,embedded=0.5", nsamples),
         "own text added": ("self=0.5,embedded=0.5", 2 * nsamples),
         "answers added": (f"self:{prompts}:length=128=0.5,embedded=0.5", 2 * nsamples),
