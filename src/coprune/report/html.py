@@ -14,7 +14,7 @@ from coprune.report.made import MadeFacts
 # The page's own script and styles run; nothing can be loaded from anywhere.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 _MANY = 9  # columns beyond which a printed table wraps within its cells
-_STACKED = 12  # a table of at most so many rows becomes a list of cards on a phone; a longer one scrolls
+_STACKED = 24  # a table of at most so many rows becomes a list of cards on a phone; a longer one scrolls
 
 
 def page(title: str, body: str, data: dict[str, Any] | None = None) -> str:
