@@ -123,10 +123,12 @@ def test_a_page_says_when_where_and_by_what_command(
         monkeypatch.setattr("sys.argv", [program, "prune", "a model", "--quiet"])
         made = MadeFacts.here()
         assert made.command == "coprune prune 'a model' --quiet"
-    page = run_page(report.model_copy(update={"made": made.model_copy(update={"command": "coprune prune <b>"})}))
+    said = made.model_copy(update={"command": "coprune prune <b>", "commit": "0123abcd"})
+    page = run_page(report.model_copy(update={"made": said}))
     assert '<pre id="command">coprune prune &lt;b&gt;</pre>' in page
-    assert f", with coprune {made.version} (commit {made.commit})</p>" in page
-    assert made.commit == commit_of(Path(coprune.__file__).parents[2]) != ""
+    assert f", with coprune {made.version} (commit 0123abcd)</p>" in page
+    assert made.commit == commit_of(Path(coprune.__file__).parents[2])  # none of an installed package
+    assert commit_of(Path(__file__).parents[2]) != ""
     assert commit_of(tmp_path) is None
     assert '<pre id="command">' not in run_page(report.model_copy(update={"made": None}))  # of an earlier version
 
