@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import Result, run_recipe
-from support.killing import count_lines, killed_at
+from support.killing import count_lines, killed_at, killed_when
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words
 
@@ -153,6 +153,21 @@ def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undistur
     assert checkpoint(tmp_path) == checkpoint(expected)
     assert figures(tmp_path) == figures(expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "run"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_killed_twice_while_the_page_is_written(place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    expected, *_ = undisturbed("allocated")
+
+    def half_written() -> bool:
+        return bool(list((tmp_path / "run").glob("report.html.*.tmp")))
+
+    for _ in range(2):
+        assert killed_when(lambda: run("allocated", place, tmp_path), half_written, ("durable",))
+        assert not (tmp_path / "run" / "report.json").exists()
+    run("allocated", place, tmp_path)
+    assert figures(tmp_path) == figures(expected)
+    assert (tmp_path / "run" / "report.html").is_file()
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".partial"))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -68,7 +69,8 @@ def _be_killed(work: Callable[[], object], now: Callable[[str], bool]) -> None:
 def _watched(work: Callable[[], object], step: Callable[[str], None]) -> None:
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(_SOURCE):
+        # What a module says when it is imported is said once in a process, so it would not be counted again.
+        if not name.startswith(_SOURCE) or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             return None
         if event == "line":
             step(name)

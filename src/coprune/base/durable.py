@@ -64,6 +64,12 @@ def _remove_left(file: Path) -> None:
                 left.unlink()
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote into a folder that it had for itself."""
+    for left in folder.glob(f"*.????????{TEMPORARY}"):
+        left.unlink(missing_ok=True)
+
+
 @contextmanager
 def full_disk_explained(file: Path) -> Iterator[None]:
     """Raise CopruneError where the disk is full, or a file is larger than it may be."""

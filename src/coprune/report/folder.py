@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from coprune.base.durable import remove_unfinished
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
@@ -41,19 +42,15 @@ def announced(recipe: Recipe) -> Report | None:
     return report if report.recipe == recipe else None
 
 
-def finish_run_folder(recipe: Recipe, report: Report, again: bool = False) -> None:
-    """Write the log, make the page of the announced report, and give that its name.
-
-    again: an earlier try was killed in here, perhaps by what makes the page. Then the report comes first.
-    """
+def finish_run_folder(recipe: Recipe, report: Report) -> None:
+    """Write the log, make the page of the announced report, and give that its name: last, since it says that all is there."""
+    remove_unfinished(recipe.run_folder)
     first = report.perplexity[0].pruned if report.perplexity else None
     method = recipe.way
     write_text(path_of(recipe.run_folder, f"log_{method}.txt"), reference_log(method, report.sparsity.matrices, first))
     announced = recipe.run_folder / _ANNOUNCED
-    source = announced.replace(recipe.run_folder / REPORT_FILE) if again else announced
-    write_page([source], recipe.run_folder / PAGE_FILE)
-    if not again:
-        announced.replace(recipe.run_folder / REPORT_FILE)
+    write_page([announced], recipe.run_folder / PAGE_FILE)
+    announced.replace(recipe.run_folder / REPORT_FILE)
 
 
 def write_page(runs: Sequence[Path], path: Path) -> None:

@@ -111,7 +111,7 @@ def run_recipe(
     if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
         return _run_halves(recipe, given, around, write)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
-        finish_run_folder(recipe, report, again=True)
+        finish_run_folder(recipe, report)
         return Result(report)
     if recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)

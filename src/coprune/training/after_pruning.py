@@ -63,7 +63,7 @@ def prune_and_finetune(
         if found.saved_model is not None:
             write_text(found.saved_model / CARD_FILE, model_card(final))
         announce(recipe, final)
-        finish_run_folder(recipe, final, again=True)
+        finish_run_folder(recipe, final)
         for line in str(found).splitlines():
             reporter.say(line)
     return final

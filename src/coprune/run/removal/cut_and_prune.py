@@ -81,7 +81,7 @@ def cut_and_prune(
     if recipe.output.model is not None:
         write_text(recipe.output.model / CARD_FILE, model_card(report))
     announce(recipe, report)
-    finish_run_folder(recipe, report, again=True)
+    finish_run_folder(recipe, report)
     return second, report
 
 
