@@ -127,6 +127,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def installed_version(package: str) -> str | None:
+    """The version of a package that is installed; None if it is not."""
+    import importlib.metadata  # which `import coprune` does without
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def typed_command() -> str | None:
     """What was typed, where this process is the command `coprune`; None where coprune is called from Python."""
     program = Path(sys.argv[0]) if sys.argv else Path()

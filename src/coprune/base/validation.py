@@ -1,16 +1,18 @@
-"""What pydantic finds wrong with settings, as one error of coprune's own."""
+"""What pydantic finds wrong with settings and reports, as one error of coprune's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Words, parts_of
 
 _MOST_LETTERS = 200
+Kind = TypeVar("Kind", bound=BaseModel)
 Place = tuple[str, ...]
 """Where a value is: the names of fields, and indices, from the outside in."""
 
@@ -65,3 +67,13 @@ def _short(value: Any) -> str:
     """A value as Python writes it, cut where that is longer than a message should be."""
     written = repr(value)
     return written if len(written) <= _MOST_LETTERS else f"{written[:_MOST_LETTERS]}…"
+
+
+def read_as(kind: type[Kind], path: Path) -> Kind:
+    """Read a report of a kind. Raises BadInput if it is missing or no such report."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"the report {path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise BadInput(f"{path} is not a report that this version of coprune can read") from None

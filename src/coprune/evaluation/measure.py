@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from coprune.base.environment import installed_version
 from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE
 from coprune.base.progress import Reporter
@@ -237,13 +237,6 @@ class Subject:
         }
 
     def _key(self, what: str, **settings: Any) -> str:
-        versions = {name: _version(name) for name in _VERSIONS}
+        versions = {name: installed_version(name) for name in _VERSIONS}
         facts = {"what": what, "model": self.fingerprint, "dtype": self.recipe.model.dtype, **settings, **versions}
         return json.dumps(facts, sort_keys=True, default=str)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

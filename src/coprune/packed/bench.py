@@ -116,10 +116,9 @@ def bench_model(
     """The same for a model in memory, which is not changed. clock: see time_in_turns."""
     forms = make_forms(dense)
     fast = next((form for form in ("accelerated", "packed") if form in forms), "dense")
-    compiled = list(dict.fromkeys(("dense", fast))) if compiles else []
-    context = work.prompt + work.tokens
+    compiled = {f"{form}, compiled": share_weights(forms[form]) for form in ("dense", fast)} if compiles else {}
     runners = {form: InTransformers(model) for form, model in forms.items()}
-    runners |= {f"{form}, compiled": InTransformers(share_weights(forms[form]), context) for form in compiled}
+    runners |= {form: InTransformers(model, work.prompt + work.tokens) for form, model in compiled.items()}
     on_cpu = in_host_memory(dense.device)
     result = Bench(
         model=name,
@@ -135,7 +134,7 @@ def bench_model(
         vocabulary = dense.config.get_text_config().vocab_size
         ids = random_prompt(vocabulary, batch, work.prompt, generator).to(dense.device)
         turns = time_runners(runners, ids, work, clock)
-        result.add_turns(batch, work.prompt, turns, [f"{form}, compiled" for form in compiled])
+        result.add_turns(batch, work.prompt, turns, compiled)
     return result
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coprune.base.devices import in_host_memory
 from coprune.base.native.build import MatrixStruct, load_kernels
-from coprune.base.native.product import IN_KERNEL, serves
+from coprune.base.native.product import IN_KERNEL, multiply_at, serves
 
 _library = torch.library.Library("coprune", "FRAGMENT")
 _library.define("dense_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -35,8 +36,8 @@ class KernelLinear(nn.Linear):
 def kernel_linear(linear: nn.Linear) -> KernelLinear | None:
     """The layer with the same parameters, multiplied by the kernels; None where they do not serve it."""
     weight, bias = linear.weight, linear.bias
-    on_cpu = weight.device.type == "cpu" and weight.is_contiguous()
-    if not on_cpu or load_kernels() is None or not serves(weight.dtype, None if bias is None else bias.dtype):
+    there = in_host_memory(weight.device) and weight.is_contiguous()
+    if not there or load_kernels() is None or not serves(weight.dtype, None if bias is None else bias.dtype):
         return None
     made = KernelLinear(1, 1, bias=False, device="meta")
     made.in_features, made.out_features = linear.in_features, linear.out_features
@@ -55,10 +56,7 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if library is None or not known or not plain or (batch := x.numel() // inputs) > IN_KERNEL[dtype]:
         return functional.linear(x, weight, bias)
     _, address = _matrix_at(weight.data_ptr(), None if bias is None else bias.data_ptr(), outputs, inputs)
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
-    library.coprune_multiply(address, dtype.itemsize, 1, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
-    return y
+    return multiply_at(address, x.contiguous(), outputs, batch, dense=True)
 
 
 @functools.lru_cache(1024)

@@ -21,7 +21,7 @@ class PackedLinear(nn.Module):
 
     Products on the CPU in float32 and bfloat16 come from the native kernels; everything else (other devices and dtypes, no
     compiler) multiplies by an unpacked copy that lives for the length of the call. torch.compile, torch.export and autograd
-    see one operator, coprune::packed_linear.
+    see one operator (packed/operator).
     """
 
     packed: Tensor

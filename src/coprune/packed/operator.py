@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coprune.base.native.build import MatrixStruct, load_kernels
-from coprune.base.native.product import IN_KERNEL, NativeMatrix, matrix_at, serves
+from coprune.base.native.product import IN_KERNEL, NativeMatrix, matrix_at, multiply_at, serves
 from coprune.packed.header import Header
 from coprune.packed.matrix import dense_matrix
 
@@ -65,10 +65,7 @@ def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inpu
         return NativeMatrix(packed, starts, _header(packed, starts, inputs, dtype), bias, library).product(x)
     bias_at = None if bias is None else bias.data_ptr()
     _, address = _kernel_matrix(packed.data_ptr(), starts.data_ptr(), bias_at, outputs, inputs, dtype)
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
-    library.coprune_multiply(address, dtype.itemsize, 0, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
-    return y
+    return multiply_at(address, x.contiguous(), outputs, batch)
 
 
 @functools.lru_cache(8192)

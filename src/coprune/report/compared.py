@@ -9,14 +9,13 @@ from coprune.base.environment import expand_home
 from coprune.base.shown import per_cent
 from coprune.evaluation.changes import Row
 from coprune.evaluation.comparison import Comparison
-from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate
 from coprune.report.bars import Bar, bars
 from coprune.report.front import Reached, fronts
 from coprune.report.html import header, link, made_lines, page, quote, section, table, text
 from coprune.report.links import PAGE_FILE, target
 from coprune.report.made import MadeFacts
 from coprune.report.perplexity import number
-from coprune.report.zero_shot import REACH
+from coprune.report.zero_shot import task_bar
 
 _SAMPLES = 12
 _MOST_LETTERS = 600
@@ -50,13 +49,15 @@ def _perplexity(rows: Sequence[Row]) -> list[str]:
     groups = []
     for index, text_ in enumerate(rows[0].evaluation.perplexity):
         found = [row.evaluation.perplexity[index] for row in rows]
-        named = [
-            Bar(row.name, _kind(place), one.value, number(one.value), one.interval)
-            for place, (row, one) in enumerate(zip(rows, found, strict=True))
-        ]
-        groups.append((f"{text_.data}, sequence length {text_.seqlen}", named))
+        figures = [(one.value, number(one.value), one.interval) for one in found]
+        groups.append((f"{text_.data}, sequence length {text_.seqlen}", _bars(rows, figures)))
     note = "Lower is better; lines are 95 % bootstrap intervals over the windows."
     return [section("Perplexity", bars(groups), note=note)] if groups else []
+
+
+def _bars(rows: Sequence[Row], figures: Sequence[tuple[float, str, tuple[float, float] | None]]) -> list[Bar]:
+    """A bar for every model. figures: what each reached, how that is written, and its interval, if there is one."""
+    return [Bar(row.name, _kind(place), *of) for place, (row, of) in enumerate(zip(rows, figures, strict=True))]
 
 
 def _size(rows: Sequence[Row]) -> list[str]:
@@ -82,11 +83,8 @@ def _accuracy(rows: Sequence[Row]) -> list[str]:
     groups = []
     for index, images in enumerate(rows[0].evaluation.accuracy):
         found = [row.evaluation.accuracy[index] for row in rows]
-        named = [
-            Bar(row.name, _kind(place), one.top1, per_cent(one.top1), one.top1_interval)
-            for place, (row, one) in enumerate(zip(rows, found, strict=True))
-        ]
-        groups.append((f"{images.data}, top-1 of {images.images:,} images", named))
+        figures = [(one.top1, per_cent(one.top1), one.top1_interval) for one in found]
+        groups.append((f"{images.data}, top-1 of {images.images:,} images", _bars(rows, figures)))
     return [section("Accuracy", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []
 
 
@@ -97,12 +95,9 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
     for index, name in enumerate(names):
         bars_ = []
         for place, row in enumerate(rows):
-            metrics: dict[str, Estimate] = {} if row.zero_shot is None else dict(row.zero_shot.tasks[index].pruned)
+            metrics = {} if row.zero_shot is None else row.zero_shot.tasks[index].pruned
             if metrics:
-                found = metrics[MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))]
-                reach = REACH * (found.stderr or 0.0)
-                ends = (found.value - reach, found.value + reach)
-                bars_.append(Bar(row.name, _kind(place), found.value, per_cent(found.value), ends))
+                bars_.append(task_bar(row.name, _kind(place), metrics))
         groups.append((name, bars_))
     return [section("Zero-shot tasks", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []
 

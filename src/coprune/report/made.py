@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.environment import typed_command, usable_cores
+from coprune.base.environment import installed_version, typed_command, usable_cores
 
 
 class MadeFacts(BaseModel):
@@ -40,7 +39,7 @@ class MadeFacts(BaseModel):
             date=datetime.now(UTC).replace(microsecond=0),
             machine=machine,
             command=typed_command(),
-            version=_version(),
+            version=installed_version("coprune") or "",  # none where it runs from its sources
             commit=commit_of(Path(__file__).parents[3]),
         )
 
@@ -62,13 +61,6 @@ def of_several(made: Sequence[MadeFacts | None]) -> str:
     when = f"{first} UTC" if first == last else f"{first} to {last} UTC"
     with_what = " and ".join(dict.fromkeys(f"on {one.machine}{one._software()}" for one in known))
     return f"{when}, {with_what}"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("coprune")
-    except importlib.metadata.PackageNotFoundError:
-        return ""  # run from its sources without being installed
 
 
 @functools.cache

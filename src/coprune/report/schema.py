@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from coprune.base.errors import BadInput
+from coprune.base.environment import installed_version
 from coprune.base.files import write_text
 from coprune.base.shown import Sheet, Shown, per_cent
+from coprune.base.validation import read_as
 from coprune.data.windows import SourcePart
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.requirements import Requirement, answer_rows
@@ -219,12 +219,7 @@ class Report(Shown, BaseModel):
     @classmethod
     def read(cls, path: Path) -> Report:
         """Read a report, with the distributions if they are beside it. Raises BadInput if it is missing or no report."""
-        try:
-            report = cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadInput(f"the report {path} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise BadInput(f"{path} is not a report that this version of coprune can read") from None
+        report = read_as(cls, path)
         try:
             found = _DISTRIBUTIONS.validate_json(path.with_name(DISTRIBUTIONS_FILE).read_bytes())
         except (OSError, ValueError):
@@ -235,13 +230,8 @@ class Report(Shown, BaseModel):
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: version for package in PACKAGES if (version := installed_version(package))}
+    return {"python": platform.python_version(), **found}
 
 
 def reference_log(method: str, sparsity: float, perplexity: float | None) -> str:

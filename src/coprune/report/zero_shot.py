@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from coprune.base.shown import per_cent
-from coprune.evaluation.zero_shot import MAIN_METRIC, TaskComparison, ZeroShotFacts
+from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, TaskComparison, ZeroShotFacts
 from coprune.report.bars import Bar, bars
 from coprune.report.card import percent
 from coprune.report.html import card, from_to, section, table
 
-REACH = 1.96  # standard errors to either end of a 95 % interval
+_REACH = 1.96  # standard errors to either end of a 95 % interval
 
 
 def zero_shot_card(facts: ZeroShotFacts | None) -> str:
@@ -47,11 +49,13 @@ def _row(task: TaskComparison, metric: str) -> list[str]:
 def _bars(task: TaskComparison) -> list[Bar]:
     shown = []
     for kind, metrics in (("dense", task.dense), ("pruned", task.pruned)):
-        if metrics is None:
-            continue
-        metric = MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
-        found = metrics[metric]
-        reach = REACH * (found.stderr or 0.0)
-        ends = (found.value - reach, found.value + reach)
-        shown.append(Bar(kind, kind, found.value, per_cent(found.value), ends))
+        if metrics is not None:
+            shown.append(task_bar(kind, kind, metrics))
     return shown
+
+
+def task_bar(name: str, kind: str, metrics: Mapping[str, Estimate]) -> Bar:
+    """The bar of what a model reached in a task, by its main metric, with a 95 % interval."""
+    found = metrics[MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))]
+    reach = _REACH * (found.stderr or 0.0)
+    return Bar(name, kind, found.value, per_cent(found.value), (found.value - reach, found.value + reach))

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.shown import per_cent
+from coprune.base.validation import read_as
 from coprune.report.answers_page import answers_section
 from coprune.report.bars import Bar, bars
 from coprune.report.html import (
@@ -43,13 +43,7 @@ def is_finetuning(folder: Path) -> bool:
 
 def write_finetune_page(folder: Path, path: Path | None = None) -> None:
     """Write the page of a finished fine-tuning. path: by default in its folder. Raises BadInput for one that has not ended."""
-    file = folder / REPORT_FILE
-    try:
-        report = FinetuneReport.model_validate_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"the report {file} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise BadInput(f"{file} is not a report that this version of coprune can read") from None
+    report = read_as(FinetuneReport, folder / REPORT_FILE)
     links = links_of_finetuning(folder, expand_home(report.settings.model))
     write_text(path or folder / PAGE_FILE, finetune_page(report, links))
 

@@ -71,7 +71,6 @@ class NativeMatrix:
         self.struct = matrix_at(blob.data_ptr(), starts.data_ptr(), None if bias is None else bias.data_ptr(), places)
         self.address = ctypes.addressof(self.struct)
         self.library = library
-        self.call = library.coprune_multiply
 
     def product(self, x: Tensor) -> Tensor:
         """… × I to … × O, in the way that is faster for as many inputs. x: of the weights' dtype, on the CPU."""
@@ -82,9 +81,7 @@ class NativeMatrix:
 
     def multiply(self, x: Tensor, batch: int) -> Tensor:
         """… × I to … × O in the kernel. x: contiguous, of the weights' dtype, `batch` rows in all."""
-        y = x.new_empty((*x.shape[:-1], self.rows))
-        self.call(self.address, self.bytes, 0, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads())
-        return y
+        return multiply_at(self.address, x, self.rows, batch)
 
     def multiply_by_tiles(self, x: Tensor, batch: int) -> Tensor:
         """The same for many inputs: unpack some rows, multiply them as a dense matrix, go on."""
@@ -103,6 +100,24 @@ class NativeMatrix:
         """Write rows first … last − 1 into out (at least that many rows × I, contiguous)."""
         pointer, threads = out.data_ptr(), torch.get_num_threads()
         self.library.coprune_expand(self.address, self.bytes, pointer, first, last, threads)
+
+
+def multiply_at(address: int, x: Tensor, rows: int, batch: int, dense: bool = False) -> Tensor:
+    """… × I to … × O in the kernel.
+
+    Args:
+        address: of a MatrixStruct, whose matrix has x's dtype.
+        x: contiguous, float32 or bfloat16.
+        rows: O.
+        batch: how many inputs there are in all.
+        dense: whether the values are the whole matrix.
+    """
+    y, library = x.new_empty((*x.shape[:-1], rows)), load_kernels()
+    assert library is not None
+    library.coprune_multiply(
+        address, x.dtype.itemsize, dense, x.data_ptr(), y.data_ptr(), batch, torch.get_num_threads()
+    )
+    return y
 
 
 def matrix_at(blob: int, starts: int, bias: int | None, places: Places) -> MatrixStruct:

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.base.durable import TEMPORARY, full_disk_explained, name_durably, sync, write_durably, write_whole
+from coprune.base.durable import full_disk_explained, name_durably, remove_unfinished, sync, write_durably, write_whole
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
@@ -76,8 +76,7 @@ class CheckpointWriter:
                 f"{self.partial} holds the unfinished checkpoint of another model",
                 fix="finish that run, remove the folder, or choose another name",
             )
-        for leftover in self.partial.glob(f"*{TEMPORARY}"):
-            leftover.unlink()
+        remove_unfinished(self.partial)
 
     def _lock(self) -> None:
         """Keep other processes out of the unfinished folder for as long as this one lives, however it ends."""
