@@ -49,9 +49,10 @@ def packed_linear(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None
     return y
 
 
-def _unpacked(
+def unpacked_product(
     x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype
 ) -> Tensor:
+    """What the operators do on any device: the weight is unpacked for the length of the call. Arguments: as theirs."""
     weight = dense_matrix(packed, _header(packed, starts, inputs, dtype))
     return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -60,7 +61,7 @@ def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inpu
     library, outputs, batch = load_kernels(), starts.numel() - 1, x.numel() // inputs
     known = x.dtype == dtype and serves(dtype, None if bias is None else bias.dtype)
     if library is None or not known or not (bias is None or bias.is_contiguous()):
-        return _unpacked(x, packed, starts, bias, inputs, dtype)
+        return unpacked_product(x, packed, starts, bias, inputs, dtype)
     if batch > IN_KERNEL[dtype]:
         return NativeMatrix(packed, starts, _header(packed, starts, inputs, dtype), bias, library).product(x)
     bias_at = None if bias is None else bias.data_ptr()
@@ -107,7 +108,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name in ("packed_linear", "packed_product"):
-    _library.impl(_name, _unpacked, "CompositeExplicitAutograd")
+    _library.impl(_name, unpacked_product, "CompositeExplicitAutograd")
     _library.impl(_name, _on_cpu, "CPU")
     torch.library.register_fake(f"coprune::{_name}", _shape_alone, lib=_library)
 torch.library.register_autograd("coprune::packed_linear", _backward, setup_context=_remember, lib=_library)
