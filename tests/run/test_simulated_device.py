@@ -1,0 +1,63 @@
+"""Every kind of work on a simulated device that is as strict as CUDA, compared with the CPU.
+
+A device is known to a whole process, so the cases run in one of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.simdevice.build import missing
+from support.torchrun import ENVIRONMENT
+
+KINDS = ("methods", "walk", "removal", "packing", "fine-tuning", "evaluation", "images", "memory")
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    """What the cases' process says: a line for each, and one of what stages ask for."""
+    if reason := missing():
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "support.simdevice.run", "--json"]
+    done = subprocess.run(command, cwd=TESTS, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # A signal: the host read an address of the device.
+    assert done.returncode in (0, 1), f"after {lines[-1:]}: {done.stderr[-2000:]}"
+    return lines
+
+
+@pytest.fixture(scope="module")
+def outcomes(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return told[:-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_gives_what_the_cpu_gives(outcomes: list[Mapping[str, Any]], kind: str) -> None:
+    cases = [case for case in outcomes if case["kind"] == kind]
+    assert cases
+    assert [f"{case['name']}: {case['said']}" for case in cases if not case["passed"]] == []
+
+
+def test_no_kind_of_case_is_left_out(outcomes: list[Mapping[str, Any]]) -> None:
+    assert {case["kind"] for case in outcomes} == set(KINDS)
+
+
+def test_no_stage_asks_more_of_a_device_than_its_table_says(told: list[dict[str, Any]]) -> None:
+    """Where more is meant: `cd tests && python -m support.simdevice.stages --write`."""
+    found, allowed = told[-1]["found"], told[-1]["allowed"]
+    assert found.keys() == allowed.keys()
+    more = [
+        f"{stage}: {found[stage][kind]} × {kind}, {most} in the table"
+        for stage, counts in allowed.items()
+        for kind, most in counts.items()
+        if found[stage][kind] > most
+    ]
+    assert not more

@@ -1,0 +1,7 @@
+"""A simulated accelerator, as strict as CUDA, and what of coprune is rehearsed on it.
+
+`build.py` compiles it, `device.py` makes it known to PyTorch, for a whole process; `run.py` runs the cases of `cases/` in
+such a process, each on the device and on the CPU, and compares. `counting.py` and `stages.py` count what is asked of it.
+"""
+
+NAME = "sim"

@@ -1,0 +1,208 @@
+"""Pruning: methods on a matrix, and whole walks with all that may be set about them."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import coprune
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.methods import METHODS
+from coprune.pruning.methods.base import Pruned
+from coprune.pruning.refine import REFINEMENTS
+from coprune.recipe.pattern import Target, parse_pattern
+from support.pico import FAMILIES, MIXTURES
+from support.pico_folder import save_pico, write_words
+from support.saved import tensors_of
+from support.simdevice import NAME
+from support.simdevice.cases.case import NEAR, ROUNDED, Alike, Case, pruned_alike
+
+PATTERNS = ("unstructured", "2:4", "4:8")
+LOOSE = Alike(moved=0.05, distance=0.3)
+"""Of alternations that follow their own rounded results, and of as many inputs as tokens (gpt2)."""
+
+
+def problem(device: str, rows: int = 64, width: int = 128, tokens: int = 512) -> tuple[torch.Tensor, Gram]:
+    """A random weight and the statistic of random inputs, on a device."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(size, width, generator=generator) for size in (tokens, rows))
+    inputs *= torch.linspace(0.5, 2.0, width)
+    statistic = Gram(width, torch.device(device))
+    statistic.update(inputs.to(device))
+    return weight.to(device), statistic
+
+
+def solved(device: str, method: str, pattern: str) -> Pruned:
+    weight, statistic = problem(device)
+    target = Target(parse_pattern(pattern), 0.5)
+    found = METHODS[method].prune(weight, statistic, target)
+    assert found.weight.device.type == found.keep.device.type == device
+    return found
+
+
+def on_a_matrix(names: tuple[str, ...], pattern: str) -> Any:
+    def run(folder: Path) -> str:
+        for name in names:
+            cpu, device = (solved(place, name, pattern) for place in ("cpu", NAME))
+            NEAR.compare({name: cpu.weight}, {name: device.weight})
+            assert torch.equal(cpu.keep, device.keep.cpu()), name
+        return f"{len(names)} methods, the same masks"
+
+    return run
+
+
+def refined(name: str, pattern: str) -> Any:
+    def run(folder: Path) -> str:
+        target, found = Target(parse_pattern(pattern), 0.5), {}
+        for device in ("cpu", NAME):
+            weight, statistic = problem(device)
+            start = METHODS["magnitude"].prune(weight, None, target)
+            found[device] = {name: REFINEMENTS[name].refine(weight, start, statistic, target).weight}
+        return NEAR.compare(found["cpu"], found[NAME])
+
+    return run
+
+
+def methods() -> tuple[Case, ...]:
+    """Every method on a matrix, and in every walk."""
+    matrices = [Case(f"all methods {p}", on_a_matrix(tuple(METHODS), p), p != "4:8") for p in PATTERNS]
+    refinements = [
+        Case(f"refine {name} {p} on a matrix", refined(name, p), True)
+        for name, p in product(("refit", "swaps"), ("unstructured", "2:4"))
+    ]
+    walks = [
+        Case(
+            f"{family} {method} {pattern} {propagation}",
+            pruned_alike(
+                family,
+                method,
+                LOOSE if family == "gpt2" or method in ("alps", "admm", "dsnot") else ROUNDED,
+                pattern=pattern,
+                propagation=propagation,
+            ),
+        )
+        for family, method, pattern, propagation in product(
+            ("llama", "gpt2", "mixtral"), METHODS, ("unstructured", "2:4"), ("block", "sequential", "dense")
+        )
+    ]
+    return (*matrices, *refinements, *walks)
+
+
+def streamed(method: str, **settings: Any) -> Any:
+    """From folder to folder, one block at a time on the device."""
+
+    def run(folder: Path) -> str:
+        source, texts = save_pico(folder / "source", num_hidden_layers=2), write_words(folder / "words.txt")
+        common = dict(dataset=str(texts), nsamples=8, seqlen=32, batch_size=2, quiet=True, stream=True)
+        found = {}
+        for device in ("cpu", NAME):
+            target = folder / device
+            more = {**common, **settings}
+            coprune.prune(
+                source, method, device=device, save_model=target, eval_data=str(texts), eval_tokens=128, **more
+            )
+            found[device] = tensors_of(target)
+        return NEAR.compare(found["cpu"], found[NAME])
+
+    return run
+
+
+def walks() -> tuple[Case, ...]:
+    """What may be set about a walk."""
+    common = [
+        Case("streamed wanda", streamed("wanda"), True),
+        Case("streamed sparsegpt 2:4", streamed("sparsegpt", pattern="2:4", propagation="sequential")),
+        Case(
+            "sparsegpt 2:4 sequential",
+            pruned_alike("llama", "sparsegpt", pattern="2:4", propagation="sequential"),
+            True,
+        ),
+        Case("wanda dense", pruned_alike("llama", "wanda", propagation="dense"), True),
+        Case("experts", pruned_alike("mixtral", "sparsegpt", ROUNDED), True),
+        Case("permuted", pruned_alike("llama", "wanda", pattern="2:4", permute=True), True),
+        Case(
+            "lm_head too",
+            pruned_alike("llama", "sparsegpt", include=["lm_head"], changes={"tie_word_embeddings": False}),
+        ),
+        Case("torch's loop", pruned_alike("llama", "sparsegpt", pattern="2:4", inner_loop="torch")),
+    ]
+    refinements = [
+        Case(f"{family} refine {name}", pruned_alike(family, "wanda", LOOSE, pattern="2:4", refine=name))
+        for family, name in product(("llama", "gpt2", "mixtral"), REFINEMENTS)
+    ]
+    trained = [
+        Case(
+            f"{family} reconstruct {parts} {dtype}",
+            pruned_alike(
+                family,
+                "wanda",
+                ROUNDED,
+                propagation="block",
+                reconstruct=3,
+                reconstruct_parts=parts,
+                reconstruct_dtype=dtype,
+            ),
+            (family, parts, dtype) == ("llama", "together", "float32"),
+        )
+        for family, parts, dtype in product(
+            ("llama", "gpt2", "mixtral"), ("together", "separate"), ("float32", "bfloat16")
+        )
+    ]
+    return (*common, *refinements, *trained, *allocations(), *dtypes(), *pages())
+
+
+def allocations() -> list[Case]:
+    """Sparsities of their own for blocks and matrices, and other aims."""
+    found = [
+        Case(
+            f"{family} allocation {name}",
+            pruned_alike(family, "wanda", ROUNDED, allocation=name),
+            (family, name) == ("llama", "owl"),
+        )
+        for family, name in product(("llama", "gpt2", "mixtral"), ("owl", "alpha", "error"))
+    ]
+    return found + [
+        Case(
+            f"{family} target dense",
+            pruned_alike(family, "sparsegpt", ROUNDED, target="dense", propagation="block"),
+            family == "llama",
+        )
+        for family in ("llama", "gpt2", "mixtral")
+    ]
+
+
+def dtypes() -> list[Case]:
+    """Weights of sixteen bits."""
+    return [
+        Case(
+            f"{str(dtype).removeprefix('torch.')} {method} {pattern}",
+            pruned_alike("llama", method, ROUNDED, model_dtype=dtype, pattern=pattern),
+            (dtype, method, pattern) == (torch.bfloat16, "sparsegpt", "2:4"),
+        )
+        for dtype, method, pattern in product(
+            (torch.bfloat16, torch.float16), ("magnitude", "wanda", "sparsegpt"), ("unstructured", "2:4")
+        )
+    ]
+
+
+def pages() -> list[Case]:
+    """Activations that go to a file when their limit is reached."""
+    return [
+        Case(
+            f"activation memory {memory} {propagation}",
+            pruned_alike("llama", "sparsegpt", pattern="2:4", activation_memory=memory, propagation=propagation),
+            (memory, propagation) == (0.0, "sequential"),
+        )
+        for memory, propagation in product((0.0, 2e-5), ("block", "sequential", "dense"))
+    ]
+
+
+def families() -> tuple[Case, ...]:
+    """One walk of every family."""
+    return tuple(
+        Case(family, pruned_alike(family, "sparsegpt", ROUNDED, pattern="2:4", changes=own))
+        for family, own in (FAMILIES | MIXTURES).items()
+    )

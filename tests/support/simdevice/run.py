@@ -1,0 +1,113 @@
+"""Run cases of coprune on the simulated device, each compared with the CPU: python -m support.simdevice.run [--all] [WORD …].
+
+The words name kinds or parts of a case's name. Ends with 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from support.simdevice.build import missing
+
+
+class Outcome(NamedTuple):
+    """What became of a case."""
+
+    kind: str
+    name: str
+    passed: bool
+    said: str
+    seconds: float
+
+
+def chosen(words: list[str], everything: bool) -> Iterator[tuple[str, str]]:
+    """Kind and name of the cases that are asked for."""
+    from support.simdevice.cases import CASES
+
+    for kind, cases in CASES.items():
+        for case in cases:
+            if (case.always or everything) and (not words or any(w == kind or w in case.name for w in words)):
+                yield kind, case.name
+
+
+def tried(kind: str, name: str) -> Outcome:
+    """Run a case in a folder of its own."""
+    from support.simdevice.cases import CASES
+    from support.simdevice.device import library
+
+    started, launches = time.process_time(), library.sim_launches()
+    with tempfile.TemporaryDirectory(prefix="simulated-") as folder:
+        try:
+            said = next(case for case in CASES[kind] if case.name == name).run(Path(folder))
+            assert library.sim_launches() > launches, "the device was not used"
+            passed = True
+        except Exception as error:
+            passed, said = False, _told(error)
+            if os.environ.get("SIM_TRACEBACK"):
+                traceback.print_exc()
+    return Outcome(kind, name, passed, said, round(time.process_time() - started, 2))
+
+
+def _told(error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "coprune/" in f.filename]
+    where = f" at {frames[-1].filename.rpartition('coprune/')[2]}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {(str(error) or 'nothing said').splitlines()[0][:400]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--all", action="store_true", help="all cases, not only those of every run of the tests")
+    parser.add_argument(
+        "--json", action="store_true", help="a line of JSON for each, and then one of what stages ask for"
+    )
+    options = parser.parse_args()
+    if reason := missing():
+        print(reason)
+        return 0
+    prepare()
+    failed = 0
+    for kind, name in chosen(options.words, options.all):
+        outcome = tried(kind, name)
+        failed += not outcome.passed
+        shown = f"{'pass' if outcome.passed else 'FAIL'}  {kind}: {name}  {outcome.said}  [{outcome.seconds:.1f} s]"
+        print(json.dumps(outcome._asdict()) if options.json else shown, flush=True)
+    if options.json:
+        from support.simdevice import stages
+
+        print(json.dumps({"found": stages.count_all(), "allowed": stages.allowed()}))
+    else:
+        print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+def prepare() -> None:
+    """The device, and the settings under which both devices compute alike."""
+    faulthandler.enable()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")
+    import torch
+
+    from coprune.evaluation.answers import questions
+    from support.simdevice import device
+
+    assert device.library is not None
+    questions.SHORT_ANSWER = 4
+    torch.set_num_threads(1)
+    for attention in ("flash", "mem_efficient"):
+        getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

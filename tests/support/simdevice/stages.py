@@ -1,0 +1,209 @@
+"""What every stage asks of the device, counted, beside what it may ask: python -m support.simdevice.stages [--write].
+
+`counts.json` holds what may be asked for. It is written anew where that was meant to change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.model.matrices import find_matrices
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.sample import InputSample
+from coprune.model.walk.statistics import CrossGram, Gram, InputMoments, InputNorm
+from coprune.pruning.methods import METHODS
+from coprune.pruning.pruner import Solver, prune_matrix
+from coprune.pruning.refine import REFINEMENTS
+from coprune.recipe.pattern import Target, parse_pattern
+from coprune.run.estimate import block, solving
+from support.pico_folder import save_pico
+from support.simdevice import NAME
+from support.simdevice.build import missing
+from support.simdevice.cases.case import SETTINGS
+from support.simdevice.counting import KINDS, Counting
+from support.simdevice.run import prepare
+
+TABLE = Path(__file__).with_name("counts.json")
+PATTERNS = ("unstructured", "2:4")
+ROWS, WIDTH, TOKENS = 64, 256, 512
+# Where a loop ends when nothing changes any more, it is cut off before, so that rounding does not decide what is counted.
+CUT_OFF: dict[str, dict[str, int]] = {"alps": {"rounds": 12}, "dsnot": {"cycles": 4}, "swaps": {"steps": 2}}
+Counts = dict[str, int]
+
+
+def counted(work: Callable[[], object]) -> Counts:
+    """What some work asks for, by kind."""
+    with Counting() as counting:
+        work()
+    return {kind: counting.totals[kind] for kind in KINDS}
+
+
+def inputs(seed: int = 0) -> torch.Tensor:
+    """Of a matrix, T × I on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(TOKENS, WIDTH, generator=generator) * torch.linspace(0.5, 2.0, WIDTH)).to(NAME)
+
+
+def gram() -> Gram:
+    statistic = Gram(WIDTH, torch.device(NAME))
+    statistic.update(inputs())
+    return statistic
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(NAME)
+
+
+def statistics() -> Iterator[tuple[str, Counts]]:
+    """A batch of inputs that is added to a statistic."""
+    for kind in (InputNorm, InputMoments, Gram):
+        statistic, x = kind(WIDTH, torch.device(NAME)), inputs()
+        yield f"{kind.__name__}: a batch", counted(partial(statistic.update, x))
+    cross, one, other = CrossGram(WIDTH, torch.device(NAME)), inputs(0), inputs(1)
+    yield "CrossGram: a batch", counted(partial(cross.update, one, other))
+
+
+def methods() -> Iterator[tuple[str, Counts]]:
+    """A matrix that is pruned; what matrices with the same inputs share is counted with the first."""
+    for name, plain in METHODS.items():
+        method: Any = replace(plain, **CUT_OFF.get(name, {}))
+        for pattern in PATTERNS:
+            statistic, target = gram(), Target(parse_pattern(pattern), 0.5)
+            for which in ("first matrix", "another matrix"):
+                dense = weight()
+                yield (
+                    f"{name} {pattern}: {which}",
+                    counted(partial(method.prune, dense, statistic, target)),
+                )
+
+
+def refinements() -> Iterator[tuple[str, Counts]]:
+    """A pruned matrix that is refined."""
+    for name, plain in REFINEMENTS.items():
+        refinement: Any = replace(plain, **CUT_OFF.get(name, {}))
+        for pattern in PATTERNS:
+            statistic, target, dense = gram(), Target(parse_pattern(pattern), 0.5), weight()
+            start = METHODS["wanda"].prune(dense, statistic, target)
+            yield (
+                f"{name} {pattern}: a matrix",
+                counted(partial(refinement.refine, dense, start, statistic, target)),
+            )
+
+
+def whole_matrices() -> Iterator[tuple[str, Counts]]:
+    """A matrix of a model with all that is done to it: read, pruned, written, measured, noted."""
+    for name, pattern in (("magnitude", "2:4"), ("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "2:4")):
+        layer = torch.nn.Linear(WIDTH, ROWS, bias=False, device=NAME).requires_grad_(False)
+        (matrix,) = find_matrices(torch.nn.ModuleList([layer]))
+        sample = InputSample(WIDTH, 1, torch.device(NAME))
+        sample.update(inputs())
+        known, target = Inputs(gram(), sample), Target(parse_pattern(pattern), 0.5)
+        solver = Solver(METHODS[name])
+        yield (
+            f"{name} {pattern}: a matrix and its report",
+            counted(partial(prune_matrix, matrix, known, solver, target, True)),
+        )
+
+
+def blocks() -> Iterator[tuple[str, Counts]]:
+    """A block of a run from folder to folder: what a model of three asks for beyond one of two."""
+    runs: dict[str, dict[str, Any]] = {
+        "llama wanda 2:4": {"method": "wanda", "pattern": "2:4"},
+        "llama sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
+        "llama sparsegpt 2:4 sequential": {"method": "sparsegpt", "pattern": "2:4", "propagation": "sequential"},
+        "llama wanda, perplexity too": {"method": "wanda", "evaluate": True, "eval_data": SETTINGS["dataset"]},
+        "mixtral wanda": {"family": "mixtral", "method": "wanda"},
+    }
+    for name, settings in runs.items():
+        few, many = (run_of(number, **settings) for number in (2, 3))
+        yield f"{name}: a block", {kind: many[kind] - few[kind] for kind in KINDS}
+
+
+def run_of(number: int, *, family: str = "llama", **settings: Any) -> Counts:
+    """A streamed run of a model with so many blocks."""
+    prune: Any = coprune.prune
+    with scratch() as folder, untimed():
+        source = save_pico(folder / "source", family, num_hidden_layers=number)
+        given = {**SETTINGS, "device": NAME, "stream": True, **settings}
+        return counted(lambda: prune(source, save_model=folder / "target", **given))
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """An estimate tries things as often as there is time for; here once, so that it asks the same of the device each time."""
+
+    def once(run: Callable[[], object], *_: Any, **__: Any) -> float:
+        run()
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (solving, block):
+            patch.setattr(module, "seconds_of_call", once)
+        yield
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="simulated-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def count_all() -> dict[str, Counts]:
+    """Every stage with what it asks for."""
+    parts = (statistics, methods, refinements, whole_matrices, blocks)
+    return {stage: counts for part in parts for stage, counts in part()}
+
+
+def allowed() -> dict[str, Counts]:
+    """What every stage may ask for. How often operators run depends on PyTorch, so with another version that is free."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    kinds = [kind for kind in KINDS if kind != "launch" or table["torch"] == torch_version()]
+    return {stage: {kind: counts[kind] for kind in kinds} for stage, counts in table["stages"].items()}
+
+
+def torch_version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def write(stages: dict[str, Counts]) -> None:
+    """Let every stage ask for what it asks for now."""
+    rows = ",\n".join(f"    {json.dumps(stage)}: {json.dumps(counts)}" for stage, counts in stages.items())
+    TABLE.write_text(f'{{\n  "torch": "{torch_version()}",\n  "stages": {{\n{rows}\n  }}\n}}\n', encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="let every stage ask for what it asks for now")
+    options = parser.parse_args()
+    if reason := missing():
+        print(reason)
+        return 0
+    prepare()
+    found = count_all()
+    if options.write:
+        write(found)
+    else:
+        for stage, counts in found.items():
+            print(f"{stage:45}", "  ".join(f"{counts[kind]:6} {kind}" for kind in KINDS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
