@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from coprune.base.devices import DeviceMemory, device_memory, enough_memory, reset_peak
-from coprune.base.errors import OutOfMemory
+from coprune.base import processes
+from coprune.base.devices import (
+    DeviceMemory,
+    accelerators,
+    default_device,
+    device_memory,
+    enough_memory,
+    reset_peak,
+    synchronize,
+)
+from coprune.base.errors import BadInput, LostProcess, OutOfMemory
 from coprune.base.progress import Reporter
 from coprune.base.words import Set
 from coprune.commands import app
@@ -107,3 +117,56 @@ def test_a_command_ends_with_one_message(monkeypatch: pytest.MonkeyPatch, capsys
     assert said.startswith("coprune: CUDA out of memory")
     assert "a smaller batch" in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two GPUs of a kind, as torch tells of them; what is asked of them is noted."""
+    state = SimpleNamespace(kind="cuda", told=[])
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(state.kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: state.told.append(("wait", device)))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: state.told.append(("take", index)))
+    return state
+
+
+def test_a_gpu_of_any_kind_is_found_that_has_float64(gpus: Any) -> None:
+    assert (default_device(), accelerators()) == (torch.device("cuda"), 2)
+    gpus.kind = "xpu"
+    assert default_device() == torch.device("xpu")
+    synchronize(SECOND)
+    synchronize(torch.device("cpu"))
+    assert gpus.told == [("wait", SECOND)]
+    gpus.kind = "mps"
+    assert (default_device(), accelerators()) == (torch.device("cpu"), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("mps", "gloo"), ("privateuseone", "gloo")]
+)
+def test_processes_take_a_gpu_each_and_add_up_there(
+    gpus: Any, kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus.kind = kind
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes._backend() == backend
+    assert gpus.told == ([] if kind == "mps" else [("take", 1)])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    if kind != "mps":
+        with pytest.raises(BadInput, match="no GPU of its own: there are 2"):
+            processes._backend()
+
+
+def test_a_lost_process_shows_in_words_before_sums_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums on GPUs would wait for it until their time is over."""
+
+    def gone(*arguments: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def added_up(total: torch.Tensor) -> None:
+        raise AssertionError("sums were begun")
+
+    monkeypatch.setattr(dist, "all_gather_object", gone)
+    monkeypatch.setattr(dist, "all_reduce", added_up)
+    with pytest.raises(LostProcess, match="Connection closed"):
+        processes.Processes(0, 2).add_up([torch.ones(2)], 1)

@@ -19,15 +19,33 @@ from coprune.training.settings import FinetuneSettings
 # What may differ between an interrupted run and its resumption.
 FREE_TO_RESUME = {
     *("save", "save_model", "cache_dir", "evaluate", "evaluate_dense", "eval_data", "eval_tokens", "eval_images"),
-    *("stream", "activation_memory", "check_memory", "eval_zero_shot", "tasks", "num_fewshot", "include_path"),
+    *(
+        "stream",
+        "activation_memory",
+        "device_activation_memory",
+        "check_memory",
+        "eval_zero_shot",
+        "tasks",
+        "num_fewshot",
+        "include_path",
+    ),
     *("limit", "prompt", "report_to", "push_to_hub", "log_json", "encoding", "generate", "generate_prompts"),
-    *("private", "overwrite"),
+    *("private", "overwrite", "batch_size"),
     *("generate_tokens", "generate_temperature", "generate_seed", "gate", "require", "apply_chat_template"),
     *("gen_kwargs", "log_samples"),
 }
 # What may differ where a sweep takes a finished run over; that a model was saved may not.
 FREE_WHEN_FINISHED = {
-    *("save", "cache_dir", "check_memory", "activation_memory", "report_to", "push_to_hub", "log_json"),
+    *(
+        "save",
+        "cache_dir",
+        "check_memory",
+        "activation_memory",
+        "device_activation_memory",
+        "report_to",
+        "push_to_hub",
+        "log_json",
+    ),
     *("log_samples", "private", "overwrite"),
 }
 # What changes neither the memory of a run nor, by much, its time.
@@ -61,7 +79,7 @@ def test_a_field_that_does_not_say_is_refused() -> None:
     ("what", "free"),
     [
         (Decides.RESULT, FREE_TO_RESUME),
-        (Decides.RESULT | Decides.MEASUREMENT, FREE_WHEN_FINISHED),
+        (Decides.WHOLE, FREE_WHEN_FINISHED),
         (Decides.COST, FREE_OF_COST),
     ],
 )

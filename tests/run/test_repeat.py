@@ -176,8 +176,33 @@ def test_flat_and_nested_recipes_have_one_identity() -> None:
     identity = run_identity(flat, "weights", "tokens")
     assert run_identity(nested, "weights", "tokens") == identity
     # As journals of flat recipes have it, so that those runs go on.
-    assert identity["nsamples"] == 4
-    assert list(identity["refine"]) == ["refit:rounds=3"]
-    assert identity["allocation"] == "owl:spread=0.1"
-    assert identity["options"] == {"block_size": 64}
+    assert identity.settings["nsamples"] == 4
+    assert list(identity.settings["refine"]) == ["refit:rounds=3"]
+    assert identity.settings["allocation"] == "owl:spread=0.1"
+    assert identity.settings["options"] == {"block_size": 64}
     assert run_identity(flat.replaced(nsamples=5), "weights", "tokens") != identity
+
+
+def test_what_only_last_bits_hang_on_may_change() -> None:
+    """But for runs in which one batch is one step, or what goes from one block has to fit what goes from the others."""
+    smaller = make_recipe({"model": "m", "batch_size": 1})
+    identity = run_identity(smaller, "weights", "tokens")
+    assert identity.rounding == {"batch_size": 1}
+    assert identity.settings == run_identity(make_recipe({"model": "m"}), "weights", "tokens").settings
+    for more in ({"reconstruct": 3}, {"remove": "heads=0.5"}, {"permute": True, "pattern": "2:4"}):
+        identity = run_identity(smaller.replaced(**more), "weights", "tokens")
+        assert identity.rounding == {}
+        assert identity.settings["batch_size"] == 1
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_default_folder_with_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped, asked = make_recipe({"model": "m"}), make_recipe({"model": "m", "batch_size": 1})
+    run = stopped.run_folder
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(stopped.untold().to_yaml())
+    assert where_to(asked, False, ()) == (asked, None)
+    finish(run)
+    assert where_to(asked, False, ())[0].output.run == run.with_name(f"{run.name}-batch-size-1")

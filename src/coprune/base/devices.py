@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,8 @@ from coprune.base.errors import OutOfMemory
 from coprune.base.words import Words
 
 Kind = Literal["cpu", "cuda", "other"]
-_NO_MEMORY = ("can't allocate memory", "out of memory")
+# In the words of torch's allocators, and of NVIDIA's libraries, which take memory by themselves.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def kind_of(device: torch.device) -> Kind:
@@ -28,15 +29,44 @@ def in_host_memory(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def accelerator() -> torch.device | None:
+    """The kind of GPU that torch finds here, without a number; None if there is none that serves."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    # Apple's have no float64, in which errors are added up.
+    return None if found is None or found.type == "mps" else found
+
+
+def accelerators() -> int:
+    """How many of them there are."""
+    return 0 if accelerator() is None else torch.accelerator.device_count()
+
+
 def default_device() -> torch.device:
     """A GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return accelerator() or torch.device("cpu")
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told, so that a clock that is read next tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if is_accelerator(device):
+        torch.accelerator.synchronize(device)
+
+
+def buffer_for(tensor: torch.Tensor) -> torch.Tensor:
+    """Host memory for what a tensor of a device holds, pinned where it can be: such is copied faster, and beside
+    what is computed."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_accelerator(tensor.device))
+
+
+def buffer_size(nbytes: int, device: torch.device) -> int:
+    """Bytes that a buffer takes: torch hands out pinned memory in powers of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes and is_accelerator(device) else nbytes
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether a device is of the kind that torch computes beside the host with: it has streams, and pinned memory."""
+    found = accelerator()
+    return found is not None and found.type == device.type
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -98,14 +128,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def enough_memory(fix: Words) -> Iterator[None]:
-    """Turn running out of memory into one message. fix: what would take less."""
+def memory_within(place: Callable[[], str]) -> Iterator[None]:
+    """Say where it was that memory ran out, unless that is said already. place: tells where the run is."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(first_line_of(error), fix=fix) from None
+        raise OutOfMemory(first_line_of(error)).within(place()) from None
+
+
+@contextmanager
+def enough_memory(fix: Words, stage: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn running out of memory into one message. fix: what would take less; stage: tells what is being done."""
+    try:
+        yield
+        return
+    except OutOfMemory as error:
+        found = error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = OutOfMemory(first_line_of(error))
+    raise (found if stage is None else found.within(stage())).advised(fix) from None
 
 
 def first_line_of(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 Every process makes the same decisions in the same order; only the calibration samples, the solving of a block's
 matrices and the evaluation windows are shared out. A run by itself is a run of one process, for which all of this
-does nothing. gloo on CPU, nccl on GPUs.
+does nothing. gloo for words and on CPUs, nccl for sums and weights on GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coprune.base import environment
-from coprune.base.errors import LostProcess
+from coprune.base.devices import accelerator, accelerators
+from coprune.base.errors import BadInput, LostProcess
 
 Value = TypeVar("Value")
 
@@ -87,10 +88,12 @@ class Processes:
         """Add everybody's totals up, in place; returns the sum of everybody's counts."""
         if self.size == 1:
             return count
+        # Words first: that a process is gone shows at once in them, and in sums on GPUs only when the time is over.
+        counts = self.gather(count)
         with _heard():
             for total in totals:
                 dist.all_reduce(total)
-        return sum(self.gather(count))
+        return sum(counts)
 
     def gather_rows(self, rows: Tensor, count: int, wanted: int) -> tuple[Tensor, int]:
         """Everybody's rows (N × I), thinned out to about as many as one process would keep, and the tokens seen."""
@@ -132,16 +135,30 @@ def joined_processes() -> Iterator[Processes]:
     if environment.world_size() == 1:
         yield Processes()
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank())
-        backend = "cpu:gloo,cuda:nccl"
     with _heard():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(_backend(), timeout=TIMEOUT)
     yield Processes(dist.get_rank(), dist.get_world_size())
     # Not after an error: the others may be waiting for something else. Nor twice: a fine-tuning ends them itself.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _backend() -> str:
+    """What the processes talk through: gloo for words, and for sums what the GPUs have (nccl), each process with its own.
+
+    Raises BadInput where there are fewer GPUs than processes.
+    """
+    found, own = accelerator(), environment.local_rank()
+    if found is None:
+        return "gloo"
+    if own >= accelerators():
+        raise BadInput(
+            f"process {own} of this machine has no GPU of its own: there are {accelerators()}",
+            fix="start one process for each (torchrun --nproc-per-node), or hide the GPUs (CUDA_VISIBLE_DEVICES=)",
+        )
+    torch.accelerator.set_device_index(own)
+    sums = dist.Backend.default_device_backend_map.get(found.type)
+    return "gloo" if sums is None else f"cpu:gloo,{found.type}:{sums}"
 
 
 @contextmanager

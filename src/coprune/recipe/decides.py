@@ -1,8 +1,8 @@
 """What a setting decides: every field of a recipe, and of a fine-tuning, says it for itself.
 
-An interrupted run goes on only where everything that decides its result is the same; a sweep takes a finished run over
-if nothing differs that decides its result or what was measured, and an estimate if nothing differs that decides memory
-and time.
+An interrupted run goes on only where everything that decides its result is the same, but for its last bits. A sweep takes
+a finished run over if nothing differs that decides its result or what was measured, and an estimate if nothing differs
+that decides memory and time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ class Decides(Flag):
     """Nothing but where things are read from, written to and told."""
     RESULT = auto()
     """The weights, and what is noted of them while they are pruned or trained."""
+    ROUNDING = auto()
+    """The last bits of the result: in which order sums are added up."""
     MEASUREMENT = auto()
     """What is measured of the result."""
     COST = auto()
     """Memory and time."""
     WHETHER = auto()
     """Only whether it is given counts, not what it says."""
+    WHOLE = RESULT | ROUNDING | MEASUREMENT
+    """The result to the last bit, and what is measured of it."""
 
 
 def decided_by(field: FieldInfo) -> Decides:

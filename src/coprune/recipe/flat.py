@@ -46,6 +46,7 @@ FLAT: dict[str, str] = {
     "bos": "calibration.bos",
     "seed": "calibration.seed",
     "activation_memory": "calibration.activation_memory",
+    "device_activation_memory": "calibration.device_activation_memory",
     "batch_size": "calibration.batch_size",
     "dtype": "model.dtype",
     "device": "model.device",

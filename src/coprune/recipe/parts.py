@@ -151,7 +151,7 @@ class CalibrationPart(Part):
     seed: Annotated[int, Decides.RESULT, Field(description="Seed for the choice of calibration samples.")] = 0
     batch_size: Annotated[
         int | None,
-        _RESULT,
+        Decides.ROUNDING | Decides.COST,
         Field(description="Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]", ge=1),
     ] = None
     activation_memory: Annotated[
@@ -160,6 +160,15 @@ class CalibrationPart(Part):
         Field(
             description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes "
             "back batch by batch. [all in memory]",
+            ge=0,
+        ),
+    ] = None
+    device_activation_memory: Annotated[
+        float | None,
+        Decides.COST,
+        Field(
+            description="GiB of calibration activations to keep on a GPU; the rest goes to the host's memory, as far as "
+            "activation_memory lets it. [half of what is free there]",
             ge=0,
         ),
     ] = None

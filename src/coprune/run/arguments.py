@@ -65,6 +65,7 @@ class CalibrationArguments(TypedDict, total=False):
     seed: int
     batch_size: int | None
     activation_memory: float | None
+    device_activation_memory: float | None
     propagation: Literal["block", "sequential", "dense"]
     target: Literal["pruned", "dense"]
     allocation: Named

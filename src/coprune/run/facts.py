@@ -58,7 +58,7 @@ def build_report(session: Session, found: Found) -> Report:
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=None if (there := device_memory(opened.loaded.device)) is None else there.peak,
         versions=installed_versions(),
-        events=[f"{result.name}: {event}" for result in results for event in result.events],
+        events=[*found.outcome.notes, *(f"{result.name}: {event}" for result in results for event in result.events)],
         matrices=results,
         edits=edits.lines(),
         left=None if cut is None else cut.parameters,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 
 _IDENTITY = "journal.json"
+_EARLIER = "changed meanwhile"
 _RESULTS = TypeAdapter(list[MatrixResult])
 
 
@@ -40,6 +41,16 @@ class BlockOutcome:
     edits: list[Edit]
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, so that another goes on where it stopped."""
+
+    settings: dict[str, Any]
+    """What must be the same: recipe, model and data."""
+    rounding: dict[str, Any] = field(default_factory=dict)
+    """What may differ, since only last bits hang on it."""
+
+
 class Output:
     """One checkpoint folder in the making.
 
@@ -47,15 +58,17 @@ class Output:
     memory. Raises BadInput if the folder is taken, or another run's journal is there.
     """
 
-    def __init__(self, folder: Path, keep: bool, weights: Weights, blocks: Sequence[Block], identity: dict[str, Any]):
+    def __init__(self, folder: Path, keep: bool, weights: Weights, blocks: Sequence[Block], identity: Identity):
         self.folder = folder
         self.keep = keep
+        self.changes: list[str] = []
+        """What earlier runs, whose blocks this one takes over, computed with otherwise."""
         self._weights = weights
         self._names = [block.name for block in blocks]
         self._writer = CheckpointWriter(folder, [REST, *self._names], weights.total_bytes)
         self._claim(identity)
 
-    def _claim(self, identity: dict[str, Any]) -> None:
+    def _claim(self, identity: Identity) -> None:
         path = self._writer.partial / _IDENTITY
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -63,12 +76,9 @@ class Output:
             # Without a readable note of whose they are, finished blocks cannot be trusted.
             self._writer.discard()
             self._writer = CheckpointWriter(self.folder, [REST, *self._names], self._weights.total_bytes)
-            write_text(path, json.dumps(identity, indent=2))
+            write_text(path, json.dumps(identity.settings | identity.rounding, indent=2))
             return
-        now = json.loads(json.dumps(identity))
-        differing = [
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in now if before.get(key) != now[key]
-        ]
+        differing = _changes(before, identity.settings)
         if differing:
             raise BadInput(
                 f"{self._writer.partial} is the journal of an unfinished run in which {'; '.join(differing)}",
@@ -76,6 +86,11 @@ class Output:
                 value=self.folder,
                 fix="Finish that run with its own settings, or remove the folder, or choose another name",
             )
+        changed = _changes(before, identity.rounding)
+        self.changes = [*before.get(_EARLIER, []), *changed]
+        if changed:
+            now = identity.settings | identity.rounding | {_EARLIER: self.changes}
+            write_text(path, json.dumps(now, indent=2))
 
     def finished(self) -> dict[str, BlockOutcome]:
         """Names of the blocks that an earlier run finished, with what was done in them.
@@ -129,11 +144,30 @@ class Output:
         self._writer.discard()
 
 
-def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> dict[str, Any]:
-    """What must be the same for a run to go on where another stopped: recipe, model and data."""
-    settings = recipe.deciding(Decides.RESULT)
+def may_round_otherwise(recipe: Recipe) -> bool:
+    """Whether a run may go on with settings on which only last bits hang.
+
+    Not where a step of training takes one batch, nor where what goes from one block must fit what goes from the others.
+    """
+    return not (recipe.reconstruction.steps or recipe.structure.remove or recipe.pattern.permute)
+
+
+def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> Identity:
+    """What a run is by its recipe, its model and its data."""
+    settings, rounding = recipe.deciding(Decides.RESULT), recipe.deciding(Decides.ROUNDING)
+    if not may_round_otherwise(recipe):
+        settings, rounding = settings | rounding, {}
     if recipe.allocation.is_file:
         settings["allocation file"] = Path(recipe.allocation.name).read_text(encoding="utf-8")
     if (kept := recipe.structure.kept_scores) is not None and kept.is_file():
         settings["experts' scores"] = hashlib.sha256(kept.read_bytes()).hexdigest()
-    return {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}
+    known = {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}
+    return Identity(known, rounding)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what an unfinished run differs from this one."""
+    written = json.loads(json.dumps(now))
+    return [
+        f"{key} was {before.get(key)!r} and is {value!r}" for key, value in written.items() if before.get(key) != value
+    ]

@@ -16,13 +16,19 @@ from coprune.run.events import Phase, PhaseDone
 class Phases:
     """Notes every phase as it ends, and tells whoever listens to the reporter."""
 
-    def __init__(self, reporter: Reporter, device: torch.device) -> None:
-        """device: that the run computes on, whose peak is counted from now on."""
+    def __init__(self, reporter: Reporter, device: torch.device, began: float | None = None) -> None:
+        """device: that the run computes on, whose peak is counted from now on; began: when the run did, if not now."""
         reset_peak(device)
+        self.began = time.perf_counter() if began is None else began
         self._device = device
         self.facts: list[PhaseFacts] = []
         self._reporter = reporter
         self._started = time.perf_counter()
+
+    @property
+    def now(self) -> str:
+        """What the run is doing: the phase that has not ended, or what comes after all of them."""
+        return next((phase.value for phase in list(Phase)[len(self.facts) :]), "save and verify")
 
     def done(self, phase: Phase) -> None:
         """Note that a phase has just ended, and give back what it left free."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coprune.base.devices import memory_within
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import Edit, FillZeros
@@ -41,6 +42,8 @@ class Outcome:
     seconds: float
     covered: Mapping[str, float] = field(default_factory=dict)
     """What share of its experts' score every domain keeps, where experts were removed."""
+    notes: Sequence[str] = ()
+    """What is to be known of it beside the results."""
 
 
 def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outcome:
@@ -51,6 +54,9 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     finished = shared.finished()
     if finished:
         reporter.say(f"{len(finished)} of {len(model.blocks)} blocks were finished by an earlier run.")
+    notes = [f"Blocks of an earlier run differ in last bits: {change}" for change in shared.changes if finished]
+    for note in notes:
+        reporter.say(f"{note}.")
     started = time.perf_counter()
     target_of = look_at_dense(session, lambda: record_calibration(session, dense=False))
     known = reuse.gathered(session, finished, lambda: record_calibration(session, dense=False))
@@ -66,11 +72,13 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
             opened.around.processes,
             advance,
         )
-        results = _prune(session, walk, shared, target_of)
+        with memory_within(lambda: walk.at):
+            results = _prune(session, walk, shared, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     outside = {matrix.name for matrix in model.chosen.outside}
     rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
-    return Outcome(earlier + results, all_edits(session, shared, rest), time.perf_counter() - started)
+    edits = all_edits(session, shared, rest)
+    return Outcome(earlier + results, edits, time.perf_counter() - started, notes=notes)
 
 
 def finish_block(session: Session, shared: SharedOutput, block: Block, outcome: BlockOutcome) -> None:

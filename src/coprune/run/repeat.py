@@ -40,7 +40,7 @@ def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Rec
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    return recipe.deciding(Decides.RESULT | Decides.MEASUREMENT)
+    return recipe.deciding(Decides.WHOLE)
 
 
 def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -51,6 +51,9 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         there = _deciding(Recipe.from_yaml(folder / RECIPE_FILE))
     except BadInput:
         return {}
+    if not (folder / REPORT_FILE).is_file():
+        # An unfinished run goes on where only last bits would differ, as its journal does.
+        there |= {name: value for name, value in recipe.deciding(Decides.ROUNDING).items() if name in there}
     if recipe.finetune.mode is None:
         return there
     from coprune.training.after_pruning import pruning_of  # needs an extra, as fine-tuning does

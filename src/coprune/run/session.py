@@ -17,7 +17,7 @@ from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, re
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
 from coprune.model.opened import Loaded, open_model, streams
-from coprune.model.walk.activations import GIB, Activations
+from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.pruning.allocation import allocation_named
@@ -90,17 +90,15 @@ class Opened:
         return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
 
     def activations(self, lists: int = 1) -> Activations:
-        """An empty list of hidden states within the recipe's limit, or one of several that share the limit.
+        """An empty list of hidden states within the recipe's limits, or one of several that share the limits.
 
         What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
         """
-        recipe = self.recipe
-        limit = (
-            None
-            if recipe.calibration.activation_memory is None
-            else int(recipe.calibration.activation_memory * GIB / lists)
-        )
-        return Activations(limit=limit, folder=recipe.run_folder if recipe.run_folder.is_dir() else None)
+        asked, folder = self.recipe.calibration, self.recipe.run_folder
+        limit = None if asked.activation_memory is None else int(asked.activation_memory * GIB / lists)
+        room = device_room(self.loaded.device, asked.device_activation_memory)
+        own = None if room is None else replace(room, nbytes=room.nbytes // lists)
+        return Activations(limit=limit, folder=folder if folder.is_dir() else None, room=own)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,11 @@ class SharedOutput:
         self.outcomes: dict[str, BlockOutcome] = {}
         """What was done in every block so far, by this run or one before it."""
 
+    @property
+    def changes(self) -> list[str]:
+        """As `Output.changes`, for the first process, which tells of them."""
+        return [] if self._output is None else self._output.changes
+
     def finished(self) -> dict[str, BlockOutcome]:
         """As `Output.finished`, the first process's answer for all."""
         found = self._processes.from_first(lambda: {} if self._output is None else self._output.finished())

@@ -118,14 +118,16 @@ def run_recipe(
     if processes.first and (write or recipe.output.model):
         prepare_folders(recipe)
     told = listening(recipe, around.reporter) if processes.first else nullcontext()
-    with told, enough_memory(less_memory(recipe)), around.reporter.libraries():
-        return _run(recipe, given, around, reuse or Reuse(), writes, started)
+    with told, around.reporter.libraries():
+        device = choose_device(recipe.model.device) if given.loaded is None else given.loaded.device
+        phases = Phases(around.reporter, device, started)
+        with enough_memory(less_memory(recipe, device, given.loaded is not None), lambda: phases.now):
+            return _run(recipe, given, around, reuse or Reuse(), phases)
 
 
-def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write: bool, started: float) -> Result:
+def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phases: Phases) -> Result:
     """Do what a recipe says, now that its folders are free and all who want to hear of it listen."""
-    device = choose_device(recipe.model.device) if given.loaded is None else given.loaded.device
-    phases, first = Phases(around.reporter, device), around.processes.first
+    first, write = around.processes.first, around.writes
     extras = Extras.prepare(recipe, around.processes.size, given.loaded is None)
     session = _open(recipe, given, around, reuse)
     loaded = session.opened.loaded
@@ -148,13 +150,13 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, write
         extras.measure("pruned", loaded, around.reporter)
         look_at_pruned(session, extras, outcome.edits)
     phases.done(Phase.MEASURE_PRUNED)
-    total = time.perf_counter() - started
+    total = time.perf_counter() - phases.began
     report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total))
     if write:
         announce(recipe, report)
     _save(session, output, report, outcome.edits)
     return_free_memory()
-    report = finished(recipe, report, started, around)
+    report = finished(recipe, report, phases.began, around)
     around.reporter.tell(Finished(final_figures(report)))
     if first:
         push_if_asked(recipe.output, around.reporter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coprune.base.devices import DeviceMemory
 from coprune.model.walk import paging
-from coprune.model.walk.activations import Activations
+from coprune.model.walk.activations import Activations, DeviceRoom, device_room
 from coprune.model.walk.paging import Paging
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target
+from support.other_device import OTHER, OtherDevice
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
 from support.walking import MOVES, Propagation, prove
 
@@ -51,6 +54,54 @@ def test_what_is_over_the_limit_is_on_the_disk_under_no_name(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
     activations[1].zero_()  # a model that works in place does not reach the file
     assert torch.equal(activations[1], tensor)
+
+
+ROOMS = st.one_of(st.none(), st.builds(DeviceRoom, st.integers(0, 20_000), st.booleans()))
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.one_of(st.none(), st.integers(0, 20_000)), ROOMS, st.data())
+def test_tensors_of_a_device_are_the_same_wherever_they_lie(
+    sizes: list[tuple[int, int, int]], limit: int | None, room: DeviceRoom | None, data: st.DataObject
+) -> None:
+    with OtherDevice():
+        plain = [torch.randn(size) for size in sizes]
+        activations = Activations([tensor.to(OTHER) for tensor in plain], limit, room=room)
+        other = activations.copy()
+        for _ in range(4):
+            index = data.draw(st.integers(0, len(plain) - 1))
+            plain[index] = torch.randn(data.draw(st.sampled_from(sizes)))
+            activations[index] = plain[index].to(OTHER)
+        found, copied = [*activations], [*other]
+        assert all(tensor.device == OTHER for tensor in [*found, *copied])
+        assert all(torch.equal(tensor.cpu(), wanted) for tensor, wanted in zip(found, plain, strict=True))
+    assert [tuple(tensor.shape) for tensor in copied] == sizes
+    if room is not None:
+        assert activations.bytes_on_device <= room.nbytes
+        assert limit is None or activations.bytes_in_memory <= limit
+        # What batches hold while they wait has to keep to a limit that somebody asked for.
+        assert activations.spare == (room.nbytes - activations.bytes_on_device if room.asked else None)
+
+
+def test_a_device_is_filled_first_then_the_host_then_the_disk(tmp_path: Path) -> None:
+    with OtherDevice():
+        tensors = [torch.full((2, 3), float(number)).to(OTHER) for number in range(4)]
+        activations = Activations(tensors, limit=30, folder=tmp_path, room=DeviceRoom(50, asked=True))
+        assert (activations.bytes_on_device, activations.bytes_in_memory) == (48, 24)
+        assert activations.bytes_on_disk > 0
+        activations[0] = torch.zeros(2, 6).to(OTHER)  # too large for the room that its place leaves
+        assert (activations.bytes_on_device, activations.bytes_in_memory) == (24, 24)
+        assert [float(tensor.cpu().mean()) for tensor in activations] == [0, 1, 2, 3]
+
+
+def test_half_of_a_devices_memory_is_room_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = DeviceMemory("xpu:0", allocated=0, peak=0, available=10 << 30)
+    monkeypatch.setattr("coprune.model.walk.activations.device_memory", lambda device: there)
+    assert device_room(OTHER, None) == DeviceRoom(5 << 30, asked=False)
+    assert device_room(OTHER, 0.5) == DeviceRoom(1 << 29, asked=True)
+    assert device_room(torch.device("cpu"), 0.5) is None
+    there = replace(there, available=None)
+    assert device_room(OTHER, None) is None
 
 
 def prune_within(

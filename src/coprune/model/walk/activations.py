@@ -1,8 +1,8 @@
-"""Hidden states of all calibration batches on their way through the model: in memory, or beyond a limit on the disk.
+"""Hidden states of all calibration batches on their way through the model: on their device, in host memory, on the disk.
 
-What does not fit the limit lies in one file without a name. A batch is mapped into memory when it is read and unmapped
-when the block is done with it, so that it costs the memory of one batch. The bytes are the same in both places, and so
-are the results.
+Each place has a limit, and takes what does not fit the one before. What is on the disk lies in one file without a name: a
+batch is mapped into memory when it is read and unmapped when the block is done with it, so that it costs the memory of one
+batch. The bytes are the same in all places, and so are the results.
 """
 
 from __future__ import annotations
@@ -16,9 +16,44 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from coprune.base.devices import buffer_for, buffer_size, device_memory, in_host_memory
 from coprune.model.walk.scratch import ScratchFile
 
 GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class DeviceRoom:
+    """What hidden states may take of the memory of a device that has its own."""
+
+    nbytes: int
+    asked: bool
+    """Whether somebody asked for it; what batches hold while they wait inside a block then has to keep to it as well."""
+
+
+def device_room(device: torch.device, asked: float | None) -> DeviceRoom | None:
+    """What hidden states may take of a device's memory: half of what is free, if nothing else is asked for (GiB).
+
+    None for host memory, and where the device does not tell.
+    """
+    if in_host_memory(device):
+        return None
+    if asked is not None:
+        return DeviceRoom(int(asked * GIB), asked=True)
+    there = device_memory(device)
+    return None if there is None or there.available is None else DeviceRoom(there.available // 2, asked=False)
+
+
+@dataclass(frozen=True)
+class _InHost:
+    """A copy in host memory of a tensor of another device."""
+
+    held: Tensor
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return buffer_size(self.held.nbytes, self.device)
 
 
 @dataclass(frozen=True)
@@ -38,16 +73,25 @@ class _OnDisk:
 class Activations(Sequence[Tensor]):
     """A list of tensors of which no more than so many bytes are in memory.
 
-    limit: bytes, None for no limit; folder: where the file of the rest goes (default: the folder for temporary files).
-    A tensor that was read from the disk is good until its place in the list is written again.
-    Raises CopruneError if the disk is full.
+    limit: bytes of host memory, None for no limit; folder: where the file of the rest goes (default: the folder for
+    temporary files); room: for tensors of a device that has memory of its own, what they may take of that.
+    A tensor that was read is good until its place in the list is written again. Raises CopruneError if the disk is full.
     """
 
-    def __init__(self, tensors: Iterable[Tensor] = (), limit: int | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[Tensor] = (),
+        limit: int | None = None,
+        folder: Path | None = None,
+        room: DeviceRoom | None = None,
+    ) -> None:
         self._limit = limit
         self._folder = folder
-        self._places: list[Tensor | _OnDisk] = []
+        self._room = room
+        self._places: list[Tensor | _InHost | _OnDisk] = []
         self._in_memory = 0
+        self._on_device = 0
+        self._elsewhere = False  # whether there are tensors of another device
         self._file = ScratchFile(folder)
         for tensor in tensors:
             self.append(tensor)
@@ -59,17 +103,24 @@ class Activations(Sequence[Tensor]):
 
     @property
     def spare(self) -> int | None:
-        """Bytes that the limit leaves; None for no limit."""
+        """Bytes that the limits leave for what is computed; None for no limit."""
+        if self._elsewhere and self._room is not None:
+            return max(0, self._room.nbytes - self._on_device) if self._room.asked else None
         return None if self._limit is None else max(0, self._limit - self._in_memory)
 
     def copy(self) -> Activations:
-        """The same tensors in a list of their own, under a limit of its own of the same size."""
-        return Activations(self, self._limit, self._folder)
+        """The same tensors in a list of their own, under limits of its own of the same size."""
+        return Activations(self, self._limit, self._folder, self._room)
 
     @property
     def bytes_in_memory(self) -> int:
-        """Size of the tensors that are kept in memory."""
+        """What the tensors take that are kept in host memory."""
         return self._in_memory
+
+    @property
+    def bytes_on_device(self) -> int:
+        """Size of the tensors that are kept on a device with memory of its own."""
+        return self._on_device
 
     @property
     def bytes_on_disk(self) -> int:
@@ -93,21 +144,45 @@ class Activations(Sequence[Tensor]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self._places[index]
+        if isinstance(place, _InHost):
+            # Later copies into this buffer wait for this one: all are told in one order to one device.
+            return place.held.to(place.device, non_blocking=True)
         return place if isinstance(place, Tensor) else self._map(place)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        old = self._places[index]
-        if isinstance(old, Tensor):
-            self._in_memory -= old.nbytes
-        self._places[index] = self._put(tensor, old if isinstance(old, _OnDisk) else None)
+        self._places[index] = self._put(tensor, self._places[index])
 
-    def _put(self, tensor: Tensor, old: _OnDisk | None) -> Tensor | _OnDisk:
-        if self._limit is None or (old is None and self._in_memory + tensor.nbytes <= self._limit):
-            self._in_memory += tensor.nbytes
+    def _put(self, tensor: Tensor, old: Tensor | _InHost | _OnDisk | None) -> Tensor | _InHost | _OnDisk:
+        """Where a tensor goes: to its device, host memory or the file, whichever has room, but never back up."""
+        here = in_host_memory(tensor.device)
+        self._elsewhere |= not here
+        if isinstance(old, _InHost) and old.held.shape == tensor.shape and old.held.dtype == tensor.dtype:
+            return _into(old, tensor)
+        self._let_go(old)
+        if not here and not isinstance(old, _InHost | _OnDisk) and self._fits_device(tensor.nbytes):
+            self._on_device += tensor.nbytes
             return tensor
+        size = tensor.nbytes if here else buffer_size(tensor.nbytes, tensor.device)
+        if not isinstance(old, _OnDisk) and (self._limit is None or self._in_memory + size <= self._limit):
+            self._in_memory += size
+            return tensor if here else _into(_InHost(buffer_for(tensor), tensor.device), tensor)
+        return self._write(tensor, old if isinstance(old, _OnDisk) else None)
+
+    def _fits_device(self, nbytes: int) -> bool:
+        if self._room is None:
+            return self._limit is None or self._on_device + nbytes <= self._limit
+        return self._on_device + nbytes <= self._room.nbytes
+
+    def _let_go(self, old: Tensor | _InHost | _OnDisk | None) -> None:
+        if isinstance(old, _InHost) or (isinstance(old, Tensor) and in_host_memory(old.device)):
+            self._in_memory -= old.nbytes
+        elif isinstance(old, Tensor):
+            self._on_device -= old.nbytes
+
+    def _write(self, tensor: Tensor, old: _OnDisk | None) -> _OnDisk:
         fits = old is not None and tensor.nbytes <= old.nbytes
         start = old.start if old is not None and fits else self._file.extend(tensor.nbytes)
         raw: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -119,3 +194,9 @@ class Activations(Sequence[Tensor]):
             return torch.empty(place.shape, dtype=place.dtype, device=place.device)
         mapped = self._file.map(place.start, place.nbytes)
         return torch.frombuffer(mapped, dtype=place.dtype).view(place.shape).to(place.device)
+
+
+def _into(place: _InHost, tensor: Tensor) -> _InHost:
+    """Copy a tensor of a device to host memory; nobody waits for it, since only the device reads it again."""
+    place.held.copy_(tensor.detach(), non_blocking=place.held.is_pinned())
+    return place

@@ -8,12 +8,13 @@ a caller that changes nothing sees the dense model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from coprune.base.devices import memory_within
 from coprune.base.errors import UnsupportedModel
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
@@ -30,6 +31,8 @@ from coprune.model.walk.recording import Recording
 from coprune.model.walk.sample import InputSample
 from coprune.model.walk.shown import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.statistics import Statistic
+
+AFTER = "after the blocks"
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Walk:
     """Those that walk together, each with its share of the samples."""
     advance: Callable[[float], None] = lambda blocks: None
     """Called with the share of a block that was done, for a progress bar."""
+    at: str = field(default="before the blocks", init=False)
+    """Where the walk is: the name of a block."""
 
     def __post_init__(self) -> None:
         others = isinstance(self.moves, Sequential) or (isinstance(self.moves, ByBlock) and self.moves.cross)
@@ -62,18 +67,22 @@ class Walk:
         self._refuse_used_twice()
         weights, blocks = self.model.weights, self.model.blocks
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            weights.acquire(block.name)
-            if following is not None:
-                weights.expect(following.name)
-            try:
-                if block.name in self.past.finished:
-                    self._pass(block)
-                else:
-                    yield from self._visit(block)
-            finally:
-                weights.release(block.name)
+            self.at = block.name
+            with memory_within(lambda: self.at):
+                weights.acquire(block.name)
+                if following is not None:
+                    weights.expect(following.name)
+                try:
+                    if block.name in self.past.finished:
+                        self._pass(block)
+                    else:
+                        yield from self._visit(block)
+                finally:
+                    weights.release(block.name)
+        self.at = AFTER
         if self.model.chosen.outside:
-            yield from self._visit_outside()
+            with memory_within(lambda: self.at):
+                yield from self._visit_outside()
 
     def _refuse_used_twice(self) -> None:
         reused = self.model.structure.reused if isinstance(self.model, ProvenModel) else []

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.base.devices import memory_within
 from coprune.model.as_saved import smaller_tensors
 from coprune.model.blocks import Block
 from coprune.model.edit import Configure
@@ -65,7 +66,8 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
             opened.around.processes,
             advance,
         )
-        results = _remove(session, walk, shared, plan, experts)
+        with memory_within(lambda: walk.at):
+            results = _remove(session, walk, shared, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
     return Outcome(earlier + results, all_edits(session, shared, configure), seconds, covered)

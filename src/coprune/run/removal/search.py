@@ -49,7 +49,7 @@ class Finds:
     def _read(cls, session: Session) -> Finds:
         opened = session.opened
         known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
-        identity = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps(known.settings, sort_keys=True, default=str).encode()).hexdigest()
         found = cls(path_of(opened.recipe.run_folder, FINDS_FILE) if opened.around.writes else None, identity)
         content: dict[str, Any] = {}
         if found.path is not None and found.path.is_file():

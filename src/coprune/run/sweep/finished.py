@@ -94,7 +94,7 @@ def models_to_compare(name: str) -> list[str]:
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What makes a run another one: not where its results lie, as long as the same are kept."""
-    return recipe.deciding(Decides.RESULT | Decides.MEASUREMENT)
+    return recipe.deciding(Decides.WHOLE)
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:

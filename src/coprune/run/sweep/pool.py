@@ -131,10 +131,9 @@ def _how_it_ended(code: int | None) -> str:
 
 def _gpus() -> list[str]:
     """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
+    from coprune.base.devices import accelerators
 
-    count = torch.cuda.device_count()
-    named = visible_gpus()
+    count, named = accelerators(), visible_gpus()
     return named[:count] if named else [str(number) for number in range(count)]
 
 
