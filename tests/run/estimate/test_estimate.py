@@ -21,6 +21,7 @@ from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.model.matrices import Matrix
+from coprune.model.walk.activations import DeviceRoom
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sample import InputSample
 from coprune.pruning.methods import METHODS
@@ -29,7 +30,7 @@ from coprune.recipe.pattern import NM, Target
 from coprune.run.estimate.block import BlockCosts, HeadCosts
 from coprune.run.estimate.estimate import estimate
 from coprune.run.estimate.live_bytes import LiveBytes
-from coprune.run.estimate.memory import STEADY
+from coprune.run.estimate.memory import SLACK, STEADY
 from coprune.run.estimate.solving import WORKSPACE, SolveCosts, Trials, _extrapolate, measure_solving
 from coprune.run.estimate.work import Settings, Workload
 from support.pico_folder import save_pico, write_words
@@ -220,6 +221,40 @@ def test_a_run_on_a_device_is_held_against_the_devices_memory() -> None:
         refused.require()
 
 
+def test_hidden_states_that_a_device_has_no_room_for_are_held_by_the_host() -> None:
+    """Room for none of them on the device takes them all off it; pinned memory may be twice as large."""
+    assert ON_A_GPU.device is not None
+    run = replace(RUN, propagation="block", streamed=True, samples=1000, batch=1, evaluation_batch=RUN.seqlen)
+    full = replace(run, device_room=DeviceRoom(1 << 40, asked=False))
+    none = replace(run, device_room=DeviceRoom(0, asked=True))
+    all_there, aside = estimate(ON_A_GPU, full, None), estimate(ON_A_GPU, none, None)
+    assert all_there.device is not None
+    assert aside.device is not None
+    hidden = SLACK * run.tokens * WORK.block.hidden_bytes_per_token
+    assert hidden > 100 * MIB
+    assert all_there.device.phases["pruning"] - aside.device.phases["pruning"] == pytest.approx(hidden, abs=2)
+    assert aside.phases["pruning"] - all_there.phases["pruning"] == pytest.approx(2 * hidden, abs=2)
+    on_disk = estimate(ON_A_GPU, replace(none, activation_limit=0), None)
+    assert on_disk.phases["pruning"] == all_there.phases["pruning"]
+    needed = aside.device.peak_bytes - ON_A_GPU.device.allocated
+    proposal = estimate(replace(ON_A_GPU, device=replace(ON_A_GPU.device, available=needed)), full, None).proposal
+    assert proposal is not None
+    assert proposal.settings == {"device_activation_memory": 0}
+
+
+def test_a_block_that_is_fetched_beside_another_takes_its_own_memory() -> None:
+    """Only where blocks are streamed; pinned memory may be twice as large."""
+    both = replace(ON_A_GPU, ahead_bytes=BLOCK.weight_bytes)
+    one, two = estimate(ON_A_GPU, RUN, None), estimate(both, RUN, None)
+    assert one.device is not None
+    assert two.device is not None
+    weights = SLACK * BLOCK.weight_bytes
+    assert two.device.phases["pruning"] - one.device.phases["pruning"] == pytest.approx(weights, abs=2)
+    assert two.phases["reading"] - one.phases["reading"] == pytest.approx(2 * weights, abs=2)
+    whole = replace(RUN, streamed=False)
+    assert estimate(both, whole, None) == estimate(ON_A_GPU, whole, None)
+
+
 def test_people_are_told_what_takes_the_memory() -> None:
     first, host, device = str(estimate(ON_A_GPU, RUN, 2 << 30)).splitlines()
     assert first.startswith("Estimate: ")
@@ -227,6 +262,14 @@ def test_people_are_told_what_takes_the_memory() -> None:
     assert host.endswith("GiB; 0.59 of that are held already.")
     assert device.startswith("On cuda:0: proof 0.")
     assert str(estimate(WORK, RUN, MIB)).splitlines()[-1].startswith("It would not fit. ")
+    found = estimate(ON_A_GPU, RUN, 2 << 30)
+    assert found.device is not None
+    rows = {row[0]: row[1] for row in found.sheet().rows}
+    there = found.device.phases
+    assert rows["available"] == "2.59 GiB, 80.20 GiB on cuda:0"
+    assert rows["proof"] == f"{there['proof'] / (1 << 30):.2f} GiB on cuda:0"
+    assert rows["pruning"].startswith(f"{found.phases['pruning'] / (1 << 30):.2f} GiB, ")
+    assert "cuda" not in str(rows["reading"])
 
 
 def test_several_lists_of_hidden_states_share_the_limit() -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.files import write_text
 from coprune.base.words import Set
+from coprune.model.checkpoint.ahead import Ahead, ahead_to
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Renamed, require_floats
 from coprune.model.checkpoint.encoding import DENSE, Encoding
@@ -46,8 +47,12 @@ class Unread:
     name: str = ""
     uncut: Uncut | None = None
     """What gives a tensor that was made smaller its shape in the model."""
+    ahead: Ahead | None = None
+    """What may have fetched it already."""
 
     def __getitem__(self, everything: object) -> Tensor:
+        if self.ahead is not None and (fetched := self.ahead.take(self.entry)) is not None:
+            return fetched
         tensor = self.encoding.decode(read_tensor(self.entry))
         return tensor if self.uncut is None else self.uncut({self.name: tensor})[self.name]
 
@@ -76,6 +81,8 @@ class LazyCheckpoint:
         self._keep_source_dtype = dtype == "auto"
         self._entries = checkpoint_entries(location.path)
         self._uncut: dict[str, Uncut | None] = {}
+        # Other encodings are decoded in host memory.
+        self._ahead = ahead_to(self.device) if encoding is DENSE else None
         with quiet_transformers(), explained(location):
             config = read_config(location.path, trust_remote_code)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
@@ -123,8 +130,11 @@ class LazyCheckpoint:
         self._require_real((n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes))
 
     def expect(self, prefix: str) -> None:
-        """Begin to read a block's tensors in the background, where the system can."""
-        read_ahead(self._entries[name] for group in self._groups_below(prefix) for name in group.originals)
+        """Begin to bring a block's tensors to the device, or in host memory to read them, where the system can."""
+        names = [name for group in self._groups_below(prefix) for name in group.originals]
+        whole = [self._entries[name] for name in names if self._uncut.get(name) is None]
+        if self._ahead is None or not self._ahead.begin(whole):
+            read_ahead(self._entries[name] for name in names)
 
     def release(self, prefix: str) -> None:
         """Forget the parameters below a module's path; what was changed and not written is lost."""
@@ -186,7 +196,7 @@ class LazyCheckpoint:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
 
     def _unread(self, name: str) -> Unread:
-        return Unread(self._entries[name], self._encoding, name, self._uncut.get(name))
+        return Unread(self._entries[name], self._encoding, name, self._uncut.get(name), self._ahead)
 
     def _as_written(self, groups: Sequence[Renamed], state: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = self.conversion.revert(groups, state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -131,14 +131,21 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor. Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not."""
+def _plain_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def read_tensor(entry: TensorEntry, buffer: Callable[[tuple[int, ...], torch.dtype], Tensor] = _plain_memory) -> Tensor:
+    """Read one tensor into memory that `buffer` gives.
+
+    Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not.
+    """
     if entry.dtype not in DTYPES:
         raise BadInput(
             f"{entry.file} holds {entry.dtype} tensors, which coprune cannot read",
             fix="use a checkpoint of plain weights",
         )
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    tensor = buffer(entry.shape, DTYPES[entry.dtype])
     raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     view = memoryview(raw)
     if len(view) != entry.nbytes:

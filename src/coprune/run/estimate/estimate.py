@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from coprune.model.walk.activations import DeviceRoom
 from coprune.run.estimate.found import DevicePeak, Estimate
 from coprune.run.estimate.memory import device_phases, host_phases
 from coprune.run.estimate.proposal import Proposal
@@ -61,6 +62,9 @@ def _proposal(work: Workload, run: Settings, available: int | None) -> Proposal:
         ("propagation", "block", lambda s: replace(s, propagation="block") if s.propagation == "sequential" else s),
         ("nsamples", fewer, lambda s: replace(s, samples=fewer)),
     ]
+    if work.device is not None:
+        none = DeviceRoom(0, asked=True)
+        changes.insert(1, ("device_activation_memory", 0, lambda s: replace(s, device_room=none)))
     if not run.streamed:
         # What the blocks hold now is let go of.
         changes.insert(0, ("stream", True, lambda s: replace(s, streamed=True)))

@@ -77,20 +77,24 @@ class Estimate(Shown):
         return f"a run: {self.peak_bytes / GIB:.2f} GiB, about {duration(self.seconds)}{fits}"
 
     def sheet(self) -> Sheet:
-        """Memory at most and in every phase, and time."""
-        rows = [("memory", f"{self.peak_bytes / GIB:.2f} GiB at most"), ("time", f"about {duration(self.seconds)}")]
-        if self.available_bytes is not None:
-            rows.append(("available", f"{(self.available_bytes + self.resident_bytes) / GIB:.2f} GiB"))
-        rows += [(phase, f"{size / GIB:.2f} GiB") for phase, size in self.phases.items()]
-        if self.device is not None:
-            name = self.device.name
-            rows.append(
-                (name, f"{_of(self.device.peak_bytes, self.device.available_bytes, self.device.allocated_bytes)}")
-            )
-            rows += [(f"{name}, {phase}", f"{size / GIB:.2f} GiB") for phase, size in self.device.phases.items()]
+        """Memory at most and in every phase, the host's beside the device's, and time."""
+        one = self.device
+        peak, phases = (None, {}) if one is None else (one.peak_bytes, one.phases)
+        rows = [("memory", f"{self._both(self.peak_bytes, peak)} at most"), ("time", f"about {duration(self.seconds)}")]
+        free = None if self.available_bytes is None else self.available_bytes + self.resident_bytes
+        there = None if one is None or one.available_bytes is None else one.available_bytes + one.allocated_bytes
+        if free is not None or there is not None:
+            rows.append(("available", self._both(free, there)))
+        rows += [(name, self._both(self.phases.get(name), phases.get(name))) for name in self.phases | phases]
         if self.proposal is not None:
             rows.append(("would not fit", say(self.proposal.words())))
         return Sheet(self.headline(), rows)
+
+    def _both(self, host: int | None, there: int | None) -> str:
+        """What is told of the host, and beside it of the device."""
+        name = "" if self.device is None else f" on {self.device.name}"
+        columns = ((host, ""), (there, name))
+        return ", ".join(f"{size / GIB:.2f} GiB{where}" for size, where in columns if size is not None)
 
     def __str__(self) -> str:
         lines = [self.line()]

@@ -1,12 +1,13 @@
 """Peak memory of every phase of a run: the tensors that each holds at once, in host memory or on a device.
 
 What is counted is what the process holds already plus tensors that are yet to come. A run on a device computes there;
-the host then only reads and writes weights.
+the host then only reads and writes weights, and holds the hidden states for which the device has no room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from coprune.run.estimate.block import PROBE_TOKENS
 from coprune.run.estimate.work import Settings, Workload
@@ -34,8 +35,9 @@ def device_phases(work: Workload, run: Settings) -> dict[str, int]:
     """What tensors take on the device at the peak of each phase, in bytes; empty for a run in host memory."""
     if work.device is None:
         return {}
-    held = work.device.allocated
-    return _largest((name, int(held + SLACK * size)) for name, size in _tensors(work, run))
+    held, room = work.device.allocated, run.device_room
+    there = run if room is None else replace(run, activation_limit=room.nbytes)
+    return _largest((name, int(held + SLACK * size)) for name, size in _tensors(work, there))
 
 
 def _largest(phases: Iterator[tuple[str, int]]) -> dict[str, int]:
@@ -46,18 +48,35 @@ def _largest(phases: Iterator[tuple[str, int]]) -> dict[str, int]:
 
 
 def _passing_through(work: Workload, run: Settings) -> Iterator[tuple[str, float]]:
-    """Bytes of weights in host memory while they are read for the device, and written."""
-    yield "reading", work.block.weight_bytes if run.streamed else 0
+    """Bytes in host memory of weights that are read for the device, or written, and of what it has no room for."""
+    weights = work.block.weight_bytes + 2 * work.ahead_bytes if run.streamed else 0  # pinned, as activations are
+    yield "reading", weights
+    for count in run.evaluation_tokens if run.streamed else ():
+        yield "perplexity", weights + _aside(run, count * work.block.hidden_bytes_per_token)
+    # A finished block is written as tensors, and as the file's bytes.
+    passing = max(weights, 2 * work.block.weight_bytes if run.saved else 0)
+    yield "pruning", passing + _aside(run, _hidden(work, run))
     if run.saved:
         yield "writing", 2 * work.block.weight_bytes  # as tensors, and as the file's bytes
         yield "verification", work.rest_bytes + work.block.weight_bytes
+
+
+def _aside(run: Settings, size: float) -> float:
+    """What the host keeps of a device's hidden states: pinned memory comes in powers of two, so up to twice their size."""
+    over = 0.0 if run.device_room is None else max(0.0, size - run.device_room.nbytes)
+    return _within(2 * over, run.activation_limit)
+
+
+def _hidden(work: Workload, run: Settings) -> float:
+    """Bytes of the hidden states that are pruned with, which may be of two models."""
+    return (2 if run.dense_target else 1) * run.tokens * work.block.hidden_bytes_per_token
 
 
 def _tensors(work: Workload, run: Settings) -> Iterator[tuple[str, float]]:
     """Bytes of the tensors that each phase holds at its peak, besides what is held now."""
     block = work.block
     # A model in memory holds its blocks already.
-    weights = block.weight_bytes if run.streamed else 0
+    weights = block.weight_bytes + work.ahead_bytes if run.streamed else 0
     yield "proof", _proof(work, run, weights)
     for count in run.evaluation_tokens:
         yield "perplexity", _perplexity(work, run, count, weights)
@@ -93,14 +112,15 @@ def _perplexity(work: Workload, run: Settings, count: int, weights: float) -> fl
 def _pruning(work: Workload, run: Settings) -> float:
     """Bytes that pruning needs besides the weights: activations, statistics, and one solve."""
     block, tokens = work.block, run.tokens
-    lists = 2 if run.dense_target else 1
     # Several lists share the limit.
-    hidden = _within(lists * tokens * block.hidden_bytes_per_token, run.activation_limit)
+    hidden = _within(_hidden(work, run), run.activation_limit)
     sums = [work.solving[group[0]].statistic_bytes for group in block.groups]
     solve = max((work.solving[shape].most_bytes for group in block.groups for shape in group), default=0)
     batch = run.batch_tokens * (block.bytes_per_token + block.hidden_bytes_per_token)
     if run.propagation == "sequential":
-        waiting = _within(hidden + tokens * block.waiting_bytes_per_token, run.activation_limit)
+        waiting = hidden + tokens * block.waiting_bytes_per_token
+        if run.device_room is None or run.device_room.asked:
+            waiting = _within(waiting, run.activation_limit)
         return max(hidden, waiting) + max(sums, default=0) + max(solve, batch)
     pruned = sum(sums) + max(solve, batch)
     return hidden + (max(pruned, _training(work, run, run.batch_tokens)) if run.reconstruction_steps else pruned)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from coprune.base.devices import DeviceMemory
+from coprune.model.walk.activations import DeviceRoom
 from coprune.run.estimate.block import BlockCosts, HeadCosts, Shape
 from coprune.run.estimate.solving import SolveCosts
 
@@ -31,8 +32,11 @@ class Settings:
     """Whether the dense model's hidden states go along."""
     reconstruction_steps: int
     activation_limit: int | None
+    """Bytes of hidden states in host memory; None for no limit."""
     saved: bool
     dtype: str
+    device_room: DeviceRoom | None = None
+    """What hidden states may take of the memory of a device that has its own."""
     processes: int = 1
     """That share this machine and the solving."""
     mean_length: float | None = None
@@ -78,3 +82,5 @@ class Workload:
     head: HeadCosts
     device: DeviceMemory | None = None
     """Of the device that the model is computed on; None if that is host memory, or its device does not tell."""
+    ahead_bytes: int = 0
+    """Of the block that is fetched to a device while another computes, if the model is streamed."""

@@ -13,8 +13,9 @@ from coprune.data import EvaluationText, Windows
 from coprune.data.lengths import a_longest, lengths_of
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
+from coprune.model.checkpoint.ahead import fetches
 from coprune.model.opened import Loaded
-from coprune.model.walk.activations import GIB
+from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.proven import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import Target
@@ -77,6 +78,7 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
         leaders=leaders,
         head=measure_head(loaded.model, loaded.device),
         device=device,
+        ahead_bytes=block.weight_bytes if fetches(block.weight_bytes, loaded.device) else 0,
     )
     return estimate(work, settings, available_bytes())
 
@@ -105,6 +107,7 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         dense_target=planned.solver.aim == "dense" or recipe.reconstruction.steps > 0,
         reconstruction_steps=recipe.reconstruction.steps,
         activation_limit=None if memory is None else int(memory * GIB),
+        device_room=device_room(loaded.device, recipe.calibration.device_activation_memory),
         saved=recipe.output.model is not None,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
