@@ -30,6 +30,7 @@ _TITLES = {
     "selection": "What is pruned, and how",
     "allocation": "What is pruned, and how",
     "refine": "What is pruned, and how",
+    "quantization": "What is pruned, and how",
     "reconstruction": "What is pruned, and how",
     "structure": "What is removed as a whole (--remove)",
     "calibration": "Calibration",
@@ -114,7 +115,7 @@ def _option(
 ) -> inspect.Parameter:
     """The option of one setting, with its description and its default as help. title: of its group, if not the recipe's."""
     several = default == ()
-    kind: Any = list[str] if several else str if field.annotation is Choice else field.annotation
+    kind: Any = list[str] if several else str if field.annotation in (Choice, Choice | None) else field.annotation
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     # 0 equals False, and is a default to be shown.
     shown = "" if default is None or default is False or several else " [on]" if default is True else f" [{default}]"

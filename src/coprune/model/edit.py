@@ -74,6 +74,13 @@ class FillZeros(Edit):
         return self.masks
 
 
+class RoundValues(Edit):
+    """What the zeros left was rounded to a grid; the tensors hold the rounded values."""
+
+    grids: dict[str, str]
+    """As `--quantize` takes them, by the name of the matrix."""
+
+
 class KeepSlices(Edit):
     """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
 

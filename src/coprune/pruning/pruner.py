@@ -20,7 +20,9 @@ from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned
+from coprune.pruning.quantize import rounded
 from coprune.pruning.refine import Refinement
+from coprune.pruning.scales import stored_bits
 from coprune.recipe.pattern import Target
 
 Aim = Literal["pruned", "dense"]
@@ -37,13 +39,18 @@ class MatrixResult(BaseModel):
     sparsity: float
     """Fraction of zeros after pruning."""
     relative_layer_error: float | None
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block; None if not measured."""
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block (and the rounding after that);
+    None if not measured."""
     tokens: int | None
     """Calibration tokens that it was multiplied with; for an expert, those routed to it."""
     mask_checksum: str
     """CRC-32 of its zeros, by which a reloaded matrix is compared."""
     seconds: float
     events: tuple[str, ...] = ()
+    grid: str | None = None
+    """What its values were rounded to, as `--quantize` takes it."""
+    stored_bits: int | None = None
+    """What those values, their places and their scales take together."""
     distributions: Distributions | None = None
     """Of its weights, inputs and scores before pruning; in a file of their own beside the report."""
 
@@ -56,26 +63,31 @@ class Solver:
     refinements: tuple[Refinement, ...] = ()
     aim: Aim = "pruned"
     """pruned: the dense weight on the inputs behind pruned layers, as in the papers; dense: the dense model's outputs."""
+    rounds: bool = False
+    """Whether targets have a grid. Errors of rounding are made good where a method looks at inputs at all."""
 
     @property
     def statistic(self) -> type[Statistic] | None:
         """What has to be gathered. A Gram matrix serves every method that asks for less."""
-        return Gram if self.refinements or self.aim == "dense" else self.method.statistic
+        needed = self.refinements or self.aim == "dense" or (self.rounds and self.method.statistic is not None)
+        return Gram if needed else self.method.statistic
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
         """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
         statistic, events = _usable_statistic(inputs)
         if inputs is not None and statistic is None and self.statistic is not None:
-            pruned = METHODS["magnitude"].prune(weight, None, target)
+            pruned = rounded(METHODS["magnitude"].prune(weight, None, target), None, target)
             return pruned._replace(events=("no calibration token came to it, so it was pruned by magnitude",))
         if self.aim == "dense" and inputs is not None and inputs.cross is not None:
             assert isinstance(statistic, Gram)
             weight, more = dense_target(weight, inputs.cross.cross, statistic.gram)
             events += more
-        pruned = self.method.prune(weight, statistic, target)
+        # What improves the weights afterwards would take them off the grid.
+        pruned = self.method.prune(weight, statistic, target.without_grid() if self.refinements else target)
         for refinement in self.refinements:
             assert isinstance(statistic, Gram)
             pruned = refinement.refine(weight, pruned, statistic, target)
+        pruned = rounded(pruned, statistic, target)
         return pruned._replace(events=events + pruned.events)
 
 
@@ -177,8 +189,29 @@ def prune_matrix(
         tokens=None if inputs is None else inputs.sample.count,
         seconds=time.perf_counter() - started,
         events=pruned.events,
+        grid=None if target.grid is None else str(target.grid),
+        stored_bits=None if target.grid is None else stored_bits(after, target),
         distributions=distributions_of(weight, after != 0, None if inputs is None else _norm(inputs)),
     )
+
+
+def round_matrix(matrix: Matrix, inputs: Inputs | None, target: Target, result: MatrixResult) -> MatrixResult:
+    """Round in place what a finished matrix holds, and amend what was noted of it. Raises NumericalError with its name."""
+    weight = matrix.read()
+    try:
+        found = rounded(Pruned(weight, weight != 0), _usable_statistic(inputs)[0], target)
+    except NumericalError as error:
+        raise error.within(matrix.name) from error
+    matrix.write(found.weight)
+    after = matrix.read()
+    changed = {
+        "sparsity": matrix.zeros() / weight.numel(),
+        "mask_checksum": matrix.mask_checksum(),
+        "events": result.events + found.events,
+        "grid": str(target.grid),
+        "stored_bits": stored_bits(after, target),
+    }
+    return result.model_copy(update=changed)
 
 
 def _norm(inputs: Inputs) -> Tensor | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, LeaveOut, Set, Setting, Words
+from coprune.base.words import Command, LeaveOut, Set, Setting, Together, Words
 from coprune.recipe.answers import AnswersPart, cannot_require
 from coprune.recipe.choice import Choice
 from coprune.recipe.conditions import LIKENESS
-from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart
+from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
+from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, ReconstructionPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.structure import SPREADING, StructurePart
 
@@ -31,6 +31,10 @@ class Parts(Protocol):
     @property
     def calibration(self) -> CalibrationPart: ...
     @property
+    def quantization(self) -> QuantizationPart: ...
+    @property
+    def finetune(self) -> FinetunePart: ...
+    @property
     def reconstruction(self) -> ReconstructionPart: ...
     @property
     def evaluation(self) -> EvaluationPart: ...
@@ -45,6 +49,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
     return (
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
+        or _of_quantization(recipe)
         or _of_permutation(recipe)
         or _of_domains(recipe.structure)
         or _of_allocation(recipe)
@@ -81,6 +86,16 @@ def _of_permutation(recipe: Parts) -> BadInput | None:
     return None
 
 
+def _of_quantization(recipe: Parts) -> BadInput | None:
+    grid = recipe.quantization.grid
+    if grid is None or recipe.finetune.mode is None:
+        return None
+    cause = f"fine-tuning would move the weights off the grid that quantize {grid} rounds them to"
+    own = Together((Set("sparsity", 0), Set("quantize", str(grid))))
+    fix: Words = (LeaveOut("quantize"), ", and round the fine-tuned model in a run of its own, with ", own)
+    return BadInput(cause, field="quantize", value=str(grid), fix=fix)
+
+
 def _of_propagation(recipe: Parts) -> BadInput | None:
     asked = recipe.calibration
     if asked.aim == "dense" and asked.propagation == "sequential":
@@ -109,6 +124,7 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     said = {
         "permute": recipe.pattern.permute,
         "refine": bool(recipe.refine),
+        "quantize": recipe.quantization.grid is not None,
         "propagation": recipe.calibration.propagation != "block",
         "encoding": recipe.output.encoding != "dense",
     }

@@ -33,6 +33,7 @@ FLAT: dict[str, str] = {
     "domains": "structure.domains",
     "blend": "structure.blend",
     "align": "structure.align",
+    "quantize": "quantization.grid",
     "reconstruct": "reconstruction.steps",
     "reconstruct_lr": "reconstruction.learning_rate",
     "reconstruct_dtype": "reconstruction.dtype",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from coprune.base.validation import one_is_enough
+from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.sources import split_sources, text_of
@@ -215,3 +216,17 @@ class ReconstructionPart(Part):
         _RESULT,
         Field(description="Train attention and MLP together or one after the other."),
     ] = "together"
+
+
+class QuantizationPart(Part):
+    """Rounding of the values that are kept."""
+
+    grid: Annotated[
+        Choice | None,
+        _RESULT,
+        Field(
+            description="Round the values that are kept (with --sparsity 0, all of them): int8, a scale per output row, or "
+            "int4, a scale per 64 inputs; int4:group=32 for others. The model is saved with the rounded values in its own "
+            "dtype; the report counts what they would take."
+        ),
+    ] = None

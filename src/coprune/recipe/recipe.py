@@ -6,6 +6,7 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -23,7 +24,14 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, deciding
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
-from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, ReconstructionPart, SelectionPart
+from coprune.recipe.parts import (
+    CalibrationPart,
+    ModelPart,
+    PatternPart,
+    QuantizationPart,
+    ReconstructionPart,
+    SelectionPart,
+)
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.structure import StructurePart
 
@@ -62,6 +70,7 @@ class Recipe(BaseModel):
             "refit:rounds=10; repeatable."
         ),
     ] = ()
+    quantization: QuantizationPart = QuantizationPart()
     reconstruction: ReconstructionPart = ReconstructionPart()
     finetune: FinetunePart = FinetunePart()
     evaluation: EvaluationPart = EvaluationPart()
@@ -92,9 +101,10 @@ class Recipe(BaseModel):
 
     @property
     def shape(self) -> str:
-        """What is removed, and the pattern of the zeros."""
-        removed = self.structure.remove
-        return ", ".join([*removed, *([self.pattern.name] if not removed or self.cuts_and_prunes else [])])
+        """What is removed, the pattern of the zeros, and the grid of the values."""
+        removed, grid = self.structure.remove, self.quantization.grid
+        zeros = [self.pattern.name] if not removed or self.cuts_and_prunes else []
+        return ", ".join([*removed, *zeros, *([] if grid is None else [str(grid)])])
 
     @property
     def run_folder(self) -> Path:
@@ -110,7 +120,8 @@ class Recipe(BaseModel):
     @property
     def _target(self) -> str:
         label = parse_pattern(self.pattern.name).label(f"{self.pattern.ratio:g}")
-        return "-" + label.replace(":", "-").replace(" ", "-")
+        grid = "" if self.quantization.grid is None else f"-{self.quantization.grid}"
+        return re.sub("[: =,]", "-", f"-{label}{grid}")
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flat name; what has options is written as text, but for the method's."""

@@ -16,7 +16,7 @@ from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
-from coprune.recipe.parts import CalibrationPart, PatternPart, ReconstructionPart, SelectionPart
+from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, ReconstructionPart, SelectionPart
 from coprune.recipe.structure import StructurePart
 
 File = str | Path
@@ -70,6 +70,8 @@ class CalibrationArguments(TypedDict, total=False):
     target: Literal["pruned", "dense"]
     allocation: Named
     refine: Named | Sequence[Named]
+    quantization: QuantizationPart | Mapping[str, Any]
+    quantize: Named | None
     reconstruction: ReconstructionPart | Mapping[str, Any]
     reconstruct: int
     reconstruct_lr: float

@@ -27,6 +27,7 @@ from coprune.pruning.structure.experts import expert_score_named
 from coprune.pruning.structure.scores import score_named
 from coprune.pruning.structure.spreading import spreading_named
 from coprune.recipe.choice import Choice
+from coprune.recipe.grid import grid_named
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
@@ -55,10 +56,14 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
-    solver = Solver(method, refinements, recipe.calibration.aim)
-    target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio)
+    asked = recipe.quantization.grid
+    grid = None if asked is None else grid_named(asked)
+    solver = Solver(method, refinements, recipe.calibration.aim, rounds=grid is not None)
+    target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio, grid)
+    if grid is not None:
+        grid.check_groups(target.pattern.group_size)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
-    group = target.pattern.group_size or 4
+    group = target.multiple if target.multiple > 1 else 4
     width = 2 * group if group <= LARGE_GROUP else group
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
@@ -152,8 +157,15 @@ def refuse_finished(run_folder: Path) -> None:
 
 
 def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
-    """Raise BadInput where the pattern does not divide the inputs of a matrix."""
+    """Raise BadInput where the pattern or the grid's groups do not divide the inputs of a matrix."""
     for matrix in matrices:
+        if target.grid is not None and not target.grid.fits(matrix.shape[1]):
+            raise BadInput(
+                f"groups of {target.grid.group} inputs do not divide the {matrix.shape[1]} inputs of {matrix.name}",
+                field="quantize",
+                value=str(target.grid.group),
+                fix=("choose another group, or leave the matrix out with ", Set("exclude", matrix.name)),
+            )
         if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
                 f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}",

@@ -15,7 +15,7 @@ from coprune.model.checkpoint.load import has_auto_class
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
-from coprune.report.figures import AccuracyFacts, PerplexityFacts
+from coprune.report.figures import AccuracyFacts, PerplexityFacts, QuantizedFacts
 from coprune.report.made import MadeFacts
 from coprune.report.schema import CalibrationFacts, ModelFacts, PhaseFacts, Report, SparsityFacts, installed_versions
 from coprune.run.prune_blocks import Outcome
@@ -63,6 +63,7 @@ def build_report(session: Session, found: Found) -> Report:
         edits=edits.lines(),
         left=None if cut is None else cut.parameters,
         padding=0 if cut is None else cut.padding,
+        quantized=_quantized(session, results),
         covered=dict(found.outcome.covered),
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),
@@ -131,6 +132,22 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
         target=session.opened.target.sparsity,
         matrices=zeros / max(sum(sizes), 1),
         model=zeros / session.model.module.num_parameters(),
+    )
+
+
+def _quantized(session: Session, results: list[MatrixResult]) -> QuantizedFacts | None:
+    """What the rounded matrices take, and the whole model with all else in its own dtype."""
+    module, bits = session.model.module, [result.stored_bits for result in results if result.stored_bits is not None]
+    if not bits or session.opened.target.grid is None:
+        return None
+    weights = sum(result.shape[0] * result.shape[1] for result in results if result.stored_bits is not None)
+    stored = -(-sum(bits) // 8)
+    return QuantizedFacts(
+        grid=str(session.opened.target.grid),
+        matrices=len(bits),
+        weights=weights,
+        matrix_bytes=stored,
+        total_bytes=stored + (module.num_parameters() - weights) * module.dtype.itemsize,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from coprune.base.devices import memory_within
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
-from coprune.model.edit import Edit, FillZeros
+from coprune.model.edit import Edit, FillZeros, RoundValues
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
@@ -28,6 +28,7 @@ from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.look_at_dense import look_at_dense
 from coprune.run.reuse import Reuse
+from coprune.run.rounded_later import RoundedLater
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput, SharedSolving
 
@@ -99,21 +100,32 @@ def _prune(
 ) -> list[MatrixResult]:
     """Prune what the walk shows; every finished block is trained, if that is asked for, and written."""
     opened = session.opened
+    later = (
+        RoundedLater(session.model, target_of) if session.reconstruction is not None and opened.target.grid else None
+    )
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         if session.reconstruction is not None and walk.recording is not None:
             results = reconstruct_block(session.reconstruction, done, walk.recording, results)
+        if later is not None:
+            results = later.round(done.block, results)
         finish_block(session, shared, done.block, BlockOutcome(results, edits_of(results)))
         return results
 
     return prune_walk(
-        walk, opened.solver, target_of, opened.recipe.evaluation.layer_error, block_done, _solving(session)
+        walk if later is None else later.noting(walk),
+        opened.solver,
+        target_of if later is None else later.target_of,
+        opened.recipe.evaluation.layer_error,
+        block_done,
+        _solving(session),
     )
 
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
     """What was done to a block whose matrices were pruned."""
-    return [FillZeros(masks=_masks(results))]
+    grids = {result.name: result.grid for result in results if result.grid is not None}
+    return [FillZeros(masks=_masks(results)), *([RoundValues(grids=grids)] if grids else [])]
 
 
 def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ class _ColumnBlock(ctypes.Structure):
     """`struct ColumnBlock` of solving.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("columns", "keep", "errors", "unit", "pivots")),
-        *((name, ctypes.c_int64) for name in ("size", "outputs", "down", "right", "n", "m")),
+        *((name, ctypes.c_void_p) for name in ("columns", "keep", "errors", "unit", "pivots", "scales")),
+        *((name, ctypes.c_int64) for name in ("size", "outputs", "down", "right", "n", "m", "half")),
     )
 
 
@@ -31,15 +32,21 @@ class _Tokens(ctypes.Structure):
     )
 
 
-def update_columns(
-    columns: Tensor, keep: Tensor, errors: Tensor, unit: Tensor, pivots: Tensor, group: tuple[int, int] | None
-) -> None:
-    """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place: see `ColumnBlock`, whose fields these are."""
+def update_columns(tensors: Sequence[Tensor | None], group: tuple[int, int], half: int) -> None:
+    """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place: see `ColumnBlock`.
+
+    Args:
+        tensors: its columns, keep, errors, unit, pivots, and scales or None.
+        group: N and M, or zeros where the mask is given.
+        half: as there.
+    """
     library = load_kernels()
     assert library is not None
-    n, m = group or (0, 0)
-    pointers = [tensor.data_ptr() for tensor in (columns, keep, errors, unit, pivots)]
-    block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), n, m)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    columns, unit = tensors[0], tensors[3]
+    assert columns is not None
+    assert unit is not None
+    block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), *group, half)
     if library.coprune_update_columns(ctypes.byref(block), torch.get_num_threads()):
         raise MemoryError("there is no memory for a block of columns")
 

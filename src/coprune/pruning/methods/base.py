@@ -11,11 +11,15 @@ from coprune.recipe.pattern import Target
 
 
 class Pruned(NamedTuple):
-    """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events."""
+    """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events.
+
+    scales: O × groups float32, where the weight was rounded to the target's grid; a kept value may be zero then.
+    """
 
     weight: Tensor
     keep: Tensor
     events: tuple[str, ...] = ()
+    scales: Tensor | None = None
 
 
 class Method(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 from typing import TYPE_CHECKING
 
+from coprune.recipe.grid import Grid
 from coprune.recipe.pattern.base import Group, Pattern
 
 if TYPE_CHECKING:
@@ -13,10 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What one matrix is to become: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
+    """What one matrix is to become: a pattern, a sparsity (the fraction of zeros, 0 ≤ s < 1), and a grid for what is kept."""
 
     pattern: Pattern
     sparsity: float
+    grid: Grid | None = None
+    """What kept values are rounded to; None leaves them as they come. A method that does not round them need not know."""
 
     def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
         """Choose the weights to keep, those with the largest scores.
@@ -39,10 +43,20 @@ class Target:
         self.pattern.check_width(score.shape[1])
         return self.pattern.choose(score, self.sparsity, group)
 
+    @property
+    def multiple(self) -> int:
+        """What divides every width that pattern and grid fit."""
+        group = None if self.grid is None else self.grid.group
+        return lcm(self.pattern.group_size or 1, group or 1)
+
     def with_sparsity(self, sparsity: float) -> Target:
         """The target with another sparsity, and with the pattern that has it where that fixes it."""
         pattern = self.pattern.with_sparsity(sparsity)
-        return Target(pattern, sparsity if pattern.sparsity is None else pattern.sparsity)
+        return replace(self, pattern=pattern, sparsity=sparsity if pattern.sparsity is None else pattern.sparsity)
+
+    def without_grid(self) -> Target:
+        """The same with values as they come."""
+        return self if self.grid is None else replace(self, grid=None)
 
     def __str__(self) -> str:
         return self.pattern.describe(self.sparsity)

@@ -121,9 +121,10 @@ def _pruning(work: Workload, run: Settings) -> float:
         waiting = hidden + tokens * block.waiting_bytes_per_token
         if run.device_room is None or run.device_room.asked:
             waiting = _within(waiting, run.activation_limit)
-        return max(hidden, waiting) + max(sums, default=0) + max(solve, batch)
-    pruned = sum(sums) + max(solve, batch)
-    return hidden + (max(pruned, _training(work, run, run.batch_tokens)) if run.reconstruction_steps else pruned)
+        own = sum(sums) if run.rounds_later else max(sums, default=0)
+        return max(hidden, waiting) + own + max(solve, batch)
+    pruned, kept = sum(sums) + max(solve, batch), sum(sums) if run.rounds_later else 0
+    return hidden + (max(pruned, _training(work, run, run.batch_tokens) + kept) if run.reconstruction_steps else pruned)
 
 
 def _training(work: Workload, run: Settings, tokens: int) -> float:

@@ -113,4 +113,5 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         processes=processes.size,
         mean_length=sum(lengths) / len(lengths),
         batch_length=batch_length,
+        rounds_later=recipe.reconstruction.steps > 0 and recipe.quantization.grid is not None,
     )

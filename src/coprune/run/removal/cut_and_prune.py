@@ -30,6 +30,7 @@ _NO_ZEROS: dict[str, Any] = {
     "sparsity": None,
     "permute": False,
     "refine": (),
+    "quantize": None,
     "propagation": "block",
     "encoding": "dense",
     "report_to": None,
