@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 import torch
 
 import coprune
+from coprune.base.progress import Reporter, Said
+from coprune.recipe.recipe import make_recipe
+from coprune.run.events import BlockPruned
+from coprune.run.stages import run_recipe
 from support.pico_folder import save_pico, write_words
 from support.saved import tensors_of
 from support.simdevice import NAME
@@ -111,6 +116,46 @@ def out_of_memory(folder: Path) -> str:
     return str(caught.value)
 
 
+def goes_on(folder: Path) -> str:
+    """A run whose device gets full in the middle goes on with the batch size that its message names."""
+    from support.simdevice.device import library
+
+    model, text = save_pico(folder / "model", num_hidden_layers=3), write_words(folder / "text.txt")
+    sizes: dict[str, Any] = dict(nsamples=16, seqlen=64, evaluate=False, stream=True, check_memory=False)
+    base = dict(model=str(model), method="wanda", dataset=str(text), **sizes)
+
+    def run(name: str, reporter: Reporter | None = None, **more: Any) -> int:
+        """Prune and save under a name; returns the most memory that took."""
+        library.sim_reset_peak(0)
+        places = dict(save=str(folder / f"{name}-run"), save_model=str(folder / name))
+        run_recipe(make_recipe({**base, **places, "device": NAME, **more}), reporter=reporter or Reporter(quiet=True))
+        return int(library.sim_peak(0))
+
+    large, small = run("large", batch_size=16), run("small", batch_size=1)
+    assert small < large
+    reporter, heard = Reporter(quiet=True), list[str]()
+    # Somebody else takes memory when the first block is done.
+    full = (small + large) // 2
+    reporter.listeners.append(lambda event: library.sim_limit(full) if isinstance(event, BlockPruned) else None)
+    try:
+        # It is run once more with what is left of it, for the next one's inputs.
+        with pytest.raises(coprune.OutOfMemory, match=r"prune: model\.layers\.0: Simulated device") as caught:
+            run("pruned", reporter, batch_size=16)
+        said = str(caught.value)
+        assert "goes on after its last finished block with batch_size=1" in said
+        del caught  # and with it what its frames hold on the device
+        gc.collect()
+        told = Reporter(quiet=True)
+        told.listeners.append(lambda event: heard.append(event.text) if isinstance(event, Said) else None)
+        run("pruned", told, batch_size=1)
+        assert "1 of 3 blocks were finished by an earlier run." in heard
+        assert "Blocks of an earlier run differ in last bits: batch_size was 16 and is 1." in heard
+    finally:
+        library.sim_limit(0)
+    run("cpu", batch_size=1, device="cpu")
+    return ROUNDED.compare(tensors_of(folder / "cpu"), tensors_of(folder / "pruned"))
+
+
 def refused_beforehand(folder: Path) -> str:
     """A run that would not fit the device is refused before it starts."""
     from support.simdevice.device import library
@@ -151,6 +196,7 @@ def memory() -> tuple[Case, ...]:
     """Too little of it, and another device's."""
     return (
         Case("out of memory", out_of_memory, True),
+        Case("goes on with smaller batches", goes_on, True),
         Case("refused beforehand", refused_beforehand, True),
         Case("second device", second_device, True),
     )

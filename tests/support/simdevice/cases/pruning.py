@@ -189,14 +189,22 @@ def dtypes() -> list[Case]:
 
 
 def pages() -> list[Case]:
-    """Activations that go to a file when their limit is reached."""
+    """Activations that go to host memory and to a file when their limits on the device and there are reached."""
+    rooms = ((0.0, 0.0), (2e-5, 2e-5), (0.0, None))  # none and none, a batch and a batch, and all in host memory
     return [
         Case(
-            f"activation memory {memory} {propagation}",
-            pruned_alike("llama", "sparsegpt", pattern="2:4", activation_memory=memory, propagation=propagation),
-            (memory, propagation) == (0.0, "sequential"),
+            f"activations {there} there {here} here {propagation}",
+            pruned_alike(
+                "llama",
+                "sparsegpt",
+                pattern="2:4",
+                propagation=propagation,
+                device_activation_memory=there,
+                activation_memory=here,
+            ),
+            (there, propagation) in ((0.0, "sequential"), (2e-5, "block")),
         )
-        for memory, propagation in product((0.0, 2e-5), ("block", "sequential", "dense"))
+        for (there, here), propagation in product(rooms, ("block", "sequential", "dense"))
     ]
 
 
