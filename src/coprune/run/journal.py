@@ -65,6 +65,7 @@ class Output:
         """What earlier runs, whose blocks this one takes over, computed with otherwise."""
         self._weights = weights
         self._names = [block.name for block in blocks]
+        self._unread: Callable[[], None] | None = None
         self._writer = CheckpointWriter(folder, [REST, *self._names], weights.total_bytes)
         self._claim(identity)
 
@@ -110,8 +111,9 @@ class Output:
         """Where a finished block lies until the checkpoint is finished."""
         return self._writer.file(block.name)
 
-    def write_block(self, block: Block, outcome: BlockOutcome) -> None:
-        """Write a finished block, which is read from there from now on."""
+    def write_block(self, block: Block, outcome: BlockOutcome, beside: bool = False) -> None:
+        """Write a finished block, which is read from there from now on; beside: only once it is settled."""
+        self.settle()
         remember = {
             "results": _RESULTS.dump_python(outcome.results, mode="json"),
             "edits": dump_edits(outcome.edits),
@@ -119,9 +121,23 @@ class Output:
         tensors = self._weights.original_tensors(block.name)
         for edit in outcome.edits:
             tensors = {name: edit.cut(name, tensor) for name, tensor in tensors.items() if not edit.leaves_out(name)}
-        self._writer.write(block.name, tensors, remember)
-        if self._weights.streams:
-            self._weights.read_from(self._writer.file(block.name), uncut_by(outcome.edits))
+        self._writer.write(block.name, tensors, remember, beside)
+
+        def read() -> None:
+            if self._weights.streams:
+                self._weights.read_from(self._writer.file(block.name), uncut_by(outcome.edits))
+
+        if beside:
+            self._unread = read
+        else:
+            read()
+
+    def settle(self) -> None:
+        """Wait for a block that is written beside, and let it be read from its file."""
+        if self._unread is not None:
+            read, self._unread = self._unread, None
+            self._writer.settle()
+            read()
 
     def finish(self, beside: Companions, edits: Edits, encoding: Encoding, check: Callable[[Path], object]) -> None:
         """Write what lies outside the blocks and beside the weights, and give the folder its final name.

@@ -73,7 +73,7 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
             opened.around.processes,
             advance,
         )
-        with memory_within(lambda: walk.at):
+        with shared.settled(), memory_within(lambda: walk.at):
             results = _prune(session, walk, shared, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     outside = {matrix.name for matrix in model.chosen.outside}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import LostProcess
 from coprune.base.processes import Processes
 from coprune.base.words import Setting
@@ -119,9 +121,20 @@ class SharedOutput:
         """Write a finished block in the first process; streamed models read it from there from now on."""
         self.outcomes[block.name] = outcome
         if self._output is not None:
-            self._output.write_block(block, outcome)
+            # What is on a device is copied from there anyway; in host memory one block more would have to be held.
+            there = all(not in_host_memory(tensor.device) for tensor in block.module.parameters())
+            self._output.write_block(block, outcome, beside=there and self._processes.size == 1)
         if self._weights.streams and self._processes.size > 1:
             self._weights.read_from(self._file_of(block), uncut_by(outcome.edits))
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Let all that was written be there and be read when no block follows, whatever is the reason for that."""
+        try:
+            yield
+        finally:
+            if self._output is not None:
+                self._output.settle()
 
     def _file_of(self, block: Block) -> Path:
         file = self._processes.from_first(lambda: None if self._output is None else self._output.file(block).resolve())

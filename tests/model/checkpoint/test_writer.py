@@ -320,3 +320,30 @@ def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
     save_companions(model, None, tmp_path)
     assert model.config.to_dict() == before
     assert "experts_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_part_that_is_written_beside_is_there_when_it_is_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller goes on meanwhile; what goes wrong there is told before the next part."""
+    may_go_on, full = threading.Event(), False
+
+    def slow(*arguments: object, **options: object) -> None:
+        assert may_go_on.wait(60)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer_module, "save_file", slow)
+    writer = CheckpointWriter(tmp_path / "out", ["a", "b"], 0)
+    writer.write("a", {"x": torch.arange(4.0)}, {"n": 1}, beside=True)
+    assert not writer.file("a").exists()
+    may_go_on.set()
+    assert writer.recall("a") == {"n": 1}
+    assert tensors_of(writer.file("a").parent)["x"].tolist() == [0, 1, 2, 3]
+    full = True
+    writer.write("b", {"y": torch.ones(2)}, beside=True)
+    with pytest.raises(CopruneError, match="disk is full"):
+        writer.settle()
+    assert writer.recall("b") is None
+    writer.discard()

@@ -111,20 +111,29 @@ class CheckpointWriter:
     def _note(self, part: str) -> Path:
         return self.file(part).with_suffix(".json")
 
-    def write(self, part: str, tensors: Mapping[str, Tensor], remember: Mapping[str, Any] | None = None) -> None:
+    def write(
+        self, part: str, tensors: Mapping[str, Tensor], remember: Mapping[str, Any] | None = None, beside: bool = False
+    ) -> None:
         """Write a part, which can be read from its file at once, and is on the disk before the next one is written.
 
-        remember: JSON values to be given back by `recall`. Raises CopruneError if the disk is full.
+        remember: JSON values to be given back by `recall`; beside: write it beside what the caller does next, so that it
+        can be read when it is settled. Raises CopruneError if the disk is full.
         """
         self.settle()
-        file, note = self.file(part), self._note(part)
-        note.unlink(missing_ok=True)
+        self._note(part).unlink(missing_ok=True)
         whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        write_whole(file, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
-        self._unsettled = self._beside.submit(self._secure, part, dict(remember or {}))
 
-    def _secure(self, part: str, remember: dict[str, Any]) -> None:
-        """Wait until a part is on the disk, and only then note that it is good."""
+        def store() -> None:
+            write_whole(self.file(part), lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+
+        if not beside:
+            store()
+        self._unsettled = self._beside.submit(self._secure, part, dict(remember or {}), store if beside else None)
+
+    def _secure(self, part: str, remember: dict[str, Any], store: Callable[[], None] | None) -> None:
+        """Wait until a part is on the disk, and only then note that it is good. store: writes it, if it is not yet."""
+        if store is not None:
+            store()
         file = self.file(part)
         with full_disk_explained(file):
             sync(file)

@@ -66,7 +66,7 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
             opened.around.processes,
             advance,
         )
-        with memory_within(lambda: walk.at):
+        with shared.settled(), memory_within(lambda: walk.at):
             results = _remove(session, walk, shared, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
