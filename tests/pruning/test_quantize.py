@@ -199,6 +199,7 @@ def test_grids_are_named() -> None:
     assert grid_named(Choice.of("int8")) == Int8()
     assert grid_named(Choice.of({"name": "int4", "group": 32})) == Int4(32)
     assert str(grid_named(Choice.of("int4"))) == "int4:group=64"
+    assert [str(grid_named(Choice.of(name))) for name in ("int8", "int4:group=null")] == ["int8", "int4:group=null"]
     for wrong in ("int5", "int4:bits=3", "int4:group=0", "int4:group=many"):
         with pytest.raises(BadInput):
             grid_named(Choice.of(wrong))

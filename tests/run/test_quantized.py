@@ -88,6 +88,7 @@ def test_without_zeros_and_data_the_report_counts_every_bit(texts: Path, tmp_pat
     assert report.quantized.total_bytes == bits // 8 + 4 * (report.model.parameters - in_matrices)
     said = f"int8: {bits / in_matrices:.2f} bits a weight in {len(weights)} matrices"
     assert said in str(report)
+    assert said in (tmp_path / "run" / "report.html").read_text()
     card = (target / "README.md").read_text()
     assert "What is kept was rounded to int8" in card
     assert "the files hold the rounded values as float32" in card

@@ -33,7 +33,9 @@ class Grid:
 
     def __str__(self) -> str:
         """As `--quantize` takes it."""
-        return f"int{self.bits}" if self.group is None else f"int{self.bits}:group={self.group}"
+        if self.group is None and self == type(self)():
+            return f"int{self.bits}"
+        return f"int{self.bits}:group={'null' if self.group is None else self.group}"
 
     @property
     def half(self) -> int:
