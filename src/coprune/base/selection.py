@@ -12,15 +12,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.kernels.ranks import rank_in_groups
 from coprune.base.kernels.table import kernel
+from coprune.base.reading import refuse_if
 
 
 def refuse_nan(score: Tensor) -> None:
     """Raise NumericalError if a score is NaN."""
-    if bool(torch.isnan(score).any()):
-        raise NumericalError("the scores hold NaN")
+    refuse_if(torch.isnan(score).any(), NumericalError("the scores hold NaN"))
 
 
 def count_pruned(size: int, sparsity: float) -> int:
@@ -63,8 +64,10 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     tied = score == threshold
     # Of the entries at the threshold only so many are pruned as the strictly smaller ones leave to prune.
     quota = pruned - (score < threshold).sum(dim=1, keepdim=True)
-    if bool((tied.sum(dim=1, keepdim=True) > quota).any()):
-        keep |= tied & (tied.cumsum(dim=1) > quota)
+    # A device adds nothing faster than the host would learn from it that there is nothing to add.
+    if not in_host_memory(score.device) or bool((tied.sum(dim=1, keepdim=True) > quota).any()):
+        dtype = torch.int32 if score.shape[1] < 2**31 else torch.int64
+        keep |= tied & (tied.cumsum(dim=1, dtype=dtype) > quota)
     return keep
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from coprune.base.devices import in_host_memory
 from coprune.model.transformers_private import Conv1D, input_first
 
 
@@ -76,7 +77,22 @@ class Matrix:
 
 def mask_checksum(stored: Tensor) -> str:
     """CRC-32 of where the zeros of a weight are, 8 hex digits."""
-    return f"{zlib.crc32(np.packbits((stored != 0).cpu().numpy()).tobytes()):08x}"
+    return checksum_of(mask_bits(stored).cpu())
+
+
+def mask_bits(stored: Tensor) -> Tensor:
+    """Where the zeros of a weight are: a bit for each entry, the first the highest of its byte (uint8, on its device)."""
+    kept = stored != 0
+    if in_host_memory(kept.device):
+        return torch.from_numpy(np.packbits(kept.numpy()))
+    padded = torch.nn.functional.pad(kept.reshape(-1), (0, -kept.numel() % 8))
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=kept.device)
+    return (padded.view(-1, 8).to(torch.uint8) << places).sum(dim=1, dtype=torch.uint8)
+
+
+def checksum_of(bits: Tensor) -> str:
+    """The checksum of `mask_bits` that are in host memory."""
+    return f"{zlib.crc32(bits.numpy().tobytes()):08x}"
 
 
 def find_matrices(root: nn.Module, prefix: str = "") -> Iterator[Matrix]:

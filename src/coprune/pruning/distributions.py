@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from coprune.base.reading import to_host
+
 BINS = 32
 SAMPLED_WEIGHTS = 2**16
 
@@ -47,8 +49,20 @@ def distributions_of(weight: Tensor, keep: Tensor, norm: Tensor | None) -> Distr
     Returns:
         Histograms, None where there is nothing but zeros.
     """
+    magnitude, kept = to_host(*sampled(weight, keep))
+    assert magnitude is not None
+    assert kept is not None
+    return distributions_in_host_memory(magnitude, kept, *to_host(norm))
+
+
+def sampled(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes of some of a matrix's rows, and which of those weights are kept."""
     step = max(1, -(-weight.numel() // SAMPLED_WEIGHTS))
-    magnitude, kept = weight[::step].abs(), keep[::step]
+    return weight[::step].abs(), keep[::step]
+
+
+def distributions_in_host_memory(magnitude: Tensor, kept: Tensor, norm: Tensor | None) -> Distributions:
+    """`distributions_of` what was `sampled`."""
     return Distributions(
         magnitude=histogram(magnitude, kept),
         norm=None if norm is None else histogram(norm, None),

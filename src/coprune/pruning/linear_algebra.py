@@ -34,8 +34,6 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
     Raises:
         NumericalError: the matrix is not finite or cannot be repaired.
     """
-    if not bool(torch.isfinite(matrix).all()):
-        raise NumericalError("the Gram matrix holds NaN or infinite values")
     mean = matrix.diagonal().mean()
     events: list[str] = []
     strength = damping
@@ -43,8 +41,10 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
         damped = matrix.clone()
         damped.diagonal().add_(strength * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+        if bool((info == 0) & torch.isfinite(lower).all()):
             return lower, tuple(events)
+        if not bool(torch.isfinite(matrix).all()):
+            raise NumericalError("the Gram matrix holds NaN or infinite values")
         strength *= 10
         events.append(f"the Cholesky factorisation failed; damping raised to {strength:g}")
     events[-1] = "the Cholesky factorisation failed at every damping; eigenvalues clipped from below in float64"

@@ -12,14 +12,16 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.reading import reading_later
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, Statistic
-from coprune.pruning.distributions import Distributions, distributions_of
+from coprune.pruning.distributions import Distributions
 from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned
+from coprune.pruning.noted import note
 from coprune.pruning.quantize import rounded
 from coprune.pruning.refine import Refinement
 from coprune.pruning.scales import stored_bits
@@ -173,25 +175,28 @@ def prune_matrix(
     started = time.perf_counter()
     weight = matrix.read()
     try:
-        pruned = solver.solve(weight, inputs, target)
+        # All that the host has to know of the result is read at once.
+        with reading_later() as reading:
+            pruned = solver.solve(weight, inputs, target)
+            matrix.write(pruned.weight)
+            # The error of what the model now holds, so after rounding to its dtype.
+            after = matrix.read()
+            noted = note(reading, matrix, inputs, weight, after, layer_error)
     except NumericalError as error:
+        matrix.write(weight)
         raise error.within(matrix.name) from error
-    matrix.write(pruned.weight)
-    # The error of what the model now holds, so after rounding to its dtype.
-    after = matrix.read()
-    measured = _layer_error(inputs, weight, after) if layer_error and inputs is not None else None
     return MatrixResult(
         name=matrix.name,
         shape=matrix.shape,
-        sparsity=matrix.zeros() / weight.numel(),
-        mask_checksum=matrix.mask_checksum(),
-        relative_layer_error=measured,
+        sparsity=noted.zeros / weight.numel(),
+        mask_checksum=noted.checksum,
+        relative_layer_error=noted.layer_error,
         tokens=None if inputs is None else inputs.sample.count,
         seconds=time.perf_counter() - started,
         events=pruned.events,
         grid=None if target.grid is None else str(target.grid),
         stored_bits=None if target.grid is None else stored_bits(after, target),
-        distributions=distributions_of(weight, after != 0, None if inputs is None else _norm(inputs)),
+        distributions=noted.distributions,
     )
 
 
@@ -212,20 +217,3 @@ def round_matrix(matrix: Matrix, inputs: Inputs | None, target: Target, result: 
         "stored_bits": stored_bits(after, target),
     }
     return result.model_copy(update=changed)
-
-
-def _norm(inputs: Inputs) -> Tensor | None:
-    """Root mean square of every input channel (I float32), on the sample if nothing better was gathered."""
-    if inputs.sample.count == 0:
-        return None
-    if inputs.statistic is not None:
-        return inputs.statistic.root_mean_square
-    return inputs.sample.inputs.square().mean(dim=0).sqrt()
-
-
-def _layer_error(inputs: Inputs, weight: Tensor, after: Tensor) -> float | None:
-    if inputs.sample.count == 0:
-        return None
-    statistic = inputs.statistic
-    known = inputs.sample if statistic is None or not statistic.tells_errors else statistic
-    return known.relative_error(weight, after)

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import NumericalError
 from coprune.base.processes import Processes
+from coprune.base.reading import reading_later
 from coprune.model.matrices import Matrix
 from coprune.model.walk.counted import CountedRows
 from coprune.model.walk.sample import InputSample
@@ -42,6 +44,12 @@ class Inputs:
             self.statistic.update(x)
         if x_dense is not None and self.cross is not None:
             self.cross.update(x_dense, x)
+
+    def refuse_infinite(self, place: str) -> None:
+        """Raise NumericalError if inputs on a device were NaN or infinite. place: what they are the inputs of."""
+        for sums in (self.statistic, self.cross):
+            if sums is not None and not in_host_memory(next(iter(sums.sums.values())).device):
+                sums.refuse_infinite(place)
 
     def reduce(self, processes: Processes) -> None:
         """Complete what is known with what the other processes saw of the same tensor, in place, before it is used."""
@@ -119,8 +127,9 @@ class Gathered:
     def take_all(self) -> Iterator[tuple[list[Matrix], Inputs]]:
         """Hand out all groups that are left, in order."""
         # All of them are complete before the first is shown, so that every expert knows its whole layer.
-        for leader in self._groups:
-            self._finish(leader)
+        with reading_later():
+            for leader in self._groups:
+                self._finish(leader)
         while self._groups:
             yield self.take(next(iter(self._groups.values()))[0])
 
@@ -130,6 +139,7 @@ class Gathered:
             return
         matrix = self._groups[leader][0]
         inputs = self._of(leader, matrix.shape[1], matrix.stored().device)
+        inputs.refuse_infinite(matrix.name)
         inputs.reduce(self._processes)
         if matrix.expert is not None and inputs.statistic is not None:
             inputs.pool = self._pool_of(matrix, inputs.statistic)

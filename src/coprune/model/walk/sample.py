@@ -50,9 +50,13 @@ class InputSample:
         """Kept inputs, N × I float32 (N = 0 if no token was seen)."""
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
 
-    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
-        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the kept tokens (0.0 where the dense output is zero). weight, pruned: O × I."""
+    def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
+        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the kept tokens (2 float64). weight, pruned: O × I."""
         x = self.inputs
         error = (x @ (weight - pruned).T).square().sum(dtype=torch.float64)
-        total = (x @ weight.T).square().sum(dtype=torch.float64)
-        return float(error / total) if float(total) > 0 else 0.0
+        return torch.stack([error, (x @ weight.T).square().sum(dtype=torch.float64)])
+
+    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
+        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the kept tokens (0.0 where the dense output is zero). weight, pruned: O × I."""
+        error, total = self.squared_errors(weight, pruned).tolist()
+        return error / total if total > 0 else 0.0

@@ -6,65 +6,20 @@ model's dtype, and matrices that are fed by the same tensor share one statistic.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import NumericalError
 from coprune.base.kernels.gram import panels
 from coprune.base.kernels.table import kernel
 from coprune.base.precision import full_float32
-from coprune.base.processes import Processes
-
-Derived = TypeVar("Derived")
-
-
-class Sums(ABC):
-    """Named float32 sums over tokens, and what has been worked out from them."""
-
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.width = width
-        self.count = 0  # tokens seen
-        self.sums: dict[str, Tensor] = {}
-        for name, shape in self.shapes(width).items():
-            self.sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._derived: dict[Hashable, Any] = {}
-
-    @classmethod
-    @abstractmethod
-    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every float32 sum, from which memory can be estimated."""
-
-    def merge(self, other: Self) -> None:
-        """Add what another statistic of the same kind and width has seen."""
-        for name, total in self.sums.items():
-            total += other.sums[name]
-        self.count += other.count
-        self._derived.clear()
-
-    def reduce(self, processes: Processes) -> None:
-        """Add what the other processes of a run have seen of the same tensor, in place; all of them call this."""
-        self.count = processes.add_up(self.sums.values(), self.count)
-
-    def restore(self, sums: Mapping[str, Tensor], count: int) -> None:
-        """Take over sums that were kept, and the number of tokens that they were summed over."""
-        self.sums = {name: sums[name] for name in self.sums}
-        self.count = count
-        self._derived.clear()
-
-    def remember(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
-        """Return what `compute` gave under this key, computed once until the statistic sees more.
-
-        Matrices that share a statistic so share the factor of its Gram matrix; it is freed with the statistic.
-        Whoever changes `sums` from outside (an all-reduce) does so before anything is derived from them.
-        """
-        if key not in self._derived:
-            self._derived[key] = compute()
-        value: Derived = self._derived[key]
-        return value
+from coprune.base.reading import refuse_if
+from coprune.model.walk.sums import Sums, ratio_of
 
 
 class Statistic(Sums):
@@ -79,16 +34,20 @@ class Statistic(Sums):
         """Add a batch of inputs.
 
         x: T × I (any leading dimensions are flattened), any floating dtype.
-        Raises NumericalError if an input is NaN or infinite.
+        Raises NumericalError if an input in host memory is NaN or infinite (`refuse_infinite` tells of others).
         """
         x_TI = x.reshape(-1, self.width)
         self._derived.clear()
         with full_float32():
             self._add(x_TI)
         self.count += x_TI.shape[0]
+        if in_host_memory(x.device):
+            self.refuse_infinite()
+
+    @property
+    def _look(self) -> Tensor:
         # A NaN or inf anywhere in a channel shows in that channel's sum, so T × I values need no look.
-        if not bool(torch.isfinite(self.sums[self.per_channel]).all()):
-            raise NumericalError("the activations hold NaN or infinite values")
+        return self.sums[self.per_channel]
 
     @abstractmethod
     def _add(self, x_TI: Tensor) -> None:
@@ -121,12 +80,16 @@ class Statistic(Sums):
         mixed.count = self.count + missing
         return mixed
 
+    def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
+        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64), if `tells_errors`. weight, pruned: O × I."""
+        raise TypeError(f"{type(self).__name__} does not tell errors")
+
     def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
         """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², of all tokens seen (0.0 where the dense output is zero), if `tells_errors`.
 
         weight, pruned: O × I.
         """
-        raise TypeError(f"{type(self).__name__} does not tell errors")
+        return ratio_of(self.squared_errors(weight, pruned))
 
 
 class InputNorm(Statistic):
@@ -196,27 +159,26 @@ class Gram(Statistic):
     def gram(self) -> Tensor:
         """I × I float32, a fresh copy: XᵀX / T. Raises NumericalError where finite inputs were too large for it."""
         gram = self.sums["gram"] / max(self.count, 1)
-        if not bool(torch.isfinite(gram.diagonal()).all()):
-            raise NumericalError("the activations are so large that their Gram matrix is not finite")
+        too_large = NumericalError("the activations are so large that their Gram matrix is not finite")
+        refuse_if(~torch.isfinite(gram.diagonal()).all(), too_large)
         for panel in self._panels():
             gram[panel.stop :, panel] = gram[panel, panel.stop :].T
         return gram
 
-    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
-        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², of all tokens seen (0.0 where the dense output is zero). weight, pruned: O × I."""
+    def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
+        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64). weight, pruned: O × I."""
         dense = weight.to(torch.float32)
         with full_float32():
-            error, total = self._squared_outputs(dense - pruned), self._squared_outputs(dense)
-        return error / total if total > 0 else 0.0
+            return torch.stack([self._squared_outputs(dense - pruned), self._squared_outputs(dense)])
 
-    def _squared_outputs(self, rows: Tensor) -> float:
+    def _squared_outputs(self, rows: Tensor) -> Tensor:
         """‖X rowsᵀ‖² (rows: O × I float32), from the half of the Gram matrix that there is."""
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         for panel in self._panels():
             products = (rows[:, panel] @ self.sums["gram"][panel, panel.start :]).mul_(rows[:, panel.start :])
             own = panel.stop - panel.start
             total += products[:, :own].sum(dtype=torch.float64) + 2 * products[:, own:].sum(dtype=torch.float64)
-        return float(total)
+        return total
 
 
 class CrossGram(Sums):
@@ -230,7 +192,7 @@ class CrossGram(Sums):
         """Add a batch of the same tokens' inputs in both models.
 
         x_dense, x_pruned: T × I (any leading dimensions are flattened), any floating dtype.
-        Raises NumericalError if the products are NaN or infinite.
+        Raises NumericalError if products in host memory are NaN or infinite (`refuse_infinite` tells of others).
         """
         dense_TI = x_dense.reshape(-1, self.width).to(torch.float32)
         pruned_TI = x_pruned.reshape(-1, self.width).to(torch.float32)
@@ -238,8 +200,12 @@ class CrossGram(Sums):
         with full_float32():
             self.sums["cross"].addmm_(dense_TI.T, pruned_TI)
         self.count += dense_TI.shape[0]
-        if not bool(torch.isfinite(self.sums["cross"].sum())):
-            raise NumericalError("the activations hold NaN or infinite values")
+        if in_host_memory(x_pruned.device):
+            self.refuse_infinite()
+
+    @property
+    def _look(self) -> Tensor:
+        return self.sums["cross"].sum()
 
     @property
     def cross(self) -> Tensor:

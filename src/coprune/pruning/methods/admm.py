@@ -18,6 +18,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
+from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import ScaledGram, damped_cholesky, scale_gram
 from coprune.pruning.methods.base import Pruned
@@ -71,8 +72,7 @@ class ADMM:
                 dual = candidate - sparse
                 best = (pull + self.rho * (sparse - dual)) @ inverse
             result = problem.out_of(best + dual).masked_fill(~keep, 0.0)
-        if not bool(torch.isfinite(result).all()):
-            raise NumericalError("the alternation gave NaN or infinite weights")
+        refuse_if(~torch.isfinite(result).all(), NumericalError("the alternation gave NaN or infinite weights"))
         return Pruned(result, keep, events)
 
     def _prepare(self, statistic: Gram) -> tuple[ScaledGram, Tensor, tuple[str, ...]]:

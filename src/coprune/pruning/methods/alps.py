@@ -15,6 +15,7 @@ from torch import Tensor
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
+from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import ScaledGram, scale_gram
 from coprune.pruning.masked_fit import solve_masked
@@ -72,8 +73,7 @@ class ALPS:
             sparse, keep, settled = self._alternate(dense, spectrum, target)
             solved = solve_masked(dense, sparse, keep, problem.scaled, self.refit_rounds)
             result = problem.out_of(solved)
-        if not bool(torch.isfinite(result).all()):
-            raise NumericalError("the alternation gave NaN or infinite weights")
+        refuse_if(~torch.isfinite(result).all(), NumericalError("the alternation gave NaN or infinite weights"))
         events = () if settled else (f"the mask of alps still changed after {self.rounds} rounds",)
         return Pruned(result, keep, events)
 
@@ -92,10 +92,10 @@ class ALPS:
             sparse = candidate.masked_fill(~keep, 0.0)
             dual = dual + rho * (best - sparse)
             if done % self.rounds_per_rho == 0:
-                changed = int((keep != seen).sum())
+                changed, kept = torch.stack([(keep != seen).sum(), keep.sum()]).tolist()
                 if changed == 0:
                     return sparse, keep, True
-                share = changed / max(int(keep.sum()), 1)
+                share = changed / max(kept, 1)
                 rho *= next(factor for least, factor in GROWTH if share >= least)
                 seen, inverse = keep, shifted_inverse(spectrum, rho)
         return sparse, keep, False
@@ -114,14 +114,14 @@ def decompose(gram: Tensor, damping: float) -> Spectrum:
     Raises:
         NumericalError: the matrix is not finite.
     """
-    if not bool(torch.isfinite(gram).all()):
+    if not bool(torch.isfinite(gram).all()):  # now, since a decomposition of such a matrix is an error of another kind
         raise NumericalError("the Gram matrix holds NaN or infinite values")
     alive, floor = gram.diagonal() > 0, damping * gram.diagonal().mean()
     damped = gram + torch.diag(floor.expand(len(gram)))
     scaled, scale = scale_gram(damped, 0.0)
     values, vectors = torch.linalg.eigh(scaled.double())
     # Rounding in the sums can leave eigenvalues slightly below their true lower bound, or below zero.
-    least = float(floor / damped.diagonal().max()) if bool(alive.any()) else 0.0
+    least = torch.where(alive.any(), floor / damped.diagonal().max(), 0.0).double()
     return Spectrum(ScaledGram(scaled, scale * alive), values.clamp_min(least).float(), vectors.float())
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from coprune.base.devices import in_host_memory
 from coprune.base.options import require_positive
 from coprune.model.walk.statistics import Gram, InputMoments
 from coprune.pruning.methods.base import Method, Pruned, apply_keep
@@ -84,11 +85,11 @@ def swap_by_mean(
         _, removed = importance.masked_fill(~(removable & same_group), torch.inf).min(dim=1)
         change = _take(contribution, removed) - _take(contribution, regrown)
         accepted = (best_gain > 0) & ((error + change).abs() < error.abs())
-        if not bool(accepted.any()):
+        # A device makes cycles that change nothing faster than the host would learn that they do not.
+        if in_host_memory(keep.device) and not bool(accepted.any()):
             break
-        row = accepted.nonzero().squeeze(1)
-        keep[row, regrown[row]] = True
-        keep[row, removed[row]] = False
+        _put(keep, regrown, _take(keep, regrown) | accepted)
+        _put(keep, removed, _take(keep, removed) & ~accepted)
         error += change * accepted
     return keep
 
@@ -96,3 +97,8 @@ def swap_by_mean(
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """values[row, index[row]] for every row."""
     return values.gather(1, index[:, None]).squeeze(1)
+
+
+def _put(values: Tensor, index: Tensor, value: Tensor) -> None:
+    """Let values[row, index[row]] be value[row] for every row."""
+    values.scatter_(1, index[:, None], value[:, None])

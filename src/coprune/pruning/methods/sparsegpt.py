@@ -22,6 +22,7 @@ from coprune.base.kernels.gram import panels
 from coprune.base.kernels.table import kernel
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
+from coprune.base.reading import refuse_if
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.base import Pruned
@@ -117,8 +118,8 @@ def update_columns(
                 sweep.walk(slice(block.start + group.start, block.start + group.stop), block.start, errors)
             later = slice(block.stop, width)
             push_errors(columns[later], errors, factor.unit[block, later])
-    if not bool(torch.isfinite(columns).all() and torch.isfinite(errors).all()):
-        raise NumericalError("the update of the weights gave NaN or infinite values")
+    finite = torch.isfinite(columns).all() & torch.isfinite(errors).all()
+    refuse_if(~finite, NumericalError("the update of the weights gave NaN or infinite values"))
     done = Pruned(columns.T.contiguous(), sweep.keep.T.contiguous(), factor.events)
     if sweep.scales is None:
         return done

@@ -13,8 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coprune.base.errors import NumericalError
-from coprune.base.selection import count_pruned
+from coprune.base.selection import count_pruned, refuse_nan
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.pruning.methods.wanda import wanda_score
@@ -38,8 +37,7 @@ class WandaVariant:
         if target.pattern.group_size is not None or target.sparsity == 0:
             keep = target.keep(score, "row")
             return Pruned(apply_keep(weight, keep), keep)
-        if bool(torch.isnan(score).any()):
-            raise NumericalError("the scores hold NaN")
+        refuse_nan(score)
         ascending, order = score.sort(dim=1, stable=True)
         counts = bisect_share(ascending, score.sum(dim=1, keepdim=True), target.sparsity)
         position = torch.arange(score.shape[1], device=score.device)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coprune.base.devices import in_host_memory
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
@@ -112,7 +113,9 @@ def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, 
         at_i, at_j = (best // count)[:, None], (best % count)[:, None]
         size = restore_cost.gather(1, at_i).abs() + drop_cost.gather(1, at_j).abs()
         gained = change < -NOISE * size.squeeze(1)
-        if not bool(gained.any()):
+        # As numbers, which the host has to wait for once; each choice by a mask would wait anew.
+        gained = gained.nonzero().squeeze(1)
+        if not len(gained):
             break
         rows, at_i, at_j = rows[gained], at_i[gained], at_j[gained]
         i, j = i[gained].gather(1, at_i), j[gained].gather(1, at_j)
@@ -150,7 +153,7 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
     width = dense.shape[0]
     block_size = max(BLOCK // group, 1) * group
     for _ in range(sweeps):
-        any_gained = False
+        changes: list[Tensor] = []
         for start in range(0, width, block_size):
             block = slice(start, min(start + block_size, width))
             residual = gram[block] @ delta
@@ -164,16 +167,19 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
                     gram[columns, columns],
                 )
                 if change is not None:
-                    any_gained = True
                     residual.addmm_(gram[block, columns], change)
-        if not any_gained:
+                    changes.append(change.any())
+        if not changes or not bool(torch.stack(changes).any()):
             break
     keep = keep.T.contiguous()
     return apply_keep(weight - delta.T, keep), keep
 
 
 def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor, gram: Tensor) -> Tensor | None:
-    """Make every row's best swap in one group, in place; all M × O, gram M × M. Returns the change of Δ, if any."""
+    """Make every row's best swap in one group, in place; all M × O, gram M × M.
+
+    Returns the change of Δ; None where host memory tells that there is none.
+    """
     size, rows = delta.shape
     diagonal = gram.diagonal()[:, None]
     current = dense - delta
@@ -183,13 +189,12 @@ def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor
     change, best = pairs.view(size * size, rows).min(dim=0)
     i, j = (best // size)[None], (best % size)[None]
     gained = change < -NOISE * (restore.gather(0, i).abs() + drop.gather(0, j).abs()).squeeze(0)
-    if not bool(gained.any()):
+    if in_host_memory(dense.device) and not bool(gained.any()):
         return None
     moved = torch.zeros_like(delta)
     moved.scatter_(0, i, -delta.gather(0, i) * gained)
     moved.scatter_(0, j, current.gather(0, j) * gained)
     delta += moved
-    row = gained.nonzero().squeeze(1)
-    keep[i[0, row], row] = True
-    keep[j[0, row], row] = False
+    keep.scatter_(0, i, keep.gather(0, i) | gained)
+    keep.scatter_(0, j, keep.gather(0, j) & ~gained)
     return moved

@@ -6,9 +6,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 import coprune
+from coprune.base.processes import Processes
+from coprune.model.matrices import find_matrices, mask_bits, mask_checksum
+from coprune.model.walk.inputs import BatchRows, Gathered
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Pruned
@@ -91,6 +96,28 @@ def methods() -> tuple[Case, ...]:
     return (*matrices, *refinements, *walks)
 
 
+def refused(folder: Path) -> str:
+    """Inputs that are not finite are told of with the matrix that they go to, though they are looked at late."""
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 4, device=NAME).requires_grad_(False) for _ in range(2)])
+    matrices = list(find_matrices(layers, "block"))
+    gathered = Gathered([[matrix] for matrix in matrices], Gram, [BatchRows()], Processes())
+    for matrix, value in zip(matrices, (1.0, torch.inf), strict=True):
+        gathered.see(0, matrix, torch.full((3, 8), value, device=NAME))
+    with pytest.raises(coprune.NumericalError, match=r"block\.1: the activations hold NaN or infinite") as caught:
+        next(gathered.take_all())
+    return str(caught.value)
+
+
+def checksums(folder: Path) -> str:
+    """The bits of a mask, packed on the device."""
+    for shape in ((64, 128), (5, 7), (3, 3), (1, 8)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+        assert mask_checksum(weight.to(NAME)) == mask_checksum(weight), shape
+        bits = np.packbits((weight != 0).numpy()).tolist()
+        assert mask_bits(weight.to(NAME)).cpu().tolist() == bits, shape
+    return "as on the CPU"
+
+
 def streamed(method: str, **settings: Any) -> Any:
     """From folder to folder, one block at a time on the device."""
 
@@ -114,6 +141,8 @@ def walks() -> tuple[Case, ...]:
     """What may be set about a walk."""
     common = [
         Case("streamed wanda", streamed("wanda"), True),
+        Case("inputs that are not finite", refused, True),
+        Case("checksums of masks", checksums, True),
         Case("streamed sparsegpt 2:4", streamed("sparsegpt", pattern="2:4", propagation="sequential")),
         Case(
             "sparsegpt 2:4 sequential",

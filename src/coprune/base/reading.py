@@ -1,0 +1,90 @@
+"""What the host reads of a device: together what can be, since every time it waits until the device has done all before.
+
+What lies in host memory is at hand, and is looked at on the spot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coprune.base.devices import in_host_memory
+from coprune.base.errors import NumericalError
+
+
+class _Doubt(NamedTuple):
+    """What is raised if a condition (a bool without dimensions, on a device) holds."""
+
+    condition: Tensor
+    error: NumericalError
+
+
+class Reading:
+    """Doubts that wait for the next time that something is read anyway."""
+
+    def __init__(self) -> None:
+        self._doubts: list[_Doubt] = []
+
+    def add(self, condition: Tensor, error: NumericalError) -> None:
+        """Raise the error when something is read next, if the condition holds."""
+        self._doubts.append(_Doubt(condition, error))
+
+    def read(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The tensors in host memory (None stays None). Raises the first error whose condition holds."""
+        doubts, self._doubts = self._doubts, []
+        conditions = torch.stack([doubt.condition for doubt in doubts]) if doubts else None
+        *found, held = to_host(*tensors, conditions)
+        for doubt, holds in zip(doubts, [] if held is None else held.tolist(), strict=True):
+            if holds:
+                raise doubt.error
+        return found
+
+
+_WAITING: ContextVar[Reading | None] = ContextVar("waiting", default=None)
+
+
+@contextmanager
+def reading_later() -> Iterator[Reading]:
+    """While it is entered, what `refuse_if` is told of a device waits for a `read`, or for the end of the block."""
+    reading = Reading()
+    token = _WAITING.set(reading)
+    try:
+        yield reading
+    finally:
+        _WAITING.reset(token)
+    reading.read()
+
+
+def refuse_if(condition: Tensor, error: NumericalError) -> None:
+    """Raise an error if a condition holds: now, or on a device as soon as something is read within `reading_later`.
+
+    condition: bool without dimensions.
+    """
+    waiting = _WAITING.get()
+    if waiting is not None and not in_host_memory(condition.device):
+        waiting.add(condition, error)
+    elif bool(condition):
+        raise error
+
+
+def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in host memory (None stays None), by one copy for all that lie on a device."""
+    there = [tensor for tensor in tensors if tensor is not None and not in_host_memory(tensor.device)]
+    if not there:
+        return list(tensors)
+    whole = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in there]).cpu()
+    pieces = iter(whole.split([tensor.numel() * tensor.element_size() for tensor in there]))
+
+    def read(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or in_host_memory(tensor.device):
+            return tensor
+        # A copy begins at an address that suits its type.
+        piece: Tensor = next(pieces).clone()
+        return piece.view(tensor.dtype).view(tensor.shape)
+
+    return [read(tensor) for tensor in tensors]
