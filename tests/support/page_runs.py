@@ -85,7 +85,8 @@ def small(words: list[str], world: World) -> list[str]:
         kept.append("--overwrite")  # pages begin anew at several places
     for key, value in changed.items():
         kept += [options[key].opts[0], str(value)] if value is not None else []
-    return [name, *(re.sub(r"length=\d+", "length=8", word) for word in kept)]
+    # A group of inputs has to divide those of every matrix of the small models.
+    return [name, *(re.sub(r"length=\d+", "length=8", word).replace("group=64", "group=32") for word in kept)]
 
 
 def _apart(words: list[str], flags: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:

@@ -154,7 +154,7 @@ def _backend() -> str:
     if own >= accelerators():
         raise BadInput(
             f"process {own} of this machine has no GPU of its own: there are {accelerators()}",
-            fix="start one process for each (torchrun --nproc-per-node), or hide the GPUs (CUDA_VISIBLE_DEVICES=)",
+            fix="start torchrun with one process for each GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=)",
         )
     torch.accelerator.set_device_index(own)
     sums = dist.Backend.default_device_backend_map.get(found.type)

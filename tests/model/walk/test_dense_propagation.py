@@ -128,11 +128,11 @@ def test_a_resumed_run_is_the_same(stream: bool, place: Path, tmp_path: Path, mo
     write = Output.write_block
     written: list[Any] = []
 
-    def interrupted(self: Output, block: Any, results: Any) -> None:
+    def interrupted(self: Output, block: Any, results: Any, beside: bool = False) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(block.name)
-        write(self, block, results)
+        write(self, block, results, beside)
 
     monkeypatch.setattr(Output, "write_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
