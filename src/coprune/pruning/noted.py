@@ -40,9 +40,10 @@ def note(
         NumericalError: of the solving.
     """
     stored = matrix.stored()
+    # First, since it takes most memory: nothing else is held beside it.
+    errors = _squared_errors(inputs, weight, after) if layer_error and inputs is not None else None
     magnitude, kept = sampled(weight, after != 0)
     norm = None if inputs is None else _norm(inputs)
-    errors = _squared_errors(inputs, weight, after) if layer_error and inputs is not None else None
     read = reading.read(mask_bits(stored), torch.count_nonzero(stored), magnitude, kept, norm, errors)
     bits, count, magnitude, kept = (tensor for tensor in read[:4] if tensor is not None)
     norm, errors = read[4:]

@@ -55,8 +55,3 @@ class InputSample:
         x = self.inputs
         error = (x @ (weight - pruned).T).square().sum(dtype=torch.float64)
         return torch.stack([error, (x @ weight.T).square().sum(dtype=torch.float64)])
-
-    def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
-        """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the kept tokens (0.0 where the dense output is zero). weight, pruned: O × I."""
-        error, total = self.squared_errors(weight, pruned).tolist()
-        return error / total if total > 0 else 0.0
