@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import say
 from coprune.commands.face import CommandLine
 from coprune.model.blocks import Block
+from coprune.model.checkpoint import writer
 from coprune.model.walk.recording import Recording
 from coprune.pruning import pruner
 from coprune.recipe.recipe import Recipe, make_recipe
@@ -79,8 +81,15 @@ def full_where(monkeypatch: pytest.MonkeyPatch, too_much: Callable[[Recording, T
 def test_a_run_goes_on_with_what_is_kept_on_the_disk(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the same bytes, since they do not depend on where hidden states lie."""
+    """To the same bytes, since they do not depend on where hidden states lie, and at once, however slow the disk is."""
     run(recipe_of(place, tmp_path / "undisturbed"))
+    real = writer.sync
+
+    def slow(path: Path) -> None:
+        time.sleep(0.2)
+        real(path)
+
+    monkeypatch.setattr(writer, "sync", slow)
     full_where(monkeypatch, lambda recording, hidden: recording.hidden.bytes_in_memory > 0)
     said = said_by(recipe_of(place, tmp_path))
     assert said.startswith(f"prune: {BLOCK}: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full; the same")

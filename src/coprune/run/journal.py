@@ -133,10 +133,10 @@ class Output:
             read()
 
     def settle(self) -> None:
-        """Wait for a block that is written beside, and let it be read from its file."""
+        """Wait until the last finished block is on the disk and noted, and let one written beside be read from there."""
+        self._writer.settle()
         if self._unread is not None:
             read, self._unread = self._unread, None
-            self._writer.settle()
             read()
 
     def finish(self, beside: Companions, edits: Edits, encoding: Encoding, check: Callable[[Path], object]) -> None:
