@@ -32,6 +32,7 @@ class TrainingArguments(TypedDict, total=False):
     alpha: float
     dropout: float
     masked: bool
+    move_zeros: float | None
     teacher: str | Path | None
     temperature: float
     kl_weight: float

@@ -26,6 +26,10 @@ class Settings(Protocol):
     @property
     def dropout(self) -> float: ...
     @property
+    def move_zeros(self) -> float | None: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
     def patience(self) -> int | None: ...
     @property
     def evaluations(self) -> int: ...
@@ -41,7 +45,7 @@ class Settings(Protocol):
 
 def contradiction(asked: Settings) -> BadInput | None:
     """What is wrong with the settings taken together, with the fix; None if nothing is."""
-    return _of_teacher(asked) or _of_training(asked) or _of_answers(asked) or _of_folders(asked)
+    return _of_teacher(asked) or _of_training(asked) or _of_moving(asked) or _of_answers(asked) or _of_folders(asked)
 
 
 def _of_teacher(asked: Settings) -> BadInput | None:
@@ -65,6 +69,26 @@ def _of_training(asked: Settings) -> BadInput | None:
         cause: Words = (Set("patience", asked.patience), " needs evaluations during the training")
         fix: Words = ("ask for some with ", Setting("evaluations"))
         return BadInput(cause, field="patience", value=asked.patience, fix=fix)
+    return None
+
+
+def _of_moving(asked: Settings) -> BadInput | None:
+    if asked.move_zeros is None:
+        return None
+    if asked.mode == "lora":
+        cause: Words = (Set("mode", "lora"), " leaves the weights alone, so zeros cannot move")
+        fix: Words = ("use ", Set("mode", "distill"), " or ", Set("mode", "dense"))
+        return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=fix)
+    if asked.optimizer != "adamw":
+        cause = (
+            "zeros are chosen by Adam's second moment, which ",
+            Set("optimizer", asked.optimizer),
+            " does not have",
+        )
+        return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=LeaveOut("optimizer"))
+    if asked.patience is not None:
+        cause = ("while zeros move there is no best state to go back to with ", Set("patience", asked.patience))
+        return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=LeaveOut("patience"))
     return None
 
 

@@ -34,6 +34,10 @@ class PrunedMatrix:
     sparsity: float
     pattern: Pattern
 
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """What belongs to the matrix of a tensor like its parameter, as out × in, a view."""
+        return _rows(whole if self.matrix.expert is None else whole[self.matrix.expert], self.matrix)
+
 
 @dataclass(frozen=True)
 class Masks:

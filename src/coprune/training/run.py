@@ -84,7 +84,7 @@ def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> Finetun
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
         with full_disk_explained(session.training_folder):
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            trainer.run(resume)
         if cached is not None:
             session.model.config.use_cache = cached
         _release(session.model, trainer)
@@ -223,6 +223,7 @@ def _report(
         patterns=session.masks.patterns,
         sparsity_before=session.masks.sparsity,
         sparsity_after=_sparsity_now(session),
+        moved=trainer.moved,
         masks=session.masks.fingerprint(),
         steps=trainer.state.global_step,
         seconds=curve[-1].seconds if curve else 0.0,

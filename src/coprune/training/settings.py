@@ -109,6 +109,15 @@ class FinetuneSettings(BaseModel):
         _RESULT,
         Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
     ] = True
+    move_zeros: Annotated[
+        float | None,
+        _RESULT,
+        Field(
+            description="dense, distill: let zeros change places in the first three quarters of the training, drawn to the "
+            "best mask by a penalty of this weight (ELSA, 0.01 in the paper; 5 bytes a weight more). [they stay]",
+            gt=0,
+        ),
+    ] = None
     teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model.")] = None
     temperature: Annotated[float, _RESULT, Field(description="distill: of the compared distributions.", gt=0)] = 2.0
     kl_weight: Annotated[float, _RESULT, Field(description="distill: weight of the logits' divergence.", ge=0)] = 1.0

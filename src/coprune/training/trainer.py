@@ -21,6 +21,7 @@ from coprune.model.checkpoint.load import quiet_transformers
 from coprune.training.distill import Objective
 from coprune.training.hold_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
+from coprune.training.move_zeros import MovingZeros
 from coprune.training.one_device import arguments_on, training_device
 from coprune.training.pace import Along, Pace, rate_at
 from coprune.training.session import Session
@@ -50,6 +51,8 @@ class ZeroKeepingTrainer(Trainer):
     ) -> None:
         """objective: what to train for instead of the data's own loss; own_loss: that one, None for the model's."""
         super().__init__(*args, **kwargs)
+        self._moving: MovingZeros | None = None
+        self._going_on: Path | None = None
         self._masks, self._settings, self._pace = masks, settings, pace
         self._objective, self._own_loss = objective or own_loss, own_loss
         if self._objective is not None:
@@ -62,8 +65,25 @@ class ZeroKeepingTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if is_new:
             trained: Any = self.model if model is None else model
-            hold_zeros(trained, optimizer, self._masks)
+            if (strength := self._settings.move_zeros) is None:
+                hold_zeros(trained, optimizer, self._masks)
+            else:
+                self._moving = MovingZeros(trained, optimizer, self._masks, strength, lambda: self._pace.done)
+                if self._going_on is not None:
+                    self._moving.load(self._going_on)
         return optimizer
+
+    @property
+    def moved(self) -> float | None:
+        """As `MovingZeros.moved`; None where zeros do not move."""
+        return None if self._moving is None else self._moving.moved
+
+    def run(self, going_on: Path | None) -> None:
+        """Train to the end. going_on: a state of an interrupted training."""
+        self._going_on = going_on
+        self.train(resume_from_checkpoint=None if going_on is None else str(going_on))
+        if self._moving is not None:
+            self._moving.stand()  # a training of very few steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A learning rate that follows the share of the training that is done, in steps or in minutes."""
@@ -94,9 +114,10 @@ class ZeroKeepingTrainer(Trainer):
         super().log({**logs, "seconds": self._pace.seconds}, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write a state to resume from, unless a pruned weight in it is not zero."""
+        """Write a state to resume from, unless a pruned weight in it is not zero where zeros stand."""
         model: Any = self.model
-        self._masks.verify(plain_parameters(model))
+        if self._moving is None or not self._moving.moving:
+            self._masks.verify(plain_parameters(model))
         if not self.args.should_save:
             return
         # As the model holds its weights, since that is how the Trainer reads them back.
@@ -106,6 +127,8 @@ class ZeroKeepingTrainer(Trainer):
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with quiet_transformers():
             unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, **layout)
+        if self._moving is not None:
+            self._moving.save(Path(output_dir or self.args.output_dir or ""))
 
 
 def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
