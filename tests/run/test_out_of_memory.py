@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import coprune
+from coprune.base.durable import sync
 from coprune.base.progress import Reporter
 from coprune.base.words import say
 from coprune.commands.face import CommandLine
 from coprune.model.blocks import Block
-from coprune.model.checkpoint import writer
 from coprune.model.walk.recording import Recording
 from coprune.pruning import pruner
 from coprune.recipe.recipe import Recipe, make_recipe
@@ -83,13 +83,12 @@ def test_a_run_goes_on_with_what_is_kept_on_the_disk(
 ) -> None:
     """To the same bytes, since they do not depend on where hidden states lie, and at once, however slow the disk is."""
     run(recipe_of(place, tmp_path / "undisturbed"))
-    real = writer.sync
 
     def slow(path: Path) -> None:
         time.sleep(0.2)
-        real(path)
+        sync(path)
 
-    monkeypatch.setattr(writer, "sync", slow)
+    monkeypatch.setattr("coprune.model.checkpoint.writer.sync", slow)
     full_where(monkeypatch, lambda recording, hidden: recording.hidden.bytes_in_memory > 0)
     said = said_by(recipe_of(place, tmp_path))
     assert said.startswith(f"prune: {BLOCK}: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full; the same")

@@ -79,7 +79,7 @@ def test_steps_are_those_of_the_paper() -> None:
     for step in range(1, 7):
         for parameter, optimizer in ((weight, adam), (x, own)):
             optimizer.zero_grad()
-            ((parameter - target).square() * torch.arange(1.0, 1 + target.shape[1])).sum().backward()  # type: ignore[no-untyped-call]
+            ((parameter - target).square() * torch.arange(1.0, 1 + target.shape[1])).sum().backward()
             if parameter is x:
                 assert x.grad is not None
                 x.grad += 0.1 * (x.detach() - z + u)
@@ -102,7 +102,7 @@ def test_steps_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize(("family", "mode"), [("llama", "dense"), ("mixtral", "dense"), ("llama", "distill")])
 def test_zeros_move_and_patterns_stand(home: Path, tmp_path: Path, family: str, mode: str) -> None:
-    more = {"teacher": str(home / "dense")} if mode == "distill" else {}
+    more: dict[str, Any] = {"teacher": str(home / "dense")} if mode == "distill" else {}
     report = run(home, tmp_path / "run", family, mode=mode, **more)
     before, after = (
         AutoModelForCausalLM.from_pretrained(place) for place in (home / family, tmp_path / "run" / "model")
