@@ -112,11 +112,7 @@ class FinetuneSettings(BaseModel):
     move_zeros: Annotated[
         float | None,
         _RESULT,
-        Field(
-            description="dense, distill: let zeros change places in the first three quarters of the training, drawn to the "
-            "best mask by a penalty of this weight (ELSA, 0.01 in the paper; 5 bytes a weight more). [they stay]",
-            gt=0,
-        ),
+        Field(description="dense, distill: let zeros move, drawn by a penalty so strong (ELSA: 0.01).", gt=0),
     ] = None
     teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model.")] = None
     temperature: Annotated[float, _RESULT, Field(description="distill: of the compared distributions.", gt=0)] = 2.0
@@ -197,7 +193,6 @@ class FinetuneSettings(BaseModel):
     save_model: Annotated[
         Path | None, Decides.WHERE, Field(description="Folder for the model. [model/ in the run folder]")
     ] = None
-
     overwrite: Overwrite = None
 
     @model_validator(mode="after")
