@@ -23,7 +23,7 @@ from coprune.recipe.parts import Globs
 from coprune.training.checks import contradiction
 
 Mode = Literal["lora", "dense", "distill"]
-_RESULT = Decides.RESULT
+_RESULT, _MEASURED = Decides.RESULT, Decides.MEASUREMENT
 _OLDER = "block_size"  # what `seqlen` was called
 _SEQLEN = Field(
     description="Tokens per training window. [min(1024, model's limit)]",
@@ -152,25 +152,23 @@ class FinetuneSettings(BaseModel):
     save_every: Annotated[
         int, Decides.WHERE, Field(description="Steps between the states from which a run resumes.", ge=1)
     ] = 100
-    evaluate: Annotated[
-        bool, Decides.MEASUREMENT, Field(description="Measure perplexity or accuracy before and after.")
-    ] = True
+    evaluate: Annotated[bool, _MEASURED, Field(description="Measure perplexity or accuracy before and after.")] = True
     eval_data: Annotated[
         str | None,
-        Decides.MEASUREMENT,
+        _MEASURED,
         Field(description="Text for perplexity or images for accuracy, comma-separated. [test split of the data]"),
     ] = None
     eval_images: Annotated[
         int | None,
-        Decides.MEASUREMENT,
+        _MEASURED,
         Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
     ] = None
-    eval_tokens: Annotated[
-        int | None, Decides.MEASUREMENT, Field(description="Use only so many tokens of each. [all]", ge=2)
-    ] = None
+    eval_tokens: Annotated[int | None, _MEASURED, Field(description="Use only so many tokens of each. [all]", ge=2)] = (
+        None
+    )
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
-        Decides.MEASUREMENT,
+        _MEASURED,
         Field(description="Where the token that begins a text (BOS) stands in perplexity windows, as in prune."),
     ] = "auto"
     generate: Prompts = None
@@ -182,7 +180,7 @@ class FinetuneSettings(BaseModel):
     require: Require = None
     against: Annotated[
         str | None,
-        Decides.MEASUREMENT,
+        _MEASURED,
         Field(description="The dense model, with whose answers the model's are compared. [with those from before]"),
     ] = None
     cache_dir: Annotated[Path | None, Decides.WHERE, Field(description="Where downloads are kept.")] = None
