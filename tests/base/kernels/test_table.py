@@ -11,7 +11,14 @@ import torch
 from coprune.base.devices import Kind, capability, describe, in_host_memory, kind_of, synchronize
 from coprune.base.errors import BadInput
 from coprune.base.kernels import table
-from coprune.base.kernels.gram import add_natively, add_with_torch, panels
+from coprune.base.kernels.gram import (
+    WIDE_PANEL,
+    add_natively,
+    add_on_tensor_cores,
+    add_with_torch,
+    panel_for_devices,
+    panels,
+)
 from coprune.base.kernels.smallest import by_kth_value, by_partition
 from coprune.base.kernels.table import KERNELS, Operation, kernel
 
@@ -83,3 +90,39 @@ def test_both_add_to_the_same_half(size: int, dtype: torch.dtype) -> None:
             right = sums[panel, panel.start :].double() - 7
             torch.testing.assert_close(right, exact[panel, panel.start :], rtol=1e-4, atol=1e-3)
             assert bool((sums[panel.stop :, panel] == 7).all())
+
+
+@pytest.mark.parametrize("width", [1, 64, WIDE_PANEL, WIDE_PANEL + 1, 14336])
+def test_a_devices_panels_are_of_a_size_that_gram_matrices_take(width: int) -> None:
+    size = panel_for_devices(width)
+    assert size >= width or size % 64 == 0
+    assert size <= WIDE_PANEL
+
+
+@pytest.mark.parametrize("size", [128, 300])
+def test_tensor_cores_are_told_the_same_half(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA alone has products of 16 bits with float32 results; here they are made of their definition."""
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    x = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, wanted = torch.full((300, 300), 7.0), torch.full((300, 300), 7.0)
+    monkeypatch.setattr("torch.mm", product)
+    add_on_tensor_cores(found, x, size)
+    add_with_torch(wanted, x, size)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_torch_knows_products_of_sixteen_bits_with_float32_results() -> None:
+    x, sums = (torch.empty(shape, dtype=t, device="meta") for shape, t in (((8, 64), torch.float16), ((64, 64), None)))
+    add_on_tensor_cores(sums, x, 64)
+
+
+def test_inputs_of_float32_keep_float32s_products() -> None:
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    found, wanted = torch.zeros(64, 64), torch.zeros(64, 64)
+    add_on_tensor_cores(found, x, 64)
+    add_with_torch(wanted, x, 64)
+    assert torch.equal(found, wanted)

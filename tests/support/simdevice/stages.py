@@ -63,15 +63,15 @@ def solved(solve: Callable[[], object]) -> Counts:
     return counted(work)
 
 
-def inputs(seed: int = 0) -> torch.Tensor:
+def inputs(seed: int = 0, width: int = WIDTH) -> torch.Tensor:
     """Of a matrix, T × I on the device."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(TOKENS, WIDTH, generator=generator) * torch.linspace(0.5, 2.0, WIDTH)).to(NAME)
+    return (torch.randn(TOKENS, width, generator=generator) * torch.linspace(0.5, 2.0, width)).to(NAME)
 
 
-def gram() -> Gram:
-    statistic = Gram(WIDTH, torch.device(NAME))
-    statistic.update(inputs())
+def gram(width: int = WIDTH) -> Gram:
+    statistic = Gram(width, torch.device(NAME))
+    statistic.update(inputs(width=width))
     return statistic
 
 
@@ -118,16 +118,18 @@ def refinements() -> Iterator[tuple[str, Counts]]:
 def whole_matrices() -> Iterator[tuple[str, Counts]]:
     """A matrix of a model with all that is done to it: read, pruned, written, measured, noted."""
     for name, pattern in (("magnitude", "2:4"), ("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "2:4")):
-        layer = torch.nn.Linear(WIDTH, ROWS, bias=False, device=NAME).requires_grad_(False)
-        (matrix,) = find_matrices(torch.nn.ModuleList([layer]))
-        sample = InputSample(WIDTH, 1, torch.device(NAME))
-        sample.update(inputs())
-        known, target = Inputs(gram(), sample), Target(parse_pattern(pattern), 0.5)
-        solver = Solver(METHODS[name])
-        yield (
-            f"{name} {pattern}: a matrix and its report",
-            counted(partial(prune_matrix, matrix, known, solver, target, True)),
-        )
+        yield f"{name} {pattern}: a matrix and its report", whole_matrix(name, pattern, WIDTH)
+    for name in ("wanda", "sparsegpt"):
+        yield f"{name} 2:4: a matrix and its report, twice as wide", whole_matrix(name, "2:4", 2 * WIDTH)
+
+
+def whole_matrix(name: str, pattern: str, width: int) -> Counts:
+    layer = torch.nn.Linear(width, ROWS, bias=False, device=NAME).requires_grad_(False)
+    (matrix,) = find_matrices(torch.nn.ModuleList([layer]))
+    sample = InputSample(width, 1, torch.device(NAME))
+    sample.update(inputs(width=width))
+    known, target = Inputs(gram(width), sample), Target(parse_pattern(pattern), 0.5)
+    return counted(partial(prune_matrix, matrix, known, Solver(METHODS[name]), target, True))
 
 
 def blocks() -> Iterator[tuple[str, Counts]]:
@@ -135,6 +137,8 @@ def blocks() -> Iterator[tuple[str, Counts]]:
     runs: dict[str, dict[str, Any]] = {
         "llama wanda 2:4": {"method": "wanda", "pattern": "2:4"},
         "llama sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
+        "llama wanda 2:4, twice as many batches": {"method": "wanda", "pattern": "2:4", "batch_size": 1},
+        "llama sparsegpt 2:4, twice as many batches": {"method": "sparsegpt", "pattern": "2:4", "batch_size": 1},
         "llama sparsegpt 2:4 sequential": {"method": "sparsegpt", "pattern": "2:4", "propagation": "sequential"},
         "llama wanda, perplexity too": {"method": "wanda", "evaluate": True, "eval_data": SETTINGS["dataset"]},
         "mixtral wanda": {"family": "mixtral", "method": "wanda"},

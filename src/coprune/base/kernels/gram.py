@@ -12,10 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from coprune.base.devices import capability
 from coprune.base.native import solving
 
 PANEL = 128
 """Rows of a Gram matrix that one product adds to on a CPU: enough that the product runs at full speed."""
+WIDE_PANEL = 2048
+"""The same on a GPU: a batch of 4096 tokens keeps it busy for milliseconds, and a launch takes microseconds."""
 
 
 def panel_for_caches(width: int) -> int:
@@ -23,9 +26,9 @@ def panel_for_caches(width: int) -> int:
     return PANEL
 
 
-def whole_matrix(width: int) -> int:
-    """One panel: a GPU takes longer to be told than to compute."""
-    return width
+def panel_for_devices(width: int) -> int:
+    """The whole matrix, unless its products take a GPU far longer than to be told of them."""
+    return min(width, WIDE_PANEL)
 
 
 def panels(width: int, size: int) -> Iterator[slice]:
@@ -38,6 +41,18 @@ def add_with_torch(gram: Tensor, x: Tensor, panel_size: int) -> None:
     x = x.to(torch.float32)
     for panel in panels(x.shape[1], panel_size):
         gram[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
+
+
+def add_on_tensor_cores(gram: Tensor, x: Tensor, panel_size: int) -> None:
+    """By products of 16-bit inputs, which are exact in float32 and are summed there; of other inputs as by torch.
+
+    Not run on a GPU yet. Before NVIDIA's Ampere there are no such products of bfloat16.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16) or (x.is_cuda and capability(x.device) < (8, 0)):
+        add_with_torch(gram, x, panel_size)
+        return
+    for panel in panels(x.shape[1], panel_size):
+        gram[panel, panel.start :].add_(torch.mm(x[:, panel].T, x[:, panel.start :], out_dtype=torch.float32))
 
 
 def add_natively(gram: Tensor, x: Tensor, panel_size: int) -> None:

@@ -7,8 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-FEW_GROUPS = 4096
-"""Up to so many groups of M, comparing their entries takes less time than telling the machine to."""
+from coprune.base.devices import in_host_memory
+
+FEW_GROUPS, FEW_ON_A_DEVICE = 4096, 65536
+"""Up to so many groups of M, comparing their entries takes less time than telling the machine to: the host, and a GPU, which
+is to rank a group of each row of a wide matrix at once."""
 LARGE_GROUP = 16
 """Groups of more entries are sorted."""
 
@@ -33,7 +36,7 @@ def _rank_by_comparisons(grouped: Tensor) -> Tensor:
     That is far cheaper than sorting millions of groups of four.
     """
     planes = grouped.T.contiguous()
-    if planes.shape[1] <= FEW_GROUPS:
+    if planes.shape[1] <= (FEW_GROUPS if in_host_memory(grouped.device) else FEW_ON_A_DEVICE):
         return _rank_at_once(planes).T
     ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=grouped.device)
     for j in range(1, len(planes)):

@@ -32,6 +32,11 @@ def triton_is_there() -> bool:
     return find_spec("triton") is not None
 
 
+def nvidia_is_there() -> bool:
+    """Torch calls AMD's GPUs `cuda` too."""
+    return torch.version.cuda is not None
+
+
 def walk_with_triton(block: columns.ColumnBlock) -> None:
     """By one launch of a Triton kernel, which is imported here: only where it is asked for."""
     from coprune.base.kernels.columns_triton import walk_columns
@@ -64,11 +69,14 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
         Kernel("native", gram.add_natively, native_is_there),
         Kernel("torch", gram.add_with_torch),
     ),
-    ("add_to_gram", "cuda"): (Kernel("torch", gram.add_with_torch),),
+    ("add_to_gram", "cuda"): (
+        Kernel("tensor cores", gram.add_on_tensor_cores, nvidia_is_there),
+        Kernel("torch", gram.add_with_torch),
+    ),
     ("add_to_gram", "other"): (Kernel("torch", gram.add_with_torch),),
     ("panel_size", "cpu"): (Kernel("torch", gram.panel_for_caches),),
-    ("panel_size", "cuda"): (Kernel("torch", gram.whole_matrix),),
-    ("panel_size", "other"): (Kernel("torch", gram.whole_matrix),),
+    ("panel_size", "cuda"): (Kernel("torch", gram.panel_for_devices),),
+    ("panel_size", "other"): (Kernel("torch", gram.panel_for_devices),),
     ("find_smallest", "cpu"): (Kernel("numpy", smallest.by_partition),),
     ("find_smallest", "cuda"): (Kernel("torch", smallest.by_kth_value),),
     ("find_smallest", "other"): (Kernel("torch", smallest.by_kth_value),),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import coprune
+from coprune.base.kernels.ranks import rank_in_groups
 from coprune.base.processes import Processes
 from coprune.model.matrices import find_matrices, mask_bits, mask_checksum
 from coprune.model.walk.inputs import BatchRows, Gathered
@@ -118,6 +119,19 @@ def checksums(folder: Path) -> str:
     return "as on the CPU"
 
 
+def large(_: Path) -> str:
+    """What a device does in other pieces than the CPU: many groups are ranked at once, wide Gram matrices made in panels."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randint(0, 5, (5000, 4), generator=generator).float()
+    assert torch.equal(rank_in_groups(groups.to(NAME)).cpu().long(), rank_in_groups(groups).long())
+    x = torch.randn(16, 2112, generator=generator)
+    found, wanted = (Gram(2112, torch.device(device)) for device in (NAME, "cpu"))
+    found.update(x.to(NAME))
+    wanted.update(x)
+    torch.testing.assert_close(found.gram.cpu(), wanted.gram)
+    return "as on the CPU"
+
+
 def streamed(method: str, **settings: Any) -> Any:
     """From folder to folder, one block at a time on the device."""
 
@@ -143,6 +157,7 @@ def walks() -> tuple[Case, ...]:
         Case("streamed wanda", streamed("wanda"), True),
         Case("inputs that are not finite", refused, True),
         Case("checksums of masks", checksums, True),
+        Case("many rows and columns", large, True),
         Case("streamed sparsegpt 2:4", streamed("sparsegpt", pattern="2:4", propagation="sequential")),
         Case(
             "sparsegpt 2:4 sequential",

@@ -1,0 +1,262 @@
+"""What pruning Llama-3-8B on one GPU would take, on paper: from launches, waits and copies that were counted, FLOPs and bytes.
+
+An estimate, not a measurement. Launches, waits and copies are those that the simulated device counted on small models, drawn
+out to the sizes of this one: they grow with the batches, the matrices, and SparseGPT's with the columns. FLOPs and bytes
+follow from the shapes. How fast a GPU does them is assumed, and every assumption is an option; `benchmarks/gpu.py` measures
+them and prints the options. Not in it: the disk, loading, what Python does between launches, and perplexity.
+
+    python benchmarks/gpu_estimate.py                              # one H100 with 80 GB (SXM), 128 × 2048 tokens
+    python benchmarks/gpu_estimate.py --float32-tflops 30 --launch-us 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coprune.base.kernels.gram import WIDE_PANEL
+
+COUNTS = Path(__file__).parents[1] / "tests/support/simdevice/counts.json"
+BEFORE = Path(__file__).with_name("gpu_counts_before.json")
+COUNTED_BATCHES, COUNTED_WIDTHS = 4, (64, 64, 64, 64, 64, 64, 96)
+"""Of the small models' blocks in the tables: batches, and the inputs of their matrices."""
+NARROW, WIDE, WIDER, RANKED_AT_ONCE = 256, 512, ", twice as wide", 4096
+"""Inputs of the single matrices in the tables, the words for the wider one, and groups that were ranked in one step."""
+COPIES_OF_A_BLOCK = 9
+"""One for each of its tensors."""
+BLOCK_OF_COLUMNS, LAUNCHES_WITH_TRITON = 128, 8
+"""Columns that Triton's kernel walks through in one launch, and launches for them with what is around it. Read, not counted."""
+PASSES = 2
+"""Of the calibration data through a block: with its dense weights, then with its pruned ones."""
+Stages = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a LLaMA and of what calibrates it."""
+
+    width: int = 4096
+    inner: int = 14336
+    keys: int = 1024
+    """Rows of the matrices that make keys and values."""
+    blocks: int = 32
+    samples: int = 128
+    seqlen: int = 2048
+    batch: int = 2
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of every matrix of a block."""
+        attention = (
+            (self.width, self.width),
+            (self.keys, self.width),
+            (self.keys, self.width),
+            (self.width, self.width),
+        )
+        return (*attention, (self.inner, self.width), (self.inner, self.width), (self.width, self.inner))
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Widths of what goes into them; queries, keys and values share theirs, and so do gate and up."""
+        return (self.width, self.width, self.width, self.inner)
+
+    @property
+    def weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seqlen
+
+    @property
+    def batches(self) -> int:
+        return -(-self.samples // self.batch)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU and its host are assumed to reach, not what their makers say they could."""
+
+    bf16_tflops: float = 400.0
+    float32_tflops: float = 45.0
+    factor_tflops: float = 15.0
+    memory_gbs: float = 2600.0
+    pinned_gbs: float = 40.0
+    pageable_gbs: float = 5.0
+    launch_us: float = 6.0
+    wait_us: float = 25.0
+
+
+class Way(NamedTuple):
+    """A way to prune: the method, the counts that it is reckoned with, and what was different when they were made."""
+
+    name: str
+    method: str
+    stages: Stages
+    overlaps: bool = True
+    """Whether blocks are copied beside the computation."""
+    panel: int | None = WIDE_PANEL
+    """Of a Gram matrix, of which only what is right of the diagonal's panels is computed; None for all of it."""
+    tensor_cores: bool = True
+    """Whether it is made there from 16 bits; else in float32."""
+    triton: bool = False
+
+
+class Asked(NamedTuple):
+    """What a block asks of the device."""
+
+    walk_launches: float
+    solve_launches: float
+    waits: float
+    copies: float
+    """How often its weights are copied."""
+
+
+def drawn_out(way: Way, shape: Shape) -> Asked:
+    """What a block of this shape asks for, from what small ones were counted to."""
+
+    def counts(stage: str, method: str = way.method) -> Mapping[str, int]:
+        return way.stages[f"{method} 2:4: a matrix and its report{stage}"]
+
+    block = way.stages[f"llama {way.method} 2:4: a block"]
+    half = way.stages[f"llama {way.method} 2:4, twice as many batches: a block"]
+    batch, waits = ((half[kind] - block[kind]) / COUNTED_BATCHES for kind in ("launch", "sync"))
+    # The wider matrix has more groups of four than were ranked at once when counting began.
+    ranking = counts(WIDER, "wanda")["launch"] - counts("", "wanda")["launch"]
+    column, tall = 0.0, 0.0
+    if way.method == "sparsegpt":
+        column, tall = (counts(WIDER)["launch"] - counts("")["launch"]) / (WIDE - NARROW), ranking / 4
+    matrix = counts("")["launch"] - column * NARROW
+    rest = block["launch"] - batch * COUNTED_BATCHES - sum(matrix + column * width for width in COUNTED_WIDTHS)
+    if way.triton:
+        column = LAUNCHES_WITH_TRITON / BLOCK_OF_COLUMNS
+    walks = ((column + tall * (rows > RANKED_AT_ONCE)) * width for rows, width in shape.matrices)
+    return Asked(
+        batch * shape.batches,
+        max(rest, 0.0) + matrix * len(shape.matrices) + sum(walks),
+        block["sync"] + waits * (shape.batches - COUNTED_BATCHES),
+        # The report's own readings are small.
+        (block["to_device"] + block["to_host"] - len(COUNTED_WIDTHS) * counts("")["to_host"]) / COPIES_OF_A_BLOCK,
+    )
+
+
+def products_of(shape: Shape) -> float:
+    """FLOPs of one pass through a block: its matrices, and attention of which half is masked."""
+    return shape.tokens * (2.0 * shape.weights + 2.0 * shape.seqlen * shape.width)
+
+
+def passed_by(shape: Shape) -> float:
+    """Bytes that one pass through a block reads and writes beside its products, as transformers does it in bfloat16.
+
+    For each value of a hidden state: two norms of 36 (to float32, square, mean, multiply, back, multiply), two sums of 6,
+    5 of attention's own; 20 for each turned query or key; 10 for each value between the MLP's matrices.
+    """
+    turned = shape.width + shape.keys
+    return shape.tokens * (89.0 * shape.width + 20.0 * turned + 10.0 * shape.inner)
+
+
+def gram_of(tokens: int, width: int, panel: int) -> float:
+    """FLOPs of a Gram matrix on the panels of the diagonal and right of them."""
+    return 2.0 * tokens * sum(min(panel, width - start) * (width - start) for start in range(0, width, panel))
+
+
+def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, float]:
+    """Seconds of a block by part; `all` is what passes by the clock, where host and device work beside each other."""
+    asked, tera, giga = drawn_out(way, shape), 1e12, 1e9
+    # To float32 (2 + 4 bytes), square (4 + 4), sum (4).
+    statistics = shape.tokens * sum(shape.inputs) * 18 / (machine.memory_gbs * giga)
+    # Some fifteen passes over weights in float32: scores, ranks, masks, the report.
+    solving = shape.weights * 60 / (machine.memory_gbs * giga)
+    if way.method == "sparsegpt":
+        rate = machine.bf16_tflops if way.tensor_cores else machine.float32_tflops
+        statistics = sum(gram_of(shape.tokens, width, way.panel or width) for width in shape.inputs) / (rate * tera)
+        # Factoring and inverting; every column pushed into the later ones; two layer errors.
+        factoring = sum(width**3 for width in shape.inputs) / (machine.factor_tflops * tera)
+        updates = sum(rows * columns**2 for rows, columns in shape.matrices)
+        solving += factoring + 5 * updates / (machine.float32_tflops * tera)
+    products = PASSES * products_of(shape) / (machine.bf16_tflops * tera)
+    around = PASSES * passed_by(shape) / (machine.memory_gbs * giga)
+    walked, solved = (n * machine.launch_us * 1e-6 for n in (asked.walk_launches, asked.solve_launches))
+    waits = asked.waits * machine.wait_us * 1e-6
+    weights = 2 * shape.weights / giga
+    # In and out beside the computation; what the proof and the check of what was written copy is waited for.
+    beside = 2 * weights / machine.pinned_gbs if way.overlaps else 0.0
+    waited_for = (asked.copies - (2 if way.overlaps else 0)) * weights / machine.pageable_gbs
+    computed = max(products + around + statistics, walked) + max(solving, solved) + waits
+    return {
+        "products": products,
+        "around them": around,
+        "statistics": statistics,
+        "solving": solving,
+        "launching": walked + solved,
+        "waits": waits,
+        "copies": beside + waited_for,
+        "all": max(computed, beside) + waited_for,
+    }
+
+
+def ways(before: Stages, now: Stages) -> tuple[Way, ...]:
+    """What is compared."""
+    old: dict[str, Any] = {"overlaps": False, "panel": None, "tensor_cores": False}
+    return (
+        Way("Wanda 2:4, before", "wanda", before, **old),
+        Way("Wanda 2:4", "wanda", now),
+        Way("SparseGPT 2:4, before", "sparsegpt", before, **old),
+        Way("SparseGPT 2:4", "sparsegpt", now),
+        Way("the same, Gram matrices in float32", "sparsegpt", now, tensor_cores=False),
+        Way("SparseGPT 2:4, `inner_loop=triton`", "sparsegpt", now, triton=True),
+    )
+
+
+def table(found: Mapping[str, Mapping[str, float]], blocks: int) -> str:
+    """Seconds of all blocks, a row for each way."""
+    parts = list(next(iter(found.values())))
+    lines = [f"| | {' | '.join(parts)} |", f"| --- |{' ---: |' * len(parts)}"]
+    lines += [f"| {name} | {' | '.join(f'{blocks * s:.1f}' for s in row.values())} |" for name, row in found.items()]
+    return "\n".join(lines)
+
+
+def stages_of(file: Path) -> Stages:
+    stages: Stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def main() -> None:
+    asked = vars(read_arguments())
+    shape = replace(Shape(), samples=asked["samples"], seqlen=asked["seqlen"])
+    machine = Machine(**{field.name: asked[field.name] for field in fields(Machine)})
+    assumed = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in vars(machine).items())
+    print(
+        f"An estimate, not a measurement: Llama-3-8B, {shape.samples} × {shape.seqlen} tokens, {shape.blocks} blocks, seconds"
+    )
+    print(f"Assumed: {assumed}\n")
+    found = {way.name: seconds_of_block(way, shape, machine) for way in ways(stages_of(BEFORE), stages_of(COUNTS))}
+    print(table(found, shape.blocks))
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told: dict[str, Any] = {
+        "bf16_tflops": "products of bfloat16 that a forward pass reaches, 10¹² FLOPs a second",
+        "float32_tflops": "products of float32, without TF32",
+        "factor_tflops": "factoring and inverting in float32",
+        "memory_gbs": "reading and writing of the GPU's memory, GB a second",
+        "pinned_gbs": "copies between pinned host memory and the GPU",
+        "pageable_gbs": "copies between other host memory and the GPU",
+        "launch_us": "of the host for an operation of torch, microseconds",
+        "wait_us": "of the host for the device, and until the device is busy again",
+    }
+    for field in fields(Machine):
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, type=float, default=field.default, help=f"{told[field.name]} [{field.default:g}]")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
