@@ -45,6 +45,8 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
         *("sparsegpt", "sequential", "llama", True),
         {"dataset": "{place}/words.txt:seqlen=9=0.3,{place}/rows.jsonl=0.4,{place}/other.txt:seqlen=24=0.3"},
     ),
+    "low rank": ("sparsegpt", "sequential", "llama", True, {"low_rank": 4, "low_rank_rounds": 2}),
+    "low rank in memory": ("wanda", "block", "llama", False, {"low_rank": 4, "pattern": "2:4"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
 }
 

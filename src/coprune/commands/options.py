@@ -31,6 +31,7 @@ _TITLES = {
     "allocation": "What is pruned, and how",
     "refine": "What is pruned, and how",
     "quantization": "What is pruned, and how",
+    "low_rank": "What is pruned, and how",
     "reconstruction": "What is pruned, and how",
     "structure": "What is removed as a whole (--remove)",
     "calibration": "Calibration",

@@ -81,6 +81,17 @@ class RoundValues(Edit):
     """As `--quantize` takes them, by the name of the matrix."""
 
 
+class AddLowRank(Edit):
+    """Matrices of low rank were added to pruned ones. The journal keeps them with the block, the folder as an adapter."""
+
+    ranks: dict[str, int]
+    """By the name of the matrix."""
+
+    def place(self, name: str) -> str | None:
+        layer, _, factor = name.rpartition(".lora_")
+        return None if factor and layer in self.ranks else name
+
+
 class KeepSlices(Edit):
     """Channels or heads of a block were removed: its tensors are smaller. In memory they are zeros until it is saved."""
 

@@ -15,13 +15,24 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
-from coprune.model.edit import Configure, DropBlock, Edit, FillZeros, KeepExperts, KeepSlices, PadUnits, RoundValues
+from coprune.model.edit import (
+    AddLowRank,
+    Configure,
+    DropBlock,
+    Edit,
+    FillZeros,
+    KeepExperts,
+    KeepSlices,
+    PadUnits,
+    RoundValues,
+)
 
 EDITS_FILE = "coprune_edits.json"
 """What was done to the model of a folder, beside its weights."""
 EDITS: dict[str, type[Edit]] = {
     "fill_zeros": FillZeros,
     "round_values": RoundValues,
+    "add_low_rank": AddLowRank,
     "keep_slices": KeepSlices,
     "keep_experts": KeepExperts,
     "drop_block": DropBlock,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import VerificationError
+from coprune.model.adapter_folder import ADAPTER_FOLDER, verify_adapter
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
+from coprune.model.low_rank import factors_below, give
 from coprune.model.matrices import find_matrices
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device
@@ -45,6 +47,9 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
             if matrix.name in checksums and matrix.mask_checksum() != checksums[matrix.name]:
                 raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
         saved.release(block.name)
+    if factors := factors_below(model.module):
+        verify_adapter(folder / ADAPTER_FOLDER, factors)
+        give(saved.model, factors)
     if model.weights.streams and not edits.lines():
         # The run's own last files became this folder, so there are no other weights to compute logits from. Where parts
         # were removed, these files are read as the big model in which they are silent.

@@ -33,7 +33,7 @@ def note(
         matrix: as the model now holds it.
         inputs: what is known of them.
         weight: before pruning, O × I.
-        after: what the matrix holds, O × I.
+        after: what its layer now multiplies with, O × I: what the matrix holds, and what may be added to it.
         layer_error: whether to measure it.
 
     Raises:
@@ -42,7 +42,7 @@ def note(
     stored = matrix.stored()
     # First, since it takes most memory: nothing else is held beside it.
     errors = _squared_errors(inputs, weight, after) if layer_error and inputs is not None else None
-    magnitude, kept = sampled(weight, after != 0)
+    magnitude, kept = sampled(weight, (stored if matrix.input_dim == 1 else stored.T) != 0)
     norm = None if inputs is None else _norm(inputs)
     read = reading.read(mask_bits(stored), torch.count_nonzero(stored), magnitude, kept, norm, errors)
     bits, count, magnitude, kept = (tensor for tensor in read[:4] if tensor is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from coprune.base.errors import NumericalError
 from coprune.base.reading import reading_later
+from coprune.model.low_rank import wrapped_of
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, Statistic
 from coprune.pruning.distributions import Distributions
 from coprune.pruning.linear_algebra import dense_target
+from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned
 from coprune.pruning.noted import note
@@ -53,6 +55,8 @@ class MatrixResult(BaseModel):
     """What its values were rounded to, as `--quantize` takes it."""
     stored_bits: int | None = None
     """What those values, their places and their scales take together."""
+    rank: int | None = None
+    """Of the matrix of low rank that was added to it; the layer error is that of the sum."""
     distributions: Distributions | None = None
     """Of its weights, inputs and scores before pruning; in a file of their own beside the report."""
 
@@ -67,12 +71,14 @@ class Solver:
     """pruned: the dense weight on the inputs behind pruned layers, as in the papers; dense: the dense model's outputs."""
     rounds: bool = False
     """Whether targets have a grid. Errors of rounding are made good where a method looks at inputs at all."""
+    low_rank: LowRank | None = None
+    """What is added to every matrix whose layer can add something."""
 
     @property
     def statistic(self) -> type[Statistic] | None:
         """What has to be gathered. A Gram matrix serves every method that asks for less."""
-        needed = self.refinements or self.aim == "dense" or (self.rounds and self.method.statistic is not None)
-        return Gram if needed else self.method.statistic
+        needed = self.refinements or self.low_rank or self.aim == "dense"
+        return Gram if needed or (self.rounds and self.method.statistic is not None) else self.method.statistic
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
         """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
@@ -84,13 +90,21 @@ class Solver:
             assert isinstance(statistic, Gram)
             weight, more = dense_target(weight, inputs.cross.cross, statistic.gram)
             events += more
+        if self.low_rank is None:
+            pruned = self._sparse(weight, statistic, target)
+        else:
+            assert isinstance(statistic, Gram)
+            pruned = self.low_rank.split(weight, statistic.gram, lambda rest: self._sparse(rest, statistic, target))
+        return pruned._replace(events=events + pruned.events)
+
+    def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
+        """A pruned matrix, whatever may be added to it."""
         # What improves the weights afterwards would take them off the grid.
         pruned = self.method.prune(weight, statistic, target.without_grid() if self.refinements else target)
         for refinement in self.refinements:
             assert isinstance(statistic, Gram)
             pruned = refinement.refine(weight, pruned, statistic, target)
-        pruned = rounded(pruned, statistic, target)
-        return pruned._replace(events=events + pruned.events)
+        return rounded(pruned, statistic, target)
 
 
 def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[str, ...]]:
@@ -171,9 +185,11 @@ def prune_walk(
 def prune_matrix(
     matrix: Matrix, inputs: Inputs | None, solver: Solver, target: Target, layer_error: bool
 ) -> MatrixResult:
-    """Prune one matrix in place and measure what that did to its outputs."""
+    """Prune one matrix in place, let its layer add what is added to it, and measure what that did to its outputs."""
     started = time.perf_counter()
-    weight = matrix.read()
+    weight, wrapped = matrix.read(), wrapped_of(matrix.owner)
+    if wrapped is None:
+        solver = replace(solver, low_rank=None)
     try:
         # All that the host has to know of the result is read at once.
         with reading_later() as reading:
@@ -181,7 +197,12 @@ def prune_matrix(
             matrix.write(pruned.weight)
             # The error of what the model now holds, so after rounding to its dtype.
             after = matrix.read()
-            noted = note(reading, matrix, inputs, weight, after, layer_error)
+            added = None if pruned.added is None else pruned.added.stored_as(matrix.stored().dtype)
+            if wrapped is not None:
+                wrapped.factors = added
+            noted = note(
+                reading, matrix, inputs, weight, after if added is None else after + added.product(), layer_error
+            )
     except NumericalError as error:
         matrix.write(weight)
         raise error.within(matrix.name) from error
@@ -196,6 +217,7 @@ def prune_matrix(
         events=pruned.events,
         grid=None if target.grid is None else str(target.grid),
         stored_bits=None if target.grid is None else stored_bits(after, target),
+        rank=None if added is None else added.down.shape[0],
         distributions=noted.distributions,
     )
 

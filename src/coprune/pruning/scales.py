@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coprune.base.kernels.columns import round_to_grid
 from coprune.recipe.grid import SCALE_BITS
-from coprune.recipe.pattern import Target
+from coprune.recipe.pattern import Pattern, Target
 
 REACHES = (1.1, 1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 """How far the grids reach that are tried, as parts of a group's largest value."""
@@ -66,9 +66,22 @@ def stored_bits(weight: Tensor, target: Target) -> int:
     """
     assert target.grid is not None
     rows, width = weight.shape
-    bits, size = target.grid.bits, rows * width
-    forms = [size * bits, size + 32 * rows + int(torch.count_nonzero(weight)) * bits]
-    if target.pattern.n_of_m is not None:
-        n, m = target.pattern.n_of_m
+    values = bits_of((rows, width), int(torch.count_nonzero(weight)), target.grid.bits, target.pattern)
+    return values + rows * target.grid.steps(width) * SCALE_BITS
+
+
+def bits_of(shape: tuple[int, int], kept: int, bits: int, pattern: Pattern) -> int:
+    """Count the bits of a sparse matrix's values and of where they are, in the cheapest of the three forms.
+
+    Args:
+        shape: (out, in).
+        kept: how many values are not zero.
+        bits: of a value.
+        pattern: of the zeros.
+    """
+    rows, size = shape[0], shape[0] * shape[1]
+    forms = [size * bits, size + 32 * rows + kept * bits]
+    if pattern.n_of_m is not None:
+        n, m = pattern.n_of_m
         forms.append(size // m * n * (bits + (m - 1).bit_length()))
-    return min(forms) + rows * target.grid.steps(width) * SCALE_BITS
+    return min(forms)

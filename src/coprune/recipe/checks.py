@@ -9,6 +9,7 @@ from coprune.base.words import Command, LeaveOut, Set, Setting, Together, Words
 from coprune.recipe.answers import AnswersPart, cannot_require
 from coprune.recipe.choice import Choice
 from coprune.recipe.conditions import LIKENESS
+from coprune.recipe.low_rank import LowRankPart, cannot_add
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, ReconstructionPart
 from coprune.recipe.pattern import parse_pattern
@@ -33,6 +34,8 @@ class Parts(Protocol):
     @property
     def quantization(self) -> QuantizationPart: ...
     @property
+    def low_rank(self) -> LowRankPart: ...
+    @property
     def finetune(self) -> FinetunePart: ...
     @property
     def reconstruction(self) -> ReconstructionPart: ...
@@ -50,6 +53,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
         or _of_quantization(recipe)
+        or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
         or _of_permutation(recipe)
         or _of_domains(recipe.structure)
         or _of_allocation(recipe)

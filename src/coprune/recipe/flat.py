@@ -34,6 +34,8 @@ FLAT: dict[str, str] = {
     "blend": "structure.blend",
     "align": "structure.align",
     "quantize": "quantization.grid",
+    "low_rank": "low_rank.rank",
+    "low_rank_rounds": "low_rank.rounds",
     "reconstruct": "reconstruction.steps",
     "reconstruct_lr": "reconstruction.learning_rate",
     "reconstruct_dtype": "reconstruction.dtype",

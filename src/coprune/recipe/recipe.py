@@ -23,6 +23,7 @@ from coprune.recipe.checks import contradiction
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, deciding
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
+from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import (
     CalibrationPart,
@@ -71,6 +72,7 @@ class Recipe(BaseModel):
         ),
     ] = ()
     quantization: QuantizationPart = QuantizationPart()
+    low_rank: LowRankPart = LowRankPart()
     reconstruction: ReconstructionPart = ReconstructionPart()
     finetune: FinetunePart = FinetunePart()
     evaluation: EvaluationPart = EvaluationPart()
@@ -102,9 +104,10 @@ class Recipe(BaseModel):
     @property
     def shape(self) -> str:
         """What is removed, the pattern of the zeros, and the grid of the values."""
-        removed, grid = self.structure.remove, self.quantization.grid
+        removed, grid, rank = self.structure.remove, self.quantization.grid, self.low_rank.rank
         zeros = [self.pattern.name] if not removed or self.cuts_and_prunes else []
-        return ", ".join([*removed, *zeros, *([] if grid is None else [str(grid)])])
+        beside = [*([] if grid is None else [str(grid)]), *([f"rank {rank} added"] if rank else [])]
+        return ", ".join([*removed, *zeros, *beside])
 
     @property
     def run_folder(self) -> Path:
@@ -121,7 +124,8 @@ class Recipe(BaseModel):
     def _target(self) -> str:
         label = parse_pattern(self.pattern.name).label(f"{self.pattern.ratio:g}")
         grid = "" if self.quantization.grid is None else f"-{self.quantization.grid}"
-        return re.sub("[: =,]", "-", f"-{label}{grid}")
+        added = f"-rank-{self.low_rank.rank}" if self.low_rank.rank else ""
+        return re.sub("[: =,]", "-", f"-{label}{grid}{added}")
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flat name; what has options is written as text, but for the method's."""

@@ -9,6 +9,7 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 
 from coprune.base.shown import per_cent
 from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
+from coprune.model.adapter_folder import ADAPTER_FOLDER
 from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
@@ -20,6 +21,10 @@ _LOAD = """```python
 model = {model}.from_pretrained("PATH OR ID OF THIS FOLDER")
 {name} = {processor}.from_pretrained("PATH OR ID OF THIS FOLDER")
 ```"""
+_LOAD_ADAPTER = f"""model.load_adapter("PATH OF THIS FOLDER/{ADAPTER_FOLDER}")
+```
+
+On the Hub: `model.load_adapter("ID", adapter_kwargs={{"subfolder": "{ADAPTER_FOLDER}"}})`. It needs `peft`."""
 _AUTO = {
     "text": {"model": "AutoModelForCausalLM", "processor": "AutoTokenizer", "name": "tokenizer"},
     "images": {
@@ -34,7 +39,8 @@ def _how_to_load(report: Report) -> str:
     names = _AUTO[report.model.task]
     own = {"model": report.model.loaded_by} if report.model.loaded_by else {}
     packed = report.recipe.output.encoding == "packed"
-    return _LOAD.format(**names | own, first=IMPORT if packed else "")
+    load = _LOAD.format(**names | own, first=IMPORT if packed else "")
+    return load if report.low_rank is None else load.removesuffix("```") + _LOAD_ADAPTER
 
 
 def model_card(report: Report) -> str:
@@ -96,6 +102,11 @@ def _what_was_done(report: Report) -> str:
         said.append(
             f"What is kept was rounded to {values.grid}, {values.bits_per_weight:.2f} bits a weight with scales and places; "
             f"the files hold the rounded values as {report.model.dtype}."
+        )
+    if (added := report.low_rank) is not None:
+        said.append(
+            f"An adapter of rank {added.rank} for {added.matrices} of these matrices was found together with the zeros; "
+            f"it lies in `{ADAPTER_FOLDER}`, and all figures are with it."
         )
     return " ".join(said)
 

@@ -113,6 +113,38 @@ class AccuracyFacts(BaseModel):
         return f"{before}{top}{after} on {self.data} ({self.images} images)"
 
 
+class LowRankFacts(BaseModel):
+    """What was added to pruned matrices, and what that takes."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    rank: int
+    matrices: int
+    parameters: int
+    """Of all that was added."""
+    adapter_bytes: int
+    """In the model's dtype."""
+    base_bytes: int
+    """Of the sparse model as it is saved, with its zeros."""
+    sparse_bytes: int
+    """Of the same if its matrices were kept values and where they are, every bit counted."""
+    effective_sparsity: float
+    """Of the pruned matrices, with what was added counted as if it were kept."""
+    alone: dict[str, float] = {}
+    """Perplexity (or top-1 accuracy) of the sparse part without it, by the name of the data."""
+    left_out: list[str] = []
+    """Pruned matrices to which nothing was added, with the reasons."""
+
+    def line(self) -> str:
+        """What was added and what it takes, for people."""
+        without = ", ".join(f"{value:.2f} on {name}" for name, value in self.alone.items())
+        return (
+            f"rank {self.rank} in {self.matrices} matrices, {self.adapter_bytes:,} bytes beside {self.base_bytes:,} "
+            f"({self.sparse_bytes:,} as kept values and places); counted as kept weights, {per_cent(self.effective_sparsity)} "
+            f"zeros{f'; without it {without}' if without else ''}"
+        )
+
+
 class QuantizedFacts(BaseModel):
     """What rounded matrices take, with every bit counted: values, where they are, scales."""
 

@@ -70,6 +70,8 @@ def _head(report: Report, links: Sequence[str]) -> str:
     )
     if report.quantized is not None:
         lead += f'<p class="soft">Rounded to {text(report.quantized.line())}.</p>'
+    if report.low_rank is not None:
+        lead += f'<p class="soft">Added: {text(report.low_rank.line())}.</p>'
     if report.finetuned is not None:
         lead += f'<p class="soft">Then fine-tuned: {text(report.finetuned.line())}.</p>'
     if model.quantised_source:

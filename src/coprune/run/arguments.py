@@ -15,6 +15,7 @@ from coprune.data.given import CalibrationData, TextData
 from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
+from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
 from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, ReconstructionPart, SelectionPart
 from coprune.recipe.structure import StructurePart
@@ -72,6 +73,8 @@ class CalibrationArguments(TypedDict, total=False):
     refine: Named | Sequence[Named]
     quantization: QuantizationPart | Mapping[str, Any]
     quantize: Named | None
+    low_rank: int | LowRankPart | Mapping[str, Any]
+    low_rank_rounds: int
     reconstruction: ReconstructionPart | Mapping[str, Any]
     reconstruct: int
     reconstruct_lr: float

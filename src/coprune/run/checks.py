@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from coprune.base.errors import BadInput
 from coprune.base.output_names import require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.edits import is_coprunes
+from coprune.model.low_rank import may_get_factors
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
@@ -58,7 +61,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
     asked = recipe.quantization.grid
     grid = None if asked is None else grid_named(asked)
-    solver = Solver(method, refinements, recipe.calibration.aim, rounds=grid is not None)
+    solver = Solver(method, refinements, recipe.calibration.aim, grid is not None, low_rank_of(recipe))
     target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio, grid)
     if grid is not None:
         grid.check_groups(target.pattern.group_size)
@@ -70,6 +73,32 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     inputs.update(torch.randn(min(4 * width, 4 * LARGE_GROUP), width, generator=generator), None)
     solver.solve(torch.randn(4, width, generator=generator), inputs, target)
     return solver, target
+
+
+def low_rank_of(recipe: Recipe) -> LowRank | None:
+    """What is added to pruned matrices, if the recipe asks for that. Raises BadInput where PEFT is missing."""
+    asked = recipe.low_rank
+    if not asked.rank:
+        return None
+    if find_spec("peft") is None:
+        fix = "pip install 'coprune[finetune]'"
+        raise BadInput(
+            "a matrix of low rank is saved as an adapter of peft", field="low_rank", value=asked.rank, fix=fix
+        )
+    return LowRank(asked.rank, asked.rounds)
+
+
+def check_rank(matrices: Iterable[Matrix], rank: int) -> None:
+    """Raise BadInput where what is added to a matrix would not be of low rank."""
+    for matrix in matrices:
+        if may_get_factors(matrix) and rank > min(matrix.shape) // 2:
+            rows, width = matrix.shape
+            raise BadInput(
+                f"rank {rank} is more than half of the smaller side of {matrix.name} ({rows} × {width})",
+                field="low_rank",
+                value=rank,
+                fix=("take ", Set("low_rank", min(matrix.shape) // 2), " or less"),
+            )
 
 
 def _method_of(asked: Choice) -> Method:
@@ -105,6 +134,13 @@ def check_processes(recipe: Recipe, size: int) -> None:
             field="reconstruct",
             value=recipe.reconstruction.steps,
             fix=(LeaveOut("reconstruct"), ", or run without torchrun"),
+        )
+    if size > 1 and recipe.low_rank.rank:
+        raise BadInput(
+            "what is added to a matrix is found and kept in one process",
+            field="low_rank",
+            value=recipe.low_rank.rank,
+            fix=(LeaveOut("low_rank"), ", or run without torchrun"),
         )
     samples = recipe.calibration.samples
     if size > samples:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from coprune.base.devices import device_memory
 from coprune.base.memory import peak_memory
@@ -18,6 +19,7 @@ from coprune.report.examples import accuracy_facts
 from coprune.report.figures import AccuracyFacts, PerplexityFacts, QuantizedFacts
 from coprune.report.made import MadeFacts
 from coprune.report.schema import CalibrationFacts, ModelFacts, PhaseFacts, Report, SparsityFacts, installed_versions
+from coprune.run.low_rank import low_rank_facts
 from coprune.run.prune_blocks import Outcome
 from coprune.run.session import Opened, Session
 
@@ -33,6 +35,8 @@ class Found:
     extras: Extras
     phases: list[PhaseFacts]
     total_seconds: float
+    alone: Mapping[str, Measured] = field(default_factory=dict)
+    """Of the pruned model without what was added to it."""
 
 
 def build_report(session: Session, found: Found) -> Report:
@@ -64,6 +68,7 @@ def build_report(session: Session, found: Found) -> Report:
         left=None if cut is None else cut.parameters,
         padding=0 if cut is None else cut.padding,
         quantized=_quantized(session, results),
+        low_rank=low_rank_facts(results, opened.target.pattern, session.not_added, found.alone, model.module),
         covered=dict(found.outcome.covered),
         saved_model=opened.recipe.output.model,
         zero_shot=found.extras.zero_shot_facts(),

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.model.adapter_folder import ADAPTER_FOLDER, write_adapter
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import Encoding
@@ -24,6 +25,7 @@ from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
+from coprune.model.low_rank import factors_below, stored_factors
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
@@ -121,6 +123,7 @@ class Output:
         tensors = self._weights.original_tensors(block.name)
         for edit in outcome.edits:
             tensors = {name: edit.cut(name, tensor) for name, tensor in tensors.items() if not edit.leaves_out(name)}
+        tensors |= stored_factors(factors_below(block.module, block.name), self._weights.model.dtype)
         self._writer.write(block.name, tensors, remember, beside)
 
         def read() -> None:
@@ -153,6 +156,8 @@ class Output:
         self._weights.write_companions(partial, beside)
         edits.write(partial, beside.source)
         change_config(partial, edits.configure, encoding.configure)
+        if factors := factors_below(self._weights.model):
+            write_adapter(partial / ADAPTER_FOLDER, self._weights.model, factors)
         self._writer.finish([_IDENTITY], check, edits.place, encoding)
 
     def discard(self) -> None:

@@ -6,6 +6,7 @@ from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.edits import Edits
+from coprune.model.low_rank import without_factors
 from coprune.run.removal.parts import smaller_model
 from coprune.run.session import Session
 
@@ -25,6 +26,14 @@ def look_at_pruned(session: Session, extras: Extras, edits: Edits) -> None:
     if extras.look.looks:
         model = smaller_model(session, edits) if opened.recipe.structure.remove else opened.loaded.model
         extras.look.ask(model, opened.loaded, opened.around.reporter, opened.recipe.calibration.batch_size)
+
+
+def measure_alone(session: Session) -> dict[str, Measured]:
+    """The same of what is in the weights alone, where matrices of low rank are added to them; nothing elsewhere."""
+    if not session.opened.recipe.low_rank.rank:
+        return {}
+    with without_factors(session.model.module):
+        return measure(session, "sparse")
 
 
 def measure(session: Session, which: str) -> dict[str, Measured]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from coprune.base.devices import memory_within
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
-from coprune.model.edit import Edit, FillZeros, RoundValues
+from coprune.model.edit import AddLowRank, Edit, FillZeros, RoundValues
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
 from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
@@ -125,7 +125,9 @@ def _prune(
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
     """What was done to a block whose matrices were pruned."""
     grids = {result.name: result.grid for result in results if result.grid is not None}
-    return [FillZeros(masks=_masks(results)), *([RoundValues(grids=grids)] if grids else [])]
+    ranks = {result.name: result.rank for result in results if result.rank is not None}
+    beside: list[Edit] = [*([RoundValues(grids=grids)] if grids else []), *([AddLowRank(ranks=ranks)] if ranks else [])]
+    return [FillZeros(masks=_masks(results)), *beside]
 
 
 def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coprune.base.errors import BadInput
@@ -16,6 +16,7 @@ from coprune.evaluation.bos import BosChoice, score_of
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
+from coprune.model.low_rank import noting_calls
 from coprune.model.opened import Loaded, open_model, streams
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
@@ -28,6 +29,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.run.checks import (
     check_allocation,
     check_processes,
+    check_rank,
     check_widths,
     needs_inputs,
     prepare_reconstruction,
@@ -37,6 +39,7 @@ from coprune.run.checks import (
 from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.workload import Planned, estimate_run
 from coprune.run.given import Given
+from coprune.run.low_rank import wrap_layers
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Session:
     opened: Opened
     model: ProvenModel
     reconstruction: Reconstruction | None
+    not_added: Sequence[str] = ()
+    """Pruned matrices to which nothing of low rank can be added, with reasons, where that is asked for."""
 
 
 def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remember = read_anew) -> Opened:
@@ -140,6 +145,7 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     # Whether parameters of three dimensions are experts shows when the model runs.
     check_widths((matrix for matrix in found.chosen.all() if matrix.expert is None), target)
     check_allocation(recipe, found, target)
+    check_rank((matrix for block in found.chosen.blocks for matrix in block), recipe.low_rank.rank)
     task = task_for(recipe, loaded, around.processes, remember)
     samples = task.calibration(needs_inputs(recipe, solver), reporter) if reads_calibration(recipe) else None
     domains = _domains(recipe, loaded, around, remember)
@@ -166,11 +172,16 @@ def prove_run(opened: Opened) -> Session:
     Raises:
         UnsupportedModel, NumericalError, BadInput: as `prove_replay`; also if the pattern does not fit a matrix.
     """
-    model = prove_replay(opened.found, opened.task.probe(opened.looked_at, opened.data))
+    with noting_calls(opened.found.chosen.all()) as called:
+        model = prove_replay(opened.found, opened.task.probe(opened.looked_at, opened.data))
     check_widths(model.chosen.all(), opened.target)
     for left_out in [*model.chosen.left_out, *opened.loaded.left_out]:
         opened.around.reporter.say(f"Left alone: {left_out}.")
-    return Session(_settle_bos(opened, model), model, prepare_reconstruction(opened.recipe))
+    settled, reconstruction = _settle_bos(opened, model), prepare_reconstruction(opened.recipe)
+    not_added = wrap_layers(model, called) if opened.recipe.low_rank.rank else []
+    for name in not_added:
+        opened.around.reporter.say(f"Nothing is added to {name}.")
+    return Session(settled, model, reconstruction, not_added)
 
 
 def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:

@@ -11,8 +11,11 @@ from coprune.base.errors import LostProcess
 from coprune.base.processes import Processes
 from coprune.base.words import Setting
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.shards import read_entries, read_tensor
 from coprune.model.checkpoint.weights import Weights
+from coprune.model.edit import AddLowRank
 from coprune.model.edits import uncut_by
+from coprune.model.low_rank import factors_stored, give
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import MatrixResult
 from coprune.run.journal import BlockOutcome, Output
@@ -111,11 +114,14 @@ class SharedOutput:
 
     def restore(self, block: Block) -> None:
         """Let a block that an earlier run finished be what that made of it."""
-        edits = self.outcomes[block.name].edits
-        self._weights.read_from(self._file_of(block), uncut_by(edits))
+        edits, file = self.outcomes[block.name].edits, self._file_of(block)
+        self._weights.read_from(file, uncut_by(edits))
         self._weights.acquire(block.name)
         for edit in edits:
             edit.apply(block.module)
+            if isinstance(edit, AddLowRank):
+                tensors = {name: read_tensor(entry) for name, entry in read_entries(file).items() if ".lora_" in name}
+                give(self._weights.model, factors_stored(tensors, edit.ranks))
 
     def write_block(self, block: Block, outcome: BlockOutcome) -> None:
         """Write a finished block in the first process; streamed models read it from there from now on."""

@@ -38,7 +38,8 @@ from coprune.run.given import NOTHING, Given
 from coprune.run.journal import Output, run_identity
 from coprune.run.less_memory import less_memory
 from coprune.run.look_at_dense import pruned_before
-from coprune.run.measuring import look_at_pruned, measure, measure_dense
+from coprune.run.low_rank import with_adapter
+from coprune.run.measuring import look_at_pruned, measure, measure_alone, measure_dense
 from coprune.run.overwrite import refuse_own_source, replace_earlier
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
@@ -145,13 +146,13 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     removes = bool(recipe.structure.remove)
     outcome = remove_parts(session, output) if removes else prune_blocks(session, output, reuse)
     phases.done(Phase.PRUNE)
-    pruned = measure(session, "pruned")
+    pruned, alone = measure(session, "pruned"), measure_alone(session)
     if first:
         extras.measure("pruned", loaded, around.reporter)
         look_at_pruned(session, extras, outcome.edits)
     phases.done(Phase.MEASURE_PRUNED)
     total = time.perf_counter() - phases.began
-    report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total))
+    report = build_report(session, Found(outcome, dense, pruned, extras, phases.facts, total, alone))
     if write:
         announce(recipe, report)
     _save(session, output, report, outcome.edits)
@@ -162,7 +163,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
         push_if_asked(recipe.output, around.reporter)
     if loaded.weights.streams:
         return Result(report, loaded.processor)
-    made = partial(smaller_model, session, outcome.edits) if removes else lambda: loaded.model
+    made = partial(smaller_model, session, outcome.edits) if removes else partial(with_adapter, loaded.model)
     return Result(report, loaded.processor, made)
 
 

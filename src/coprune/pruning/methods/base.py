@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from coprune.model.low_rank import Factors
 from coprune.model.walk.statistics import Statistic
 from coprune.recipe.pattern import Target
 
@@ -14,12 +15,14 @@ class Pruned(NamedTuple):
     """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events.
 
     scales: O × groups float32, where the weight was rounded to the target's grid; a kept value may be zero then.
+    added: a matrix of low rank that stands for the dense one together with the weight.
     """
 
     weight: Tensor
     keep: Tensor
     events: tuple[str, ...] = ()
     scales: Tensor | None = None
+    added: Factors | None = None
 
 
 class Method(Protocol):

@@ -79,12 +79,12 @@ def _tensors(work: Workload, run: Settings) -> Iterator[tuple[str, float]]:
     weights = block.weight_bytes + work.ahead_bytes if run.streamed else 0
     yield "proof", _proof(work, run, weights)
     for count in run.evaluation_tokens:
-        yield "perplexity", _perplexity(work, run, count, weights)
-    yield "pruning", weights + _pruning(work, run)
+        yield "perplexity", _perplexity(work, run, count, weights) + run.added_bytes
+    yield "pruning", weights + _pruning(work, run) + run.added_bytes
     if run.saved:
         # The saved folder's rest is read once more, and one of its blocks, to compare them.
         compared = 2 * VERIFIED_TOKENS * work.head.vocabulary * 4
-        yield "verification", work.rest_bytes + block.weight_bytes + compared
+        yield "verification", work.rest_bytes + block.weight_bytes + compared + 2 * run.added_bytes
 
 
 def _proof(work: Workload, run: Settings, weights: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from coprune.model.low_rank import wrap
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sample import InputSample
@@ -110,6 +111,8 @@ class _Trial:
         module = nn.Linear(width, rows, bias=False, device="meta")
         module.weight = nn.Parameter(torch.randn(rows, width, generator=generator).to(device), requires_grad=False)
         self._matrix = Matrix("trial", module, "weight", input_dim=1)
+        if solver.low_rank is not None:
+            wrap(self._matrix)
         self._arguments = (solver, trials.target, trials.layer_error)
         self._inputs = Inputs(
             None if solver.statistic is None else solver.statistic(width, device), InputSample(width, 1)

@@ -25,7 +25,7 @@ class Settings:
     evaluation_batch: int
     """Tokens per batch of the evaluation."""
     evaluations: int
-    """1 or 2: the pruned model's, the dense model's."""
+    """1 to 3: the pruned model's, the dense model's, and that of the sparse part alone."""
     propagation: str
     streamed: bool
     dense_target: bool
@@ -45,6 +45,8 @@ class Settings:
     """Whether a block's statistics are kept until it was trained, to round it then."""
     batch_length: int | None = None
     """Likewise of a sample in the largest batch."""
+    added_bytes: int = 0
+    """Of what is added to pruned matrices."""
 
     @property
     def tokens(self) -> float:

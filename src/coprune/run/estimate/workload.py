@@ -14,6 +14,7 @@ from coprune.data.lengths import a_longest, lengths_of
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
 from coprune.model.checkpoint.ahead import fetches
+from coprune.model.low_rank import may_get_factors
 from coprune.model.opened import Loaded
 from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.proven import FoundModel
@@ -46,7 +47,7 @@ class Planned:
 def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes: Processes) -> Estimate:
     """Estimate peak memory and time of a run that has read its data and nothing of its blocks."""
     (resident, _), unread, device = resident_peak(), unread_weights(), device_memory(loaded.device)
-    settings = _settings(planned, loaded, processes)
+    settings = _settings(planned, loaded, found, processes)
     windows, texts, solver, seqlen = planned.windows, planned.texts, planned.solver, planned.seqlen
     if windows is not None:
         sample = a_longest(windows.tokens)
@@ -83,7 +84,7 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     return estimate(work, settings, available_bytes())
 
 
-def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Settings:
+def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Processes) -> Settings:
     recipe, seqlen, windows, texts = planned.recipe, planned.seqlen, planned.windows, planned.texts
     vocabulary = loaded.model.config.get_text_config().vocab_size
     lengths = [seqlen] if windows is None else lengths_of(windows.tokens).tolist()
@@ -101,7 +102,7 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         batch=batch,
         evaluation_tokens=tuple(-(-count // processes.size) * seqlen for count in windows_of),
         evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
-        evaluations=2 if recipe.evaluation.dense else 1,
+        evaluations=1 + recipe.evaluation.dense + (recipe.low_rank.rank > 0),
         propagation=recipe.calibration.propagation,
         streamed=loaded.weights.streams,
         dense_target=planned.solver.aim == "dense" or recipe.reconstruction.steps > 0,
@@ -114,4 +115,5 @@ def _settings(planned: Planned, loaded: Loaded, processes: Processes) -> Setting
         mean_length=sum(lengths) / len(lengths),
         batch_length=batch_length,
         rounds_later=recipe.reconstruction.steps > 0 and recipe.quantization.grid is not None,
+        added_bytes=4 * recipe.low_rank.rank * sum(sum(m.shape) for m in found.chosen.all() if may_get_factors(m)),
     )

@@ -1,0 +1,63 @@
+"""The part of a recipe that asks for a matrix of low rank beside every sparse one. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut, Setting, Words
+from coprune.recipe.decides import Decides
+from coprune.recipe.outcome import FinetunePart, OutputPart
+from coprune.recipe.parts import Part, QuantizationPart
+from coprune.recipe.structure import StructurePart
+
+_RESULT = Decides.RESULT | Decides.COST
+_WHY_NOT: dict[str, Words] = {
+    "remove": (Setting("low_rank"), " adds to matrices that keep their shapes, and remove makes them smaller"),
+    "quantize": (Setting("low_rank"), " adds to weights that are not rounded"),
+    "finetune": ("fine-tuning would train the sparse part alone, for which the rest was found as it is",),
+    "encoding": ("PEFT puts no adapter on packed layers",),
+}
+
+
+class LowRankPart(Part):
+    """What is added to pruned matrices."""
+
+    rank: Annotated[
+        int,
+        _RESULT,
+        Field(
+            description="Add a matrix of this rank to every pruned linear layer, found together with its zeros. The saved "
+            "model is the sparse part, with the rest beside it as an adapter that PEFT and transformers load (needs "
+            "coprune[finetune]).",
+            ge=0,
+        ),
+    ] = 0
+    rounds: Annotated[
+        int,
+        _RESULT,
+        Field(description="How often a matrix is pruned and approximated in turns for that; the best counts.", ge=1),
+    ] = 8
+
+
+def cannot_add(
+    asked: LowRankPart,
+    structure: StructurePart,
+    quantization: QuantizationPart,
+    finetune: FinetunePart,
+    output: OutputPart,
+) -> BadInput | None:
+    """What is wrong with asking for it beside other parts of a recipe; None if nothing is."""
+    given = {
+        "remove": bool(structure.remove),
+        "quantize": quantization.grid is not None,
+        "finetune": finetune.mode is not None,
+        "encoding": output.encoding != "dense",
+    }
+    for setting, is_given in given.items():
+        if asked.rank and is_given:
+            fix: Words = (LeaveOut(setting), ", or ", LeaveOut("low_rank"))
+            return BadInput(_WHY_NOT[setting], field=setting, fix=fix)
+    return None

@@ -1,0 +1,117 @@
+"""Matrices of low rank in a run: which layers get one, and what is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut
+from coprune.evaluation.measurement import Measured, Perplexity
+from coprune.model.adapter_folder import adapter_config
+from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.low_rank import Factors, may_get_factors, stored_factors, take_away, wrap
+from coprune.model.matrices import Matrix
+from coprune.model.walk.proven import ProvenModel
+from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.scales import bits_of
+from coprune.recipe.pattern import Pattern
+from coprune.report.figures import LowRankFacts
+
+
+def wrap_layers(model: ProvenModel, called: Collection[str]) -> list[str]:
+    """Let the layers of pruned matrices add something, as far as PEFT will find it there.
+
+    Args:
+        model: nothing of which is pruned yet.
+        called: names of the matrices whose layers were called in a forward.
+
+    Returns:
+        The matrices to which nothing is added, each with the reason.
+
+    Raises:
+        BadInput: these are all.
+    """
+    reasons = {matrix.parameter: "it lies outside the blocks" for matrix in model.chosen.outside}
+    wrapped = 0
+    for matrix in (matrix for block in model.chosen.blocks for matrix in block):
+        if (reason := _why_not(matrix, called)) is None:
+            wrap(matrix)
+            wrapped += 1
+        else:
+            reasons[matrix.parameter] = reason
+    left = [f"{name}: {reason}" for name, reason in reasons.items()]
+    if not wrapped:
+        cause = f"nothing can be added to any of the matrices that are pruned ({left[0]})"
+        raise BadInput(cause, field="low_rank", fix=LeaveOut("low_rank"))
+    return left
+
+
+def _why_not(matrix: Matrix, called: Collection[str]) -> str | None:
+    if matrix.expert is not None:
+        return "experts that share a parameter get no adapter of PEFT"
+    if not may_get_factors(matrix):
+        return "it is no linear layer"
+    return None if matrix.name in called else "its layer is not called where it is used"
+
+
+def low_rank_facts(
+    results: Sequence[MatrixResult],
+    pattern: Pattern,
+    left_out: Sequence[str],
+    alone: Mapping[str, Measured],
+    model: PreTrainedModel,
+) -> LowRankFacts | None:
+    """What was added to pruned matrices, and what that takes; None where nothing was.
+
+    Args:
+        results: of all pruned matrices.
+        pattern: of their zeros.
+        left_out: to which nothing could be added, with reasons.
+        alone: what was measured of the sparse part, by the name of the data.
+        model: which tells its size.
+    """
+    adapted = [result for result in results if result.rank is not None]
+    if not adapted:
+        return None
+    bits, weights = 8 * model.dtype.itemsize, sum(_size(result) for result in results)
+    nonzeros = sum(_size(result) - _zeros(result) for result in results)
+    added = sum((result.rank or 0) * sum(result.shape) for result in adapted)
+    matrices = sum(bits_of(result.shape, _size(result) - _zeros(result), bits, pattern) for result in results)
+    return LowRankFacts(
+        rank=max(result.rank or 0 for result in adapted),
+        matrices=len(adapted),
+        parameters=added,
+        adapter_bytes=added * model.dtype.itemsize,
+        base_bytes=model.num_parameters() * model.dtype.itemsize,
+        sparse_bytes=-(-matrices // 8) + (model.num_parameters() - weights) * model.dtype.itemsize,
+        effective_sparsity=1 - (nonzeros + added) / weights,
+        alone=dict(_figures(alone)),
+        left_out=list(left_out),
+    )
+
+
+def _size(result: MatrixResult) -> int:
+    return result.shape[0] * result.shape[1]
+
+
+def _zeros(result: MatrixResult) -> int:
+    return round(result.sparsity * _size(result))
+
+
+def _figures(alone: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
+    for name, measured in alone.items():
+        yield name, measured.value if isinstance(measured, Perplexity) else measured.top1
+
+
+def with_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with what its layers add as an adapter of PEFT, as `load_adapter` puts it there."""
+    factors: dict[str, Factors] = take_away(model)
+    if factors:
+        tensors: dict[str, Any] = stored_factors(factors, model.dtype)
+        with quiet_transformers():
+            model.load_adapter(adapter_state_dict=tensors, peft_config=adapter_config(model, factors))
+        model.requires_grad_(False)
+    return model
