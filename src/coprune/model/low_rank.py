@@ -85,7 +85,9 @@ def give(model: nn.Module, factors: Mapping[str, Factors]) -> None:
     """Let layers of a model, by their names, add these factors."""
     for name, own in factors.items():
         layer = model.get_submodule(name)
-        wrap(Matrix(name, layer, "weight", input_dim=1)).factors = own
+        weight: Tensor = layer.get_parameter("weight")
+        there = own if weight.is_meta else Factors(*(factor.to(weight.device) for factor in own))
+        wrap(Matrix(name, layer, "weight", input_dim=1)).factors = there
 
 
 def take_away(model: nn.Module) -> dict[str, Factors]:
