@@ -172,6 +172,13 @@ def test_what_comes_later_wins_and_options_add_up() -> None:
     assert flatten(layered({"options": {"block_size": 64}}, {"method": "sparsegpt"}))["options"] == {"block_size": 64}
 
 
+def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
+    preset = {"reconstruct": 6, "reconstruct_tokens": 6144}
+    assert layered(preset, {"reconstruction": {"steps": 3}}) == {"reconstruction.steps": 3}
+    assert layered(preset, {"reconstruct_tokens": 100}) == {"reconstruct": 6, "reconstruct_tokens": 100}
+    assert layered(preset, {"reconstruct": 3, "reconstruct_tokens": 9}) == {"reconstruct": 3, "reconstruct_tokens": 9}
+
+
 def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
     assert make_recipe({"model": "m", "use_variant": True}).method.name == "wanda_variant"
     assert make_recipe({"model": "m", "use_variant": False}).method.name == "wanda"

@@ -11,8 +11,9 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.conditions import LIKENESS
 from coprune.recipe.low_rank import LowRankPart, cannot_add
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
-from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, ReconstructionPart
+from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
 from coprune.recipe.structure import SPREADING, StructurePart
 
 
@@ -52,6 +53,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
     return (
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
+        or _of_reconstruction(recipe)
         or _of_quantization(recipe)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
         or _of_permutation(recipe)
@@ -109,14 +111,12 @@ def _of_propagation(recipe: Parts) -> BadInput | None:
         wrong = "with propagation dense every matrix gets the dense model's inputs, so target dense would be no other than pruned"
         fix = (LeaveOut("target"), ", or take ", Set("propagation", "block"))
         return BadInput(wrong, field="target", value="dense", fix=fix)
-    if recipe.reconstruction.steps and asked.propagation == "dense":
-        return BadInput(
-            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
-            field="reconstruct",
-            value=recipe.reconstruction.steps,
-            fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
-        )
     return None
+
+
+def _of_reconstruction(recipe: Parts) -> BadInput | None:
+    quantized, removes = recipe.quantization.grid is not None, bool(recipe.structure.remove)
+    return cannot_reconstruct(recipe.reconstruction, recipe.calibration, quantized, removes)
 
 
 def _of_removal(recipe: Parts) -> BadInput | None:

@@ -37,6 +37,8 @@ FLAT: dict[str, str] = {
     "low_rank": "low_rank.rank",
     "low_rank_rounds": "low_rank.rounds",
     "reconstruct": "reconstruction.steps",
+    "reconstruct_tokens": "reconstruction.tokens",
+    "reconstruct_window": "reconstruction.window",
     "reconstruct_lr": "reconstruction.learning_rate",
     "reconstruct_dtype": "reconstruction.dtype",
     "reconstruct_parts": "reconstruction.parts",
@@ -97,6 +99,7 @@ _METHOD = "method"
 _DEFAULT_METHOD = "wanda"
 # A word that some methods have as an option: it is theirs where nothing is removed.
 _SCORE = "score"
+_STEPS = "reconstruct"
 
 
 def place_of(word: str) -> tuple[str, str | None]:
@@ -131,7 +134,8 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Several mappings of settings as one, in which what comes later wins.
 
-    A method's options add up, unless a later layer names another method. Settings keep the names by which they were
+    A method's options add up, unless a later layer names another method; steps of reconstruction take the place of an earlier
+    layer's tokens. Settings keep the names by which they were
     said. Raises BadInput as `flatten`.
     """
     found: dict[str, tuple[str, Any]] = {}
@@ -139,6 +143,8 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
         said = {word: (name, value) for word, name, value in _said(layer)}
         if _METHOD in said and _METHOD in found and said[_METHOD][1] != found[_METHOD][1]:
             found.pop("options", None)
+        if _STEPS in said:
+            found.pop("reconstruct_tokens", None)
         earlier, later = found.get("options"), said.get("options")
         found |= said
         if earlier and later and isinstance(earlier[1], Mapping) and isinstance(later[1], Mapping):

@@ -197,27 +197,6 @@ class CalibrationPart(Part):
         return any(source.is_own for source in split_sources(self.data))
 
 
-class ReconstructionPart(Part):
-    """Training of every pruned block."""
-
-    steps: Annotated[
-        int,
-        _RESULT,
-        Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0),
-    ] = 0
-    learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 1e-3
-    dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        _RESULT,
-        Field(description="What blocks compute in while they are trained."),
-    ] = "float32"
-    parts: Annotated[
-        Literal["together", "separate"],
-        _RESULT,
-        Field(description="Train attention and MLP together or one after the other."),
-    ] = "together"
-
-
 class QuantizationPart(Part):
     """Rounding of the values that are kept."""
 

@@ -30,10 +30,10 @@ from coprune.recipe.parts import (
     ModelPart,
     PatternPart,
     QuantizationPart,
-    ReconstructionPart,
     SelectionPart,
 )
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.reconstruction import ReconstructionPart
 from coprune.recipe.structure import StructurePart
 
 _NOT_HELD = "This file alone does not repeat the run: {what} was handed over in Python."

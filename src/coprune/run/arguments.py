@@ -17,7 +17,8 @@ from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
-from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, ReconstructionPart, SelectionPart
+from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, SelectionPart
+from coprune.recipe.reconstruction import ReconstructionPart
 from coprune.recipe.structure import StructurePart
 
 File = str | Path
@@ -77,6 +78,8 @@ class CalibrationArguments(TypedDict, total=False):
     low_rank_rounds: int
     reconstruction: ReconstructionPart | Mapping[str, Any]
     reconstruct: int
+    reconstruct_tokens: int
+    reconstruct_window: int
     reconstruct_lr: float
     reconstruct_dtype: Literal["float32", "bfloat16"]
     reconstruct_parts: Literal["together", "separate"]

@@ -119,6 +119,7 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
         return None
     return Reconstruction(
         steps=asked.steps,
+        tokens=asked.tokens,
         learning_rate=asked.learning_rate,
         dtype=asked.dtype,
         parts=asked.parts,

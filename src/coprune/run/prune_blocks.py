@@ -21,7 +21,6 @@ from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk
-from coprune.pruning.reconstructed import reconstruct_block
 from coprune.recipe.pattern import Target
 from coprune.run.batches import counted_batches, record_counted
 from coprune.run.events import BlockPruned
@@ -31,6 +30,7 @@ from coprune.run.reuse import Reuse
 from coprune.run.rounded_later import RoundedLater
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput, SharedSolving
+from coprune.run.windows import Windows, left_by_earlier
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     opened, model = session.opened, session.model
     recipe, reporter = opened.recipe, opened.around.reporter
     shared = SharedOutput(opened.around.processes, output, model.weights)
-    finished = shared.finished()
+    before = left_by_earlier(session, shared)
+    finished = before.finished
     if finished:
         reporter.say(f"{len(finished)} of {len(model.blocks)} blocks were finished by an earlier run.")
     notes = [f"Blocks of an earlier run differ in last bits: {change}" for change in shared.changes if finished]
@@ -69,12 +70,12 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
             recording,
             opened.solver.statistic,
             moves_of(session),
-            Past(finished, shared.restore, known),
+            Past(finished, before.restore, known, before.held),
             opened.around.processes,
             advance,
         )
         with shared.settled(), memory_within(lambda: walk.at):
-            results = _prune(session, walk, shared, target_of)
+            results = _prune(session, walk, Windows(session, shared, before.held), shared, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     outside = {matrix.name for matrix in model.chosen.outside}
     rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
@@ -96,21 +97,22 @@ def all_edits(session: Session, shared: SharedOutput, rest: Edit) -> Edits:
 
 
 def _prune(
-    session: Session, walk: Walk, shared: SharedOutput, target_of: Callable[[Matrix], Target]
+    session: Session, walk: Walk, windows: Windows, shared: SharedOutput, target_of: Callable[[Matrix], Target]
 ) -> list[MatrixResult]:
-    """Prune what the walk shows; every finished block is trained, if that is asked for, and written."""
+    """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished."""
     opened = session.opened
     later = (
         RoundedLater(session.model, target_of) if session.reconstruction is not None and opened.target.grid else None
     )
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
-        if session.reconstruction is not None and walk.recording is not None:
-            results = reconstruct_block(session.reconstruction, done, walk.recording, results)
+        found = windows.trained(done, walk.recording, results)
         if later is not None:
-            results = later.round(done.block, results)
-        finish_block(session, shared, done.block, BlockOutcome(results, edits_of(results)))
-        return results
+            found[done.block.name] = later.round(done.block, found[done.block.name])
+        # A run that is killed between the last blocks, which leave together, goes on before the first of them.
+        for block in reversed(done.window[: done.leaving]):
+            finish_block(session, shared, block, BlockOutcome(found[block.name], edits_of(found[block.name])))
+        return [result for own in found.values() for result in own]
 
     return prune_walk(
         walk if later is None else later.noting(walk),
@@ -139,7 +141,9 @@ def moves_of(session: Session) -> Moves:
     asked, keep = session.opened.recipe.calibration, session.reconstruction is not None
     if asked.propagation == "dense":
         return Dense()
-    return Sequential(keep) if asked.propagation == "sequential" else ByBlock(asked.aim == "dense", keep)
+    if asked.propagation == "sequential":
+        return Sequential(keep, session.window)
+    return ByBlock(asked.aim == "dense", keep, session.window)
 
 
 def _solving(session: Session) -> Solving:
@@ -166,9 +170,12 @@ def record_calibration(session: Session, dense: bool = False) -> Recording | Non
     if opened.samples is None:
         return None
     batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
-    recording = record_counted(session.model, batches, opened.activations(lists=2 if dense else 1))
+    windowed = dense and session.window > 1
+    recording = record_counted(session.model, batches, opened.activations(lists=1 + dense + windowed))
+    if windowed:
+        recording.entering = recording.hidden.copy()
     if dense:
         recording.dense = recording.hidden.copy()
         if opened.solver.aim != "dense" and session.reconstruction is not None:
-            recording.aims = session.reconstruction.batches_used(recording.shares)
+            recording.aims = session.reconstruction.on(recording.positions).batches_used(recording.shares)
     return recording

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from coprune.model.walk.recording import record_batches
-from coprune.pruning.refine.reconstruct import Examples, Reconstruction
-from coprune.pruning.refine.trained import Trained
+from coprune.pruning.refine.examples import Examples
+from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.pruning.refine.trained import Trained, TrainedBlock
 from support.pico import pico_model, pico_tokens
 from support.walking import prove
 
@@ -32,10 +33,10 @@ def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
     block = nn.Linear(6, 6, bias=False)
     block.weight.data = torch.eye(6)
     block.requires_grad_(False)
-    parts = [Trained("weight", block.get_parameter("weight"), None)]
+    parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
     # All batches are watched, since so few leave none to hold out.
     asked = Reconstruction(steps=steps, learning_rate=0.05, held_out=0)
-    before, _ = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
+    before, _ = asked.improve(parts, lambda batch, hidden: block(hidden), examples)
     return block.weight.data, before
 
 
@@ -88,3 +89,17 @@ def test_shares_are_of_the_tokens_that_count_and_of_nothing_else_alike() -> None
     assert Reconstruction(steps=3).batches_used(recording.shares) == {0, 2}
     lengths = record_batches(proven, [pico_tokens(2, 8), pico_tokens(1, 32)])
     assert lengths.shares == [16 / 24, 32 / 24]
+
+
+@pytest.mark.parametrize(
+    ("positions", "steps"), [([1024] * 16, 6), ([512] * 64, 12), ([2048] * 4, 6), ([512, 1536], 6)]
+)
+def test_tokens_are_a_least_number_whatever_the_samples_lengths(positions: list[int], steps: int) -> None:
+    asked = Reconstruction(steps=6, tokens=6144)
+    assert asked.on(positions) == Reconstruction(steps=steps)
+    assert Reconstruction(steps=6).on(positions) == Reconstruction(steps=6)
+
+
+def test_a_recording_tells_how_many_hidden_states_a_batch_has() -> None:
+    proven = prove(pico_model("llama"), pico_tokens(1, 24))
+    assert record_batches(proven, [pico_tokens(2, 8), pico_tokens(1, 32)]).positions == [16, 32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ class Recording:
 
     tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
     the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
-    for all; counted: which tokens the statistics are of, B × S bool per batch, None for all.
+    for all; counted: which tokens the statistics are of, B × S bool per batch, None for all; positions: hidden states of each
+    batch before the first block, so of text its tokens; entering: like hidden, but the inputs of the first block that a walk
+    holds, where it may hold several.
     """
 
     tokens: list[Tensor]
@@ -32,6 +34,8 @@ class Recording:
     dense: Activations | None = None
     aims: Container[int] | None = None
     counted: Sequence[Tensor] | None = None
+    positions: list[int] = field(default_factory=list)
+    entering: Activations | None = None
 
     @property
     def uneven(self) -> int | None:
@@ -79,6 +83,7 @@ def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: A
         hidden, calls = run_without_blocks(model.module, model.blocks, tokens, model.structure.answers)
         recording.tokens.append(tokens)
         recording.hidden.append(hidden)
+        recording.positions.append(hidden.shape[:-1].numel())
         recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
         pool.forget_batch()
     return recording

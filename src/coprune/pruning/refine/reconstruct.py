@@ -2,45 +2,30 @@
 
 A few hundred steps of AdamW on the kept weights, norms and biases of one block (see `trained.py`), on the calibration
 inputs behind the pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++,
-arXiv 2503.04992). Autograd reaches through one block only, so memory is that of one block. A block in half precision
-is trained as the same block in float32.
+arXiv 2503.04992). Autograd reaches through one block only, or a window of a few, so memory is that of these. A block in
+half precision is trained as the same block in float32.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
-from coprune.pruning.refine.trained import Trained
+from coprune.pruning.refine.examples import Examples, endless
+from coprune.pruning.refine.trained import Trained, TrainedBlock
 
-
-@dataclass(frozen=True)
-class Examples:
-    """What a block is trained on, batch by batch."""
-
-    inputs: Sequence[Tensor]
-    """B × S × H per batch, in the model's dtype."""
-    targets: Sequence[Tensor]
-    """What the dense block gives, likewise."""
-    shares: Sequence[float]
-    """By how much every batch counts; one of 0 is not looked at."""
-    counted: Sequence[Tensor] | None = None
-    """Which tokens count, B × S bool per batch; None for all."""
-
-    def error(self, batch: int, output: Tensor) -> Tensor:
-        """The relative error of what the block gives for a batch, mean over the tokens that count."""
-        errors = _relative_errors(output, self.targets[batch])
-        return errors.mean() if self.counted is None else errors[self.counted[batch]].mean()
+_PATIENCE = 3
+"""So many times the error may not have fallen when it is watched, before a training ends."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +37,8 @@ class Reconstruction:
 
     steps: int = 100
     """Steps per block (per part, if parts are trained separately)."""
+    tokens: int = 0
+    """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
     learning_rate: float = 1e-3
     """Peak learning rate; it rises over the first tenth of the steps and falls along a cosine."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,22 +52,25 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         require_positive(steps=self.steps, learning_rate=self.learning_rate)
-        require_not_negative(held_out=self.held_out)
+        require_not_negative(held_out=self.held_out, tokens=self.tokens)
+
+    def on(self, positions: Sequence[int]) -> Reconstruction:
+        """The same with the steps that its tokens take on batches of so many positions each, one batch a step."""
+        needed = -(-self.tokens * len(positions) // max(1, sum(positions)))
+        return replace(self, steps=max(self.steps, needed), tokens=0)
 
     def improve(
         self,
-        block: nn.Module,
-        trained: Sequence[Trained],
+        blocks: Sequence[TrainedBlock],
         run: Callable[[int, Tensor], Tensor],
         examples: Examples,
     ) -> tuple[float, float]:
-        """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
+        """Train pruned blocks in place; zeros stay zeros, and the best state that was seen is the one that stays.
 
         Args:
-            block: the pruned block.
-            trained: which of its parameters may change.
-            run: (batch, float32 hidden states) → the block's output, differentiable.
-            examples: what it is trained on.
+            blocks: one, or several that follow each other, with their parameters that may change.
+            run: (batch, float32 hidden states) → the last one's output, differentiable.
+            examples: what they are trained on; the inputs are the first one's.
 
         Returns:
             The relative error on the watched batches before and after.
@@ -100,18 +90,18 @@ class Reconstruction:
             with torch.no_grad():
                 return sum(float(loss_of(batch)) for batch in watched) / sum(shares[batch] for batch in watched)
 
-        with _in_float32(block):
+        with _in_float32([block.module for block in blocks]):
             before = best = watch()
             if not math.isfinite(before):
                 raise NumericalError("the block's outputs are not finite, so it cannot be reconstructed")
-            for part in self._parts(block, trained):
-                best = self._train(block, part, loss_of, watch, batches, best)
+            for part in self._parts(blocks):
+                best = self._train(part, loss_of, watch, batches, best)
         return before, best
 
     def batches_used(self, shares: Sequence[float]) -> set[int]:
         """Numbers of the batches that are looked at: short trainings do not see all of them. shares: as of `Examples`."""
         watched, trained = self._split(shares)
-        return {*watched, *islice(_endless(trained, self.seed), self.steps)}
+        return {*watched, *islice(endless(trained, self.seed), self.steps)}
 
     def _split(self, shares: Sequence[float]) -> tuple[list[int], list[int]]:
         """Numbers of the batches to watch and to train on; too few batches serve for both."""
@@ -122,16 +112,19 @@ class Reconstruction:
             return everything, everything
         return everything[-held_out:], everything[:-held_out]
 
-    def _parts(self, block: nn.Module, trained: Sequence[Trained]) -> list[list[Trained]]:
+    def _parts(self, blocks: Sequence[TrainedBlock]) -> list[list[Trained]]:
         """What is trained at the same time."""
         if self.parts == "together":
-            return [list(trained)]
-        parts = [[one for one in trained if one.name.startswith(f"{name}.")] for name, _ in block.named_children()]
+            return [[one for block in blocks for one in block.trained]]
+        parts = [
+            [one for one in block.trained if one.name.startswith(f"{name}.")]
+            for block in blocks
+            for name, _ in block.module.named_children()
+        ]
         return [part for part in parts if any(one.entries is not None for one in part)]
 
     def _train(
         self,
-        block: nn.Module,
         part: Sequence[Trained],
         loss_of: Callable[[int], Tensor],
         watch: Callable[[], float],
@@ -140,19 +133,19 @@ class Reconstruction:
     ) -> float:
         """Train one part and leave the block in the best state; returns its error on the watched batches."""
         parameters = [one.parameter for one in part]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = self._optimizer(parameters)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        order = _endless(batches, self.seed)
-        best_state, patience = copy.deepcopy(block.state_dict()), 3
+        order, best_state, patience = endless(batches, self.seed), _copies(parameters), _PATIENCE
+        masked = [(one.parameter, one.entries) for one in part if one.entries is not None]
         # Watching takes a tenth of the batches, which would cost short trainings more than their steps.
         every = max(10, self.steps // 10)
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
                 loss_of(next(order)).backward()
-                for one in part:
-                    if one.parameter.grad is not None and one.entries is not None:
-                        one.parameter.grad.mul_(one.entries)
+                for parameter, entries in masked:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(entries)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
@@ -160,11 +153,16 @@ class Reconstruction:
                 if step % every == 0 or step == self.steps:
                     error = watch()
                     if error < best:
-                        best, best_state, patience = error, copy.deepcopy(block.state_dict()), 3
+                        best, best_state, patience = error, _copies(parameters), _PATIENCE
                     elif (patience := patience - 1) == 0:
                         break
-        block.load_state_dict(best_state)
+        _restore(parameters, best_state)
         return best
+
+    def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+        # One pass over each parameter instead of a dozen; only devices that torch is built for have it.
+        fused = kind_of(parameters[0].device) != "other"
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
     def _rate(self, step: int) -> float:
         warm = max(1, self.steps // 10)
@@ -173,23 +171,15 @@ class Reconstruction:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
-def _relative_errors(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error, token by token relative to the size of the dense hidden state.
-
-    The next block normalises each token by its size; without that weight the first token of many models, a thousand
-    times larger than the others, would be all that counts.
-    """
-    dense = target.to(torch.float32)
-    error = (output.to(torch.float32) - dense).square().sum(dim=-1)
-    return error / dense.square().sum(dim=-1).clamp_min(1e-12)
+@torch.no_grad()
+def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.clone() for parameter in parameters]
 
 
-def _endless(batches: Sequence[int], seed: int) -> Iterator[int]:
-    """All batches in a random order, again and again."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for position in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[position]
+@torch.no_grad()
+def _restore(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 @contextmanager
@@ -206,9 +196,10 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """Hold the block's parameters and buffers in float32 for a while; small updates would vanish in half precision."""
-    tensors = [tensor for tensor in [*block.parameters(), *block.buffers()] if tensor.is_floating_point()]
+def _in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Hold parameters and buffers in float32 for a while; small updates would vanish in half precision."""
+    own = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+    tensors = [tensor for tensor in own if tensor.is_floating_point()]
     dtypes = [tensor.dtype for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.to(torch.float32)

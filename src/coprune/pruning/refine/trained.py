@@ -28,6 +28,14 @@ class Trained:
     """Which of its entries may change (bool, of its shape); None: all."""
 
 
+@dataclass(frozen=True)
+class TrainedBlock:
+    """A block, and what is trained of it."""
+
+    module: nn.Module
+    trained: Sequence[Trained]
+
+
 def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
     """What is trained of a pruned block.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         propagation=recipe.calibration.propagation,
         streamed=loaded.weights.streams,
         dense_target=planned.solver.aim == "dense" or recipe.reconstruction.steps > 0,
-        reconstruction_steps=recipe.reconstruction.steps,
+        reconstruction_steps=_steps(recipe, sum(lengths) / len(lengths) * min(batch, len(lengths))),
         activation_limit=None if memory is None else int(memory * GIB),
         device_room=device_room(loaded.device, recipe.calibration.device_activation_memory),
         saved=recipe.output.model is not None,
@@ -114,6 +115,13 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         processes=processes.size,
         mean_length=sum(lengths) / len(lengths),
         batch_length=batch_length,
+        reconstruction_window=recipe.reconstruction.window if recipe.reconstruction.steps else 1,
         rounds_later=recipe.reconstruction.steps > 0 and recipe.quantization.grid is not None,
         added_bytes=4 * recipe.low_rank.rank * sum(sum(m.shape) for m in found.chosen.all() if may_get_factors(m)),
     )
+
+
+def _steps(recipe: Recipe, tokens: float) -> int:
+    """Steps of reconstruction, with so many tokens in the mean batch."""
+    asked = recipe.reconstruction
+    return max(asked.steps, math.ceil(asked.tokens / tokens)) if asked.steps else 0

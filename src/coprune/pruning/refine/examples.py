@@ -1,0 +1,47 @@
+"""What reconstruction trains on, and the order in which it takes its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a block is trained on, batch by batch."""
+
+    inputs: Sequence[Tensor]
+    """B × S × H per batch, in the model's dtype."""
+    targets: Sequence[Tensor]
+    """What the dense block gives, likewise."""
+    shares: Sequence[float]
+    """By how much every batch counts; one of 0 is not looked at."""
+    counted: Sequence[Tensor] | None = None
+    """Which tokens count, B × S bool per batch; None for all."""
+
+    def error(self, batch: int, output: Tensor) -> Tensor:
+        """The relative error of what the block gives for a batch, mean over the tokens that count."""
+        errors = _relative_errors(output, self.targets[batch])
+        return errors.mean() if self.counted is None else errors[self.counted[batch]].mean()
+
+
+def endless(batches: Sequence[int], seed: int) -> Iterator[int]:
+    """All batches in a random order, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for position in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[position]
+
+
+def _relative_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error, token by token relative to the size of the dense hidden state.
+
+    The next block normalises each token by its size; without that weight the first token of many models, a thousand
+    times larger than the others, would be all that counts.
+    """
+    dense = target.to(torch.float32)
+    error = (output.to(torch.float32) - dense).square().sum(dim=-1)
+    return error / dense.square().sum(dim=-1).clamp_min(1e-12)

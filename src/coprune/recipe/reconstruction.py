@@ -1,0 +1,73 @@
+"""How every pruned block is trained, and what that does not go with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut, Set
+from coprune.recipe.decides import Decides
+from coprune.recipe.parts import CalibrationPart, Part
+
+_RESULT = Decides.RESULT | Decides.COST
+
+
+class ReconstructionPart(Part):
+    """Training of every pruned block."""
+
+    steps: Annotated[
+        int,
+        _RESULT,
+        Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0),
+    ] = 0
+    tokens: Annotated[
+        int,
+        _RESULT,
+        Field(
+            description="With reconstruct: train every block on at least so many tokens, with more steps where samples are "
+            "short, so that half as long ones do not halve the training. [as many as the steps hold]",
+            ge=0,
+        ),
+    ] = 0
+    window: Annotated[
+        int,
+        _RESULT,
+        Field(
+            description="With reconstruct: train so many blocks that follow each other together, toward what the dense model "
+            "gives after the last of them, then move on by one. A step costs so many times as much.",
+            ge=1,
+        ),
+    ] = 1
+    learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 1e-3
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _RESULT,
+        Field(description="What blocks compute in while they are trained."),
+    ] = "float32"
+    parts: Annotated[
+        Literal["together", "separate"],
+        _RESULT,
+        Field(description="Train attention and MLP together or one after the other."),
+    ] = "together"
+
+
+def cannot_reconstruct(
+    asked: ReconstructionPart, calibration: CalibrationPart, quantized: bool, removes: bool
+) -> BadInput | None:
+    """What a training of the blocks does not go with; None if nothing is wrong."""
+    if asked.steps and calibration.propagation == "dense":
+        return BadInput(
+            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
+            field="reconstruct",
+            value=asked.steps,
+            fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
+        )
+    if asked.tokens and not asked.steps:
+        wrong = "reconstruct_tokens says how much is trained at least, and nothing is trained without reconstruct"
+        return BadInput(wrong, field="reconstruct_tokens", value=asked.tokens, fix=("add ", Set("reconstruct", 6)))
+    if asked.window > 1 and (quantized or removes):
+        wrong = "blocks that are rounded, or that parts are removed from, are trained one by one"
+        return BadInput(wrong, field="reconstruct_window", value=asked.window, fix=LeaveOut("reconstruct_window"))
+    return None
