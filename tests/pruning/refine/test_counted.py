@@ -103,3 +103,41 @@ def test_tokens_are_a_least_number_whatever_the_samples_lengths(positions: list[
 def test_a_recording_tells_how_many_hidden_states_a_batch_has() -> None:
     proven = prove(pico_model("llama"), pico_tokens(1, 24))
     assert record_batches(proven, [pico_tokens(2, 8), pico_tokens(1, 32)]).positions == [16, 32]
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(1, 1), (3, 3), (6, 2), (12, 4), (40, 30)])
+def test_a_training_that_improves_nothing_ends_early(steps: int, taken: int) -> None:
+    block = nn.Linear(6, 6, bias=False)
+    block.weight.data = torch.eye(6)
+    block.requires_grad_(False)
+    inputs, tried = batches(0), []
+
+    def run(batch: int, hidden: Tensor) -> Tensor:
+        tried.append(torch.is_grad_enabled())
+        return block(hidden)
+
+    parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
+    asked = Reconstruction(steps=steps, held_out=0.25)
+    assert asked.improve(parts, run, Examples(inputs, inputs, [1.0] * 4)) == (0.0, 0.0)
+    assert sum(tried) == taken
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(6, 0.02), (6, 0.3), (12, 0.1), (40, 0.5)])
+def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
+    block = nn.Linear(6, 6, bias=False)
+    block.weight.data = torch.eye(6)
+    block.requires_grad_(False)
+    inputs, targets, seen = batches(0), batches(1), []
+
+    def run(batch: int, hidden: Tensor) -> Tensor:
+        output = block(hidden)
+        if not torch.is_grad_enabled():
+            seen.append(float(examples.error(batch, output)))
+        return output
+
+    examples = Examples(inputs, targets, [1.0] * 4)
+    parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
+    before, after = Reconstruction(steps=steps, learning_rate=rate, held_out=0.25).improve(parts, run, examples)
+    assert before == seen[0]
+    assert len(seen) > 1
+    assert after == min(seen) == float(examples.error(3, block(inputs[3])))

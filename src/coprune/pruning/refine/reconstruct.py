@@ -24,9 +24,6 @@ from coprune.base.options import require_not_negative, require_positive
 from coprune.pruning.refine.examples import Examples, endless
 from coprune.pruning.refine.trained import Trained, TrainedBlock
 
-_PATIENCE = 3
-"""So many times the error may not have fallen when it is watched, before a training ends."""
-
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -135,10 +132,9 @@ class Reconstruction:
         parameters = [one.parameter for one in part]
         optimizer = self._optimizer(parameters)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        order, best_state, patience = endless(batches, self.seed), _copies(parameters), _PATIENCE
+        every, patience = self._watching
+        order, best_state, left = endless(batches, self.seed), _copies(parameters), patience
         masked = [(one.parameter, one.entries) for one in part if one.entries is not None]
-        # Watching takes a tenth of the batches, which would cost short trainings more than their steps.
-        every = max(10, self.steps // 10)
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
@@ -153,11 +149,19 @@ class Reconstruction:
                 if step % every == 0 or step == self.steps:
                     error = watch()
                     if error < best:
-                        best, best_state, patience = error, _copies(parameters), _PATIENCE
-                    elif (patience := patience - 1) == 0:
+                        best, best_state, left = error, _copies(parameters), patience
+                    elif (left := left - 1) == 0:
                         break
         _restore(parameters, best_state)
         return best
+
+    @property
+    def _watching(self) -> tuple[int, int]:
+        """After how many steps the error is watched again, and how often it may not have fallen before a training ends."""
+        # Watching takes a tenth of the batches: after each of a few steps it would cost more than they do.
+        if self.steps >= 20:
+            return max(10, self.steps // 10), 3
+        return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 1
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
         # One pass over each parameter instead of a dozen; only devices that torch is built for have it.
