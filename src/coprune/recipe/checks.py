@@ -115,8 +115,8 @@ def _of_propagation(recipe: Parts) -> BadInput | None:
 
 
 def _of_reconstruction(recipe: Parts) -> BadInput | None:
-    quantized, removes = recipe.quantization.grid is not None, bool(recipe.structure.remove)
-    return cannot_reconstruct(recipe.reconstruction, recipe.calibration, quantized, removes)
+    one_by_one = recipe.quantization.grid is not None or bool(recipe.structure.remove) or recipe.low_rank.rank > 0
+    return cannot_reconstruct(recipe.reconstruction, recipe.calibration, one_by_one)
 
 
 def _of_removal(recipe: Parts) -> BadInput | None:

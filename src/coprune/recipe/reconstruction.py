@@ -53,10 +53,8 @@ class ReconstructionPart(Part):
     ] = "together"
 
 
-def cannot_reconstruct(
-    asked: ReconstructionPart, calibration: CalibrationPart, quantized: bool, removes: bool
-) -> BadInput | None:
-    """What a training of the blocks does not go with; None if nothing is wrong."""
+def cannot_reconstruct(asked: ReconstructionPart, calibration: CalibrationPart, one_by_one: bool) -> BadInput | None:
+    """What a training of the blocks does not go with; None if nothing is wrong. one_by_one: what needs windows of one block."""
     if asked.steps and calibration.propagation == "dense":
         return BadInput(
             "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
@@ -67,7 +65,7 @@ def cannot_reconstruct(
     if asked.tokens and not asked.steps:
         wrong = "reconstruct_tokens says how much is trained at least, and nothing is trained without reconstruct"
         return BadInput(wrong, field="reconstruct_tokens", value=asked.tokens, fix=("add ", Set("reconstruct", 6)))
-    if asked.window > 1 and (quantized or removes):
-        wrong = "blocks that are rounded, or that parts are removed from, are trained one by one"
+    if asked.window > 1 and one_by_one:
+        wrong = "blocks that are rounded, that parts are removed from or low rank is added to are trained one by one"
         return BadInput(wrong, field="reconstruct_window", value=asked.window, fix=LeaveOut("reconstruct_window"))
     return None
