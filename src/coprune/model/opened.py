@@ -95,7 +95,7 @@ def streams(recipe: Recipe) -> bool:
     if recipe.structure.remove:
         return recipe.model.stream is True
     needs = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.answers.is_asked
-    whole = needs or recipe.calibration.is_own
+    whole = needs or recipe.calibration.is_own or recipe.allocation.name == "search"
     return recipe.model.stream is not False and not whole
 
 

@@ -154,17 +154,18 @@ def _of_allocation(recipe: Parts) -> BadInput | None:
     if asked == "search" and recipe.model.stream:
         wrong = "a search runs the whole model, which has to be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
+    if asked == "search" and recipe.low_rank.rank:
+        wrong = "a search tries zeros without what low_rank adds to them"
+        fix: Words = (LeaveOut("low_rank"), " for the search, and give what it found to a run of its own")
+        return BadInput(wrong, field="allocation", value=asked, fix=fix)
     units, zeros = bool({"channels", "heads", "parameters"} & shares), not shares or recipe.pattern.is_said
-    if asked == "uniform" or (units and asked in SPREADING) or (zeros and asked != "search"):
+    if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None
-    fix: Words = ("take ", Set("allocation", "uniform"))
+    fix = ("take ", Set("allocation", "uniform"))
     if units:
         cause = f"channels and heads are spread over the blocks by {', '.join(SPREADING)}, not by {recipe.allocation}"
-    elif shares:
-        cause = f"allocation {recipe.allocation} spreads channels or heads over the blocks, and none are removed"
     else:
-        cause = "a search spreads channels and heads that are removed over the blocks, not zeros over matrices"
-        fix = ("add ", Set("remove", "channels=0.33"), ", or take ", Set("allocation", "error"))
+        cause = f"allocation {recipe.allocation} spreads channels or heads over the blocks, and none are removed"
     return BadInput(cause, field="allocation", value=str(recipe.allocation), fix=fix)
 
 

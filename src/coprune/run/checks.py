@@ -18,7 +18,7 @@ from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
-from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation import LevelSearch, spread_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS, Method, method_named
@@ -216,8 +216,10 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
     """Raise BadInput where the sparsity cannot be spread as asked, as far as no block has to be looked at for that."""
     if recipe.structure.remove:
         return
-    allocation = allocation_named(recipe.allocation)
-    if not allocation.looks:
+    allocation = spread_named(recipe.allocation)
+    if isinstance(allocation, LevelSearch):
+        allocation.targets(target)
+    elif not allocation.looks:
         plan_targets(allocation, model, None, target)
 
 
@@ -231,4 +233,4 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
     if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.permute:
         return True
-    return allocation_named(recipe.allocation).statistic is not None
+    return spread_named(recipe.allocation).statistic is not None

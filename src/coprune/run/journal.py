@@ -174,7 +174,8 @@ def may_round_otherwise(recipe: Recipe) -> bool:
 
     Not where a step of training takes one batch, nor where what goes from one block must fit what goes from the others.
     """
-    return not (recipe.reconstruction.steps or recipe.structure.remove or recipe.pattern.permute)
+    fits = recipe.structure.remove or recipe.pattern.permute or recipe.allocation.name == "search"
+    return not (recipe.reconstruction.steps or fits)
 
 
 def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> Identity:

@@ -10,10 +10,11 @@ from coprune.model.checkpoint.weights import is_below
 from coprune.model.choosing import Chosen
 from coprune.model.matrices import Matrix
 from coprune.model.walk.recording import Recording
-from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation import LevelSearch, spread_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
 from coprune.recipe.pattern import Target
+from coprune.run.search.zeros import search_targets
 from coprune.run.session import Session
 from coprune.training.masks import LEAST_SPARSITY
 
@@ -30,11 +31,14 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     recipe, reporter, processes = opened.recipe, opened.around.reporter, opened.around.processes
     if recipe.pattern.permute:
         _permute(session, record)
-    allocation = allocation_named(recipe.allocation)
-    data = allocation.statistic is not None
-    bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
-    with bar as advance:
-        targets = plan_targets(allocation, model, record() if data else None, opened.target, processes, advance)
+    allocation = spread_named(recipe.allocation)
+    if isinstance(allocation, LevelSearch):
+        targets = search_targets(session, allocation, record)
+    else:
+        data = allocation.statistic is not None
+        bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
+        with bar as advance:
+            targets = plan_targets(allocation, model, record() if data else None, opened.target, processes, advance)
     targets = processes.from_first(lambda: targets)
     if recipe.allocation.name != "uniform":
         reporter.say(f"Allocation {recipe.allocation}: {describe_targets(model.chosen, targets)}")

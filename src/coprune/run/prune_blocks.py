@@ -15,21 +15,18 @@ from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import AddLowRank, Edit, FillZeros, RoundValues
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
-from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
-from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone, Past
-from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.pruner import MatrixResult, Solving, SolvingAlone, prune_walk
+from coprune.pruning.pruner import MatrixResult, prune_walk
 from coprune.recipe.pattern import Target
-from coprune.run.batches import counted_batches, record_counted
+from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.look_at_dense import look_at_dense
 from coprune.run.reuse import Reuse
 from coprune.run.rounded_later import RoundedLater
 from coprune.run.session import Session
-from coprune.run.share import SharedOutput, SharedSolving
+from coprune.run.share import SharedOutput
 from coprune.run.windows import Windows, left_by_earlier
 
 
@@ -120,7 +117,7 @@ def _prune(
         target_of if later is None else later.target_of,
         opened.recipe.evaluation.layer_error,
         block_done,
-        _solving(session),
+        solving_of(session),
     )
 
 
@@ -134,48 +131,3 @@ def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
 
 def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:
     return {result.name: result.mask_checksum for result in results}
-
-
-def moves_of(session: Session) -> Moves:
-    """How the walk of a run moves its inputs on."""
-    asked, keep = session.opened.recipe.calibration, session.reconstruction is not None
-    if asked.propagation == "dense":
-        return Dense()
-    if asked.propagation == "sequential":
-        return Sequential(keep, session.window)
-    return ByBlock(asked.aim == "dense", keep, session.window)
-
-
-def _solving(session: Session) -> Solving:
-    """Who prunes which matrix. In `sequential`, the matrices of a group are all that can be pruned at the same time."""
-    processes = session.opened.around.processes
-    if processes.size == 1:
-        return SolvingAlone()
-    sequential = session.opened.recipe.calibration.propagation == "sequential"
-    outside = [[matrix] for matrix in session.model.chosen.outside]
-    stages = [*session.model.structure.groups, outside]
-    if sequential:
-        stages = [[group] for groups in stages for group in groups]
-    return SharedSolving(processes, stages, sequential, gram=session.opened.solver.statistic is Gram)
-
-
-def record_to_prune(session: Session) -> Recording | None:
-    """Record the calibration batches, with what else is aimed at beside them."""
-    return record_calibration(session, dense=session.opened.solver.aim == "dense" or session.reconstruction is not None)
-
-
-def record_calibration(session: Session, dense: bool = False) -> Recording | None:
-    """Record the calibration batches. dense: with the dense model's hidden states beside them, to aim at."""
-    opened = session.opened
-    if opened.samples is None:
-        return None
-    batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
-    windowed = dense and session.window > 1
-    recording = record_counted(session.model, batches, opened.activations(lists=1 + dense + windowed))
-    if windowed:
-        recording.entering = recording.hidden.copy()
-    if dense:
-        recording.dense = recording.hidden.copy()
-        if opened.solver.aim != "dense" and session.reconstruction is not None:
-            recording.aims = session.reconstruction.on(recording.positions).batches_used(recording.shares)
-    return recording

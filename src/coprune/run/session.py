@@ -21,7 +21,7 @@ from coprune.model.opened import Loaded, open_model, streams
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
-from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation import spread_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
@@ -135,7 +135,7 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     started = time.perf_counter()
     solver, target = prepare_solver(recipe, given.method)
     if not recipe.structure.remove:
-        allocation_named(recipe.allocation)
+        spread_named(recipe.allocation)
     check_processes(recipe, around.processes.size)
     reporter, loaded = around.reporter, given.loaded
     if loaded is None:

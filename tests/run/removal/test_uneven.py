@@ -23,7 +23,7 @@ from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
-from coprune.run.removal import search
+from coprune.run.search import tries
 from coprune.run.stages import Result, run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
@@ -175,10 +175,10 @@ def test_a_killed_search_and_run_go_on_to_the_same_bytes(out: str, share: int, t
     write_words(tmp_path / "words.txt")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
-    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("removal/search", "run/journal"))
+    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("search/finds", "search/tries", "run/journal"))
     finds = json.loads((tmp_path / "whole" / "run" / "search.json").read_text())
     assert len(finds["tried"]) == 8
-    assert killed_at(lambda: run(tmp_path, out), lines * share // 10, ("removal/search", "run/journal"))
+    assert killed_at(lambda: run(tmp_path, out), lines * share // 10, ("search/finds", "search/tries", "run/journal"))
     tried = len(json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"])
     assert (0 < tried < 8) if out == "early" else tried == 8
     assert bool(list((tmp_path / out / ".small.partial").glob("model-*.json"))) == (out == "late")
@@ -225,7 +225,7 @@ def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
     write_words(tmp_path / "words.txt")
     run(tmp_path, "called")
     with monkeypatch.context() as patched:
-        patched.setattr(search, "next_tries", interrupt)
+        patched.setattr(tries, "next_tries", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "stopped")
     finds = [json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] for out in ("called", "stopped")]
@@ -255,7 +255,6 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
         ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
         ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
         ({"remove": "experts=0.3", "allocation": "error"}, "none are removed"),
-        ({"allocation": "search:minutes=3"}, "not zeros over matrices"),
         ({"remove": "channels=0.3", "allocation": "search"}, "for some minutes or for some rounds"),
         ({"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"}, "one of the two"),
         ({"remove": "channels=0.3", "allocation": "search:rounds=-3"}, "must not be negative"),

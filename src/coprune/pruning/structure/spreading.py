@@ -10,8 +10,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coprune.base.errors import BadInput
 from coprune.base.options import require_not_negative, with_options
+from coprune.pruning.allocation.search import Search
 from coprune.pruning.allocation.uniform import Uniform
 from coprune.recipe.choice import Choice
 
@@ -30,29 +30,6 @@ class ByError:
 
     def __post_init__(self) -> None:
         require_not_negative(tokens=self.tokens, movement=self.movement)
-
-
-@dataclass(frozen=True)
-class Search:
-    """Move units from block to block, and keep what brings the model's distributions nearer to the dense model's."""
-
-    minutes: float = 0.0
-    """How long, all runs that were killed in between together."""
-    rounds: int = 0
-    """Or how many tries."""
-    tokens: int = 2048
-    """Of the calibration, at least so many are looked at (of images: one batch)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_not_negative(minutes=self.minutes, rounds=self.rounds, tokens=self.tokens)
-
-    def require_end(self) -> None:
-        """Raise BadInput unless it is said when to stop."""
-        if bool(self.minutes) == bool(self.rounds):
-            fix = "write search:minutes=8, or search:rounds=100"
-            wrong = "a search goes on for some minutes or for some rounds, one of the two"
-            raise BadInput(wrong, field="allocation", value="search", fix=fix)
 
 
 SPREADINGS: dict[str, Uniform | ByError | Search] = {"uniform": Uniform(), "error": ByError(), "search": Search()}

@@ -15,6 +15,8 @@ from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
+from coprune.pruning.allocation import spread_named
+from coprune.pruning.allocation.search import ZEROS_ONLY
 from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import SPREADING, StructurePart
@@ -61,6 +63,7 @@ def cut_and_prune(
     Returns:
         The result of the second half, and the report of both. Raises as both halves do.
     """
+    spread_named(recipe.allocation)  # of the zeros, whose turn comes late
     if not write:
         first = run(cutting_of(recipe, None), given)
         if first.model is None:
@@ -89,7 +92,11 @@ def cut_and_prune(
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
     own = recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
-    return own if recipe.allocation.name in SPREADING else own.replaced(allocation=_UNIFORM)
+    asked = recipe.allocation
+    if asked.name not in SPREADING:
+        return own.replaced(allocation=_UNIFORM)
+    options = {name: value for name, value in asked.options.items() if name not in ZEROS_ONLY}
+    return own.replaced(allocation=Choice(name=asked.name, options=options) if asked.name == "search" else asked)
 
 
 def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
@@ -97,9 +104,7 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     # As the dense model spoke for, so that all figures are of the same windows.
     bos = recipe.calibration.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
-    # A search is for what is removed.
-    allocation = _UNIFORM if recipe.allocation.name == "search" else recipe.allocation
-    whole = recipe.model_copy(update={"structure": StructurePart(), "allocation": allocation})
+    whole = recipe.model_copy(update={"structure": StructurePart()})
     # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
     require = None if recipe.answers.require is None else "loops>=0"
     return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="", require=require)

@@ -24,14 +24,9 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import reconstruct_cut
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import score_named
+from coprune.run.calibrating import moves_of, record_to_prune
 from coprune.run.journal import BlockOutcome, Output
-from coprune.run.prune_blocks import (
-    Outcome,
-    all_edits,
-    finish_block,
-    moves_of,
-    record_to_prune,
-)
+from coprune.run.prune_blocks import Outcome, all_edits, finish_block
 from coprune.run.removal.cut import Cut, Plan, edits_of_block
 from coprune.run.removal.experts import choose_experts
 from coprune.run.removal.plan import only_consumers, plan_removal

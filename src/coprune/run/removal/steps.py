@@ -10,7 +10,7 @@ from torch import Tensor
 from coprune.model.blocks import Block
 from coprune.model.removal.parts import Part
 from coprune.model.walk.inputs import Inputs
-from coprune.pruning.structure.evolution import Steps
+from coprune.pruning.evolution import Steps
 
 __all__ = ["Levels", "Steps"]
 

@@ -20,7 +20,7 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.structure.blocks import first_batches, kl_of_logits, logits_of
 from coprune.pruning.structure.remove import remove_units
 from coprune.pruning.structure.scores import Score, score_named
-from coprune.run.prune_blocks import record_calibration
+from coprune.run.calibrating import record_calibration
 from coprune.run.removal.cut import Plan
 from coprune.run.removal.plan import only_consumers
 from coprune.run.session import Session

@@ -18,16 +18,20 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.plan import joined, movement, some_tokens
+from coprune.pruning.allocation.search import Search
 from coprune.pruning.allocation.uniform import Uniform
+from coprune.pruning.evolution import Exchanges
 from coprune.pruning.structure.scores import Score, by_norm, curve, energy, score_named
-from coprune.pruning.structure.spreading import ByError, Search, cheapest, spreading_named
-from coprune.run.prune_blocks import record_calibration
-from coprune.run.removal.candidates import Candidates
+from coprune.pruning.structure.spreading import ByError, cheapest, spreading_named
+from coprune.run.calibrating import record_calibration
+from coprune.run.removal.consumers import Consumers
 from coprune.run.removal.cut import Plan
 from coprune.run.removal.plan import only_consumers
 from coprune.run.removal.rehearsal import rehearse
-from coprune.run.removal.search import search_steps
 from coprune.run.removal.steps import Levels, Steps
+from coprune.run.search.candidates import Candidates
+from coprune.run.search.finds import Finds
+from coprune.run.search.tries import search_steps
 from coprune.run.session import Session
 
 
@@ -52,7 +56,11 @@ def spread_units(session: Session, plan: Plan) -> Plan:
     # Another process's machine may round otherwise; what the first one finds counts.
     steps = opened.around.processes.from_first(lambda: least_error(levels, alike, even, scales))
     if isinstance(asked, Search):
-        steps = search_steps(session, asked, levels, [even, steps], (alike, plan.dropped))
+        exchanges = Exchanges(
+            [[(at,) for at in group] for group in alike], [1] * len(levels), [len(own.counts) - 1 for own in levels]
+        )
+        candidates = Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens)
+        steps = search_steps(session, asked, Finds.of(session), exchanges, [even, steps], candidates)
     return unevenly(plan, levels, steps)
 
 
@@ -67,7 +75,7 @@ def _scales(session: Session, plan: Plan, levels: Sequence[Levels], even: Steps,
     found, none, processes = [], [0] * len(levels), session.opened.around.processes
     jobs = processes.own(range(len(levels)))
     with (
-        Candidates.of(session, levels, plan.dropped, asked.tokens) as candidates,
+        Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens) as candidates,
         session.opened.around.reporter.bar("Weighing blocks", len(jobs)) as advance,
     ):
         base = candidates.cost(tuple(none), None) if plan.dropped else 0.0

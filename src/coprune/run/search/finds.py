@@ -1,31 +1,22 @@
-"""An uneven budget found by evolution: steps move from block to block, and what is nearest to the dense model stays.
-
-What was tried stands in the run's folder. The next try follows from that and the seed alone, so a killed search goes on as if
-it had not been. Several processes make as many tries side by side, each with all of the calibration that is looked at.
-"""
+"""What a search has tried, kept in the run's folder, so that a killed one goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coprune.base.files import path_of, write_text
-from coprune.pruning.structure.evolution import next_tries
-from coprune.pruning.structure.spreading import Search
+from coprune.pruning.allocation.search import Search
+from coprune.pruning.evolution import Steps
 from coprune.run.journal import run_identity
-from coprune.run.removal.candidates import Candidates
-from coprune.run.removal.steps import Levels, Steps
 from coprune.run.session import Session
 
 FINDS_FILE = "search.json"
 """What a search has tried, in the run's folder."""
-STARTS = ("uniform", "by error")
-"""What it tries first."""
 
 
 @dataclass
@@ -79,43 +70,6 @@ class Finds:
         """How much of the search is over; 1 at its end."""
         return min(1.0, self.seconds / (60 * asked.minutes) if asked.minutes else len(self.tried) / asked.rounds)
 
-
-def search_steps(
-    session: Session,
-    asked: Search,
-    levels: Sequence[Levels],
-    first: Sequence[Steps],
-    rest: tuple[Sequence[Sequence[int]], Sequence[int]],
-) -> Steps:
-    """Search for the steps with which the model stays nearest to the dense one; every process makes a try at a time.
-
-    Args:
-        session: of the run.
-        asked: how long.
-        levels: of every part.
-        first: what is tried first.
-        rest: numbers of the parts among which steps are exchanged, and numbers of the blocks that go.
-    """
-    finds, reporter, processes = Finds.of(session), session.opened.around.reporter, session.opened.around.processes
-    if finds.tried:
-        reporter.say(f"{len(finds.tried)} tries of the search were made by an earlier run.")
-    most = [len(own.counts) - 1 for own in levels]
-    with (
-        reporter.bar("Searching", 1.0) as advance,
-        Candidates.of(session, levels, rest[1], asked.tokens) as candidates,
-    ):
-        done = 0.0
-        while (share := finds.share_done(asked)) < 1.0:
-            advance(share - done)
-            started, done = time.perf_counter(), share
-            count, best = len(finds.tried), finds.best[0] if finds.tried else None
-            number = min(processes.size, asked.rounds - count) if asked.rounds else processes.size
-            tries = first[count : count + number] or next_tries(finds.tried, rest[0], most, asked.seed, number)
-            costs = processes.in_order([candidates.cost(steps, best) for steps in processes.own(tries)])
-            took = processes.gather(time.perf_counter() - started)[0]
-            finds.add([*zip(tries, costs, strict=True)], took)
-        advance(1.0 - done)
-    steps, cost = finds.best
-    starts = ", ".join(f"{name} {found:.4f}" for name, (_, found) in zip(STARTS, finds.tried, strict=False))
-    reporter.say(f"The best of {len(finds.tried)} tries: KL {cost:.4f} ({starts}).")
-    return steps
+    def is_over(self, asked: Search) -> bool:
+        """Whether nothing is left to be tried."""
+        return bool(self.tried) and self.share_done(asked) >= 1.0

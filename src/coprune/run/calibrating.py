@@ -1,0 +1,56 @@
+"""What the walk of a run is made of: its calibration batches, how they move on, and who solves which matrix."""
+
+from __future__ import annotations
+
+from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.pruner import Solving, SolvingAlone
+from coprune.run.batches import counted_batches, record_counted
+from coprune.run.session import Session
+from coprune.run.share import SharedSolving
+
+
+def moves_of(session: Session) -> Moves:
+    """How the walk of a run moves its inputs on."""
+    asked, keep = session.opened.recipe.calibration, session.reconstruction is not None
+    if asked.propagation == "dense":
+        return Dense()
+    if asked.propagation == "sequential":
+        return Sequential(keep, session.window)
+    return ByBlock(asked.aim == "dense", keep, session.window)
+
+
+def solving_of(session: Session) -> Solving:
+    """Who prunes which matrix. In `sequential`, the matrices of a group are all that can be pruned at the same time."""
+    processes = session.opened.around.processes
+    if processes.size == 1:
+        return SolvingAlone()
+    sequential = session.opened.recipe.calibration.propagation == "sequential"
+    outside = [[matrix] for matrix in session.model.chosen.outside]
+    stages = [*session.model.structure.groups, outside]
+    if sequential:
+        stages = [[group] for groups in stages for group in groups]
+    return SharedSolving(processes, stages, sequential, gram=session.opened.solver.statistic is Gram)
+
+
+def record_to_prune(session: Session) -> Recording | None:
+    """Record the calibration batches, with what else is aimed at beside them."""
+    return record_calibration(session, dense=session.opened.solver.aim == "dense" or session.reconstruction is not None)
+
+
+def record_calibration(session: Session, dense: bool = False) -> Recording | None:
+    """Record the calibration batches. dense: with the dense model's hidden states beside them, to aim at."""
+    opened = session.opened
+    if opened.samples is None:
+        return None
+    batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
+    windowed = dense and session.window > 1
+    recording = record_counted(session.model, batches, opened.activations(lists=1 + dense + windowed))
+    if windowed:
+        recording.entering = recording.hidden.copy()
+    if dense:
+        recording.dense = recording.hidden.copy()
+        if opened.solver.aim != "dense" and session.reconstruction is not None:
+            recording.aims = session.reconstruction.on(recording.positions).batches_used(recording.shares)
+    return recording

@@ -1,0 +1,126 @@
+"""A search for which sparsity every matrix gets, of a few levels at which all were pruned before."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from coprune.base.files import path_of, write_text
+from coprune.base.shown import per_cent
+from coprune.model.walk.recording import Recording
+from coprune.pruning.allocation.base import Unit, units_of
+from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.allocation.search import (
+    ALLOCATION_FILE,
+    LevelSearch,
+    as_levels,
+    exchanges_of,
+    level_of,
+    targets_of,
+)
+from coprune.pruning.evolution import Steps
+from coprune.recipe.pattern import Target
+from coprune.run.search.candidates import Candidates
+from coprune.run.search.finds import Finds
+from coprune.run.search.prepared import Prepared
+from coprune.run.search.tries import STARTS, say_best, search_steps
+from coprune.run.session import Session
+
+LEVELS_FOLDER = "levels"
+"""The matrices at every level, in the run's folder while the search goes on."""
+
+
+def search_targets(session: Session, asked: LevelSearch, record: Callable[[], Recording | None]) -> dict[str, Target]:
+    """Search for every matrix's target; all together have the sparsity of the overall one.
+
+    Args:
+        session: of the run, whose model is dense, and so in the end.
+        asked: how long, and among which levels.
+        record: records the calibration batches anew.
+
+    Returns:
+        Targets by the name of the matrix.
+    """
+    opened, model = session.opened, session.model
+    units, grid, finds = units_of(model.chosen, model.names), asked.targets(opened.target), Finds.of(session)
+    folder = opened.recipe.run_folder / LEVELS_FOLDER
+    if finds.is_over(asked):
+        steps = say_best(session, finds)
+    else:
+        with _place(session, folder) as place:
+            steps = _searched(session, asked, units, finds, (place, record))
+    if opened.around.writes:
+        shutil.rmtree(folder, ignore_errors=True)
+    targets = targets_of(units, steps, grid, opened.target)
+    if opened.around.writes:
+        write_text(path_of(opened.recipe.run_folder, ALLOCATION_FILE), _as_file(units, targets))
+    return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
+
+
+def _searched(
+    session: Session,
+    asked: LevelSearch,
+    units: Sequence[Unit],
+    finds: Finds,
+    how: tuple[Path, Callable[[], Recording | None]],
+) -> Steps:
+    """The levels with which the model stays nearest to the dense one. how: a folder for them; records the calibration."""
+    opened, (folder, record) = session.opened, how
+    grid = asked.targets(opened.target)
+    prepared = Prepared(session, folder, finds.identity, units, grid)
+    levels = ", ".join(per_cent(one.sparsity, 1) for one in grid)
+    opened.around.reporter.say(
+        f"{len(prepared.matrices)} matrices are pruned at {levels}, which takes {prepared.nbytes / 2**20:,.1f} MiB in {folder} "
+        "until the search is over."
+    )
+    if opened.around.processes.first:
+        prepared.require_room()
+    first = [] if len(finds.tried) >= len(STARTS) else _starts(session, asked, units, record)
+    prepared.prepare()
+    candidates = Candidates.of(session, prepared, (), asked.tokens)
+    return search_steps(session, asked, finds, exchanges_of(units, len(grid)), first, candidates)
+
+
+def _starts(
+    session: Session, asked: LevelSearch, units: Sequence[Unit], record: Callable[[], Recording | None]
+) -> list[Steps]:
+    """All at the overall sparsity, and what the errors of the dense model's matrices say."""
+    opened, model, processes = session.opened, session.model, session.opened.around.processes
+    grid = asked.targets(opened.target)
+    with opened.around.reporter.bar("Measuring what matrices lose", len(model.blocks)) as advance:
+        found = plan_targets(asked.by_error(opened.target), model, record(), opened.target, processes, advance)
+    wanted = [found[unit.members[0]] for unit in units]
+    by_error = processes.from_first(lambda: as_levels(units, wanted, grid, opened.target))
+    return [(level_of(grid, opened.target),) * len(units), by_error]
+
+
+@contextmanager
+def _place(session: Session, folder: Path) -> Iterator[Path]:
+    """Where the levels lie: in the run's folder, or in one that is gone when the search is over; the same for all processes."""
+    around = session.opened.around
+    if around.processes.from_first(lambda: around.writes):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+        around.processes.gather(None)  # all have read their dense weights back
+        return
+    made = tempfile.TemporaryDirectory(prefix="coprune-levels-") if around.processes.first else None
+    try:
+        yield around.processes.from_first(lambda: Path(made.name if made is not None else ""))
+        around.processes.gather(None)
+    finally:
+        if made is not None:
+            made.cleanup()
+
+
+def _as_file(units: Sequence[Unit], targets: Sequence[Target]) -> str:
+    """What every unit gets, as a file for `--allocation`."""
+    found: Mapping[str, float | str] = {
+        unit.name: target.sparsity if target.pattern.n_of_m is None else str(target.pattern)
+        for unit, target in zip(units, targets, strict=True)
+    }
+    return yaml.safe_dump(dict(found), sort_keys=False, width=10_000)
