@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coprune.base.errors import NumericalError
-from coprune.base.reading import Reading, reading_later, refuse_if, to_host
+from coprune.base.reading import Questions, Reading, reading_later, refuse_if, to_host
 from support.other_device import OTHER, OtherDevice
 
 ERROR = NumericalError("too large")
@@ -66,3 +66,22 @@ def test_tensors_of_all_kinds_come_by_one_copy() -> None:
                 continue
             assert found.device.type == "cpu"
             assert torch.equal(found, wanted)
+
+
+def test_in_host_memory_a_question_is_answered_on_the_spot() -> None:
+    questions: Questions[str] = Questions()
+    assert questions.ask(FALSE, "first") is None
+    assert questions.ask(TRUE, "second") == "second"
+    assert questions.rest() is None
+
+
+def test_a_device_is_told_more_before_its_answer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coprune.base.reading.in_host_memory", lambda device: False)
+    monkeypatch.setattr("coprune.base.reading.on_its_way", lambda tensor: lambda: tensor)
+    questions: Questions[str] = Questions()
+    assert questions.ask(FALSE, "first") is None
+    assert questions.ask(TRUE, "second") is None
+    assert questions.ask(FALSE, "third") == "second"
+    assert questions.rest() is None
+    assert questions.ask(TRUE, "last") is None
+    assert questions.rest() == "last"

@@ -61,3 +61,9 @@ def test_no_stage_asks_more_of_a_device_than_its_table_says(told: list[dict[str,
         if found[stage][kind] > most
     ]
     assert not more
+
+
+def test_solving_a_matrix_waits_twice_at_most(told: list[dict[str, Any]]) -> None:
+    waits = {stage: counts["sync"] for stage, counts in told[-1]["found"].items() if stage.endswith("matrix")}
+    assert len(waits) > 40
+    assert {stage: count for stage, count in waits.items() if count > 2} == {}

@@ -5,16 +5,19 @@ What lies in host memory is at hand, and is looked at on the spot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from coprune.base.devices import in_host_memory
+from coprune.base.devices import buffer_for, in_host_memory
 from coprune.base.errors import NumericalError
+
+State = TypeVar("State")
 
 
 class _Doubt(NamedTuple):
@@ -88,3 +91,56 @@ def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
         return piece.view(tensor.dtype).view(tensor.shape)
 
     return [read(tensor) for tensor in tensors]
+
+
+def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to host memory.
+
+    Returns what gives the copy. It waits for what the device was told before, and not for what it was told since.
+    """
+    if in_host_memory(tensor.device):
+        return lambda: tensor
+    copy, arrived = buffer_for(tensor), torch.Event(tensor.device)
+    copy.copy_(tensor.detach(), non_blocking=True)
+    arrived.record()
+
+    def read() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return read
+
+
+class Questions(Generic[State]):
+    """Whether an iteration is over, asked again and again.
+
+    A device is told of the next rounds before its last answer is read, so that it never stands still. What it does too much
+    is thrown away: what comes out is the state of the first question to which the answer is yes.
+    """
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[Callable[[], Tensor], State]] = deque()
+
+    def ask(self, over: Tensor, state: State) -> State | None:
+        """Ask once more, and hear an earlier answer (in host memory this one).
+
+        Args:
+            over: bool without dimensions.
+            state: what has come out by now, which nobody changes later.
+
+        Returns:
+            The state of an answer that is yes; None while there is none.
+        """
+        self._open.append((on_its_way(over), state))
+        return self._hear(0 if in_host_memory(over.device) else 1)
+
+    def rest(self) -> State | None:
+        """Hear all answers. Returns as `ask`."""
+        return self._hear(0)
+
+    def _hear(self, left: int) -> State | None:
+        while len(self._open) > left:
+            answer, state = self._open.popleft()
+            if bool(answer()):
+                return state
+        return None

@@ -14,10 +14,10 @@ import torch
 
 from coprune.base.devices import Kind, kind_of
 from coprune.base.errors import BadInput
-from coprune.base.kernels import columns, gram, smallest
+from coprune.base.kernels import columns, gram, shifted, smallest
 from coprune.base.native import build, product
 
-Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "packed_product"]
+Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "shifted_inverses", "packed_product"]
 
 
 def always() -> bool:
@@ -80,6 +80,9 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
     ("find_smallest", "cpu"): (Kernel("numpy", smallest.by_partition),),
     ("find_smallest", "cuda"): (Kernel("torch", smallest.by_kth_value),),
     ("find_smallest", "other"): (Kernel("torch", smallest.by_kth_value),),
+    ("shifted_inverses", "cpu"): (Kernel("eigenvalues", shifted.by_eigenvalues),),
+    ("shifted_inverses", "cuda"): (Kernel("factors", shifted.by_factors),),
+    ("shifted_inverses", "other"): (Kernel("factors", shifted.by_factors),),
     ("packed_product", "cpu"): (
         Kernel("native", product.prepare_natively, native_is_there),
         Kernel("torch", product.leave_packed),

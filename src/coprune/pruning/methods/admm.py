@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
+from coprune.base.kernels.shifted import inverse_of_factor
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import refuse_if
@@ -81,7 +82,7 @@ class ADMM:
         # Damping and ρ are absolute here, the diagonal being one; what damped_cholesky adds is far below both.
         shifted = problem.scaled + self.rho * torch.eye(statistic.width, device=problem.scaled.device)
         lower, events = damped_cholesky(shifted, 1e-7)
-        return problem, torch.cholesky_inverse(lower), events
+        return problem, inverse_of_factor(lower), events
 
 
 def keep_on_schedule(score: Tensor, target: Target, progress: float, group: Group) -> Tensor:

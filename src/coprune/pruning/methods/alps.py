@@ -1,7 +1,8 @@
 """ALPS: an alternation whose penalty grows until the mask stands still, then a solve on that mask (arXiv 2406.07831).
 
-The same splitting as ADMM, but the mask is free in every round and ρ rises as fast as the mask settles. One
-eigendecomposition of the Gram matrix makes (Ĝ + ρI)⁻¹ cheap for every ρ.
+The same splitting as ADMM, but the mask is free in every round and ρ rises as fast as the mask settles. On a CPU one
+eigendecomposition of the Gram matrix makes (Ĝ + ρI)⁻¹ cheap for every ρ; on a device there is a factor for each
+(`base/kernels/shifted`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
+from coprune.base.kernels.shifted import Inverse
+from coprune.base.kernels.table import kernel
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
-from coprune.base.reading import refuse_if
+from coprune.base.reading import Questions, refuse_if
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import ScaledGram, scale_gram
 from coprune.pruning.masked_fit import solve_masked
@@ -26,12 +29,18 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """Factors of ρ: (the least share of kept weights that has to have changed, the factor)."""
 
 
-class Spectrum(NamedTuple):
-    """The scaled problem and its eigenvalues (I) and eigenvectors (I × I, in columns), float32 from float64."""
+class Shared(NamedTuple):
+    """What matrices with the same inputs share: the scaled problem, and its (Ĝ + ρI)⁻¹ for every ρ."""
 
     problem: ScaledGram
-    values: Tensor
-    vectors: Tensor
+    inverse: Inverse
+
+
+class State(NamedTuple):
+    """What the alternation has come to: sparse weights of the scaled problem (O × I float32), and their mask."""
+
+    sparse: Tensor
+    keep: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,24 +76,26 @@ class ALPS:
 
     def prune(self, weight: Tensor, statistic: Gram, target: Target) -> Pruned:
         with full_float32():
-            spectrum = statistic.remember(("spectrum", self.damping), lambda: decompose(statistic.gram, self.damping))
-            problem = spectrum.problem
+            key = ("alps", self.damping, self.rho)
+            shared = statistic.remember(key, lambda: prepare(statistic.gram, self.damping, self.rho))
+            problem = shared.problem
             dense = problem.into(weight)
-            sparse, keep, settled = self._alternate(dense, spectrum, target)
+            (sparse, keep), settled = self._alternate(dense, shared, target)
             solved = solve_masked(dense, sparse, keep, problem.scaled, self.refit_rounds)
             result = problem.out_of(solved)
         refuse_if(~torch.isfinite(result).all(), NumericalError("the alternation gave NaN or infinite weights"))
         events = () if settled else (f"the mask of alps still changed after {self.rounds} rounds",)
         return Pruned(result, keep, events)
 
-    def _alternate(self, dense: Tensor, spectrum: Spectrum, target: Target) -> tuple[Tensor, Tensor, bool]:
-        """Sparse weights of the scaled problem, their mask, and whether it stood still in the end."""
-        pull = dense @ spectrum.problem.scaled
+    def _alternate(self, dense: Tensor, shared: Shared, target: Target) -> tuple[State, bool]:
+        """What comes out, and whether the mask stood still in the end."""
+        pull = dense @ shared.problem.scaled
         keep = target.keep(dense.abs(), self.group)
         sparse = dense.masked_fill(~keep, 0.0)
         dual = torch.zeros_like(dense)
-        rho, seen = self.rho, keep
-        inverse = shifted_inverse(spectrum, rho)
+        rho, seen = torch.full((), self.rho, dtype=torch.float64, device=dense.device), keep
+        inverse = shared.inverse(rho)
+        settled: Questions[State] = Questions()
         for done in range(1, self.rounds + 1):
             best = (pull - dual + rho * sparse) @ inverse
             candidate = best + dual / rho
@@ -92,17 +103,27 @@ class ALPS:
             sparse = candidate.masked_fill(~keep, 0.0)
             dual = dual + rho * (best - sparse)
             if done % self.rounds_per_rho == 0:
-                changed, kept = torch.stack([(keep != seen).sum(), keep.sum()]).tolist()
-                if changed == 0:
-                    return sparse, keep, True
-                share = changed / max(kept, 1)
-                rho *= next(factor for least, factor in GROWTH if share >= least)
-                seen, inverse = keep, shifted_inverse(spectrum, rho)
-        return sparse, keep, False
+                changed = (keep != seen).sum()
+                state = settled.ask(changed == 0, State(sparse, keep))
+                if state is not None:
+                    return state, True
+                rho = rho * growth(changed, keep.sum())
+                seen, inverse = keep, shared.inverse(rho)
+        state = settled.rest()
+        return (State(sparse, keep), False) if state is None else (state, True)
 
 
-def decompose(gram: Tensor, damping: float) -> Spectrum:
-    """Damp a Gram matrix by a fraction of its mean diagonal, scale it, and decompose it in float64.
+def growth(changed: Tensor, kept: Tensor) -> Tensor:
+    """What ρ is multiplied by. changed, kept: how many weights, without dimensions. Returns float64 without dimensions."""
+    share = changed.double() / kept.clamp_min(1)
+    factor = torch.full_like(share, GROWTH[-1][1])
+    for least, larger in reversed(GROWTH[:-1]):
+        factor = factor.masked_fill(share >= least, larger)
+    return factor
+
+
+def prepare(gram: Tensor, damping: float, rho: float) -> Shared:
+    """Damp a Gram matrix by a fraction of its mean diagonal, scale it, and prepare for every penalty.
 
     As the authors do, the damping comes before the scaling: inputs that are small beside the others are hardly trusted,
     and count for little. Dead inputs keep a scale of zero, so that what multiplies them falls first.
@@ -110,21 +131,15 @@ def decompose(gram: Tensor, damping: float) -> Spectrum:
     Args:
         gram: I × I float32.
         damping: above 0.
+        rho: the smallest penalty, above 0.
 
     Raises:
         NumericalError: the matrix is not finite.
     """
-    if not bool(torch.isfinite(gram).all()):  # now, since a decomposition of such a matrix is an error of another kind
-        raise NumericalError("the Gram matrix holds NaN or infinite values")
     alive, floor = gram.diagonal() > 0, damping * gram.diagonal().mean()
     damped = gram + torch.diag(floor.expand(len(gram)))
     scaled, scale = scale_gram(damped, 0.0)
-    values, vectors = torch.linalg.eigh(scaled.double())
     # Rounding in the sums can leave eigenvalues slightly below their true lower bound, or below zero.
-    least = torch.where(alive.any(), floor / damped.diagonal().max(), 0.0).double()
-    return Spectrum(ScaledGram(scaled, scale * alive), values.clamp_min(least).float(), vectors.float())
-
-
-def shifted_inverse(spectrum: Spectrum, rho: float) -> Tensor:
-    """(Ĝ + ρI)⁻¹, I × I float32."""
-    return (spectrum.vectors / (spectrum.values + rho)) @ spectrum.vectors.T
+    least = torch.where(alive.any(), floor / damped.diagonal().max(), 0.0)
+    inverse = kernel("shifted_inverses", scaled.device)(scaled, least, rho)
+    return Shared(ScaledGram(scaled, scale * alive), inverse)

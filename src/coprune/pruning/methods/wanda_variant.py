@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from coprune.base.devices import in_host_memory
 from coprune.base.selection import count_pruned, refuse_nan
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.methods.base import Pruned, apply_keep
@@ -21,6 +22,8 @@ from coprune.recipe.pattern import Target
 
 TOLERANCE = 0.001
 """How near the sparsity has to come, and how short the interval of α may become (the authors' values)."""
+HIGHEST = 0.8
+"""α is searched for between 0 and this."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,21 @@ class WandaVariant:
             return Pruned(apply_keep(weight, keep), keep)
         refuse_nan(score)
         ascending, order = score.sort(dim=1, stable=True)
-        counts = bisect_share(ascending, score.sum(dim=1, keepdim=True), target.sparsity)
+        counts, reached = bisect_share(ascending, score.sum(dim=1, keepdim=True), target.sparsity)
         position = torch.arange(score.shape[1], device=score.device)
         keep = torch.empty_like(score, dtype=torch.bool).scatter_(1, order, position >= counts)
-        reached = float(counts.sum()) / score.numel()
         events: tuple[str, ...] = ()
         if abs(reached - target.sparsity) > TOLERANCE:
             events = (f"wanda_variant reached a sparsity of {reached:.4f} where {target.sparsity:.4f} was asked for",)
         return Pruned(apply_keep(weight, keep), keep, events)
 
 
-def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> Tensor:
+def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> tuple[Tensor, float]:
     """Find how many weights each row loses under the one share α that gives the sparsity.
 
     α is searched in [0, 0.8] from 0.4 on. A row in which nothing qualifies loses nothing (the published code prunes all of
-    it). A row whose scores are all zero, of which no share means anything, loses what the sparsity says of it.
+    it). A row whose scores are all zero, of which no share means anything, loses what the sparsity says of it. A device tells
+    of every α that the search may come to at once, since the host would wait for each.
 
     Args:
         ascending: O × I, each row's scores sorted.
@@ -61,18 +64,36 @@ def bisect_share(ascending: Tensor, total: Tensor, sparsity: float) -> Tensor:
         sparsity: of the matrix.
 
     Returns:
-        O × 1 int64.
+        O × 1 int, and the sparsity that they come to.
     """
     cumulative = ascending.cumsum(dim=1)
-    low, high, share = 0.0, 0.8, 0.4
     none, meant = total == 0, count_pruned(ascending.shape[1], sparsity)
+
+    def lost(shares: Tensor | float) -> Tensor:
+        return torch.searchsorted(cumulative, total * shares, right=True).masked_fill(none, meant)
+
+    known: dict[float, float] = {}
+    if not in_host_memory(ascending.device):
+        shares = possible_shares()
+        given = torch.tensor(shares, dtype=total.dtype).to(total.device, non_blocking=True)
+        known = dict(zip(shares, lost(given).sum(dim=0).tolist(), strict=True))
+    low, high, share = 0.0, HIGHEST, HIGHEST / 2
     while True:
-        counts = torch.searchsorted(cumulative, total * share, right=True).masked_fill(none, meant)
-        reached = float(counts.sum()) / ascending.numel()
+        counts = None if known else lost(share)
+        reached = (known[share] if counts is None else float(counts.sum())) / ascending.numel()
         if abs(reached - sparsity) <= TOLERANCE or high - low < TOLERANCE:
-            return counts
-        if reached > sparsity:
-            high = share
-        else:
-            low = share
+            return lost(share) if counts is None else counts, reached
+        low, high = (low, share) if reached > sparsity else (share, high)
         share = (low + high) / 2
+
+
+def possible_shares() -> list[float]:
+    """Every α that the bisection may come to, up to its shortest interval."""
+    found, intervals = [], [(0.0, HIGHEST)]
+    while intervals:
+        halves = [(low, (low + high) / 2, high) for low, high in intervals]
+        found += [share for _, share, _ in halves]
+        intervals = [
+            ends for low, share, high in halves for ends in ((low, share), (share, high)) if high - low >= TOLERANCE
+        ]
+    return found

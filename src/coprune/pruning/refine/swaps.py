@@ -11,7 +11,9 @@ kept weight j go adds Ŵ_j to Δ_j. The change of Δ is c = Ŵ_j e_j − Δ_i e_
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from coprune.base.devices import in_host_memory
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import full_float32
+from coprune.base.reading import Questions
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.masked_fit import damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned, apply_keep
@@ -79,7 +82,7 @@ def dropping_costs(current: Tensor, residual: Tensor, diagonal: Tensor) -> Tenso
 
 
 def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Make the best swap of every row, one after another; rows where nothing is gained drop out.
+    """Make the best swap of every row, one after another; rows where nothing is gained drop out (on a device they stay).
 
     The best pair is looked for among the `candidates` cheapest to restore and the `candidates` cheapest to drop (all of
     them, if there are no more); a pair's interaction is exact.
@@ -100,6 +103,7 @@ def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, 
     diagonal = gram.diagonal()
     count = min(candidates, weight.shape[1])
     rows = torch.arange(weight.shape[0], device=weight.device)
+    over: Questions[bool] = Questions()
     for _ in range(steps):
         current = weight[rows] - delta[rows]
         restore = restoring_costs(delta[rows], residual[rows], diagonal).masked_fill(keep[rows], torch.inf)
@@ -113,20 +117,39 @@ def swap_in_rows(weight: Tensor, pruned: Pruned, gram: Tensor, candidates: int, 
         at_i, at_j = (best // count)[:, None], (best % count)[:, None]
         size = restore_cost.gather(1, at_i).abs() + drop_cost.gather(1, at_j).abs()
         gained = change < -NOISE * size.squeeze(1)
-        # As numbers, which the host has to wait for once; each choice by a mask would wait anew.
-        gained = gained.nonzero().squeeze(1)
-        if not len(gained):
+        if over.ask(~gained.any(), True):
             break
-        rows, at_i, at_j = rows[gained], at_i[gained], at_j[gained]
-        i, j = i[gained].gather(1, at_i), j[gained].gather(1, at_j)
-        restored, dropped = restored[gained].gather(1, at_i), dropped[gained].gather(1, at_j)
-        residual[rows] += dropped * gram[j.squeeze(1)] - restored * gram[i.squeeze(1)]
-        here = rows[:, None]
-        delta[here, i] = 0.0
-        delta[here, j] = weight[here, j]
-        keep[here, i] = True
-        keep[here, j] = False
+        i, j = i.gather(1, at_i), j.gather(1, at_j)
+        swap = _Swap(rows, i, j, restored.gather(1, at_i), dropped.gather(1, at_j), gained[:, None])
+        if in_host_memory(weight.device):
+            left = gained.nonzero().squeeze(1)
+            swap = _Swap(*(part[left] for part in swap))
+            rows = swap.rows
+        _exchange(swap, weight, delta, keep, residual, gram)
     return apply_keep(weight - delta, keep), keep
+
+
+class _Swap(NamedTuple):
+    """A swap of every one of R rows, each R × 1 (rows: R), and whether it is made."""
+
+    rows: Tensor
+    i: Tensor
+    j: Tensor
+    restored: Tensor
+    dropped: Tensor
+    made: Tensor
+
+
+def _exchange(swap: _Swap, weight: Tensor, delta: Tensor, keep: Tensor, residual: Tensor, gram: Tensor) -> None:
+    """Make the swaps, in place."""
+    rows, i, j, restored, dropped, made = swap
+    here = rows[:, None]
+    change = (dropped * made) * gram[j.squeeze(1)] - (restored * made) * gram[i.squeeze(1)]
+    residual[rows] += change
+    delta[here, i] = restored.masked_fill(made, 0.0)
+    delta[here, j] = torch.where(made, weight[here, j], delta[here, j])
+    keep[here, i] |= made
+    keep[here, j] &= ~made
 
 
 def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, sweeps: int) -> tuple[Tensor, Tensor]:
@@ -152,27 +175,35 @@ def swap_in_groups(weight: Tensor, pruned: Pruned, gram: Tensor, group: int, swe
     keep = pruned.keep.T.clone(memory_format=torch.contiguous_format)  # contiguous() would alias a single row
     width = dense.shape[0]
     block_size = max(BLOCK // group, 1) * group
-    for _ in range(sweeps):
-        changes: list[Tensor] = []
-        for start in range(0, width, block_size):
-            block = slice(start, min(start + block_size, width))
-            residual = gram[block] @ delta
-            for first in range(start, block.stop, group):
-                columns = slice(first, first + group)
-                change = _swap_one_group(
-                    dense[columns],
-                    delta[columns],
-                    keep[columns],
-                    residual[first - start :][:group],
-                    gram[columns, columns],
-                )
-                if change is not None:
-                    residual.addmm_(gram[block, columns], change)
-                    changes.append(change.any())
-        if not changes or not bool(torch.stack(changes).any()):
+    over: Questions[bool] = Questions()
+    starts = range(0, width, block_size)
+    changes: deque[Tensor] = deque(maxlen=len(starts))
+    for start in [*starts] * sweeps:
+        block = range(start, min(start + block_size, width), group)
+        changes.append(_swap_in_block(dense, delta, keep, gram, block))
+        # Nothing changed since the last time that this block was seen, so nothing ever will.
+        if len(changes) == len(starts) and over.ask(~torch.stack([*changes]).any(), True):
             break
     keep = keep.T.contiguous()
     return apply_keep(weight - delta.T, keep), keep
+
+
+def _swap_in_block(dense: Tensor, delta: Tensor, keep: Tensor, gram: Tensor, firsts: range) -> Tensor:
+    """Make every row's best swap in each group of a block, in place; all I × O, gram I × I, firsts: the groups' first columns.
+
+    Returns whether there was one, a bool without dimensions.
+    """
+    block = slice(firsts.start, firsts.stop)
+    residual = gram[block] @ delta
+    changed = torch.zeros((), dtype=torch.bool, device=delta.device)
+    for first in firsts:
+        columns = slice(first, first + firsts.step)
+        here = slice(first - block.start, columns.stop - block.start)
+        change = _swap_one_group(dense[columns], delta[columns], keep[columns], residual[here], gram[columns, columns])
+        if change is not None:
+            residual.addmm_(gram[block, columns], change)
+            changed = changed | change.any()
+    return changed
 
 
 def _swap_one_group(dense: Tensor, delta: Tensor, keep: Tensor, residual: Tensor, gram: Tensor) -> Tensor | None:

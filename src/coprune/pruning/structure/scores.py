@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coprune.base.kernels.shifted import inverse_of_factor
 from coprune.base.options import one_of
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
@@ -123,7 +124,7 @@ class Surgery:
         """With all units there. Arguments as of `Score.keep`; damping: as of `OBS`."""
         lower, _ = damped_cholesky(statistic.gram, damping)
         left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
-        return cls(units, left, weight.clone(), torch.cholesky_inverse(lower))
+        return cls(units, left, weight.clone(), inverse_of_factor(lower))
 
     def remove(self, number: int) -> None:
         """Remove so many of the units that cost least."""

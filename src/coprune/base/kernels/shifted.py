@@ -1,0 +1,64 @@
+"""The operation `shifted_inverses`: a symmetric matrix's (A + shift · I)⁻¹ for one shift after another.
+
+(A, I × I float32; least, a lower bound of its true eigenvalues without dimensions; the smallest shift, above 0) → a function
+that takes a shift (float64 without dimensions, none smaller) and gives I × I float32. What comes with rounding from sums may
+leave A with eigenvalues slightly below `least`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from coprune.base.devices import in_host_memory
+from coprune.base.errors import NumericalError
+
+Inverse = Callable[[Tensor], Tensor]
+
+
+def by_eigenvalues(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
+    """By one decomposition in float64, after which a shift costs one product. Raises NumericalError if A is not finite."""
+    if not bool(
+        torch.isfinite(matrix).all()
+    ):  # now, since a decomposition of such a matrix is an error of another kind
+        raise NumericalError("the Gram matrix holds NaN or infinite values")
+    found = torch.linalg.eigh(matrix.double())
+    values, vectors = found.eigenvalues.clamp_min(least.double()).float(), found.eigenvectors.float()
+
+    def inverse(shift: Tensor) -> Tensor:
+        return (vectors / (values + shift)) @ vectors.T
+
+    return inverse
+
+
+def by_factors(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
+    """By a Cholesky factor for every shift, for devices: on those the decomposition of a wide matrix takes minutes, and
+    a factor with its inverse half the arithmetic of the product that a decomposition needs for a shift.
+
+    The smallest shift is tried first. Where A cannot be factored with it, A is decomposed.
+    """
+
+    def inverse(shift: Tensor) -> Tensor:
+        lower, _ = torch.linalg.cholesky_ex(_shifted(matrix, shift))
+        return inverse_of_factor(lower)
+
+    lower, info = torch.linalg.cholesky_ex(_shifted(matrix, smallest))
+    if bool((info == 0) & torch.isfinite(lower).all()):
+        return inverse
+    return by_eigenvalues(matrix, least, smallest)
+
+
+def inverse_of_factor(lower: Tensor) -> Tensor:
+    """(LLᵀ)⁻¹, I × I, of a Cholesky factor L."""
+    if in_host_memory(lower.device):
+        return torch.cholesky_inverse(lower)
+    # For the inverse itself the host would wait, to see whether it succeeded.
+    return torch.cholesky_solve(torch.eye(len(lower), dtype=lower.dtype, device=lower.device), lower)
+
+
+def _shifted(matrix: Tensor, shift: Tensor | float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return shifted
