@@ -19,7 +19,12 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device(device)))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(
+        torch.accelerator, "set_device_index", lambda index: current.append(torch.device("cuda", index))
+    )
+    # Accelerate makes it the current one too.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     return current
 
 
@@ -42,7 +47,7 @@ def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_device("auto") == torch.device("cpu")
     with pytest.raises(BadInput, match="cannot be used here"):
         training_device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert training_device("auto") == torch.device("cuda", 1)
 

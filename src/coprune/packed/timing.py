@@ -64,8 +64,8 @@ def summarise(seconds: list[float]) -> Timing:
 
 def wait_for_device() -> None:
     """Let a GPU finish what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def measure_bandwidth(repeats: int = 9, clock: Clock = time.perf_counter) -> float:

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from coprune.base.devices import accelerator, in_host_memory, is_accelerator
 from coprune.base.environment import accelerate_told, local_rank, world_size
 from coprune.model.opened import choose_device
 
 
 def training_device(name: str) -> torch.device:
     """The device that this process trains on. name: `auto`, or a device's; raises BadInput if that is not there."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank())
+    found = accelerator()
+    if found is not None and name in ("auto", found.type):
+        return torch.device(found.type, local_rank())
     return choose_device(name)
 
 
@@ -42,12 +44,13 @@ class OneDeviceArguments(TrainingArguments):
 
 def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
     """Settings of a training on a device. settings: those of `TrainingArguments`, but for the device."""
-    settings |= {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
+    settings |= {"use_cpu": in_host_memory(device), "dataloader_pin_memory": is_accelerator(device)}
     if world_size() > 1:
         return OneDeviceArguments(**settings)
     with accelerate_told(str(device)):
         arguments = OneDeviceArguments(**settings)
         arguments._taken = device
-        if arguments.device.type == "cuda":  # asked now, while accelerate is told
-            torch.cuda.set_device(device)
+        # Asked now, while accelerate is told.
+        if is_accelerator(arguments.device) and device.index is not None:
+            torch.accelerator.set_device_index(device.index)
     return arguments

@@ -37,25 +37,49 @@ def test_the_native_kernel_of_every_instruction_set_does(level: str) -> None:
     check("native")
 
 
-REFUSED = """
+NOT_SERVED = """
 import torch
-from coprune.base.errors import BadInput
-from coprune.base.kernels.columns import ColumnBlock
+from coprune.base.kernels import columns_triton
+from coprune.base.kernels.columns import ColumnBlock, walk_with_torch
 from coprune.base.kernels.table import kernel
+from support.column_walks import check
 
-block = ColumnBlock(
-    torch.ones(6, 2), torch.ones(6, 2, dtype=torch.bool), torch.ones(6, 2), torch.eye(6), torch.ones(6), (3, 6)
-)
-try:
-    kernel("walk_columns", torch.device("cpu"), "triton")(block)
-except BadInput as error:
-    assert "power of two" in str(error)
-    print("checked")
+def block(size, n_of_m):
+    torch.manual_seed(size)
+    unit = torch.eye(size) + 0.1 * torch.randn(size, size).triu(1)
+    errors, keep = torch.empty(size, 5), torch.empty(size, 5, dtype=torch.bool)
+    return ColumnBlock(torch.randn(size, 5), keep, errors, unit, torch.ones(size), n_of_m)
+
+walk, launched, own = kernel("walk_columns", torch.device("cpu"), "triton"), [], columns_triton.launch
+
+def noted(block):
+    launched.append(block.n_of_m)
+    own(block)
+
+columns_triton.launch = noted
+for n_of_m, size in (((3, 6), 12), ((16, 32), 64), ((2, 4), 12)):
+    wanted, found = block(size, n_of_m), block(size, n_of_m)
+    walk_with_torch(wanted)
+    walk(found)
+    for a, b in zip(wanted[:3], found[:3]):
+        torch.testing.assert_close(a, b)
+assert launched == [(2, 4)] * 2, launched
+
+# A kernel that gives something else, or that does not compile, is not used.
+def fails(block):
+    raise OSError("no C compiler")
+
+for broken in (lambda block: None, fails):
+    columns_triton.launch = broken
+    columns_triton.is_proven.cache_clear()
+    assert not columns_triton.is_proven(torch.device("cpu"))
+    check("triton")
+print("checked")
 """
 
 
-def test_triton_refuses_groups_that_are_no_power_of_two() -> None:
-    run_interpreted(REFUSED)
+def test_where_triton_does_not_serve_torch_walks() -> None:
+    run_interpreted(NOT_SERVED)
 
 
 @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")

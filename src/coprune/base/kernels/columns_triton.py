@@ -1,7 +1,8 @@
 """The operation `walk_columns` as one Triton kernel.
 
-On a GPU the plain loop launches several small operations per column; here one launch does a whole block. Not measured on
-a GPU: it is tested for correctness in Triton's interpreter only, so it is used where it is asked for.
+On a GPU the plain loop launches several small operations per column; here one launch does a whole block. No GPU has run it
+yet, only Triton's interpreter. So before a device's first block a small one is walked through by the kernel and by torch, and
+where that fails or differs, torch goes on.
 
 Rows are independent, so a program takes ROWS of them through all columns of the block, with the errors that they left so
 far in registers. The weights are transposed: a column's rows are neighbours in memory.
@@ -9,16 +10,18 @@ far in registers. The weights are transposed: a column's rows are neighbours in 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from coprune.base.devices import launching_at
-from coprune.base.errors import BadInput
-from coprune.base.kernels.columns import ColumnBlock
-from coprune.base.words import Set
+from coprune.base.kernels.columns import ColumnBlock, walk_with_torch
 
 ROWS = 32
+LARGEST_GROUP = 16
+"""Entries of a group that is chosen from: all pairs of them are compared at once, in registers."""
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
@@ -81,17 +84,43 @@ def _update(  # type: ignore[no-untyped-def]
 
 
 def walk_columns(block: ColumnBlock) -> None:
-    """Walk through the columns of one block, in place. Raises BadInput where M is not a power of two."""
+    """Walk through the columns of one block, in place; by torch where the kernel serves not such groups or not the device."""
+    group = 1 if block.n_of_m is None else block.n_of_m[1]
+    served = group <= LARGEST_GROUP and not group & (group - 1)
+    if served and is_proven(block.columns.device):
+        launch(block)
+    else:
+        walk_with_torch(block)
+
+
+def launch(block: ColumnBlock) -> None:
+    """Walk through the columns of one block by the kernel. M is a power of two."""
     columns, keep, errors, unit, pivots, n_of_m, scales, half = block
     size, rows = columns.shape
     n, group = n_of_m or (1, 1)
-    if group & (group - 1):
-        raise BadInput(
-            f"the Triton loop takes groups of a power of two, which {n}:{group} has not",
-            fix=("use ", Set("inner_loop", "torch")),
-        )
     with launching_at(columns):
         _update[(triton.cdiv(rows, ROWS),)](
             columns, keep.view(torch.uint8), errors, unit, pivots, columns if scales is None else scales, rows, size,
             *unit.stride(), M=group, PRUNED=group - n, HALF=half, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
         )  # fmt: skip
+
+
+@cache
+def is_proven(device: torch.device) -> bool:
+    """Whether the kernel compiles for a device and does there what torch does, as one small block shows."""
+    by_torch, by_kernel = _small_block(device), _small_block(device)
+    walk_with_torch(by_torch)
+    try:
+        launch(by_kernel)
+    except Exception:  # of its compiler, of the C compiler that it calls, of the driver: each has types of its own
+        return False
+    pairs = zip(by_torch[:3], by_kernel[:3], strict=True)
+    return all(torch.allclose(wanted.float(), found.float(), atol=1e-4) for wanted, found in pairs)
+
+
+def _small_block(device: torch.device) -> ColumnBlock:
+    """Eight columns of forty rows to be pruned to 2:4."""
+    columns = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    unit = (torch.eye(8) + torch.full((8, 8), 0.1).triu(1)).to(device)
+    keep, errors = torch.empty(8, 40, dtype=torch.bool, device=device), torch.empty(8, 40, device=device)
+    return ColumnBlock(columns, keep, errors, unit, torch.linspace(0.5, 1.5, 8).to(device), (2, 4))

@@ -38,7 +38,7 @@ def nvidia_is_there() -> bool:
 
 
 def walk_with_triton(block: columns.ColumnBlock) -> None:
-    """By one launch of a Triton kernel, which is imported here: only where it is asked for."""
+    """By one launch of a Triton kernel, which is imported here: only where it is used."""
     from coprune.base.kernels.columns_triton import walk_columns
 
     walk_columns(block)
@@ -60,9 +60,9 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
         Kernel("triton", walk_with_triton, triton_is_there),  # in its interpreter
     ),
     ("walk_columns", "cuda"): (
-        # Triton's kernel has not been measured on a GPU, so it is only taken by its name.
-        Kernel("torch", columns.walk_with_torch),
+        # Proves itself on every device before it is used.
         Kernel("triton", walk_with_triton, triton_is_there),
+        Kernel("torch", columns.walk_with_torch),
     ),
     ("walk_columns", "other"): (Kernel("torch", columns.walk_with_torch),),
     ("add_to_gram", "cpu"): (

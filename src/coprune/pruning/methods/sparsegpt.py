@@ -45,8 +45,8 @@ class SparseGPT:
     damping: float = 0.01
     """What is added to the Hessian's diagonal, as a fraction of its mean."""
     inner_loop: Literal["auto", "torch", "triton"] = "auto"
-    """What walks over the columns of a block: auto is a native kernel on CPUs where it compiles and torch elsewhere;
-    triton is one kernel for GPUs, which has not been measured on one."""
+    """What walks over the columns of a block: auto is a native kernel on CPUs where it compiles, one of Triton's on NVIDIA's
+    GPUs where it gives what torch gives, and torch elsewhere."""
 
     statistic: ClassVar[type[Gram]] = Gram
 
