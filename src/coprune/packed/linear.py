@@ -19,9 +19,9 @@ from coprune.packed.operator import packed_linear
 class PackedLinear(nn.Module):
     """`nn.Linear` whose weight is one buffer, `packed` (uint8); `weight` unpacks a fresh dense copy on every access.
 
-    Products on the CPU in float32 and bfloat16 come from the native kernels; everything else (other devices and dtypes, no
-    compiler) multiplies by an unpacked copy that lives for the length of the call. torch.compile, torch.export and autograd
-    see one operator (packed/operator).
+    Products on the CPU in float32 and bfloat16 come from the native kernels, those of a few inputs on CUDA from Triton's where
+    that wins; everything else multiplies by an unpacked copy that lives for the length of the call. torch.compile, torch.export
+    and autograd see one operator (packed/operator).
     """
 
     packed: Tensor

@@ -2,8 +2,9 @@
 
 `coprune::packed_linear` has gradients; `coprune::packed_product` is the same without, since the way through torch's gradients
 costs as much as a small product. Both have one implementation for every device, which unpacks the weight for the length of the
-call, and one for the CPU, which multiplies from the packed bytes by the native kernels where they serve. They are functions of
-tensors alone, so an exported program needs nothing but `import coprune.packed.operator` where it runs.
+call, and two that multiply from the packed bytes: for the CPU, by the native kernels where they serve, and for CUDA, by Triton's
+for a few inputs where it wins (`of_few`). They are functions of tensors alone, so an exported program needs nothing but
+`import coprune.packed.operator` where it runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from coprune.base.native.build import MatrixStruct, load_kernels
 from coprune.base.native.product import IN_KERNEL, NativeMatrix, matrix_at, multiply_at, serves
 from coprune.packed.header import Header
 from coprune.packed.matrix import dense_matrix
+from coprune.packed.of_few import kernel_serves, product_of_few
 
 _library = torch.library.Library("coprune", "DEF")
 for _name in ("packed_linear", "packed_product"):
@@ -69,6 +71,19 @@ def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inpu
     return multiply_at(address, x.contiguous(), outputs, batch)
 
 
+def on_gpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    """What the operators do on CUDA. Arguments: as theirs."""
+    header = _header(packed, starts, inputs, dtype)
+
+    def unpacked(x: Tensor) -> Tensor:
+        return unpacked_product(x, packed, starts, None, inputs, dtype)
+
+    if not kernel_serves(x, header):
+        return unpacked_product(x, packed, starts, bias, inputs, dtype)
+    y = product_of_few(x.reshape(-1, inputs), packed, header, starts, unpacked)
+    return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], header.shape[0])
+
+
 @functools.lru_cache(8192)
 def _kernel_matrix(
     packed: int, starts: int, bias: int | None, outputs: int, inputs: int, dtype: torch.dtype
@@ -110,6 +125,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 for _name in ("packed_linear", "packed_product"):
     _library.impl(_name, unpacked_product, "CompositeExplicitAutograd")
     _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, on_gpu, "CUDA")
     torch.library.register_fake(f"coprune::{_name}", _shape_alone, lib=_library)
 torch.library.register_autograd("coprune::packed_linear", _backward, setup_context=_remember, lib=_library)
 _library.impl("packed_product", torch.library.fallthrough_kernel, "Autograd")

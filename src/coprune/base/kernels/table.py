@@ -87,7 +87,7 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
         Kernel("native", product.prepare_natively, native_is_there),
         Kernel("torch", product.leave_packed),
     ),
-    # Triton's kernel of packed/triton_kernel has not been measured on a GPU either, and nothing asks for it yet.
+    # There it is the operator that chooses (packed/of_few).
     ("packed_product", "cuda"): (Kernel("torch", product.leave_packed),),
     ("packed_product", "other"): (Kernel("torch", product.leave_packed),),
 }
