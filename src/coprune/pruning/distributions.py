@@ -81,14 +81,16 @@ def histogram(values: Tensor, keep: Tensor | None) -> Histogram | None:
         None if no value is above zero.
     """
     there = values > 0
-    if not bool(there.any()):
+    if not bool(there.all()):  # seldom, and choosing them takes longer than counting
+        values, keep = values[there], None if keep is None else keep[there]
+    if not values.numel():
         return None
-    logarithms = values[there].to(torch.float32).log10()
-    low, high = float(logarithms.min()), float(logarithms.max())
+    logarithms = values.to(torch.float32).log10().reshape(-1)
+    low, high = (float(end) for end in logarithms.aminmax())
     high = max(high, low + 1e-3)  # a single value still needs a bin of some width
     bins = ((logarithms - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)
-    everything = torch.bincount(bins, minlength=BINS)
     if keep is None:
-        return Histogram(low=low, high=high, kept=tuple(everything.tolist()), pruned=())
-    kept = torch.bincount(bins[keep[there]], minlength=BINS)
-    return Histogram(low=low, high=high, kept=tuple(kept.tolist()), pruned=tuple((everything - kept).tolist()))
+        return Histogram(low=low, high=high, kept=tuple(torch.bincount(bins, minlength=BINS).tolist()), pruned=())
+    # Those that are kept in bins of their own, behind the others: both are counted at once.
+    counts = torch.bincount(bins.add_(keep.reshape(-1), alpha=BINS), minlength=2 * BINS).tolist()
+    return Histogram(low=low, high=high, kept=tuple(counts[BINS:]), pruned=tuple(counts[:BINS]))
