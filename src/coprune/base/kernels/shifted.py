@@ -24,11 +24,12 @@ def by_eigenvalues(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
         torch.isfinite(matrix).all()
     ):  # now, since a decomposition of such a matrix is an error of another kind
         raise NumericalError("the Gram matrix holds NaN or infinite values")
-    found = torch.linalg.eigh(matrix.double())
-    values, vectors = found.eigenvalues.clamp_min(least.double()).float(), found.eigenvectors.float()
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values, vectors = values.clamp_min(least.double()).float(), vectors.float()
 
     def inverse(shift: Tensor) -> Tensor:
-        return (vectors / (values + shift)) @ vectors.T
+        found: Tensor = (vectors / (values + shift)) @ vectors.T
+        return found
 
     return inverse
 
