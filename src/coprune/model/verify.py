@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import VerificationError
+from coprune.base.reading import to_host
 from coprune.model.adapter_folder import ADAPTER_FOLDER, verify_adapter
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
@@ -16,7 +17,7 @@ from coprune.model.checkpoint.locate import ModelFolder, check_folder
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.low_rank import factors_below, give
-from coprune.model.matrices import find_matrices
+from coprune.model.matrices import checksum_of, find_matrices, mask_bits
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device
 from coprune.model.walk.streamed import streamed_logits
@@ -43,8 +44,10 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
     checksums = edits.checksums()
     for block in found.blocks:
         saved.acquire(block.name)
-        for matrix in find_matrices(block.module, block.name):
-            if matrix.name in checksums and matrix.mask_checksum() != checksums[matrix.name]:
+        matrices = [matrix for matrix in find_matrices(block.module, block.name) if matrix.name in checksums]
+        # All masks of a block by one copy from a device.
+        for matrix, bits in zip(matrices, to_host(*(mask_bits(m.stored()) for m in matrices)), strict=True):
+            if bits is None or checksum_of(bits) != checksums[matrix.name]:
                 raise VerificationError(f"the mask of {matrix.name} in {folder} differs from the one that was made")
         saved.release(block.name)
     if factors := factors_below(model.module):
