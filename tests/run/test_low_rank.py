@@ -25,6 +25,7 @@ from coprune.model.low_rank import Factors, factors_below, give, take_away, with
 from coprune.model.matrices import find_matrices
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import make_recipe
+from coprune.training.history import History
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.saved import tensors_of
@@ -109,6 +110,8 @@ def test_what_is_saved_is_the_sum_in_memory(
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "streamed" / "adapter" / file).read_bytes() == (adapter / file).read_bytes()
     assert streamed.report.low_rank == result.report.low_rank
+    assert History.read(tmp_path / "pruned").adapted
+    assert not History.read(place / family).adapted
 
 
 def test_later_blocks_see_the_sum(place: Path) -> None:
