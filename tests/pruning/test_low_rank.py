@@ -83,11 +83,11 @@ def test_one_round_is_nearly_the_best_of_its_rank(shape: tuple[int, int], rank: 
 
 def test_what_is_dense_plus_low_rank_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
-    _, _, statistic = correlated_layer(32, 64, tokens=512)
-    sparse = torch.randn(32, 64, generator=generator)
+    _, _, statistic = correlated_layer(64, 128, tokens=1024)
+    sparse = torch.randn(64, 128, generator=generator)
     sparse += 2 * sparse.sign()  # so that none of those that are kept is small beside what is added
     keep = Target(NM(2, 4), 0.5).keep(sparse.abs(), "row")
-    planted = Factors(torch.randn(32, 2, generator=generator), 0.2 * torch.randn(2, 64, generator=generator))
+    planted = Factors(torch.randn(64, 2, generator=generator), 0.1 * torch.randn(2, 128, generator=generator))
     weight = sparse.masked_fill(~keep, 0.0) + planted.product()
 
     def prune(rest: Tensor) -> Pruned:
