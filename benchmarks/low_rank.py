@@ -1,6 +1,6 @@
 """Zeros with a matrix of low rank beside them, and at the same bytes fewer zeros without: perplexity of both.
 
-    python benchmarks/low_rank.py [--model smollm2-135m] [--samples 32] [--seqlen 512] [--tokens 5120] [--only "2:4"]
+    python benchmarks/low_rank.py [--model smollm2-135m] [--samples 32] [--seqlen 512] [--ranks 0,32] [--rounds 8] [--only "2:4"]
 
 Prints a line as soon as it is measured. The third column is the share of zeros with what is added counted as if it were
 kept, so rows in which it is the same take the same bytes in half precision (both patterns need a bit a weight for places).
@@ -14,30 +14,22 @@ from typing import Any
 
 import coprune
 
-RANKS = (0, 16, 32, 64)
-
-
-def ways() -> dict[str, dict[str, Any]]:
-    """The settings of every row that does not hang on another."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, settings in {"2:4": {"pattern": "2:4"}, "50 %": {"sparsity": 0.5}}.items():
-        found |= {f"{name}, rank {rank}": {**settings, "low_rank": rank} for rank in RANKS}
-        found[f"{name}, rank 32, one round"] = {**settings, "low_rank": 32, "low_rank_rounds": 1}
-    return found
+PATTERNS: dict[str, dict[str, Any]] = {"2:4": {"pattern": "2:4"}, "50 %": {"sparsity": 0.5}}
 
 
 def main() -> None:
-    """Measure every row."""
+    """Measure every row, and for every rank one without it that takes the same bytes."""
     asked = _options()
     print(f"{asked.model}, {asked.method}, sequential, {asked.samples} × {asked.seqlen} tokens of {asked.dataset}")
     print(f"{'way':24} {'zeros':>7} {'effective':>9}  perplexity on {asked.data} (without what is added)  seconds")
     budgets: dict[int, float] = {}
-    for name, settings in ways().items():
-        if asked.only in name:
-            found = measure(name, settings, asked)
-            budgets |= {settings["low_rank"]: found} if settings["low_rank"] else {}
-    for rank, sparsity in budgets.items():
-        measure(f"bytes of rank {rank}", {"sparsity": sparsity}, asked)
+    for rank in map(int, asked.ranks.split(",")):
+        for name, pattern in PATTERNS.items():
+            if asked.only in name:
+                settings = {**pattern, "low_rank": rank, "low_rank_rounds": asked.rounds}
+                budgets[rank] = measure(f"{name}, rank {rank}", settings, asked)
+        if rank:
+            measure(f"bytes of rank {rank}", {"sparsity": budgets[rank]}, asked)
 
 
 def measure(name: str, settings: dict[str, Any], asked: argparse.Namespace) -> float:
@@ -76,7 +68,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=5120, help="of each text")
-    parser.add_argument("--only", default="", help="ways whose name holds this")
+    parser.add_argument("--ranks", default="0,16,32,64", help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=8, help="as --low-rank-rounds")
+    parser.add_argument("--only", default="", help="patterns whose name holds this")
     return parser.parse_args()
 
 
