@@ -206,9 +206,9 @@ def ways(before: Stages, now: Stages) -> tuple[Way, ...]:
         Way("Wanda 2:4, before", "wanda", before, **old),
         Way("Wanda 2:4", "wanda", now),
         Way("SparseGPT 2:4, before", "sparsegpt", before, **old),
-        Way("SparseGPT 2:4", "sparsegpt", now),
-        Way("the same, Gram matrices in float32", "sparsegpt", now, tensor_cores=False),
-        Way("SparseGPT 2:4, `inner_loop=triton`", "sparsegpt", now, triton=True),
+        Way("SparseGPT 2:4", "sparsegpt", now, triton=True),
+        Way("SparseGPT 2:4, Gram matrices in float32", "sparsegpt", now, triton=True, tensor_cores=False),
+        Way("SparseGPT 2:4, `inner_loop=torch`", "sparsegpt", now),
     )
 
 
