@@ -9,7 +9,8 @@
 #   make torture   change packed folders under the address sanitiser, kill runs, fill disks (half an hour; docs/reliability.md)
 #   make matrix try every Python, with the oldest and newest packages that are allowed (gigabytes; uv is fetched for it)
 #   make families  try every decoder and image classifier of transformers, and write docs/models.md (half an hour, resumed)
-#   make devices  run all cases of the simulated GPU, of which make test runs a few (ten minutes, a C++ compiler)
+#   make devices  run all cases of the simulated GPU, of which make test runs a few, and try benchmarks/gpu.py (a quarter of an hour,
+#               a C++ compiler)
 #   make golden compare the figures of all runs in tests/golden with those in its file (about a quarter of an hour)
 # All make a virtual environment of their own in .venv first. PYTHON names another interpreter.
 
@@ -51,7 +52,7 @@ families: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/families/make.py
 
 devices: $(READY)
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.simdevice.run --all
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --device sim --sections all
 
 golden: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/make.py --check

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coprune.base.kernels.columns import ColumnBlock
 from coprune.base.kernels.table import kernel
-from coprune.pruning.linear_algebra import factor_inverse
+from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.sparsegpt import update_columns
 from coprune.pruning.scales import fit_scales
 from coprune.recipe.grid import Grid, Int4, Int8
@@ -66,17 +66,17 @@ CASES = {
 }
 
 
-def check(name: str) -> None:
+def check(name: str, device: torch.device = CPU) -> None:
     """Compare a kernel with the reference in all cases. Raises AssertionError with the case's name."""
     for seed, (title, case) in enumerate(CASES.items()):
         try:
-            _check_case(name, case, seed)
+            _check_case(name, case, seed, device)
         except AssertionError as error:
             raise AssertionError(f"{name}, {title}: {error}") from error
-    _check_ties(name)
+    _check_ties(name, device)
 
 
-def _check_case(name: str, case: Case, seed: int) -> None:
+def _check_case(name: str, case: Case, seed: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(case.width, case.width, generator=generator) / case.width**0.5
     inputs = torch.randn(200, case.width, generator=generator) @ mixing
@@ -87,16 +87,20 @@ def _check_case(name: str, case: Case, seed: int) -> None:
     given = case.target.keep(weight.abs()) if case.fixed else None
     expected, mask = reference(weight.double(), upper, factor.dead, case, given)
 
+    unit, pivots, dead = (tensor.to(device) for tensor in factor[:3])
+    fixed = None if given is None else given.to(device)
+
     def choose(current: Tensor, columns: slice) -> Tensor:
-        return given[:, columns] if given is not None else case.target.keep((current / factor.pivots[columns]) ** 2)
+        return fixed[:, columns] if fixed is not None else case.target.keep((current / pivots[columns]) ** 2)
 
     own = given is None and case.target.pattern.n_of_m is not None
-    before = weight.clone()
-    pruned = update_columns(weight, factor, case.target, case.block_size, None if own else choose, name)
-    assert torch.equal(weight, before), "the weight was modified"
-    assert torch.equal(pruned.keep, mask), "another mask"
-    assert not bool(pruned.weight[~pruned.keep].any()), "a pruned weight is not zero"
-    torch.testing.assert_close(pruned.weight.double(), expected, rtol=2e-4, atol=2e-5)
+    start, there = weight.to(device, copy=True), InverseFactor(unit, pivots, dead, ())
+    pruned = update_columns(start, there, case.target, case.block_size, None if own else choose, name)
+    assert torch.equal(start.cpu(), weight), "the weight was modified"
+    keep, found = pruned.keep.cpu(), pruned.weight.cpu()
+    assert torch.equal(keep, mask), "another mask"
+    assert not bool(found[~keep].any()), "a pruned weight is not zero"
+    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=2e-5)
 
 
 def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,19 +136,19 @@ def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Te
     return weight.masked_fill(~keep, 0.0), keep
 
 
-def _check_ties(name: str) -> None:
+def _check_ties(name: str, device: torch.device) -> None:
     """Of equal scores the one with the lower index is pruned first."""
     rows, size = 35, 8
     block = ColumnBlock(
-        columns=torch.ones(size, rows),
-        keep=torch.zeros(size, rows, dtype=torch.bool),
-        errors=torch.empty(size, rows),
-        unit=torch.eye(size),
-        pivots=torch.ones(size),
+        columns=torch.ones(size, rows, device=device),
+        keep=torch.zeros(size, rows, dtype=torch.bool, device=device),
+        errors=torch.empty(size, rows, device=device),
+        unit=torch.eye(size, device=device),
+        pivots=torch.ones(size, device=device),
         n_of_m=(2, 4),
     )
-    kernel("walk_columns", CPU, name)(block)
+    kernel("walk_columns", device, name)(block)
     expected = torch.tensor([False, False, True, True] * 2)[:, None].expand(size, rows)
-    assert torch.equal(block.keep, expected), f"{name}: ties"
-    assert torch.equal(block.columns, expected.float()), f"{name}: weights of ties"
-    assert torch.equal(block.errors, (~expected).float()), f"{name}: errors of ties"
+    assert torch.equal(block.keep.cpu(), expected), f"{name}: ties"
+    assert torch.equal(block.columns.cpu(), expected.float()), f"{name}: weights of ties"
+    assert torch.equal(block.errors.cpu(), (~expected).float()), f"{name}: errors of ties"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
-from support.simdevice.device import library
+import torch
+
+from support.simdevice import NAME, SIMULATED
 
 KINDS = ("launch", "sync", "to_device", "to_host")
 """Operators that run on the device; waits of the host for it; copies from the host and to it."""
@@ -26,10 +30,14 @@ class Counting:
     """While it is entered, what coprune asks of the device is counted."""
 
     def __enter__(self) -> Counting:
+        from support.simdevice.device import library
+
         library.sim_count(1, b"coprune/")
         return self
 
     def __exit__(self, *_: object) -> None:
+        from support.simdevice.device import library
+
         library.sim_count(0, b"coprune/")
         told = library.sim_counts().decode()
         rows = [line.rsplit("|", 2) for line in told.splitlines()]
@@ -53,3 +61,25 @@ class Counting:
                 calls[row.line] += row.calls
                 operators.setdefault(row.line, set()).add(row.operator.removeprefix("aten::"))
         return [f"{count:6} {line}  {', '.join(sorted(operators[line]))}" for line, count in calls.most_common(most)]
+
+
+def counted(work: Callable[[], object]) -> dict[str, int]:
+    """What some work asks for, by kind; of a real device waits alone."""
+    if NAME != SIMULATED:
+        return dict.fromkeys(KINDS, 0) | {"sync": sum(waits_of(work).values())}
+    with Counting() as counting:
+        work()
+    return {kind: counting.totals[kind] for kind in KINDS}
+
+
+def waits_of(work: Callable[[], object]) -> Counter[str]:
+    """Lines that let the host wait for a CUDA device, as its debug mode tells of them, with how often."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    told = [warning for warning in heard if "synchronizing CUDA operation" in str(warning.message)]
+    return Counter(f"{warning.filename.rpartition('coprune/')[2]}:{warning.lineno}" for warning in told)

@@ -13,9 +13,9 @@ from typing import Any
 import torch  # before the library, which needs PyTorch's
 from torch.utils import backend_registration
 
+from support.simdevice import SIMULATED as NAME
 from support.simdevice.build import load_library
 
-NAME = "sim"
 library = load_library()
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from support.simdevice import NAME, SIMULATED
 from support.simdevice.build import missing
 
 
@@ -33,9 +34,11 @@ class Outcome(NamedTuple):
 
 def chosen(words: list[str], everything: bool) -> Iterator[tuple[str, str]]:
     """Kind and name of the cases that are asked for."""
-    from support.simdevice.cases import CASES
+    from support.simdevice.cases import CASES, SIMULATED_ONLY
 
     for kind, cases in CASES.items():
+        if NAME != SIMULATED and kind in SIMULATED_ONLY:
+            continue
         for case in cases:
             if (case.always or everything) and (not words or any(w == kind or w in case.name for w in words)):
                 yield kind, case.name
@@ -44,19 +47,29 @@ def chosen(words: list[str], everything: bool) -> Iterator[tuple[str, str]]:
 def tried(kind: str, name: str) -> Outcome:
     """Run a case in a folder of its own."""
     from support.simdevice.cases import CASES
-    from support.simdevice.device import library
 
-    started, launches = time.process_time(), library.sim_launches()
+    started, before = time.process_time(), used()
     with tempfile.TemporaryDirectory(prefix="simulated-") as folder:
         try:
             said = next(case for case in CASES[kind] if case.name == name).run(Path(folder))
-            assert library.sim_launches() > launches, "the device was not used"
+            assert used() > before, "the device was not used"
             passed = True
         except Exception as error:
             passed, said = False, _told(error)
             if os.environ.get("SIM_TRACEBACK"):
                 traceback.print_exc()
     return Outcome(kind, name, passed, said, round(time.process_time() - started, 2))
+
+
+def used() -> int:
+    """How often the device was used so far: launches, or on a real one allocations."""
+    if NAME == SIMULATED:
+        from support.simdevice.device import library
+
+        return int(library.sim_launches())
+    import torch
+
+    return int(torch.accelerator.memory_stats().get("allocation.all.allocated", 0))
 
 
 def _told(error: Exception) -> str:
@@ -100,9 +113,11 @@ def prepare() -> None:
     import torch
 
     from coprune.evaluation.answers import questions
-    from support.simdevice import device
 
-    assert device.library is not None
+    if NAME == SIMULATED:
+        from support.simdevice import device
+
+        assert device.library is not None
     questions.SHORT_ANSWER = 4
     torch.set_num_threads(1)
     for attention in ("flash", "mem_efficient"):

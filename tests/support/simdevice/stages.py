@@ -35,7 +35,7 @@ from support.pico_folder import save_pico
 from support.simdevice import NAME
 from support.simdevice.build import missing
 from support.simdevice.cases.case import SETTINGS
-from support.simdevice.counting import KINDS, Counting
+from support.simdevice.counting import KINDS, counted
 from support.simdevice.run import prepare
 
 TABLE = Path(__file__).with_name("counts.json")
@@ -44,13 +44,6 @@ ROWS, WIDTH, TOKENS = 64, 256, 512
 # Where a loop ends when nothing changes any more, it is cut off before, so that rounding does not decide what is counted.
 CUT_OFF: dict[str, dict[str, int]] = {"alps": {"rounds": 12}, "dsnot": {"cycles": 4}, "swaps": {"steps": 2}}
 Counts = dict[str, int]
-
-
-def counted(work: Callable[[], object]) -> Counts:
-    """What some work asks for, by kind."""
-    with Counting() as counting:
-        work()
-    return {kind: counting.totals[kind] for kind in KINDS}
 
 
 def solved(solve: Callable[[], object]) -> Counts:
@@ -148,13 +141,19 @@ def blocks() -> Iterator[tuple[str, Counts]]:
         yield f"{name}: a block", {kind: many[kind] - few[kind] for kind in KINDS}
 
 
-def run_of(number: int, *, family: str = "llama", **settings: Any) -> Counts:
-    """A streamed run of a model with so many blocks."""
+def run_of(
+    number: int,
+    *,
+    count: Callable[[Callable[[], object]], dict[str, int]] = counted,
+    family: str = "llama",
+    **settings: Any,
+) -> dict[str, int]:
+    """What a streamed run of a model with so many blocks asks for. count: tells that of some work."""
     prune: Any = coprune.prune
     with scratch() as folder, untimed():
         source = save_pico(folder / "source", family, num_hidden_layers=number)
         given = {**SETTINGS, "device": NAME, "stream": True, **settings}
-        return counted(lambda: prune(source, save_model=folder / "target", **given))
+        return count(lambda: prune(source, save_model=folder / "target", **given))
 
 
 @contextmanager

@@ -16,3 +16,5 @@ CASES: dict[str, tuple[Case, ...]] = {
     "images": measuring.images(),
     "memory": measuring.memory(),
 }
+SIMULATED_ONLY = frozenset({"memory"})
+"""What is done with the simulated device's own switches."""

@@ -1,0 +1,160 @@
+"""Every kernel of the table that serves this kind of device: held against its definition, and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from coprune.base.devices import kind_of
+from coprune.base.kernels.columns import ColumnBlock
+from coprune.base.kernels.gram import panels
+from coprune.base.kernels.table import KERNELS, Operation, kernel, triton_is_there
+from coprune.packed.format import pack_tensor
+from coprune.packed.header import Header, read_header
+from coprune.packed.matrix import row_starts
+from gpu_sections.machine import seconds_of
+from gpu_sections.section import Asked, Result, head, row
+
+CHUNK = 128
+
+
+def compare(asked: Asked) -> Result:
+    """Print a row for each kernel; one that is wrong fails the section."""
+    device = torch.device(asked.device)
+    head(" operation", " kernel", " held against its definition", "ms of a call")
+    wrong = total = 0
+    for operation, name, check, timed in found(device, asked.tiny):
+        total += 1
+        try:
+            said, took = check(), seconds_of(device, timed) * 1e3
+        except Exception as error:
+            wrong, said, took = wrong + 1, f"**{type(error).__name__}**: {first_line(error)}", float("nan")
+        row(operation, name, said, f"{took:.3f}")
+    return not wrong, f"{total - wrong} of {total} kernels are right"
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "nothing said").replace("|", "/")[:300]
+
+
+Kernel = tuple[str, str, Callable[[], str], Callable[[], object]]
+"""Operation, name, what compares (it raises, or tells), and what is timed."""
+
+
+def found(device: torch.device, tiny: bool) -> Iterator[Kernel]:
+    """All kernels that are there."""
+    names = {operation: there(operation, device) for operation in ("walk_columns", "add_to_gram", "find_smallest")}
+    for name in names["walk_columns"]:
+        yield "walk_columns", name, walks(name, device), timed_walk(name, device, 64 if tiny else 4096)
+    for name in names["add_to_gram"]:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            timed = timed_gram(name, device, dtype, (64, 128) if tiny else (4096, 14336))
+            yield f"add_to_gram, {dtype}", name, grams(name, device, dtype), timed
+    for name in names["find_smallest"]:
+        score = torch.rand(64 if tiny else 4096, 128, device=device)
+        yield "find_smallest", name, smallest(name, device), partial(kernel("find_smallest", device, name), score, 64)
+    if device.type == "cuda" and triton_is_there():
+        yield "packed product", "triton", packed(device), timed_packed(device, 64 if tiny else 4096)
+
+
+def there(operation: Operation, device: torch.device) -> list[str]:
+    return [found.name for found in KERNELS[operation, kind_of(device)] if found.there()]
+
+
+def walks(name: str, device: torch.device) -> Callable[[], str]:
+    def check() -> str:
+        from support import column_walks
+
+        column_walks.check(name, device)
+        return f"{len(column_walks.CASES)} cases, as published in float64"
+
+    return check
+
+
+def timed_walk(name: str, device: torch.device, rows: int) -> Callable[[], object]:
+    columns = torch.randn(CHUNK, rows, device=device)
+    keep = torch.zeros(CHUNK, rows, dtype=torch.bool, device=device)
+    unit = torch.eye(CHUNK, device=device) + torch.randn(CHUNK, CHUNK, device=device).triu(1) * 0.01
+    pivots = torch.ones(CHUNK, device=device)
+    block = ColumnBlock(columns, keep, torch.empty_like(columns), unit, pivots, (2, 4))
+    walk = kernel("walk_columns", device, name)
+    return lambda: walk(block)
+
+
+def grams(name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], str]:
+    def check() -> str:
+        x = torch.randn(1000, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
+        sums, exact = torch.zeros(320, 320, device=device), x.double().T @ x.double()
+        kernel("add_to_gram", device, name)(sums, x.to(device), 128)
+        kernel("add_to_gram", device, name)(sums, x.to(device), 128)
+        worst = 0.0
+        for panel in panels(320, 128):
+            wanted = 2 * exact[panel, panel.start :]
+            worst = max(worst, float((sums.cpu()[panel, panel.start :].double() - wanted).abs().max()))
+        # 2000 products of about one, rounded to 24 bits; summed in 16 bits, or multiplied in TF32, they would be off by more.
+        assert worst < (0.01 if dtype == torch.float32 else 0.1), f"off by {worst:.3g} of {float(exact.max()) * 2:.0f}"
+        return f"off by {worst:.1e} of {float(exact.max()) * 2:.0f}"
+
+    return check
+
+
+def timed_gram(name: str, device: torch.device, dtype: torch.dtype, size: tuple[int, int]) -> Callable[[], object]:
+    tokens, width = size
+    add, panel = kernel("add_to_gram", device, name), kernel("panel_size", device)(width)
+
+    def timed() -> None:
+        add(sums[0], sums[1], panel)
+
+    sums = (torch.zeros(width, width, device=device), torch.ones(tokens, width, dtype=dtype, device=device))
+    return timed
+
+
+def smallest(name: str, device: torch.device) -> Callable[[], str]:
+    def check() -> str:
+        score = torch.randint(0, 20, (7, 30), generator=torch.Generator().manual_seed(0)).float()
+        for position in (1, 15, 30):
+            got = kernel("find_smallest", device, name)(score.to(device), position).cpu()
+            assert torch.equal(got, score.sort(dim=1).values[:, position - 1 : position]), position
+        return "the same"
+
+    return check
+
+
+def packed(device: torch.device) -> Callable[[], str]:
+    def check() -> str:
+        from coprune.packed.triton_kernel import multiply
+
+        worst = 0.0
+        for rows, columns, batch in ((16, 64, 1), (37, 96, 2), (512, 1024, 4)):
+            weight = halved(rows, columns)
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
+            blob = pack_tensor(weight).to(device)  # type: ignore[union-attr]
+            header = read_header(blob)
+            y = multiply(blob, header, row_starts(blob, header), x.to(device)).cpu()
+            worst = max(worst, float((y - torch.nn.functional.linear(x, weight)).abs().max()))
+        assert worst < 1e-3, f"off by {worst:.3g}"
+        return f"off by {worst:.1e}"
+
+    return check
+
+
+def halved(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight.masked_fill_(torch.rand(rows, columns, generator=generator) < 0.5, 0.0)
+
+
+def timed_packed(device: torch.device, size: int) -> Callable[[], object]:
+    def timed() -> None:
+        from coprune.packed.triton_kernel import multiply
+
+        if not held:
+            blob = pack_tensor(halved(size, size).bfloat16()).to(device)  # type: ignore[union-attr]
+            header = read_header(blob)
+            held.append((blob, header, row_starts(blob, header), torch.ones(1, size, device=device).bfloat16()))
+        multiply(*held[0])
+
+    held: list[tuple[torch.Tensor, Header, torch.Tensor, torch.Tensor]] = []
+    return timed

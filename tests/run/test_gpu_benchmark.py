@@ -1,0 +1,107 @@
+"""benchmarks/gpu.py: what it does where a section fails, hangs or dies, and a part of it on the simulated device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu
+import pytest
+from gpu_sections.section import ENDING, Asked, Section
+from gpu_sections.sections import SECTIONS
+
+from support.simdevice.build import missing
+from support.torchrun import ENVIRONMENT
+
+PASSED = gpu.Outcome("cases", True, "2 of 2", 3.0)
+WRONG = gpu.Outcome("kernels", False, "1 of 2", 1.0)
+UNMEASURED = gpu.Outcome("wide", False, "not done after 9 s", 9.0)
+
+
+def outcome(code: str, seconds: float = 20) -> gpu.Outcome:
+    return gpu.outcome_of("cases", [sys.executable, "-c", code], ENVIRONMENT, seconds)
+
+
+def test_a_section_says_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = outcome(f"print('a table'); print({ENDING + json.dumps([True, 'all is well'])!r})")
+    assert found[:3] == ("cases", True, "all is well")
+    told = capsys.readouterr().out
+    assert "a table\n" in told
+    assert ENDING not in told
+    assert outcome(f"print({ENDING + json.dumps([None, 'no model'])!r})")[1:3] == (None, "no model")
+
+
+def test_a_section_that_raises_dies_or_hangs_has_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = outcome("print('half a table'); raise ValueError('wrong there')")
+    assert found.passed is False
+    assert "ended with 1" in found.said
+    assert "ValueError: wrong there" in found.said
+    found = outcome("import os; os.kill(os.getpid(), 11)")
+    assert (found.passed, found.said.split(":")[0]) == (False, "ended with -11")
+    started = time.monotonic()
+    found = outcome("import time; print('begun', flush=True); time.sleep(60)", seconds=1)
+    assert (found.passed, found.said) == (False, "not done after 1 s")
+    assert time.monotonic() - started < 30
+    told = capsys.readouterr().out
+    assert "half a table" in told
+    assert "begun" in told
+    assert told.count("**Failed**") == 3
+
+
+def test_a_section_without_time_is_left_out(tmp_path: Path) -> None:
+    asked = Asked("cpu", 0.0, True, tmp_path, "")
+    found = gpu.run_section("cases", Section("Cases", "nowhere:nothing", 100, True), asked, time.monotonic() + 1)
+    assert found == ("cases", None, "no time", 0.0)
+
+
+def test_the_verdict_is_of_what_proves() -> None:
+    assert [gpu.failed(one) for one in (PASSED, WRONG, UNMEASURED)] == [False, True, False]
+    assert "right as on the CPU, by 1 section.**" in gpu.verdict([PASSED, UNMEASURED])
+    assert gpu.verdict([PASSED, UNMEASURED]).endswith("Could not be measured: wide.")
+    assert "**Verdict: not right here. Failed: kernels.**" in gpu.verdict([PASSED, WRONG])
+    assert "nothing was proven" in gpu.verdict([UNMEASURED])
+
+
+def test_every_section_has_its_function_and_all_fit_ten_minutes() -> None:
+    import importlib
+
+    for section in SECTIONS.values():
+        module, _, name = section.place.partition(":")
+        assert callable(getattr(importlib.import_module(f"gpu_sections.{module}"), name))
+    assert max(section.seconds for section in SECTIONS.values()) < 150
+
+
+def test_without_a_gpu_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("coprune.base.devices.accelerator", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "no GPU here" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "sim", "--sections", "cases,case"])
+    assert gpu.main() == 2
+    assert "no section 'case'" in capsys.readouterr().out
+
+
+def on_the_simulated_device(*words: str) -> subprocess.CompletedProcess[str]:
+    if reason := missing():
+        pytest.skip(reason)
+    command = [sys.executable, gpu.__file__, "--device", "sim", *words]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400)
+
+
+def test_a_part_of_it_runs_on_the_simulated_device() -> None:
+    done = on_the_simulated_device("--sections", "kernels,cases,full", "--cases", "many rows,checksums")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "# coprune on sim (simulated)" in done.stdout
+    assert "| walk_columns | torch | 22 cases, as published in float64 |" in done.stdout
+    assert "2 of 2 cases gave what the CPU gives" in done.stdout
+    assert "Simulated device out of memory" in done.stdout
+    assert "**Verdict: right as on the CPU, by 3 sections.**" in done.stdout
+
+
+def test_what_is_not_right_there_is_its_exit_code() -> None:
+    done = on_the_simulated_device("--sections", "cases", "--cases", "no case has such a name")
+    assert done.returncode == 1
+    assert "**Verdict: not right here. Failed: cases.**" in done.stdout
