@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "window 2, 12 steps": BALANCED | {"reconstruct": 12, "reconstruct_window": 2},
     "12 steps of one sample": BALANCED | {"reconstruct": 12, "batch_size": 1},
     "learning rate 2e-3": BALANCED | {"reconstruct_lr": 2e-3},
+    "relative rates": BALANCED | {"reconstruct_rates": "relative", "reconstruct_lr": 0.005},
 }
 
 

@@ -40,6 +40,7 @@ FLAT: dict[str, str] = {
     "reconstruct_tokens": "reconstruction.tokens",
     "reconstruct_window": "reconstruction.window",
     "reconstruct_lr": "reconstruction.learning_rate",
+    "reconstruct_rates": "reconstruction.rates",
     "reconstruct_dtype": "reconstruction.dtype",
     "reconstruct_parts": "reconstruction.parts",
     "finetune": "finetune.mode",

@@ -41,6 +41,14 @@ class ReconstructionPart(Part):
         ),
     ] = 1
     learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 1e-3
+    rates: Annotated[
+        Literal["absolute", "relative"],
+        _RESULT,
+        Field(
+            description="absolute: reconstruct_lr is the rate of all that is trained; relative: times the size (root mean "
+            "square) of each matrix and vector, so that one rate serves models with smaller or larger weights.",
+        ),
+    ] = "absolute"
     dtype: Annotated[
         Literal["float32", "bfloat16"],
         _RESULT,

@@ -81,6 +81,7 @@ class CalibrationArguments(TypedDict, total=False):
     reconstruct_tokens: int
     reconstruct_window: int
     reconstruct_lr: float
+    reconstruct_rates: Literal["absolute", "relative"]
     reconstruct_dtype: Literal["float32", "bfloat16"]
     reconstruct_parts: Literal["together", "separate"]
 

@@ -121,6 +121,7 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
         steps=asked.steps,
         tokens=asked.tokens,
         learning_rate=asked.learning_rate,
+        rates=asked.rates,
         dtype=asked.dtype,
         parts=asked.parts,
         seed=recipe.calibration.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +142,30 @@ def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
     assert before == seen[0]
     assert len(seen) > 1
     assert after == min(seen) == float(examples.error(3, block(inputs[3])))
+
+
+def test_relative_rates_do_the_same_to_weights_of_any_size() -> None:
+    """Weights ten times as large on inputs a tenth as large: the same layer, and trained it is the same layer again."""
+    inputs = batches(0)
+    targets = [batch @ (torch.eye(6) + torch.arange(36).view(6, 6) / 400) for batch in inputs]
+
+    def trained_at(scale: float, settings: dict[str, Any]) -> Tensor:
+        block = nn.Linear(6, 6, bias=False)
+        block.weight.data = torch.eye(6) * scale
+        block.weight.data[0, 1] = 0.5 * scale
+        block.requires_grad_(False)
+        parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), block.weight.data != 0)])]
+        examples = Examples([batch / scale for batch in inputs], targets, [1.0] * 4)
+        Reconstruction(steps=5, held_out=0, **settings).improve(parts, lambda batch, hidden: block(hidden), examples)
+        return block.weight.data / scale
+
+    relative = {"rates": "relative", "learning_rate": 0.01}
+    torch.testing.assert_close(trained_at(10, relative), trained_at(1, relative), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(trained_at(1, relative), torch.eye(6), atol=0.01)
+    # The root mean square of the seven entries that are not zero.
+    size = (6.25 / 7) ** 0.5
+    absolute = trained_at(1, {"learning_rate": 0.01 * size})
+    torch.testing.assert_close(trained_at(1, relative), absolute)
+    assert not torch.allclose(
+        trained_at(10, {"learning_rate": 0.01}), trained_at(1, {"learning_rate": 0.01}), atol=1e-3
+    )

@@ -38,6 +38,8 @@ class Reconstruction:
     """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
     learning_rate: float = 1e-3
     """Peak learning rate; it rises over the first tenth of the steps and falls along a cosine."""
+    rates: Literal["absolute", "relative"] = "absolute"
+    """Whether that is each parameter's rate, or times the root mean square of its entries that may change."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the block computes in; its weights are float32 while they are trained."""
     parts: Literal["together", "separate"] = "together"
@@ -130,7 +132,7 @@ class Reconstruction:
     ) -> float:
         """Train one part and leave the block in the best state; returns its error on the watched batches."""
         parameters = [one.parameter for one in part]
-        optimizer = self._optimizer(parameters)
+        optimizer = self._optimizer(part)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         every, patience = self._watching
         order, best_state, left = endless(batches, self.seed), _copies(parameters), patience
@@ -163,16 +165,32 @@ class Reconstruction:
             return max(10, self.steps // 10), 3
         return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 1
 
-    def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    def _optimizer(self, part: Sequence[Trained]) -> torch.optim.AdamW:
+        parameters = [one.parameter for one in part]
+        sizes = _sizes(part) if self.rates == "relative" else [1.0] * len(part)
+        groups = [
+            {"params": [one], "lr": self.learning_rate * size} for one, size in zip(parameters, sizes, strict=True)
+        ]
         # One pass over each parameter instead of a dozen; only devices that torch is built for have it.
         fused = kind_of(parameters[0].device) != "other"
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
     def _rate(self, step: int) -> float:
         warm = max(1, self.steps // 10)
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+@torch.no_grad()
+def _sizes(part: Sequence[Trained]) -> list[float]:
+    """The root mean square of each parameter's entries that may change; 1 where all of them are zero."""
+    found = []
+    for one in part:
+        count = one.parameter.numel() if one.entries is None else one.entries.sum().clamp_min(1)
+        changing = one.parameter if one.entries is None else one.parameter * one.entries
+        found.append((changing.square().sum() / count).sqrt())
+    return [size or 1.0 for size in torch.stack(found).tolist()]
 
 
 @torch.no_grad()
