@@ -7,7 +7,7 @@ ways, in turns, and Triton's kernel is used from then on where it wins and gives
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -40,10 +40,16 @@ class Kind(NamedTuple):
 _WINS: dict[Kind, bool] = {}
 
 
+@cache
+def triton_is_there() -> bool:
+    """Looked for once, since looking takes longer than a small product."""
+    return find_spec("triton") is not None
+
+
 def kernel_serves(x: Tensor, header: Header) -> bool:
     """Whether Triton is there and its kernel takes such inputs. x: … × I."""
     few = 0 < x.numel() // header.shape[1] <= MOST_INPUTS
-    return few and x.dtype == header.dtype and header.shape[1] % 32 == 0 and find_spec("triton") is not None
+    return few and x.dtype == header.dtype and header.shape[1] % 32 == 0 and triton_is_there()
 
 
 def product_of_few(x: Tensor, blob: Tensor, header: Header, starts: Tensor, unpacked: Product) -> Tensor:

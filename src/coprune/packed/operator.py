@@ -73,7 +73,7 @@ def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inpu
 
 def on_gpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
     """What the operators do on CUDA. Arguments: as theirs."""
-    header = _header(packed, starts, inputs, dtype)
+    header = _known_header(packed.numel(), starts.numel() - 1, inputs, dtype)
 
     def unpacked(x: Tensor) -> Tensor:
         return unpacked_product(x, packed, starts, None, inputs, dtype)
@@ -95,8 +95,16 @@ def _kernel_matrix(
 
 def _header(packed: Tensor, starts: Tensor, inputs: int, dtype: torch.dtype) -> Header:
     """A header that says where what lies. How many values there are the bitmask knows; here they reach to the end."""
-    header = Header("bitmask", dtype, (starts.numel() - 1, inputs), 0)
-    return replace(header, kept=(packed.numel() - header.values_at) // dtype.itemsize)
+    return _header_of(packed.numel(), starts.numel() - 1, inputs, dtype)
+
+
+def _header_of(nbytes: int, outputs: int, inputs: int, dtype: torch.dtype) -> Header:
+    header = Header("bitmask", dtype, (outputs, inputs), 0)
+    return replace(header, kept=(nbytes - header.values_at) // dtype.itemsize)
+
+
+# Where products are computed: what is traced may have sizes that are no numbers.
+_known_header = functools.lru_cache(8192)(_header_of)
 
 
 def _shape_alone(
