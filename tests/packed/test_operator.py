@@ -165,6 +165,7 @@ def test_what_writes_no_text_is_not_compiled_but_says_what_to_do() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, at what its own compiler imports
 def test_torch_compile_itself_writes_the_same(model: PreTrainedModel) -> None:
     ids, asked = torch.arange(5)[None], dict(max_new_tokens=12, do_sample=False)
     write: Any = model.generate
