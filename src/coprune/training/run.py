@@ -49,7 +49,7 @@ from coprune.training.saving import save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.teacher_cache import TeacherCache
-from coprune.training.trainer import ZeroKeepingTrainer, build_trainer
+from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train
 
 
 def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
@@ -84,7 +84,7 @@ def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> Finetun
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
         with full_disk_explained(session.training_folder):
-            trainer.run(resume)
+            train(trainer, resume)
         if cached is not None:
             session.model.config.use_cache = cached
         _release(session.model, trainer)
@@ -223,7 +223,7 @@ def _report(
         patterns=session.masks.patterns,
         sparsity_before=session.masks.sparsity,
         sparsity_after=_sparsity_now(session),
-        moved=trainer.moved,
+        moved=None if trainer.moving is None else trainer.moving.moved,
         masks=session.masks.fingerprint(),
         steps=trainer.state.global_step,
         seconds=curve[-1].seconds if curve else 0.0,

@@ -51,8 +51,8 @@ class ZeroKeepingTrainer(Trainer):
     ) -> None:
         """objective: what to train for instead of the data's own loss; own_loss: that one, None for the model's."""
         super().__init__(*args, **kwargs)
-        self._moving: MovingZeros | None = None
-        self._going_on: Path | None = None
+        self.moving: MovingZeros | None = None
+        self.going_on: Path | None = None
         self._masks, self._settings, self._pace = masks, settings, pace
         self._objective, self._own_loss = objective or own_loss, own_loss
         if self._objective is not None:
@@ -68,22 +68,10 @@ class ZeroKeepingTrainer(Trainer):
             if (strength := self._settings.move_zeros) is None:
                 hold_zeros(trained, optimizer, self._masks)
             else:
-                self._moving = MovingZeros(trained, optimizer, self._masks, strength, lambda: self._pace.done)
-                if self._going_on is not None:
-                    self._moving.load(self._going_on)
+                self.moving = MovingZeros(trained, optimizer, self._masks, strength, lambda: self._pace.done)
+                if self.going_on is not None:
+                    self.moving.load(self.going_on)
         return optimizer
-
-    @property
-    def moved(self) -> float | None:
-        """As `MovingZeros.moved`; None where zeros do not move."""
-        return None if self._moving is None else self._moving.moved
-
-    def run(self, going_on: Path | None) -> None:
-        """Train to the end. going_on: a state of an interrupted training."""
-        self._going_on = going_on
-        self.train(resume_from_checkpoint=None if going_on is None else str(going_on))
-        if self._moving is not None:
-            self._moving.stand()  # a training of very few steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A learning rate that follows the share of the training that is done, in steps or in minutes."""
@@ -116,7 +104,7 @@ class ZeroKeepingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a state to resume from, unless a pruned weight in it is not zero where zeros stand."""
         model: Any = self.model
-        if self._moving is None or not self._moving.moving:
+        if self.moving is None or not self.moving.moving:
             self._masks.verify(plain_parameters(model))
         if not self.args.should_save:
             return
@@ -127,8 +115,16 @@ class ZeroKeepingTrainer(Trainer):
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with quiet_transformers():
             unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, **layout)
-        if self._moving is not None:
-            self._moving.save(Path(output_dir or self.args.output_dir or ""))
+        if self.moving is not None:
+            self.moving.save(Path(output_dir or self.args.output_dir or ""))
+
+
+def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
+    """Train to the end. going_on: a state of an interrupted training."""
+    trainer.going_on = going_on
+    trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
+    if trainer.moving is not None:
+        trainer.moving.stand()  # a training of very few steps
 
 
 def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
