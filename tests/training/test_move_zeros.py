@@ -100,6 +100,21 @@ def test_steps_are_those_of_the_paper() -> None:
     assert bool((state[weight == 0] == 0).all())
 
 
+def test_what_no_gradient_reaches_keeps_its_zeros_in_place() -> None:
+    model = pruned_model("llama", num_hidden_layers=2).requires_grad_(False)
+    masks = find_masks(model)
+    reached, other = (model.get_parameter(entry.parameter).requires_grad_(True) for entry in masks.matrices[:2])
+    before = [weight.detach().clone() for weight in (reached, other)]
+    moving = MovingZeros(model, adam := torch.optim.AdamW([reached, other], lr=0.05), masks, 0.1, lambda: 0.0)
+    for _ in range(3):
+        adam.zero_grad()
+        (reached - 1).square().sum().backward()
+        adam.step()
+    moving.stand()
+    assert torch.equal(other.detach(), before[1])
+    assert not torch.equal(reached.detach() == 0, before[0] == 0)
+
+
 @pytest.mark.parametrize(("family", "mode"), [("llama", "dense"), ("mixtral", "dense"), ("llama", "distill")])
 def test_zeros_move_and_patterns_stand(home: Path, tmp_path: Path, family: str, mode: str) -> None:
     more: dict[str, Any] = {"teacher": str(home / "dense")} if mode == "distill" else {}

@@ -111,7 +111,9 @@ class MovingZeros:
         scores = {}
         for name, one in self._moving.items():
             one.total = next_total(one.weight, one.total, one.pruned)
-            scores[name] = importance(one.total, self._optimizer.state[one.weight]["exp_avg_sq"])
+            # What no gradient has reached, such as an expert that no token came to, has no moments: its zeros stay.
+            if (moment := self._optimizer.state.get(one.weight, {}).get("exp_avg_sq")) is not None:
+                scores[name] = importance(one.total, moment)
         for entry in self._masks.matrices:
             if entry.parameter in scores:
                 keep = entry.pattern.choose(entry.rows_of(scores[entry.parameter]), entry.sparsity, "matrix")
