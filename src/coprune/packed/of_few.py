@@ -7,13 +7,13 @@ ways, in turns, and Triton's kernel is used from then on where it wins and gives
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from coprune.base.kernels.table import triton_is_there
 from coprune.packed.header import Header
 from coprune.packed.timing import time_in_turns
 
@@ -38,12 +38,6 @@ class Kind(NamedTuple):
 
 
 _WINS: dict[Kind, bool] = {}
-
-
-@cache
-def triton_is_there() -> bool:
-    """Looked for once, since looking takes longer than a small product."""
-    return find_spec("triton") is not None
 
 
 def kernel_serves(x: Tensor, header: Header) -> bool:

@@ -7,6 +7,7 @@ the operation says what they are. A new kernel is a function there and a line he
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,9 @@ def native_is_there() -> bool:
     return build.load_kernels() is not None
 
 
+@cache
 def triton_is_there() -> bool:
+    """Looked for once, since looking takes longer than a small product."""
     return find_spec("triton") is not None
 
 
