@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # A shell starts background jobs with Ctrl-C ignored, and commands that tests start and interrupt would inherit that.
@@ -60,3 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ask first what other tests stumble over when a new version of transformers changes its internals; then the longest."""
     order = ("test_transformers_private.py", *LONGEST)
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Children are forked, where pools of threads do not follow; and sums must be in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

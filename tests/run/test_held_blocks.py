@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
@@ -14,14 +12,7 @@ from coprune.run.stages import run_recipe
 from support.killing import killed_when
 from support.pico_folder import listing, save_pico, write_words
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Children are forked, where pools of threads do not follow; and sums must be in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ import functools
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from coprune.base.errors import BadInput, CopruneError
@@ -21,6 +20,8 @@ from coprune.run.stages import Result, run_recipe
 from support.killing import count_lines, killed_at, killed_when
 from support.pico import pico_model
 from support.pico_folder import listing, save, save_pico, write_words
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Undisturbed = Callable[[str], tuple[Path, int, int]]
 """From a run's name to its folder, the lines that it takes, and those that write."""
@@ -50,15 +51,6 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
     "windows in memory": ("sparsegpt", "block", "deep", False, {"reconstruct": 2, "reconstruct_window": 3}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Children are forked, where pools of threads do not follow; and sums must be in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
