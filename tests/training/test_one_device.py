@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from coprune.base.errors import BadInput
+from coprune.recipe.recipe import make_recipe
+from coprune.training.after_pruning import pruning_of, settings_of
 from coprune.training.one_device import arguments_on, training_device
 from coprune.training.settings import make_settings
 from support.pruned import settings_for
@@ -52,10 +55,17 @@ def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_device("auto") == torch.device("cuda", 1)
 
 
-def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
-    from coprune.recipe.recipe import make_recipe
-    from coprune.training.after_pruning import settings_of
+def test_a_pruning_hands_on_how_it_is_trained() -> None:
+    how: dict[str, Any] = {"finetune_tokens": 4096, "finetune_lr": 2e-4, "finetune_accumulate": 2}
+    recipe = make_recipe({"model": "m", "finetune": "distill", "finetune_dtype": "bfloat16", **how})
+    found = settings_of(recipe)
+    assert (found.tokens, found.rate, found.accumulate, found.bf16) == (4096, 2e-4, 2, True)
+    assert found.teacher == "m"
+    alone = pruning_of(recipe).finetune
+    assert alone == type(alone)()
 
+
+def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
     recipe = make_recipe({"model": "m", "device": "cuda:1", "finetune": "lora", "save": str(tmp_path / "run")})
     assert settings_of(recipe).device == "cuda:1"
     assert make_settings(settings_for(tmp_path, tmp_path, tmp_path)).device == "cpu"
@@ -66,8 +76,5 @@ def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
     [("self=0.3,embedded=0.6,c4=0.1", "embedded"), ("self", "wikitext2"), ("words.txt", "words.txt")],
 )
 def test_a_training_after_pruning_reads_one_source_of_text(data: str, trained: str) -> None:
-    from coprune.recipe.recipe import make_recipe
-    from coprune.training.after_pruning import settings_of
-
     recipe = make_recipe({"model": "m", "dataset": data, "finetune": "lora", "finetune_minutes": 1, "save_model": "x"})
     assert settings_of(recipe).dataset == trained

@@ -228,6 +228,12 @@ def test_time_ends_a_training(home: Path, tmp_path: Path) -> None:
     assert report.curve[-1].seconds < 60
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (128, 1), (129, 2), (640, 5)])
+def test_tokens_are_as_many_steps_as_they_fill(home: Path, tmp_path: Path, tokens: int, steps: int) -> None:
+    more: dict[str, Any] = {"tokens": tokens, "max_steps": None, "block_size": 16, "batch_size": 2, "accumulate": 4}
+    assert run(home, tmp_path / "run", mode="dense", **more).steps == steps
+
+
 IN_TWO_PROCESSES = """
 import json, sys
 from coprune.training.run import run_finetuning

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Protocol
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, LeaveOut, Set, Setting, Together, Words
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.recipe.answers import AnswersPart, cannot_require
 from coprune.recipe.choice import Choice
 from coprune.recipe.conditions import LIKENESS
+from coprune.recipe.finetune import FinetunePart, cannot_finetune
 from coprune.recipe.low_rank import LowRankPart, cannot_add
-from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
+from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
@@ -54,7 +55,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
         or _of_reconstruction(recipe)
-        or _of_quantization(recipe)
+        or cannot_finetune(recipe.finetune, recipe.quantization)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
         or _of_permutation(recipe)
         or _of_domains(recipe.structure)
@@ -90,16 +91,6 @@ def _of_permutation(recipe: Parts) -> BadInput | None:
         fix = ("leave out ", Set("permute", True), " or ", Set("stream", True))
         return BadInput("permute needs the whole model in memory", field="permute", value=True, fix=fix)
     return None
-
-
-def _of_quantization(recipe: Parts) -> BadInput | None:
-    grid = recipe.quantization.grid
-    if grid is None or recipe.finetune.mode is None:
-        return None
-    cause = f"fine-tuning would move the weights off the grid that quantize {grid} rounds them to"
-    own = Together((Set("sparsity", 0), Set("quantize", str(grid))))
-    fix: Words = (LeaveOut("quantize"), ", and round the fine-tuned model in a run of its own, with ", own)
-    return BadInput(cause, field="quantize", value=str(grid), fix=fix)
 
 
 def _of_propagation(recipe: Parts) -> BadInput | None:

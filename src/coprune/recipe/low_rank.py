@@ -9,7 +9,8 @@ from pydantic import Field
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Setting, Words
 from coprune.recipe.decides import Decides
-from coprune.recipe.outcome import FinetunePart, OutputPart
+from coprune.recipe.finetune import FinetunePart
+from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import Part, QuantizationPart
 from coprune.recipe.structure import StructurePart
 

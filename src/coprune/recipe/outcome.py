@@ -1,4 +1,4 @@
-"""The parts of a recipe that say what becomes of the pruned model: how it is trained, measured and written."""
+"""The parts of a recipe that say what becomes of the pruned model: how it is measured and written."""
 
 from __future__ import annotations
 
@@ -24,19 +24,6 @@ Overwrite = Annotated[
     bool | None, Decides.WHERE, Field(description="Replace what an earlier run left in the folders of this one.")
 ]
 CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
-
-
-class FinetunePart(Part):
-    """Training of the pruned model."""
-
-    mode: Annotated[
-        Literal["lora", "dense", "distill"] | None,
-        _RESULT,
-        Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
-    ] = None
-    minutes: Annotated[
-        float | None, _RESULT, Field(description="Fine-tune for so long. [one pass over the text]", gt=0)
-    ] = None
 
 
 class EvaluationPart(Part):

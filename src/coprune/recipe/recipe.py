@@ -22,9 +22,10 @@ from coprune.recipe.answers import AnswersPart
 from coprune.recipe.checks import contradiction
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, deciding
+from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
 from coprune.recipe.low_rank import LowRankPart
-from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
+from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import (
     CalibrationPart,
     ModelPart,

@@ -15,8 +15,9 @@ from coprune.data.given import CalibrationData, TextData
 from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
+from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.low_rank import LowRankPart
-from coprune.recipe.outcome import EvaluationPart, FinetunePart, OutputPart
+from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, SelectionPart
 from coprune.recipe.reconstruction import ReconstructionPart
 from coprune.recipe.structure import StructurePart
@@ -106,6 +107,10 @@ class OutcomeArguments(AnswerArguments, total=False):
     check_memory: bool
     finetune: Literal["lora", "dense", "distill"] | FinetunePart | Mapping[str, Any] | None
     finetune_minutes: float | None
+    finetune_tokens: int | None
+    finetune_lr: float | None
+    finetune_accumulate: int | None
+    finetune_dtype: Literal["float32", "bfloat16"]
     evaluation: EvaluationPart | Mapping[str, Any]
     evaluate: bool
     evaluate_dense: bool

@@ -15,6 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
+from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
 from coprune.report.card import model_card
@@ -97,7 +98,8 @@ def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
 def pruning_of(recipe: Recipe) -> Recipe:
     """The recipe of the pruning alone."""
     pruned = recipe.run_folder / "pruned"
-    return recipe.replaced(finetune=None, finetune_minutes=None, save_model=pruned, generate=None, require=None)
+    untrained = recipe.model_copy(update={"finetune": FinetunePart()})
+    return untrained.replaced(save_model=pruned, generate=None, require=None)
 
 
 def settings_of(recipe: Recipe) -> FinetuneSettings:
@@ -115,6 +117,10 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "teacher": recipe.model.name if recipe.finetune.mode == "distill" else None,
             "seqlen": recipe.calibration.seqlen,
             "minutes": recipe.finetune.minutes,
+            "tokens": recipe.finetune.tokens,
+            "learning_rate": recipe.finetune.learning_rate,
+            "accumulate": recipe.finetune.accumulate,
+            "bf16": recipe.finetune.dtype == "bfloat16",
             "seed": recipe.calibration.seed,
             "device": recipe.model.device,
             "cache_dir": recipe.model.cache_dir,

@@ -19,6 +19,7 @@ class TrainingArguments(TypedDict, total=False):
     accumulate: int | None
     epochs: float
     max_steps: int | None
+    tokens: int | None
     max_samples: int | None
     minutes: float | None
     learning_rate: float | None

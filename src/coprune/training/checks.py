@@ -22,6 +22,10 @@ class Settings(Protocol):
     @property
     def hidden_weight(self) -> float | None: ...
     @property
+    def tokens(self) -> int | None: ...
+    @property
+    def max_steps(self) -> int | None: ...
+    @property
     def masked(self) -> bool: ...
     @property
     def dropout(self) -> float: ...
@@ -65,8 +69,11 @@ def _of_training(asked: Settings) -> BadInput | None:
     if asked.mode == "lora" and asked.masked and asked.dropout:
         product = "the masked update is one product with the weights, which leaves no place for dropout"
         return BadInput(product, field="dropout", value=asked.dropout, fix=LeaveOut("dropout"))
+    if asked.tokens is not None and asked.max_steps is not None:
+        cause: Words = (Set("max_steps", asked.max_steps), " says how long to train, too")
+        return BadInput(cause, field="tokens", value=asked.tokens, fix=LeaveOut("max_steps"))
     if asked.patience is not None and not asked.evaluations:
-        cause: Words = (Set("patience", asked.patience), " needs evaluations during the training")
+        cause = (Set("patience", asked.patience), " needs evaluations during the training")
         fix: Words = ("ask for some with ", Setting("evaluations"))
         return BadInput(cause, field="patience", value=asked.patience, fix=fix)
     return None

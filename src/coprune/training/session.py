@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.shown import per_cent
-from coprune.base.words import LeaveOut
+from coprune.base.words import LeaveOut, Setting
 from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
@@ -113,6 +113,8 @@ def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> Tr
 def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
     if settings.seqlen is not None:
         raise BadInput("images are not cut into windows", field="seqlen", fix=LeaveOut("seqlen"))
+    if settings.tokens is not None:
+        raise BadInput("images have no tokens", field="tokens", fix=("use ", Setting("max_steps")))
     if settings.top_k is not None:
         raise BadInput("a classifier's teacher runs beside it", field="top_k", fix=LeaveOut("top_k"))
     if settings.hidden_weight:

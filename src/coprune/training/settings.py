@@ -71,6 +71,9 @@ class FinetuneSettings(BaseModel):
         float, _RESULT, Field(description="Passes over the data, unless steps or minutes are given.", gt=0)
     ] = 1.0
     max_steps: Annotated[int | None, _RESULT, Field(description="Optimiser steps.", ge=1)] = None
+    tokens: Annotated[
+        int | None, _RESULT, Field(description="Train on so many tokens: as many steps as they fill.", ge=1)
+    ] = None
     max_samples: Annotated[int | None, _RESULT, Field(description="Use only so many windows or images.", ge=1)] = None
     minutes: Annotated[
         float | None,
@@ -159,13 +162,9 @@ class FinetuneSettings(BaseModel):
         Field(description="Text for perplexity or images for accuracy, comma-separated. [test split of the data]"),
     ] = None
     eval_images: Annotated[
-        int | None,
-        _MEASURED,
-        Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
+        int | None, _MEASURED, Field(description="So many images of each set, evenly spaced. [all]", ge=1)
     ] = None
-    eval_tokens: Annotated[int | None, _MEASURED, Field(description="Use only so many tokens of each. [all]", ge=2)] = (
-        None
-    )
+    eval_tokens: Annotated[int | None, _MEASURED, Field(description="So many tokens of each. [all]", ge=2)] = None
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
         _MEASURED,

@@ -58,7 +58,7 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
         train = train[order[: settings.max_samples]]
     watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
-    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train))
+    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size)
 
 
 def _stream(

@@ -6,6 +6,7 @@ and it saves nothing in which a pruned weight is not zero.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from coprune.base.processes import started_processes
 from coprune.base.progress import Advance
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.training.distill import Objective
@@ -156,7 +158,8 @@ def build_trainer(session: Session, objective: Objective | None, advance: Advanc
 def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: Path) -> TrainingArguments:
     """The settings in transformers' words."""
     optimizer, optimizer_arguments = _OPTIMIZERS[settings.optimizer]
-    until_time = settings.minutes is not None and settings.max_steps is None
+    steps = steps_asked(settings, data)
+    until_time = settings.minutes is not None and steps is None
     return arguments_on(
         training_device(settings.device),
         output_dir=str(folder),
@@ -164,7 +167,7 @@ def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: P
         per_device_eval_batch_size=settings.batch_size or data.batch_size,
         gradient_accumulation_steps=settings.accumulate or data.accumulate,
         num_train_epochs=settings.epochs,
-        max_steps=_NEVER if until_time else settings.max_steps or -1,
+        max_steps=_NEVER if until_time else steps or -1,
         learning_rate=settings.rate,
         optim=optimizer,
         optim_args=optimizer_arguments,
@@ -178,6 +181,14 @@ def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: P
         **_ALWAYS,
         **_checkpointing(settings.gradient_checkpointing),
     )
+
+
+def steps_asked(settings: FinetuneSettings, data: TrainingData) -> int | None:
+    """Optimiser steps that were asked for, as such or as tokens; None where other things say how long."""
+    if settings.tokens is None:
+        return settings.max_steps
+    windows = (settings.batch_size or data.batch_size) * (settings.accumulate or data.accumulate)
+    return math.ceil(settings.tokens / (windows * data.tokens * started_processes().size))
 
 
 # What does not depend on the settings: the bar and the log are coprune's own, and windows are whole batches.

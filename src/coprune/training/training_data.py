@@ -23,6 +23,8 @@ class TrainingData:
     held_out: Any | None
     source: str
     fingerprint: str
+    tokens: int = 0
+    """Tokens of a sample; 0 of an image."""
     batch_size: int = 1
     """Samples per forward pass, unless the settings say so."""
     accumulate: int = 8

@@ -1,0 +1,64 @@
+"""The part of a recipe that says how the pruned model is trained, and what does not go with it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut, Set, Setting, Together, Words
+from coprune.recipe.decides import Decides
+from coprune.recipe.flat import word_for
+from coprune.recipe.parts import Part, QuantizationPart
+
+_RESULT = Decides.RESULT | Decides.COST
+
+
+class FinetunePart(Part):
+    """Training of the pruned model."""
+
+    mode: Annotated[
+        Literal["lora", "dense", "distill"] | None,
+        _RESULT,
+        Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
+    ] = None
+    minutes: Annotated[
+        float | None, _RESULT, Field(description="Fine-tune for so long. [one pass over the text]", gt=0)
+    ] = None
+    tokens: Annotated[
+        int | None, _RESULT, Field(description="Fine-tune on so many tokens. [one pass over the text]", ge=1)
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        _RESULT,
+        Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 5e-5 for dense and distill]", gt=0),
+    ] = None
+    accumulate: Annotated[
+        int | None, _RESULT, Field(description="Windows per step of the fine-tuning. [8 of text, 1 of images]", ge=1)
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _RESULT,
+        Field(description="What the fine-tuning computes in; trained weights are float32."),
+    ] = "float32"
+
+
+def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart) -> BadInput | None:
+    """What is wrong with how the model is trained, with the fix; None if nothing is."""
+    if asked.mode is None and asked != FinetunePart():
+        field = next(name for name, value in asked if value != getattr(FinetunePart(), name))
+        word = word_for(f"finetune.{field}")
+        cause: Words = (
+            Setting(word),
+            " says how the pruned model is trained, and nothing is trained without ",
+            Setting("finetune"),
+        )
+        return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set("finetune", "lora")))
+    if quantization.grid is None or asked.mode is None:
+        return None
+    grid = str(quantization.grid)
+    wrong = f"fine-tuning would move the weights off the grid that quantize {grid} rounds them to"
+    own = Together((Set("sparsity", 0), Set("quantize", grid)))
+    fix: Words = (LeaveOut("quantize"), ", and round the fine-tuned model in a run of its own, with ", own)
+    return BadInput(wrong, field="quantize", value=grid, fix=fix)
