@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import coprune
+from coprune.packed.proven import TRIED
 from gpu_sections.models import real, wide
-from gpu_sections.section import Asked, Result
+from gpu_sections.section import Asked, Result, head, row
 
 
 def packed(asked: Asked) -> Result:
@@ -25,7 +26,19 @@ def packed(asked: Asked) -> Result:
         )
         told = str(measured).replace(f"{asked.folder}/", "")
         print(f"```text\n{told}\n```\n", flush=True)
+        tell_tried()
         decoding = [row for row in measured.rows if row.phase == "decode"]
         fastest = max(decoding, key=lambda row: row.speedup)
         best.append(f"{name} decodes {fastest.speedup:.2f} × as fast {fastest.form}")
     return True, ", ".join(best)
+
+
+def tell_tried() -> None:
+    """Print which ways were tried for packed products, and where they won."""
+    if TRIED:
+        head(" way", " weight", "inputs", " won")
+        for kind, won in TRIED.items():
+            many = f"below {1 << kind.inputs}" if kind.way == "semi-structured" else kind.inputs
+            row(kind.way, " × ".join(map(str, kind.shape)), many, "yes" if won else "no")
+        print(flush=True)
+        TRIED.clear()

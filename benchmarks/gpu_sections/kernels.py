@@ -11,8 +11,10 @@ from coprune.base.devices import kind_of
 from coprune.base.kernels.columns import ColumnBlock
 from coprune.base.kernels.gram import panels
 from coprune.base.kernels.table import KERNELS, Operation, kernel, triton_is_there
+from coprune.packed import semi_structured
 from coprune.packed.format import pack_tensor
 from coprune.packed.header import Header, read_header
+from coprune.packed.linear import PackedLinear
 from coprune.packed.matrix import row_starts
 from gpu_sections.machine import seconds_of
 from gpu_sections.section import Asked, Result, head, row
@@ -57,6 +59,8 @@ def found(device: torch.device, tiny: bool) -> Iterator[Kernel]:
         yield "find_smallest", name, smallest(name, device), partial(kernel("find_smallest", device, name), score, 64)
     if device.type == "cuda" and triton_is_there():
         yield "packed product", "triton", packed(device), timed_packed(device, 64 if tiny else 4096)
+    size, inputs = (128, 24) if tiny else (4096, 512)
+    yield "packed product, 2:4", "semi-structured, if it wins", two_of_four(device), timed_linear(device, size, inputs)
 
 
 def there(operation: Operation, device: torch.device) -> list[str]:
@@ -144,6 +148,44 @@ def packed(device: torch.device) -> Callable[[], str]:
         return f"off by {worst:.1e}"
 
     return check
+
+
+def two_of_four(device: torch.device) -> Callable[[], str]:
+    def check() -> str:
+        worst = 0.0
+        for rows, columns, inputs in ((32, 64, 8), (96, 128, 21), (512, 1024, 100)):
+            layer, weight = of_four(rows, columns, device)
+            x = torch.randn(inputs, columns, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+            try:
+                y = semi_structured.multiply(layer.packed, layer.header, x)
+            except RuntimeError as error:
+                return f"torch refuses it here, so the weight is unpacked: {first_line(error)}"
+            wanted = torch.nn.functional.linear(x.double(), weight.double())
+            worst = max(worst, float((y.double() - wanted).abs().max() / wanted.abs().max()))
+        assert worst < 0.01, f"off by {worst:.3g} of the largest"
+        return f"off by {worst:.1e} of the largest"
+
+    return check
+
+
+def timed_linear(device: torch.device, size: int, inputs: int) -> Callable[[], object]:
+    layer, weight = of_four(size, size, device)
+    x = torch.ones(inputs, size, device=device).to(weight)
+
+    def timed() -> None:
+        layer(x)
+
+    return timed
+
+
+def of_four(rows: int, columns: int, device: torch.device) -> tuple[PackedLinear, torch.Tensor]:
+    """A packed layer of a random 2:4 weight, and the weight."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(rows, columns // 4, 4, generator=generator).argsort(dim=2) < 2
+    weight = (torch.randn(rows, columns, generator=generator) * keep.view(rows, columns)).bfloat16().to(device)
+    blob = pack_tensor(weight)
+    assert blob is not None
+    return PackedLinear(blob).to(device), weight
 
 
 def halved(rows: int, columns: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_the_operator_keeps_what_torch_asks_of_one(dtype: torch.dtype) -> None:
     for bias in (True, False):
         packed, _ = layer(dtype, bias)
         x = torch.randn(2, 3, 70, dtype=dtype)
-        arguments = (packed.packed, packed.starts, packed.bias, 70, dtype)
+        arguments = (packed.packed, packed.starts, packed.bias, 70, dtype, False)
         assert set(torch.library.opcheck(WITHOUT, (x, *arguments)).values()) == {"SUCCESS"}
         x.requires_grad_()
         assert set(torch.library.opcheck(WITH_GRADIENTS, (x, *arguments)).values()) == {"SUCCESS"}
@@ -74,7 +74,9 @@ def test_the_operator_gives_what_the_layer_gives_for_every_size_of_batch() -> No
             with torch.no_grad():
                 expected = packed(x)
                 for operator in (WITH_GRADIENTS, WITHOUT):
-                    assert torch.equal(operator(x, packed.packed, packed.starts, packed.bias, 70, dtype), expected)
+                    assert torch.equal(
+                        operator(x, packed.packed, packed.starts, packed.bias, 70, dtype, False), expected
+                    )
 
 
 def test_gradients_are_those_of_the_dense_layer() -> None:

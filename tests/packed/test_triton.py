@@ -28,7 +28,7 @@ print("checked")
 
 CHOSEN = """
 import torch
-from coprune.packed import of_few
+from coprune.packed import proven
 from coprune.packed.linear import PackedLinear
 from coprune.packed.operator import on_gpu
 from coprune.packed.timing import Timing
@@ -40,11 +40,11 @@ packed = PackedLinear.from_linear(linear)
 multiplied, own = [], None
 
 def run(x):
-    of_few._WINS.clear()
-    return on_gpu(x, packed.packed, packed.starts, packed.bias, 64, torch.float32)
+    proven.TRIED.clear()
+    return on_gpu(x, packed.packed, packed.starts, packed.bias, 64, torch.float32, False)
 
 def timed(kernel, unpacked):
-    of_few.time_in_turns = lambda calls, repeats: {"candidate": Timing(*[kernel] * 3), "known": Timing(*[unpacked] * 3)}
+    proven.time_in_turns = lambda calls, repeats: {"candidate": Timing(*[kernel] * 3), "known": Timing(*[unpacked] * 3)}
 
 from coprune.packed import triton_kernel
 own = triton_kernel.multiply

@@ -22,7 +22,7 @@ from coprune.packed.beside import bench_beside
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
 from coprune.packed.runtimes import InTransformers, Work, random_prompt, time_runners
-from coprune.packed.semi_structured import can_convert, semi_structured_linear
+from coprune.packed.semi_structured import convert_linears
 from coprune.packed.timing import Clock, measure_bandwidth
 
 
@@ -148,14 +148,7 @@ def make_forms(dense: nn.Module) -> dict[str, Any]:
     if any(choice.kind != "dense" for choice in accelerate(accelerated)):
         forms["accelerated"] = accelerated
     semi_structured = share_weights(dense)
-    convertible = [
-        (name, module)
-        for name, module in semi_structured.named_modules()
-        if type(module) is nn.Linear and can_convert(module)
-    ]
-    for name, module in convertible:
-        semi_structured.set_submodule(name, semi_structured_linear(module))
-    if convertible:
+    if convert_linears(semi_structured):
         forms["semi-structured"] = semi_structured
     return forms
 

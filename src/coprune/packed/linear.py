@@ -13,15 +13,16 @@ from coprune.base.native.product import NativeMatrix
 from coprune.packed.format import check_packed
 from coprune.packed.header import Header, read_header
 from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, pack_matrix, row_starts
-from coprune.packed.operator import packed_linear
+from coprune.packed.operator import Weight, packed_linear
+from coprune.packed.two_of_four import stores_two_of_four
 
 
 class PackedLinear(nn.Module):
     """`nn.Linear` whose weight is one buffer, `packed` (uint8); `weight` unpacks a fresh dense copy on every access.
 
-    Products on the CPU in float32 and bfloat16 come from the native kernels, those of a few inputs on CUDA from Triton's where
-    that wins; everything else multiplies by an unpacked copy that lives for the length of the call. torch.compile, torch.export
-    and autograd see one operator (packed/operator).
+    Products on the CPU in float32 and bfloat16 come from the native kernels; on CUDA, where that wins, those of a few inputs from
+    Triton's and those of many with a 2:4 weight from torch's semi-structured one. Everything else multiplies by an unpacked copy
+    that lives for the length of the call. torch.compile, torch.export and autograd see one operator (packed/operator).
     """
 
     packed: Tensor
@@ -38,6 +39,7 @@ class PackedLinear(nn.Module):
     def _finish(self, packed: Tensor, bias: Tensor | None) -> None:
         in_host_memory = for_kernels(packed.cpu())  # where its bytes can be read one by one
         self.header = read_header(in_host_memory)
+        self.two_of_four = stores_two_of_four(in_host_memory, self.header)
         self.out_features, self.in_features = self.header.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise BadInput(f"a bias of the shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
@@ -75,14 +77,18 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """… × I to … × O, in x's dtype."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            return packed_linear(x, self.packed, self.starts, self.bias, self.header)
+            return packed_linear(x, self._weight())
         # An operator's way costs some microseconds, a good part of a small product.
         native = self._native if self._prepared else self._prepare()
         if native is None or x.dtype != native.dtype or x.device != native.blob.device:
-            return packed_linear(x, self.packed, self.starts, self.bias, self.header)
+            return packed_linear(x, self._weight())
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the input's last dimension is {x.shape[-1]}; this layer takes {self.in_features}.")
         return native.product(x)
+
+    def _weight(self) -> Weight:
+        header = self.header
+        return Weight(self.packed, self.starts, self.bias, header.shape[1], header.dtype, self.two_of_four)
 
     def _prepare(self) -> NativeMatrix | None:
         self._native = native_matrix(self.packed, self.starts, self.header, self.bias)
@@ -112,6 +118,7 @@ class PackedLinear(nn.Module):
                 raise BadInput(f"a packed weight of {header.shape} does not fit this layer")
             loaded = for_kernels(loaded.cpu())
             self.header = read_header(loaded)
+            self.two_of_four = stores_two_of_four(loaded, self.header)
             self._buffers["packed"] = loaded.to(self.packed.device, copy=True)
             self._buffers["starts"] = row_starts(loaded, self.header).to(self.packed.device)
             state_dict = {**state_dict, prefix + "packed": loaded}

@@ -12,6 +12,7 @@ from coprune.base.kernels.table import kernel
 from coprune.base.native.product import NativeMatrix, count_rows
 from coprune.packed.format import aligned_bytes, assemble_packed, in_byte_order, keep_bits, pack_tensor
 from coprune.packed.header import Header, read_header
+from coprune.packed.two_of_four import fill_up
 
 
 def pack_matrix(weight: Tensor) -> Tensor | None:
@@ -23,7 +24,7 @@ def pack_matrix(weight: Tensor) -> Tensor | None:
 
 
 def for_kernels(blob: Tensor) -> Tensor:
-    """The same matrix in the bitmask layout that the kernels read, at aligned bytes.
+    """The same matrix in the bitmask layout that the kernels read, at aligned bytes; a 2:4 one may gain zeros (`fill_up`).
 
     blob: a packed tensor that check_packed accepts, with two dimensions (else BadInput).
     """
@@ -31,7 +32,7 @@ def for_kernels(blob: Tensor) -> Tensor:
     if len(header.shape) != 2:
         raise BadInput(f"a packed tensor of the shape {header.shape} is not a matrix")
     if header.layout == "bitmask":
-        return aligned_bytes(blob)
+        return fill_up(aligned_bytes(blob), header)
     # Padding zeros of the N:M layout stay values: dropping them would need another pass for a few bytes.
     pattern = np.packbits(keep_bits(blob, header), bitorder="little")
     bitmask = Header("bitmask", header.dtype, header.shape, header.kept)

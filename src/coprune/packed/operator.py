@@ -2,9 +2,9 @@
 
 `coprune::packed_linear` has gradients; `coprune::packed_product` is the same without, since the way through torch's gradients
 costs as much as a small product. Both have one implementation for every device, which unpacks the weight for the length of the
-call, and two that multiply from the packed bytes: for the CPU, by the native kernels where they serve, and for CUDA, by Triton's
-for a few inputs where it wins (`of_few`). They are functions of tensors alone, so an exported program needs nothing but
-`import coprune.packed.operator` where it runs.
+call, and two that multiply from the packed bytes: for the CPU, by the native kernels where they serve, and for CUDA, where that
+wins (`proven`), by Triton's for a few inputs (`of_few`) and by torch's semi-structured product for many (`semi_structured`). They
+are functions of tensors alone, so an exported program needs nothing but `import coprune.packed.operator` where it runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,65 +23,85 @@ from coprune.base.native.product import IN_KERNEL, NativeMatrix, matrix_at, mult
 from coprune.packed.header import Header
 from coprune.packed.matrix import dense_matrix
 from coprune.packed.of_few import kernel_serves, product_of_few
+from coprune.packed.proven import by_the_faster
+from coprune.packed.semi_structured import product_of_many, product_serves
 
 _library = torch.library.Library("coprune", "DEF")
+_FIELDS = "Tensor packed, Tensor starts, Tensor? bias, int inputs, ScalarType dtype, bool two_of_four"
 for _name in ("packed_linear", "packed_product"):
-    _library.define(
-        f"{_name}(Tensor x, Tensor packed, Tensor starts, Tensor? bias, int inputs, ScalarType dtype) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
+    _library.define(f"{_name}(Tensor x, {_FIELDS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def packed_linear(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, header: Header) -> Tensor:
+class Weight(NamedTuple):
+    """A packed weight and its bias, as the operators take them behind the inputs."""
+
+    packed: Tensor
+    """In the bitmask layout, as `for_kernels` gives it."""
+    starts: Tensor
+    """O + 1 int64, as `row_starts` gives them."""
+    bias: Tensor | None
+    """O, or None."""
+    inputs: int
+    """I."""
+    dtype: torch.dtype
+    two_of_four: bool
+    """Whether it `stores_two_of_four`."""
+
+
+def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     """Multiply by a packed weight.
 
     Args:
         x: … × I, floating, on the weight's device.
-        packed: the weight in the bitmask layout, as `for_kernels` gives it.
-        starts: O + 1 int64, as `row_starts` gives them.
-        bias: O, or None.
-        header: of the weight, O × I.
+        weight: O × I.
 
     Returns:
         … × O in x's dtype.
     """
     operators: Any = torch.ops.coprune
     kernel = operators.packed_linear.default if torch.is_grad_enabled() else operators.packed_product.default
-    y: Tensor = kernel(x, packed, starts, bias, header.shape[1], header.dtype)
+    y: Tensor = kernel(x, *weight)
     return y
 
 
-def unpacked_product(
-    x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype
-) -> Tensor:
-    """What the operators do on any device: the weight is unpacked for the length of the call. Arguments: as theirs."""
-    weight = dense_matrix(packed, _header(packed, starts, inputs, dtype))
-    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def unpacked_product(x: Tensor, *fields: Any) -> Tensor:
+    """What the operators do on any device: the weight is unpacked for the length of the call. fields: of a Weight."""
+    weight = Weight(*fields)
+    dense, bias = dense_matrix(weight.packed, _header(weight)), weight.bias
+    return functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _on_cpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+def _on_cpu(x: Tensor, *fields: Any) -> Tensor:
+    packed, starts, bias, inputs, dtype, _ = weight = Weight(*fields)
     library, outputs, batch = load_kernels(), starts.numel() - 1, x.numel() // inputs
     known = x.dtype == dtype and serves(dtype, None if bias is None else bias.dtype)
     if library is None or not known or not (bias is None or bias.is_contiguous()):
-        return unpacked_product(x, packed, starts, bias, inputs, dtype)
+        return unpacked_product(x, *weight)
     if batch > IN_KERNEL[dtype]:
-        return NativeMatrix(packed, starts, _header(packed, starts, inputs, dtype), bias, library).product(x)
+        return NativeMatrix(packed, starts, _header(weight), bias, library).product(x)
     bias_at = None if bias is None else bias.data_ptr()
     _, address = _kernel_matrix(packed.data_ptr(), starts.data_ptr(), bias_at, outputs, inputs, dtype)
     return multiply_at(address, x.contiguous(), outputs, batch)
 
 
-def on_gpu(x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
-    """What the operators do on CUDA. Arguments: as theirs."""
+def on_gpu(x: Tensor, *fields: Any) -> Tensor:
+    """What the operators do on CUDA. fields: of a Weight."""
+    packed, starts, bias, inputs, dtype, two_of_four = weight = Weight(*fields)
     header = _known_header(packed.numel(), starts.numel() - 1, inputs, dtype)
+    rows = x.reshape(-1, inputs)
+    if kernel_serves(rows, header):
+        kind, candidate = product_of_few(rows, packed, header, starts)
+    elif two_of_four and product_serves(rows, header):
+        kind, candidate = product_of_many(rows, packed, header)
+    else:
+        return unpacked_product(x, *weight)
 
-    def unpacked(x: Tensor) -> Tensor:
-        return unpacked_product(x, packed, starts, None, inputs, dtype)
+    def with_bias(rows: Tensor) -> Tensor:
+        y = candidate(rows)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    if not kernel_serves(x, header):
-        return unpacked_product(x, packed, starts, bias, inputs, dtype)
-    y = product_of_few(x.reshape(-1, inputs), packed, header, starts, unpacked)
-    return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], header.shape[0])
+    y = by_the_faster(kind, with_bias, lambda rows: unpacked_product(rows, *weight), rows)
+    return y.reshape(*x.shape[:-1], header.shape[0])
 
 
 @functools.lru_cache(8192)
@@ -93,9 +113,9 @@ def _kernel_matrix(
     return struct, ctypes.addressof(struct)
 
 
-def _header(packed: Tensor, starts: Tensor, inputs: int, dtype: torch.dtype) -> Header:
+def _header(weight: Weight) -> Header:
     """A header that says where what lies. How many values there are the bitmask knows; here they reach to the end."""
-    return _header_of(packed.numel(), starts.numel() - 1, inputs, dtype)
+    return _header_of(weight.packed.numel(), weight.starts.numel() - 1, weight.inputs, weight.dtype)
 
 
 def _header_of(nbytes: int, outputs: int, inputs: int, dtype: torch.dtype) -> Header:
@@ -107,15 +127,17 @@ def _header_of(nbytes: int, outputs: int, inputs: int, dtype: torch.dtype) -> He
 _known_header = functools.lru_cache(8192)(_header_of)
 
 
-def _shape_alone(
-    x: Tensor, packed: Tensor, starts: Tensor, bias: Tensor | None, inputs: int, dtype: torch.dtype
-) -> Tensor:
-    torch._check(x.shape[-1] == inputs, lambda: f"the input has {x.shape[-1]} columns; this layer takes {inputs}.")
-    return x.new_empty((*x.shape[:-1], starts.shape[0] - 1))
+def _shape_alone(x: Tensor, *fields: Any) -> Tensor:
+    weight = Weight(*fields)
+    torch._check(
+        x.shape[-1] == weight.inputs,
+        lambda: f"the input has {x.shape[-1]} columns; this layer takes {weight.inputs}.",
+    )
+    return x.new_empty((*x.shape[:-1], weight.starts.shape[0] - 1))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, starts, _, ctx.inputs, ctx.dtype = inputs
+    packed, starts, _, *ctx.plain = inputs[1:]
     ctx.save_for_backward(packed, starts)
 
 
@@ -124,10 +146,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, starts = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = grad @ dense_matrix(packed, _header(packed, starts, ctx.inputs, ctx.dtype)).to(grad.dtype)
+        to_x = grad @ dense_matrix(packed, _header(Weight(packed, starts, None, *ctx.plain))).to(grad.dtype)
     if ctx.needs_input_grad[3]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return to_x, None, None, to_bias, None, None
+    return to_x, None, None, to_bias, None, None, None
 
 
 for _name in ("packed_linear", "packed_product"):

@@ -1,16 +1,27 @@
-"""PyTorch's semi-structured (2:4) weights on NVIDIA GPUs from compute capability 8.0.
+"""PyTorch's semi-structured (2:4) products on NVIDIA GPUs: of dense layers that are converted, and of packed weights.
 
-Not measured: it was written without such a GPU. `bench` and `accelerate` measure before anything is converted.
+A packed weight that stores exactly two of every four inputs holds its values as torch's CUTLASS product takes them. What that
+wants beside them, the metadata, says the same as the bitmask in as many bits, in other codes and another order. It is made
+from the bitmask for every product, so nothing is held twice. Torch takes it on GPUs of compute capability 8.x.
+
+Not measured: it was written without such a GPU. `bench`, `accelerate` and the packed operator measure before they use it.
 """
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coprune.base.devices import capability
+from coprune.packed.header import Header
+from coprune.packed.proven import Kind, Product, gives_the_same
+from coprune.packed.two_of_four import CODES, COLUMNS, DTYPES, ROWS, fits
 
-DTYPES = (torch.float16, torch.bfloat16)
+INPUTS = 8
+"""What torch wants T to be a multiple of."""
 
 
 def is_two_of_four(weight: Tensor) -> bool:
@@ -25,15 +36,83 @@ def can_convert(linear: nn.Linear) -> bool:
     weight = linear.weight
     if capability(weight.device) < (8, 0) or weight.dtype not in DTYPES:
         return False
-    if weight.shape[0] % 32 or weight.shape[1] % 64:
+    if weight.shape[0] % ROWS or weight.shape[1] % COLUMNS:
         return False
     return is_two_of_four(weight)
 
 
-def semi_structured_linear(linear: nn.Linear) -> nn.Linear:
-    """A copy of the layer with a semi-structured weight (can_convert must hold). For inference only."""
+def semi_structured_linear(linear: nn.Linear) -> nn.Linear | None:
+    """A copy of the layer with a semi-structured weight (can_convert must hold), for inference; None where torch refuses it.
+
+    Which GPUs torch converts for depends on what it was built with.
+    """
     copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    weight = torch.sparse.to_sparse_semi_structured(linear.weight.detach().contiguous())
+    try:
+        weight = torch.sparse.to_sparse_semi_structured(linear.weight.detach().contiguous())
+    except RuntimeError:
+        return None
     copy.weight = nn.Parameter(weight, requires_grad=False)
     copy.bias = linear.bias
-    return copy.train(linear.training)
+    x = torch.randn(2 * INPUTS, linear.in_features).to(linear.weight)
+    return copy.train(linear.training) if gives_the_same(copy, linear, x) else None
+
+
+def convert_linears(model: nn.Module) -> int:
+    """Replace, in place, the linear layers that torch converts. Returns how many they are."""
+    replaced = 0
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and can_convert(module) and (made := semi_structured_linear(module)) is not None:
+            model.set_submodule(name, made)
+            replaced += 1
+    return replaced
+
+
+def product_serves(x: Tensor, header: Header) -> bool:
+    """Whether torch's product takes inputs (T × I) and a weight of such dtypes and shapes."""
+    return len(x) > 0 and x.dtype == header.dtype and fits(header)
+
+
+def product_of_many(x: Tensor, blob: Tensor, header: Header) -> tuple[Kind, Product]:
+    """What multiplies by torch's semi-structured product, and the kind of product that it would be.
+
+    Args:
+        x: T × I, which `product_serves`.
+        blob: a weight that `stores_two_of_four`, at aligned bytes of x's device.
+        header: of the weight, O × I.
+    """
+    # Prompts have all lengths: one measurement serves all of as many bits.
+    kind = Kind("semi-structured", x.device, header.shape, header.dtype, 10, len(x).bit_length())
+    return kind, partial(multiply, blob, header)
+
+
+def multiply(blob: Tensor, header: Header, x: Tensor) -> Tensor:
+    """The product itself. Arguments: those of `product_of_many`. Returns T × O."""
+    stored = blob[header.values_at : header.values_at + header.numel // 2 * header.dtype.itemsize]
+    values = stored.view(header.dtype).view(header.shape[0], -1)
+    padded = functional.pad(x, (0, 0, 0, -len(x) % INPUTS))
+    y: Tensor = torch._sparse_semi_structured_mm(values, metadata(blob, header), padded.t())
+    return y.t()[: len(x)].contiguous()
+
+
+def metadata(blob: Tensor, header: Header) -> Tensor:
+    """Where the values lie, as CUTLASS wants to read it.
+
+    Args:
+        blob: a weight that `stores_two_of_four`.
+        header: of the weight, O × I, multiples of ROWS and COLUMNS.
+
+    Returns:
+        O × I/16 int16, on its device: four bits of every four inputs, reordered.
+    """
+    pattern = blob[header.pattern_at : header.pattern_at + header.pattern_bytes]
+    codes = _codes_on(blob.device).index_select(0, pattern.int()).view(torch.int16)
+    # Row 32R + 8(2a + d) + b and column 2C + c go to row 32R + 4b + 2a + c and column 2C + d, where two columns lie beside each
+    # other and the pairs one after another.
+    rows, columns = header.shape[0], header.shape[1] // 16
+    parts = codes.view(rows // ROWS, 2, 2, 8, columns // 2, 2)  # R a d b C c
+    return parts.permute(4, 0, 3, 1, 5, 2).contiguous().view(rows, columns)
+
+
+@cache
+def _codes_on(device: torch.device) -> Tensor:
+    return torch.from_numpy(CODES).to(device)

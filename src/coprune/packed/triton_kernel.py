@@ -1,6 +1,6 @@
 """Decoding from bitmask-packed weights on a GPU, with Triton.
 
-No GPU has run it yet, only Triton's interpreter, so `of_few` lets it prove itself before it is used.
+No GPU has run it yet, only Triton's interpreter, so it proves itself (`proven`) before it is used.
 
 One program makes BLOCK_ROWS outputs. For a tile of rows and 32 · WORDS columns it reads the mask as 32-bit words, and
 finds each kept value by counting ones: those of earlier words of the row by a running sum, those below the own bit by

@@ -90,7 +90,7 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
         Kernel("native", product.prepare_natively, native_is_there),
         Kernel("torch", product.leave_packed),
     ),
-    # There it is the operator that chooses (packed/of_few).
+    # There it is the operator that chooses (packed/proven).
     ("packed_product", "cuda"): (Kernel("torch", product.leave_packed),),
     ("packed_product", "other"): (Kernel("torch", product.leave_packed),),
 }
