@@ -183,10 +183,10 @@ def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, floa
     walked, solved = (n * machine.launch_us * 1e-6 for n in (asked.walk_launches, asked.solve_launches))
     waits = asked.waits * machine.wait_us * 1e-6
     weights = 2 * shape.weights / giga
-    # In and out beside the computation; what the proof and the check of what was written copy is waited for.
-    beside = 2 * weights / machine.pinned_gbs if way.overlaps else 0.0
+    # Pinned, in beside the computation and out in its queue; what the proof and the check of what was written copy is waited for.
+    one_way = weights / machine.pinned_gbs if way.overlaps else 0.0
     waited_for = (asked.copies - (2 if way.overlaps else 0)) * weights / machine.pageable_gbs
-    computed = max(products + around + statistics, walked) + max(solving, solved) + waits
+    computed = max(products + around + statistics, walked) + max(solving, solved) + waits + one_way
     return {
         "products": products,
         "around them": around,
@@ -194,8 +194,8 @@ def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, floa
         "solving": solving,
         "launching": walked + solved,
         "waits": waits,
-        "copies": beside + waited_for,
-        "all": max(computed, beside) + waited_for,
+        "copies": 2 * one_way + waited_for,
+        "all": max(computed, one_way) + waited_for,
     }
 
 

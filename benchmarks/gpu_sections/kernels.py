@@ -159,7 +159,7 @@ def two_of_four(device: torch.device) -> Callable[[], str]:
             try:
                 y = semi_structured.multiply(layer.packed, layer.header, x)
             except RuntimeError as error:
-                return f"torch refuses it here, so the weight is unpacked: {first_line(error)}"
+                return f"torch refuses it here, so the weight is unpacked: {first_line(error).partition('. ')[0]}"
             wanted = torch.nn.functional.linear(x.double(), weight.double())
             worst = max(worst, float((y.double() - wanted).abs().max() / wanted.abs().max()))
         assert worst < 0.01, f"off by {worst:.3g} of the largest"

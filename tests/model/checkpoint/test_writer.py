@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.blocks import find_blocks
@@ -320,6 +321,31 @@ def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
     save_companions(model, None, tmp_path)
     assert model.config.to_dict() == before
     assert "experts_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_who_writes_beside_waits_for_what_a_device_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caller, waited = threading.get_ident(), []
+
+    def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
+        copy = tensor.clone()  # a device copies what is there when it is told to
+
+        def arrive() -> Tensor:
+            waited.append(threading.get_ident() != caller)
+            return copy
+
+        return arrive
+
+    monkeypatch.setattr(writer_module, "on_its_way", on_its_way)
+    writer = CheckpointWriter(tmp_path / "out", ["a", "b"], 0)
+    weight = torch.arange(6.0).reshape(2, 3).T
+    writer.write("a", {"x": weight}, beside=True)
+    weight.zero_()
+    writer.settle()
+    assert waited == [True]
+    assert torch.equal(tensors_of(writer.file("a").parent)["x"], torch.arange(6.0).reshape(2, 3).T)
+    writer.write("b", {"y": torch.ones(2)})
+    assert len(waited) == 1  # written at once, a copy is waited for as ever
+    writer.discard()
 
 
 def test_a_part_that_is_written_beside_is_there_when_it_is_settled(

@@ -27,6 +27,7 @@ from torch import Tensor
 from coprune.base.durable import full_disk_explained, name_durably, remove_unfinished, sync, write_durably, write_whole
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
 from coprune.model.checkpoint.part_files import copy_tensors, placed_entries, read_json_list, refuse_occupied
 from coprune.model.checkpoint.shards import (
@@ -121,9 +122,14 @@ class CheckpointWriter:
         """
         self.settle()
         self._note(part).unlink(missing_ok=True)
-        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        # Written beside, a device's tensors are copied into pinned memory, and nobody waits for that but the one who writes.
+        own = {name: tensor.detach() for name, tensor in tensors.items()}
+        coming: dict[str, Callable[[], Tensor]] = {
+            name: on_its_way(tensor) if beside else tensor.cpu for name, tensor in own.items()
+        }
 
         def store() -> None:
+            whole = {name: arrive().contiguous() for name, arrive in coming.items()}
             write_whole(self.file(part), lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
 
         if not beside:

@@ -53,8 +53,8 @@ def _passing_through(work: Workload, run: Settings) -> Iterator[tuple[str, float
     yield "reading", weights
     for count in run.evaluation_tokens if run.streamed else ():
         yield "perplexity", weights + _aside(run, count * work.block.hidden_bytes_per_token)
-    # A finished block is written as tensors, and as the file's bytes, while the next one is read.
-    written = 2 * work.block.weight_bytes if run.saved or run.streamed else 0
+    # A finished block is written as tensors, which are pinned, and as the file's bytes, while the next one is read.
+    written = 3 * work.block.weight_bytes if run.saved or run.streamed else 0
     yield "pruning", weights + written + _aside(run, _hidden(work, run))
     if run.saved:
         yield "writing", 2 * work.block.weight_bytes  # as tensors, and as the file's bytes
