@@ -30,12 +30,7 @@ from coprune.base.files import write_text
 from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
 from coprune.model.checkpoint.part_files import copy_tensors, placed_entries, read_json_list, refuse_occupied
-from coprune.model.checkpoint.shards import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorEntry,
-    read_entries,
-)
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
