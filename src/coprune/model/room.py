@@ -30,10 +30,7 @@ def require_room(
         memory: reads a device's memory.
     """
     needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
-    available, where = available_bytes(), "of memory"
-    if not in_host_memory(device):
-        there = memory(device)
-        available, where = None if there is None else there.available, f"on {device}"
+    available, where = room_on(device, memory)
     if available is None or needed <= available:
         return
     larger: Words = "use a larger machine" if in_host_memory(device) else ("compute with ", Set("device", "cpu"))
@@ -48,3 +45,13 @@ def require_room(
             Set("check_memory", False),
         ),
     )
+
+
+def room_on(
+    device: torch.device, memory: Callable[[torch.device], DeviceMemory | None] = device_memory
+) -> tuple[int | None, str]:
+    """Bytes that may still be taken where a device's tensors lie (None: nobody tells), and words for that place."""
+    if in_host_memory(device):
+        return available_bytes(), "of memory"
+    there = memory(device)
+    return None if there is None else there.available, f"on {device}"

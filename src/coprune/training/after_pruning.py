@@ -14,7 +14,7 @@ from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.model.checkpoint.companions import CARD_FILE
-from coprune.model.checkpoint.locate import holds_model
+from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
@@ -22,8 +22,10 @@ from coprune.report.card import model_card
 from coprune.report.figures import FinetunedFacts
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
+from coprune.training.one_device import training_device
 from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
+from coprune.training.room import require_room_to_train
 from coprune.training.run import run_finetuning
 from coprune.training.settings import FinetuneSettings, make_settings
 
@@ -45,6 +47,7 @@ def prune_and_finetune(
     """
     settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
     pruning = pruning_of(recipe)
+    _require_room(recipe, settings)
     done = processes.from_first(lambda: _pruned_before(recipe, pruning))
     if done is None:
         report = prune(pruning)
@@ -84,6 +87,15 @@ def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
         answers = answers.beside(report.answers)
     update = {"recipe": recipe, "finetuned": facts, "saved_model": found.saved_model, "answers": answers}
     return report.model_copy(update=update | {"no_answers": found.no_answers, "required": found.required})
+
+
+def _require_room(recipe: Recipe, settings: FinetuneSettings) -> None:
+    """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
+    if recipe.finetune.mode == "lora" or recipe.structure.remove or not recipe.model.check_memory:
+        return
+    where = locate(recipe.model.name, recipe.model.cache_dir)
+    distills = recipe.finetune.mode == "distill"
+    require_room_to_train(where, settings.optimizer, distills, training_device(settings.device))
 
 
 def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:

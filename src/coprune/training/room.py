@@ -1,0 +1,68 @@
+"""Whether a training of all weights has room, told before a run prunes for hours: a lower bound, from counts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from coprune.base.devices import DeviceMemory, device_memory
+from coprune.base.errors import BadInput
+from coprune.base.words import Set
+from coprune.model.checkpoint.locate import GgufFile, Location
+from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.room import room_on
+from coprune.model.walk.activations import GIB
+
+# A weight and its gradient in float32, and the moments of the optimiser.
+TRAINED_BYTES = {"adamw": 16, "sgd": 12, "adafactor": 8}
+
+
+def require_room_to_train(
+    location: Location,
+    optimizer: str,
+    distills: bool,
+    device: torch.device,
+    memory: Callable[[torch.device], DeviceMemory | None] = device_memory,
+) -> None:
+    """Raise BadInput if a model's weights could not all be trained in the memory of a device.
+
+    Activations are not counted, so a training that passes may still not fit.
+
+    Args:
+        location: the model that is to be pruned and then trained, and the teacher of a distillation.
+        optimizer: as the settings of a fine-tuning name it.
+        distills: whether the dense model lies beside the trained one.
+        device: where both go.
+        memory: reads a device's memory.
+    """
+    weights, stored = _sizes(location)
+    needed = weights * TRAINED_BYTES[optimizer] + (stored if distills else 0)
+    available, where = room_on(device, memory)
+    if available is None or needed <= available:
+        return
+    raise BadInput(
+        f"training all weights of {location.name} takes {needed / GIB:.1f} GiB {where} at least, and "
+        f"{available / GIB:.1f} are there",
+        field="finetune",
+        fix=(
+            "use ",
+            Set("preset", "best"),
+            " or ",
+            Set("finetune", "lora"),
+            ", or try it all the same with ",
+            Set("check_memory", False),
+        ),
+    )
+
+
+def _sizes(location: Location) -> tuple[int, int]:
+    """Weights of a model, and their bytes once loaded."""
+    if isinstance(location, GgufFile):
+        from gguf import GGUFReader
+
+        weights = sum(int(tensor.n_elements) for tensor in GGUFReader(location.path).tensors)
+        return weights, 4 * weights  # decoded to float32
+    entries = checkpoint_entries(location.path).values()
+    return sum(math.prod(entry.shape) for entry in entries), sum(entry.nbytes for entry in entries)

@@ -1,0 +1,67 @@
+"""A training of all weights that could never fit is refused before anything is pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coprune.base.devices import DeviceMemory
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from coprune.training import room
+from coprune.training.room import TRAINED_BYTES, require_room_to_train
+from support.pico import pico_model
+from support.pruned import save, write_text
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("room") / "dense"
+    save(pico_model("llama", vocab_size=1002), folder)
+    return folder
+
+
+def room_of(available: int) -> DeviceMemory:
+    return DeviceMemory("cuda:0", allocated=0, peak=0, available=available)
+
+
+@pytest.mark.parametrize("optimizer", TRAINED_BYTES)
+@pytest.mark.parametrize("distills", [False, True])
+def test_the_bound_is_weights_gradients_moments_and_the_teacher(dense: Path, optimizer: str, distills: bool) -> None:
+    weights = pico_model("llama", vocab_size=1002).num_parameters()
+    needed = weights * (TRAINED_BYTES[optimizer] + 4 * distills)
+    where = ModelFolder(dense, "pico")
+    require_room_to_train(where, optimizer, distills, GPU, lambda device: room_of(needed))
+    with pytest.raises(
+        BadInput, match=r"training all weights of pico takes .* GiB on cuda:0 at least, and .* are there"
+    ):
+        require_room_to_train(where, optimizer, distills, GPU, lambda device: room_of(needed - 1))
+
+
+def test_a_file_of_rounded_weights_is_counted_as_it_is_loaded() -> None:
+    where = locate("smollm2-135m")
+    assert isinstance(where, GgufFile)
+    needed = 20 * 134_515_008  # the embeddings, which the head shares, once
+    require_room_to_train(where, "adamw", True, GPU, lambda device: room_of(needed))
+    with pytest.raises(BadInput, match=r"2\.5 GiB"):
+        require_room_to_train(where, "adamw", True, GPU, lambda device: room_of(needed - 1))
+
+
+def test_nothing_is_pruned_for_a_training_without_room(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_text(tmp_path / "text.txt", 200)
+    asked = {"model": str(dense), "dataset": str(text), "pattern": "2:4", "seqlen": 16, "nsamples": 2, "device": "cpu"}
+    asked |= {"save": tmp_path / "run", "finetune": "distill", "evaluate": False, "gate": False, "finetune_tokens": 16}
+    monkeypatch.setattr(room, "room_on", lambda device, memory: (1000, "of memory"))
+    with pytest.raises(BadInput, match="training all weights"):
+        run_recipe(make_recipe(asked))
+    assert not (tmp_path / "run").exists()
+    run_recipe(make_recipe(asked | {"check_memory": False}))
+    assert (tmp_path / "run" / "finetune" / "model").is_dir()
