@@ -35,7 +35,7 @@ class TrainingArguments(TypedDict, total=False):
     masked: bool
     move_zeros: float | None
     teacher: str | Path | None
-    temperature: float
+    temperature: float | None
     kl_weight: float
     hidden_weight: float | None
     text_weight: float

@@ -120,14 +120,15 @@ def _objective(session: Session, first: bool) -> Objective | None:
     hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
     counterparts = _counterparts(session, teacher) if hidden else []
     hidden = 0.0 if counterparts is None else hidden
-    weights = (settings.temperature, settings.kl_weight, hidden, settings.text_weight)
+    temperature = settings.temperature or (1.0 if session.block_size is not None else 2.0)
+    weights = (temperature, settings.kl_weight, hidden, settings.text_weight)
     if settings.top_k is None:
         return Distillation(teacher, *weights, counterparts or [])
     cache = TeacherCache(session.training_folder / "teacher")
     tokens = session.data.train.tokens
     with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
         if first:
-            cache.fill(teacher, tokens, settings.top_k, settings.temperature, device, advance)
+            cache.fill(teacher, tokens, settings.top_k, temperature, device, advance)
     return Distillation(cache, *weights)
 
 

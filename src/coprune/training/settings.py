@@ -118,7 +118,11 @@ class FinetuneSettings(BaseModel):
         Field(description="dense, distill: let zeros move, drawn by a penalty so strong (ELSA: 0.01).", gt=0),
     ] = None
     teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model.")] = None
-    temperature: Annotated[float, _RESULT, Field(description="distill: of the compared distributions.", gt=0)] = 2.0
+    temperature: Annotated[
+        float | None,
+        _RESULT,
+        Field(description="distill: of the compared distributions. [1 of text, 2 of images]", gt=0),
+    ] = None
     kl_weight: Annotated[float, _RESULT, Field(description="distill: weight of the logits' divergence.", ge=0)] = 1.0
     hidden_weight: Annotated[
         float | None,
@@ -138,9 +142,7 @@ class FinetuneSettings(BaseModel):
         str, _RESULT, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
     ] = "auto"
     evaluations: Annotated[
-        int,
-        _RESULT,
-        Field(description="How many times during the training to measure the loss on held-out samples.", ge=0),
+        int, _RESULT, Field(description="How often the loss on held-out samples is measured.", ge=0)
     ] = 5
     held_out: Annotated[
         float,
