@@ -57,7 +57,7 @@ def source_windows(
     if reads_conversations(source):
         if tokenizer[1] is None:
             raise BadInput(
-                "conversations need a tokenizer", field="tokenizer", fix=("give it with ", Setting("tokenizer"))
+                "conversations need a tokenizer", field="processor", fix=("give it with ", Setting("processor"))
             )
         return packed(read_conversations(source.name, tokenizer[1], column), nsamples, seqlen, seed, source.name)
     name = source.name if column is None else f"{source.name}:{column}"

@@ -224,7 +224,7 @@ def _first_windows(given: GivenTokens, nsamples: int, seqlen: int) -> Tensor:
 def _needed(tokenizer: Tokenizes | None) -> Tokenizes:
     if tokenizer is None:
         needs = "a model in memory needs its tokenizer to read text"
-        raise BadInput(needs, field="tokenizer", fix=("give it with ", Setting("tokenizer")))
+        raise BadInput(needs, field="processor", fix=("give it with ", Setting("processor")))
     return tokenizer
 
 

@@ -85,7 +85,7 @@ def own_documents(
     tokenizer, options = loaded.tokenizer, source.options
     if tokenizer is None:
         raise BadInput(
-            "a model needs its tokenizer to write", field="tokenizer", fix=("give it with ", Setting("tokenizer"))
+            "a model needs its tokenizer to write", field="processor", fix=("give it with ", Setting("processor"))
         )
     given = prompt_ids(source, tokenizer, loaded.model)
     length = min(int(options.get("length", seqlen - 1)), seqlen - 1)
