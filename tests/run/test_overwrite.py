@@ -78,7 +78,9 @@ def test_overwrite_replaces_run_and_model_and_nothing_else(place: Path, run: Cal
     folders = ["--save", "run", "--save-model", "run/pruned"]
     assert run(*folders)[0] == 0
     (place / "run" / "notes.txt").write_text("mine")
-    (place / "run" / "bench.json").write_text("{}")
+    ours = [place / "run" / name for name in ("bench.json", "search.json")]
+    for file in ours:
+        file.write_text("{}")
     code, said = run(*folders, "--sparsity", "0.75")
     assert code == 2
     assert "--overwrite" in said
@@ -89,7 +91,7 @@ def test_overwrite_replaces_run_and_model_and_nothing_else(place: Path, run: Cal
     assert run(*folders, "--sparsity", "0.75", "--overwrite")[0] == 0
     assert json.loads((place / "run" / "report.json").read_text())["sparsity"]["matrices"] == 0.75
     assert (place / "run" / "notes.txt").read_text() == "mine"
-    assert not (place / "run" / "bench.json").exists()
+    assert not any(file.exists() for file in ours)
     assert "overwrite" not in (place / "run" / "recipe.yaml").read_text()
 
 

@@ -13,7 +13,7 @@ from coprune.report.folder import REPORT_FILE
 from coprune.report.links import PAGE_FILE
 from coprune.report.schema import DISTRIBUTIONS_FILE
 
-_FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "bench.json", "log_*.txt")
+_FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "search.json", "bench.json", "log_*.txt")
 # Of runs of two halves.
 _FOLDERS = ("pruned", "finetune", "cut", "zeros")
 
