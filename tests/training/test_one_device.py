@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from coprune.base.errors import BadInput
 from coprune.recipe.recipe import make_recipe
-from coprune.training.after_pruning import pruning_of, settings_of
+from coprune.training.after_pruning import settings_of
 from coprune.training.one_device import arguments_on, training_device
 from coprune.training.settings import make_settings
 from support.pruned import settings_for
@@ -53,16 +52,6 @@ def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert training_device("auto") == torch.device("cuda", 1)
-
-
-def test_a_pruning_hands_on_how_it_is_trained() -> None:
-    how: dict[str, Any] = {"finetune_tokens": 4096, "finetune_lr": 2e-4, "finetune_accumulate": 2}
-    recipe = make_recipe({"model": "m", "finetune": "distill", "finetune_dtype": "bfloat16", **how})
-    found = settings_of(recipe)
-    assert (found.tokens, found.rate, found.accumulate, found.bf16) == (4096, 2e-4, 2, True)
-    assert found.teacher == "m"
-    alone = pruning_of(recipe).finetune
-    assert alone == type(alone)()
 
 
 def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
