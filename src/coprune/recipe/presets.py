@@ -26,6 +26,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,
     },
+    # What `balanced` leaves, then the whole model toward the dense one: reaches what no block alone can mend.
+    "max": {
+        "method": "sparsegpt",
+        "propagation": "sequential",
+        "refine": ("refit:rounds=10",),
+        "reconstruct": 6,
+        "reconstruct_tokens": 6144,
+        "reconstruct_dtype": "bfloat16",
+        "batch_size": 2,
+        "finetune": "distill",
+        "finetune_tokens": 81_920,
+        "finetune_lr": 4e-4,
+        "finetune_accumulate": 1,
+        "finetune_dtype": "bfloat16",
+    },
 }
 
 

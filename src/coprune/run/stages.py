@@ -21,6 +21,8 @@ from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import Extras
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
+from coprune.model.checkpoint.load import load_model, load_processor
+from coprune.model.checkpoint.locate import locate
 from coprune.model.edits import Edits
 from coprune.model.opened import choose_device
 from coprune.model.verify import verify_saved
@@ -60,7 +62,7 @@ class Result(Shown):
     processor: Any = None
     """Tokenizer or image processor; None where no model was opened, or it has none."""
     made: Callable[[], PreTrainedModel | None] = lambda: None
-    """Gives the model; one that lost parts is built when it is first asked for."""
+    """Gives the model; one that lost parts, or was trained, is built or loaded when it is first asked for."""
 
     @cached_property
     def model(self) -> PreTrainedModel | None:
@@ -197,7 +199,11 @@ def _run_tuned(recipe: Recipe, given: Given, around: Surroundings) -> Result:
     def prune_only(pruning: Recipe) -> Report:
         return run_recipe(pruning, given, around.reporter, processes=around.processes).report
 
-    return Result(prune_and_finetune(recipe, prune_only, around.reporter, around.processes))
+    report = prune_and_finetune(recipe, prune_only, around.reporter, around.processes)
+    if report.saved_model is None:  # adapters that are not merged
+        return Result(report)
+    where = locate(report.saved_model)
+    return Result(report, load_processor(where, report.model.task), lambda: load_model(where, processed=False)[0])
 
 
 def _run_both(recipe: Recipe, given: Given, around: Surroundings, write: bool) -> Result:
