@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import coprune
+from coprune.base.errors import BadInput
 from coprune.recipe.recipe import make_recipe
 from coprune.training.after_pruning import pruning_of, settings_of
 from coprune.training.masks import find_masks
 from support.pico import pico_model
 from support.pruned import save, write_text
+from support.words import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,18 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
     assert found.teacher == "m"
     alone = pruning_of(recipe).finetune
     assert alone == type(alone)()
+
+
+def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path) -> None:
+    model = pico_model("llama", vocab_size=1002, num_hidden_layers=2)
+    small: dict[str, Any] = {"pattern": "2:4", "seqlen": 16, "nsamples": 2, "evaluate": False, "gate": False}
+    small |= {"dataset": str(write_text(tmp_path / "text.txt", 700)), "tokenizer": word_tokenizer(), "quiet": True}
+    with pytest.raises(BadInput, match="in memory alone; name the model's folder, or use finetune='dense'"):
+        coprune.prune(model, finetune="distill", save=tmp_path / "distilled", **small)
+    assert not (tmp_path / "distilled").exists()
+    found = coprune.prune(model, finetune="dense", finetune_tokens=32, save=tmp_path / "run", **small)
+    assert found.report.finetuned is not None
+    assert found.model is not model
 
 
 def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_path: Path) -> None:

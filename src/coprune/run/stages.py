@@ -199,7 +199,7 @@ def _run_tuned(recipe: Recipe, given: Given, around: Surroundings) -> Result:
     def prune_only(pruning: Recipe) -> Report:
         return run_recipe(pruning, given, around.reporter, processes=around.processes).report
 
-    report = prune_and_finetune(recipe, prune_only, around.reporter, around.processes)
+    report = prune_and_finetune(recipe, prune_only, around.reporter, around.processes, given.loaded is not None)
     if report.saved_model is None:  # adapters that are not merged
         return Result(report)
     where = locate(report.saved_model)

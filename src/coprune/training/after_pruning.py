@@ -12,7 +12,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import path_of, write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
-from coprune.base.words import Setting
+from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.finetune import FinetunePart
@@ -31,7 +31,11 @@ from coprune.training.settings import FinetuneSettings, make_settings
 
 
 def prune_and_finetune(
-    recipe: Recipe, prune: Callable[[Recipe], Report], reporter: Reporter, processes: Processes
+    recipe: Recipe,
+    prune: Callable[[Recipe], Report],
+    reporter: Reporter,
+    processes: Processes,
+    in_memory: bool = False,
 ) -> Report:
     """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
 
@@ -40,6 +44,7 @@ def prune_and_finetune(
         prune: runs a recipe.
         reporter: who hears of it.
         processes: this one among those of the run.
+        in_memory: whether the model was handed over, so that its name need not lead to files.
 
     Returns:
         The report of the run, which speaks of the fine-tuned model; that of the fine-tuning alone is
@@ -47,7 +52,7 @@ def prune_and_finetune(
     """
     settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
     pruning = pruning_of(recipe)
-    _require_room(recipe, settings)
+    processes.from_first(lambda: _require_teacher(recipe) if in_memory else _require_room(recipe, settings))
     done = processes.from_first(lambda: _pruned_before(recipe, pruning))
     if done is None:
         report = prune(pruning)
@@ -87,6 +92,21 @@ def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
         answers = answers.beside(report.answers)
     update = {"recipe": recipe, "finetuned": facts, "saved_model": found.saved_model, "answers": answers}
     return report.model_copy(update=update | {"no_answers": found.no_answers, "required": found.required})
+
+
+def _require_teacher(recipe: Recipe) -> None:
+    """Refuse a distillation from a model that is in memory alone, where pruning changes it."""
+    if recipe.finetune.mode != "distill":
+        return
+    try:
+        locate(recipe.model.name, recipe.model.cache_dir)
+    except BadInput:
+        raise BadInput(
+            f"distillation loads the dense model anew, and {recipe.model.name} is in memory alone",
+            field="finetune",
+            value=recipe.finetune.mode,
+            fix=("name the model's folder, or use ", Set("finetune", "dense")),
+        ) from None
 
 
 def _require_room(recipe: Recipe, settings: FinetuneSettings) -> None:
