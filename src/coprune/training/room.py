@@ -12,6 +12,7 @@ from coprune.base.errors import BadInput
 from coprune.base.words import Set
 from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.gguf.reader import gguf_reader
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 
@@ -60,9 +61,7 @@ def require_room_to_train(
 def _sizes(location: Location) -> tuple[int, int]:
     """Weights of a model, and their bytes once loaded."""
     if isinstance(location, GgufFile):
-        from gguf import GGUFReader
-
-        weights = sum(int(tensor.n_elements) for tensor in GGUFReader(location.path).tensors)
+        weights = sum(int(tensor.n_elements) for tensor in gguf_reader(location.path, field="model").tensors)
         return weights, 4 * weights  # decoded to float32
     entries = checkpoint_entries(location.path).values()
     return sum(math.prod(entry.shape) for entry in entries), sum(entry.nbytes for entry in entries)

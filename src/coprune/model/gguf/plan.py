@@ -18,6 +18,7 @@ from coprune.model.checkpoint.shards import read_json
 from coprune.model.edit import Configure
 from coprune.model.gguf.metadata import Counts, architecture, corrected, read_fields
 from coprune.model.gguf.pieces import EXACT, Matcher, Piece
+from coprune.model.gguf.reader import gguf_reader
 from coprune.model.gguf.smaller import Exported, exported, made, planned_shape, whole_tensors
 from coprune.model.gguf.types import decode, tensor_type
 from coprune.model.gguf.verify import STORED_ERROR, WORST_ERROR, require_same_source
@@ -68,7 +69,7 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
         UnsupportedModel: its tensors cannot be told apart.
     """
     reporter.say(f"Reading {file.name} and finding what its tensors were made of")
-    reader = _reader(file)
+    reader = gguf_reader(file.path, field="like")
     reference, tolerance = _reference(file, source, reader, reporter)
     with reporter.bar("Matching", len(reader.tensors)) as advance:
         pieces = Matcher(reference, tolerance).find(_each(reader, advance))
@@ -105,19 +106,6 @@ def _each(reader: Any, advance: Callable[[float], None]) -> Iterator[tuple[str, 
     for stored in reader.tensors:
         yield stored.name, decode(stored)
         advance(1)
-
-
-def _reader(file: GgufFile) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise BadInput(
-            "GGUF files need the package gguf, which is not installed", fix="pip install 'coprune[gguf]'"
-        ) from None
-    try:
-        return GGUFReader(file.path)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise BadInput(f"{file.path} cannot be read ({error})", field="like", fix="fetch it again") from error
 
 
 def planned(example: Example, source: Exported, kind: str) -> Plan:
