@@ -6,18 +6,20 @@ from typing import Any
 
 from coprune.base.errors import unknown_name
 
+_BALANCED: dict[str, Any] = {
+    "method": "sparsegpt",
+    "propagation": "sequential",
+    "refine": ("refit:rounds=10",),
+    "reconstruct": 6,
+    "reconstruct_tokens": 6144,
+    "reconstruct_dtype": "bfloat16",
+    "batch_size": 2,
+}
+
 # What each of them measured, and what was tried instead, is in docs/methods.md and LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
-    "balanced": {
-        "method": "sparsegpt",
-        "propagation": "sequential",
-        "refine": ("refit:rounds=10",),
-        "reconstruct": 6,
-        "reconstruct_tokens": 6144,
-        "reconstruct_dtype": "bfloat16",
-        "batch_size": 2,
-    },
+    "balanced": _BALANCED,
     "best": {
         "method": "alps",
         "propagation": "sequential",
@@ -28,13 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # What `balanced` leaves, then the whole model toward the dense one: reaches what no block alone can mend.
     "max": {
-        "method": "sparsegpt",
-        "propagation": "sequential",
-        "refine": ("refit:rounds=10",),
-        "reconstruct": 6,
-        "reconstruct_tokens": 6144,
-        "reconstruct_dtype": "bfloat16",
-        "batch_size": 2,
+        **_BALANCED,
         "finetune": "distill",
         "finetune_tokens": 81_920,
         "finetune_lr": 4e-4,
