@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -120,6 +119,7 @@ def measure(settings: dict[str, Any]) -> None:
 def prune(settings: dict[str, Any]) -> dict[str, Any]:
     """Prune (and train, where a preset does), then measure the result beside the dense model."""
     import coprune
+    from coprune.base.memory import peak_memory
 
     how = how_to(settings["method"])
     how |= {"pattern": settings["pattern"]} if ":" in settings["pattern"] else {"sparsity": float(settings["pattern"])}
@@ -131,13 +131,13 @@ def prune(settings: dict[str, Any]) -> dict[str, Any]:
     same = {name: settings[name] for name in ("nsamples", "seqlen", "seed")}
     result = coprune.prune(settings["model"], dataset=COLUMNS[0], evaluate=False, gate=False, prompt="", **how, **same)
     report, tuned = result.report, result.report.finetuned
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    trained, peak = (0.0, report.peak_memory_bytes) if tuned is None else (60 * tuned.minutes, peak_memory())
     errors = [m.relative_layer_error for m in report.matrices if m.relative_layer_error is not None]
     found = figures_of(settings, result.model, result.processor) | {
         "layer_error": statistics.fmean(errors) if errors else None,
-        "seconds": report.prune_seconds + (0 if tuned is None else 60 * tuned.minutes),
-        "training_seconds": 0 if tuned is None else 60 * tuned.minutes,
-        "memory": report.peak_memory_bytes if tuned is None else peak,
+        "seconds": report.prune_seconds + trained,
+        "training_seconds": trained,
+        "memory": peak,
         "sparsity": report.sparsity.matrices,
         "versions": report.versions,
     }

@@ -66,8 +66,6 @@ def gives_the_same(candidate: Product, known: Product, x: Tensor) -> bool:
     wanted = known(x)
     try:
         found = candidate(x)
-    except (
-        Exception
-    ):  # of Triton's compiler, of the C compiler that it calls, of the driver, of torch: each has its own types
+    except Exception:  # of torch, the driver, Triton's compiler or the one that it calls: each has its own types
         return False
     return float((found - wanted).abs().max()) <= TOLERANCE[x.dtype] * float(wanted.abs().max())  # NaN is not
