@@ -185,8 +185,8 @@ def processor_name() -> str:
 def markdown(cells: list[dict[str, Any]]) -> str:
     """One row per method and pattern; mean ± standard deviation over the seeds."""
     first = cells[0]
-    names = ("pattern", "method", "Wikipedia", "novels", "loss left", "KL to dense", "KL along own answers")
-    names += ("layer error", "seconds (of them training)", "peak GiB", "measured")
+    names = ["pattern", "method", "Wikipedia", "novels", "loss left", "KL to dense", "KL along own answers"]
+    names += ["layer error", "seconds (of them training)", "peak GiB", "measured"]
     lines = [
         f"{first['model']}, {first['nsamples']} × {first['seqlen']} calibration tokens, perplexity at sequence length "
         f"{first['seqlen']} on {first['eval_tokens']:,} tokens of each text. Loss left: (perplexity − dense) ÷ "
