@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 import coprune
@@ -56,13 +57,19 @@ def kinds(nsamples: int, prompts: str = "PROMPTS") -> dict[str, tuple[str, int]]
 
 
 @torch.no_grad()
-def divergence(dense: Any, pruned: Any, pairs: list[tuple[list[int], list[int]]]) -> float:
+def along(model: Any, answer: tuple[list[int], list[int]]) -> Tensor:
+    """What a model would write at each token of an answer: logarithms of probabilities, a row per token."""
+    prompt, written = answer
+    found: Tensor = model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1]
+    return found.float().log_softmax(-1)
+
+
+def divergence(expected: list[Tensor], pruned: Any, pairs: list[tuple[list[int], list[int]]]) -> float:
     """Mean of KL(dense ‖ pruned) in nats over the tokens of the dense model's answers."""
-    found = []
-    for prompt, answer in pairs:
-        tokens, first = torch.tensor([prompt + answer]), len(prompt) - 1
-        expected, other = (model(tokens).logits[0, first:-1].float().log_softmax(-1) for model in (dense, pruned))
-        found += functional.kl_div(other, expected, log_target=True, reduction="none").sum(-1).tolist()
+    found: list[float] = []
+    for dense, pair in zip(expected, pairs, strict=True):
+        apart = functional.kl_div(along(pruned, pair), dense, log_target=True, reduction="none")
+        found += apart.sum(-1).tolist()
     return statistics.fmean(found)
 
 
@@ -94,14 +101,17 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
     dense: Any = coprune.prune(
         arguments.model, sparsity=0.0, method="magnitude", evaluate=False, layer_error=False
     ).model
+    expected = [along(dense, pair) for pair in pairs]
     columns = (*TEXTS, "KL", "loops", "ended", "tokens", "loops at 0.8", "ended", "tokens")
     print("| by | pattern | calibrated on | seed | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 4) + "|", flush=True)
     common: Any = dict(eval_data=",".join(TEXTS), eval_tokens=arguments.tokens, generate=measured, generate_tokens=64)
     known = False
     for pattern in arguments.pattern or ["2:4", "unstructured"]:
-        for kind, (data, samples) in kinds(arguments.nsamples, calibrated).items():
-            for seed in arguments.seeds if kind in (arguments.only or [kind]) else []:
+        for seed in arguments.seeds:
+            for kind, (data, samples) in kinds(arguments.nsamples, calibrated).items():
+                if kind not in (arguments.only or [kind]):
+                    continue
                 settings = common | dict(dataset=data, nsamples=samples, seqlen=arguments.seqlen, seed=seed)
                 settings |= WAYS[arguments.by] | dict(pattern=pattern, evaluate_dense=not known)
                 result = coprune.prune(arguments.model, **settings)
@@ -115,7 +125,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
                     figures += [figure for way in ways for figure in written(way, is_dense=True)]
                     print("| dense | | | | " + " | ".join(figures) + " |", flush=True)
                 figures = [f"{one.pruned:.2f}" for one in report.perplexity]
-                figures.append(f"{divergence(dense, result.model, pairs):.3f}")
+                figures.append(f"{divergence(expected, result.model, pairs):.3f}")
                 figures += [figure for way in ways for figure in written(way)]
                 print(f"| {arguments.by} | {pattern} | {kind} | {seed} | " + " | ".join(figures) + " |", flush=True)
 
