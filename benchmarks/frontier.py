@@ -26,6 +26,7 @@ from typing import Any
 import altair as alt
 import torch
 from gguf import GGUFReader
+from quality import processor_name
 from torch import Tensor
 
 import coprune
@@ -38,6 +39,7 @@ from coprune.evaluation.perplexity import window_nll
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.gguf.llama_cpp import LlamaCpp
+from coprune.report.made import MadeFacts
 
 FILES = ("f16", "q8_0", "q4_k_m", "q3_k_m", "q2_k")
 """Types of GGUF files: of the dense model all, without a quarter of its channels the first three."""
@@ -45,7 +47,7 @@ PATTERNS = ("50%", "60%", "70%", "80%", "2:4")
 WAYS, GRIDS = ("sparsegpt", "balanced", "best"), ("bf16", "int8", "int4")
 TEXTS = ("embedded", "embedded-lambada")
 SPEEDS = {"decode": ".0f", "prefill": ".0f", "peak": ".2f"}
-COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", "decode", "prefill", "peak GiB")
+COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", "decode", "prefill", "peak GiB", "measured")
 
 
 def main() -> None:
@@ -84,6 +86,8 @@ def measure_row(asked: argparse.Namespace, name: str) -> None:
         command = [sys.executable, __file__, "--run", str(runs), "--threads", str(asked.threads)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         row |= json.loads(said.splitlines()[-1])
+    made = MadeFacts.here()
+    row["measured"] = f"{made.date:%Y-%m-%d}, {made.commit}, {processor_name()}"
     write_text(kept(asked, name), json.dumps({"row": name} | row, indent=1))
 
 
@@ -94,14 +98,30 @@ def make_row(asked: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path
         source = moved(asked) if way == "dense" else pruned(asked, way, {"remove": "channels=0.25"})[0]
         file = exported(asked, source, stored)
         return {"model": str(file), "bytes": file.stat().st_size, "bits": bits_of_file(file)}, file
-    target = {"pattern": pattern[0]} if ":" in pattern[0] else {"sparsity": float(pattern[0].rstrip("%")) / 100}
-    grid = {} if stored == "bf16" else {"quantize": "int4:group=64" if stored == "int4" else stored}
-    chosen = {"preset": way} if way in WAYS[1:] else {"method": way, "propagation": "sequential"}
-    folder, report = pruned(asked, name, {**chosen, **target, **grid})
+    folder, report = pruned(asked, name, how_to(way, pattern[0], stored), of=source_of(asked, name))
     if (values := report["quantized"]) is not None:
         size = {"bytes": values["total_bytes"], "bits": 8 * values["matrix_bytes"] / values["weights"]}
         return {"model": str(folder), **size, "counted": True}, None
     return {"model": str(folder), **packed(folder)}, folder.with_name(f"{folder.name}-packed")
+
+
+def how_to(way: str, pattern: str, stored: str) -> dict[str, Any]:
+    """Settings of a row that is pruned or rounded, or both."""
+    target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern.rstrip("%")) / 100}
+    grid = {} if stored == "bf16" else {"quantize": "int4:group=64" if stored == "int4" else stored}
+    if way == "sparsegpt" or grid:
+        # What a preset left is rounded where it is not zero.
+        chosen = {"method": "sparsegpt", "propagation": "sequential"}
+        return chosen | grid | (target if way == "sparsegpt" else {"sparsity": 0.0})
+    return {"preset": way} | target
+
+
+def source_of(asked: argparse.Namespace, name: str) -> Path:
+    """What a row is made of: the dense model, or for a preset that is rounded, what the preset left in bfloat16."""
+    way, pattern, stored = name.split()
+    if way == "sparsegpt" or stored == "bf16":
+        return moved(asked)
+    return pruned(asked, f"{way} {pattern} bf16", how_to(way, pattern, "bf16"))[0]
 
 
 def moved(asked: argparse.Namespace) -> Path:
@@ -141,13 +161,17 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
     return windows.index_fill_(1, torch.tensor([0]), tokenizer.bos_token_id) if puts else windows
 
 
-def pruned(asked: argparse.Namespace, name: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """A folder that is pruned as a row says, and its report. What is there is not made again."""
+def pruned(
+    asked: argparse.Namespace, name: str, settings: dict[str, Any], of: Path | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """A folder that is pruned as a row says, and its report. What is there is not made again. of: [the dense model]."""
     folder, run = asked.folder / "models" / kept(asked, name).stem, asked.folder / "runs" / kept(asked, name).stem
     if not (run / "report.json").exists():
         data = {"dataset": TEXTS[0], "nsamples": asked.samples, "seqlen": asked.seqlen, "evaluate": False}
         places = {"save": run, "save_model": folder}
-        coprune.prune(moved(asked), dtype="bfloat16", stream=False, prompt="", gate=False, **data, **places, **settings)
+        coprune.prune(
+            of or moved(asked), dtype="bfloat16", stream=False, prompt="", gate=False, **data, **places, **settings
+        )
     return folder, json.loads((run / "report.json").read_text())
 
 
@@ -209,7 +233,7 @@ def line(row: dict[str, Any]) -> str:
     size = f"{row['bytes'] / 1e6:.1f}{' counted' if row.get('counted') else ''}"
     measured = [f"{row[text]:.2f}" for text in TEXTS] + [f"{row['kl']:.3f}"]
     speed = [format(row[key], digits) if key in row else "–" for key, digits in SPEEDS.items()]
-    return f"| {' | '.join([row['row'], size, format(row['bits'], '.2f'), *measured, *speed])} |"
+    return f"| {' | '.join([row['row'], size, format(row['bits'], '.2f'), *measured, *speed, row['measured']])} |"
 
 
 def draw(found: list[dict[str, Any]], folder: Path) -> None:

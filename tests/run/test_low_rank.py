@@ -25,7 +25,6 @@ from coprune.model.low_rank import Factors, factors_below, give, take_away, with
 from coprune.model.matrices import find_matrices
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import make_recipe
-from coprune.training.history import History
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.saved import tensors_of
@@ -110,8 +109,6 @@ def test_what_is_saved_is_the_sum_in_memory(
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "streamed" / "adapter" / file).read_bytes() == (adapter / file).read_bytes()
     assert streamed.report.low_rank == result.report.low_rank
-    assert History.read(tmp_path / "pruned").adapted
-    assert not History.read(place / family).adapted
 
 
 def test_later_blocks_see_the_sum(place: Path) -> None:
@@ -138,7 +135,7 @@ def test_later_blocks_see_the_sum(place: Path) -> None:
     assert (seen[0] - seen[1]).abs().max() > 0.01
 
 
-def test_the_report_counts_what_is_added(place: Path, tmp_path: Path) -> None:
+def test_the_report_counts_what_is_added(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = coprune.prune(place / "llama", "wanda", save_model=tmp_path / "pruned", **settings(place))
     facts, matrices = result.report.low_rank, result.report.matrices
     assert facts is not None
@@ -152,7 +149,10 @@ def test_the_report_counts_what_is_added(place: Path, tmp_path: Path) -> None:
     assert facts.sparse_bytes == weights // 4 * 2 * (32 + 2) // 8 + 4 * (result.report.model.parameters - weights)
     assert facts.effective_sparsity == pytest.approx(0.5 - facts.parameters / weights)
     assert facts.left_out == []
+    assert not caplog.records
     alone = coprune.evaluate(tmp_path / "pruned", **_measured(place)).perplexity[0].value
+    left_out = f"{tmp_path / 'pruned' / 'adapter'} is left out: {tmp_path / 'pruned'} is read without it"
+    assert [record.getMessage() for record in caplog.records] == [left_out]
     assert facts.alone == pytest.approx({str(place / "test.txt"): alone}, rel=1e-5)
     assert result.report.perplexity[0].pruned != pytest.approx(alone, rel=1e-3)
     assert facts.line() in str(result.report)

@@ -14,13 +14,11 @@ from transformers import PreTrainedModel
 from coprune.base.errors import VerificationError
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import task_of
+from coprune.model.checkpoint.names import ADAPTER_CONFIG
 from coprune.model.checkpoint.shards import read_entries, read_tensor
 from coprune.model.low_rank import Factors, factors_stored, stored_factors
 from coprune.model.transformers_private import Conv1D
 
-ADAPTER_FOLDER = "adapter"
-"""Its name in the model's folder."""
-_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
@@ -56,10 +54,10 @@ def write_adapter(folder: Path, model: PreTrainedModel, factors: Mapping[str, Fa
     """
     folder.mkdir(exist_ok=True)
     adapter_config(model, factors).save_pretrained(str(folder))
-    content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     # PEFT keeps a set, whose order is another in every process.
     content["target_modules"] = list(factors)
-    write_text(folder / _CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in stored_factors(factors, model.dtype).items()}
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / _WEIGHTS, metadata={"format": "pt"})

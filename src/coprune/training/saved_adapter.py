@@ -15,10 +15,10 @@ from torch import nn
 
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.header import DTYPES
+from coprune.model.checkpoint.names import ADAPTER_CONFIG
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_json
 from coprune.model.transformers_private import Conv1D
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # What would make another model of the base, or patterns that somebody else wrote.
 _REFUSED = (
@@ -30,9 +30,9 @@ _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises BadInput if it is missing or damaged, or not one of LoRA."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise BadInput(f"{folder} holds no adapter: there is no {CONFIG_FILE}")
-    config = read_json(folder / CONFIG_FILE)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise BadInput(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
+    config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{folder} holds no adapter of LoRA")
     return config

@@ -17,7 +17,6 @@ from coprune.base.words import LeaveOut, Setting
 from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
-from coprune.model.adapter_folder import ADAPTER_FOLDER
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
@@ -70,10 +69,6 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
         reporter.say(f"Removed before: {line}.")
     if history.grid is not None:
         reporter.say(f"Rounded before to {history.grid}: training moves the weights off that grid.")
-    if history.adapted:
-        reporter.say(
-            f"The weights count on the adapter in {location.path / ADAPTER_FOLDER}, and are trained without it."
-        )
     if masks.matrices:
         reporter.say(
             f"{len(masks.matrices)} pruned matrices, {per_cent(masks.sparsity)} zeros: "
