@@ -129,11 +129,19 @@ def prune(settings: dict[str, Any]) -> dict[str, Any]:
     if "finetune" in how:
         how |= {"save": folder, "save_model": folder / "model"}
     same = {name: settings[name] for name in ("nsamples", "seqlen", "seed")}
-    result = coprune.prune(settings["model"], dataset=COLUMNS[0], evaluate=False, gate=False, prompt="", **how, **same)
-    report, tuned = result.report, result.report.finetuned
+    report: Any = finished(folder)
+    model: Any = folder / "model"
+    processor, here = None, report is None
+    if here:
+        result = coprune.prune(
+            settings["model"], dataset=COLUMNS[0], evaluate=False, gate=False, prompt="", **how, **same
+        )
+        report, model, processor = result.report, result.model, result.processor
+    tuned = report.finetuned
     trained, peak = (0.0, report.peak_memory_bytes) if tuned is None else (60 * tuned.minutes, peak_memory())
+    peak = peak if here else None  # the process that trained is gone
     errors = [m.relative_layer_error for m in report.matrices if m.relative_layer_error is not None]
-    found = figures_of(settings, result.model, result.processor) | {
+    found = figures_of(settings, model, processor) | {
         "layer_error": statistics.fmean(errors) if errors else None,
         "seconds": report.prune_seconds + trained,
         "training_seconds": trained,
@@ -143,6 +151,13 @@ def prune(settings: dict[str, Any]) -> dict[str, Any]:
     }
     shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def finished(folder: Path) -> Any:
+    """The report of a run that was killed after its end, before its figures were written; None if there is none."""
+    from coprune.report.schema import Report
+
+    return Report.read(folder / "report.json") if (folder / "report.json").exists() else None
 
 
 def how_to(method: str) -> dict[str, Any]:
@@ -221,7 +236,7 @@ def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dic
         spread([one["own_kl"] for one in group if one["own_kl"] is not None], ".3f"),
         spread([one["layer_error"] for one in group if one["layer_error"] is not None], ".4f"),
         f"{spread([one['seconds'] for one in group], '.0f')} ({statistics.fmean(one['training_seconds'] for one in group):.0f})",
-        spread([one["memory"] / 2**30 for one in group], ".2f"),
+        spread([one["memory"] / 2**30 for one in group if one["memory"] is not None], ".2f"),
         "; ".join(dict.fromkeys(one["measured"] for one in group)),
     ]
 
