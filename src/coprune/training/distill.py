@@ -19,13 +19,23 @@ from torch.nn import functional
 from coprune.training.teacher_cache import TeacherCache
 
 
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Logarithms of the probabilities at a temperature, in float32.
+
+    logits: … × vocabulary.
+    """
+    # Logits are the largest tensors of a step, so none is copied that need not be.
+    if temperature != 1:
+        logits = logits.to(torch.float32) / temperature
+    return functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ student) of distributions at temperature T, in nats, mean over the tokens.
 
     student, teacher: … × vocabulary logits. T² keeps the gradient's size independent of T.
     """
-    log_student = functional.log_softmax(student.to(torch.float32) / temperature, dim=-1)
-    log_teacher = functional.log_softmax(teacher.to(torch.float32) / temperature, dim=-1)
+    log_student, log_teacher = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
     kl = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
     return kl.mean() * temperature**2
 
@@ -36,7 +46,7 @@ def divergence_of_top(student: Tensor, log_teacher: Tensor, indices: Tensor, tem
     student: … × vocabulary logits; log_teacher: … × k, log probabilities at the temperature; indices: … × k.
     Never more than the whole divergence, and equal to it where k is the vocabulary.
     """
-    log_student = functional.log_softmax(student.to(torch.float32) / temperature, dim=-1)
+    log_student = log_probabilities(student, temperature)
     top = log_student.gather(-1, indices)
     kl = (log_teacher.exp() * (log_teacher - top)).sum(dim=-1)
     rest_teacher = (1 - log_teacher.exp().sum(dim=-1)).clamp_min(1e-9)
