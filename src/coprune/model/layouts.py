@@ -46,6 +46,10 @@ class Layout:
             return (channels[:, None] * self.copies + copy).reshape(-1)
         return (channels + copy[:, None] * len(channels)).reshape(-1)
 
+    def channels(self) -> Tensor:
+        """Which of the producer's outputs are a segment's channels, where each channel has one: segments × size int64."""
+        return self._values(torch.arange(self.segments * (self.before + self.size)))
+
     def _values(self, rows: Tensor) -> Tensor:
         """Those of a producer's outputs that are channels, and not before them: segments × size."""
         if self.stacks:

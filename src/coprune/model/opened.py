@@ -94,7 +94,7 @@ def streams(recipe: Recipe) -> bool:
     """Whether a folder's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for."""
     if recipe.structure.remove:
         return recipe.model.stream is True
-    needs = recipe.pattern.permute or recipe.evaluation.runs_tasks or recipe.answers.is_asked
+    needs = recipe.pattern.reshapes or recipe.evaluation.runs_tasks or recipe.answers.is_asked
     whole = needs or recipe.calibration.is_own or recipe.allocation.name == "search"
     return recipe.model.stream is not False and not whole
 

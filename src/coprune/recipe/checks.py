@@ -87,9 +87,10 @@ def _of_permutation(recipe: Parts) -> BadInput | None:
     if recipe.pattern.permute and parse_pattern(recipe.pattern.name).n_of_m is None:
         fix: Words = ("give a pattern of them, such as ", Set("pattern", "2:4"))
         return BadInput("permute reorders channels for groups of N:M", field="permute", value=True, fix=fix)
-    if recipe.pattern.permute and recipe.model.stream:
-        fix = ("leave out ", Set("permute", True), " or ", Set("stream", True))
-        return BadInput("permute needs the whole model in memory", field="permute", value=True, fix=fix)
+    asked = next((name for name in ("permute", "rotate") if getattr(recipe.pattern, name)), None)
+    if asked is not None and recipe.model.stream:
+        fix = ("leave out ", Set(asked, True), " or ", Set("stream", True))
+        return BadInput(f"{asked} needs the whole model in memory", field=asked, value=True, fix=fix)
     return None
 
 
@@ -118,6 +119,7 @@ def _of_removal(recipe: Parts) -> BadInput | None:
         return _of_both(recipe)
     said = {
         "permute": recipe.pattern.permute,
+        "rotate": recipe.pattern.rotate,
         "refine": bool(recipe.refine),
         "quantize": recipe.quantization.grid is not None,
         "propagation": recipe.calibration.propagation != "block",

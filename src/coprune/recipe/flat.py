@@ -28,6 +28,7 @@ FLAT: dict[str, str] = {
     "target": "calibration.aim",
     "allocation": "allocation",
     "permute": "pattern.permute",
+    "rotate": "pattern.rotate",
     "remove": "structure.remove",
     "score": "structure.score",
     "domains": "structure.domains",

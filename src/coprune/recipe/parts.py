@@ -79,6 +79,14 @@ class PatternPart(Part):
             "they are. Loads the whole model into memory."
         ),
     ] = False
+    rotate: Annotated[
+        bool,
+        _RESULT,
+        Field(
+            description="Turn the values of attention heads first so that the pattern takes less, which leaves the model's "
+            "outputs as they are. Loads the whole model into memory."
+        ),
+    ] = False
 
     @field_validator("name", mode="before")
     @classmethod
@@ -88,6 +96,11 @@ class PatternPart(Part):
             minutes, seconds = divmod(value, 60)
             raise ValueError(f'YAML takes N:M without quotes for a time; write pattern: "{minutes}:{seconds}"')
         return value
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether weights are changed before any is pruned."""
+        return self.permute or self.rotate
 
     @property
     def is_said(self) -> bool:

@@ -56,6 +56,7 @@ class CalibrationArguments(TypedDict, total=False):
     pattern: str | PatternPart | Mapping[str, Any]
     sparsity_type: str
     permute: bool
+    rotate: bool
     include: str | Sequence[str]
     exclude: str | Sequence[str]
     selection: Literal["sequential", "iterative"] | SelectionPart | Mapping[str, Any]

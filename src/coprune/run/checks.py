@@ -231,7 +231,7 @@ def reads_calibration(recipe: Recipe) -> bool:
 
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
-    """Whether the calibration data decides the result: for a statistic, reconstruction, allocation or permutation."""
-    if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.permute:
+    """Whether the calibration data decides the result: for a statistic, reconstruction, allocation, permutation or rotation."""
+    if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.reshapes:
         return True
     return spread_named(recipe.allocation).statistic is not None

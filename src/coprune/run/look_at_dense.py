@@ -13,11 +13,16 @@ from coprune.model.walk.recording import Recording
 from coprune.pruning.allocation import LevelSearch, spread_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
+from coprune.pruning.rotate.apply import rotate_model
+from coprune.pruning.structure.blocks import first_batches
 from coprune.recipe.pattern import Target
+from coprune.run.batches import counted_batches, record_counted
 from coprune.run.search.zeros import search_targets
 from coprune.run.session import Session
 from coprune.training.masks import LEAST_SPARSITY
 
+_TOKENS_TO_ROTATE = 4096
+"""Inputs of single heads are looked at, which are narrow: so few tokens tell all of them."""
 Record = Callable[[], Recording | None]
 """Records the calibration batches anew, since every walk moves their hidden states on."""
 
@@ -29,6 +34,8 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     """
     opened, model = session.opened, session.model
     recipe, reporter, processes = opened.recipe, opened.around.reporter, opened.around.processes
+    if recipe.pattern.rotate:
+        _rotate(session)
     if recipe.pattern.permute:
         _permute(session, record)
     allocation = spread_named(recipe.allocation)
@@ -80,3 +87,14 @@ def _permute(session: Session, record: Record) -> None:
             session.model, recording, opened.solver.method, pattern, opened.around.processes, advance
         )
     reporter.say(permuted.describe())
+
+
+def _rotate(session: Session) -> None:
+    opened, reporter = session.opened, session.opened.around.reporter
+    assert opened.samples is not None
+    batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
+    some = batches[: len(first_batches((batch.tokens for batch in batches), _TOKENS_TO_ROTATE))]
+    recording = record_counted(session.model, some)
+    with reporter.bar("Rotating values", len(session.model.blocks)) as advance:
+        rotated = rotate_model(session.model, recording, opened.target, opened.around.processes, advance)
+    reporter.say(rotated.describe())

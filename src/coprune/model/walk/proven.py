@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -65,6 +65,13 @@ class ProvenModel(FoundModel):
         """The model up to a block. outside: whether the chosen matrices after the blocks belong to it."""
         chosen = replace(self.chosen, outside=self.chosen.outside if outside else [])
         return replace(self, blocks=self.blocks[:count], chosen=chosen)
+
+    def only(self, names: Collection[str]) -> ProvenModel:
+        """The same with no more than some of the chosen matrices. names: theirs."""
+        blocks = [[matrix for matrix in block if matrix.name in names] for block in self.chosen.blocks]
+        groups = [[[m for m in group if m.name in names] for group in block] for block in self.structure.groups]
+        structure = replace(self.structure, groups=[[group for group in block if group] for block in groups])
+        return replace(self, chosen=replace(self.chosen, blocks=blocks, outside=[]), structure=structure)
 
     def idle(self) -> ProvenModel:
         """The same without any chosen matrix."""

@@ -31,6 +31,7 @@ _NO_ZEROS: dict[str, Any] = {
     "pattern": "unstructured",
     "sparsity": None,
     "permute": False,
+    "rotate": False,
     "refine": (),
     "quantize": None,
     "propagation": "block",

@@ -1,0 +1,1 @@
+"""Rotations of what attention heads carry, before anything is pruned."""

@@ -1,0 +1,163 @@
+"""Rotate the values of attention heads before a model is pruned: a consumer of the walk that leaves the function as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.base.processes import ALONE, Processes
+from coprune.base.shown import per_cent
+from coprune.base.words import Set
+from coprune.model.folding import Fold, bias_of, close, find_folds
+from coprune.model.layouts import Layout, heads_of
+from coprune.model.matrices import Matrix
+from coprune.model.walk.moves import Dense
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.statistics import Gram, Statistic
+from coprune.model.walk.walk import Walk
+from coprune.pruning.rotate.search import HeadValues, learn_rotation
+from coprune.recipe.pattern import Target
+
+
+@dataclass
+class Rotated:
+    """What rotating did: shares of the scores that the pattern takes before and after, and in which matrices."""
+
+    shares: list[Tensor] = field(default_factory=list)
+    """Before and after, two numbers for each place that was rotated."""
+    names: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line."""
+        if not self.names:
+            return "No attention head's values could be rotated without changing the model; it is as it was."
+        before, after = torch.stack(self.shares).sum(dim=0).tolist()
+        return (
+            f"Rotated the values of attention heads, which {len(self.names)} matrices make or read: the pattern takes "
+            f"{per_cent(1 - after / before)} less of their score."
+        )
+
+
+def check_rotatable(streams: bool) -> None:
+    """Raise BadInput where the blocks of a model are on the disk."""
+    if streams:
+        raise BadInput("rotate needs the whole model in memory", field="rotate", fix=("add ", Set("stream", False)))
+
+
+@torch.no_grad()
+def rotate_model(
+    model: ProvenModel,
+    recording: Recording,
+    target: Target,
+    processes: Processes = ALONE,
+    advance: Callable[[float], None] = lambda blocks: None,
+) -> Rotated:
+    """Rotate the values of every attention head in place, so that the pattern takes less of the score.
+
+    A block whose output on a calibration batch then differs by more than rounding is put back as it was: one with a norm that has
+    gains between values and what reads the answers, for instance.
+
+    Args:
+        model: a model in memory.
+        recording: calibration batches of its own, since it moves their hidden states on.
+        target: what every matrix is to become.
+        processes: those that look at the model together.
+        advance: called with the share of a block that was done.
+
+    Returns:
+        What was rotated, and what the pattern takes then.
+
+    Raises:
+        BadInput: the model's blocks are on the disk.
+        NumericalError: where the activations are not finite.
+    """
+    check_rotatable(model.weights.streams)
+    folds = {name: [*found] for name, found in _folds_of_heads(model)}
+    matrices = {matrix.name for found in folds.values() for fold in found for matrix in _matrices(fold)}
+    rotated, known = Rotated(), dict[str, Statistic]()
+    moves = Dense(keep=Tensor.clone, batches=1)
+    for event in Walk(model.only(matrices), recording, Gram, moves, processes=processes, advance=advance):
+        if not isinstance(event, BlockDone):
+            known |= event.statistics()
+            continue
+        run = partial(recording.run, event.block, 0, event.before[0])
+        for fold in folds.get(event.block.name, []):
+            if all(matrix.name in known for matrix in _matrices(fold)):
+                _rotate(fold, known, target, run, rotated)
+        known = {}
+    return rotated
+
+
+def _folds_of_heads(model: ProvenModel) -> Iterator[tuple[str, Iterator[Fold]]]:
+    """By the block's name, what of it carries the values of heads and will be pruned."""
+    recording = record_batches(model, [model.structure.sample])
+    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+        if isinstance(event, BlockDone):
+            run = partial(recording.run, event.block, 0, event.before[0])
+            folds = find_folds(model.structure.groups[event.block.index], heads_of(model.module), run)
+            yield event.block.name, (fold for fold in folds if _may_turn(fold, model.structure.reused))
+
+
+def _may_turn(fold: Fold, reused: Sequence[str]) -> bool:
+    """Whether a fold is one of heads that is worth a try: a gate is multiplied with single channels; zeros would be filled."""
+    matrices = _matrices(fold)
+    if not fold.layout.is_heads() or fold.gate is not None or len(matrices) != 2:
+        return False
+    return not any(matrix.name in reused or _is_sparse(matrix) for matrix in matrices)
+
+
+def _is_sparse(matrix: Matrix) -> bool:
+    return matrix.zeros() > 0.05 * matrix.shape[0] * matrix.shape[1]
+
+
+def _matrices(fold: Fold) -> list[Matrix]:
+    return [*fold.consumers, *(producer for producers in fold.producers for producer in producers)]
+
+
+def _rotate(
+    fold: Fold, known: dict[str, Statistic], target: Target, run: Callable[[], Tensor], rotated: Rotated
+) -> None:
+    """Learn a rotation for one fold, apply it, and take it back where the block's output changes."""
+    consumer, producer = _matrices(fold)
+    before, bias = [consumer.read(), producer.read()], bias_of(producer)
+    kept = None if bias is None else bias.clone()
+    values = _values_of(fold.layout, before, known[producer.name], known[consumer.name])
+    rotation, shares = learn_rotation(values, target.keep)
+    dense = run()
+    rows = fold.layout.channels().to(before[1].device)
+    weight, turned = values.rotated(rotation)
+    consumer.write(turned.flatten(1))
+    producer.write(before[1].index_copy(0, rows.flatten(), weight.flatten(0, 1)))
+    if bias is not None and kept is not None:
+        bias[rows] = (rotation @ kept[rows].to(rotation.dtype)[..., None])[..., 0].to(bias.dtype)
+    if close(run(), dense):
+        rotated.names += [producer.name, consumer.name]
+        rotated.shares.append(shares.cpu())
+        return
+    consumer.write(before[0])
+    producer.write(before[1])
+    if bias is not None and kept is not None:
+        bias.copy_(kept)
+
+
+def _values_of(layout: Layout, weights: Sequence[Tensor], values: Statistic, answers: Statistic) -> HeadValues:
+    """Weights and inputs by head. weights: of the consumer, and of what produces the values."""
+    assert isinstance(values, Gram)
+    assert isinstance(answers, Gram)
+    segments, repeats, size = layout.segments, layout.repeats, layout.size
+    consumer, producer = weights
+    gram = answers.gram.view(segments * repeats, size, segments * repeats, size)
+    heads = torch.arange(segments * repeats, device=gram.device)
+    return HeadValues(
+        weight=producer[layout.channels().to(producer.device)],
+        input_squares=values.gram.diagonal(),
+        consumer=consumer.view(-1, segments, repeats, size),
+        gram=gram[heads, :, heads].view(segments, repeats, size, size),
+    )

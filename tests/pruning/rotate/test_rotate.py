@@ -1,0 +1,179 @@
+"""Rotations of heads' values: the pattern takes less, and the model computes what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.model.blocks import find_blocks
+from coprune.model.matrices import find_matrices
+from coprune.model.walk.recording import record_batches
+from coprune.pruning.rotate.apply import Rotated, rotate_model
+from coprune.pruning.rotate.search import HeadValues, learn_rotation, lost_share
+from coprune.recipe.pattern import Target, parse_pattern
+from coprune.recipe.recipe import make_recipe
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import save_pico, write_words
+from support.walking import prove
+
+TARGETS = {
+    "2:4": Target(parse_pattern("2:4"), 0.5),
+    "1:4": Target(parse_pattern("1:4"), 0.75),
+    "50 %": Target(parse_pattern("unstructured"), 0.5),
+    "80 %": Target(parse_pattern("unstructured"), 0.8),
+}
+
+
+def some_values(
+    seed: int, segments: int, repeats: int, size: int = 8, inputs: int = 20, outputs: int = 12
+) -> HeadValues:
+    """Values of heads whose answers depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    answers = random(segments, repeats, 3 * size, size) @ random(size, size)
+    gram = answers.mT @ answers / (3 * size)
+    return HeadValues(
+        random(segments, size, inputs), random(inputs).square(), random(outputs, segments, repeats, size), gram
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    segments=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    target=st.sampled_from(list(TARGETS.values())),
+)
+def test_a_rotation_is_orthogonal_and_never_loses_more(seed: int, segments: int, repeats: int, target: Target) -> None:
+    values = some_values(seed, segments, repeats)
+    rotation, (before, after) = learn_rotation(values, target.keep)
+    identity = torch.eye(8).expand(segments, 8, 8)
+    torch.testing.assert_close(rotation @ rotation.mT, identity, atol=1e-5, rtol=0)
+    assert float(before) == pytest.approx(float(lost_share(values, identity, target.keep)))
+    assert float(after) == pytest.approx(float(lost_share(values, rotation, target.keep)), rel=1e-5)
+    assert after <= before
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_much_less_is_lost(target: Target) -> None:
+    _, (before, after) = learn_rotation(some_values(1, 2, 2), target.keep)
+    assert after < 0.85 * before
+
+
+def test_scores_are_those_of_wanda_for_the_turned_weights() -> None:
+    values = some_values(2, 2, 3)
+    rotation = torch.linalg.qr(torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(5)))[0]
+    weight, consumer = values.rotated(rotation)
+    of_values, of_consumer = values.scores(rotation)
+    torch.testing.assert_close(of_values, (weight.square() * values.input_squares).flatten(0, 1))
+    # The Gram matrix of turned answers, head by head.
+    for segment in range(2):
+        for head in range(3):
+            turned = rotation[segment] @ values.gram[segment, head] @ rotation[segment].T
+            columns = slice((segment * 3 + head) * 8, (segment * 3 + head + 1) * 8)
+            expected = consumer[:, segment, head].square() * turned.diagonal()
+            torch.testing.assert_close(of_consumer[:, columns], expected)
+
+
+def test_what_heads_answer_is_the_same() -> None:
+    values = some_values(3, 2, 2)
+    rotation, _ = learn_rotation(values, TARGETS["2:4"].keep)
+    weight, consumer = values.rotated(rotation)
+    whole = torch.einsum("osrd,sdi->osri", values.consumer, values.weight)
+    torch.testing.assert_close(torch.einsum("osrd,sdi->osri", consumer, weight), whole, atol=1e-4, rtol=1e-4)
+
+
+EXPECTED = {
+    # What makes values and what reads the answers, where values can be turned.
+    "llama": {"v_proj", "o_proj"},
+    "qwen3": {"v_proj", "o_proj"},
+    "gemma2": {"v_proj", "o_proj"},
+    "opt": {"v_proj", "out_proj"},
+    "gpt_neox": {"query_key_value", "dense"},
+    "gpt2": {"c_attn", "c_proj"},
+    "phi3": {"qkv_proj", "o_proj"},
+    "falcon": {"query_key_value", "dense"},
+    "mixtral": {"v_proj", "o_proj"},
+    "gpt_oss": {"v_proj", "o_proj"},
+    "deepseek_v3": {"kv_b_proj", "o_proj"},
+    "qwen3_5_text": set[str](),  # its answers have a gate for every channel
+}
+
+
+def randomise_vectors(model: PreTrainedModel) -> None:
+    """Biases and norms that are all zeros and ones would hide that they have to be turned, or may not be."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def rotate(model: PreTrainedModel, target: Target) -> Rotated:
+    batches = pico_tokens(16, 32).split(8)
+    proven = prove(model, batches[0][:1])
+    return rotate_model(proven, record_batches(proven, batches), target)
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_the_model_computes_what_it_did_before(family: str) -> None:
+    model = pico_model(family)
+    randomise_vectors(model)
+    tokens = pico_tokens(4, 24, seed=9)
+    with torch.no_grad():
+        before = model(tokens).logits
+        weights = {m.name: m.read() for b in find_blocks(model) for m in find_matrices(b.module, b.name)}
+        rotated = rotate(model, TARGETS["2:4"])
+        after = model(tokens).logits
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    changed = {
+        m.name
+        for b in find_blocks(model)
+        for m in find_matrices(b.module, b.name)
+        if (m.read() != weights[m.name]).any()
+    }
+    assert changed == set(rotated.names)
+    assert {name.rpartition(".")[2] for name in changed} == EXPECTED[family]
+
+
+def pruned_error(place: Path, pattern: str, **more: Any) -> float:
+    """Mean relative error of the layers that make or read values."""
+    data: dict[str, Any] = {"dataset": str(place / "words.txt"), "evaluate": False, "prompt": "", "quiet": True, "gate": False}
+    result = coprune.prune(place / "llama", "sparsegpt", pattern=pattern, nsamples=8, seqlen=32, **data, **more)
+    chosen = [m for m in result.report.matrices if m.name.endswith(("v_proj", "o_proj"))]
+    return sum(m.relative_layer_error or 0.0 for m in chosen) / len(chosen)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_pruning_loses_less_after_it(pattern: str, tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    assert pruned_error(tmp_path, pattern, rotate=True) < 0.95 * pruned_error(tmp_path, pattern)
+
+
+def test_a_model_with_zeros_is_left_as_it_is() -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        for block in find_blocks(model):
+            for matrix in find_matrices(block.module, block.name):
+                matrix.write(matrix.read().where(matrix.read() > 0, 0.0))
+    rotated = rotate(model, TARGETS["2:4"])
+    assert not rotated.names
+    assert "it is as it was" in rotated.describe()
+
+
+def test_it_wants_the_model_in_memory() -> None:
+    with pytest.raises(BadInput, match="rotate needs the whole model in memory"):
+        make_recipe({"model": "m", "rotate": True, "stream": True})
