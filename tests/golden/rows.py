@@ -94,6 +94,7 @@ def _settings() -> Iterator[Row]:
     for model in PICO:
         yield Row(f"{model} +permute wanda 2:4", model, "wanda", {**two_four, "permute": True})
         yield Row(f"{model} +reconstruct wanda 2:4", model, "wanda", {**two_four, "reconstruct": 6})
+    yield Row("llama +rotate wanda 2:4", "llama", "wanda", {**two_four, "rotate": True})
     yield Row("llama +permute ria 2:4", "llama", "ria", {**two_four, "permute": True})
     separate = {"reconstruct": 6, "reconstruct_parts": "separate", "propagation": "sequential"}
     yield Row("llama +reconstruct-separate wanda 50%", "llama", "wanda", separate)

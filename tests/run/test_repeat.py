@@ -189,7 +189,7 @@ def test_what_only_last_bits_hang_on_may_change() -> None:
     identity = run_identity(smaller, "weights", "tokens")
     assert identity.rounding == {"batch_size": 1}
     assert identity.settings == run_identity(make_recipe({"model": "m"}), "weights", "tokens").settings
-    for more in ({"reconstruct": 3}, {"remove": "heads=0.5"}, {"permute": True, "pattern": "2:4"}):
+    for more in ({"reconstruct": 3}, {"remove": "heads=0.5"}, {"permute": True, "pattern": "2:4"}, {"rotate": True}):
         identity = run_identity(smaller.replaced(**more), "weights", "tokens")
         assert identity.rounding == {}
         assert identity.settings["batch_size"] == 1

@@ -49,6 +49,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "low rank": ("sparsegpt", "sequential", "llama", True, {"low_rank": 4, "low_rank_rounds": 2}),
     "low rank in memory": ("wanda", "block", "llama", False, {"low_rank": 4, "pattern": "2:4"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
+    "rotated": ("sparsegpt", "sequential", "llama", False, {"rotate": True, "pattern": "2:4"}),
     "windows in memory": ("sparsegpt", "block", "deep", False, {"reconstruct": 2, "reconstruct_window": 3}),
 }
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from coprune.base.errors import VerificationError
 from coprune.base.reading import to_host
 from coprune.model.adapter_folder import verify_adapter
+from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
-from coprune.model.checkpoint.names import ADAPTER_FOLDER
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.low_rank import factors_below, give

@@ -9,7 +9,7 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 
 from coprune.base.shown import per_cent
 from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
-from coprune.model.checkpoint.names import ADAPTER_FOLDER
+from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places

@@ -19,9 +19,9 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.adapter_folder import write_adapter
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import Encoding
-from coprune.model.checkpoint.names import ADAPTER_FOLDER
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.adapter import ADAPTER_CONFIG
 from coprune.model.checkpoint.header import DTYPES
-from coprune.model.checkpoint.names import ADAPTER_CONFIG
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_json
 from coprune.model.transformers_private import Conv1D
 

@@ -150,7 +150,13 @@ def test_the_model_computes_what_it_did_before(family: str) -> None:
 
 def pruned_error(place: Path, pattern: str, **more: Any) -> float:
     """Mean relative error of the layers that make or read values."""
-    data: dict[str, Any] = {"dataset": str(place / "words.txt"), "evaluate": False, "prompt": "", "quiet": True, "gate": False}
+    data: dict[str, Any] = {
+        "dataset": str(place / "words.txt"),
+        "evaluate": False,
+        "prompt": "",
+        "quiet": True,
+        "gate": False,
+    }
     result = coprune.prune(place / "llama", "sparsegpt", pattern=pattern, nsamples=8, seqlen=32, **data, **more)
     chosen = [m for m in result.report.matrices if m.name.endswith(("v_proj", "o_proj"))]
     return sum(m.relative_layer_error or 0.0 for m in chosen) / len(chosen)

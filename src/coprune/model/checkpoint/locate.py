@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import logging
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -23,12 +21,11 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
 from coprune.base.files import like_named
 from coprune.base.words import Set, Setting, Words
+from coprune.model.checkpoint.adapter import tell_of_adapter
 from coprune.model.checkpoint.claims import check_claims, check_gguf
-from coprune.model.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FOLDER, QUANT_METHOD
+from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
 from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
-
-logger = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
@@ -82,7 +79,7 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
     if path.is_dir():
         with about("model", name):
             found = check_folder(ModelFolder(path, name))
-        _tell_of_adapter(path)
+        tell_of_adapter(path)
         return found
     if name in PACKAGED:
         return _locate_packaged(PACKAGED[name], cache_dir)
@@ -141,13 +138,6 @@ def _no_config(folder: ModelFolder) -> BadInput:
     elif inside := sorted(folder.path.glob("*/config.json")):
         saved = f"did you mean {inside[0].parent}?"
     return BadInput(f"{folder.path} has no config.json", field="model", value=folder.name, fix=saved)
-
-
-@cache
-def _tell_of_adapter(folder: Path) -> None:
-    """Say once that a folder's weights are taken without what is added to them, which they may count on."""
-    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
-        logger.warning("%s is left out: %s is read without it", folder / ADAPTER_FOLDER, folder)
 
 
 def holds_model(folder: Path) -> bool:

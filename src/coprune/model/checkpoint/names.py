@@ -9,11 +9,6 @@ from collections.abc import Iterable
 QUANT_METHOD = "coprune"
 """What the configuration of a packed folder calls its way of storing weights."""
 
-ADAPTER_FOLDER = "adapter"
-"""The folder in a model's that holds what is added to its layers, in PEFT's own format."""
-ADAPTER_CONFIG = "adapter_config.json"
-"""What PEFT calls the configuration of an adapter."""
-
 
 def kinds_of(names: Iterable[str]) -> list[str]:
     """Names that differ in their numbers only as one each, with how many they are, the most frequent first."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_STEPS, _RATE = 100, 0.01
+_STEPS, _RATE = 30, 0.03
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def lost_share(values: HeadValues, rotation: Tensor, keep: Callable[[Tensor], Te
 def learn_rotation(values: HeadValues, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Turn the values of every key-value head so that a pattern takes less of the scores.
 
-    The Q of a QR decomposition is learned by Adam, a hundred steps (DenoiseRotator, arXiv 2505.23049). Other objectives and
+    The Q of a QR decomposition is learned by Adam, thirty steps (DenoiseRotator, arXiv 2505.23049). Other objectives and
     matrices that are not orthogonal did not do better (LOG.md).
 
     Args:
