@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.precision import full_float32
 from coprune.base.processes import ALONE, Processes
 from coprune.base.shown import per_cent
 from coprune.base.words import Set
@@ -89,8 +90,13 @@ def rotate_model(
             continue
         run = partial(recording.run, event.block, 0, event.before[0])
         for fold in folds.get(event.block.name, []):
-            if all(matrix.name in known for matrix in _matrices(fold)):
-                _rotate(fold, known, target, run, rotated)
+            names = [matrix.name for matrix in _matrices(fold)]
+            if all(name in known for name in names):
+                with full_float32():
+                    shares = _rotate(fold, known, target, run, processes)
+                if shares is not None:
+                    rotated.names += names
+                    rotated.shares.append(shares)
         known = {}
     return rotated
 
@@ -122,29 +128,34 @@ def _matrices(fold: Fold) -> list[Matrix]:
 
 
 def _rotate(
-    fold: Fold, known: dict[str, Statistic], target: Target, run: Callable[[], Tensor], rotated: Rotated
-) -> None:
-    """Learn a rotation for one fold, apply it, and take it back where the block's output changes."""
+    fold: Fold, known: dict[str, Statistic], target: Target, run: Callable[[], Tensor], processes: Processes
+) -> Tensor | None:
+    """Learn a rotation for one fold, apply it, and take it back where the block's output changes.
+
+    What the first process learns and finds is so for all of them.
+
+    Returns:
+        The shares that the pattern takes before and after; None where it was taken back.
+    """
     consumer, producer = _matrices(fold)
     before, bias = [consumer.read(), producer.read()], bias_of(producer)
     kept = None if bias is None else bias.clone()
     values = _values_of(fold.layout, before, known[producer.name], known[consumer.name])
-    rotation, shares = learn_rotation(values, target.keep)
+    rotation, shares = processes.from_first(lambda: [one.cpu() for one in learn_rotation(values, target.keep)])
+    rotation, rows = rotation.to(before[1].device), fold.layout.channels().to(before[1].device)
     dense = run()
-    rows = fold.layout.channels().to(before[1].device)
     weight, turned = values.rotated(rotation)
     consumer.write(turned.flatten(1))
     producer.write(before[1].index_copy(0, rows.flatten(), weight.flatten(0, 1)))
     if bias is not None and kept is not None:
         bias[rows] = (rotation @ kept[rows].to(rotation.dtype)[..., None])[..., 0].to(bias.dtype)
-    if close(run(), dense):
-        rotated.names += [producer.name, consumer.name]
-        rotated.shares.append(shares.cpu())
-        return
+    if processes.from_first(lambda: close(run(), dense)):
+        return shares
     consumer.write(before[0])
     producer.write(before[1])
     if bias is not None and kept is not None:
         bias.copy_(kept)
+    return None
 
 
 def _values_of(layout: Layout, weights: Sequence[Tensor], values: Statistic, answers: Statistic) -> HeadValues:
