@@ -26,7 +26,7 @@ from typing import Any
 import altair as alt
 import torch
 from gguf import GGUFReader
-from quality import processor_name
+from quality import measured_here
 from torch import Tensor
 
 import coprune
@@ -39,7 +39,6 @@ from coprune.evaluation.perplexity import window_nll
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.gguf.llama_cpp import LlamaCpp
-from coprune.report.made import MadeFacts
 
 FILES = ("f16", "q8_0", "q4_k_m", "q3_k_m", "q2_k")
 """Types of GGUF files: of the dense model all, without a quarter of its channels the first three."""
@@ -86,8 +85,7 @@ def measure_row(asked: argparse.Namespace, name: str) -> None:
         command = [sys.executable, __file__, "--run", str(runs), "--threads", str(asked.threads)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         row |= json.loads(said.splitlines()[-1])
-    made = MadeFacts.here()
-    row["measured"] = f"{made.date:%Y-%m-%d}, {made.commit}, {processor_name()}"
+    row["measured"] = measured_here()
     write_text(kept(asked, name), json.dumps({"row": name} | row, indent=1))
 
 

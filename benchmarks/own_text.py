@@ -64,6 +64,12 @@ def along(model: Any, answer: tuple[list[int], list[int]]) -> Tensor:
     return found.float().log_softmax(-1)
 
 
+def along_dense(model: str, pairs: list[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """The same of the dense model, for every answer; the model is let go of."""
+    dense: Any = coprune.prune(model, sparsity=0.0, method="magnitude", evaluate=False, layer_error=False).model
+    return [along(dense, pair) for pair in pairs]
+
+
 def divergence(expected: list[Tensor], pruned: Any, pairs: list[tuple[list[int], list[int]]]) -> float:
     """Mean of KL(dense ‖ pruned) in nats over the tokens of the dense model's answers."""
     found: list[float] = []
@@ -98,10 +104,7 @@ def main() -> None:
 def _measure(arguments: argparse.Namespace, folder: Path) -> None:
     calibrated, measured = write_halves(folder)
     pairs = answers_of(arguments, measured, folder)
-    dense: Any = coprune.prune(
-        arguments.model, sparsity=0.0, method="magnitude", evaluate=False, layer_error=False
-    ).model
-    expected = [along(dense, pair) for pair in pairs]
+    expected = along_dense(arguments.model, pairs)
     columns = (*TEXTS, "KL", "loops", "ended", "tokens", "loops at 0.8", "ended", "tokens")
     print("| by | pattern | calibrated on | seed | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 4) + "|", flush=True)

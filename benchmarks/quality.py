@@ -103,14 +103,11 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
 
 def measure(settings: dict[str, Any]) -> None:
     """Prune, evaluate and write one cell."""
-    from coprune.report.made import MadeFacts
-
     if settings["method"] == DENSE:
         found = figures_of(settings, settings["model"])
     else:
         found = prune(settings)
-    made = MadeFacts.here()
-    found["measured"] = f"{made.date:%Y-%m-%d}, {made.commit}, {processor_name()}"
+    found["measured"] = measured_here()
     partial = Path(settings["file"]).with_suffix(".partial")
     partial.write_text(json.dumps(settings | found, indent=2), encoding="utf-8")
     partial.replace(settings["file"])
@@ -185,6 +182,14 @@ def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> d
         "kl": [entry.kl for entry in found.closeness],
         "own_kl": None if answers is None or answers.along is None else answers.along.kl,
     }
+
+
+def measured_here() -> str:
+    """Date, commit and processor of what is measured now."""
+    from coprune.report.made import MadeFacts
+
+    made = MadeFacts.here()
+    return f"{made.date:%Y-%m-%d}, {made.commit}, {processor_name()}"
 
 
 def processor_name() -> str:
