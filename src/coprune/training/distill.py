@@ -16,18 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coprune.training.teacher_cache import TeacherCache
-
-
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Logarithms of the probabilities at a temperature, in float32.
-
-    logits: … × vocabulary.
-    """
-    # Logits are the largest tensors of a step, so none is copied that need not be.
-    if temperature != 1:
-        logits = logits.to(torch.float32) / temperature
-    return functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+from coprune.training.teacher_cache import TeacherCache, log_probabilities
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coprune.base.durable import write_durably
 from coprune.base.errors import BadInput
@@ -67,7 +68,17 @@ class TeacherCache:
         return self.folder / f"teacher-{number:05d}.safetensors"
 
 
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Logarithms of the probabilities at a temperature, in float32.
+
+    logits: … × vocabulary.
+    """
+    # Logits are the largest tensors of a step, so none is copied that need not be.
+    if temperature != 1:
+        logits = logits.to(torch.float32) / temperature
+    return functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
 def _likeliest(output: Any, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    log_probabilities = torch.log_softmax(output.logits.to(torch.float32) / temperature, dim=-1)
-    top = log_probabilities.topk(top_k, dim=-1)
+    top = log_probabilities(output.logits, temperature).topk(top_k, dim=-1)
     return top.values.cpu().contiguous(), top.indices.to("cpu", torch.int32).contiguous()
