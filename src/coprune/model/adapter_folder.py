@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import VerificationError
 from coprune.base.files import write_text
-from coprune.model.checkpoint.adapter import ADAPTER_CONFIG
+from coprune.model.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from coprune.model.checkpoint.load import task_of
 from coprune.model.checkpoint.shards import read_entries, read_tensor
 from coprune.model.low_rank import Factors, factors_stored, stored_factors
 from coprune.model.transformers_private import Conv1D
 
-_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -60,12 +59,12 @@ def write_adapter(folder: Path, model: PreTrainedModel, factors: Mapping[str, Fa
     write_text(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in stored_factors(factors, model.dtype).items()}
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(whole, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def verify_adapter(folder: Path, factors: Mapping[str, Factors]) -> None:
     """Raise VerificationError where a folder's adapter is another than what a model's layers add."""
-    entries = read_entries(folder / _WEIGHTS)
+    entries = read_entries(folder / ADAPTER_WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): read_tensor(entry) for name, entry in entries.items()}
     for name, saved in factors_stored(tensors, factors).items():
         if not all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(saved, factors[name], strict=True)):

@@ -14,12 +14,11 @@ from typing import Any
 from torch import nn
 
 from coprune.base.errors import BadInput
-from coprune.model.checkpoint.adapter import ADAPTER_CONFIG
+from coprune.model.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from coprune.model.checkpoint.header import DTYPES
 from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_json
 from coprune.model.transformers_private import Conv1D
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 # What would make another model of the base, or patterns that somebody else wrote.
 _REFUSED = (
     *("layer_replication", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "target_parameters"),
@@ -79,9 +78,9 @@ def _is_number(value: Any) -> bool:
 def _layers(folder: Path, rank: int, transposed: bool, model: nn.Module) -> list[str]:
     """Compare every tensor of an adapter with the layer that it names; the names of the layers."""
     try:
-        entries = read_entries(folder / WEIGHTS_FILE)
+        entries = read_entries(folder / ADAPTER_WEIGHTS)
     except BadInput as error:
-        raise BadInput(f"{folder / WEIGHTS_FILE} is missing or damaged", fix="fetch or save it again") from error
+        raise BadInput(f"{folder / ADAPTER_WEIGHTS} is missing or damaged", fix="fetch or save it again") from error
     modules = dict(model.named_modules())
     layers: dict[str, set[str]] = {}
     for name, entry in entries.items():

@@ -12,6 +12,8 @@ ADAPTER_FOLDER = "adapter"
 """The folder in a model's that holds what is added to its layers, in PEFT's own format."""
 ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT calls the configuration of an adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""What it calls the file with its tensors."""
 
 
 @cache
