@@ -21,6 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 from coprune.base.devices import in_host_memory
 from coprune.model.transformers_private import Conv1D, input_first
 
+LEAST_SPARSITY = 0.05
+"""With a smaller share of zeros a matrix is taken for one that was never pruned."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -69,6 +72,10 @@ class Matrix:
         """Number of entries that are exactly zero."""
         stored = self.stored()
         return stored.numel() - int(torch.count_nonzero(stored))
+
+    def is_sparse(self) -> bool:
+        """Whether so much of it is zero that it was pruned."""
+        return self.zeros() > LEAST_SPARSITY * self.stored().numel()
 
     def mask_checksum(self) -> str:
         """`mask_checksum` of the weight as it is stored."""

@@ -57,7 +57,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         or _of_reconstruction(recipe)
         or cannot_finetune(recipe.finetune, recipe.quantization)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
-        or _of_permutation(recipe)
+        or _of_reshaping(recipe)
         or _of_domains(recipe.structure)
         or _of_allocation(recipe)
         or _of_removal(recipe)
@@ -83,7 +83,7 @@ def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
     return BadInput(wrong, field="sparsity", value=sparsity, fix="leave one out")
 
 
-def _of_permutation(recipe: Parts) -> BadInput | None:
+def _of_reshaping(recipe: Parts) -> BadInput | None:
     if recipe.pattern.permute and parse_pattern(recipe.pattern.name).n_of_m is None:
         fix: Words = ("give a pattern of them, such as ", Set("pattern", "2:4"))
         return BadInput("permute reorders channels for groups of N:M", field="permute", value=True, fix=fix)

@@ -8,7 +8,7 @@ from coprune.base.progress import NO_BAR
 from coprune.base.shown import per_cent
 from coprune.model.checkpoint.weights import is_below
 from coprune.model.choosing import Chosen
-from coprune.model.matrices import Matrix
+from coprune.model.matrices import LEAST_SPARSITY, Matrix
 from coprune.model.walk.recording import Recording
 from coprune.pruning.allocation import LevelSearch, spread_named
 from coprune.pruning.allocation.plan import plan_targets
@@ -19,7 +19,6 @@ from coprune.recipe.pattern import Target
 from coprune.run.batches import counted_batches, record_counted
 from coprune.run.search.zeros import search_targets
 from coprune.run.session import Session
-from coprune.training.masks import LEAST_SPARSITY
 
 _TOKENS_TO_ROTATE = 4096
 """Inputs of single heads are looked at, which are narrow: so few tokens tell all of them."""

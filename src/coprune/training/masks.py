@@ -18,10 +18,8 @@ from torch.distributed.tensor import DTensor
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
 from coprune.model.checkpoint.weights import is_below
-from coprune.model.matrices import Matrix, find_matrices
+from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
-
-LEAST_SPARSITY = 0.05
 
 
 @dataclass(frozen=True)

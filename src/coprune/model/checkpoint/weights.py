@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.base.errors import BadInput
 from coprune.base.files import write_text
+from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
@@ -160,3 +162,9 @@ def is_below(name: str, prefix: str) -> bool:
 def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
     """Whether a parameter's name lies below one of the modules' paths."""
     return any(is_below(name, prefix) for prefix in prefixes)
+
+
+def require_in_memory(weights: Weights, field: str) -> None:
+    """Raise BadInput where blocks are on the disk. field: the setting that changes weights before any is pruned."""
+    if weights.streams:
+        raise BadInput(f"{field} needs the whole model in memory", field=field, fix=("add ", Set("stream", False)))

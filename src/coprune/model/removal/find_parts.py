@@ -1,13 +1,14 @@
-"""Find the parts of every block of a model, in one walk over a single sample."""
+"""Find the folds and the parts of every block of a model, in one walk over a single sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
 
-from coprune.model.folding import find_folds
+from coprune.model.blocks import Block
+from coprune.model.folding import Fold, find_folds
 from coprune.model.layouts import heads_of
 from coprune.model.removal.parts import Part, parts_of
 from coprune.model.walk.moves import Dense
@@ -17,12 +18,18 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 
 
-def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
-    """What could be removed of every block that stays, proven on one sample."""
+def folds_of_blocks(
+    model: ProvenModel, dropped: Sequence[int] = ()
+) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
+    """Every block that stays, while its weights are there: its folds, and what runs it on the sample."""
     recording = record_batches(model, [model.structure.sample])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if isinstance(event, BlockDone) and event.block.index not in dropped:
-            groups = model.structure.groups[event.block.index]
             run = partial(recording.run, event.block, 0, event.before[0])
-            folds = find_folds(groups, heads_of(model.module), run)
-            yield event.block.name, [*parts_of(event.block, folds, groups, run)]
+            yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
+
+
+def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
+    """What could be removed of every block that stays, proven on one sample."""
+    for block, folds, run in folds_of_blocks(model, dropped):
+        yield block.name, [*parts_of(block, folds, model.structure.groups[block.index], run)]

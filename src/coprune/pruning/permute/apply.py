@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
 from coprune.base.shown import per_cent
 from coprune.base.words import Set
-from coprune.model.checkpoint.weights import Weights
+from coprune.model.checkpoint.weights import Weights, require_in_memory
 from coprune.model.folding import Fold, close, find_folds
 from coprune.model.layouts import heads_of
 from coprune.model.matrices import Matrix
@@ -59,8 +59,7 @@ def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
             field="permute",
             fix=("give a pattern of them, such as ", Set("pattern", "2:4")),
         )
-    if weights.streams:
-        raise BadInput("permute needs the whole model in memory", field="permute", fix=("add ", Set("stream", False)))
+    require_in_memory(weights, "permute")
     return pattern.n_of_m
 
 

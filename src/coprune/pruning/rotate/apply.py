@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput
 from coprune.base.precision import full_float32
 from coprune.base.processes import ALONE, Processes
 from coprune.base.shown import per_cent
-from coprune.base.words import Set
-from coprune.model.folding import Fold, bias_of, close, find_folds
-from coprune.model.layouts import Layout, heads_of
+from coprune.model.checkpoint.weights import require_in_memory
+from coprune.model.folding import Fold, bias_of, close
+from coprune.model.layouts import Layout
 from coprune.model.matrices import Matrix
+from coprune.model.removal.find_parts import folds_of_blocks
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram, Statistic
 from coprune.model.walk.walk import Walk
@@ -44,12 +44,6 @@ class Rotated:
             f"Rotated the values of attention heads, which {len(self.names)} matrices make or read: the pattern takes "
             f"{per_cent(1 - after / before)} less of their score."
         )
-
-
-def check_rotatable(streams: bool) -> None:
-    """Raise BadInput where the blocks of a model are on the disk."""
-    if streams:
-        raise BadInput("rotate needs the whole model in memory", field="rotate", fix=("add ", Set("stream", False)))
 
 
 @torch.no_grad()
@@ -79,8 +73,9 @@ def rotate_model(
         BadInput: the model's blocks are on the disk.
         NumericalError: where the activations are not finite.
     """
-    check_rotatable(model.weights.streams)
-    folds = {name: [*found] for name, found in _folds_of_heads(model)}
+    require_in_memory(model.weights, "rotate")
+    reused = model.structure.reused
+    folds = {block.name: [f for f in found if _may_turn(f, reused)] for block, found, _ in folds_of_blocks(model)}
     matrices = {matrix.name for found in folds.values() for fold in found for matrix in _matrices(fold)}
     rotated, known = Rotated(), dict[str, Statistic]()
     moves = Dense(keep=Tensor.clone, batches=1)
@@ -101,26 +96,12 @@ def rotate_model(
     return rotated
 
 
-def _folds_of_heads(model: ProvenModel) -> Iterator[tuple[str, Iterator[Fold]]]:
-    """By the block's name, what of it carries the values of heads and will be pruned."""
-    recording = record_batches(model, [model.structure.sample])
-    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
-        if isinstance(event, BlockDone):
-            run = partial(recording.run, event.block, 0, event.before[0])
-            folds = find_folds(model.structure.groups[event.block.index], heads_of(model.module), run)
-            yield event.block.name, (fold for fold in folds if _may_turn(fold, model.structure.reused))
-
-
 def _may_turn(fold: Fold, reused: Sequence[str]) -> bool:
     """Whether a fold is one of heads that is worth a try: a gate is multiplied with single channels; zeros would be filled."""
     matrices = _matrices(fold)
     if not fold.layout.is_heads() or fold.gate is not None or len(matrices) != 2:
         return False
-    return not any(matrix.name in reused or _is_sparse(matrix) for matrix in matrices)
-
-
-def _is_sparse(matrix: Matrix) -> bool:
-    return matrix.zeros() > 0.05 * matrix.shape[0] * matrix.shape[1]
+    return not any(matrix.name in reused or matrix.is_sparse() for matrix in matrices)
 
 
 def _matrices(fold: Fold) -> list[Matrix]:
