@@ -127,3 +127,15 @@ def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 def pico_tokens(samples: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
     """Random tokens, samples × length int64."""
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def randomise_vectors(model: PreTrainedModel) -> None:
+    """Give biases and norms random values: all zeros and ones would hide that they have to be changed along, or may not be."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))

@@ -17,6 +17,7 @@ from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.choosing import choose_matrices
+from coprune.model.matrices import Matrix, find_matrices
 from coprune.model.walk.moves import BY_BLOCK, Dense, Moves, Sequential
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -144,6 +145,11 @@ def prune_with_full_forwards(
             if propagation == "sequential":
                 inputs |= inputs_by_full_forwards(model, [layers[name]], batches)
             layers[name].weight.copy_(solve(layers[name].weight, inputs[name]))
+
+
+def matrices_of(model: PreTrainedModel) -> list[Matrix]:
+    """All weights in the blocks that can be seen as matrices."""
+    return [matrix for block in find_blocks(model) for matrix in find_matrices(block.module, block.name)]
 
 
 def masks(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -15,16 +15,14 @@ from transformers import PreTrainedModel
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.model.blocks import find_blocks
-from coprune.model.matrices import find_matrices
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.methods import METHODS
 from coprune.pruning.permute.apply import permute_model
 from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score
 from coprune.recipe.pattern import NM, Pattern
-from support.pico import pico_model, pico_tokens
+from support.pico import pico_model, pico_tokens, randomise_vectors
 from support.pico_folder import pico_tokenizer, write_words
-from support.walking import prove
+from support.walking import matrices_of, prove
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(4, 8), NM(1, 2), NM(3, 4)]
 
@@ -92,18 +90,6 @@ EXPECTED = {
 }
 
 
-def randomise_vectors(model: PreTrainedModel) -> None:
-    """Biases and norms that are all zeros and ones would hide that they have to be permuted, or may not be."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        for name, parameter in model.named_parameters():
-            if name.endswith("_bias"):
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
 def permute(model: PreTrainedModel, method: str = "wanda", pattern: Pattern = PATTERNS[0]) -> Any:
     batches = pico_tokens(16, 32).split(8)
     proven = prove(model, batches[0][:1])
@@ -117,19 +103,14 @@ def test_the_model_computes_what_it_did_before(family: str) -> None:
     tokens = pico_tokens(4, 24, seed=9)
     with torch.no_grad():
         before = model(tokens).logits
-        weights = {m.name: m.read() for b in find_blocks(model) for m in find_matrices(b.module, b.name)}
+        weights = {matrix.name: matrix.read() for matrix in matrices_of(model)}
         permuted = permute(model)
         after = model(tokens).logits
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
     kinds = {name.partition("[")[0].rpartition(".")[2] for name in permuted.names}
     assert kinds == EXPECTED[family]
     assert permuted.after > permuted.before
-    changed = {
-        m.name
-        for b in find_blocks(model)
-        for m in find_matrices(b.module, b.name)
-        if not torch.equal(m.read(), weights[m.name])
-    }
+    changed = {matrix.name for matrix in matrices_of(model) if not torch.equal(matrix.read(), weights[matrix.name])}
     assert changed >= set(permuted.names)
 
 

@@ -14,16 +14,14 @@ from transformers import PreTrainedModel
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.model.blocks import find_blocks
-from coprune.model.matrices import find_matrices
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.rotate.apply import Rotated, rotate_model
 from coprune.pruning.rotate.search import HeadValues, learn_rotation, lost_share
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
-from support.pico import pico_model, pico_tokens
+from support.pico import pico_model, pico_tokens, randomise_vectors
 from support.pico_folder import save_pico, write_words
-from support.walking import prove
+from support.walking import matrices_of, prove
 
 TARGETS = {
     "2:4": Target(parse_pattern("2:4"), 0.5),
@@ -112,15 +110,6 @@ EXPECTED = {
 }
 
 
-def randomise_vectors(model: PreTrainedModel) -> None:
-    """Biases and norms that are all zeros and ones would hide that they have to be turned, or may not be."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
 def rotate(model: PreTrainedModel, target: Target) -> Rotated:
     batches = pico_tokens(16, 32).split(8)
     proven = prove(model, batches[0][:1])
@@ -134,16 +123,11 @@ def test_the_model_computes_what_it_did_before(family: str) -> None:
     tokens = pico_tokens(4, 24, seed=9)
     with torch.no_grad():
         before = model(tokens).logits
-        weights = {m.name: m.read() for b in find_blocks(model) for m in find_matrices(b.module, b.name)}
+        weights = {matrix.name: matrix.read() for matrix in matrices_of(model)}
         rotated = rotate(model, TARGETS["2:4"])
         after = model(tokens).logits
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
-    changed = {
-        m.name
-        for b in find_blocks(model)
-        for m in find_matrices(b.module, b.name)
-        if (m.read() != weights[m.name]).any()
-    }
+    changed = {matrix.name for matrix in matrices_of(model) if not torch.equal(matrix.read(), weights[matrix.name])}
     assert changed == set(rotated.names)
     assert {name.rpartition(".")[2] for name in changed} == EXPECTED[family]
 
@@ -172,9 +156,8 @@ def test_pruning_loses_less_after_it(pattern: str, tmp_path: Path) -> None:
 def test_a_model_with_zeros_is_left_as_it_is() -> None:
     model = pico_model("llama")
     with torch.no_grad():
-        for block in find_blocks(model):
-            for matrix in find_matrices(block.module, block.name):
-                matrix.write(matrix.read().where(matrix.read() > 0, 0.0))
+        for matrix in matrices_of(model):
+            matrix.write(matrix.read().where(matrix.read() > 0, 0.0))
     rotated = rotate(model, TARGETS["2:4"])
     assert not rotated.names
     assert "it is as it was" in rotated.describe()
