@@ -2,11 +2,13 @@
 
     python benchmarks/frontier.py                              # all rows, in hours; goes on where it stopped
     python benchmarks/frontier.py --only 'dense,sparsegpt 50%' # the rows whose names have one of these in them
+    python benchmarks/frontier.py --without-speed --threads 1  # several at once; a later run adds how fast they are
 
-The dense model of the table is trained for some minutes first, which moves its weights off the grid of 4 bits that a GGUF file
-may have held them on: there 4 bits would be free. Every row is a process of its own that leaves one JSON file. GGUF files are
-run by llama.cpp, for quality and speed; all else by transformers, packed where it has zeros. What is rounded has no runtime
-yet: its bytes are counted, not those of a file.
+The dense model of the table is moved off the grid of 4 bits that a GGUF file may have held its weights on, where 4 bits
+would be free: every weight by a random part of what rounding to 4 bits would move it, and then some minutes of training
+that mend this. Every row is a process of its own that leaves one JSON file. GGUF files are run by llama.cpp, for quality
+and speed; all else by transformers, packed where it has zeros. What is rounded has no runtime yet: its bytes are counted,
+not those of a file.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import altair as alt
 import torch
 from gguf import GGUFReader
 from quality import measured_here
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import coprune
@@ -59,7 +62,11 @@ def main() -> None:
     for name in (name for name in rows() if any(part in name for part in asked.only.split(","))):
         if not kept(asked, name).exists():
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", name], check=True, stdout=sys.stderr)
-        print(line(json.loads(kept(asked, name).read_text())), flush=True)
+        row = json.loads(kept(asked, name).read_text())
+        if row["run"] and "decode" not in row and not asked.without_speed:
+            row |= speed_of(Path(row["run"]), asked.threads)
+            write_text(kept(asked, name), json.dumps(row, indent=1))
+        print(line(row), flush=True)
     draw([json.loads(file.read_text()) for file in sorted((asked.folder / "rows").glob("*.json"))], asked.folder)
 
 
@@ -81,11 +88,7 @@ def measure_row(asked: argparse.Namespace, name: str) -> None:
     row, runs = make_row(asked, name)
     with torch.inference_mode():
         row |= quality(asked, Path(row.pop("model")))
-    if runs is not None:
-        command = [sys.executable, __file__, "--run", str(runs), "--threads", str(asked.threads)]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        row |= json.loads(said.splitlines()[-1])
-    row["measured"] = measured_here()
+    row |= {"run": runs and str(runs), "measured": measured_here()}
     write_text(kept(asked, name), json.dumps({"row": name} | row, indent=1))
 
 
@@ -123,34 +126,51 @@ def source_of(asked: argparse.Namespace, name: str) -> Path:
 
 
 def moved(asked: argparse.Namespace) -> Path:
-    """The dense model of the table: trained for some minutes, all of its weights."""
+    """The dense model of the table: off a grid of 4 bits, and trained for some minutes, all of its weights."""
     if (target := Path(asked.folder / "dense")).exists():
         return target
     model, tokenizer = load_model(locate(asked.model), "float32")
     windows = begun(calibration_windows(TEXTS[0], tokenizer, 1024, asked.seqlen, seed=1).tokens, tokenizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]
+    off_the_grid(model)
     optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=asked.lr, weight_decay=0.0)
-    end, steps = time.monotonic() + 60 * asked.minutes, 0
-    while time.monotonic() < end:
+    begin, steps = time.monotonic(), 0
+    while (gone := (time.monotonic() - begin) / (60 * asked.minutes)) < 1:
+        optimizer.param_groups[0]["lr"] = asked.lr * (1 - gone)
         batch = windows[2 * steps % len(windows) :][:2]
-        model(batch, labels=batch).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch, labels=batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-    far = [steps_apart(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True) if old.ndim > 1]
-    print(
-        f"{steps} steps moved weights by {sum(far) / len(far):.2f} of a 4-bit step in the mean; at 0.25 they are off that grid"
-    )
+        if steps % 10 == 1:
+            print(f"{steps} steps, loss {loss.item():.3f}", flush=True)
+    far = [
+        float(((new - old).abs() / four_bit_steps(old)).mean())
+        for old, new in zip(before, model.parameters(), strict=True)
+        if old.ndim > 1
+    ]
+    print(f"weights moved by {sum(far) / len(far):.2f} of a 4-bit step in the mean; at 0.25 they are off that grid")
     model.bfloat16().save_pretrained(target.with_name("dense.partial"))
     tokenizer.save_pretrained(target.with_name("dense.partial"))
     return target.with_name("dense.partial").rename(target)
 
 
-def steps_apart(old: Tensor, new: Tensor) -> float:
-    """How far a matrix moved, in 15ths of the range of 32 neighbours."""
-    low, high = old.reshape(-1, 32).aminmax(dim=1)
-    return float(((new - old).abs().reshape(-1, 32) / ((high - low) / 15).clamp_min(1e-9)[:, None]).mean())
+@torch.no_grad()
+def off_the_grid(model: torch.nn.Module) -> None:
+    """Move every weight of a matrix by up to half a 4-bit step, as rounding to 4 bits would do."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.add_((torch.rand(parameter.shape, generator=generator) - 0.5) * four_bit_steps(parameter))
+
+
+def four_bit_steps(matrix: Tensor) -> Tensor:
+    """For every weight a 15th of the range of the 32 neighbours that it would be rounded with."""
+    low, high = matrix.detach().reshape(-1, 32).aminmax(dim=1)
+    return ((high - low) / 15).clamp_min(1e-9).repeat_interleave(32).reshape(matrix.shape)
 
 
 def begun(windows: Tensor, tokenizer: Any) -> Tensor:
@@ -197,17 +217,33 @@ def packed(folder: Path) -> dict[str, float]:
 
 def quality(asked: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Perplexity on both texts, and KL to the dense model on all of it, window by window on the same tokens."""
-    dense, tokenizer = load_model(locate(str(moved(asked))), "float32")
     logits_of, found, divergences = logits_by(model, asked), {}, []
     for text in TEXTS:
-        tokens = evaluation_tokens(text, tokenizer, asked.seqlen, limit_tokens=asked.tokens).tokens
+        windows, dense = said_by_dense(asked, text)
         losses = []
-        for window in begun(cut_windows(tokens, asked.seqlen), tokenizer):
+        for window, expected in zip(windows, dense, strict=True):
             logits = logits_of(window)
             losses.append(float(window_nll(logits, window[None])))
-            divergences.append(float(compare_logits(dense(window[None]).logits, logits).kl))
+            divergences.append(float(compare_logits(expected[None], logits).kl))
         found[text] = math.exp(sum(losses) / len(losses))
     return found | {"kl": sum(divergences) / len(divergences)}
+
+
+def said_by_dense(asked: argparse.Namespace, text: str) -> tuple[Tensor, Tensor]:
+    """The windows of a text (N × S), and the dense model's logits (N × S × vocabulary, float16), computed once.
+
+    A logit's rounding (0.01 at most) moves a divergence by about a hundred-thousandth; eight bits have a thousandth.
+    """
+    file: Path = asked.folder / f"said-{text}.safetensors"
+    if not file.exists():
+        model, tokenizer = load_model(locate(str(moved(asked))), "float32")
+        tokens = evaluation_tokens(text, tokenizer, asked.seqlen, limit_tokens=asked.tokens).tokens
+        windows = begun(cut_windows(tokens, asked.seqlen), tokenizer)
+        logits = torch.cat([model(window[None]).logits.half() for window in windows])
+        save_file({"windows": windows, "logits": logits}, partial := file.with_suffix(".partial"))
+        partial.replace(file)
+    said = load_file(file)
+    return said["windows"], said["logits"]
 
 
 def logits_by(model: Path, asked: argparse.Namespace) -> Callable[[Tensor], Tensor]:
@@ -217,6 +253,14 @@ def logits_by(model: Path, asked: argparse.Namespace) -> Callable[[Tensor], Tens
         return lambda window: llama.logits(window.tolist())[None]
     loaded, _ = load_model(locate(str(model)), "float32")
     return lambda window: loaded(window[None]).logits
+
+
+def speed_of(model: Path, threads: int) -> dict[str, Any]:
+    """What `measure_speed` says in a process of its own, so that its peak memory is the model's."""
+    command = [sys.executable, __file__, "--run", str(model), "--threads", str(threads)]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
 
 
 def measure_speed(model: Path, threads: int) -> None:
@@ -263,6 +307,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=10_240, help="of each text that is measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("out/frontier"))
+    parser.add_argument("--without-speed", action="store_true", help="leave speed and peak memory to a later run")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
