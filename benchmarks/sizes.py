@@ -17,6 +17,7 @@ from typing import Any
 
 import altair as alt
 import torch
+from pictures import beside
 
 import coprune
 from coprune.packed.benched import Bench
@@ -153,27 +154,12 @@ def draw(rows: list[dict[str, Any]]) -> alt.HConcatChart:
     """Two pictures beside each other, with the same colours and shapes."""
     # On the disk a file of f16 is what a folder of bfloat16 is.
     files = {row["model"].partition(" ")[0] for row in rows if row["model"].endswith("f16")}
-    on_disk = [row for row in rows if row["model"] not in files]
-    sides = []
-    for chosen, field, title in (
-        (on_disk, "megabytes", "MB on the disk"),
+    rows = [row | {"name": row["model"]} for row in rows]
+    sides = [
+        ([row for row in rows if row["model"] not in files], "megabytes", "MB on the disk"),
         (rows, "tokens_per_second", "tokens per second, decoding one sequence"),
-    ):
-        points = alt.Chart(alt.Data(values=chosen)).encode(
-            x=alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, padding=30)),
-            y=alt.Y(
-                "perplexity:Q",
-                scale=alt.Scale(type="log", nice=False, padding=14),
-                axis=alt.Axis(values=[15, 20, 25, 30, 40, 50, 60, 70]),
-                title="perplexity (lower is better)",
-            ),
-            color=alt.Color("kind:N", title=None, sort=list(KINDS.values()), scale=alt.Scale(scheme="dark2")),
-            tooltip=["model:N"],
-        )
-        dots = points.mark_point(filled=True, size=70, opacity=1).encode(shape=alt.Shape("runtime:N", title=None))
-        names = points.mark_text(align="left", dx=7, fontSize=10).encode(text="label:N")
-        sides.append((dots + names).properties(width=400, height=340))
-    return alt.hconcat(*sides)
+    ]
+    return beside(sides, "runtime", list(KINDS.values()))
 
 
 def _options() -> argparse.Namespace:
