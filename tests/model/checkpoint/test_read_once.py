@@ -1,0 +1,34 @@
+"""A GGUF file that is loaded is read once, and the package gguf is afterwards as it was."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.read_once import read_once
+
+
+def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    model, tokenizer = load_model(locate("smollm2-135m"))
+    assert len(read) == 1
+    assert model.config.num_hidden_layers == 30
+    assert tokenizer("a").input_ids
+    assert gguf.GGUFReader is Counted
+
+
+def test_the_package_is_left_as_it_was_after_an_error() -> None:
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    with pytest.raises(RuntimeError, match="stopped"), read_once():
+        assert gguf.GGUFReader is not own[0]
+        raise RuntimeError("stopped")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
