@@ -40,6 +40,18 @@ def test_divergence_is_the_formula(temperature: float) -> None:
     assert float(divergence(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradients_of_the_divergence_are_those_of_the_plain_formula(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # More tokens than are compared at once.
+    student, teacher = (torch.randn(3, 50, 20, generator=generator) * 3 for _ in range(2))
+    p, q = (torch.log_softmax(logits / temperature, dim=-1) for logits in (teacher, student.requires_grad_()))
+    expected = (temperature**2 * (p.exp() * (p - q)).sum(-1).mean(),)
+    (plain,) = torch.autograd.grad(expected, student)
+    (ours,) = torch.autograd.grad(3 * divergence(student, teacher, temperature), student)
+    torch.testing.assert_close(ours, 3 * plain, rtol=1e-4, atol=1e-7)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 19), st.sampled_from([1.0, 2.0]))
 def test_divergence_of_the_likeliest_bounds_the_whole_from_below_and_grows(

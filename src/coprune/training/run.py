@@ -11,22 +11,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from coprune.base.durable import full_disk_explained
-from coprune.base.errors import BadInput
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.look import Look
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
-from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import Companions
-from coprune.model.checkpoint.load import dtype_name, load_model, task_of
-from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.load import dtype_name
 from coprune.report.made import MadeFacts
 from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.answers import look_before
 from coprune.training.card import adapter_card, finetune_card
-from coprune.training.distill import Distillation, Objective
 from coprune.training.one_device import training_device
 from coprune.training.page import write_finetune_page
 from coprune.training.report import (
@@ -48,7 +44,7 @@ from coprune.training.resume import (
 from coprune.training.saving import save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.settings import FinetuneSettings
-from coprune.training.teacher_cache import TeacherCache
+from coprune.training.teacher import distillation_of
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train
 
 
@@ -79,7 +75,7 @@ def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> Finetun
     resume = resume_from(session, first)
     before = _measure(session, "pruned") if first else {}
     look = look_before(session) if first else Look(None)
-    objective = _objective(session, first)
+    objective = distillation_of(session, first)
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
@@ -104,60 +100,6 @@ def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) ->
     accelerator: Any = trainer.accelerator
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.__dict__.pop("forward", None)
-
-
-def _objective(session: Session, first: bool) -> Objective | None:
-    """The loss of distillation, with its teacher beside the model or run ahead; None for the data's own loss."""
-    settings = session.settings
-    if settings.mode != "distill":
-        return None
-    assert settings.teacher is not None
-    session.reporter.say(f"Loading the teacher {settings.teacher}")
-    teacher, _ = load_model(locate(settings.teacher, settings.cache_dir), "auto")
-    _require_same_outputs(session.loaded.model, teacher)
-    device = training_device(settings.device)
-    torch.nn.Module.to(teacher, device)
-    hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
-    counterparts = _counterparts(session, teacher) if hidden else []
-    hidden = 0.0 if counterparts is None else hidden
-    temperature = settings.temperature or (1.0 if session.block_size is not None else 2.0)
-    weights = (temperature, settings.kl_weight, hidden, settings.text_weight)
-    if settings.top_k is None:
-        return Distillation(teacher, *weights, counterparts or [])
-    cache = TeacherCache(session.training_folder / "teacher")
-    tokens = session.data.train.tokens
-    with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
-        if first:
-            cache.fill(teacher, tokens, settings.top_k, temperature, device, advance)
-    return Distillation(cache, *weights)
-
-
-def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | None:
-    """Which of the teacher's hidden states each block is held to; None, which is said, where they do not compare."""
-    mine = session.loaded.model
-    blocks, theirs = len(find_blocks(mine)), len(find_blocks(teacher))
-    found = session.history.counterparts(blocks, theirs)
-    if mine.config.get_text_config().hidden_size != teacher.config.get_text_config().hidden_size:
-        found = None
-    if found is None:
-        session.reporter.say("Hidden states are not compared: nothing tells which of the teacher's are meant.")
-    return found
-
-
-def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    mine, dense = (_outputs(m) for m in (model, teacher))
-    if mine != dense:
-        raise BadInput(
-            f"the teacher has a {dense} and the model a {mine}",
-            field="teacher",
-            fix="The teacher has to be the dense model that was pruned, or one with the same tokenizer or classes",
-        )
-
-
-def _outputs(model: PreTrainedModel) -> str:
-    if task_of(model.config) == "images":
-        return f"head of {model.config.num_labels} classes"
-    return f"vocabulary of {model.config.get_text_config().vocab_size} tokens"
 
 
 def _measure(session: Session, which: str) -> dict[str, Measured]:

@@ -1,0 +1,80 @@
+"""The teacher of a distillation: loaded, checked, and set beside the student or run ahead."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from coprune.base.errors import BadInput
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.load import load_model, task_of
+from coprune.model.checkpoint.locate import locate
+from coprune.training.distill import Distillation, Objective
+from coprune.training.one_device import training_device
+from coprune.training.session import Session
+from coprune.training.teacher_cache import TeacherCache
+
+
+def distillation_of(session: Session, first: bool) -> Objective | None:
+    """The loss of distillation, with its teacher beside the model or run ahead; None for the data's own loss."""
+    settings = session.settings
+    if settings.mode != "distill":
+        return None
+    assert settings.teacher is not None
+    session.reporter.say(f"Loading the teacher {settings.teacher}")
+    teacher, _ = load_model(locate(settings.teacher, settings.cache_dir), "auto")
+    _require_same_outputs(session.loaded.model, teacher)
+    device = training_device(settings.device)
+    torch.nn.Module.to(teacher, device)
+    if settings.bf16:
+        _in_bfloat16(teacher, device)
+    hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
+    counterparts = _counterparts(session, teacher) if hidden else []
+    hidden = 0.0 if counterparts is None else hidden
+    temperature = settings.temperature or (1.0 if session.block_size is not None else 2.0)
+    weights = (temperature, settings.kl_weight, hidden, settings.text_weight)
+    if settings.top_k is None:
+        return Distillation(teacher, *weights, counterparts or [])
+    cache = TeacherCache(session.training_folder / "teacher")
+    tokens = session.data.train.tokens
+    with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
+        if first:
+            cache.fill(teacher, tokens, settings.top_k, temperature, device, advance)
+    return Distillation(cache, *weights)
+
+
+def _in_bfloat16(teacher: PreTrainedModel, device: torch.device) -> None:
+    """Let a teacher compute in the student's precision, whatever dtype its weights came in."""
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.Linear):
+            # Autocast would do the same, once more for every batch; a weight that is also the embedding stays as it is there.
+            module.weight = torch.nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    teacher.forward = torch.autocast(device.type, torch.bfloat16)(teacher.forward)
+
+
+def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | None:
+    """Which of the teacher's hidden states each block is held to; None, which is said, where they do not compare."""
+    mine = session.loaded.model
+    blocks, theirs = len(find_blocks(mine)), len(find_blocks(teacher))
+    found = session.history.counterparts(blocks, theirs)
+    if mine.config.get_text_config().hidden_size != teacher.config.get_text_config().hidden_size:
+        found = None
+    if found is None:
+        session.reporter.say("Hidden states are not compared: nothing tells which of the teacher's are meant.")
+    return found
+
+
+def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    mine, dense = (_outputs(m) for m in (model, teacher))
+    if mine != dense:
+        raise BadInput(
+            f"the teacher has a {dense} and the model a {mine}",
+            field="teacher",
+            fix="The teacher has to be the dense model that was pruned, or one with the same tokenizer or classes",
+        )
+
+
+def _outputs(model: PreTrainedModel) -> str:
+    if task_of(model.config) == "images":
+        return f"head of {model.config.num_labels} classes"
+    return f"vocabulary of {model.config.get_text_config().vocab_size} tokens"
