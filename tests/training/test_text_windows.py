@@ -35,6 +35,15 @@ def test_windows_are_the_text_in_order_and_its_end_is_held_out(tmp_path: Path) -
     assert read(tmp_path, path, evaluations=0).held_out is None
 
 
+@pytest.mark.parametrize(("tokens", "held_out"), [(None, 5), (8 * 50, 5), (8 * 20, 4), (8 * 3, 1)])
+def test_a_short_training_holds_out_little(tmp_path: Path, tokens: int | None, held_out: int) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(words(0, 805))
+    text = read(tmp_path, path, evaluations=2, held_out=0.05, tokens=tokens, max_steps=None)
+    assert len(text.held_out) == held_out
+    assert len(text.train) == 100 - held_out
+
+
 def test_of_too_many_windows_random_ones_are_taken_with_the_seed(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 800))
