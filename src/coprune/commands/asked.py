@@ -28,7 +28,7 @@ _OWN: dict[str, Any] = {
     "model_option": ModelOption,
     "recipe": Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")],
     "preset": Annotated[
-        str | None, typer.Option("--preset", help="fast, balanced, best or max: settings that belong together.")
+        str | None, typer.Option("--preset", help="fast, balanced, best, tuned or max: settings that belong together.")
     ],
     "use_variant": Annotated[
         bool | None, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")

@@ -6,20 +6,24 @@ from typing import Any
 
 from coprune.base.errors import unknown_name
 
-_BALANCED: dict[str, Any] = {
-    "method": "sparsegpt",
-    "propagation": "sequential",
-    "refine": ("refit:rounds=10",),
-    "reconstruct": 6,
-    "reconstruct_tokens": 6144,
-    "reconstruct_dtype": "bfloat16",
-    "batch_size": 2,
+_REFIT: dict[str, Any] = {"method": "sparsegpt", "propagation": "sequential", "refine": ("refit:rounds=10",)}
+_TRAINED: dict[str, Any] = {
+    **_REFIT,
+    "finetune": "distill",
+    "finetune_accumulate": 1,
+    "finetune_dtype": "bfloat16",
 }
 
 # What each of them measured, and what was tried instead, is in docs/methods.md and LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
-    "balanced": _BALANCED,
+    "balanced": {
+        **_REFIT,
+        "reconstruct": 6,
+        "reconstruct_tokens": 6144,
+        "reconstruct_dtype": "bfloat16",
+        "batch_size": 2,
+    },
     "best": {
         "method": "alps",
         "propagation": "sequential",
@@ -28,15 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,
     },
-    # What `balanced` leaves, then the whole model toward the dense one: reaches what no block alone can mend.
-    "max": {
-        **_BALANCED,
-        "finetune": "distill",
-        "finetune_tokens": 81_920,
-        "finetune_lr": 4e-4,
-        "finetune_accumulate": 1,
-        "finetune_dtype": "bfloat16",
-    },
+    # These train the whole model toward the dense one, which reaches what no block alone can mend; reconstructing blocks
+    # before that adds nothing. The fewer steps there are, the longer they may be.
+    "tuned": {**_TRAINED, "finetune_tokens": 8_192, "finetune_lr": 5e-4},
+    "max": {**_TRAINED, "finetune_tokens": 102_400, "finetune_lr": 4e-4},
 }
 
 
