@@ -50,7 +50,7 @@ def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path
 
 def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_path: Path) -> None:
     small: dict[str, Any] = {"seqlen": 16, "nsamples": 4, "device": "cpu", "evaluate": False, "gate": False}
-    few: dict[str, Any] = {"reconstruct_tokens": 64, "finetune_tokens": 65}
+    few: dict[str, Any] = {"finetune_tokens": 65}
     result = coprune.prune(
         str(dense),
         preset="max",

@@ -28,7 +28,11 @@ def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyP
 
 def test_the_package_is_left_as_it_was_after_an_error() -> None:
     own = gguf.GGUFReader, gguf.get_tensor_name_map
-    with pytest.raises(RuntimeError, match="stopped"), read_once():
-        assert gguf.GGUFReader is not own[0]
-        raise RuntimeError("stopped")
+
+    @read_once()
+    def stop() -> None:
+        raise RuntimeError(gguf.GGUFReader is own[0])
+
+    with pytest.raises(RuntimeError, match="False"):
+        stop()
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
