@@ -45,7 +45,8 @@ FILES = ("f16", "q8_0", "q4_k_m", "q3_k_m", "q2_k")
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4")
 WAYS, GRIDS = ("sparsegpt", "balanced", "tuned", "best", "max"), ("bf16", "int8", "int4")
 SPEEDS = {"decode": ".0f", "prefill": ".0f", "peak": ".2f"}
-COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", "decode", "prefill", "peak GiB", "measured")
+"""Tokens per second and GiB."""
+COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", *SPEEDS, "smaller and better", "measured")
 
 
 def main() -> None:
@@ -54,16 +55,19 @@ def main() -> None:
     if asked.row or asked.run:
         measure_row(asked, asked.row) if asked.row else measure_speed(asked.run, asked.threads)
         return
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
-    for name in (name for name in rows() if any(part in name for part in asked.only.split(","))):
+    asked_for = [name for name in rows() if any(part in name for part in asked.only.split(","))]
+    for name in asked_for if not asked.as_it_is else ():
         if not kept(asked, name).exists():
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", name], check=True, stdout=sys.stderr)
         row = json.loads(kept(asked, name).read_text())
         if row["run"] and "decode" not in row and not asked.without_speed:
             row |= speed_of(Path(row["run"]), asked.threads)
             write_text(kept(asked, name), json.dumps(row, indent=1))
-        print(line(row), flush=True)
-    draw([json.loads(file.read_text()) for file in sorted((asked.folder / "rows").glob("*.json"))], asked.folder)
+    known = [json.loads(file.read_text()) for file in sorted((asked.folder / "rows").glob("*.json"))]
+    print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 3)} --- | --- |")
+    for row in sorted((row for row in known if row["row"] in asked_for), key=lambda row: asked_for.index(row["row"])):
+        print(line(row, known))
+    draw(known, asked.folder)
 
 
 def rows() -> list[str]:
@@ -138,12 +142,21 @@ def measure_speed(model: Path, threads: int) -> None:
     print(json.dumps({**speeds, "peak": peak_memory() / 2**30}))
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
     """A row of the table."""
     size = f"{row['bytes'] / 1e6:.1f}{' counted' if row.get('counted') else ''}"
     measured = [f"{row[text]:.2f}" for text in TEXTS] + [f"{row['kl']:.3f}"]
     speed = [format(row[key], digits) if key in row else "–" for key, digits in SPEEDS.items()]
-    return f"| {' | '.join([row['row'], size, format(row['bits'], '.2f'), *measured, *speed, row['measured']])} |"
+    last = [beaten_by(row, known), row["measured"]]
+    return f"| {' | '.join([row['row'], size, format(row['bits'], '.2f'), *measured, *speed, *last])} |"
+
+
+def beaten_by(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
+    """The best of the rows that are no larger and better on both texts; a dash if there is none."""
+    better = [
+        other for other in known if other["bytes"] <= row["bytes"] and all(other[text] < row[text] for text in TEXTS)
+    ]
+    return str(min(better, key=lambda other: other[TEXTS[0]])["row"]) if better else "–"
 
 
 def draw(found: list[dict[str, Any]], folder: Path) -> None:
@@ -170,6 +183,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=10_240, help="of each text that is measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("out/frontier"))
+    parser.add_argument("--as-it-is", action="store_true", help="measure nothing: print and draw what is there")
     parser.add_argument("--without-speed", action="store_true", help="leave speed and peak memory to a later run")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
