@@ -148,7 +148,7 @@ class FinetuneSettings(BaseModel):
         float,
         _RESULT,
         Field(
-            description="Share of them held out for that (at most 64 windows or 2,048 images, and fewer in a short training).",
+            description="Share of them held out (at most 64 windows, or 2,048 images; less in a short training).",
             ge=0,
             lt=1,
         ),
