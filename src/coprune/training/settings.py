@@ -147,11 +147,7 @@ class FinetuneSettings(BaseModel):
     held_out: Annotated[
         float,
         _RESULT,
-        Field(
-            description="Share of them held out (at most 64 windows, or 2,048 images; less in a short training).",
-            ge=0,
-            lt=1,
-        ),
+        Field(description="Share of them held out (at most 64 windows or 2,048 images).", ge=0, lt=1),
     ] = 0.05
     patience: Annotated[
         int | None,
