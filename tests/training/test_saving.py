@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,7 @@ from coprune.base.errors import CopruneError, NumericalError, VerificationError
 from coprune.base.progress import Reporter
 from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
+from coprune.training.saving import bring_to
 from coprune.training.settings import make_settings
 from support.pruned import pruned_model, save, settings_for, write_text
 
@@ -44,6 +46,16 @@ def tune(home: Path, folder: Path, **changes: Any) -> Any:
 
 def refuse(*_: Any) -> None:
     raise VerificationError("the logits differ")
+
+
+def test_half_precision_leaves_rotary_frequencies_as_they_are() -> None:
+    model = pruned_model(tie_word_embeddings=True)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    bring_to(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_a_model_that_fails_its_verification_gets_no_name(

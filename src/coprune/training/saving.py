@@ -37,7 +37,7 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
         BadInput: the folder is taken or the disk is full.
         VerificationError: what was written is not what was in memory; nothing is left of it.
     """
-    torch.nn.Module.to(prepare(model), dtype=getattr(torch, beside.dtype))
+    bring_to(prepare(model), getattr(torch, beside.dtype))
     masks.verify(plain_parameters(model))
     require_finite(model.named_parameters())
     weights = InMemory(model)
@@ -56,6 +56,17 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
     except Exception:
         writer.discard()  # all of it is still in memory, and in what the training keeps
         raise
+
+
+def bring_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Bring what is saved to a dtype, in place.
+
+    Buffers that are computed anew whenever a model is loaded keep theirs: rotary frequencies in half precision would move
+    every position.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
