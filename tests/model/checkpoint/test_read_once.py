@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import pytest
 
 from coprune.model.checkpoint.load import load_model
-from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.read_once import read_once
+from coprune.model.checkpoint.locate import Location, ModelFolder, locate
+from coprune.model.checkpoint.read_once import reading_once
 
 
 def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,10 +31,19 @@ def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyP
 def test_the_package_is_left_as_it_was_after_an_error() -> None:
     own = gguf.GGUFReader, gguf.get_tensor_name_map
 
-    @read_once()
-    def stop() -> None:
+    @reading_once
+    def stop(location: Location) -> None:
         raise RuntimeError(gguf.GGUFReader is own[0])
 
     with pytest.raises(RuntimeError, match="False"):
-        stop()
+        stop(locate("smollm2-135m"))
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+
+
+def test_what_is_no_gguf_file_is_loaded_without_the_package(tmp_path: Path) -> None:
+    @reading_once
+    def look(location: Location) -> bool:
+        return isinstance(gguf.GGUFReader, type)
+
+    assert look(ModelFolder(tmp_path, "model"))
+    assert not look(locate("smollm2-135m"))

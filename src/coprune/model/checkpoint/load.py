@@ -29,7 +29,7 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.locate import GgufFile, Location, is_packed
-from coprune.model.checkpoint.read_once import read_once
+from coprune.model.checkpoint.read_once import reading_once
 from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.transformers_private import (
     builds,
@@ -90,7 +90,7 @@ def undoubled(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key != "num_classes"}
 
 
-@read_once()
+@reading_once
 def load_model(
     location: Location,
     dtype: DtypeName = "auto",
@@ -138,7 +138,7 @@ def load_processor(location: Location, task: TaskName, trust_remote_code: bool =
         return AutoImageProcessor.from_pretrained(_arguments(location)[0], trust_remote_code=trust_remote_code)
 
 
-@read_once()
+@reading_once
 def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside the weights. Raises BadInput if there is none."""
     folder, file = _arguments(location)

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from coprune.model.checkpoint.locate import GgufFile, Location
+
+_Rest = ParamSpec("_Rest")
+_Found = TypeVar("_Found")
 
 
-@contextmanager
-def read_once() -> Iterator[None]:
-    """Whoever asks the package gguf for a file's reader or an architecture's names meanwhile gets what was made at first.
+def reading_once(
+    load: Callable[Concatenate[Location, _Rest], _Found],
+) -> Callable[Concatenate[Location, _Rest], _Found]:
+    """A function that loads something from a location, as one that reads a GGUF file once; other locations are not touched.
 
     transformers reads a file anew for configuration, tokenizer and weights, and makes the map of names for every module:
     two thirds of the time that loading a small model took.
     """
-    if importlib.util.find_spec("gguf") is None:
-        yield
-        return
+
+    @wraps(load)
+    def loading(location: Location, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        if not isinstance(location, GgufFile) or importlib.util.find_spec("gguf") is None:
+            return load(location, *rest, **named)
+        with _made_once():
+            return load(location, *rest, **named)
+
+    return loading
+
+
+@contextmanager
+def _made_once() -> Iterator[None]:
+    """Whoever asks the package gguf for a file's reader or an architecture's names meanwhile gets what was made at first."""
     package: Any = importlib.import_module("gguf")
     own = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, made in own.items():
