@@ -52,7 +52,7 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
             fix=("take more text, or shorter windows with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
         )
     windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
-    held_out = count_held_out(settings, len(windows), most_held_out(settings, block_size))
+    held_out = count_held_out(settings, len(windows), _most_held_out(settings, block_size))
     train = windows[: len(windows) - held_out]
     if settings.max_samples is not None and settings.max_samples < len(train):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
@@ -61,13 +61,13 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
     return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size)
 
 
-def most_held_out(settings: FinetuneSettings, block_size: int) -> int:
+def _most_held_out(settings: FinetuneSettings, block_size: int) -> int:
     """How many windows may be held out: so few that measuring them takes a short training a tenth of its time at most."""
     if settings.tokens is None or not settings.evaluations:
         return MOST_HELD_OUT
     # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
     trained = settings.tokens / block_size
-    return max(1, min(MOST_HELD_OUT, round(0.4 * trained / settings.evaluations)))
+    return min(MOST_HELD_OUT, round(0.4 * trained / settings.evaluations))
 
 
 def _stream(
