@@ -63,11 +63,11 @@ def main() -> None:
         if row["run"] and "decode" not in row and not asked.without_speed:
             row |= speed_of(Path(row["run"]), asked.threads)
             write_text(kept(asked, name), json.dumps(row, indent=1))
-    known = [json.loads(file.read_text()) for file in sorted((asked.folder / "rows").glob("*.json"))]
+    known = {name: json.loads(kept(asked, name).read_text()) for name in rows() if kept(asked, name).exists()}
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 3)} --- | --- |")
-    for row in sorted((row for row in known if row["row"] in asked_for), key=lambda row: asked_for.index(row["row"])):
-        print(line(row, known))
-    draw(known, asked.folder)
+    for name in filter(known.__contains__, asked_for):
+        print(line(known[name], [*known.values()]))
+    draw([*known.values()], asked.folder)
 
 
 def rows() -> list[str]:
