@@ -8,8 +8,10 @@ they were dequantised, so the figures compare methods, not models.
 
     python benchmarks/quality.py                                  # the README's table: the Wanda repository's methods
     python benchmarks/quality.py --nsamples 16 --methods wanda    # a subset in minutes
-    python benchmarks/quality.py --methods sparsegpt,balanced,best,max --patterns 2:4,0.6 --nsamples 32    # the presets
-    python benchmarks/quality.py --methods sparsegpt,alps+owl,max --patterns 0.7,0.8 --nsamples 32 --answers 16
+    python benchmarks/quality.py --methods sparsegpt,balanced,tuned,max --patterns 2:4,0.6 --nsamples 32    # presets
+    python benchmarks/quality.py --methods sparsegpt,alps+owl,tuned --patterns 0.7,0.8 --nsamples 32 --answers 16
+    python benchmarks/quality.py --methods sparsegpt,tuned,parts --patterns 2:4 --nsamples 32    # what each part is worth
+    python benchmarks/quality.py --methods sparsegpt,tuned --nsamples 32 --seeds 0,1,2 --picture quality.svg
     python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # all of it, in hours
 """
 
@@ -26,12 +28,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("embedded", "embedded-lambada")
+from quality_table import COLUMNS, draw, markdown
+
 DENSE = "dense"
-WAYS: dict[str, dict[str, Any]] = {
+_TUNED: dict[str, Any] = {"preset": "tuned"}
+PARTS: dict[str, dict[str, Any]] = {
+    "tuned-distillation": {"method": "sparsegpt", "propagation": "sequential", "refine": ("refit:rounds=10",)},
+    "tuned-refit": {**_TUNED, "refine": ()},
+    "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
+    "tuned-sequential": {**_TUNED, "propagation": "block"},
+    "tuned+rotate": {**_TUNED, "rotate": True},
+    "tuned+permute": {**_TUNED, "permute": True},
+}
+"""Preset `tuned` with one part left out or added. N:M only: the last one."""
+WAYS: dict[str, dict[str, Any]] = PARTS | {
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
 }
-"""Beside methods and presets: ways that published tables have."""
+"""Beside methods and presets: ways that published tables have, and parts of our own."""
 
 
 def main() -> None:
@@ -39,7 +52,7 @@ def main() -> None:
     if arguments.cell:
         measure(json.loads(arguments.cell))
         return
-    methods = all_methods() if arguments.methods == "all" else arguments.methods.split(",")
+    methods = [name for asked in arguments.methods.split(",") for name in meant(asked)]
     cells = [cell(arguments, DENSE, "0", 0)] + [
         cell(arguments, method, pattern, seed)
         for pattern in arguments.patterns.split(",")
@@ -54,16 +67,19 @@ def main() -> None:
                 file=sys.stderr,
             )
             subprocess.run([sys.executable, __file__, "--cell", json.dumps(settings)], check=True)
-    table = markdown(cells)
+    dense, *found = [json.loads(Path(settings["file"]).read_text(encoding="utf-8")) for settings in cells]
+    table = markdown(dense, found)
     print(table)
     if arguments.output:
         arguments.output.write_text(table + "\n", encoding="utf-8")
+    if arguments.picture:
+        draw(dense, found).save(arguments.picture)
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", default="magnitude,wanda,sparsegpt", help="names, presets, alps+owl, or all")
+    parser.add_argument("--methods", default="magnitude,wanda,sparsegpt", help="names, presets, alps+owl, parts or all")
     parser.add_argument("--patterns", default="0.5,2:4")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--nsamples", type=int, default=128)
@@ -73,15 +89,17 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--propagation", help="block, sequential or dense [the methods' default: block]")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="where the cells' results are kept")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--picture", type=Path, help="also draw perplexity against seconds to this file (.svg)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def all_methods() -> list[str]:
+def meant(asked: str) -> list[str]:
+    """The names that one word of --methods stands for."""
     from coprune.pruning.methods import METHODS
     from coprune.recipe.presets import PRESETS
 
-    return [*METHODS, *PRESETS]
+    return {"all": [*METHODS, *PRESETS], "parts": [*PARTS]}.get(asked, [asked])
 
 
 def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) -> dict[str, Any]:
@@ -96,6 +114,7 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "eval_tokens": arguments.eval_tokens,
         "answers": arguments.answers,
         "propagation": arguments.propagation,
+        "how": {} if method == DENSE else how_to(method),  # a preset that changes is measured anew
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return settings | {"file": str(arguments.folder / f"{method}-{pattern.replace(':', '-')}-{seed}-{digest}.json")}
@@ -118,7 +137,7 @@ def prune(settings: dict[str, Any]) -> dict[str, Any]:
     import coprune
     from coprune.base.memory import peak_memory
 
-    how = how_to(settings["method"])
+    how: dict[str, Any] = dict(settings["how"])
     how |= {"pattern": settings["pattern"]} if ":" in settings["pattern"] else {"sparsity": float(settings["pattern"])}
     if settings["propagation"]:
         how["propagation"] = settings["propagation"]
@@ -158,12 +177,13 @@ def finished(folder: Path) -> Any:
 
 
 def how_to(method: str) -> dict[str, Any]:
-    """The settings of a method, a preset, or a way that published tables have."""
+    """The settings of a method, a preset, or a way of this file's own."""
     from coprune.recipe.presets import PRESETS, preset_settings
 
     if method in PRESETS:
         return preset_settings(method)
-    return dict(WAYS.get(method, {"method": method}))
+    how = dict(WAYS.get(method, {"method": method}))
+    return (preset_settings(how.pop("preset")) if "preset" in how else {}) | how
 
 
 def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> dict[str, Any]:
@@ -200,58 +220,6 @@ def processor_name() -> str:
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def markdown(cells: list[dict[str, Any]]) -> str:
-    """One row per method and pattern; mean ± standard deviation over the seeds."""
-    first = cells[0]
-    names = ["pattern", "method", "Wikipedia", "novels", "loss left", "KL to dense", "KL along own answers"]
-    names += ["layer error", "seconds (of them training)", "peak GiB", "measured"]
-    lines = [
-        f"{first['model']}, {first['nsamples']} × {first['seqlen']} calibration tokens, perplexity at sequence length "
-        f"{first['seqlen']} on {first['eval_tokens']:,} tokens of each text. Loss left: (perplexity − dense) ÷ "
-        "(SparseGPT's − dense), on Wikipedia / on novels.",
-        "",
-        f"| {' | '.join(names)} |",
-        "| --- | --- |" + " ---: |" * (len(names) - 3) + " --- |",
-    ]
-    dense, *results = [json.loads(Path(settings["file"]).read_text(encoding="utf-8")) for settings in cells]
-    values = [f"{dense['perplexity'][text]:.2f}" for text in COLUMNS]
-    lines.append(f"| – | dense | {' | '.join(values)} | 0 | 0 | 0 | 0 | – | – | {dense['measured']} |")
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault((result["pattern"], result["method"]), []).append(result)
-    for (pattern, method), group in groups.items():
-        name = pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
-        lines.append(f"| {name} | {method} | {' | '.join(row(group, groups.get((pattern, 'sparsegpt'), []), dense))} |")
-    return "\n".join(lines)
-
-
-def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
-    """The figures of one method at one pattern, over its seeds."""
-    left = []
-    for text in COLUMNS:
-        base = {one["seed"]: one["perplexity"][text] - dense["perplexity"][text] for one in sparsegpt}
-        losses = [(one["seed"], one["perplexity"][text] - dense["perplexity"][text]) for one in group]
-        left.append(spread([100 * loss / base[seed] for seed, loss in losses if seed in base], ".0f"))
-    return [
-        *(spread([one["perplexity"][text] for one in group], ".2f") for text in COLUMNS),
-        f"{left[0]} / {left[1]} %" if left[0] != "–" else "–",
-        spread([one["kl"][0] for one in group], ".3f"),
-        spread([one["own_kl"] for one in group if one["own_kl"] is not None], ".3f"),
-        spread([one["layer_error"] for one in group if one["layer_error"] is not None], ".4f"),
-        f"{spread([one['seconds'] for one in group], '.0f')} ({statistics.fmean(one['training_seconds'] for one in group):.0f})",
-        spread([one["memory"] / 2**30 for one in group if one["memory"] is not None], ".2f"),
-        "; ".join(dict.fromkeys(one["measured"] for one in group)),
-    ]
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean ± standard deviation; the value alone where there is one."""
-    if not values:
-        return "–"
-    mean = format(statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
 if __name__ == "__main__":
