@@ -15,27 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_models import TEXTS, begun, kept, make_row, moved
+from frontier_models import TEXTS, kept, make_row, moved
+from one_pass import LogitsOf, in_one_pass, said_by
 from pictures import beside
 from quality import measured_here
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import coprune
 from coprune.base.files import write_text
 from coprune.base.memory import peak_memory
-from coprune.data import evaluation_tokens
-from coprune.evaluation.batches import cut_windows
-from coprune.evaluation.closeness import compare_logits
-from coprune.evaluation.perplexity import window_nll
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.gguf.llama_cpp import LlamaCpp
@@ -91,40 +85,21 @@ def quality(asked: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Perplexity on both texts, and KL to the dense model on all of it, window by window on the same tokens."""
     logits_of, found, divergences = logits_by(model, asked), {}, []
     for text in TEXTS:
-        windows, dense = said_by_dense(asked, text)
-        losses = []
-        for window, expected in zip(windows, dense, strict=True):
-            logits = logits_of(window)
-            losses.append(float(window_nll(logits, window[None])))
-            divergences.append(float(compare_logits(expected[None], logits).kl))
-        found[text] = math.exp(sum(losses) / len(losses))
+        file = asked.folder / f"said-{text}.safetensors"
+        dense = partial(load_model, locate(str(moved(asked))), "float32")
+        said = said_by(dense, text, asked.seqlen, asked.tokens, file)
+        found[text], new = in_one_pass(logits_of, said)
+        divergences += new
     return found | {"kl": sum(divergences) / len(divergences)}
 
 
-def said_by_dense(asked: argparse.Namespace, text: str) -> tuple[Tensor, Tensor]:
-    """The windows of a text (N × S), and the dense model's logits (N × S × vocabulary, float16), computed once.
-
-    A logit's rounding (0.01 at most) moves a divergence by about a hundred-thousandth; eight bits have a thousandth.
-    """
-    file: Path = asked.folder / f"said-{text}.safetensors"
-    if not file.exists():
-        model, tokenizer = load_model(locate(str(moved(asked))), "float32")
-        tokens = evaluation_tokens(text, tokenizer, asked.seqlen, limit_tokens=asked.tokens).tokens
-        windows = begun(cut_windows(tokens, asked.seqlen), tokenizer)
-        logits = torch.cat([model(window[None]).logits.half() for window in windows])
-        save_file({"windows": windows, "logits": logits}, partial := file.with_suffix(".partial"))
-        partial.replace(file)
-    said = load_file(file)
-    return said["windows"], said["logits"]
-
-
-def logits_by(model: Path, asked: argparse.Namespace) -> Callable[[Tensor], Tensor]:
-    """What gives a model's logits of a window (1 × S × vocabulary): llama.cpp, or transformers in float32."""
+def logits_by(model: Path, asked: argparse.Namespace) -> LogitsOf:
+    """llama.cpp's, or transformers' in float32."""
     if model.suffix == ".gguf":
         llama = LlamaCpp(model, asked.seqlen, asked.threads)
-        return lambda window: llama.logits(window.tolist())[None]
+        return lambda window: llama.logits(window[0].tolist())[None]
     loaded, _ = load_model(locate(str(model)), "float32")
-    return lambda window: loaded(window[None]).logits
+    return lambda window: loaded(window).logits
 
 
 def speed_of(model: Path, threads: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
+from one_pass import begun
 from torch import Tensor
 
 import coprune
@@ -108,12 +109,6 @@ def four_bit_steps(matrix: Tensor) -> Tensor:
     """For every weight a 15th of the range of the 32 neighbours that it would be rounded with."""
     low, high = matrix.detach().reshape(-1, 32).aminmax(dim=1)
     return ((high - low) / 15).clamp_min(1e-9).repeat_interleave(32).reshape(matrix.shape)
-
-
-def begun(windows: Tensor, tokenizer: Any) -> Tensor:
-    """Windows that begin with BOS where the tokenizer begins a text with it, in place."""
-    puts = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return windows.index_fill_(1, torch.tensor([0]), tokenizer.bos_token_id) if puts else windows
 
 
 def pruned(

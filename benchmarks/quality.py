@@ -25,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,21 +188,37 @@ def how_to(method: str) -> dict[str, Any]:
 
 
 def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> dict[str, Any]:
-    """Perplexity and divergence from the dense model on both texts, and along the dense model's own answers."""
+    """Perplexity and divergence from the dense model on both texts, and along the dense model's own answers.
+
+    model: the dense one's name, a folder, or a model in memory with its processor.
+    """
+    import torch
+    from one_pass import in_one_pass, said_by
+
+    from coprune.model.checkpoint.load import load_model
+    from coprune.model.checkpoint.locate import locate
+
+    name, length, tokens = settings["model"], settings["seqlen"], settings["eval_tokens"]
+    loaded = load_model(locate(str(model)), "auto")[0] if processor is None else model
+    perplexity, kl = {}, []
+    with torch.inference_mode():
+        for text in COLUMNS:
+            digest = hashlib.sha256(f"{name} {length} {tokens} {text}".encode()).hexdigest()[:12]
+            file = Path(settings["file"]).with_name(f"said-{digest}.safetensors")
+            said = said_by(partial(load_model, locate(name), "auto"), text, length, tokens, file)
+            perplexity[text], divergences = in_one_pass(lambda window: loaded(window).logits, said)
+            kl.append(statistics.fmean(divergences))
+    answers = own_answers(settings, model, processor) if settings["answers"] and settings["method"] != DENSE else None
+    return {"perplexity": perplexity, "kl": kl, "own_kl": answers}
+
+
+def own_answers(settings: dict[str, Any], model: Any, processor: Any) -> float | None:
+    """Divergence from the dense model along what that answers."""
     import coprune
 
-    pruned = settings["method"] != DENSE
-    asked: Any = {"tokens": settings["eval_tokens"], "seqlen": settings["seqlen"]}
-    if pruned and settings["answers"]:
-        asked |= {"generate": "builtin", "generate_prompts": settings["answers"], "generate_tokens": 64}
-    against = settings["model"] if pruned else None
-    found = coprune.evaluate(model, ",".join(COLUMNS), against=against, processor=processor, **asked)
-    answers = found.answers
-    return {
-        "perplexity": {entry.data: entry.value for entry in found.perplexity},
-        "kl": [entry.kl for entry in found.closeness],
-        "own_kl": None if answers is None or answers.along is None else answers.along.kl,
-    }
+    asked: Any = {"generate": "builtin", "generate_prompts": settings["answers"], "generate_tokens": 64}
+    answers = coprune.evaluate(model, against=settings["model"], processor=processor, **asked).answers
+    return None if answers is None or answers.along is None else answers.along.kl
 
 
 def measured_here() -> str:
