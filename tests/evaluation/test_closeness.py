@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import coprune
 from coprune.base.errors import BadInput, NumericalError
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.closeness import closeness, compare_logits
@@ -39,9 +40,11 @@ def test_equals_the_definition_whatever_the_batch_size(dense: PreTrainedModel, p
     q = pruned(windows).logits[:, :-1].double().softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double()
+    nll = -q.log().gather(-1, windows[:, 1:, None]).squeeze(-1).mean(-1)
     for batch_size in (None, 1, 3):
-        found = closeness(dense, pruned, tokens, SEQLEN, batch_size)
+        found, along = closeness(dense, pruned, tokens, SEQLEN, batch_size)
         assert found.kl == pytest.approx(float(kl.mean()), rel=1e-4)
+        assert torch.allclose(along, nll, rtol=1e-5)
         assert found.top1_agreement == pytest.approx(float(same.mean()))
         assert (found.seqlen, found.windows, found.positions) == (SEQLEN, 7, 7 * (SEQLEN - 1))
         assert found.kl_interval is not None
@@ -51,7 +54,7 @@ def test_equals_the_definition_whatever_the_batch_size(dense: PreTrainedModel, p
 
 def test_a_model_is_closest_to_itself(dense: PreTrainedModel) -> None:
     done: list[int] = []
-    found = closeness(dense, dense, pico_tokens(1, 5 * SEQLEN)[0], SEQLEN, batch_size=2, advance=done.append)
+    found, _ = closeness(dense, dense, pico_tokens(1, 5 * SEQLEN)[0], SEQLEN, batch_size=2, advance=done.append)
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.kl >= 0
     assert found.top1_agreement == 1
@@ -77,3 +80,17 @@ def test_models_of_different_vocabularies_and_broken_models_are_refused(dense: P
         broken.lm_head.weight[3] = math.nan
     with pytest.raises(NumericalError, match="NaN in 2 of 2"):
         closeness(dense, broken, tokens, SEQLEN)
+
+
+def test_perplexity_comes_from_the_pass_that_compares(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    seen: list[int] = []
+    hook = pruned.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    tokens = pico_tokens(1, 6 * SEQLEN)[0]
+    found = coprune.evaluate(pruned, tokens, against=dense, seqlen=SEQLEN, quiet=True)
+    hook.remove()
+    alone = coprune.evaluate(pruned, tokens, seqlen=SEQLEN, quiet=True)
+    assert sum(seen) == len(tokens)
+    assert found.perplexity[0].value == pytest.approx(alone.perplexity[0].value, rel=1e-6)
+    assert found.perplexity[0].source == alone.perplexity[0].source

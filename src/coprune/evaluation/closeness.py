@@ -21,6 +21,7 @@ from coprune.evaluation.batches import (
     slices,
 )
 from coprune.evaluation.measurement import Closeness
+from coprune.evaluation.perplexity import window_nll
 
 
 class LogitComparison(NamedTuple):
@@ -37,11 +38,13 @@ def closeness(
     seqlen: int,
     batch_size: int | None = None,
     advance: Callable[[int], None] | None = None,
-) -> Closeness:
+) -> tuple[Closeness, Tensor]:
     """Compare two models in memory on a stream of tokens, cut into windows as for perplexity.
 
     tokens: T int64; batch_size: windows at once (default: about 2048 tokens, since two models' logits are held);
     advance: called with the number of windows just done.
+    Returns how close they are, and the pruned model's mean negative log likelihood of every window, as `window_nll`
+    gives it: its logits are there, and computing them again would be a third forward pass.
     Raises BadInput if there is not one whole window or the vocabularies differ, NumericalError for NaN.
     """
     vocabulary = dense.config.get_text_config().vocab_size
@@ -56,13 +59,16 @@ def closeness(
     if batch_size is None:
         batch_size = default_batch_size(2 * seqlen, vocabulary)
     compared: list[LogitComparison] = []
+    nll: list[Tensor] = []
     with inference_logits(dense) as dense_logits, inference_logits(pruned) as pruned_logits:
         for batch in batches(windows, batch_size):
-            comparison = compare_logits(dense_logits(batch), pruned_logits(batch))
+            logits = pruned_logits(batch)
+            comparison = compare_logits(dense_logits(batch), logits)
             compared.append(LogitComparison(*(values.cpu() for values in comparison)))
+            nll.append(window_nll(logits, batch).cpu())
             if advance is not None:
                 advance(len(batch))
-    return aggregate_closeness(compared, seqlen)
+    return aggregate_closeness(compared, seqlen), torch.cat(nll)
 
 
 def compare_logits(dense: Tensor, pruned: Tensor) -> LogitComparison:

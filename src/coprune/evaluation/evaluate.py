@@ -84,7 +84,7 @@ def _evaluate(
     subject = Subject(recipe, cache, reporter, tasks, held[0])
     if dense is not None:
         subject.begin_as(dense)
-    found = subject.measure()
     if dense is None:
-        return found
-    return found.model_copy(update={"against": dense.name, "closeness": subject.closeness_to(dense)})
+        return subject.measure()
+    closeness = subject.closeness_to(dense)  # before the perplexity, which it finds on its way
+    return subject.measure().model_copy(update={"against": dense.name, "closeness": closeness})

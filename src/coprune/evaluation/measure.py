@@ -16,13 +16,14 @@ from coprune.data.images import LabelledImages
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.measured import MeasuredAnswers
 from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, score_in_memory
 from coprune.evaluation.cache import EvaluationCache, text_fingerprint
 from coprune.evaluation.closeness import closeness
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
-from coprune.evaluation.perplexity import perplexity
+from coprune.evaluation.perplexity import aggregate, perplexity
 from coprune.evaluation.sources import Source, Stored
 from coprune.evaluation.tasks import read_anew
 from coprune.evaluation.tasks.text import TextTask, choose_seqlen
@@ -72,6 +73,7 @@ class Subject:
         self._reporter = reporter
         self._loaded: Loaded | None = None
         self._texts: dict[str, Any] = {}
+        self._perplexities: dict[str, Perplexity] = {}  # what a comparison has found on its way
         self._leader: Subject | None = None
 
     @property
@@ -174,6 +176,8 @@ class Subject:
 
     def _measure_text(self, asked: Text) -> Callable[[], Perplexity]:
         def measure() -> Perplexity:
+            if asked.label in self._perplexities:
+                return self._perplexities[asked.label]
             text, asks = self.text(asked), asked.recipe(self.recipe).calibration
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             with self._reporter.bar(f"Perplexity on {asked.label}", len(text.tokens) // seqlen) as advance:
@@ -193,7 +197,9 @@ class Subject:
                 )
             with self._reporter.bar(f"Closeness on {asked.label}", len(text.tokens) // seqlen) as advance:
                 models = dense.loaded.model, self.loaded.model
-                found = closeness(*models, text.tokens, seqlen, asks.batch_size, advance)
+                found, nll = closeness(*models, text.tokens, seqlen, asks.batch_size, advance)
+            beside = aggregate(nll, seqlen, cut_windows(text.token_bytes, seqlen))
+            self._perplexities[asked.label] = beside.on(asked.label, text.source, text.fingerprint)
             return found.on(asked.label, text.source, text.fingerprint)
 
         return compare
