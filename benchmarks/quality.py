@@ -62,13 +62,14 @@ def main() -> None:
     ]
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for position, settings in enumerate(cells, 1):
-        if not Path(settings["file"]).exists():
+        if not Path(settings["file"]).exists() and not arguments.as_it_is:
             print(
                 f"[{position}/{len(cells)}] {settings['method']} {settings['pattern']} seed {settings['seed']}",
                 file=sys.stderr,
             )
             subprocess.run([sys.executable, __file__, "--cell", json.dumps(settings)], check=True)
-    dense, *found = [json.loads(Path(settings["file"]).read_text(encoding="utf-8")) for settings in cells]
+    there = [file for settings in cells if (file := Path(settings["file"])).exists()]
+    dense, *found = [json.loads(file.read_text(encoding="utf-8")) for file in there]
     table = markdown(dense, found)
     print(table)
     if arguments.output:
@@ -89,6 +90,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=0, help="prompts whose dense answers KL is measured along, too")
     parser.add_argument("--propagation", help="block, sequential or dense [the methods' default: block]")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="where the cells' results are kept")
+    parser.add_argument("--as-it-is", action="store_true", help="measure nothing: print and draw what is there")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     parser.add_argument("--picture", type=Path, help="also draw perplexity against seconds to this file (.svg)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
