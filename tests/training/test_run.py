@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import coprune
 from coprune.base.errors import BadInput, BrokenMask, NumericalError
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import Companions
@@ -85,6 +86,20 @@ def test_every_mode_keeps_every_zero(
     assert find_masks(after).patterns == report.patterns == {"unstructured": 7, "2:4": 7}
     assert not torch.equal(before.model.layers[0].mlp.up_proj.weight, after.model.layers[0].mlp.up_proj.weight)
     assert not (tmp_path / "run" / "training").exists()
+
+
+def test_what_is_measured_in_the_end_is_what_is_saved(home: Path, tmp_path: Path) -> None:
+    half = pruned_model(num_hidden_layers=1).bfloat16()
+    save(half, tmp_path / "half")
+    text = str(home / "text.txt")
+    settings = settings_for(tmp_path / "run", tmp_path / "half", home / "text.txt", mode="dense", max_steps=6)
+    report = run_finetuning(make_settings({**settings, "evaluate": True, "eval_data": text}), QUIET)
+    (change,) = report.perplexity
+    saved = coprune.evaluate(
+        tmp_path / "run" / "model", text, seqlen=change.seqlen, dtype="float32", quiet=True
+    ).perplexity[0]
+    assert saved.value == pytest.approx(change.after, rel=1e-9)
+    assert change.after < change.before
 
 
 def test_training_teaches_and_the_report_tells(home: Path, tmp_path: Path) -> None:

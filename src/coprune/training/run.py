@@ -41,7 +41,7 @@ from coprune.training.resume import (
     replace_earlier,
     resume_from,
 )
-from coprune.training.saving import save_model
+from coprune.training.saving import round_to, save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.teacher import distillation_of
@@ -121,6 +121,8 @@ def _finish(
 ) -> FinetuneReport:
     """Measure, merge, verify and save; what a run resumes from is removed last. seen: what was measured before."""
     settings, (before, look) = session.settings, seen
+    if settings.mode != "lora":
+        round_to(session.model, session.dtype)
     after = _measure(session, "fine-tuned")
     look.ask(session.loaded.model, session.loaded, session.reporter)
     changes = [change(before[name], after[name]) for name in session.evaluation]

@@ -69,6 +69,13 @@ def bring_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
+def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round what is saved to a dtype, in place and held as before: what is measured next is then what will be saved."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+
+
 def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise NumericalError, naming the first tensor that holds NaN or infinities."""
     for name, tensor in tensors:
