@@ -44,9 +44,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["lora", "dense", "distill"])
+@pytest.mark.parametrize("mode", ["lora", "dense", "distill", "lora-distill"])
 def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -> None:
-    teacher = {"teacher": str(home / "dense")} if mode == "distill" else {}
+    teacher = {"teacher": str(home / "dense")} if "distill" in mode else {}
     asked = settings_for(tmp_path / "run", home / "small", home / "text.txt", mode=mode, max_steps=3, **teacher)
     report = run_finetuning(make_settings(asked), QUIET)
     before, after = load_clean(home / "small"), load_clean(tmp_path / "run" / "model")

@@ -49,8 +49,15 @@ _FLAGS_OF_TRAINING = {
 _TITLES_OF_TRAINING = {
     "The data": ("dataset", "seqlen", "max_samples", "held_out"),
     "How long": ("epochs", "max_steps", "minutes", "patience", "evaluations"),
-    "Adapters (--mode lora)": ("rank", "alpha", "dropout", "masked"),
-    "Distillation (--mode distill)": ("teacher", "temperature", "kl_weight", "hidden_weight", "text_weight", "top_k"),
+    "Adapters (--mode lora or lora-distill)": ("rank", "alpha", "dropout", "masked"),
+    "Distillation (--mode distill or lora-distill)": (
+        "teacher",
+        "temperature",
+        "kl_weight",
+        "hidden_weight",
+        "text_weight",
+        "top_k",
+    ),
     "Measuring": ("evaluate", "eval_data", "eval_images", "eval_tokens", "bos", "against"),
     "Where it goes": ("cache_dir", "report_to", "save", "save_model", "save_every", "overwrite"),
 }

@@ -13,13 +13,24 @@ from coprune.recipe.flat import word_for
 from coprune.recipe.parts import Part, QuantizationPart
 
 _RESULT = Decides.RESULT | Decides.COST
+Mode = Literal["lora", "dense", "distill", "lora-distill"]
+
+
+def has_adapters(mode: str | None) -> bool:
+    """Whether adapters are trained, and the weights are left alone."""
+    return mode in ("lora", "lora-distill")
+
+
+def has_teacher(mode: str | None) -> bool:
+    """Whether the model is trained toward the dense one."""
+    return mode in ("distill", "lora-distill")
 
 
 class FinetunePart(Part):
     """Training of the pruned model."""
 
     mode: Annotated[
-        Literal["lora", "dense", "distill"] | None,
+        Mode | None,
         _RESULT,
         Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
     ] = None
@@ -32,7 +43,7 @@ class FinetunePart(Part):
     learning_rate: Annotated[
         float | None,
         _RESULT,
-        Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 5e-5 for dense and distill]", gt=0),
+        Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
     accumulate: Annotated[
         int | None, _RESULT, Field(description="Windows per step of the fine-tuning. [8 of text, 1 of images]", ge=1)

@@ -15,7 +15,7 @@ from coprune.data.given import CalibrationData, TextData
 from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
-from coprune.recipe.finetune import FinetunePart
+from coprune.recipe.finetune import FinetunePart, Mode
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, SelectionPart
@@ -106,7 +106,7 @@ class OutcomeArguments(AnswerArguments, total=False):
     cache_dir: File | None
     stream: bool | None
     check_memory: bool
-    finetune: Literal["lora", "dense", "distill"] | FinetunePart | Mapping[str, Any] | None
+    finetune: Mode | FinetunePart | Mapping[str, Any] | None
     finetune_minutes: float | None
     finetune_tokens: int | None
     finetune_lr: float | None

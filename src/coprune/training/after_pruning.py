@@ -15,7 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model, locate
-from coprune.recipe.finetune import FinetunePart
+from coprune.recipe.finetune import FinetunePart, has_adapters, has_teacher
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
 from coprune.report.card import model_card
@@ -96,7 +96,7 @@ def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
 
 def _require_teacher(recipe: Recipe) -> None:
     """Refuse a distillation from a model that is in memory alone, where pruning changes it."""
-    if recipe.finetune.mode != "distill":
+    if not has_teacher(recipe.finetune.mode):
         return
     try:
         locate(recipe.model.name, recipe.model.cache_dir)
@@ -111,10 +111,10 @@ def _require_teacher(recipe: Recipe) -> None:
 
 def _require_room(recipe: Recipe, settings: FinetuneSettings) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
-    if recipe.finetune.mode == "lora" or recipe.structure.remove or not recipe.model.check_memory:
+    if has_adapters(recipe.finetune.mode) or recipe.structure.remove or not recipe.model.check_memory:
         return
     where = locate(recipe.model.name, recipe.model.cache_dir)
-    distills = recipe.finetune.mode == "distill"
+    distills = has_teacher(recipe.finetune.mode)
     require_room_to_train(where, settings.optimizer, distills, training_device(settings.device))
 
 
@@ -146,7 +146,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
         | {
             "model": str(recipe.run_folder / "pruned"),
             "mode": recipe.finetune.mode,
-            "teacher": recipe.model.name if recipe.finetune.mode == "distill" else None,
+            "teacher": recipe.model.name if has_teacher(recipe.finetune.mode) else None,
             "seqlen": recipe.calibration.seqlen,
             "minutes": recipe.finetune.minutes,
             "tokens": recipe.finetune.tokens,

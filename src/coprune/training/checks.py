@@ -8,6 +8,7 @@ from typing import Protocol
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Set, Setting, Words
 from coprune.recipe.answers import AnswersPart, cannot_require
+from coprune.recipe.finetune import has_adapters, has_teacher
 
 
 class Settings(Protocol):
@@ -53,10 +54,12 @@ def contradiction(asked: Settings) -> BadInput | None:
 
 
 def _of_teacher(asked: Settings) -> BadInput | None:
-    if asked.mode == "distill" and asked.teacher is None:
-        return BadInput("distill needs the dense model", field="teacher", fix=("name it with ", Setting("teacher")))
-    if asked.mode != "distill" and (asked.teacher is not None or asked.top_k is not None):
-        cause: Words = ("a teacher belongs to ", Set("mode", "distill"))
+    if has_teacher(asked.mode) and asked.teacher is None:
+        return BadInput(
+            f"{asked.mode} needs the dense model", field="teacher", fix=("name it with ", Setting("teacher"))
+        )
+    if not has_teacher(asked.mode) and (asked.teacher is not None or asked.top_k is not None):
+        cause: Words = ("a teacher belongs to ", Set("mode", "distill"), " or ", Set("mode", "lora-distill"))
         return BadInput(cause, field="mode", value=asked.mode)
     if asked.top_k is not None and asked.hidden_weight:
         cause = ("a teacher that runs ahead (", Set("top_k", asked.top_k), ") leaves no hidden states")
@@ -66,7 +69,7 @@ def _of_teacher(asked: Settings) -> BadInput | None:
 
 
 def _of_training(asked: Settings) -> BadInput | None:
-    if asked.mode == "lora" and asked.masked and asked.dropout:
+    if has_adapters(asked.mode) and asked.masked and asked.dropout:
         product = "the masked update is one product with the weights, which leaves no place for dropout"
         return BadInput(product, field="dropout", value=asked.dropout, fix=LeaveOut("dropout"))
     if asked.tokens is not None and asked.max_steps is not None:
@@ -82,8 +85,8 @@ def _of_training(asked: Settings) -> BadInput | None:
 def _of_moving(asked: Settings) -> BadInput | None:
     if asked.move_zeros is None:
         return None
-    if asked.mode == "lora":
-        cause: Words = (Set("mode", "lora"), " leaves the weights alone, so zeros cannot move")
+    if has_adapters(asked.mode):
+        cause: Words = (Set("mode", asked.mode), " leaves the weights alone, so zeros cannot move")
         fix: Words = ("use ", Set("mode", "distill"), " or ", Set("mode", "dense"))
         return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=fix)
     if asked.optimizer != "adamw":

@@ -8,10 +8,11 @@ from typing import Any, Unpack
 
 from coprune.base.progress import Reporter
 from coprune.data.given import handed_over
+from coprune.recipe.finetune import Mode
 from coprune.training.arguments import FinetuneArguments
 from coprune.training.report import FinetuneReport
 from coprune.training.run import run_finetuning
-from coprune.training.settings import Mode, make_settings
+from coprune.training.settings import make_settings
 
 
 def finetune(
@@ -25,7 +26,7 @@ def finetune(
     Args:
         model: the pruned model: a folder or a Hub id.
         mode: `lora` (low-rank adapters, masked so that merging keeps every zero), `dense` (the weights themselves) or
-            `distill` (the weights, toward the dense model, which `teacher` names).
+            `distill` (the weights, toward the dense model, which `teacher` names), or `lora-distill` (adapters, toward it).
         quiet: no progress bars and lines on standard error.
         settings: as `coprune finetune --help` lists them: the data (`dataset`, `seqlen`), how long (`minutes`, `epochs`
             or `max_steps`), and where the results go (`save`, `save_model`), among others. Data may be handed over, as in

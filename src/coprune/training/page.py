@@ -12,6 +12,7 @@ from coprune.base.environment import expand_home
 from coprune.base.files import write_text
 from coprune.base.shown import per_cent
 from coprune.base.validation import read_as
+from coprune.recipe.finetune import has_teacher
 from coprune.report.answers_page import answers_section
 from coprune.report.bars import Bar, bars
 from coprune.report.html import (
@@ -144,7 +145,7 @@ def _curves(report: FinetuneReport) -> str:
         return ""
     training = [(float(one.step), one.loss) for one in report.curve]
     held_out = [(float(one.step), one.loss) for one in report.held_out]
-    apart = report.settings.mode == "distill"  # whose objective is another quantity than the data's loss
+    apart = has_teacher(report.settings.mode)  # whose objective is another quantity than the data's loss
     charts = [_curve("training loss" if not apart else "objective of the distillation", training, "training")]
     if held_out:
         charts.append(_curve("loss on held-out samples", held_out, "heldout"))

@@ -9,7 +9,7 @@ import torch
 
 from coprune.base.devices import DeviceMemory, device_memory
 from coprune.base.errors import BadInput
-from coprune.base.words import Set
+from coprune.base.words import Set, Together
 from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.gguf.reader import gguf_reader
@@ -51,7 +51,9 @@ def require_room_to_train(
             "use ",
             Set("preset", "best"),
             " or ",
-            Set("finetune", "lora"),
+            Together((Set("finetune", "lora-distill"), Set("finetune_lr", 2e-3)))
+            if distills
+            else Set("finetune", "lora"),
             ", or try it all the same with ",
             Set("check_memory", False),
         ),

@@ -18,6 +18,7 @@ from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name
+from coprune.recipe.finetune import has_adapters
 from coprune.report.made import MadeFacts
 from coprune.report.schema import installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
@@ -121,13 +122,14 @@ def _finish(
 ) -> FinetuneReport:
     """Measure, merge, verify and save; what a run resumes from is removed last. seen: what was measured before."""
     settings, (before, look) = session.settings, seen
-    if settings.mode != "lora":
+    adapts = has_adapters(settings.mode)
+    if not adapts:
         round_to(session.model, session.dtype)
     after = _measure(session, "fine-tuned")
     look.ask(session.loaded.model, session.loaded, session.reporter)
     changes = [change(before[name], after[name]) for name in session.evaluation]
-    folder = None if settings.mode == "lora" and not settings.masked else settings.model_folder
-    adapter = settings.run_folder / "adapter" if settings.mode == "lora" else None
+    folder = None if adapts and not settings.masked else settings.model_folder
+    adapter = settings.run_folder / "adapter" if adapts else None
     draft = _report(session, trainer, changes, trained, adapter, folder).answered(look.facts(), look.left_out)
     model: Any = session.model
     if adapter is not None:

@@ -21,6 +21,7 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
+from coprune.recipe.finetune import has_adapters
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
 from coprune.training.history import History, masks_of
@@ -123,7 +124,7 @@ def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
 def _make_trainable(
     model: PreTrainedModel, masks: Masks, settings: FinetuneSettings, reporter: Reporter
 ) -> PreTrainedModel | PeftModel:
-    if settings.mode == "lora":
+    if has_adapters(settings.mode):
         # Seeded here, since adapters are drawn before the Trainer sets its seed.
         torch.manual_seed(settings.seed)
         targets = choose_targets(masks, settings.train, settings.rank)

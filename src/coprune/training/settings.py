@@ -17,12 +17,12 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.recipe.answers import AnswersPart, Count, Gate, NewTokens, Prompts, Require, Seed, Temperature
 from coprune.recipe.decides import Decides
+from coprune.recipe.finetune import Mode
 from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Globs
 from coprune.training.checks import contradiction
 
-Mode = Literal["lora", "dense", "distill"]
 _RESULT, _MEASURED = Decides.RESULT, Decides.MEASUREMENT
 _OLDER = "block_size"  # what `seqlen` was called
 _SEQLEN = Field(
@@ -31,7 +31,7 @@ _SEQLEN = Field(
     validation_alias=AliasChoices("seqlen", _OLDER),
 )
 _ANSWERS = {place.partition(".")[2]: word for word, place in FLAT.items() if place.startswith("answers.")}
-_LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5}
+_LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
 
 
 class FinetuneSettings(BaseModel):
@@ -45,7 +45,7 @@ class FinetuneSettings(BaseModel):
         _RESULT,
         Field(
             description="lora: low-rank adapters, masked so that merging keeps every zero; dense: the weights themselves; "
-            "distill: the weights, toward the dense model (--teacher)."
+            "distill: the weights, toward the dense model (--teacher); lora-distill: adapters, toward it."
         ),
     ] = "lora"
     dataset: Annotated[
@@ -83,7 +83,7 @@ class FinetuneSettings(BaseModel):
     learning_rate: Annotated[
         float | None,
         _RESULT,
-        Field(description="Peak learning rate. [1e-4 for lora, 5e-5 for dense and distill]", gt=0),
+        Field(description="Peak learning rate. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
     schedule: Annotated[
         Literal["cosine", "linear", "constant"],

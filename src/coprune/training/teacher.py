@@ -9,6 +9,7 @@ from coprune.base.errors import BadInput
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model, task_of
 from coprune.model.checkpoint.locate import locate
+from coprune.recipe.finetune import has_teacher
 from coprune.training.distill import Distillation, Objective
 from coprune.training.one_device import training_device
 from coprune.training.session import Session
@@ -18,7 +19,7 @@ from coprune.training.teacher_cache import TeacherCache
 def distillation_of(session: Session, first: bool) -> Objective | None:
     """The loss of distillation, with its teacher beside the model or run ahead; None for the data's own loss."""
     settings = session.settings
-    if settings.mode != "distill":
+    if not has_teacher(settings.mode):
         return None
     assert settings.teacher is not None
     session.reporter.say(f"Loading the teacher {settings.teacher}")
