@@ -34,7 +34,7 @@ def trained(folder: Path, family: str, device: str, reporter: Reporter | None = 
         save(pico_model("llama", vocab_size=1002, num_hidden_layers=2), folder / "dense")
         write_text(text, 700)
     out = Path(changes.pop("out", folder / f"tuned-{device}"))
-    if changes.get("mode") == "distill":
+    if "distill" in changes.get("mode", ""):
         changes["teacher"] = str(folder / "dense")
     settings = make_settings(settings_for(out, source, text, device=device, **changes))
     report = run_finetuning(settings, reporter or Reporter(quiet=True))
@@ -90,6 +90,7 @@ def trainings() -> tuple[Case, ...]:
         Case("gpt2 lora", trained_alike("gpt2", "lora")),
         Case("gpt2 dense", trained_alike("gpt2", "dense")),
         Case("distill whole", trained_alike("llama", "distill")),
+        Case("lora-distill bf16", trained_alike("llama", "lora-distill", bf16=True)),
         Case("distill mixed bf16", trained_alike("llama", "distill", **mixed)),
         Case("resumed", resumed),
     )
