@@ -14,7 +14,8 @@ COLUMNS = ("embedded", "embedded-lambada")
 
 def markdown(dense: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """One row per method and pattern; mean ± standard deviation over the seeds."""
-    names = ["pattern", "method", "Wikipedia", "novels", "loss left", "KL to dense", "KL along own answers"]
+    answers = ["KL along own answers"] if dense["answers"] else []
+    names = ["pattern", "method", "Wikipedia", "novels", "loss left", "KL to dense", *answers]
     names += ["layer error", "seconds (of them training)", "peak GiB", "measured"]
     lines = [
         f"{dense['model']}, {dense['nsamples']} × {dense['seqlen']} calibration tokens, perplexity at sequence length "
@@ -25,7 +26,8 @@ def markdown(dense: dict[str, Any], results: list[dict[str, Any]]) -> str:
         "| --- | --- |" + " ---: |" * (len(names) - 3) + " --- |",
     ]
     values = [f"{dense['perplexity'][text]:.2f}" for text in COLUMNS]
-    lines.append(f"| – | dense | {' | '.join(values)} | 0 | 0 | 0 | 0 | – | – | {dense['measured']} |")
+    zeros = ["0"] * (3 + len(answers))  # loss, divergences and errors
+    lines.append(f"| – | dense | {' | '.join([*values, *zeros])} | – | – | {dense['measured']} |")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["pattern"], result["method"]), []).append(result)
@@ -46,7 +48,7 @@ def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dic
         *(spread([one["perplexity"][text] for one in group], ".2f") for text in COLUMNS),
         f"{left[0]} / {left[1]} %" if left[0] != "–" else "–",
         spread([one["kl"][0] for one in group], ".3f"),
-        spread([one["own_kl"] for one in group if one["own_kl"] is not None], ".3f"),
+        *([spread([one["own_kl"] for one in group if one["own_kl"] is not None], ".3f")] if dense["answers"] else []),
         spread([one["layer_error"] for one in group if one["layer_error"] is not None], ".4f"),
         f"{spread([one['seconds'] for one in group], '.0f')} ({statistics.fmean(one['training_seconds'] for one in group):.0f})",
         spread([one["memory"] / 2**30 for one in group if one["memory"] is not None], ".2f"),
