@@ -32,8 +32,9 @@ def markdown(dense: dict[str, Any], results: list[dict[str, Any]]) -> str:
     for result in results:
         groups.setdefault((result["pattern"], result["method"]), []).append(result)
     for (pattern, method), group in groups.items():
-        name = pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
-        lines.append(f"| {name} | {method} | {' | '.join(row(group, groups.get((pattern, 'sparsegpt'), []), dense))} |")
+        lines.append(
+            f"| {shown(pattern)} | {method} | {' | '.join(row(group, groups.get((pattern, 'sparsegpt'), []), dense))} |"
+        )
     return "\n".join(lines)
 
 
@@ -56,6 +57,11 @@ def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dic
     ]
 
 
+def shown(pattern: str) -> str:
+    """A pattern for people: N:M, or a share of zeros."""
+    return pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
+
+
 def spread(values: list[float], form: str) -> str:
     """Mean ± standard deviation; the value alone where there is one."""
     if not values:
@@ -71,13 +77,18 @@ def draw(dense: dict[str, Any], results: list[dict[str, Any]]) -> altair.HConcat
     sides = []
     for text, title in zip(COLUMNS, ("Wikipedia", "novels"), strict=True):
         rows = [
-            {name: one[name] for name in ("method", "pattern", "seconds")} | {"perplexity": one["perplexity"][text]}
+            {"method": one["method"], "pattern": shown(one["pattern"]), "seconds": one["seconds"]}
+            | {"perplexity": one["perplexity"][text]}
             for one in results
         ]
         axis = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=14), title=f"perplexity, {title}")
         points = alt.Chart(alt.Data(values=rows)).mark_point(filled=True, size=60, opacity=0.8)
         points = points.encode(
-            x=alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds of pruning and training"),
+            x=alt.X(
+                "seconds:Q",
+                scale=alt.Scale(type="log", nice=False, padding=14),
+                title="seconds of pruning and training",
+            ),
             y=axis,
             color=alt.Color("method:N", title=None, sort=None, scale=alt.Scale(scheme="dark2")),
             shape=alt.Shape("pattern:N", title=None),
