@@ -38,7 +38,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "tuned-refit": {**_TUNED, "refine": ()},
     "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
     "tuned-sequential": {**_TUNED, "propagation": "block"},
-    "tuned by adapters": {**_TUNED, "finetune": "lora-distill", "finetune_lr": 2e-3},
+    "tuned by adapters": {**_TUNED, "finetune": "lora-distill", "finetune_lr": 2e-3, "finetune_rates": "absolute"},
     "tuned+rotate": {**_TUNED, "rotate": True},
     "tuned+permute": {**_TUNED, "permute": True},
 }

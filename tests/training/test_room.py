@@ -60,7 +60,10 @@ def test_nothing_is_pruned_for_a_training_without_room(
     asked = {"model": str(dense), "dataset": str(text), "pattern": "2:4", "seqlen": 16, "nsamples": 2, "device": "cpu"}
     asked |= {"save": tmp_path / "run", "finetune": "distill", "evaluate": False, "gate": False, "finetune_tokens": 16}
     monkeypatch.setattr(room, "room_on", lambda device, memory: (1000, "of memory"))
-    with pytest.raises(BadInput, match=r"training all weights(?s:.*)finetune='lora-distill', finetune_lr=0\.002"):
+    with pytest.raises(
+        BadInput,
+        match=r"training all weights(?s:.*)finetune='lora-distill', finetune_lr=0\.002, finetune_rates='absolute'",
+    ):
         run_recipe(make_recipe(asked))
     assert not (tmp_path / "run").exists()
     run_recipe(make_recipe(asked | {"check_memory": False}))

@@ -14,6 +14,15 @@ from coprune.recipe.parts import Part, QuantizationPart
 
 _RESULT = Decides.RESULT | Decides.COST
 Mode = Literal["lora", "dense", "distill", "lora-distill"]
+LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
+Rates = Annotated[
+    Literal["absolute", "relative"],
+    _RESULT,
+    Field(
+        description="absolute: one learning rate for all that is trained; relative: times the size (root mean square) of each "
+        "matrix and vector, so that one rate serves models with smaller or larger weights."
+    ),
+]
 
 
 def has_adapters(mode: str | None) -> bool:
@@ -45,6 +54,7 @@ class FinetunePart(Part):
         _RESULT,
         Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
+    rates: Rates = "absolute"
     accumulate: Annotated[
         int | None, _RESULT, Field(description="Windows per step of the fine-tuning. [8 of text, 1 of images]", ge=1)
     ] = None

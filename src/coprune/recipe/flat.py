@@ -48,6 +48,7 @@ FLAT: dict[str, str] = {
     "finetune_minutes": "finetune.minutes",
     "finetune_tokens": "finetune.tokens",
     "finetune_lr": "finetune.learning_rate",
+    "finetune_rates": "finetune.rates",
     "finetune_accumulate": "finetune.accumulate",
     "finetune_dtype": "finetune.dtype",
     "dataset": "calibration.data",
@@ -140,9 +141,8 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Several mappings of settings as one, in which what comes later wins.
 
-    A method's options add up, unless a later layer names another method; steps of reconstruction take the place of an earlier
-    layer's tokens. Settings keep the names by which they were
-    said. Raises BadInput as `flatten`.
+    A method's options add up, unless a later layer names another method; steps of reconstruction take the place of an
+    earlier layer's tokens. Settings keep the names by which they were said. Raises BadInput as `flatten`.
     """
     found: dict[str, tuple[str, Any]] = {}
     for layer in layers:

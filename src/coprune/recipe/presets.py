@@ -11,6 +11,7 @@ _TRAINED: dict[str, Any] = {
     **_REFIT,
     "finetune": "distill",
     "finetune_accumulate": 1,
+    "finetune_rates": "relative",
     "finetune_dtype": "bfloat16",
 }
 
@@ -34,8 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # These train the whole model toward the dense one, which reaches what no block alone can mend; reconstructing blocks
     # before that adds nothing. The fewer steps there are, the longer they may be.
-    "tuned": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 5e-4},
-    "max": {**_TRAINED, "finetune_tokens": 102_400, "finetune_lr": 4e-4},
+    "tuned": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 2.5e-3},
+    "max": {**_TRAINED, "finetune_tokens": 102_400, "finetune_lr": 2e-3},
 }
 
 

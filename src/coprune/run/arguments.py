@@ -110,6 +110,7 @@ class OutcomeArguments(AnswerArguments, total=False):
     finetune_minutes: float | None
     finetune_tokens: int | None
     finetune_lr: float | None
+    finetune_rates: Literal["absolute", "relative"]
     finetune_accumulate: int | None
     finetune_dtype: Literal["float32", "bfloat16"]
     evaluation: EvaluationPart | Mapping[str, Any]

@@ -151,6 +151,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "minutes": recipe.finetune.minutes,
             "tokens": recipe.finetune.tokens,
             "learning_rate": recipe.finetune.learning_rate,
+            "rates": recipe.finetune.rates,
             "accumulate": recipe.finetune.accumulate,
             "bf16": recipe.finetune.dtype == "bfloat16",
             "seed": recipe.calibration.seed,

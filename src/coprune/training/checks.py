@@ -33,6 +33,8 @@ class Settings(Protocol):
     @property
     def move_zeros(self) -> float | None: ...
     @property
+    def rates(self) -> str: ...
+    @property
     def optimizer(self) -> str: ...
     @property
     def patience(self) -> int | None: ...
@@ -72,6 +74,9 @@ def _of_training(asked: Settings) -> BadInput | None:
     if has_adapters(asked.mode) and asked.masked and asked.dropout:
         product = "the masked update is one product with the weights, which leaves no place for dropout"
         return BadInput(product, field="dropout", value=asked.dropout, fix=LeaveOut("dropout"))
+    if has_adapters(asked.mode) and asked.rates == "relative":
+        empty = "adapters begin at zero, which has no size that a rate could be relative to"
+        return BadInput(empty, field="rates", value=asked.rates, fix=LeaveOut("rates"))
     if asked.tokens is not None and asked.max_steps is not None:
         cause: Words = (Set("max_steps", asked.max_steps), " says how long to train, too")
         return BadInput(cause, field="tokens", value=asked.tokens, fix=LeaveOut("max_steps"))

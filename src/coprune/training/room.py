@@ -51,7 +51,7 @@ def require_room_to_train(
             "use ",
             Set("preset", "best"),
             " or ",
-            Together((Set("finetune", "lora-distill"), Set("finetune_lr", 2e-3)))
+            Together((Set("finetune", "lora-distill"), Set("finetune_lr", 2e-3), Set("finetune_rates", "absolute")))
             if distills
             else Set("finetune", "lora"),
             ", or try it all the same with ",

@@ -17,7 +17,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.recipe.answers import AnswersPart, Count, Gate, NewTokens, Prompts, Require, Seed, Temperature
 from coprune.recipe.decides import Decides
-from coprune.recipe.finetune import Mode
+from coprune.recipe.finetune import LEARNING_RATES, Mode, Rates
 from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Globs
@@ -31,7 +31,6 @@ _SEQLEN = Field(
     validation_alias=AliasChoices("seqlen", _OLDER),
 )
 _ANSWERS = {place.partition(".")[2]: word for word, place in FLAT.items() if place.startswith("answers.")}
-_LEARNING_RATES: dict[Mode, float] = {"lora": 1e-4, "dense": 5e-5, "distill": 5e-5, "lora-distill": 2e-3}
 
 
 class FinetuneSettings(BaseModel):
@@ -85,6 +84,7 @@ class FinetuneSettings(BaseModel):
         _RESULT,
         Field(description="Peak learning rate. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
+    rates: Rates = "absolute"
     schedule: Annotated[
         Literal["cosine", "linear", "constant"],
         _RESULT,
@@ -208,7 +208,7 @@ class FinetuneSettings(BaseModel):
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return _LEARNING_RATES[self.mode] if self.learning_rate is None else self.learning_rate
+        return LEARNING_RATES[self.mode] if self.learning_rate is None else self.learning_rate
 
     @property
     def weight_of_hidden(self) -> float:

@@ -27,6 +27,7 @@ from coprune.training.masks import Masks, plain_parameters
 from coprune.training.move_zeros import MovingZeros
 from coprune.training.one_device import arguments_on, training_device
 from coprune.training.pace import Along, Pace, rate_at
+from coprune.training.rates import rates_by_size
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData
@@ -67,6 +68,8 @@ class ZeroKeepingTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
+            if self._settings.rates == "relative":
+                rates_by_size(optimizer)
             trained: Any = self.model if model is None else model
             if (strength := self._settings.move_zeros) is None:
                 hold_zeros(trained, optimizer, self._masks)

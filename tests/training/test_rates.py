@@ -1,0 +1,65 @@
+"""Learning rates in proportion to the size of what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.recipe.presets import preset_settings
+from coprune.recipe.recipe import make_recipe
+from coprune.training.after_pruning import settings_of
+from coprune.training.rates import rates_by_size
+from coprune.training.run import run_finetuning
+from coprune.training.settings import make_settings
+from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
+
+
+def test_every_parameter_has_its_size_times_the_rate() -> None:
+    large, small, empty = (nn.Parameter(torch.tensor(values)) for values in ([3.0, 0.0, 4.0], [0.1, -0.1], [0.0, 0.0]))
+    groups: list[dict[str, Any]] = [
+        {"params": [large, small], "weight_decay": 0.5},
+        {"params": [empty], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    rates_by_size(optimizer)
+    found = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert [params[0] is one for (params, _, _), one in zip(found, (large, small, empty), strict=True)] == [True] * 3
+    assert [rate for _, rate, _ in found] == pytest.approx([0.01 * 12.5**0.5, 0.001, 0.01])
+    assert [decay for _, _, decay in found] == [0.5, 0.5, 0.0]
+
+
+def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    save(pruned_model(num_hidden_layers=1), tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", 700)
+
+    def trained(name: str, reporter: Reporter | None = None, **changes: Any) -> dict[str, torch.Tensor]:
+        more = {"mode": "dense", "max_steps": 5, "save_every": 2, "rates": "relative", "learning_rate": 0.01}
+        asked = settings_for(tmp_path / name, tmp_path / "model", text, **(more | changes))
+        run_finetuning(make_settings(asked), reporter or Reporter(quiet=True))
+        return load_file(tmp_path / name / "model" / "model.safetensors")
+
+    whole = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("cut", StoppedAt(0.6))
+    cut = trained("cut")
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    one = trained("one", max_steps=1, warmup=0.0, schedule="constant")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        kept = before[name] != 0
+        size = before[name][kept].square().mean().sqrt()
+        step = (one[name] - before[name])[kept].abs()
+        assert float(step.max()) == pytest.approx(0.01 * float(size), rel=0.01)  # Adam's first step is the rate
+
+
+def test_presets_that_train_ask_for_it_and_adapters_cannot_have_it() -> None:
+    assert settings_of(make_recipe({"model": "m", "pattern": "2:4", **preset_settings("tuned")})).rates == "relative"
+    with pytest.raises(BadInput, match="adapters begin at zero"):
+        make_settings({"model": "m", "mode": "lora", "rates": "relative"})
