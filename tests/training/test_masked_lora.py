@@ -60,7 +60,7 @@ def test_product_and_gradients_are_those_of_the_formula(rows_at_once: int, monke
     a = torch.randn(3, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     b = torch.randn(24, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 24, generator=generator, dtype=torch.float64)
-    ours = MaskedProduct.apply(x, weight, a, b, 0.7)  # type: ignore[no-untyped-call]
+    ours = MaskedProduct.apply(x, weight, a, b, 0.7)  # type: ignore[no-untyped-call, unused-ignore]
     plain = functional.linear(x, weight + 0.7 * (b @ a) * keep)
     torch.testing.assert_close(ours, plain)
     expected = torch.autograd.grad(plain, (x, a, b), target)

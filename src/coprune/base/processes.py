@@ -79,7 +79,8 @@ class Processes:
                 for buffer, (_, source) in zip(buffers, tensors, strict=True)
             ]
             for work in works:
-                work.wait()
+                if work is not None:  # of a process that is not in the group; newer torch says so in its types
+                    work.wait()
         for buffer, (tensor, source) in zip(buffers, tensors, strict=True):
             if buffer is not tensor and source != self.rank:
                 tensor.copy_(buffer)

@@ -57,7 +57,7 @@ class MaskedLinear(LoraLinear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         a, b = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
-        product: Tensor = MaskedProduct.apply(  # type: ignore[no-untyped-call]
+        product: Tensor = MaskedProduct.apply(  # type: ignore[no-untyped-call, unused-ignore]
             x.to(dtype), weight, a, b, self.scaling[active[0]]
         )
         return product if base.bias is None else product + base.bias.to(dtype)
