@@ -110,7 +110,7 @@ def test_help_is_grouped_and_as_wide_as_the_terminal(
     text = "\n".join(lines)
     assert "--sparsity_ratio" not in text
     assert "--save-model" in text[text.index("Where it goes:") :]
-    assert "Distillation (--mode distill):" in coprune("finetune", "--help")
+    assert "Distillation (--mode distill or lora-distill):" in coprune("finetune", "--help")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ class TrainingArguments(TypedDict, total=False):
     max_samples: int | None
     minutes: float | None
     learning_rate: float | None
+    rates: Literal["absolute", "relative"]
     schedule: Literal["cosine", "linear", "constant"]
     warmup: float
     optimizer: Literal["adamw", "sgd", "adafactor"]
