@@ -17,7 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,9 @@ def measure_row(asked: argparse.Namespace, name: str) -> None:
 def quality(asked: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Perplexity on both texts, and KL to the dense model on all of it, window by window on the same tokens."""
     logits_of, found, divergences = logits_by(model, asked), {}, []
+    dense = cache(partial(load_model, locate(str(moved(asked))), "float32"))  # loaded where a text is new
     for text in TEXTS:
         file = asked.folder / f"said-{text}.safetensors"
-        dense = partial(load_model, locate(str(moved(asked))), "float32")
         said = said_by(dense, text, asked.seqlen, asked.tokens, file)
         found[text], new = in_one_pass(logits_of, said)
         divergences += new

@@ -25,7 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,17 @@ def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> d
     from coprune.model.checkpoint.locate import locate
 
     name, length, tokens = settings["model"], settings["seqlen"], settings["eval_tokens"]
-    loaded = load_model(locate(str(model)), "auto")[0] if processor is None else model
+    dense = cache(partial(load_model, locate(name), "auto"))
+    if settings["method"] == DENSE:
+        loaded = dense()[0]
+    else:
+        loaded = load_model(locate(str(model)), "auto")[0] if processor is None else model
     perplexity, kl = {}, []
     with torch.inference_mode():
         for text in COLUMNS:
             digest = hashlib.sha256(f"{name} {length} {tokens} {text}".encode()).hexdigest()[:12]
             file = Path(settings["file"]).with_name(f"said-{digest}.safetensors")
-            said = said_by(partial(load_model, locate(name), "auto"), text, length, tokens, file)
+            said = said_by(dense, text, length, tokens, file)
             perplexity[text], divergences = in_one_pass(lambda window: loaded(window).logits, said)
             kl.append(statistics.fmean(divergences))
     answers = own_answers(settings, model, processor) if settings["answers"] and settings["method"] != DENSE else None

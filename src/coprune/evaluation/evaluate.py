@@ -82,9 +82,8 @@ def _evaluate(
         kept = cache if held[1] is not None else EvaluationCache(default_cache_folder())
         dense = Subject(recipe.replaced(model=str(against)), kept, reporter, None, held[1])
     subject = Subject(recipe, cache, reporter, tasks, held[0])
-    if dense is not None:
-        subject.begin_as(dense)
     if dense is None:
         return subject.measure()
+    subject.begin_as(dense)
     closeness = subject.closeness_to(dense)  # before the perplexity, which it finds on its way
     return subject.measure().model_copy(update={"against": dense.name, "closeness": closeness})

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import torch
 
+from coprune.pruning.refine.trained import sizes_of
 
-@torch.no_grad()
+
 def rates_by_size(optimizer: torch.optim.Optimizer) -> None:
     """Multiply the rate of every matrix and vector with its root mean square, zeros left out; 1 where all of it is zero.
 
     Every parameter becomes a group of its own. A training that is resumed takes the rates from its state.
     """
-    groups = list(optimizer.param_groups)
+    each = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    sizes = sizes_of((parameter, parameter != 0) for _, parameter in each)
     optimizer.param_groups.clear()
-    for group in groups:
-        for parameter in group["params"]:
-            kept = parameter[parameter != 0]
-            size = float(kept.square().mean().sqrt()) if len(kept) else 1.0
-            optimizer.add_param_group({**group, "params": [parameter], "lr": group["lr"] * size})
+    for (group, parameter), size in zip(each, sizes, strict=True):
+        optimizer.add_param_group({**group, "params": [parameter], "lr": group["lr"] * size})

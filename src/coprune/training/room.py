@@ -15,6 +15,7 @@ from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.gguf.reader import gguf_reader
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
+from coprune.recipe.finetune import LEARNING_RATES
 
 # A weight and its gradient in float32, and the moments of the optimiser.
 TRAINED_BYTES = {"adamw": 16, "sgd": 12, "adafactor": 8}
@@ -51,7 +52,13 @@ def require_room_to_train(
             "use ",
             Set("preset", "best"),
             " or ",
-            Together((Set("finetune", "lora-distill"), Set("finetune_lr", 2e-3), Set("finetune_rates", "absolute")))
+            Together(
+                (
+                    Set("finetune", "lora-distill"),
+                    Set("finetune_lr", LEARNING_RATES["lora-distill"]),
+                    Set("finetune_rates", "absolute"),
+                )
+            )
             if distills
             else Set("finetune", "lora"),
             ", or try it all the same with ",

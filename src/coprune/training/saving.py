@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -64,16 +64,19 @@ def bring_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
     Buffers that are computed anew whenever a model is loaded keep theirs: rotary frequencies in half precision would move
     every position.
     """
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    for tensor in _floating(model):
+        tensor.data = tensor.data.to(dtype)
 
 
 def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Round what is saved to a dtype, in place and held as before: what is measured next is then what will be saved."""
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+    for tensor in _floating(model):
+        tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+
+
+def _floating(model: torch.nn.Module) -> Iterator[Tensor]:
+    """What is saved of a model and has a floating dtype, itself and not a copy."""
+    return (tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point())
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

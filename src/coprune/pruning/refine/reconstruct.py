@@ -22,7 +22,7 @@ from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
 from coprune.pruning.refine.examples import Examples, endless
-from coprune.pruning.refine.trained import Trained, TrainedBlock
+from coprune.pruning.refine.trained import Trained, TrainedBlock, sizes_of
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ class Reconstruction:
 
     def _optimizer(self, part: Sequence[Trained]) -> torch.optim.AdamW:
         parameters = [one.parameter for one in part]
-        sizes = _sizes(part) if self.rates == "relative" else [1.0] * len(part)
+        changing = ((one.parameter, one.entries) for one in part)
+        sizes = sizes_of(changing) if self.rates == "relative" else [1.0] * len(part)
         groups = [
             {"params": [one], "lr": self.learning_rate * size} for one, size in zip(parameters, sizes, strict=True)
         ]
@@ -180,17 +181,6 @@ class Reconstruction:
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-
-
-@torch.no_grad()
-def _sizes(part: Sequence[Trained]) -> list[float]:
-    """The root mean square of each parameter's entries that may change; 1 where all of them are zero."""
-    found = []
-    for one in part:
-        count = one.parameter.numel() if one.entries is None else one.entries.sum().clamp_min(1)
-        changing = one.parameter if one.entries is None else one.parameter * one.entries
-        found.append((changing.square().sum() / count).sqrt())
-    return [size or 1.0 for size in torch.stack(found).tolist()]
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ recurrence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from coprune.model.blocks import Block
@@ -34,6 +35,20 @@ class TrainedBlock:
 
     module: nn.Module
     trained: Sequence[Trained]
+
+
+@torch.no_grad()
+def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
+    """Root mean squares of parameters, by which rates are relative; 1 where there is nothing but zeros.
+
+    trained: parameters, each with those of its entries that may change (bool, of its shape; None: all).
+    """
+    found = []
+    for parameter, entries in trained:
+        count = parameter.numel() if entries is None else entries.sum().clamp_min(1)
+        changing = parameter if entries is None else parameter * entries
+        found.append((changing.square().sum() / count).sqrt())
+    return [size or 1.0 for size in torch.stack(found).tolist()]
 
 
 def trained_in(block: Block, chosen: Sequence[Matrix]) -> list[Trained]:
