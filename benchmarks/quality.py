@@ -31,10 +31,12 @@ from typing import Any
 
 from quality_table import COLUMNS, draw, markdown
 
+from coprune.recipe.presets import PRESETS, preset_settings
+
 DENSE = "dense"
 _TUNED: dict[str, Any] = {"preset": "tuned"}
 PARTS: dict[str, dict[str, Any]] = {
-    "tuned-distillation": {"method": "sparsegpt", "propagation": "sequential", "refine": ("refit:rounds=10",)},
+    "tuned-distillation": {name: preset_settings("tuned")[name] for name in ("method", "propagation", "refine")},
     "tuned-refit": {**_TUNED, "refine": ()},
     "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
     "tuned-sequential": {**_TUNED, "propagation": "block"},
@@ -101,7 +103,6 @@ def read_arguments() -> argparse.Namespace:
 def meant(asked: str) -> list[str]:
     """The names that one word of --methods stands for."""
     from coprune.pruning.methods import METHODS
-    from coprune.recipe.presets import PRESETS
 
     return {"all": [*METHODS, *PRESETS], "parts": [*PARTS]}.get(asked, [asked])
 
@@ -182,8 +183,6 @@ def finished(folder: Path) -> Any:
 
 def how_to(method: str) -> dict[str, Any]:
     """The settings of a method, a preset, or a way of this file's own."""
-    from coprune.recipe.presets import PRESETS, preset_settings
-
     if method in PRESETS:
         return preset_settings(method)
     how = dict(WAYS.get(method, {"method": method}))

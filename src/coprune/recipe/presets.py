@@ -6,7 +6,11 @@ from typing import Any
 
 from coprune.base.errors import unknown_name
 
-_REFIT: dict[str, Any] = {"method": "sparsegpt", "propagation": "sequential", "refine": ("refit:rounds=10",)}
+_REFIT: dict[str, Any] = {
+    "method": "sparsegpt",
+    "propagation": "sequential",
+    "refine": ("refit:tolerance=0.03,products=bfloat16",),
+}
 _TRAINED: dict[str, Any] = {
     **_REFIT,
     "finetune": "distill",

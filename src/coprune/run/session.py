@@ -6,8 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from coprune.base.errors import BadInput
 from coprune.base.memory import return_free_memory
+from coprune.base.precision import multiplies_bfloat16
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, say
@@ -141,6 +144,7 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     if loaded is None:
         reporter.say(f"Loading {recipe.model.name}")
         loaded = open_model(recipe.model, stream=streams(recipe))
+    _say_of_bfloat16(recipe, loaded, reporter)
     blocks = find_blocks(loaded.model)
     found = FoundModel(
         loaded.weights,
@@ -157,6 +161,25 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     data = task.evaluation(reporter)
     return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
     return Opened(recipe, solver, target, loaded, found, task, samples, data, around, started, domains=domains)
+
+
+def _say_of_bfloat16(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
+    """Say where a processor that lacks products of bfloat16 has to do them all the same, and where it does without."""
+    if multiplies_bfloat16(loaded.device):
+        return
+    if loaded.model.dtype == torch.bfloat16:
+        faster = Set("dtype", "float32")
+        reporter.say(
+            say(
+                (
+                    "This processor multiplies bfloat16 numbers slowly: ",
+                    faster,
+                    " is several times as fast, and saves float32.",
+                )
+            )
+        )
+    if "bfloat16" in (recipe.reconstruction.dtype, recipe.finetune.dtype):
+        reporter.say("This processor multiplies bfloat16 numbers slowly, so what is trained computes in float32.")
 
 
 def _domains(recipe: Recipe, loaded: Loaded, around: Surroundings, remember: Remember) -> dict[str, Windows]:

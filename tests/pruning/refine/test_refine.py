@@ -14,7 +14,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import CrossGram, Gram
 from coprune.pruning.linear_algebra import dense_target
-from coprune.pruning.masked_fit import row_errors, solve_masked
+from coprune.pruning.masked_fit import Rounds, row_errors, solve_masked
 from coprune.pruning.methods import METHODS, Pruned
 from coprune.pruning.refine import REFINEMENTS, refinement_named
 from coprune.pruning.refine.swaps import Swaps, swap_in_rows
@@ -58,10 +58,52 @@ def test_refit_is_least_squares_on_the_kept_inputs() -> None:
     weight, x, statistic = correlated_layer(12, 32, tokens=1024)
     for target in TARGETS:
         pruned = METHODS["wanda"].prune(weight, statistic, target)
-        refined = refinement_named("refit:rounds=100,damping=0").refine(weight, pruned, statistic, target)
+        refined = refinement_named("refit:rounds=100,tolerance=0,damping=0").refine(weight, pruned, statistic, target)
         for row, kept in enumerate(pruned.keep):
             best = torch.linalg.lstsq(x[:, kept].double(), (x @ weight[row]).double()[:, None]).solution.squeeze(1)
             torch.testing.assert_close(refined.weight[row, kept].double(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_rounds_that_gain_little_are_left_out() -> None:
+    weight, _, statistic = correlated_layer(12, 64, tokens=1024)
+    pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
+
+    def left(asked: str) -> float:
+        refined = refinement_named(asked).refine(weight, pruned, statistic, TARGETS[0])
+        return float(errors(weight, refined.weight, statistic.gram).sum())
+
+    start = float(errors(weight, pruned.weight, statistic.gram).sum())
+    best, one = left("refit:rounds=200,tolerance=0,damping=0"), left("refit:rounds=1,damping=0")
+    early = left("refit:rounds=200,tolerance=0.03,damping=0")
+    assert best < early < one
+    assert start - early > 0.8 * (start - best)
+
+
+@pytest.mark.parametrize("refinement", ["refit:products=bfloat16", "refit:products=bfloat16,damping=0"])
+def test_products_in_bfloat16_fit_as_well(refinement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coprune.pruning.refine.refit.multiplies_bfloat16", lambda _: True)
+    for target, tokens in itertools.product(TARGETS, (12, 1024)):
+        weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
+        pruned = METHODS["sparsegpt"].prune(weight, statistic, target)
+        exact, rounded = (
+            errors(weight, refinement_named(asked).refine(weight, pruned, statistic, target).weight, statistic.gram)
+            for asked in (refinement.replace("bfloat16", "float32"), refinement)
+        )
+        before = errors(weight, pruned.weight, statistic.gram)
+        assert not torch.equal(exact, rounded)
+        assert bool((rounded <= before).all())
+        assert float((before - rounded).sum()) > 0.9 * float((before - exact).sum())
+
+
+def test_products_stay_in_float32_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, statistic = correlated_layer(16, 64)
+    pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
+    monkeypatch.setattr("coprune.pruning.refine.refit.multiplies_bfloat16", lambda _: False)
+    exact, asked = (
+        refinement_named(name).refine(weight, pruned, statistic, TARGETS[0]).weight
+        for name in ("refit", "refit:products=bfloat16")
+    )
+    assert torch.equal(exact, asked)
 
 
 def test_a_row_that_cannot_be_bettered_is_left_as_it_is() -> None:
@@ -70,7 +112,7 @@ def test_a_row_that_cannot_be_bettered_is_left_as_it_is() -> None:
     for refinement in REFINEMENTS.values():
         refined = refinement.refine(weight, Pruned(weight, keep), statistic, Target(Unstructured(), 0.0))
         assert torch.equal(refined.weight, weight)
-    dead = solve_masked(weight, weight * 0, keep, torch.zeros(16, 16), 5)
+    dead = solve_masked(weight, weight * 0, keep, torch.zeros(16, 16), Rounds(5))
     assert not dead.any()
 
 

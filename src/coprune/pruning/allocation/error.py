@@ -21,7 +21,7 @@ from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation.base import Shown, Unit
 from coprune.pruning.allocation.budget import Curve, Floats, within_budget
-from coprune.pruning.masked_fit import damp_diagonal, solve_masked
+from coprune.pruning.masked_fit import Rounds, damp_diagonal, solve_masked
 from coprune.pruning.methods.base import apply_keep
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.recipe.pattern import Target
@@ -104,7 +104,7 @@ def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit:
             keep = target.keep(score, "row")
             pruned = apply_keep(weight, keep)
             if refit:
-                pruned = solve_masked(weight, pruned, keep, damped, refit)
+                pruned = solve_masked(weight, pruned, keep, damped, Rounds(refit))
             found.append(_energy(weight - pruned, gram))
     return torch.stack(found).cpu()
 

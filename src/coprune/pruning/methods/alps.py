@@ -21,7 +21,7 @@ from coprune.base.precision import full_float32
 from coprune.base.reading import Questions, refuse_if
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import ScaledGram, scale_gram
-from coprune.pruning.masked_fit import solve_masked
+from coprune.pruning.masked_fit import Rounds, solve_masked
 from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Group, Target
 
@@ -81,7 +81,7 @@ class ALPS:
             problem = shared.problem
             dense = problem.into(weight)
             (sparse, keep), settled = self._alternate(dense, shared, target)
-            solved = solve_masked(dense, sparse, keep, problem.scaled, self.refit_rounds)
+            solved = solve_masked(dense, sparse, keep, problem.scaled, Rounds(self.refit_rounds))
             result = problem.out_of(solved)
         refuse_if(~torch.isfinite(result).all(), NumericalError("the alternation gave NaN or infinite weights"))
         events = () if settled else (f"the mask of alps still changed after {self.rounds} rounds",)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
+from coprune.base.precision import multiplies_bfloat16
 from coprune.pruning.refine.examples import Examples, endless
 from coprune.pruning.refine.trained import Trained, TrainedBlock, sizes_of
 
@@ -81,8 +82,10 @@ class Reconstruction:
         watched, batches = self._split(shares)
 
         def loss_of(batch: int) -> Tensor:
-            with torch.autocast(inputs[batch].device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-                output = run(batch, inputs[batch].to(torch.float32))
+            x = inputs[batch]
+            half = self.dtype == "bfloat16" and multiplies_bfloat16(x.device)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+                output = run(batch, x.to(torch.float32))
             return shares[batch] * examples.error(batch, output)
 
         def watch() -> float:

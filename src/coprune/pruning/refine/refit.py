@@ -9,14 +9,15 @@ fitted to their noise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from coprune.base.options import require_not_negative, require_positive
-from coprune.base.precision import full_float32
+from coprune.base.precision import full_float32, multiplies_bfloat16
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.masked_fit import damp_diagonal, rows_improved, solve_masked
+from coprune.pruning.masked_fit import Rounds, damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned
 from coprune.recipe.pattern import Target
 
@@ -29,18 +30,25 @@ class Refit:
     """
 
     rounds: int = 20
-    """Rounds of conjugate gradients."""
+    """Rounds of conjugate gradients at most."""
+    tolerance: float = 0.01
+    """They end with the first round that lowers the error by less than this share of what all have; 0 makes all of them."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the products with the Gram matrix in a round; float32 where bfloat16 would be slower."""
     damping: float = 0.01
     """What is added to each diagonal entry of the Gram matrix, as a fraction of it."""
 
     def __post_init__(self) -> None:
         require_positive(rounds=self.rounds)
-        require_not_negative(damping=self.damping)
+        require_not_negative(damping=self.damping, tolerance=self.tolerance)
 
     def refine(self, weight: Tensor, pruned: Pruned, statistic: Gram, target: Target) -> Pruned:
         with full_float32():
             dense, gram = weight.to(torch.float32), statistic.gram
             damped = damp_diagonal(gram, self.damping)
-            solved = solve_masked(dense, pruned.weight, pruned.keep, damped, self.rounds)
+            half = self.products == "bfloat16" and multiplies_bfloat16(gram.device)
+            products = torch.bfloat16 if half else torch.float32
+            rounds = Rounds(self.rounds, self.tolerance, products)
+            solved = solve_masked(dense, pruned.weight, pruned.keep, damped, rounds)
             improved = rows_improved(dense, pruned.weight, solved, gram)
         return pruned._replace(weight=torch.where(improved, solved, pruned.weight))

@@ -23,7 +23,7 @@ from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import full_float32
 from coprune.base.reading import Questions
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.masked_fit import damp_diagonal, rows_improved, solve_masked
+from coprune.pruning.masked_fit import Rounds, damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import Target
 
@@ -64,7 +64,7 @@ class Swaps:
             else:
                 swapped, keep = swap_in_rows(dense, pruned, damped, self.candidates, self.steps)
             if self.refit_rounds:
-                swapped = solve_masked(dense, swapped, keep, damped, self.refit_rounds)
+                swapped = solve_masked(dense, swapped, keep, damped, Rounds(self.refit_rounds))
             improved = rows_improved(dense, pruned.weight, swapped, gram)
         return pruned._replace(
             weight=torch.where(improved, swapped, pruned.weight), keep=torch.where(improved, keep, pruned.keep)
