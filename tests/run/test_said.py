@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import coprune
 from coprune.base.errors import BadInput
+from coprune.base.precision import SLOW_IN_BFLOAT16
 from support.pico_folder import pico_tokenizer, save_pico, write_words
 
 SMALL: dict[str, Any] = dict(dataset="words.txt", seqlen=32, nsamples=2, evaluate=False)
@@ -54,6 +56,23 @@ def test_a_text_that_nobody_named_and_nothing_depends_on_may_be_missing(
     for settings in (SMALL, unnamed | {"method": "wanda"}):
         with pytest.raises(BadInput, match="no network here"):
             coprune.prune("model", **{"method": "magnitude", **settings})
+
+
+def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
+    said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
+    trained = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
+    monkeypatch.setattr("coprune.run.session.multiplies_bfloat16", lambda _: True)
+    coprune.prune("half", "wanda", **SMALL, **trained)
+    assert not any(SLOW_IN_BFLOAT16 in line for line in said)
+    monkeypatch.setattr("coprune.run.session.multiplies_bfloat16", lambda _: False)
+    coprune.prune("half", "wanda", **SMALL, **trained)
+    told = [line.removeprefix(SLOW_IN_BFLOAT16) for line in said if SLOW_IN_BFLOAT16 in line]
+    assert told == [
+        " dtype='float32' computes several times as fast, and saves float32.",
+        " So what is trained computes in float32.",
+    ]
 
 
 def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Path) -> None:

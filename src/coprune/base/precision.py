@@ -9,6 +9,8 @@ import torch
 
 from coprune.base.devices import capability, in_host_memory
 
+SLOW_IN_BFLOAT16 = "This processor multiplies bfloat16 numbers slowly."
+
 
 @contextmanager
 def full_float32() -> Iterator[None]:

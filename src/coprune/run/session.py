@@ -10,7 +10,7 @@ import torch
 
 from coprune.base.errors import BadInput
 from coprune.base.memory import return_free_memory
-from coprune.base.precision import multiplies_bfloat16
+from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, say
@@ -168,18 +168,14 @@ def _say_of_bfloat16(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None
     if multiplies_bfloat16(loaded.device):
         return
     if loaded.model.dtype == torch.bfloat16:
-        faster = Set("dtype", "float32")
-        reporter.say(
-            say(
-                (
-                    "This processor multiplies bfloat16 numbers slowly: ",
-                    faster,
-                    " is several times as fast, and saves float32.",
-                )
-            )
+        faster = (
+            f"{SLOW_IN_BFLOAT16} ",
+            Set("dtype", "float32"),
+            " computes several times as fast, and saves float32.",
         )
+        reporter.say(say(faster))
     if "bfloat16" in (recipe.reconstruction.dtype, recipe.finetune.dtype):
-        reporter.say("This processor multiplies bfloat16 numbers slowly, so what is trained computes in float32.")
+        reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
 
 
 def _domains(recipe: Recipe, loaded: Loaded, around: Surroundings, remember: Remember) -> dict[str, Windows]:

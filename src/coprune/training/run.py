@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from coprune.base.durable import full_disk_explained
+from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.look import Look
@@ -58,6 +59,7 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
     processes = started_processes()
     first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
+    settings = _in_precision_of_the_device(settings, reporter)
     settings, said = beside_others(settings)
     if said is not None:
         reporter.say(said)
@@ -67,6 +69,14 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
         prepare_folders(settings)
     with reporter.libraries():
         return _run(settings, reporter, first)
+
+
+def _in_precision_of_the_device(settings: FinetuneSettings, reporter: Reporter) -> FinetuneSettings:
+    """The settings without bfloat16, which is said, where that is slow: it is there for speed."""
+    if not settings.bf16 or multiplies_bfloat16(training_device(settings.device)):
+        return settings
+    reporter.say(f"{SLOW_IN_BFLOAT16} So this training computes in float32.")
+    return settings.model_copy(update={"bf16": False})
 
 
 def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> FinetuneReport:

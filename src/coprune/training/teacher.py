@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
-from coprune.base.precision import multiplies_bfloat16
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model, task_of
 from coprune.model.checkpoint.locate import locate
@@ -28,7 +27,7 @@ def distillation_of(session: Session, first: bool) -> Objective | None:
     _require_same_outputs(session.loaded.model, teacher)
     device = training_device(settings.device)
     torch.nn.Module.to(teacher, device)
-    if settings.bf16 and multiplies_bfloat16(device):
+    if settings.bf16:
         _in_bfloat16(teacher, device)
     hidden = settings.weight_of_hidden if session.block_size is not None else 0.0
     counterparts = _counterparts(session, teacher) if hidden else []

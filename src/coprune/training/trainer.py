@@ -18,7 +18,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import SaveStrategy
 
 from coprune.base.devices import kind_of
-from coprune.base.precision import multiplies_bfloat16
 from coprune.base.processes import started_processes
 from coprune.base.progress import Advance
 from coprune.model.checkpoint.load import quiet_transformers
@@ -181,7 +180,7 @@ def training_arguments(settings: FinetuneSettings, data: TrainingData, folder: P
         optim_args=optimizer_arguments,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16 and multiplies_bfloat16(device),
+        bf16=settings.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=[name.strip() for name in settings.report_to.split(",")],

@@ -88,6 +88,17 @@ def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
             assert bool(((parameter != 0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
 
 
+def test_a_processor_without_products_of_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Reconstruction(steps=4, dtype="bfloat16")
+    monkeypatch.setattr("coprune.pruning.refine.reconstruct.multiplies_bfloat16", lambda _: False)
+    (slow, _), (exact, _) = pruned(asked), pruned(replace(asked, dtype="float32"))
+    assert all(torch.equal(a, b) for a, b in zip(slow.parameters(), exact.parameters(), strict=True))
+    monkeypatch.undo()
+    monkeypatch.setattr("coprune.pruning.refine.reconstruct.multiplies_bfloat16", lambda _: True)
+    half, _ = pruned(asked)
+    assert not all(torch.equal(a, b) for a, b in zip(half.parameters(), exact.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_dense_states_that_nobody_looks_at_make_no_difference(steps: int) -> None:
     reconstruction = Reconstruction(steps=steps)
