@@ -20,7 +20,7 @@ class Rounds:
     most: int
     """Rounds at most."""
     tolerance: float = 0.0
-    """They end with the first round that lowers the error by less than this share of what all have; 0 makes all of them."""
+    """They end with the first that lowers the error of the whole matrix by less than this share of it; 0 makes all of them."""
     products: torch.dtype = torch.float32
     """Precision of the products with the Gram matrix but the first. In bfloat16 a round's step is a little wrong, which the
     next rounds make up for, so that ten rounds reach what ten exact ones do."""
@@ -67,20 +67,22 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
     diagonal = gram.diagonal()
     preconditioner = torch.where(diagonal > 0, 1 / diagonal, torch.zeros_like(diagonal))
     solution = start
-    residual = ((weight - solution) @ gram).mul_(kept)
+    delta = weight - start
+    residual = delta @ gram
+    error = (delta * residual).sum(dtype=torch.float64)
+    residual.mul_(kept)
     direction = residual * preconditioner
     strength = (residual * direction).sum(dim=1, keepdim=True)
     factor = gram.to(rounds.products)
     settled: Questions[Tensor] = Questions()
-    gained = torch.zeros((), dtype=torch.float64, device=weight.device)
     for _ in range(rounds.most):
         image = (direction.to(factor.dtype) @ factor).to(torch.float32).mul_(kept)
         step = _ratio(strength, (direction * image).sum(dim=1, keepdim=True))
         solution = torch.addcmul(solution, step, direction)
         if rounds.tolerance:
             gain = (step * strength).sum(dtype=torch.float64)
-            gained = gained + gain
-            if (done := settled.ask(gain < rounds.tolerance * gained, solution)) is not None:
+            error = error - gain
+            if (done := settled.ask(gain < rounds.tolerance * error, solution)) is not None:
                 return done
         residual.addcmul_(step, image, value=-1)
         scaled = residual * preconditioner

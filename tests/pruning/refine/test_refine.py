@@ -74,20 +74,19 @@ def test_rounds_that_gain_little_are_left_out() -> None:
 
     start = float(errors(weight, pruned.weight, statistic.gram).sum())
     best, one = left("refit:rounds=200,tolerance=0,damping=0"), left("refit:rounds=1,damping=0")
-    early = left("refit:rounds=200,tolerance=0.03,damping=0")
+    early = left("refit:rounds=200,tolerance=0.01,damping=0")
     assert best < early < one
     assert start - early > 0.8 * (start - best)
 
 
-@pytest.mark.parametrize("refinement", ["refit:products=bfloat16", "refit:products=bfloat16,damping=0"])
-def test_products_in_bfloat16_fit_as_well(refinement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_bfloat16_fit_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coprune.pruning.refine.refit.multiplies_bfloat16", lambda _: True)
     for target, tokens in itertools.product(TARGETS, (12, 1024)):
         weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
         pruned = METHODS["sparsegpt"].prune(weight, statistic, target)
         exact, rounded = (
             errors(weight, refinement_named(asked).refine(weight, pruned, statistic, target).weight, statistic.gram)
-            for asked in (refinement.replace("bfloat16", "float32"), refinement)
+            for asked in ("refit", "refit:products=bfloat16")
         )
         before = errors(weight, pruned.weight, statistic.gram)
         assert not torch.equal(exact, rounded)

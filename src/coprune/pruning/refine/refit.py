@@ -31,8 +31,8 @@ class Refit:
 
     rounds: int = 20
     """Rounds of conjugate gradients at most."""
-    tolerance: float = 0.01
-    """They end with the first round that lowers the error by less than this share of what all have; 0 makes all of them."""
+    tolerance: float = 0.002
+    """They end with the first that lowers the error of the matrix by less than this share of it; 0 makes all of them."""
     products: Literal["float32", "bfloat16"] = "float32"
     """Precision of the products with the Gram matrix in a round; float32 where bfloat16 would be slower."""
     damping: float = 0.01
