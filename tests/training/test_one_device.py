@@ -1,4 +1,4 @@
-"""Fine-tuning takes the device that was asked for, and no other GPU beside it."""
+"""Fine-tuning takes the device that was asked for, no other GPU beside it, and no precision in which that is slow."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.precision import SLOW_IN_BFLOAT16
+from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.training.after_pruning import settings_of
 from coprune.training.one_device import arguments_on, training_device
+from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
-from support.pruned import settings_for
+from support.pruned import pruned_model, save, settings_for, write_text
 
 
 @pytest.fixture
@@ -67,3 +72,24 @@ def test_a_pruning_hands_its_device_on(tmp_path: Path) -> None:
 def test_a_training_after_pruning_reads_one_source_of_text(data: str, trained: str) -> None:
     recipe = make_recipe({"model": "m", "dataset": data, "finetune": "lora", "finetune_minutes": 1, "save_model": "x"})
     assert settings_of(recipe).dataset == trained
+
+
+def test_a_processor_without_products_of_bfloat16_trains_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(pruned_model(num_hidden_layers=1), tmp_path / "model")
+    write_text(tmp_path / "text.txt", 300)
+    lines: list[str] = []
+    monkeypatch.setattr("coprune.base.progress.Reporter.say", lambda self, line: lines.append(line))
+    monkeypatch.setattr("coprune.training.run.multiplies_bfloat16", lambda _: False)
+
+    def trained(name: str, half: bool) -> dict[str, Tensor]:
+        how = settings_for(
+            tmp_path / name, tmp_path / "model", tmp_path / "text.txt", mode="dense", max_steps=2, bf16=half
+        )
+        assert not run_finetuning(make_settings(how), Reporter(quiet=True)).settings.bf16
+        return load_file(tmp_path / name / "model" / "model.safetensors")
+
+    asked, exact = trained("asked", True), trained("exact", False)
+    assert all(torch.equal(asked[name], exact[name]) for name in exact)
+    assert lines.count(f"{SLOW_IN_BFLOAT16} So this training computes in float32.") == 1

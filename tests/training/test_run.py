@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput, BrokenMask, NumericalError
-from coprune.base.precision import SLOW_IN_BFLOAT16
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import Companions
 from coprune.recipe.pattern import NM
@@ -88,20 +87,6 @@ def test_every_mode_keeps_every_zero(
     assert find_masks(after).patterns == report.patterns == {"unstructured": 7, "2:4": 7}
     assert not torch.equal(before.model.layers[0].mlp.up_proj.weight, after.model.layers[0].mlp.up_proj.weight)
     assert not (tmp_path / "run" / "training").exists()
-
-
-def test_a_processor_without_products_of_bfloat16_trains_in_float32(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    how: dict[str, Any] = {"mode": "distill", "teacher": str(home / "dense"), "max_steps": 2}
-    lines: list[str] = []
-    monkeypatch.setattr("coprune.base.progress.Reporter.say", lambda self, line: lines.append(line))
-    monkeypatch.setattr("coprune.training.run.multiplies_bfloat16", lambda _: False)
-    for name, half in (("asked", True), ("exact", False)):
-        run(home, tmp_path / name, bf16=half, **how)
-    asked, exact = (weights_of(tmp_path / name / "model") for name in ("asked", "exact"))
-    assert all(torch.equal(asked[name], exact[name]) for name in exact)
-    assert lines.count(SLOW_IN_BFLOAT16 + " So this training computes in float32.") == 1
 
 
 def test_what_is_measured_in_the_end_is_what_is_saved(home: Path, tmp_path: Path) -> None:
