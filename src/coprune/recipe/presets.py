@@ -9,7 +9,7 @@ from coprune.base.errors import unknown_name
 _REFIT: dict[str, Any] = {
     "method": "sparsegpt",
     "propagation": "sequential",
-    "refine": ("refit:tolerance=0.005,products=bfloat16",),
+    "refine": ("refit:products=bfloat16",),
 }
 _TRAINED: dict[str, Any] = {
     **_REFIT,
