@@ -62,7 +62,7 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
     said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
-    trained = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
+    trained: dict[str, Any] = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
     monkeypatch.setattr("coprune.run.session.multiplies_bfloat16", lambda _: True)
     coprune.prune("half", "wanda", **SMALL, **trained)
     assert not any(SLOW_IN_BFLOAT16 in line for line in said)
