@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -30,9 +31,13 @@ def full_float32() -> Iterator[None]:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 no more slowly than in float32.
 
-    A processor without such instructions takes 2 (AVX-512) to 200 (AVX2) times as long. Where there is only speed to gain,
-    float32 is used there instead.
+    A processor without such instructions takes 2 (AVX-512) to 200 (AVX2) times as long.
     """
     if in_host_memory(device):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type != "cuda" or capability(device) >= (8, 0)
+
+
+def precision_on(device: torch.device, asked: Literal["float32", "bfloat16"]) -> torch.dtype:
+    """What is computed in where bfloat16 is asked for its speed alone: float32 on a device on which there is none."""
+    return torch.bfloat16 if asked == "bfloat16" and multiplies_bfloat16(device) else torch.float32

@@ -69,7 +69,9 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
     solution = start
     delta = weight - start
     residual = delta @ gram
-    error = (delta * residual).sum(dtype=torch.float64)
+    if rounds.tolerance:
+        error = (delta * residual).sum(dtype=torch.float64)
+    del delta  # one matrix of this size less in all rounds
     residual.mul_(kept)
     direction = residual * preconditioner
     strength = (residual * direction).sum(dim=1, keepdim=True)

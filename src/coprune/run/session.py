@@ -174,7 +174,7 @@ def _say_of_bfloat16(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None
             " computes several times as fast, and saves float32.",
         )
         reporter.say(say(faster))
-    if "bfloat16" in (recipe.reconstruction.dtype, recipe.finetune.dtype):
+    if recipe.reconstruction.dtype == "bfloat16":  # a training afterwards speaks for itself
         reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
 
 

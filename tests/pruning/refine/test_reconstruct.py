@@ -90,11 +90,11 @@ def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
 
 def test_a_processor_without_products_of_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Reconstruction(steps=4, dtype="bfloat16")
-    monkeypatch.setattr("coprune.pruning.refine.reconstruct.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("coprune.base.precision.multiplies_bfloat16", lambda _: False)
     (slow, _), (exact, _) = pruned(asked), pruned(replace(asked, dtype="float32"))
     assert all(torch.equal(a, b) for a, b in zip(slow.parameters(), exact.parameters(), strict=True))
     monkeypatch.undo()
-    monkeypatch.setattr("coprune.pruning.refine.reconstruct.multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr("coprune.base.precision.multiplies_bfloat16", lambda _: True)
     half, _ = pruned(asked)
     assert not all(torch.equal(a, b) for a, b in zip(half.parameters(), exact.parameters(), strict=True))
 

@@ -80,7 +80,7 @@ def test_rounds_that_gain_little_are_left_out() -> None:
 
 
 def test_products_in_bfloat16_fit_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coprune.pruning.refine.refit.multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr("coprune.base.precision.multiplies_bfloat16", lambda _: True)
     for target, tokens in itertools.product(TARGETS, (12, 1024)):
         weight, _, statistic = correlated_layer(16, 64, tokens=tokens)
         pruned = METHODS["sparsegpt"].prune(weight, statistic, target)
@@ -97,7 +97,7 @@ def test_products_in_bfloat16_fit_as_well(monkeypatch: pytest.MonkeyPatch) -> No
 def test_products_stay_in_float32_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, statistic = correlated_layer(16, 64)
     pruned = METHODS["wanda"].prune(weight, statistic, TARGETS[0])
-    monkeypatch.setattr("coprune.pruning.refine.refit.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("coprune.base.precision.multiplies_bfloat16", lambda _: False)
     exact, asked = (
         refinement_named(name).refine(weight, pruned, statistic, TARGETS[0]).weight
         for name in ("refit", "refit:products=bfloat16")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from coprune.base.devices import kind_of
 from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
-from coprune.base.precision import multiplies_bfloat16
+from coprune.base.precision import precision_on
 from coprune.pruning.refine.examples import Examples, endless
 from coprune.pruning.refine.trained import Trained, TrainedBlock, sizes_of
 
@@ -83,7 +83,7 @@ class Reconstruction:
 
         def loss_of(batch: int) -> Tensor:
             x = inputs[batch]
-            half = self.dtype == "bfloat16" and multiplies_bfloat16(x.device)
+            half = precision_on(x.device, self.dtype) == torch.bfloat16
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 output = run(batch, x.to(torch.float32))
             return shares[batch] * examples.error(batch, output)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.options import require_not_negative, require_positive
-from coprune.base.precision import full_float32, multiplies_bfloat16
+from coprune.base.precision import full_float32, precision_on
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.masked_fit import Rounds, damp_diagonal, rows_improved, solve_masked
 from coprune.pruning.methods.base import Pruned
@@ -46,9 +46,7 @@ class Refit:
         with full_float32():
             dense, gram = weight.to(torch.float32), statistic.gram
             damped = damp_diagonal(gram, self.damping)
-            half = self.products == "bfloat16" and multiplies_bfloat16(gram.device)
-            products = torch.bfloat16 if half else torch.float32
-            rounds = Rounds(self.rounds, self.tolerance, products)
+            rounds = Rounds(self.rounds, self.tolerance, precision_on(gram.device, self.products))
             solved = solve_masked(dense, pruned.weight, pruned.keep, damped, rounds)
             improved = rows_improved(dense, pruned.weight, solved, gram)
         return pruned._replace(weight=torch.where(improved, solved, pruned.weight))
