@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from coprune.run.inspect import inspect
     from coprune.run.inspection import Inspection
     from coprune.run.prune import estimate, prune
-    from coprune.run.stages import Result, run_recipe
+    from coprune.run.result import Result
+    from coprune.run.stages import run_recipe
     from coprune.run.sweep.result import SweepResult
     from coprune.run.sweep.sweep import sweep
     from coprune.training.finetune import finetune
@@ -74,7 +75,7 @@ _HOME = {
     "NumericalError": "coprune.base.errors",
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
-    "Result": "coprune.run.stages",
+    "Result": "coprune.run.result",
     "Sizes": "coprune.packed.sizes",
     "SweepResult": "coprune.run.sweep.result",
     "UnsupportedModel": "coprune.base.errors",

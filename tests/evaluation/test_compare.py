@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.evaluation.cache import EvaluationCache
-from coprune.evaluation.compare import compare_models
+from coprune.evaluation.compare import compare_models, labels_of
 from coprune.evaluation.evaluation import WeightFacts
 from coprune.evaluation.texts import split_texts
 from coprune.recipe.recipe import make_recipe
@@ -259,3 +259,33 @@ def test_refusals(
     ended = run_command(filled, monkeypatch, capsys)
     assert ended.code == 2
     assert message in ended.err
+
+
+def test_items_of_models_with_one_name_go_to_folders_of_their_own() -> None:
+    assert labels_of(["out/dense", "a/model", "b/model"]) == ["dense", "a__model", "b__model"]
+    assert labels_of(["/data/x/foo", "org/foo"]) == ["data__x__foo", "org__foo"]
+
+
+def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
+    checkpoints: list[Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.evaluation.sources.open_model", loaded)
+        ended = run_command(["eval", str(checkpoints[0]), "--data", str(tmp_path / "nowhere.txt")], monkeypatch, capsys)
+        assert (ended.code, "nowhere.txt" in ended.err) == (2, True)
+        for name, message in (("file/found.json", "which is no folder"), ("", "is a folder")):
+            asked = ["eval", str(checkpoints[0]), "--data", str(text), "--seqlen", "32", "--json", str(tmp_path / name)]
+            ended = run_command(asked, monkeypatch, capsys)
+            assert (ended.code, message in ended.err) == (2, True), ended.err
+    found = str(tmp_path / "new" / "found.json")
+    asked = ["eval", str(checkpoints[0]), "--data", str(text), "--seqlen", "32", "--json", found]
+    assert run_command(asked, monkeypatch, capsys).code == 0
+    assert json.loads((tmp_path / "new" / "found.json").read_text())["perplexity"]

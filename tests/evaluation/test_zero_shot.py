@@ -199,3 +199,16 @@ def test_real_items_can_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             choices = task.doc_to_choice(item)
             assert len(choices) >= 2
             assert all(isinstance(choice, str) and choice for choice in choices)
+
+
+def test_model_and_tokenizer_are_as_they_were(local_data: Path) -> None:
+    model, tokenizer = pico_model("llama", tie_word_embeddings=True), pico_tokenizer()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))  # parted, as training may do
+    model.train()
+    model.model.layers[0].eval()
+    tokenizer.pad_token = None
+    head, training = model.lm_head.weight, [part.training for part in model.modules()]
+    zero_shot(model, tokenizer, settings(limit=2))
+    assert model.lm_head.weight is head
+    assert [part.training for part in model.modules()] == training
+    assert tokenizer.pad_token is None

@@ -18,6 +18,7 @@ from coprune.packed import accelerate as accelerate_module
 from coprune.packed.accelerate import accelerate
 from coprune.packed.bench import bench, bench_model, make_forms, share_weights
 from coprune.packed.benched import Bench
+from coprune.packed.dense_linear import kernel_linear
 from coprune.packed.folder import pack
 from coprune.packed.linear import PackedLinear, pack_linears
 from coprune.packed.runtimes import Work
@@ -220,3 +221,30 @@ def test_a_busy_machine_is_measured_by_the_processors_time(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(BadInput, match="one thread"):
         bench(model, busy=True)
+
+
+def test_bad_settings_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "dense")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"dtipe": "float16"}, "unknown setting 'dtipe'; did you mean 'dtype'"),
+        ({"dtype": "float17"}, "unknown dtype 'float17'"),
+        ({"device": "gpu"}, "the device 'gpu' cannot be used here"),
+        ({"prompt": 2048}, "above the model's 2048 positions"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(BadInput, match=message):
+            bench(tmp_path / "dense", (1,), **{"prompt": 8, "tokens": 2, "repeats": 1, **settings})
+
+
+def test_an_input_of_another_width_is_refused_as_torch_does() -> None:
+    linear = torch.nn.Linear(64, 32)
+    with torch.no_grad():
+        linear.weight.masked_fill_(torch.rand(32, 64) < 0.6, 0.0)
+    packed, dense = PackedLinear.from_linear(linear), kernel_linear(linear)
+    for layer in (packed, dense):
+        if layer is None:  # without a compiler there is no product of ours
+            continue
+        for width in (16, 32, 128):
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients), pytest.raises((RuntimeError, BadInput)):
+                    layer(torch.randn(2, width, requires_grad=gradients))

@@ -207,3 +207,18 @@ def test_a_swapped_header_in_the_manifest_is_refused(dense_folder: Path, tmp_pat
     path.write_text(json.dumps(manifest))
     with pytest.raises(BadInput, match="does not fit"):
         unpack(tmp_path / "packed", tmp_path / "again")
+
+
+def test_a_folder_without_one_of_its_shards_is_refused(dense_folder: Path, tmp_path: Path) -> None:
+    pack(dense_folder, tmp_path / "packed")
+    for folder in (dense_folder, tmp_path / "packed"):
+        (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BadInput, match="names 2 shards, of which 1 are missing"):
+        pack(dense_folder, tmp_path / "again")
+    with pytest.raises(BadInput, match="names 2 shards, of which 1 are missing"):
+        unpack(tmp_path / "packed", tmp_path / "back")
+    (tmp_path / "packed" / "model.safetensors.index.json").unlink()
+    with pytest.raises(BadInput, match=r"lacks model-00002-of-00002\.safetensors, which coprune_packed\.json names"):
+        unpack(tmp_path / "packed", tmp_path / "back")
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "back").exists()

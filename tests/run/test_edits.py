@@ -20,7 +20,8 @@ from coprune.model.edits import EDITS_FILE, Edits, dump_edits, load_edits, prune
 from coprune.model.matrices import find_matrices
 from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.stages import Result, run_recipe
+from coprune.run.result import Result
+from coprune.run.stages import run_recipe
 from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at
 from support.pico import pico_tokens

@@ -70,3 +70,95 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     trained = result.model.get_parameter("model.layers.0.mlp.up_proj.weight")
     assert not torch.equal(trained, pruned.model.layers[0].mlp.up_proj.weight)
     assert result.tokenizer is not None
+
+
+SMALL: dict[str, Any] = {
+    "pattern": "2:4",
+    "seqlen": 16,
+    "nsamples": 4,
+    "device": "cpu",
+    "evaluate": False,
+    "gate": False,
+}
+
+
+def test_the_trained_model_is_pushed_and_the_one_before_is_not(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[Any] = []
+    monkeypatch.setattr("coprune.run.halves.require_login", pushed.append)
+    monkeypatch.setattr("coprune.run.ending.push", lambda *asked: pushed.append(asked))
+    where: dict[str, Any] = {
+        "save": tmp_path / "run",
+        "save_model": tmp_path / "model",
+        "push_to_hub": "me/small",
+        "private": True,
+    }
+    text = str(write_text(tmp_path / "text.txt", 700))
+    coprune.prune(str(dense), finetune="dense", finetune_tokens=32, dataset=text, quiet=True, **SMALL, **where)
+    assert pushed == ["me/small", (tmp_path / "model", "me/small", True)]
+
+
+def test_an_earlier_run_is_replaced_once_the_new_one_is_known_to_work(dense: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    where = {"save": tmp_path / "run", "save_model": model, "dataset": str(write_text(tmp_path / "text.txt", 700))}
+
+    def again(**changes: Any) -> Any:
+        asked: dict[str, Any] = {**SMALL, **where, "finetune": "dense", "finetune_tokens": 32, **changes}
+        return coprune.prune(str(dense), quiet=True, **asked)
+
+    first = again()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    wrong: list[dict[str, Any]] = [
+        {"dataset": str(tmp_path / "nowhere.txt")},
+        {"finetune": "lora", "finetune_rates": "relative"},
+        {"pattern": "3:7"},
+    ]
+    for changes in wrong:
+        with pytest.raises(BadInput):
+            again(overwrite=True, **changes)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+    second = again(overwrite=True, seed=1)
+    assert first.report.recipe.calibration.seed != second.report.recipe.calibration.seed
+    assert second.report.saved_model == model
+    with pytest.raises(BadInput, match="another run"):
+        again()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"save_model": "taken"}, "already exists and is not empty"),
+        ({"save_model": "run/pruned"}, "would be in what the run keeps for itself"),
+        ({"save": "taken/run", "save_model": "taken"}, "which becomes the model's"),
+    ],
+)
+def test_a_folder_that_cannot_be_the_models_is_refused_before_pruning(
+    dense: Path, tmp_path: Path, where: dict[str, str], message: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    write_text(tmp_path / "taken" / "mine.txt", 700)
+    folders: dict[str, Any] = {"save": tmp_path / "run"} | {name: tmp_path / folder for name, folder in where.items()}
+    with pytest.raises(BadInput, match=message):
+        coprune.prune(
+            str(dense), finetune="dense", dataset=str(tmp_path / "taken" / "mine.txt"), quiet=True, **SMALL, **folders
+        )
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Path, tmp_path: Path) -> None:
+    tokens = torch.arange(40)[:, None] * 10 + torch.zeros(16, dtype=torch.int64)
+    text = str(write_text(tmp_path / "text.txt", 700))
+    coprune.prune(str(dense), save_model=tmp_path / "pruned", dataset=text, quiet=True, **SMALL)
+    how: dict[str, Any] = {
+        "quiet": True,
+        "evaluate": False,
+        "gate": False,
+        "device": "cpu",
+        "max_steps": 1,
+        "held_out": 0,
+    }
+    found = coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens, save=tmp_path / "one", **how)
+    assert (found.windows, found.block_size) == (40, 16)
+    with pytest.raises(BadInput, match="there is a token 5390, and the model knows 1002"):
+        coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens + 5000, save=tmp_path / "two", **how)

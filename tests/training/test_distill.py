@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coprune.base.errors import BadInput
 from coprune.training.distill import Distillation, divergence, divergence_of_top, hidden_error
 from coprune.training.teacher_cache import TeacherCache
 from support.pico import pico_model, pico_tokens
@@ -127,8 +126,3 @@ def test_an_interrupted_pass_of_the_teacher_goes_on(tmp_path: Path) -> None:
     assert len(calls) == 8
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
-
-
-def test_more_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="above the teacher's vocabulary of 256"):
-        TeacherCache(tmp_path).fill(pico_model("llama"), pico_tokens(2, 8), 257, 1.0, torch.device("cpu"))

@@ -7,6 +7,7 @@ import torch
 
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.recipe.pattern import NM, Unstructured
+from coprune.training.adapters import choose_targets
 from coprune.training.masks import find_masks, plain_parameters, select_parameters
 from support.pico import pico_model
 from support.pruned import pruned_model, zeros_of
@@ -61,3 +62,15 @@ def test_parameters_are_selected_by_pattern() -> None:
     assert not any("k_proj" in name for name in names)
     with pytest.raises(BadInput, match="matches no parameter"):
         list(select_parameters(model, ("*.nothing",)))
+
+
+def test_zeros_of_an_output_matrix_that_is_the_embedding_are_kept_under_its_name() -> None:
+    model = pruned_model(tie_word_embeddings=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:100] = 0
+    masks = find_masks(model)
+    (tied,) = [entry for entry in masks.matrices if entry.tied]
+    assert (tied.matrix.name, tied.parameter) == ("lm_head", "model.embed_tokens.weight")
+    masks.verify(plain_parameters(model))
+    # An adapter on it would train the embedding along.
+    assert "lm_head" not in choose_targets(masks, (), rank=2)

@@ -15,11 +15,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it when it is on the disk.
+    """Write a file under a temporary name and rename it when it is on the disk; its folder is made if need be.
 
     Raises CopruneError if the disk is full, BadInput if the folder cannot be written to; nothing is left behind then.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror}") from error

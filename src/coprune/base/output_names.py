@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Setting
 
 _MOST_BYTES = 255  # of a name, on all usual file systems
 _LONGER = 20  # so much longer is the name that a folder has while it is written
@@ -21,6 +23,20 @@ def require_usable(path: Path, field: str | None = None) -> None:
     why = _obstacle(path)
     if why is not None:
         raise BadInput(f"{str(path)[:300]!r} {why}", field=field, value=path, fix="choose another name")
+
+
+def require_file(path: Path | None, field: str | None = None) -> None:
+    """The same for a file that a command is asked to write at its end; its folder is made if need be.
+
+    Args:
+        path: of the file; None where none is asked for.
+        field: the setting that names it.
+    """
+    if path is None:
+        return
+    require_usable(path, field)
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder", field=field, value=path, fix="name a file")
 
 
 def _obstacle(path: Path) -> str | None:
@@ -50,3 +66,21 @@ def require_own_name(path: Path, field: str | None = None) -> None:
     require_usable(path, field)
     if path.is_symlink():
         raise BadInput(f"{path} is a link", field=field, value=path, fix="name the folder that it leads to")
+
+
+def require_apart(run: Path, model: Path, own: Iterable[str] = ()) -> None:
+    """Raise BadInput where the folder of a model would hold the run's, or be in what the run keeps for itself.
+
+    Args:
+        run: folder of the run.
+        model: folder that the model gets once it is whole.
+        own: folders in the run's that no model may be in.
+    """
+    fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
+    here, there = run.absolute(), model.absolute()
+    if here.is_relative_to(there):
+        inside = f"the run folder {run} would be in {model}, which becomes the model's"
+        raise BadInput(inside, field="save_model", value=model, fix=fix)
+    if any(there.is_relative_to(here / name) for name in own):
+        inside = f"{model} would be in what the run keeps for itself"
+        raise BadInput(inside, field="save_model", value=model, fix=fix)

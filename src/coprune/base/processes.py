@@ -27,6 +27,7 @@ Value = TypeVar("Value")
 
 # Longer than any process computes between two meetings: a block of a large model solved by a slow method takes minutes.
 TIMEOUT = timedelta(minutes=30)
+_TIMEOUT_OF_TRAINING = timedelta(hours=24)  # the first process measures and saves before and after it, the others wait
 _TELL_AFTER_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
@@ -131,13 +132,16 @@ def started_processes() -> Processes:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started beside this one; without torchrun, be the only one."""
+def joined_processes(train: bool = False) -> Iterator[Processes]:
+    """Join the processes that torchrun started beside this one; without torchrun, be the only one.
+
+    train: whether they are going to train a model together, for which they wait longer for each other.
+    """
     if environment.world_size() == 1:
         yield Processes()
         return
     with _heard():
-        dist.init_process_group(_backend(), timeout=TIMEOUT)
+        dist.init_process_group(_backend(), timeout=_TIMEOUT_OF_TRAINING if train else TIMEOUT)
     yield Processes(dist.get_rank(), dist.get_world_size())
     # Not after an error: the others may be waiting for something else. Nor twice: a fine-tuning ends them itself.
     if dist.is_initialized():

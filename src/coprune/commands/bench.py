@@ -56,8 +56,10 @@ def bench(
 
     from coprune.base.errors import BadInput
     from coprune.base.files import write_text
+    from coprune.base.output_names import require_file
     from coprune.packed.bench import bench
 
+    require_file(json_file, "json")
     sizes = None if batches is None else [part.strip() for part in batches.split(",")]
     if sizes is not None and not all(size.isdigit() and int(size) > 0 for size in sizes):
         numbers = "they should be positive numbers with commas between, such as 1,4,16"

@@ -43,9 +43,12 @@ def compare(
     Example: coprune compare smollm2-135m out/wanda out/sparsegpt --data embedded --seqlen 512 --json table.json
     """
     from coprune.base.files import write_text
+    from coprune.base.output_names import require_file
     from coprune.commands.terminal import print_sheet
     from coprune.run.compare import compare
 
+    for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
+        require_file(file, field)
     found = compare(models, evaluations=cache, fresh=fresh, quiet=quiet, **settings)
     print_sheet(found.sheet())
     if json_file is not None:

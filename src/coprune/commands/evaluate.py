@@ -30,8 +30,10 @@ def evaluate(
     Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
     """
     from coprune.base.files import write_text
+    from coprune.base.output_names import require_file
     from coprune.evaluation.evaluate import evaluate
 
+    require_file(json_file, "json")
     example = Command("evaluate", "smollm2-135m", Set("data", "embedded"))
     found = evaluate(named_model(model, model_option, example), against=against, quiet=quiet, **settings)
     typer.echo(str(found))

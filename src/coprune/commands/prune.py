@@ -32,7 +32,7 @@ def prune(
     from coprune.run.stages import run_recipe
 
     reporter = Reporter(quiet)
-    with joined_processes() as processes:
+    with joined_processes(train=recipe.finetune.mode is not None) as processes:
         asked, named = recipe, {name for name in ("save", "save_model") if typed[name] is not None}
         recipe, said = processes.from_first(lambda: where_to(asked, typed["recipe"] is not None, named))
         if processes.first and said is not None:

@@ -86,6 +86,12 @@ def bytes_of_weights(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def require_text(name: str) -> None:
+    """Raise BadInput for the name of a local file or folder that is not there; no corpus is asked for."""
+    if looks_local(name):
+        files_of(split_column(name)[0])
+
+
 def text_fingerprint(name: str) -> str:
     """Name an evaluation text: a local file or folder by its bytes, a corpus by its name."""
     if not looks_local(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
@@ -35,6 +36,8 @@ def compare_models(
     tasks = Extras.prepare(recipe).tasks
     subjects = [Subject(one, cache, reporter, tasks) for one in found]
     require_one_task(subjects)
+    for subject, label in zip(subjects, labels_of([one.name for one in subjects]), strict=True):
+        subject.label = label
     for subject in subjects[1:]:
         subject.begin_as(subjects[0])
     baseline = subjects[0].measure()
@@ -45,6 +48,15 @@ def compare_models(
         rows.append(row(name, evaluation, baseline))
         subject.release()
     return Comparison(rows=tuple(rows))
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """Names of folders for the models' items: the last parts of paths and Hub ids, or all of them where those are alike."""
+    last = [Path(name).name for name in names]
+    return [
+        short if last.count(short) == 1 else "__".join(part for part in Path(name).parts if part != "/")
+        for name, short in zip(names, last, strict=True)
+    ]
 
 
 def require_one_task(subjects: Sequence[Subject]) -> None:

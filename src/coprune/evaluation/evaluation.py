@@ -13,6 +13,7 @@ from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.zero_shot import Estimate, ZeroShot
+from coprune.packed.linear import PackedLinear
 
 
 class _Facts(BaseModel):
@@ -95,6 +96,9 @@ def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:
         if parameter.ndim >= 2 and id(parameter) not in outside:
             size += count
             kept += there
+    for layer in (module for module in model.modules() if isinstance(module, PackedLinear)):
+        count, there = layer.header.numel, layer.header.kept
+        parameters, nonzeros, size, kept = parameters + count, nonzeros + there, size + count, kept + there
     return WeightFacts(
         parameters=parameters,
         nonzeros=nonzeros,

@@ -19,7 +19,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
-from coprune.evaluation.harness_model import watched_model
+from coprune.evaluation.harness_model import evaluating, watched_model
 from coprune.evaluation.harness_tasks import SEED, find_tasks, generation_settings, isolated, one_line
 from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
 
@@ -48,7 +48,7 @@ def zero_shot(
     from lm_eval.evaluator import evaluate
 
     terminal = sys.stderr
-    with isolated():
+    with isolated(), evaluating(model):
         for task in tasks["tasks"].values():
             _configure(task, settings)
         harness = watched_model(

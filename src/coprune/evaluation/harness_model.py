@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from typing import Any
 
@@ -38,11 +40,38 @@ def watched_model(
     # What stands before an empty context; a tokenizer without such a mark leaves it to the model's configuration.
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
     mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
-    found = _watched_class()(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", prefix_token_id=mark
-    )
+    with _parted(model):
+        found = _watched_class()(
+            # The harness gives a tokenizer without a mark for padding one.
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size or "auto",
+            prefix_token_id=mark,
+        )
     found.watch(reporter, title, terminal)
     return found
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """A model without dropout, of which every part is as it was afterwards."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def _parted(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the harness from tying weights again that have been parted since the model was made."""
+    model.__dict__["tie_weights"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.__dict__["tie_weights"]
 
 
 @cache

@@ -18,7 +18,7 @@ from coprune.evaluation.answers.measured import MeasuredAnswers
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, score_in_memory
-from coprune.evaluation.cache import EvaluationCache, text_fingerprint
+from coprune.evaluation.cache import EvaluationCache, require_text, text_fingerprint
 from coprune.evaluation.closeness import closeness
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
@@ -60,8 +60,12 @@ class Subject:
         self.recipe = recipe
         self._source = source or Stored(recipe.model)
         self.fingerprint, self.name = self._source.fingerprint, self._source.name
+        self.label = Path(self.name).name
         self.classifies = self._source.classifies
         self._asked = split_texts(recipe.evaluation.data)
+        for text in [] if self.classifies else self._asked:
+            with about("eval_data", text.label):
+                require_text(text.name)
         self._tasks = tasks
         self._cache = cache
         plan = plan_of(recipe.answers, saves=False)
@@ -208,7 +212,7 @@ class Subject:
         from coprune.evaluation.harness import zero_shot
         from coprune.evaluation.harness_tasks import tasks_fingerprint
 
-        settings = zero_shot_settings(self.recipe).logging_as(Path(self.name).name)
+        settings = zero_shot_settings(self.recipe).logging_as(self.label)
 
         def run() -> ZeroShot:
             loaded = self.loaded

@@ -12,6 +12,7 @@ from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded, open_model
+from coprune.packed.linear import PackedLinear
 from coprune.recipe.parts import ModelPart
 
 Model = str | Path | PreTrainedModel
@@ -68,5 +69,7 @@ class Held:
         return self._loaded
 
     def bytes_of_weights(self) -> int:
-        tensors = {id(tensor): tensor for tensor in self._loaded.model.parameters()}
+        model = self._loaded.model
+        packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *packed)}
         return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())

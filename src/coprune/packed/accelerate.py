@@ -6,14 +6,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.packed.compiled import compile_decoding
 from coprune.packed.dense_linear import kernel_linear
 from coprune.packed.linear import PackedLinear
+from coprune.packed.quantizer import CopruneConfig, CopruneQuantizer
 from coprune.packed.semi_structured import can_convert, semi_structured_linear
 from coprune.packed.timing import time_in_turns
 
@@ -63,9 +66,20 @@ def accelerate(model: nn.Module, batch: int = 1, repeats: int = 15, *, compile: 
     for (rows, columns, _, twentieths, shared), layers in _groups(model).items():
         choice = _accelerate_group(model, layers, _forms(layers, shared), batch, repeats)
         choices.append(Choice(choice[0], tuple(layers), (rows, columns), twentieths / 20, choice[1]))
+    if any(choice.kind == "packed" for choice in choices):
+        _save_packed(model)
     if compile:
         compile_decoding(model)
     return choices
+
+
+def _save_packed(model: nn.Module) -> None:
+    """Let `save_pretrained` write packed layers as a packed folder has them: by themselves they have no `weight`."""
+    made: Any = model
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+        config = CopruneConfig(keep_packed=True)
+        made.hf_quantizer = CopruneQuantizer(config, pre_quantized=True)
+        made.config.quantization_config = config
 
 
 def _groups(model: nn.Module) -> dict[tuple[int, int, torch.dtype, int, bool], dict[str, nn.Linear]]:

@@ -6,22 +6,22 @@ import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args, get_type_hints
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coprune.base.devices import describe, in_host_memory
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, unknown_name
 from coprune.base.native.build import instruction_set
-from coprune.model.opened import refuse_what_loading_decides
+from coprune.model.opened import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
 from coprune.packed.benched import Bench
 from coprune.packed.beside import bench_beside
 from coprune.packed.linear import pack_linears
 from coprune.packed.registration import register_with_transformers
-from coprune.packed.runtimes import InTransformers, Work, random_prompt, time_runners
+from coprune.packed.runtimes import InTransformers, Work, random_prompt, require_positions, time_runners
 from coprune.packed.semi_structured import convert_linears
 from coprune.packed.timing import Clock, measure_bandwidth
 
@@ -33,6 +33,10 @@ class BenchArguments(TypedDict, total=False):
     device: str
     compile: bool
     """Also with a compiled decoding step, which takes half a minute for thirty blocks before its first token."""
+
+
+_MEASURING = ("prompt", "tokens", "repeats", "busy")
+_DTYPES = get_args(get_type_hints(BenchArguments)["dtype"])
 
 
 def bench(
@@ -68,6 +72,9 @@ def bench(
     Raises:
         BadInput: the folder is no checkpoint, or a number is not positive.
     """
+    for name in how:
+        if name not in BenchArguments.__annotations__:
+            raise unknown_name("setting", name, [*BenchArguments.__annotations__, *_MEASURING], field=name)
     several = not isinstance(model, str | Path | PreTrainedModel)
     work = Work(batches or ((1,) if several else (1, 4)), prompt, tokens, repeats)
     clock, compiles = _clock(busy), how.pop("compile", False)
@@ -103,10 +110,13 @@ def _load(folder: Path, how: BenchArguments) -> Any:
         raise BadInput(
             f"{folder} has no config.json", field="model", value=folder, fix="give a checkpoint folder, dense or packed"
         )
+    if (dtype := how.get("dtype", "auto")) not in _DTYPES:
+        raise unknown_name("dtype", dtype, _DTYPES, field="dtype")
+    device = choose_device(how.get("device", "cpu"))
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=how.get("dtype", "auto"))
-    return dense.to(how.get("device", "cpu")).eval()
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    return dense.to(device).eval()
 
 
 @torch.no_grad()
@@ -114,6 +124,7 @@ def bench_model(
     dense: Any, name: str, work: Work, *, compiles: bool = False, clock: Clock = time.perf_counter
 ) -> Bench:
     """The same for a model in memory, which is not changed. clock: see time_in_turns."""
+    require_positions(dense, work)
     forms = make_forms(dense)
     fast = next((form for form in ("accelerated", "packed") if form in forms), "dense")
     compiled = {f"{form}, compiled": share_weights(forms[form]) for form in ("dense", fast)} if compiles else {}

@@ -21,7 +21,15 @@ from coprune.packed.accelerate import accelerate
 from coprune.packed.benched import Bench
 from coprune.packed.quantizer import load_packed
 from coprune.packed.registration import register_with_transformers
-from coprune.packed.runtimes import InLlamaCpp, InTransformers, Runner, Work, random_prompt, time_runners
+from coprune.packed.runtimes import (
+    InLlamaCpp,
+    InTransformers,
+    Runner,
+    Work,
+    random_prompt,
+    require_positions,
+    time_runners,
+)
 from coprune.packed.timing import Clock, measure_bandwidth
 
 
@@ -106,6 +114,7 @@ def _enter(model: Path | str, work: Work, dtype: DtypeName, compiles: bool) -> E
     loaded: Any = (
         load_packed(location.path, dtype=dtype).eval() if packed else load_model(location, dtype, processed=False)[0]
     )
+    require_positions(loaded, work)
     name = str(model) if not path.is_dir() else path.name
     kind = f"transformers {str(loaded.dtype).removeprefix('torch.')}"
     files = [location.path] if isinstance(location, GgufFile) else shard_files(location.path)

@@ -53,6 +53,7 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     library, (outputs, inputs), dtype = load_kernels(), weight.shape, weight.dtype
     known = x.dtype == dtype and serves(dtype, None if bias is None else bias.dtype)
     plain = weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    plain = plain and x.shape[-1] == inputs  # else torch says what is wrong
     if library is None or not known or not plain or (batch := x.numel() // inputs) > IN_KERNEL[dtype]:
         return functional.linear(x, weight, bias)
     _, address = _matrix_at(weight.data_ptr(), None if bias is None else bias.data_ptr(), outputs, inputs)

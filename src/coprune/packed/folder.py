@@ -22,7 +22,7 @@ from coprune.base.whole_folder import whole_folder
 from coprune.model.checkpoint.header import read_header_bytes
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.own_files import own_files
-from coprune.model.checkpoint.shards import read_json
+from coprune.model.checkpoint.shards import read_json, shard_files
 from coprune.packed.card import packed_card
 from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
@@ -115,6 +115,8 @@ def unpack(source: Path | str, target: Path | str) -> Path:
     # A model that was loaded packed and saved again has no manifest: its tensors come back, not its files' bytes.
     manifest = source / MANIFEST
     files, headers = read_manifest(manifest) if manifest.exists() else ({}, {})
+    if missing := sorted(headers.keys() - {shard.name for shard in shards}):
+        raise BadInput(f"{source} lacks {missing[0]}, which {MANIFEST} names", field="source", fix="copy it again")
     with replacing_folder(source, target) as out:
         sizes = {}
         for shard in shards:
@@ -147,20 +149,14 @@ def checkpoint_shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder", field="source", value=folder)
     if not (folder / CONFIG).exists():
-        raise BadInput(
-            f"{folder} has no {CONFIG}",
-            field="source",
-            value=folder,
-            fix="give a checkpoint folder in the Hugging Face layout",
-        )
+        fix = "give a checkpoint folder in the Hugging Face layout"
+        raise BadInput(f"{folder} has no {CONFIG}", field="source", value=folder, fix=fix)
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise BadInput(
-            f"{folder} has no safetensors files",
-            field="source",
-            value=folder,
-            fix="save the model with save_pretrained first",
-        )
+        first = "save the model with save_pretrained first"
+        raise BadInput(f"{folder} has no safetensors files", field="source", value=folder, fix=first)
+    if (folder / INDEX).exists():
+        shard_files(folder)  # an incomplete folder would make an incomplete one, and its source may be removed then
     return shards
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from coprune.base.errors import BadInput
+from coprune.model.generation import positions_of
 from coprune.model.gguf.llama_cpp import LlamaCpp, require_llama_cpp
 from coprune.packed.compiled import compile_decoding
 from coprune.packed.timing import Clock, Timing, summarise, time_in_turns, time_once
@@ -31,6 +32,14 @@ class Work:
     def __post_init__(self) -> None:
         if min(self.prompt, self.tokens, self.repeats, *self.batches) < 1:
             raise BadInput("batches, prompt, tokens and repeats must be at least 1")
+
+
+def require_positions(model: Any, work: Work) -> None:
+    """Raise BadInput where a model in transformers has fewer positions than prompt and decoding take."""
+    limit = positions_of(model)
+    if limit is not None and work.prompt + work.tokens > limit:
+        cause = f"{work.prompt} tokens of the prompt and {work.tokens} more are above the model's {limit} positions"
+        raise BadInput(cause, field="prompt", value=work.prompt, fix="take fewer")
 
 
 class Runner(Protocol):

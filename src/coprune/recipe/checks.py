@@ -55,7 +55,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
         or _of_reconstruction(recipe)
-        or cannot_finetune(recipe.finetune, recipe.quantization)
+        or cannot_finetune(recipe.finetune, recipe.quantization, recipe.output)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
         or _of_reshaping(recipe)
         or _of_domains(recipe.structure)

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from coprune.base.errors import BadInput
-from coprune.base.words import LeaveOut, Set, Setting, Together, Words
+from coprune.base.words import Command, LeaveOut, Set, Setting, Together, Words
 from coprune.recipe.decides import Decides
 from coprune.recipe.flat import word_for
+from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import Part, QuantizationPart
 
 _RESULT = Decides.RESULT | Decides.COST
@@ -65,7 +66,7 @@ class FinetunePart(Part):
     ] = "float32"
 
 
-def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart) -> BadInput | None:
+def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart, output: OutputPart) -> BadInput | None:
     """What is wrong with how the model is trained, with the fix; None if nothing is."""
     if asked.mode is None and asked != FinetunePart():
         field = next(name for name, value in asked if value != getattr(FinetunePart(), name))
@@ -76,7 +77,12 @@ def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart) -> BadI
             Setting("finetune"),
         )
         return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set("finetune", "lora")))
-    if quantization.grid is None or asked.mode is None:
+    if asked.mode is None:
+        return None
+    if output.encoding != "dense":
+        pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
+        return BadInput("a fine-tuned model is saved dense", field="encoding", value=output.encoding, fix=pack)
+    if quantization.grid is None:
         return None
     grid = str(quantization.grid)
     wrong = f"fine-tuning would move the weights off the grid that quantize {grid} rounds them to"

@@ -10,7 +10,7 @@ import torch
 
 from coprune.base.durable import TEMPORARY
 from coprune.base.errors import BadInput
-from coprune.base.output_names import require_own_name, require_usable
+from coprune.base.output_names import require_apart, require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.edits import is_coprunes
 from coprune.model.low_rank import may_get_factors
@@ -172,14 +172,17 @@ def prepare_folders(recipe: Recipe) -> None:
         raise BadInput(
             f"{run_folder} already holds something that is no run", field="save", value=run_folder, fix=another
         )
-    target = recipe.output.model
-    if target is not None:
-        require_own_name(target, "save_model")
-    if target is not None and run_folder.is_relative_to(target):
-        inside = f"the run folder {run_folder} would be in {target}, which becomes the model's"
-        fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
-        raise BadInput(inside, field="save_model", value=target, fix=fix)
-    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    prepare_model_folder(recipe)
+
+
+def prepare_model_folder(recipe: Recipe, halves: Iterable[str] = ()) -> None:
+    """Refuse a folder for the model that is something else already. halves: folders of the run that hold its halves."""
+    run_folder, target = recipe.run_folder, recipe.output.model
+    if target is None:
+        return
+    require_own_name(target, "save_model")
+    require_apart(run_folder, target, halves)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         mine = is_coprunes(target)
         if not (mine and recipe.output.overwrite):
             replace = (", or replace that model with ", Set("overwrite", True)) if mine else ()

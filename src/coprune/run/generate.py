@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput, about, unknown_name
 from coprune.base.files import write_text
+from coprune.base.output_names import require_file
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
@@ -116,6 +117,7 @@ def _check(target: Path, asked: dict[str, Any]) -> None:
         raise BadInput(f"{target} is there already", field="target", value=target, fix="name another file")
     if target.suffix != ".jsonl":
         raise BadInput(f"{target} does not end in .jsonl, which it is", field="target", value=target)
+    require_file(target, "target")
     least = {"samples": 1, "seqlen": 1, "temperature": 0, "top_p": 0}
     for name, value in least.items():
         said = asked.get(name)

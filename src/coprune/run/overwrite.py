@@ -14,8 +14,9 @@ from coprune.report.links import PAGE_FILE
 from coprune.report.schema import DISTRIBUTIONS_FILE
 
 _FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "search.json", "bench.json", "log_*.txt")
-# Of runs of two halves.
-_FOLDERS = ("pruned", "finetune", "cut", "zeros")
+TUNED, CUT = ("pruned", "finetune"), ("cut", "zeros")
+"""Folders of the two halves of a run that trains, and of one that cuts and prunes."""
+_FOLDERS = TUNED + CUT
 
 
 def refuse_own_source(recipe: Recipe) -> None:

@@ -17,8 +17,9 @@ from coprune.run.arguments import PruneArguments
 from coprune.run.call import Named, read_call
 from coprune.run.estimate.found import Estimate
 from coprune.run.given import NOTHING, Given
+from coprune.run.result import Result
 from coprune.run.session import Surroundings, open_run
-from coprune.run.stages import Result, run_recipe
+from coprune.run.stages import run_recipe
 
 
 def prune(

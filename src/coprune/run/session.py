@@ -52,6 +52,8 @@ class Surroundings:
     reporter: Reporter
     processes: Processes = ALONE
     writes: bool = False
+    replaces: Recipe | None = None
+    """The run of two halves whose earlier result goes once all is checked, where this is the first of them."""
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import enough_memory
 from coprune.base.files import path_of, write_text
 from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
-from coprune.base.shown import Sheet, Shown
 from coprune.evaluation.extras import Extras
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.checkpoint.load import load_model, load_processor
-from coprune.model.checkpoint.locate import locate
 from coprune.model.edits import Edits
 from coprune.model.opened import choose_device
 from coprune.model.verify import verify_saved
@@ -37,50 +29,22 @@ from coprune.run.ending import finished, push_if_asked
 from coprune.run.events import Finished, Phase
 from coprune.run.facts import Found, build_report
 from coprune.run.given import NOTHING, Given
+from coprune.run.halves import run_halves
 from coprune.run.journal import Output, run_identity
 from coprune.run.less_memory import less_memory
 from coprune.run.look_at_dense import pruned_before
 from coprune.run.low_rank import with_adapter
 from coprune.run.measuring import look_at_pruned, measure, measure_alone, measure_dense
-from coprune.run.overwrite import refuse_own_source, replace_earlier
+from coprune.run.overwrite import replace_earlier
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
-from coprune.run.removal.cut_and_prune import cut_and_prune
 from coprune.run.removal.parts import remove_parts, smaller_model
+from coprune.run.result import Result
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening
 
 ENCODINGS: dict[str, Encoding] = {"dense": DENSE, "packed": PackedEncoding()}
-
-
-@dataclass(frozen=True, repr=False)
-class Result(Shown):
-    """A run's report, its model if that is in memory, and what the model reads with."""
-
-    report: Report
-    processor: Any = None
-    """Tokenizer or image processor; None where no model was opened, or it has none."""
-    made: Callable[[], PreTrainedModel | None] = lambda: None
-    """Gives the model; one that lost parts, or was trained, is built or loaded when it is first asked for."""
-
-    @cached_property
-    def model(self) -> PreTrainedModel | None:
-        """None where it is only on the disk: it was streamed, or pruned by an earlier run."""
-        return self.made()
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The processor of a model of text."""
-        return self.processor if self.report.model.task == "text" else None
-
-    def headline(self) -> str:
-        """As of its report."""
-        return self.report.headline()
-
-    def sheet(self) -> Sheet:
-        """As of its report."""
-        return self.report.sheet()
 
 
 def run_recipe(
@@ -108,18 +72,23 @@ def run_recipe(
         BadInput, NumericalError, UnsupportedModel: as `prune`.
         LostProcess: another process ended.
     """
-    started = time.perf_counter()
     writes = write and processes.first
     around = Surroundings((reporter or Reporter()) if processes.first else Reporter(quiet=True), processes, writes)
+    return _run_among(recipe, given, around, write, reuse)
+
+
+def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, reuse: Reuse | None = None) -> Result:
+    """As `run_recipe`, of a whole run or of its half."""
+    started, processes = time.perf_counter(), around.processes
     if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
-        return _run_halves(recipe, given, around, write)
+        return run_halves(recipe, given, around, write, _run_among)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         return Result(report)
     if recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)
     if processes.first and (write or recipe.output.model):
-        prepare_folders(recipe)
+        prepare_folders(around.replaces or recipe)
     told = listening(recipe, around.reporter) if processes.first else nullcontext()
     with told, around.reporter.libraries():
         device = choose_device(recipe.model.device) if given.loaded is None else given.loaded.device
@@ -137,8 +106,8 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     if first:
         extras.look.prepare(loaded, around.reporter)
     phases.done(Phase.PREPARE)
-    if first and recipe.output.overwrite:
-        replace_earlier(recipe)
+    if first and (around.replaces is not None or recipe.output.overwrite):
+        replace_earlier(around.replaces or recipe)
     output = _open_output(session) if first else None
     if write:
         write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
@@ -181,37 +150,6 @@ def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> S
     if around.processes.first and (pruned := pruned_before(session)) is not None:
         around.reporter.say(pruned)
     return session
-
-
-def _run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool) -> Result:
-    """What is done as two runs, one on the other's model."""
-    if around.processes.first and recipe.output.overwrite:
-        refuse_own_source(recipe)
-        replace_earlier(recipe)
-    around.processes.from_first(lambda: None)  # nobody looks for halves that are being removed
-    own = recipe.replaced(overwrite=None)
-    return _run_both(own, given, around, write) if own.finetune.mode is None else _run_tuned(own, given, around)
-
-
-def _run_tuned(recipe: Recipe, given: Given, around: Surroundings) -> Result:
-    from coprune.training.after_pruning import prune_and_finetune
-
-    def prune_only(pruning: Recipe) -> Report:
-        return run_recipe(pruning, given, around.reporter, processes=around.processes).report
-
-    report = prune_and_finetune(recipe, prune_only, around.reporter, around.processes, given.loaded is not None)
-    if report.saved_model is None:  # adapters that are not merged
-        return Result(report)
-    where = locate(report.saved_model)
-    return Result(report, load_processor(where, report.model.task), lambda: load_model(where, processed=False)[0])
-
-
-def _run_both(recipe: Recipe, given: Given, around: Surroundings, write: bool) -> Result:
-    def run(half: Recipe, own: Given) -> Result:
-        return run_recipe(half, own, around.reporter, write, around.processes)
-
-    second, report = cut_and_prune(recipe, given, write, run, around.processes)
-    return Result(report) if second is None else Result(report, second.processor, lambda: second.model)
 
 
 def _open_output(session: Session) -> Output | None:

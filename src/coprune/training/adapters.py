@@ -31,10 +31,11 @@ from coprune.training.saving import require_finite
 def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str]:
     """Names of the pruned linear layers that get an adapter.
 
-    patterns: shell-like; without, all of them. Experts that share one parameter and convolutions get none and stay as
-    they are. Raises BadInput for a pattern that matches none, or a rank above the width of a layer.
+    patterns: shell-like; without, all of them. Experts that share one parameter, convolutions and an output matrix
+    that is the embedding, too, get none and stay as they are. Raises BadInput for a pattern that matches none, or a
+    rank above the width of a layer.
     """
-    every = [*(entry.matrix for entry in masks.matrices), *masks.whole]
+    every = [*(entry.matrix for entry in masks.matrices if not entry.tied), *masks.whole]
     matrices = [matrix for matrix in every if isinstance(matrix.owner, nn.Linear | Conv1D)]
     names = [matrix.name for matrix in matrices]
     for pattern in patterns:

@@ -26,7 +26,7 @@ from coprune.training.one_device import training_device
 from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
 from coprune.training.room import require_room_to_train
-from coprune.training.run import run_finetuning
+from coprune.training.run import in_precision_of_the_device, run_finetuning
 from coprune.training.settings import FinetuneSettings, make_settings
 
 
@@ -36,6 +36,7 @@ def prune_and_finetune(
     reporter: Reporter,
     processes: Processes,
     in_memory: bool = False,
+    anew: bool = False,
 ) -> Report:
     """Prune, save to `pruned/` in the run folder, and fine-tune to the folder for the model (or `finetune/model/`).
 
@@ -45,6 +46,7 @@ def prune_and_finetune(
         reporter: who hears of it.
         processes: this one among those of the run.
         in_memory: whether the model was handed over, so that its name need not lead to files.
+        anew: whether `prune` replaces an earlier run, of which nothing is gone on from.
 
     Returns:
         The report of the run, which speaks of the fine-tuned model; that of the fine-tuning alone is
@@ -53,7 +55,7 @@ def prune_and_finetune(
     settings = settings_of(recipe)  # first of all, so that a mistake in them does not wait for the pruning
     pruning = pruning_of(recipe)
     processes.from_first(lambda: _require_teacher(recipe) if in_memory else _require_room(recipe, settings))
-    done = processes.from_first(lambda: _pruned_before(recipe, pruning))
+    done = processes.from_first(lambda: None if anew else _pruned_before(recipe, pruning))
     if done is None:
         report = prune(pruning)
         processes.from_first(lambda: None)  # the first one is still saving what all of them are about to read
@@ -124,14 +126,14 @@ def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
         report = FinetuneReport.model_validate_json((settings.run_folder / FINETUNE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if report.settings == settings else None
+    return report if report.settings == in_precision_of_the_device(settings) else None
 
 
 def pruning_of(recipe: Recipe) -> Recipe:
     """The recipe of the pruning alone."""
     pruned = recipe.run_folder / "pruned"
     untrained = recipe.model_copy(update={"finetune": FinetunePart()})
-    return untrained.replaced(save_model=pruned, generate=None, require=None)
+    return untrained.replaced(save_model=pruned, generate=None, require=None, push_to_hub=None, private=None)
 
 
 def settings_of(recipe: Recipe) -> FinetuneSettings:

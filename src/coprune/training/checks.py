@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,8 @@ class Settings(Protocol):
     @property
     def evaluations(self) -> int: ...
     @property
+    def held_out(self) -> float: ...
+    @property
     def answers(self) -> AnswersPart: ...
     @property
     def against(self) -> str | None: ...
@@ -50,9 +53,17 @@ class Settings(Protocol):
     def save_model(self) -> Path | None: ...
 
 
-def contradiction(asked: Settings) -> BadInput | None:
-    """What is wrong with the settings taken together, with the fix; None if nothing is."""
-    return _of_teacher(asked) or _of_training(asked) or _of_moving(asked) or _of_answers(asked) or _of_folders(asked)
+_OF_DISTILLATION = ("temperature", "kl_weight", "hidden_weight", "text_weight")
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "masked")
+
+
+def contradiction(asked: Settings, changed: Collection[str]) -> BadInput | None:
+    """What is wrong with the settings taken together, with the fix; None if nothing is.
+
+    changed: names of those that are not as they are where nothing is said of them.
+    """
+    wrong = _of_teacher(asked) or _of_mode(asked, changed) or _of_training(asked)
+    return wrong or _of_moving(asked) or _of_answers(asked) or _of_folders(asked)
 
 
 def _of_teacher(asked: Settings) -> BadInput | None:
@@ -70,6 +81,17 @@ def _of_teacher(asked: Settings) -> BadInput | None:
     return None
 
 
+def _of_mode(asked: Settings, changed: Collection[str]) -> BadInput | None:
+    """A setting of another mode, which this one would not look at."""
+    unused = [] if has_teacher(asked.mode) else [*_OF_DISTILLATION]
+    unused += [] if has_adapters(asked.mode) else [*_OF_ADAPTERS]
+    for name in unused:
+        if name in changed:
+            cause: Words = (Setting(name), " means nothing to ", Set("mode", asked.mode))
+            return BadInput(cause, field=name, value=getattr(asked, name), fix=LeaveOut(name))
+    return None
+
+
 def _of_training(asked: Settings) -> BadInput | None:
     if has_adapters(asked.mode) and asked.masked and asked.dropout:
         product = "the masked update is one product with the weights, which leaves no place for dropout"
@@ -80,9 +102,9 @@ def _of_training(asked: Settings) -> BadInput | None:
     if asked.tokens is not None and asked.max_steps is not None:
         cause: Words = (Set("max_steps", asked.max_steps), " says how long to train, too")
         return BadInput(cause, field="tokens", value=asked.tokens, fix=LeaveOut("max_steps"))
-    if asked.patience is not None and not asked.evaluations:
+    if asked.patience is not None and not (asked.evaluations and asked.held_out):
         cause = (Set("patience", asked.patience), " needs evaluations during the training")
-        fix: Words = ("ask for some with ", Setting("evaluations"))
+        fix: Words = ("ask for some with ", Setting("held_out" if asked.evaluations else "evaluations"))
         return BadInput(cause, field="patience", value=asked.patience, fix=fix)
     return None
 

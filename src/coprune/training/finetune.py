@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from coprune.base.progress import Reporter
-from coprune.data.given import handed_over
+from coprune.data.given import given_samples, handed_over
 from coprune.recipe.finetune import Mode
 from coprune.training.arguments import FinetuneArguments
 from coprune.training.report import FinetuneReport
@@ -42,7 +42,10 @@ def finetune(
         VerificationError: what was saved is not what was computed.
     """
     with handed_over(settings, "dataset", "eval_data") as named:
-        return run_finetuning(make_settings({"model": str(model), "mode": mode, **_plain(named)}), Reporter(quiet))
+        plain = _plain(named)
+        if not {"seqlen", "block_size"} & plain.keys() and (own := given_samples(plain.get("dataset"))):
+            plain["seqlen"] = own["seqlen"]  # samples stay as they were cut
+        return run_finetuning(make_settings({"model": str(model), "mode": mode, **plain}), Reporter(quiet))
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class PrunedMatrix:
     sparsity: float
     pattern: Pattern
 
+    @property
+    def tied(self) -> bool:
+        """Whether its parameter is another module's first, as an embedding that is the output matrix, too."""
+        return self.parameter != _plain_name(self.matrix.parameter)
+
     def rows_of(self, whole: Tensor) -> Tensor:
         """What belongs to the matrix of a tensor like its parameter, as out × in, a view."""
         return _rows(whole if self.matrix.expert is None else whole[self.matrix.expert], self.matrix)
@@ -105,6 +110,7 @@ def find_masks(
     Raises:
         BadInput: for a dense model, which has no mask to keep.
     """
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices: list[PrunedMatrix] = []
     whole_matrices: list[Matrix] = []
     pruned: dict[str, Tensor] = {}
@@ -117,9 +123,9 @@ def find_masks(
         if zeros < least * stored.numel() and not (zeros and matrix.name in named):
             whole_matrices += [matrix] if any(is_below(matrix.name, block) for block in smaller) else []
             continue
-        name = _plain_name(matrix.parameter)
-        matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
         whole = getattr(matrix.owner, matrix.attribute)
+        name = _plain_name(known.get(id(whole), matrix.parameter))
+        matrices.append(PrunedMatrix(matrix, name, zeros, zeros / stored.numel(), find_pattern(_rows(~zero, matrix))))
         if matrix.expert is None:
             pruned[name] = zero.view(whole.shape)
         else:

@@ -19,6 +19,8 @@ from coprune.base.progress import Advance
 from coprune.base.words import LeaveOut, Setting
 from coprune.training.settings import FinetuneSettings
 
+_SECONDS_BETWEEN_STATES = 600.0  # at most, on machines that take few steps in that time
+
 
 class Pace:
     """Seconds since the start of a training (those before an interruption included) and the share that is done."""
@@ -26,6 +28,8 @@ class Pace:
     def __init__(self, minutes: float | None) -> None:
         self.limit = None if minutes is None else minutes * 60
         self.done = 0.0
+        self.agreed = 0.0
+        """Seconds at the last step, the same in all processes."""
         self._before = 0.0
         self._started = time.perf_counter()
 
@@ -41,7 +45,8 @@ class Pace:
     def update(self, step: int, max_steps: int) -> None:
         """Find out how much is done; called by all processes at the same step."""
         by_steps = step / max(1, max_steps)
-        self.done = min(1.0, by_steps if self.limit is None else max(by_steps, _agreed(self.seconds) / self.limit))
+        self.agreed = _agreed(self.seconds)
+        self.done = min(1.0, by_steps if self.limit is None else max(by_steps, self.agreed / self.limit))
 
 
 def rate_at(done: float, schedule: str, warmup: float) -> float:
@@ -57,6 +62,10 @@ def rate_at(done: float, schedule: str, warmup: float) -> float:
     return 1 - rest if schedule == "linear" else 1.0
 
 
+class AtItsEnd(Exception):
+    """A training that is gone on from had taken its last step."""
+
+
 class Along(TrainerCallback):
     """What happens along the way: the bar moves, the held-out loss is measured at equal shares, time runs out."""
 
@@ -65,15 +74,21 @@ class Along(TrainerCallback):
         self._measure = measure
         self._measured = 0
         self._shown = 0.0
+        self._saved = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the clock, the bar and the count of measurements where an earlier run left them."""
+        """Take up the clock, the bar and the count of measurements where an earlier run left them.
+
+        Raises AtItsEnd if that was after the last step, since the Trainer would take one more.
+        """
         self._pace.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
         self._pace.update(state.global_step, state.max_steps)
-        self._measured = self._due()
+        self._measured, self._saved = self._due(), self._pace.agreed
         self._show()
+        if state.global_step and self._pace.done >= 1:
+            raise AtItsEnd
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,8 +99,12 @@ class Along(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure at equal shares of the training, and stop when the time is up."""
+        """Save a state in time, measure at equal shares of the training, and stop when the time is up."""
         self._show()
+        # The Trainer would count the steps itself, but not where it watches for the best state.
+        late = self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES
+        if late or state.global_step % self._settings.save_every == 0:
+            control.should_save = True
         if self._pace.done >= 1:
             control.should_training_stop = control.should_save = True
         if self._measure and self._due() > self._measured:
@@ -93,6 +112,8 @@ class Along(TrainerCallback):
             control.should_evaluate = True
             # The best state can only be gone back to if it was saved.
             control.should_save = control.should_save or self._settings.patience is not None
+        if control.should_save:
+            self._saved = self._pace.agreed
         return control
 
     def on_log(

@@ -14,7 +14,7 @@ from coprune.base.apart import folder_apart
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
-from coprune.base.output_names import require_own_name, require_usable
+from coprune.base.output_names import require_apart, require_own_name, require_usable
 from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
@@ -65,6 +65,7 @@ def prepare_folders(settings: FinetuneSettings) -> None:
     folder = settings.run_folder
     require_usable(folder, "save")
     require_own_name(settings.model_folder, "save_model")
+    require_apart(folder, settings.model_folder, ("training", "adapter"))
     if folder.exists() and not folder.is_dir():
         raise BadInput(
             f"{folder} is a file", field="save", value=folder, fix=("name another run folder with ", Setting("save"))
@@ -142,8 +143,10 @@ def resume_from(session: Session, first: bool) -> Path | None:
         earlier = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = None
-    if earlier is None:
-        if first:
+    # The Trainer writes this file last, so a state that has it is whole.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    if earlier is None or (earlier != identity and not whole and not any(folder.glob("teacher/*"))):
+        if first:  # also of a run that failed before it left anything to go on from
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_text(folder / _IDENTITY, json.dumps(identity, indent=2))
@@ -161,8 +164,6 @@ def resume_from(session: Session, first: bool) -> Path | None:
                 Setting("save"),
             ),
         )
-    # The Trainer writes this file last, so a state that has it is whole.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is not None:
         session.reporter.say(f"Going on from step {newest.name.rpartition('-')[2]} of an interrupted run.")

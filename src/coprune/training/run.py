@@ -59,7 +59,9 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
     processes = started_processes()
     first = processes.first
     reporter = (reporter or Reporter()) if first else Reporter(quiet=True)
-    settings = _in_precision_of_the_device(settings, reporter)
+    asked, settings = settings, in_precision_of_the_device(settings)
+    if asked.bf16 and not settings.bf16:
+        reporter.say(f"{SLOW_IN_BFLOAT16} So this training computes in float32.")
     settings, said = beside_others(settings)
     if said is not None:
         reporter.say(said)
@@ -71,11 +73,10 @@ def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None)
         return _run(settings, reporter, first)
 
 
-def _in_precision_of_the_device(settings: FinetuneSettings, reporter: Reporter) -> FinetuneSettings:
-    """The settings without bfloat16, which is said, where that is slow: it is there for speed."""
+def in_precision_of_the_device(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings without bfloat16 where that is slow, since it is there for speed."""
     if not settings.bf16 or multiplies_bfloat16(training_device(settings.device)):
         return settings
-    reporter.say(f"{SLOW_IN_BFLOAT16} So this training computes in float32.")
     return settings.model_copy(update={"bf16": False})
 
 

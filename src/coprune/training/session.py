@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about, unknown_name
 from coprune.base.progress import Reporter
 from coprune.base.shown import per_cent
-from coprune.base.words import LeaveOut, Setting
+from coprune.base.words import LeaveOut, Set, Setting
 from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
@@ -62,6 +63,7 @@ class Session:
 
 def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     """Check all that can be checked, cheap things first."""
+    _check_named(settings)
     location = locate(settings.model, settings.cache_dir)
     reporter.say(f"Loading {settings.model}")
     model, processor = load_model(location, "auto")
@@ -79,6 +81,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
         raise BadInput("the model has no zeros that could move", field="move_zeros", fix=LeaveOut("move_zeros"))
     dtype = model.dtype
     loaded = Loaded(InMemory(model), processor, location.name, False)
+    _check_top_k(settings, loaded)
     task = _task(settings, loaded)
     data = _training_data(settings, task, processor)
     evaluation = task.evaluation(reporter)
@@ -103,7 +106,33 @@ def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> Tr
         _refuse_what_only_text_has(settings)
         return read_training_images(settings, task)
     assert isinstance(task, TextTask)
-    return read_training_text(settings, processor, task.seqlen)
+    data = read_training_text(settings, processor, task.seqlen)
+    for windows in (data.train, data.held_out):
+        if windows is not None:
+            task.check_ids(windows.tokens)
+    return data
+
+
+def _check_named(settings: FinetuneSettings) -> None:
+    """Refuse models and trackers that are not there, long before anything asks for them."""
+    for setting, name in (("teacher", settings.teacher), ("against", settings.against)):
+        if name is not None:
+            with about(setting, name):
+                locate(name, settings.cache_dir)
+    for tracker in {name.strip() for name in settings.report_to.split(",")} - {"none", "all"}:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name("tracker", tracker, INTEGRATION_TO_CALLBACK, field="report_to")
+        if tracker not in get_available_reporting_integrations():
+            raise BadInput(
+                f"{tracker} is not installed", field="report_to", value=tracker, fix=f"pip install {tracker}"
+            )
+
+
+def _check_top_k(settings: FinetuneSettings, loaded: Loaded) -> None:
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size) if loaded.task == "text" else 0
+    if settings.top_k is not None and vocabulary and settings.top_k > vocabulary:
+        cause = (Set("top_k", settings.top_k), f" is above the vocabulary of {vocabulary} tokens")
+        raise BadInput(cause, field="top_k", value=settings.top_k)
 
 
 def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:

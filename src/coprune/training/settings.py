@@ -62,9 +62,7 @@ class FinetuneSettings(BaseModel):
         Field(description="Windows or images per process and forward pass. [1 window, 32 images]", ge=1),
     ] = None
     accumulate: Annotated[
-        int | None,
-        _RESULT,
-        Field(description="Forward passes per optimiser step. [8 of text, 1 of images]", ge=1),
+        int | None, _RESULT, Field(description="Forward passes per optimiser step. [8 of text, 1 of images]", ge=1)
     ] = None
     epochs: Annotated[
         float, _RESULT, Field(description="Passes over the data, unless steps or minutes are given.", gt=0)
@@ -196,7 +194,9 @@ class FinetuneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (error := contradiction(self)) is not None:
+        fields = type(self).model_fields
+        changed = {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
+        if (error := contradiction(self, changed)) is not None:
             raise error
         return self
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coprune.base.durable import write_durably
-from coprune.base.errors import BadInput
-from coprune.base.words import Set
 
 _WINDOWS_PER_FILE = 32
 
@@ -48,11 +46,7 @@ class TeacherCache:
         device: torch.device,
         advance: Callable[[float], None] = lambda windows: None,
     ) -> None:
-        """Run the teacher over all windows (N × S int64) that an earlier pass did not reach. Raises BadInput."""
-        vocabulary = int(teacher.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        if top_k > vocabulary:
-            cause = (Set("top_k", top_k), f" is above the teacher's vocabulary of {vocabulary} tokens")
-            raise BadInput(cause, field="top_k", value=top_k)
+        """Run the teacher over all windows (N × S int64) that an earlier pass did not reach."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, part in enumerate(torch.split(tokens, _WINDOWS_PER_FILE)):
             if not self._file(number).is_file():

@@ -26,7 +26,7 @@ from coprune.training.hold_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
 from coprune.training.move_zeros import MovingZeros
 from coprune.training.one_device import arguments_on, training_device
-from coprune.training.pace import Along, Pace, rate_at
+from coprune.training.pace import Along, AtItsEnd, Pace, rate_at
 from coprune.training.rates import rates_by_size
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
@@ -128,7 +128,11 @@ class ZeroKeepingTrainer(Trainer):
 def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
     """Train to the end. going_on: a state of an interrupted training."""
     trainer.going_on = going_on
-    trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
+    try:
+        trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
+    except AtItsEnd:  # its state is loaded by now
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
     if trainer.moving is not None:
         trainer.moving.stand()  # a training of very few steps
 

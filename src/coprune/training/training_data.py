@@ -34,7 +34,7 @@ class TrainingData:
 
 
 def count_held_out(settings: FinetuneSettings, samples: int, most: int) -> int:
-    """How many of the samples to hold out for measurements during the training: none if there are none."""
+    """How many of the samples to hold out for measurements during the training: none if there are none, never all."""
     if not settings.evaluations or not settings.held_out:
         return 0
-    return max(1, min(most, round(settings.held_out * samples)))
+    return max(1, min(most, samples - 1, round(settings.held_out * samples)))

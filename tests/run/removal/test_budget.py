@@ -15,7 +15,8 @@ from coprune.data.given import handed_over
 from coprune.model.checkpoint.load import prepared
 from coprune.recipe.recipe import make_recipe
 from coprune.run.call import read_call
-from coprune.run.stages import Result, run_recipe
+from coprune.run.result import Result
+from coprune.run.stages import run_recipe
 from support.pico import pico_model
 
 IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))

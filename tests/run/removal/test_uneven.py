@@ -23,8 +23,9 @@ from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
+from coprune.run.result import Result
 from coprune.run.search import tries
-from coprune.run.stages import Result, run_recipe
+from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words

@@ -21,8 +21,9 @@ from coprune.pruning.allocation.search import ALLOCATION_FILE, as_levels, exchan
 from coprune.recipe.pattern import NM, Target, Unstructured
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
+from coprune.run.result import Result
 from coprune.run.search import prepared, tries
-from coprune.run.stages import Result, run_recipe
+from coprune.run.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 from support.saved import tensors_of

@@ -78,7 +78,7 @@ class TextTask:
             ("calibration", *self._source, named, *sampling),
             lambda: read_samples(named, loaded, self._tokenizer, sampling, processes, reporter),
         )
-        self._check_ids(windows.tokens)
+        self.check_ids(windows.tokens)
         return windows
 
     @property
@@ -148,11 +148,11 @@ class TextTask:
                 ("evaluation", *self._source, name, self.seqlen, folder, limit),
                 lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
             )
-            self._check_ids(text.tokens)
+            self.check_ids(text.tokens)
         return text_at_bos(text, self._bos, self.seqlen) if self._recipe.calibration.bos == "every" else text
 
-    def _check_ids(self, tokens: Tensor) -> None:
-        """Token ids may be handed over, or be of another model's tokenizer."""
+    def check_ids(self, tokens: Tensor) -> None:
+        """Refuse token ids that the model does not know: they may be handed over, or be of another's tokenizer."""
         vocabulary, largest = self._loaded.model.config.get_text_config().vocab_size, int(tokens.max())
         if largest >= vocabulary:
             raise BadInput(

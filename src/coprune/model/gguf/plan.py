@@ -179,7 +179,8 @@ def _require_all(
     if extra:
         raise BadInput(f"the model has {extra[0]}, which {file.name} has not", field="like")
     for name, own in pieces.items():
-        if any(len(piece.names) > 1 for piece in own):
+        left = any(source.name(one) is not None for piece in own for one in piece.names)
+        if left and any(len(piece.names) > 1 for piece in own):
             made(name, own, source)  # raises if it matters which of equal tensors it is
 
 

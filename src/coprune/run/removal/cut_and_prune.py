@@ -47,7 +47,12 @@ _UNIFORM = Choice(name="uniform")
 
 
 def cut_and_prune(
-    recipe: Recipe, given: Given, write: bool, run: Callable[[Recipe, Given], Any], processes: Processes = ALONE
+    recipe: Recipe,
+    given: Given,
+    write: bool,
+    run: Callable[[Recipe, Given], Any],
+    processes: Processes = ALONE,
+    anew: bool = False,
 ) -> Any:
     """Remove parts, then prune what is left.
 
@@ -60,6 +65,7 @@ def cut_and_prune(
         write: whether a run folder is wanted.
         run: does what one half's recipe says, and gives its `Result`.
         processes: this one among those that do the run together.
+        anew: whether the first half replaces a finished run, of which nothing is gone on from.
 
     Returns:
         The result of the second half, and the report of both. Raises as both halves do.
@@ -73,11 +79,14 @@ def cut_and_prune(
         loaded = Loaded(InMemory(first.model), first.processor, first.report.model.source, False)
         second = run(pruning_of(recipe, first.report, None), Given(loaded, given.method))
         return second, _of_both(recipe, first.report, second.report)
-    if processes.first:
+    recipe_file = path_of(recipe.run_folder, RECIPE_FILE)
+    if processes.first and not anew:
         refuse_finished(recipe.run_folder)
-        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
+        write_text(recipe_file, recipe.untold().to_yaml())
     cutting = cutting_of(recipe, recipe.run_folder / "cut")
-    cut, _ = _once(cutting, processes, lambda: run(cutting, given))
+    cut, _ = _once(cutting, processes, lambda: run(cutting, given), anew)
+    if processes.first:
+        write_text(recipe_file, recipe.untold().to_yaml())
     pruning = pruning_of(recipe, cut, recipe.run_folder / "zeros")
     pruned, second = _once(pruning, processes, lambda: run(pruning, Given(None, given.method)))
     report = _of_both(recipe, cut, pruned)
@@ -111,9 +120,9 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="", require=require)
 
 
-def _once(recipe: Recipe, processes: Processes, run: Callable[[], Any]) -> tuple[Report, Any]:
-    """The report of one half, and its result unless an earlier run came so far."""
-    earlier = processes.from_first(lambda: _earlier(recipe))
+def _once(recipe: Recipe, processes: Processes, run: Callable[[], Any], anew: bool = False) -> tuple[Report, Any]:
+    """The report of one half, and its result unless an earlier run came so far, or all is done anew."""
+    earlier = processes.from_first(lambda: None if anew else _earlier(recipe))
     if earlier is not None:
         return earlier, None
     result = run()

@@ -1,0 +1,95 @@
+"""What is done as two runs, one on the other's model: parts removed and zeros, or a pruning and a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from coprune.model.checkpoint.load import load_model, load_processor
+from coprune.model.checkpoint.locate import locate
+from coprune.recipe.recipe import Recipe
+from coprune.report.folder import REPORT_FILE
+from coprune.report.hub import require_login
+from coprune.report.schema import Report
+from coprune.run.checks import prepare_model_folder
+from coprune.run.ending import push_if_asked
+from coprune.run.given import Given
+from coprune.run.overwrite import CUT, TUNED, refuse_own_source
+from coprune.run.removal.cut_and_prune import cut_and_prune
+from coprune.run.result import Result
+from coprune.run.session import Surroundings
+
+Run = Callable[[Recipe, Given, Surroundings, bool], Result]
+
+
+def run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool, run: Run) -> Result:
+    """Do both halves of a run.
+
+    Args:
+        recipe: of both.
+        given: what is taken instead of what the recipe names.
+        around: who hears of it and who does it together.
+        write: whether to leave a run folder.
+        run: does what one half's recipe says.
+
+    Returns:
+        What the second half made, and the report of both. Raises as both halves do.
+    """
+    own = recipe.replaced(overwrite=None)
+    if around.replaces is None:
+        around = replace(around, replaces=around.processes.from_first(lambda: _replaced(recipe, own)))
+    turns = [around]  # the first half replaces what was there, once it has checked all it can
+
+    def half(asked: Recipe, its: Given) -> Result:
+        return run(asked, its, turns.pop() if turns else replace(around, replaces=None), write)
+
+    return _tuned(own, given, around, half) if own.finetune.mode is not None else _cut(own, given, around, write, half)
+
+
+def _replaced(recipe: Recipe, own: Recipe) -> Recipe | None:
+    """The run that replaces what is there, if this one does; what both halves would refuse is refused before either."""
+    trains = own.finetune.mode is not None
+    first, second = TUNED if trains else CUT
+    if recipe.output.overwrite:
+        refuse_own_source(recipe)
+    if recipe.output.overwrite or not (recipe.run_folder / second).exists():
+        prepare_model_folder(recipe, (first,) if trains else (first, second))
+    return recipe if recipe.output.overwrite and not (trains and _is_pruned(own)) else None
+
+
+def _is_pruned(recipe: Recipe) -> bool:
+    """Whether an unfinished run of this recipe has its first half, which is gone on from."""
+    from coprune.training.after_pruning import pruning_of
+
+    path = recipe.run_folder / REPORT_FILE
+    return path.is_file() and Report.read(path).recipe == pruning_of(recipe)
+
+
+def _tuned(recipe: Recipe, given: Given, around: Surroundings, half: Callable[[Recipe, Given], Result]) -> Result:
+    from coprune.training.after_pruning import prune_and_finetune
+
+    output, processes = recipe.output, around.processes
+    if processes.first and output.push_to_hub is not None:
+        require_login(output.push_to_hub)
+    report = prune_and_finetune(
+        recipe,
+        lambda pruning: half(pruning, given).report,
+        around.reporter,
+        processes,
+        in_memory=given.loaded is not None,
+        anew=around.replaces is not None,
+    )
+    if report.saved_model is None:  # adapters that are not merged
+        return Result(report)
+    if processes.first:
+        push_if_asked(output, around.reporter)
+    where = locate(report.saved_model)
+    return Result(report, load_processor(where, report.model.task), lambda: load_model(where, processed=False)[0])
+
+
+def _cut(
+    recipe: Recipe, given: Given, around: Surroundings, write: bool, half: Callable[[Recipe, Given], Result]
+) -> Result:
+    anew = around.replaces is not None and (recipe.run_folder / REPORT_FILE).is_file()
+    second, report = cut_and_prune(recipe, given, write, half, around.processes, anew)
+    return Result(report) if second is None else Result(report, second.processor, lambda: second.model)

@@ -1,0 +1,111 @@
+"""A training that was stopped late, or watches for its best state, or failed early: what is there to go on from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.training.report import FinetuneReport
+from coprune.training.run import run_finetuning
+from coprune.training.settings import make_settings
+from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save(pruned_model(num_hidden_layers=2), folder / "llama")
+    write_text(folder / "text.txt", 700)
+    return folder
+
+
+def run(home: Path, folder: Path, reporter: Reporter = QUIET, **changes: Any) -> FinetuneReport:
+    settings = settings_for(folder, home / "llama", home / "text.txt", mode="dense", **changes)
+    return run_finetuning(make_settings(settings), reporter)
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "training").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("patience", [None, 3])
+def test_a_training_that_was_killed_after_its_last_step_takes_none_more(
+    home: Path, tmp_path: Path, patience: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    # 13 steps end in the middle of a pass over the text, and a constant rate would let one step more change weights.
+    how: dict[str, Any] = {"max_steps": 13, "schedule": "constant", "held_out": 0.1, "evaluations": 2}
+    whole = run(home, tmp_path / "whole", patience=patience, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.training.run._finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, tmp_path / "cut", patience=patience, **how)
+    resumed = run(home, tmp_path / "cut", patience=patience, **how)
+    assert (resumed.steps, len(resumed.held_out)) == (whole.steps, len(whole.held_out)) == (13, 2)
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_states_are_saved_while_the_best_one_is_watched_for(home: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"patience": 2, "evaluations": 2, "held_out": 0.1, "max_steps": 20, "save_every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path, StoppedAt(0.4), **how)
+    assert states(tmp_path) == ["checkpoint-6"]
+
+
+def test_a_state_is_saved_in_time_where_steps_are_slow(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.training.pace._SECONDS_BETWEEN_STATES", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path, StoppedAt(0.5), max_steps=6)
+    assert states(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_run_that_failed_before_its_first_state_stands_in_nobodys_way(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path, StoppedAt(0.3), max_steps=6)
+    assert (tmp_path / "training" / "identity.json").is_file()
+    assert run(home, tmp_path, max_steps=2, learning_rate=1e-3).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "distill", "teacher": "nowhere/at-all"}, "nowhere/at-all"),
+        ({"mode": "distill", "top_k": 2000}, "top_k=2000 is above the vocabulary of 1002 tokens"),
+        ({"report_to": "tensorbord"}, "unknown tracker 'tensorbord'; did you mean 'tensorboard'"),
+        ({"save_model": "training/model"}, "would be in what the run keeps for itself"),
+        ({"save_model": ".."}, "which becomes the model's"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_measured(
+    home: Path, tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    run_folder = tmp_path / "runs" / "one"
+    settings = settings_for(
+        run_folder, home / "llama", home / "text.txt", evaluate=True, eval_data=str(home / "text.txt")
+    )
+    settings |= wrong
+    if wrong.get("top_k"):
+        settings["teacher"] = str(home / "llama")
+    if "save_model" in wrong:
+        settings["save_model"] = (run_folder / wrong["save_model"]).resolve()
+    said: list[str] = []
+    reporter = Reporter(quiet=True)
+    reporter.say = lambda line: said.append(line)  # type: ignore[method-assign]
+    with pytest.raises(BadInput, match=re.escape(message)):
+        run_finetuning(make_settings(settings), reporter)
+    assert not any("pruned model" in line for line in said)
+    assert not run_folder.exists()
