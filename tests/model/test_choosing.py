@@ -316,3 +316,9 @@ def test_nothing_left_is_told_also_when_only_the_forward_shows_it() -> None:
 def test_a_pattern_may_exclude_what_is_no_matrix() -> None:
     model = pico_model("lfm2")
     assert "model.layers.*.conv.conv" in {layers.kind for layers in chosen_of(model, exclude=["*.conv.conv"]).left_out}
+
+
+def test_an_expert_may_be_named_as_it_is_listed() -> None:
+    everything = names_in(chosen_of(mixture_of(OneByOne)))
+    expert = next(name for name in everything if name.endswith("[1]"))
+    assert names_in(chosen_of(mixture_of(OneByOne), exclude=[f"*{expert}"])) == [n for n in everything if n != expert]

@@ -15,8 +15,10 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from coprune.base.environment import user_cache
+from coprune.base.errors import about
 from coprune.base.files import write_text
 from coprune.data.local_text import files_of, looks_local, split_column
+from coprune.evaluation.texts import Text
 
 Kept = TypeVar("Kept", bound=BaseModel)
 
@@ -86,10 +88,12 @@ def bytes_of_weights(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def require_text(name: str) -> None:
-    """Raise BadInput for the name of a local file or folder that is not there; no corpus is asked for."""
-    if looks_local(name):
-        files_of(split_column(name)[0])
+def require_texts(texts: Iterable[Text]) -> None:
+    """Raise BadInput for a text that is a local file or folder and not there; of a corpus nothing is asked."""
+    for text in texts:
+        if looks_local(text.name):
+            with about("eval_data", text.label):
+                files_of(split_column(text.name)[0])
 
 
 def text_fingerprint(name: str) -> str:

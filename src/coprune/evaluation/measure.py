@@ -18,7 +18,7 @@ from coprune.evaluation.answers.measured import MeasuredAnswers
 from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, score_in_memory
-from coprune.evaluation.cache import EvaluationCache, require_text, text_fingerprint
+from coprune.evaluation.cache import EvaluationCache, require_texts, text_fingerprint
 from coprune.evaluation.closeness import closeness
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
@@ -63,9 +63,7 @@ class Subject:
         self.label = Path(self.name).name
         self.classifies = self._source.classifies
         self._asked = split_texts(recipe.evaluation.data)
-        for text in [] if self.classifies else self._asked:
-            with about("eval_data", text.label):
-                require_text(text.name)
+        require_texts([] if self.classifies else self._asked)
         self._tasks = tasks
         self._cache = cache
         plan = plan_of(recipe.answers, saves=False)

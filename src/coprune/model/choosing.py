@@ -7,6 +7,7 @@ multiplied is no mixture, and only mixtures have routers.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,7 +202,9 @@ def _check_patterns(field: str, patterns: Sequence[str], names: Sequence[str], o
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.partition("[")[0], pattern)
+    # The number of an expert at the end of a name is no class of characters.
+    literal = re.sub(r"\[(\d+)\]$", r"[[]\1]", pattern)
+    return fnmatchcase(name, literal) or fnmatchcase(name.partition("[")[0], pattern)
 
 
 def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Selection) -> None:

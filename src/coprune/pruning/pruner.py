@@ -112,6 +112,8 @@ def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[st
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or statistic is None or statistic.count == 0:
         return None, ()
+    if inputs.pool is not None and not bool(statistic.mean_square.any()):
+        return None, ()  # an expert that sees all tokens, times zero where they are others'
     if inputs.pool is None or statistic.count >= statistic.width:
         return statistic, ()
     event = f"only {statistic.count} tokens for {statistic.width} inputs; the layer's average made up for the rest"

@@ -87,6 +87,9 @@ def _of_reshaping(recipe: Parts) -> BadInput | None:
     if recipe.pattern.permute and parse_pattern(recipe.pattern.name).n_of_m is None:
         fix: Words = ("give a pattern of them, such as ", Set("pattern", "2:4"))
         return BadInput("permute reorders channels for groups of N:M", field="permute", value=True, fix=fix)
+    if recipe.pattern.rotate and recipe.pattern.sparsity == 0:
+        nothing = "rotate makes smaller what the pattern takes, and sparsity 0 takes nothing"
+        return BadInput(nothing, field="rotate", value=True, fix=LeaveOut("rotate"))
     asked = next((name for name in ("permute", "rotate") if getattr(recipe.pattern, name)), None)
     if asked is not None and recipe.model.stream:
         fix = ("leave out ", Set(asked, True), " or ", Set("stream", True))

@@ -145,6 +145,7 @@ def test_a_file_may_name_n_of_m(tmp_path: Path) -> None:
         ('"*.v_proj": 1.0\n', {}, "has to be 0 ≤ s < 1"),
         ('"*.v_proj": true\n', {}, "has to be 0 ≤ s < 1"),
         ('"*.v_proj": "2:4"\n', {}, "does not fit the pattern unstructured"),
+        ('"*.v_proj": 0.0\n', {"pattern": "2:4"}, "leaves a matrix whole, and 2:4 takes one of every 4"),
         ('"*.v_proj": "2:4"\n', {"pattern": "4:8"}, "does not fit the pattern 4:8"),
         ("- a\n", {}, "holds no mapping"),
         ("{", {}, "not valid YAML"),

@@ -5,18 +5,23 @@ from __future__ import annotations
 import statistics
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
 from coprune.report.schema import Report
+from coprune.run.stages import run_recipe
 from coprune.run.sweep import work
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
+from coprune.run.sweep.finished import finished_report
 from coprune.run.sweep.ledger import Ledger
-from coprune.run.sweep.results import collect
+from coprune.run.sweep.results import _measured, collect
 from coprune.run.sweep.table import markdown, paper_tables
 from coprune.run.sweep.work import Job, do_job
 from support.commands import run_command
@@ -134,3 +139,33 @@ def test_the_board_foresees_the_end() -> None:
     assert board.remaining() == pytest.approx(10)
     board.note(Done("c"), False)
     assert board.remaining() == 0
+
+
+def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_place(tmp_path))
+    monkeypatch.setattr(work, "_texts", {})
+    how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
+    _, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coprune.training.after_pruning.run_finetuning", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_and_train(run)
+    assert finished_report(run.recipe) is None
+    prune_and_train(run)
+    report = finished_report(run.recipe)
+    assert report is not None
+    assert report.finetuned is not None
+    row = _measured(report)
+    assert row["perplexity test.txt"] == report.finetuned.perplexity["test.txt"] != report.perplexity[0].pruned
+    with pytest.raises(BadInput, match="another run's report, in which seed was 0 and is 1"):
+        finished_report(run.recipe.replaced(seed=1))
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def prune_and_train(run: Run) -> None:
+    run_recipe(run.recipe, reporter=Reporter(quiet=True))

@@ -112,6 +112,14 @@ def _matches(unit: Unit, glob: str) -> bool:
 def _sparsity_of(value: float | str, target: Target) -> float:
     pattern = target.pattern
     if not isinstance(value, str):
+        if pattern.n_of_m is not None and value < 0.5 / pattern.n_of_m[1]:
+            raise BadInput(
+                f"the allocation's sparsity {value:g} leaves a matrix whole, and {pattern} takes one of every "
+                f"{pattern.n_of_m[1]} at least",
+                field="allocation",
+                value=value,
+                fix=("leave such matrices out of the run with ", Setting("exclude")),
+            )
         return float(value)
     named = parse_pattern(value)
     if named.sparsity is None or pattern.with_sparsity(named.sparsity) != named:

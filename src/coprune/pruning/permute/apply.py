@@ -45,9 +45,10 @@ class Permuted:
         """One line."""
         if not self.names:
             return "No inputs could be permuted without changing the model; it is as it was."
+        gained = self.after / self.before - 1 if self.before else 0.0  # all weights may be zero
         return (
             f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
-            f"or from what could not be proved): N:M retains {per_cent(self.after / self.before - 1)} more of their score."
+            f"or from what could not be proved): N:M retains {per_cent(gained)} more of their score."
         )
 
 

@@ -123,10 +123,12 @@ def _pruning(work: Workload, run: Settings) -> float:
         waiting = hidden + tokens * block.waiting_bytes_per_token
         if run.device_room is None or run.device_room.asked:
             waiting = _within(waiting, run.activation_limit)
-        own = sum(sums) if run.rounds_later else max(sums, default=0)
-        return max(hidden, waiting) + own + max(solve, batch)
-    pruned, kept = sum(sums) + max(solve, batch), sum(sums) if run.rounds_later else 0
-    return hidden + (max(pruned, _training(work, run, run.batch_tokens) + kept) if run.reconstruction_steps else pruned)
+        first, sums_then = max(hidden, waiting), sum(sums) if run.rounds_later else max(sums, default=0)
+    else:
+        first, sums_then = hidden, sum(sums)
+    kept = sum(sums) if run.rounds_later else 0
+    trained = _training(work, run, run.batch_tokens) + kept if run.reconstruction_steps else 0
+    return max(first + sums_then + max(solve, batch), hidden + trained)
 
 
 def _training(work: Workload, run: Settings, tokens: int) -> float:

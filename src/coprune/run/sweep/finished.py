@@ -30,8 +30,11 @@ def finished_report(recipe: Recipe) -> Report | None:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
         raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
-    wanted = _pruning_of(recipe)
-    before, now = _deciding(report.recipe), _deciding(wanted)
+    before, now = _deciding(report.recipe), _deciding(recipe)
+    if (
+        recipe.finetune.mode is not None and report.finetuned is None
+    ):  # or it is not trained yet, and its report the pruning's
+        now = _deciding(_pruning_of(recipe))
     if before != now:
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(
@@ -40,8 +43,7 @@ def finished_report(recipe: Recipe) -> Report | None:
             value=folder,
             fix=("Name another folder with ", Setting("save"), ", or remove it"),
         )
-    tuned = recipe.finetune.mode is None or (folder / "finetune" / "finetune.json").is_file()
-    return report if tuned else None
+    return report if recipe.finetune.mode is None or report.finetuned is not None else None
 
 
 def finished_reports(runs: list[Run]) -> dict[str, Report]:
@@ -98,9 +100,7 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:
-    """The recipe in the report: a run that also fine-tunes reports its pruning."""
-    if recipe.finetune.mode is None:
-        return recipe
+    """The recipe of the half that prunes."""
     from coprune.training.after_pruning import pruning_of
 
     return pruning_of(recipe)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from coprune.base.durable import write_durably
 from coprune.base.files import write_text
+from coprune.report.figures import FinetunedFacts
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.run.sweep.command_line import command_of
@@ -90,10 +91,13 @@ def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[
 
 def _measured(report: Report) -> Row:
     row: Row = {"zeros": report.sparsity.matrices, "zeros_of_all": report.sparsity.model}
+    tuned = report.finetuned or FinetunedFacts(mode="", steps=0, minutes=0)  # what was trained is the run's model
     for text in report.perplexity:
-        row |= {f"perplexity {text.data}": text.pruned, f"dense perplexity {text.data}": text.dense}
+        found = tuned.perplexity.get(text.data, text.pruned)
+        row |= {f"perplexity {text.data}": found, f"dense perplexity {text.data}": text.dense}
     for images in report.accuracy:
-        row |= {f"accuracy {images.data}": images.pruned_top1, f"dense accuracy {images.data}": images.dense_top1}
+        top1 = tuned.top1.get(images.data, images.pruned_top1)
+        row |= {f"accuracy {images.data}": top1, f"dense accuracy {images.data}": images.dense_top1}
     if report.zero_shot is not None:
         means = (report.zero_shot.mean_pruned, report.zero_shot.mean_dense)
         row["mean accuracy"], row["dense mean accuracy"] = (None if one is None else one.value for one in means)
