@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.recipe.recipe import make_recipe
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.run.stages import run_recipe
 from coprune.training.after_pruning import pruning_of, settings_of
 from coprune.training.masks import find_masks
 from support.pico import pico_model
@@ -162,3 +164,24 @@ def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Pat
     assert (found.windows, found.block_size) == (40, 16)
     with pytest.raises(BadInput, match="there is a token 5390, and the model knows 1002"):
         coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens + 5000, save=tmp_path / "two", **how)
+
+
+def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = {"save": tmp_path / "run", "save_model": tmp_path / "model"}
+    asked: dict[str, Any] = {**SMALL, **where, "dataset": str(write_text(tmp_path / "text.txt", 700))}
+    asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
+    for at in ("coprune.run.stages._save", "coprune.training.after_pruning.run_finetuning"):
+        with monkeypatch.context() as patch:
+            patch.setattr(at, killed)
+            with pytest.raises(KeyboardInterrupt):
+                coprune.prune(str(dense), **asked, log_json=tmp_path / "log.jsonl")
+        kept = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
+        # Nobody is told when a kept recipe is run again, which makes it no other run.
+        assert (kept.finetune.mode, kept.output.log_json) == ("dense", None)
+    found = run_recipe(kept, reporter=Reporter(quiet=True)).report
+    assert (found.saved_model, (tmp_path / "model" / "config.json").is_file()) == (tmp_path / "model", True)

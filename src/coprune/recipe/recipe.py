@@ -165,6 +165,10 @@ class Recipe(BaseModel):
         """The settings that decide something, by their flat names."""
         return deciding(self.flat(), FIELDS, what)
 
+    def gives_as(self, other: Recipe) -> bool:
+        """Whether another recipe gives the same weights and measurements, wherever they go and whoever is told."""
+        return self.deciding(Decides.WHOLE) == other.deciding(Decides.WHOLE)
+
     def to_yaml(self) -> str:
         """The recipe as YAML that `Recipe.from_yaml` reads back: its parts, without what is not set.
 

@@ -38,6 +38,7 @@ def run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
     own = recipe.replaced(overwrite=None)
     if around.replaces is None:
         around = replace(around, replaces=around.processes.from_first(lambda: _replaced(recipe, own)))
+    around = replace(around, whole=None if own.finetune.mode is None else own)
     turns = [around]  # the first half replaces what was there, once it has checked all it can
 
     def half(asked: Recipe, its: Given) -> Result:
@@ -62,7 +63,7 @@ def _is_pruned(recipe: Recipe) -> bool:
     from coprune.training.after_pruning import pruning_of
 
     path = recipe.run_folder / REPORT_FILE
-    return path.is_file() and Report.read(path).recipe == pruning_of(recipe)
+    return path.is_file() and Report.read(path).recipe.gives_as(pruning_of(recipe))
 
 
 def _tuned(recipe: Recipe, given: Given, around: Surroundings, half: Callable[[Recipe, Given], Result]) -> Result:

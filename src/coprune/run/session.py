@@ -52,6 +52,8 @@ class Surroundings:
     reporter: Reporter
     processes: Processes = ALONE
     writes: bool = False
+    whole: Recipe | None = None
+    """The run that prunes and then trains, where this is its half that prunes: what the run folder's recipe is of."""
     replaces: Recipe | None = None
     """The run of two halves whose earlier result goes once all is checked, where this is the first of them."""
 

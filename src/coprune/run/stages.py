@@ -110,7 +110,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
         replace_earlier(around.replaces or recipe)
     output = _open_output(session) if first else None
     if write:
-        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
+        write_text(path_of(recipe.run_folder, RECIPE_FILE), (around.whole or recipe).untold().to_yaml())
     dense = reuse.dense(session, extras, lambda: measure_dense(session, extras))
     extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)

@@ -194,8 +194,8 @@ def _pruned_before(recipe: Recipe, pruning: Recipe) -> Report | None:
     if not path.is_file() or pruning.output.model is None or not holds_model(pruning.output.model):
         return None
     report = Report.read(path)
-    if report.recipe != pruning:
-        which = "a finished run" if report.recipe == recipe else "another run"
+    if not report.recipe.gives_as(pruning):
+        which = "a finished run" if report.recipe.gives_as(recipe) else "another run"
         raise BadInput(
             f"{pruning.run_folder} already holds {which}",
             field="save",

@@ -135,7 +135,7 @@ def _earlier(recipe: Recipe) -> Report | None:
     path, model = recipe.run_folder / REPORT_FILE, recipe.output.model
     if path.is_file() and (model is None or holds_model(model)):
         report = Report.read(path)
-        if report.recipe == recipe:
+        if report.recipe.gives_as(recipe):
             return report
     return None
 
