@@ -19,6 +19,7 @@ from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 
 # What the Python functions behind the commands take, so that nothing is computed.
+TAUGHT = ["--mode", "distill", "--teacher", "t"]
 FUNCTIONS = {"bench": "coprune.packed.bench.bench", "sweep": "coprune.run.sweep.sweep.sweep",
              "compare": "coprune.run.compare.compare", "finetune": "coprune.training.finetune.finetune"}  # fmt: skip
 SMALL = ["--dataset", "words.txt", "--nsamples", "4", "--seqlen", "32"]
@@ -67,9 +68,9 @@ def test_a_flag_has_one_meaning_in_all_commands() -> None:
         (["sweep", "--script", "opt", "--dry-run"], {"script": "opt"}),
         (["compare", "a", "b", "--evaluations", "x"], {"evaluations": Path("x")}),
         (["compare", "a", "b", "--evaluation-cache", "x"], {"evaluations": Path("x")}),
-        (["finetune", "m", "--block-size", "16", "--temperature", "3"], {"seqlen": 16, "temperature": 3.0}),
+        (["finetune", "m", *TAUGHT, "--block-size", "16", "--temperature", "3"], {"seqlen": 16, "temperature": 3.0}),
         (
-            ["finetune", "--model", "m", "--seqlen", "16", "--distill-temperature", "3"],
+            ["finetune", "--model", "m", *TAUGHT, "--seqlen", "16", "--distill-temperature", "3"],
             {"seqlen": 16, "temperature": 3.0},
         ),
     ],

@@ -26,7 +26,7 @@ HOME = "coprune/model/transformers_private.py"
 MODEL = "transformers.modeling_utils:PreTrainedModel"
 CORE = "transformers.core_model_loading"
 STREAMING, SAVING = "streaming of checkpoints by block", "saving in the checkpoint's names and layout"
-PACKED = "loading of packed folders"
+PACKED, TRAINING = "loading of packed folders", "trackers of a fine-tuning"
 
 # Where a name is, how it is called (positional arguments, then names), and what needs it.
 CALLED: list[tuple[str, int, set[str], str]] = [
@@ -53,6 +53,7 @@ CALLED: list[tuple[str, int, set[str], str]] = [
         {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"},
         STREAMING,
     ),
+    ("transformers.integrations.integration_utils:get_available_reporting_integrations", 0, set(), TRAINING),
     (f"{MODEL}._from_config", 1, set(), STREAMING),
     (f"{MODEL}._get_dtype_plan", 2, set(), STREAMING),
     (f"{MODEL}._adjust_missing_and_unexpected_keys", 2, set(), STREAMING),

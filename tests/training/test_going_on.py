@@ -85,7 +85,10 @@ def test_a_run_that_failed_before_its_first_state_stands_in_nobodys_way(home: Pa
     [
         ({"mode": "distill", "teacher": "nowhere/at-all"}, "nowhere/at-all"),
         ({"mode": "distill", "top_k": 2000}, "top_k=2000 is above the vocabulary of 1002 tokens"),
-        ({"report_to": "tensorbord"}, "unknown tracker 'tensorbord'; did you mean 'tensorboard'"),
+        (
+            {"report_to": "tensorbord"},
+            "no tracker tensorbord is installed; pip install tensorbord, or take one that is there",
+        ),
         ({"save_model": "training/model"}, "would be in what the run keeps for itself"),
         ({"save_model": ".."}, "which becomes the model's"),
     ],

@@ -51,6 +51,13 @@ in_natural_order = dot_natural_key
 """A key to sort tensors' names by, so that the tenth expert comes after the ninth."""
 
 
+def installed_trackers() -> list[str]:
+    """Names of the experiment trackers that are installed, as the Trainer calls them."""
+    from transformers.integrations import integration_utils  # slow to import, and seldom needed
+
+    return list(integration_utils.get_available_reporting_integrations())
+
+
 class Renaming:
     """How the names of one model's parameters come from those of its checkpoint's tensors."""
 

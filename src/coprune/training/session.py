@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from coprune.base.errors import BadInput, about, unknown_name
+from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.shown import per_cent
 from coprune.base.words import LeaveOut, Set, Setting
@@ -22,6 +21,7 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
+from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.finetune import has_adapters
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
@@ -120,12 +120,9 @@ def _check_named(settings: FinetuneSettings) -> None:
             with about(setting, name):
                 locate(name, settings.cache_dir)
     for tracker in {name.strip() for name in settings.report_to.split(",")} - {"none", "all"}:
-        if tracker not in INTEGRATION_TO_CALLBACK:
-            raise unknown_name("tracker", tracker, INTEGRATION_TO_CALLBACK, field="report_to")
-        if tracker not in get_available_reporting_integrations():
-            raise BadInput(
-                f"{tracker} is not installed", field="report_to", value=tracker, fix=f"pip install {tracker}"
-            )
+        if tracker not in (there := installed_trackers()):
+            fix = f"pip install {tracker}, or take one that is there" + (f": {', '.join(there)}" if there else "")
+            raise BadInput(f"no tracker {tracker} is installed", field="report_to", value=tracker, fix=fix)
 
 
 def _check_top_k(settings: FinetuneSettings, loaded: Loaded) -> None:
