@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from coprune.base.environment import kernel_cache
+
 # A shell starts background jobs with Ctrl-C ignored, and commands that tests start and interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +33,15 @@ def smollm2_folder() -> Path:
 def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of SmolLM2-135M-Instruct."""
     return AutoTokenizer.from_pretrained(smollm2_folder, gguf_file=SMOLLM2_FILE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What earlier tests evaluated must not answer for these, nor theirs for the user; compiled kernels are shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COPRUNE_CACHE", str(kernel_cache()))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
