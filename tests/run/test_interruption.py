@@ -149,3 +149,34 @@ def test_an_announced_run_whose_model_is_missing_is_not_finished(
     assert run_command(quick, monkeypatch, capsys).code == 0
     assert (place / "run" / "report.json").is_file()
     assert (place / "pruned" / "model.safetensors").is_file()
+
+
+def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing in coprune catches it."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    pushed: list[str] = []
+
+    def push(folder: Path, name: str, private: bool) -> str:
+        pushed.append(name)
+        return name
+
+    monkeypatch.setenv("HF_TOKEN", "hf_abc")
+    monkeypatch.setattr("coprune.run.ending.push", push)
+    quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude", "--push-to-hub", "me/half")
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.run.ending.finish_run_folder", killed)
+        with pytest.raises(Killed):
+            run_command(quick, monkeypatch, capsys)
+    assert (place / "pruned" / "model.safetensors").is_file()
+    assert not pushed
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.run.stages.open_run", killed)  # nothing is done again
+        assert run_command([*quick, "--log-json", "log.jsonl"], monkeypatch, capsys).code == 0
+    assert (place / "run" / "report.json").is_file()
+    assert pushed == ["me/half"]

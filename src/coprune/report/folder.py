@@ -39,7 +39,8 @@ def announced(recipe: Recipe) -> Report | None:
         report = Report.read(recipe.run_folder / _ANNOUNCED)
     except BadInput:
         return None
-    return report if report.recipe == recipe else None
+    same = report.recipe.gives_as(recipe) and report.saved_model == recipe.output.model
+    return report if same else None
 
 
 def finish_run_folder(recipe: Recipe, report: Report) -> None:

@@ -84,6 +84,7 @@ def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
         return run_halves(recipe, given, around, write, _run_among)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
+        push_if_asked(recipe.output, around.reporter)
         return Result(report)
     if recipe.output.push_to_hub is not None:
         require_login(recipe.output.push_to_hub)
