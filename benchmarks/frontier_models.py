@@ -16,7 +16,6 @@ from one_pass import begun
 from torch import Tensor
 
 import coprune
-from coprune.base.files import path_of
 from coprune.data import calibration_windows
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
@@ -27,7 +26,8 @@ TEXTS = ("embedded", "embedded-lambada")
 
 def kept(asked: argparse.Namespace, name: str) -> Path:
     """Where a row's figures are."""
-    return path_of(asked.folder / "rows", f"{re.sub('[ :%]+', '-', name)}.json")
+    folder: Path = asked.folder / "rows"
+    return folder / f"{re.sub('[ :%]+', '-', name)}.json"
 
 
 def make_row(asked: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path | None]:

@@ -26,12 +26,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise BadInput(f"{path} cannot be written: {error.strerror}") from error
 
 
-def path_of(folder: Path, name: str) -> Path:
-    """A file of a run folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
-
-
 def like_named(path: Path, least: float = 0.6) -> Path | None:
     """What is beside a path that leads nowhere and is named most like it; None if nothing is.
 

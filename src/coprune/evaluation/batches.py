@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
+from coprune.model.evaluating import evaluating
 from coprune.model.walk.record import forward_logits, input_device
 
 Logits = Callable[[Tensor], Tensor]
@@ -55,19 +56,14 @@ def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
-    """Give the logits of a model in memory, without dropout or gradients; its training mode comes back afterwards."""
+    """Give the logits of a model in memory, without dropout or gradients; every part of it trains afterwards as it did."""
     device = input_device(model)
-    was_training = model.training
 
     def logits_of(batch: Tensor) -> Tensor:
         return forward_logits(model, batch.to(device))
 
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield logits_of
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        yield logits_of
 
 
 def slices(logits: Tensor, most_values: int = 2**24) -> Iterator[slice]:

@@ -19,9 +19,10 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
-from coprune.evaluation.harness_model import evaluating, watched_model
+from coprune.evaluation.harness_model import watched_model
 from coprune.evaluation.harness_tasks import SEED, find_tasks, generation_settings, isolated, one_line
 from coprune.evaluation.zero_shot import Estimate, TaskScores, ZeroShot, ZeroShotSettings
+from coprune.model.evaluating import evaluating
 
 # Enough for metrics without a closed form (F1, say), where upstream's 100,000 take minutes; acc does not use it.
 _BOOTSTRAP_RESAMPLES = 1000
@@ -86,7 +87,6 @@ def _configure(task: Any, settings: ZeroShotSettings) -> None:
 
 def _write_samples(folder: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
     """Every item of every task with its prompt, the model's answer and its scores, one JSON object a line."""
-    folder.mkdir(parents=True, exist_ok=True)
     for task, items in samples.items():
         lines = [json.dumps(item, ensure_ascii=False, default=str) for item in items]
         write_text(folder / f"{task}.jsonl", "\n".join(lines) + "\n")

@@ -53,18 +53,6 @@ def watched_model(
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """A model without dropout, of which every part is as it was afterwards."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextmanager
 def _parted(model: PreTrainedModel) -> Iterator[None]:
     """Keep the harness from tying weights again that have been parted since the model was made."""
     model.__dict__["tie_weights"] = lambda *_, **__: None

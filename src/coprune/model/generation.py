@@ -28,6 +28,7 @@ from transformers import (
 from coprune.base.devices import synchronize
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Advance
+from coprune.model.evaluating import evaluating
 from coprune.model.walk.record import input_device
 
 
@@ -186,20 +187,17 @@ def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
 @contextmanager
 def _plain(module: PreTrainedModel) -> Iterator[None]:
     """For a while, a model that evaluates and has no settings of its own (penalties, top-k …)."""
-    own, training = module.generation_config, [part for part in module.modules() if part.training]
+    own = module.generation_config
     module.generation_config = GenerationConfig()
-    module.eval()
     # The head gets the last positions of a batch, a view with gaps, for which torch may copy it once for every row (in
     # bfloat16 on a CPU, where weights of a mapped file are not aligned): sixteen vocabularies for sixteen vectors.
     hook = (module.get_output_embeddings() or nn.Identity()).register_forward_pre_hook(_without_gaps)
     try:
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             yield
     finally:
         hook.remove()
         module.generation_config = own
-        for part in training:
-            part.training = True
 
 
 def _without_gaps(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from coprune.base.devices import describe, in_host_memory
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.native.build import instruction_set
+from coprune.model.evaluating import evaluating
 from coprune.model.opened import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
 from coprune.packed.benched import Bench
@@ -87,11 +88,8 @@ def bench(
         name, dense = model.name_or_path or type(model).__name__, model
     else:
         name, dense = str(model), _load(Path(model), how)
-    training = dense.training
-    try:
-        return bench_model(dense.eval(), name, work, compiles=compiles, clock=clock)
-    finally:
-        dense.train(training)
+    with evaluating(dense):
+        return bench_model(dense, name, work, compiles=compiles, clock=clock)
 
 
 def _clock(busy: bool) -> Clock:

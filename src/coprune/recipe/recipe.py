@@ -165,9 +165,14 @@ class Recipe(BaseModel):
         """The settings that decide something, by their flat names."""
         return deciding(self.flat(), FIELDS, what)
 
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The settings that decide weights and measurements, wherever they go and whoever is told."""
+        return self.deciding(Decides.WHOLE)
+
     def gives_as(self, other: Recipe) -> bool:
-        """Whether another recipe gives the same weights and measurements, wherever they go and whoever is told."""
-        return self.deciding(Decides.WHOLE) == other.deciding(Decides.WHOLE)
+        """Whether another recipe gives the same weights and measurements."""
+        return self.whole == other.whole
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `Recipe.from_yaml` reads back: its parts, without what is not set.

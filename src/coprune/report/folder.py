@@ -12,7 +12,7 @@ from pathlib import Path
 from coprune.base.durable import remove_unfinished
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.words import Command, Set, Words
 from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe
@@ -27,7 +27,7 @@ _ANNOUNCED = ".report.json"
 
 def announce(recipe: Recipe, report: Report) -> None:
     """Keep a report for the case that the run is killed once its model is whole."""
-    report.write(path_of(recipe.run_folder, _ANNOUNCED))
+    report.write(recipe.run_folder / _ANNOUNCED)
 
 
 def announced(recipe: Recipe) -> Report | None:
@@ -48,7 +48,7 @@ def finish_run_folder(recipe: Recipe, report: Report) -> None:
     remove_unfinished(recipe.run_folder)
     first = report.perplexity[0].pruned if report.perplexity else None
     method = recipe.way
-    write_text(path_of(recipe.run_folder, f"log_{method}.txt"), reference_log(method, report.sparsity.matrices, first))
+    write_text(recipe.run_folder / f"log_{method}.txt", reference_log(method, report.sparsity.matrices, first))
     announced = recipe.run_folder / _ANNOUNCED
     write_page([announced], recipe.run_folder / PAGE_FILE)
     announced.replace(recipe.run_folder / REPORT_FILE)

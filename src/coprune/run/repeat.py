@@ -32,15 +32,11 @@ def where_to(recipe: Recipe, repeats: bool, named: Collection[str]) -> tuple[Rec
         return found, f"{usual} holds a finished run; this one goes to {found.run_folder}." if moved else None
     if recipe.output.run is not None:
         return recipe, None
-    folder, differing = folder_apart(usual, _deciding(recipe), partial(_settings_in, recipe))
+    folder, differing = folder_apart(usual, recipe.whole, partial(_settings_in, recipe))
     if not differing:
         return recipe, None
     said = f"{usual} holds a run that differs in {', '.join(differing)}; this one goes to {folder}."
     return recipe.replaced(save=folder), said
-
-
-def _deciding(recipe: Recipe) -> dict[str, Any]:
-    return recipe.deciding(Decides.WHOLE)
 
 
 def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -48,7 +44,7 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if not (folder / RECIPE_FILE).is_file():
         return None
     try:
-        there = _deciding(Recipe.from_yaml(folder / RECIPE_FILE))
+        there = Recipe.from_yaml(folder / RECIPE_FILE).whole
     except BadInput:
         return {}
     if not (folder / REPORT_FILE).is_file():
@@ -60,7 +56,7 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
 
     # The first half of this run, which was interrupted before it was fine-tuned.
     own_half = (folder / "pruned").is_dir() or not (folder / REPORT_FILE).is_file()
-    return _deciding(recipe) if own_half and there == _deciding(pruning_of(recipe)) else there
+    return recipe.whole if own_half and there == pruning_of(recipe).whole else there
 
 
 def beside_finished(recipe: Recipe, named: Collection[str] = ()) -> Recipe:

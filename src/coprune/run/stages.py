@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from coprune.base.devices import enough_memory
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
@@ -111,7 +111,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
         replace_earlier(around.replaces or recipe)
     output = _open_output(session) if first else None
     if write:
-        write_text(path_of(recipe.run_folder, RECIPE_FILE), (around.whole or recipe).untold().to_yaml())
+        write_text(recipe.run_folder / RECIPE_FILE, (around.whole or recipe).untold().to_yaml())
     dense = reuse.dense(session, extras, lambda: measure_dense(session, extras))
     extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)
@@ -162,7 +162,7 @@ def _open_output(session: Session) -> Output | None:
     # How windows begin is decided by now, whoever decided it.
     used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
     identity = run_identity(recipe.replaced(bos=used), opened.loaded.fingerprint(model.blocks), opened.fingerprint)
-    folder = recipe.output.model or path_of(recipe.run_folder, "checkpoint")
+    folder = recipe.output.model or recipe.run_folder / "checkpoint"
     return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting
@@ -66,7 +66,7 @@ def prune_and_finetune(
         # As the dense model spoke for, so that the figures of pruned and fine-tuned model are of the same windows.
         settings = settings.model_copy(update={"bos": report.bos.used})
     if processes.first:
-        write_text(path_of(recipe.run_folder, RECIPE_FILE), recipe.untold().to_yaml())
+        write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
     before = processes.from_first(lambda: _finetuned_before(settings))
     found = run_finetuning(settings, reporter) if before is None else before
     final = _of_both(report, recipe, found)

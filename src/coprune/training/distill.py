@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coprune.training.teacher_cache import TeacherCache, log_probabilities
+from coprune.training.teacher_cache import TeacherCache, log_probabilities, tempered
 
 _TOKENS = 64
 """How many tokens' logits are compared at once."""
@@ -45,11 +45,9 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for start in range(0, len(student), _TOKENS):
             part = slice(start, start + _TOKENS)
-            (found, log_found), (expected, log_expected) = (
-                _probabilities(logits[part], temperature) for logits in (student, teacher)
-            )
-            difference = teacher[part].to(torch.float32) - student[part].to(torch.float32)
-            total += (torch.linalg.vecdot(expected, difference) / temperature + log_expected - log_found).sum()
+            ours, theirs = (tempered(logits[part], temperature).to(torch.float32) for logits in (student, teacher))
+            (found, log_found), (expected, log_expected) = _probabilities(ours), _probabilities(theirs)
+            total += (torch.linalg.vecdot(expected, theirs - ours) + log_expected - log_found).sum()
             if gradient is not None:
                 gradient[part] = found.sub_(expected)
         ctx.save_for_backward(gradient)
@@ -63,12 +61,14 @@ class _Divergence(torch.autograd.Function):
         return gradient * (gradients[0] * ctx.scale), None, None
 
 
-def _probabilities(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Probabilities at a temperature (N × vocabulary float32), and what their logarithm is above the logits over T (N)."""
-    scaled = logits.to(torch.float32) / temperature if temperature != 1 else logits.to(torch.float32)
-    probabilities = functional.softmax(scaled, dim=-1)
-    likeliest = scaled.argmax(dim=-1, keepdim=True)
-    above = probabilities.gather(-1, likeliest).log() - scaled.gather(-1, likeliest)
+def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (N × vocabulary float32), and what their logarithm is above the logits (N).
+
+    logits: N × vocabulary float32, over the temperature already.
+    """
+    probabilities = functional.softmax(logits, dim=-1)
+    likeliest = logits.argmax(dim=-1, keepdim=True)
+    above = probabilities.gather(-1, likeliest).log() - logits.gather(-1, likeliest)
     return probabilities, above.squeeze(-1)
 
 

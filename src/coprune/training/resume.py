@@ -148,7 +148,6 @@ def resume_from(session: Session, first: bool) -> Path | None:
     if earlier is None or (earlier != identity and not whole and not any(folder.glob("teacher/*"))):
         if first:  # also of a run that failed before it left anything to go on from
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
             write_text(folder / _IDENTITY, json.dumps(identity, indent=2))
         return None
     differing = [

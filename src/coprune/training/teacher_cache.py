@@ -62,15 +62,21 @@ class TeacherCache:
         return self.folder / f"teacher-{number:05d}.safetensors"
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over a temperature, in float32; at temperature 1 themselves, as they are.
+
+    logits: … × vocabulary.
+    """
+    # Logits are the largest tensors of a step, so none is copied that need not be.
+    return logits if temperature == 1 else logits.to(torch.float32) / temperature
+
+
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Logarithms of the probabilities at a temperature, in float32.
 
     logits: … × vocabulary.
     """
-    # Logits are the largest tensors of a step, so none is copied that need not be.
-    if temperature != 1:
-        logits = logits.to(torch.float32) / temperature
-    return functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return functional.log_softmax(tempered(logits, temperature), dim=-1, dtype=torch.float32)
 
 
 def _likeliest(output: Any, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:

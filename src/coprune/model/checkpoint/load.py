@@ -31,6 +31,7 @@ from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.locate import GgufFile, Location, is_packed
 from coprune.model.checkpoint.read_once import reading_once
 from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.evaluating import evaluating
 from coprune.model.transformers_private import (
     builds,
     experts_run_as,
@@ -163,15 +164,13 @@ def prepared(model: PreTrainedModel | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    training = [module for module in model.modules() if module.training]
     gradients = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     experts = experts_run_as(model)
-    prepare(model)
     try:
-        yield
+        with evaluating(model):
+            prepare(model)
+            yield
     finally:
-        for module in training:
-            module.training = True
         for name in gradients:
             model.get_parameter(name).requires_grad_(True)
         if experts is not None and experts != experts_run_as(model):

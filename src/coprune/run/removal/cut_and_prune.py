@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Setting
 from coprune.evaluation.answers.requirements import judge
@@ -79,7 +79,7 @@ def cut_and_prune(
         loaded = Loaded(InMemory(first.model), first.processor, first.report.model.source, False)
         second = run(pruning_of(recipe, first.report, None), Given(loaded, given.method))
         return second, _of_both(recipe, first.report, second.report)
-    recipe_file = path_of(recipe.run_folder, RECIPE_FILE)
+    recipe_file = recipe.run_folder / RECIPE_FILE
     if processes.first and not anew:
         refuse_finished(recipe.run_folder)
         write_text(recipe_file, recipe.untold().to_yaml())

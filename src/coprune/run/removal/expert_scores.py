@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coprune.base.errors import BadInput
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.validation import reason
 from coprune.pruning.structure.experts import ExpertSums
 from coprune.run.session import Session
@@ -74,7 +74,7 @@ class ExpertScores(BaseModel):
 
 def own_file(session: Session) -> Path:
     """Where a run keeps its scores."""
-    return path_of(session.opened.recipe.run_folder, EXPERTS_FILE)
+    return session.opened.recipe.run_folder / EXPERTS_FILE
 
 
 def known_scores(session: Session, model: str, data: dict[str, str]) -> Scored | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.pruning.allocation.search import Search
 from coprune.pruning.evolution import Steps
 from coprune.run.journal import run_identity
@@ -41,7 +41,7 @@ class Finds:
         opened = session.opened
         known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
         identity = hashlib.sha256(json.dumps(known.settings, sort_keys=True, default=str).encode()).hexdigest()
-        found = cls(path_of(opened.recipe.run_folder, FINDS_FILE) if opened.around.writes else None, identity)
+        found = cls(opened.recipe.run_folder / FINDS_FILE if opened.around.writes else None, identity)
         content: dict[str, Any] = {}
         if found.path is not None and found.path.is_file():
             try:

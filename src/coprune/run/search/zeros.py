@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.shown import per_cent
 from coprune.model.walk.recording import Recording
 from coprune.pruning.allocation.base import Unit, units_of
@@ -58,7 +58,7 @@ def search_targets(session: Session, asked: LevelSearch, record: Callable[[], Re
         shutil.rmtree(folder, ignore_errors=True)
     targets = targets_of(units, steps, grid, opened.target)
     if opened.around.writes:
-        write_text(path_of(opened.recipe.run_folder, ALLOCATION_FILE), _as_file(units, targets))
+        write_text(opened.recipe.run_folder / ALLOCATION_FILE, _as_file(units, targets))
     return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Setting
-from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
@@ -30,12 +28,10 @@ def finished_report(recipe: Recipe) -> Report | None:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
         raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
-    before, now = _deciding(report.recipe), _deciding(recipe)
-    if (
-        recipe.finetune.mode is not None and report.finetuned is None
-    ):  # or it is not trained yet, and its report the pruning's
-        now = _deciding(_pruning_of(recipe))
-    if before != now:
+    trains = recipe.finetune.mode is not None and report.finetuned is None  # not yet: its report is the pruning's
+    expected = _pruning_of(recipe) if trains else recipe
+    if not report.recipe.gives_as(expected):
+        before, now = report.recipe.whole, expected.whole
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(
             f"{folder} holds another run's report, in which {'; '.join(differing)}",
@@ -43,7 +39,7 @@ def finished_report(recipe: Recipe) -> Report | None:
             value=folder,
             fix=("Name another folder with ", Setting("save"), ", or remove it"),
         )
-    return report if recipe.finetune.mode is None or report.finetuned is not None else None
+    return None if trains else report
 
 
 def finished_reports(runs: list[Run]) -> dict[str, Report]:
@@ -92,11 +88,6 @@ def models_to_compare(name: str) -> list[str]:
             ),
         )
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
-
-
-def _deciding(recipe: Recipe) -> dict[str, Any]:
-    """What makes a run another one: not where its results lie, as long as the same are kept."""
-    return recipe.deciding(Decides.WHOLE)
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.base.files import path_of, write_text
+from coprune.base.files import write_text
 from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
@@ -41,7 +41,7 @@ def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
     outcome = SweepResult(sweep, runs, finished_reports(runs), ledger=Ledger.read(sweep.folder))
     waiting = [run for run in runs if run.name not in outcome.reports]
     with _alone(sweep.folder):
-        write_text(path_of(sweep.folder, SWEEP_FILE), sweep.to_yaml())
+        write_text(sweep.folder / SWEEP_FILE, sweep.to_yaml())
         try:
             if waiting:
                 _do(sweep, waiting, how, outcome, quiet)
@@ -73,8 +73,9 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, 
     """Do the runs that are not done yet."""
     started = time.perf_counter()
     outcome.ledger.wall.append(0.0)
-    local = SHARED_FOLDER + "/workers.log"
-    workers: Workers = LocalWorkers(path_of(sweep.folder, local)) if how.ray is None else RayWorkers(how.ray)
+    workers: Workers = (
+        LocalWorkers(sweep.folder / SHARED_FOLDER / "workers.log") if how.ray is None else RayWorkers(how.ray)
+    )
     plan = Plan(sweep, how, workers, waiting)
     board = Board([run.name for run in waiting], len(outcome.runs) - len(waiting), quiet)
 
@@ -110,7 +111,9 @@ def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other sweeps out of the folder. Raises BadInput if one is at it."""
-    lock = FileLock(path_of(folder / SHARED_FOLDER, "sweep.lock"))
+    shared = folder / SHARED_FOLDER
+    shared.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(shared / "sweep.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
