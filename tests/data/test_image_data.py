@@ -140,3 +140,62 @@ def test_top1_and_top5() -> None:
     assert found.top1 == pytest.approx(float((order[:, 0] == labels).float().mean()))
     assert found.top5 == pytest.approx(float((order[:, :5] == labels[:, None]).any(dim=1).float().mean()))
     assert found.images == 50
+
+
+def _parquet(folder: Path, images: Sequence[Any], labels: Sequence[Any], label: Any = None) -> Path:
+    """A file of images (shades of grey, or what they hold instead) with labels of a type."""
+
+    def encoded(value: Any) -> dict[str, Any] | None:
+        if not isinstance(value, int):
+            return None if value is None else {"bytes": value, "path": None}
+        buffer = io.BytesIO()
+        grey(value).save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    kinds = None if label is None else Features(image=Image(), label=label)
+    rows = {"image": [encoded(value) for value in images], "label": list(labels)}
+    Dataset.from_dict(rows, features=kinds).to_parquet(folder / "some.parquet")
+    return folder / "some.parquet"
+
+
+@pytest.mark.parametrize("kind", [ClassLabel(names=["cat", "dog"]), Value("int64")])
+@pytest.mark.parametrize("missing", [-1, None])
+def test_images_without_a_label_calibrate_but_are_not_measured_on(tmp_path: Path, kind: Any, missing: Any) -> None:
+    file = _parquet(tmp_path, [5, 6, 7], [1, missing, 0], kind)
+    images = labelled_images(str(file), "calibration", tmp_path / "cache")
+    assert images.labels.tolist() == [1, -1, 0]
+    assert len(draw_images(images, brightness, 3, 0).tokens) == 3
+    with pytest.raises(BadInput, match=r"1 of the 3 images of .* have no label"):
+        labels_for(images, {0: "cat", 1: "dog"}, 2)
+
+
+def test_labels_that_are_words_are_classes(tmp_path: Path) -> None:
+    file = _parquet(tmp_path, [5, 6, 7], ["dog", "cat", "dog"], Value("string"))
+    images = labelled_images(str(file), "calibration", tmp_path / "cache")
+    assert images.classes == ("cat", "dog")
+    assert labels_for(images, {0: "dog", 1: "bird", 2: "cat"}, 3).tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("label", [0.5, float("nan")])
+def test_labels_that_are_no_numbers_of_classes_are_refused(tmp_path: Path, label: float) -> None:
+    file = _parquet(tmp_path, [5, 6], [1.0, label])
+    with pytest.raises(BadInput, match="neither a whole number nor a word"):
+        labelled_images(str(file), "calibration", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("broken", [b"no image", None])
+def test_a_broken_image_of_a_dataset_is_named(tmp_path: Path, broken: bytes | None) -> None:
+    images = labelled_images(
+        str(_parquet(tmp_path, [5, broken], [0, 1], Value("int64"))), "calibration", tmp_path / "c"
+    )
+    assert images.image(0).getpixel((0, 0)) == (5, 5, 5)
+    with pytest.raises(BadInput, match=r"image 1 of .*some\.parquet cannot be read as an image"):
+        images.image(1)
+
+
+def test_a_broken_image_of_a_folder_is_named(folder: Path) -> None:
+    whole = (folder / "val" / "cat" / "1.png").read_bytes()
+    (folder / "val" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
+    images = labelled_images(str(folder / "val"), "evaluation")
+    with pytest.raises(BadInput, match=r"cat/1\.png cannot be read as an image"):
+        images.image(1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.data.hub import require_dataset
+from coprune.data.labels import read_image, read_labels
 from coprune.data.loading import load_dataset
 from coprune.data.local_text import looks_local
 
@@ -39,7 +40,9 @@ class LabelledImages:
     """
 
     image: Callable[[int], Any]
+    """Raises BadInput for one that cannot be read."""
     labels: Tensor
+    """Below 0 where an image has none."""
     classes: tuple[str, ...]
     source: str
 
@@ -133,8 +136,13 @@ def random_image() -> Any:
 def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, classes: int) -> Tensor:
     """The images' labels as the model numbers its classes: by name if all names are the model's, else as they are.
 
-    Raises BadInput if a label is beyond the model's classes.
+    Raises BadInput if an image has no label, or one beyond the model's classes.
     """
+    if unknown := int((images.labels < 0).sum()):
+        raise BadInput(
+            f"{unknown:,} of the {len(images):,} images of {images.source} have no label",
+            fix="take images with labels, such as those of another split",
+        )
     names = {str(name): int(number) for number, name in (id2label or {}).items()}
     if images.classes and all(name in names for name in images.classes):
         return torch.tensor([names[name] for name in images.classes])[images.labels]
@@ -188,7 +196,9 @@ def _from_folder(path: Path, part: Part) -> LabelledImages:
         raise BadInput(f"{root} is no folder of images with one subfolder per class: {error}") from error
     labels = torch.tensor(folder.targets, dtype=torch.int64)
     # ImageFolder's loader reads a file as PIL in RGB.
-    return LabelledImages(lambda i: folder[i][0], labels, tuple(folder.classes), str(root))
+    return LabelledImages(
+        lambda i: read_image(lambda: folder[i][0], folder.samples[i][0]), labels, tuple(folder.classes), str(root)
+    )
 
 
 def _load_parquet(files: Sequence[Path], part: Part, cache_dir: Path | None) -> Any:
@@ -228,6 +238,9 @@ def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
         raise BadInput(f"{name} needs a column of images and one of labels, and has {', '.join(rows.features)}")
     kind = rows.features[label]
     rows = rows.cast_column(column, Image())
-    labels = torch.tensor(rows[label][:], dtype=torch.int64)
-    classes = tuple(kind.names) if isinstance(kind, ClassLabel) else ()
-    return LabelledImages(lambda i: rows[i][column].convert("RGB"), labels, classes, f"{name} ({split})")
+    labels, classes = read_labels(rows[label][:], tuple(kind.names) if isinstance(kind, ClassLabel) else (), name)
+
+    def image(i: int) -> Any:
+        return read_image(lambda: rows[i][column].convert("RGB"), f"image {i} of {name}")
+
+    return LabelledImages(image, labels, classes, f"{name} ({split})")
