@@ -101,21 +101,24 @@ def test_a_model_and_texts_come_from_there_and_a_pruned_one_goes_there(hub: Hub,
             "coprune eval me/pico-2-4 --seqlen 32 --tokens 128",
             "coprune inspect owner/nothing",
             "coprune prune owner/pico --dataset owner/no-text",
+            f"coprune prune owner/pico --remove blocks=0.5 -p 2:4 {SMALL} --save-model out/both --push-to-hub me/pico-both",
             *lines_on_the_hub(),
             "log out",
             f"coprune prune owner/pico {SMALL} --save-model out/logged-out --push-to-hub me/pico-logged-out",
         ],
     )
     assert not [line for line in (*said[:3], *said[7:-1]) if "ended with" in line], errors
-    assert len(said[7:-1]) >= 2
+    assert len(said[7:-1]) >= 3
     assert "on wikitext2 (sequence length 32)" in said[0]
     assert "on c4 (sequence length 32)" in said[1]
-    half, packed = (hub.repositories["models", f"me/pico-{name}"] for name in ("half", "2-4"))
-    for repository, folder, private in ((half, "out/half", False), (packed, "out/c4", True)):
+    half, packed, both = (hub.repositories["models", f"me/pico-{name}"] for name in ("half", "2-4", "both"))
+    for repository, folder, private in ((half, "out/half", False), (packed, "out/c4", True), (both, "out/both", False)):
         assert repository.private is private
         assert_same_files(repository, tmp_path / folder)
         assert repository.commits == ["Pruned with coprune"]
     assert f"pushed to {hub.url}/me/pico-2-4" in said[2]
+    for line in ("base_model: owner/pico", "Removed: blocks 2 → 1", "50.00 % of the weights in 7 matrices are zero"):
+        assert line in both.files["README.md"].decode()
     weights = load(half.files["model.safetensors"])
     zeros = weights["model.layers.0.mlp.up_proj.weight"].eq(0).float().mean()
     assert zeros == 0.5

@@ -78,6 +78,11 @@ class Chosen:
         """No matrix of so many blocks."""
         return cls([[] for _ in range(blocks)], [], candidates=[[] for _ in range(blocks)])
 
+    def untouched(self) -> set[int]:
+        """Numbers of the blocks of which the user wants no matrix."""
+        pairs = enumerate(zip(self.candidates, self.blocks, strict=True))
+        return {index for index, (all_of_it, own) in pairs if all_of_it and not own}
+
     def all(self) -> Iterator[Matrix]:
         """Every chosen matrix, in the order of the model."""
         for matrices in self.blocks:

@@ -10,9 +10,10 @@ from coprune.recipe.answers import AnswersPart, cannot_require
 from coprune.recipe.choice import Choice
 from coprune.recipe.conditions import LIKENESS
 from coprune.recipe.finetune import FinetunePart, cannot_finetune
+from coprune.recipe.globs import refuse_numbers
 from coprune.recipe.low_rank import LowRankPart, cannot_add
 from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart
+from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
 from coprune.recipe.structure import SPREADING, StructurePart
@@ -29,6 +30,8 @@ class Parts(Protocol):
     def pattern(self) -> PatternPart: ...
     @property
     def structure(self) -> StructurePart: ...
+    @property
+    def selection(self) -> SelectionPart: ...
     @property
     def refine(self) -> tuple[Choice, ...]: ...
     @property
@@ -141,7 +144,8 @@ def _of_both(recipe: Parts) -> BadInput | None:
     if recipe.evaluation.runs_tasks:
         fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
         return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
-    return None
+    asked, shares = recipe.selection, recipe.structure.shares
+    return refuse_numbers(asked.include, "include", shares) or refuse_numbers(asked.exclude, "exclude", shares)
 
 
 def _of_allocation(recipe: Parts) -> BadInput | None:

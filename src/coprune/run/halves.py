@@ -36,6 +36,8 @@ def run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
         What the second half made, and the report of both. Raises as both halves do.
     """
     own = recipe.replaced(overwrite=None)
+    if around.processes.first and own.output.push_to_hub is not None:
+        require_login(own.output.push_to_hub)
     if around.replaces is None:
         around = replace(around, replaces=around.processes.from_first(lambda: _replaced(recipe, own)))
     around = replace(around, whole=None if own.finetune.mode is None else own)
@@ -70,8 +72,6 @@ def _tuned(recipe: Recipe, given: Given, around: Surroundings, half: Callable[[R
     from coprune.training.after_pruning import prune_and_finetune
 
     output, processes = recipe.output, around.processes
-    if processes.first and output.push_to_hub is not None:
-        require_login(output.push_to_hub)
     report = prune_and_finetune(
         recipe,
         lambda pruning: half(pruning, given).report,
@@ -93,4 +93,6 @@ def _cut(
 ) -> Result:
     anew = around.replaces is not None and (recipe.run_folder / REPORT_FILE).is_file()
     second, report = cut_and_prune(recipe, given, write, half, around.processes, anew)
+    if around.processes.first:
+        push_if_asked(recipe.output, around.reporter)
     return Result(report) if second is None else Result(report, second.processor, lambda: second.model)

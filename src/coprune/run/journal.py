@@ -28,6 +28,7 @@ from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.model.low_rank import factors_below, stored_factors
 from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.structure.spreading import ByError, spreading_named
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.run.held_blocks import HeldBlocks
@@ -179,8 +180,10 @@ def may_round_otherwise(recipe: Recipe) -> bool:
     return not (recipe.reconstruction.steps or fits)
 
 
-def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None) -> Identity:
-    """What a run is by its recipe, its model and its data."""
+def run_identity(
+    recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None, streams: bool = False
+) -> Identity:
+    """What a run is by its recipe, its model and its data. streams: whether the model's blocks stay on the disk."""
     settings, rounding = recipe.deciding(Decides.RESULT), recipe.deciding(Decides.ROUNDING)
     if not may_round_otherwise(recipe):
         settings, rounding = settings | rounding, {}
@@ -188,6 +191,8 @@ def run_identity(recipe: Recipe, model_fingerprint: str, data_fingerprint: str |
         settings["allocation file"] = Path(recipe.allocation.name).read_text(encoding="utf-8")
     if (kept := recipe.structure.kept_scores) is not None and kept.is_file():
         settings["experts' scores"] = hashlib.sha256(kept.read_bytes()).hexdigest()
+    if recipe.structure.remove and isinstance(by := spreading_named(recipe.allocation), ByError) and by.tokens:
+        settings["what blocks are weighed by"] = "hidden states" if streams else "logits"
     known = {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}
     return Identity(known, rounding)
 

@@ -161,7 +161,8 @@ def _open_output(session: Session) -> Output | None:
         return None
     # How windows begin is decided by now, whoever decided it.
     used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
-    identity = run_identity(recipe.replaced(bos=used), opened.loaded.fingerprint(model.blocks), opened.fingerprint)
+    weights = opened.loaded.fingerprint(model.blocks)
+    identity = run_identity(recipe.replaced(bos=used), weights, opened.fingerprint, model.weights.streams)
     folder = recipe.output.model or recipe.run_folder / "checkpoint"
     return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
 

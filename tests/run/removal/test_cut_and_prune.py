@@ -90,11 +90,13 @@ def test_either_half_can_be_interrupted(home: Path, tmp_path: Path) -> None:
     assert load_clean(tmp_path / "model").config.num_hidden_layers == 2
 
 
-def test_a_model_in_memory_needs_no_folder() -> None:
+def test_a_model_in_memory_needs_no_folder(tmp_path: Path) -> None:
     tokens = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
-    result = coprune.prune(
-        pico_model("llama"), "magnitude", sparsity=0.5, dataset=tokens, evaluate=False, quiet=True, **CUT
-    )
+    more = CUT | {"save_model": tmp_path / "model", "evaluate": False, "quiet": True}
+    result = coprune.prune(pico_model("llama"), "magnitude", sparsity=0.5, dataset=tokens, **more)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "blocks 3 → 2" in card
+    assert "50.00 % of the weights in 14 matrices are zero" in card
     assert result.model is not None
     assert result.model.config.num_hidden_layers == 2
     assert result.report.sparsity.matrices == pytest.approx(0.5, abs=1e-3)
@@ -106,3 +108,30 @@ def test_a_model_in_memory_needs_no_folder() -> None:
 def test_tasks_are_for_the_model_that_was_saved(home: Path) -> None:
     with pytest.raises(BadInput, match="zero-shot tasks are not run by a run that cuts and prunes"):
         make_recipe(settings(home, **CUT, **ZEROS, tasks="boolq"))
+
+
+@pytest.mark.parametrize(
+    ("remove", "more", "file", "named"),
+    [
+        ("blocks=0.34", {"exclude": "model.layers.2.*"}, None, "'model.layers.2.*' goes by numbers"),
+        ("parameters=0.3", {"include": ["*.q_proj", "*.[02468].mlp.*"]}, None, "'*.[02468].mlp.*' goes by numbers"),
+        ("experts=0.5", {"exclude": "*.experts.down_proj[3]"}, None, "'*.experts.down_proj[3]' goes by numbers"),
+        ("channels=0.4,blocks=0.34", {}, "'*.w1': 0.4\n'*.layers.1?.*': 0.6\n", "'*.layers.1?.*' goes by numbers"),
+        # All else is told apart by its name alone, or keeps its number, so only the model is missing here.
+        ("blocks=0.34", {"exclude": ["*.fc1.*", "*.?_proj", "*.w[12]"]}, "'*.layers.*.fc[12]': 0.4\n", "no model"),
+        ("channels=0.4", {"exclude": "model.layers.2.*"}, "'*.layers.1.*': 0.4\n", "no model"),
+        ("experts=0.5", {"exclude": "model.layers.2.*"}, None, "no model"),
+    ],
+)
+def test_numbers_that_do_not_stay_are_refused_before_the_model_is_opened(
+    remove: str, more: dict[str, Any], file: str | None, named: str, home: Path, tmp_path: Path
+) -> None:
+    allocation = {}
+    if file is not None:
+        (tmp_path / "own.yaml").write_text(file)
+        allocation = {"allocation": str(tmp_path / "own.yaml")}
+    asked = settings(home, remove=remove, sparsity=0.5, save=tmp_path / "run", **allocation, **more)
+    with pytest.raises(BadInput) as refused:
+        run_recipe(make_recipe(asked | {"model": str(tmp_path / "nothing")}), reporter=QUIET)
+    assert named in str(refused.value)
+    assert not (tmp_path / "run").exists() or named == "no model"

@@ -125,6 +125,19 @@ def test_blocks_of_least_influence_go() -> None:
     assert all(torch.equal(a, b) for a, b in zip(left, expected, strict=True))
 
 
+@pytest.mark.parametrize("remove", ["blocks=0.34", "blocks=0.67", "parameters=0.2"])
+@pytest.mark.parametrize("score", ["influence", "kl:tokens=64"])
+def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> None:
+    """Whichever it is, since of any score one of the three would go first."""
+    for stays in range(3):
+        model = pico_model("llama")
+        up = model.get_parameter(f"model.layers.{stays}.mlp.up_proj.weight").clone()
+        asked: dict[str, Any] = {"remove": remove, "score": [score, "magnitude"], "exclude": f"model.layers.{stays}.*"}
+        small = coprune.prune(model, **asked, **SETTINGS).model
+        assert small is not None
+        assert any(torch.equal(tensor, up) for tensor in small.state_dict().values())
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "llama", num_hidden_layers=4)
     write_words(tmp_path / "words.txt")
@@ -186,6 +199,7 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
         ({"remove": "channels"}, "not ''"),
         ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
         ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
+        ({"remove": "blocks=0.67", "include": "*.1.*"}, "2 of 3 blocks cannot go where 2 are left alone"),
         ({"remove": "channels=0.01"}, "0.01 of 96 channels is none"),
         ({"remove": "heads=0.1,channels=0.4"}, "0.1 of 2 heads is none"),
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),

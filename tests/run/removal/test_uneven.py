@@ -23,6 +23,7 @@ from coprune.model.edit import PadUnits
 from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
+from coprune.run import stages
 from coprune.run.result import Result
 from coprune.run.search import tries
 from coprune.run.stages import run_recipe
@@ -247,6 +248,19 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
         settings = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33"}
         run_recipe(make_recipe(settings | {"stream": stream}), reporter=Reporter(quiet=True))
     assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
+
+
+def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    asked = settings_of(tmp_path, "stopped") | {"allocation": "error", "remove": "channels=0.33"}
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "build_report", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
+    with pytest.raises(BadInput, match="what blocks are weighed by was 'logits' and is 'hidden states'"):
+        run_recipe(make_recipe(asked | {"stream": True}), reporter=Reporter(quiet=True))
+    run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
 
 
 @pytest.mark.parametrize(

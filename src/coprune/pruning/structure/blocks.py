@@ -46,7 +46,7 @@ class BlockScore(Protocol):
             processes: those that choose together, each with the whole of the model and of the batches.
 
         Returns:
-            Their numbers, in the order in which they went.
+            Their numbers, in the order in which they went; none of a block of which no matrix is wanted.
         """
         ...
 
@@ -63,8 +63,8 @@ class Influence:
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> list[int]:
-        found = influences(model, batches, advance, processes)
-        return sorted(range(len(found)), key=found.__getitem__)[:count]
+        found, stay = influences(model, batches, advance, processes), model.chosen.untouched()
+        return sorted((index for index in range(len(found)) if index not in stay), key=found.__getitem__)[:count]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Divergence:
         processes: Processes = ALONE,
     ) -> list[int]:
         some, gone = first_batches(batches, self.tokens), list[int]()
-        order = [block.index for block in model.blocks]
+        order = sorted({block.index for block in model.blocks} - model.chosen.untouched())
         while len(gone) < count:
             tried = [index for index in order if index not in gone]
             if gone and self.candidates:

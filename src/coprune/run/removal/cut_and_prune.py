@@ -16,8 +16,10 @@ from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.pruning.allocation import spread_named
+from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.search import ZEROS_ONLY
 from coprune.recipe.choice import Choice
+from coprune.recipe.globs import refuse_numbers
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import SPREADING, StructurePart
 from coprune.report.card import model_card
@@ -70,7 +72,7 @@ def cut_and_prune(
     Returns:
         The result of the second half, and the report of both. Raises as both halves do.
     """
-    spread_named(recipe.allocation)  # of the zeros, whose turn comes late
+    _check_allocation(recipe)  # of the zeros, whose turn comes late
     if not write:
         first = run(cutting_of(recipe, None), given)
         if first.model is None:
@@ -78,7 +80,9 @@ def cut_and_prune(
             raise BadInput(wrong, field="save", fix=("name one with ", Setting("save")))
         loaded = Loaded(InMemory(first.model), first.processor, first.report.model.source, False)
         second = run(pruning_of(recipe, first.report, None), Given(loaded, given.method))
-        return second, _of_both(recipe, first.report, second.report)
+        report = _of_both(recipe, first.report, second.report)
+        _write_card(recipe, report)
+        return second, report
     recipe_file = recipe.run_folder / RECIPE_FILE
     if processes.first and not anew:
         refuse_finished(recipe.run_folder)
@@ -92,11 +96,18 @@ def cut_and_prune(
     report = _of_both(recipe, cut, pruned)
     if not processes.first:
         return second, report
-    if recipe.output.model is not None:
-        write_text(recipe.output.model / CARD_FILE, model_card(report))
+    _write_card(recipe, report)
     announce(recipe, report)
     finish_run_folder(recipe, report)
     return second, report
+
+
+def _check_allocation(recipe: Recipe) -> None:
+    """Raise BadInput for an allocation of zeros that there is not, or whose file goes by numbers that do not stay."""
+    asked = spread_named(recipe.allocation)
+    globs = [glob for glob, _ in asked.entries] if isinstance(asked, ByFile) else []
+    if (wrong := refuse_numbers(globs, "allocation", recipe.structure.shares)) is not None:
+        raise wrong
 
 
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
@@ -117,7 +128,15 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     whole = recipe.model_copy(update={"structure": StructurePart()})
     # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
     require = None if recipe.answers.require is None else "loops>=0"
-    return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, prompt="", require=require)
+    # The folder goes to the Hub when the card of both halves is in it.
+    own = {"push_to_hub": None, "private": None, "prompt": "", "require": require}
+    return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, **own)
+
+
+def _write_card(recipe: Recipe, report: Report) -> None:
+    """Let the saved model's card tell of both halves."""
+    if recipe.output.model is not None:
+        write_text(recipe.output.model / CARD_FILE, model_card(report))
 
 
 def _once(recipe: Recipe, processes: Processes, run: Callable[[], Any], anew: bool = False) -> tuple[Report, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.words import Setting
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, step_of
 from coprune.model.walk.proven import ProvenModel
@@ -20,17 +21,7 @@ def plan_removal(session: Session) -> Plan:
     asked, model, reporter = session.opened.recipe.structure, session.model, session.opened.around.reporter
     shares = asked.shares
     kinds: list[Kind] = [kind for kind in ("channels", "heads") if kind in shares]
-    dropped: list[int] = []
-    if "blocks" in shares:
-        count = round(shares["blocks"] * len(model.blocks))
-        if not 0 < count < len(model.blocks):
-            raise BadInput(
-                f"{shares['blocks']:g} of {len(model.blocks)} blocks is {count}",
-                field="remove",
-                fix="give another share",
-            )
-        dropped = sorted(blocks_that_go(session, count))
-        reporter.say(f"Blocks that go, by {asked.score_of('blocks')}: {', '.join(map(str, dropped))}.")
+    dropped = _blocks_of_share(session, shares["blocks"]) if "blocks" in shares else []
     parts = (
         {name: [part for part in found if part.kind in kinds] for name, found in find_parts(model, dropped)}
         if kinds
@@ -51,6 +42,23 @@ def plan_removal(session: Session) -> Plan:
     mixtures = find_experts(session, dropped) if "experts" in shares else {}
     left = {mixture.count: experts_left(mixture, shares["experts"]) for mixture in mixtures.values()}
     return Plan(dropped, parts, keep, mixtures, left)
+
+
+def _blocks_of_share(session: Session, share: float) -> list[int]:
+    """Numbers of the blocks that go, ascending. Raises BadInput where that is none, all, or more than may go."""
+    opened, model = session.opened, session.model
+    count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
+    if not 0 < count < len(model.blocks):
+        cause = f"{share:g} of {len(model.blocks)} blocks is {count}"
+        raise BadInput(cause, field="remove", fix="give another share")
+    if count > len(model.blocks) - stay:
+        cause = f"{count} of {len(model.blocks)} blocks cannot go where {stay} are left alone"
+        fix = ("give a smaller share, or loosen ", Setting("include"), " or ", Setting("exclude"))
+        raise BadInput(cause, field="remove", fix=fix)
+    dropped = sorted(blocks_that_go(session, count))
+    score = opened.recipe.structure.score_of("blocks")
+    opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
+    return dropped
 
 
 def _kept(kind: Kind, sizes: Collection[int], share: float, align: int) -> dict[int, int]:

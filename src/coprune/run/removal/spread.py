@@ -41,7 +41,8 @@ def spread_budget(session: Session, share: float) -> Plan:
     reporter, blocks = session.opened.around.reporter, len(session.model.blocks)
     parts = _removable(session, dict(find_parts(session.model, ())))
     most = int(share * blocks) + 1
-    order = blocks_that_go(session, min(most, blocks - 1)) if _blocks_can_go(session) else []
+    may_go = min(most, blocks - 1, blocks - len(session.model.chosen.untouched()))
+    order = blocks_that_go(session, may_go) if may_go and _blocks_can_go(session) else []
     plans = list(_ways(session, parts, order, share))
     if not plans:
         raise UnsupportedModel(
