@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput
@@ -63,16 +64,31 @@ def test_a_processor_that_is_slow_in_bfloat16_is_said_to_be(
 ) -> None:
     save_pico(place / "half", num_hidden_layers=2, dtype=torch.bfloat16)
     trained: dict[str, Any] = {"reconstruct": 1, "reconstruct_dtype": "bfloat16"}
-    monkeypatch.setattr("coprune.run.session.multiplies_bfloat16", lambda _: True)
+    for module in ("coprune.run.session", "coprune.model.opened"):
+        monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: True)
     coprune.prune("half", "wanda", **SMALL, **trained)
     assert not any(SLOW_IN_BFLOAT16 in line for line in said)
-    monkeypatch.setattr("coprune.run.session.multiplies_bfloat16", lambda _: False)
+    for module in ("coprune.run.session", "coprune.model.opened"):
+        monkeypatch.setattr(f"{module}.multiplies_bfloat16", lambda _: False)
     coprune.prune("half", "wanda", **SMALL, **trained)
     told = [line.removeprefix(SLOW_IN_BFLOAT16) for line in said if SLOW_IN_BFLOAT16 in line]
     assert told == [
         " dtype='float32' computes several times as fast, and saves float32.",
         " So what is trained computes in float32.",
     ]
+
+
+def test_measuring_and_writing_say_so_too(said: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pico(place / "whole", num_hidden_layers=1, dtype=torch.bfloat16)
+    slow = f"{SLOW_IN_BFLOAT16} dtype='float32' computes several times as fast."
+    monkeypatch.setattr("coprune.model.opened.multiplies_bfloat16", lambda _: False)
+    coprune.evaluate("whole", "words.txt", against="model", seqlen=32)
+    (place / "prompts.jsonl").write_text('{"prompt": "w20 w21"}\n')
+    coprune.generate("whole", place / "written.jsonl", "prompts.jsonl", seqlen=4)
+    assert said.count(slow) == 2, "once for each command, and not of a model in float32"
+    in_memory = AutoModelForCausalLM.from_pretrained(place / "whole", dtype=torch.bfloat16)
+    coprune.evaluate(in_memory, "words.txt", processor=pico_tokenizer(), seqlen=32)
+    assert said[-1] == f"{SLOW_IN_BFLOAT16} float32 computes several times as fast."
 
 
 def test_a_model_that_is_sparse_already_is_said_to_be(said: list[str], place: Path) -> None:

@@ -27,6 +27,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "compare": lambda **settings: coprune.compare(**settings, quiet=True),
     "prune": lambda **settings: coprune.prune(**{**PRUNE, **settings}, quiet=True),
     "finetune": lambda **settings: coprune.finetune(**settings, quiet=True),
+    "generate": lambda **settings: coprune.generate(**settings, quiet=True),
     "pack": coprune.pack,
     "unpack": coprune.unpack,
     "bench": coprune.bench,

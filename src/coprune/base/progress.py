@@ -49,6 +49,7 @@ class Reporter:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._console = Console(stderr=True, quiet=quiet)
+        self._once: set[str] = set()
         self.listeners: list[Listener] = []
         """Are told of every event, whether people are shown anything or not."""
 
@@ -61,6 +62,12 @@ class Reporter:
         """Print one line of plain text."""
         self._show(line)
         self.tell(Said(line))
+
+    def say_once(self, line: str) -> None:
+        """Print a line that is true of several things, and tells nothing new the second time."""
+        if line not in self._once:
+            self._once.add(line)
+            self.say(line)
 
     def _show(self, line: str) -> None:
         # A terminal wraps by itself, and in a log a line stays one.

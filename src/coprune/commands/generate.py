@@ -21,7 +21,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn. [0]")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the prompts. [prompt]")] = None,
     template: Annotated[str | None, typer.Option(help="chat or none. [chat where there is a template]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16. [auto: the checkpoint's own]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda … [auto]")] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", help="Where downloads are kept. [the Hugging Face cache]")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the step that makes a token: for long texts and many of them.")
     ] = False,
@@ -32,7 +38,8 @@ def generate(
     Example: coprune generate smollm2-135m own.jsonl --samples 64 --seqlen 256
     """
     said: dict[str, Any] = dict(samples=samples, seqlen=seqlen, temperature=temperature, top_p=top_p, seed=seed)
-    said |= dict(column=column, template=template, device=device, compile=compile or None)
+    said |= dict(column=column, template=template, dtype=dtype, device=device, cache_dir=cache_dir)
+    said |= dict(compile=compile or None)
     from coprune.run.generate import generate
 
     given: Any = {name: value for name, value in said.items() if value is not None}

@@ -82,9 +82,7 @@ class Subject:
     def loaded(self) -> Loaded:
         """The model in memory."""
         if self._loaded is None:
-            if isinstance(self._source, Stored):
-                self._reporter.say(f"Loading {self.name}")
-            self._loaded = self._source.open()
+            self._loaded = self._source.open(self._reporter)
         return self._loaded
 
     def release(self) -> None:

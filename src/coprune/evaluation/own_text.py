@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
-from coprune.base.words import Command, Set, Setting
+from coprune.base.words import Command, Set, Setting, Words
 from coprune.data.conversations import Document, read_prompts, template_text
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
@@ -87,7 +87,8 @@ def own_documents(
         raise BadInput(
             "a model needs its tokenizer to write", field="processor", fix=("give it with ", Setting("processor"))
         )
-    given = prompt_ids(source, tokenizer, loaded.model)
+    with about("dataset", source.name):
+        given = prompt_ids(source, tokenizer, loaded.model)
     length = min(int(options.get("length", seqlen - 1)), seqlen - 1)
     settings = settings_for(loaded, length, options.get("temperature", 1.0), options.get("top_p", 1.0), seed)
     if settings.temperature == 0 and source.prompts is None and nsamples > 1:
@@ -106,8 +107,19 @@ def settings_for(loaded: Loaded, length: int, temperature: float, top_p: float, 
     return Generation(length, temperature, top_p, seed, together, end_ids, filling(tokenizer.pad_token_id, end_ids))
 
 
-def prompt_ids(source: Source, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[list[int]]:
+def prompt_ids(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    instead: Words = "give it prompts: self:FILE.jsonl",
+) -> list[list[int]]:
     """What a model goes on from: each prompt, in the chat template where there is one, or the token that begins a text.
+
+    Args:
+        source: `self` with its options.
+        tokenizer: of the model.
+        model: the one that writes.
+        instead: what to do where no token begins a text.
 
     Raises:
         BadInput: there is no such token, a prompt is too long for the model, a template is asked for and there is none, or it
@@ -116,9 +128,7 @@ def prompt_ids(source: Source, tokenizer: PreTrainedTokenizerBase, model: PreTra
     if source.prompts is None:
         begin = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else tokenizer.eos_token_id
         if not isinstance(begin, int):
-            raise BadInput(
-                "the tokenizer has no token that begins a text", field="dataset", fix="give it prompts: self:FILE.jsonl"
-            )
+            raise BadInput("the tokenizer has no token that begins a text", fix=instead)
         return [[begin]]
     asked, limit, found = source.options.get("template"), positions_of(model), list[list[int]]()
     for number, prompt in enumerate(read_prompts(source.prompts, source.options.get("column")), start=1):

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from coprune.base.progress import Reporter
 from coprune.evaluation.cache import bytes_of_weights, model_fingerprint
 from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded, open_model
+from coprune.model.opened import Loaded, open_model, say_of_bfloat16
 from coprune.packed.linear import PackedLinear
 from coprune.recipe.parts import ModelPart
 
@@ -28,8 +29,8 @@ class Source(Protocol):
     classifies: bool
     """Whether it is a classifier of images."""
 
-    def open(self) -> Loaded:
-        """The model in memory."""
+    def open(self, reporter: Reporter) -> Loaded:
+        """The model in memory. reporter: who hears of it."""
         ...
 
     def bytes_of_weights(self) -> int:
@@ -48,8 +49,11 @@ class Stored:
         self.fingerprint = model_fingerprint(location.path)
         self.classifies = task_at(location) == "images"
 
-    def open(self) -> Loaded:
-        return open_model(self._asked, stream=False)
+    def open(self, reporter: Reporter) -> Loaded:
+        reporter.say(f"Loading {self.name}")
+        loaded = open_model(self._asked, stream=False)
+        say_of_bfloat16(reporter, loaded)
+        return loaded
 
     def bytes_of_weights(self) -> int:
         return bytes_of_weights(self._path)
@@ -65,7 +69,8 @@ class Held:
         self._loaded = Loaded(InMemory(model), processor, self.name, False)
         self.classifies = self._loaded.task == "images"
 
-    def open(self) -> Loaded:
+    def open(self, reporter: Reporter) -> Loaded:
+        say_of_bfloat16(reporter, self._loaded, by_name=False)
         return self._loaded
 
     def bytes_of_weights(self) -> int:

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
-from coprune.base.words import LeaveOut, Set
+from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
+from coprune.base.progress import Reporter
+from coprune.base.words import LeaveOut, Set, say
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
@@ -115,6 +117,20 @@ def open_model(asked: ModelPart, stream: bool) -> Loaded:
         require_room(location, 1, device)
     model, processor = load_model(location, asked.dtype, device)
     return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
+
+
+def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, more: str = "") -> None:
+    """Say once where a processor that lacks products of bfloat16 has to do them all the same.
+
+    Args:
+        reporter: who says it.
+        loaded: the model.
+        by_name: whether coprune loaded it, and so can load it in another precision.
+        more: what else comes of another precision, as the rest of the sentence.
+    """
+    if loaded.model.dtype == torch.bfloat16 and not multiplies_bfloat16(loaded.device):
+        other = Set("dtype", "float32") if by_name else "float32"
+        reporter.say_once(say((f"{SLOW_IN_BFLOAT16} ", other, f" computes several times as fast{more}.")))
 
 
 def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:

@@ -9,17 +9,19 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about, unknown_name
 from coprune.base.files import write_text
 from coprune.base.output_names import require_file
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
+from coprune.data.conversations import read_prompts
 from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.generation import positions_of
-from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides
+from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides, say_of_bfloat16
 from coprune.packed.compiled import compile_decoding
-from coprune.recipe.parts import ModelPart
+from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import OWN, Source
 
 _SAMPLES, _LENGTH = 16, 512
@@ -77,8 +79,11 @@ def generate(
         BadInput: a setting is unknown or makes no sense, the file is there, or a prompt cannot be used.
     """
     asked: dict[str, Any] = dict(settings)
-    path = Path(target)
+    path = expand_home(target)
     _check(path, asked)
+    if prompts is not None:
+        with about("prompts", prompts):  # of which the model can make nothing: said before it is loaded
+            read_prompts(str(prompts), asked.get("column"))
     source = Source(OWN if prompts is None else f"{OWN}:{prompts}", 1.0, _options(asked))
     reporter = Reporter(quiet)
     with reporter.libraries():
@@ -87,7 +92,8 @@ def generate(
     if tokenizer is None:
         raise BadInput("a model needs its tokenizer to write", field="processor")
     with about("prompts", prompts):
-        given = prompt_ids(source, tokenizer, loaded.model)
+        given = prompt_ids(source, tokenizer, loaded.model, ("give it prompts with ", Setting("prompts")))
+    say_of_bfloat16(reporter, loaded, not isinstance(model, PreTrainedModel))
     limit = positions_of(loaded.model)
     length = int(asked.get("seqlen") or min(_LENGTH, limit or _LENGTH))
     drawn = (float(asked.get("temperature", 1.0)), float(asked.get("top_p", 1.0)), int(asked.get("seed", 0)))
@@ -121,7 +127,7 @@ def _check(target: Path, asked: dict[str, Any]) -> None:
     least = {"samples": 1, "seqlen": 1, "temperature": 0, "top_p": 0}
     for name, value in least.items():
         said = asked.get(name)
-        if said is not None and (said < value or (name == "top_p" and not 0 < said <= 1)):
+        if said is not None and (not value <= said < float("inf") or (name == "top_p" and not 0 < said <= 1)):
             wrong = "above 0, up to 1" if name == "top_p" else f"at least {value}"
             raise BadInput((Setting(name), f" is {wrong}, not {said}"), field=name, value=said)
     if asked.get("template") not in (None, "chat", "none"):
@@ -133,7 +139,7 @@ def _open(model: str | Path | PreTrainedModel, processor: Any, asked: dict[str, 
         refuse_what_loading_decides(asked)
         return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
     said = {name: asked[name] for name in ("dtype", "device", "cache_dir") if asked.get(name) is not None}
-    return open_model(ModelPart(name=str(model), **said), stream=False)
+    return open_model(make_recipe({"model": str(model), **said}).model, stream=False)
 
 
 def _row(

@@ -6,8 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from coprune.base.errors import BadInput
 from coprune.base.memory import return_free_memory
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
@@ -20,7 +18,7 @@ from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, re
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
 from coprune.model.low_rank import noting_calls
-from coprune.model.opened import Loaded, open_model, streams
+from coprune.model.opened import Loaded, open_model, say_of_bfloat16, streams
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -148,7 +146,8 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     if loaded is None:
         reporter.say(f"Loading {recipe.model.name}")
         loaded = open_model(recipe.model, stream=streams(recipe))
-    _say_of_bfloat16(recipe, loaded, reporter)
+    say_of_bfloat16(reporter, loaded, given.loaded is None, ", and saves float32")
+    _say_of_trained(recipe, loaded, reporter)
     blocks = find_blocks(loaded.model)
     found = FoundModel(
         loaded.weights,
@@ -167,18 +166,10 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     return Opened(recipe, solver, target, loaded, found, task, samples, data, around, started, domains=domains)
 
 
-def _say_of_bfloat16(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
-    """Say where a processor that lacks products of bfloat16 has to do them all the same, and where it does without."""
-    if multiplies_bfloat16(loaded.device):
-        return
-    if loaded.model.dtype == torch.bfloat16:
-        faster = (
-            f"{SLOW_IN_BFLOAT16} ",
-            Set("dtype", "float32"),
-            " computes several times as fast, and saves float32.",
-        )
-        reporter.say(say(faster))
-    if recipe.reconstruction.dtype == "bfloat16":  # a training afterwards speaks for itself
+def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
+    """Say where bfloat16 was asked for, and a processor that lacks its products does without."""
+    # A training afterwards speaks for itself.
+    if recipe.reconstruction.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
         reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
 
 
