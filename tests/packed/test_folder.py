@@ -222,3 +222,15 @@ def test_a_folder_without_one_of_its_shards_is_refused(dense_folder: Path, tmp_p
         unpack(tmp_path / "packed", tmp_path / "back")
     assert not (tmp_path / "again").exists()
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["layer" * 40, "é" * 60])
+def test_long_names_fit_in_the_header(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    tensors = {f"{name}.{i}.weight": sparse(16, 16, seed=i) for i in range(40)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    pack(folder, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

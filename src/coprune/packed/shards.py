@@ -121,13 +121,19 @@ def named(path: Path, name: str) -> Iterator[None]:
         raise error.within(f"{path}: tensor {name}") from error
 
 
+def _room_of(name: str) -> int:
+    """Bytes of a header that a tensor takes: its own entry and, quoted once more, two in coprune's metadata."""
+    once = json.dumps(name)
+    twice = len(json.dumps(once))
+    return len(once) + twice + max(256, twice + 128)
+
+
 class ShardWriter:
     """Writes a safetensors file tensor by tensor. The file must not be used before `finish`."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
         """path: the file; names: every tensor that may be added (they set the room left for the header)."""
-        # Per tensor an entry in the header and, quoted once more, one in coprune's metadata.
-        room = 512 + sum(len(json.dumps(name)) + len(json.dumps(json.dumps(name))) + 256 for name in names)
+        room = 512 + sum(map(_room_of, names))
         self.header_bytes = -(-(8 + room) // ALIGNMENT) * ALIGNMENT - 8
         self.file = path.open("wb")
         self.file.seek(8 + self.header_bytes)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coprune.base.reading import Reading
+from coprune.base.errors import NumericalError
+from coprune.base.reading import Reading, refuse_if
+from coprune.base.words import Set
 from coprune.model.matrices import Matrix, checksum_of, mask_bits
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sums import ratio_of
@@ -53,6 +55,19 @@ def note(
         None if errors is None else ratio_of(errors),
         distributions_in_host_memory(magnitude, kept, norm),
     )
+
+
+def refuse_overflow(matrix: Matrix, weight: Tensor, after: Tensor) -> None:
+    """Raise NumericalError where weights that were finite are too large for the model's dtype.
+
+    Args:
+        matrix: as the model now holds it.
+        weight: before pruning, O × I.
+        after: what it holds now, O × I.
+    """
+    if matrix.stored().dtype == torch.float16:  # all others reach as far as float32, in which is solved
+        error = NumericalError("pruned weights are too large for float16", fix=("try ", Set("dtype", "bfloat16")))
+        refuse_if(torch.isfinite(weight).all() & ~torch.isfinite(after).all(), error)
 
 
 def _norm(inputs: Inputs) -> Tensor | None:

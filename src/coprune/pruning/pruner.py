@@ -23,7 +23,7 @@ from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned
-from coprune.pruning.noted import note
+from coprune.pruning.noted import note, refuse_overflow
 from coprune.pruning.quantize import rounded
 from coprune.pruning.refine import Refinement
 from coprune.pruning.scales import stored_bits
@@ -199,6 +199,7 @@ def prune_matrix(
             matrix.write(pruned.weight)
             # The error of what the model now holds, so after rounding to its dtype.
             after = matrix.read()
+            refuse_overflow(matrix, weight, after)
             added = None if pruned.added is None else pruned.added.stored_as(matrix.stored().dtype)
             if wrapped is not None:
                 wrapped.factors = added
