@@ -234,3 +234,12 @@ def test_long_names_fit_in_the_header(tmp_path: Path, name: str) -> None:
     pack(folder, tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_folders_may_be_in_ones_home(dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pack("~/dense", "~/packed")
+    assert unpack("~/packed", "~/again") == tmp_path / "again"
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
+        p.name for p in dense_folder.iterdir()
+    )

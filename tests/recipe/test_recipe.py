@@ -168,3 +168,10 @@ def test_a_recipe_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_folders_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = make_recipe({"model": "pico", "save": "~/run", "save_model": "~/model", "cache_dir": "~/cache"})
+    assert (recipe.output.run, recipe.output.model) == (tmp_path / "run", tmp_path / "model")
+    assert recipe.model.cache_dir == tmp_path / "cache"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coprune.base.devices import describe, in_host_memory
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.native.build import instruction_set
 from coprune.model.evaluating import evaluating
@@ -87,7 +88,7 @@ def bench(
         refuse_what_loading_decides(how)
         name, dense = model.name_or_path or type(model).__name__, model
     else:
-        name, dense = str(model), _load(Path(model), how)
+        name, dense = str(model), _load(expand_home(model), how)
     with evaluating(dense):
         return bench_model(dense, name, work, compiles=compiles, clock=clock)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.output_names import require_own_name
 from coprune.base.whole_folder import whole_folder
@@ -58,7 +59,7 @@ def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_n
     Raises:
         BadInput: something cannot be packed, which is found before anything is written.
     """
-    source, target = Path(source), Path(target)
+    source, target = expand_home(source), expand_home(target)
     if format not in FORMATS:
         raise unknown_name("packed format", format, FORMATS, field="format")
     shards = checkpoint_shards(source)
@@ -105,7 +106,7 @@ def unpack(source: Path | str, target: Path | str) -> Path:
     Raises:
         BadInput: the folder is not packed, or is damaged; then there is no target.
     """
-    source, target = Path(source), Path(target)
+    source, target = expand_home(source), expand_home(target)
     shards = checkpoint_shards(source)
     config = read_json(source / CONFIG)
     if not is_packed_config(config):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.pages import page_out
 from coprune.base.words import Command
@@ -196,9 +197,10 @@ def load_packed(folder: Path | str, keep_packed: bool = True, **options: Any) ->
     Raises:
         BadInput: the folder is not packed, or is damaged.
     """
+    folder = expand_home(folder)
     if not is_packed_folder(folder):
         raise BadInput(f"{folder} is not a packed folder: its {CONFIG} does not name {QUANT_METHOD!r}")
-    for shard in sorted(Path(folder).glob("*.safetensors")):
+    for shard in sorted(folder.glob("*.safetensors")):
         check_shard(shard)  # before transformers opens the files, whose own errors name neither cause nor fix
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from coprune.base.environment import expand_home
 from coprune.base.validation import one_is_enough
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
@@ -27,6 +28,12 @@ class Part(BaseModel):
     """A part of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        # As a shell does, which files and Python do not pass.
+        return expand_home(value) if isinstance(value, Path) else value
 
 
 class ModelPart(Part):

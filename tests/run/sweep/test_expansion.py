@@ -183,6 +183,40 @@ def test_an_option_of_the_method_may_have_a_list() -> None:
     assert [run.recipe.method.options["damping"] for run in runs] == [0.1, 0.1]
 
 
+def test_an_included_method_has_options_of_its_own() -> None:
+    listed = ["sparsegpt:block_size=64", "sparsegpt:block_size=128"]
+    found = runs_of(method=listed, sweep={"include": [{"method": "ablate_mag_seq"}]})
+    assert [run.recipe.method.options for run in found] == [{"block_size": 64}, {"block_size": 128}, {}]
+    nested = {"method": {"name": "sparsegpt", "block_size": [64, 128]}}
+    found = runs_of(method=["wanda", "magnitude"], sweep={"include": [nested]})
+    assert [str(run.recipe.method) for run in found[2:]] == ["sparsegpt:block_size=64", "sparsegpt:block_size=128"]
+
+
+def test_an_exclusion_may_name_a_list_that_is_one_value() -> None:
+    lists = {"refine": [[], ["refit"], ["swaps"]]}
+    assert names(**lists, sweep={"exclude": [{"refine": ["refit"]}]}) == ["refine-none", "refine-swaps"]
+    assert names(**lists, sweep={"exclude": [{"refine": [["refit"], ["swaps"]]}]}) == ["refine-none"]
+
+
+def test_models_of_one_name_get_folders_of_their_own() -> None:
+    models = ["out/wanda/model", "out/alps/model", "hub/other", "out/more/alps/model"]
+    own = ["model", "alps-model", "other", "more-alps-model"]
+    assert names(model=models) == own
+    assert names(model=models, sweep={"folders": "{model}/{method}"}) == [f"{name}/wanda" for name in own]
+    assert names(model=models[:1], sweep={"include": [{"model": models[1]}]}) == own[:2]
+
+
+def test_logged_items_go_to_folders_of_their_own() -> None:
+    found = runs_of(seed=[0, 1], tasks="boolq", log_samples="out/items")
+    assert [run.recipe.evaluation.log_samples for run in found] == [Path("out/items/seed-0"), Path("out/items/seed-1")]
+
+
+def test_the_folder_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (run,) = runs_of(save="~/out", save_model="~/models")
+    assert (run.recipe.run_folder, run.recipe.output.model) == (tmp_path / "out" / "wanda", tmp_path / "models")
+
+
 def test_folders_are_named_by_words_or_places() -> None:
     flat, placed = ({"folders": name} for name in ("{nsamples}/{method}", "{calibration.samples}/{method.name}"))
     data = {"nsamples": [32, 128], "method": ["wanda", "magnitude"]}
@@ -212,6 +246,13 @@ def test_folders_are_named_by_words_or_places() -> None:
         ({"method": ["wanda"], "sweep": {"exclude": [{"method": "magnitude"}]}}, "matches no run"),
         ({"method": ["wanda"], "sweep": {"exclude": [{"method": "wanda"}]}}, "every run of the sweep is excluded"),
         ({"seed": [0, 1], "sweep": {"folders": "{method}"}}, "two different runs"),
+        (
+            {"seed": [0, 1], "nsamples": [4, 8], "sweep": {"zip": ["seed", "nsamples"], "include": [{"seed": [5]}]}},
+            "length",
+        ),
+        ({"save": 2024}, "save is the folder of the whole sweep"),
+        ({"sweep": {"include": [{"save_model": "out/other"}]}}, "save_model is the folder of the whole sweep"),
+        ({"sweep": {"include": [{"push_to_hub": "me/it"}]}}, "push_to_hub is for one run"),
         ({"seed": [0, 1], "sweep": {"folders": "{metod}"}}, "no pattern of recipe fields"),
         ({"seed": [0, 1], "sweep": {"folders": "../{seed}"}}, "no folder within"),
         ({"pattern": ["2:4", "4:2"], "method": "wanda"}, "the run with pattern 4:2"),

@@ -10,11 +10,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import is_setting, word_for
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
-from coprune.run.sweep.file import Sweep, is_axis, require_few
+from coprune.run.sweep.file import FOLDERS, Sweep, is_axis, require_few
 
 Settings = dict[str, Any]
 
@@ -46,9 +47,9 @@ def expand(sweep: Sweep) -> list[Run]:
         require_few([len(chosen)])
     if not chosen:
         raise BadInput("every run of the sweep is excluded", field="sweep.exclude")
-    runs: dict[str, Run] = {}
+    runs, models = dict[str, Run](), _model_parts(sweep)
     for combination in chosen:
-        run = _run(sweep, combination)
+        run = _run(sweep, combination, models)
         if run.name in runs and runs[run.name].recipe != run.recipe:
             raise BadInput(
                 f"two different runs would go to {sweep.folder / run.name}",
@@ -79,8 +80,7 @@ def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterat
     for name in axes:
         members = together.get(name, (name,))
         if members[0] == name:
-            lists = zip(*(axes[member] for member in members), strict=True)
-            factors.append([dict(zip(members, values, strict=True)) for values in lists])
+            factors.append(_in_step({member: axes[member] for member in members}))
     require_few(len(factor) for factor in factors)
     for parts in product(*factors):
         combination = dict(settings)
@@ -89,38 +89,63 @@ def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterat
         yield combination
 
 
+def _in_step(lists: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """Lists of one length as settings. Raises BadInput where those of an included run are not."""
+    if len({len(values) for values in lists.values()}) > 1:
+        told = ", ".join(f"{name} has {len(values)}" for name, values in lists.items())
+        raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.include")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
 def _matches(combination: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return all(
-        combination.get(name, DEFAULTS[name]) in (wanted if isinstance(wanted, list) else [wanted])
+        combination.get(name, DEFAULTS[name]) in (wanted if is_axis(name, wanted) else [wanted])
         for name, wanted in entry.items()
     )
 
 
-def _run(sweep: Sweep, combination: Settings) -> Run:
-    elsewhere = {"save": None, "save_model": None}
+def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str]) -> Run:
+    elsewhere: Settings = dict.fromkeys(FOLDERS)
     try:
         plain = make_recipe({**combination, **elsewhere})
-        name = _default_folder(sweep, combination) if sweep.folders is None else _folder(sweep.folders, plain)
-        places: Settings = {"save": sweep.folder / (name or plain.method.name)}
-        if combination.get("save_model"):
-            places["save_model"] = Path(combination["save_model"]) / name
+        model = models[plain.model.name]
+        own = sweep.folders
+        name = _default_folder(sweep, combination, model) if own is None else _folder(own, plain, model)
+        places = {field: expand_home(combination[field]) / name for field in FOLDERS if combination.get(field)}
+        places["save"] = sweep.folder / (name or plain.method.name)
         return Run(name or plain.method.name, make_recipe({**combination, **elsewhere, **places}))
     except BadInput as error:
         told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
         raise (error.within(f"the run with {told}") if told else error) from None
 
 
-def _default_folder(sweep: Sweep, combination: Settings) -> str:
+def _default_folder(sweep: Sweep, combination: Settings, model: str) -> str:
     """One part for each axis; what else an included run has follows the last part, so that no other run is renamed."""
     axes = _axes(sweep.settings)
-    parts = [folder_part(field, combination.get(field)) for field in axes]
+
+    def part(field: str) -> str:
+        return model if field == "model" else folder_part(field, combination.get(field))
+
     changed = [n for n in varied(sweep) if n not in axes and combination.get(n) != sweep.settings.get(n)]
-    return "_".join(["/".join(parts), *(folder_part(name, combination[name]) for name in changed)]).strip("_")
+    return "_".join(["/".join(map(part, axes)), *map(part, changed)]).strip("_")
 
 
-def _folder(template: str, recipe: Recipe) -> str:
+def _model_parts(sweep: Sweep) -> dict[str, str]:
+    """What stands for each model in a path: the end of its name, and as much before it as tells it from those named earlier."""
+    named = [values["model"] for values in (sweep.settings, *sweep.include) if "model" in values]
+    found: dict[str, str] = {}
+    for model in (str(one) for value in named for one in (value if isinstance(value, list) else [value])):
+        parts, others = Path(model).parts, set(found.values())
+        ends = [folder_part("model", "-".join(parts[at:])) for at in reversed(range(len(parts)))]
+        if model not in found:
+            found[model] = next((end for end in ends if end not in others), folder_part("model", model))
+    return found
+
+
+def _folder(template: str, recipe: Recipe, model: str) -> str:
     known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
     known["sparsity"] = f"{recipe.pattern.ratio:g}"
+    known["model"] = model
     try:
         # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
         if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.base.words import Set
@@ -27,6 +28,8 @@ _MOST_RUNS = 10_000
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.
 _ONE_RUN_ONLY = ("log_json", "push_to_hub", "private", "overwrite")
+FOLDERS = ("save", "save_model", "log_samples")
+"""Folders of the whole sweep, in which every run gets one."""
 
 
 class Sweep(BaseModel):
@@ -88,8 +91,10 @@ class Sweep(BaseModel):
         if paired:
             groups = [(*group, "options") if "method" in group else group for group in groups]
             groups += [] if any("method" in group for group in groups) else [("method", "options")]
-        entries = {name: tuple(map(flatten, getattr(self, name))) for name in ("include", "exclude")}
-        return self.model_copy(update={"zip": tuple(groups), **entries})
+        with_options = any({"method", "options"} <= set(group) for group in groups)
+        include = tuple(_included(flatten(entry), with_options) for entry in self.include)
+        exclude = tuple(map(flatten, self.exclude))
+        return self.model_copy(update={"zip": tuple(groups), "include": include, "exclude": exclude})
 
     def _check(self) -> None:
         for values in (self.settings, *self.include, *self.exclude):
@@ -105,13 +110,14 @@ class Sweep(BaseModel):
                         fix="leave it out",
                     )
         for name in _ONE_RUN_ONLY:
-            if self.settings.get(name) is not None:
+            if any(values.get(name) is not None for values in (self.settings, *self.include)):
                 raise BadInput(f"{name} is for one run", field=name, fix="leave it out of a sweep")
-        for name in ("save", "save_model"):
-            if isinstance(self.settings.get(name), list):
+        for name in FOLDERS:
+            if not isinstance(self.settings.get(name), str | Path | None) or any(name in one for one in self.include):
                 raise BadInput(
                     f"{name} is the folder of the whole sweep, in which every run gets one",
                     field=name,
+                    value=self.settings.get(name),
                     fix="name one folder",
                 )
         for group in self.zip:
@@ -151,7 +157,7 @@ class Sweep(BaseModel):
     @property
     def folder(self) -> Path:
         """Where everything goes."""
-        return Path(self.settings["save"])
+        return expand_home(self.settings["save"])
 
     def to_yaml(self) -> str:
         """The sweep as the file that `read` takes."""
@@ -179,6 +185,12 @@ def _methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], boo
     # In the place of the methods, so that the order of the lists stays.
     rest = [({name: value} if name != "method" else taken) for name, value in settings.items()]
     return {name: value for part in rest for name, value in part.items()}, True
+
+
+def _included(entry: dict[str, Any], with_options: bool) -> dict[str, Any]:
+    """What an included entry says. with_options: whether methods are listed with options, which are not those of another."""
+    own = {"options": {}, **entry} if with_options and "method" in entry else entry
+    return own if isinstance(own.get("method"), list) else _methods_with_options(own)[0]
 
 
 def _split(method: Any) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class SweepReuse(Reuse):
         opened = session.opened
         texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
         alone = opened.around.processes.size == 1
+        if opened.recipe.evaluation.log_samples is not None and opened.recipe.evaluation.runs_tasks:
+            return measure()  # whose items are logged beside the run's
         if not opened.recipe.evaluation.dense or len(texts) < len(opened.data) or not alone:
             return measure()
         anew: dict[str, Measured] | None = None
