@@ -21,8 +21,16 @@ SMALLEST_HALF = 128
 """Size from which on a triangular matrix is inverted at once."""
 
 
+def unless_all_zero(values: Tensor) -> Tensor:
+    """The values; ones where every one of them is zero, as where nothing but zeros was seen: then only weights can tell.
+
+    values: at least zero, such as mean squares of inputs.
+    """
+    return torch.where((values > 0).any(), values, torch.ones_like(values))
+
+
 def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
-    """Factor matrix + damping · mean(diag) · I.
+    """Factor matrix + damping · mean(diag) · I; of a matrix of zeros, damping · I.
 
     Args:
         matrix: I × I float32, symmetric.
@@ -34,7 +42,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
     Raises:
         NumericalError: the matrix is not finite or cannot be repaired.
     """
-    mean = matrix.diagonal().mean()
+    mean = unless_all_zero(matrix.diagonal()).mean()
     events: list[str] = []
     strength = damping
     for _ in range(ESCALATIONS + 1):
@@ -82,7 +90,7 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     The authors factor, invert and factor again. Here one factorisation from the last row to the first gives H = RRᵀ
     with R upper triangular, so U = R⁻¹: half the work, and one place where it can fail instead of two.
     Dead inputs get the mean of the live diagonal instead of the authors' 1, which depends on the scale of the
-    activations and would leak into everybody's damping.
+    activations and would leak into everybody's damping. Where all are dead, none is called so, since only weights can tell.
 
     Args:
         gram: I × I float32.
@@ -93,6 +101,7 @@ def factor_inverse(gram: Tensor, damping: float) -> InverseFactor:
     """
     diagonal = gram.diagonal()
     dead = diagonal == 0
+    dead = dead & ~dead.all()
     live_mean = diagonal.sum() / (~dead).sum().clamp_min(1)
     filler = torch.where(live_mean > 0, live_mean, torch.ones_like(live_mean))
     reverse = gram.flip(0, 1)
@@ -150,9 +159,9 @@ def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
         damping: what is added.
 
     Returns:
-        The matrix with a diagonal of 1 + damping, and of just damping for dead inputs.
+        The matrix with a diagonal of 1 + damping, and of just damping for dead inputs, whose scale is zero unless all are dead.
     """
-    scale = gram.diagonal().clamp_min(0).sqrt()
+    scale = unless_all_zero(gram.diagonal().clamp_min(0)).sqrt()
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     scaled = gram / safe / safe[:, None]
     scaled.diagonal().add_(damping)

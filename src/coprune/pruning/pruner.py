@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -101,6 +102,9 @@ class Solver:
         """A pruned matrix, whatever may be added to it."""
         # What improves the weights afterwards would take them off the grid.
         pruned = self.method.prune(weight, statistic, target.without_grid() if self.refinements else target)
+        if target.sparsity == 0 and pruned.scales is None:
+            # Nothing falls, not even what a method sets to zero since its input was never seen.
+            pruned = pruned._replace(weight=torch.where(pruned.weight != 0, pruned.weight, weight), keep=weight != 0)
         for refinement in self.refinements:
             assert isinstance(statistic, Gram)
             pruned = refinement.refine(weight, pruned, statistic, target)

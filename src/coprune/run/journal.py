@@ -34,6 +34,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.run.held_blocks import HeldBlocks
 
 _IDENTITY = "journal.json"
+_SETTLED = "settled.json"
 _EARLIER = "changed meanwhile"
 _RESULTS = TypeAdapter(list[MatrixResult])
 
@@ -114,6 +115,18 @@ class Output:
             found[name] = BlockOutcome(results, load_edits(remembered["edits"]))
         return found
 
+    def settled_before(self) -> dict[str, Any] | None:
+        """What an earlier run settled before its first block; None if it did not come so far."""
+        try:
+            found: dict[str, Any] = json.loads((self._writer.partial / _SETTLED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def keep_settled(self, settled: Mapping[str, Any]) -> None:
+        """Keep what was settled, as JSON, for a later run that goes on."""
+        write_text(self._writer.partial / _SETTLED, json.dumps(settled))
+
     def file(self, block: Block) -> Path:
         """Where a finished block lies until the checkpoint is finished."""
         return self._writer.file(block.name)
@@ -164,7 +177,7 @@ class Output:
         change_config(partial, edits.configure, encoding.configure)
         if factors := factors_below(self._weights.model):
             write_adapter(partial / ADAPTER_FOLDER, self._weights.model, factors)
-        self._writer.finish([_IDENTITY], check, edits.place, encoding)
+        self._writer.finish([_IDENTITY, _SETTLED], check, edits.place, encoding)
 
     def discard(self) -> None:
         """Remove what was written; the run is over and nobody asked for the model."""
@@ -180,6 +193,12 @@ def may_round_otherwise(recipe: Recipe) -> bool:
     return not (recipe.reconstruction.steps or fits)
 
 
+def weighs_blocks(recipe: Recipe) -> bool:
+    """Whether blocks are weighed by what a run does with all of the model in memory, and by something else without."""
+    by = spreading_named(recipe.allocation)
+    return bool(recipe.structure.remove) and isinstance(by, ByError) and by.tokens > 0
+
+
 def run_identity(
     recipe: Recipe, model_fingerprint: str, data_fingerprint: str | None, streams: bool = False
 ) -> Identity:
@@ -191,7 +210,7 @@ def run_identity(
         settings["allocation file"] = Path(recipe.allocation.name).read_text(encoding="utf-8")
     if (kept := recipe.structure.kept_scores) is not None and kept.is_file():
         settings["experts' scores"] = hashlib.sha256(kept.read_bytes()).hexdigest()
-    if recipe.structure.remove and isinstance(by := spreading_named(recipe.allocation), ByError) and by.tokens:
+    if weighs_blocks(recipe):
         settings["what blocks are weighed by"] = "hidden states" if streams else "logits"
     known = {**settings, "model weights": model_fingerprint, "calibration tokens": data_fingerprint}
     return Identity(known, rounding)

@@ -8,7 +8,7 @@ from coprune.base.devices import in_host_memory
 from coprune.base.words import Set, Together, Words
 from coprune.model.opened import streams
 from coprune.recipe.recipe import Recipe
-from coprune.run.journal import may_round_otherwise
+from coprune.run.journal import may_round_otherwise, weighs_blocks
 
 
 def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -> Words:
@@ -22,7 +22,7 @@ def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -
     onward = [Set(activations, 0)] if recipe.setting(activations) != 0 else []
     anew = [Set("nsamples", max(1, calibration.samples // 4))]
     if not (in_memory or streams(recipe)) and streams(recipe.replaced(stream=True)):
-        onward.append(Set("stream", True))
+        (anew if weighs_blocks(recipe) else onward).append(Set("stream", True))
     if may_round_otherwise(recipe):
         onward = batch + onward
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import LostProcess
@@ -111,6 +112,15 @@ class SharedOutput:
         found = self._processes.from_first(lambda: {} if self._output is None else self._output.finished())
         self.outcomes |= found
         return found
+
+    def settled_before(self) -> dict[str, Any] | None:
+        """As `Output.settled_before`, the first process's answer for all."""
+        return self._processes.from_first(lambda: None if self._output is None else self._output.settled_before())
+
+    def keep_settled(self, settled: Mapping[str, Any]) -> None:
+        """As `Output.keep_settled`, if anything is written."""
+        if self._output is not None:
+            self._output.keep_settled(settled)
 
     def restore(self, block: Block) -> None:
         """Let a block that an earlier run finished be what that made of it."""

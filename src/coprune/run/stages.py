@@ -38,7 +38,7 @@ from coprune.run.measuring import look_at_pruned, measure, measure_alone, measur
 from coprune.run.overwrite import replace_earlier
 from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
-from coprune.run.removal.parts import remove_parts, smaller_model
+from coprune.run.removal.parts import remove_parts, smaller_model, what_may_go
 from coprune.run.result import Result
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session, Surroundings, open_run, prove_run
@@ -103,7 +103,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     first, write = around.processes.first, around.writes
     extras = Extras.prepare(recipe, around.processes.size, given.loaded is None)
     session = _open(recipe, given, around, reuse)
-    loaded = session.opened.loaded
+    loaded, may_go = session.opened.loaded, what_may_go(session)
     if first:
         extras.look.prepare(loaded, around.reporter)
     phases.done(Phase.PREPARE)
@@ -115,8 +115,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     dense = reuse.dense(session, extras, lambda: measure_dense(session, extras))
     extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)
-    removes = bool(recipe.structure.remove)
-    outcome = remove_parts(session, output) if removes else prune_blocks(session, output, reuse)
+    outcome = prune_blocks(session, output, reuse) if may_go is None else remove_parts(session, output, may_go)
     phases.done(Phase.PRUNE)
     pruned, alone = measure(session, "pruned"), measure_alone(session)
     if first:
@@ -135,7 +134,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
         push_if_asked(recipe.output, around.reporter)
     if loaded.weights.streams:
         return Result(report, loaded.processor)
-    made = partial(smaller_model, session, outcome.edits) if removes else partial(with_adapter, loaded.model)
+    made = partial(smaller_model, session, outcome.edits) if may_go is not None else partial(with_adapter, loaded.model)
     return Result(report, loaded.processor, made)
 
 

@@ -48,6 +48,23 @@ def test_a_file_beside_the_name_is_a_model(
     assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]
 
 
+def test_statistics_that_are_wider_than_the_weights_stay_so(tmp_path: Path) -> None:
+    """A model of halves keeps its batch norms' statistics in float32, where they may be larger than a half can say."""
+    torch.manual_seed(0)
+    tensors = timm.create_model("test_resnet", num_classes=7).state_dict()
+    for name, tensor in tensors.items():
+        if "running_var" in name:
+            tensors[name] = tensor * 1e6
+        elif tensor.is_floating_point():
+            tensors[name] = tensor.half()
+    save_file(tensors, tmp_path / "w.safetensors")
+    loaded, _ = load_model(locate(f"timm/test_resnet@{tmp_path / 'w.safetensors'}", tmp_path))
+    found = loaded.timm_model.state_dict()
+    assert found["bn1.running_var"].max() == 1e6
+    assert found["bn1.num_batches_tracked"].dtype == torch.int64
+    assert all(torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in tensors.items())
+
+
 def test_it_is_pruned_by_that_name(trained: tuple[nn.Module, Path], tmp_path: Path) -> None:
     _, folder = trained
     images: dict[str, Any] = {"dataset": "digits", "nsamples": 4, "eval_images": 10, "eval_data": "digits"}

@@ -1,19 +1,24 @@
-"""Experts to which nothing but zeros came, though they saw every token: of layers that run all of them, times zero."""
+"""Experts and other matrices to which nothing but zeros came, and inputs that were never seen."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
 
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sample import InputSample
+from coprune.model.walk.statistics import CrossGram
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
-from coprune.recipe.pattern import NM, Target
+from coprune.recipe.choice import Choice
+from coprune.recipe.grid import grid_named
+from coprune.recipe.pattern import NM, Target, parse_pattern
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
-def test_they_are_pruned_by_magnitude(method: str) -> None:
+def test_experts_that_see_every_token_times_zero_are_pruned_by_magnitude(method: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, target = torch.randn(8, 16, generator=generator), Target(NM(2, 4), 0.5)
     solver = Solver(METHODS[method])
@@ -25,3 +30,36 @@ def test_they_are_pruned_by_magnitude(method: str) -> None:
     expected = METHODS["magnitude"].prune(weight, None, target)
     assert torch.equal(found.weight, expected.weight)
     assert found.events == ("no calibration token came to it, so it was pruned by magnitude",)
+
+
+@pytest.mark.parametrize("aim", ["pruned", "dense"])
+@pytest.mark.parametrize("method", ["wanda", "ria", "dsnot", "sparsegpt", "admm", "alps"])
+def test_any_other_matrix_goes_by_its_weights(method: str, aim: Literal["pruned", "dense"]) -> None:
+    """None is wiped out, and the pattern is kept."""
+    generator = torch.Generator().manual_seed(0)
+    weight, target = torch.randn(8, 16, generator=generator), Target(NM(2, 4), 0.5)
+    solver = Solver(METHODS[method], aim=aim)
+    assert solver.statistic is not None
+    inputs = Inputs(solver.statistic(16), InputSample(16, 1), CrossGram(16) if aim == "dense" else None)
+    inputs.update(torch.zeros(64, 16), torch.zeros(64, 16) if aim == "dense" else None)
+    found = solver.solve(weight, inputs, target)
+    assert torch.allclose(found.weight[found.keep], weight[found.keep], atol=1e-5)
+    assert (found.weight == 0).view(8, 4, 4).sum(dim=2).eq(2).all()
+    if method != "ria":  # by shares of its row and column
+        assert torch.equal(found.keep, METHODS["magnitude"].prune(weight, None, target).keep)
+
+
+@pytest.mark.parametrize("grid", [None, "int8"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "alps"])
+def test_where_nothing_falls_unseen_inputs_keep_their_weights(method: str, grid: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 16, generator=generator).sign() + 1.5  # nothing that rounds to zero
+    weight[0] = 0.0
+    values = None if grid is None else grid_named(Choice.of(grid))
+    solver = Solver(METHODS[method], rounds=values is not None)
+    assert solver.statistic is not None
+    inputs = Inputs(solver.statistic(16), InputSample(16, 1))
+    inputs.update(torch.randn(64, 16, generator=generator).index_fill(1, torch.arange(5), 0.0), None)
+    found = solver.solve(weight, inputs, Target(parse_pattern("unstructured"), 0.0, values))
+    assert torch.equal(found.weight == 0, weight == 0)
+    assert torch.allclose(found.weight[:, :5], weight[:, :5], rtol=0.02)

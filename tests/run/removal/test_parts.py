@@ -16,6 +16,8 @@ from coprune.model.removal import smaller
 from coprune.model.removal.choices import Resized
 from coprune.model.removal.smaller import possible_changes
 from coprune.recipe.recipe import make_recipe
+from coprune.run import stages
+from coprune.run.removal import plan
 from coprune.run.removal.rehearsal import alike
 from coprune.run.stages import run_recipe
 from support.killing import killed_when
@@ -189,6 +191,23 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, r
     with pytest.raises(UnsupportedModel, match=message):
         coprune.prune(model, remove=remove, **SETTINGS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [("gpt2", "heads=0.5,blocks=0.34"), ("rwkv", "blocks=0.34"), ("llama", "experts=0.5,blocks=0.34")],
+)
+def test_a_refusal_comes_before_all_that_is_slow(
+    family: str, remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> Any:
+        raise AssertionError("this takes hours")
+
+    monkeypatch.setattr(stages, "measure_dense", slow)
+    monkeypatch.setattr(plan, "blocks_that_go", slow)
+    with pytest.raises(UnsupportedModel):
+        coprune.prune(pico_model(family), remove=remove, save=tmp_path / "run", **SETTINGS)
+    assert not [*(tmp_path / "run").glob("*")]
 
 
 @pytest.mark.parametrize(

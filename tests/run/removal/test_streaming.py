@@ -69,5 +69,5 @@ def test_blocks_that_the_small_model_would_call_otherwise_are_found_out(
     save_pico(tmp_path / "model", "gemma3_text")
     write_words(tmp_path / "words.txt")
     run(tmp_path, "out", remove="blocks=0.25", score="influence", stream=True)
-    assert len(tried) == 2
-    assert load_clean(tmp_path / "out" / "small").config.layer_types == tried[1]
+    assert len(tried) == 4  # two before a block is chosen, and two then
+    assert load_clean(tmp_path / "out" / "small").config.layer_types == tried[3]

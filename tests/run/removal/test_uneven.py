@@ -24,6 +24,7 @@ from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from coprune.run import stages
+from coprune.run.removal import parts, plan, spread, uneven
 from coprune.run.result import Result
 from coprune.run.search import tries
 from coprune.run.stages import run_recipe
@@ -248,6 +249,27 @@ def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
         settings = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33"}
         run_recipe(make_recipe(settings | {"stream": stream}), reporter=Reporter(quiet=True))
     assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
+
+
+@pytest.mark.parametrize("remove", ["channels=0.33,blocks=0.34", "parameters=0.3"])
+def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+
+    def go(out: str) -> None:
+        asked = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": remove, "score": "kl:tokens=64"}
+        run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
+
+    go("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "finish_block", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped")
+    with monkeypatch.context() as patched:
+        for module, name in ((plan, "blocks_that_go"), (spread, "costs_of"), (uneven, "_measured")):
+            patched.setattr(module, name, interrupt)
+        go("stopped")
+    assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")
 
 
 def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

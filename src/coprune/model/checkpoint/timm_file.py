@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput
@@ -76,5 +79,10 @@ def _build(architecture: str, file: Path) -> Any:
     head = tensors.get(f"{heads if isinstance(heads, str) else next(iter(heads or ()), '')}.weight")
     classes: dict[str, Any] = {} if head is None else {"num_classes": len(head)}
     model = timm.create_model(architecture, checkpoint_path=str(file), **classes)
-    dtype = next((t.dtype for t in tensors.values() if torch.is_floating_point(t)), torch.float32)
-    return model.to(dtype)
+    return model.to(_widest(tensors.values()))
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """What holds the numbers of all tensors: a model has one dtype, and statistics of its norms may be wider than its weights."""
+    kinds = {tensor.dtype for tensor in tensors if torch.is_floating_point(tensor)} - {torch.float64}
+    return reduce(torch.promote_types, kinds) if kinds else torch.float32

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coprune.base.options import require_positive
 from coprune.model.walk.statistics import Gram
+from coprune.pruning.linear_algebra import unless_all_zero
 from coprune.pruning.methods.base import Pruned
 from coprune.pruning.methods.sparsegpt import inverse_factor_of, update_columns
 from coprune.pruning.methods.wanda import wanda_score
@@ -48,7 +49,7 @@ class Ablate:
             return update_columns(weight, factor, target, self.block_size, lambda _, columns: mask[:, columns])
         # The authors divide these norms by the sample count a second time while they average, which gives early
         # samples more weight; this is the plain mean over all tokens.
-        norm = statistic.root_mean_square
+        norm = unless_all_zero(statistic.root_mean_square)
 
         def choose(current: Tensor, columns: slice) -> Tensor:
             return target.keep(current.abs() * norm[columns] if self.score == "wanda" else current.abs())

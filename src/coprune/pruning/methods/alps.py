@@ -142,4 +142,4 @@ def prepare(gram: Tensor, damping: float, rho: float) -> Shared:
     # Rounding in the sums can leave eigenvalues slightly below their true lower bound, or below zero.
     least = torch.where(alive.any(), floor / damped.diagonal().max(), 0.0)
     inverse = kernel("shifted_inverses", scaled.device)(scaled, least, rho)
-    return Shared(ScaledGram(scaled, scale * alive), inverse)
+    return Shared(ScaledGram(scaled, scale * (alive | ~alive.any())), inverse)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coprune.base.options import require_not_negative
 from coprune.model.walk.statistics import InputNorm, Statistic
+from coprune.pruning.linear_algebra import unless_all_zero
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import Group, Target
 
@@ -32,7 +33,7 @@ def ria_score(weight: Tensor, statistic: Statistic, power: float) -> Tensor:
     tiny = 1e-30  # a row or column of zeros scores zero
     by_input = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(tiny)
     by_output = magnitude / magnitude.sum(dim=1, keepdim=True).clamp_min(tiny)
-    return (by_input + by_output) * statistic.root_mean_square.pow(power)
+    return (by_input + by_output) * unless_all_zero(statistic.root_mean_square).pow(power)
 
 
 @dataclass(frozen=True)

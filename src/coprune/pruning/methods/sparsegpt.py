@@ -105,6 +105,7 @@ def update_columns(
         # Where nothing falls, weights are only rounded; zeros that the model has already stay zeros.
         mask = weight != 0
         choose = lambda _, columns: mask[:, columns]  # noqa: E731
+        factor = factor._replace(dead=torch.zeros_like(factor.dead))
     block_size += -block_size % (pattern.group_size or 1)
     together = block_size if choose is None else pattern.columns_together(block_size)
     walk_columns = kernel("walk_columns", weight.device, walk)

@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from coprune.model.walk.statistics import InputNorm, Statistic
+from coprune.pruning.linear_algebra import unless_all_zero
 from coprune.pruning.methods.base import Pruned, apply_keep
 from coprune.recipe.pattern import Group, Target
 
 
 def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
-    """|W_ij| · n_j, where n_j is the root mean square of input channel j.
+    """|W_ij| · n_j, where n_j is the root mean square of input channel j (|W_ij| where all inputs were zero).
 
     Args:
         weight: O × I float32.
@@ -22,7 +23,7 @@ def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
     Returns:
         O × I float32.
     """
-    return weight.abs() * statistic.root_mean_square
+    return weight.abs() * unless_all_zero(statistic.root_mean_square)
 
 
 @dataclass(frozen=True)

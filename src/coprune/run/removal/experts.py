@@ -25,12 +25,12 @@ from coprune.run.removal.expert_scores import Scored, keep_scores, known_scores
 from coprune.run.session import Session
 
 
-def find_experts(session: Session, dropped: Sequence[int]) -> dict[str, Mixture]:
-    """The mixtures of the blocks that stay, proven on one sample. Raises UnsupportedModel where one cannot be made smaller."""
+def find_experts(session: Session) -> dict[str, Mixture]:
+    """The mixtures of all blocks, proven on one sample. Raises UnsupportedModel where one cannot be made smaller."""
     model, found = session.model, dict[str, Mixture]()
     recording = record_batches(model, [model.structure.sample])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
-        if not isinstance(event, BlockDone) or event.block.index in dropped:
+        if not isinstance(event, BlockDone):
             continue
         block = event.block
         run = partial(recording.run, block, 0, event.before[0])

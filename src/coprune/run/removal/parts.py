@@ -29,26 +29,45 @@ from coprune.run.journal import BlockOutcome, Output
 from coprune.run.prune_blocks import Outcome, all_edits, finish_block
 from coprune.run.removal.cut import Cut, Plan, edits_of_block
 from coprune.run.removal.experts import choose_experts
-from coprune.run.removal.plan import only_consumers, plan_removal
+from coprune.run.removal.plan import Removable, find_removable, only_consumers, plan_removal
 from coprune.run.removal.rehearsal import rehearse
-from coprune.run.removal.spread import spread_budget
+from coprune.run.removal.settled import as_settled, settled_in
+from coprune.run.removal.spread import find_for_budget, spread_budget
 from coprune.run.removal.uneven import spread_units
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
 
 
-def remove_parts(session: Session, output: Output | None) -> Outcome:
-    """Remove what the recipe says, going on where an earlier run stopped.
+def what_may_go(session: Session) -> Removable | None:
+    """What the recipe removes, found before anything slow; None where it removes nothing.
 
     Raises:
+        BadInput: nothing of it would go, or all.
         UnsupportedModel: the model has no such parts, or no configuration tells of what would be left.
+    """
+    shares = session.opened.recipe.structure.shares
+    if not shares:
+        return None
+    return find_for_budget(session) if "parameters" in shares else find_removable(session)
+
+
+def remove_parts(session: Session, output: Output | None, found: Removable) -> Outcome:
+    """Remove what the recipe says, going on where an earlier run stopped.
+
+    Args:
+        session: of the run.
+        output: where the blocks go.
+        found: what may go.
+
+    Raises:
+        UnsupportedModel: no configuration tells of what would be left.
     """
     opened, model = session.opened, session.model
     started = time.perf_counter()
     shared = SharedOutput(opened.around.processes, output, model.weights)
     finished = shared.finished()
-    plan = _planned(session)
-    configure = rehearse(session, plan)
+    plan, configure = _planned(session, shared, found)
+    opened.around.reporter.say(f"Removing {configure.removed}.")
     experts, covered = choose_experts(session, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
     with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
         walk = Walk(
@@ -68,9 +87,19 @@ def remove_parts(session: Session, output: Output | None) -> Outcome:
     return Outcome(earlier + results, all_edits(session, shared, configure), seconds, covered)
 
 
-def _planned(session: Session) -> Plan:
+def _planned(session: Session, shared: SharedOutput, found: Removable) -> tuple[Plan, Configure]:
+    """What goes, as an earlier run settled it or as is settled now, and how the configuration tells of it."""
     budget = session.opened.recipe.structure.shares.get("parameters")
-    return spread_units(session, plan_removal(session) if budget is None else spread_budget(session, budget))
+    if (settled := shared.settled_before()) is not None:
+        plan = as_settled(session, found, settled)
+        return plan, rehearse(session, plan)
+    even = plan_removal(session, found) if budget is None else spread_budget(session, budget, found)
+    configure = found.rehearsed[1] if found.rehearsed is not None else rehearse(session, even)
+    plan = spread_units(session, even)
+    if plan is not even:
+        configure = rehearse(session, plan)
+    shared.keep_settled(settled_in(plan))
+    return plan, configure
 
 
 def _remove(

@@ -2,51 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Setting
+from coprune.model.edit import Configure
+from coprune.model.removal.experts import Mixture
 from coprune.model.removal.find_parts import find_parts
-from coprune.model.removal.parts import Kind, step_of
+from coprune.model.removal.parts import Kind, Part, step_of
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.run.removal.cut import Plan
 from coprune.run.removal.experts import experts_left, find_experts
+from coprune.run.removal.rehearsal import rehearse
 from coprune.run.session import Session
 
 
-def plan_removal(session: Session) -> Plan:
-    """Find the parts, and choose the blocks that go. Raises BadInput, UnsupportedModel."""
-    asked, model, reporter = session.opened.recipe.structure, session.model, session.opened.around.reporter
-    shares = asked.shares
-    kinds: list[Kind] = [kind for kind in ("channels", "heads") if kind in shares]
-    dropped = _blocks_of_share(session, shares["blocks"]) if "blocks" in shares else []
-    parts = (
-        {name: [part for part in found if part.kind in kinds] for name, found in find_parts(model, dropped)}
-        if kinds
-        else {}
-    )
+@dataclass(frozen=True)
+class Removable:
+    """What a run may remove, found and rehearsed before anything slow."""
+
+    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """Of the kinds that are asked for, by block; of all blocks."""
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    blocks: bool = True
+    """Whether blocks may go, where that is left to a budget."""
+    rehearsed: tuple[Plan, Configure] | None = None
+    """What goes, and how the configuration tells of it, where no block has to be chosen for that."""
+
+
+def find_removable(session: Session) -> Removable:
+    """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
+    asked, model = session.opened.recipe.structure, session.model
+    kinds = _kinds(asked.shares)
+    parts = {
+        name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
+    }
     for kind in kinds:
-        without = [name for name in parts if not any(part.kind == kind for part in parts[name])]
-        if len(without) == len(parts):
-            raise UnsupportedModel(
-                f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
-            )
-        if without:
-            reporter.say(
-                f"Left alone: {without[0]} and {len(without) - 1} other blocks have no {kind} that can be removed."
-            )
-    sizes = {kind: {part.count for found in parts.values() for part in found if part.kind == kind} for kind in kinds}
-    keep = {kind: _kept(kind, sizes[kind], shares[kind], asked.align) for kind in kinds}
-    mixtures = find_experts(session, dropped) if "experts" in shares else {}
-    left = {mixture.count: experts_left(mixture, shares["experts"]) for mixture in mixtures.values()}
+        _say_without(session, kind, parts)
+    found = Removable(parts, find_experts(session) if "experts" in asked.shares else {})
+    if "blocks" in asked.shares:
+        _require_blocks(session, _count_of_blocks(session, asked.shares["blocks"]))
+    rest = _plan_of(session, found, ())
+    if not rest.keep and not rest.experts:
+        return found
+    configure = rehearse(session, rest)
+    return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
+
+
+def plan_removal(session: Session, found: Removable) -> Plan:
+    """Choose the blocks that go, if any do, and say how much of the others. Raises BadInput, UnsupportedModel."""
+    if found.rehearsed is not None:
+        return found.rehearsed[0]
+    asked = session.opened.recipe.structure
+    dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.shares["blocks"])))
+    score = asked.score_of("blocks")
+    session.opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
+    return _plan_of(session, found, dropped)
+
+
+def _kinds(shares: Collection[str]) -> list[Kind]:
+    return [kind for kind in ("channels", "heads") if kind in shares]
+
+
+def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
+    """Say which blocks have no parts of a kind. Raises UnsupportedModel where none has."""
+    without = [name for name in parts if not any(part.kind == kind for part in parts[name])]
+    if len(without) == len(parts):
+        raise UnsupportedModel(
+            f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
+        )
+    if without:
+        session.opened.around.reporter.say(
+            f"Left alone: {without[0]} and {len(without) - 1} other blocks have no {kind} that can be removed."
+        )
+
+
+def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
+    """What goes when some blocks do. Raises BadInput where that is nothing of what is asked for."""
+    asked, gone = session.opened.recipe.structure, {session.model.names[index] for index in dropped}
+    parts = {name: own for name, own in found.parts.items() if name not in gone}
+    mixtures = {name: mixture for name, mixture in found.mixtures.items() if name not in gone}
+    keep = {}
+    for kind in _kinds(asked.shares):
+        sizes = {part.count for own in parts.values() for part in own if part.kind == kind}
+        if not sizes:
+            raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
+        keep[kind] = _kept(kind, sizes, asked.shares[kind], asked.align)
+    left = {mixture.count: experts_left(mixture, asked.shares["experts"]) for mixture in mixtures.values()}
     return Plan(dropped, parts, keep, mixtures, left)
 
 
-def _blocks_of_share(session: Session, share: float) -> list[int]:
-    """Numbers of the blocks that go, ascending. Raises BadInput where that is none, all, or more than may go."""
-    opened, model = session.opened, session.model
+def _count_of_blocks(session: Session, share: float) -> int:
+    """How many blocks go. Raises BadInput where that is none, all, or more than may go."""
+    model = session.model
     count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
     if not 0 < count < len(model.blocks):
         cause = f"{share:g} of {len(model.blocks)} blocks is {count}"
@@ -55,10 +105,21 @@ def _blocks_of_share(session: Session, share: float) -> list[int]:
         cause = f"{count} of {len(model.blocks)} blocks cannot go where {stay} are left alone"
         fix = ("give a smaller share, or loosen ", Setting("include"), " or ", Setting("exclude"))
         raise BadInput(cause, field="remove", fix=fix)
-    dropped = sorted(blocks_that_go(session, count))
-    score = opened.recipe.structure.score_of("blocks")
-    opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
-    return dropped
+    return count
+
+
+def _require_blocks(session: Session, count: int) -> None:
+    """Raise UnsupportedModel where no configuration tells of so many blocks less, wherever they are."""
+    blocks = range(len(session.model.blocks))
+    refused = UnsupportedModel("no block can be removed")
+    for some in (blocks[-count:], blocks[:count], blocks[:: -(-len(blocks) // count)]):
+        try:
+            rehearse(session, Plan(list(some)))
+        except UnsupportedModel as error:
+            refused = error
+        else:
+            return
+    raise refused
 
 
 def _kept(kind: Kind, sizes: Collection[int], share: float, align: int) -> dict[int, int]:

@@ -30,11 +30,10 @@ from coprune.run.session import Session
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
 
 
-def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
+def rehearse(session: Session, plan: Plan) -> Configure:
     """Cut the model at arbitrary places, build what results, and compare the two; then everything is as it was.
 
-    So the configuration is found, and everything that could not work is refused before anything slow. quiet: nobody is told.
-    Raises UnsupportedModel.
+    So the configuration is found, and everything that could not work is refused before anything slow. Raises UnsupportedModel.
     """
     model, module = session.model, session.model.module
     cuts = {block.name: anywhere(plan, block) for block in model.blocks}
@@ -46,8 +45,6 @@ def rehearse(session: Session, plan: Plan, quiet: bool = False) -> Configure:
     changes, after = _proven_changes(session, plan, shapes, proof)
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
     removed = f"{', '.join(words_of(plan, len(model.blocks)))}: {_sizes(module.num_parameters(), after, padding)}"
-    if not quiet:
-        session.opened.around.reporter.say(f"Removing {removed}.")
     return Configure(changes=changes, removed=removed, parameters=after - padding, padding=padding)
 
 

@@ -12,7 +12,7 @@ from coprune.model.blocks import count_parameters
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, Part
 from coprune.run.removal.cut import Plan, words_of
-from coprune.run.removal.plan import blocks_that_go, kept_count
+from coprune.run.removal.plan import Removable, blocks_that_go, kept_count
 from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.trials import costs_of
 from coprune.run.session import Session
@@ -25,7 +25,12 @@ Level = Mapping[int, int]
 """How many units are kept, by how many there are."""
 
 
-def spread_budget(session: Session, share: float) -> Plan:
+def find_for_budget(session: Session) -> Removable:
+    """The parts of the kinds that a configuration can tell of, and whether it can of blocks."""
+    return Removable(_removable(session, dict(find_parts(session.model, ()))), blocks=_blocks_can_go(session))
+
+
+def spread_budget(session: Session, share: float, found: Removable) -> Plan:
     """Try several ways to remove a share of the blocks' parameters, and take the one that changes the model least.
 
     Each way removes as many channels, heads and blocks everywhere; what is left is solved for as the run itself does. The
@@ -34,16 +39,16 @@ def spread_budget(session: Session, share: float) -> Plan:
     Args:
         session: of the run.
         share: of the blocks' parameters.
+        found: what may go.
 
     Raises:
         UnsupportedModel: nothing of the model can be removed, or not as much.
     """
     reporter, blocks = session.opened.around.reporter, len(session.model.blocks)
-    parts = _removable(session, dict(find_parts(session.model, ())))
     most = int(share * blocks) + 1
     may_go = min(most, blocks - 1, blocks - len(session.model.chosen.untouched()))
-    order = blocks_that_go(session, may_go) if may_go and _blocks_can_go(session) else []
-    plans = list(_ways(session, parts, order, share))
+    order = blocks_that_go(session, may_go) if may_go and found.blocks else []
+    plans = list(_ways(session, found.parts, order, share))
     if not plans:
         raise UnsupportedModel(
             f"no cut of channels, heads and blocks removes {per_cent(share, 0)} of the blocks' parameters"
@@ -67,7 +72,7 @@ def _removable(session: Session, found: Parts) -> dict[str, list[Part]]:
         if all(level[size] == size for size in sizes):
             continue
         try:
-            rehearse(session, Plan((), own, {kind: level}), quiet=True)
+            rehearse(session, Plan((), own, {kind: level}))
         except UnsupportedModel as error:
             session.opened.around.reporter.say(f"Left alone, {kind}: {error}")
             continue
@@ -78,7 +83,7 @@ def _removable(session: Session, found: Parts) -> dict[str, list[Part]]:
 
 def _blocks_can_go(session: Session) -> bool:
     try:
-        rehearse(session, Plan([len(session.model.blocks) - 1]), quiet=True)
+        rehearse(session, Plan([len(session.model.blocks) - 1]))
     except UnsupportedModel as error:
         session.opened.around.reporter.say(f"Left alone, blocks: {error}")
         return False

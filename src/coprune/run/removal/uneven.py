@@ -27,7 +27,6 @@ from coprune.run.calibrating import record_calibration
 from coprune.run.removal.consumers import Consumers
 from coprune.run.removal.cut import Plan
 from coprune.run.removal.plan import only_consumers
-from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.steps import Levels, Steps
 from coprune.run.search.candidates import Candidates
 from coprune.run.search.finds import Finds
@@ -36,7 +35,7 @@ from coprune.run.session import Session
 
 
 def spread_units(session: Session, plan: Plan) -> Plan:
-    """Let blocks keep different numbers of units, as many altogether as the plan says, if the recipe asks for that.
+    """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that.
 
     Raises:
         BadInput: a search's folder holds another search's finds.
@@ -48,7 +47,6 @@ def spread_units(session: Session, plan: Plan) -> Plan:
     if not any(plan.parts.values()):
         opened.around.reporter.say("Only blocks go, so there is nothing to spread over the others.")
         return plan
-    rehearse(session, plan, quiet=True)  # what is refused is refused before anything slow
     levels = _measured(session, plan)
     alike = alike_parts(levels)
     even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
