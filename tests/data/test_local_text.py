@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,9 @@ import pytest
 
 from coprune.base.errors import BadInput
 from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
-from coprune.data.local_text import local_text
+from coprune.data.local_text import local_text, rows_of
+from coprune.data.text import join
+from coprune.evaluation.texts import split_texts
 
 TEXTS = ["first\nline", "", "zweite Zeile: ä€😀", "a \u2028 b"]
 JOINED = "first\nline\n\nzweite Zeile: ä€😀\n\na \u2028 b"
@@ -104,6 +107,9 @@ def test_a_column_is_found_by_name_or_by_being_the_only_one_of_strings(tmp_path:
         ("a.jsonl", b'{"id": 1}', "no column named 'text'.*none"),
         ("a.jsonl", b'{"text": ["tokens"]}', "no column named 'text'"),
         ("a.parquet", b"not parquet", "cannot be read as parquet"),
+        ("a.json", b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
+        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
+        ("a.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "cannot be read"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_file(tmp_path: Path, file: str, content: bytes, message: str) -> None:
@@ -111,6 +117,32 @@ def test_what_cannot_be_read_is_named_with_the_file(tmp_path: Path, file: str, c
     with pytest.raises(BadInput, match=message) as error:
         local_text(str(tmp_path / file))
     assert str(tmp_path / file) in str(error.value)
+
+
+def test_half_a_character_that_json_may_hold_becomes_the_sign_for_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d whole \\ud83d\\ude00 told \\\\ud83d"}\n')
+    assert local_text(str(tmp_path / "a.jsonl")).text == "cut \ufffd whole \U0001f600 told \\ud83d"
+    assert rows_of(tmp_path / "a.jsonl") == [{"text": "cut \ufffd whole \U0001f600 told \\ud83d"}]
+    assert join(["cut \ud83d"], "", "texts handed over").text == "cut \ufffd"
+
+
+def test_what_is_neither_file_nor_folder_is_local_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/gone").symlink_to("nowhere")  # by its looks a dataset of the Hub, owner/name
+    with pytest.raises(BadInput, match="no file or folder 'data/gone'"):
+        calibration_text("data/gone")
+    os.mkfifo("pipe")
+    with pytest.raises(BadInput, match="pipe is neither a file nor a folder"):
+        local_text("pipe")
+
+
+def test_a_file_is_measured_whatever_its_name_holds(tmp_path: Path) -> None:
+    for name in ("a,b.txt", "c@d.txt", "e@seqlen=8.txt"):
+        file = tmp_path / name
+        file.write_text("text")
+        assert [(text.name, text.settings) for text in split_texts(str(file))] == [(str(file), {})]
+    assert [text.settings for text in split_texts(f"{tmp_path / 'c@d.txt'}@seqlen=16")] == [{"seqlen": 16}]
 
 
 def test_paths_that_do_not_exist_and_folders_without_text(tmp_path: Path) -> None:

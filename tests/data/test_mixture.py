@@ -72,6 +72,15 @@ def test_what_a_template_cannot_do_is_said(tmp_path: Path) -> None:
         read_conversations(write(tmp_path / "ids.jsonl", {**ROWS[4], "answer": "w41"}), tokenizer())
 
 
+@pytest.mark.parametrize("ids", [5, "5", [5.0], [True], [-1], [10**30], None])
+def test_ids_that_are_none_are_named_with_their_row(ids: Any, tmp_path: Path) -> None:
+    file = tmp_path / "ids.jsonl"
+    write(file, ROWS[4])
+    file.write_text(file.read_text() + json.dumps(ROWS[4] | {"answer_ids": ids}) + "\n")
+    with pytest.raises(BadInput, match=r"row 2 of .* (holds ids that are no whole numbers|is no conversation)"):
+        read_conversations(str(file), tokenizer())
+
+
 def test_prompts_are_read_from_a_column_or_a_conversation(tmp_path: Path) -> None:
     name = write(tmp_path / "p.jsonl", {"prompt": "w20"}, ROWS[0])
     assert read_prompts(name) == ["w20", [{"role": "user", "content": "w20 w21"}]]

@@ -61,7 +61,7 @@ def bench(
 
     require_file(json_file, "json")
     sizes = None if batches is None else [part.strip() for part in batches.split(",")]
-    if sizes is not None and not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if sizes is not None and not all(size.isdecimal() and int(size) > 0 for size in sizes):
         numbers = "they should be positive numbers with commas between, such as 1,4,16"
         raise BadInput(f"the batches cannot be {batches!r}", field="batches", value=batches, fix=numbers)
     if threads is not None or busy:

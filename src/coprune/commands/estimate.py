@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from coprune.base.environment import expand_home
+from coprune.base.output_names import require_file
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.grouped import GroupedCommand, with_value
 from coprune.commands.options import with_options
@@ -40,6 +41,8 @@ def estimate(
     **typed: Any,
 ) -> None:
     """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
+    file = None if json_file in (None, PRINTED) else expand_home(str(json_file))
+    require_file(file, "json")
     recipe = recipe_asked(context, typed)
     from coprune.base.files import write_text
     from coprune.base.progress import Reporter
@@ -47,5 +50,5 @@ def estimate(
 
     found = estimate_recipe(recipe, Reporter(quiet))
     typer.echo(found.to_json() if json_file == PRINTED else str(found))
-    if json_file not in (None, PRINTED):
-        write_text(Path(str(json_file)), found.to_json() + "\n")
+    if file is not None:
+        write_text(file, found.to_json() + "\n")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from coprune.base.environment import expand_home
 from coprune.commands.grouped import GroupedCommand
 
 COMMANDS: dict[str, str] = {
@@ -42,6 +45,22 @@ def command_named(name: str) -> Callable[..., None]:
     return function
 
 
+def _at_home(function: Callable[..., None]) -> Callable[..., None]:
+    """A command to which no path comes with a `~`, which shells leave in `--output=~/page.html`."""
+
+    @wraps(function)
+    def called(*arguments: Any, **typed: Any) -> None:
+        function(*arguments, **{name: _home_in(value) for name, value in typed.items()})
+
+    return called
+
+
+def _home_in(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_home_in(one) for one in value]
+    return expand_home(value) if isinstance(value, Path) else value
+
+
 class _Parsers(Mapping[str, Any]):
     """What reads the arguments of each command, made when it is asked for."""
 
@@ -52,7 +71,7 @@ class _Parsers(Mapping[str, Any]):
         # Its file may say how it wants to be read otherwise than others.
         settings = getattr(import_module(function.__module__), "READ_WITH", {})
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(name, **{"cls": GroupedCommand, **settings})(function)
+        alone.command(name, **{"cls": GroupedCommand, **settings})(_at_home(function))
         return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:

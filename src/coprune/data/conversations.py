@@ -20,6 +20,7 @@ IDS = ("prompt_ids", "answer_ids")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _ANSWERS = ("answer", "completion", "response", "output")
 _PROMPT = 'A row reads like {"prompt": "Why is the sky blue?"}'
+_MOST_ID = 2**31 - 1
 _FORMATS = "messages, conversations, instruction and output, prompt and answer, or prompt_ids and answer_ids"
 Message = dict[str, str]
 
@@ -141,13 +142,17 @@ def template_text(
 
 
 def _of_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:
-    prompt, answer = (list(row[key]) for key in IDS)
-    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in [*prompt, *answer]):
+    prompt, answer = (row[key] for key in IDS)
+    if not all(isinstance(ids, list) and all(map(_is_id, ids)) for ids in (prompt, answer)):
         raise BadInput(f"{place} holds ids that are no whole numbers from 0")
     text = row.get("answer")
     if isinstance(text, str) and tokenizer.decode(answer, skip_special_tokens=True) != text:
         raise BadInput(f"{place} has ids of another tokenizer", fix="write it anew with this model")
     return Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_ID
 
 
 def read_prompts(name: str, column: str | None = None, instead: str = "") -> list[str | list[Message]]:

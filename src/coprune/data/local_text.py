@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,10 @@ from typing import Any
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import like_named
-from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join
+from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join, whole_characters
 
 _LOOKED_AT = 1 << 16
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair that stands for one character; pairs are found, too
 
 
 def local_text(name: str) -> JoinedText:
@@ -47,7 +50,7 @@ def looks_local(name: str) -> bool:
     path, _ = split_column(name)
     endings = {_ending(path), _ending(Path(name.rpartition(":")[0]))}
     written_as_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not endings.isdisjoint(READERS)
-    return name != "" and (path.exists() or written_as_path)
+    return name != "" and (os.path.lexists(path) or written_as_path)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -61,6 +64,8 @@ def files_of(path: Path) -> list[Path]:
         raise BadInput(f"there is no file or folder {str(path)!r}", fix=hint)
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise BadInput(f"{path} is neither a file nor a folder", fix=LOCAL_FILE_HINT)
     seen = sorted(
         file
         for file in path.rglob("*")
@@ -96,7 +101,9 @@ def _read(file: Path, column: str | None) -> list[str]:
         return reader(file, column)
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is no text in UTF-8 (byte {error.start})", fix=LOCAL_FILE_HINT) from error
-    except (json.JSONDecodeError, gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
+    except BadInput:
+        raise
+    except (ValueError, EOFError, zlib.error, OSError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
 
 
@@ -108,9 +115,9 @@ def rows_of(file: Path) -> list[Any]:
     try:
         if ending == ".jsonl":
             # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-            return [json.loads(line) for line in _content(file).split("\n") if line.strip()]
+            return [_parsed(line) for line in _content(file).split("\n") if line.strip()]
         if ending == ".json":
-            rows = json.loads(_content(file))
+            rows = _parsed(_content(file))
             return rows if isinstance(rows, list) else [rows]
         import pyarrow.parquet as pq
 
@@ -126,6 +133,26 @@ def _content(file: Path) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
+def _parsed(content: str) -> Any:
+    """JSON in which half a character that is cut off ("\\ud83d") stands as the sign for what is none.
+
+    Raises ValueError where it is no JSON, holds a number that is none, or is nested too deep.
+    """
+    try:
+        value = json.loads(content)
+        return _whole(value) if _HALF.search(content) else value
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return {_whole(key): _whole(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
 def _read_txt(file: Path, column: str | None) -> list[str]:
     text = _content(file)
     if "\0" in text:
@@ -135,13 +162,13 @@ def _read_txt(file: Path, column: str | None) -> list[str]:
 
 def _read_json(file: Path, column: str | None) -> list[str]:
     content = _content(file)
-    return _texts_of_rows(json.loads(content), column, str(file)) if content.strip() else []
+    return _texts_of_rows(_parsed(content), column, str(file)) if content.strip() else []
 
 
 def _read_jsonl(file: Path, column: str | None) -> list[str]:
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
     lines = [line for line in _content(file).split("\n") if line.strip()]
-    return _texts_of_rows([json.loads(line) for line in lines], column, str(file))
+    return _texts_of_rows([_parsed(line) for line in lines], column, str(file))
 
 
 def _texts_of_rows(rows: Any, column: str | None, source: str) -> list[str]:

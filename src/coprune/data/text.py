@@ -34,10 +34,19 @@ def join(texts: list[str], separator: str, source: str, most_windows: int | None
 
     Raises BadInput if there is nothing but white space in them.
     """
-    text = separator.join(texts)
+    text = whole_characters(separator.join(texts))
     if not text or text.isspace():
         raise BadInput(f"{source} holds no text", fix=LOCAL_FILE_HINT)
     return JoinedText(text, source, most_windows)
+
+
+def whole_characters(text: str) -> str:
+    """Text that tokenizers take: half a character, which UTF-8 cannot write, becomes the sign for what is none (U+FFFD)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str) -> str:

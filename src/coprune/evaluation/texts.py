@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, Setting
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import exists
 
 # What a text may have of its own, and the setting of a recipe that it takes the place of.
 _SETTINGS = {"seqlen": ("seqlen", 2), "tokens": ("eval_tokens", 2), "batch_size": ("batch_size", 1)}
@@ -32,12 +33,16 @@ class Text:
 def split_texts(eval_data: str | None) -> list[Text]:
     """Read a list of texts. Raises BadInput for a setting that is unknown or no whole number, or a text asked for twice."""
     found: dict[str, Text] = {}
-    for label in (part.strip() for part in (eval_data or "").split(",")):
+    asked = eval_data or ""
+    for label in [asked] if exists(asked) else [part.strip() for part in asked.split(",")]:
         if label in found:
             raise BadInput(
                 f"the text {label} is asked for twice", field="eval_data", value=eval_data, fix="leave one out"
             )
         if label:
+            if exists(label):  # its name may hold an @
+                found[label] = Text(label, label, {})
+                continue
             matched = _TEXT.fullmatch(label)
             assert matched is not None  # the name takes whatever is no setting
             found[label] = Text(label, matched["name"], _settings(label, matched["settings"]))

@@ -173,7 +173,7 @@ class CalibrationPart(Part):
     batch_size: Annotated[
         int | None,
         Decides.ROUNDING | Decides.COST,
-        Field(description="Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]", ge=1),
+        Field(description="Samples per forward pass. [about 512 tokens on a CPU, 4096 elsewhere]", ge=1, le=2**31 - 1),
     ] = None
     activation_memory: Annotated[
         float | None,
@@ -182,6 +182,7 @@ class CalibrationPart(Part):
             description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes "
             "back batch by batch. [all in memory]",
             ge=0,
+            allow_inf_nan=False,
         ),
     ] = None
     device_activation_memory: Annotated[
@@ -191,6 +192,7 @@ class CalibrationPart(Part):
             description="GiB of calibration activations to keep on a GPU; the rest goes to the host's memory, as far as "
             "activation_memory lets it. [half of what is free there]",
             ge=0,
+            allow_inf_nan=False,
         ),
     ] = None
     propagation: Annotated[

@@ -75,7 +75,7 @@ def split_sources(data: str) -> list[Source]:
     Raises:
         BadInput: an option or a share makes no sense, shares do not add up to 1, or only some sources have one.
     """
-    if data != OWN and _exists(data):
+    if data != OWN and exists(data):
         return [Source(data, 1.0)]
     written: list[_Written] = []
     for item in (part.strip() for part in data.split(",")):
@@ -113,7 +113,8 @@ def counts_of(shares: Sequence[float], samples: int) -> list[int]:
     return counts
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Whether a file or folder has this name as it stands, with commas and all."""
     try:
         return expand_home(name).exists()
     except (OSError, ValueError):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
 from coprune.recipe.choice import Choice
@@ -121,7 +122,7 @@ class StructurePart(Part):
     @property
     def kept_scores(self) -> Path | None:
         """The file of an earlier run's scores, if that is what the domains are."""
-        return Path(self.domains[0]) if _is_kept(self.domains) else None
+        return expand_home(self.domains[0]) if _is_kept(self.domains) else None
 
     @property
     def weights(self) -> dict[str, float] | None:

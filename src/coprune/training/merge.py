@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from coprune.base.environment import expand_home
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.tasks import task_for
@@ -18,6 +19,7 @@ from coprune.recipe.recipe import make_recipe
 from coprune.report.markdown import inline
 from coprune.training.adapters import merge_adapter
 from coprune.training.history import masks_of
+from coprune.training.saved_adapter import read_adapter_config
 from coprune.training.saving import save_model
 
 
@@ -58,8 +60,9 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
         BrokenMask: a weight that was pruned would not be zero any more.
         VerificationError: what was saved is not what was computed.
     """
-    name, adapter, output = str(model), Path(adapter), Path(output)
+    name, adapter, output = str(model), expand_home(adapter), expand_home(output)
     refuse_occupied(output)
+    read_adapter_config(adapter)  # which is not there, say: known before the model is loaded
     reporter = Reporter(quiet)
     with reporter.libraries():
         location = locate(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from coprune.base.environment import asks_for_fsdp
 from coprune.base.errors import BadInput, unknown_name
@@ -20,7 +20,7 @@ from coprune.recipe.decides import Decides
 from coprune.recipe.finetune import LEARNING_RATES, Mode, Rates
 from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
-from coprune.recipe.parts import Globs
+from coprune.recipe.parts import Globs, Part
 from coprune.training.checks import contradiction
 
 _RESULT, _MEASURED = Decides.RESULT, Decides.MEASUREMENT
@@ -33,10 +33,8 @@ _SEQLEN = Field(
 _ANSWERS = {place.partition(".")[2]: word for word, place in FLAT.items() if place.startswith("answers.")}
 
 
-class FinetuneSettings(BaseModel):
+class FinetuneSettings(Part):
     """One fine-tuning run: pruned model, mode, data, how long, output."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, _RESULT, Field(description="The pruned model: a local folder or Hub id.", min_length=1)]
     mode: Annotated[
