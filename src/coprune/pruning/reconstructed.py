@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from coprune.pruning.refine.trained import Trained, TrainedBlock, names_of, trai
 
 RECONSTRUCTED = "block reconstruction: "
 """How an event begins that tells of a training, which is no trouble."""
+_IDLE = "nothing gained, "
 
 
 def reconstruct_blocks(
@@ -123,7 +124,14 @@ def _train(
         raise error.within(done.block.name) from error
     names = dict.fromkeys(name for own in trained.values() for name in names_of(own).split(", "))
     beside = "".join(f" with {block.name}" for block in done.earlier)
-    return f"{RECONSTRUCTED}relative error {start:.5f} → {end:.5f} on the watched batches{beside}; trained: {', '.join(names)}"
+    gained = f"relative error {start:.5f} → {end:.5f}" if end < start else f"{_IDLE}relative error {start:.5f}"
+    return f"{RECONSTRUCTED}{gained} on the watched batches{beside}; trained: {', '.join(names)}"
+
+
+def idle_trainings(results: Iterable[MatrixResult]) -> tuple[int, int]:
+    """How many trainings gained nothing, and how many there were."""
+    trainings = [event for result in results for event in result.events if event.startswith(RECONSTRUCTED)]
+    return sum(event.startswith(f"{RECONSTRUCTED}{_IDLE}") for event in trainings), len(trainings)
 
 
 def _told(results: Sequence[MatrixResult], event: str | None, checksums: Mapping[str, str]) -> list[MatrixResult]:

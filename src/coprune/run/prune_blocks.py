@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coprune.base.devices import memory_within
+from coprune.base.words import Piece, Set, Setting, Together, say
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import AddLowRank, Edit, FillZeros, RoundValues
@@ -18,7 +19,9 @@ from coprune.model.matrices import Matrix
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, prune_walk
+from coprune.pruning.reconstructed import idle_trainings
 from coprune.recipe.pattern import Target
+from coprune.recipe.recipe import Recipe
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
@@ -74,6 +77,9 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
         with shared.settled(), memory_within(lambda: walk.at):
             results = _prune(session, walk, Windows(session, shared, before.held), shared, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
+    if (idle := _idle_trainings(recipe, earlier + results)) is not None:
+        reporter.say(idle)
+        notes.append(idle)
     outside = {matrix.name for matrix in model.chosen.outside}
     rest = FillZeros(masks=_masks(result for result in results if result.name in outside))
     edits = all_edits(session, shared, rest)
@@ -119,6 +125,18 @@ def _prune(
         block_done,
         solving_of(session),
     )
+
+
+def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | None:
+    """What to say where the training of a third of the blocks gained nothing."""
+    idle, trainings = idle_trainings(results)
+    if not idle or 3 * idle < trainings:
+        return None
+    smaller: tuple[str | Piece, ...] = ("A smaller ", Setting("reconstruct_lr"), " may.")
+    if recipe.reconstruction.rates == "absolute":
+        by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", 0.0035)))
+        smaller = ("Rates by the size of each matrix may: ", by_size, ".")
+    return say((f"The training of {idle} of {trainings} blocks gained nothing. ", *smaller))
 
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
