@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coprune.base.errors import NumericalError
 from coprune.base.options import require_positive
 from coprune.base.precision import full_float32
 from coprune.model.low_rank import Factors
@@ -54,7 +55,7 @@ class LowRank:
             The sparse part with the other one as `added` (float32).
 
         Raises:
-            NumericalError: as `prune`.
+            NumericalError: as `prune`, or as `leading_directions`.
         """
         best, directions, rest = None, None, weight
         for _ in range(self.rounds):
@@ -85,6 +86,9 @@ def leading_directions(left: Tensor, gram: Tensor, rank: int, start: Tensor | No
 
     Returns:
         O × K float32 with orthonormal columns; K is the rank and some more, and at most O.
+
+    Raises:
+        NumericalError: the error is not finite in float32.
     """
     basis, steps = start, LATER_STEPS
     if basis is None:
@@ -95,7 +99,10 @@ def leading_directions(left: Tensor, gram: Tensor, rank: int, start: Tensor | No
     for _ in range(steps):
         basis = torch.linalg.qr(left @ (gram @ (left.T @ basis)))[0]
     onto = left.T @ basis
-    vectors = torch.linalg.eigh((onto.T @ (gram @ onto)).double()).eigenvectors
+    try:
+        vectors = torch.linalg.eigh((onto.T @ (gram @ onto)).double()).eigenvectors
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericalError("what the sparse part leaves over is too large for a matrix of low rank") from error
     leading: Tensor = vectors.flip(1).to(torch.float32)
     return basis @ leading
 
@@ -109,7 +116,9 @@ def _better(new: tuple[Tensor, Pruned], old: tuple[Tensor, Pruned]) -> tuple[Ten
 
     assert new[1].added is not None
     assert old[1].added is not None
+    scales = None if new[1].scales is None or old[1].scales is None else choose(new[1].scales, old[1].scales)
     pruned = new[1]._replace(
+        scales=scales,
         weight=choose(new[1].weight, old[1].weight),
         keep=choose(new[1].keep, old[1].keep),
         added=Factors(*map(choose, new[1].added, old[1].added)),

@@ -166,3 +166,11 @@ def test_a_model_with_zeros_is_left_as_it_is() -> None:
 def test_it_wants_the_model_in_memory() -> None:
     with pytest.raises(BadInput, match="rotate needs the whole model in memory"):
         make_recipe({"model": "m", "rotate": True, "stream": True})
+
+
+def test_a_pattern_that_took_nothing_is_told() -> None:
+    told = Rotated(shares=[torch.zeros(2)], names=["o_proj", "v_proj"]).describe()
+    assert (
+        told
+        == "Rotated the values of attention heads, which 2 matrices make or read: the pattern takes 0.00 % less of their score."
+    )

@@ -40,9 +40,10 @@ class Rotated:
         if not self.names:
             return "No attention head's values could be rotated without changing the model; it is as it was."
         before, after = torch.stack(self.shares).sum(dim=0).tolist()
+        less = 1 - after / before if before else 0.0  # a pattern of few zeros may take nothing
         return (
             f"Rotated the values of attention heads, which {len(self.names)} matrices make or read: the pattern takes "
-            f"{per_cent(1 - after / before)} less of their score."
+            f"{per_cent(less)} less of their score."
         )
 
 
