@@ -21,6 +21,7 @@ from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.finished import finished_report
 from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.result import SweepResult
 from coprune.run.sweep.results import _measured, collect
 from coprune.run.sweep.table import markdown, paper_tables
 from coprune.run.sweep.work import Job, do_job
@@ -147,7 +148,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     monkeypatch.chdir(make_place(tmp_path))
     monkeypatch.setattr(work, "_texts", {})
     how = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
-    _, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
+    sweep, (run,) = pico_sweep(method=["wanda"], eval_tokens=320, **how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coprune.training.after_pruning.run_finetuning", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -158,7 +159,12 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     assert report is not None
     assert report.finetuned is not None
     row = _measured(report)
-    assert row["perplexity test.txt"] == report.finetuned.perplexity["test.txt"] != report.perplexity[0].pruned
+    reached = report.finetuned.perplexity["test.txt"]
+    assert row["perplexity test.txt"] == reached != report.perplexity[0].pruned
+    (table,) = paper_tables(sweep, [run], {run.name: report})
+    assert table.rows["wanda"][0].mean == reached
+    result = SweepResult(sweep, [run], {run.name: report})
+    assert f"perplexity {reached:.2f} on test.txt" in str(result.sheet().rows)
     with pytest.raises(BadInput, match="another run's report, in which seed was 0 and is 1"):
         finished_report(run.recipe.replaced(seed=1))
 

@@ -18,6 +18,7 @@ from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.work import Job, do_job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+from support.task_items import DEFINITIONS, word_items
 
 
 @pytest.fixture
@@ -58,6 +59,17 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
         for file in run.recipe.output.model.glob("*.safetensors"):
             assert separate.saved_model is not None
             assert file.read_bytes() == (separate.saved_model / file.name).read_bytes()
+
+
+def test_every_run_logs_the_items_of_both_its_models(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("TASK_DATA", str(word_items(place / "data")))
+    asked = {"tasks": "piqa", "limit": 3, "include_path": str(DEFINITIONS), "log_samples": "items", "evaluate": False}
+    sweep, runs = pico_sweep(method=["wanda", "magnitude"], stream=False, **asked)
+    ended = do_here(sweep, runs)
+    assert {type(event) for event in ended.values()} == {Done}, ended
+    logged = {str(file.relative_to("items")) for file in Path("items").rglob("*.jsonl")}
+    assert logged == {f"{run}/{model}/piqa.jsonl" for run in ("wanda", "magnitude") for model in ("dense", "pruned")}
 
 
 def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.results import FAILURES
+from coprune.run.sweep.table import perplexity_of, top1_of
 
 
 @dataclass(repr=False)
@@ -47,8 +48,8 @@ class SweepResult(Shown):
         report = self.reports.get(run.name)
         if report is None:
             return (run.name, "failed" if run.name in self.failures else "not done", "", "", "")
-        measured = [f"perplexity {text.pruned:.2f} on {text.data}" for text in report.perplexity]
-        measured += [f"top-1 {per_cent(images.pruned_top1)} on {images.data}" for images in report.accuracy]
+        measured = [f"perplexity {perplexity_of(report, text):.2f} on {text.data}" for text in report.perplexity]
+        measured += [f"top-1 {per_cent(top1_of(report, images))} on {images.data}" for images in report.accuracy]
         zeros, seconds = per_cent(report.sparsity.matrices), f"{report.total_seconds:.1f}"
         return (run.name, "done", zeros, ", ".join(measured), seconds)
 

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from coprune.base.durable import write_durably
 from coprune.base.files import write_text
-from coprune.report.figures import FinetunedFacts
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.run.sweep.command_line import command_of
@@ -25,7 +24,7 @@ from coprune.run.sweep.expand import Run, varied
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.page import write_sweep_page
-from coprune.run.sweep.table import markdown, paper_tables
+from coprune.run.sweep.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
 
 PARQUET, CSV, MARKDOWN, FAILURES = "results.parquet", "results.csv", "results.md", "failures.txt"
 Row = dict[str, Any]
@@ -91,15 +90,12 @@ def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[
 
 def _measured(report: Report) -> Row:
     row: Row = {"zeros": report.sparsity.matrices, "zeros_of_all": report.sparsity.model}
-    tuned = report.finetuned or FinetunedFacts(mode="", steps=0, minutes=0)  # what was trained is the run's model
     for text in report.perplexity:
-        found = tuned.perplexity.get(text.data, text.pruned)
-        row |= {f"perplexity {text.data}": found, f"dense perplexity {text.data}": text.dense}
+        row |= {f"perplexity {text.data}": perplexity_of(report, text), f"dense perplexity {text.data}": text.dense}
     for images in report.accuracy:
-        top1 = tuned.top1.get(images.data, images.pruned_top1)
-        row |= {f"accuracy {images.data}": top1, f"dense accuracy {images.data}": images.dense_top1}
-    if report.zero_shot is not None:
-        means = (report.zero_shot.mean_pruned, report.zero_shot.mean_dense)
+        row |= {f"accuracy {images.data}": top1_of(report, images), f"dense accuracy {images.data}": images.dense_top1}
+    if (tasks := tasks_of(report)) is not None:
+        means = (tasks.mean_pruned, tasks.mean_dense)
         row["mean accuracy"], row["dense mean accuracy"] = (None if one is None else one.value for one in means)
     errors = [matrix.relative_layer_error for matrix in report.matrices if matrix.relative_layer_error is not None]
     row["mean layer error"] = math.fsum(errors) / len(errors) if errors else None

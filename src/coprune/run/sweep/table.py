@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.recipe.pattern import parse_pattern
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.schema import Report
 from coprune.run.sweep.expand import Run, folder_part, varied
 from coprune.run.sweep.file import Sweep
@@ -44,6 +46,23 @@ class PaperTable:
     title: str
     columns: list[str]
     rows: dict[str, list[Cell]]
+
+
+def perplexity_of(report: Report, facts: PerplexityFacts) -> float:
+    """What a run's model reached on a text, trained if the run trained it."""
+    tuned = report.finetuned
+    return facts.pruned if tuned is None else tuned.perplexity.get(facts.data, facts.pruned)
+
+
+def top1_of(report: Report, facts: AccuracyFacts) -> float:
+    """What a run's model reached on images, trained if the run trained it."""
+    tuned = report.finetuned
+    return facts.pruned_top1 if tuned is None else tuned.top1.get(facts.data, facts.pruned_top1)
+
+
+def tasks_of(report: Report) -> ZeroShotFacts | None:
+    """What a run's model reached on tasks; None where there are none, or only of the model before its training."""
+    return report.zero_shot if report.finetuned is None else None
 
 
 def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report]) -> list[PaperTable]:
@@ -119,14 +138,14 @@ def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Me
     for data, seqlen in texts:
         facts = {n: f for n, r in found.items() for f in r.perplexity if (f.data, f.seqlen) == (data, seqlen)}
         dense = next((one.dense for one in facts.values() if one.dense is not None), None)
-        pruned = {name: one.pruned for name, one in facts.items()}
+        pruned = {name: perplexity_of(found[name], one) for name, one in facts.items()}
         yield Measure(f"perplexity on {data}, sequence length {seqlen}", pruned, dense, True, ".2f")
     for data in dict.fromkeys(facts.data for report in found.values() for facts in report.accuracy):
         images = {name: f for name, report in found.items() for f in report.accuracy if f.data == data}
         before = next((one.dense_top1 for one in images.values() if one.dense_top1 is not None), None)
-        top1 = {name: one.pruned_top1 for name, one in images.items()}
+        top1 = {name: top1_of(found[name], one) for name, one in images.items()}
         yield Measure(f"top-1 accuracy on {data}", top1, before, False, ".2%")
-    tasks = {name: report.zero_shot for name, report in found.items() if report.zero_shot is not None}
+    tasks = {name: own for name, report in found.items() if (own := tasks_of(report)) is not None}
     means = {name: facts.mean_pruned.value for name, facts in tasks.items() if facts.mean_pruned is not None}
     if means:
         of_dense = next((facts.mean_dense.value for facts in tasks.values() if facts.mean_dense is not None), None)
