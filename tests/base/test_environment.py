@@ -79,6 +79,16 @@ def test_without_a_home_caches_are_in_a_folder_of_the_users_own(no_home: Path) -
     assert environment.expand_home("~/model") == Path("~/model")
 
 
+def test_a_home_where_nobody_can_write_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for home in ("file", "file/below"):
+        environment._temporary_cache.cache_clear()
+        monkeypatch.setenv("HOME", str(tmp_path / home))
+        assert environment.user_cache() == tmp_path / f"coprune-{os.getuid()}"
+
+
 @pytest.mark.parametrize("planted", ["writable", "link"])
 def test_a_folder_that_others_may_have_filled_is_not_used(planted: str, no_home: Path) -> None:
     folder = environment.user_cache()

@@ -43,14 +43,17 @@ def asks_for_fsdp() -> bool:
 def user_cache() -> Path:
     """Where is kept what can be made again: `coprune` in XDG_CACHE_HOME or ~/.cache.
 
-    For a user without a home, as in some containers, it is a folder among the temporary ones.
+    For a user without a home, or with one where nobody may write, as in some containers, it is a folder among the temporary
+    ones.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "coprune"
     try:
-        return Path.home() / ".cache" / "coprune"
-    except RuntimeError:
+        found = Path.home() / ".cache" / "coprune"
+        above = next(folder for folder in (found, *found.parents) if folder.exists())
+    except (RuntimeError, OSError):
         return _temporary_cache()
+    return found if above.is_dir() and os.access(above, os.W_OK | os.X_OK) else _temporary_cache()
 
 
 def kernel_cache() -> Path:

@@ -22,6 +22,15 @@ def one_is_enough(value: Any) -> Any:
     return (value,) if isinstance(value, str | Mapping) else value
 
 
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can write something, as it cannot the name of a file that is of another encoding."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def reason(detail: Any) -> str:
     """What pydantic says of one value, as the end of a sentence."""
     said = str(detail["msg"]).removeprefix("Value error, ").removesuffix(".")

@@ -71,9 +71,10 @@ def bench(
     model = Path(models[0]) if alone else models
     asked |= {"prompt": prompt_tokens, "tokens": decode_tokens, "repeats": repeats}
     found = bench(model, None if sizes is None else tuple(map(int, sizes)), **asked)
-    typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")
+    typer.echo(str(found))
+    if json_file is not None:
         _put_into_page(json_file)
 
 

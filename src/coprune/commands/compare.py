@@ -50,7 +50,6 @@ def compare(
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
         require_file(file, field)
     found = compare(models, evaluations=cache, fresh=fresh, quiet=quiet, **settings)
-    print_sheet(found.sheet())
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     if csv_file is not None:
@@ -62,4 +61,6 @@ def compare(
         from coprune.report.made import MadeFacts
 
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
+    print_sheet(found.sheet())  # once all is kept, since whoever reads it may be gone
+    if page_file is not None:
         typer.echo(f"page      {page_file}")

@@ -36,6 +36,6 @@ def evaluate(
     require_file(json_file, "json")
     example = Command("evaluate", "smollm2-135m", Set("data", "embedded"))
     found = evaluate(named_model(model, model_option, example), against=against, quiet=quiet, **settings)
-    typer.echo(str(found))
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
+    typer.echo(str(found))

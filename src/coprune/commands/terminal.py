@@ -9,6 +9,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from coprune.base.shown import Sheet
 
@@ -39,9 +40,9 @@ def print_sheet(sheet: Sheet) -> None:
     """Print a table with named columns, folded where the terminal is narrower."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     first, *others = sheet.columns
-    table.add_column(first)
+    table.add_column(Text(first))
     for column in others:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(Text(column), justify="right", overflow="fold")
     for row in sheet.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a name may look like markup
     console().print(table)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from coprune.base.environment import expand_home
-from coprune.base.validation import one_is_enough
+from coprune.base.validation import is_text, one_is_enough
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.pattern import parse_pattern
@@ -32,6 +32,9 @@ class Part(BaseModel):
     @field_validator("*")
     @classmethod
     def _at_home(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str | Path) and not is_text(str(text)):
+                raise ValueError("it is no text in UTF-8, in which recipes and reports are written")
         # As a shell does, which files and Python do not pass.
         return expand_home(value) if isinstance(value, Path) else value
 

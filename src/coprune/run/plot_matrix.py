@@ -7,6 +7,7 @@ from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_bytes
+from coprune.base.output_names import require_file
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
@@ -38,6 +39,7 @@ def plot_matrix(recipe: Recipe, name: str, path: Path, reporter: Reporter) -> No
     """
     if path.suffix not in (".png", ".svg"):
         raise BadInput(f"a plot is a .png or .svg file, not {path.name}", field="output", value=path)
+    require_file(path, "output")
     try:
         import vl_convert
     except ImportError as error:

@@ -1,0 +1,41 @@
+"""Tables on a terminal, whose texts others may have written."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from coprune.base.shown import Sheet
+from coprune.commands.terminal import print_sheet
+from support.commands import run_command
+from support.pico_folder import save_pico, write_words
+
+
+def test_a_name_that_looks_like_markup_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["out/[final]", "a[/b]", "[bold]c", "[link=x]d[/link]"]
+    print_sheet(Sheet("", [[name, name] for name in names], ["model", "[red]size"]))
+    shown = capsys.readouterr().out
+    assert all(shown.count(name) == 2 for name in names), shown
+    assert "[red]size" in shown
+
+
+def test_figures_are_kept_before_they_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pico(Path("model"), num_hidden_layers=1)
+    write_words(Path("words.txt"))
+
+    for line, kept in (
+        ("eval model --json eval.json", "eval.json"),
+        ("compare model model --csv both.csv", "both.csv"),
+    ):
+        asked = [*line.split(), "--data", "words.txt", "--seqlen", "32", "--tokens", "64", "--quiet"]
+        with suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            ended = run_command(asked, patch, capsys)
+        assert (ended.code, ended.err.count("No space left on device")) == (2, 1), ended.err
+        assert Path(kept).is_file()
