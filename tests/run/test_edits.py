@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coprune.base.errors import CopruneError, VerificationError
+from coprune.base.errors import BadInput, CopruneError, VerificationError
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint import writer
 from coprune.model.checkpoint.load import load_model
@@ -20,7 +20,9 @@ from coprune.model.edits import EDITS_FILE, Edits, dump_edits, load_edits, prune
 from coprune.model.matrices import find_matrices
 from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.run.given import NOTHING
 from coprune.run.result import Result
+from coprune.run.session import Surroundings, open_run
 from coprune.run.stages import run_recipe
 from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at
@@ -144,3 +146,12 @@ def test_a_damaged_file_of_edits_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / EDITS_FILE).write_text("[]")
     with pytest.raises(CopruneError, match="damaged"):
         pruned_names(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1", '{"masks": {}, "source": "x", "before": 5}', '{"masks": {}, "edits": []}'])
+def test_a_damaged_file_beside_the_source_is_found_before_anything_is_pruned(content: str, tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama")
+    (tmp_path / "llama" / EDITS_FILE).write_text(content)
+    recipe = make_recipe({"model": str(tmp_path / "llama"), "method": "magnitude", "layer_error": False})
+    with pytest.raises(BadInput, match=r"coprune_edits.json is damaged"):
+        open_run(recipe, NOTHING, Surroundings(Reporter(quiet=True)))

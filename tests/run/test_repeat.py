@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from coprune.recipe.choice import Choice
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.journal import run_identity
 from coprune.run.repeat import beside_finished, where_to
@@ -206,3 +207,14 @@ def test_a_run_that_was_stopped_goes_on_in_the_default_folder_with_smaller_batch
     assert where_to(asked, False, ()) == (asked, None)
     finish(run)
     assert where_to(asked, False, ())[0].output.run == run.with_name(f"{run.name}-batch-size-1")
+
+
+def test_what_weighs_blocks_is_asked_of_cuts_alone() -> None:
+    """Options of an allocation of the same name are others for zeros."""
+    for allocation in ("error:bound=0.2", "search:rounds=3,levels=3"):
+        zeros = make_recipe({"model": "m", "allocation": allocation, "sparsity": 0.5})
+        assert run_identity(zeros, "weights", "tokens") == run_identity(zeros, "weights", "tokens", streams=True)
+    cut = make_recipe({"model": "m", "allocation": "error", "remove": "channels=0.3"})
+    assert run_identity(cut, "weights", "tokens") != run_identity(cut, "weights", "tokens", streams=True)
+    alike = cut.replaced(allocation=Choice.of("error:tokens=0"))
+    assert run_identity(alike, "weights", "tokens") == run_identity(alike, "weights", "tokens", streams=True)

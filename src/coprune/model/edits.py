@@ -154,6 +154,11 @@ def is_coprunes(folder: Path) -> bool:
     return (folder / EDITS_FILE).is_file() and (folder / "config.json").is_file()
 
 
+def require_history(folder: Path) -> None:
+    """Raise BadInput if what tells of a folder's model is damaged, which will be copied into what is made of it."""
+    _content(folder)
+
+
 def pruned_names(folder: Path) -> set[str]:
     """Names of the matrices that were pruned in a folder's model; empty where nothing tells. Raises BadInput if damaged."""
     try:
@@ -209,6 +214,8 @@ def _content(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise _damaged(folder) from None
     if not isinstance(content, dict) or "masks" not in content:
+        raise _damaged(folder)
+    if not isinstance(content.get("before", []), list) or not isinstance(content.get("edits", {}), dict):
         raise _damaged(folder)
     return content
 

@@ -158,7 +158,7 @@ def _of_allocation(recipe: Parts) -> BadInput | None:
         wrong = "a search tries zeros without what low_rank adds to them"
         fix: Words = (LeaveOut("low_rank"), " for the search, and give what it found to a run of its own")
         return BadInput(wrong, field="allocation", value=asked, fix=fix)
-    units, zeros = bool({"channels", "heads", "parameters"} & shares), not shares or recipe.pattern.is_said
+    units, zeros = recipe.structure.spreads, not shares or recipe.pattern.is_said
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None
     fix = ("take ", Set("allocation", "uniform"))

@@ -133,10 +133,15 @@ class StructurePart(Part):
     def scores(self) -> dict[Scored, Choice]:
         """The scores that what is removed goes by."""
         removed = self.shares.keys()
-        kinds: list[Scored] = ["units"] if {"channels", "heads", "parameters"} & removed else []
+        kinds: list[Scored] = ["units"] if self.spreads else []
         kinds += ["blocks"] if {"blocks", "parameters"} & removed else []
         kinds += ["experts"] if "experts" in removed else []
         return {kind: self.score_of(kind) for kind in kinds}
+
+    @property
+    def spreads(self) -> bool:
+        """Whether channels or heads go, which may be spread unevenly over the blocks."""
+        return bool({"channels", "heads", "parameters"} & self.shares.keys())
 
     @property
     def shares(self) -> dict[Removable, float]:
@@ -215,4 +220,8 @@ def weights_in(asked: str) -> dict[str, float] | None:
         if not name or not 0 <= found[name] < float("inf"):
             fix = "write max-min, or NAME=WEIGHT for every domain, with commas between"
             raise BadInput(f"{text!r} is no weight of a domain", field="blend", value=asked, fix=fix)
+    if not any(found.values()):
+        raise BadInput(
+            "all weights of the domains are zero", field="blend", value=asked, fix="give one a larger weight"
+        )
     return found

@@ -195,8 +195,10 @@ def may_round_otherwise(recipe: Recipe) -> bool:
 
 def weighs_blocks(recipe: Recipe) -> bool:
     """Whether blocks are weighed by what a run does with all of the model in memory, and by something else without."""
+    if not recipe.structure.remove:
+        return False  # options of the same name are others for zeros
     by = spreading_named(recipe.allocation)
-    return bool(recipe.structure.remove) and isinstance(by, ByError) and by.tokens > 0
+    return isinstance(by, ByError) and by.tokens > 0
 
 
 def run_identity(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.memory import return_free_memory
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
@@ -17,6 +18,7 @@ from coprune.evaluation.bos import BosChoice, score_of
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
+from coprune.model.edits import require_history
 from coprune.model.low_rank import noting_calls
 from coprune.model.opened import Loaded, open_model, say_of_bfloat16, streams
 from coprune.model.walk.activations import GIB, Activations, device_room
@@ -143,6 +145,7 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
         spread_named(recipe.allocation)
     check_processes(recipe, around.processes.size)
     reporter, loaded = around.reporter, given.loaded
+    require_history(expand_home(recipe.model.name))
     if loaded is None:
         reporter.say(f"Loading {recipe.model.name}")
         loaded = open_model(recipe.model, stream=streams(recipe))

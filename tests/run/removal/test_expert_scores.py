@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from coprune.data.mixture import packed
 from coprune.model.removal.routing import Routed
 from coprune.pruning.structure.experts import ExpertSums
 from coprune.recipe.recipe import make_recipe
+from coprune.run import stages
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, write_words
 
@@ -114,12 +116,37 @@ def test_domains_are_scored_at_once_and_blended_anew(tmp_path: Path) -> None:
         coprune.prune(pico_model("olmoe"), domains=str(tmp_path / "both" / "experts.json"), **asked)
 
 
+def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that removed a block as well has none of the experts that were in it."""
+    asked = SETTINGS | {"dataset": IDS, "score": "influence"}
+    file, model = tmp_path / "run" / "experts.json", partial(pico_model, "mixtral")
+    coprune.prune(model(), save=tmp_path / "run", **asked | {"remove": "experts=0.25,blocks=0.34"})
+
+    def slow(*_: Any) -> Any:
+        raise AssertionError("this takes hours")
+
+    monkeypatch.setattr(stages, "measure_dense", slow)
+    left = {"remove": "experts=0.25", "domains": str(file)}
+    with pytest.raises(BadInput, match=r"experts.json holds no scores of the experts in model.layers.\d"):
+        coprune.prune(model(), **asked | left)
+    content = json.loads(file.read_text())
+    content["sums"]["calibration"] |= {f"model.layers.{i}": {"tokens": [1.0], "weighted": [1.0]} for i in range(3)}
+    file.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"holds no scores of the experts in model.layers.0"):
+        coprune.prune(model(), **asked | left)
+    with pytest.raises(BadInput, match="cannot be read"):
+        coprune.prune(model(), **asked | {"domains": str(tmp_path / "nothing.json")})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"domains": "code"}, "'code' names no domain"),
         ({"domains": ["a=x", "a=y"]}, "the domain a is named twice"),
         ({"domains": "a=x,b=y", "blend": "a=1"}, "weights are of the domains that there are"),
+        ({"domains": "a=x,b=y", "blend": "a=0,b=0"}, "all weights of the domains are zero"),
         ({"domains": "a=x", "blend": "mean"}, "'mean' is no weight of a domain"),
         ({"domains": "a=x", "remove": "heads=0.5"}, "domains are what experts are scored on"),
     ],

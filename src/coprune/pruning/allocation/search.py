@@ -19,8 +19,6 @@ from coprune.recipe.pattern import Target
 
 ALLOCATION_FILE = "allocation.yaml"
 """What a search over zeros found, in the run's folder, as `--allocation` takes it."""
-ZEROS_ONLY = ("levels", "step")
-"""Options that mean nothing where a search is for what is removed."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
-from coprune.pruning.allocation import spread_named
+from coprune.pruning.allocation import ALLOCATIONS, SEARCHES, spread_named
 from coprune.pruning.allocation.by_file import ByFile
-from coprune.pruning.allocation.search import ZEROS_ONLY
+from coprune.pruning.structure.spreading import SPREADINGS
 from coprune.recipe.choice import Choice
 from coprune.recipe.globs import refuse_numbers
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.structure import SPREADING, StructurePart
+from coprune.recipe.structure import StructurePart
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
@@ -104,20 +105,38 @@ def cut_and_prune(
 
 def _check_allocation(recipe: Recipe) -> None:
     """Raise BadInput for an allocation of zeros that there is not, or whose file goes by numbers that do not stay."""
-    asked = spread_named(recipe.allocation)
+    asked = spread_named(_for_zeros(recipe))
     globs = [glob for glob, _ in asked.entries] if isinstance(asked, ByFile) else []
     if (wrong := refuse_numbers(globs, "allocation", recipe.structure.shares)) is not None:
         raise wrong
 
 
+def _for_units(recipe: Recipe) -> Choice:
+    """How the cut spreads channels and heads: by the options that mean something there."""
+    asked = recipe.allocation
+    if asked.name not in SPREADINGS or not recipe.structure.spreads:
+        return _UNIFORM
+    known = _options_of(SPREADINGS[asked.name])
+    return Choice(name=asked.name, options={name: value for name, value in asked.options.items() if name in known})
+
+
+def _for_zeros(recipe: Recipe) -> Choice:
+    """How the zeros are spread: without the options that are of channels and heads alone."""
+    asked = recipe.allocation
+    if asked.name not in SPREADINGS or not recipe.structure.spreads:
+        return asked
+    others = _options_of(SPREADINGS[asked.name]) - _options_of({**ALLOCATIONS, **SEARCHES}[asked.name])
+    return Choice(name=asked.name, options={name: value for name, value in asked.options.items() if name not in others})
+
+
+def _options_of(spreading: Any) -> set[str]:
+    return {one.name for one in fields(spreading)}
+
+
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
     own = recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
-    asked = recipe.allocation
-    if asked.name not in SPREADING:
-        return own.replaced(allocation=_UNIFORM)
-    options = {name: value for name, value in asked.options.items() if name not in ZEROS_ONLY}
-    return own.replaced(allocation=Choice(name=asked.name, options=options) if asked.name == "search" else asked)
+    return own.replaced(allocation=_for_units(recipe))
 
 
 def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
@@ -125,7 +144,7 @@ def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     # As the dense model spoke for, so that all figures are of the same windows.
     bos = recipe.calibration.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
-    whole = recipe.model_copy(update={"structure": StructurePart()})
+    whole = recipe.model_copy(update={"structure": StructurePart(), "allocation": _for_zeros(recipe)})
     # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
     require = None if recipe.answers.require is None else "loops>=0"
     # The folder goes to the Hub when the card of both halves is in it.

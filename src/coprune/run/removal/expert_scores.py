@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
+from coprune.model.removal.experts import Mixture
 from coprune.pruning.structure.experts import ExpertSums
 from coprune.run.session import Session
 
@@ -60,6 +62,13 @@ class ExpertScores(BaseModel):
             for name, blocks in self.sums.items()
         }
 
+    def tells_of(self, block: str, mixture: Mixture) -> bool:
+        """Whether every domain has sums of all experts of a mixture."""
+        found = [own.get(block) for own in self.sums.values()]
+        return bool(found) and all(
+            one is not None and len(one.tokens) == len(one.weighted) == mixture.count for one in found
+        )
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file. Raises BadInput where it is missing or damaged."""
@@ -77,16 +86,17 @@ def own_file(session: Session) -> Path:
     return session.opened.recipe.run_folder / EXPERTS_FILE
 
 
-def known_scores(session: Session, model: str, data: dict[str, str]) -> Scored | None:
+def known_scores(session: Session, model: str, data: dict[str, str], mixtures: Mapping[str, Mixture]) -> Scored | None:
     """Scores that need no pass: those that the recipe names, or those of this run before it was killed.
 
     Args:
         session: the run.
         model: fingerprint of its weights.
         data: fingerprints of the samples, by domain.
+        mixtures: by block, those whose scores are wanted.
 
     Raises:
-        BadInput: the file that is named is of another model, or has other domains than have weights.
+        BadInput: the file that is named is of another model, lacks a mixture, or has other domains than have weights.
     """
     asked = session.opened.recipe.structure
     if asked.kept_scores is not None:
@@ -94,6 +104,15 @@ def known_scores(session: Session, model: str, data: dict[str, str]) -> Scored |
         if kept.model != model:
             raise BadInput(
                 f"{asked.kept_scores} holds scores of another model", field="domains", value=asked.kept_scores
+            )
+        if (
+            lacking := next((block for block, one in mixtures.items() if not kept.tells_of(block, one)), None)
+        ) is not None:
+            raise BadInput(
+                f"{asked.kept_scores} holds no scores of the experts in {lacking}",
+                field="domains",
+                value=asked.kept_scores,
+                fix="name the texts of the domains, or the scores of a run that removed experts alone",
             )
         if asked.weights is not None and asked.weights.keys() != kept.sums.keys():
             named = ", ".join(kept.sums)

@@ -83,7 +83,7 @@ def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
     counts = "" if opened.recipe.calibration.calibrate_on == "all" else " generated"
     data = {name: f"{one.fingerprint}{counts}" for name, one in named.items()}
     processes, model = opened.around.processes, opened.loaded.fingerprint(session.model.blocks)
-    known = processes.from_first(lambda: known_scores(session, model, data))
+    known = processes.from_first(lambda: known_scores(session, model, data, mixtures))
     if known is not None:
         opened.around.reporter.say("The experts' scores are known, so no text runs through the model.")
         return known

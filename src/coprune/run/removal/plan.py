@@ -14,6 +14,7 @@ from coprune.model.removal.parts import Kind, Part, step_of
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.run.removal.cut import Plan
+from coprune.run.removal.expert_scores import known_scores
 from coprune.run.removal.experts import experts_left, find_experts
 from coprune.run.removal.rehearsal import rehearse
 from coprune.run.session import Session
@@ -42,6 +43,9 @@ def find_removable(session: Session) -> Removable:
     for kind in kinds:
         _say_without(session, kind, parts)
     found = Removable(parts, find_experts(session) if "experts" in asked.shares else {})
+    if found.mixtures and asked.kept_scores is not None and "blocks" not in asked.shares:
+        whose = session.opened.loaded.fingerprint(model.blocks)
+        session.opened.around.processes.from_first(lambda: known_scores(session, whose, {}, found.mixtures))
     if "blocks" in asked.shares:
         _require_blocks(session, _count_of_blocks(session, asked.shares["blocks"]))
     rest = _plan_of(session, found, ())
