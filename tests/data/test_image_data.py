@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.data.images import draw_images, image_batches, labelled_images, labels_for
+from coprune.data.images import LabelledImages, draw_images, image_batches, labelled_images, labels_for
 from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes, wilson_interval
 
 
@@ -116,6 +116,11 @@ def test_labels_go_by_the_models_names(folder: Path) -> None:
     assert labels_for(images, {0: "LABEL_0", 1: "LABEL_1"}, 2).tolist() == [0, 0, 0, 1, 1, 1]
     with pytest.raises(BadInput, match="only 1 classes"):
         labels_for(images, {0: "LABEL_0"}, 1)
+
+
+def test_two_classes_of_one_name_are_told_apart_by_their_numbers() -> None:
+    images = LabelledImages(grey, torch.tensor([0, 1, 2]), ("crane", "dog", "cat"), "three")
+    assert labels_for(images, {0: "crane", 1: "dog", 2: "cat", 3: "crane"}, 4).tolist() == [0, 1, 2]
 
 
 def test_evenly_spaced_images(folder: Path) -> None:

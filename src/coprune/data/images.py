@@ -143,9 +143,12 @@ def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, class
             f"{unknown:,} of the {len(images):,} images of {images.source} have no label",
             fix="take images with labels, such as those of another split",
         )
-    names = {str(name): int(number) for number, name in (id2label or {}).items()}
+    own = {int(number): str(name) for number, name in (id2label or {}).items()}
+    names = {name: number for number, name in own.items()}
     if images.classes and all(name in names for name in images.classes):
-        return torch.tensor([names[name] for name in images.classes])[images.labels]
+        # Two of ImageNet's classes are cranes: where both count alike, a number says which.
+        numbers = [at if own.get(at) == name else names[name] for at, name in enumerate(images.classes)]
+        return torch.tensor(numbers)[images.labels]
     if len(images) and int(images.labels.max()) >= classes:
         raise BadInput(
             f"{images.source} has labels up to {int(images.labels.max())} and the model only {classes} classes, which are "
