@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from coprune.base.shown import Sheet
+from coprune.base.progress import Reporter
+from coprune.base.shown import Sheet, printable
 from coprune.commands.terminal import print_sheet
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
@@ -20,6 +24,24 @@ def test_a_name_that_looks_like_markup_is_a_name(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert all(shown.count(name) == 2 for name in names), shown
     assert "[red]size" in shown
+
+
+def test_what_others_wrote_steers_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "x\x1b]0;title\x07\x9b31m"}))
+    ended = run_command(["inspect", "model"], monkeypatch, capsys)
+    assert ended.code == 2
+    assert "x\\x1b]0;title\\x07\\x9b31m" in ended.err
+    print_sheet(Sheet("", [["a\x1b[31m", "b\tc"]], ["model", "size"]))
+    Reporter().say("Loading \x1b[31m")
+    shown = capsys.readouterr()
+    assert "a\\x1b[31m" in shown.out
+    assert shown.err == "Loading \\x1b[31m\n"
+    assert printable("one\ntwo\tthree \u2028 ä€😀") == "one\ntwo\tthree \u2028 ä€😀"
 
 
 def test_figures_are_kept_before_they_are_shown(

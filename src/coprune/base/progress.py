@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
+from coprune.base.shown import printable
+
 Advance = Callable[[float], None]
 NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)
 """In place of a bar where there is nothing to wait for."""
@@ -71,7 +73,7 @@ class Reporter:
 
     def _show(self, line: str) -> None:
         # A terminal wraps by itself, and in a log a line stays one.
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Advance]:
@@ -82,7 +84,7 @@ class Reporter:
         if not self._console.is_terminal:
             yield self._lines(description, total)
             return
-        words = shortened(description, max(_WORDS, self._console.width - _BESIDE - _BAR // 2))
+        words = shortened(printable(description), max(_WORDS, self._console.width - _BESIDE - _BAR // 2))
         columns = (
             SpinnerColumn(),
             TextColumn(f"{{task.description:<{_WORDS}}}", markup=False),

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text whose control characters stand as their escapes: by them, what others wrote could steer a terminal."""
+    return text.translate(_CONTROLS)
+
 
 def per_cent(share: float, digits: int = 2, signed: bool = False) -> str:
     """A share as it is written everywhere: 0.5 is `50.00 %`."""

@@ -18,6 +18,7 @@ from coprune.base.errors import CopruneError
 from coprune.base.words import ended, speaking
 from coprune.commands.face import CommandLine
 from coprune.commands.grouped import WIDEST
+from coprune.commands.show import tell
 from coprune.commands.stopping import INTERRUPTED, how_to_go_on, stopped_alike
 from coprune.commands.table import Commands
 
@@ -71,7 +72,7 @@ def main() -> None:
     with stopped_alike() as stop:
         code = _run(sys.argv[1:] or ["--help"])
     if code == INTERRUPTED:
-        typer.echo(f"coprune: {how_to_go_on(sys.argv[1:])}", err=True)
+        tell(f"coprune: {how_to_go_on(sys.argv[1:])}")
         code = stop.code
     if code:
         sys.exit(code)
@@ -108,7 +109,7 @@ def _run(arguments: list[str]) -> int:
 
 def _fail(message: str) -> NoReturn:
     """Print one line on standard error and exit with 2."""
-    typer.echo(f"coprune: {' '.join(message.split())}", err=True)
+    tell(f"coprune: {' '.join(message.split())}")
     sys.exit(2)
 
 

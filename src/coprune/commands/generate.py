@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.commands.show import show
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="The model: Hub id, folder, GGUF file, or smollm2-135m.")],
@@ -43,4 +45,4 @@ def generate(
     from coprune.run.generate import generate
 
     given: Any = {name: value for name, value in said.items() if value is not None}
-    typer.echo(f"written   {generate(model, target, prompts, quiet=quiet, **given)}")
+    show(f"written   {generate(model, target, prompts, quiet=quiet, **given)}")

@@ -10,6 +10,7 @@ import typer
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import inspecting_options, with_options
+from coprune.commands.show import show
 from coprune.recipe.recipe import make_recipe
 
 _FEW_SAMPLES = 16
@@ -37,9 +38,9 @@ def inspect(
     from coprune.run.inspect import inspect_recipe
 
     if plot is None:
-        typer.echo("\n".join(inspect_recipe(recipe, Reporter(quiet), weights).lines(matrices)))
+        show("\n".join(inspect_recipe(recipe, Reporter(quiet), weights).lines(matrices)))
         return
     from coprune.run.plot_matrix import plot_matrix
 
     plot_matrix(recipe, plot, output, Reporter(quiet))
-    typer.echo(f"plot      {output}")
+    show(f"plot      {output}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coprune.commands.show import show
+
 
 def merge(
     model: Annotated[str, typer.Argument(help="The pruned model that the adapter was trained on.")],
@@ -17,4 +19,4 @@ def merge(
     """Merge a masked adapter into its pruned model; every zero stays one."""
     from coprune.training.merge import merge
 
-    typer.echo(str(merge(model, adapter, output, quiet=quiet)))
+    show(str(merge(model, adapter, output, quiet=quiet)))

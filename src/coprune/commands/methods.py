@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coprune.commands.show import show
+
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Only this method.", show_default=False)] = None,
@@ -13,4 +15,4 @@ def methods(
     """List the pruning methods and their own options."""
     from coprune.pruning.methods.describe import describe_methods
 
-    typer.echo("\n".join(describe_methods(name)))
+    show("\n".join(describe_methods(name)))

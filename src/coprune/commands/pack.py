@@ -7,6 +7,8 @@ from typing import Annotated, cast
 
 import typer
 
+from coprune.commands.show import show
+
 
 def pack(
     source: Annotated[Path, typer.Argument(help="Folder of a pruned model (safetensors).")],
@@ -26,4 +28,4 @@ def pack(
     from coprune.packed.folder import pack
     from coprune.packed.format import Format
 
-    typer.echo(str(pack(source, target, cast(Format, form), drop_negative_zeros)))
+    show(str(pack(source, target, cast(Format, form), drop_negative_zeros)))

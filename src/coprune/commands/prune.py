@@ -8,6 +8,7 @@ import typer
 
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.options import with_options
+from coprune.commands.show import show
 from coprune.commands.terminal import end_unless_held
 
 READ_WITH = {"context_settings": METHOD_OPTIONS}
@@ -39,7 +40,7 @@ def prune(
             reporter.say(said)
         report = run_recipe(recipe, reporter=reporter, processes=processes).report
     if processes.first:
-        typer.echo(str(report))
-        typer.echo(f"report    {recipe.run_folder / 'report.json'}")
-        typer.echo(f"page      {recipe.run_folder / 'report.html'}")
+        show(str(report))
+        show(f"report    {recipe.run_folder / 'report.json'}")
+        show(f"page      {recipe.run_folder / 'report.html'}")
         end_unless_held(report.required)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coprune.commands.show import show
+
 
 def push(
     folder: Annotated[
@@ -25,4 +27,4 @@ def push(
 
     with Reporter(quiet).libraries():
         address = push(folder, repository, private)
-    typer.echo(f"pushed to {address}")
+    show(f"pushed to {address}")

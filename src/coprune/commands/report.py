@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coprune.commands.show import show
+
 
 def report(
     runs: Annotated[
@@ -32,4 +34,4 @@ def report(
         write_finetune_page(folder, path)
     else:
         write_page(runs, path)
-    typer.echo(f"page      {path}")
+    show(f"page      {path}")

@@ -9,6 +9,7 @@ import typer
 
 from coprune.commands.grouped import GroupedCommand, with_value
 from coprune.commands.options import recipe_options, with_options
+from coprune.commands.show import show
 
 if TYPE_CHECKING:
     from coprune.run.sweep.result import SweepResult
@@ -86,7 +87,7 @@ def sweep(
 
     found = sweep(file, script=script, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:
-        typer.echo("\n".join(found.commands))
+        show("\n".join(found.commands))
     else:
         _show(found)
 
@@ -98,8 +99,8 @@ def _show(found: SweepResult) -> None:
     from coprune.run.sweep.results import MARKDOWN, print_tables
 
     print_tables(found.sweep, found.runs, found.reports, console())
-    typer.echo(found.ledger.line())
-    typer.echo(f"results   {found.sweep.folder / MARKDOWN}")
+    show(found.ledger.line())
+    show(f"results   {found.sweep.folder / MARKDOWN}")
     if found.reports:
-        typer.echo(f"page      {found.sweep.folder / PAGE_FILE}")
+        show(f"page      {found.sweep.folder / PAGE_FILE}")
     found.require_success()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coprune.base.shown import Sheet
+from coprune.base.shown import Sheet, printable
 
 NOT_AS_REQUIRED = 3
 _NO_EDGE = 10_000  # columns
@@ -44,5 +44,5 @@ def print_sheet(sheet: Sheet) -> None:
     for column in others:
         table.add_column(Text(column), justify="right", overflow="fold")
     for row in sheet.rows:
-        table.add_row(*map(Text, row))  # a name may look like markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a name may look like markup
     console().print(table)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coprune.commands.show import show
+
 
 def unpack(
     source: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
@@ -16,4 +18,4 @@ def unpack(
     from coprune.packed.folder import unpack
 
     unpack(source, target)
-    typer.echo(f"unpacked  {target}")
+    show(f"unpacked  {target}")
