@@ -252,6 +252,8 @@ def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, co
 def test_inspect_gives_the_data_of_which_the_commands_lines_are_a_rendering(
     inside: Path, pruned: coprune.Result, command: Callable[..., str]
 ) -> None:
+    with pytest.raises(coprune.BadInput, match="not which parts would be removed; leave out remove"):
+        coprune.inspect("model", remove="heads=0.5", quiet=True)
     found = coprune.inspect("model", pattern="2:4", exclude="*.q_proj", quiet=True)
     options = ["-p", "2:4", "--exclude", "*.q_proj", "-q"]
     assert command("inspect", "model", *options) == f"{found}\n"

@@ -8,7 +8,9 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
+from coprune.base.errors import BadInput
 from coprune.base.progress import NO_BAR, Reporter
+from coprune.base.words import LeaveOut
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
@@ -66,6 +68,9 @@ def inspect(
 
 def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, given: Given = NOTHING) -> Inspection:
     """Look at what a recipe would prune. Raises BadInput as a run with the recipe would."""
+    if recipe.structure.remove:
+        cause = "inspect tells where zeros would be, and not which parts would be removed"
+        raise BadInput(cause, field="remove", fix=LeaveOut("remove"))
     _, target = prepare_solver(recipe)
     allocation_named(recipe.allocation)
     with reporter.libraries():
