@@ -24,9 +24,9 @@ SMALLEST_HALF = 128
 def unless_all_zero(values: Tensor) -> Tensor:
     """The values; ones where every one of them is zero, as where nothing but zeros was seen: then only weights can tell.
 
-    values: at least zero, such as mean squares of inputs.
+    values: such as mean squares of inputs.
     """
-    return torch.where((values > 0).any(), values, torch.ones_like(values))
+    return torch.where((values != 0).any(), values, torch.ones_like(values))
 
 
 def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:

@@ -269,6 +269,15 @@ def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkey
         for module, name in ((plan, "blocks_that_go"), (spread, "costs_of"), (uneven, "_measured")):
             patched.setattr(module, name, interrupt)
         go("stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(uneven, "_measured", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go("early")
+    with monkeypatch.context() as patched:
+        for module, name in ((plan, "blocks_that_go"), (spread, "costs_of")):
+            patched.setattr(module, name, interrupt)
+        go("early")
+    assert without_card(tmp_path / "early" / "small") == without_card(tmp_path / "whole" / "small")
     assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")
 
 

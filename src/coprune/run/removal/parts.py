@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -88,18 +89,30 @@ def remove_parts(session: Session, output: Output | None, found: Removable) -> O
 
 
 def _planned(session: Session, shared: SharedOutput, found: Removable) -> tuple[Plan, Configure]:
-    """What goes, as an earlier run settled it or as is settled now, and how the configuration tells of it."""
-    budget = session.opened.recipe.structure.shares.get("parameters")
-    if (settled := shared.settled_before()) is not None:
-        plan = as_settled(session, found, settled)
+    """What goes, as far as an earlier run settled it or as is settled now, and how the configuration tells of it."""
+    settled = shared.settled_before() or {}
+    if (known := settled.get("plan")) is not None:
+        plan = as_settled(session, found, known)
         return plan, rehearse(session, plan)
-    even = plan_removal(session, found) if budget is None else spread_budget(session, budget, found)
-    configure = found.rehearsed[1] if found.rehearsed is not None else rehearse(session, even)
+    even, configure = _even(session, found, settled.get("even"))
+    shared.keep_settled({"even": settled_in(even)})
     plan = spread_units(session, even)
     if plan is not even:
         configure = rehearse(session, plan)
-    shared.keep_settled(settled_in(plan))
+    shared.keep_settled({"plan": settled_in(plan)})
     return plan, configure
+
+
+def _even(session: Session, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
+    """The same with as many units of every block. settled: by an earlier run, if it came so far."""
+    if found.rehearsed is not None:
+        return found.rehearsed
+    budget = session.opened.recipe.structure.shares.get("parameters")
+    if settled is not None:
+        even = as_settled(session, found, settled)
+    else:
+        even = plan_removal(session, found) if budget is None else spread_budget(session, budget, found)
+    return even, rehearse(session, even)
 
 
 def _remove(

@@ -56,9 +56,7 @@ def find_removable(session: Session) -> Removable:
 
 
 def plan_removal(session: Session, found: Removable) -> Plan:
-    """Choose the blocks that go, if any do, and say how much of the others. Raises BadInput, UnsupportedModel."""
-    if found.rehearsed is not None:
-        return found.rehearsed[0]
+    """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
     asked = session.opened.recipe.structure
     dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.shares["blocks"])))
     score = asked.score_of("blocks")
