@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -262,6 +263,15 @@ def test_folders_are_named_by_words_or_places() -> None:
 def test_what_makes_no_sense_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         runs_of(**data)
+
+
+def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
+    told = {"model": Path("a"), "sparsity": list(np.linspace(0.5, 0.7, 3)), "seed": range(2), "nsamples": (4, 8)}
+    plain = {"model": "a", "sparsity": [0.5, 0.6, 0.7], "seed": [0, 1], "nsamples": [4, 8]}
+    sweep = Sweep.make(PLAIN | told).with_settings({"nsamples": np.int64(2), "save": Path("out/y")})
+    again = Sweep.make(yaml.safe_load(sweep.to_yaml()))
+    assert expand(again) == expand(sweep) == runs_of(**plain | {"nsamples": 2, "save": "out/y"})
+    assert names(**told) == names(**plain)
 
 
 def test_a_sweep_is_what_its_file_says(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Sweep(BaseModel):
     @classmethod
     def make(cls, data: Mapping[str, Any]) -> Self:
         """Build a sweep from what its file says. Raises BadInput for unknown fields or lists that make no sense."""
+        data = _plain(data)
         rules = data.get("sweep") or {}
         settings = flatten({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
@@ -138,7 +139,7 @@ class Sweep(BaseModel):
         """The sweep with fields fixed to other values, which also replace those of its included runs."""
         if not typed:
             return self
-        typed = flatten(typed)
+        typed = flatten(_plain(typed))
         if "method" in typed and any({"method", "options"} <= set(group) for group in self.zip):
             typed = {"options": {}, **typed}
         kept = [entry for entry in self.exclude if all(_has(typed[n], v) for n, v in entry.items() if n in typed)]
@@ -162,9 +163,19 @@ class Sweep(BaseModel):
     def to_yaml(self) -> str:
         """The sweep as the file that `read` takes."""
         rules = self.model_dump(mode="json", exclude={"settings"}, exclude_defaults=True)
-        data = {name: str(value) if isinstance(value, Path) else value for name, value in self.settings.items()}
-        data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
-        return yaml.safe_dump(data | ({"sweep": rules} if rules else {}), sort_keys=False, allow_unicode=True)
+        data = self.settings | ({"sweep": rules} if rules else {})
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """What Python says, as a file would say it: paths as text, and every sequence, also of numpy, as a list."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _methods_with_options(settings: dict[str, Any]) -> tuple[dict[str, Any], bool]:
