@@ -234,6 +234,36 @@ def test_evaluate_says_what_a_model_in_memory_lacks(inside: Path, pruned: coprun
         coprune.evaluate("model", "test.txt", sequence=32)  # type: ignore[call-arg]
 
 
+def test_texts_are_paths_as_well_as_names(inside: Path) -> None:
+    small: dict[str, Any] = {"seqlen": 32, "tokens": 128, "quiet": True}
+    both: Any = [Path("test.txt"), Path("words.txt")]
+    named = coprune.evaluate("model", "test.txt,words.txt", **small)
+    assert coprune.evaluate("model", both, **small) == named
+    one = coprune.evaluate("model", Path("test.txt"), **small)
+    assert one.perplexity == named.perplexity[:1]
+    settings: dict[str, Any] = {"nsamples": 2, "seqlen": 32, "eval_tokens": 128, "quiet": True}
+    report = coprune.prune("model", dataset=Path("words.txt"), eval_data=Path("test.txt"), **settings).report
+    assert report.perplexity[0].dense == pytest.approx(one.perplexity[0].value)
+
+
+def test_what_needs_a_name_says_so_of_a_model_in_memory(inside: Path) -> None:
+    model: Any = pico_model("llama")
+    name: Any = "model"
+    with pytest.raises(coprune.BadInput, match="models are compared by name, and a LlamaForCausalLM is in memory"):
+        coprune.compare(["model", model], "test.txt")
+    with pytest.raises(coprune.BadInput, match=r"from its files, .* coprune\.keep_zeros\(model\)"):
+        coprune.finetune(model, dataset="words.txt")
+    for call in (
+        lambda: coprune.prune(model, processor=name, dataset="words.txt"),
+        lambda: coprune.evaluate(model, "test.txt", processor=name),
+        lambda: coprune.generate(model, "new.jsonl", processor=name),
+    ):
+        with pytest.raises(
+            coprune.BadInput, match="a processor is a tokenizer or an image processor, and 'model' is a name"
+        ):
+            call()
+
+
 def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     kept = ["--evaluations", tmp_path / "kept", "--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv"]
     told = command("compare", "model", "model", "--data", "test.txt", "--seqlen", 32, "--quiet", *kept)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coprune.base.errors import BadInput
+from coprune.base.output_names import require_apart
 from coprune.model.checkpoint.part_files import join_files, refuse_occupied
 from coprune.packed.folder import pack
 from coprune.recipe.recipe import make_recipe
@@ -76,3 +77,13 @@ def test_more_blocks_than_files_may_be_open(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert [float(tensor[0]) for _, tensor in sorted(load_file(tmp_path / "joined").items())] == list(range(300))
+
+
+def test_one_folder_by_two_ways_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("link").symlink_to("out")
+    for model in ("out/run", "out/../out/run", "link/run", "out/../out"):
+        with pytest.raises(BadInput, match="which becomes the model's"):
+            require_apart(Path("out/run"), Path(model))
+    require_apart(Path("out/run"), Path("link/model"))

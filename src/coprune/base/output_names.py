@@ -77,7 +77,7 @@ def require_apart(run: Path, model: Path, own: Iterable[str] = ()) -> None:
         own: folders in the run's that no model may be in.
     """
     fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
-    here, there = run.absolute(), model.absolute()
+    here, there = run.resolve(), model.resolve()  # by whatever way they are named
     if here.is_relative_to(there):
         inside = f"the run folder {run} would be in {model}, which becomes the model's"
         raise BadInput(inside, field="save_model", value=model, fix=fix)

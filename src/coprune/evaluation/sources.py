@@ -12,7 +12,7 @@ from coprune.evaluation.cache import bytes_of_weights, model_fingerprint
 from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded, open_model, say_of_bfloat16
+from coprune.model.opened import Loaded, open_model, require_processor, say_of_bfloat16
 from coprune.packed.linear import PackedLinear
 from coprune.recipe.parts import ModelPart
 
@@ -65,6 +65,7 @@ class Held:
     fingerprint = "in memory"
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        require_processor(processor)
         self.name = model.name_or_path or type(model).__name__
         self._loaded = Loaded(InMemory(model), processor, self.name, False)
         self.classifies = self._loaded.task == "images"

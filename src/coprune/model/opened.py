@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +132,14 @@ def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, mo
     if loaded.model.dtype == torch.bfloat16 and not multiplies_bfloat16(loaded.device):
         other = Set("dtype", "float32") if by_name else "float32"
         reporter.say_once(say((f"{SLOW_IN_BFLOAT16} ", other, f" computes several times as fast{more}.")))
+
+
+def require_processor(processor: Any) -> None:
+    """Raise BadInput for the name of a processor: a model in memory comes with the thing itself."""
+    if isinstance(processor, str | Path):
+        wrong = f"a processor is a tokenizer or an image processor, and {str(processor)!r} is a name"
+        fix = "load it first, as with AutoTokenizer.from_pretrained"
+        raise BadInput(wrong, field="processor", value=processor, fix=fix)
 
 
 def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:

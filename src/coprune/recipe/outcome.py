@@ -15,9 +15,11 @@ _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
 
 def _joined(value: Any) -> Any:
-    """Names that are separated by commas may be a list too."""
-    named = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
-    return ",".join(value) if named else value
+    """Names that are separated by commas may be a list too, and a name may be a path."""
+    if isinstance(value, Path):
+        return str(value)
+    named = isinstance(value, list | tuple) and value and all(isinstance(part, str | Path) for part in value)
+    return ",".join(map(str, value)) if named else value
 
 
 Overwrite = Annotated[

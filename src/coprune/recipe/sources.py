@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from coprune.base.environment import expand_home
@@ -97,7 +98,9 @@ def split_sources(data: str) -> list[Source]:
 
 
 def text_of(value: Any) -> Any:
-    """A validator: a mapping of names to shares (or to nothing) as it is written in one line."""
+    """A validator: a path, or a mapping of names to shares (or to nothing), as it is written in one line."""
+    if isinstance(value, Path):
+        return str(value)
     if not isinstance(value, Mapping):
         return value
     return ",".join(str(name) if share is None else f"{name}={share}" for name, share in value.items())

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.data.given import given_samples
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded, refuse_what_loading_decides
+from coprune.model.opened import Loaded, refuse_what_loading_decides, require_processor
 from coprune.pruning.methods import Method, find_method, is_option, option_names
 from coprune.pruning.methods.given import choice_of
 from coprune.recipe.choice import Choice
@@ -91,6 +91,7 @@ def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loade
             fix="give one, which says what its blocks are and how it is saved, or the name of one",
         )
     refuse_what_loading_decides(settings)
+    require_processor(processor)
     return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
 
 

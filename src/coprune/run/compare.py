@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.words import Command, Set
 from coprune.data.given import TextData, handed_over
 from coprune.evaluation.arguments import MeasureArguments
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder
@@ -45,10 +47,25 @@ def compare(
         BadInput: for what cannot be done as asked, or models that do not compare.
         NumericalError: a model's output is NaN.
     """
-    named = [name for model in models for name in models_to_compare(str(model))]
+    named = [name for model in _names(models) for name in models_to_compare(model)]
     folder = default_cache_folder() if evaluations is None else Path(evaluations)
     cache = EvaluationCache(None if fresh else folder)
     reporter = Reporter(quiet)
     with handed_over({"data": data, **settings}, None, "data") as asked, reporter.libraries():
         recipe = measuring_recipe(named[0] if named else "-", asked)
         return compare_models(named, recipe, reporter, cache, model_of)
+
+
+def _names(models: Sequence[str | Path]) -> list[str]:
+    """Names of models. Raises BadInput for a single one, and for a model in memory, of which nothing can be kept."""
+    if isinstance(models, str | Path):
+        raise BadInput(
+            "models are compared with each other", field="models", value=models, fix="give a list of two or more"
+        )
+    for model in models:
+        if not isinstance(model, str | Path):
+            held = f"models are compared by name, and a {type(model).__name__} is in memory"
+            raise BadInput(
+                held, field="models", fix=("save it, or type ", Command("evaluate", "MODEL", Set("against", ...)))
+            )
+    return list(map(str, models))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -19,12 +20,20 @@ from coprune.data.conversations import read_prompts
 from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.generation import positions_of
-from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides, say_of_bfloat16
+from coprune.model.opened import Loaded, open_model, refuse_what_loading_decides, require_processor, say_of_bfloat16
 from coprune.packed.compiled import compile_decoding
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import OWN, Source
 
 _SAMPLES, _LENGTH = 16, 512
+_FITS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "samples": (int, lambda said: said >= 1, "at least 1"),
+    "seqlen": (int, lambda said: said >= 1, "at least 1"),
+    "temperature": (int | float, lambda said: 0 <= said < float("inf"), "at least 0"),
+    "top_p": (int | float, lambda said: 0 < said <= 1, "above 0, up to 1"),
+    "seed": (int, lambda said: True, "a whole number"),
+}
+"""Of what kind a setting is, whether a value fits, and what fits, as the end of a sentence."""
 
 
 class GenerateArguments(TypedDict, total=False):
@@ -124,12 +133,10 @@ def _check(target: Path, asked: dict[str, Any]) -> None:
     if target.suffix != ".jsonl":
         raise BadInput(f"{target} does not end in .jsonl, which it is", field="target", value=target)
     require_file(target, "target")
-    least = {"samples": 1, "seqlen": 1, "temperature": 0, "top_p": 0}
-    for name, value in least.items():
+    for name, (kind, fits, right) in _FITS.items():
         said = asked.get(name)
-        if said is not None and (not value <= said < float("inf") or (name == "top_p" and not 0 < said <= 1)):
-            wrong = "above 0, up to 1" if name == "top_p" else f"at least {value}"
-            raise BadInput((Setting(name), f" is {wrong}, not {said}"), field=name, value=said)
+        if said is not None and not (isinstance(said, kind) and fits(said)):
+            raise BadInput((Setting(name), f" is {right}, not {said!r}"), field=name, value=said)
     if asked.get("template") not in (None, "chat", "none"):
         raise BadInput(f"the template is chat or none, not {asked['template']!r}", field="template")
 
@@ -137,6 +144,7 @@ def _check(target: Path, asked: dict[str, Any]) -> None:
 def _open(model: str | Path | PreTrainedModel, processor: Any, asked: dict[str, Any]) -> Loaded:
     if isinstance(model, PreTrainedModel):
         refuse_what_loading_decides(asked)
+        require_processor(processor)
         return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
     said = {name: asked[name] for name in ("dtype", "device", "cache_dir") if asked.get(name) is not None}
     return open_model(make_recipe({"model": str(model), **said}).model, stream=False)

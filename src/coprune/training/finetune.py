@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.given import given_samples, handed_over
 from coprune.recipe.finetune import Mode
@@ -41,6 +42,11 @@ def finetune(
         NumericalError: the loss is not finite.
         VerificationError: what was saved is not what was computed.
     """
+    if not isinstance(model, str | Path):
+        held = f"a model is fine-tuned from its files, and a {type(model).__name__} is in memory"
+        raise BadInput(
+            held, field="model", fix="save it and name the folder, or train it with coprune.keep_zeros(model)"
+        )
     with handed_over(settings, "dataset", "eval_data") as named:
         plain = _plain(named)
         if not {"seqlen", "block_size"} & plain.keys() and (own := given_samples(plain.get("dataset"))):
