@@ -140,6 +140,14 @@ def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> No
         assert any(torch.equal(tensor, up) for tensor in small.state_dict().values())
 
 
+def test_tokens_that_end_a_text_are_no_list_of_blocks() -> None:
+    """Three of them, and three blocks."""
+    result = coprune.prune(pico_model("llama", eos_token_id=[2, 5, 7]), remove="blocks=0.34", **SETTINGS)
+    made: Any = result.model
+    assert made.config.num_hidden_layers == 2
+    assert made.config.eos_token_id == made.generation_config.eos_token_id == [2, 5, 7]
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "llama", num_hidden_layers=4)
     write_words(tmp_path / "words.txt")

@@ -59,7 +59,9 @@ def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Ch
 
 def _of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:
     keep = [index for index in range(resized.blocks) if index not in resized.dropped]
-    lists = {p: [v[i] for i in keep] for p, v in places if isinstance(v, list) and len(v) == resized.blocks}
+    # Tokens that end a text may be as many as blocks, by chance; no shape and no logit tells that one is missing.
+    own = [(p, v) for p, v in places if isinstance(v, list) and not p.endswith(("token_id", "token_ids"))]
+    lists = {p: [v[i] for i in keep] for p, v in own if len(v) == resized.blocks}
     counts = [p for p, v in places if type(v) is int and v == resized.blocks]
     # Rarely needed, so the first option, without it, is tried with everything else.
     numbers = _some(_renumbered(places, resized.blocks, len(keep)))[::-1]

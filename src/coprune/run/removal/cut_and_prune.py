@@ -20,6 +20,7 @@ from coprune.pruning.allocation import ALLOCATIONS, SEARCHES, spread_named
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.structure.spreading import SPREADINGS
 from coprune.recipe.choice import Choice
+from coprune.recipe.decides import Decides
 from coprune.recipe.globs import refuse_numbers
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import StructurePart
@@ -172,8 +173,9 @@ def _earlier(recipe: Recipe) -> Report | None:
     """The report of a half that is done."""
     path, model = recipe.run_folder / REPORT_FILE, recipe.output.model
     if path.is_file() and (model is None or holds_model(model)):
-        report = Report.read(path)
-        if report.recipe.gives_as(recipe):
+        report, what = Report.read(path), Decides.RESULT | Decides.MEASUREMENT
+        # Where the other half ran out of memory, it goes on with smaller batches, on which only last bits hang.
+        if report.recipe.deciding(what) == recipe.deciding(what):
             return report
     return None
 
