@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct": 6,
         "reconstruct_tokens": 6144,
         "reconstruct_rates": "relative",
-        "reconstruct_lr": 3.5e-3,
+        "reconstruct_lr": 2.5e-3,
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,
     },

@@ -134,7 +134,7 @@ def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | No
         return None
     smaller: tuple[str | Piece, ...] = ("A smaller ", Setting("reconstruct_lr"), " may.")
     if recipe.reconstruction.rates == "absolute":
-        by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", 0.0035)))
+        by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", 0.0025)))
         smaller = ("Rates by the size of each matrix may: ", by_size, ".")
     return say((f"The training of {idle} of {trainings} blocks gained nothing. ", *smaller))
 

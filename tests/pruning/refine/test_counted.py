@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
     return block.weight.data, before
 
 
+def bounded(errors: Tensor) -> Tensor:
+    """A token that is far too large counts little more than one that is wholly wrong."""
+    return torch.stack([error if error < 1 else 1 + error.log() for error in errors])
+
+
 def shares(counts: Sequence[int]) -> list[float]:
     return [count * len(counts) / sum(counts) for count in counts]
 
@@ -49,7 +55,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count() -> None:
     inputs, targets, counted = batches(0), batches(1), marks()
     weight, before = trained(Examples(inputs, targets, shares(COUNTS), counted), 8)
     x, y = (torch.cat([one[mark] for one, mark in zip(some, counted, strict=True)]) for some in (inputs, targets))
-    errors = (x - y).square().sum(dim=1) / y.square().sum(dim=1)
+    errors = bounded((x - y).square().sum(dim=1) / y.square().sum(dim=1))
     assert len(errors) == sum(COUNTS)
     assert before == pytest.approx(float(errors.mean()), rel=1e-6)
     # The same tokens without the others between them, and without the batch that has none.
@@ -76,7 +82,7 @@ def test_a_step_goes_by_the_batchs_part_of_that_mean(monkeypatch: pytest.MonkeyP
     trained(Examples(inputs, targets, shares(COUNTS), counted), 3)
     weight = torch.eye(6, requires_grad=True)
     x, y = (torch.cat([one[mark] for one, mark in zip(some, counted, strict=True)]) for some in (inputs, targets))
-    ((x @ weight.T - y).square().sum(dim=1) / y.square().sum(dim=1)).mean().backward()
+    bounded((x @ weight.T - y).square().sum(dim=1) / y.square().sum(dim=1)).mean().backward()
     assert weight.grad is not None
     torch.testing.assert_close(sum(found), len(COUNTS) * weight.grad)
 
@@ -106,7 +112,7 @@ def test_a_recording_tells_how_many_hidden_states_a_batch_has() -> None:
     assert record_batches(proven, [pico_tokens(2, 8), pico_tokens(1, 32)]).positions == [16, 32]
 
 
-@pytest.mark.parametrize(("steps", "taken"), [(1, 1), (3, 3), (6, 2), (12, 4), (40, 30)])
+@pytest.mark.parametrize(("steps", "taken"), [(1, 1), (3, 3), (6, 4), (12, 8), (40, 30)])
 def test_a_training_that_improves_nothing_ends_early(steps: int, taken: int) -> None:
     block = nn.Linear(6, 6, bias=False)
     block.weight.data = torch.eye(6)
@@ -142,6 +148,16 @@ def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
     assert before == seen[0]
     assert len(seen) > 1
     assert after == min(seen) == float(examples.error(3, block(inputs[3])))
+
+
+def test_a_token_that_is_far_too_large_counts_little_more_than_one_that_is_wrong() -> None:
+    targets = [torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])]
+    examples = Examples(targets, targets, [1.0])
+    near = torch.tensor([[[3.0, 4.0], [0.05, 5.0]]])
+    assert float(examples.error(0, near)) == pytest.approx(0.5 * (0.05 / 5) ** 2)
+    wrong, huge = (torch.tensor([[[3.0, 4.0], [0.0, value]]]) for value in (-5.0, 155.0))
+    assert float(examples.error(0, wrong)) == pytest.approx(0.5 * (1 + math.log(4)))
+    assert float(examples.error(0, huge)) == pytest.approx(0.5 * (1 + math.log(900)))
 
 
 def test_relative_rates_do_the_same_to_weights_of_any_size() -> None:

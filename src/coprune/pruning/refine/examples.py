@@ -23,8 +23,14 @@ class Examples:
     """Which tokens count, B × S bool per batch; None for all."""
 
     def error(self, batch: int, output: Tensor) -> Tensor:
-        """The relative error of what the block gives for a batch, mean over the tokens that count."""
-        errors = _relative_errors(output, self.targets[batch])
+        """The error of what the block gives for a batch, mean over the tokens that count: e, or 1 + log e beyond 1.
+
+        e is the relative error of a token. A pruned block may make a few tokens many times larger than the dense one
+        does, and their e, up to 30 where the median is 0.006 in Gemma-3-270M, was nearly all of a mean of e and of its
+        gradient. What reads them normalises them, so that they can be no worse than wholly wrong.
+        """
+        relative = _relative_errors(output, self.targets[batch])
+        errors = torch.where(relative < 1, relative, 1 + relative.clamp_min(1).log())
         return errors.mean() if self.counted is None else errors[self.counted[batch]].mean()
 
 

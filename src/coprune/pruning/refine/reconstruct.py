@@ -38,7 +38,7 @@ class Reconstruction:
     tokens: int = 0
     """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
     learning_rate: float = 1e-3
-    """Peak learning rate; it rises over the first tenth of the steps and falls along a cosine."""
+    """Peak learning rate; it rises over the first tenth of the steps, of six and more over two, and falls along a cosine."""
     rates: Literal["absolute", "relative"] = "absolute"
     """Whether that is each parameter's rate, or times the root mean square of its entries that may change."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -73,7 +73,7 @@ class Reconstruction:
             examples: what they are trained on; the inputs are the first one's.
 
         Returns:
-            The relative error on the watched batches before and after.
+            The error on the watched batches before and after, as `Examples.error` has it.
 
         Raises:
             NumericalError: the loss is not finite before the first step.
@@ -166,7 +166,8 @@ class Reconstruction:
         # Watching takes a tenth of the batches: after each of a few steps it would cost more than they do.
         if self.steps >= 20:
             return max(10, self.steps // 10), 3
-        return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 1
+        # Adam's first steps are as long as its rate, whatever the gradient: one look after two of them decides nothing.
+        return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 2
 
     def _optimizer(self, part: Sequence[Trained]) -> torch.optim.AdamW:
         parameters = [one.parameter for one in part]
@@ -180,7 +181,7 @@ class Reconstruction:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
     def _rate(self, step: int) -> float:
-        warm = max(1, self.steps // 10)
+        warm = max(2 if self.steps >= 6 else 1, self.steps // 10)
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
