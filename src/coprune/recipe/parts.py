@@ -27,7 +27,7 @@ Globs = Annotated[tuple[str, ...], BeforeValidator(one_is_enough)]
 class Part(BaseModel):
     """A part of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
@@ -79,7 +79,9 @@ class PatternPart(Part):
     sparsity: Annotated[
         float | None,
         Decides.RESULT,
-        Field(description="Fraction of zeros, 0 ≤ s < 1; an N:M pattern sets it. Without either: 0.5."),
+        Field(
+            description="Fraction of zeros, 0 ≤ s < 1; an N:M pattern sets it. Without either: 0.5.", allow_inf_nan=True
+        ),
     ] = None
     permute: Annotated[
         bool,
@@ -172,7 +174,9 @@ class CalibrationPart(Part):
             "better (by 5 % in perplexity, on a few windows) where every window has it."
         ),
     ] = "auto"
-    seed: Annotated[int, Decides.RESULT, Field(description="Seed for the choice of calibration samples.")] = 0
+    seed: Annotated[
+        int, Decides.RESULT, Field(description="Seed for the choice of calibration samples.", ge=-(2**63), lt=2**63)
+    ] = 0
     batch_size: Annotated[
         int | None,
         Decides.ROUNDING | Decides.COST,
@@ -185,7 +189,6 @@ class CalibrationPart(Part):
             description="GiB of calibration activations to keep in memory; the rest goes to a temporary file and comes "
             "back batch by batch. [all in memory]",
             ge=0,
-            allow_inf_nan=False,
         ),
     ] = None
     device_activation_memory: Annotated[
@@ -195,7 +198,6 @@ class CalibrationPart(Part):
             description="GiB of calibration activations to keep on a GPU; the rest goes to the host's memory, as far as "
             "activation_memory lets it. [half of what is free there]",
             ge=0,
-            allow_inf_nan=False,
         ),
     ] = None
     propagation: Annotated[

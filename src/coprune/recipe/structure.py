@@ -213,6 +213,8 @@ def weights_in(asked: str) -> dict[str, float] | None:
     found: dict[str, float] = {}
     for text in asked.split(","):
         name, _, value = (part.strip() for part in text.partition("="))
+        if name in found:
+            raise BadInput(f"the weight of {name} is said twice", field="blend", value=asked, fix="leave one out")
         try:
             found[name] = float(value)
         except ValueError:

@@ -171,7 +171,7 @@ def _model_index(report: Report) -> str:
 
 def _accuracy_table(report: Report) -> str:
     rows = [
-        f"| {a.data} | {a.images} | {'not measured' if a.dense_top1 is None else per_cent(a.dense_top1)} "
+        f"| {inline(a.data)} | {a.images} | {'not measured' if a.dense_top1 is None else per_cent(a.dense_top1)} "
         f"| {per_cent(a.pruned_top1)} | {per_cent(a.pruned_top5)} |{_tuned(report, a.data)}"
         for a in report.accuracy
     ]

@@ -133,7 +133,7 @@ class FinetuneSettings(Part):
     ] = None
     bf16: Annotated[bool, _RESULT, Field(description="Compute in bfloat16; trained weights stay float32.")] = False
     gradient_checkpointing: Annotated[bool, _RESULT, Field(description="Recompute activations to save memory.")] = False
-    seed: Annotated[int, _RESULT, Field(description="Seed of everything random.")] = 0
+    seed: Annotated[int, _RESULT, Field(description="Seed of everything random.", ge=0, lt=2**32)] = 0
     device: Annotated[
         str, _RESULT, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
     ] = "auto"
