@@ -145,6 +145,21 @@ def test_a_search_that_was_stopped_leaves_the_model_dense_and_goes_on_to_the_sam
     assert finds[0] == finds[1]
 
 
+def test_a_damaged_file_of_tries_is_begun_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tries, "next_tries", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, "damaged")
+    file = home / "damaged" / "run" / "search.json"
+    assert len(json.loads(file.read_text())["tried"]) == 2
+    file.write_text("[1]")
+    run(home, "damaged")
+    assert len(json.loads(file.read_text())["tried"]) > 2
+
+
 @pytest.mark.parametrize(("module", "name"), [(prepared, "prune_matrix"), (tries, "next_tries")])
 def test_a_model_in_memory_is_dense_after_a_stop(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, original, calls = pico_model("llama"), getattr(module, name), [0]

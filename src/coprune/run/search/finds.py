@@ -42,15 +42,14 @@ class Finds:
         known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
         identity = hashlib.sha256(json.dumps(known.settings, sort_keys=True, default=str).encode()).hexdigest()
         found = cls(opened.recipe.run_folder / FINDS_FILE if opened.around.writes else None, identity)
-        content: dict[str, Any] = {}
         if found.path is not None and found.path.is_file():
             try:
-                content = json.loads(found.path.read_text(encoding="utf-8"))
-            except ValueError:
-                content = {}
-        if content.get("identity") == identity:
-            found.tried = [(tuple(steps), cost) for steps, cost in content["tried"]]
-            found.seconds = content["seconds"]
+                content: dict[str, Any] = json.loads(found.path.read_text(encoding="utf-8"))
+                if content["identity"] == identity:
+                    tried = [(tuple(steps), float(cost)) for steps, cost in content["tried"]]
+                    found.tried, found.seconds = tried, float(content["seconds"])
+            except (ValueError, KeyError, TypeError):
+                return found  # somebody else's, or damaged: the search begins anew
         return found
 
     def add(self, tries: Sequence[tuple[Steps, float]], seconds: float) -> None:
