@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageClassification
@@ -21,7 +22,7 @@ from coprune.model.walk.observe import Observe
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target
-from support.pico_images import CLASSIFIERS, TIMM, pico_classifier, pico_pixels, save_classifier
+from support.pico_images import CLASSES, CLASSIFIERS, SIZE, TIMM, pico_classifier, pico_pixels, save_classifier
 from support.walking import (
     Layer,
     Propagation,
@@ -184,3 +185,20 @@ def test_the_layer_error_of_a_convolution_is_that_of_its_outputs() -> None:
         ]
     expected = float((outputs[0] - outputs[1]).square().sum() / outputs[0].square().sum())
     assert result.relative_layer_error == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_grey_images_sees_them_so(channels: int, tmp_path: Path) -> None:
+    shape: dict[str, Any] = dict(depth=2, img_size=SIZE, patch_size=8, embed_dim=32, num_heads=2, in_chans=channels)
+    inner: Any = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **shape)
+    own = {"input_size": [channels, SIZE, SIZE], "mean": [0.5] * channels, "std": [0.5] * channels, "crop_pct": 1.0}
+    inner.pretrained_cfg = {**inner.pretrained_cfg, **own, "num_classes": CLASSES}
+    save_for_hf(inner, str(tmp_path / "grey"), model_args=shape, safe_serialization=True)
+    asked: dict[str, Any] = dict(dataset="digits", nsamples=4, eval_images=10, save=tmp_path / "run", quiet=True)
+    if channels == 4:
+        with pytest.raises(BadInput, match="images of 4 channels, and they are read in colour or in shades"):
+            coprune.prune(str(tmp_path / "grey"), **asked)
+    else:
+        result = coprune.prune(str(tmp_path / "grey"), pattern="2:4", **asked)
+        assert result.report.accuracy[0].images == 10
+        assert result.report.sparsity.matrices == pytest.approx(0.5, abs=0.01)

@@ -115,22 +115,22 @@ Transform = Callable[[list[Any]], Tensor]
 """PIL images → pixels, B × C × H × W float32."""
 
 
-def transform_of(processor: Any) -> Transform:
-    """The model's own transforms: timm's for its models, those of an image processor otherwise."""
+def transform_of(processor: Any, channels: int = 3) -> Transform:
+    """The model's own transforms: timm's for its models, those of an image processor otherwise.
+
+    channels: of the images that the model takes; one for shades of grey. Raises BadInput where images have no such number.
+    """
+    if channels not in (1, 3):
+        raise BadInput(
+            f"the model takes images of {channels} channels, and they are read in colour or in shades of grey"
+        )
 
     def transform(images: list[Any]) -> Tensor:
-        pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+        read = images if channels == 3 else [image.convert("L") for image in images]
+        pixels: Tensor = processor(read, return_tensors="pt")["pixel_values"]
         return pixels
 
     return transform
-
-
-def random_image() -> Any:
-    """A PIL image of random pixels, always the same: what to try a classifier with where no data were named."""
-    from PIL import Image
-
-    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 def labels_for(images: LabelledImages, id2label: Mapping[Any, str] | None, classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a dataset says of its images, read with care: labels of any kind, and files that may be broken."""
+"""What a dataset says of its images, read with care: labels of any kind, and files that may be broken; and one of no dataset."""
 
 from __future__ import annotations
 
@@ -48,3 +48,11 @@ def read_image(read: Callable[[], Any], told: str) -> Any:
     except Exception as error:  # Pillow's own errors share no base class, and a row without an image is None
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{told} cannot be read as an image ({why})", fix="mend or remove it") from error
+
+
+def random_image() -> Any:
+    """A PIL image of random pixels, always the same: what to try a classifier with where no data were named."""
+    from PIL import Image
+
+    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

@@ -20,9 +20,9 @@ from coprune.data.images import (
     image_batches,
     labelled_images,
     labels_for,
-    random_image,
     transform_of,
 )
+from coprune.data.labels import random_image
 from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.measurement import Accuracy
@@ -72,7 +72,13 @@ class ImageTask:
         if self._loaded.processor is None:
             needs = "a classifier in memory needs its image processor"
             raise BadInput(needs, field="image_processor", fix=("give it with ", Setting("image_processor")))
-        return transform_of(self._loaded.processor)
+        return transform_of(self._loaded.processor, self._channels)
+
+    @property
+    def _channels(self) -> int:
+        """Of the images that the model takes: timm's transforms know it, transformers' models say it."""
+        own = getattr(self._loaded.processor, "data_config", None)
+        return int(own["input_size"][0] if own else getattr(self._loaded.model.config, "num_channels", 3))
 
     def calibration(self, needed: bool, reporter: Reporter) -> ImageSamples | None:
         recipe = self._recipe
