@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "propagation": "sequential",
         "reconstruct": 200,
         "reconstruct_tokens": 204_800,
+        "reconstruct_rates": "relative",
+        "reconstruct_lr": 2.5e-3,
         "reconstruct_dtype": "bfloat16",
         "batch_size": 2,
     },
