@@ -42,7 +42,8 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
     Raises:
         NumericalError: the matrix is not finite or cannot be repaired.
     """
-    mean = unless_all_zero(matrix.diagonal()).mean()
+    diagonal = matrix.diagonal()
+    mean = torch.where((diagonal != 0).any(), diagonal.mean(), 1.0)
     events: list[str] = []
     strength = damping
     for _ in range(ESCALATIONS + 1):
