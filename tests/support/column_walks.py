@@ -108,7 +108,8 @@ def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Te
 
     weight: O × I float64; upper: I × I float64, the U of the inverse Hessian; given: the mask, or None to choose it.
     """
-    weight = weight.masked_fill(dead, 0.0)
+    if case.target.sparsity > 0:  # where nothing is to fall, weights that no input reached stay, too
+        weight = weight.masked_fill(dead, 0.0)
     keep = torch.ones_like(weight, dtype=torch.bool) if given is None else given
     width = weight.shape[1]
     grid, scales, chosen = case.target.grid, torch.ones(len(weight)), width if given is not None else 0
