@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from coprune.base.errors import BadInput
+from coprune.base.validation import is_text
 
 LOCAL_FILE_HINT = (
     "To use text of your own, give the path of a file of text (UTF-8), of rows (.jsonl, .json, .parquet), or of a "
@@ -42,11 +43,7 @@ def join(texts: list[str], separator: str, source: str, most_windows: int | None
 
 def whole_characters(text: str) -> str:
     """Text that tokenizers take: half a character, which UTF-8 cannot write, becomes the sign for what is none (U+FFFD)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text if is_text(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def choose_text_column(columns: dict[str, bool], wanted: str | None, source: str) -> str:

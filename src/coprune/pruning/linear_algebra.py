@@ -42,8 +42,7 @@ def damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, tuple[str, 
     Raises:
         NumericalError: the matrix is not finite or cannot be repaired.
     """
-    diagonal = matrix.diagonal()
-    mean = torch.where((diagonal != 0).any(), diagonal.mean(), 1.0)
+    mean = unless_all_zero(matrix.diagonal().mean())
     events: list[str] = []
     strength = damping
     for _ in range(ESCALATIONS + 1):

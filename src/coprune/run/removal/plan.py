@@ -32,6 +32,11 @@ class Removable:
     rehearsed: tuple[Plan, Configure] | None = None
     """What goes, and how the configuration tells of it, where no block has to be chosen for that."""
 
+    def without(self, gone: Collection[str]) -> Removable:
+        """The same of the blocks that stay. gone: names of the others."""
+        parts = {name: own for name, own in self.parts.items() if name not in gone}
+        return replace(self, parts=parts, mixtures={n: own for n, own in self.mixtures.items() if n not in gone})
+
 
 def find_removable(session: Session) -> Removable:
     """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
@@ -83,17 +88,15 @@ def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part
 
 def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
     """What goes when some blocks do. Raises BadInput where that is nothing of what is asked for."""
-    asked, gone = session.opened.recipe.structure, {session.model.names[index] for index in dropped}
-    parts = {name: own for name, own in found.parts.items() if name not in gone}
-    mixtures = {name: mixture for name, mixture in found.mixtures.items() if name not in gone}
-    keep = {}
+    asked, keep = session.opened.recipe.structure, dict[Kind, dict[int, int]]()
+    rest = found.without({session.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):
-        sizes = {part.count for own in parts.values() for part in own if part.kind == kind}
+        sizes = {part.count for own in rest.parts.values() for part in own if part.kind == kind}
         if not sizes:
             raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
         keep[kind] = _kept(kind, sizes, asked.shares[kind], asked.align)
-    left = {mixture.count: experts_left(mixture, asked.shares["experts"]) for mixture in mixtures.values()}
-    return Plan(dropped, parts, keep, mixtures, left)
+    left = {mixture.count: experts_left(mixture, asked.shares["experts"]) for mixture in rest.mixtures.values()}
+    return Plan(dropped, rest.parts, keep, rest.mixtures, left)
 
 
 def _count_of_blocks(session: Session, share: float) -> int:

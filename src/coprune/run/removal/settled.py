@@ -26,7 +26,6 @@ def as_settled(session: Session, found: Removable, settled: dict[str, Any]) -> P
         settled: as `settled_in` gave it.
     """
     keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
-    gone = {session.model.names[index] for index in settled["dropped"]}
-    parts = {name: [part for part in own if part.kind in keep] for name, own in found.parts.items() if name not in gone}
-    mixtures = {name: mixture for name, mixture in found.mixtures.items() if name not in gone}
-    return Plan(settled["dropped"], parts if keep else {}, keep, mixtures, dict(settled["experts"]), settled["uneven"])
+    rest = found.without({session.model.names[index] for index in settled["dropped"]})
+    parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
+    return Plan(settled["dropped"], parts, keep, rest.mixtures, dict(settled["experts"]), settled["uneven"])
