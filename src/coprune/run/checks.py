@@ -38,6 +38,8 @@ from coprune.run.overwrite import refuse_own_source
 
 LARGE_GROUP = 64
 """Of groups of more inputs than these one is enough to try a method on."""
+LARGEST_GROUP = 1024
+"""Larger ones are not tried, which takes their cube: hardly any width can be divided by them, and that is told at once."""
 
 
 def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver, Target]:
@@ -67,6 +69,8 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         grid.check_groups(target.pattern.group_size)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
     group = target.multiple if target.multiple > 1 else 4
+    if group > LARGEST_GROUP:
+        return solver, target
     width = 2 * group if group <= LARGE_GROUP else group
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
