@@ -147,6 +147,20 @@ def test_zeros_that_a_model_has_stay_zeros_where_nothing_falls() -> None:
         assert not found.weight[weight == 0].any(), method
 
 
+@pytest.mark.parametrize("method", ["admm", "alps", "sparsegpt", "wanda"])
+@pytest.mark.parametrize("refined", [(), ("swaps",), ("refit",)], ids=str)
+def test_where_nothing_falls_weights_are_as_they_are_to_the_last_bit(method: str, refined: tuple[str, ...]) -> None:
+    weight, x, _ = correlated_layer(rows=6, width=32)
+    weight = weight.masked_fill(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5, 0.0)
+    x[:, :3] = 0
+    statistic = Gram(32)
+    statistic.update(x)
+    solver = Solver(method_named(method), tuple(map(refinement_named, refined)))
+    found = solver.solve(weight, inputs_of(statistic, x), DENSE)
+    assert torch.equal(found.weight, weight)
+    assert torch.equal(found.keep, weight != 0)
+
+
 def test_a_refinement_comes_before_the_rounding() -> None:
     weight, x, statistic = correlated_layer()
     refit, grid = refinement_named("refit"), Int4(16)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -101,10 +100,13 @@ class Solver:
     def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
         """A pruned matrix, whatever may be added to it."""
         # What improves the weights afterwards would take them off the grid.
-        pruned = self.method.prune(weight, statistic, target.without_grid() if self.refinements else target)
+        wanted = target.without_grid() if self.refinements else target
+        if target.sparsity == 0 and wanted.grid is None:
+            # Nothing falls, so there is nothing to make up for either: no method and no refinement changes a weight.
+            return rounded(Pruned(weight, weight != 0), statistic, target)
+        pruned = self.method.prune(weight, statistic, wanted)
         if target.sparsity == 0 and pruned.scales is None:
-            # Nothing falls, not even what a method sets to zero since its input was never seen.
-            pruned = pruned._replace(weight=torch.where(pruned.weight != 0, pruned.weight, weight), keep=weight != 0)
+            pruned = Pruned(weight, weight != 0)
         for refinement in self.refinements:
             assert isinstance(statistic, Gram)
             pruned = refinement.refine(weight, pruned, statistic, target)
