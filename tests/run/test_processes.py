@@ -44,7 +44,7 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
     (
         "llama",
-        "magnitude",
+        "wanda",
         "block",
         {
             "remove": "channels=0.33,heads=0.5,blocks=0.34",

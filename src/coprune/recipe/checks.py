@@ -7,7 +7,7 @@ from typing import Protocol
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.recipe.answers import AnswersPart, cannot_require
-from coprune.recipe.choice import Choice
+from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.conditions import LIKENESS
 from coprune.recipe.finetune import FinetunePart, cannot_finetune
 from coprune.recipe.globs import refuse_numbers
@@ -16,7 +16,7 @@ from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
-from coprune.recipe.structure import SPREADING, StructurePart
+from coprune.recipe.structure import SPREADING, StructurePart, cannot_score
 
 
 class Parts(Protocol):
@@ -24,6 +24,8 @@ class Parts(Protocol):
 
     @property
     def model(self) -> ModelPart: ...
+    @property
+    def method(self) -> Choice: ...
     @property
     def allocation(self) -> Choice: ...
     @property
@@ -63,6 +65,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         or _of_reshaping(recipe)
         or _of_domains(recipe.structure)
         or _of_allocation(recipe)
+        or cannot_score(recipe.structure)
         or _of_removal(recipe)
         or _of_streaming(recipe)
         or _of_answers(recipe)
@@ -124,6 +127,7 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     if recipe.pattern.is_said:
         return _of_both(recipe)
     said = {
+        "method": recipe.method != USUAL_METHOD,
         "permute": recipe.pattern.permute,
         "rotate": recipe.pattern.rotate,
         "refine": bool(recipe.refine),

@@ -95,3 +95,7 @@ def split_choice(asked: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"its option {twice[0]!r} is said twice")
     named = {"name": asked["name"]} if "name" in asked else {}
     return {**named, "options": {**nested, **rest}}
+
+
+USUAL_METHOD = Choice(name="wanda")
+"""The method where nobody names one."""

@@ -20,7 +20,7 @@ from coprune.base.validation import explain, one_is_enough
 from coprune.base.yaml_file import read_yaml
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.checks import contradiction
-from coprune.recipe.choice import Choice
+from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.decides import Decides, deciding
 from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
@@ -48,7 +48,7 @@ class Recipe(BaseModel):
 
     model: ModelPart
     method: Annotated[Choice, _RESULT, Field(description="How to choose (and mend) weights; see: coprune methods.")] = (
-        Choice(name="wanda")
+        USUAL_METHOD
     )
     pattern: PatternPart = PatternPart()
     structure: StructurePart = StructurePart()

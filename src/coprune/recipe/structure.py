@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
+from coprune.base.words import Set, Words
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.parts import Part
@@ -147,6 +148,16 @@ class StructurePart(Part):
     def shares(self) -> dict[Removable, float]:
         """The share of each that is removed."""
         return shares(self.remove)
+
+
+def cannot_score(asked: StructurePart) -> BadInput | None:
+    """What is wrong with a score of what is not removed; None if there is none."""
+    for score in asked.score:
+        if (kind := _scored(score.name)) not in asked.scores:
+            parts = "channels and heads" if kind == "units" else kind
+            wrong: Words = (Set("score", str(score)), f" is of {parts}, and none are removed")
+            return BadInput(wrong, field="score", value=str(score), fix="leave it out")
+    return None
 
 
 def _scored(name: str) -> Scored:

@@ -19,7 +19,7 @@ from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import LevelSearch, spread_named
-from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.allocation.base import units_of
 from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
@@ -227,8 +227,10 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
     allocation = spread_named(recipe.allocation)
     if isinstance(allocation, LevelSearch):
         allocation.targets(target)
-    elif not allocation.looks:
-        plan_targets(allocation, model, None, target)
+        allocation = allocation.by_error(target)
+    # Whether limits leave room does not depend on what is measured. What experts there are shows when the model runs.
+    if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):
+        allocation.allocate(units_of(model.chosen, model.names), {}, target)
 
 
 def reads_calibration(recipe: Recipe) -> bool:

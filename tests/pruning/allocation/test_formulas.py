@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from coprune.base.errors import BadInput
 from coprune.model.blocks import Block
 from coprune.model.choosing import Chosen
 from coprune.model.walk.recording import record_batches
@@ -19,6 +20,8 @@ from coprune.pruning.allocation.error import convex_curve, layer_errors
 from coprune.pruning.allocation.owl import kept_by_outliers
 from coprune.pruning.allocation.plan import movement, plan_targets
 from coprune.recipe.pattern import NM, Target, Unstructured
+from coprune.recipe.recipe import make_recipe
+from coprune.run.checks import check_allocation
 from support.pico import pico_model, pico_tokens
 from support.problems import correlated_layer
 from support.walking import inputs_by_full_forwards, layers_of, make_walk, prove
@@ -172,6 +175,15 @@ def test_a_plan_looks_only() -> None:
     for name in ("owl", "alpha", "error"):
         plan(model, name, Target(Unstructured(), 0.5))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["alpha", "owl", "error", "search:rounds=3,step=0.0005"])
+def test_what_no_allocation_can_reach_is_refused_before_any_look(name: str) -> None:
+    model = prove(pico_model("llama"), BATCHES[0])
+    recipe = make_recipe({"model": "pico", "allocation": name, "sparsity": 0.999})
+    with pytest.raises(BadInput, match="no room"):
+        check_allocation(recipe, model, Target(Unstructured(), 0.999))
+    check_allocation(recipe.replaced(sparsity=0.5), model, Target(Unstructured(), 0.5))
 
 
 def test_alpha_needs_no_data() -> None:

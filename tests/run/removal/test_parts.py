@@ -134,7 +134,8 @@ def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> No
     for stays in range(3):
         model = pico_model("llama")
         up = model.get_parameter(f"model.layers.{stays}.mlp.up_proj.weight").clone()
-        asked: dict[str, Any] = {"remove": remove, "score": [score, "magnitude"], "exclude": f"model.layers.{stays}.*"}
+        scores = [score, "magnitude"] if remove.startswith("parameters") else score
+        asked: dict[str, Any] = {"remove": remove, "score": scores, "exclude": f"model.layers.{stays}.*"}
         small = coprune.prune(model, **asked, **SETTINGS).model
         assert small is not None
         assert any(torch.equal(tensor, up) for tensor in small.state_dict().values())

@@ -44,8 +44,9 @@ class Alpha:
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
         found: dict[str, Tensor] = {}
         for unit in units:
-            found[unit.place] = found.get(unit.place, torch.zeros(2, dtype=torch.float64)) + sums[unit.name]
-        exponents = torch.stack([found[unit.place][0] / found[unit.place][1] for unit in units])
+            own = sums.get(unit.name, torch.zeros(2, dtype=torch.float64))
+            found[unit.place] = found.get(unit.place, torch.zeros(2, dtype=torch.float64)) + own
+        exponents = torch.stack([found[unit.place][0] / found[unit.place][1].clamp_min(1) for unit in units])
         counts = torch.tensor([unit.weights for unit in units], dtype=torch.float64)
         sparsities = sparsities_by_exponent(exponents, counts, target.sparsity, self.epsilon)
         wishes = [wish(float(sparsity), unit) for sparsity, unit in zip(sparsities, units, strict=True)]

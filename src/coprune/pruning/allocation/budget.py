@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprune.base.errors import BadInput
+from coprune.base.words import Set, Setting
 from coprune.pruning.allocation.base import Unit
 from coprune.recipe.pattern import Target
 
@@ -91,7 +92,9 @@ def spend(costs: Sequence[Floats], masses: Sequence[int], budget: float) -> list
     slack = min(masses) / 2 + 1e-6
     if not -slack <= budget <= room + slack:
         raise BadInput(
-            "the allocation's limits leave no room for the overall sparsity that is asked for", field="allocation"
+            "the allocation's limits leave no room for the overall sparsity that is asked for",
+            field="allocation",
+            fix=("ask for another ", Setting("sparsity"), ", or take ", Set("allocation", "uniform")),
         )
     taken = [0] * len(costs)
     slopes = [np.diff(cost) / mass for cost, mass in zip(costs, masses, strict=True)]

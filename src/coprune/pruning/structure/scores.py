@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.kernels.shifted import inverse_of_factor
-from coprune.base.options import one_of
+from coprune.base.options import one_of, require_positive
 from coprune.base.precision import full_float32
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import damped_cholesky
@@ -96,6 +96,9 @@ class OBS:
     """Added to the Gram matrix, as a fraction of its mean diagonal."""
     steps: int = 32
     """In how many steps the units are removed."""
+
+    def __post_init__(self) -> None:
+        require_positive(damping=self.damping, steps=self.steps)
 
     def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
         with full_float32():

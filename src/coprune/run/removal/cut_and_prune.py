@@ -19,7 +19,7 @@ from coprune.model.opened import Loaded
 from coprune.pruning.allocation import ALLOCATIONS, SEARCHES, spread_named
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.structure.spreading import SPREADINGS
-from coprune.recipe.choice import Choice
+from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.globs import refuse_numbers
 from coprune.recipe.recipe import Recipe
@@ -137,7 +137,7 @@ def _options_of(spreading: Any) -> set[str]:
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
     own = recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
-    return own.replaced(allocation=_for_units(recipe))
+    return own.model_copy(update={"method": USUAL_METHOD, "allocation": _for_units(recipe)})
 
 
 def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:

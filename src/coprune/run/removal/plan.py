@@ -56,7 +56,10 @@ def find_removable(session: Session) -> Removable:
     rest = _plan_of(session, found, ())
     if not rest.keep and not rest.experts:
         return found
-    configure = rehearse(session, rest)
+    try:
+        configure = rehearse(session, rest)
+    except UnsupportedModel as error:
+        raise left_alone(session, kinds, parts) or error from None
     return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
 
 
@@ -73,11 +76,24 @@ def _kinds(shares: Collection[str]) -> list[Kind]:
     return [kind for kind in ("channels", "heads") if kind in shares]
 
 
+def left_alone(session: Session, kinds: Sequence[Kind], parts: Mapping[str, Sequence[Part]]) -> BadInput | None:
+    """What include and exclude keep from getting smaller, where every block would have to; None if nothing."""
+    model, selection = session.model, session.model.chosen.selection
+    for kind in kinds:
+        for block, own in zip(model.blocks, model.chosen.candidates, strict=True):
+            lacks = not any(part.kind == kind for part in parts[block.name])
+            if lacks and any(selection.against(matrix.name) is not None for matrix in own):
+                cause = f"{kind} are removed from every block alike, and matrices of {block.name} are to be left alone"
+                fix = ("loosen ", Setting("include"), " or ", Setting("exclude"))
+                return BadInput(cause, field="exclude" if selection.exclude else "include", fix=fix)
+    return None
+
+
 def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
     """Say which blocks have no parts of a kind. Raises UnsupportedModel where none has."""
     without = [name for name in parts if not any(part.kind == kind for part in parts[name])]
     if len(without) == len(parts):
-        raise UnsupportedModel(
+        raise left_alone(session, [kind], parts) or UnsupportedModel(
             f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
         )
     if without:
