@@ -90,7 +90,8 @@ def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
     assert make_recipe(asked).method.options == {"score": "wanda"}
     removing = make_recipe({"model": "m", "score": "flap", "remove": "heads=0.5"})
     assert (removing.structure.score_of("units").name, removing.method.options) == ("flap", {})
-    assert make_recipe({"model": "m", "structure": {"score": "flap"}}).structure.score_of("units").name == "flap"
+    with pytest.raises(BadInput, match="is of channels and heads, and none are removed"):
+        make_recipe({"model": "m", "structure": {"score": "flap"}})
     both = make_recipe({"model": "m", "score": ["frequency", "flap:refit=true"], "remove": "heads=0.5,experts=0.5"})
     assert {kind: str(score) for kind, score in both.structure.scores.items()} == {
         "units": "flap:refit=true",

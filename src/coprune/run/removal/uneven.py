@@ -35,11 +35,7 @@ from coprune.run.session import Session
 
 
 def spread_units(session: Session, plan: Plan) -> Plan:
-    """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that.
-
-    Raises:
-        BadInput: a search's folder holds another search's finds.
-    """
+    """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that."""
     opened = session.opened
     asked = spreading_named(opened.recipe.allocation)
     if isinstance(asked, Uniform):
