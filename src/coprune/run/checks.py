@@ -94,15 +94,15 @@ def low_rank_of(recipe: Recipe) -> LowRank | None:
 
 def check_rank(matrices: Iterable[Matrix], rank: int) -> None:
     """Raise BadInput where what is added to a matrix would not be of low rank."""
-    for matrix in matrices:
-        if may_get_factors(matrix) and rank > min(matrix.shape) // 2:
-            rows, width = matrix.shape
-            raise BadInput(
-                f"rank {rank} is more than half of the smaller side of {matrix.name} ({rows} × {width})",
-                field="low_rank",
-                value=rank,
-                fix=("take ", Set("low_rank", min(matrix.shape) // 2), " or less"),
-            )
+    smallest = min((one for one in matrices if may_get_factors(one)), key=lambda one: min(one.shape), default=None)
+    if smallest is not None and rank > (most := min(smallest.shape) // 2):
+        rows, width = smallest.shape
+        raise BadInput(
+            f"rank {rank} is more than half of the smaller side of {smallest.name} ({rows} × {width})",
+            field="low_rank",
+            value=rank,
+            fix=("take ", Set("low_rank", most), " or less"),
+        )
 
 
 def _method_of(asked: Choice) -> Method:

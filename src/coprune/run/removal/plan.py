@@ -97,9 +97,8 @@ def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part
             f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
         )
     if without:
-        session.opened.around.reporter.say(
-            f"Left alone: {without[0]} and {len(without) - 1} other blocks have no {kind} that can be removed."
-        )
+        have = " has" if len(without) == 1 else f" and {len(without) - 1} other blocks have"
+        session.opened.around.reporter.say(f"Left alone: {without[0]}{have} no {kind} that can be removed.")
 
 
 def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
