@@ -239,3 +239,20 @@ def test_a_refusal_comes_before_all_that_is_slow(
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         coprune.prune(pico_model("llama"), **SETTINGS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "settings"),
+    [
+        ("llama", "channels=0.33", {"exclude": "model.layers.1.*"}),
+        ("llama", "heads=0.5,channels=0.33", {"include": "*.mlp.*"}),
+        ("mixtral", "experts=0.5", {"exclude": "*.1.mlp.experts.*"}),
+    ],
+)
+def test_what_include_and_exclude_keep_from_getting_smaller_is_said(
+    family: str, remove: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        BadInput, match=r"removed from every block alike, and matrices of model\.layers\.[01] are to be"
+    ):
+        coprune.prune(pico_model(family), remove=remove, **SETTINGS, **settings)

@@ -59,7 +59,8 @@ def find_removable(session: Session) -> Removable:
     try:
         configure = rehearse(session, rest)
     except UnsupportedModel as error:
-        raise left_alone(session, kinds, parts) or error from None
+        there: dict[str, Collection[str]] = {kind: having(kind, parts) for kind in kinds}
+        raise left_alone(session, there | ({"experts": found.mixtures} if found.mixtures else {})) or error from None
     return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
 
 
@@ -76,24 +77,32 @@ def _kinds(shares: Collection[str]) -> list[Kind]:
     return [kind for kind in ("channels", "heads") if kind in shares]
 
 
-def left_alone(session: Session, kinds: Sequence[Kind], parts: Mapping[str, Sequence[Part]]) -> BadInput | None:
-    """What include and exclude keep from getting smaller, where every block would have to; None if nothing."""
+def left_alone(session: Session, there: Mapping[str, Collection[str]]) -> BadInput | None:
+    """What include and exclude keep from getting smaller, where every block would have to; None if nothing.
+
+    there: by what is removed, the names of the blocks in which some of it can go.
+    """
     model, selection = session.model, session.model.chosen.selection
-    for kind in kinds:
+    for kind, names in there.items():
         for block, own in zip(model.blocks, model.chosen.candidates, strict=True):
-            lacks = not any(part.kind == kind for part in parts[block.name])
-            if lacks and any(selection.against(matrix.name) is not None for matrix in own):
+            if block.name not in names and any(selection.against(matrix.name) is not None for matrix in own):
                 cause = f"{kind} are removed from every block alike, and matrices of {block.name} are to be left alone"
                 fix = ("loosen ", Setting("include"), " or ", Setting("exclude"))
                 return BadInput(cause, field="exclude" if selection.exclude else "include", fix=fix)
     return None
 
 
+def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
+    """Names of the blocks that have parts of a kind."""
+    return {name for name, own in parts.items() if any(part.kind == kind for part in own)}
+
+
 def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
     """Say which blocks have no parts of a kind. Raises UnsupportedModel where none has."""
-    without = [name for name in parts if not any(part.kind == kind for part in parts[name])]
+    there = having(kind, parts)
+    without = [name for name in parts if name not in there]
     if len(without) == len(parts):
-        raise left_alone(session, [kind], parts) or UnsupportedModel(
+        raise left_alone(session, {kind: there}) or UnsupportedModel(
             f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
         )
     if without:

@@ -12,7 +12,7 @@ from coprune.model.blocks import count_parameters
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, Part
 from coprune.run.removal.cut import Plan, words_of
-from coprune.run.removal.plan import Removable, blocks_that_go, kept_count, left_alone
+from coprune.run.removal.plan import Removable, blocks_that_go, having, kept_count, left_alone
 from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.trials import costs_of
 from coprune.run.session import Session
@@ -74,7 +74,7 @@ def _removable(session: Session, found: Parts) -> dict[str, list[Part]]:
         try:
             rehearse(session, Plan((), own, {kind: level}))
         except UnsupportedModel as error:
-            why = left_alone(session, [kind], own) or error
+            why = left_alone(session, {kind: having(kind, own)}) or error
             session.opened.around.reporter.say(f"Left alone, {kind}: {why}")
             continue
         for name, parts in own.items():
