@@ -10,7 +10,6 @@ import math
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -139,7 +138,6 @@ class Along(TrainerCallback):
 def _agreed(seconds: float) -> float:
     if not (dist.is_available() and dist.is_initialized()):
         return seconds
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    clock = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.broadcast(clock, 0)
-    return float(clock)
+    first = [seconds]
+    dist.broadcast_object_list(first)  # on whatever device the processes talk through
+    return first[0]

@@ -12,9 +12,10 @@ import yaml
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.commands.terminal import console
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
-from coprune.run.sweep import work
+from coprune.run.sweep import results, work
 from coprune.run.sweep.board import Board
 from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.expand import Run
@@ -23,7 +24,7 @@ from coprune.run.sweep.finished import finished_report
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.result import SweepResult
 from coprune.run.sweep.results import _measured, collect
-from coprune.run.sweep.table import markdown, paper_tables
+from coprune.run.sweep.table import Cell, PaperTable, markdown, paper_tables
 from coprune.run.sweep.work import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
@@ -140,6 +141,24 @@ def test_the_board_foresees_the_end() -> None:
     assert board.remaining() == pytest.approx(10)
     board.note(Done("c"), False)
     assert board.remaining() == 0
+
+
+def test_names_in_tables_and_on_the_board_steer_no_terminal(
+    here: tuple[Sweep, list[Run], dict[str, Report]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    odd = "[/bold]\x1b[2J"
+    table = PaperTable(odd, [odd], {odd: [Cell(odd, 1.0)]})
+    monkeypatch.setattr(results, "paper_tables", lambda *_: [table])
+    results.print_tables(*here, console())
+    board = Board([odd], earlier=0)
+    board.note(Doing(odd, odd), False)
+    console().print(board.render())
+    board.note(NotDone(odd, Cause.REFUSED, odd), False)
+    shown = capsys.readouterr()
+    assert shown.out.count("[/bold]\\x1b[2J") == 5
+    assert shown.err == "failed   [/bold]\\x1b[2J  [/bold]\\x1b[2J\n"
 
 
 def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from coprune.base.shown import printable
 from coprune.run.estimate.found import duration
 from coprune.run.sweep.events import Doing, Done, JobEvent
 
@@ -123,7 +124,7 @@ class Board:
             seconds = time.monotonic() - state.since if state.kind == "running" else state.seconds
             again = f" (retry {state.retries})" if state.retries and state.kind == "running" else ""
             took = "" if seconds is None else duration(seconds)
-            table.add_row(state.kind, Text(state.name), took, Text(state.text + again))
+            table.add_row(state.kind, Text(printable(state.name)), took, Text(printable(state.text + again)))
         return Group(table, Text(self._counts()))
 
     def _counts(self) -> str:
@@ -143,7 +144,7 @@ class Board:
     def say(self, line: str) -> None:
         """Print a line, unless there is a live table."""
         if self._live is None:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _last_line(text: str) -> str:

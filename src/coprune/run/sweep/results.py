@@ -17,6 +17,7 @@ from rich.text import Text
 
 from coprune.base.durable import write_durably
 from coprune.base.files import write_text
+from coprune.base.shown import printable
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.run.sweep.command_line import command_of
@@ -52,14 +53,18 @@ def collect(
 def print_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], console: Console) -> None:
     """Print the tables, with the best of every column in bold."""
     for one in paper_tables(sweep, runs, reports):
-        console.print(Text(one.title), soft_wrap=True)
+        console.print(_text(one.title), soft_wrap=True)
         shown = Table(box=box.SIMPLE, pad_edge=False)
         shown.add_column("")
         for column in one.columns:
-            shown.add_column(column, justify="right")
+            shown.add_column(_text(column), justify="right")
         for name, cells in one.rows.items():
-            shown.add_row(name, *(Text(cell.text, "bold" if cell.best else "") for cell in cells))
+            shown.add_row(_text(name), *(Text(cell.text, "bold" if cell.best else "") for cell in cells))
         console.print(shown)
+
+
+def _text(words: str) -> Text:
+    return Text(printable(words))  # not markup, and nothing that steers a terminal
 
 
 def results_markdown(
