@@ -86,7 +86,7 @@ def quality(asked: argparse.Namespace, model: Path) -> dict[str, Any]:
     logits_of, found, divergences = logits_by(model, asked), {}, []
     dense = cache(partial(load_model, locate(str(moved(asked))), "float32"))  # loaded where a text is new
     for text in TEXTS:
-        file = asked.folder / f"said-{text}.safetensors"
+        file = asked.folder / f"said-{text}-{asked.tokens}-{asked.seqlen}.safetensors"
         said = said_by(dense, text, asked.seqlen, asked.tokens, file)
         found[text], new = in_one_pass(logits_of, said)
         divergences += new
