@@ -33,6 +33,7 @@ from coprune.run.estimate.live_bytes import LiveBytes
 from coprune.run.estimate.memory import SLACK, STEADY
 from coprune.run.estimate.solving import WORKSPACE, SolveCosts, Trials, _extrapolate, measure_solving
 from coprune.run.estimate.work import Settings, Workload
+from support.limits import data_of_imports
 from support.pico_folder import save_pico, write_words
 
 MIB = 1 << 20
@@ -312,7 +313,7 @@ def test_a_run_that_would_not_fit_says_so_and_leaves_nothing(tmp_path: Path) -> 
     save_pico(tmp_path / "model", max_position_embeddings=4096)
     words = write_words(tmp_path / "words.txt", 30_000)
     arguments = ["--dataset", str(words), "--nsamples", "1024", "--seqlen", "2048", "--no-eval", "--device", "cpu"]
-    limit = 900 * MIB
+    limit = data_of_imports() + 500 * MIB
 
     def run(command: str, *more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -62,9 +62,19 @@ class Candidates:
 
     @classmethod
     @contextmanager
-    @torch.no_grad()
     def of(cls, session: Session, forms: Forms, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
         """For a while; in the end the model is dense as before. tokens: of the calibration, to be looked at at least."""
+        found = cls._begun(session, forms, dropped, tokens)
+        try:
+            yield found
+        finally:
+            with torch.no_grad():
+                for part in found.touched:
+                    forms.write(part, 0)
+
+    @classmethod
+    @torch.no_grad()
+    def _begun(cls, session: Session, forms: Forms, dropped: Sequence[int], tokens: int) -> Candidates:
         opened = session.opened
         assert opened.samples is not None
         recording = record_batches(session.model, first_batches(opened.task.batches(opened.samples.tokens), tokens))
@@ -75,11 +85,7 @@ class Candidates:
         if dropped:
             found.dropped = dropped
             found._run_from(0)
-        try:
-            yield found
-        finally:
-            for part in found.touched:
-                forms.write(part, 0)
+        return found
 
     @torch.no_grad()
     def cost(self, steps: Steps, near: Steps | None) -> float:
