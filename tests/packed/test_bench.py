@@ -145,6 +145,11 @@ def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path: Path) -> None
         accelerate(model, batch=0)
     with pytest.raises(BadInput, match="at least 1"):
         bench(tmp_path, tokens=0)
+    with pytest.raises(BadInput, match="whole numbers of at least 1"):
+        bench(model, (1,), prompt=2.5)  # type: ignore[arg-type]
+    for batches in ("1,4", 4):
+        with pytest.raises(BadInput, match=rf"the batches cannot be {batches!r}; list .* as in \[1, 4\]"):
+            bench(model, batches)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=r"config\.json"):
         bench(tmp_path)
 

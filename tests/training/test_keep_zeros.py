@@ -123,6 +123,12 @@ def test_a_dense_model_has_nothing_to_keep() -> None:
         coprune.keep_zeros(pico_model("llama"))
 
 
+def test_a_name_is_no_model_whose_zeros_could_be_kept() -> None:
+    name: Any = "out/pruned"
+    with pytest.raises(coprune.BadInput, match="of a model in memory, and 'out/pruned' is a str; load it first"):
+        coprune.keep_zeros(name)
+
+
 def dataset(number: int = 8) -> list[dict[str, Tensor]]:
     return [{"input_ids": tokens_of(step)[0], "labels": tokens_of(step)[0]} for step in range(number)]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,8 +31,12 @@ class Work:
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        if min(self.prompt, self.tokens, self.repeats, *self.batches) < 1:
-            raise BadInput("batches, prompt, tokens and repeats must be at least 1")
+        if isinstance(self.batches, str) or not isinstance(self.batches, Iterable):
+            listed = "list sequences at a time, as in [1, 4]"
+            raise BadInput(f"the batches cannot be {self.batches!r}", field="batches", value=self.batches, fix=listed)
+        numbers = (self.prompt, self.tokens, self.repeats, *self.batches)
+        if not all(isinstance(number, Integral) and number >= 1 for number in numbers):
+            raise BadInput("batches, prompt, tokens and repeats must be whole numbers of at least 1")
 
 
 def require_positions(model: Any, work: Work) -> None:

@@ -40,8 +40,11 @@ def keep_zeros(model: nn.Module, *, quiet: bool = False) -> ZeroKeeper:
         What keeps the zeros, until its `release`.
 
     Raises:
-        BadInput: the model is dense, or FSDP would share its parameters out among processes.
+        BadInput: the model is dense or not in memory, or FSDP would share its parameters out among processes.
     """
+    if not isinstance(model, nn.Module):
+        named = f"zeros are kept of a model in memory, and {str(model)!r:.80} is a {type(model).__name__}"
+        raise BadInput(named, field="model", fix="load it first, as with AutoModelForCausalLM.from_pretrained")
     if asks_for_fsdp():
         fix = "use data parallel processes: torchrun, or accelerate without FSDP"
         raise BadInput("zeros are not kept over FSDP", fix=fix)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.tasks import task_for
@@ -60,6 +61,9 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
         BrokenMask: a weight that was pruned would not be zero any more.
         VerificationError: what was saved is not what was computed.
     """
+    if not isinstance(model, str | Path):
+        held = f"adapters are merged from folder to folder, and a {type(model).__name__} is in memory"
+        raise BadInput(held, field="model", fix="save it and name the folder")
     name, adapter, output = str(model), expand_home(adapter), expand_home(output)
     refuse_occupied(output)
     read_adapter_config(adapter)  # which is not there, say: known before the model is loaded
