@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.evaluation.cache import EvaluationCache
@@ -259,6 +260,18 @@ def test_refusals(
     ended = run_command(filled, monkeypatch, capsys)
     assert ended.code == 2
     assert message in ended.err
+
+
+def test_evaluations_are_kept_in_the_home_and_not_in_a_file(
+    checkpoints: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = checkpoints[:2]
+    coprune.compare(models, str(text), seqlen=SEQLEN, evaluations="~/kept", quiet=True)
+    assert any((tmp_path / "kept").glob("*.json"))
+    for wrong, message in ((text, "is a file; name a folder"), (text / "kept", "which is no folder")):
+        with pytest.raises(BadInput, match=message):
+            coprune.compare(models, str(text), seqlen=SEQLEN, evaluations=wrong, quiet=True)
 
 
 def test_items_of_models_with_one_name_go_to_folders_of_their_own() -> None:

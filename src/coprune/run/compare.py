@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.output_names import require_usable
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set
 from coprune.data.given import TextData, handed_over
@@ -48,12 +50,23 @@ def compare(
         NumericalError: a model's output is NaN.
     """
     named = [name for model in _names(models) for name in models_to_compare(model)]
-    folder = default_cache_folder() if evaluations is None else Path(evaluations)
-    cache = EvaluationCache(None if fresh else folder)
+    cache = EvaluationCache(None if fresh else _folder(evaluations))
     reporter = Reporter(quiet)
     with handed_over({"data": data, **settings}, None, "data") as asked, reporter.libraries():
         recipe = measuring_recipe(named[0] if named else "-", asked)
         return compare_models(named, recipe, reporter, cache, model_of)
+
+
+def _folder(evaluations: str | Path | None) -> Path:
+    """Where evaluations are kept. Raises BadInput for a file, and where nobody may write."""
+    if evaluations is None:
+        return default_cache_folder()
+    folder = expand_home(evaluations)
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file", field="evaluations", value=evaluations, fix="name a folder")
+    if not folder.exists():
+        require_usable(folder, "evaluations")
+    return folder
 
 
 def _names(models: Sequence[str | Path]) -> list[str]:
