@@ -10,6 +10,7 @@ import pytest
 
 import coprune
 from coprune.base.environment import kernel_cache
+from coprune.data import conversations
 from coprune.evaluation import own_text
 from support.commands import run_command
 from support.pico import pico_model
@@ -118,6 +119,16 @@ def test_a_written_file_calibrates_another_run(place: Path) -> None:
         coprune.generate(model, "own.jsonl", processor=tokenizer, quiet=True)
     begun = coprune.generate(model, "begun.jsonl", samples=2, seqlen=5, processor=tokenizer, quiet=True)
     assert [json.loads(line)["prompt_ids"] for line in begun.read_text().splitlines()] == [[1], [1]]
+
+
+def test_a_file_of_prompts_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    rows_of = conversations.rows_of
+    monkeypatch.setattr(conversations, "rows_of", lambda path: [read.append(path), rows_of(path)][1])
+    coprune.generate(
+        pico_model("llama"), "own.jsonl", "prompts.jsonl", seqlen=4, processor=pico_tokenizer("known"), quiet=True
+    )
+    assert read == [Path("prompts.jsonl")]
 
 
 def test_the_command_writes_what_python_writes(

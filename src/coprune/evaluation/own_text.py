@@ -16,7 +16,7 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Setting, Words
-from coprune.data.conversations import Document, read_prompts, template_text
+from coprune.data.conversations import Document, Message, read_prompts, template_text
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
 from coprune.model.generation import Generation, generate, positions_of
@@ -112,6 +112,7 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     instead: Words = "give it prompts: self:FILE.jsonl",
+    prompts: Sequence[str | list[Message]] | None = None,
 ) -> list[list[int]]:
     """What a model goes on from: each prompt, in the chat template where there is one, or the token that begins a text.
 
@@ -120,6 +121,7 @@ def prompt_ids(
         tokenizer: of the model.
         model: the one that writes.
         instead: what to do where no token begins a text.
+        prompts: those of the source, if they were read before.
 
     Raises:
         BadInput: there is no such token, a prompt is too long for the model, a template is asked for and there is none, or it
@@ -131,7 +133,9 @@ def prompt_ids(
             raise BadInput("the tokenizer has no token that begins a text", fix=instead)
         return [[begin]]
     asked, limit, found = source.options.get("template"), positions_of(model), list[list[int]]()
-    for number, prompt in enumerate(read_prompts(source.prompts, source.options.get("column")), start=1):
+    if prompts is None:
+        prompts = read_prompts(source.prompts, source.options.get("column"))
+    for number, prompt in enumerate(prompts, start=1):
         place = f"prompt {number} of {source.prompts}"
         talks = asked == "chat" or (asked is None and (bool(tokenizer.chat_template) or not isinstance(prompt, str)))
         if talks:

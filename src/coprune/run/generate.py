@@ -90,9 +90,8 @@ def generate(
     asked: dict[str, Any] = dict(settings)
     path = expand_home(target)
     _check(path, asked)
-    if prompts is not None:
-        with about("prompts", prompts):  # of which the model can make nothing: said before it is loaded
-            read_prompts(str(prompts), asked.get("column"))
+    with about("prompts", prompts):  # of which the model can make nothing: said before it is loaded
+        read = None if prompts is None else read_prompts(str(prompts), asked.get("column"))
     source = Source(OWN if prompts is None else f"{OWN}:{prompts}", 1.0, _options(asked))
     reporter = Reporter(quiet)
     with reporter.libraries():
@@ -101,7 +100,7 @@ def generate(
     if tokenizer is None:
         raise BadInput("a model needs its tokenizer to write", field="processor")
     with about("prompts", prompts):
-        given = prompt_ids(source, tokenizer, loaded.model, ("give it prompts with ", Setting("prompts")))
+        given = prompt_ids(source, tokenizer, loaded.model, ("give it prompts with ", Setting("prompts")), read)
     say_of_bfloat16(reporter, loaded, not isinstance(model, PreTrainedModel))
     limit = positions_of(loaded.model)
     length = int(asked.get("seqlen") or min(_LENGTH, limit or _LENGTH))
