@@ -185,3 +185,25 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
         assert (kept.finetune.mode, kept.output.log_json) == ("dense", None)
     found = run_recipe(kept, reporter=Reporter(quiet=True)).report
     assert (found.saved_model, (tmp_path / "model" / "config.json").is_file()) == (tmp_path / "model", True)
+
+
+def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_go(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked: dict[str, Any] = {**SMALL, "save": tmp_path / "run", "dataset": str(write_text(tmp_path / "text.txt", 700))}
+    asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
+    for at in ("run_finetuning", "finish_run_folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"coprune.training.after_pruning.{at}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                coprune.prune(str(dense), **asked)
+        asked |= {"batch_size": 2, "cache_dir": tmp_path / "cache"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    found = coprune.prune(str(dense), **asked).report
+    assert found.saved_model == tmp_path / "run" / "finetune" / "model"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")} == before
+    with pytest.raises(BadInput, match="another run"):
+        coprune.prune(str(dense), **(asked | {"seed": 1}))

@@ -15,6 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model, locate
+from coprune.recipe.decides import Decides
 from coprune.recipe.finetune import FinetunePart, has_adapters, has_teacher
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
@@ -25,6 +26,7 @@ from coprune.report.schema import Report
 from coprune.training.one_device import training_device
 from coprune.training.report import REPORT_FILE as FINETUNE_FILE
 from coprune.training.report import FinetuneReport
+from coprune.training.resume import gives_as
 from coprune.training.room import require_room_to_train
 from coprune.training.run import in_precision_of_the_device, run_finetuning
 from coprune.training.settings import FinetuneSettings, make_settings
@@ -126,7 +128,7 @@ def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
         report = FinetuneReport.model_validate_json((settings.run_folder / FINETUNE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if report.settings == in_precision_of_the_device(settings) else None
+    return report if gives_as(report, in_precision_of_the_device(settings)) else None
 
 
 def pruning_of(recipe: Recipe) -> Recipe:
@@ -194,7 +196,9 @@ def _pruned_before(recipe: Recipe, pruning: Recipe) -> Report | None:
     if not path.is_file() or pruning.output.model is None or not holds_model(pruning.output.model):
         return None
     report = Report.read(path)
-    if not report.recipe.gives_as(pruning):
+    # Whoever had no memory left goes on with smaller batches, as an unfinished pruning does.
+    what = Decides.RESULT | Decides.MEASUREMENT
+    if report.recipe.deciding(what) != pruning.deciding(what):
         which = "a finished run" if report.recipe.gives_as(recipe) else "another run"
         raise BadInput(
             f"{pruning.run_folder} already holds {which}",

@@ -36,6 +36,13 @@ def announce(report: FinetuneReport, training_folder: Path) -> None:
     write_text(training_folder / _ANNOUNCED, report.model_dump_json())
 
 
+def gives_as(report: FinetuneReport, settings: FinetuneSettings) -> bool:
+    """Whether a run is that of some settings: the same weights in the same folder and the same measurements, whoever is told."""
+    what = Decides.RESULT | Decides.MEASUREMENT
+    same = _deciding(report.settings, what) == _deciding(settings, what)
+    return same and report.settings.model_folder == settings.model_folder
+
+
 def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
     """Finish a run of these settings that was killed when its model had its name and only the report was wanting.
 
@@ -46,7 +53,7 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
         report = FinetuneReport.model_validate_json((training / _ANNOUNCED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if report.settings != settings or not holds_model(settings.model_folder):
+    if not gives_as(report, settings) or not holds_model(settings.model_folder):
         return None
     location = locate(settings.model, settings.cache_dir)
     pruned, _ = load_model(location)
@@ -111,8 +118,8 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _deciding(settings: FinetuneSettings) -> dict[str, Any]:
-    return deciding(settings.model_dump(mode="json"), type(settings).model_fields, Decides.RESULT)
+def _deciding(settings: FinetuneSettings, what: Decides = Decides.RESULT) -> dict[str, Any]:
+    return deciding(settings.model_dump(mode="json"), type(settings).model_fields, what)
 
 
 def replace_earlier(settings: FinetuneSettings) -> None:
