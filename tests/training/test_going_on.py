@@ -112,3 +112,13 @@ def test_what_cannot_work_is_said_before_anything_is_measured(
         run_finetuning(make_settings(settings), reporter)
     assert not any("pruned model" in line for line in said)
     assert not run_folder.exists()
+
+
+def test_what_tensorboard_heard_is_there_when_the_states_are_gone(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(home, tmp_path, report_to="tensorboard", max_steps=3)
+    assert not (tmp_path / "training").exists()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(events.Scalars("train/loss")) == 3

@@ -160,6 +160,8 @@ def build_trainer(session: Session, objective: Objective | None, advance: Advanc
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)  # the bar is coprune's own
+        elif type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+            callback.logging_dir = str(settings.run_folder / "tensorboard")  # states are removed
     return trainer
 
 
