@@ -16,6 +16,7 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.stages import run_recipe
 from coprune.training.after_pruning import pruning_of, settings_of
 from coprune.training.masks import find_masks
+from coprune.training.report import FinetuneReport
 from support.pico import pico_model
 from support.pruned import save, write_text
 from support.words import word_tokenizer
@@ -207,3 +208,22 @@ def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")} == before
     with pytest.raises(BadInput, match="another run"):
         coprune.prune(str(dense), **(asked | {"seed": 1}))
+
+
+def test_figures_of_pruned_and_trained_model_are_of_the_same_windows(tmp_path: Path) -> None:
+    save(pico_model("llama", vocab_size=1002, num_hidden_layers=1, max_position_embeddings=1100), tmp_path / "long")
+    text = str(write_text(tmp_path / "text.txt", 2300))
+    asked: dict[str, Any] = {"pattern": "2:4", "dataset": text, "eval_data": text, "device": "cpu", "gate": False}
+    report = coprune.prune(
+        str(tmp_path / "long"),
+        "magnitude",
+        finetune="dense",
+        finetune_tokens=1,
+        save=tmp_path / "run",
+        quiet=True,
+        **asked,
+    ).report
+    tuned = FinetuneReport.model_validate_json((tmp_path / "run" / "finetune" / "finetune.json").read_text())
+    assert (report.perplexity[0].seqlen, tuned.block_size) == (1100, 1024)
+    (change,) = tuned.perplexity
+    assert (change.seqlen, change.before) == (1100, pytest.approx(report.perplexity[0].pruned, rel=1e-4))

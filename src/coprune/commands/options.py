@@ -58,7 +58,7 @@ _TITLES_OF_TRAINING = {
         "text_weight",
         "top_k",
     ),
-    "Measuring": ("evaluate", "eval_data", "eval_images", "eval_tokens", "bos", "against"),
+    "Measuring": ("evaluate", "eval_data", "eval_images", "eval_seqlen", "eval_tokens", "bos", "against"),
     "Where it goes": ("cache_dir", "report_to", "save", "save_model", "save_every", "overwrite"),
 }
 

@@ -25,6 +25,10 @@ Rates = Annotated[
     ),
 ]
 
+EvalSeqlen = Annotated[
+    int | None, Decides.MEASUREMENT, Field(description="Tokens per window of perplexity. [as in training]", ge=2)
+]
+
 
 def has_adapters(mode: str | None) -> bool:
     """Whether adapters are trained, and the weights are left alone."""

@@ -64,9 +64,7 @@ def prune_and_finetune(
     else:
         reporter.say(f"Pruned by an earlier run: {pruning.output.model}")
         report = done
-    if report.bos is not None and report.bos.used != "as given":
-        # As the dense model spoke for, so that the figures of pruned and fine-tuned model are of the same windows.
-        settings = settings.model_copy(update={"bos": report.bos.used})
+    settings = settings.model_copy(update=_measured_alike(report))
     if processes.first:
         write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
     before = processes.from_first(lambda: _finetuned_before(settings))
@@ -80,6 +78,16 @@ def prune_and_finetune(
         for line in str(found).splitlines():
             reporter.say(line)
     return final
+
+
+def _measured_alike(report: Report) -> dict[str, Any]:
+    """Settings by which the figures of the fine-tuned model are of the same windows as those of the pruned one."""
+    found: dict[str, Any] = {}
+    if report.bos is not None and report.bos.used != "as given":
+        found["bos"] = report.bos.used  # as the dense model spoke for
+    if report.perplexity:
+        found["eval_seqlen"] = report.perplexity[0].seqlen
+    return found
 
 
 def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:

@@ -57,6 +57,7 @@ class FinetuneArguments(TrainingArguments, AnswerArguments, total=False):
     evaluate: bool
     eval_data: TextData | None
     eval_images: int | None
+    eval_seqlen: int | None
     eval_tokens: int | None
     bos: Literal["auto", "first", "every", "never"]
     gate: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -53,7 +52,7 @@ class Session:
     @property
     def block_size(self) -> int | None:
         """Tokens per window; None for images."""
-        return self.task.seqlen if isinstance(self.task, TextTask) else None
+        return self.data.tokens or None
 
     @property
     def training_folder(self) -> Path:
@@ -83,7 +82,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     loaded = Loaded(InMemory(model), processor, location.name, False)
     _check_top_k(settings, loaded)
     task = _task(settings, loaded)
-    data = _training_data(settings, task, processor)
+    data = _training_data(settings, task, loaded)
     evaluation = task.evaluation(reporter)
     if isinstance(task, TextTask) and evaluation:
         _, _, evaluation = task.settle_bos(score_in_memory(model), None, evaluation)
@@ -94,19 +93,23 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
 def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:
     """The task of the model, which pruning has too, for the part of the settings that a pruning run shares."""
     names = {"model", "dataset", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "bos"}
-    recipe = make_recipe(settings.model_dump(include=names & settings.model_fields_set) | {"seqlen": settings.seqlen})
+    recipe = make_recipe(settings.model_dump(include=names & settings.model_fields_set))
     if loaded.task == "text":
-        limit = choose_seqlen(loaded.model, settings.seqlen)
-        recipe = recipe.replaced(seqlen=settings.seqlen or min(1024, limit))
+        recipe = recipe.replaced(seqlen=settings.eval_seqlen or _window_length(settings, loaded))
     return task_for(recipe, loaded)
 
 
-def _training_data(settings: FinetuneSettings, task: Task, processor: Any) -> TrainingData:
+def _window_length(settings: FinetuneSettings, loaded: Loaded) -> int:
+    limit = choose_seqlen(loaded.model, settings.seqlen)
+    return settings.seqlen or min(1024, limit)
+
+
+def _training_data(settings: FinetuneSettings, task: Task, loaded: Loaded) -> TrainingData:
     if isinstance(task, ImageTask):
         _refuse_what_only_text_has(settings)
         return read_training_images(settings, task)
     assert isinstance(task, TextTask)
-    data = read_training_text(settings, processor, task.seqlen)
+    data = read_training_text(settings, loaded.processor, _window_length(settings, loaded))
     for windows in (data.train, data.held_out):
         if windows is not None:
             task.check_ids(windows.tokens)
@@ -133,8 +136,9 @@ def _check_top_k(settings: FinetuneSettings, loaded: Loaded) -> None:
 
 
 def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
-    if settings.seqlen is not None:
-        raise BadInput("images are not cut into windows", field="seqlen", fix=LeaveOut("seqlen"))
+    for name in ("seqlen", "eval_seqlen"):
+        if getattr(settings, name) is not None:
+            raise BadInput("images are not cut into windows", field=name, fix=LeaveOut(name))
     if settings.tokens is not None:
         raise BadInput("images have no tokens", field="tokens", fix=("use ", Setting("max_steps")))
     if settings.top_k is not None:

@@ -17,7 +17,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.recipe.answers import AnswersPart, Count, Gate, NewTokens, Prompts, Require, Seed, Temperature
 from coprune.recipe.decides import Decides
-from coprune.recipe.finetune import LEARNING_RATES, Mode, Rates
+from coprune.recipe.finetune import LEARNING_RATES, EvalSeqlen, Mode, Rates
 from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Globs, Part
@@ -162,6 +162,7 @@ class FinetuneSettings(Part):
     eval_images: Annotated[
         int | None, _MEASURED, Field(description="So many images of each set, evenly spaced. [all]", ge=1)
     ] = None
+    eval_seqlen: EvalSeqlen = None
     eval_tokens: Annotated[int | None, _MEASURED, Field(description="So many tokens of each. [all]", ge=2)] = None
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
