@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.evaluation.answers import asking, measured
 from coprune.evaluation.answers.answered import Answers, Figures
+from coprune.evaluation.answers.kept import answers_key
 from coprune.evaluation.answers.likeness import agreed_share, script_agreement
+from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.answers.repetition import distinct, find_loop, longest_repeat
+from coprune.recipe.measuring import measuring_recipe
 from support.commands import run_command
 from support.pico_folder import save_pico
 
@@ -45,6 +48,19 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked(place: Path, **more: Any) -> dict[str, Any]:
     return {"generate": place / "prompts.jsonl", "generate_tokens": NEW, "quiet": True, **more}
+
+
+def test_answers_are_the_same_ones_whether_a_device_is_named_or_found(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = asked(place, generate_temperature=0)
+    del few["quiet"]
+    part = measuring_recipe(str(place / "dense"), few).model
+    plan = plan_of(measuring_recipe(str(place / "dense"), few).answers, saves=False)
+    assert plan is not None
+    monkeypatch.setattr("coprune.model.opened.default_device", lambda: torch.device("cpu"))
+    found, named = (answers_key("model", part.model_copy(update={"device": name}), plan) for name in ("auto", "cpu"))
+    assert found == named
 
 
 def greedy(folder: Path) -> list[list[int]]:

@@ -10,6 +10,7 @@ from coprune.evaluation.answers.answered import Answers
 from coprune.evaluation.answers.questions import Plan
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder, model_fingerprint
 from coprune.model.checkpoint.locate import locate
+from coprune.model.opened import choose_device
 from coprune.recipe.parts import ModelPart
 
 
@@ -26,7 +27,7 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
         "what": "answers",
         "model": fingerprint,
         "dtype": asked.dtype,
-        "device": asked.device,
+        "device": choose_device(asked.device).type,  # "auto" is one of them, by another name
         "prompts": plan.prompts.fingerprint,
         "new_tokens": plan.new_tokens,
         "temperature": plan.temperature,
