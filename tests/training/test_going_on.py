@@ -89,6 +89,10 @@ def test_a_run_that_failed_before_its_first_state_stands_in_nobodys_way(home: Pa
             {"report_to": "tensorbord"},
             "no tracker tensorbord is installed; pip install tensorbord, or take one that is there",
         ),
+        (
+            {"mode": "distill", "teacher": "nowhere", "kl_weight": 0, "hidden_weight": 0},
+            "nothing is left of the distillation's loss; leave out kl_weight=0",
+        ),
         ({"save_model": "training/model"}, "would be in what the run keeps for itself"),
         ({"save_model": ".."}, "which becomes the model's"),
     ],

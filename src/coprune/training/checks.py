@@ -24,6 +24,12 @@ class Settings(Protocol):
     @property
     def hidden_weight(self) -> float | None: ...
     @property
+    def weight_of_hidden(self) -> float: ...
+    @property
+    def kl_weight(self) -> float: ...
+    @property
+    def text_weight(self) -> float: ...
+    @property
     def tokens(self) -> int | None: ...
     @property
     def max_steps(self) -> int | None: ...
@@ -78,7 +84,15 @@ def _of_teacher(asked: Settings) -> BadInput | None:
         cause = ("a teacher that runs ahead (", Set("top_k", asked.top_k), ") leaves no hidden states")
         fix: Words = ("add ", Set("hidden_weight", 0))
         return BadInput(cause, field="hidden_weight", value=asked.hidden_weight, fix=fix)
+    if has_teacher(asked.mode) and not asked.kl_weight + asked.weight_of_hidden + asked.text_weight:
+        return nothing_to_learn()
     return None
+
+
+def nothing_to_learn() -> BadInput:
+    """What to tell where every part of a distillation's loss has the weight zero."""
+    fix: Words = ("leave out ", Set("kl_weight", 0))
+    return BadInput("nothing is left of the distillation's loss", field="kl_weight", value=0, fix=fix)
 
 
 def _of_mode(asked: Settings, changed: Collection[str]) -> BadInput | None:

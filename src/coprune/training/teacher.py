@@ -10,6 +10,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model, task_of
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.finetune import has_teacher
+from coprune.training.checks import nothing_to_learn
 from coprune.training.distill import Distillation, Objective
 from coprune.training.one_device import training_device
 from coprune.training.session import Session
@@ -33,6 +34,8 @@ def distillation_of(session: Session, first: bool) -> Objective | None:
     counterparts = _counterparts(session, teacher) if hidden else []
     hidden = 0.0 if counterparts is None else hidden
     temperature = settings.temperature or (1.0 if session.block_size is not None else 2.0)
+    if not settings.kl_weight + hidden + settings.text_weight:
+        raise nothing_to_learn()
     weights = (temperature, settings.kl_weight, hidden, settings.text_weight)
     if settings.top_k is None:
         return Distillation(teacher, *weights, counterparts or [])
