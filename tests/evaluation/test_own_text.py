@@ -10,7 +10,7 @@ import pytest
 
 import coprune
 from coprune.base.environment import kernel_cache
-from coprune.data import conversations
+from coprune.data.local_text import rows_of
 from coprune.evaluation import own_text
 from support.commands import run_command
 from support.pico import pico_model
@@ -123,8 +123,12 @@ def test_a_written_file_calibrates_another_run(place: Path) -> None:
 
 def test_a_file_of_prompts_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    rows_of = conversations.rows_of
-    monkeypatch.setattr(conversations, "rows_of", lambda path: [read.append(path), rows_of(path)][1])
+
+    def rows(path: Path) -> list[Any]:
+        read.append(path)
+        return rows_of(path)
+
+    monkeypatch.setattr("coprune.data.conversations.rows_of", rows)
     coprune.generate(
         pico_model("llama"), "own.jsonl", "prompts.jsonl", seqlen=4, processor=pico_tokenizer("known"), quiet=True
     )

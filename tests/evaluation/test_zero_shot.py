@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, NumericalError
 from coprune.evaluation.zero_shot import (
     Estimate,
     TaskScores,
@@ -212,3 +212,35 @@ def test_model_and_tokenizer_are_as_they_were(local_data: Path) -> None:
     assert model.lm_head.weight is head
     assert [part.training for part in model.modules()] == training
     assert tokenizer.pad_token is None
+
+
+LAST_WORD = """
+task: last_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{goal}}}}"
+doc_to_target: " w5"
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+"""
+
+
+def test_what_the_harness_cannot_run_or_form_is_said_in_a_line(
+    local_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = pico_model("llama"), pico_tokenizer()
+    with pytest.raises(BadInput, match=r"the tasks cannot be run: .*no documents available for sampling"):
+        zero_shot(model, tokenizer, ZeroShotSettings(("piqa",), 2, DEFINITIONS, 2))
+    (tmp_path / "last_word.yaml").write_text(LAST_WORD.format(items=local_data / "piqa.jsonl"))
+    settings = ZeroShotSettings(("last_word",), include_path=tmp_path)
+    assert zero_shot(model, tokenizer, settings).tasks[0].metrics["perplexity"].value > 1
+    assert capsys.readouterr().out == ""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    with pytest.raises(NumericalError, match="a figure of the tasks is beyond every number"):
+        zero_shot(model, tokenizer, settings)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(NumericalError, match="the model's output is NaN for items of the tasks"):
+        zero_shot(model, tokenizer, settings)

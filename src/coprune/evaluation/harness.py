@@ -10,12 +10,14 @@ import hashlib
 import importlib.metadata
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, NumericalError
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut
@@ -40,7 +42,7 @@ def zero_shot(
 
     tasks: what `find_tasks` found for these settings (default: found now); title: what the progress bar is called.
     Without a batch size, a GPU gets lm-eval's automatic choice and a CPU one that keeps the logits small.
-    Raises BadInput as `find_tasks`.
+    Raises BadInput as `find_tasks`, NumericalError if the model's output is NaN or a figure is beyond every number.
     """
     tasks = find_tasks(settings) if tasks is None else tasks
     if settings.chat_template and not getattr(tokenizer, "chat_template", None):
@@ -55,7 +57,7 @@ def zero_shot(
         harness = watched_model(
             model, tokenizer, settings.batch_size, reporter or Reporter(quiet=True), title, terminal
         )
-        try:
+        with _explained():
             results = evaluate(
                 lm=harness,
                 task_dict=tasks,
@@ -64,8 +66,6 @@ def zero_shot(
                 fewshot_as_multiturn=False,
                 apply_chat_template=settings.chat_template,
             )
-        except ValueError as error:  # too few few-shot examples, unsafe code, multimodal tasks
-            raise BadInput(f"the tasks cannot be run: {one_line(error)}", field="tasks") from error
     if settings.log_samples is not None:
         _write_samples(settings.log_samples, results["samples"])
     return ZeroShot(
@@ -73,6 +73,18 @@ def zero_shot(
         groups={name: _estimates(results["results"][name]) for name in tasks.get("groups", {})},
         harness=importlib.metadata.version("lm_eval"),
     )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say in one line why the harness cannot run its tasks, or form a figure of them."""
+    try:
+        yield
+    except OverflowError as error:  # perplexities, which upstream forms by math.exp
+        broken = "a figure of the tasks is beyond every number, as those of a model that is broken are"
+        raise NumericalError(broken, field="tasks") from error
+    except (ValueError, AssertionError) as error:  # no or too few few-shot examples, unsafe code, multimodal tasks
+        raise BadInput(f"the tasks cannot be run: {one_line(error)}", field="tasks") from error
 
 
 def _configure(task: Any, settings: ZeroShotSettings) -> None:

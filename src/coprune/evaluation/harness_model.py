@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
+from coprune.base.errors import NumericalError
 from coprune.base.progress import Advance, Reporter
 from coprune.evaluation.batches import BATCH_LOGITS
 
@@ -93,6 +94,9 @@ def _watched_class() -> Any:
 
         def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *arguments, **options)
+            # Of the first token alone, since what is NaN before the head is so for every token.
+            if bool(logits[..., 0].isnan().any()):
+                raise NumericalError("the model's output is NaN for items of the tasks", field="tasks")
             self.advance(len(inps))
             return logits
 

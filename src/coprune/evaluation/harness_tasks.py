@@ -10,7 +10,7 @@ import logging
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -152,7 +152,9 @@ def isolated() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         # Its bars know no switch, so that all of standard error is held back; coprune's own bar finds its way around.
-        with redirect_stderr(StringIO()), warnings.catch_warnings(), torch.random.fork_rng():
+        # Other notes it prints where figures stand.
+        silent, nowhere = redirect_stderr(StringIO()), redirect_stdout(StringIO())
+        with silent, nowhere, warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             random.seed(0)
             np.random.seed(SEED)  # noqa: NPY002
