@@ -23,6 +23,7 @@ from coprune.evaluation.zero_shot import (
     compare_zero_shot,
     mean_of,
     paired_difference,
+    shown,
 )
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer
@@ -212,6 +213,12 @@ def test_model_and_tokenizer_are_as_they_were(local_data: Path) -> None:
     assert model.lm_head.weight is head
     assert [part.training for part in model.modules()] == training
     assert tokenizer.pad_token is None
+
+
+def test_shares_are_shown_in_per_cent_and_what_is_none_as_it_is() -> None:
+    assert shown("acc", Estimate(value=0.5, stderr=0.01)) == "50.00 ± 1.00 %"
+    assert shown("acc", Estimate(value=0.5, stderr=None), "+") == "+50.00 %"
+    assert shown("word_perplexity", Estimate(value=24.5, stderr=None)) == "24.50"
 
 
 LAST_WORD = """

@@ -12,7 +12,7 @@ from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
-from coprune.evaluation.zero_shot import Estimate, ZeroShot
+from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
 from coprune.packed.linear import PackedLinear
 
 
@@ -71,18 +71,12 @@ class Evaluation(Shown, _Facts):
         rows += [("closeness", found.line(self.against)) for found in self.closeness]
         zero_shot = self.zero_shot
         for task in () if zero_shot is None else zero_shot.tasks:
-            metrics = ", ".join(f"{name} {percent(estimate)}" for name, estimate in task.metrics.items())
+            metrics = ", ".join(f"{name} {shown(name, estimate)}" for name, estimate in task.metrics.items())
             rows.append((task.task, f"{metrics} ({task.items} items, {task.num_fewshot}-shot, version {task.version})"))
         if zero_shot is not None and zero_shot.mean is not None:
-            rows.append((f"mean of acc over {len(zero_shot.tasks)} tasks", percent(zero_shot.mean)))
+            rows.append((f"mean of acc over {len(zero_shot.tasks)} tasks", shown(MAIN_METRIC, zero_shot.mean)))
         rows += [] if self.answers is None else self.answers.lines()
         return Sheet(self.headline(), rows)
-
-
-def percent(estimate: Estimate) -> str:
-    """An estimate in per cent with its standard error."""
-    error = "" if estimate.stderr is None else f" ± {100 * estimate.stderr:.2f}"
-    return f"{100 * estimate.value:.2f}{error} %"
 
 
 def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:

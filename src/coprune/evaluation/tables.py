@@ -8,7 +8,7 @@ from coprune.evaluation.answer_columns import answer_columns
 from coprune.evaluation.changes import AccuracyChange, Row
 from coprune.evaluation.columns import Column, Number, plain, share
 from coprune.evaluation.measurement import Accuracy, Interval
-from coprune.evaluation.zero_shot import Estimate
+from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
@@ -40,17 +40,16 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return columns
 
 
-def _estimate(title: str, estimate: Callable[[Row], Estimate | None], signed: bool = False) -> Column:
+def _estimate(
+    title: str, estimate: Callable[[Row], Estimate | None], metric: str = MAIN_METRIC, signed: bool = False
+) -> Column:
     def value(row: Row) -> Number:
         found = estimate(row)
         return None if found is None else found.value
 
     def show(row: Row) -> str:
         found = estimate(row)
-        if found is None:
-            return ""
-        error = "" if found.stderr is None else f" ± {100 * found.stderr:.2f}"
-        return f"{100 * found.value:{'+' if signed else ''}.2f}{error} %"
+        return "" if found is None else shown(metric, found, "+" if signed else "")
 
     return Column(title, value, show)
 
@@ -127,4 +126,7 @@ def _task_columns(task: str, metric: str, index: int) -> list[Column]:
         found = None if row.zero_shot is None else row.zero_shot.tasks[index].delta
         return None if found is None else found.get(metric)
 
-    return [_estimate(f"{task} {metric}", score), _estimate(f"Δ {task} {metric}", delta, signed=True)]
+    return [
+        _estimate(f"{task} {metric}", score, metric),
+        _estimate(f"Δ {task} {metric}", delta, metric, signed=True),
+    ]

@@ -19,6 +19,7 @@ from coprune.base.errors import BadInput
 # The seven tasks of the Wanda paper (arXiv 2306.11695), whose tables show `acc` of each, not `acc_norm`, and its mean.
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 MAIN_METRIC = "acc"
+_NO_SHARES = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class Estimate(BaseModel):
 
     value: float
     stderr: float | None
+
+
+def shown(metric: str, found: Estimate, sign: str = "") -> str:
+    """An estimate with its standard error, for people: a share in per cent, and what is none (perplexity, BLEU) as it is.
+
+    sign: `+` for a difference.
+    """
+    scale, unit = (1, "") if metric in _NO_SHARES else (100, " %")
+    error = "" if found.stderr is None else f" ± {scale * found.stderr:.2f}"
+    return f"{scale * found.value:{sign}.2f}{error}{unit}"
 
 
 class TaskScores(BaseModel):
