@@ -274,6 +274,27 @@ def test_evaluations_are_kept_in_the_home_and_not_in_a_file(
             coprune.compare(models, str(text), seqlen=SEQLEN, evaluations=wrong, quiet=True)
 
 
+def test_models_of_other_tokens_compare_per_byte_and_begin_by_themselves(
+    checkpoints: list[Path], text: Path, tmp_path: Path
+) -> None:
+    # A word that the other tokenizer, which puts BOS, does not know.
+    words = tmp_path / "words.txt"
+    words.write_text(f"w1 {text.read_text()}")
+    dense, other = checkpoints[0], tmp_path / "other"
+    save(pico_model("llama", seed=1), other)
+    pico_tokenizer("put").save_pretrained(other)
+    for first, second, begins in ((dense, other, {"first", "every"}), (other, dense, {"never"})):
+        found = coprune.compare([first, second, first], str(words), seqlen=SEQLEN, fresh=True, quiet=True)
+        apart, same = found.rows[1:]
+        assert (apart.evaluation.closeness, len(same.evaluation.closeness)) == ((), 1)
+        assert apart.evaluation.bos is not None
+        assert apart.evaluation.bos.used in begins
+        assert apart.perplexity_changes is not None
+        assert apart.perplexity_changes[0].ratio is None
+        assert apart.perplexity_changes[0].bits_per_byte_difference is not None
+        assert f"KL {words}" in str(found)
+
+
 def test_items_of_models_with_one_name_go_to_folders_of_their_own() -> None:
     assert labels_of(["out/dense", "a/model", "b/model"]) == ["dense", "a__model", "b__model"]
     assert labels_of(["/data/x/foo", "org/foo"]) == ["data__x__foo", "org__foo"]

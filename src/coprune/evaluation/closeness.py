@@ -24,6 +24,10 @@ from coprune.evaluation.measurement import Closeness
 from coprune.evaluation.perplexity import window_nll
 
 
+class OtherTokens(BadInput):
+    """Two models whose distributions are of different tokens."""
+
+
 class LogitComparison(NamedTuple):
     """Means over each window's positions but the last: KL(dense ‖ pruned) in nats and agreement, both B float64."""
 
@@ -49,7 +53,7 @@ def closeness(
     """
     vocabulary = dense.config.get_text_config().vocab_size
     if pruned.config.get_text_config().vocab_size != vocabulary:
-        raise BadInput(
+        raise OtherTokens(
             f"the models have {vocabulary} and {pruned.config.get_text_config().vocab_size} tokens in their "
             "vocabularies, so their distributions cannot be compared",
             field="against",

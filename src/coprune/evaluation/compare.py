@@ -7,11 +7,14 @@ from pathlib import Path
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.base.words import say
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.changes import row
+from coprune.evaluation.closeness import OtherTokens
 from coprune.evaluation.comparison import Comparison
 from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
 from coprune.evaluation.measure import Subject
+from coprune.evaluation.measurement import Closeness
 from coprune.recipe.recipe import Recipe
 
 
@@ -43,11 +46,26 @@ def compare_models(
     baseline = subjects[0].measure()
     rows = [row(models[0], baseline, None)]
     for name, subject in zip(models[1:], subjects[1:], strict=True):
-        closeness = () if subject.classifies else subject.closeness_to(subjects[0])
+        closeness = _closeness(subject, subjects[0], reporter)
         evaluation = subject.measure().model_copy(update={"against": subjects[0].name, "closeness": closeness})
         rows.append(row(name, evaluation, baseline))
         subject.release()
     return Comparison(rows=tuple(rows))
+
+
+def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple[Closeness, ...]:
+    """How close a model is to the baseline: nothing of classifiers, and of models with other tokens, measured by themselves."""
+    if subject.classifies:
+        return ()
+    try:
+        return subject.closeness_to(baseline)
+    except BadInput as error:
+        # Of other tokens the one may be missing by which the baseline's windows begin.
+        if not isinstance(error, OtherTokens) and error.field != "bos":
+            raise
+        reporter.say(f"No closeness: {say(error.cause)}.")
+        subject.begin_as(None)
+        return ()
 
 
 def labels_of(names: Sequence[str]) -> list[str]:

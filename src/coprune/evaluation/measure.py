@@ -19,7 +19,7 @@ from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, score_in_memory
 from coprune.evaluation.cache import EvaluationCache, require_texts, text_fingerprint
-from coprune.evaluation.closeness import closeness
+from coprune.evaluation.closeness import OtherTokens, closeness
 from coprune.evaluation.evaluation import Evaluation, WeightFacts, weight_facts
 from coprune.evaluation.extras import zero_shot_settings
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
@@ -90,9 +90,10 @@ class Subject:
         self._loaded = None
         self._texts = {}
 
-    def begin_as(self, other: Subject) -> None:
-        """Measure as another model is: windows of text begin as its do, and answers stand beside its answers."""
-        self._leader = other
+    def begin_as(self, other: Subject | None) -> None:
+        """Measure as another model is: windows of text begin as its do, and answers stand beside its. None: by itself."""
+        self._leader, self._texts = other, {}
+        self.__dict__.pop("bos", None)
 
     @cached_property
     def bos(self) -> BosChoice | None:
@@ -191,7 +192,7 @@ class Subject:
             text, asks = self.text(asked), asked.recipe(self.recipe).calibration
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             if dense.text(asked).fingerprint != text.fingerprint:
-                raise BadInput(
+                raise OtherTokens(
                     f"{self.name} and {dense.name} cut {asked.name} into different tokens, so their predictions cannot be "
                     "compared"
                 )

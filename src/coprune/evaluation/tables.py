@@ -25,9 +25,9 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         columns += _perplexity_columns(result.data, index)
     for index, accuracy in enumerate(first.accuracy):
         columns += _accuracy_columns(accuracy.data, index)
-    if len(rows) > 1:
-        for index, near in enumerate(rows[1].evaluation.closeness):
-            columns += _closeness_columns(near.data, index)
+    nearest = next((row.evaluation.closeness for row in rows if row.evaluation.closeness), ())
+    for index, near in enumerate(nearest):
+        columns += _closeness_columns(near.data, index)
     if first.answers is not None:
         columns += answer_columns(first.answers.sampled is not None, against=len(rows) > 1)
     if first.zero_shot is not None:
