@@ -39,6 +39,13 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
     assert alone == type(alone)()
 
 
+def test_conversations_are_no_text_to_train_on(tmp_path: Path) -> None:
+    chat, text = tmp_path / "chat.jsonl", write_text(tmp_path / "text.txt", 100)
+    chat.write_text('{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}')
+    for named, trained in ((str(chat), "wikitext2"), (f"{chat}=0.7,{text}=0.3", str(text))):
+        assert settings_of(make_recipe({"model": "m", "finetune": "dense", "dataset": named})).dataset == trained
+
+
 def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path) -> None:
     model = pico_model("llama", vocab_size=1002, num_hidden_layers=2)
     small: dict[str, Any] = {"pattern": "2:4", "seqlen": 16, "nsamples": 2, "evaluate": False, "gate": False}

@@ -13,6 +13,7 @@ from coprune.base.files import write_text
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting
+from coprune.data.mixture import reads_conversations
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.decides import Decides
@@ -150,7 +151,8 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
     """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
     # Of several the largest that is text as it stands: a training reads one.
-    plain = [source for source in split_sources(recipe.calibration.data) if source.is_text]
+    sources = split_sources(recipe.calibration.data)
+    plain = [source for source in sources if source.is_text and not reads_conversations(source)]
     named = "data" in recipe.calibration.model_fields_set and plain
     data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
     return make_settings(
