@@ -159,6 +159,14 @@ def test_bad_input_is_named(
         perplexity(model, torch.zeros(length, dtype=torch.int64), seqlen, batch_size)
 
 
+def test_tokens_are_one_stream_of_those_that_the_model_knows(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    whole = perplexity(model, tokens, 24)
+    assert perplexity(model, tokens[None], 24) == whole
+    for unknown in (tokens - 10_000, tokens + 10_000):
+        with pytest.raises(BadInput, match=r"there is a token .* use the model's tokenizer"):
+            perplexity(model, unknown, 24)
+
+
 @pytest.mark.parametrize(
     ("seqlen", "vocabulary", "expected"), [(512, 49_152, 8), (2048, 32_000, 2), (2048, 262_144, 1), (8192, 32_000, 1)]
 )

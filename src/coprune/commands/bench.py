@@ -31,7 +31,7 @@ def bench(
         int, typer.Option("--decode-tokens", "--tokens", help="Tokens to decode per measurement.", min=1)
     ] = 24,
     repeats: Annotated[int, typer.Option(help="Measurements of each form, in turns.", min=1)] = 5,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads. [torch's choice]", min=1)] = None,
     busy: Annotated[

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from coprune.base.errors import NumericalError
+from coprune.base.errors import BadInput, NumericalError
 from coprune.evaluation.batches import (
     batches,
     bootstrap_interval,
@@ -39,7 +39,7 @@ def perplexity(
 
     Args:
         model: a language model, which is not changed.
-        tokens: T int64, on any device.
+        tokens: T int64, on any device; rows of several are one stream.
         seqlen: tokens per window.
         batch_size: windows at once (default: about 4096 tokens), which does not change the result.
         token_bytes: T, the bytes of text behind each token, for the values per byte.
@@ -49,12 +49,17 @@ def perplexity(
         The perplexity with its 95 % bootstrap interval over the windows.
 
     Raises:
-        BadInput: there is not one whole window.
+        BadInput: there is not one whole window, or a token that the model does not know.
         NumericalError: the model's output is NaN.
     """
-    windows = cut_windows(tokens, seqlen)
+    windows = cut_windows(tokens.flatten(), seqlen)
+    vocabulary = model.config.get_text_config().vocab_size
+    for token in (int(windows.min()), int(windows.max())):
+        if not 0 <= token < vocabulary:
+            known = f"there is a token {token}, and the model knows {vocabulary}"
+            raise BadInput(known, field="tokens", fix="use the model's tokenizer")
     if batch_size is None:
-        batch_size = default_batch_size(seqlen, model.config.get_text_config().vocab_size)
+        batch_size = default_batch_size(seqlen, vocabulary)
     nll: list[Tensor] = []
     with inference_logits(model) as logits_of:
         for batch in batches(windows, batch_size):
