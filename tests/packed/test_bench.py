@@ -150,6 +150,8 @@ def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path: Path) -> None
     for batches in ("1,4", 4):
         with pytest.raises(BadInput, match=rf"the batches cannot be {batches!r}; list .* as in \[1, 4\]"):
             bench(model, batches)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="from their files, and one is a LlamaForCausalLM; save it"):
+        bench([tmp_path, model])  # type: ignore[list-item]
     with pytest.raises(BadInput, match=r"config\.json"):
         bench(tmp_path)
 
@@ -233,6 +235,7 @@ def test_bad_settings_are_refused(model: PreTrainedModel, tmp_path: Path) -> Non
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"dtipe": "float16"}, "unknown setting 'dtipe'; did you mean 'dtype'"),
         ({"dtype": "float17"}, "unknown dtype 'float17'"),
+        ({"dtype": torch.float32}, "unknown dtype 'torch.float32'; did you mean 'float32'"),
         ({"device": "gpu"}, "the device 'gpu' cannot be used here"),
         ({"prompt": 2048}, "above the model's 2048 positions"),
     ]

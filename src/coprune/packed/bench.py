@@ -83,6 +83,10 @@ def bench(
     if not isinstance(model, str | Path | PreTrainedModel):
         if how.get("device", "cpu") != "cpu":
             raise BadInput("several models are measured on the CPU", field="device", value=how["device"])
+        for one in model:
+            if not isinstance(one, str | Path):
+                held = f"several models are measured from their files, and one is a {type(one).__name__}"
+                raise BadInput(held, field="model", fix="save it and name the folder, or measure it by itself")
         return bench_beside(model, work, how.get("dtype", "auto"), compiles=compiles, clock=clock)
     if isinstance(model, PreTrainedModel):
         refuse_what_loading_decides(how)
@@ -110,7 +114,7 @@ def _load(folder: Path, how: BenchArguments) -> Any:
             f"{folder} has no config.json", field="model", value=folder, fix="give a checkpoint folder, dense or packed"
         )
     if (dtype := how.get("dtype", "auto")) not in _DTYPES:
-        raise unknown_name("dtype", dtype, _DTYPES, field="dtype")
+        raise unknown_name("dtype", str(dtype), _DTYPES, field="dtype")
     device = choose_device(how.get("device", "cpu"))
     register_with_transformers()
     config = AutoConfig.from_pretrained(folder)
