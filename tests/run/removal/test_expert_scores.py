@@ -120,9 +120,10 @@ def test_scores_that_lack_a_mixture_are_refused_before_the_dense_model_is_measur
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that removed a block as well has none of the experts that were in it."""
-    asked = SETTINGS | {"dataset": IDS, "score": "influence"}
+    asked = SETTINGS | {"dataset": IDS}
     file, model = tmp_path / "run" / "experts.json", partial(pico_model, "mixtral")
-    coprune.prune(model(), save=tmp_path / "run", **asked | {"remove": "experts=0.25,blocks=0.34"})
+    both = {"remove": "experts=0.25,blocks=0.34", "score": "influence"}
+    coprune.prune(model(), save=tmp_path / "run", **asked | both)
 
     def slow(*_: Any) -> Any:
         raise AssertionError("this takes hours")
