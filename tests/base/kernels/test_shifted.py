@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -51,18 +53,19 @@ def test_a_factor_is_inverted() -> None:
     torch.testing.assert_close(inverse_of_factor(lower) @ lower @ lower.T, torch.eye(96), atol=1e-3, rtol=0)
 
 
-# With fewer tokens than inputs a mask hangs on rounding: weights that differ by a millionth have errors that differ by 0.8 %.
-@pytest.mark.parametrize(("tokens", "within"), [(48, 0.02), (500, 0.002)])
+@pytest.mark.parametrize("tokens", [48, 500])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_alps_by_factors_has_the_same_errors(
-    pattern: str, tokens: int, within: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+def test_alps_by_factors_has_the_same_errors(pattern: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(parse_pattern(pattern), 0.5)
-    errors = []
-    for kernel in (by_eigenvalues, by_factors):
-        monkeypatch.setitem(KERNELS, ("shifted_inverses", "cpu"), (Kernel("this", kernel),))
-        known = statistic(tokens)
-        errors.append(known.relative_error(weight, ALPS().prune(weight, known, target).weight))
-    assert 0 < errors[0] < 1
-    assert errors[1] == pytest.approx(errors[0], rel=within)
+    ratios = []
+    for seed in range(1, 10):
+        weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(seed))
+        errors = []
+        for kernel in (by_eigenvalues, by_factors):
+            monkeypatch.setitem(KERNELS, ("shifted_inverses", "cpu"), (Kernel("this", kernel),))
+            known = statistic(tokens)
+            errors.append(known.relative_error(weight, ALPS().prune(weight, known, target).weight))
+        assert 0 < errors[0] < 1
+        ratios.append(errors[1] / errors[0])
+    # Of few tokens a mask may hang on rounding: of one weight in five the errors are up to 1.3 % apart then.
+    assert statistics.median(ratios) == pytest.approx(1, rel=0.002)
