@@ -1,7 +1,11 @@
-"""Golden figures in their file, and what differs from them."""
+"""Golden figures in their file, and what differs from them.
+
+Every row names the arithmetic that it was made by, since rows are made anew on whatever machine there is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -17,41 +21,47 @@ FILE = Path(__file__).with_name("figures.json")
 # instruction sets, with and without kernels, layer errors of ALPS differed by 0.4 % and its perplexities by 3.5 %.
 ERROR_TOLERANCE = 0.02
 PERPLEXITY_TOLERANCE = 0.1
+BY = "by"
+"""Where a row says by what arithmetic it was made."""
 
 
 @dataclass
 class Golden:
-    """The file's content: by what arithmetic it was made, and the figures by the names of their rows."""
+    """The file's content: arithmetics by their checksums, and by the names of rows their figures, each with its arithmetic's."""
 
-    arithmetic: dict[str, str]
+    arithmetics: dict[str, dict[str, str]]
     rows: dict[str, Figures]
 
     @classmethod
     def read(cls) -> Golden:
-        """Read the file; empty and of this arithmetic if there is none."""
-        if not FILE.exists():
-            return cls(arithmetic(), {})
-        return cls(**json.loads(FILE.read_text(encoding="utf-8")))
+        """Read the file; empty if there is none."""
+        return cls(**json.loads(FILE.read_text(encoding="utf-8"))) if FILE.exists() else cls({}, {})
 
     def write(self) -> None:
-        """Write the file, one row per line."""
+        """Write the file, one row per line, with the arithmetics that rows were made by."""
+        used = {row[BY]: self.arithmetics[row[BY]] for row in self.rows.values()}
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(self.rows[name])}" for name in sorted(self.rows))
-        text = f'{{\n"arithmetic": {json.dumps(self.arithmetic, sort_keys=True)},\n"rows": {{\n{rows}\n}}\n}}\n'
+        text = f'{{\n"arithmetics": {json.dumps(used, sort_keys=True)},\n"rows": {{\n{rows}\n}}\n}}\n'
         FILE.write_text(text, encoding="utf-8")
 
-    @property
-    def exact(self) -> bool:
-        """Whether figures made here have to be the same to the last bit."""
-        return self.arithmetic == arithmetic()
-
-    def regime(self) -> str:
-        """How figures are compared here, for people."""
-        if self.exact:
-            return "the arithmetic is that of the golden figures, so every bit counts"
+    def with_rows(self, found: dict[str, Figures]) -> Golden:
+        """The same with rows that were measured here."""
         here = arithmetic()
-        other = ", ".join(
-            f"{key} {value}, here {here[key]}" for key, value in self.arithmetic.items() if here[key] != value
-        )
+        own = {name: {**figures, BY: _checksum_of(here)} for name, figures in found.items()}
+        return Golden(self.arithmetics | {_checksum_of(here): here}, self.rows | own)
+
+    def exact(self, name: str) -> bool:
+        """Whether a row's figures have to be the same to the last bit when they are made here."""
+        return self.arithmetics[self.rows[name][BY]] == arithmetic()
+
+    def regime(self, name: str) -> str:
+        """How a row's figures are compared here, for people."""
+        if name not in self.rows:
+            return "a new row"
+        if self.exact(name):
+            return "the arithmetic is that of the golden figures, so every bit counts"
+        here, there = arithmetic(), self.arithmetics[self.rows[name][BY]]
+        other = ", ".join(f"{key} {value}, here {here[key]}" for key, value in there.items() if here[key] != value)
         return (
             f"another arithmetic ({other}), so sparsity counts exactly, layer errors within {ERROR_TOLERANCE:.0%} and "
             f"perplexities within {PERPLEXITY_TOLERANCE:.0%}"
@@ -59,22 +69,26 @@ class Golden:
 
     def differences(self, name: str, found: Figures) -> list[str]:
         """What differs from a row's golden figures, one line each."""
-        golden = self.rows.get(name)
-        if golden is None:
+        if name not in self.rows:
             return ["there is no golden row of this name"]
-        keys = [*golden, *(key for key in found if key not in golden)]
+        golden, exact = self.rows[name], self.exact(name)
         return [
             f"{key}: golden {golden.get(key)!r}, now {found.get(key)!r}"
-            for key in keys
-            if not self._same(key, golden.get(key), found.get(key))
+            for key in {**golden, **found}
+            if key != BY and not _same(key, golden.get(key), found.get(key), exact)
         ]
 
-    def _same(self, key: str, golden: Any, found: Any) -> bool:
-        if self.exact or golden is None or found is None or key in ("sparsity", "matrices", "refused"):
-            return bool(golden == found)
-        if key in ("masks", "weights", "events"):
-            return True
-        tolerance = ERROR_TOLERANCE if key == "error" else PERPLEXITY_TOLERANCE
-        return len(golden) == len(found) and all(
-            math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-9) for a, b in zip(golden, found, strict=True)
-        )
+
+def _checksum_of(made: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _same(key: str, golden: Any, found: Any, exact: bool) -> bool:
+    if exact or golden is None or found is None or key in ("sparsity", "matrices", "refused"):
+        return bool(golden == found)
+    if key in ("masks", "weights", "events"):
+        return True
+    tolerance = ERROR_TOLERANCE if key == "error" else PERPLEXITY_TOLERANCE
+    return len(golden) == len(found) and all(
+        math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-9) for a, b in zip(golden, found, strict=True)
+    )

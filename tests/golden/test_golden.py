@@ -33,7 +33,7 @@ def test_figures_are_what_they_were(row: Row, golden: Golden, bench: Workbench) 
     if needs_real_model(row) and not has_real_model():
         pytest.skip("the packages with the real model and text are not installed")
     different = golden.differences(row.name, bench.measure(row))
-    assert not different, f"{row.name} ({golden.regime()}): {'; '.join(different)}"
+    assert not different, f"{row.name} ({golden.regime(row.name)}): {'; '.join(different)}"
 
 
 def test_every_run_has_golden_figures_and_nothing_else_has(golden: Golden) -> None:
@@ -50,8 +50,18 @@ def test_a_folder_gives_the_same_streamed_and_loaded(family: str, golden: Golden
 def test_a_difference_in_the_last_bit_is_seen_where_every_bit_counts(golden: Golden) -> None:
     name = "llama wanda 50% block"
     changed = dict(golden.rows[name], perplexity=[math.nextafter(p, 0) for p in golden.rows[name]["perplexity"]])
-    assert bool(golden.differences(name, changed)) == golden.exact
+    assert bool(golden.differences(name, changed)) == golden.exact(name)
     worse = dict(golden.rows[name], error=[2 * error for error in golden.rows[name]["error"]])
     assert golden.differences(name, worse)
     assert golden.differences(name, {"refused": "no"})
     assert golden.differences("llama of nowhere", changed)
+
+
+def test_rows_made_here_count_to_the_last_bit_and_the_others_stay(golden: Golden) -> None:
+    name, other = "llama wanda 50% block", "llama wanda 2:4 block"
+    figures = {key: value for key, value in golden.rows[name].items() if key != "by"}
+    made = golden.with_rows({name: figures})
+    assert made.exact(name)
+    assert made.rows[other] == golden.rows[other]
+    assert not made.differences(name, figures)
+    assert made.differences(name, dict(figures, masks="0"))
