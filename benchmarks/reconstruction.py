@@ -24,8 +24,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "window 2": BALANCED | {"reconstruct_window": 2},
     "window 2, 12 steps": BALANCED | {"reconstruct": 12, "reconstruct_window": 2},
     "12 steps of one sample": BALANCED | {"reconstruct": 12, "batch_size": 1},
-    "learning rate 2e-3": BALANCED | {"reconstruct_lr": 2e-3},
-    "relative rates": BALANCED | {"reconstruct_rates": "relative", "reconstruct_lr": 0.005},
+    "learning rate 5e-3": BALANCED | {"reconstruct_lr": 5e-3},
+    "one rate for all": BALANCED | {"reconstruct_rates": "absolute", "reconstruct_lr": 1e-3},
 }
 
 

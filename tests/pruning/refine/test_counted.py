@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from coprune.model.walk.recording import record_batches
@@ -42,6 +44,12 @@ def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
     return block.weight.data, before
 
 
+def relative(x: Tensor, y: Tensor) -> Tensor:
+    """Squared errors of tokens (N × H) over the size of the dense ones, every feature over its part of all tokens' size."""
+    part = (y.square() / y.square().sum(dim=1, keepdim=True)).mean(dim=0)
+    return ((x - y).square() / part).sum(dim=1) / (y.square() / part).sum(dim=1)
+
+
 def bounded(errors: Tensor) -> Tensor:
     """A token that is far too large counts little more than one that is wholly wrong."""
     return torch.stack([error if error < 1 else 1 + error.log() for error in errors])
@@ -55,7 +63,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count() -> None:
     inputs, targets, counted = batches(0), batches(1), marks()
     weight, before = trained(Examples(inputs, targets, shares(COUNTS), counted), 8)
     x, y = (torch.cat([one[mark] for one, mark in zip(some, counted, strict=True)]) for some in (inputs, targets))
-    errors = bounded((x - y).square().sum(dim=1) / y.square().sum(dim=1))
+    errors = bounded(relative(x, y))
     assert len(errors) == sum(COUNTS)
     assert before == pytest.approx(float(errors.mean()), rel=1e-6)
     # The same tokens without the others between them, and without the batch that has none.
@@ -82,7 +90,7 @@ def test_a_step_goes_by_the_batchs_part_of_that_mean(monkeypatch: pytest.MonkeyP
     trained(Examples(inputs, targets, shares(COUNTS), counted), 3)
     weight = torch.eye(6, requires_grad=True)
     x, y = (torch.cat([one[mark] for one, mark in zip(some, counted, strict=True)]) for some in (inputs, targets))
-    bounded((x @ weight.T - y).square().sum(dim=1) / y.square().sum(dim=1)).mean().backward()
+    bounded(relative(x @ weight.T, y)).mean().backward()
     assert weight.grad is not None
     torch.testing.assert_close(sum(found), len(COUNTS) * weight.grad)
 
@@ -139,25 +147,49 @@ def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
     def run(batch: int, hidden: Tensor) -> Tensor:
         output = block(hidden)
         if not torch.is_grad_enabled():
-            seen.append(float(examples.error(batch, output)))
+            seen.append(float(examples.error(batch, output, weights)))
         return output
 
     examples = Examples(inputs, targets, [1.0] * 4)
+    weights = examples.weights(range(4))
     parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
     before, after = Reconstruction(steps=steps, learning_rate=rate, held_out=0.25).improve(parts, run, examples)
     assert before == seen[0]
     assert len(seen) > 1
-    assert after == min(seen) == float(examples.error(3, block(inputs[3])))
+    assert after == min(seen) == float(examples.error(3, block(inputs[3]), weights))
 
 
 def test_a_token_that_is_far_too_large_counts_little_more_than_one_that_is_wrong() -> None:
     targets = [torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])]
-    examples = Examples(targets, targets, [1.0])
+    examples, alike = Examples(targets, targets, [1.0]), torch.ones(2)
     near = torch.tensor([[[3.0, 4.0], [0.05, 5.0]]])
-    assert float(examples.error(0, near)) == pytest.approx(0.5 * (0.05 / 5) ** 2)
+    assert float(examples.error(0, near, alike)) == pytest.approx(0.5 * (0.05 / 5) ** 2)
     wrong, huge = (torch.tensor([[[3.0, 4.0], [0.0, value]]]) for value in (-5.0, 155.0))
-    assert float(examples.error(0, wrong)) == pytest.approx(0.5 * (1 + math.log(4)))
-    assert float(examples.error(0, huge)) == pytest.approx(0.5 * (1 + math.log(900)))
+    assert float(examples.error(0, wrong, alike)) == pytest.approx(0.5 * (1 + math.log(4)))
+    assert float(examples.error(0, huge, alike)) == pytest.approx(0.5 * (1 + math.log(900)))
+
+
+@given(st.lists(st.floats(1 / 8, 8), min_size=2, max_size=6))
+def test_each_feature_counts_alike_whatever_its_size(sizes: list[float]) -> None:
+    """One feature made silent costs as much as any other, though one may be 64 times larger."""
+    size = torch.tensor(sizes)
+    signs = torch.randint(0, 2, (2, 5, len(sizes)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    examples = Examples([signs], [signs * size], [1.0])
+    weights = examples.weights([0])
+    for feature in range(len(sizes)):
+        silent = torch.ones(len(sizes))
+        silent[feature] = 0
+        assert float(examples.error(0, signs * size * silent, weights)) == pytest.approx(1 / len(sizes), rel=1e-3)
+
+
+def test_a_feature_that_is_always_zero_is_not_all_that_counts() -> None:
+    target = torch.ones(1, 4, 3) * torch.tensor([1.0, 1.0, 0.0])
+    examples = Examples([target], [target], [1.0])
+    weights = examples.weights([0])
+    assert weights.tolist() == pytest.approx([2 / 3, 2 / 3, 1e4])
+    assert float(examples.error(0, target + torch.tensor([0.0, 0.0, 1e-3]), weights)) == pytest.approx(0.0075)
+    nothing = Examples([target], [torch.zeros_like(target)], [1.0])
+    assert math.isfinite(float(nothing.error(0, target, nothing.weights([0]))))
 
 
 def test_relative_rates_do_the_same_to_weights_of_any_size() -> None:

@@ -80,13 +80,14 @@ class Reconstruction:
         """
         inputs, shares = examples.inputs, examples.shares
         watched, batches = self._split(shares)
+        weights = examples.weights(sorted(self.batches_used(shares)))
 
         def loss_of(batch: int) -> Tensor:
             x = inputs[batch]
             half = precision_on(x.device, self.dtype) == torch.bfloat16
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 output = run(batch, x.to(torch.float32))
-            return shares[batch] * examples.error(batch, output)
+            return shares[batch] * examples.error(batch, output, weights)
 
         def watch() -> float:
             with torch.no_grad():
