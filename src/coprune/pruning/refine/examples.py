@@ -43,14 +43,14 @@ class Examples:
         Returns:
             H float32; all of them 1 where all features are of one size.
         """
-        total = torch.zeros(())
-        shares = 0.0
-        for batch in batches:
+        numbers = [*batches]
+        total = torch.zeros((), device=self.targets[numbers[0]].device)
+        for batch in numbers:
             squares = self.targets[batch].to(torch.float32).square()
             parts = squares / squares.sum(dim=-1, keepdim=True).clamp_min(_TINY)
             parts = parts.flatten(0, -2) if self.counted is None else parts[self.counted[batch]]
-            total = total.to(parts.device) + self.shares[batch] * parts.mean(dim=0)
-            shares += self.shares[batch]
+            total = total + self.shares[batch] * parts.mean(dim=0)
+        shares = sum(self.shares[batch] for batch in numbers)
         return 1 / (total * (len(total) / shares)).clamp_min(_SMALLEST_PART)
 
     def error(self, batch: int, output: Tensor, weights: Tensor) -> Tensor:
