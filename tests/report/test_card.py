@@ -47,7 +47,7 @@ def test_the_card_s_metadata_hold_the_results(files: tuple[Path, Path]) -> None:
     results = header["model-index"][0]["results"]
     values = [metric["value"] for result in results for metric in result["metrics"]]
     assert values == [pytest.approx(report.perplexity[0].pruned, abs=1e-4), 0.5, 0.5]
-    assert "| piqa (version 1.0, 0-shot) | acc | 100 | 60.00 ± 5.00 | 50.00 ± 5.00 | -10.00 ± 2.00 |" in card
+    assert "| piqa (version 1.0, 0-shot) | acc | 100 | 60.00 ± 5.00 % | 50.00 ± 5.00 % | -10.00 ± 2.00 % |" in card
     assert f"{report.perplexity[0].pruned:.2f}" in card
 
 

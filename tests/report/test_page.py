@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import coprune
+from coprune.evaluation.zero_shot import Estimate
+from coprune.report.card import model_card
 from coprune.report.heat_map import matrix_rows, place_of
 from coprune.report.made import MadeFacts, commit_of
 from coprune.report.page import run_page
@@ -196,3 +199,20 @@ def test_names_are_split_into_block_and_kind(runs: list[Path]) -> None:
     rows = matrix_rows(report.matrices)
     assert len(rows) == len(report.matrices)
     assert {row["block"] for row in rows} == {"0", "1", "2"}
+
+
+def test_a_perplexity_that_a_task_measures_is_no_share(runs: list[Path]) -> None:
+    report = with_tasks(Report.read(runs[0] / "report.json"))
+    assert report.zero_shot is not None
+    words = {"word_perplexity": Estimate(value=42.5, stderr=None)}
+    lines = report.zero_shot.tasks[0].model_copy(
+        update={"task": "wikitext", "dense": None, "delta": None, "pruned": words}
+    )
+    facts = report.zero_shot.model_copy(update={"tasks": (*report.zero_shot.tasks, lines)})
+    report = report.model_copy(update={"zero_shot": facts})
+    page = run_page(report)
+    row = re.sub("<[^>]*>", " ", page[page.index("word_perplexity") :])
+    assert row.split()[:4] == ["word_perplexity", "–", "42.50", "–"]
+    assert '<div class="of">piqa</div>' in page
+    assert '<div class="of">wikitext</div>' not in page, "bars end at 100 %"
+    assert "| wikitext (version 1.0, 0-shot) | word_perplexity | 100 | – | 42.50 | – |" in model_card(report)

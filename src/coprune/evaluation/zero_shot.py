@@ -55,12 +55,19 @@ class Estimate(BaseModel):
     stderr: float | None
 
 
-def shown(metric: str, found: Estimate, sign: str = "") -> str:
+def is_share(metric: str) -> bool:
+    """Whether a metric is between 0 and 1, and shown in per cent; perplexities and BLEU are not."""
+    return metric not in _NO_SHARES
+
+
+def shown(metric: str, found: Estimate | None, sign: str = "") -> str:
     """An estimate with its standard error, for people: a share in per cent, and what is none (perplexity, BLEU) as it is.
 
-    sign: `+` for a difference.
+    found: a dash stands for None; sign: `+` for a difference.
     """
-    scale, unit = (1, "") if metric in _NO_SHARES else (100, " %")
+    if found is None:
+        return "–"
+    scale, unit = (100, " %") if is_share(metric) else (1, "")
     error = "" if found.stderr is None else f" ± {scale * found.stderr:.2f}"
     return f"{scale * found.value:{sign}.2f}{error}{unit}"
 

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from coprune.base.shown import per_cent
-from coprune.evaluation.zero_shot import Estimate, ZeroShotFacts
+from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShotFacts, shown
 from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
@@ -124,24 +124,16 @@ def _perplexity_table(report: Report) -> str:
 def _task_table(facts: ZeroShotFacts) -> str:
     rows = [
         f"| {inline(task.task)} (version {task.version}, {task.num_fewshot}-shot) | {metric} | {task.items} "
-        f"| {percent(None if task.dense is None else task.dense.get(metric))} | {percent(found)} "
-        f"| {percent(None if task.delta is None else task.delta.get(metric), '+')} |"
+        f"| {shown(metric, None if task.dense is None else task.dense.get(metric))} | {shown(metric, found)} "
+        f"| {shown(metric, None if task.delta is None else task.delta.get(metric), '+')} |"
         for task in facts.tasks
         for metric, found in task.pruned.items()
     ]
     if facts.mean_pruned is not None:
-        means = (percent(facts.mean_dense), percent(facts.mean_pruned), percent(facts.mean_delta, "+"))
-        rows.append(f"| mean | acc | | {' | '.join(means)} |")
-    table = _table("| task | metric | items | dense % | pruned % | difference |", rows)
+        means = ((facts.mean_dense, ""), (facts.mean_pruned, ""), (facts.mean_delta, "+"))
+        rows.append(f"| mean | acc | | {' | '.join(shown(MAIN_METRIC, *mean) for mean in means)} |")
+    table = _table("| task | metric | items | dense | pruned | difference |", rows)
     return f"{table}\n\nWith lm-eval {facts.harness}; ± is one standard error, of a difference over the same items."
-
-
-def percent(found: Estimate | None, sign: str = "") -> str:
-    """Per cent with its standard error."""
-    if found is None:
-        return "–"
-    error = "" if found.stderr is None else f" ± {100 * found.stderr:.2f}"
-    return f"{100 * found.value:{sign}.2f}{error}"
 
 
 def _model_index(report: Report) -> str:

@@ -9,13 +9,14 @@ from coprune.base.environment import expand_home
 from coprune.base.shown import per_cent
 from coprune.evaluation.changes import Row
 from coprune.evaluation.comparison import Comparison
+from coprune.evaluation.zero_shot import is_share
 from coprune.report.bars import Bar, bars
 from coprune.report.front import Reached, fronts
 from coprune.report.html import header, link, made_lines, page, quote, section, table, text
 from coprune.report.links import PAGE_FILE, target
 from coprune.report.made import MadeFacts
 from coprune.report.perplexity import number
-from coprune.report.zero_shot import task_bar
+from coprune.report.zero_shot import main_of, task_bar
 
 _SAMPLES = 12
 _MOST_LETTERS = 600
@@ -96,7 +97,7 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
         bars_ = []
         for place, row in enumerate(rows):
             metrics = {} if row.zero_shot is None else row.zero_shot.tasks[index].pruned
-            if metrics:
+            if metrics and is_share(main_of(metrics)):
                 bars_.append(task_bar(row.name, _kind(place), metrics))
         groups.append((name, bars_))
     return [section("Zero-shot tasks", bars(groups, top=1.0), note="Lines are 95 % intervals.")] if groups else []

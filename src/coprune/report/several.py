@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.base.shown import per_cent
 from coprune.base.words import Command
 from coprune.evaluation.cache import bytes_of_weights
-from coprune.report.card import percent
+from coprune.evaluation.zero_shot import MAIN_METRIC, shown
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.front import Reached, fronts
 from coprune.report.html import copyable, header, page, section, table, text
@@ -152,20 +152,20 @@ def _table(runs: Sequence[Run], texts: Sequence[_Text], sets: Sequence[_Images],
     titles = ["run", "method", "pattern", "zeros", "of all"]
     titles += [f"perplexity {name} ({length})" for name, _, length in texts]
     titles += [f"top-1 % {name} ({count:,})" for name, _, count in sets]
-    titles += ["mean accuracy %", "difference to dense", "prune time", "size"]
+    titles += ["mean accuracy", "difference to dense", "prune time", "size"]
     rows = []
     for number_, run in enumerate(runs, 1):
         report, facts = run.report, run.report.zero_shot
         row = [f"{number_} {run.name}", report.recipe.way, report.recipe.shape]
         row += [per_cent(report.sparsity.matrices), per_cent(report.sparsity.model)]
         row += [_perplexity(run, on) for on in texts] + [_top1(run, on) for on in sets]
-        row += [percent(None if facts is None else facts.mean_pruned)]
-        row += [percent(None if facts is None else facts.mean_delta, "+"), f"{report.prune_seconds:.1f} s"]
+        row += [shown(MAIN_METRIC, None if facts is None else facts.mean_pruned)]
+        row += [shown(MAIN_METRIC, None if facts is None else facts.mean_delta, "+"), f"{report.prune_seconds:.1f} s"]
         rows.append([*row, "–" if run.size is None else f"{run.size / 2**20:,.1f} MiB"])
     told = [column for column in range(len(titles)) if any(row[column] != "–" for row in rows)]
     pages = [None if run.folder is None or beside is None else target(run.folder / PAGE_FILE, beside) for run in runs]
-    shown = table([titles[c] for c in told], [[row[c] for c in told] for row in rows], pages)
-    return section("Runs", shown, note="Charts call the runs by these numbers where names have no room.")
+    runs_told = table([titles[c] for c in told], [[row[c] for c in told] for row in rows], pages)
+    return section("Runs", runs_told, note="Charts call the runs by these numbers where names have no room.")
 
 
 def _perplexity(run: Run, on: _Text) -> str:

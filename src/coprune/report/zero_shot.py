@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coprune.base.shown import per_cent
-from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, TaskComparison, ZeroShotFacts
+from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, TaskComparison, ZeroShotFacts, is_share, shown
 from coprune.report.bars import Bar, bars
-from coprune.report.card import percent
 from coprune.report.html import card, from_to, section, table
 
 _REACH = 1.96  # standard errors to either end of a 95 % interval
@@ -27,22 +26,22 @@ def zero_shot_section(facts: ZeroShotFacts) -> str:
     """Bars and a table of all tasks."""
     rows = [_row(task, metric) for task in facts.tasks for metric in task.pruned]
     if facts.mean_pruned is not None:
-        mean = [percent(facts.mean_dense), percent(facts.mean_pruned), percent(facts.mean_delta, "+")]
-        rows.append(["mean", "acc", *mean, "", ""])
+        means = ((facts.mean_dense, ""), (facts.mean_pruned, ""), (facts.mean_delta, "+"))
+        rows.append(["mean", "acc", *(shown(MAIN_METRIC, *mean) for mean in means), "", ""])
     shots = {task.num_fewshot for task in facts.tasks}
     note = (
         f"lm-eval {facts.harness}, {', '.join(map(str, sorted(shots)))} examples before each question. Bars show 95 % "
         "intervals; the difference has the standard error over the same items."
     )
-    header = ["task", "metric", "dense %", "pruned %", "difference", "items", "version"]
-    charted = bars([(task.task, _bars(task)) for task in facts.tasks], top=1.0)
+    header = ["task", "metric", "dense", "pruned", "difference", "items", "version"]
+    charted = bars([(task.task, _bars(task)) for task in facts.tasks if is_share(main_of(task.pruned))], top=1.0)
     return section("Zero-shot tasks", charted, table(header, rows), note=note)
 
 
 def _row(task: TaskComparison, metric: str) -> list[str]:
     dense = None if task.dense is None else task.dense.get(metric)
     delta = None if task.delta is None else task.delta.get(metric)
-    found = [percent(dense), percent(task.pruned[metric]), percent(delta, "+")]
+    found = [shown(metric, dense), shown(metric, task.pruned[metric]), shown(metric, delta, "+")]
     return [task.task, metric, *found, str(task.items), str(task.version)]
 
 
@@ -54,8 +53,13 @@ def _bars(task: TaskComparison) -> list[Bar]:
     return shown
 
 
+def main_of(metrics: Mapping[str, Estimate]) -> str:
+    """The metric that a task is judged by."""
+    return MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
+
+
 def task_bar(name: str, kind: str, metrics: Mapping[str, Estimate]) -> Bar:
     """The bar of what a model reached in a task, by its main metric, with a 95 % interval."""
-    found = metrics[MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))]
+    found = metrics[main_of(metrics)]
     reach = _REACH * (found.stderr or 0.0)
     return Bar(name, kind, found.value, per_cent(found.value), (found.value - reach, found.value + reach))
