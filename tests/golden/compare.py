@@ -47,8 +47,9 @@ class Golden:
     def with_rows(self, found: dict[str, Figures]) -> Golden:
         """The same with rows that were measured here."""
         here = arithmetic()
-        own = {name: {**figures, BY: _checksum_of(here)} for name, figures in found.items()}
-        return Golden(self.arithmetics | {_checksum_of(here): here}, self.rows | own)
+        by = _checksum_of(here)
+        own = {name: {**figures, BY: by} for name, figures in found.items()}
+        return Golden(self.arithmetics | {by: here}, self.rows | own)
 
     def exact(self, name: str) -> bool:
         """Whether a row's figures have to be the same to the last bit when they are made here."""

@@ -58,11 +58,9 @@ def _measure(chosen: Sequence[Row], golden: Golden) -> tuple[dict[str, Figures],
                 f"[{number:3}/{len(chosen)}] {row.name:<52} {seconds:6.2f} s{'  DIFFERS' if lines else ''}", flush=True
             )
             if lines:
-                print(f"          {golden.regime(row.name)}")
-            for line in lines:
-                print(f"          {line}")
-            if lines:
                 different.append(row.name)
+                for line in (golden.regime(row.name), *lines):
+                    print(f"          {line}")
     return found, different
 
 

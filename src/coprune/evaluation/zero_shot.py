@@ -8,7 +8,7 @@ often a third of what two independent errors would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +72,16 @@ def shown(metric: str, found: Estimate | None, sign: str = "") -> str:
     return f"{scale * found.value:{sign}.2f}{error}{unit}"
 
 
+def main_of(metrics: Mapping[str, Estimate]) -> str:
+    """The metric that a task is judged by: `acc`, or else its first one."""
+    return MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
+
+
+def _side_by_side(metric: str, dense: Estimate | None, pruned: Estimate | None, delta: Estimate | None) -> list[str]:
+    """Both models' figures and their difference, for people."""
+    return [shown(metric, dense), shown(metric, pruned), shown(metric, delta, "+")]
+
+
 class TaskScores(BaseModel):
     """What one model did on one task."""
 
@@ -89,8 +99,8 @@ class TaskScores(BaseModel):
 
     @property
     def main_metric(self) -> str:
-        """`acc`, or else the task's first metric."""
-        return MAIN_METRIC if MAIN_METRIC in self.metrics else next(iter(self.metrics))
+        """What the task is judged by."""
+        return main_of(self.metrics)
 
 
 class ZeroShot(BaseModel):
@@ -126,6 +136,11 @@ class TaskComparison(BaseModel):
     delta: dict[str, Estimate] | None
     """Pruned minus dense, with the standard error of the mean of the items' differences."""
 
+    def side_by_side(self, metric: str) -> list[str]:
+        """A metric of the dense and the pruned model and the difference, for people."""
+        dense, delta = ({} if known is None else known for known in (self.dense, self.delta))
+        return _side_by_side(metric, dense.get(metric), self.pruned[metric], delta.get(metric))
+
 
 class ZeroShotFacts(BaseModel):
     """Zero-shot results of a run."""
@@ -137,6 +152,10 @@ class ZeroShotFacts(BaseModel):
     mean_pruned: Estimate | None
     mean_delta: Estimate | None
     harness: str
+
+    def means_side_by_side(self) -> list[str]:
+        """The means of both models and their difference, for people."""
+        return _side_by_side(MAIN_METRIC, self.mean_dense, self.mean_pruned, self.mean_delta)
 
 
 def compare_zero_shot(dense: ZeroShot | None, pruned: ZeroShot) -> ZeroShotFacts:

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from coprune.base.shown import per_cent
-from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShotFacts, shown
+from coprune.evaluation.zero_shot import ZeroShotFacts
 from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
@@ -124,14 +124,12 @@ def _perplexity_table(report: Report) -> str:
 def _task_table(facts: ZeroShotFacts) -> str:
     rows = [
         f"| {inline(task.task)} (version {task.version}, {task.num_fewshot}-shot) | {metric} | {task.items} "
-        f"| {shown(metric, None if task.dense is None else task.dense.get(metric))} | {shown(metric, found)} "
-        f"| {shown(metric, None if task.delta is None else task.delta.get(metric), '+')} |"
+        f"| {' | '.join(task.side_by_side(metric))} |"
         for task in facts.tasks
-        for metric, found in task.pruned.items()
+        for metric in task.pruned
     ]
     if facts.mean_pruned is not None:
-        means = ((facts.mean_dense, ""), (facts.mean_pruned, ""), (facts.mean_delta, "+"))
-        rows.append(f"| mean | acc | | {' | '.join(shown(MAIN_METRIC, *mean) for mean in means)} |")
+        rows.append(f"| mean | acc | | {' | '.join(facts.means_side_by_side())} |")
     table = _table("| task | metric | items | dense | pruned | difference |", rows)
     return f"{table}\n\nWith lm-eval {facts.harness}; ± is one standard error, of a difference over the same items."
 

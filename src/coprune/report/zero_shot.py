@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coprune.base.shown import per_cent
-from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, TaskComparison, ZeroShotFacts, is_share, shown
+from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts, is_share, main_of
 from coprune.report.bars import Bar, bars
 from coprune.report.html import card, from_to, section, table
 
@@ -26,8 +26,7 @@ def zero_shot_section(facts: ZeroShotFacts) -> str:
     """Bars and a table of all tasks."""
     rows = [_row(task, metric) for task in facts.tasks for metric in task.pruned]
     if facts.mean_pruned is not None:
-        means = ((facts.mean_dense, ""), (facts.mean_pruned, ""), (facts.mean_delta, "+"))
-        rows.append(["mean", "acc", *(shown(MAIN_METRIC, *mean) for mean in means), "", ""])
+        rows.append(["mean", "acc", *facts.means_side_by_side(), "", ""])
     shots = {task.num_fewshot for task in facts.tasks}
     note = (
         f"lm-eval {facts.harness}, {', '.join(map(str, sorted(shots)))} examples before each question. Bars show 95 % "
@@ -39,10 +38,7 @@ def zero_shot_section(facts: ZeroShotFacts) -> str:
 
 
 def _row(task: TaskComparison, metric: str) -> list[str]:
-    dense = None if task.dense is None else task.dense.get(metric)
-    delta = None if task.delta is None else task.delta.get(metric)
-    found = [shown(metric, dense), shown(metric, task.pruned[metric]), shown(metric, delta, "+")]
-    return [task.task, metric, *found, str(task.items), str(task.version)]
+    return [task.task, metric, *task.side_by_side(metric), str(task.items), str(task.version)]
 
 
 def _bars(task: TaskComparison) -> list[Bar]:
@@ -51,11 +47,6 @@ def _bars(task: TaskComparison) -> list[Bar]:
         if metrics is not None:
             shown.append(task_bar(kind, kind, metrics))
     return shown
-
-
-def main_of(metrics: Mapping[str, Estimate]) -> str:
-    """The metric that a task is judged by."""
-    return MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
 
 
 def task_bar(name: str, kind: str, metrics: Mapping[str, Estimate]) -> Bar:
