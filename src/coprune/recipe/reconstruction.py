@@ -40,15 +40,15 @@ class ReconstructionPart(Part):
             ge=1,
         ),
     ] = 1
-    learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 1e-3
+    learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 2.5e-3
     rates: Annotated[
         Literal["absolute", "relative"],
         _RESULT,
         Field(
-            description="absolute: reconstruct_lr is the rate of all that is trained; relative: times the size (root mean "
-            "square) of each matrix and vector, so that one rate serves models with smaller or larger weights.",
+            description="relative: reconstruct_lr times the size (root mean square) of each matrix and vector is its rate, so "
+            "that one serves models with smaller or larger weights; absolute: reconstruct_lr is the rate of all that is trained.",
         ),
-    ] = "absolute"
+    ] = "relative"
     dtype: Annotated[
         Literal["float32", "bfloat16"],
         _RESULT,

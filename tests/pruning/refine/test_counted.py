@@ -212,8 +212,7 @@ def test_relative_rates_do_the_same_to_weights_of_any_size() -> None:
     assert not torch.allclose(trained_at(1, relative), torch.eye(6), atol=0.01)
     # The root mean square of the seven entries that are not zero.
     size = (6.25 / 7) ** 0.5
-    absolute = trained_at(1, {"learning_rate": 0.01 * size})
+    absolute = trained_at(1, {"rates": "absolute", "learning_rate": 0.01 * size})
     torch.testing.assert_close(trained_at(1, relative), absolute)
-    assert not torch.allclose(
-        trained_at(10, {"learning_rate": 0.01}), trained_at(1, {"learning_rate": 0.01}), atol=1e-3
-    )
+    one_for_all = {"rates": "absolute", "learning_rate": 0.01}
+    assert not torch.allclose(trained_at(10, one_for_all), trained_at(1, one_for_all), atol=1e-3)

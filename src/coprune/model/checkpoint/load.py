@@ -143,7 +143,8 @@ def load_processor(location: Location, task: TaskName, trust_remote_code: bool =
 def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside the weights. Raises BadInput if there is none."""
     folder, file = _arguments(location)
-    with quiet_transformers(), explained(location):
+    beside = None if file else "Are the files of its tokenizer, such as tokenizer.json, beside the weights?"
+    with quiet_transformers(), explained(location, beside):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **file
         )
@@ -205,16 +206,16 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def explained(location: Location) -> Iterator[None]:
-    """Turn what transformers raises on files that it cannot use into a BadInput of one line."""
+def explained(location: Location, fix: str | None = None) -> Iterator[None]:
+    """Turn what transformers raises on files that it cannot use into a BadInput of one line. fix: what may help."""
     try:
         yield
     except ImportError as error:
         extra = "gguf" if isinstance(location, GgufFile) else "images"
         known = extra == "gguf" or any(package in str(error) for package in ("timm", "torchvision", "PIL"))
-        fix = f"install it with `pip install 'coprune[{extra}]'`" if known else "install it"
+        install = f"install it with `pip install 'coprune[{extra}]'`" if known else "install it"
         missing = f"{location.name} needs a package that is missing ({_first_line(error)})"
-        raise BadInput(missing, field="model", value=location.name, fix=fix) from error
+        raise BadInput(missing, field="model", value=location.name, fix=install) from error
     except (CopruneError, MemoryError):
         raise
     except Exception as error:  # what damaged files raise has no end: struct.error, IndexError, SafetensorError …
@@ -222,12 +223,14 @@ def explained(location: Location) -> Iterator[None]:
             f"{location.name} cannot be loaded by transformers: {_first_line(error)}",
             field="model",
             value=location.name,
+            fix=fix,
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else repr(error)
+    """What an error says first; a line that only announces those after it says nothing without them."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return " ".join([first, *more]) if first.endswith(":") else first
 
 
 def _arguments(location: Location) -> tuple[Path, dict[str, str]]:

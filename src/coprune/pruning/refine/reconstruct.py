@@ -37,9 +37,9 @@ class Reconstruction:
     """Steps per block (per part, if parts are trained separately)."""
     tokens: int = 0
     """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2.5e-3
     """Peak learning rate; it rises over the first tenth of the steps, of six and more over two, and falls along a cosine."""
-    rates: Literal["absolute", "relative"] = "absolute"
+    rates: Literal["absolute", "relative"] = "relative"
     """Whether that is each parameter's rate, or times the root mean square of its entries that may change."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the block computes in; its weights are float32 while they are trained."""
