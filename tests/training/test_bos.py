@@ -1,4 +1,4 @@
-"""Perplexity around a fine-tuning is of windows that begin as those of the pruning did."""
+"""Training windows, and those of perplexity around a training, begin as those of the pruning did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import coprune
+from coprune.base.progress import Reporter
 from coprune.training.report import FinetuneReport
+from coprune.training.session import prepare_session
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save, write_words
 
@@ -38,3 +40,11 @@ def test_a_fine_tuning_takes_over_what_the_dense_model_spoke_for(
     assert tuned.settings.bos == "every"
     (change,) = tuned.perplexity
     assert change.before == pytest.approx(result.report.perplexity[0].pruned, rel=1e-4)
+    data = prepare_session(tuned.settings, Reporter(quiet=True)).data
+    bos = pico_tokenizer("put").bos_token_id
+    assert bool((data.train.tokens[:, 0] == bos).all())
+    # All but the first, where the tokenizer put BOS, have one token of the text less.
+    as_it_is = prepare_session(tuned.settings.model_copy(update={"bos": "first"}), Reporter(quiet=True)).data
+    assert data.train.tokens[0].equal(as_it_is.train.tokens[0])
+    assert data.train.tokens[1:, 1:].equal(as_it_is.train.tokens[1:, :-1])
+    assert data.fingerprint != as_it_is.fingerprint

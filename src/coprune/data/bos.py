@@ -74,14 +74,18 @@ def windows_at_bos(windows: Windows, bos: int) -> Windows:
     """Calibration windows that all begin with BOS, the last token dropped for it; ids that were handed over stay."""
     if windows.given:
         return windows
-    tokens = windows.tokens
-    behind = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
-    begun, marks = tokens[:, :1] == bos, windows.generated
+    begun, marks = windows.tokens[:, :1] == bos, windows.generated
     if marks is not None:
         marks = torch.where(begun, marks, torch.cat([torch.zeros_like(marks[:, :1]), marks[:, :-1]], dim=1))
-        marks = marks & (tokens != NOTHING)
-    tokens = torch.where(begun | (tokens == NOTHING), tokens, behind)
+        marks = marks & (windows.tokens != NOTHING)
+    tokens = tokens_at_bos(windows.tokens, bos)
     return replace(windows, tokens=tokens, fingerprint=fingerprint(tokens), generated=marks)
+
+
+def tokens_at_bos(tokens: Tensor, bos: int) -> Tensor:
+    """Windows of tokens (N × S) that all begin with BOS, the last token dropped for it where it was not there."""
+    behind = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
+    return torch.where((tokens[:, :1] == bos) | (tokens == NOTHING), tokens, behind)
 
 
 def text_at_bos(text: EvaluationText, bos: int, seqlen: int) -> EvaluationText:

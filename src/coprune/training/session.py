@@ -13,6 +13,8 @@ from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.shown import per_cent
 from coprune.base.words import LeaveOut, Set, Setting
+from coprune.data import Windows
+from coprune.data.bos import bos_of
 from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
@@ -27,7 +29,7 @@ from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, 
 from coprune.training.history import History, masks_of
 from coprune.training.masks import Masks, select_parameters
 from coprune.training.settings import FinetuneSettings
-from coprune.training.text_windows import read_training_text
+from coprune.training.text_windows import begun, read_training_text
 from coprune.training.training_data import TrainingData
 from coprune.training.training_images import read_training_images
 
@@ -82,10 +84,7 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     loaded = Loaded(InMemory(model), processor, location.name, False)
     _check_top_k(settings, loaded)
     task = _task(settings, loaded)
-    data = _training_data(settings, task, loaded)
-    evaluation = task.evaluation(reporter)
-    if isinstance(task, TextTask) and evaluation:
-        _, _, evaluation = task.settle_bos(score_in_memory(model), None, evaluation)
+    data, evaluation = _begun_alike(_training_data(settings, task, loaded), task, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
     return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history)
 
@@ -114,6 +113,22 @@ def _training_data(settings: FinetuneSettings, task: Task, loaded: Loaded) -> Tr
         if windows is not None:
             task.check_ids(windows.tokens)
     return data
+
+
+def _begun_alike(
+    data: TrainingData, task: Task, loaded: Loaded, reporter: Reporter
+) -> tuple[TrainingData, dict[str, Data]]:
+    """What is trained and what is measured on, with windows that begin as a text does where the model needs that."""
+    evaluation = task.evaluation(reporter)
+    if not isinstance(task, TextTask):
+        return data, evaluation
+    tried = Windows(data.train.tokens, data.fingerprint, data.source, data.given)
+    choice, _, evaluation = task.settle_bos(score_in_memory(loaded.model), tried, evaluation)
+    if (line := choice.line()) is not None:
+        reporter.say(f"The token that begins a text: {line}.")
+    if choice.used == "every" and not data.given:
+        data = begun(data, bos_of(loaded.processor, "every"))
+    return data, evaluation
 
 
 def _check_named(settings: FinetuneSettings) -> None:

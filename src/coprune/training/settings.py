@@ -166,8 +166,10 @@ class FinetuneSettings(Part):
     eval_tokens: Annotated[int | None, _MEASURED, Field(description="So many tokens of each. [all]", ge=2)] = None
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
-        _MEASURED,
-        Field(description="Where the token that begins a text (BOS) stands in perplexity windows, as in prune."),
+        _RESULT | _MEASURED,
+        Field(
+            description="Where the token that begins a text (BOS) stands in windows, as in prune; `every` is for training, too."
+        ),
     ] = "auto"
     generate: Prompts = None
     generate_prompts: Count = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
+from coprune.data.bos import tokens_at_bos
 from coprune.data.corpora import calibration_text
 from coprune.data.given import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
@@ -58,7 +60,17 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
         train = train[order[: settings.max_samples]]
     watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
-    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size)
+    given = isinstance(text, GivenTokens)
+    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size, given=given)
+
+
+def begun(data: TrainingData, bos: int) -> TrainingData:
+    """Training text of which every window begins with BOS, as those of calibration and perplexity do where this is better."""
+    train, held_out = (
+        None if one is None else TextWindows(tokens_at_bos(one.tokens, bos)) for one in (data.train, data.held_out)
+    )
+    assert train is not None
+    return replace(data, train=train, held_out=held_out, fingerprint=fingerprint(train.tokens))
 
 
 def _most_held_out(settings: FinetuneSettings, block_size: int) -> int:

@@ -29,6 +29,8 @@ class TrainingData:
     """Samples per forward pass, unless the settings say so."""
     accumulate: int = 8
     """Forward passes per optimiser step, unless the settings say so."""
+    given: bool = False
+    """Whether it is token ids that were handed over, which nothing is added to."""
     loss: Objective | None = None
     """What the samples are learned and measured by; None for the model's own loss."""
 

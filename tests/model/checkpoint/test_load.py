@@ -86,7 +86,9 @@ def test_code_in_the_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
-    with pytest.raises(BadInput, match=r"file, \(2\) .* Are the files of its tokenizer, such as tokenizer.json, beside"):
+    with pytest.raises(
+        BadInput, match=r"file, \(2\) .* Are the files of its tokenizer, such as tokenizer.json, beside"
+    ):
         load_tokenizer(ModelFolder(tmp_path, str(tmp_path)))
 
 
