@@ -167,9 +167,7 @@ class FinetuneSettings(Part):
     bos: Annotated[
         Literal["auto", "first", "every", "never"],
         _RESULT | _MEASURED,
-        Field(
-            description="Where the token that begins a text (BOS) stands in windows, as in prune; `every` is for training, too."
-        ),
+        Field(description="Where the token that begins a text (BOS) stands in windows, as in prune."),
     ] = "auto"
     generate: Prompts = None
     generate_prompts: Count = None
