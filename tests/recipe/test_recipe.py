@@ -56,7 +56,7 @@ FREE_OF_COST = {
 }
 FREE_TO_RESUME_TRAINING = {
     *("save", "save_model", "cache_dir", "evaluate", "eval_data", "eval_tokens", "eval_images", "report_to"),
-    *("save_every", "bos", "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"),
+    *("save_every", "generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"),
     *("eval_seqlen", "gate", "require", "against", "overwrite"),
 }
 
