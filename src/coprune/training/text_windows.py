@@ -66,10 +66,8 @@ def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenize
 
 def begun(data: TrainingData, bos: int) -> TrainingData:
     """Training text of which every window begins with BOS, as those of calibration and perplexity do where this is better."""
-    train, held_out = (
-        None if one is None else TextWindows(tokens_at_bos(one.tokens, bos)) for one in (data.train, data.held_out)
-    )
-    assert train is not None
+    train = TextWindows(tokens_at_bos(data.train.tokens, bos))
+    held_out = data.held_out and TextWindows(tokens_at_bos(data.held_out.tokens, bos))
     return replace(data, train=train, held_out=held_out, fingerprint=fingerprint(train.tokens))
 
 
