@@ -107,7 +107,7 @@ class Subject:
 
     def _choose_bos(self) -> BosChoice:
         task = self._task(self._asked[0], self.recipe.calibration.bos)
-        return task.settle_bos(score_in_memory(self.loaded.model), None, task.evaluation(self._reporter))[0]
+        return task.choose_bos(score_in_memory(self.loaded.model), None, task.evaluation(self._reporter))
 
     def _task(self, asked: Text, bos: str) -> TextTask:
         return TextTask(asked.recipe(self.recipe).replaced(bos=bos), self.loaded, ALONE, read_anew)

@@ -211,13 +211,15 @@ def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:
     task, recipe = opened.task, opened.recipe
     if not isinstance(task, TextTask) or not (opened.looked_at or opened.data):
         return opened
-    score = score_of(model, opened.activations())
-    choice, samples, data = task.settle_bos(score, opened.looked_at, opened.data)
+    choice = task.choose_bos(score_of(model, opened.activations()), opened.looked_at, opened.data)
     if (line := choice.line()) is not None:
         opened.around.reporter.say(f"The token that begins a text: {line}.")
         if recipe.calibration.bos == "auto" and choice.used == "every":
             usual = ("The papers' way, once at the start of the text, is ", Set("bos", "first"), ".")
             opened.around.reporter.say(say(usual))
-    domains = {name: task.begun(choice, one) for name, one in opened.domains.items()}
-    settled = None if opened.samples is None else samples
-    return replace(opened, samples=settled, data=data, bos=choice, domains=domains)
+    domains = {name: task.samples_begun(choice, one) for name, one in opened.domains.items()}
+    samples = opened.samples
+    if isinstance(samples, Windows):
+        samples = task.samples_begun(choice, samples)
+    data = task.data_begun(choice, opened.data)
+    return replace(opened, samples=samples, data=data, bos=choice, domains=domains)

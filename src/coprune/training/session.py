@@ -123,12 +123,12 @@ def _begun_alike(
     if not isinstance(task, TextTask):
         return data, evaluation
     tried = Windows(data.train.tokens, data.fingerprint, data.source, data.given)
-    choice, _, evaluation = task.settle_bos(score_in_memory(loaded.model), tried, evaluation)
+    choice = task.choose_bos(score_in_memory(loaded.model), tried, evaluation)
     if (line := choice.line()) is not None:
         reporter.say(f"The token that begins a text: {line}.")
     if choice.used == "every" and not data.given:
         data = begun(data, bos_of(loaded.processor, "every"))
-    return data, evaluation
+    return data, task.data_begun(choice, evaluation)
 
 
 def _check_named(settings: FinetuneSettings) -> None:

@@ -91,18 +91,13 @@ class TextTask:
         assert self._loaded.tokenizer is not None
         return bos_of(self._loaded.tokenizer, "every")
 
-    def settle_bos(
-        self, score: Score, samples: Samples | None, data: dict[str, Data]
-    ) -> tuple[BosChoice, Samples | None, dict[str, Data]]:
-        """Choose how windows begin, where that is left open, and let them.
+    def choose_bos(self, score: Score, samples: Samples | None, data: dict[str, Data]) -> BosChoice:
+        """How windows begin: as asked for, or, where that is left open, as the dense model speaks for.
 
         Args:
             score: by which the dense model is tried.
             samples: as `calibration` gave them.
             data: as `evaluation` gave it.
-
-        Returns:
-            The choice, and both as they begin now.
         """
         texts = [one for one in data.values() if isinstance(one, EvaluationText) and not one.given]
         windows = None
@@ -111,21 +106,24 @@ class TextTask:
         elif texts:
             windows = cut_windows(texts[0].tokens, self.seqlen)
         asked, tokenizer = self._recipe.calibration.bos, self._loaded.tokenizer
-        choice = self._processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
-        if asked != "auto" or choice.used != "every":
-            return choice, samples, data
-        if isinstance(samples, Windows):
-            samples = windows_at_bos(samples, self._bos)
-        begun = {
+        return self._processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
+
+    def samples_begun(self, choice: BosChoice, samples: Windows) -> Windows:
+        """Samples that `calibration` gave, as they begin by a choice."""
+        return windows_at_bos(samples, self._bos) if self._shifts(choice) else samples
+
+    def data_begun(self, choice: BosChoice, data: dict[str, Data]) -> dict[str, Data]:
+        """What `evaluation` gave, as its windows begin by a choice."""
+        if not self._shifts(choice):
+            return data
+        return {
             name: text_at_bos(one, self._bos, self.seqlen) if isinstance(one, EvaluationText) else one
             for name, one in data.items()
         }
-        return choice, samples, begun
 
-    def begun(self, choice: BosChoice, samples: Windows) -> Windows:
-        """Other samples as `settle_bos` lets those begin that it was given."""
-        every = self._recipe.calibration.bos == "auto" and choice.used == "every" and not samples.given
-        return windows_at_bos(samples, self._bos) if every else samples
+    def _shifts(self, choice: BosChoice) -> bool:
+        """Whether windows are to begin otherwise than they were read: what was asked for is done in reading."""
+        return self._recipe.calibration.bos == "auto" and choice.used == "every"
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
