@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
 from coprune.run import measuring, stages
 from coprune.run.session import Session
@@ -17,8 +20,11 @@ from coprune.run.sweep.events import Cause, Doing, Done, JobEvent
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.work import Job, do_job
+from coprune.training import after_pruning, room
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.task_items import DEFINITIONS, word_items
+
+TRAINED = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
 
 
 @pytest.fixture
@@ -103,3 +109,32 @@ def test_another_run_in_the_folder_is_refused(place: Path) -> None:
     event = do_here(sweep, runs)["magnitude"]
     assert event.cause is Cause.REFUSED
     assert "nsamples was 4 and is 5" in event.text
+
+
+def test_nothing_is_pruned_for_a_training_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "room_on", lambda device, memory: (1000, "of memory"))
+    sweep, (run,) = pico_sweep(method=["wanda"], evaluate=False, **TRAINED | {"check_memory": True})
+    event = do_here(sweep, [run])["wanda"]
+    assert event.cause is Cause.REFUSED
+    assert "training all weights" in event.text
+    assert not run.recipe.run_folder.exists()
+
+
+def test_a_training_has_the_memory_that_the_pruned_model_took(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = list[weakref.ref[Any]]()
+
+    def noted(*asked: Any) -> Any:
+        found = load_model(*asked)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    def look(*_: Any) -> None:
+        gc.collect()
+        assert [model() for model in loaded] == [None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coprune.model.opened.load_model", noted)
+    monkeypatch.setattr(after_pruning, "run_finetuning", look)
+    sweep, runs = pico_sweep(method=["wanda"], evaluate=False, stream=False, **TRAINED)
+    with pytest.raises(KeyboardInterrupt):
+        do_here(sweep, runs)

@@ -60,47 +60,37 @@ def do_job(job: Job, tell: Tell) -> None:
 
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
-    from coprune.run.given import Given
+    from coprune.run.given import NOTHING
     from coprune.run.session import Surroundings, open_run
+    from coprune.run.sweep.sharing import SweepReuse
 
     tell(Doing(job.run.name, "estimating"))
-    loaded, reuse = _open(job)
-    opened = open_run(job.run.recipe, Given(loaded), Surroundings(Reporter(quiet=True), writes=True), reuse.tokens)
+    reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
+    opened = open_run(job.run.recipe, NOTHING, Surroundings(Reporter(quiet=True), writes=True), reuse.tokens)
     reuse.estimate(opened.estimate)
     return {}
 
 
 def _run(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
-    from coprune.run.given import Given
     from coprune.run.stages import run_recipe
     from coprune.run.sweep.finished import finished_report
+    from coprune.run.sweep.sharing import SweepReuse
 
     recipe = job.run.recipe
     if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could tell
         return {}
     tell(Doing(job.run.name, "loading"))
     _forget_peak()
-    loaded, reuse = _open(job)
+    reuse = SweepReuse(recipe, job.sweep, _texts)
     reporter = Reporter(quiet=True)
     reporter.listeners.append(_teller(job.run.name, tell))
-    run_recipe(recipe, Given(loaded), reporter, reuse=reuse)
+    run_recipe(recipe, reporter=reporter, reuse=reuse)
     saved: dict[str, float] = vars(reuse.saved)
     return saved
 
 
 _ACTIONS: dict[Action, Callable[[Job, Tell], dict[str, float]]] = {"estimate": _estimate, "run": _run}
-
-
-def _open(job: Job) -> tuple[Any, Any]:
-    """Open the job's model, with what it may take over from other runs."""
-    from coprune.model.opened import open_model, streams
-    from coprune.run.checks import prepare_solver
-    from coprune.run.sweep.sharing import SweepReuse
-
-    prepare_solver(job.run.recipe)  # what cannot be done is refused before a model is read
-    loaded = open_model(job.run.recipe.model, stream=streams(job.run.recipe))
-    return loaded, SweepReuse(job.run.recipe, job.sweep, _texts)
 
 
 def _teller(name: str, tell: Tell) -> Listener:
