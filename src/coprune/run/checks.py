@@ -33,6 +33,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.grid import grid_named
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import StructurePart
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.run.overwrite import refuse_own_source
 
@@ -52,11 +53,14 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     Raises:
         BadInput: a name or option is unknown, or a combination cannot be.
     """
+    if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
+        prepare_solver(recipe.model_copy(update={"structure": StructurePart()}), given)
     if recipe.structure.remove:
         score_named(recipe.structure.score_of("units"))
         block_score_named(recipe.structure.score_of("blocks"))
         expert_score_named(recipe.structure.score_of("experts"))
-        spreading_named(recipe.allocation)
+        if not recipe.cuts_and_prunes:  # or else each half takes the options that mean something to it
+            spreading_named(recipe.allocation)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)

@@ -14,6 +14,7 @@ from coprune.base.progress import Reporter
 from coprune.model.edits import history_of
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
+from coprune.run.checks import prepare_solver
 from coprune.run.stages import run_recipe
 from support.pico import pico_model
 from support.pico_folder import save_pico, write_words
@@ -156,7 +157,9 @@ def test_either_half_is_spread_by_its_own_options(
     remove: str, allocation: str, of_units: str, of_zeros: str, home: Path, tmp_path: Path
 ) -> None:
     more = {"allocation": allocation, "sparsity": 0.5, "evaluate": False, "align": 16, "stream": False}
-    run_recipe(make_recipe(settings(home, remove=remove, save=tmp_path / "run", **more)), reporter=QUIET)
+    asked = make_recipe(settings(home, remove=remove, save=tmp_path / "run", **more))
+    prepare_solver(asked)  # as a sweep and an estimate do
+    run_recipe(asked, reporter=QUIET)
     said = [str(Report.read(tmp_path / "run" / half / "report.json").recipe.allocation) for half in ("cut", "zeros")]
     assert said == [of_units, of_zeros]
 
@@ -165,3 +168,23 @@ def test_an_option_of_neither_half_is_refused(home: Path) -> None:
     asked = settings(home, remove="channels=0.4", sparsity=0.5, allocation="error:luck=3")
     with pytest.raises(BadInput, match="unknown option of allocation 'error': 'luck'"):
         run_recipe(make_recipe(asked), reporter=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"method": "wanda:block_size=4"}, "unknown option of method 'wanda': 'block_size'"),
+        ({"refine": "refits"}, "unknown refinement 'refits'"),
+        ({"pattern": "2:4", "quantize": "int4:group=6"}, "cut through the pattern's groups of 4"),
+    ],
+)
+def test_what_the_zeros_cannot_be_is_refused_before_the_cut(
+    more: dict[str, Any], named: str, home: Path, tmp_path: Path
+) -> None:
+    asked = make_recipe(settings(home, remove="channels=0.4", save=tmp_path / "run", **{"sparsity": 0.5, **more}))
+    with pytest.raises(BadInput, match=named):
+        run_recipe(asked, reporter=QUIET)
+    assert not (tmp_path / "run").exists()
+    # As a sweep does before it does anything.
+    with pytest.raises(BadInput, match=named):
+        prepare_solver(asked)

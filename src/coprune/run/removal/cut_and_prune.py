@@ -27,7 +27,7 @@ from coprune.recipe.structure import StructurePart
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
-from coprune.run.checks import refuse_finished
+from coprune.run.checks import prepare_solver, refuse_finished
 from coprune.run.given import Given
 
 # What belongs to the zeros alone, as it is where nothing is said of it.
@@ -74,6 +74,7 @@ def cut_and_prune(
     Returns:
         The result of the second half, and the report of both. Raises as both halves do.
     """
+    prepare_solver(recipe, given.method)
     _check_allocation(recipe)  # of the zeros, whose turn comes late
     if not write:
         first = run(cutting_of(recipe, None), given)
