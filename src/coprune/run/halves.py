@@ -17,12 +17,15 @@ from coprune.run.given import Given
 from coprune.run.overwrite import CUT, TUNED, refuse_own_source
 from coprune.run.removal.cut_and_prune import cut_and_prune
 from coprune.run.result import Result
+from coprune.run.reuse import Reuse
 from coprune.run.session import Surroundings
 
-Run = Callable[[Recipe, Given, Surroundings, bool], Result]
+Run = Callable[[Recipe, Given, Surroundings, bool, Reuse | None], Result]
 
 
-def run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool, run: Run) -> Result:
+def run_halves(
+    recipe: Recipe, given: Given, around: Surroundings, write: bool, run: Run, reuse: Reuse | None = None
+) -> Result:
     """Do both halves of a run.
 
     Args:
@@ -31,6 +34,7 @@ def run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
         around: who hears of it and who does it together.
         write: whether to leave a run folder.
         run: does what one half's recipe says.
+        reuse: what the half that prunes or cuts the source takes over from other runs.
 
     Returns:
         What the second half made, and the report of both. Raises as both halves do.
@@ -44,7 +48,9 @@ def run_halves(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
     turns = [around]  # the first half replaces what was there, once it has checked all it can
 
     def half(asked: Recipe, its: Given) -> Result:
-        return run(asked, its, turns.pop() if turns else replace(around, replaces=None), write)
+        of_source = own.finetune.mode is not None or bool(asked.structure.remove)
+        turn = turns.pop() if turns else replace(around, replaces=None)
+        return run(asked, its, turn, write, reuse if of_source else None)
 
     return _tuned(own, given, around, half) if own.finetune.mode is not None else _cut(own, given, around, write, half)
 

@@ -81,7 +81,7 @@ def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
     """As `run_recipe`, of a whole run or of its half."""
     started, processes = time.perf_counter(), around.processes
     if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
-        return run_halves(recipe, given, around, write, _run_among)
+        return run_halves(recipe, given, around, write, _run_among, reuse)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
         push_if_asked(recipe.output, around.reporter)

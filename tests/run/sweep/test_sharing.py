@@ -24,7 +24,14 @@ from coprune.training import after_pruning, room
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.task_items import DEFINITIONS, word_items
 
-TRAINED = {"finetune": "dense", "finetune_tokens": 64, "finetune_lr": 1e-2, "gate": False, "sparsity": 0.5}
+TRAINED: dict[str, Any] = {
+    "finetune": "dense",
+    "finetune_tokens": 64,
+    "finetune_lr": 1e-2,
+    "gate": False,
+    "sparsity": 0.5,
+}
+CUT: dict[str, Any] = {"remove": "channels=0.4", "align": 16, "gate": False, "sparsity": 0.5}
 
 
 @pytest.fixture
@@ -42,11 +49,9 @@ def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
     return {event.run: event for event in events if not isinstance(event, Doing)}
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
-    times = Counter[str]()
-    measure = measuring.measure
+def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often which model is measured from now on."""
+    times, measure = Counter[str](), measuring.measure
 
     def counting(session: Session, which: str) -> Any:
         times[which] += 1
@@ -54,6 +59,13 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
 
     for module in (stages, measuring):
         monkeypatch.setattr(module, "measure", counting)
+    return times
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, runs = pico_sweep(method=["wanda", "sparsegpt"], seed=[0, 1], stream=stream, save_model="models")
+    times = counted_measurements(monkeypatch)
     ended = do_here(sweep, runs)
     assert {type(event) for event in ended.values()} == {Done}, ended
     assert times == {"dense": 1, "pruned": 4}
@@ -65,6 +77,22 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
         for file in run.recipe.output.model.glob("*.safetensors"):
             assert separate.saved_model is not None
             assert file.read_bytes() == (separate.saved_model / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("halves", [TRAINED, CUT])
+def test_runs_of_two_halves_share_what_is_of_the_source(
+    halves: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, runs = pico_sweep(method=["wanda", "magnitude"], eval_tokens=320, **halves)
+    times = counted_measurements(monkeypatch)
+    ended = do_here(sweep, runs)
+    assert {type(event) for event in ended.values()} == {Done}, ended
+    assert times["dense"] == 1
+    assert ended["magnitude"].saved["dense"] > 0
+    shared, separate = Report.read(runs[1].recipe.run_folder / "report.json"), alone(runs[1], place / "separate")
+    assert measured(shared) == measured(separate)
+    if shared.finetuned is not None and separate.finetuned is not None:
+        assert shared.finetuned.perplexity == separate.finetuned.perplexity
 
 
 def test_every_run_logs_the_items_of_both_its_models(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
