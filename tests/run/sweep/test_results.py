@@ -20,7 +20,7 @@ from coprune.run.sweep.board import Board
 from coprune.run.sweep.events import Cause, Doing, Done, NotDone
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.finished import finished_report
+from coprune.run.sweep.finished import finished_report, read_finished
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.result import SweepResult
 from coprune.run.sweep.results import _measured, collect
@@ -173,7 +173,11 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
         with pytest.raises(KeyboardInterrupt):
             prune_and_train(run)
     assert finished_report(run.recipe) is None
+    Path("out/sweep.yaml").write_text(sweep.to_yaml(), encoding="utf-8")
+    with pytest.raises(BadInput, match="no run of the sweep in out is finished"):  # on its page, and to compare
+        read_finished(Path("out"))
     prune_and_train(run)
+    assert list(read_finished(Path("out"))[2]) == ["wanda"]
     report = finished_report(run.recipe)
     assert report is not None
     assert report.finetuned is not None

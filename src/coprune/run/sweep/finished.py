@@ -28,7 +28,7 @@ def finished_report(recipe: Recipe) -> Report | None:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
         raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
-    trains = recipe.finetune.mode is not None and report.finetuned is None  # not yet: its report is the pruning's
+    trains = _is_to_train(recipe, report)
     expected = _pruning_of(recipe) if trains else recipe
     if not report.recipe.gives_as(expected):
         before, now = report.recipe.whole, expected.whole
@@ -60,12 +60,14 @@ def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
     """
     sweep = Sweep.read(folder / SWEEP_FILE).with_settings({"save": str(folder)})
     runs = expand(sweep)
-    reports = {run.name: file for run in runs if (file := folder / run.name / REPORT_FILE).is_file()}
+    there = [run for run in runs if (folder / run.name / REPORT_FILE).is_file()]
+    found = {run.name: Report.read(folder / run.name / REPORT_FILE) for run in there}
+    reports = {run.name: found[run.name] for run in there if not _is_to_train(run.recipe, found[run.name])}
     if not reports:
         raise BadInput(
             f"no run of the sweep in {folder} is finished", fix=(Command("sweep", folder / SWEEP_FILE), " goes on")
         )
-    return sweep, runs, {name: Report.read(file) for name, file in reports.items()}
+    return sweep, runs, reports
 
 
 def models_to_compare(name: str) -> list[str]:
@@ -88,6 +90,11 @@ def models_to_compare(name: str) -> list[str]:
             ),
         )
     return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
+
+
+def _is_to_train(recipe: Recipe, report: Report) -> bool:
+    """Whether a run that trains has not done so yet: its report is the pruning's."""
+    return recipe.finetune.mode is not None and report.finetuned is None
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:
