@@ -17,7 +17,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.report.card import model_card
+from coprune.report.page import run_page
 from coprune.report.schema import Report
+from coprune.report.several import Run, _reached
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save_pico, write_words
@@ -177,6 +179,33 @@ def test_cards_tell_no_places_of_this_machine(files: tuple[Path, Path], tmp_path
     assert "| text.txt | 32 |" in card
     assert "data: a.txt" in card
     assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in card
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("my models/big one (final)/", "big one (final)"),
+        ("SmolLM2 Q4_1 (2).gguf", "SmolLM2 Q4_1 (2).gguf"),
+        ("HuggingFaceTB/SmolLM2 (SmolLM2.Q4_1.gguf)", "SmolLM2"),
+    ],
+)
+def test_cards_and_pages_call_a_model_by_its_whole_name(
+    source: str, name: str, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = files
+    monkeypatch.chdir(tmp_path)
+    Path("my models/big one (final)").mkdir(parents=True)
+    settings: dict[str, Any] = {"dataset": str(text), "eval_data": str(text), "eval_tokens": 64, "seqlen": 32}
+    report: Report = coprune.prune(str(model), "magnitude", nsamples=2, quiet=True, **settings).report
+    report = report.model_copy(update={"model": report.model.model_copy(update={"source": source})})
+    card = model_card(report)
+    header = yaml.safe_load(card.split("\n---\n")[0])
+    assert header["model-index"][0]["name"] == f"{name}-magnitude"
+    assert header.get("base_model") == ("HuggingFaceTB/SmolLM2" if source.startswith("HuggingFaceTB") else None)
+    assert (f"# {name}, pruned" in card) == ("base_model" not in header)
+    assert f"<h1>{name}, pruned with magnitude</h1>" in run_page(report)
+    (one, _) = _reached(Run("run", report, None), 1, 2.0, 1.0)
+    assert one.name == f"dense {name}"
 
 
 def test_what_others_named_stays_text_in_the_card(files: tuple[Path, Path]) -> None:

@@ -14,6 +14,7 @@ from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
 from coprune.report.schema import Report
+from coprune.report.source import base_of, name_of
 
 _LOAD = """```python
 {first}from transformers import {model}, {processor}
@@ -45,7 +46,7 @@ def _how_to_load(report: Report) -> str:
 
 def model_card(report: Report) -> str:
     """Markdown with the Hub's metadata header: what this is, how it was made, what was measured, how to load it."""
-    base = report.model.source.partition(" ")[0]
+    base = base_of(report.model.source)
     images = report.model.task == "images"
     pipeline = "image-classification" if images else "text-generation"
     header = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- coprune", "- pruning"]
@@ -154,8 +155,7 @@ def _model_index(report: Report) -> str:
             found.append(EvalResult("text-generation", task.task, task.task, metric, result, metric_name=metric))
     if not found:
         return ""
-    name = report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
-    index = eval_results_to_model_index(f"{name}-{report.recipe.way}", found)
+    index = eval_results_to_model_index(f"{name_of(report.model.source)}-{report.recipe.way}", found)
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True, width=10_000)
 
 

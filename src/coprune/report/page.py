@@ -25,6 +25,7 @@ from coprune.report.html import (
 from coprune.report.matrices import picker, picker_data
 from coprune.report.perplexity import perplexity_card, perplexity_section
 from coprune.report.schema import Report
+from coprune.report.source import name_of
 from coprune.report.zero_shot import zero_shot_card, zero_shot_section
 
 _SAME = 0.001  # sparsities that differ by less are one figure
@@ -47,11 +48,7 @@ def run_page(report: Report, speed: Sequence[str] = (), links: Sequence[str] = (
     parts += [_matrices(report), picker(report.matrices, report.model.block_names)]
     parts += [*speed, _events(report), _phases(report), _recipe(report)]
     data = picker_data(report.matrices, report.model.block_names)
-    return page(f"{_name(report)}, pruned with {report.recipe.way}", "\n".join(parts), data)
-
-
-def _name(report: Report) -> str:
-    return report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
+    return page(f"{name_of(report.model.source)}, pruned with {report.recipe.way}", "\n".join(parts), data)
 
 
 def _head(report: Report, links: Sequence[str]) -> str:
@@ -77,7 +74,9 @@ def _head(report: Report, links: Sequence[str]) -> str:
     if model.quantised_source:
         lead += '<p class="warn">The weights were dequantised from a quantised file; all figures are of those.</p>'
     kind = "Pruning" if report.finetuned is None else "Pruning and fine-tuning"
-    return header(kind, f"{_name(report)}, pruned with {recipe.way}", lead, made_lines(report.made), links)
+    return header(
+        kind, f"{name_of(report.model.source)}, pruned with {recipe.way}", lead, made_lines(report.made), links
+    )
 
 
 def _cards(report: Report) -> str:

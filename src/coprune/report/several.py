@@ -20,6 +20,7 @@ from coprune.report.made import of_several
 from coprune.report.page import run_page
 from coprune.report.perplexity import number
 from coprune.report.schema import Report
+from coprune.report.source import name_of
 from coprune.report.speed import speed_sections
 
 _Text = tuple[str, str, int]
@@ -141,8 +142,7 @@ def _of_images(runs: Sequence[Run], on: _Images) -> list[Reached]:
 
 def _reached(run: Run, number_: int, value: float, dense: float | None) -> list[Reached]:
     """A run's point and its dense model's; equal ones of several runs are one."""
-    source = run.report.model.source.partition(" ")[0].rstrip("/").rpartition("/")[2]
-    before = [] if dense is None else [Reached(f"dense {source}", "dense", dense, 0.0, None)]
+    before = [] if dense is None else [Reached(f"dense {name_of(run.report.model.source)}", "dense", dense, 0.0, None)]
     # A few weights more or less, as rounding gives them, make no run better than another.
     zeros = round(run.report.sparsity.model, 4)
     return [*before, Reached(run.name, run.report.recipe.way, value, zeros, run.size, str(number_))]
