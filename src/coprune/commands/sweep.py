@@ -93,8 +93,11 @@ def sweep(
 
 
 def _show(found: SweepResult) -> None:
-    """The tables, and where they are. Raises CopruneError if a run failed."""
-    from coprune.commands.terminal import console
+    """The tables, and where they are. Ends with 3 where something that was required does not hold.
+
+    Raises CopruneError if a run failed.
+    """
+    from coprune.commands.terminal import console, end_unless_held
     from coprune.report.links import PAGE_FILE
     from coprune.run.sweep.results import MARKDOWN, print_tables
 
@@ -103,4 +106,9 @@ def _show(found: SweepResult) -> None:
     show(f"results   {found.sweep.folder / MARKDOWN}")
     if found.reports:
         show(f"page      {found.sweep.folder / PAGE_FILE}")
+    required = [(name, one) for name, report in found.reports.items() for one in report.required]
+    for name, one in required:
+        if not one.holds:
+            show(f"required  {name}: {one.line()}")
     found.require_success()
+    end_unless_held(one for _, one in required)

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
+from coprune.commands.sweep import _show
 from coprune.commands.terminal import console
+from coprune.evaluation.answers.requirements import Requirement
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
 from coprune.run.sweep import results, work
@@ -190,6 +193,24 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
     assert f"perplexity {reached:.2f} on test.txt" in str(result.sheet().rows)
     with pytest.raises(BadInput, match="another run's report, in which seed was 0 and is 1"):
         finished_report(run.recipe.replaced(seed=1))
+
+
+def test_a_sweep_ends_with_3_where_a_run_is_not_as_required(
+    here: tuple[Sweep, list[Run], dict[str, Report]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, runs, reports = here
+    held, broken = (Requirement(condition="loops<1", figure=n, dense=None, holds=not n) for n in (0.0, 2.0))
+    first, second = list(reports)[:2]
+    reports = {name: report.model_copy(update={"required": (held,)}) for name, report in reports.items()}
+    _show(SweepResult(sweep, runs, reports))
+    reports[second] = reports[second].model_copy(update={"required": (held, broken)})
+    with pytest.raises(typer.Exit) as ended:
+        _show(SweepResult(sweep, runs, reports))
+    assert ended.value.exit_code == 3
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("required")]
+    assert told == [f"required  {second}: loops<1 does not hold (2)"]
+    with pytest.raises(CopruneError, match="1 of 8 runs failed"):
+        _show(SweepResult(sweep, runs, reports, {first: "no room"}))
 
 
 def killed(*_: Any) -> None:
