@@ -12,6 +12,8 @@ import yaml
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
+from coprune.recipe.outcome import OutputPart
+from coprune.recipe.parts import QuantizationPart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.expand import Run, expand
@@ -272,6 +274,16 @@ def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
     again = Sweep.make(yaml.safe_load(sweep.to_yaml()))
     assert expand(again) == expand(sweep) == runs_of(**plain | {"nsamples": 2, "save": "out/y"})
     assert names(**told) == names(**plain)
+
+
+def test_choices_and_parts_of_a_recipe_are_taken() -> None:
+    owl, grid = Choice.of("owl:spread=0.1"), QuantizationPart(grid=Choice.of("int8"))
+    told = {"allocation": [owl, Choice.of("uniform")], "quantization": grid}
+    plain = {"allocation": ["owl:spread=0.1", "uniform"], "quantize": "int8"}
+    sweep = Sweep.make({**told, "model": "pico", "output": OutputPart(run=Path("out/x"))})
+    assert expand(Sweep.make(yaml.safe_load(sweep.to_yaml()))) == expand(sweep) == runs_of(**plain)
+    typed = Sweep.make(PLAIN).with_settings({"refine": [Choice.of("refit:rounds=3")], "quantize": Choice.of("int8")})
+    assert expand(Sweep.make(yaml.safe_load(typed.to_yaml()))) == expand(typed)
 
 
 def test_a_sweep_is_what_its_file_says(tmp_path: Path) -> None:

@@ -63,9 +63,8 @@ class Sweep(BaseModel):
     @classmethod
     def make(cls, data: Mapping[str, Any]) -> Self:
         """Build a sweep from what its file says. Raises BadInput for unknown fields or lists that make no sense."""
-        data = _plain(data)
-        rules = data.get("sweep") or {}
-        settings = flatten({name: value for name, value in data.items() if name != "sweep"})
+        rules = _plain(data.get("sweep") or {})
+        settings = _words({name: value for name, value in data.items() if name != "sweep"})
         if not isinstance(rules, dict):
             raise BadInput("sweep must hold zip, include, exclude or folders", field="sweep", value=rules)
         for name in rules:
@@ -93,8 +92,8 @@ class Sweep(BaseModel):
             groups = [(*group, "options") if "method" in group else group for group in groups]
             groups += [] if any("method" in group for group in groups) else [("method", "options")]
         with_options = any({"method", "options"} <= set(group) for group in groups)
-        include = tuple(_included(flatten(entry), with_options) for entry in self.include)
-        exclude = tuple(map(flatten, self.exclude))
+        include = tuple(_included(_words(entry), with_options) for entry in self.include)
+        exclude = tuple(map(_words, self.exclude))
         return self.model_copy(update={"zip": tuple(groups), "include": include, "exclude": exclude})
 
     def _check(self) -> None:
@@ -139,7 +138,7 @@ class Sweep(BaseModel):
         """The sweep with fields fixed to other values, which also replace those of its included runs."""
         if not typed:
             return self
-        typed = flatten(_plain(typed))
+        typed = _words(typed)
         if "method" in typed and any({"method", "options"} <= set(group) for group in self.zip):
             typed = {"options": {}, **typed}
         kept = [entry for entry in self.exclude if all(_has(typed[n], v) for n, v in entry.items() if n in typed)]
@@ -167,9 +166,14 @@ class Sweep(BaseModel):
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
+def _words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their flat names, as a file would say them."""
+    return {name: _plain(value) for name, value in flatten(settings).items()}
+
+
 def _plain(value: Any) -> Any:
-    """What Python says, as a file would say it: paths as text, and every sequence, also of numpy, as a list."""
-    if isinstance(value, Path):
+    """What Python says, as a file would say it: paths and choices as text, and every sequence, also of numpy, as a list."""
+    if isinstance(value, Path | Choice):
         return str(value)
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
