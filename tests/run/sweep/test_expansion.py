@@ -186,6 +186,14 @@ def test_an_option_of_the_method_may_have_a_list() -> None:
     assert [run.recipe.method.options["damping"] for run in runs] == [0.1, 0.1]
 
 
+def test_a_method_that_is_typed_has_no_options_of_another() -> None:
+    sweep = Sweep.make(PLAIN | {"method": "sparsegpt:block_size=64"})
+    for typed, expected in (("wanda", "wanda"), ("sparsegpt", "sparsegpt:block_size=64"), ("admm:rho=2", "admm:rho=2")):
+        assert [str(run.recipe.method) for run in expand(sweep.with_settings({"method": typed}))] == [expected]
+    shared = Sweep.make(PLAIN | {"method": ["sparsegpt", "admm"], "options": {"damping": 0.1}})
+    assert [str(run.recipe.method) for run in expand(shared.with_settings({"method": "admm"}))] == ["admm:damping=0.1"]
+
+
 def test_an_included_method_has_options_of_its_own() -> None:
     listed = ["sparsegpt:block_size=64", "sparsegpt:block_size=128"]
     found = runs_of(method=listed, sweep={"include": [{"method": "ablate_mag_seq"}]})

@@ -138,8 +138,10 @@ class Sweep(BaseModel):
         """The sweep with fields fixed to other values, which also replace those of its included runs."""
         if not typed:
             return self
-        typed = _words(typed)
-        if "method" in typed and any({"method", "options"} <= set(group) for group in self.zip):
+        typed, method = _words(typed), self.settings.get("method", "wanda")
+        with_options = any({"method", "options"} <= set(group) for group in self.zip)
+        # What was said of the options of another method goes with it, as in a recipe.
+        if "method" in typed and (with_options or not (isinstance(method, list) or method == typed["method"])):
             typed = {"options": {}, **typed}
         kept = [entry for entry in self.exclude if all(_has(typed[n], v) for n, v in entry.items() if n in typed)]
         groups = [tuple(name for name in group if name not in typed) for group in self.zip]
