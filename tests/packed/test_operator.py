@@ -152,6 +152,35 @@ def test_generate_takes_the_compiled_step_and_writes_the_same(model: PreTrainedM
 
 
 @pytest.mark.usefixtures("without_inductor")
+def test_a_step_of_more_sizes_than_torch_compiles_writes_the_same(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    write: Any = model.generate
+    prompts = [torch.arange(length)[None] for length in (3, 4)]
+    expected = [write(ids, max_new_tokens=3, do_sample=False, pad_token_id=0) for ids in prompts]
+    undo = compile_decoding(model)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for ids, wanted in zip(prompts, expected, strict=True):
+                assert torch.equal(write(ids, max_new_tokens=3, do_sample=False, pad_token_id=0), wanted)
+    finally:
+        undo()
+    assert sum("others are slower" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_bench_compiles_for_every_batch_size(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr("coprune.packed.bench.make_forms", lambda dense: {"dense": dense})
+    with torch._dynamo.config.patch(recompile_limit=1):
+        found = bench(model, (1, 2), prompt=4, tokens=2, repeats=1, compile=True)
+    assert {row.batch for row in found.rows if "compiled" in row.form} == {1, 2}
+    assert "others are slower" not in caplog.text
+
+
+@pytest.mark.usefixtures("without_inductor")
 def test_bench_measures_compiled_forms_and_tells_how_long_that_took(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,8 @@ def bench_model(
     )
     generator = torch.Generator().manual_seed(0)
     for batch in work.batches:
+        if compiles:
+            torch.compiler.reset()  # it compiles few sizes at a time, and those of other batches come no more
         vocabulary = dense.config.get_text_config().vocab_size
         ids = random_prompt(vocabulary, batch, work.prompt, generator).to(dense.device)
         turns = time_runners(runners, ids, work, clock)

@@ -92,6 +92,8 @@ def bench_beside(
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(one.vocabulary for one in entrants)
     for batch in work.batches:
+        if compiles:
+            torch.compiler.reset()  # it compiles few sizes at a time, and those of other batches come no more
         ids = random_prompt(vocabulary, batch, work.prompt, generator)
         runners = {
             form: one.runner for form, one in forms.items() if batch == 1 or isinstance(one.runner, InTransformers)

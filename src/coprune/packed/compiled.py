@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,13 +14,15 @@ from transformers import PreTrainedModel, StaticCache
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
 
+logger = logging.getLogger(__name__)
+
 
 def compile_decoding(model: nn.Module) -> Callable[[], None]:
     """Compile the step that makes one token per sequence; prompts are read as ever.
 
     The model's own `generate` uses it, since its cache is of fixed size from now on (transformers' StaticCache). The first
-    token waits for the compiler, once for each batch size and length of the cache. Packed weights stay packed: their product
-    is one operator in the graph.
+    token waits for the compiler, once for each batch size and length of the cache, until torch compiles no more of them (eight);
+    steps of further ones are computed as ever. Packed weights stay packed: their product is one operator in the graph.
 
     Args:
         model: a language model of transformers, for inference; changed in place. What is compiled is not saved with it.
@@ -55,7 +58,7 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
 def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
     """The model's forward, with a compiled one for steps. attention: the implementation that prompts have."""
     eager = cast(Any, model.forward)
-    compiled: Any = torch.compile(eager, fullgraph=True, dynamic=False)
+    compiled = _while_torch_compiles(torch.compile(eager, fullgraph=True, dynamic=False))
     # One query against a short cache: on a CPU the compiler's own sums take a third of what a call of torch's attention does.
     # Prompts keep theirs, whose memory does not grow with the square of their length.
     of_the_step = "eager" if attention == "sdpa" and in_host_memory(model.device) else attention
@@ -72,6 +75,26 @@ def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
         return found
 
     return forward
+
+
+def _while_torch_compiles(compiled: Any) -> Callable[..., Any]:
+    """What was compiled, and from where torch compiles no more on what there is then; it raises there, with every call."""
+    is_full = False
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_full
+        if not is_full:
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything was computed
+                is_full = True
+                logger.warning(
+                    "torch compiles a step for so many batch sizes and lengths of the cache, and not for more: others are slower"
+                )
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return compiled(*args, **kwargs)
+
+    return step
 
 
 def _attend(model: PreTrainedModel, implementation: str) -> None:
