@@ -16,7 +16,7 @@ from coprune.model.checkpoint import writer
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.edit import FillZeros
-from coprune.model.edits import EDITS_FILE, Edits, dump_edits, load_edits, pruned_names
+from coprune.model.edits import EDITS_FILE, Edits, dump_edits, load_edits, pruned_names, source_of
 from coprune.model.matrices import find_matrices
 from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
@@ -146,6 +146,16 @@ def test_a_damaged_file_of_edits_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / EDITS_FILE).write_text("[]")
     with pytest.raises(CopruneError, match="damaged"):
         pruned_names(tmp_path)
+
+
+def test_the_source_is_found_from_a_folder_behind_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("home/source", "disk/large/out/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "home/out").symlink_to(tmp_path / "disk/large/out")
+    monkeypatch.chdir(tmp_path / "home")
+    Edits().write(Path("out/model"), "source")
+    assert source_of(Path("out/model")) == str(tmp_path / "home/source")
+    assert str(tmp_path) not in Path("out/model", EDITS_FILE).read_text()
 
 
 @pytest.mark.parametrize("content", ["[1", '{"masks": {}, "source": "x", "before": 5}', '{"masks": {}, "edits": []}'])

@@ -96,7 +96,8 @@ class Edits:
         """
         before, source = _earlier(source)
         if source is not None and Path(source).is_absolute():
-            source = os.path.relpath(source, folder)  # what is published should not tell of somebody's folders
+            # What is published should not tell of somebody's folders. Whoever follows it, follows links on the way first.
+            source = os.path.relpath(source, folder.resolve())
         edits = {block: dump_edits(own) for block, own in self.by_block.items()}
         content = {"source": source, "before": before, "masks": self.checksums(), "edits": edits}
         write_text(folder / EDITS_FILE, json.dumps(content, indent=1) + "\n")
