@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.native.build import load_kernels
@@ -156,7 +157,7 @@ def test_a_step_of_more_sizes_than_torch_compiles_writes_the_same(
     model: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     write: Any = model.generate
-    prompts = [torch.arange(length)[None] for length in (3, 4)]
+    prompts = [torch.arange(4).repeat(batch, 1) for batch in (1, 2)]
     expected = [write(ids, max_new_tokens=3, do_sample=False, pad_token_id=0) for ids in prompts]
     undo = compile_decoding(model)
     try:
@@ -190,6 +191,19 @@ def test_bench_measures_compiled_forms_and_tells_how_long_that_took(
     assert found.compiling["dense, compiled"] > 0
     assert "compiled in" in str(found)
     assert "forward" not in vars(model)
+
+
+def test_what_is_compiled_is_not_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    settings: Any = model.generation_config
+    undo = compile_decoding(model)
+    try:
+        model.save_pretrained(tmp_path / "model")
+        assert settings.cache_implementation == "static"
+    finally:
+        undo()
+    saved = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (saved.cache_implementation, saved.disable_compile) == (None, settings.disable_compile)
+    assert not {"forward", "save_pretrained"} & vars(model).keys()
 
 
 def test_what_writes_no_text_is_not_compiled_but_says_what_to_do() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, StaticCache
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
@@ -38,21 +38,43 @@ def compile_decoding(model: nn.Module) -> Callable[[], None]:
             f"{type(model).__name__} does not write text by transformers' generate",
             fix="without it, torch.compile(model) takes packed layers as they are",
         )
-    own, attention, settings = vars(model).get("forward"), model.config._attn_implementation, model.generation_config
+    own, attention, settings = vars(model).copy(), model.config._attn_implementation, model.generation_config
     assert settings is not None
     before = settings.cache_implementation, settings.disable_compile
     # On a GPU transformers would compile once more around what is compiled here.
     settings.cache_implementation, settings.disable_compile = "static", True
-    model.forward = _stepping(model, attention)
+    changed: dict[str, Callable[..., Any]] = {
+        "forward": _stepping(model, attention),
+        "save_pretrained": _saving(model, settings, before),
+    }
+    vars(model).update(changed)
 
     def undo() -> None:
         settings.cache_implementation, settings.disable_compile = before
         _attend(model, attention)
-        del model.forward  # the class's own is behind it
-        if own is not None:
-            model.forward = own
+        for name in changed:
+            if name in own:
+                vars(model)[name] = own[name]
+            else:
+                del vars(model)[name]  # the class's own is behind it
 
     return undo
+
+
+def _saving(model: PreTrainedModel, settings: GenerationConfig, before: tuple[Any, Any]) -> Callable[..., Any]:
+    """The model's save_pretrained, with the settings as they were: elsewhere nothing is compiled."""
+    own = cast(Any, model.save_pretrained)
+
+    @functools.wraps(own)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        now = settings.cache_implementation, settings.disable_compile
+        settings.cache_implementation, settings.disable_compile = before
+        try:
+            return own(*args, **kwargs)
+        finally:
+            settings.cache_implementation, settings.disable_compile = now
+
+    return save_pretrained
 
 
 def _stepping(model: PreTrainedModel, attention: str) -> Callable[..., Any]:
