@@ -18,6 +18,7 @@ from coprune.packed.folder import pack, unpack
 from coprune.packed.linear import PackedLinear
 from coprune.packed.quantizer import CopruneConfig, load_packed
 from coprune.packed.registration import register_with_transformers
+from support.pico import pico_model
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -80,6 +81,21 @@ def test_kept_packed_gives_the_same_outputs_and_saves_packed(name: str, dtype: t
     unpack(tmp_path / "again", tmp_path / "dense again")
     assert equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "dense again"), dense)
     assert equal_states(model.dequantize(), dense)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "nemotron_h"])
+def test_kept_packed_is_saved_in_shards_and_under_other_names(family: str, tmp_path: Path) -> None:
+    made = pico_model(family)
+    for parameter in made.parameters():
+        parameter.masked_fill_((torch.rand(parameter.shape) < 0.6) & (parameter.ndim >= 2), 0.0)
+    made.save_pretrained(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    model = load_packed(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "again", max_shard_size="60KB")
+    assert len([*(tmp_path / "again").glob("*.safetensors")]) > 1
+    assert torch.equal(outputs(load_packed(tmp_path / "again")), outputs(model))
+    unpack(tmp_path / "again", tmp_path / "dense again")
+    assert equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "dense again"), made)
 
 
 def test_generation_from_a_packed_model(tmp_path: Path) -> None:

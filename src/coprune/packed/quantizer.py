@@ -8,7 +8,6 @@ length of the packed tensor; transformers fills it as any other.
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
 from coprune.packed.manifest import CONFIG
 from coprune.packed.registration import register_with_transformers
-from coprune.packed.shards import METADATA_KEY, check_shard
+from coprune.packed.shards import check_shard
 from coprune.packed.slots import insert_slots, keys_in_model
 
 
@@ -154,15 +153,16 @@ class CopruneQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """For save_pretrained of a model that is kept packed: packed tensors under the weights' names."""
+        """For save_pretrained of a model that is kept packed: packed tensors under the weights' names.
+
+        What else is known of a file is left out: tensors get other names and are spread over files afterwards.
+        """
         layers = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         state: dict[str, Tensor] = {}
         for key, tensor in model.state_dict().items():
             layer, _, last = key.rpartition(".")
             state[f"{layer}.weight" if last == "packed" and layer in layers else key] = tensor
-        names = [f"{layer}.weight" for layer in sorted(layers)]
-        checksums = {name: read_header(state[name]).checksum for name in names}
-        return state, {METADATA_KEY: json.dumps({"version": VERSION, "packed": names, "crc32": checksums})}
+        return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
