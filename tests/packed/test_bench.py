@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput
@@ -25,6 +26,7 @@ from coprune.packed.runtimes import Work
 from coprune.packed.semi_structured import can_convert, is_two_of_four
 from coprune.packed.timing import Timing, summarise, time_in_turns
 from support.pico import pico_model, pico_tokens
+from support.pico_folder import save_pico
 from support.pico_gguf import write_pico_gguf
 
 
@@ -154,6 +156,26 @@ def test_bad_numbers_and_folders(model: PreTrainedModel, tmp_path: Path) -> None
         bench([tmp_path, model])  # type: ignore[list-item]
     with pytest.raises(BadInput, match=r"config\.json"):
         bench(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "incomplete", "of another kind"])
+def test_a_folder_that_is_no_whole_language_model_is_refused(damage: str, tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "pico")
+    file, *_ = sorted(folder.glob("*.safetensors"))
+    config, index = folder / "config.json", folder / "model.safetensors.index.json"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "incomplete":
+        tensors, said = load_file(file), json.loads(index.read_text())
+        del said["weight_map"][(name := min(tensors))], tensors[name]
+        save_file(tensors, file, metadata={"format": "pt"})
+        index.write_text(json.dumps(said))
+    else:
+        config.write_text(config.read_text().replace('"llama"', '"vit"'))
+    with pytest.raises(BadInput, match=r"missing|cut off|lacks|cannot be loaded"):
+        bench(folder, (1,), prompt=2, tokens=1, repeats=1)
 
 
 def test_a_packed_folder_is_measured_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,9 @@ from coprune.base.devices import describe, in_host_memory
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.native.build import instruction_set
+from coprune.model.checkpoint.load import explained, require_all_weights
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.evaluating import evaluating
 from coprune.model.opened import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
@@ -72,7 +75,7 @@ def bench(
         Times, tokens per second and speed-ups of every form, and what each takes in memory.
 
     Raises:
-        BadInput: the folder is no checkpoint, or a number is not positive.
+        BadInput: the folder is no whole checkpoint of a language model, or a number is not positive.
     """
     for name in how:
         if name not in BenchArguments.__annotations__:
@@ -116,9 +119,13 @@ def _load(folder: Path, how: BenchArguments) -> Any:
     if (dtype := how.get("dtype", "auto")) not in _DTYPES:
         raise unknown_name("dtype", str(dtype), _DTYPES, field="dtype")
     device = choose_device(how.get("device", "cpu"))
+    checkpoint_entries(folder)  # of a damaged file transformers says neither cause nor fix
     register_with_transformers()
-    config = AutoConfig.from_pretrained(folder)
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    with explained(ModelFolder(folder, str(folder))):
+        config = AutoConfig.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    dense, info = loaded
+    require_all_weights(str(folder), info["missing_keys"])
     return dense.to(device).eval()
 
 
