@@ -55,6 +55,21 @@ def test_the_head_is_given_vectors_without_gaps_and_the_model_comes_back_as_it_c
     assert seen == [False]
 
 
+def test_with_a_fixed_cache_transformers_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs it would, around what is compiled already."""
+    model, asked = pico_model("llama"), list[GenerationConfig]()
+    own: Any = model.generate
+
+    def note(*args: Any, generation_config: GenerationConfig, **options: Any) -> Any:
+        asked.append(generation_config)
+        return own(*args, generation_config=generation_config, **options)
+
+    monkeypatch.setattr(model, "generate", note)
+    for fixed in (False, True):
+        generate(model, PROMPTS[:1], Generation(2, temperature=0, fixed_cache=fixed))
+    assert [bool(settings.disable_compile) for settings in asked] == [False, True]
+
+
 def texts(answers: list[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in answers]
 

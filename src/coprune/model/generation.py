@@ -181,6 +181,8 @@ def _cut(tokens: list[int], end_ids: Iterable[int], seconds: float) -> Answer:
 def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
     how: dict[str, Any] = dict(eos_token_id=list(settings.end_ids) or None, pad_token_id=settings.pad_id)
     how["cache_implementation"] = "static" if settings.fixed_cache else None
+    # Whoever asks for such a cache has compiled the step; on GPUs transformers would do it once more around that.
+    how["disable_compile"] = settings.fixed_cache
     return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, **how)
 
 
