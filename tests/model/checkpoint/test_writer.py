@@ -58,6 +58,15 @@ def test_a_streamed_copy_is_the_original(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["copy", "source"]
 
 
+def test_tied_embeddings_that_a_checkpoint_has_twice_are_written_twice(tmp_path: Path) -> None:
+    save_model("llama_tied", tmp_path / "source", shards="1GB")
+    tensors = tensors_of(tmp_path / "source")
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    assert len(twice) > len(tensors)
+    save_file(twice, tmp_path / "source" / SINGLE_FILE, metadata={"format": "pt"})
+    assert_same_tensors(tensors_of(stream(tmp_path / "source", tmp_path / "copy")), twice)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_memory_is_written_as_save_pretrained_writes_it(name: str, tmp_path: Path) -> None:
     model = save_model(name, tmp_path / "expected", shards="1GB")

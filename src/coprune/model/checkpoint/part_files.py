@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.output_names import require_own_name
@@ -63,6 +65,16 @@ def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: En
         return
     entries = placed_entries(files, place)
     encoding.write(target, list(entries), ((name, read_tensor(entry)) for name, entry in entries.items()))
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, no two in one memory, as tied ones are: some checkpoints hold them under both names."""
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    return found
 
 
 def refuse_occupied(folder: Path) -> None:

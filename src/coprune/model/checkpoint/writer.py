@@ -29,7 +29,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
-from coprune.model.checkpoint.part_files import copy_tensors, placed_entries, read_json_list, refuse_occupied
+from coprune.model.checkpoint.part_files import apart, copy_tensors, placed_entries, read_json_list, refuse_occupied
 from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries
 
 REST = "rest"
@@ -124,7 +124,7 @@ class CheckpointWriter:
         }
 
         def store() -> None:
-            whole = {name: arrive().contiguous() for name, arrive in coming.items()}
+            whole = apart({name: arrive().contiguous() for name, arrive in coming.items()})
             write_whole(self.file(part), lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
 
         if not beside:
