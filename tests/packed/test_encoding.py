@@ -61,6 +61,10 @@ def test_the_packed_model_loads_and_computes_what_the_dense_one_does(place: Path
     card = (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
     assert "stored packed" in card
     assert "stored dense" not in card
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    of_unpacked = (tmp_path / "unpacked" / "README.md").read_text(encoding="utf-8")
+    assert "stored dense" in of_unpacked
+    assert not any(said in of_unpacked for said in ("stored packed", "import coprune"))
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "coprune"
 

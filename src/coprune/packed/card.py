@@ -1,4 +1,4 @@
-"""What the card of a packed folder says: how it is stored, and what loads it."""
+"""What the card of a packed folder says: how it is stored, and what loads it; and that of what was unpacked."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def packed_card(card: str) -> str:
     head = re.match(r"\s*---\n.*?\n---\n", said, flags=re.DOTALL)
     end = head.end() if head else 0
     return f"{said[:end]}\n> {STORED['packed']}\n\n{said[end:].lstrip()}"
+
+
+def dense_card(card: str) -> str:
+    """The card of a folder that a run wrote packed as that of a dense one."""
+    return card.replace(STORED["packed"], STORED["dense"]).replace(IMPORT, "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from coprune.model.checkpoint.header import read_header_bytes
 from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.own_files import own_files
 from coprune.model.checkpoint.shards import read_json, shard_files
-from coprune.packed.card import packed_card
+from coprune.packed.card import dense_card, packed_card
 from coprune.packed.encoding import PackedEncoding, shard_metadata
 from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
 from coprune.packed.header import is_packed
@@ -88,7 +88,7 @@ def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_n
             index.setdefault("metadata", {})["total_size"] = sizes.packed
             _write_json(out / INDEX, index)
         if (out / CARD).is_file():
-            kept |= _say_in_card(out / CARD)
+            kept |= _say_in_card(out / CARD, packed_card)
         write_manifest(out / MANIFEST, kept, headers)
     return sizes
 
@@ -130,16 +130,18 @@ def unpack(source: Path | str, target: Path | str) -> Path:
             index = read_json(source / INDEX)
             index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
             _write_json(out / INDEX, index)
+        if (out / CARD).is_file():
+            _say_in_card(out / CARD, dense_card)
         for name, content in files.items():
             (out / name).write_bytes(content)
     return target
 
 
-def _say_in_card(path: Path) -> dict[str, bytes]:
-    """Let a folder's card say that it is packed; returns the card as it was, by its name."""
+def _say_in_card(path: Path, say: Callable[[str], str]) -> dict[str, bytes]:
+    """Let a folder's card say how it is stored now; returns the card as it was, by its name."""
     before = path.read_bytes()
     try:
-        path.write_bytes(packed_card(before.decode("utf-8")).encode("utf-8"))
+        path.write_bytes(say(before.decode("utf-8")).encode("utf-8"))
     except UnicodeDecodeError:
         return {}
     return {path.name: before}
