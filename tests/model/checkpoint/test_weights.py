@@ -37,12 +37,17 @@ def test_they_say_whether_they_stream(tmp_path: Path) -> None:
 
 def test_they_write_what_makes_their_weights_a_model(tmp_path: Path) -> None:
     save_model("llama", tmp_path / "model")
+    (tmp_path / "model" / "LICENSE.md").write_text("Use it.")
+    (tmp_path / "secret").write_text("Nobody's business.")
+    (tmp_path / "model" / "NOTICE").symlink_to(tmp_path / "secret")
     for streams, weights in both(tmp_path / "model").items():
         folder = tmp_path / str(streams)
         folder.mkdir()
         weights.write_companions(folder, Companions(None, "# A card", "bfloat16" if streams else "auto"))
         config = AutoConfig.from_pretrained(folder)
         assert (folder / "README.md").read_text(encoding="utf-8") == "# A card"
+        assert (folder / "LICENSE.md").read_text(encoding="utf-8") == "Use it."
+        assert not (folder / "NOTICE").exists()
         assert config.architectures == ["LlamaForCausalLM"]
         assert config.dtype == (torch.bfloat16 if streams else torch.float32)
 

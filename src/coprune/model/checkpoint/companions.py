@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.own_files import own_files
+from coprune.model.checkpoint.own_files import is_own, own_files
 from coprune.model.checkpoint.shards import read_json
 
 CARD_FILE = "README.md"
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+LICENCES = ("LICENSE*", "NOTICE*")
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", *LICENCES)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def places_in(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
 
 
 def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """Save what save_pretrained would of a model in memory, besides its weights.
+    """Save what save_pretrained would of a model in memory, besides its weights, and the licence of where it came from.
 
     processor: its tokenizer or image processor, None for none. timm's keep theirs in the configuration.
     """
@@ -101,3 +102,9 @@ def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> Non
     if processor is not None:
         with quiet_transformers():
             processor.save_pretrained(folder)
+    # One that was built in memory came from nowhere, and an empty name would be the folder that one is in.
+    if model.name_or_path and (source := Path(model.name_or_path)).is_dir():
+        licences = [path for pattern in LICENCES for path in source.glob(pattern)]
+        for path in licences:
+            if path.is_file() and is_own(path, source):
+                shutil.copyfile(path, folder / path.name)

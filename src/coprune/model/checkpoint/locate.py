@@ -27,7 +27,7 @@ from coprune.model.checkpoint.names import QUANT_METHOD
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
 from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
 NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
 HUB_SECONDS = 10.0
