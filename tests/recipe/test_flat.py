@@ -10,7 +10,9 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import FLAT, PARTS, flatten, layered, nest, word_for
+from coprune.recipe.presets import PRESETS
 from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
+from coprune.recipe.reconstruction import ReconstructionPart
 
 FLAT_SETTINGS = {
     "model": "m",
@@ -178,6 +180,15 @@ def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
     assert layered(preset, {"reconstruction": {"steps": 3}}) == {"reconstruction.steps": 3}
     assert layered(preset, {"reconstruct_tokens": 100}) == {"reconstruct": 6, "reconstruct_tokens": 100}
     assert layered(preset, {"reconstruct": 3, "reconstruct_tokens": 9}) == {"reconstruct": 3, "reconstruct_tokens": 9}
+    said = layered(preset | {"reconstruct_lr": 0.01}, {"reconstruct": 3})
+    assert said == {"reconstruct": 3, "reconstruct_lr": 0.01}
+    assert layered(said, {"reconstruct": 0}) == {"reconstruct": 0}  # and nothing of how
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_go_without_the_reconstruction_that_they_have(preset: str) -> None:
+    recipe = make_recipe(layered({"model": "m"}, PRESETS[preset], {"reconstruct": 0}))
+    assert recipe.reconstruction == ReconstructionPart()
 
 
 def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:

@@ -106,7 +106,6 @@ _METHOD = "method"
 _DEFAULT_METHOD = "wanda"
 # A word that some methods have as an option: it is theirs where nothing is removed.
 _SCORE = "score"
-_STEPS = "reconstruct"
 
 
 def place_of(word: str) -> tuple[str, str | None]:
@@ -141,16 +140,17 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Several mappings of settings as one, in which what comes later wins.
 
-    A method's options add up, unless a later layer names another method; steps of reconstruction take the place of an
-    earlier layer's tokens. Settings keep the names by which they were said. Raises BadInput as `flatten`.
+    A method's options add up, unless a later layer names another method; steps of reconstruction take the place of an earlier
+    layer's tokens, and none of them of all that it says. Settings keep their names. Raises BadInput as `flatten`.
     """
     found: dict[str, tuple[str, Any]] = {}
     for layer in layers:
         said = {word: (name, value) for word, name, value in _said(layer)}
         if _METHOD in said and _METHOD in found and said[_METHOD][1] != found[_METHOD][1]:
             found.pop("options", None)
-        if _STEPS in said:
-            found.pop("reconstruct_tokens", None)
+        if "reconstruct" in said:
+            gone = "reconstruct_tokens" if said["reconstruct"][1] else "reconstruct_"
+            found = {word: one for word, one in found.items() if not word.startswith(gone)}
         earlier, later = found.get("options"), said.get("options")
         found |= said
         if earlier and later and isinstance(earlier[1], Mapping) and isinstance(later[1], Mapping):

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from coprune.base.errors import BadInput
-from coprune.base.words import LeaveOut, Setting, Words
+from coprune.base.words import LeaveOut, Set, Setting, Words
 from coprune.recipe.decides import Decides
 from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.outcome import OutputPart
@@ -50,7 +50,14 @@ def cannot_add(
     finetune: FinetunePart,
     output: OutputPart,
 ) -> BadInput | None:
-    """What is wrong with asking for it beside other parts of a recipe; None if nothing is."""
+    """What is wrong with asking for it beside other parts of a recipe, or with saying how without that; None if nothing is."""
+    if not asked.rank and asked != LowRankPart():
+        cause: Words = (
+            Setting("low_rank_rounds"),
+            " says how low rank is found, and none is without ",
+            Setting("low_rank"),
+        )
+        return BadInput(cause, field="low_rank_rounds", value=asked.rounds, fix=("add ", Set("low_rank", 32)))
     given = {
         "remove": bool(structure.remove),
         "quantize": quantization.grid is not None,

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from coprune.base.errors import BadInput
-from coprune.base.words import LeaveOut, Set
+from coprune.base.words import LeaveOut, Set, Setting, Words
 from coprune.recipe.decides import Decides
+from coprune.recipe.flat import word_for
 from coprune.recipe.parts import CalibrationPart, Part
 
 _RESULT = Decides.RESULT | Decides.COST
@@ -70,9 +71,11 @@ def cannot_reconstruct(asked: ReconstructionPart, calibration: CalibrationPart, 
             value=asked.steps,
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
-    if asked.tokens and not asked.steps:
-        wrong = "reconstruct_tokens says how much is trained at least, and nothing is trained without reconstruct"
-        return BadInput(wrong, field="reconstruct_tokens", value=asked.tokens, fix=("add ", Set("reconstruct", 6)))
+    if not asked.steps and asked != ReconstructionPart():
+        name = next(name for name, value in asked if value != getattr(ReconstructionPart(), name))
+        word, wanted = word_for(f"reconstruction.{name}"), Setting("reconstruct")
+        cause: Words = (Setting(word), " says how blocks are trained, and none is trained without ", wanted)
+        return BadInput(cause, field=word, value=getattr(asked, name), fix=("add ", Set("reconstruct", 6)))
     if asked.window > 1 and one_by_one:
         wrong = "blocks that are rounded, that parts are removed from or low rank is added to are trained one by one"
         return BadInput(wrong, field="reconstruct_window", value=asked.window, fix=LeaveOut("reconstruct_window"))
