@@ -26,7 +26,8 @@ def main() -> None:
     for rank in map(int, asked.ranks.split(",")):
         for name, pattern in PATTERNS.items():
             if asked.only in name:
-                settings = {**pattern, **({"low_rank": rank, "low_rank_rounds": asked.rounds} if rank else {})}
+                added = {"low_rank": rank, "low_rank_rounds": asked.rounds} if rank else {}
+                settings = {**pattern, **added}
                 budgets[rank] = measure(f"{name}, rank {rank}", settings, asked)
         if rank:
             measure(f"bytes of rank {rank}", {"sparsity": budgets[rank]}, asked)

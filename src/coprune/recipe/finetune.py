@@ -72,8 +72,7 @@ class FinetunePart(Part):
 
 def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart, output: OutputPart) -> BadInput | None:
     """What is wrong with how the model is trained, with the fix; None if nothing is."""
-    if asked.mode is None and asked != FinetunePart():
-        field = next(name for name, value in asked if value != getattr(FinetunePart(), name))
+    if asked.mode is None and (field := asked.first_said()) is not None:
         word = word_for(f"finetune.{field}")
         cause: Words = (
             Setting(word),

@@ -51,7 +51,7 @@ def cannot_add(
     output: OutputPart,
 ) -> BadInput | None:
     """What is wrong with asking for it beside other parts of a recipe, or with saying how without that; None if nothing is."""
-    if not asked.rank and asked != LowRankPart():
+    if not asked.rank and asked.first_said() is not None:
         cause: Words = (
             Setting("low_rank_rounds"),
             " says how low rank is found, and none is without ",

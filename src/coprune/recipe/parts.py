@@ -38,6 +38,11 @@ class Part(BaseModel):
         # As a shell does, which files and Python do not pass.
         return expand_home(value) if isinstance(value, Path) else value
 
+    def first_said(self) -> str | None:
+        """The first field that is not as it is where nothing is said; None if all are. Every field has a default."""
+        unsaid = type(self)()
+        return next((name for name, value in self if value != getattr(unsaid, name)), None)
+
 
 class ModelPart(Part):
     """Which model, and how it is held."""

@@ -71,11 +71,10 @@ def cannot_reconstruct(asked: ReconstructionPart, calibration: CalibrationPart, 
             value=asked.steps,
             fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
         )
-    if not asked.steps and asked != ReconstructionPart():
-        name = next(name for name, value in asked if value != getattr(ReconstructionPart(), name))
-        word, wanted = word_for(f"reconstruction.{name}"), Setting("reconstruct")
+    if not asked.steps and (field := asked.first_said()) is not None:
+        word, wanted = word_for(f"reconstruction.{field}"), Setting("reconstruct")
         cause: Words = (Setting(word), " says how blocks are trained, and none is trained without ", wanted)
-        return BadInput(cause, field=word, value=getattr(asked, name), fix=("add ", Set("reconstruct", 6)))
+        return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set("reconstruct", 6)))
     if asked.window > 1 and one_by_one:
         wrong = "blocks that are rounded, that parts are removed from or low rank is added to are trained one by one"
         return BadInput(wrong, field="reconstruct_window", value=asked.window, fix=LeaveOut("reconstruct_window"))
