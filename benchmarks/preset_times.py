@@ -40,10 +40,11 @@ def main() -> None:
 
 def seconds_of(way: str, model: Path, words: Path, samples: int, place: Path) -> tuple[float, float]:
     """Seconds of pruning (with reconstruction) and of training."""
-    how: dict[str, Any] = {"method": way} if way == "sparsegpt" else preset_settings(way)
+    target: dict[str, Any] = {"pattern": "2:4"}
+    how: dict[str, Any] = {"method": way} if way == "sparsegpt" else preset_settings(way, target)
     data: dict[str, Any] = {"dataset": str(words), "nsamples": samples, "seqlen": 512}
     without: dict[str, Any] = {"evaluate": False, "gate": False, "prompt": "", "stream": False, "quiet": True}
-    report = coprune.prune(model, pattern="2:4", save=place, **data, **without, **how).report
+    report = coprune.prune(model, save=place, **target, **data, **without, **how).report
     return report.prune_seconds, 0.0 if report.finetuned is None else 60 * report.finetuned.minutes
 
 

@@ -35,16 +35,19 @@ from coprune.recipe.presets import PRESETS, preset_settings
 
 DENSE = "dense"
 _TUNED: dict[str, Any] = {"preset": "tuned"}
+_PRUNED = {
+    name: value for name, value in preset_settings("tuned", {"pattern": "2:4"}).items() if "finetune" not in name
+}
 PARTS: dict[str, dict[str, Any]] = {
-    "tuned-distillation": {name: preset_settings("tuned")[name] for name in ("method", "propagation", "refine")},
+    "tuned-distillation": _PRUNED,
     "tuned-refit": {**_TUNED, "refine": ()},
+    "tuned-rotate": {**_TUNED, "rotate": False},
+    "tuned-permute": {**_TUNED, "permute": False},
     "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
     "tuned-sequential": {**_TUNED, "propagation": "block"},
     "tuned by adapters": {**_TUNED, "finetune": "lora-distill", "finetune_lr": 2e-3, "finetune_rates": "absolute"},
-    "tuned+rotate": {**_TUNED, "rotate": True},
-    "tuned+permute": {**_TUNED, "permute": True},
 }
-"""Preset `tuned` with one part left out or added. N:M only: the last one."""
+"""Preset `tuned` with one part left out or done otherwise. The first one and `tuned-permute` are for N:M only."""
 WAYS: dict[str, dict[str, Any]] = PARTS | {
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
 }
@@ -119,7 +122,7 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "eval_tokens": arguments.eval_tokens,
         "answers": arguments.answers,
         "propagation": arguments.propagation,
-        "how": {} if method == DENSE else how_to(method),  # a preset that changes is measured anew
+        "how": {} if method == DENSE else how_to(method, pattern),  # a preset that changes is measured anew
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return settings | {"file": str(arguments.folder / f"{method}-{pattern.replace(':', '-')}-{seed}-{digest}.json")}
@@ -181,12 +184,11 @@ def finished(folder: Path) -> Any:
     return Report.read(folder / "report.json") if (folder / "report.json").exists() else None
 
 
-def how_to(method: str) -> dict[str, Any]:
-    """The settings of a method, a preset, or a way of this file's own."""
-    if method in PRESETS:
-        return preset_settings(method)
-    how = dict(WAYS.get(method, {"method": method}))
-    return (preset_settings(how.pop("preset")) if "preset" in how else {}) | how
+def how_to(method: str, pattern: str) -> dict[str, Any]:
+    """The settings of a method, a preset, or a way of this file's own, for a pattern."""
+    said = {"pattern": pattern} if ":" in pattern else {}
+    how: dict[str, Any] = {"preset": method} if method in PRESETS else dict(WAYS.get(method, {"method": method}))
+    return (preset_settings(how.pop("preset"), said) if "preset" in how else {}) | how
 
 
 def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -17,3 +18,30 @@ def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> Non
     script = "from coprune.base.memory import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1 * MIB < int(done.stdout) < 200 * MIB
+
+
+_KEPT = """
+import torch
+from coprune.base.memory import freed_memory_kept, resident_memory
+
+def take_and_free():
+    before = resident_memory()
+    torch.ones(64 << 20, dtype=torch.uint8)
+    return resident_memory() - before >> 20
+
+usual = take_and_free()
+with freed_memory_kept():
+    kept = take_and_free()
+    again = take_and_free()
+print(usual, kept, again, take_and_free(), resident_memory() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells the C library of Linux")
+def test_what_is_freed_is_taken_again_and_given_back_in_the_end() -> None:
+    done = subprocess.run([sys.executable, "-c", _KEPT], capture_output=True, text=True, check=True)
+    usual, kept, again, after, _ = map(int, done.stdout.split())
+    assert usual < 8
+    assert kept > 56
+    assert again < 8  # it was there
+    assert -72 < after < 8

@@ -10,7 +10,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import FLAT, PARTS, flatten, layered, nest, word_for
-from coprune.recipe.presets import PRESETS
+from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
 from coprune.recipe.reconstruction import ReconstructionPart
 
@@ -187,7 +187,7 @@ def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_go_without_the_reconstruction_that_they_have(preset: str) -> None:
-    recipe = make_recipe(layered({"model": "m"}, PRESETS[preset], {"reconstruct": 0}))
+    recipe = make_recipe(layered({"model": "m"}, preset_settings(preset), {"reconstruct": 0}))
     assert recipe.reconstruction == ReconstructionPart()
 
 

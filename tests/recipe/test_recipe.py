@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
 from coprune.recipe.decides import Decides, decided_by
-from coprune.recipe.presets import PRESETS
+from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import DEFAULTS, FIELDS, Recipe, make_recipe
 from coprune.training.settings import FinetuneSettings
 
@@ -152,9 +153,30 @@ def test_a_recipe_in_json_of_before_parts_is_read() -> None:
     assert Recipe.model_validate_json(flat) == make_recipe({"model": "m", "refine": "refit"})
 
 
-def test_presets_make_recipes() -> None:
-    for settings in PRESETS.values():
-        assert make_recipe({"model": "m", **settings}).method.name == settings["method"]
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "said", [{}, {"pattern": "2:4"}, {"sparsity": 0.7}, {"stream": True, "pattern": "2:4"}, {"sparsity": 0.0}]
+)
+def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
+    settings = preset_settings(preset, said)
+    assert make_recipe({"model": "m", **settings, **said}).method.name == PRESETS[preset]["method"]
+
+
+@pytest.mark.parametrize(
+    ("said", "turned"),
+    [
+        ({}, {"rotate"}),
+        ({"pattern": "2:4"}, {"rotate", "permute"}),
+        ({"pattern": {"name": "4:8"}}, {"rotate", "permute"}),
+        ({"pattern": "unstructured", "sparsity": 0.6}, {"rotate"}),
+        ({"sparsity_type": "2:4", "model.stream": True}, set()),
+        ({"sparsity": 0}, set()),
+        ({"pattern": "no pattern"}, {"rotate"}),  # the recipe says what is wrong with it
+    ],
+)
+def test_a_preset_turns_what_it_can(said: dict[str, Any], turned: set[str]) -> None:
+    assert {"rotate", "permute"} & set(preset_settings("tuned", said)) == turned
+    assert not {"rotate", "permute"} & set(preset_settings("balanced", said))
 
 
 def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:

@@ -19,7 +19,7 @@ from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import FLAT, PARTS, flatten
 from coprune.recipe.pattern import Target
-from coprune.recipe.presets import PRESETS
+from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.run.call import options_of, read_call, sort_options
@@ -73,8 +73,11 @@ def test_what_is_neither_is_refused(settings: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_what_is_not_said(preset: str) -> None:
     base = {"model": "model", "stream": False}
-    assert recipe_of(preset=preset) == make_recipe(base | PRESETS[preset])
-    assert recipe_of(preset=preset, seed=3) == make_recipe(base | PRESETS[preset] | {"seed": 3})
+    assert recipe_of(preset=preset) == make_recipe(base | preset_settings(preset))
+    assert recipe_of(preset=preset, seed=3) == make_recipe(base | preset_settings(preset) | {"seed": 3})
+    groups = recipe_of(preset=preset, pattern="2:4")
+    assert groups == make_recipe(base | PRESETS[preset] | {"pattern": "2:4"})
+    assert recipe_of(preset=preset, pattern="2:4", permute=False) == groups.replaced(permute=False)
     assert recipe_of("wanda", preset=preset).method == Choice(name="wanda")
     assert recipe_of(preset="balanced", damping=0.1).method.options == {"damping": 0.1}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -89,3 +90,32 @@ def return_free_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+# Parameters of glibc's mallopt: what it has to be left of free memory at the end to give it back, what it asks the system
+# for by itself, and how many of those there may be.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+_USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+"""The library's own limits, as far as it lets them grow by itself while large pieces come and go."""
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let the C library keep what is freed for what is asked for next, where it can (glibc); all of it goes back at the end.
+
+    Steps of training free and take the same large tensors again and again. Given back in between, each of their pages is
+    cleared and mapped anew by the system, which is a fifth of such a step on a CPU.
+    """
+    _tell(_KEEPING)
+    try:
+        yield
+    finally:
+        _tell(_USUAL)
+        return_free_memory()
+
+
+def _tell(options: dict[int, int]) -> None:
+    with suppress(OSError, AttributeError):  # another C library has no such call
+        for option, value in options.items():
+            ctypes.CDLL(None).mallopt(option, value)

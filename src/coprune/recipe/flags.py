@@ -22,6 +22,8 @@ _FLAGS: dict[str, list[str]] = {
     "stream": ["--stream/--no-stream"],
     "check_memory": ["--check-memory/--no-check-memory"],
     "masked": ["--masked/--no-masked"],
+    "permute": ["--permute/--no-permute"],
+    "rotate": ["--rotate/--no-rotate"],
 }
 
 # Names that are still accepted and no longer shown, as they had another meaning in other commands; by the option.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from coprune.base.errors import unknown_name
+from coprune.base.errors import BadInput, unknown_name
+from coprune.recipe.flat import flatten
+from coprune.recipe.pattern import parse_pattern
 
 _REFIT: dict[str, Any] = {
     "method": "sparsegpt",
     "propagation": "sequential",
     "refine": ("refit:products=bfloat16",),
 }
+# Which weights are small is changed first, in ways that leave what the model computes: each is taken where it can be.
+_TURNED: dict[str, Any] = {"rotate": True, "permute": True}
 _TRAINED: dict[str, Any] = {
     **_REFIT,
+    **_TURNED,
     "finetune": "distill",
     "finetune_accumulate": 1,
     "finetune_rates": "relative",
@@ -48,8 +54,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_settings(name: str) -> dict[str, Any]:
-    """The recipe fields of a preset, a fresh copy. Raises BadInput for an unknown name."""
+def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The recipe fields of a preset, a fresh copy, for what is said beside it.
+
+    Args:
+        name: of the preset.
+        said: settings that win over the preset's. What the preset does where it can is left out beside those that rule it out:
+            channels are permuted for N:M alone, and nothing is turned in a model that is streamed.
+
+    Returns:
+        Settings by their flat names. Raises BadInput for an unknown name.
+    """
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS, field="preset")
-    return dict(PRESETS[name])
+    beside = flatten(said or {})
+    left_out = {
+        "permute": beside.get("stream") or not _is_n_of_m(beside.get("pattern")),
+        "rotate": beside.get("stream") or beside.get("sparsity") == 0,
+    }
+    return {word: value for word, value in PRESETS[name].items() if not left_out.get(word)}
+
+
+def _is_n_of_m(pattern: Any) -> bool:
+    """Whether a pattern is said to be N:M; a recipe refuses what is none."""
+    try:
+        return isinstance(pattern, str) and parse_pattern(pattern).n_of_m is not None
+    except BadInput:
+        return False

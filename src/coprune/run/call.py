@@ -46,10 +46,11 @@ def read_call(
         processor = settings[name] if settings.get(name) is not None else processor
     loaded = None if isinstance(model, str | Path) else _in_memory(model, processor, said)
     named, given = (method, None) if method is None or isinstance(method, str | Mapping | Choice) else choice_of(method)
-    from_preset = {} if preset is None else preset_settings(preset)
-    chosen = named if named is not None else from_preset.get("method", _DEFAULT_METHOD)
+    usual = {} if preset is None else preset_settings(preset)
+    chosen = named if named is not None else usual.get("method", _DEFAULT_METHOD)
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
+    from_preset = {} if preset is None else preset_settings(preset, by_call)
     base = {"stream": False, "model": str(model) if loaded is None else loaded.source}
     return make_recipe(layered(base, from_preset, given_samples(said.get("dataset")), by_call)), Given(loaded, given)
 

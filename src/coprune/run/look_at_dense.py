@@ -20,8 +20,8 @@ from coprune.run.batches import counted_batches, record_counted
 from coprune.run.search.zeros import search_targets
 from coprune.run.session import Session
 
-_TOKENS_TO_ROTATE = 4096
-"""Inputs of single heads are looked at, which are narrow: so few tokens tell all of them."""
+_TOKENS_TO_TURN = 2048
+"""Norms of inputs are looked at, and Gram matrices of single heads, which are narrow: so few tokens tell all of them."""
 Record = Callable[[], Recording | None]
 """Records the calibration batches anew, since every walk moves their hidden states on."""
 
@@ -33,10 +33,11 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     """
     opened, model = session.opened, session.model
     recipe, reporter, processes = opened.recipe, opened.around.reporter, opened.around.processes
+    # In this order, since values are turned for the groups in which inputs stand.
+    if recipe.pattern.permute:
+        _permute(session)
     if recipe.pattern.rotate:
         _rotate(session)
-    if recipe.pattern.permute:
-        _permute(session, record)
     allocation = spread_named(recipe.allocation)
     if isinstance(allocation, LevelSearch):
         targets = search_targets(session, allocation, record)
@@ -77,23 +78,29 @@ def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:
     )
 
 
-def _permute(session: Session, record: Record) -> None:
-    opened, recording = session.opened, record()
-    pattern, reporter = opened.target.pattern, opened.around.reporter
-    assert recording is not None
+def _permute(session: Session) -> None:
+    opened, recording = session.opened, _record_few(session)
+    reporter, processes = opened.around.reporter, opened.around.processes
     with reporter.bar("Permuting channels", len(session.model.blocks)) as advance:
         permuted = permute_model(
-            session.model, recording, opened.solver.method, pattern, opened.around.processes, advance
+            session.model, recording, opened.solver.method, opened.target.pattern, processes, advance
         )
     reporter.say(permuted.describe())
 
 
 def _rotate(session: Session) -> None:
-    opened, reporter = session.opened, session.opened.around.reporter
-    assert opened.samples is not None
-    batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
-    some = batches[: len(first_batches((batch.tokens for batch in batches), _TOKENS_TO_ROTATE))]
-    recording = record_counted(session.model, some)
+    opened, recording = session.opened, _record_few(session)
+    reporter = opened.around.reporter
     with reporter.bar("Rotating values", len(session.model.blocks)) as advance:
         rotated = rotate_model(session.model, recording, opened.target, opened.around.processes, advance)
     reporter.say(rotated.describe())
+
+
+def _record_few(session: Session) -> Recording:
+    """Record as many calibration batches as it takes to turn what is inside the model."""
+    opened = session.opened
+    assert opened.samples is not None
+    batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
+    return record_counted(
+        session.model, batches[: len(first_batches((batch.tokens for batch in batches), _TOKENS_TO_TURN))]
+    )

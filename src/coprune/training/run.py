@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from coprune.base.durable import full_disk_explained
+from coprune.base.memory import freed_memory_kept
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
@@ -91,7 +92,7 @@ def _run(settings: FinetuneSettings, reporter: Reporter, first: bool) -> Finetun
     with reporter.bar(f"Fine-tuning ({settings.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, advance)
         cached = getattr(session.model.config, "use_cache", None)
-        with full_disk_explained(session.training_folder):
+        with full_disk_explained(session.training_folder), freed_memory_kept():
             train(trainer, resume)
         if cached is not None:
             session.model.config.use_cache = cached

@@ -12,21 +12,36 @@ from coprune.model.folding import Fold, find_folds
 from coprune.model.layouts import heads_of
 from coprune.model.removal.parts import Part, parts_of
 from coprune.model.walk.moves import Dense
-from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.proven import Insides, ProvenModel
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
+
+_TOKENS = 64
+"""What a fold changes shows in few tokens."""
 
 
 def folds_of_blocks(
     model: ProvenModel, dropped: Sequence[int] = ()
 ) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
     """Every block that stays, while its weights are there: its folds, and what runs it on the sample."""
-    recording = record_batches(model, [model.structure.sample])
+    sample = model.structure.sample
+    recording = record_batches(model, [sample if sample.is_floating_point() else sample[:, :_TOKENS]])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if isinstance(event, BlockDone) and event.block.index not in dropped:
             run = partial(recording.run, event.block, 0, event.before[0])
             yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
+
+
+def insides_of(model: ProvenModel) -> Insides:
+    """What is inside the blocks, found once and then remembered. The model has to be in memory."""
+    if model.structure.insides is None:
+        folds, widths = {}, set()
+        for block, found, run in folds_of_blocks(model):
+            folds[block.name] = found
+            widths.add(run().shape[-1])
+        model.structure.insides = Insides(folds, widths.pop() if len(widths) == 1 else None)
+    return model.structure.insides
 
 
 def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.choosing import Chosen
+from coprune.model.folding import Fold
 from coprune.model.matrices import Matrix
 from coprune.model.walk.record import Answer
 
@@ -53,6 +54,18 @@ class Structure:
     """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
+    insides: Insides | None = None
+    """What was found inside the blocks, once somebody has looked."""
+
+
+@dataclass(frozen=True)
+class Insides:
+    """What is inside the blocks of a model, and what goes from one to the next."""
+
+    folds: Mapping[str, Sequence[Fold]]
+    """By the block's name: matrices whose inputs can be permuted, with what produces these."""
+    width: int | None
+    """Of the residual stream; None where blocks differ in that."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,9 +14,9 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.shown import per_cent
 from coprune.base.words import Set
 from coprune.model.checkpoint.weights import Weights, require_in_memory
-from coprune.model.folding import Fold, close, find_folds
-from coprune.model.layouts import heads_of
+from coprune.model.folding import Fold, close
 from coprune.model.matrices import Matrix
+from coprune.model.removal.find_parts import insides_of
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits
@@ -28,6 +28,7 @@ from coprune.pruning.methods.base import Method
 from coprune.pruning.methods.ria import RIA, ria_score
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.pruning.permute.search import permute_channels, retained_score
+from coprune.pruning.permute.stream import Stream, StreamScores
 from coprune.recipe.pattern import Pattern
 
 
@@ -40,16 +41,17 @@ class Permuted:
     names: list[str] = field(default_factory=list)
     of: int = 0
     """How many matrices there are to prune."""
+    stream: Stream | None = None
+    """What permuting the residual stream did; None where it is as it was."""
 
     def describe(self) -> str:
         """One line."""
-        if not self.names:
+        if not self.names and self.stream is None:
             return "No inputs could be permuted without changing the model; it is as it was."
         gained = self.after / self.before - 1 if self.before else 0.0  # all weights may be zero
-        return (
-            f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
-            f"or from what could not be proved): N:M retains {per_cent(gained)} more of their score."
-        )
+        share = f"N:M retains {per_cent(gained)} more of their score"
+        inner = f"Permuted the inputs of {len(self.names)} of {self.of} matrices: {share}"
+        return f"{inner}{'' if self.stream is None else f'; {self.stream}'}."
 
 
 def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
@@ -75,7 +77,8 @@ def permute_model(
 ) -> Permuted:
     """Permute input channels in place, so that N:M retains more of the score; the model computes what it did before.
 
-    If the logits of the sample that the model was proven on differ by more than rounding, everything is put back.
+    First the channels inside blocks, then the features of the residual stream, which all blocks have in common. If the
+    logits of the sample that the model was proven on differ by more than rounding, that is put back.
 
     Args:
         model: a model in memory.
@@ -96,41 +99,35 @@ def permute_model(
     probe = model.structure.sample
     logits = forward_logits(model.module, probe)
     permuted = Permuted(of=sum(1 for _ in model.chosen.all()))
+    folds, stream = insides_of(model).folds, StreamScores.of(model)
+    done: list[tuple[Fold, list[Tensor]]] = []
+    known: dict[str, Statistic] = {}
     inside = replace(model, chosen=replace(model.chosen, outside=[]))
-    # Producers and consumers are proven on the first batch, so no more of the inputs is kept.
-    walk = Walk(inside, recording, InputNorm, Dense(keep=Tensor.clone, batches=1), processes=processes, advance=advance)
-    done = [
-        (fold, _permute(fold, statistics, method, n_of_m, permuted))
-        for fold, statistics in _folds(model, walk, recording)
-        if fold.layout.size % n_of_m[1] == 0
-    ]
+    for event in Walk(inside, recording, InputNorm, Dense(), processes=processes, advance=advance):
+        if not isinstance(event, BlockDone):
+            known |= event.statistics()
+            continue
+        score = partial(_score, statistics=known, method=method)
+        for fold in folds.get(event.block.name, []):
+            if fold.layout.size % n_of_m[1] == 0:
+                done.append((fold, _permute(fold, score, n_of_m, permuted)))
+        stream.add(event.block.name, score)
+        known = {}
     if not close(forward_logits(model.module, probe), logits):
         for fold, orders in reversed(done):
             fold.undo(orders)
-        return Permuted(of=permuted.of)
+        permuted = Permuted(of=permuted.of)
+    permuted.stream = stream.permute(n_of_m, lambda: close(forward_logits(model.module, probe), logits))
     return permuted
 
 
-def _folds(model: ProvenModel, walk: Walk, recording: Recording) -> Iterator[tuple[Fold, dict[str, Statistic]]]:
-    """What can be permuted in every block that the walk has passed, with the statistics of its matrices by name."""
-    statistics: dict[str, Statistic] = {}
-    for event in walk:
-        if not isinstance(event, BlockDone):
-            statistics |= event.statistics()
-            continue
-        run = partial(recording.run, event.block, 0, event.before[0])
-        for fold in find_folds(model.structure.groups[event.block.index], heads_of(model.module), run):
-            yield fold, statistics
-        statistics = {}
-
-
 def _permute(
-    fold: Fold, statistics: dict[str, Statistic], method: Method, n_of_m: tuple[int, int], permuted: Permuted
+    fold: Fold, score_of: Callable[[Matrix], Tensor], n_of_m: tuple[int, int], permuted: Permuted
 ) -> list[Tensor]:
     """Find the best orders for one fold and apply them."""
     orders = []
     for consumer in fold.consumers:
-        score = _score(consumer, statistics.get(consumer.name), method)
+        score = score_of(consumer)
         order = torch.stack([permute_channels(part, *n_of_m) for part in fold.layout.scores(score)])
         orders.append(order)
         permuted.before += retained_score(score, *n_of_m)
@@ -140,7 +137,8 @@ def _permute(
     return orders
 
 
-def _score(matrix: Matrix, statistic: Statistic | None, method: Method) -> Tensor:
+def _score(matrix: Matrix, statistics: Mapping[str, Statistic], method: Method) -> Tensor:
+    statistic = statistics.get(matrix.name)
     if statistic is None:
         return matrix.read().abs()
     if isinstance(method, RIA):

@@ -20,14 +20,16 @@ def retained_score(score: Tensor, n: int, m: int) -> float:
     return float(score[keep_n_of_m(score, n, m)].sum(dtype=torch.float64))
 
 
-def permute_channels(score: Tensor, n: int, m: int, rounds: int = 10) -> Tensor:
+def permute_channels(score: Tensor, n: int, m: int) -> Tensor:
     """Find an order of the input channels in which N:M retains more of the score.
+
+    Every place of the groups is exchanged once. The paper goes on while it helps, in ten times the time, for a tenth of what
+    this gains (LOG.md).
 
     Args:
         score: O × I float32, not negative.
         n: how many of a group are kept.
         m: size of a group.
-        rounds: of exchanges at most; they end when nothing is gained any more.
 
     Returns:
         I int64 on the CPU: which channel comes to each place, such that score[:, order] retains the most; the identity if
@@ -39,16 +41,10 @@ def permute_channels(score: Tensor, n: int, m: int, rounds: int = 10) -> Tensor:
     width = score.shape[1]
     if width % m:
         raise BadInput(f"pattern {n}:{m} does not divide a width of {width} inputs", field="pattern", value=f"{n}:{m}")
-    identity = torch.arange(width)
     groups = deal_serpentine(score.sum(dim=0, dtype=torch.float64).cpu(), m)
-    best, order = retained_score(score, n, m), identity
-    for _ in range(rounds):
-        groups = _exchange(score, groups, n)
-        found = retained_score(score[:, groups.reshape(-1).to(score.device)], n, m)
-        if found <= best * (1 + 1e-7):
-            break
-        best, order = found, groups.reshape(-1).clone()
-    return order
+    order = _exchange(score, groups, n).reshape(-1)
+    better = retained_score(score[:, order.to(score.device)], n, m) > retained_score(score, n, m)
+    return order if better else torch.arange(width)
 
 
 def deal_serpentine(totals: Tensor, m: int) -> Tensor:

@@ -16,7 +16,7 @@ from coprune.model.checkpoint.weights import require_in_memory
 from coprune.model.folding import Fold, bias_of, close
 from coprune.model.layouts import Layout
 from coprune.model.matrices import Matrix
-from coprune.model.removal.find_parts import folds_of_blocks
+from coprune.model.removal.find_parts import insides_of
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import Recording
@@ -76,7 +76,9 @@ def rotate_model(
     """
     require_in_memory(model.weights, "rotate")
     reused = model.structure.reused
-    folds = {block.name: [f for f in found if _may_turn(f, reused)] for block, found, _ in folds_of_blocks(model)}
+    folds = {
+        name: [fold for fold in found if _may_turn(fold, reused)] for name, found in insides_of(model).folds.items()
+    }
     matrices = {matrix.name for found in folds.values() for fold in found for matrix in _matrices(fold)}
     rotated, known = Rotated(), dict[str, Statistic]()
     moves = Dense(keep=Tensor.clone, batches=1)
