@@ -6,8 +6,8 @@ the same matrix, and where the heads' answers are multiplied with a gate that ot
 Which matrices these are is not known by name: every arrangement that fits by its shapes is tried with a random permutation on
 a recorded call of the block, and only one that leaves the block's output as it was (while the permutation without its
 producers does not) is taken.
-Inputs that come from the residual stream through a norm (query, key, value, gate, up) have one order in the whole model
-(`coprune.model.stream_order`).
+Inputs that come from the residual stream through a norm (query, key, value, gate, up) stay as they are: permuting them
+would mean permuting the stream of the whole model.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class PatternPart(Part):
         _RESULT,
         Field(
             description="For N:M: reorder channels first so that less is pruned, which leaves the model's outputs as "
-            "they are, and hidden states in another order. Loads the whole model into memory."
+            "they are. Loads the whole model into memory."
         ),
     ] = False
     rotate: Annotated[

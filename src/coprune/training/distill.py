@@ -129,8 +129,6 @@ class Distillation:
     text_weight: float
     counterparts: Sequence[int] = ()
     """Which of the teacher's hidden states each block is held to, if blocks are missing; else all in their order."""
-    features: Tensor | None = None
-    """Which of the teacher's features each of the model's is, if their order is another."""
 
     def __call__(self, model: Callable[..., Any], inputs: dict[str, Tensor], windows: Tensor) -> Tensor:
         """See `Objective`."""
@@ -151,8 +149,6 @@ class Distillation:
             if hidden:
                 # The first entry is the embeddings, which a mask does not touch.
                 teacher = [dense.hidden_states[i] for i in self.counterparts] or dense.hidden_states[1:]
-                if self.features is not None:
-                    teacher = [states[..., self.features] for states in teacher]
                 error = hidden_error(student.hidden_states[1:], teacher)
                 loss = loss + self.hidden_weight * error
         if self.text_weight:

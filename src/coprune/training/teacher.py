@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
@@ -41,8 +38,7 @@ def distillation_of(session: Session, first: bool) -> Objective | None:
         raise nothing_to_learn()
     weights = (temperature, settings.kl_weight, hidden, settings.text_weight)
     if settings.top_k is None:
-        order = features_in(session.loaded.model, teacher) if hidden else None
-        return Distillation(teacher, *weights, counterparts or [], order)
+        return Distillation(teacher, *weights, counterparts or [])
     cache = TeacherCache(session.training_folder / "teacher")
     tokens = session.data.train.tokens
     with session.reporter.bar("Running the teacher ahead", len(tokens)) as advance:
@@ -70,33 +66,6 @@ def _counterparts(session: Session, teacher: PreTrainedModel) -> list[int] | Non
     if found is None:
         session.reporter.say("Hidden states are not compared: nothing tells which of the teacher's are meant.")
     return found
-
-
-_WORDS = 4096
-"""Rows of the embeddings by which features are told apart."""
-
-
-def features_in(model: PreTrainedModel, teacher: PreTrainedModel) -> Tensor | None:
-    """Where a model whose residual stream was permuted has the teacher's features, as its embeddings tell.
-
-    Returns the teacher's feature for each of the model's, H int64; None where they are in one order, or nothing tells.
-    """
-    with torch.no_grad():
-        mine, theirs = (_embedded(one) for one in (model, teacher))
-        if mine.shape != theirs.shape:
-            return None
-        likest = (mine.T @ theirs).argmax(dim=1)
-    places = torch.arange(len(likest), device=likest.device)
-    if torch.equal(likest, places) or not torch.equal(likest.sort().values, places):
-        return None
-    return likest
-
-
-def _embedded(model: PreTrainedModel) -> Tensor:
-    """Some rows of a model's embeddings as unit columns, one for each feature."""
-    weight: Any = model.get_input_embeddings().weight
-    rows = weight[:: max(1, len(weight) // _WORDS)].to("cpu", torch.float32)
-    return torch.nn.functional.normalize(rows, dim=0)
 
 
 def _require_same_outputs(model: PreTrainedModel, teacher: PreTrainedModel) -> None:

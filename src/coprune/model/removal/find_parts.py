@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from coprune.model.folding import Fold, find_folds
 from coprune.model.layouts import heads_of
 from coprune.model.removal.parts import Part, parts_of
 from coprune.model.walk.moves import Dense
-from coprune.model.walk.proven import Insides, ProvenModel
+from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
@@ -33,15 +33,11 @@ def folds_of_blocks(
             yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
 
 
-def insides_of(model: ProvenModel) -> Insides:
-    """What is inside the blocks, found once and then remembered. The model has to be in memory."""
-    if model.structure.insides is None:
-        folds, widths = {}, set()
-        for block, found, run in folds_of_blocks(model):
-            folds[block.name] = found
-            widths.add(run().shape[-1])
-        model.structure.insides = Insides(folds, widths.pop() if len(widths) == 1 else None)
-    return model.structure.insides
+def known_folds(model: ProvenModel) -> Mapping[str, Sequence[Fold]]:
+    """The folds of every block by its name, found once and then remembered. The model has to be in memory."""
+    if not model.structure.folds:
+        model.structure.folds = {block.name: found for block, found, _ in folds_of_blocks(model)}
+    return model.structure.folds
 
 
 def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:

@@ -54,18 +54,8 @@ class Structure:
     """For every block, its matrices in groups that are fed by the same tensor, in order of first use."""
     reused: list[str] = field(default_factory=list)
     """Names of matrices that are multiplied more than once in a forward."""
-    insides: Insides | None = None
-    """What was found inside the blocks, once somebody has looked."""
-
-
-@dataclass(frozen=True)
-class Insides:
-    """What is inside the blocks of a model, and what goes from one to the next."""
-
-    folds: Mapping[str, Sequence[Fold]]
-    """By the block's name: matrices whose inputs can be permuted, with what produces these."""
-    width: int | None
-    """Of the residual stream; None where blocks differ in that."""
+    folds: Mapping[str, Sequence[Fold]] = field(default_factory=dict)
+    """By the block's name: matrices whose inputs can be permuted, with what produces these; empty until somebody has looked."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.weights import Weights, require_in_memory
 from coprune.model.folding import Fold, close
 from coprune.model.matrices import Matrix
-from coprune.model.removal.find_parts import insides_of
+from coprune.model.removal.find_parts import known_folds
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits
@@ -28,7 +28,6 @@ from coprune.pruning.methods.base import Method
 from coprune.pruning.methods.ria import RIA, ria_score
 from coprune.pruning.methods.wanda import wanda_score
 from coprune.pruning.permute.search import permute_channels, retained_score
-from coprune.pruning.permute.stream import Stream, StreamScores
 from coprune.recipe.pattern import Pattern
 
 
@@ -41,17 +40,16 @@ class Permuted:
     names: list[str] = field(default_factory=list)
     of: int = 0
     """How many matrices there are to prune."""
-    stream: Stream | None = None
-    """What permuting the residual stream did; None where it is as it was."""
 
     def describe(self) -> str:
         """One line."""
-        if not self.names and self.stream is None:
+        if not self.names:
             return "No inputs could be permuted without changing the model; it is as it was."
         gained = self.after / self.before - 1 if self.before else 0.0  # all weights may be zero
-        share = f"N:M retains {per_cent(gained)} more of their score"
-        inner = f"Permuted the inputs of {len(self.names)} of {self.of} matrices: {share}"
-        return f"{inner}{'' if self.stream is None else f'; {self.stream}'}."
+        return (
+            f"Permuted the inputs of {len(self.names)} of {self.of} matrices (the others' come from the residual stream "
+            f"or from what could not be proved): N:M retains {per_cent(gained)} more of their score."
+        )
 
 
 def check_permutable(weights: Weights, pattern: Pattern) -> tuple[int, int]:
@@ -77,8 +75,7 @@ def permute_model(
 ) -> Permuted:
     """Permute input channels in place, so that N:M retains more of the score; the model computes what it did before.
 
-    First the channels inside blocks, then the features of the residual stream, which all blocks have in common. If the
-    logits of the sample that the model was proven on differ by more than rounding, that is put back.
+    If the logits of the sample that the model was proven on differ by more than rounding, everything is put back.
 
     Args:
         model: a model in memory.
@@ -99,7 +96,7 @@ def permute_model(
     probe = model.structure.sample
     logits = forward_logits(model.module, probe)
     permuted = Permuted(of=sum(1 for _ in model.chosen.all()))
-    folds, stream = insides_of(model).folds, StreamScores.of(model)
+    folds = known_folds(model)
     done: list[tuple[Fold, list[Tensor]]] = []
     known: dict[str, Statistic] = {}
     inside = replace(model, chosen=replace(model.chosen, outside=[]))
@@ -111,13 +108,11 @@ def permute_model(
         for fold in folds.get(event.block.name, []):
             if fold.layout.size % n_of_m[1] == 0:
                 done.append((fold, _permute(fold, score, n_of_m, permuted)))
-        stream.add(event.block.name, score)
         known = {}
     if not close(forward_logits(model.module, probe), logits):
         for fold, orders in reversed(done):
             fold.undo(orders)
-        permuted = Permuted(of=permuted.of)
-    permuted.stream = stream.permute(n_of_m, lambda: close(forward_logits(model.module, probe), logits))
+        return Permuted(of=permuted.of)
     return permuted
 
 

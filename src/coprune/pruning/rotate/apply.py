@@ -16,7 +16,7 @@ from coprune.model.checkpoint.weights import require_in_memory
 from coprune.model.folding import Fold, bias_of, close
 from coprune.model.layouts import Layout
 from coprune.model.matrices import Matrix
-from coprune.model.removal.find_parts import insides_of
+from coprune.model.removal.find_parts import known_folds
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import Recording
@@ -76,9 +76,7 @@ def rotate_model(
     """
     require_in_memory(model.weights, "rotate")
     reused = model.structure.reused
-    folds = {
-        name: [fold for fold in found if _may_turn(fold, reused)] for name, found in insides_of(model).folds.items()
-    }
+    folds = {name: [fold for fold in found if _may_turn(fold, reused)] for name, found in known_folds(model).items()}
     matrices = {matrix.name for found in folds.values() for fold in found for matrix in _matrices(fold)}
     rotated, known = Rotated(), dict[str, Statistic]()
     moves = Dense(keep=Tensor.clone, batches=1)
