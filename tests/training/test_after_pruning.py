@@ -73,6 +73,7 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     )
     assert result.report.finetuned is not None
     assert (result.report.finetuned.mode, result.report.finetuned.steps) == ("distill", 5)
+    assert (result.report.recipe.pattern.permute, result.report.recipe.pattern.rotate) == (True, True)
     assert result.report.saved_model == tmp_path / "run" / "finetune" / "model"
     assert result.model is not None
     assert find_masks(result.model).patterns == {"2:4": 14}
