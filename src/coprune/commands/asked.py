@@ -63,7 +63,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
     chosen = layered(from_file, settings)
     if typed["preset"] is not None:
-        chosen = layered(preset_settings(typed["preset"], chosen), from_file, settings)
+        chosen = layered(preset_settings(typed["preset"], chosen), chosen)
     if "model" not in flatten(chosen):
         raise _no_model(Command("prune", "smollm2-135m", Set("dataset", "embedded")))
     return make_recipe(chosen)
