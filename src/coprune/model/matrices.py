@@ -73,10 +73,6 @@ class Matrix:
         stored = self.stored()
         return stored.numel() - int(torch.count_nonzero(stored))
 
-    def is_sparse(self) -> bool:
-        """Whether so much of it is zero that it was pruned."""
-        return self.zeros() > LEAST_SPARSITY * self.stored().numel()
-
     def mask_checksum(self) -> str:
         """`mask_checksum` of the weight as it is stored."""
         return mask_checksum(self.stored())

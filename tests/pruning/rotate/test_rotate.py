@@ -163,6 +163,20 @@ def test_a_model_with_zeros_is_left_as_it_is() -> None:
     assert "it is as it was" in rotated.describe()
 
 
+def test_the_zeros_that_four_bits_leave_do_not_keep_a_model_from_being_turned() -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        for matrix in matrices_of(model):
+            weight = matrix.read()
+            step = weight.abs().amax(dim=1, keepdim=True) / 7
+            matrix.write((weight / step).round() * step)
+    zeros = [
+        matrix.zeros() / matrix.stored().numel() for matrix in matrices_of(model) if matrix.name.endswith("v_proj")
+    ]
+    assert min(zeros) > 0.05
+    assert {name.rpartition(".")[2] for name in rotate(model, TARGETS["2:4"]).names} == EXPECTED["llama"]
+
+
 def test_it_wants_the_model_in_memory() -> None:
     with pytest.raises(BadInput, match="rotate needs the whole model in memory"):
         make_recipe({"model": "m", "rotate": True, "stream": True})

@@ -76,7 +76,9 @@ def rotate_model(
     """
     require_in_memory(model.weights, "rotate")
     reused = model.structure.reused
-    folds = {name: [fold for fold in found if _may_turn(fold, reused)] for name, found in known_folds(model).items()}
+    folds = {
+        name: [fold for fold in found if _may_turn(fold, reused, target)] for name, found in known_folds(model).items()
+    }
     matrices = {matrix.name for found in folds.values() for fold in found for matrix in _matrices(fold)}
     rotated, known = Rotated(), dict[str, Statistic]()
     moves = Dense(keep=Tensor.clone, batches=1)
@@ -97,12 +99,17 @@ def rotate_model(
     return rotated
 
 
-def _may_turn(fold: Fold, reused: Sequence[str]) -> bool:
-    """Whether a fold is one of heads that is worth a try: a gate is multiplied with single channels; zeros would be filled."""
+def _may_turn(fold: Fold, reused: Sequence[str], target: Target) -> bool:
+    """Whether a fold is one of heads that is worth a try: a gate is multiplied with single channels; zeros would be filled.
+
+    Weights that were rounded to a few bits have zeros too, a tenth at four bits, which are no loss; those of a matrix that
+    was pruned before are as many as the target asks for, or nearly.
+    """
     matrices = _matrices(fold)
     if not fold.layout.is_heads() or fold.gate is not None or len(matrices) != 2:
         return False
-    return not any(matrix.name in reused or matrix.is_sparse() for matrix in matrices)
+    most = target.sparsity / 2
+    return not any(m.name in reused or m.zeros() > most * m.shape[0] * m.shape[1] for m in matrices)
 
 
 def _matrices(fold: Fold) -> list[Matrix]:
