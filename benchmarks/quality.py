@@ -178,10 +178,11 @@ def prune(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(folder: Path) -> Any:
-    """The report of a run that was killed after its end, before its figures were written; None if there is none."""
+    """The report of a run that was killed after its end, before its figures were written; None if it was killed before."""
     from coprune.report.schema import Report
 
-    return Report.read(folder / "report.json") if (folder / "report.json").exists() else None
+    report = Report.read(folder / "report.json") if (folder / "report.json").exists() else None
+    return report if report is not None and report.finetuned is not None else None
 
 
 def how_to(method: str, pattern: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
     "balanced": {
         **_REFIT,
+        **_TURNED,
         "reconstruct": 6,
         "reconstruct_tokens": 6144,
         "reconstruct_rates": "relative",
@@ -38,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 2,
     },
     "best": {
+        **_TURNED,
         "method": "alps",
         "propagation": "sequential",
         "reconstruct": 200,
