@@ -149,6 +149,15 @@ def test_a_saved_classifier_is_loaded_again(tmp_path: Path, family: str, stream:
             torch.testing.assert_close(again(pixels), reloaded(pixel_values=pixels).logits)
 
 
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "deit distilled", "transformers vit"])
+def test_a_preset_that_permutes_and_turns_takes_classifiers(tmp_path: Path, family: str) -> None:
+    source = save_classifier(family, tmp_path / "source")
+    images: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 40}
+    report = coprune.prune(source, preset="balanced", pattern="2:4", quiet=True, **images).report
+    assert report.sparsity.matrices == 0.5
+    assert report.recipe.pattern.rotate
+
+
 def test_streamed_and_in_memory_runs_agree(tmp_path: Path) -> None:
     source = save_classifier("swin", tmp_path / "source")
     found = [
