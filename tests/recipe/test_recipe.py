@@ -163,21 +163,23 @@ def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "turned"),
+    ("said", "changed"),
     [
-        ({}, {"rotate"}),
+        ({}, {"rotate", "allocation"}),
         ({"pattern": "2:4"}, {"rotate", "permute"}),
         ({"pattern": {"name": "4:8"}}, {"rotate", "permute"}),
-        ({"pattern": "unstructured", "sparsity": 0.6}, {"rotate"}),
+        ({"pattern": "unstructured", "sparsity": 0.6}, {"rotate", "allocation"}),
         ({"sparsity_type": "2:4", "model.stream": True}, set()),
+        ({"sparsity": 0.7, "stream": True}, {"allocation"}),
         ({"sparsity": 0}, set()),
-        ({"pattern": "no pattern"}, {"rotate"}),  # the recipe says what is wrong with it
+        ({"pattern": "no pattern"}, {"rotate", "allocation"}),  # the recipe says what is wrong with it
     ],
 )
-def test_a_preset_turns_what_it_can(said: dict[str, Any], turned: set[str]) -> None:
-    for preset in set(PRESETS) - {"fast"}:
-        assert {"rotate", "permute"} & set(preset_settings(preset, said)) == turned
-    assert not {"rotate", "permute"} & set(preset_settings("fast", said))
+def test_a_preset_takes_what_it_can(said: dict[str, Any], changed: set[str]) -> None:
+    where_it_can = {"rotate", "permute", "allocation"}
+    for preset in set(PRESETS) - {"fast", "best"}:
+        assert where_it_can & set(preset_settings(preset, said)) == changed
+    assert not where_it_can & set(preset_settings("best", said))
 
 
 def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:

@@ -152,10 +152,13 @@ def test_a_saved_classifier_is_loaded_again(tmp_path: Path, family: str, stream:
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext", "deit distilled", "transformers vit"])
 def test_a_preset_that_permutes_and_turns_takes_classifiers(tmp_path: Path, family: str) -> None:
     source = save_classifier(family, tmp_path / "source")
-    images: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 40}
-    report = coprune.prune(source, preset="balanced", pattern="2:4", quiet=True, **images).report
+    images: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 40, "quiet": True}
+    report = coprune.prune(source, preset="balanced", pattern="2:4", **images).report
     assert report.sparsity.matrices == 0.5
     assert report.recipe.pattern.rotate
+    report = coprune.prune(source, preset="balanced", sparsity=0.6, **images).report
+    assert report.sparsity.matrices == pytest.approx(0.6, abs=1e-3)
+    assert len({matrix.sparsity for matrix in report.matrices}) > 1
 
 
 def test_streamed_and_in_memory_runs_agree(tmp_path: Path) -> None:

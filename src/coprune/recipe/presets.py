@@ -14,8 +14,9 @@ _REFIT: dict[str, Any] = {
     "propagation": "sequential",
     "refine": ("refit:products=bfloat16",),
 }
-# Which weights are small is changed first, in ways that leave what the model computes: each is taken where it can be.
-_TURNED: dict[str, Any] = {"rotate": True, "permute": True}
+# Which weights are small is changed first, in ways that leave what the model computes, and zeros go where they cost least:
+# each is taken where it can be.
+_TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "error:tokens=4096"}
 _TRAINED: dict[str, Any] = {
     **_REFIT,
     **_TURNED,
@@ -39,7 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 2,
     },
     "best": {
-        **_TURNED,
         "method": "alps",
         "propagation": "sequential",
         "reconstruct": 200,
@@ -62,7 +62,8 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
     Args:
         name: of the preset.
         said: settings that win over the preset's. What the preset does where it can is left out beside those that rule it out:
-            channels are permuted for N:M alone, and nothing is turned in a model that is streamed.
+            channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open, and nothing is permuted
+            or turned in a model that is streamed.
 
     Returns:
         Settings by their flat names. Raises BadInput for an unknown name.
@@ -70,9 +71,11 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS, field="preset")
     beside = flatten(said or {})
+    grouped = _is_n_of_m(beside.get("pattern"))
     left_out = {
-        "permute": beside.get("stream") or not _is_n_of_m(beside.get("pattern")),
+        "permute": beside.get("stream") or not grouped,
         "rotate": beside.get("stream") or beside.get("sparsity") == 0,
+        "allocation": grouped or beside.get("sparsity") == 0,
     }
     return {word: value for word, value in PRESETS[name].items() if not left_out.get(word)}
 

@@ -13,6 +13,7 @@ from coprune.evaluation.tasks import Samples, Task
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import Recording, record_batches
+from coprune.pruning.structure.blocks import first_batches
 from coprune.recipe.recipe import Recipe
 
 
@@ -31,6 +32,11 @@ def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Pro
     if recipe.calibration.calibrate_on == "all" or marks is None:
         return [Counted(batch, None) for batch in batches]
     return [Counted(*pair) for pair in zip(batches, task.batches(own, processes.share(marks)), strict=True)]
+
+
+def first_counted(batches: Sequence[Counted], tokens: int) -> Sequence[Counted]:
+    """The first batches that hold at least so many tokens (of images one); all of them for 0."""
+    return batches[: len(first_batches((batch.tokens for batch in batches), tokens))] if tokens else batches
 
 
 def record_counted(model: ProvenModel, batches: Sequence[Counted], activations: Activations | None = None) -> Recording:

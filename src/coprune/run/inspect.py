@@ -26,7 +26,7 @@ from coprune.recipe.flat import layered
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.arguments import PruneArguments
-from coprune.run.batches import counted_batches, record_counted
+from coprune.run.batches import counted_batches, first_counted, record_counted
 from coprune.run.call import read_call
 from coprune.run.checks import check_widths, prepare_solver
 from coprune.run.given import NOTHING, Given
@@ -123,6 +123,6 @@ def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, rep
         samples = task.calibration(True, reporter)
         assert samples is not None
         model = proven = prove_replay(model, task.probe(samples, {}))
-        recording = record_counted(proven, counted_batches(task, recipe, samples))
+        recording = record_counted(proven, first_counted(counted_batches(task, recipe, samples), allocation.tokens))
     with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR as advance:
         return plan_targets(allocation, model, recording, target, advance=advance)

@@ -14,9 +14,8 @@ from coprune.pruning.allocation import LevelSearch, spread_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
 from coprune.pruning.rotate.apply import rotate_model
-from coprune.pruning.structure.blocks import first_batches
 from coprune.recipe.pattern import Target
-from coprune.run.batches import counted_batches, record_counted
+from coprune.run.batches import counted_batches, first_counted, record_counted
 from coprune.run.search.zeros import search_targets
 from coprune.run.session import Session
 
@@ -42,10 +41,12 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     if isinstance(allocation, LevelSearch):
         targets = search_targets(session, allocation, record)
     else:
-        data = allocation.statistic is not None
+        recording = None
+        if allocation.statistic is not None:
+            recording = _record_few(session, allocation.tokens) if allocation.tokens else record()
         bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
         with bar as advance:
-            targets = plan_targets(allocation, model, record() if data else None, opened.target, processes, advance)
+            targets = plan_targets(allocation, model, recording, opened.target, processes, advance)
     targets = processes.from_first(lambda: targets)
     if recipe.allocation.name != "uniform":
         reporter.say(f"Allocation {recipe.allocation}: {describe_targets(model.chosen, targets)}")
@@ -79,7 +80,7 @@ def describe_targets(chosen: Chosen, targets: Mapping[str, Target]) -> str:
 
 
 def _permute(session: Session) -> None:
-    opened, recording = session.opened, _record_few(session)
+    opened, recording = session.opened, _record_few(session, _TOKENS_TO_TURN)
     reporter, processes = opened.around.reporter, opened.around.processes
     with reporter.bar("Permuting channels", len(session.model.blocks)) as advance:
         permuted = permute_model(
@@ -89,18 +90,16 @@ def _permute(session: Session) -> None:
 
 
 def _rotate(session: Session) -> None:
-    opened, recording = session.opened, _record_few(session)
+    opened, recording = session.opened, _record_few(session, _TOKENS_TO_TURN)
     reporter = opened.around.reporter
     with reporter.bar("Rotating values", len(session.model.blocks)) as advance:
         rotated = rotate_model(session.model, recording, opened.target, opened.around.processes, advance)
     reporter.say(rotated.describe())
 
 
-def _record_few(session: Session) -> Recording:
-    """Record as many calibration batches as it takes to turn what is inside the model."""
+def _record_few(session: Session, tokens: int) -> Recording:
+    """Record the first calibration batches that hold so many tokens."""
     opened = session.opened
     assert opened.samples is not None
     batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
-    return record_counted(
-        session.model, batches[: len(first_batches((batch.tokens for batch in batches), _TOKENS_TO_TURN))]
-    )
+    return record_counted(session.model, first_counted(batches, tokens))

@@ -51,6 +51,10 @@ class Allocation(Protocol):
     def statistic(self) -> type[Statistic] | None:
         """What it needs to know of the inputs; None if nothing."""
 
+    @property
+    def tokens(self) -> int:
+        """How many calibration tokens it looks at, in whole batches; 0: all."""
+
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """Look at the matrices of one block of the dense model, together.
 
