@@ -123,6 +123,6 @@ def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, rep
         samples = task.calibration(True, reporter)
         assert samples is not None
         model = proven = prove_replay(model, task.probe(samples, {}))
-        recording = record_counted(proven, first_counted(counted_batches(task, recipe, samples), allocation.tokens))
+        recording = record_counted(proven, first_counted(counted_batches(task, recipe, samples), allocation.first))
     with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR as advance:
         return plan_targets(allocation, model, recording, target, advance=advance)

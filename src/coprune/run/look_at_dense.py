@@ -43,7 +43,7 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     else:
         recording = None
         if allocation.statistic is not None:
-            recording = _record_few(session, allocation.tokens) if allocation.tokens else record()
+            recording = _record_few(session, allocation.first) if allocation.first else record()
         bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
         with bar as advance:
             targets = plan_targets(allocation, model, recording, opened.target, processes, advance)

@@ -28,7 +28,7 @@ class Alpha:
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[None] = None
-    tokens: ClassVar[int] = 0
+    first: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         require_not_negative(epsilon=self.epsilon)

@@ -52,8 +52,8 @@ class Allocation(Protocol):
         """What it needs to know of the inputs; None if nothing."""
 
     @property
-    def tokens(self) -> int:
-        """How many calibration tokens it looks at, in whole batches; 0: all."""
+    def first(self) -> int:
+        """How many calibration tokens it looks at, the first ones, in whole batches; 0: all."""
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """Look at the matrices of one block of the dense model, together.

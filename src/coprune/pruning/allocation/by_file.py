@@ -37,7 +37,7 @@ class ByFile:
 
     looks: ClassVar[bool] = False
     statistic: ClassVar[None] = None
-    tokens: ClassVar[int] = 0
+    first: ClassVar[int] = 0
 
     @classmethod
     def read(cls, path: Path) -> ByFile:

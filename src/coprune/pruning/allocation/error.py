@@ -41,15 +41,15 @@ class ByError:
     """Rounds of masked refit before an error is measured, for methods that update weights."""
     movement: float = 1.0
     """Errors count by what their block changes in the hidden states, to this power; 0: all blocks alike."""
-    tokens: int = 0
-    """How many calibration tokens to look at, in whole batches; 0: all."""
+    first: int = 0
+    """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
         require_positive(bound=self.bound, rows=self.rows)
-        require_not_negative(refit=self.refit, movement=self.movement, tokens=self.tokens)
+        require_not_negative(refit=self.refit, movement=self.movement, first=self.first)
         if self.points < 2:
             raise BadInput(
                 f"option 'points' must be at least 2, not {self.points!r}", field="points", value=self.points

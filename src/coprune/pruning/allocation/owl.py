@@ -28,15 +28,15 @@ class OWL:
     """An outlier is a score |W|·n above so many times the mean of its block."""
     spread: float = 0.08
     """Half the distance between the largest and the smallest share of kept weights (the paper's λ)."""
-    tokens: int = 0
-    """How many calibration tokens to look at, in whole batches; 0: all."""
+    first: int = 0
+    """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:
         require_positive(threshold=self.threshold)
-        require_not_negative(spread=self.spread, tokens=self.tokens)
+        require_not_negative(spread=self.spread, first=self.first)
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """Outliers and entries of every matrix. Scores are computed twice rather than all kept."""

@@ -18,7 +18,7 @@ class Uniform:
 
     looks: ClassVar[bool] = False
     statistic: ClassVar[None] = None
-    tokens: ClassVar[int] = 0
+    first: ClassVar[int] = 0
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         return {}
