@@ -49,9 +49,10 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """Preset `tuned` with one part left out or done otherwise. The first one and `tuned-permute` are for N:M only."""
 WAYS: dict[str, dict[str, Any]] = PARTS | {
+    "tuned-allocation": {**_TUNED, "allocation": "uniform"},
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
 }
-"""Beside methods and presets: ways that published tables have, and parts of our own."""
+"""Beside methods and presets: ways that published tables have, and parts of our own. `tuned-allocation` is not for N:M."""
 
 
 def main() -> None:
