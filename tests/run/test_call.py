@@ -76,7 +76,10 @@ def test_a_preset_gives_what_is_not_said(preset: str) -> None:
     assert recipe_of(preset=preset) == make_recipe(base | preset_settings(preset))
     assert recipe_of(preset=preset, seed=3) == make_recipe(base | preset_settings(preset) | {"seed": 3})
     groups = recipe_of(preset=preset, pattern="2:4")
-    assert groups == make_recipe(base | PRESETS[preset] | {"pattern": "2:4"})
+    # Groups leave no room for an allocation.
+    evenly = {name: value for name, value in PRESETS[preset].items() if name != "allocation"}
+    assert groups == make_recipe(base | evenly | {"pattern": "2:4"})
+    assert str(recipe_of(preset=preset, sparsity=0.6).allocation) == PRESETS[preset].get("allocation", "uniform")
     assert recipe_of(preset=preset, pattern="2:4", permute=False) == groups.replaced(permute=False)
     assert recipe_of("wanda", preset=preset).method == Choice(name="wanda")
     assert recipe_of(preset="balanced", damping=0.1).method.options == {"damping": 0.1}
