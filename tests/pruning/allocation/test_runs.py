@@ -184,6 +184,25 @@ def test_options_are_taken() -> None:
     assert allocation_named("owl:spread=0.1,threshold=7") == OWL(threshold=7, spread=0.1)
 
 
+@pytest.mark.parametrize("name", ["owl", "error"])
+def test_the_first_tokens_are_those_of_so_many_samples(tmp_path: Path, name: str) -> None:
+    """The first 64 tokens are two samples of 32, in a run as where it is inspected."""
+    save_pico(tmp_path / "model")
+    data: dict[str, Any] = {"dataset": str(write_words(tmp_path / "words.txt")), "seqlen": 32, "batch_size": 1}
+    asked: dict[str, Any] = data | {"sparsity": 0.7, "quiet": True, "stream": False}
+
+    def planned(first: int, nsamples: int) -> list[float]:
+        shown = coprune.inspect(tmp_path / "model", allocation=f"{name}:first={first}", nsamples=nsamples, **asked)
+        return [matrix.target.sparsity for matrix in shown.matrices if matrix.target]
+
+    assert planned(64, 8) == planned(0, 2)
+    assert planned(64, 8) != planned(0, 8)
+    report = coprune.prune(
+        tmp_path / "model", allocation=f"{name}:first=64", nsamples=8, evaluate=False, prompt="", gate=False, **asked
+    ).report
+    assert [matrix.sparsity for matrix in report.matrices] == pytest.approx(planned(64, 8), abs=1e-3)
+
+
 def test_permute_wants_groups_and_memory() -> None:
     with pytest.raises(BadInput, match="2:4"):
         make_recipe({"model": "m", "permute": True})
