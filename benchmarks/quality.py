@@ -182,8 +182,10 @@ def finished(folder: Path) -> Any:
     """The report of a run that was killed after its end, before its figures were written; None if it was killed before."""
     from coprune.report.schema import Report
 
-    report = Report.read(folder / "report.json") if (folder / "report.json").exists() else None
-    return report if report is not None and report.finetuned is not None else None
+    if not (folder / "report.json").exists():
+        return None
+    report = Report.read(folder / "report.json")
+    return None if report.finetuned is None else report
 
 
 def how_to(method: str, pattern: str) -> dict[str, Any]:
