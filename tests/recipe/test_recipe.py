@@ -178,10 +178,9 @@ def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
 )
 def test_a_preset_takes_what_it_can(said: dict[str, Any], changed: set[str]) -> None:
     where_it_can = {"rotate", "permute", "allocation"}
-    for preset in set(PRESETS) - {"fast", "best"}:
+    for preset in set(PRESETS) - {"fast"}:
         assert where_it_can & set(preset_settings(preset, said)) == changed
-    for preset in ("fast", "best"):
-        assert not where_it_can & set(preset_settings(preset, said))
+    assert not where_it_can & set(preset_settings("fast", said))
 
 
 def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:

@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "method": "alps",
         "propagation": "sequential",
+        **_TURNED,
         "reconstruct": 200,
         "reconstruct_tokens": 204_800,
         "reconstruct_rates": "relative",
