@@ -224,13 +224,15 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         number = self._numbers[:, input_ids.shape[1] - self._start, None]
-        probability, order = (scores.to(torch.float64) / self._settings.temperature).softmax(-1).sort(descending=True)
+        probability = (scores.to(torch.float64) / self._settings.temperature).softmax(-1)
+        tokens = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        if self._settings.top_p < 1:  # else any order does, and sorting takes longer than the whole head
+            probability, tokens = probability.sort(descending=True)
+            probability = probability.where(probability.cumsum(-1) - probability < self._settings.top_p, 0)
         up_to = probability.cumsum(-1)
-        if self._settings.top_p < 1:
-            probability = probability.where(up_to - probability < self._settings.top_p, 0)
-            up_to = probability.cumsum(-1)  # the first token with which it goes beyond the number's share of the sum:
+        # The first token with which it goes beyond the number's share of the sum.
         drawn = (up_to <= number * up_to[:, -1:]).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, order.gather(1, drawn), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, drawn), 0.0)
 
 
 class _Heard(StoppingCriteria):
