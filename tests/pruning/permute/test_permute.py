@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.methods import METHODS
 from coprune.pruning.permute.apply import permute_model
-from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score
+from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score, summed_maxima
 from coprune.recipe.pattern import NM, Pattern
 from support.pico import pico_model, pico_tokens, randomise_vectors
 from support.pico_folder import pico_tokenizer, write_words
@@ -65,6 +65,13 @@ def test_two_groups_of_four_against_every_split(seed: int) -> None:
 def test_serpentine_dealing() -> None:
     totals = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])
     assert deal_serpentine(totals, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+
+
+@pytest.mark.parametrize(("first", "second", "width"), [(3, 5, 7), (40, 50, 3000), (2, 3, 2_000_000)])
+def test_maxima_are_summed_for_every_pair(first: int, second: int, width: int) -> None:
+    a, b = torch.rand(first, width), torch.rand(second, width)
+    expected = torch.stack([torch.maximum(row, b).sum(dim=1) for row in a])
+    torch.testing.assert_close(summed_maxima(a, b), expected)
 
 
 def test_a_width_that_m_does_not_divide_is_refused() -> None:

@@ -82,10 +82,17 @@ def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
     rest = score[:, others.reshape(-1)].reshape(rows, *others.shape)
     threshold = rest.topk(n, dim=2).values[:, :, -1].T.contiguous()
     added = score[:, channels].T.contiguous()
-    # In tiles that stay in the cache, which takes a quarter of the time that torch.cdist takes for the same on a CPU.
-    side = max(1, math.isqrt(_TILE[0 if in_host_memory(score.device) else 1] // rows))
+    return summed_maxima(added, threshold)
+
+
+def summed_maxima(first: Tensor, second: Tensor) -> Tensor:
+    """Σᵢ max(aᵢ, bᵢ) of every row a of one and b of the other: A × n and B × n float, gives A × B.
+
+    In tiles that stay in the cache: torch.cdist, from whose L1 distances they follow, takes four times as long on a CPU.
+    """
+    side = max(1, math.isqrt(_TILE[0 if in_host_memory(first.device) else 1] // first.shape[1]))
     sums = [
-        torch.cat([torch.maximum(some[:, None], other).sum(dim=2) for other in threshold.split(side)], dim=1)
-        for some in added.split(side)
+        torch.cat([torch.maximum(some[:, None], other).sum(dim=2) for other in second.split(side)], dim=1)
+        for some in first.split(side)
     ]
     return torch.cat(sums)
