@@ -28,7 +28,12 @@ _OWN: dict[str, Any] = {
     "model_option": ModelOption,
     "recipe": Annotated[Path | None, typer.Option("--recipe", help="Start from this recipe.yaml.")],
     "preset": Annotated[
-        str | None, typer.Option("--preset", help="fast, balanced, best, tuned or max: settings that belong together.")
+        str | None,
+        typer.Option(
+            "--preset",
+            help="Settings that belong together: fast; balanced and best (longer) go block by block; tuned and max "
+            "(longer) also train the whole model, and lose least for their time.",
+        ),
     ],
     "use_variant": Annotated[
         bool | None, typer.Option("--use-variant", "--use_variant", help="Wanda's variant with an adaptive threshold.")
