@@ -32,7 +32,7 @@ _OWN: dict[str, Any] = {
         typer.Option(
             "--preset",
             help="Settings that belong together: fast; balanced and best (longer) go block by block; tuned and max "
-            "(longer) also train the whole model, and lose least for their time.",
+            "(longer) also train the whole model.",
         ),
     ],
     "use_variant": Annotated[

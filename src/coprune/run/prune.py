@@ -41,7 +41,7 @@ def prune(
         method: a name from `coprune methods`, also with options (`sparsegpt:block_size=64`); or a method itself, such as
             `SparseGPT(block_size=64)` or one of your own. Without it, the preset's, or else `wanda`.
         preset: settings that belong together; what else is said wins. `fast`; `balanced` and `best` (longer) go block by block;
-            `tuned` and `max` (longer) also train the whole model, and lose least for their time.
+            `tuned` and `max` (longer) also train the whole model.
         processor: the tokenizer or image processor of a model in memory.
         quiet: no progress bars and lines on standard error.
         settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
