@@ -17,6 +17,13 @@ _REFIT: dict[str, Any] = {
 # Which weights are small is changed first, in ways that leave what the model computes, and zeros go where they cost least:
 # each is taken where it can be.
 _TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "error:first=4096"}
+_BLOCK_BY_BLOCK: dict[str, Any] = {
+    **_TURNED,
+    "reconstruct_rates": "relative",
+    "reconstruct_lr": 2.5e-3,
+    "reconstruct_dtype": "bfloat16",
+    "batch_size": 2,
+}
 _TRAINED: dict[str, Any] = {
     **_REFIT,
     **_TURNED,
@@ -29,29 +36,16 @@ _TRAINED: dict[str, Any] = {
 # What each of them measured, and what was tried instead, is in docs/methods.md and LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
-    "balanced": {
-        **_REFIT,
-        **_TURNED,
-        "reconstruct": 6,
-        "reconstruct_tokens": 6144,
-        "reconstruct_rates": "relative",
-        "reconstruct_lr": 2.5e-3,
-        "reconstruct_dtype": "bfloat16",
-        "batch_size": 2,
-    },
+    "balanced": {**_REFIT, **_BLOCK_BY_BLOCK, "reconstruct": 6, "reconstruct_tokens": 6144},
     "best": {
         "method": "alps",
         "propagation": "sequential",
-        **_TURNED,
+        **_BLOCK_BY_BLOCK,
         "reconstruct": 200,
         "reconstruct_tokens": 204_800,
-        "reconstruct_rates": "relative",
-        "reconstruct_lr": 2.5e-3,
-        "reconstruct_dtype": "bfloat16",
-        "batch_size": 2,
     },
     # These train the whole model toward the dense one, which reaches what no block alone can mend; reconstructing blocks
-    # before that adds nothing. The fewer steps there are, the longer they may be.
+    # before that gains less than more of these steps in its time. The fewer steps there are, the longer they may be.
     "tuned": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 2.5e-3},
     "max": {**_TRAINED, "finetune_tokens": 102_400, "finetune_lr": 2e-3},
 }
