@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -27,6 +27,17 @@ def kind_of(device: torch.device) -> Kind:
 def in_host_memory(device: torch.device) -> bool:
     """Whether tensors on the device are memory that this process can address."""
     return device.type == "cpu"
+
+
+class PerMemory(NamedTuple):
+    """How much is done at a time, in host memory and on a GPU."""
+
+    host: int
+    gpu: int
+
+    def on(self, device: torch.device) -> int:
+        """What it is on a device."""
+        return self.host if in_host_memory(device) else self.gpu
 
 
 def accelerator() -> torch.device | None:

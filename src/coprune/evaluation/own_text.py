@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.devices import in_host_memory
+from coprune.base.devices import PerMemory
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Setting, Words
@@ -24,8 +24,8 @@ from coprune.model.opened import Loaded
 from coprune.model.text_ends import ends_of, filling
 from coprune.recipe.sources import Source
 
-_TOGETHER = (16, 64)
-"""Texts that are written at the same time, in host memory and on a GPU."""
+_TOGETHER = PerMemory(host=16, gpu=64)
+"""Texts that are written at the same time."""
 
 
 class OwnText(BaseModel):
@@ -103,7 +103,7 @@ def settings_for(loaded: Loaded, length: int, temperature: float, top_p: float, 
     tokenizer, model = loaded.tokenizer, loaded.model
     assert tokenizer is not None
     end_ids = ends_of(tokenizer, model)
-    together = _TOGETHER[0 if in_host_memory(loaded.device) else 1]
+    together = _TOGETHER.on(loaded.device)
     return Generation(length, temperature, top_p, seed, together, end_ids, filling(tokenizer.pad_token_id, end_ids))
 
 

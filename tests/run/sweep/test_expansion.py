@@ -15,7 +15,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import QuantizationPart
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.sweep.command_line import command_of
+from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.presets import SWEEPS, sweep_preset
@@ -321,6 +321,17 @@ def test_the_command_of_a_run_makes_that_run(
     monkeypatch.setattr("coprune.run.stages.run_recipe", stop)
     assert run_command(words[1:], monkeypatch, capsys).code == 2
     assert understood == [recipe]
+
+
+def test_the_command_of_a_sweep_finds_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "of a title"
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"model": "pico", "method": ["wanda"]}), encoding="utf-8")
+    words = shlex.split(sweep_command(folder))
+    ended = run_command([*words[1:], "--dry-run"], monkeypatch, capsys)
+    assert (ended.code, len(ended.out.splitlines())) == (0, 1), ended.err
 
 
 def test_a_dry_run_lists_commands_and_touches_nothing(

@@ -13,12 +13,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from coprune.base.devices import in_host_memory
+from coprune.base.devices import PerMemory
 from coprune.base.errors import BadInput
 from coprune.base.selection import keep_n_of_m
 
-_TILE = (2**20, 2**26)
-"""Numbers that are compared at a time, in host memory and on a GPU."""
+_TILE = PerMemory(host=2**20, gpu=2**26)
+"""Numbers that are compared at a time."""
 
 
 def retained_score(score: Tensor, n: int, m: int) -> float:
@@ -90,7 +90,7 @@ def summed_maxima(first: Tensor, second: Tensor) -> Tensor:
 
     In tiles that stay in the cache: torch.cdist, from whose L1 distances they follow, takes four times as long on a CPU.
     """
-    side = max(1, math.isqrt(_TILE[0 if in_host_memory(first.device) else 1] // first.shape[1]))
+    side = max(1, math.isqrt(_TILE.on(first.device) // first.shape[1]))
     sums = [
         torch.cat([torch.maximum(some[:, None], other).sum(dim=2) for other in second.split(side)], dim=1)
         for some in first.split(side)

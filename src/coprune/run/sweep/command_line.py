@@ -1,13 +1,15 @@
-"""The command that a recipe stands for, so that a run of a sweep can be read, copied and repeated by itself."""
+"""The commands that a sweep and each of its runs stand for, so that they can be read, copied and repeated."""
 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from coprune.recipe.flags import flags_of
 from coprune.recipe.grammar import write_scalar
 from coprune.recipe.recipe import DEFAULTS, Recipe
+from coprune.report.links import SWEEP_FILE
 
 
 def command_of(recipe: Recipe) -> str:
@@ -20,6 +22,11 @@ def command_of(recipe: Recipe) -> str:
             for option, chosen in value.items():
                 words += [f"--{option.replace('_', '-')}", write_scalar(chosen)]
     return shlex.join(words)
+
+
+def sweep_command(folder: Path) -> str:
+    """`coprune sweep …` of what lies in a folder, which does what is not done yet, quoted for a shell."""
+    return shlex.join(["coprune", "sweep", str(folder / SWEEP_FILE)])
 
 
 def _option(name: str, value: Any) -> list[str]:

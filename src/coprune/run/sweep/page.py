@@ -7,9 +7,9 @@ from pathlib import Path
 from coprune.base.files import write_text
 from coprune.report.html import copyable, section
 from coprune.report.html import table as html_table
-from coprune.report.links import PAGE_FILE, SWEEP_FILE, link_back
+from coprune.report.links import PAGE_FILE, link_back
 from coprune.report.several import Run, Top, runs_page
-from coprune.run.sweep.command_line import command_of
+from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.finished import read_finished
 from coprune.run.sweep.table import PaperTable, paper_tables
 
@@ -26,7 +26,7 @@ def write_sweep_page(folder: Path, path: Path | None = None) -> None:
     top = Top(
         kind="Sweep",
         title=f"{name}: {done} runs",
-        made=copyable("command", f"coprune sweep {folder / SWEEP_FILE}"),
+        made=copyable("command", sweep_command(folder)),
         tables=[_section(table) for table in paper_tables(sweep, runs, reports)],
         commands={run.name: command_of(run.recipe) for run in runs},
     )

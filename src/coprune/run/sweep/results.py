@@ -18,9 +18,8 @@ from rich.text import Text
 from coprune.base.durable import write_durably
 from coprune.base.files import write_text
 from coprune.base.shown import printable
-from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
-from coprune.run.sweep.command_line import command_of
+from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import Run, varied
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.ledger import Ledger
@@ -77,7 +76,7 @@ def results_markdown(
         parts.append(f"Mean ± standard deviation over the seeds {', '.join(map(str, sorted(seeds)))}.\n")
     parts.append(f"{len(reports)} of {len(runs)} runs are done. {ledger.line()}".rstrip() + "\n")
     parts += [f"- failed: {name}: {text.splitlines()[-1]}\n" for name, text in failures.items() if text]
-    parts.append(f"`coprune sweep {sweep.folder / SWEEP_FILE}` does what is not done yet.\n")
+    parts.append(f"`{sweep_command(sweep.folder)}` does what is not done yet.\n")
     return "\n".join(parts)
 
 
