@@ -17,6 +17,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.methods import METHODS
+from coprune.pruning.permute import search
 from coprune.pruning.permute.apply import permute_model
 from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score, summed_maxima
 from coprune.recipe.pattern import NM, Pattern
@@ -60,6 +61,19 @@ def test_two_groups_of_four_against_every_split(seed: int) -> None:
     found = retained_score(score[:, permute_channels(score, 2, 4)], 2, 4)
     assert found >= 0.98 * best
     assert found <= best + 1e-4
+
+
+def test_many_groups_gain_nearly_as_much_where_not_all_of_them_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = uneven_scores(24, 4 * 300, seed=2)[:, torch.randperm(1200, generator=torch.Generator().manual_seed(2))]
+    dealt = retained_score(score[:, deal_serpentine(score.sum(dim=0), 4).reshape(-1)], 2, 4)
+    gained = []
+    for together in (300, 128):
+        monkeypatch.setattr(search, "_GROUPS", together)
+        order = permute_channels(score, 2, 4)
+        assert sorted(order.tolist()) == list(range(1200))
+        gained.append(retained_score(score[:, order], 2, 4) / dealt - 1)
+    among_all, among_some = gained
+    assert 0.85 * among_all < among_some < among_all
 
 
 def test_serpentine_dealing() -> None:
