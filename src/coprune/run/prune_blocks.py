@@ -21,7 +21,7 @@ from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, prune_walk
 from coprune.pruning.reconstructed import idle_trainings
 from coprune.recipe.pattern import Target
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.recipe import DEFAULTS, Recipe
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
@@ -134,7 +134,7 @@ def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | No
         return None
     smaller: tuple[str | Piece, ...] = ("A smaller ", Setting("reconstruct_lr"), " may.")
     if recipe.reconstruction.rates == "absolute":
-        by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", 0.0025)))
+        by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", DEFAULTS["reconstruct_lr"])))
         smaller = ("Rates by the size of each matrix may: ", by_size, ".")
     return say((f"The training of {idle} of {trainings} blocks gained nothing. ", *smaller))
 
