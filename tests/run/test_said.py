@@ -108,6 +108,15 @@ def test_what_reconstruction_did_is_no_numerical_event(said: list[str]) -> None:
     assert rows["trained"].startswith("trained   2 blocks, the last: relative error ")
 
 
+def test_samples_that_are_trained_on_again_and_again_are_said(said: list[str]) -> None:
+    trained: dict[str, Any] = {**SMALL, "nsamples": 8, "batch_size": 2, "reconstruct": 15}
+    coprune.prune("model", "wanda", **trained)
+    assert not any("on each sample" in line for line in said)
+    coprune.prune("model", "wanda", **trained, reconstruct_tokens=18 * 2 * 32)  # three of four batches train
+    wanted = "Every block is trained on each sample 6 times; a larger nsamples=… loses less on other text."
+    assert said.count(wanted) == 1
+
+
 def test_trainings_that_gain_nothing_are_said_with_what_may_help(said: list[str], place: Path) -> None:
     trained: dict[str, Any] = {**SMALL, "nsamples": 8, "reconstruct": 6, "batch_size": 2}
     report = coprune.prune("model", "wanda", **trained).report

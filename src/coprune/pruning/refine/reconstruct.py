@@ -106,6 +106,10 @@ class Reconstruction:
         watched, trained = self._split(shares)
         return {*watched, *islice(endless(trained, self.seed), self.steps)}
 
+    def passes(self, shares: Sequence[float]) -> float:
+        """How often each batch is trained on. shares: as of `Examples`."""
+        return self.steps / max(1, len(self._split(shares)[1]))
+
     def _split(self, shares: Sequence[float]) -> tuple[list[int], list[int]]:
         """Numbers of the batches to watch and to train on; too few batches serve for both."""
         everything = [batch for batch, share in enumerate(shares) if share > 0]
