@@ -16,7 +16,6 @@ from coprune.model.checkpoint.writer import REST
 from coprune.model.edit import AddLowRank, Edit, FillZeros, RoundValues
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
-from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, prune_walk
@@ -32,10 +31,6 @@ from coprune.run.rounded_later import RoundedLater
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
 from coprune.run.windows import Windows, left_by_earlier
-
-_MOST_PASSES = 5
-"""Trainings on a sample beyond which more samples are advised: with 3 instead of 14, in as many steps, SmolLM2's KL to
-dense was 8 % less at 2:4 and 4 % at 60 % on text like that of the calibration; on other text 4 % less, and 2 % more (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,6 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     with reporter.bar(f"Pruning with {recipe.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
         recording = None if recipe.calibration.propagation == "dense" and known else record_to_prune(session)
-        if (few := _few_samples(session, recording)) is not None:
-            reporter.say(few)
         walk = Walk(
             model,
             recording,
@@ -132,17 +125,6 @@ def _prune(
         block_done,
         solving_of(session),
     )
-
-
-def _few_samples(session: Session, recording: Recording | None) -> str | None:
-    """What to say where blocks are trained on the same few samples again and again."""
-    if session.reconstruction is None or recording is None:
-        return None
-    passes = session.reconstruction.on(recording.positions).passes(recording.shares)
-    if passes <= _MOST_PASSES:
-        return None
-    told = f"Every block is trained on each sample {passes:.0f} times; a larger "
-    return say((told, Setting("nsamples"), " may do better."))
 
 
 def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | None:

@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from coprune.base.devices import in_host_memory
+from coprune.base.devices import PerMemory
 
-FEW_GROUPS, FEW_ON_A_DEVICE = 4096, 65536
-"""Up to so many groups of M, comparing their entries takes less time than telling the machine to: the host, and a GPU, which
-is to rank a group of each row of a wide matrix at once."""
+FEW_GROUPS = PerMemory(host=4096, gpu=65536)
+"""Up to so many groups of M, comparing their entries takes less time than telling the machine to; a GPU is to rank a group of
+each row of a wide matrix at once."""
 LARGE_GROUP = 16
 """Groups of more entries are sorted."""
 
@@ -36,7 +36,7 @@ def _rank_by_comparisons(grouped: Tensor) -> Tensor:
     That is far cheaper than sorting millions of groups of four.
     """
     planes = grouped.T.contiguous()
-    if planes.shape[1] <= (FEW_GROUPS if in_host_memory(grouped.device) else FEW_ON_A_DEVICE):
+    if planes.shape[1] <= FEW_GROUPS.on(grouped.device):
         return _rank_at_once(planes).T
     ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=grouped.device)
     for j in range(1, len(planes)):

@@ -70,18 +70,17 @@ def _exchange(score: Tensor, groups: Tensor, n: int) -> Tensor:
     parts = -(-len(groups) // _GROUPS)
     found = groups.clone()
     for first in range(parts):
-        found[first::parts] = _exchange_among(score, groups[first::parts], n)
+        _exchange_among(score, found[first::parts], n)
     return found
 
 
-def _exchange_among(score: Tensor, groups: Tensor, n: int) -> Tensor:
-    groups = groups.clone()
+def _exchange_among(score: Tensor, groups: Tensor, n: int) -> None:
+    """The same among all of these groups, in place."""
     for place in range(groups.shape[1]):
         others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)
         value = _values(score, groups[:, place].to(score.device), others.to(score.device), n)
         _, chosen = linear_sum_assignment(value.T.cpu().numpy(), maximize=True)
         groups[:, place] = groups[torch.from_numpy(chosen), place]
-    return groups
 
 
 def _values(score: Tensor, channels: Tensor, others: Tensor, n: int) -> Tensor:
