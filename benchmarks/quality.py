@@ -51,8 +51,10 @@ PARTS: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = PARTS | {
     "tuned-allocation": {**_TUNED, "allocation": "uniform"},
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
+    "best+max": {"preset": "best"} | {name: value for name, value in PRESETS["max"].items() if "finetune" in name},
 }
-"""Beside methods and presets: ways that published tables have, and parts of our own. `tuned-allocation` is not for N:M."""
+"""Beside methods and presets: ways that published tables have, and parts of our own. `tuned-allocation` is not for N:M,
+and `best+max` is `best` with the distillation of `max` behind it."""
 
 
 def main() -> None:
