@@ -45,7 +45,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "tuned-permute": {**_TUNED, "permute": False},
     "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
     "tuned-sequential": {**_TUNED, "propagation": "block"},
-    "tuned by adapters": {**_TUNED, "finetune": "lora-distill", "finetune_lr": 2e-3, "finetune_rates": "absolute"},
+    "tuned by adapters": {**_TUNED, "finetune": "lora-distill"},
 }
 """Preset `tuned` with one part left out or done otherwise. The first one and `tuned-permute` are for N:M only."""
 WAYS: dict[str, dict[str, Any]] = PARTS | {
@@ -192,9 +192,10 @@ def finished(folder: Path) -> Any:
 
 def how_to(method: str, pattern: str) -> dict[str, Any]:
     """The settings of a method, a preset, or a way of this file's own, for a pattern."""
-    said = {"pattern": pattern} if ":" in pattern else {}
     how: dict[str, Any] = {"preset": method} if method in PRESETS else dict(WAYS.get(method, {"method": method}))
-    return (preset_settings(how.pop("preset"), said) if "preset" in how else {}) | how
+    if (preset := how.pop("preset", None)) is None:
+        return how
+    return preset_settings(preset, how | ({"pattern": pattern} if ":" in pattern else {})) | how
 
 
 def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> dict[str, Any]:

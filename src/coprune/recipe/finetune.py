@@ -24,6 +24,14 @@ Rates = Annotated[
         "matrix and vector, so that one rate serves models with smaller or larger weights."
     ),
 ]
+Scope = Annotated[
+    Literal["all", "blocks"],
+    _RESULT,
+    Field(
+        description="all: every weight is trained; blocks: those of the blocks and of what was pruned, while embeddings, head "
+        "and last norm stay as they are."
+    ),
+]
 
 EvalSeqlen = Annotated[
     int | None, Decides.MEASUREMENT, Field(description="Tokens per window of perplexity. [as in training]", ge=2)
@@ -60,6 +68,7 @@ class FinetunePart(Part):
         Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
     rates: Rates = "absolute"
+    scope: Scope = "all"
     accumulate: Annotated[
         int | None, _RESULT, Field(description="Windows per step of the fine-tuning. [8 of text, 1 of images]", ge=1)
     ] = None

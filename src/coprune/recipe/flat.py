@@ -49,6 +49,7 @@ FLAT: dict[str, str] = {
     "finetune_tokens": "finetune.tokens",
     "finetune_lr": "finetune.learning_rate",
     "finetune_rates": "finetune.rates",
+    "finetune_scope": "finetune.scope",
     "finetune_accumulate": "finetune.accumulate",
     "finetune_dtype": "finetune.dtype",
     "dataset": "calibration.data",
@@ -104,8 +105,7 @@ PARTS = tuple(dict.fromkeys(place.split(".")[0] for place in FLAT.values()))
 # Whatever else is said of a method is an option of its own.
 _METHOD = "method"
 _DEFAULT_METHOD = "wanda"
-# A word that some methods have as an option: it is theirs where nothing is removed.
-_SCORE = "score"
+_SCORE = "score"  # which some methods have as an option: it is theirs where nothing is removed
 
 
 def place_of(word: str) -> tuple[str, str | None]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.recipe.finetune import has_adapters
 from coprune.recipe.flat import flatten
 from coprune.recipe.pattern import parse_pattern
 
@@ -30,6 +31,7 @@ _TRAINED: dict[str, Any] = {
     "finetune": "distill",
     "finetune_accumulate": 1,
     "finetune_rates": "relative",
+    "finetune_scope": "blocks",
     "finetune_dtype": "bfloat16",
 }
 
@@ -58,7 +60,8 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
         name: of the preset.
         said: settings that win over the preset's. What the preset does where it can is left out beside those that rule it out:
             channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open and no parts are removed
-            (which would be spread so, too), and nothing is permuted or turned in a model that is streamed.
+            (which would be spread so, too), nothing is permuted or turned in a model that is streamed, and adapters are trained
+            at a rate of their own.
 
     Returns:
         Settings by their flat names. Raises BadInput for an unknown name.
@@ -67,7 +70,9 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
         raise unknown_name("preset", name, PRESETS, field="preset")
     beside = flatten(said or {})
     grouped = _is_n_of_m(beside.get("pattern"))
+    adapters = has_adapters(beside.get("finetune"))
     left_out = {
+        **dict.fromkeys(("finetune_rates", "finetune_lr", "finetune_scope"), adapters),
         "permute": beside.get("stream") or not grouped,
         "rotate": beside.get("stream") or beside.get("sparsity") == 0,
         "allocation": grouped or beside.get("sparsity") == 0 or bool(beside.get("remove")),

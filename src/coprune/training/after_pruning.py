@@ -128,7 +128,7 @@ def _require_room(recipe: Recipe, settings: FinetuneSettings) -> None:
         return
     where = locate(recipe.model.name, recipe.model.cache_dir)
     distills = has_teacher(recipe.finetune.mode)
-    require_room_to_train(where, settings.optimizer, distills, training_device(settings.device))
+    require_room_to_train(where, settings.optimizer, settings.scope, distills, training_device(settings.device))
 
 
 def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
@@ -166,6 +166,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "tokens": recipe.finetune.tokens,
             "learning_rate": recipe.finetune.learning_rate,
             "rates": recipe.finetune.rates,
+            "scope": recipe.finetune.scope,
             "accumulate": recipe.finetune.accumulate,
             "bf16": recipe.finetune.dtype == "bfloat16",
             "seed": recipe.calibration.seed,

@@ -24,6 +24,7 @@ class TrainingArguments(TypedDict, total=False):
     minutes: float | None
     learning_rate: float | None
     rates: Literal["absolute", "relative"]
+    scope: Literal["all", "blocks"]
     schedule: Literal["cosine", "linear", "constant"]
     warmup: float
     optimizer: Literal["adamw", "sgd", "adafactor"]

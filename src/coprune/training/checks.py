@@ -42,6 +42,10 @@ class Settings(Protocol):
     @property
     def rates(self) -> str: ...
     @property
+    def scope(self) -> str: ...
+    @property
+    def train(self) -> tuple[str, ...]: ...
+    @property
     def optimizer(self) -> str: ...
     @property
     def patience(self) -> int | None: ...
@@ -113,6 +117,11 @@ def _of_training(asked: Settings) -> BadInput | None:
     if has_adapters(asked.mode) and asked.rates == "relative":
         empty = "adapters begin at zero, which has no size that a rate could be relative to"
         return BadInput(empty, field="rates", value=asked.rates, fix=LeaveOut("rates"))
+    if asked.scope != "all" and (has_adapters(asked.mode) or asked.train):
+        own: Words = (
+            (Setting("train"), " says what is trained, too") if asked.train else "adapters are on matrices of their own"
+        )
+        return BadInput(own, field="scope", value=asked.scope, fix=LeaveOut("scope"))
     if asked.tokens is not None and asked.max_steps is not None:
         cause: Words = (Set("max_steps", asked.max_steps), " says how long to train, too")
         return BadInput(cause, field="tokens", value=asked.tokens, fix=LeaveOut("max_steps"))

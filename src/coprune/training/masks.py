@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
-from coprune.model.checkpoint.weights import is_below
+from coprune.model.checkpoint.weights import is_below, is_below_any
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 
@@ -147,6 +147,13 @@ def find_masks(
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A model's own parameters by their names before adapters, data parallelism or compilation wrapped them."""
     return {_plain_name(name): p for name, p in model.named_parameters() if not _is_adapter(name)}
+
+
+def parameters_within(model: nn.Module, blocks: Sequence[str], masks: Masks) -> Iterator[nn.Parameter]:
+    """Parameters of a model's blocks, which are named, and of what was pruned outside of them."""
+    for name, parameter in model.named_parameters():
+        if name in masks.pruned or is_below_any(name, blocks):
+            yield parameter
 
 
 def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.Parameter]:

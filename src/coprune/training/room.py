@@ -19,11 +19,14 @@ from coprune.recipe.finetune import LEARNING_RATES
 
 # A weight and its gradient in float32, and the moments of the optimiser.
 TRAINED_BYTES = {"adamw": 16, "sgd": 12, "adafactor": 8}
+HELD_BYTES = 4
+"""A weight that is not trained, in float32 beside those that are."""
 
 
 def require_room_to_train(
     location: Location,
     optimizer: str,
+    scope: str,
     distills: bool,
     device: torch.device,
     memory: Callable[[torch.device], DeviceMemory | None] = device_memory,
@@ -35,17 +38,21 @@ def require_room_to_train(
     Args:
         location: the model that is to be pruned and then trained, and the teacher of a distillation.
         optimizer: as the settings of a fine-tuning name it.
+        scope: what is trained, as they name it, too. No model is loaded yet: numbers in names tell what is in a block.
         distills: whether the dense model lies beside the trained one.
         device: where both go.
         memory: reads a device's memory.
     """
-    weights, stored = _sizes(location)
-    needed = weights * TRAINED_BYTES[optimizer] + (stored if distills else 0)
+    sizes, stored = _sizes(location)
+    trained = sum(size for name, size in sizes if scope == "all" or any(map(str.isdigit, name.split("."))))
+    needed = trained * TRAINED_BYTES[optimizer] + (sum(size for _, size in sizes) - trained) * HELD_BYTES
+    needed += stored if distills else 0
     available, where = room_on(device, memory)
     if available is None or needed <= available:
         return
+    what = "all weights" if scope == "all" else "the blocks"
     raise BadInput(
-        f"training all weights of {location.name} takes {needed / GIB:.1f} GiB {where} at least, and "
+        f"training {what} of {location.name} takes {needed / GIB:.1f} GiB {where} at least, and "
         f"{available / GIB:.1f} are there",
         field="finetune",
         fix=(
@@ -67,10 +74,10 @@ def require_room_to_train(
     )
 
 
-def _sizes(location: Location) -> tuple[int, int]:
-    """Weights of a model, and their bytes once loaded."""
+def _sizes(location: Location) -> tuple[list[tuple[str, int]], int]:
+    """How many weights the tensors of a model have, by their names, and the bytes of all of them once loaded."""
     if isinstance(location, GgufFile):
-        weights = sum(int(tensor.n_elements) for tensor in gguf_reader(location.path, field="model").tensors)
-        return weights, 4 * weights  # decoded to float32
-    entries = checkpoint_entries(location.path).values()
-    return sum(math.prod(entry.shape) for entry in entries), sum(entry.nbytes for entry in entries)
+        sizes = [(t.name, int(t.n_elements)) for t in gguf_reader(location.path, field="model").tensors]
+        return sizes, 4 * sum(size for _, size in sizes)  # decoded to float32
+    entries = checkpoint_entries(location.path)
+    return [(name, math.prod(e.shape)) for name, e in entries.items()], sum(e.nbytes for e in entries.values())

@@ -18,6 +18,7 @@ from coprune.data.bos import bos_of
 from coprune.evaluation.bos import score_in_memory
 from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
+from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.weights import InMemory
@@ -27,7 +28,7 @@ from coprune.recipe.finetune import has_adapters
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
 from coprune.training.history import History, masks_of
-from coprune.training.masks import Masks, select_parameters
+from coprune.training.masks import Masks, parameters_within, select_parameters
 from coprune.training.settings import FinetuneSettings
 from coprune.training.text_windows import begun, read_training_text
 from coprune.training.training_data import TrainingData
@@ -182,6 +183,9 @@ def _make_trainable(
         return add_adapter(model, masks, targets, size, masked=settings.masked)
     # Small updates would vanish in half precision, so what is trained is float32.
     torch.nn.Module.to(model, dtype=torch.float32)
-    for parameter in select_parameters(model, settings.train):
+    within = settings.scope == "blocks"
+    blocks = [block.name for block in find_blocks(model)] if within else []
+    trained = parameters_within(model, blocks, masks) if within else select_parameters(model, settings.train)
+    for parameter in trained:
         parameter.requires_grad_(True)
     return model

@@ -17,7 +17,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.recipe.answers import AnswersPart, Count, Gate, NewTokens, Prompts, Require, Seed, Temperature
 from coprune.recipe.decides import Decides
-from coprune.recipe.finetune import LEARNING_RATES, EvalSeqlen, Mode, Rates
+from coprune.recipe.finetune import LEARNING_RATES, EvalSeqlen, Mode, Rates, Scope
 from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Globs, Part
@@ -81,6 +81,7 @@ class FinetuneSettings(Part):
         Field(description="Peak learning rate. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
     rates: Rates = "absolute"
+    scope: Scope = "all"
     schedule: Annotated[
         Literal["cosine", "linear", "constant"],
         _RESULT,

@@ -1,0 +1,67 @@
+"""Trainings of a model's blocks alone leave what lies around them as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coprune.base.progress import Reporter
+from coprune.recipe.presets import preset_settings
+from coprune.recipe.recipe import make_recipe
+from coprune.training.after_pruning import settings_of
+from coprune.training.run import run_finetuning
+from coprune.training.settings import make_settings
+from support.pruned import pruned_model, save, settings_for, write_text
+
+Tensors = dict[str, torch.Tensor]
+
+
+def trained(folder: Path, model: Path, **changes: Any) -> tuple[Tensors, Tensors]:
+    """The weights before and after a training."""
+    asked = settings_for(
+        folder, model, write_text(folder.parent / "text.txt", 700), mode="dense", max_steps=2, **changes
+    )
+    run_finetuning(make_settings(asked), Reporter(quiet=True))
+    return load_file(model / "model.safetensors"), load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("scope", ["all", "blocks"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_trained(tmp_path: Path, scope: str, tied: bool) -> None:
+    save(pruned_model(num_hidden_layers=2, tie_word_embeddings=tied), tmp_path / "model")
+    before, after = trained(tmp_path / "run", tmp_path / "model", scope=scope)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    inside = {name for name in before if name.startswith("model.layers.")}
+    assert len(inside) == 18
+    assert ("lm_head.weight" in before) is not tied
+    assert changed == (inside if scope == "blocks" else set(before))
+    assert all(bool((after[name][tensor == 0] == 0).all()) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_was_pruned_is_trained_too(tmp_path: Path, tied: bool) -> None:
+    model = pruned_model(num_hidden_layers=1, tie_word_embeddings=tied)
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head[:, ::2] = 0
+    save(model, tmp_path / "model")
+    before, after = trained(tmp_path / "run", tmp_path / "model", scope="blocks")
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert not torch.equal(before[name], after[name])
+    assert bool((after[name][:, ::2] == 0).all())
+    assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_presets_train_blocks_and_adapters_beside_them_go_by_what_adapters_take() -> None:
+    asked = {"model": "m", "pattern": "2:4"}
+    weights = settings_of(make_recipe(asked | preset_settings("tuned", asked)))
+    assert (weights.scope, weights.rates, weights.mode) == ("blocks", "relative", "distill")
+    asked |= {"finetune": "lora-distill"}
+    adapters = settings_of(make_recipe(preset_settings("tuned", asked) | asked))
+    assert (adapters.scope, adapters.rates, adapters.mode) == ("all", "absolute", "lora-distill")
+    assert adapters.rate == make_settings({"model": "m", "mode": "lora-distill", "teacher": "m"}).rate
+    assert adapters.tokens == weights.tokens
