@@ -28,8 +28,8 @@ Scope = Annotated[
     Literal["all", "blocks"],
     _RESULT,
     Field(
-        description="all: every weight is trained; blocks: those of the blocks and of what was pruned, while embeddings, head "
-        "and last norm stay as they are."
+        description="all: every weight is trained; blocks: embeddings, head and other matrices around the blocks stay as they "
+        "are, unless they were pruned."
     ),
 ]
 

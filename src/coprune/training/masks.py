@@ -150,9 +150,9 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_within(model: nn.Module, blocks: Sequence[str], masks: Masks) -> Iterator[nn.Parameter]:
-    """Parameters of a model's blocks, which are named, and of what was pruned outside of them."""
+    """Parameters of a model's blocks, which are named, and outside of them those that were pruned, and vectors."""
     for name, parameter in model.named_parameters():
-        if name in masks.pruned or is_below_any(name, blocks):
+        if name in masks.pruned or parameter.ndim < 2 or is_below_any(name, blocks):
             yield parameter
 
 
