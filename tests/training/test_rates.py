@@ -22,17 +22,21 @@ from support.pruned import StoppedAt, pruned_model, save, settings_for, write_te
 
 
 def test_every_parameter_has_its_size_times_the_rate() -> None:
-    large, small, empty = (nn.Parameter(torch.tensor(values)) for values in ([3.0, 0.0, 4.0], [0.1, -0.1], [0.0, 0.0]))
+    values = [[[3.0, 0.0], [0.0, 4.0]], [0.1, -0.1], [0.0, 0.0], [100.0, -1.0, 0.0, 2.0, 0.5, 0.25]]
+    large, small, empty, gains = (nn.Parameter(torch.tensor(one)) for one in values)
     groups: list[dict[str, Any]] = [
         {"params": [large, small], "weight_decay": 0.5},
-        {"params": [empty], "weight_decay": 0.0},
+        {"params": [empty, gains], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.01)
     rates_by_size(optimizer)
     found = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    assert [params[0] is one for (params, _, _), one in zip(found, (large, small, empty), strict=True)] == [True] * 3
-    assert [rate for _, rate, _ in found] == pytest.approx([0.01 * 12.5**0.5, 0.001, 0.01])
-    assert [decay for _, _, decay in found] == [0.5, 0.5, 0.0]
+    assert [params[0] is one for (params, _, _), one in zip(found, (large, small, empty, gains), strict=True)] == [
+        True
+    ] * 4
+    # One gain is a hundred times larger than the others, which would be moved by all of their size at once.
+    assert [rate for _, rate, _ in found] == pytest.approx([0.01 * 12.5**0.5, 0.001, 0.01, 0.01])
+    assert [decay for _, _, decay in found] == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -54,7 +58,8 @@ def test_scaled_weights_take_scaled_steps_and_a_stopped_run_goes_on_to_the_same_
     before = load_file(tmp_path / "model" / "model.safetensors")
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         kept = before[name] != 0
-        size = before[name][kept].square().mean().sqrt()
+        there = before[name][kept].abs()
+        size = there.square().mean().sqrt() if before[name].ndim > 1 else there.median()
         step = (one[name] - before[name])[kept].abs()
         assert float(step.max()) == pytest.approx(0.01 * float(size), rel=0.01)  # Adam's first step is the rate
 
