@@ -31,9 +31,7 @@ def test_every_parameter_has_its_size_times_the_rate() -> None:
     optimizer = torch.optim.AdamW(groups, lr=0.01)
     rates_by_size(optimizer)
     found = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    assert [params[0] is one for (params, _, _), one in zip(found, (large, small, empty, gains), strict=True)] == [
-        True
-    ] * 4
+    assert all(params[0] is one for (params, _, _), one in zip(found, (large, small, empty, gains), strict=True))
     # One gain is a hundred times larger than the others, which would be moved by all of their size at once.
     assert [rate for _, rate, _ in found] == pytest.approx([0.01 * 12.5**0.5, 0.001, 0.01, 0.01])
     assert [decay for _, _, decay in found] == [0.5, 0.5, 0.0, 0.0]

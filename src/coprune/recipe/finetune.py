@@ -20,7 +20,7 @@ Rates = Annotated[
     Literal["absolute", "relative"],
     _RESULT,
     Field(
-        description="absolute: one learning rate for all that is trained; relative: times the size (root mean square) of each "
+        description="absolute: one learning rate for all that is trained; relative: times the size of each "
         "matrix and vector, so that one rate serves models with smaller or larger weights."
     ),
 ]

@@ -27,5 +27,7 @@ def rates_by_size(optimizer: torch.optim.Optimizer) -> None:
 
 def _median(parameter: torch.Tensor) -> float | None:
     """Median size of a vector's entries that are not zero; None of a matrix, or where there are none."""
-    there = parameter[parameter != 0].abs() if parameter.ndim < 2 else parameter.new_empty(0)
+    if parameter.ndim > 1:
+        return None
+    there = parameter.detach()[parameter != 0].abs()
     return float(there.median()) if len(there) else None
