@@ -45,6 +45,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "tuned-permute": {**_TUNED, "permute": False},
     "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
     "tuned-sequential": {**_TUNED, "propagation": "block"},
+    "tuned with embeddings": {**_TUNED, "finetune_scope": "all"},
     "tuned by adapters": {**_TUNED, "finetune": "lora-distill"},
 }
 """Preset `tuned` with one part left out or done otherwise. The first one and `tuned-permute` are for N:M only."""
