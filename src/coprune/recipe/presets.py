@@ -31,7 +31,7 @@ _TRAINED: dict[str, Any] = {
     "finetune": "distill",
     "finetune_accumulate": 1,
     "finetune_rates": "relative",
-    "finetune_scope": "blocks",
+    "finetune_scope": "blocks",  # embeddings and head, which lost nothing, would learn noise
     "finetune_dtype": "bfloat16",
 }
 
