@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
-from coprune.model.checkpoint.weights import is_below, is_below_any
+from coprune.model.checkpoint.weights import is_below_any
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 
@@ -121,7 +121,7 @@ def find_masks(
         zero = stored == 0
         zeros = int(zero.sum())
         if zeros < least * stored.numel() and not (zeros and matrix.name in named):
-            whole_matrices += [matrix] if any(is_below(matrix.name, block) for block in smaller) else []
+            whole_matrices += [matrix] if is_below_any(matrix.name, smaller) else []
             continue
         whole = getattr(matrix.owner, matrix.attribute)
         name = _plain_name(known.get(id(whole), matrix.parameter))

@@ -19,7 +19,7 @@ from coprune.recipe.finetune import LEARNING_RATES
 
 # A weight and its gradient in float32, and the moments of the optimiser.
 TRAINED_BYTES = {"adamw": 16, "sgd": 12, "adafactor": 8}
-HELD_BYTES = 4
+_HELD_BYTES = 4
 """A weight that is not trained, in float32 beside those that are."""
 
 
@@ -44,9 +44,10 @@ def require_room_to_train(
         memory: reads a device's memory.
     """
     sizes, stored = _sizes(location)
-    trained = sum(size for name, size in sizes if scope == "all" or any(map(str.isdigit, name.split("."))))
-    needed = trained * TRAINED_BYTES[optimizer] + (sum(size for _, size in sizes) - trained) * HELD_BYTES
-    needed += stored if distills else 0
+    needed = stored if distills else 0
+    for name, size in sizes:
+        trained = scope == "all" or any(map(str.isdigit, name.split(".")))
+        needed += size * (TRAINED_BYTES[optimizer] if trained else _HELD_BYTES)
     available, where = room_on(device, memory)
     if available is None or needed <= available:
         return

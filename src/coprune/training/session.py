@@ -183,9 +183,10 @@ def _make_trainable(
         return add_adapter(model, masks, targets, size, masked=settings.masked)
     # Small updates would vanish in half precision, so what is trained is float32.
     torch.nn.Module.to(model, dtype=torch.float32)
-    within = settings.scope == "blocks"
-    blocks = [block.name for block in find_blocks(model)] if within else []
-    trained = parameters_within(model, blocks, masks) if within else select_parameters(model, settings.train)
+    if settings.scope == "blocks":
+        trained = parameters_within(model, [block.name for block in find_blocks(model)], masks)
+    else:
+        trained = select_parameters(model, settings.train)
     for parameter in trained:
         parameter.requires_grad_(True)
     return model
