@@ -10,9 +10,9 @@ import torch
 from coprune.base.devices import DeviceMemory, device_memory
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Together
+from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.checkpoint.shards import checkpoint_entries
-from coprune.model.gguf.reader import gguf_reader
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 from coprune.recipe.finetune import LEARNING_RATES

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from coprune.model.checkpoint.gguf_reader import plain
 from coprune.model.checkpoint.locate import GgufFile, Location
 
 _Rest = ParamSpec("_Rest")
@@ -39,8 +40,9 @@ def _made_once() -> Iterator[None]:
     """Whoever asks the package gguf for a file's reader or an architecture's names meanwhile gets what was made at first."""
     package: Any = importlib.import_module("gguf")
     own = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, made in own.items():
-        setattr(package, name, cache(made))
+    if isinstance(package.GGUFReader, type):  # else one loading calls another, and the file has been read
+        package.GGUFReader = cache(plain(package.GGUFReader))
+        package.get_tensor_name_map = cache(package.get_tensor_name_map)
     try:
         yield
     finally:
