@@ -209,6 +209,17 @@ def test_an_exclusion_may_name_a_list_that_is_one_value() -> None:
     assert names(**lists, sweep={"exclude": [{"refine": [["refit"], ["swaps"]]}]}) == ["refine-none"]
 
 
+def test_an_exclusion_may_list_methods_with_their_options() -> None:
+    lists = {"method": ["wanda", "sparsegpt:block_size=64", "sparsegpt:block_size=128"], "pattern": ["4:8", "2:4"]}
+    out = {"pattern": "2:4", "method": ["wanda", {"name": "sparsegpt", "block_size": [64]}]}
+    found = runs_of(**lists, sweep={"exclude": [out]})
+    left = [("wanda", "4:8"), ("sparsegpt:block_size=64", "4:8")]
+    left += [("sparsegpt:block_size=128", pattern) for pattern in ("4:8", "2:4")]
+    assert [(str(run.recipe.method), run.recipe.pattern.name) for run in found] == left
+    with pytest.raises(BadInput, match="matches no run"):
+        runs_of(**lists, sweep={"exclude": [{"method": ["wanda", "sparsegpt:block_size=32"]}]})
+
+
 def test_models_of_one_name_get_folders_of_their_own() -> None:
     models = ["out/wanda/model", "out/alps/model", "hub/other", "out/more/alps/model"]
     own = ["model", "alps-model", "other", "more-alps-model"]

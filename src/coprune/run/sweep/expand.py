@@ -15,7 +15,8 @@ from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import is_setting, word_for
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
-from coprune.run.sweep.file import FOLDERS, Sweep, is_axis, require_few
+from coprune.run.sweep.combining import require_few
+from coprune.run.sweep.file import FOLDERS, Sweep, is_axis
 
 Settings = dict[str, Any]
 
