@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coprune.base.errors import NumericalError
-from coprune.base.precision import full_float32
+from coprune.base.precision import full_float32, total
 
 
 def test_precision_is_put_back() -> None:
@@ -21,3 +23,13 @@ def test_precision_is_put_back() -> None:
         assert backend.fp32_precision == "tf32"
     finally:
         backend.fp32_precision = before
+
+
+@given(rows=st.integers(0, 40), width=st.integers(0, 40_000), scale=st.floats(1e-3, 1e6), seed=st.integers(0, 99))
+@settings(max_examples=30)
+def test_a_total_is_that_of_float64(rows: int, width: int, scale: float, seed: int) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    values = scale * torch.randn(2 * rows, width, generator=drawn)[::2]  # rows that do not lie side by side
+    exact, found = values.double(), total(values)
+    assert found.dtype == torch.float64
+    assert abs(float(found - exact.sum())) <= 1e-13 * float(exact.abs().sum())

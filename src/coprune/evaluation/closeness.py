@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, NumericalError
+from coprune.base.precision import total
 from coprune.evaluation.batches import (
     batches,
     bootstrap_interval,
@@ -101,7 +102,7 @@ def log_probabilities(logits: Tensor, device: torch.device) -> Tensor:
 
 def summed_kl(expected: Tensor, found: Tensor) -> Tensor:
     """Sum over the rows of KL(expected ‖ found) in nats, float64. Both as `log_probabilities` gives them."""
-    return functional.kl_div(found, expected, reduction="none", log_target=True).sum(dtype=torch.float64)
+    return total(functional.kl_div(found, expected, reduction="none", log_target=True))
 
 
 def aggregate_closeness(compared: list[LogitComparison], seqlen: int) -> Closeness:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coprune.base.precision import total
 from coprune.base.reading import Questions
 
 ROUNDING = 8 * torch.finfo(torch.float32).eps
@@ -70,7 +71,7 @@ def solve_masked(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, roun
     delta = weight - start
     residual = delta @ gram
     if rounds.tolerance:
-        error = (delta * residual).sum(dtype=torch.float64)
+        error = total(delta * residual)
     del delta  # one matrix of this size less in all rounds
     residual.mul_(kept)
     direction = residual * preconditioner

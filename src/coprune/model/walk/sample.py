@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coprune.base.precision import total
 from coprune.base.processes import Processes
 
 
@@ -53,5 +54,4 @@ class InputSample:
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
         """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the kept tokens (2 float64). weight, pruned: O × I."""
         x = self.inputs
-        error = (x @ (weight - pruned).T).square().sum(dtype=torch.float64)
-        return torch.stack([error, (x @ weight.T).square().sum(dtype=torch.float64)])
+        return torch.stack([total((x @ rows.T).square()) for rows in (weight - pruned, weight)])

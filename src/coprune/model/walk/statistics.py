@@ -17,7 +17,7 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import NumericalError
 from coprune.base.kernels.gram import panels
 from coprune.base.kernels.table import kernel
-from coprune.base.precision import full_float32
+from coprune.base.precision import full_float32, total
 from coprune.base.reading import refuse_if
 from coprune.model.walk.sums import Sums, ratio_of
 
@@ -75,8 +75,8 @@ class Statistic(Sums):
         mixed = type(self)(self.width, self._sum_square().device)
         missing = max(0, self.width - self.count)
         share = missing / max(pool.count, 1)
-        for name, total in mixed.sums.items():
-            total += self.sums[name] + share * pool.sums[name]
+        for name, both in mixed.sums.items():
+            both += self.sums[name] + share * pool.sums[name]
         mixed.count = self.count + missing
         return mixed
 
@@ -173,12 +173,12 @@ class Gram(Statistic):
 
     def _squared_outputs(self, rows: Tensor) -> Tensor:
         """‖X rowsᵀ‖² (rows: O × I float32), from the half of the Gram matrix that there is."""
-        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        found = torch.zeros((), dtype=torch.float64, device=rows.device)
         for panel in self._panels():
             products = (rows[:, panel] @ self.sums["gram"][panel, panel.start :]).mul_(rows[:, panel.start :])
             own = panel.stop - panel.start
-            total += products[:, :own].sum(dtype=torch.float64) + 2 * products[:, own:].sum(dtype=torch.float64)
-        return total
+            found += total(products[:, :own]) + 2 * total(products[:, own:])
+        return found
 
 
 class CrossGram(Sums):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.options import require_not_negative, require_positive
-from coprune.base.precision import full_float32
+from coprune.base.precision import full_float32, total
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation.base import Shown, Unit
 from coprune.pruning.allocation.budget import Curve, Floats, within_budget
@@ -112,7 +112,7 @@ def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit:
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    return ((weight @ gram) * weight).sum(dtype=torch.float64)
+    return total((weight @ gram) * weight)
 
 
 def convex_curve(sparsities: Floats, errors: Floats) -> Curve:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coprune.base.kernels.shifted import inverse_of_factor
 from coprune.base.options import one_of, require_positive
-from coprune.base.precision import full_float32
+from coprune.base.precision import full_float32, total
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.linear_algebra import damped_cholesky
 from coprune.recipe.choice import Choice
@@ -157,20 +157,20 @@ def curve(score: Score, weight: Tensor, statistic: Gram, units: Tensor, counts: 
     """
     if isinstance(score, OBS):
         return _in_one_go(score, weight, statistic, units, counts)
-    found, total = Curve(), energy(weight, statistic)
+    found, whole = Curve(), energy(weight, statistic)
     for count in counts:
         keep = score.keep(weight, statistic, units, count)
         columns = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
         columns[units[keep].flatten()] = True
         left = refitted(weight, statistic, columns) if score.refit else weight.masked_fill(~columns, 0.0)
-        found.append((keep, total * statistic.relative_error(weight, left)))
+        found.append((keep, whole * statistic.relative_error(weight, left)))
     return found
 
 
 def energy(weight: Tensor, statistic: Gram) -> float:
     """‖XWᵀ‖² / T, of all tokens seen. weight: O × C float32."""
     with full_float32():
-        return float(((weight @ statistic.gram) * weight).sum(dtype=torch.float64))
+        return float(total((weight @ statistic.gram) * weight))
 
 
 def _in_one_go(score: OBS, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
