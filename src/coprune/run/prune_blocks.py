@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coprune.base.devices import memory_within
+from coprune.base.memory import freed_memory_kept
 from coprune.base.words import Piece, Set, Setting, Together, say
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
@@ -47,6 +48,7 @@ class Outcome:
     """What is to be known of it beside the results."""
 
 
+@freed_memory_kept()
 def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outcome:
     """Walk over the blocks and prune them, going on where an earlier run stopped."""
     opened, model = session.opened, session.model
