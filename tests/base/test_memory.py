@@ -33,6 +33,8 @@ usual = take_and_free()
 start = resident_memory()
 with freed_memory_kept():
     kept = take_and_free()
+    with freed_memory_kept():  # the inner one gives nothing back
+        pass
     again = take_and_free()
 left = resident_memory() - start >> 20
 print(usual, kept, again, left, take_and_free())

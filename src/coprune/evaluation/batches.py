@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
+from coprune.base.memory import freed_memory_kept
 from coprune.base.words import Setting
 from coprune.model.evaluating import evaluating
 from coprune.model.walk.record import forward_logits, input_device
@@ -62,7 +63,7 @@ def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
     def logits_of(batch: Tensor) -> Tensor:
         return forward_logits(model, batch.to(device))
 
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), freed_memory_kept():
         yield logits_of
 
 
