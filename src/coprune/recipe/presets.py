@@ -35,7 +35,7 @@ _TRAINED: dict[str, Any] = {
     "finetune_dtype": "bfloat16",
 }
 
-# What each of them measured, and what was tried instead, is in docs/methods.md and LOG.md.
+# What each of them measured, and what was tried instead, is in docs/presets.md and LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "propagation": "sequential"},
     "balanced": {**_REFIT, **_BLOCK_BY_BLOCK, "reconstruct": 6, "reconstruct_tokens": 6144},
