@@ -35,7 +35,7 @@ def total(values: Tensor) -> Tensor:
     """The sum of all entries, added up in float64.
 
     torch copies what it adds in another type. A CPU adds tiles whose copies stay in its cache: 2,048 × 5,632 entries take a
-    thirteenth of the time that one copy of all of them takes.
+    tenth of the time that one copy of all of them takes.
 
     Args:
         values: R × C, float32.

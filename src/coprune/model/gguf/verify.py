@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
+from coprune.model.checkpoint.gguf_reader import plain
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.pieces import Piece
@@ -109,9 +110,9 @@ def require_written(file: Path, plan: Plan, values: Callable[[str], Tensor]) -> 
     Raises:
         VerificationError: it holds something else.
     """
-    from gguf import GGUFReader
+    from gguf.gguf_reader import GGUFReader
 
-    stored = {one.name: one for one in GGUFReader(file).tensors}
+    stored = {one.name: one for one in plain(GGUFReader)(file).tensors}
     for name, planned in plan.tensors.items():
         _require_close(file, name, (decode(stored[name]), values(planned.source)), planned.kind)
 
