@@ -12,7 +12,9 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
+from coprune.base.errors import BadInput
 from coprune.recipe.decides import Decides, decided_by
+from coprune.recipe.flat import layered
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import DEFAULTS, FIELDS, Recipe, make_recipe
 from coprune.training.settings import FinetuneSettings
@@ -181,6 +183,21 @@ def test_a_preset_takes_what_it_can(said: dict[str, Any], changed: set[str]) -> 
     for preset in set(PRESETS) - {"fast"}:
         assert where_it_can & set(preset_settings(preset, said)) == changed
     assert not where_it_can & set(preset_settings("fast", said))
+
+
+def test_a_preset_may_be_named_among_the_settings(tmp_path: Path) -> None:
+    said = {"model": "m", "pattern": "2:4", "calibration": {"samples": 8}, "reconstruct": 3}
+    expected = make_recipe(layered(preset_settings("balanced", said), said))
+    assert make_recipe({"preset": "balanced", **said}) == expected
+    (file := tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"preset": "balanced", **said}))
+    assert Recipe.from_yaml(file) == expected
+    file.write_text(expected.to_yaml())  # a run keeps the settings themselves
+    assert Recipe.from_yaml(file) == expected
+    assert "preset" not in file.read_text()
+    assert make_recipe({"preset": None, **said}) == make_recipe(said)
+    for wrong in ("balancd", ["balanced", "best"], 3):
+        with pytest.raises(BadInput, match="preset"):
+            make_recipe({"preset": wrong, **said})
 
 
 def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:

@@ -12,8 +12,7 @@ import typer
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set
 from coprune.commands.options import method_options, recipe_options
-from coprune.recipe.flat import flatten, layered
-from coprune.recipe.presets import preset_settings
+from coprune.recipe.flat import PRESET, flatten, layered
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -63,12 +62,12 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
         settings["model"] = model
     if typed["use_variant"]:
         settings["use_variant"] = True
+    if typed[PRESET] is not None:
+        settings[PRESET] = typed[PRESET]
     if options := method_options(context.args):
         settings["options"] = options
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
     chosen = layered(from_file, settings)
-    if typed["preset"] is not None:
-        chosen = layered(preset_settings(typed["preset"], chosen), chosen)
     if "model" not in flatten(chosen):
         raise _no_model(Command("prune", "smollm2-135m", Set("dataset", "embedded")))
     return make_recipe(chosen)

@@ -100,10 +100,10 @@ FLAT: dict[str, str] = {
 # The Wanda repository's words that are not coprune's own.
 _OTHER_WORDS = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
 _VARIANT = "use_variant"
+PRESET = "preset"  # stands for settings in what is said; no recipe keeps it
 _WORDS = {place: word for word, place in FLAT.items()}
 PARTS = tuple(dict.fromkeys(place.split(".")[0] for place in FLAT.values()))
-# Whatever else is said of a method is an option of its own.
-_METHOD = "method"
+_METHOD = "method"  # whatever else is said of it is an option of its own
 _DEFAULT_METHOD = "wanda"
 _SCORE = "score"  # which some methods have as an option: it is theirs where nothing is removed
 
@@ -116,20 +116,20 @@ def place_of(word: str) -> tuple[str, str | None]:
 
 def is_setting(name: str) -> bool:
     """Whether something names a setting, or a part of a recipe."""
-    return name in FLAT or name in _OTHER_WORDS or name in PARTS or name == _VARIANT or "." in name
+    return name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET) or "." in name
 
 
 def word_for(name: str) -> str:
     """The word for a setting that is named by any of its words or by its place. Raises BadInput for no setting."""
     word = _OTHER_WORDS.get(name, name)
-    if word in FLAT or word == _VARIANT:
+    if word in FLAT or word in (_VARIANT, PRESET):
         return word
     if name in _WORDS:
         return _WORDS[name]
     part = name.partition(".")[0]
     inside = [place for place in _WORDS if place.startswith(f"{part}.")]
-    known = inside if "." in name and inside else [*FLAT, *PARTS, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
-    raise unknown_name("recipe field", name, known, field=name)
+    known = [*FLAT, *PARTS, PRESET, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
+    raise unknown_name("recipe field", name, inside if "." in name and inside else known, field=name)
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.recipe.finetune import has_adapters
-from coprune.recipe.flat import flatten
+from coprune.recipe.flat import PRESET, flatten, layered
 from coprune.recipe.pattern import parse_pattern
 
 _REFIT: dict[str, Any] = {
@@ -67,7 +67,7 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
         Settings by their flat names. Raises BadInput for an unknown name.
     """
     if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS, field="preset")
+        raise unknown_name("preset", name, PRESETS, field=PRESET)
     beside = flatten(said or {})
     grouped = _is_n_of_m(beside.get("pattern"))
     adapters = has_adapters(beside.get("finetune"))
@@ -78,6 +78,26 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
         "allocation": grouped or beside.get("sparsity") == 0 or bool(beside.get("remove")),
     }
     return {word: value for word, value in PRESETS[name].items() if not left_out.get(word)}
+
+
+def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings with those of the preset that is named among them, if one is; what is said beside it wins.
+
+    Raises:
+        BadInput: there is no such preset, or a setting is unknown or said twice.
+    """
+    said = {name: value for name, value in settings.items() if name != PRESET}
+    preset = settings.get(PRESET)
+    if preset is None:
+        return said
+    if not isinstance(preset, str):
+        raise BadInput(
+            f"preset must be one name, not {preset!r}",
+            field=PRESET,
+            value=preset,
+            fix=f"take one of {', '.join(PRESETS)}",
+        )
+    return layered(preset_settings(preset, said), said)
 
 
 def _is_n_of_m(pattern: Any) -> bool:

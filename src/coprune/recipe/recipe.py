@@ -26,14 +26,9 @@ from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import (
-    CalibrationPart,
-    ModelPart,
-    PatternPart,
-    QuantizationPart,
-    SelectionPart,
-)
+from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
+from coprune.recipe.presets import with_preset
 from coprune.recipe.reconstruction import ReconstructionPart
 from coprune.recipe.structure import StructurePart
 
@@ -230,11 +225,13 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     """Build a recipe, turning what is wrong with it into one clear BadInput.
 
     Args:
-        settings: parts (`calibration: {samples: 32}`), places (`calibration.samples`), or flat names (`nsamples`).
+        settings: parts (`calibration: {samples: 32}`), places (`calibration.samples`), or flat names (`nsamples`); a `preset`
+            stands for its settings, and what is said beside it wins.
 
     Raises:
         BadInput: a name is unknown or said twice, a value is of the wrong type, or settings contradict each other.
     """
+    settings = with_preset(settings)
     parts, names = nest(settings), names_said(settings)
     try:
         return Recipe.model_validate(parts)

@@ -18,7 +18,7 @@ from coprune.model.opened import Loaded, refuse_what_loading_decides, require_pr
 from coprune.pruning.methods import Method, find_method, is_option, option_names
 from coprune.pruning.methods.given import choice_of
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import FLAT, PARTS, is_setting, layered
+from coprune.recipe.flat import FLAT, PARTS, PRESET, is_setting, layered
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.given import Given
@@ -50,9 +50,8 @@ def read_call(
     chosen = named if named is not None else usual.get("method", _DEFAULT_METHOD)
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
-    from_preset = {} if preset is None else preset_settings(preset, by_call)
-    base = {"stream": False, "model": str(model) if loaded is None else loaded.source}
-    return make_recipe(layered(base, from_preset, given_samples(said.get("dataset")), by_call)), Given(loaded, given)
+    base = {"stream": False, "model": str(model) if loaded is None else loaded.source, PRESET: preset}
+    return make_recipe(layered(base, given_samples(said.get("dataset")), by_call)), Given(loaded, given)
 
 
 def options_of(method: Named) -> set[str]:

@@ -1,4 +1,4 @@
-"""From a file or preset to its runs: every combination once, each with a folder and a command of its own."""
+"""From a file or script to its runs: every combination once, each with a folder and a command of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.presets import SWEEPS, sweep_preset
+from coprune.run.sweep.scripts import SWEEPS, sweep_of_script
 from support.commands import run_command
 
 PLAIN = {"model": "pico", "save": "out/x"}
@@ -59,8 +59,8 @@ def names(**data: Any) -> list[str]:
     return [run.name for run in runs_of(**data)]
 
 
-@pytest.mark.parametrize(("preset", "listed"), [("llama-7b", LLAMA_7B), ("ablate-weight-update", ABLATION)])
-def test_a_preset_is_exactly_the_script(preset: str, listed: str) -> None:
+@pytest.mark.parametrize(("script", "listed"), [("llama-7b", LLAMA_7B), ("ablate-weight-update", ABLATION)])
+def test_a_script_is_exactly_the_original_one(script: str, listed: str) -> None:
     expected = [
         make_recipe(
             {
@@ -74,15 +74,15 @@ def test_a_preset_is_exactly_the_script(preset: str, listed: str) -> None:
         )
         for method, pattern, folder in (line.split() for line in listed.strip().splitlines())
     ]
-    assert [run.recipe for run in expand(sweep_preset(preset))] == expected
+    assert [run.recipe for run in expand(sweep_of_script(script))] == expected
 
 
-def test_every_preset_expands_and_takes_another_model() -> None:
-    counts = {name: len(expand(sweep_preset(name))) for name in SWEEPS}
+def test_every_script_expands_and_takes_another_model() -> None:
+    counts = {name: len(expand(sweep_of_script(name))) for name in SWEEPS}
     assert counts.pop("opt") == 5 * 9
     assert counts.pop("ablate-weight-update") == 12
     assert set(counts.values()) == {9}
-    models = {run.recipe.model.name for run in expand(sweep_preset("opt").with_settings({"model": "mine"}))}
+    models = {run.recipe.model.name for run in expand(sweep_of_script("opt").with_settings({"model": "mine"}))}
     assert models == {"mine"}
 
 
@@ -279,6 +279,8 @@ def test_folders_are_named_by_words_or_places() -> None:
         ({"seed": [0, 1], "sweep": {"folders": "../{seed}"}}, "no folder within"),
         ({"pattern": ["2:4", "4:2"], "method": "wanda"}, "the run with pattern 4:2"),
         ({"save": None}, "has no folder"),
+        ({"preset": ["balanced", "bset"]}, "the run with preset bset: unknown preset 'bset'; did you mean 'best'"),
+        ({"preset": []}, "empty list"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
@@ -364,6 +366,7 @@ def test_a_dry_run_lists_commands_and_touches_nothing(
     [
         ([], "neither a file nor a script is named"),
         (["some.yaml", "--preset", "llama-7b"], "a file (some.yaml) and a script (llama-7b) are named"),
+        (["some.yaml", "--preset", "tuned"], "for a preset of its runs, write 'preset: tuned' into it"),
         (["--script", "llama-7bb", "--dry-run"], "did you mean 'llama-7b'"),
         (["missing.yaml", "--dry-run"], "cannot be read"),
         (["--preset", "llama-7b", "--dry-run", "--method", "wnda"], "the run unstructured/wnda: unknown method"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice, split_choice
+from coprune.recipe.flat import PRESET
 
 _MOST_RUNS = 10_000
 
@@ -37,6 +38,12 @@ def included(entry: dict[str, Any], with_options: bool) -> dict[str, Any]:
     """What an included entry says. with_options: whether methods are listed with options, which are not those of another."""
     own = {"options": {}, **entry} if with_options and "method" in entry else entry
     return own if isinstance(own.get("method"), list) else methods_with_options(own)[0]
+
+
+def added_to(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an included entry's runs: its own, and the sweep's; a preset brings a method of its own."""
+    gone = ("method", "options") if entry.get(PRESET) is not None and "method" not in entry else ()
+    return {**{name: value for name, value in settings.items() if name not in gone}, **entry}
 
 
 def excluded(entry: dict[str, Any]) -> list[dict[str, Any]]:

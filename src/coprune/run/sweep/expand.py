@@ -13,9 +13,9 @@ from typing import Any
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import is_setting, word_for
+from coprune.recipe.flat import PRESET, is_setting, word_for
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
-from coprune.run.sweep.combining import require_few
+from coprune.run.sweep.combining import added_to, require_few
 from coprune.run.sweep.file import FOLDERS, Sweep, is_axis
 
 Settings = dict[str, Any]
@@ -23,10 +23,17 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep. name: its folder within the sweep's."""
+    """One run of a sweep. name: its folder within the sweep's; preset: that its settings come from, if there is one."""
 
     name: str
     recipe: Recipe
+    preset: str | None = None
+
+    @property
+    def way(self) -> str:
+        """What tables call it: its method, or its preset with the method that it brought."""
+        method = self.recipe.method.name
+        return method if self.preset is None else f"{self.preset} ({method})"
 
 
 def expand(sweep: Sweep) -> list[Run]:
@@ -44,7 +51,7 @@ def expand(sweep: Sweep) -> list[Run]:
         )
     chosen = [c for c in combinations if not any(_matches(c, entry) for entry in sweep.exclude)]
     for entry in sweep.include:
-        chosen += _combinations({**sweep.settings, **entry}, sweep.zip)
+        chosen += _combinations(added_to(sweep.settings, entry), sweep.zip)
         require_few([len(chosen)])
     if not chosen:
         raise BadInput("every run of the sweep is excluded", field="sweep.exclude")
@@ -100,7 +107,7 @@ def _in_step(lists: Mapping[str, Sequence[Any]]) -> list[Settings]:
 
 def _matches(combination: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return all(
-        combination.get(name, DEFAULTS[name]) in (wanted if is_axis(name, wanted) else [wanted])
+        combination.get(name, DEFAULTS.get(name)) in (wanted if is_axis(name, wanted) else [wanted])
         for name, wanted in entry.items()
     )
 
@@ -110,11 +117,12 @@ def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str]) -> Run:
     try:
         plain = make_recipe({**combination, **elsewhere})
         model = models[plain.model.name]
-        own = sweep.folders
-        name = _default_folder(sweep, combination, model) if own is None else _folder(own, plain, model)
+        own, also = sweep.folders, {"model": model, PRESET: folder_part(PRESET, combination.get(PRESET), bare=True)}
+        name = _default_folder(sweep, combination, model) if own is None else _folder(own, plain, also)
         places = {field: expand_home(combination[field]) / name for field in FOLDERS if combination.get(field)}
         places["save"] = sweep.folder / (name or plain.method.name)
-        return Run(name or plain.method.name, make_recipe({**combination, **elsewhere, **places}))
+        recipe = make_recipe({**combination, **elsewhere, **places})
+        return Run(name or plain.method.name, recipe, combination.get(PRESET))
     except BadInput as error:
         told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
         raise (error.within(f"the run with {told}") if told else error) from None
@@ -143,10 +151,9 @@ def _model_parts(sweep: Sweep) -> dict[str, str]:
     return found
 
 
-def _folder(template: str, recipe: Recipe, model: str) -> str:
+def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
     known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
-    known["sparsity"] = f"{recipe.pattern.ratio:g}"
-    known["model"] = model
+    known |= {"sparsity": f"{recipe.pattern.ratio:g}", **also}
     try:
         # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
         if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):
@@ -187,4 +194,4 @@ def folder_part(field: str, value: Any, bare: bool = False) -> str:
     if field == "model":
         shown = Path(shown).name.removesuffix(".gguf")
     plain = re.sub(r"[^\w.+=-]+", "-", shown).strip("-.") or "none"
-    return plain if bare or field in ("model", "method", "pattern", "options") else f"{field}-{plain}"
+    return plain if bare or field in ("model", "method", "pattern", "options", PRESET) else f"{field}-{plain}"

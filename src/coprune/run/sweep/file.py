@@ -19,7 +19,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.base.words import Set
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import FLAT, flatten, layered, word_for
+from coprune.recipe.flat import FLAT, PRESET, flatten, layered, word_for
 from coprune.recipe.recipe import DEFAULTS, read_settings
 from coprune.run.sweep.combining import excluded, included, methods_with_options
 
@@ -97,7 +97,7 @@ class Sweep(BaseModel):
     def _check(self) -> None:
         for values in (self.settings, *self.include, *self.exclude):
             for name, value in values.items():
-                if name not in FLAT:
+                if name not in (*FLAT, PRESET):
                     in_sweep = "in a sweep, name the method wanda_variant"
                     raise BadInput(f"{name} is for one run", field=name, value=value, fix=in_sweep)
                 if is_axis(name, value) and not value:

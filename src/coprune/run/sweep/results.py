@@ -18,6 +18,7 @@ from rich.text import Text
 from coprune.base.durable import write_durably
 from coprune.base.files import write_text
 from coprune.base.shown import printable
+from coprune.recipe.flat import PRESET
 from coprune.report.schema import Report
 from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import Run, varied
@@ -85,7 +86,8 @@ def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[
     state = "done" if report is not None else "failed" if failure is not None else "not done"
     row: Row = {"run": run.name, "state": state, "model": recipe.model.name, "method": recipe.method.name}
     row |= {"pattern": recipe.pattern.name, "ratio": recipe.pattern.ratio, "seed": recipe.calibration.seed}
-    row |= {name: _plain(recipe.setting(name)) for name in ("dataset", "nsamples", "seqlen", *fields)}
+    others = [name for name in ("dataset", "nsamples", "seqlen", *fields) if name != PRESET]
+    row |= ({PRESET: run.preset} if PRESET in fields else {}) | {name: _plain(recipe.setting(name)) for name in others}
     if report is not None:
         row |= _measured(report)
     error = None if failure is None else failure.splitlines()[-1] if failure else ""

@@ -8,14 +8,15 @@ from typing import Any, Unpack
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set
+from coprune.recipe.presets import PRESETS
 from coprune.run.arguments import CalibrationArguments, OutcomeArguments
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.finished import finished_reports
 from coprune.run.sweep.ledger import Ledger
 from coprune.run.sweep.plan import Execution
-from coprune.run.sweep.presets import sweep_preset
 from coprune.run.sweep.result import SweepResult
 from coprune.run.sweep.run import check_sweep, run_sweep
+from coprune.run.sweep.scripts import sweep_of_script
 
 Lists = str | Path | Mapping[str, Any]
 """A sweep's file, or what it would say."""
@@ -75,11 +76,10 @@ def sweep(
 def _chosen(lists: Lists | None, script: str | None) -> Sweep:
     if lists is not None and script is not None:
         named = "lists" if isinstance(lists, Mapping) else lists
-        raise BadInput(
-            f"a file ({named}) and a script ({script}) are named", field="script", value=script, fix="leave one out"
-        )
+        meant = f"for a preset of its runs, write 'preset: {script}' into it" if script in PRESETS else "leave one out"
+        raise BadInput(f"a file ({named}) and a script ({script}) are named", field="script", value=script, fix=meant)
     if script is not None:
-        return sweep_preset(script)
+        return sweep_of_script(script)
     if lists is None:
         example = Command("sweep", Set("script", "llama-7b"), Set("dry_run", True))
         raise BadInput("neither a file nor a script is named", field="file", fix=("for example: ", example))

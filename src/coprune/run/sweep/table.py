@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from coprune.evaluation.zero_shot import ZeroShotFacts
+from coprune.recipe.flat import PRESET
 from coprune.recipe.pattern import parse_pattern
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.schema import Report
@@ -15,7 +16,7 @@ from coprune.run.sweep.expand import Run, folder_part, varied
 from coprune.run.sweep.file import Sweep
 
 # What the rows, the columns and the repetitions are; whatever else differs between runs stands beside the method.
-_PLACED = ("model", "method", "pattern", "sparsity", "seed", "save", "save_model")
+_PLACED = ("model", "method", PRESET, "pattern", "sparsity", "seed", "save", "save_model")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _column(run: Run) -> str:
 
 def _row(run: Run, beside: Sequence[str]) -> str:
     others = [f"{name} {folder_part(name, run.recipe.setting(name), bare=True)}" for name in beside]
-    return ", ".join([run.recipe.method.name, *others])
+    return ", ".join([run.way, *others])
 
 
 def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: Sequence[str]) -> Cell:

@@ -1,6 +1,6 @@
 """Shipped sweeps: the batch scripts of the Wanda repository, run for run.
 
-A run of a preset is what `coprune prune` makes of the script's command, in the same folder. Two things differ in where
+A run of a script is what `coprune prune` makes of the script's command, in the same folder. Two things differ in where
 results go: the script of the ablation writes four methods to one folder, which here get one each, and its folders
 `2:4` are `2-4` here. The first LLaMA's repository, which the scripts name, has left the Hub: give `--model`.
 """
@@ -53,7 +53,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
 }
 
 
-def sweep_preset(name: str) -> Sweep:
+def sweep_of_script(name: str) -> Sweep:
     """A shipped sweep. Raises BadInput for an unknown name."""
     if name not in SWEEPS:
         raise unknown_name("script", name, SWEEPS, field="script")

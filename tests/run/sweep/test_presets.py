@@ -1,0 +1,45 @@
+"""Presets in a sweep: listed like methods, and named in folders and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coprune.recipe.presets import preset_settings
+from coprune.recipe.recipe import make_recipe
+from coprune.run.sweep.expand import Run, expand
+from coprune.run.sweep.file import Sweep
+
+PLAIN = {"model": "pico", "save": "out/x"}
+
+
+def runs_of(**data: Any) -> list[Run]:
+    return expand(Sweep.make(PLAIN | data))
+
+
+def names_of(**data: Any) -> list[str]:
+    return [run.name for run in runs_of(**data)]
+
+
+def test_presets_are_listed_like_methods() -> None:
+    found = runs_of(preset=["balanced", "best", None], pattern=["2:4", "unstructured"], seed=3)
+    assert [run.name for run in found[:2]] == ["balanced/2-4", "balanced/unstructured"]
+    assert [run.way for run in found[::2]] == ["balanced (sparsegpt)", "best (alps)", "wanda"]
+    for run, preset in zip(found, ["balanced"] * 2 + ["best"] * 2, strict=False):
+        target = {"pattern": run.recipe.pattern.name}
+        alone = make_recipe(PLAIN | target | preset_settings(preset, target) | {"seed": 3})
+        assert run.recipe.gives_as(alone)
+    assert names_of(preset=["balanced", "tuned"], sweep={"folders": "{preset}-{method}"}) == [
+        "balanced-sparsegpt",
+        "tuned-sparsegpt",
+    ]
+    less = {"exclude": [{"preset": "best", "seed": 1}]}
+    assert names_of(preset=["fast", "best"], seed=[0, 1], sweep=less) == ["fast/seed-0", "fast/seed-1", "best/seed-0"]
+
+
+def test_an_included_preset_brings_its_own_method() -> None:
+    lists = {"method": ["wanda", "sparsegpt:block_size=64"], "pattern": ["2:4", "4:8"]}
+    found = runs_of(**lists, sweep={"include": [{"preset": ["balanced", "best"], "pattern": "2:4"}]})
+    assert [run.way for run in found] == ["wanda"] * 2 + ["sparsegpt"] * 2 + ["balanced (sparsegpt)", "best (alps)"]
+    assert not found[-1].recipe.method.options
+    (_, own) = runs_of(method="magnitude", sweep={"include": [{"preset": "best", "method": "wanda"}]})
+    assert own.way == "best (wanda)"
