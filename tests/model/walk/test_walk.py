@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coprune.base.errors import UnsupportedModel
+from coprune.model.blocks import find_blocks
 from coprune.model.walk.moves import Dense, Sequential
 from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, InputNorm
 from coprune.pruning.methods import METHODS
-from coprune.pruning.pruner import Solver
+from coprune.pruning.pruner import Solver, prune_walk
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from support.pico import FAMILIES, pico_model, pico_tokens
 from support.walking import (
@@ -188,6 +189,24 @@ def test_keys_and_values_shared_between_layers_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.\d is given something that depends on"):
         make_walk(model, BATCHES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep_inputs", [False, True])
+def test_nothing_is_computed_whose_output_nobody_wants(keep_inputs: bool) -> None:
+    """A block that runs once more is left where its last matrix is solved; what it gives then is what it gave."""
+    model, plain = pico_model("llama"), pico_model("llama")
+    computed = 0
+
+    def count(*_: object) -> None:
+        nonlocal computed
+        computed += 1
+
+    walk = make_walk(model, BATCHES, moves=Sequential(keep_inputs=keep_inputs))
+    find_blocks(model)[0].module.get_submodule("mlp.down_proj").register_forward_hook(count)
+    results = prune_walk(walk, Solver(METHODS["wanda"]), lambda matrix: HALF)
+    assert computed == len(BATCHES)
+    expected = prune_with_walk(plain, BATCHES, Solver(METHODS["wanda"]), HALF, "sequential")
+    assert [result.mask_checksum for result in results] == [result.mask_checksum for result in expected]
 
 
 @pytest.mark.parametrize("left_early", [False, True])

@@ -74,8 +74,9 @@ class Lanes:
     """From a batch's number to the block's output for it."""
     see: Callable[[int, Matrix, Tensor], None]
     """Called for every product with the batch's number, the matrix and its input."""
-    finish: Callable[[int, Tensor], None]
-    """Called with a batch's number and the block's output."""
+    finish: Callable[[int, Tensor], None] | None
+    """Called with a batch's number and the block's output. None: nobody wants that, so what comes after the block's last
+    matrix to solve is not computed."""
     hear: Callable[[int], Callable[[Tensor], None] | None] = lambda batch: None
     """From a batch's number to what is told of every product's operand, if anything is."""
 
@@ -101,6 +102,7 @@ class Lockstep:
         self._agree = agree
         self._order = {matrix.name: position for position, matrix in enumerate(matrices)}
         self._solved: set[str] = set()
+        self._to_the_end = lanes.finish is not None
         self._lanes = [self._lane(batch, matrices, lanes) for batch in range(batches)]
 
     def _lane(self, batch: int, matrices: Sequence[Matrix], lanes: Lanes) -> Lane:
@@ -136,13 +138,16 @@ class Lockstep:
         def end(output: Tensor) -> None:
             if paging is not None:
                 paging.release(output)
-            finish(batch, output)
+            if finish is not None:
+                finish(batch, output)
 
         lane = Lane(observed, end)
         return lane
 
     def next_matrix(self) -> Matrix | None:
-        """Let every lane run as far as it can; return the matrix to solve next, or None when all have ended."""
+        """Let every lane run as far as it can; return the matrix to solve next, or None when there is nothing left to do."""
+        if not self._to_the_end and self._order.keys() <= self._solved:
+            return None
         for lane in self._lanes:
             if not lane.ended and (lane.waits_for is None or lane.waits_for.name in self._solved):
                 with self._paging or nullcontext():
@@ -165,7 +170,7 @@ class Lockstep:
         self._solved.update(matrix.name for matrix in matrices)
 
     def close(self) -> None:
-        """Let go of lanes that have not ended (the walk was left early)."""
+        """Let go of lanes that have not ended: nobody wants their output, or the walk was left early."""
         for lane in self._lanes:
             if not lane.ended:
                 lane.abandon()

@@ -171,7 +171,7 @@ class Walk:
     def _show_in_step(self, block: Block, gathered: Gathered) -> Iterator[MatricesReady]:
         assert self.recording is not None
         assert isinstance(self.moves, Sequential)
-        recording, hidden, keep_inputs = self.recording, self.recording.hidden, self.moves.keep_inputs
+        recording, hidden = self.recording, self.recording.hidden
         paging = None if hidden.spare is None else Paging(hidden.spare, hidden.folder)
 
         def run(batch: int) -> Tensor:
@@ -180,12 +180,11 @@ class Walk:
             return recording.run(block, batch, own)
 
         def finish(batch: int, output: Tensor) -> None:
-            if not keep_inputs:
-                hidden[batch] = output
-            self.advance((0.5 if keep_inputs else 1.0) / len(hidden))
+            hidden[batch] = output
+            self.advance(1.0 / len(hidden))
 
-        matrices, agree = self.model.chosen.blocks[block.index], self.processes.positions
-        step = Lockstep(len(hidden), matrices, Lanes(run, gathered.see, finish, gathered.hear), agree, paging)
+        lanes = Lanes(run, gathered.see, None if self.moves.keep_inputs else finish, gathered.hear)
+        step = Lockstep(len(hidden), self.model.chosen.blocks[block.index], lanes, self.processes.positions, paging)
         try:
             while (matrix := step.next_matrix()) is not None:
                 group, inputs = gathered.take(matrix)
@@ -193,6 +192,7 @@ class Walk:
                 step.solved(group)
         finally:
             step.close()
+        self.advance(0.5 if self.moves.keep_inputs else 0.0)
 
     def _gathered(self, place: str, groups: Sequence[list[Matrix]]) -> Gathered:
         """Where the inputs of a place's groups are gathered: empty, unless they are known."""

@@ -18,6 +18,7 @@ from coprune.model.folding import Fold, close
 from coprune.model.matrices import Matrix
 from coprune.model.removal.find_parts import known_folds
 from coprune.model.walk.moves import Dense
+from coprune.model.walk.prove import COMPARED_LOGITS
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits
 from coprune.model.walk.recording import Recording
@@ -94,7 +95,7 @@ def permute_model(
     """
     n_of_m = check_permutable(model.weights, pattern)
     probe = model.structure.sample
-    logits = forward_logits(model.module, probe)
+    logits = forward_logits(model.module, probe, COMPARED_LOGITS)
     permuted = Permuted(of=sum(1 for _ in model.chosen.all()))
     folds = known_folds(model)
     done: list[tuple[Fold, list[Tensor]]] = []
@@ -109,7 +110,7 @@ def permute_model(
             if fold.layout.size % n_of_m[1] == 0:
                 done.append((fold, _permute(fold, score, n_of_m, permuted)))
         known = {}
-    if not close(forward_logits(model.module, probe), logits, len(model.blocks)):
+    if not close(forward_logits(model.module, probe, COMPARED_LOGITS), logits, len(model.blocks)):
         for fold, orders in reversed(done):
             fold.undo(orders)
         return Permuted(of=permuted.of)
