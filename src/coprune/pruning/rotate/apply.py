@@ -86,12 +86,12 @@ def rotate_model(
         if not isinstance(event, BlockDone):
             known |= event.statistics()
             continue
-        run = partial(recording.run, event.block, 0, event.before[0])
+        holds = partial(_gives, recording, event)
         for fold in folds.get(event.block.name, []):
             names = [matrix.name for matrix in _matrices(fold)]
             if all(name in known for name in names):
                 with full_float32():
-                    shares = _rotate(fold, known, target, run, processes)
+                    shares = _rotate(fold, known, target, holds, processes)
                 if shares is not None:
                     rotated.names += names
                     rotated.shares.append(shares)
@@ -116,12 +116,17 @@ def _matrices(fold: Fold) -> list[Matrix]:
     return [*fold.consumers, *(producer for producers in fold.producers for producer in producers)]
 
 
+def _gives(recording: Recording, done: BlockDone) -> bool:
+    """Whether a block gives on the first batch what it gave when it was shown, but for rounding."""
+    return close(recording.run(done.block, 0, done.before[0]), done.after[0])
+
+
 def _rotate(
-    fold: Fold, known: dict[str, Statistic], target: Target, run: Callable[[], Tensor], processes: Processes
+    fold: Fold, known: dict[str, Statistic], target: Target, holds: Callable[[], bool], processes: Processes
 ) -> Tensor | None:
     """Learn a rotation for one fold, apply it, and take it back where the block's output changes.
 
-    What the first process learns and finds is so for all of them.
+    What the first process learns and finds is so for all of them. holds: whether the output is what it was.
 
     Returns:
         The shares that the pattern takes before and after; None where it was taken back.
@@ -132,13 +137,12 @@ def _rotate(
     values = _values_of(fold.layout, before, known[producer.name], known[consumer.name])
     rotation, shares = processes.from_first(lambda: [one.cpu() for one in learn_rotation(values, target.keep)])
     rotation, rows = rotation.to(before[1].device), fold.layout.channels().to(before[1].device)
-    dense = run()
     weight, turned = values.rotated(rotation)
     consumer.write(turned.flatten(1))
     producer.write(before[1].index_copy(0, rows.flatten(), weight.flatten(0, 1)))
     if bias is not None and kept is not None:
         bias[rows] = (rotation @ kept[rows].to(rotation.dtype)[..., None])[..., 0].to(bias.dtype)
-    if processes.from_first(lambda: close(run(), dense)):
+    if processes.from_first(holds):
         return shares
     consumer.write(before[0])
     producer.write(before[1])
