@@ -195,6 +195,7 @@ def test_a_preset_may_be_named_among_the_settings(tmp_path: Path) -> None:
     assert Recipe.from_yaml(file) == expected
     assert "preset" not in file.read_text()
     assert make_recipe({"preset": None, **said}) == make_recipe(said)
+    assert Recipe.model_validate_json(json.dumps({"preset": "balanced", **said})) == expected
     for wrong in ("balancd", ["balanced", "best"], 3):
         with pytest.raises(BadInput, match="preset"):
             make_recipe({"preset": wrong, **said})

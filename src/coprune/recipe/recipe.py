@@ -79,7 +79,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nest(cls, settings: Any) -> Any:
-        return nest(settings) if isinstance(settings, Mapping) else settings
+        return nest(with_preset(settings)) if isinstance(settings, Mapping) else settings
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -231,8 +231,7 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     Raises:
         BadInput: a name is unknown or said twice, a value is of the wrong type, or settings contradict each other.
     """
-    settings = with_preset(settings)
-    parts, names = nest(settings), names_said(settings)
+    parts, names = nest(with_preset(settings)), names_said(settings)
     try:
         return Recipe.model_validate(parts)
     except ValidationError as error:
