@@ -16,12 +16,11 @@ from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import QuantizationPart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.sweep.command_line import command_of, sweep_command
-from coprune.run.sweep.expand import Run, expand
+from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.scripts import SWEEPS, sweep_of_script
 from support.commands import run_command
-
-PLAIN = {"model": "pico", "save": "out/x"}
+from support.expanded import PLAIN, names, runs_of
 
 # The commands of the original `llama_7b.sh` and `ablate_weight_update.sh`, one line each.
 LLAMA_7B = """
@@ -49,14 +48,6 @@ ablate_wanda_seq  2:4          out/llama_7b_ablation/2-4/ablate_wanda_seq
 ablate_mag_iter   2:4          out/llama_7b_ablation/2-4/ablate_mag_iter
 ablate_wanda_iter 2:4          out/llama_7b_ablation/2-4/ablate_wanda_iter
 """
-
-
-def runs_of(**data: Any) -> list[Run]:
-    return expand(Sweep.make(PLAIN | data))
-
-
-def names(**data: Any) -> list[str]:
-    return [run.name for run in runs_of(**data)]
 
 
 @pytest.mark.parametrize(("script", "listed"), [("llama-7b", LLAMA_7B), ("ablate-weight-update", ABLATION)])

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
-from coprune.run.sweep.expand import Run, expand
-from coprune.run.sweep.file import Sweep
-
-PLAIN = {"model": "pico", "save": "out/x"}
-
-
-def runs_of(**data: Any) -> list[Run]:
-    return expand(Sweep.make(PLAIN | data))
-
-
-def names_of(**data: Any) -> list[str]:
-    return [run.name for run in runs_of(**data)]
+from support.expanded import PLAIN, names, runs_of
 
 
 def test_presets_are_listed_like_methods() -> None:
@@ -28,12 +15,12 @@ def test_presets_are_listed_like_methods() -> None:
         target = {"pattern": run.recipe.pattern.name}
         alone = make_recipe(PLAIN | target | preset_settings(preset, target) | {"seed": 3})
         assert run.recipe.gives_as(alone)
-    assert names_of(preset=["balanced", "tuned"], sweep={"folders": "{preset}-{method}"}) == [
+    assert names(preset=["balanced", "tuned"], sweep={"folders": "{preset}-{method}"}) == [
         "balanced-sparsegpt",
         "tuned-sparsegpt",
     ]
     less = {"exclude": [{"preset": "best", "seed": 1}]}
-    assert names_of(preset=["fast", "best"], seed=[0, 1], sweep=less) == ["fast/seed-0", "fast/seed-1", "best/seed-0"]
+    assert names(preset=["fast", "best"], seed=[0, 1], sweep=less) == ["fast/seed-0", "fast/seed-1", "best/seed-0"]
 
 
 def test_an_included_preset_brings_its_own_method() -> None:

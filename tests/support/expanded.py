@@ -1,0 +1,18 @@
+"""The runs of a sweep of a model that nobody loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coprune.run.sweep.expand import Run, expand
+from coprune.run.sweep.file import Sweep
+
+PLAIN = {"model": "pico", "save": "out/x"}
+
+
+def runs_of(**data: Any) -> list[Run]:
+    return expand(Sweep.make(PLAIN | data))
+
+
+def names(**data: Any) -> list[str]:
+    return [run.name for run in runs_of(**data)]
