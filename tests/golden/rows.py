@@ -22,7 +22,7 @@ KEPT_BLOCKS = 2
 
 TARGETS: dict[str, dict[str, Any]] = {"50%": dict(sparsity=0.5), "2:4": dict(pattern="2:4")}
 PROPAGATIONS = ("block", "sequential", "dense")
-ALLOCATIONS = ("owl", "alpha", "error")
+ALLOCATIONS = ("owl", "alpha", "error", "fisher")
 
 # The normal tests hold what is quick; all rows together take minutes.
 COSTLY_ON_WIDE = ("admm", "alps")

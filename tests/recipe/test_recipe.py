@@ -172,7 +172,7 @@ def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
         ({"pattern": {"name": "4:8"}}, {"rotate", "permute"}),
         ({"pattern": "unstructured", "sparsity": 0.6}, {"rotate", "allocation"}),
         ({"sparsity_type": "2:4", "model.stream": True}, set()),
-        ({"sparsity": 0.7, "stream": True}, {"allocation"}),
+        ({"sparsity": 0.7, "stream": True}, set()),
         ({"sparsity": 0.5, "remove": "channels=0.25"}, {"rotate"}),
         ({"sparsity": 0}, set()),
         ({"pattern": "no pattern"}, {"rotate", "allocation"}),  # the recipe says what is wrong with it

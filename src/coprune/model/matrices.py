@@ -40,10 +40,13 @@ class Matrix:
 
     def stored(self) -> Tensor:
         """The 2-D weight as it is stored, a view of the parameter."""
-        parameter: Tensor = getattr(self.owner, self.attribute).detach()
-        if parameter.ndim == 4:
-            return parameter.view(parameter.shape[0], -1)
-        return parameter if self.expert is None else parameter[self.expert]
+        return self._own(getattr(self.owner, self.attribute).detach())
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """What belongs to this matrix of a tensor that is shaped like its parameter, 2-D."""
+        if whole.ndim == 4:
+            return whole.view(whole.shape[0], -1)
+        return whole if self.expert is None else whole[self.expert]
 
     @property
     def parameter(self) -> str:
@@ -56,11 +59,20 @@ class Matrix:
         stored = self.stored()
         return stored.shape[1 - self.input_dim], stored.shape[self.input_dim]
 
+    def view(self) -> Tensor:
+        """The weight as out × in, a view of the parameter."""
+        return self._out_by_in(self.stored())
+
+    def slopes(self) -> Tensor:
+        """The gradient that the parameter has just got, as out × in, a view of it."""
+        return self._out_by_in(self._own(getattr(self.owner, self.attribute).grad))
+
+    def _out_by_in(self, stored: Tensor) -> Tensor:
+        return stored if self.input_dim == 1 else stored.T
+
     def read(self) -> Tensor:
-        """The weight as out × in float32, a copy."""
-        stored = self.stored()
-        view = stored if self.input_dim == 1 else stored.T
-        return view.to(torch.float32, copy=True).contiguous()
+        """The weight as out × in in float32, a copy."""
+        return self.view().to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:
         """Put an out × in weight in place, rounded to the model's dtype; zeros stay zeros."""

@@ -26,6 +26,7 @@ from coprune.model.room import require_room
 from coprune.model.walk.record import input_device
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import WHOLE_MODEL
 
 _MOST_KINDS = 30
 
@@ -98,7 +99,7 @@ def streams(recipe: Recipe) -> bool:
     if recipe.structure.remove:
         return recipe.model.stream is True
     needs = recipe.pattern.reshapes or recipe.evaluation.runs_tasks or recipe.answers.is_asked
-    whole = needs or recipe.calibration.is_own or recipe.allocation.name == "search"
+    whole = needs or recipe.calibration.is_own or recipe.allocation.name in WHOLE_MODEL
     return recipe.model.stream is not False and not whole
 
 

@@ -16,7 +16,7 @@ from coprune.recipe.outcome import EvaluationPart, OutputPart
 from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
-from coprune.recipe.structure import SPREADING, StructurePart, cannot_score
+from coprune.recipe.structure import SPREADING, WHOLE_MODEL, StructurePart, cannot_score
 
 
 class Parts(Protocol):
@@ -155,8 +155,8 @@ def _of_both(recipe: Parts) -> BadInput | None:
 def _of_allocation(recipe: Parts) -> BadInput | None:
     """Zeros are spread over matrices, channels and heads over blocks; with both in one run, one word may be for either."""
     asked, shares = recipe.allocation.name, recipe.structure.shares.keys()
-    if asked == "search" and recipe.model.stream:
-        wrong = "a search runs the whole model, which has to be in memory"
+    if asked in WHOLE_MODEL and recipe.model.stream:
+        wrong = f"{WHOLE_MODEL[asked]}, which has to be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
     if asked == "search" and recipe.low_rank.rank:
         wrong = "a search tries zeros without what low_rank adds to them"

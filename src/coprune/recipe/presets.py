@@ -17,7 +17,7 @@ _REFIT: dict[str, Any] = {
 }
 # Which weights are small is changed first, in ways that leave what the model computes, and zeros go where they cost least:
 # each is taken where it can be.
-_TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "error:first=4096"}
+_TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "fisher"}
 _BLOCK_BY_BLOCK: dict[str, Any] = {
     **_TURNED,
     "reconstruct_rates": "relative",
@@ -59,9 +59,8 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
     Args:
         name: of the preset.
         said: settings that win over the preset's. What the preset does where it can is left out beside those that rule it out:
-            channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open and no parts are removed
-            (which would be spread so, too), nothing is permuted or turned in a model that is streamed, and adapters are trained
-            at a rate of their own.
+            channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open and no parts are removed,
+            none of these three in a model that is streamed, and adapters are trained at a rate of their own.
 
     Returns:
         Settings by their flat names. Raises BadInput for an unknown name.
@@ -75,7 +74,7 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
         **dict.fromkeys(("finetune_rates", "finetune_lr", "finetune_scope"), adapters),
         "permute": beside.get("stream") or not grouped,
         "rotate": beside.get("stream") or beside.get("sparsity") == 0,
-        "allocation": grouped or beside.get("sparsity") == 0 or bool(beside.get("remove")),
+        "allocation": grouped or beside.get("stream") or beside.get("sparsity") == 0 or bool(beside.get("remove")),
     }
     return {word: value for word, value in PRESETS[name].items() if not left_out.get(word)}
 

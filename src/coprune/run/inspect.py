@@ -25,6 +25,7 @@ from coprune.pruning.allocation.plan import plan_targets
 from coprune.recipe.flat import layered
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import WHOLE_MODEL
 from coprune.run.arguments import PruneArguments
 from coprune.run.batches import counted_batches, first_counted, record_counted
 from coprune.run.call import read_call
@@ -74,7 +75,7 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
     _, target = prepare_solver(recipe)
     allocation_named(recipe.allocation)
     with reporter.libraries():
-        loaded = given.loaded or open_model(recipe.model, stream=True)
+        loaded = given.loaded or open_model(recipe.model, stream=recipe.allocation.name not in WHOLE_MODEL)
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude)
     check_widths(chosen.all(), target)

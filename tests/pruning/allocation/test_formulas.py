@@ -16,7 +16,8 @@ from coprune.model.walk.recording import record_batches
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.alpha import sparsities_by_exponent, tail_exponent
 from coprune.pruning.allocation.base import unit_name, units_of
-from coprune.pruning.allocation.error import convex_curve, layer_errors
+from coprune.pruning.allocation.curves import convex_curve
+from coprune.pruning.allocation.error import layer_errors
 from coprune.pruning.allocation.owl import kept_by_outliers
 from coprune.pruning.allocation.plan import movement, plan_targets
 from coprune.recipe.pattern import NM, Target, Unstructured
@@ -172,12 +173,12 @@ def test_experts_of_one_parameter_are_one_unit() -> None:
 
 def test_a_plan_looks_only() -> None:
     model, dense = pico_model("llama"), pico_model("llama")
-    for name in ("owl", "alpha", "error"):
+    for name in ("owl", "alpha", "error", "fisher"):
         plan(model, name, Target(Unstructured(), 0.5))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["alpha", "owl", "error", "search:rounds=3,step=0.0005"])
+@pytest.mark.parametrize("name", ["alpha", "owl", "error", "fisher", "search:rounds=3,step=0.0005"])
 def test_what_no_allocation_can_reach_is_refused_before_any_look(name: str) -> None:
     model = prove(pico_model("llama"), BATCHES[0])
     recipe = make_recipe({"model": "pico", "allocation": name, "sparsity": 0.999})

@@ -13,6 +13,7 @@ from coprune.pruning.allocation.alpha import Alpha
 from coprune.pruning.allocation.base import Allocation, Unit
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.error import ByError
+from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.allocation.owl import OWL
 from coprune.pruning.allocation.search import ALLOCATION_FILE, LevelSearch
 from coprune.pruning.allocation.uniform import Uniform
@@ -25,6 +26,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "owl": OWL(),
     "alpha": Alpha(),
     "error": ByError(),
+    "fisher": ByFisher(),
 }
 """Every allocation that is made from one look at the dense model, by its name."""
 SEARCHES: dict[str, LevelSearch] = {"search": LevelSearch()}

@@ -11,16 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import full_float32, total
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation.base import Shown, Unit
-from coprune.pruning.allocation.budget import Curve, Floats, within_budget
+from coprune.pruning.allocation.curves import grid_around, require_points, spend_where_least_is_lost
 from coprune.pruning.masked_fit import Rounds, damp_diagonal, solve_masked
 from coprune.pruning.methods.base import apply_keep
 from coprune.pruning.methods.wanda import wanda_score
@@ -50,10 +48,7 @@ class ByError:
     def __post_init__(self) -> None:
         require_positive(bound=self.bound, rows=self.rows)
         require_not_negative(refit=self.refit, movement=self.movement, first=self.first)
-        if self.points < 2:
-            raise BadInput(
-                f"option 'points' must be at least 2, not {self.points!r}", field="points", value=self.points
-            )
+        require_points(self.points)
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
         """For every matrix the size of its output, and its weighted errors at the sparsities of `grid`."""
@@ -67,22 +62,13 @@ class ByError:
         return found
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:
-        grid = self.grid(target)
-        sparsities = np.array([point.sparsity for point in grid])
-        curves = []
-        for unit in units:
-            found = sums.get(unit.name)
-            # Of a matrix that no token came to, or whose output is zero, nothing is known to be lost.
-            errors = np.zeros_like(sparsities)
-            if found is not None and float(found[0]) > 0:
-                errors = (found[1:] / found[0]).numpy()
-            curves.append(convex_curve(sparsities, errors))
-        return within_budget(units, curves, target)
+        # Of a matrix that no token came to, or whose output is zero, nothing is known to be lost.
+        lost = {name: found[1:] / found[0] for name, found in sums.items() if float(found[0]) > 0}
+        return spend_where_least_is_lost(units, lost, self.grid(target), target)
 
     def grid(self, target: Target) -> list[Target]:
         """The targets at which errors are measured, from the lowest sparsity on."""
-        near = target.pattern.sparsities_near(target.sparsity, self.bound, self.points)
-        return [target.with_sparsity(sparsity) for sparsity in near]
+        return grid_around(target, self.bound, self.points)
 
 
 def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit: int) -> Tensor:
@@ -113,34 +99,3 @@ def layer_errors(weight: Tensor, statistic: Gram, grid: Sequence[Target], refit:
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
     return total((weight @ gram) * weight)
-
-
-def convex_curve(sparsities: Floats, errors: Floats) -> Curve:
-    """The largest convex function below the measured points, with straight lines between its corners.
-
-    Args:
-        sparsities: ascending.
-        errors: one for each.
-    """
-    corners: list[int] = []
-    for i in range(len(sparsities)):
-        while len(corners) > 1 and _above(corners[-2], corners[-1], i, sparsities, errors):
-            corners.pop()
-        corners.append(i)
-    x, y = sparsities[corners], errors[corners]
-
-    def cost(s: Floats) -> Floats:
-        # Straight on beyond the ends, where whole steps may lead by less than one.
-        inside = np.interp(s, x, y)
-        if len(x) < 2:
-            return inside
-        first, last = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
-        result: Floats = inside + first * np.minimum(s - x[0], 0) + last * np.maximum(s - x[-1], 0)
-        return result
-
-    return Curve(cost, float(sparsities[0]), float(sparsities[-1]))
-
-
-def _above(a: int, b: int, c: int, x: Floats, y: Floats) -> bool:
-    """Whether the point b lies on or above the line from a to c."""
-    return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))

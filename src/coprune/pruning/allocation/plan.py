@@ -10,15 +10,20 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
+from coprune.model.checkpoint.weights import require_in_memory
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.base import Allocation, Shown, unit_name, units_of
+from coprune.pruning.allocation.fisher import ByFisher
+from coprune.pruning.allocation.slopes import Sample, lost_by_slopes, watch
 from coprune.recipe.pattern import Target
 
 TOKENS = 1024
+_WALK = 0.3
+"""The share of the time that the walk takes, where forwards and backwards of the whole model come after it."""
 
 
 def plan_targets(
@@ -54,10 +59,30 @@ def plan_targets(
         count = 0 if data is None else len(data.hidden)
         keep = partial(some_tokens, batches=count, total=None if data is None else data.uneven)
         looks = Dense(keep=keep)
-        walk = Walk(model, data, allocation.statistic, looks, processes=processes, advance=advance)
+        if isinstance(allocation, ByFisher):
+            require_in_memory(model.weights, "allocation")
+        told = _scaled(advance, _WALK if isinstance(allocation, ByFisher) else 1.0)
+        walk = Walk(model, data, allocation.statistic, looks, processes=processes, advance=told)
         sums = _measure(allocation, walk, target, keep)
+        if isinstance(allocation, ByFisher) and data is not None:
+            rest = _scaled(advance, (1 - _WALK) * len(model.blocks))
+            watched = watch(allocation, model.chosen, sums, target)
+            sums = lost_by_slopes(model, watched, _samples(data), processes, rest)
     targets = allocation.allocate(units, sums, target)
     return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
+
+
+def _scaled(advance: Callable[[float], None], by: float) -> Callable[[float], None]:
+    return lambda share: advance(share * by)
+
+
+def _samples(recording: Recording) -> list[Sample]:
+    """The recorded samples one by one, with which of their tokens count."""
+    found: list[Sample] = []
+    for batch, tokens in enumerate(recording.tokens):
+        marks = [None] * len(tokens) if recording.counted is None else recording.counted[batch].split(1)
+        found += zip(tokens.split(1), marks, strict=True)
+    return found
 
 
 @torch.no_grad()

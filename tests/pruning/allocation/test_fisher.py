@@ -1,0 +1,224 @@
+"""What the slopes of a model's own distributions say that zeros cost, against the formula and against the divergence itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import coprune
+from coprune.base.errors import BadInput, NumericalError, UnsupportedModel
+from coprune.model.choosing import Chosen
+from coprune.model.walk.proven import ProvenModel
+from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation.base import unit_name
+from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, squared_changes
+from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.allocation.slopes import lost_by_slopes, watch
+from coprune.recipe.pattern import NM, Target, Unstructured
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import save_pico, write_words
+from support.pico_images import pico_classifier, pico_pixels
+from support.walking import make_walk, prove
+
+SAMPLES = [(tokens, None) for tokens in pico_tokens(6, 16).split(1)]
+ALL_ROWS = ByFisher(rows=10_000, points=3)
+TARGET = Target(Unstructured(), 0.6)
+
+
+def squares_of(model: PreTrainedModel, chosen: Chosen) -> dict[str, Tensor]:
+    """Sums of squares of the inputs of every matrix, from full forwards."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[name] = found.get(name, 0) + inputs[0].flatten(0, -2).double().square().sum(dim=0)
+
+        return hook
+
+    handles = [m.owner.register_forward_pre_hook(add(m.name)) for m in chosen.all()]
+    with torch.no_grad():
+        for tokens, _ in SAMPLES:
+            model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def lost(model: ProvenModel, allocation: ByFisher, squares: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
+    watched = watch(allocation, model.chosen, squares, TARGET)
+    return lost_by_slopes(model, watched, **{"samples": SAMPLES, **how})
+
+
+def test_labels_are_drawn_from_each_rows_distribution() -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).repeat_interleave(4000, dim=0)
+    slopes = drawn_slopes(logits, seed=1)
+    p = logits.softmax(dim=-1)
+    drawn = p - slopes
+    assert torch.equal(drawn.round(), (drawn > 0.5).float())
+    assert drawn.sum(dim=1) == pytest.approx(torch.ones(len(p)))
+    shares = drawn.view(5, 4000, 7).mean(dim=1)
+    assert shares == pytest.approx(p[::4000], abs=0.03)
+    assert torch.equal(slopes, drawn_slopes(logits, seed=1))
+    assert not torch.equal(slopes, drawn_slopes(logits, seed=2))
+    assert drawn_slopes(logits[:70].bfloat16(), seed=1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "grid", [[Target(Unstructured(), s) for s in (0.2, 0.5, 0.7)], [Target(NM(n, 4), 1 - n / 4) for n in (3, 2, 1)]]
+)
+def test_changes_are_those_of_wandas_masks(grid: list[Target]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, slopes = torch.randn(2, 9, 12, generator=generator)
+    squares = torch.rand(12, generator=generator)
+    goes = goes_at(rows, squares, grid)
+    found = squared_changes(rows, slopes, goes, len(grid))
+    for target, own in zip(grid, found, strict=True):
+        taken = rows.masked_fill(target.keep(rows.abs() * squares.sqrt(), "row"), 0)
+        assert float(own) == pytest.approx(float((taken * slopes).sum(dim=1).square().sum()), rel=1e-5)
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_losses_are_half_the_squared_slopes_of_what_goes(family: str) -> None:
+    model = pico_model(family)
+    proven = prove(model, SAMPLES[0][0])
+    squares = squares_of(model, proven.chosen)
+    found = lost(proven, ALL_ROWS, squares)
+    expected = {name: torch.zeros(3, dtype=torch.float64) for name in squares}
+    for seed, (tokens, _) in enumerate(SAMPLES):
+        model.requires_grad_(True)
+        logits = model(input_ids=tokens).logits[0]
+        label = (logits.softmax(dim=-1) - drawn_slopes(logits, seed)).argmax(dim=-1)
+        torch.nn.functional.cross_entropy(logits, label, reduction="sum").backward()
+        model.requires_grad_(False)
+        for matrix in proven.chosen.all():
+            weight, slopes = matrix.read(), matrix.slopes()
+            score = weight.abs() * squares[matrix.name].sqrt().float()
+            for at, target in enumerate(ALL_ROWS.grid(TARGET)):
+                taken = weight.masked_fill(target.keep(score, "row"), 0)
+                expected[matrix.name][at] += (taken * slopes).sum(dim=1).double().square().sum() / 2
+        model.zero_grad()
+    assert found.keys() == expected.keys()
+    for name, own in found.items():
+        assert own == pytest.approx(expected[name], rel=1e-3)
+
+
+def test_a_loss_is_the_divergence_to_second_order() -> None:
+    """One row is changed a little: the mean over many draws is the divergence of the distributions."""
+    model = pico_model("llama")
+    proven = prove(model, SAMPLES[0][0])
+    name = "model.layers.1.mlp.down_proj"
+    matrix = next(m for m in proven.chosen.all() if m.name == name)
+    squares = squares_of(model, proven.chosen)[name]
+    weight = matrix.read()
+    weight[1:] = 0
+    matrix.write(weight)
+    tokens = SAMPLES[0][0][:, :8]
+    samples = [(tokens, None)] * 200
+    found = lost_by_slopes(proven, watch(ALL_ROWS, only(proven, name), {name: squares}, TARGET), samples)[name] / 200
+    dense = model(input_ids=tokens).logits.log_softmax(dim=-1)
+    for at, own in enumerate(ALL_ROWS.grid(TARGET)):
+        keep = own.keep(weight.abs() * squares.sqrt().float(), "row")
+        matrix.write(weight.masked_fill(~keep, 0))
+        pruned = model(input_ids=tokens).logits.log_softmax(dim=-1)
+        divergence = float((dense.exp() * (dense - pruned)).sum())
+        assert float(found[at]) == pytest.approx(divergence, rel=0.25)
+
+
+def only(model: ProvenModel, name: str) -> Chosen:
+    return model.only([name]).chosen
+
+
+def test_a_part_of_the_rows_tells_about_as_much() -> None:
+    model = pico_model("llama")
+    proven = prove(model, SAMPLES[0][0])
+    squares = squares_of(model, proven.chosen)
+    all_rows, some = (lost(proven, ByFisher(rows=rows), squares) for rows in (10_000, 16))
+    ratios = torch.stack([some[name][3] / all_rows[name][3] for name in all_rows])
+    assert 0.7 < float(ratios.median()) < 1.4
+
+
+def test_only_tokens_that_count_are_looked_at() -> None:
+    model = pico_model("llama")
+    proven = prove(model, SAMPLES[0][0])
+    squares = squares_of(model, proven.chosen)
+    none = lost(proven, ALL_ROWS, squares, samples=[(SAMPLES[0][0], torch.zeros(1, 16, dtype=torch.bool))])
+    assert all(not own.any() for own in none.values())
+    every = [(tokens, torch.ones(1, 16, dtype=torch.bool)) for tokens, _ in SAMPLES]
+    found, plain = lost(proven, ALL_ROWS, squares, samples=every), lost(proven, ALL_ROWS, squares)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = pico_model("llama")
+    walk = make_walk(model, pico_tokens(4, 16).split(2))
+    model.lm_head.weight.requires_grad_(True)
+    plan_targets(allocation_named("fisher"), walk.model, walk.recording, TARGET)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "lm_head.weight")
+    assert all("forward" not in vars(block.module) for block in walk.model.blocks)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_experts_of_one_parameter_lose_together() -> None:
+    model = pico_model("mixtral")
+    walk = make_walk(model, pico_tokens(8, 16).split(4))
+    targets = plan_targets(allocation_named("fisher"), walk.model, walk.recording, TARGET)
+    found: dict[str, set[float]] = {}
+    for name, target in targets.items():
+        found.setdefault(unit_name(name), set()).add(target.sparsity)
+    assert all(len(own) == 1 for own in found.values())
+    assert len({*map(frozenset, found.values())}) > 2
+
+
+def test_what_the_model_hardly_hears_of_is_pruned_most() -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 0.01
+    walk = make_walk(model, pico_tokens(8, 32).split(4))
+    targets = plan_targets(allocation_named("fisher"), walk.model, walk.recording, TARGET)
+    quiet = [targets[f"model.layers.1.mlp.{name}_proj"].sparsity for name in ("gate", "up", "down")]
+    assert min(quiet) >= 0.74
+
+
+def test_models_without_finite_gradients_are_refused() -> None:
+    model = pico_model("llama")
+    proven = prove(model, SAMPLES[0][0])
+    squares = squares_of(model, proven.chosen)
+    broken = model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * torch.nan,))
+    with pytest.raises(NumericalError, match="gradients of"):
+        lost(proven, ALL_ROWS, squares)
+    broken.remove()
+    cut = model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
+    with pytest.raises(UnsupportedModel, match="no gradients"):
+        lost(proven, ALL_ROWS, squares)
+    cut.remove()
+
+
+def test_a_folder_is_loaded_whole(tmp_path: Any) -> None:
+    save_pico(tmp_path / "model")
+    said: dict[str, Any] = {
+        "dataset": str(write_words(tmp_path / "words.txt")),
+        "seqlen": 32,
+        "nsamples": 4,
+        "sparsity": 0.6,
+    }
+    shown = coprune.inspect(tmp_path / "model", allocation="fisher", quiet=True, **said)
+    report = coprune.prune(
+        tmp_path / "model", allocation="fisher", evaluate=False, gate=False, quiet=True, **said
+    ).report
+    planned = [matrix.target.sparsity for matrix in shown.matrices if matrix.target]
+    assert [matrix.sparsity for matrix in report.matrices] == pytest.approx(planned, abs=1e-6)
+    assert len(set(planned)) > 3
+    with pytest.raises(BadInput, match="whole model"):
+        coprune.prune(tmp_path / "model", allocation="fisher", stream=True, quiet=True, **said)
+
+
+def test_images_have_slopes_too() -> None:
+    walk = make_walk(pico_classifier("vit"), [pico_pixels("vit")])
+    targets = plan_targets(allocation_named("fisher"), walk.model, walk.recording, TARGET)
+    assert len({target.sparsity for target in targets.values()}) > 2
