@@ -50,26 +50,50 @@ def plan_targets(
         BadInput: if the budget cannot be kept.
         NumericalError: where the activations are not finite.
     """
-    units = units_of(model.chosen, model.names)
+    if allocation.statistic is None:
+        recording = None
+    elif recording is None:
+        raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
     sums: dict[str, Tensor] = {}
-    if allocation.looks:
-        if allocation.statistic is not None and recording is None:
-            raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
-        data = recording if allocation.statistic is not None else None
-        count = 0 if data is None else len(data.hidden)
-        keep = partial(some_tokens, batches=count, total=None if data is None else data.uneven)
-        looks = Dense(keep=keep)
-        if isinstance(allocation, ByFisher):
-            require_in_memory(model.weights, "allocation")
-        told = _scaled(advance, _WALK if isinstance(allocation, ByFisher) else 1.0)
-        walk = Walk(model, data, allocation.statistic, looks, processes=processes, advance=told)
-        sums = _measure(allocation, walk, target, keep)
-        if isinstance(allocation, ByFisher) and data is not None:
-            rest = _scaled(advance, (1 - _WALK) * len(model.blocks))
-            watched = watch(allocation, model.chosen, sums, target)
-            sums = lost_by_slopes(model, watched, _samples(data), processes, rest)
+    if isinstance(allocation, ByFisher):
+        assert recording is not None
+        sums = _by_slopes(allocation, model, recording, target, processes, advance)
+    elif allocation.looks:
+        sums = _by_looks(allocation, model, recording, target, processes, advance)
+    units = units_of(model.chosen, model.names)
     targets = allocation.allocate(units, sums, target)
     return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
+
+
+def _by_slopes(
+    allocation: ByFisher,
+    model: FoundModel,
+    recording: Recording,
+    target: Target,
+    processes: Processes,
+    advance: Callable[[float], None],
+) -> dict[str, Tensor]:
+    """What every unit loses, from one look for the masks, and then forwards and backwards of the whole model."""
+    require_in_memory(model.weights, "allocation")
+    samples = _samples(recording)
+    squares = _by_looks(allocation, model, recording, target, processes, _scaled(advance, _WALK))
+    watched = watch(allocation, model.chosen, squares, target)
+    return lost_by_slopes(model, watched, samples, processes, _scaled(advance, (1 - _WALK) * len(model.blocks)))
+
+
+def _by_looks(
+    allocation: Allocation,
+    model: FoundModel,
+    recording: Recording | None,
+    target: Target,
+    processes: Processes,
+    advance: Callable[[float], None],
+) -> dict[str, Tensor]:
+    """What the allocation measured of every unit in one walk."""
+    count = 0 if recording is None else len(recording.hidden)
+    keep = partial(some_tokens, batches=count, total=None if recording is None else recording.uneven)
+    walk = Walk(model, recording, allocation.statistic, Dense(keep=keep), processes=processes, advance=advance)
+    return _measure(allocation, walk, target, keep)
 
 
 def _scaled(advance: Callable[[float], None], by: float) -> Callable[[float], None]:
