@@ -99,16 +99,22 @@ def lost_by_slopes(
     # A sample's draws are its own, in whichever process it is.
     before = sum(processes.gather(len(samples))[: processes.rank])
     with _looking(watched), replaced_forwards(model.blocks, _run_again):
-        for seed, (tokens, counted) in enumerate(samples, before):
-            logits = forward_logits(model.module, tokens).flatten(0, -2)
-            if not logits.requires_grad:
-                raise UnsupportedModel("the model's logits have no gradients, which allocation fisher needs")
-            slopes = drawn_slopes(logits, seed)
-            if counted is not None:
-                slopes *= counted.to(slopes.device).flatten()[:, None]
-            logits.backward(slopes)
+        for seed, sample in enumerate(samples, before):
+            _run_backwards(model, sample, seed)
             advance(1 / len(samples))
     return _added_up(watched, processes)
+
+
+def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
+    """Give every parameter that is looked at its gradient; logits are let go of before the next sample makes others."""
+    tokens, counted = sample
+    logits = forward_logits(model.module, tokens).flatten(0, -2)
+    if not logits.requires_grad:
+        raise UnsupportedModel("the model's logits have no gradients, which allocation fisher needs")
+    slopes = drawn_slopes(logits, seed)
+    if counted is not None:
+        slopes *= counted.to(slopes.device).flatten()[:, None]
+    logits.backward(slopes)
 
 
 def _steps(allocation: ByFisher, chosen: Chosen) -> Iterator[tuple[Matrix, int]]:
