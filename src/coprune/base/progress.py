@@ -22,6 +22,11 @@ _WORDS, _BAR = 28, 40  # columns of a bar's description at least, and of the bar
 _BESIDE = 30  # columns of what else stands in its line
 
 
+def scaled(advance: Advance, by: float) -> Advance:
+    """Tell of work of which the amounts are told in another measure. by: one of that in this one."""
+    return lambda amount: advance(amount * by)
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened, of which those who listen are told."""

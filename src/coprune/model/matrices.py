@@ -71,7 +71,7 @@ class Matrix:
         return stored if self.input_dim == 1 else stored.T
 
     def read(self) -> Tensor:
-        """The weight as out × in in float32, a copy."""
+        """The weight as out × in float32, a copy."""
         return self.view().to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:

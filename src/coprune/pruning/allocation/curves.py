@@ -24,7 +24,7 @@ def grid_around(target: Target, bound: float, points: int) -> list[Target]:
 
     Args:
         target: the overall one.
-        bound: how far a sparsity may be from its (N:M: at least one of M).
+        bound: how far a sparsity may be from it (N:M: at least one of M).
         points: how many (N:M: every N within the bound).
     """
     near = target.pattern.sparsities_near(target.sparsity, bound, points)
@@ -38,7 +38,7 @@ def spend_where_least_is_lost(
 
     Args:
         units: all that are to be pruned.
-        lost: by name of unit, what it loses at each target of the grid (float64); a unit without any loses nothing.
+        lost: by name of unit, what it loses at each target of the grid (float64, in host memory); without any it loses nothing.
         grid: ascending.
         target: the overall one.
 
@@ -47,7 +47,7 @@ def spend_where_least_is_lost(
     """
     sparsities = np.array([point.sparsity for point in grid])
     none = np.zeros_like(sparsities)
-    curves = [convex_curve(sparsities, lost[unit.name].cpu().numpy() if unit.name in lost else none) for unit in units]
+    curves = [convex_curve(sparsities, lost[unit.name].numpy() if unit.name in lost else none) for unit in units]
     return within_budget(units, curves, target)
 
 

@@ -19,7 +19,7 @@ from coprune.base.options import require_not_negative, require_positive
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.pruning.allocation.base import Shown, Unit
 from coprune.pruning.allocation.curves import grid_around, require_points, spend_where_least_is_lost
-from coprune.pruning.linear_algebra import unless_all_zero
+from coprune.pruning.methods.wanda import score_by_norms
 from coprune.recipe.pattern import Target
 
 _ROWS_AT_A_TIME = 64
@@ -82,7 +82,7 @@ def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
     Returns:
         R × I int64: a number of the grid; its length where none takes the weight.
     """
-    score = rows.abs() * unless_all_zero(squares.sqrt().to(rows))
+    score = score_by_norms(rows, squares.sqrt().to(rows))
     return torch.stack([target.keep(score, "row") for target in grid]).sum(dim=0)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.processes import ALONE, Processes
+from coprune.base.progress import scaled
 from coprune.model.checkpoint.weights import require_in_memory
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import FoundModel
@@ -76,9 +77,9 @@ def _by_slopes(
     """What every unit loses, from one look for the masks, and then forwards and backwards of the whole model."""
     require_in_memory(model.weights, "allocation")
     samples = _samples(recording)
-    squares = _by_looks(allocation, model, recording, target, processes, _scaled(advance, _WALK))
+    squares = _by_looks(allocation, model, recording, target, processes, scaled(advance, _WALK))
     watched = watch(allocation, model.chosen, squares, target)
-    return lost_by_slopes(model, watched, samples, processes, _scaled(advance, (1 - _WALK) * len(model.blocks)))
+    return lost_by_slopes(model, watched, samples, processes, scaled(advance, (1 - _WALK) * len(model.blocks)))
 
 
 def _by_looks(
@@ -94,10 +95,6 @@ def _by_looks(
     keep = partial(some_tokens, batches=count, total=None if recording is None else recording.uneven)
     walk = Walk(model, recording, allocation.statistic, Dense(keep=keep), processes=processes, advance=advance)
     return _measure(allocation, walk, target, keep)
-
-
-def _scaled(advance: Callable[[float], None], by: float) -> Callable[[float], None]:
-    return lambda share: advance(share * by)
 
 
 def _samples(recording: Recording) -> list[Sample]:

@@ -63,11 +63,13 @@ def watch(allocation: ByFisher, chosen: Chosen, squares: Mapping[str, Tensor], t
         squares: sums of squares of the inputs, by name of unit; matrices without any are left out.
         target: the overall one.
     """
-    grid = allocation.grid(target)
+    grid, matrices = allocation.grid(target), list(chosen.all())
+    units = [unit_name(matrix.name) for matrix in matrices]
+    experts = Counter(units)
     return [
-        Watched.of(matrix, step, squares[unit_name(matrix.name)], grid)
-        for matrix, step in _steps(allocation, chosen)
-        if unit_name(matrix.name) in squares
+        Watched.of(matrix, allocation.step(matrix.shape[0], experts[unit]), squares[unit], grid)
+        for matrix, unit in zip(matrices, units, strict=True)
+        if unit in squares
     ]
 
 
@@ -115,14 +117,6 @@ def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
     if counted is not None:
         slopes *= counted.to(slopes.device).flatten()[:, None]
     logits.backward(slopes)
-
-
-def _steps(allocation: ByFisher, chosen: Chosen) -> Iterator[tuple[Matrix, int]]:
-    """The matrices, and of how many of their rows one counts."""
-    matrices = list(chosen.all())
-    experts = Counter(unit_name(matrix.name) for matrix in matrices)
-    for matrix in matrices:
-        yield matrix, allocation.step(matrix.shape[0], experts[unit_name(matrix.name)])
 
 
 @contextmanager

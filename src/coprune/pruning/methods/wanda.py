@@ -23,7 +23,12 @@ def wanda_score(weight: Tensor, statistic: Statistic) -> Tensor:
     Returns:
         O × I float32.
     """
-    return weight.abs() * unless_all_zero(statistic.root_mean_square)
+    return score_by_norms(weight, statistic.root_mean_square)
+
+
+def score_by_norms(weight: Tensor, norms: Tensor) -> Tensor:
+    """The same where only the norms of the input channels are known (I float32), in any unit."""
+    return weight.abs() * unless_all_zero(norms)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coprune.base.options import one_of, require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
-from coprune.base.progress import Advance
+from coprune.base.progress import Advance, scaled
 from coprune.model.blocks import Block
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
@@ -141,7 +141,7 @@ def influences(
     for some in _together(model, own):
         share = len(some) / (len(own) * len(model.blocks))
         recording, moves = record_batches(model, some), Dense(keep=Tensor.clone)
-        for event in Walk(model.idle(), recording, moves=moves, advance=_scaled(advance, share)):
+        for event in Walk(model.idle(), recording, moves=moves, advance=scaled(advance, share)):
             if not isinstance(event, BlockDone):
                 continue
             index = event.block.index
@@ -154,10 +154,6 @@ def influences(
                 count[index] += after[..., 0].numel()
     sums, counts = (map(sum, zip(*processes.gather(one), strict=True)) for one in (total, count))
     return [1.0 - cosines / max(tokens, 1) for cosines, tokens in zip(sums, counts, strict=True)]
-
-
-def _scaled(advance: Advance, by: float) -> Advance:
-    return lambda share: advance(share * by)
 
 
 def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
