@@ -120,7 +120,7 @@ def _measure(allocation: Allocation, walk: Walk, target: Target, keep: Callable[
     for event in walk:
         if isinstance(event, BlockDone):
             after = [keep(hidden) for hidden in event.after]
-            measure(shown, movement(joined(event.before), joined(after)))
+            measure(shown, movement(joined(event.before), joined(after), walk.processes))
             shown = []
             continue
         statistic = None if event.inputs is None else event.inputs.statistic
@@ -134,7 +134,7 @@ def _measure(allocation: Allocation, walk: Walk, target: Target, keep: Callable[
 
 def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
     """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
-    samples. On the first of several processes only its own, whose plan counts for all.
+    samples. Each of several processes has its own.
 
     total: rows of all batches, where they hold different numbers of them (`Recording.uneven`).
     """
@@ -149,7 +149,7 @@ def joined(rows: Sequence[Tensor]) -> Tensor | None:
     return torch.cat(list(rows)) if len(rows) else None
 
 
-def movement(before: Tensor | None, after: Tensor | None) -> float:
+def movement(before: Tensor | None, after: Tensor | None, processes: Processes = ALONE) -> float:
     """How much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
 
     By rows, because the first token of many models is a thousand times larger than the rest.
@@ -157,12 +157,20 @@ def movement(before: Tensor | None, after: Tensor | None) -> float:
     Args:
         before: N × H.
         after: N × H.
+        processes: those that go through the block together, each with rows of its own.
 
     Returns:
         1 where that means nothing: without data, or where a block changes their shape.
     """
+    found = processes.gather(_changes(before, after))
+    rows = sum(number for _, number in found)
+    return sum(change for change, _ in found) / rows if rows else 1.0
+
+
+def _changes(before: Tensor | None, after: Tensor | None) -> tuple[float, int]:
+    """What `movement` says of each row, added up, and of how many rows that is."""
     if before is None or after is None or before.shape != after.shape:
-        return 1.0
+        return 0.0, 0
     size = after.square().sum(dim=1)
     change = (after - before).square().sum(dim=1)
-    return float((change / size.clamp_min(1e-30)).mean())
+    return float((change / size.clamp_min(1e-30)).double().sum()), len(after)

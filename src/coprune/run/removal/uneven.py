@@ -134,7 +134,7 @@ def _measured(session: Session, plan: Plan) -> list[Levels]:
                 inputs |= event.known()
                 continue
             after = [keep(hidden) for hidden in event.after]
-            moved = movement(joined(event.before), joined(after))
+            moved = movement(joined(event.before), joined(after), processes)
             for part in plan.parts.get(event.block.name, ()):
                 counts = list(range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1)))
                 levels.append(_levels(event.block, part, counts, inputs, (score, moved)))
