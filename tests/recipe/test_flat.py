@@ -10,6 +10,7 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flat import FLAT, PARTS, flatten, layered, nest, word_for
+from coprune.recipe.measuring import measuring_recipe
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
 from coprune.recipe.reconstruction import ReconstructionPart
@@ -210,3 +211,13 @@ def test_the_name_of_a_score_says_what_it_is_of() -> None:
     assert both.way == "flap-kl"
     with pytest.raises(BadInput, match="kl and influence are scores of the same parts"):
         make_recipe({"model": "m", "score": ["kl", "influence"], "remove": "blocks=0.5"})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"preset": "best"}, {"sparsity": 0.5}, {"structure.remove": "heads=0.5"}, {"use_variant": True}, {"refine": ()}],
+)
+def test_a_measurement_refuses_what_says_how_to_prune(setting: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"says how to prune, and a measurement prunes nothing; leave out "):
+        measuring_recipe("m", {"seqlen": 64, **setting})
+    assert measuring_recipe("m", {"seqlen": 64, "calibration.batch_size": 2}).calibration.batch_size == 2

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut
+from coprune.recipe.flat import FLAT, PARTS, place_of, word_for
 from coprune.recipe.recipe import Recipe, make_recipe
+
+_OF_MEASURING = {"model", "calibration", "evaluation", "answers", "output"}
+"""Parts of a recipe that say something of a measurement, too."""
 
 
 class Setting(NamedTuple):
@@ -55,11 +61,33 @@ def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
         settings: those of SETTINGS, or others of a recipe.
 
     Raises:
-        BadInput: a setting is unknown, or has a value that it cannot have.
+        BadInput: a setting is unknown, has a value that it cannot have, or says how to prune.
     """
+    _refuse_pruning(settings)
     named = {(SETTINGS[name].word if name in SETTINGS else name): value for name, value in settings.items()}
     recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
     named_others = recipe.evaluation.runs_tasks or recipe.answers.prompts is not None
     if recipe.evaluation.data is None and not named_others:
         return recipe.replaced(eval_data="wikitext2")
     return recipe
+
+
+def _refuse_pruning(settings: Mapping[str, Any]) -> None:
+    """Raise BadInput for a setting that a measurement would ignore, since nothing is pruned."""
+    for name, value in settings.items():
+        if name not in SETTINGS and _says_how_to_prune(name):
+            raise BadInput(
+                f"{name} says how to prune, and a measurement prunes nothing",
+                field=name,
+                value=value,
+                fix=LeaveOut(name),
+            )
+
+
+def _says_how_to_prune(name: str) -> bool:
+    """Whether a recipe's setting, by any of its names, is one of pruning or training. Raises BadInput for no setting."""
+    part = name.partition(".")[0]
+    if part not in PARTS:
+        word = word_for(name)
+        part = place_of(word)[0] if word in FLAT else word  # a preset and a variant stand for several parts
+    return part not in _OF_MEASURING
