@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from coprune.base.progress import NO_BAR
 from coprune.base.shown import per_cent
@@ -39,7 +40,7 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
         _rotate(session)
     allocation = spread_named(recipe.allocation)
     if isinstance(allocation, LevelSearch):
-        targets = search_targets(session, allocation, record)
+        targets = search_targets(session, allocation, partial(_record_few, session))
     else:
         recording = None
         if allocation.statistic is not None:

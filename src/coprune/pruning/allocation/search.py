@@ -10,10 +10,10 @@ import numpy as np
 
 from coprune.base.errors import BadInput
 from coprune.base.options import require_not_negative, require_positive
-from coprune.model.walk.statistics import Gram
+from coprune.model.walk.statistics import Statistic
 from coprune.pruning.allocation.base import Unit
 from coprune.pruning.allocation.budget import spend, wish, within_budget
-from coprune.pruning.allocation.error import ByError
+from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.evolution import Exchanges, Steps, Together
 from coprune.recipe.pattern import Target
 
@@ -57,7 +57,7 @@ class LevelSearch(Search):
     """From one to the next (N:M: at least one of M)."""
 
     looks: ClassVar[bool] = True
-    statistic: ClassVar[type[Gram]] = Gram
+    statistic: ClassVar[type[Statistic]] = ByFisher.statistic
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,10 +81,10 @@ class LevelSearch(Search):
             )
         return found
 
-    def by_error(self, target: Target) -> ByError:
-        """The allocation whose plan is tried first: the errors at the levels."""
+    def by_slopes(self, target: Target) -> ByFisher:
+        """The allocation whose plan is tried first: what the model loses at the levels, to second order."""
         grid = self.targets(target)
-        return ByError(bound=max(grid[-1].sparsity - target.sparsity, 1e-9), points=len(grid))
+        return ByFisher(bound=max(grid[-1].sparsity - target.sparsity, 1e-9), points=len(grid))
 
 
 def level_of(grid: Sequence[Target], target: Target) -> int:

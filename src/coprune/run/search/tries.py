@@ -16,7 +16,7 @@ from coprune.run.search.candidates import Candidates
 from coprune.run.search.finds import Finds
 from coprune.run.session import Session
 
-STARTS = ("uniform", "by error")
+STARTS = ("uniform", "fisher")
 """What is tried first."""
 
 

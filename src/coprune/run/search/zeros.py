@@ -35,13 +35,13 @@ LEVELS_FOLDER = "levels"
 """The matrices at every level, in the run's folder while the search goes on."""
 
 
-def search_targets(session: Session, asked: LevelSearch, record: Callable[[], Recording | None]) -> dict[str, Target]:
+def search_targets(session: Session, asked: LevelSearch, record: Callable[[int], Recording]) -> dict[str, Target]:
     """Search for every matrix's target; all together have the sparsity of the overall one.
 
     Args:
         session: of the run, whose model is dense, and so in the end.
         asked: how long, and among which levels.
-        record: records the calibration batches anew.
+        record: records the first calibration batches anew, those that hold so many tokens.
 
     Returns:
         Targets by the name of the matrix.
@@ -67,7 +67,7 @@ def _searched(
     asked: LevelSearch,
     units: Sequence[Unit],
     finds: Finds,
-    how: tuple[Path, Callable[[], Recording | None]],
+    how: tuple[Path, Callable[[int], Recording]],
 ) -> Steps:
     """The levels with which the model stays nearest to the dense one. how: a folder for them; records the calibration."""
     opened, (folder, record) = session.opened, how
@@ -87,16 +87,16 @@ def _searched(
 
 
 def _starts(
-    session: Session, asked: LevelSearch, units: Sequence[Unit], record: Callable[[], Recording | None]
+    session: Session, asked: LevelSearch, units: Sequence[Unit], record: Callable[[int], Recording]
 ) -> list[Steps]:
-    """All at the overall sparsity, and what the errors of the dense model's matrices say."""
+    """All at the overall sparsity, and what the slopes of the dense model say."""
     opened, model, processes = session.opened, session.model, session.opened.around.processes
-    grid = asked.targets(opened.target)
+    grid, allocation = asked.targets(opened.target), asked.by_slopes(opened.target)
     with opened.around.reporter.bar("Measuring what matrices lose", len(model.blocks)) as advance:
-        found = plan_targets(asked.by_error(opened.target), model, record(), opened.target, processes, advance)
+        found = plan_targets(allocation, model, record(allocation.first), opened.target, processes, advance)
     wanted = [found[unit.members[0]] for unit in units]
-    by_error = processes.from_first(lambda: as_levels(units, wanted, grid, opened.target))
-    return [(level_of(grid, opened.target),) * len(units), by_error]
+    by_slopes = processes.from_first(lambda: as_levels(units, wanted, grid, opened.target))
+    return [(level_of(grid, opened.target),) * len(units), by_slopes]
 
 
 @contextmanager
