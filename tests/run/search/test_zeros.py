@@ -184,8 +184,8 @@ def unit(number: int, rows: int) -> Unit:
 def test_levels_near_what_is_wanted_keep_the_mean() -> None:
     units, target = [unit(at, rows) for at, rows in enumerate([8, 24, 64] * 4)], Target(Unstructured(), 0.6)
     grid = LevelSearch(rounds=1).targets(target)
-    assert [one.sparsity for one in grid] == [0.5, 0.55, 0.6, 0.65, 0.7]
-    wanted = [target.with_sparsity(0.5 + 0.02 * at) for at in range(12)]
+    assert [one.sparsity for one in grid] == [0.4, 0.5, 0.6, 0.7, 0.8]
+    wanted = [target.with_sparsity(0.4 + 0.04 * at) for at in range(12)]
     steps = as_levels(units, wanted, grid, target)
     assert sum(own.weights * at for own, at in zip(units, steps, strict=True)) == 3 * sum(u.weights for u in units)
     assert steps[0] < steps[-1]
@@ -201,7 +201,8 @@ def test_levels_near_what_is_wanted_keep_the_mean() -> None:
     ("pattern", "options", "found"),
     [
         (NM(2, 4), {}, ["3:4", "2:4", "1:4"]),
-        (NM(8, 16), {}, ["10:16", "9:16", "8:16", "7:16", "6:16"]),
+        (NM(8, 16), {}, ["12:16", "10:16", "8:16", "6:16", "4:16"]),
+        (NM(8, 16), {"step": 0.05}, ["10:16", "9:16", "8:16", "7:16", "6:16"]),
         (NM(8, 16), {"step": 0.125, "levels": 3}, ["10:16", "8:16", "6:16"]),
         (NM(1, 4), {}, None),
         (NM(1, 2), {}, None),

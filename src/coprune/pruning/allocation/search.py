@@ -53,7 +53,7 @@ class LevelSearch(Search):
 
     levels: int = 5
     """Sparsities to choose from, the overall one in their middle."""
-    step: float = 0.05
+    step: float = 0.1
     """From one to the next (N:M: at least one of M)."""
 
     looks: ClassVar[bool] = True
