@@ -198,6 +198,25 @@ def test_levels_near_what_is_wanted_keep_the_mean() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sparsity", "options", "found"),
+    [
+        (0.9, {}, [0.8, 0.85, 0.9, 0.95]),
+        (0.1, {}, [0.0, 0.05, 0.1, 0.15, 0.2]),
+        (0.7, {"levels": 3}, [0.6, 0.7, 0.8]),
+        (0.7, {"step": 0.2}, [0.3, 0.5, 0.7, 0.9]),
+    ],
+)
+def test_levels_fit_between_no_zeros_and_nothing_else(
+    sparsity: float, options: dict[str, Any], found: list[float]
+) -> None:
+    search, target = LevelSearch(rounds=1, **options), Target(Unstructured(), sparsity)
+    assert [one.sparsity for one in search.targets(target)] == found
+    asked = [one.sparsity for one in search.by_slopes(target).grid(target)]
+    assert asked[0] == pytest.approx(found[0])
+    assert found[-1] <= asked[-1] + 1e-9 <= 1.0 + 2e-9
+
+
+@pytest.mark.parametrize(
     ("pattern", "options", "found"),
     [
         (NM(2, 4), {}, ["3:4", "2:4", "1:4"]),

@@ -19,6 +19,7 @@ from coprune.recipe.pattern import Target
 
 ALLOCATION_FILE = "allocation.yaml"
 """What a search over zeros found, in the run's folder, as `--allocation` takes it."""
+_STEP = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,16 @@ class LevelSearch(Search):
 
     levels: int = 5
     """Sparsities to choose from, the overall one in their middle."""
-    step: float = 0.1
-    """From one to the next (N:M: at least one of M)."""
+    step: float | None = None
+    """From one to the next (N:M: at least one of M); None: 0.1, or less where the levels would not all fit."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = ByFisher.statistic
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(step=self.step)
+        if self.step is not None:
+            require_positive(step=self.step)
         if self.levels < 3 or self.levels % 2 == 0:
             raise BadInput(
                 f"option 'levels' must be odd and at least 3, not {self.levels!r}", field="levels", value=self.levels
@@ -69,12 +71,13 @@ class LevelSearch(Search):
 
     def targets(self, target: Target) -> list[Target]:
         """What a matrix may become, ascending. Raises BadInput where there is nothing below the overall sparsity, or above."""
-        each = self.levels // 2
-        found = [target.with_sparsity(one) for one in target.pattern.levels_near(target.sparsity, self.step, each)]
+        each, room = self.levels // 2, min(target.sparsity, 1 - target.sparsity)
+        step = min(_STEP, room / each) if self.step is None else self.step
+        found = [target.with_sparsity(one) for one in target.pattern.levels_near(target.sparsity, step, each)]
         sparsities = [one.sparsity for one in found]
         if len({*sparsities}) < len(found) or not sparsities[0] < target.sparsity < sparsities[-1]:
             raise BadInput(
-                f"a search needs sparsities below and above {target}, and the pattern has none {self.step:g} away",
+                f"a search needs sparsities below and above {target}, and the pattern has none {step:g} away",
                 field="allocation",
                 value="search",
                 fix="give a smaller step, or another pattern",
@@ -84,7 +87,9 @@ class LevelSearch(Search):
     def by_slopes(self, target: Target) -> ByFisher:
         """The allocation whose plan is tried first: what the model loses at the levels, to second order."""
         grid = self.targets(target)
-        return ByFisher(bound=max(grid[-1].sparsity - target.sparsity, 1e-9), points=len(grid))
+        # A level that would be all zeros is none, so there may be one more below than above.
+        reach = max(grid[-1].sparsity - target.sparsity, target.sparsity - grid[0].sparsity)
+        return ByFisher(bound=reach, points=self.levels)
 
 
 def level_of(grid: Sequence[Target], target: Target) -> int:
