@@ -22,7 +22,7 @@ from coprune.pruning.distributions import Distributions
 from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS
-from coprune.pruning.methods.base import Method, Pruned
+from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
 from coprune.pruning.noted import note, refuse_overflow
 from coprune.pruning.quantize import rounded
 from coprune.pruning.refine import Refinement
@@ -104,7 +104,7 @@ class Solver:
         if target.sparsity == 0 and wanted.grid is None:
             # Nothing falls, so there is nothing to make up for either: no method and no refinement changes a weight.
             return rounded(Pruned(weight, weight != 0), statistic, target)
-        pruned = self.method.prune(weight, statistic, wanted)
+        pruned = prune_by_outputs(self.method, weight, statistic, wanted)
         if target.sparsity == 0 and pruned.scales is None:
             pruned = Pruned(weight, weight != 0)
         for refinement in self.refinements:

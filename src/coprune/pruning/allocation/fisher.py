@@ -22,6 +22,8 @@ from coprune.pruning.allocation.curves import grid_around, require_points, spend
 from coprune.pruning.methods.wanda import score_by_norms
 from coprune.recipe.pattern import Target
 
+_MOST_APART = 256.0
+"""Of a few samples, some outputs see next to no gradient; more than so much is not believed."""
 _ROWS_AT_A_TIME = 64
 """Distributions that are drawn from at a time, each of which is as long as the vocabulary."""
 
@@ -41,6 +43,8 @@ class ByFisher:
     """Outputs of a matrix to measure on, evenly spaced: its loss is a sum over them."""
     first: int = 2048
     """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
+    outputs: bool = False
+    """Whether masks that leave open how many zeros a row has are chosen by what errors in each output cost, too."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
@@ -66,6 +70,10 @@ class ByFisher:
         """The targets at which losses are measured, from the lowest sparsity on."""
         return grid_around(target, self.bound, self.points)
 
+    def tells_outputs(self, target: Target) -> bool:
+        """Whether it says by how much a matrix's outputs count."""
+        return self.outputs and target.pattern.n_of_m is None
+
     def step(self, outputs: int, experts: int) -> int:
         """Of how many rows of a matrix one is measured on. experts: matrices that the rows are shared among."""
         return max(1, outputs * experts // self.rows)
@@ -84,6 +92,20 @@ def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
     """
     score = score_by_norms(rows, squares.sqrt().to(rows))
     return torch.stack([target.keep(score, "row") for target in grid]).sum(dim=0)
+
+
+def shares_of_outputs(squares: Tensor) -> Tensor:
+    """By how much an error in each output counts, 1 being the mean.
+
+    Args:
+        squares: O float64, sums of squares of the gradients by a row's weights, which are those by its output times the inputs.
+
+    Returns:
+        O float32, no less and no more than a factor of 256 from the mean; all 1 where there are no gradients.
+    """
+    mean = squares.mean()
+    shares = squares / mean if float(mean) > 0 else torch.ones_like(squares)
+    return shares.clamp(1 / _MOST_APART, _MOST_APART).float()
 
 
 def squared_changes(rows: Tensor, slopes: Tensor, goes: Tensor, points: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.base import Allocation, Shown, unit_name, units_of
 from coprune.pruning.allocation.fisher import ByFisher
-from coprune.pruning.allocation.slopes import Sample, lost_by_slopes, watch
+from coprune.pruning.allocation.slopes import Sample, lost_by_slopes, outputs_by_slopes, watch
 from coprune.recipe.pattern import Target
 
 TOKENS = 1024
@@ -56,14 +57,16 @@ def plan_targets(
     elif recording is None:
         raise BadInput("this allocation looks at activations, so it needs calibration data", field="allocation")
     sums: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     if isinstance(allocation, ByFisher):
         assert recording is not None
-        sums = _by_slopes(allocation, model, recording, target, processes, advance)
+        sums, outputs = _by_slopes(allocation, model, recording, target, processes, advance)
     elif allocation.looks:
         sums = _by_looks(allocation, model, recording, target, processes, advance)
     units = units_of(model.chosen, model.names)
     targets = allocation.allocate(units, sums, target)
-    return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
+    found = {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
+    return {name: replace(own, outputs=outputs.get(name)) for name, own in found.items()}
 
 
 def _by_slopes(
@@ -73,13 +76,18 @@ def _by_slopes(
     target: Target,
     processes: Processes,
     advance: Callable[[float], None],
-) -> dict[str, Tensor]:
-    """What every unit loses, from one look for the masks, and then forwards and backwards of the whole model."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What every unit loses, from one look for the masks and then forwards and backwards of the whole model.
+
+    Returns:
+        That, by name of unit; by how much each matrix's outputs count, by its name, if that is asked for.
+    """
     require_in_memory(model.weights, "allocation")
     samples = _samples(recording)
     squares = _by_looks(allocation, model, recording, target, processes, scaled(advance, _WALK))
     watched = watch(allocation, model.chosen, squares, target)
-    return lost_by_slopes(model, watched, samples, processes, scaled(advance, (1 - _WALK) * len(model.blocks)))
+    lost = lost_by_slopes(model, watched, samples, processes, scaled(advance, (1 - _WALK) * len(model.blocks)))
+    return lost, outputs_by_slopes(watched)
 
 
 def _by_looks(

@@ -21,7 +21,7 @@ from coprune.model.matrices import Matrix
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.pruning.allocation.base import unit_name
-from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, squared_changes
+from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, shares_of_outputs, squared_changes
 from coprune.recipe.pattern import Target
 
 
@@ -36,16 +36,22 @@ class Watched:
     """At which target each of its weights goes, as bytes."""
     lost: Tensor
     """By target, float64, added to."""
+    squares: Tensor | None = None
+    """Of each row's gradient, the sum of squares, float64, added to; None where nobody asks for it."""
 
     @classmethod
-    def of(cls, matrix: Matrix, step: int, squares: Tensor, grid: Sequence[Target]) -> Watched:
+    def of(cls, matrix: Matrix, step: int, squares: Tensor, grid: Sequence[Target], outputs: bool) -> Watched:
         rows = matrix.view()[::step].float()
         goes = goes_at(rows, squares.to(rows.device), grid).to(torch.uint8)
-        return cls(matrix, step, goes, torch.zeros(len(grid), dtype=torch.float64, device=rows.device))
+        lost = torch.zeros(len(grid), dtype=torch.float64, device=rows.device)
+        return cls(matrix, step, goes, lost, lost.new_zeros(matrix.shape[0]) if outputs else None)
 
     def look(self) -> None:
         """Add up what one sample's gradient says."""
-        rows, slopes = self.matrix.view()[:: self.step].float(), self.matrix.slopes()[:: self.step].float()
+        everything = self.matrix.slopes()
+        if self.squares is not None:
+            self.squares.add_(everything.float().square().sum(dim=1))
+        rows, slopes = self.matrix.view()[:: self.step].float(), everything[:: self.step].float()
         changes = squared_changes(rows, slopes, self.goes.long(), len(self.lost))
         self.lost.add_(changes, alpha=self.matrix.shape[0] / (2 * len(rows)))
 
@@ -63,11 +69,11 @@ def watch(allocation: ByFisher, chosen: Chosen, squares: Mapping[str, Tensor], t
         squares: sums of squares of the inputs, by name of unit; matrices without any are left out.
         target: the overall one.
     """
-    grid, matrices = allocation.grid(target), list(chosen.all())
+    grid, outputs, matrices = allocation.grid(target), allocation.tells_outputs(target), list(chosen.all())
     units = [unit_name(matrix.name) for matrix in matrices]
     experts = Counter(units)
     return [
-        Watched.of(matrix, allocation.step(matrix.shape[0], experts[unit]), squares[unit], grid)
+        Watched.of(matrix, allocation.step(matrix.shape[0], experts[unit]), squares[unit], grid, outputs)
         for matrix, unit in zip(matrices, units, strict=True)
         if unit in squares
     ]
@@ -105,6 +111,11 @@ def lost_by_slopes(
             _run_backwards(model, sample, seed)
             advance(1 / len(samples))
     return _added_up(watched, processes)
+
+
+def outputs_by_slopes(watched: Sequence[Watched]) -> dict[str, Tensor]:
+    """By how much errors in each output count, by name of matrix, after `lost_by_slopes`; nothing where it was not asked for."""
+    return {one.matrix.name: shares_of_outputs(one.squares).cpu() for one in watched if one.squares is not None}
 
 
 def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
@@ -148,6 +159,7 @@ def _run_again(block: Block) -> Callable[..., Any]:
 def _added_up(watched: Sequence[Watched], processes: Processes) -> dict[str, Tensor]:
     """What was lost by name of unit, of all processes together."""
     processes.add_up([one.lost for one in watched], 0)
+    processes.add_up([one.squares for one in watched if one.squares is not None], 0)
     found: dict[str, Tensor] = {}
     for one in watched:
         name, lost = unit_name(one.matrix.name), one.lost.cpu()

@@ -53,3 +53,21 @@ class Method(Protocol):
 def apply_keep(weight: Tensor, keep: Tensor) -> Tensor:
     """The weight with zeros where keep is False (a true zero, also where the weight is inf or negative)."""
     return weight.masked_fill(~keep, 0.0)
+
+
+def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Target) -> Pruned:
+    """What a method makes of a matrix some of whose outputs count more: it is given larger rows for them.
+
+    Args:
+        method: any.
+        weight: O × I float32, not modified.
+        statistic: of the inputs, as the method needs it.
+        target: says by how much outputs count; where it does not, this is `method.prune`.
+    """
+    if target.outputs is None:
+        return method.prune(weight, statistic, target)
+    # An error counts squared. By powers of two nothing is rounded, so weights that a method leaves stay as they are.
+    scale = target.outputs.to(weight).log2().div(2).round().exp2()[:, None]
+    pruned = method.prune(weight * scale, statistic, target)
+    scales = None if pruned.scales is None else pruned.scales / scale
+    return pruned._replace(weight=pruned.weight / scale, scales=scales)

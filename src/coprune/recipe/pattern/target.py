@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,9 @@ class Target:
     sparsity: float
     grid: Grid | None = None
     """What kept values are rounded to; None leaves them as they come. A method that does not round them need not know."""
+    outputs: Tensor | None = field(default=None, compare=False, repr=False)
+    """By how much an error in each output counts beside the others' (O float32, positive); None: all alike. A method need
+    not know: it is given rows that are larger by as much."""
 
     def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
         """Choose the weights to keep, those with the largest scores.

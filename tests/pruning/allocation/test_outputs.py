@@ -1,0 +1,104 @@
+"""Outputs that the model hears more of keep more weights: what their slopes say, and what methods make of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.allocation import allocation_named
+from coprune.pruning.allocation.fisher import drawn_slopes, shares_of_outputs
+from coprune.pruning.allocation.plan import plan_targets
+from coprune.pruning.methods import METHODS
+from coprune.pruning.methods.base import prune_by_outputs
+from coprune.pruning.methods.sparsegpt import inverse_factor_of
+from coprune.recipe.pattern import NM, Target, Unstructured
+from support.pico import pico_model, pico_tokens
+from support.walking import make_walk
+
+TARGET = Target(Unstructured(), 0.6)
+
+
+def matrix_and_inputs() -> tuple[torch.Tensor, Gram]:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(8, 32, generator=generator), torch.randn(200, 32, generator=generator)
+    statistic = Gram(32)
+    statistic.update(inputs)
+    return weight, statistic
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_outputs_count_by_their_squared_slopes(family: str) -> None:
+    model, tokens = pico_model(family), pico_tokens(6, 16)
+    walk = make_walk(model, tokens.split(2))
+    targets = plan_targets(allocation_named("fisher:outputs=true"), walk.model, walk.recording, TARGET)
+    expected: dict[str, torch.Tensor] = {}
+    for seed, sample in enumerate(tokens.split(1)):
+        model.requires_grad_(True)
+        logits = model(input_ids=sample).logits[0]
+        label = (logits.softmax(dim=-1) - drawn_slopes(logits, seed)).argmax(dim=-1)
+        torch.nn.functional.cross_entropy(logits, label, reduction="sum").backward()
+        for matrix in walk.model.chosen.all():
+            squares = matrix.slopes().double().square().sum(dim=1)
+            expected[matrix.name] = expected.get(matrix.name, torch.zeros_like(squares)) + squares
+        model.zero_grad()
+    assert targets.keys() == expected.keys()
+    for name, target in targets.items():
+        assert target.outputs is not None
+        assert target.outputs == pytest.approx(shares_of_outputs(expected[name]), rel=1e-3)
+    plain = plan_targets(allocation_named("fisher"), walk.model, make_walk(model, tokens.split(2)).recording, TARGET)
+    assert all(own.outputs is None and own == targets[name] for name, own in plain.items())
+    groups = Target(NM(2, 4), 0.5)
+    recording = make_walk(model, tokens.split(2)).recording
+    grouped = plan_targets(allocation_named("fisher:outputs=true"), walk.model, recording, groups)
+    assert all(own.outputs is None for own in grouped.values())
+
+
+def test_shares_are_around_one_and_not_too_far_from_it() -> None:
+    shares = shares_of_outputs(torch.tensor([1.0, 3.0, 0.0, 1e9], dtype=torch.float64))
+    assert shares.tolist() == pytest.approx([1 / 256, 1 / 256, 1 / 256, 4.0])
+    assert shares_of_outputs(torch.tensor([1.0, 3.0], dtype=torch.float64)).tolist() == [0.5, 1.5]
+    assert shares_of_outputs(torch.zeros(3, dtype=torch.float64)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_scores_of_an_output_count_as_much_more() -> None:
+    weight, statistic = matrix_and_inputs()
+    outputs = torch.tensor([4.0, 1.0, 1 / 4, 1.0, 16.0, 1.0, 1 / 16, 1.0])
+    target = replace(TARGET, outputs=outputs)
+    factor = inverse_factor_of(statistic, 0.01)
+    score = (weight / factor.pivots).square() * outputs[:, None]
+    found = prune_by_outputs(METHODS["sparsegpt"], weight, statistic, target)
+    assert torch.equal(found.keep, TARGET.keep(score))
+    assert found.keep.sum(dim=1)[4] > found.keep.sum(dim=1)[6]
+    # The weights of a row that lost the same ones are what they would be otherwise.
+    same = prune_by_outputs(METHODS["sparsegpt"], weight[4:5], statistic, replace(TARGET, outputs=outputs[4:5]))
+    assert torch.equal(same.weight, METHODS["sparsegpt"].prune(weight[4:5], statistic, TARGET).weight)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "alps"])
+def test_methods_that_leave_weights_leave_them_to_the_last_bit(method: str) -> None:
+    weight, statistic = matrix_and_inputs()
+    outputs = torch.linspace(0.3, 9.0, 8)
+    found = prune_by_outputs(METHODS[method], weight, statistic, replace(TARGET, outputs=outputs))
+    plain = METHODS[method].prune(weight, statistic, TARGET)
+    assert bool((found.weight[~found.keep] == 0).all())
+    assert int(found.keep.sum()) == int(plain.keep.sum())
+    if method != "alps":
+        assert torch.equal(found.weight[found.keep], weight[found.keep])
+    assert torch.equal(found.keep, plain.keep) == (method == "wanda")
+
+
+@pytest.mark.parametrize("more", [{"refine": ("refit",)}, {"quantize": "int8:group=16"}])
+def test_a_run_takes_it_for_what_is_chosen_across_outputs(more: dict[str, Any]) -> None:
+    said = {"dataset": pico_tokens(8, 32), "sparsity": 0.6, "method": "sparsegpt", **more}
+    models = [pico_model("llama") for _ in range(2)]
+    for model, allocation in zip(models, ["fisher", "fisher:outputs=true"], strict=True):
+        report = coprune.prune(model, allocation=allocation, evaluate=False, quiet=True, **said).report
+        assert report.sparsity.matrices == pytest.approx(0.6, abs=2e-3)
+    zeros = [(model.model.layers[0].mlp.gate_proj.weight == 0).sum(dim=1) for model in models]
+    assert int(zeros[0].sum()) == pytest.approx(int(zeros[1].sum()), rel=0.01)
+    assert int(zeros[1].max() - zeros[1].min()) > int(zeros[0].max() - zeros[0].min())
