@@ -99,8 +99,8 @@ class Solver:
 
     def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
         """A pruned matrix, whatever may be added to it."""
-        # What improves the weights afterwards would take them off the grid.
-        wanted = target.without_grid() if self.refinements else target
+        # What improves the weights afterwards, or scales them back, would take them off the grid.
+        wanted = target.without_grid() if self.refinements or target.outputs is not None else target
         if target.sparsity == 0 and wanted.grid is None:
             # Nothing falls, so there is nothing to make up for either: no method and no refinement changes a weight.
             return rounded(Pruned(weight, weight != 0), statistic, target)

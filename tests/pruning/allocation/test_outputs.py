@@ -67,7 +67,7 @@ def test_shares_are_around_one_and_not_too_far_from_it() -> None:
 
 def test_scores_of_an_output_count_as_much_more() -> None:
     weight, statistic = matrix_and_inputs()
-    outputs = torch.tensor([4.0, 1.0, 1 / 4, 1.0, 16.0, 1.0, 1 / 16, 1.0])
+    outputs = torch.tensor([3.0, 1.0, 0.3, 1.2, 16.0, 0.9, 0.07, 1.1])
     target = replace(TARGET, outputs=outputs)
     factor = inverse_factor_of(statistic, 0.01)
     score = (weight / factor.pivots).square() * outputs[:, None]

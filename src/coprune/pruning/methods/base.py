@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from coprune.model.low_rank import Factors
@@ -62,12 +63,12 @@ def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Tar
         method: any.
         weight: O × I float32, not modified.
         statistic: of the inputs, as the method needs it.
-        target: says by how much outputs count; where it does not, this is `method.prune`.
+        target: without a grid; says by how much outputs count, and where it does not, this is `method.prune`.
     """
     if target.outputs is None:
         return method.prune(weight, statistic, target)
-    # An error counts squared. By powers of two nothing is rounded, so weights that a method leaves stay as they are.
-    scale = target.outputs.to(weight).log2().div(2).round().exp2()[:, None]
-    pruned = method.prune(weight * scale, statistic, target)
-    scales = None if pruned.scales is None else pruned.scales / scale
-    return pruned._replace(weight=pruned.weight / scale, scales=scales)
+    scale = target.outputs.to(weight).sqrt()[:, None]  # an error counts squared
+    larger = weight * scale
+    pruned = method.prune(larger, statistic, target)
+    # Weights that a method leaves stay as they are, to the last bit.
+    return pruned._replace(weight=torch.where(pruned.weight == larger, weight, pruned.weight / scale))
