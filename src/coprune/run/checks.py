@@ -230,7 +230,6 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
         return
     allocation = spread_named(recipe.allocation)
     if isinstance(allocation, LevelSearch):
-        allocation.targets(target)
         allocation = allocation.by_slopes(target)
     # Whether limits leave room does not depend on what is measured. What experts there are shows when the model runs.
     if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):

@@ -22,6 +22,7 @@ from coprune.recipe.pattern import NM, Target, Unstructured
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.pico_images import pico_classifier, pico_pixels
+from support.slopes import slopes_of_each
 from support.walking import make_walk, prove
 
 SAMPLES = [(tokens, None) for tokens in pico_tokens(6, 16).split(1)]
@@ -89,19 +90,13 @@ def test_losses_are_half_the_squared_slopes_of_what_goes(family: str) -> None:
     squares = squares_of(model, proven.chosen)
     found = lost(proven, ALL_ROWS, squares)
     expected = {name: torch.zeros(3, dtype=torch.float64) for name in squares}
-    for seed, (tokens, _) in enumerate(SAMPLES):
-        model.requires_grad_(True)
-        logits = model(input_ids=tokens).logits[0]
-        label = (logits.softmax(dim=-1) - drawn_slopes(logits, seed)).argmax(dim=-1)
-        torch.nn.functional.cross_entropy(logits, label, reduction="sum").backward()
-        model.requires_grad_(False)
+    for _ in slopes_of_each(model, (tokens for tokens, _ in SAMPLES)):
         for matrix in proven.chosen.all():
             weight, slopes = matrix.read(), matrix.slopes()
             score = weight.abs() * squares[matrix.name].sqrt().float()
             for at, target in enumerate(ALL_ROWS.grid(TARGET)):
                 taken = weight.masked_fill(target.keep(score, "row"), 0)
                 expected[matrix.name][at] += (taken * slopes).sum(dim=1).double().square().sum() / 2
-        model.zero_grad()
     assert found.keys() == expected.keys()
     for name, own in found.items():
         assert own == pytest.approx(expected[name], rel=1e-3)

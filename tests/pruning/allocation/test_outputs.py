@@ -11,13 +11,14 @@ import torch
 import coprune
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.allocation import allocation_named
-from coprune.pruning.allocation.fisher import drawn_slopes, shares_of_outputs
+from coprune.pruning.allocation.fisher import shares_of_outputs
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import prune_by_outputs
 from coprune.pruning.methods.sparsegpt import inverse_factor_of
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.pico import pico_model, pico_tokens
+from support.slopes import slopes_of_each
 from support.walking import make_walk
 
 TARGET = Target(Unstructured(), 0.6)
@@ -37,15 +38,10 @@ def test_outputs_count_by_their_squared_slopes(family: str) -> None:
     walk = make_walk(model, tokens.split(2))
     targets = plan_targets(allocation_named("fisher:outputs=true"), walk.model, walk.recording, TARGET)
     expected: dict[str, torch.Tensor] = {}
-    for seed, sample in enumerate(tokens.split(1)):
-        model.requires_grad_(True)
-        logits = model(input_ids=sample).logits[0]
-        label = (logits.softmax(dim=-1) - drawn_slopes(logits, seed)).argmax(dim=-1)
-        torch.nn.functional.cross_entropy(logits, label, reduction="sum").backward()
+    for _ in slopes_of_each(model, tokens.split(1)):
         for matrix in walk.model.chosen.all():
             squares = matrix.slopes().double().square().sum(dim=1)
             expected[matrix.name] = expected.get(matrix.name, torch.zeros_like(squares)) + squares
-        model.zero_grad()
     assert targets.keys() == expected.keys()
     for name, target in targets.items():
         assert target.outputs is not None

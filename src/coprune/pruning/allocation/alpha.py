@@ -27,6 +27,7 @@ class Alpha:
     """Sparsities lie between 1 − ε and 1 + ε times the overall one, before they are scaled to the exact budget."""
 
     looks: ClassVar[bool] = True
+    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 

@@ -48,6 +48,10 @@ class Allocation(Protocol):
         """Whether it has to see the weights at all."""
 
     @property
+    def asks_movement(self) -> bool:
+        """Whether it wants to be told how much blocks move, for which rows of hidden states are kept."""
+
+    @property
     def statistic(self) -> type[Statistic] | None:
         """What it needs to know of the inputs; None if nothing."""
 
@@ -61,7 +65,7 @@ class Allocation(Protocol):
         Args:
             shown: the block's matrices with the statistics of their inputs.
             moved: how much the block changes the hidden states, ‖after − before‖² / ‖after‖², mean over tokens; 1 where that
-                is not known.
+                is not known, or not asked for.
             target: the overall one.
 
         Returns:

@@ -36,6 +36,7 @@ class ByFile:
     """Globs and sparsities (or N:M), in the file's order."""
 
     looks: ClassVar[bool] = False
+    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 

@@ -43,6 +43,7 @@ class ByError:
     """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
+    asks_movement: ClassVar[bool] = True
     statistic: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class ByFisher:
     """Whether masks that leave open how many zeros a row has are chosen by what errors in each output cost, too."""
 
     looks: ClassVar[bool] = True
+    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:

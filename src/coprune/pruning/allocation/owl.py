@@ -32,6 +32,7 @@ class OWL:
     """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
+    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:

@@ -65,8 +65,8 @@ def plan_targets(
         sums = _by_looks(allocation, model, recording, target, processes, advance)
     units = units_of(model.chosen, model.names)
     targets = allocation.allocate(units, sums, target)
-    found = {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
-    return {name: replace(own, outputs=outputs.get(name)) for name, own in found.items()}
+    each = zip(units, targets, strict=True)
+    return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
 
 
 def _by_slopes(
@@ -99,8 +99,9 @@ def _by_looks(
     advance: Callable[[float], None],
 ) -> dict[str, Tensor]:
     """What the allocation measured of every unit in one walk."""
-    count = 0 if recording is None else len(recording.hidden)
-    keep = partial(some_tokens, batches=count, total=None if recording is None else recording.uneven)
+    keep = None
+    if allocation.asks_movement and recording is not None:
+        keep = partial(some_tokens, batches=len(recording.hidden), total=recording.uneven)
     walk = Walk(model, recording, allocation.statistic, Dense(keep=keep), processes=processes, advance=advance)
     return _measure(allocation, walk, target, keep)
 
@@ -115,8 +116,13 @@ def _samples(recording: Recording) -> list[Sample]:
 
 
 @torch.no_grad()
-def _measure(allocation: Allocation, walk: Walk, target: Target, keep: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What the allocation measured in every block, experts added up, by name of unit. keep: some rows of hidden states."""
+def _measure(
+    allocation: Allocation, walk: Walk, target: Target, keep: Callable[[Tensor], Tensor] | None
+) -> dict[str, Tensor]:
+    """What the allocation measured in every block, experts added up, by name of unit.
+
+    keep: some rows of hidden states; None where it does not ask how much blocks move.
+    """
     sums: dict[str, Tensor] = {}
 
     def measure(shown: list[Shown], moved: float) -> None:
@@ -127,8 +133,8 @@ def _measure(allocation: Allocation, walk: Walk, target: Target, keep: Callable[
     shown: list[Shown] = []
     for event in walk:
         if isinstance(event, BlockDone):
-            after = [keep(hidden) for hidden in event.after]
-            measure(shown, movement(joined(event.before), joined(after), walk.processes))
+            after = [] if keep is None else [keep(hidden) for hidden in event.after]
+            measure(shown, 1.0 if keep is None else movement(joined(event.before), joined(after), walk.processes))
             shown = []
             continue
         statistic = None if event.inputs is None else event.inputs.statistic

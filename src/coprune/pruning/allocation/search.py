@@ -85,7 +85,10 @@ class LevelSearch(Search):
         return found
 
     def by_slopes(self, target: Target) -> ByFisher:
-        """The allocation whose plan is tried first: what the model loses at the levels, to second order."""
+        """The allocation whose plan is tried first: what the model loses at the levels, to second order.
+
+        Raises BadInput as `targets`.
+        """
         grid = self.targets(target)
         # A level that would be all zeros is none, so there may be one more below than above.
         reach = max(grid[-1].sparsity - target.sparsity, target.sparsity - grid[0].sparsity)

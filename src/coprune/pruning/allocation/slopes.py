@@ -36,7 +36,7 @@ class Watched:
     """At which target each of its weights goes, as bytes."""
     lost: Tensor
     """By target, float64, added to."""
-    squares: Tensor | None = None
+    by_row: Tensor | None
     """Of each row's gradient, the sum of squares, float64, added to; None where nobody asks for it."""
 
     @classmethod
@@ -49,8 +49,8 @@ class Watched:
     def look(self) -> None:
         """Add up what one sample's gradient says."""
         everything = self.matrix.slopes()
-        if self.squares is not None:
-            self.squares.add_(everything.float().square().sum(dim=1))
+        if self.by_row is not None:
+            self.by_row.add_(everything.float().square().sum(dim=1))
         rows, slopes = self.matrix.view()[:: self.step].float(), everything[:: self.step].float()
         changes = squared_changes(rows, slopes, self.goes.long(), len(self.lost))
         self.lost.add_(changes, alpha=self.matrix.shape[0] / (2 * len(rows)))
@@ -115,7 +115,7 @@ def lost_by_slopes(
 
 def outputs_by_slopes(watched: Sequence[Watched]) -> dict[str, Tensor]:
     """By how much errors in each output count, by name of matrix, after `lost_by_slopes`; nothing where it was not asked for."""
-    return {one.matrix.name: shares_of_outputs(one.squares).cpu() for one in watched if one.squares is not None}
+    return {one.matrix.name: shares_of_outputs(one.by_row).cpu() for one in watched if one.by_row is not None}
 
 
 def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
@@ -158,8 +158,7 @@ def _run_again(block: Block) -> Callable[..., Any]:
 
 def _added_up(watched: Sequence[Watched], processes: Processes) -> dict[str, Tensor]:
     """What was lost by name of unit, of all processes together."""
-    processes.add_up([one.lost for one in watched], 0)
-    processes.add_up([one.squares for one in watched if one.squares is not None], 0)
+    processes.add_up([sums for one in watched for sums in (one.lost, one.by_row) if sums is not None], 0)
     found: dict[str, Tensor] = {}
     for one in watched:
         name, lost = unit_name(one.matrix.name), one.lost.cpu()

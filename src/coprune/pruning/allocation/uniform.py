@@ -17,6 +17,7 @@ class Uniform:
     """Prune every matrix alike."""
 
     looks: ClassVar[bool] = False
+    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 

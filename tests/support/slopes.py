@@ -1,0 +1,23 @@
+"""A model's own gradients by autograd, of the labels that allocation fisher draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.pruning.allocation.fisher import drawn_slopes
+
+
+def slopes_of_each(model: PreTrainedModel, samples: Iterable[Tensor]) -> Iterator[None]:
+    """Run samples (1 × S each) forwards and backwards; while a step lasts, parameters have the gradients of one of them."""
+    for seed, tokens in enumerate(samples):
+        model.requires_grad_(True)
+        logits = model(input_ids=tokens).logits[0]
+        label = (logits.softmax(dim=-1) - drawn_slopes(logits, seed)).argmax(dim=-1)
+        torch.nn.functional.cross_entropy(logits, label, reduction="sum").backward()
+        model.requires_grad_(False)
+        yield
+        model.zero_grad()
