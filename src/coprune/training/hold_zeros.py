@@ -1,8 +1,8 @@
 """Keep pruned weights at zero while any optimiser trains the others.
 
 Gradients are masked as they are accumulated, before they are averaged over processes, clipped or seen by the
-optimiser: so its state is zero wherever a weight is pruned. And after every step the pruned weights are set to zero
-once more, for optimisers whose update is not weight by weight.
+optimiser: so its state is zero wherever a weight is pruned, and one that changes each weight by its own state alone leaves
+it at zero. Behind any other one the pruned weights are set to zero once more after every step.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from coprune.training.masks import Masks, plain_parameters
+
+_WEIGHT_BY_WEIGHT = (Adam, AdamW, SGD)
+"""With gradients and moments of zero their update is zero, and so is the decay of a weight that is."""
 
 
 def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
@@ -35,7 +38,8 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
             # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
             parameter.mul_(keep)
 
-    optimizer.register_step_post_hook(after_step)
+    if type(optimizer) not in _WEIGHT_BY_WEIGHT:
+        optimizer.register_step_post_hook(after_step)
 
 
 def _masked_gradient(keep: Tensor) -> Callable[[Tensor], None]:
