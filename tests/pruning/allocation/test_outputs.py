@@ -32,11 +32,11 @@ def matrix_and_inputs() -> tuple[torch.Tensor, Gram]:
     return weight, statistic
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_outputs_count_by_their_squared_slopes(family: str) -> None:
+@pytest.mark.parametrize(("family", "said", "power"), [("llama", "", 0.5), ("mixtral", ":outputs=1", 1.0)])
+def test_outputs_count_by_their_squared_slopes(family: str, said: str, power: float) -> None:
     model, tokens = pico_model(family), pico_tokens(6, 16)
     walk = make_walk(model, tokens.split(2))
-    targets = plan_targets(allocation_named("fisher:outputs=true"), walk.model, walk.recording, TARGET)
+    targets = plan_targets(allocation_named(f"fisher{said}"), walk.model, walk.recording, TARGET)
     expected: dict[str, torch.Tensor] = {}
     for _ in slopes_of_each(model, tokens.split(1)):
         for matrix in walk.model.chosen.all():
@@ -45,20 +45,26 @@ def test_outputs_count_by_their_squared_slopes(family: str) -> None:
     assert targets.keys() == expected.keys()
     for name, target in targets.items():
         assert target.outputs is not None
-        assert target.outputs == pytest.approx(shares_of_outputs(expected[name]), rel=1e-3)
-    plain = plan_targets(allocation_named("fisher"), walk.model, make_walk(model, tokens.split(2)).recording, TARGET)
+        assert target.outputs == pytest.approx(shares_of_outputs(expected[name], power), rel=1e-3)
+    recording = make_walk(model, tokens.split(2)).recording
+    plain = plan_targets(allocation_named("fisher:outputs=0"), walk.model, recording, TARGET)
     assert all(own.outputs is None and own == targets[name] for name, own in plain.items())
     groups = Target(NM(2, 4), 0.5)
     recording = make_walk(model, tokens.split(2)).recording
-    grouped = plan_targets(allocation_named("fisher:outputs=true"), walk.model, recording, groups)
+    grouped = plan_targets(allocation_named(f"fisher{said}"), walk.model, recording, groups)
     assert all(own.outputs is None for own in grouped.values())
 
 
 def test_shares_are_around_one_and_not_too_far_from_it() -> None:
-    shares = shares_of_outputs(torch.tensor([1.0, 3.0, 0.0, 1e9], dtype=torch.float64))
-    assert shares.tolist() == pytest.approx([1 / 256, 1 / 256, 1 / 256, 4.0])
-    assert shares_of_outputs(torch.tensor([1.0, 3.0], dtype=torch.float64)).tolist() == [0.5, 1.5]
-    assert shares_of_outputs(torch.zeros(3, dtype=torch.float64)).tolist() == [1.0, 1.0, 1.0]
+    far = torch.tensor([1.0, 3.0, 0.0, 1e9], dtype=torch.float64)
+    for power, most in ((1.0, 4 * 256), (0.5, 32)):
+        shares = shares_of_outputs(far, power)
+        assert float(shares.mean()) == pytest.approx(1.0)
+        assert (shares / shares[0]).tolist() == pytest.approx([1, 1, 1, most])
+    assert shares_of_outputs(torch.tensor([1.0, 3.0], dtype=torch.float64), 1.0).tolist() == [0.5, 1.5]
+    shares = shares_of_outputs(torch.tensor([1.0, 9.0], dtype=torch.float64), 0.5)
+    assert shares.tolist() == pytest.approx([0.5, 1.5])
+    assert shares_of_outputs(torch.zeros(3, dtype=torch.float64), 0.5).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_scores_of_an_output_count_as_much_more() -> None:
@@ -92,7 +98,7 @@ def test_methods_that_leave_weights_leave_them_to_the_last_bit(method: str) -> N
 def test_a_run_takes_it_for_what_is_chosen_across_outputs(more: dict[str, Any]) -> None:
     said = {"dataset": pico_tokens(8, 32), "sparsity": 0.6, "method": "sparsegpt", **more}
     models = [pico_model("llama") for _ in range(2)]
-    for model, allocation in zip(models, ["fisher", "fisher:outputs=true"], strict=True):
+    for model, allocation in zip(models, ["fisher:outputs=0", "fisher"], strict=True):
         report = coprune.prune(model, allocation=allocation, evaluate=False, quiet=True, **said).report
         assert report.sparsity.matrices == pytest.approx(0.6, abs=2e-3)
     zeros = [(model.model.layers[0].mlp.gate_proj.weight == 0).sum(dim=1) for model in models]

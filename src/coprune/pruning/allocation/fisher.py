@@ -43,8 +43,9 @@ class ByFisher:
     """Outputs of a matrix to measure on, evenly spaced: its loss is a sum over them."""
     first: int = 2048
     """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
-    outputs: bool = False
-    """Whether masks that leave open how many zeros a row has are chosen by what errors in each output cost, too."""
+    outputs: float = 0.5
+    """How much masks that leave open how many zeros a row has are chosen by what errors in each output cost, too: the power of
+    that; 0: not at all."""
 
     looks: ClassVar[bool] = True
     asks_movement: ClassVar[bool] = False
@@ -52,7 +53,7 @@ class ByFisher:
 
     def __post_init__(self) -> None:
         require_positive(bound=self.bound, rows=self.rows)
-        require_not_negative(first=self.first)
+        require_not_negative(first=self.first, outputs=self.outputs)
         require_points(self.points)
 
     def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ class ByFisher:
 
     def tells_outputs(self, target: Target) -> bool:
         """Whether it says by how much a matrix's outputs count."""
-        return self.outputs and target.pattern.n_of_m is None
+        return self.outputs > 0 and target.pattern.n_of_m is None
 
     def step(self, outputs: int, experts: int) -> int:
         """Of how many rows of a matrix one is measured on. experts: matrices that the rows are shared among."""
@@ -95,18 +96,21 @@ def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
     return torch.stack([target.keep(score, "row") for target in grid]).sum(dim=0)
 
 
-def shares_of_outputs(squares: Tensor) -> Tensor:
+def shares_of_outputs(squares: Tensor, power: float) -> Tensor:
     """By how much an error in each output counts, 1 being the mean.
 
     Args:
         squares: O float64, sums of squares of the gradients by a row's weights, which are those by its output times the inputs.
+        power: of that. To second order it is 1, but so many zeros are no small change, and rows that count most then keep
+            more than is good for the others.
 
     Returns:
-        O float32, no less and no more than a factor of 256 from the mean; all 1 where there are no gradients.
+        O float32, of squares no less and no more than a factor of 256 from their mean; all 1 where there are no gradients.
     """
     mean = squares.mean()
     shares = squares / mean if float(mean) > 0 else torch.ones_like(squares)
-    return shares.clamp(1 / _MOST_APART, _MOST_APART).float()
+    shares = shares.clamp(1 / _MOST_APART, _MOST_APART) ** power
+    return (shares / shares.mean()).float()
 
 
 def squared_changes(rows: Tensor, slopes: Tensor, goes: Tensor, points: int) -> Tensor:

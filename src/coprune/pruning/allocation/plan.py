@@ -87,7 +87,7 @@ def _by_slopes(
     squares = _by_looks(allocation, model, recording, target, processes, scaled(advance, _WALK))
     watched = watch(allocation, model.chosen, squares, target)
     lost = lost_by_slopes(model, watched, samples, processes, scaled(advance, (1 - _WALK) * len(model.blocks)))
-    return lost, outputs_by_slopes(watched)
+    return lost, outputs_by_slopes(watched, allocation.outputs)
 
 
 def _by_looks(

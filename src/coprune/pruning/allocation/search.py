@@ -92,7 +92,7 @@ class LevelSearch(Search):
         grid = self.targets(target)
         # A level that would be all zeros is none, so there may be one more below than above.
         reach = max(grid[-1].sparsity - target.sparsity, target.sparsity - grid[0].sparsity)
-        return ByFisher(bound=reach, points=self.levels)
+        return ByFisher(bound=reach, points=self.levels, outputs=0)
 
 
 def level_of(grid: Sequence[Target], target: Target) -> int:

@@ -113,9 +113,12 @@ def lost_by_slopes(
     return _added_up(watched, processes)
 
 
-def outputs_by_slopes(watched: Sequence[Watched]) -> dict[str, Tensor]:
-    """By how much errors in each output count, by name of matrix, after `lost_by_slopes`; nothing where it was not asked for."""
-    return {one.matrix.name: shares_of_outputs(one.by_row).cpu() for one in watched if one.by_row is not None}
+def outputs_by_slopes(watched: Sequence[Watched], power: float) -> dict[str, Tensor]:
+    """By how much errors in each output count, by name of matrix, after `lost_by_slopes`; nothing where it was not asked for.
+
+    power: as in `shares_of_outputs`.
+    """
+    return {one.matrix.name: shares_of_outputs(one.by_row, power).cpu() for one in watched if one.by_row is not None}
 
 
 def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
