@@ -95,6 +95,24 @@ def test_a_run_does_what_its_search_tried_and_the_file_does_so_again(home: Path)
         assert torch.equal(tensor, tensors_of(home / "again" / "model")[name])
 
 
+def test_outputs_count_at_every_level_and_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = prepared.prune_matrix, list[Tensor | None]()
+
+    def seeing(matrix: Any, inputs: Any, solver: Any, target: Target, **named: Any) -> Any:
+        seen.append(target.outputs)
+        return original(matrix, inputs, solver, target, **named)
+
+    monkeypatch.setattr(prepared, "prune_matrix", seeing)
+    models, how = [pico_model("llama") for _ in range(2)], {"method": "sparsegpt", "sparsity": 0.6}
+    for model, told in zip(models, ["search:rounds=2", "search:rounds=2,outputs=0"], strict=True):
+        report = coprune.prune(model, allocation=told, **how, **SETTINGS).report
+        assert len(seen) == 5 * len(report.matrices)
+        assert {own is None for own in seen} == {told.endswith("outputs=0")}
+        seen.clear()
+    kept = [(model.model.layers[0].mlp.gate_proj.weight != 0).sum(dim=1) for model in models]
+    assert int(kept[0].max() - kept[0].min()) > int(kept[1].max() - kept[1].min())
+
+
 def test_what_the_best_try_cost_is_what_the_pruned_model_is_away_from_the_dense_one(tmp_path: Path) -> None:
     def pruned(allocation: str) -> tuple[float, Report]:
         model = pico_model("llama")

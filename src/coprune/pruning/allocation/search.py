@@ -56,6 +56,8 @@ class LevelSearch(Search):
     """Sparsities to choose from, the overall one in their middle."""
     step: float | None = None
     """From one to the next (N:M: at least one of M); None: 0.1, or less where the levels would not all fit."""
+    outputs: float = ByFisher.outputs
+    """As of `ByFisher`: how much outputs count at every level and in what is found, where N:M leaves that open."""
 
     looks: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = ByFisher.statistic
@@ -92,7 +94,7 @@ class LevelSearch(Search):
         grid = self.targets(target)
         # A level that would be all zeros is none, so there may be one more below than above.
         reach = max(grid[-1].sparsity - target.sparsity, target.sparsity - grid[0].sparsity)
-        return ByFisher(bound=reach, points=self.levels, outputs=0)
+        return ByFisher(bound=reach, points=self.levels, outputs=self.outputs)
 
 
 def level_of(grid: Sequence[Target], target: Target) -> int:

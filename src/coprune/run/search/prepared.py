@@ -7,8 +7,8 @@ What a killed run left whole is taken over.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class Prepared:
     units: Sequence[Unit]
     grid: Sequence[Target]
     """Of the levels from 1 on; level 0 is dense."""
+    outputs: Mapping[str, Tensor]
+    """By how much each matrix's outputs count, by its name; those of others all alike."""
 
     @cached_property
     def places(self) -> list[int]:
@@ -166,7 +168,8 @@ class Prepared:
         tensors = {"dense": dense.cpu().contiguous()}
         try:
             for level, target in enumerate(self.grid, start=1):
-                prune_matrix(matrix, inputs, solver, target, layer_error=False)
+                wanted = replace(target, outputs=self.outputs.get(matrix.name))
+                prune_matrix(matrix, inputs, solver, wanted, layer_error=False)
                 tensors |= _packed(level, stored)
                 stored.copy_(dense)
         finally:

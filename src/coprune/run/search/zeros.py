@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -48,55 +49,55 @@ def search_targets(session: Session, asked: LevelSearch, record: Callable[[int],
     """
     opened, model = session.opened, session.model
     units, grid, finds = units_of(model.chosen, model.names), asked.targets(opened.target), Finds.of(session)
-    folder = opened.recipe.run_folder / LEVELS_FOLDER
+    folder, by_slopes = opened.recipe.run_folder / LEVELS_FOLDER, dict[str, Target]()
+    if len(finds.tried) < len(STARTS) or asked.by_slopes(opened.target).tells_outputs(opened.target):
+        by_slopes = _by_slopes(session, asked, record)
+    outputs = {name: own.outputs for name, own in by_slopes.items() if own.outputs is not None}
     if finds.is_over(asked):
         steps = say_best(session, finds)
     else:
         with _place(session, folder) as place:
-            steps = _searched(session, asked, units, finds, (place, record))
+            prepared = Prepared(session, place, finds.identity, units, grid, outputs)
+            steps = _searched(asked, finds, prepared, by_slopes)
     if opened.around.writes:
         shutil.rmtree(folder, ignore_errors=True)
     targets = targets_of(units, steps, grid, opened.target)
     if opened.around.writes:
         write_text(opened.recipe.run_folder / ALLOCATION_FILE, _as_file(units, targets))
-    return {name: own for unit, own in zip(units, targets, strict=True) for name in unit.members}
+    each = zip(units, targets, strict=True)
+    return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
 
 
-def _searched(
-    session: Session,
-    asked: LevelSearch,
-    units: Sequence[Unit],
-    finds: Finds,
-    how: tuple[Path, Callable[[int], Recording]],
-) -> Steps:
-    """The levels with which the model stays nearest to the dense one. how: a folder for them; records the calibration."""
-    opened, (folder, record) = session.opened, how
-    grid = asked.targets(opened.target)
-    prepared = Prepared(session, folder, finds.identity, units, grid)
-    levels = ", ".join(per_cent(one.sparsity, 1) for one in grid)
+def _searched(asked: LevelSearch, finds: Finds, prepared: Prepared, by_slopes: Mapping[str, Target]) -> Steps:
+    """The levels with which the model stays nearest to the dense one. by_slopes: what its slopes say of every matrix."""
+    session, units, grid = prepared.session, prepared.units, prepared.grid
+    opened, levels = session.opened, ", ".join(per_cent(one.sparsity, 1) for one in grid)
     opened.around.reporter.say(
-        f"{len(prepared.matrices)} matrices are pruned at {levels}, which takes {prepared.nbytes / 2**20:,.1f} MiB in {folder} "
-        "until the search is over."
+        f"{len(prepared.matrices)} matrices are pruned at {levels}, which takes {prepared.nbytes / 2**20:,.1f} MiB in "
+        f"{prepared.folder} until the search is over."
     )
     if opened.around.processes.first:
         prepared.require_room()
-    first = [] if len(finds.tried) >= len(STARTS) else _starts(session, asked, units, record)
+    first = [] if len(finds.tried) >= len(STARTS) else _starts(prepared, by_slopes)
     prepared.prepare()
     candidates = Candidates.of(session, prepared, (), asked.tokens)
     return search_steps(session, asked, finds, exchanges_of(units, len(grid)), first, candidates)
 
 
-def _starts(
-    session: Session, asked: LevelSearch, units: Sequence[Unit], record: Callable[[int], Recording]
-) -> list[Steps]:
-    """All at the overall sparsity, and what the slopes of the dense model say."""
+def _by_slopes(session: Session, asked: LevelSearch, record: Callable[[int], Recording]) -> dict[str, Target]:
+    """What the slopes of the dense model say of every matrix, by its name; the first process's word for all."""
     opened, model, processes = session.opened, session.model, session.opened.around.processes
-    grid, allocation = asked.targets(opened.target), asked.by_slopes(opened.target)
+    allocation = asked.by_slopes(opened.target)
     with opened.around.reporter.bar("Measuring what matrices lose", len(model.blocks)) as advance:
         found = plan_targets(allocation, model, record(allocation.first), opened.target, processes, advance)
-    wanted = [found[unit.members[0]] for unit in units]
-    by_slopes = processes.from_first(lambda: as_levels(units, wanted, grid, opened.target))
-    return [(level_of(grid, opened.target),) * len(units), by_slopes]
+    return processes.from_first(lambda: found)
+
+
+def _starts(prepared: Prepared, by_slopes: Mapping[str, Target]) -> list[Steps]:
+    """All at the overall sparsity, and what the slopes of the dense model say."""
+    units, grid, target = prepared.units, prepared.grid, prepared.session.opened.target
+    wanted = [by_slopes[unit.members[0]] for unit in units]
+    return [(level_of(grid, target),) * len(units), as_levels(units, wanted, grid, target)]
 
 
 @contextmanager
