@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Prepared:
     units: Sequence[Unit]
     grid: Sequence[Target]
     """Of the levels from 1 on; level 0 is dense."""
-    outputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
     """By how much each matrix's outputs count, by its name; those of others all alike."""
 
     @cached_property

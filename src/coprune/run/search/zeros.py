@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
 from coprune.base.files import write_text
 from coprune.base.shown import per_cent
@@ -49,48 +50,67 @@ def search_targets(session: Session, asked: LevelSearch, record: Callable[[int],
     """
     opened, model = session.opened, session.model
     units, grid, finds = units_of(model.chosen, model.names), asked.targets(opened.target), Finds.of(session)
-    folder, by_slopes = opened.recipe.run_folder / LEVELS_FOLDER, dict[str, Target]()
-    if len(finds.tried) < len(STARTS) or asked.by_slopes(opened.target).tells_outputs(opened.target):
-        by_slopes = _by_slopes(session, asked, record)
-    outputs = {name: own.outputs for name, own in by_slopes.items() if own.outputs is not None}
+    folder = opened.recipe.run_folder / LEVELS_FOLDER
     if finds.is_over(asked):
-        steps = say_best(session, finds)
+        by_slopes, steps = _by_slopes(session, asked, finds, record), say_best(session, finds)
     else:
         with _place(session, folder) as place:
-            prepared = Prepared(session, place, finds.identity, units, grid, outputs)
-            steps = _searched(asked, finds, prepared, by_slopes)
+            prepared = Prepared(session, place, finds.identity, units, grid)
+            _say_what_it_takes(prepared)
+            by_slopes = _by_slopes(session, asked, finds, record)
+            steps = _searched(asked, finds, replace(prepared, outputs=_outputs(by_slopes)), by_slopes)
     if opened.around.writes:
         shutil.rmtree(folder, ignore_errors=True)
     targets = targets_of(units, steps, grid, opened.target)
     if opened.around.writes:
         write_text(opened.recipe.run_folder / ALLOCATION_FILE, _as_file(units, targets))
-    each = zip(units, targets, strict=True)
+    each, outputs = zip(units, targets, strict=True), _outputs(by_slopes)
     return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
+
+
+def _say_what_it_takes(prepared: Prepared) -> None:
+    """Tell of the files, and raise BadInput where there is no room for them."""
+    levels = ", ".join(per_cent(one.sparsity, 1) for one in prepared.grid)
+    around = prepared.session.opened.around
+    around.reporter.say(
+        f"{len(prepared.matrices)} matrices are pruned at {levels}, which takes {prepared.nbytes / 2**20:,.1f} MiB in "
+        f"{prepared.folder} until the search is over."
+    )
+    if around.processes.first:
+        prepared.require_room()
 
 
 def _searched(asked: LevelSearch, finds: Finds, prepared: Prepared, by_slopes: Mapping[str, Target]) -> Steps:
     """The levels with which the model stays nearest to the dense one. by_slopes: what its slopes say of every matrix."""
-    session, units, grid = prepared.session, prepared.units, prepared.grid
-    opened, levels = session.opened, ", ".join(per_cent(one.sparsity, 1) for one in grid)
-    opened.around.reporter.say(
-        f"{len(prepared.matrices)} matrices are pruned at {levels}, which takes {prepared.nbytes / 2**20:,.1f} MiB in "
-        f"{prepared.folder} until the search is over."
-    )
-    if opened.around.processes.first:
-        prepared.require_room()
-    first = [] if len(finds.tried) >= len(STARTS) else _starts(prepared, by_slopes)
+    session, exchanges = prepared.session, exchanges_of(prepared.units, len(prepared.grid))
+    first = [] if _began(finds) else _starts(prepared, by_slopes)
     prepared.prepare()
     candidates = Candidates.of(session, prepared, (), asked.tokens)
-    return search_steps(session, asked, finds, exchanges_of(units, len(grid)), first, candidates)
+    return search_steps(session, asked, finds, exchanges, first, candidates)
 
 
-def _by_slopes(session: Session, asked: LevelSearch, record: Callable[[int], Recording]) -> dict[str, Target]:
-    """What the slopes of the dense model say of every matrix, by its name; the first process's word for all."""
+def _began(finds: Finds) -> bool:
+    """Whether an earlier run tried what is tried first."""
+    return len(finds.tried) >= len(STARTS)
+
+
+def _by_slopes(
+    session: Session, asked: LevelSearch, finds: Finds, record: Callable[[int], Recording]
+) -> dict[str, Target]:
+    """What the slopes of the dense model say of every matrix, by its name, the first process's word for all; nothing where an
+    earlier run began and outputs do not count."""
     opened, model, processes = session.opened, session.model, session.opened.around.processes
     allocation = asked.by_slopes(opened.target)
+    if _began(finds) and not allocation.tells_outputs(opened.target):
+        return {}
     with opened.around.reporter.bar("Measuring what matrices lose", len(model.blocks)) as advance:
         found = plan_targets(allocation, model, record(allocation.first), opened.target, processes, advance)
     return processes.from_first(lambda: found)
+
+
+def _outputs(by_slopes: Mapping[str, Target]) -> dict[str, Tensor]:
+    """By how much each matrix's outputs count, by its name, where that is told."""
+    return {name: own.outputs for name, own in by_slopes.items() if own.outputs is not None}
 
 
 def _starts(prepared: Prepared, by_slopes: Mapping[str, Target]) -> list[Steps]:
