@@ -126,8 +126,10 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "eval_tokens": arguments.eval_tokens,
         "answers": arguments.answers,
         "propagation": arguments.propagation,
-        "how": {} if method == DENSE else how_to(method, pattern),  # a preset that changes is measured anew
     }
+    # A preset that changes is measured anew, and so is what has other defaults.
+    settings["how"] = {} if method == DENSE else how_to(method, pattern)
+    settings["defaults"] = [] if method == DENSE else defaults_of(settings["how"])
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return settings | {"file": str(arguments.folder / f"{method}-{pattern.replace(':', '-')}-{seed}-{digest}.json")}
 
@@ -197,6 +199,14 @@ def how_to(method: str, pattern: str) -> dict[str, Any]:
     if (preset := how.pop("preset", None)) is None:
         return how
     return preset_settings(preset, how | ({"pattern": pattern} if ":" in pattern else {})) | how
+
+
+def defaults_of(how: dict[str, Any]) -> list[str]:
+    """The method and the allocation of settings with all of their options."""
+    from coprune.pruning.allocation import spread_named
+    from coprune.pruning.methods import METHODS
+
+    return [repr(METHODS[how["method"]]), repr(spread_named(how.get("allocation", "uniform")))]
 
 
 def figures_of(settings: dict[str, Any], model: Any, processor: Any = None) -> dict[str, Any]:
