@@ -103,7 +103,8 @@ def test_outputs_count_at_every_level_and_in_the_end(monkeypatch: pytest.MonkeyP
         return original(matrix, inputs, solver, target, **named)
 
     monkeypatch.setattr(prepared, "prune_matrix", seeing)
-    models, how = [pico_model("llama") for _ in range(2)], {"method": "sparsegpt", "sparsity": 0.6}
+    models: list[Any] = [pico_model("llama") for _ in range(2)]
+    how: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6}
     for model, told in zip(models, ["search:rounds=2", "search:rounds=2,outputs=0"], strict=True):
         report = coprune.prune(model, allocation=told, **how, **SETTINGS).report
         assert len(seen) == 5 * len(report.matrices)
