@@ -96,7 +96,7 @@ def test_a_run_does_what_its_search_tried_and_the_file_does_so_again(home: Path)
 
 
 def test_outputs_count_at_every_level_and_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, seen = prepared.prune_matrix, list[Tensor | None]()
+    original, seen = pruner.prune_matrix, list[Tensor | None]()
 
     def seeing(matrix: Any, inputs: Any, solver: Any, target: Target, **named: Any) -> Any:
         seen.append(target.outputs)
