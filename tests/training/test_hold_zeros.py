@@ -65,6 +65,26 @@ def test_the_mask_is_the_same_bit_for_bit_after_training(name: str, family: str)
                 assert not bool(state[pruned].any())
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_zeros_stay_behind_gradients_that_were_never_accumulated(before: bool) -> None:
+    model = pruned_model().requires_grad_(True)
+    masks, parameters, zeros = find_masks(model), dict(model.named_parameters()), zeros_of(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    if not before:
+        hold_zeros(model, optimizer, masks)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    if before:  # a state that another training left
+        for name, pruned in masks.pruned.items():
+            parameters[name].data[pruned] = 0
+        hold_zeros(model, optimizer, masks)
+    train(model, optimizer)
+    after = zeros_of(model)
+    assert all(torch.equal(zeros[name], after[name]) for name in masks.pruned)
+
+
 def test_without_it_the_zeros_are_lost() -> None:
     model = pruned_model().requires_grad_(True)
     masks = find_masks(model)

@@ -7,7 +7,9 @@ it at zero. Behind any other one the pruned weights are set to zero once more af
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +27,54 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
 
     model: the parameters that the optimiser has, wrapped or sharded as they may be; masks: of the plain model.
     """
-    held: list[tuple[nn.Parameter, Tensor]] = []
+    held: list[_Held] = []
     for name, parameter in plain_parameters(model).items():
         if name in masks.pruned and parameter.requires_grad:
-            keep = _like(~masks.pruned[name], parameter)
-            parameter.register_post_accumulate_grad_hook(_masked_gradient(keep))
-            held.append((parameter, keep))
+            held.append(_Held(parameter, _like(~masks.pruned[name], parameter)))
+            parameter.register_post_accumulate_grad_hook(held[-1].mask_gradient)
+    by_itself = type(optimizer) in _WEIGHT_BY_WEIGHT
 
     @torch.no_grad()
     def after_step(*_: object) -> None:
-        for parameter, keep in held:
-            # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
-            parameter.mul_(keep)
+        for one in held:
+            one.after_step(optimizer.state.get(one.parameter, {}) if by_itself else None)
 
-    if type(optimizer) not in _WEIGHT_BY_WEIGHT:
-        optimizer.register_step_post_hook(after_step)
+    optimizer.register_step_post_hook(after_step)
 
 
-def _masked_gradient(keep: Tensor) -> Callable[[Tensor], None]:
-    def mask(parameter: Tensor) -> None:
+@dataclass
+class _Held:
+    """A parameter whose pruned weights stay zero."""
+
+    parameter: nn.Parameter
+    keep: Tensor
+    masked: bool = False
+    """Whether its gradient was, since the last step: where gradients are not accumulated in the usual way no hook is called."""
+    clean: bool | None = None
+    """Whether the optimiser's state is zero where a weight is pruned, as it stays behind gradients that were masked; None: not
+    looked at yet, since a training that goes on may bring a state with it."""
+
+    def mask_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            parameter.grad.mul_(keep)
+            parameter.grad.mul_(self.keep)
+            self.masked = True
 
-    return mask
+    def after_step(self, state: Mapping[str, Any] | None) -> None:
+        """state: the optimiser's of the parameter, if it leaves a weight at zero that has seen no gradient."""
+        if self.clean is None and state is not None:
+            moments = [one for one in state.values() if isinstance(one, Tensor) and one.shape == self.keep.shape]
+            keep = _own(self.keep)
+            self.clean = not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
+        self.clean = bool(self.clean) and (self.masked or self.parameter.grad is None)
+        self.masked = False
+        if not self.clean:
+            # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
+            self.parameter.mul_(self.keep)
+
+
+def _own(whole: Tensor) -> Tensor:
+    """This process's shard of a tensor; what is not sharded is all its own."""
+    return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
 def _like(keep: Tensor, parameter: nn.Parameter) -> Tensor:
