@@ -116,6 +116,7 @@ def meant(asked: str) -> list[str]:
 
 def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) -> dict[str, Any]:
     """Everything that decides one cell, and the file that its result goes to."""
+    how = {} if method == DENSE else how_to(method, pattern)
     settings = {
         "model": arguments.model,
         "method": method,
@@ -126,10 +127,10 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "eval_tokens": arguments.eval_tokens,
         "answers": arguments.answers,
         "propagation": arguments.propagation,
+        # A preset that changes is measured anew, and so is what has other defaults.
+        "how": how,
+        "defaults": defaults_of(how) if how else [],
     }
-    # A preset that changes is measured anew, and so is what has other defaults.
-    settings["how"] = {} if method == DENSE else how_to(method, pattern)
-    settings["defaults"] = [] if method == DENSE else defaults_of(settings["how"])
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return settings | {"file": str(arguments.folder / f"{method}-{pattern.replace(':', '-')}-{seed}-{digest}.json")}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -106,6 +106,20 @@ def units_of(chosen: Chosen, block_names: Sequence[str]) -> list[Unit]:
         )
         for name, matrices in members.items()
     ]
+
+
+def targets_by_matrix(
+    units: Sequence[Unit], targets: Sequence[Target], outputs: Mapping[str, Tensor]
+) -> dict[str, Target]:
+    """What every matrix gets, by its name.
+
+    Args:
+        units: all that are to be pruned.
+        targets: a target for each.
+        outputs: by how much a matrix's outputs count, by its name; those of others all alike.
+    """
+    each = zip(units, targets, strict=True)
+    return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
 
 
 def unit_name(matrix_name: str) -> str:

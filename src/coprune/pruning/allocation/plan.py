@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
-from coprune.pruning.allocation.base import Allocation, Shown, unit_name, units_of
+from coprune.pruning.allocation.base import Allocation, Shown, targets_by_matrix, unit_name, units_of
 from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.allocation.slopes import Sample, lost_by_slopes, outputs_by_slopes, watch
 from coprune.recipe.pattern import Target
@@ -64,9 +63,7 @@ def plan_targets(
     elif allocation.looks:
         sums = _by_looks(allocation, model, recording, target, processes, advance)
     units = units_of(model.chosen, model.names)
-    targets = allocation.allocate(units, sums, target)
-    each = zip(units, targets, strict=True)
-    return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
+    return targets_by_matrix(units, allocation.allocate(units, sums, target), outputs)
 
 
 def _by_slopes(

@@ -15,7 +15,7 @@ from torch import Tensor
 from coprune.base.files import write_text
 from coprune.base.shown import per_cent
 from coprune.model.walk.recording import Recording
-from coprune.pruning.allocation.base import Unit, units_of
+from coprune.pruning.allocation.base import Unit, targets_by_matrix, units_of
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.allocation.search import (
     ALLOCATION_FILE,
@@ -64,8 +64,7 @@ def search_targets(session: Session, asked: LevelSearch, record: Callable[[int],
     targets = targets_of(units, steps, grid, opened.target)
     if opened.around.writes:
         write_text(opened.recipe.run_folder / ALLOCATION_FILE, _as_file(units, targets))
-    each, outputs = zip(units, targets, strict=True), _outputs(by_slopes)
-    return {name: replace(own, outputs=outputs.get(name)) for unit, own in each for name in unit.members}
+    return targets_by_matrix(units, targets, _outputs(by_slopes))
 
 
 def _say_what_it_takes(prepared: Prepared) -> None:
