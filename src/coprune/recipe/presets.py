@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # These train the whole model toward the dense one, which reaches what no block alone can mend; reconstructing blocks
     # before that gains less than more of these steps in its time. The fewer steps there are, the longer they may be.
     "tuned": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 1.5e-3},
-    "max": {**_TRAINED, "finetune_tokens": 102_400, "finetune_lr": 1.2e-3},
+    "max": {**_TRAINED, "finetune_tokens": 122_880, "finetune_lr": 1.2e-3},
 }
 
 
