@@ -85,6 +85,29 @@ def test_zeros_stay_behind_gradients_that_were_never_accumulated(before: bool) -
     assert all(torch.equal(zeros[name], after[name]) for name in masks.pruned)
 
 
+def test_state_stays_zero_where_parameters_were_swapped_and_lost_their_hooks() -> None:
+    model = pruned_model().requires_grad_(True)
+    masks = find_masks(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    hold_zeros(model, optimizer, masks)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        nn.Module.to(model, "cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    tokens = torch.arange(32).reshape(2, 16)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    parameters = dict(model.named_parameters())
+    for name, pruned in masks.pruned.items():
+        gradient = parameters[name].grad
+        assert gradient is not None
+        assert bool(gradient[pruned].any())  # no hook was called
+    optimizer.step()
+    for name, pruned in masks.pruned.items():
+        assert not bool(parameters[name][pruned].any())
+        assert not bool(optimizer.state[parameters[name]]["exp_avg"][pruned].any())
+
+
 def test_without_it_the_zeros_are_lost() -> None:
     model = pruned_model().requires_grad_(True)
     masks = find_masks(model)

@@ -35,10 +35,17 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
     by_itself = type(optimizer) in _WEIGHT_BY_WEIGHT
 
     @torch.no_grad()
+    def before_step(*_: object) -> None:
+        for one in held:
+            if not one.masked:
+                one.mask_gradient(one.parameter)
+
+    @torch.no_grad()
     def after_step(*_: object) -> None:
         for one in held:
             one.after_step(optimizer.state.get(one.parameter, {}) if by_itself else None)
 
+    optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
 
 
@@ -49,10 +56,11 @@ class _Held:
     parameter: nn.Parameter
     keep: Tensor
     masked: bool = False
-    """Whether its gradient was, since the last step: where gradients are not accumulated in the usual way no hook is called."""
+    """Whether its gradient was, since the last step. No hook sees one that is not accumulated, or that is of a parameter which a
+    module's conversion has swapped (`torch.__future__.set_swap_module_params_on_conversion`), as it does on some devices."""
     clean: bool | None = None
-    """Whether the optimiser's state is zero where a weight is pruned, as it stays behind gradients that were masked; None: not
-    looked at yet, since a training that goes on may bring a state with it."""
+    """Whether the optimiser's state is zero where a weight is pruned, as it stays behind masked gradients; None: not looked at
+    yet, since a training that goes on may bring a state with it."""
 
     def mask_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -61,11 +69,12 @@ class _Held:
 
     def after_step(self, state: Mapping[str, Any] | None) -> None:
         """state: the optimiser's of the parameter, if it leaves a weight at zero that has seen no gradient."""
-        if self.clean is None and state is not None:
-            moments = [one for one in state.values() if isinstance(one, Tensor) and one.shape == self.keep.shape]
+        if self.clean is None:
+            moments = [
+                one for one in (state or {}).values() if isinstance(one, Tensor) and one.shape == self.keep.shape
+            ]
             keep = _own(self.keep)
-            self.clean = not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
-        self.clean = bool(self.clean) and (self.masked or self.parameter.grad is None)
+            self.clean = state is not None and not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
         self.masked = False
         if not self.clean:
             # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
