@@ -28,11 +28,12 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
     model: the parameters that the optimiser has, wrapped or sharded as they may be; masks: of the plain model.
     """
     held: list[_Held] = []
+    by_itself = type(optimizer) in _WEIGHT_BY_WEIGHT
     for name, parameter in plain_parameters(model).items():
         if name in masks.pruned and parameter.requires_grad:
-            held.append(_Held(parameter, _like(~masks.pruned[name], parameter)))
+            keep = _like(~masks.pruned[name], parameter)
+            held.append(_Held(parameter, keep, clean=None if by_itself else False))
             parameter.register_post_accumulate_grad_hook(held[-1].mask_gradient)
-    by_itself = type(optimizer) in _WEIGHT_BY_WEIGHT
 
     @torch.no_grad()
     def before_step(*_: object) -> None:
@@ -43,7 +44,7 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Masks) -> None:
     @torch.no_grad()
     def after_step(*_: object) -> None:
         for one in held:
-            one.after_step(optimizer.state.get(one.parameter, {}) if by_itself else None)
+            one.after_step(optimizer.state.get(one.parameter, {}))
 
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
@@ -59,22 +60,20 @@ class _Held:
     """Whether its gradient was, since the last step. No hook sees one that is not accumulated, or that is of a parameter which a
     module's conversion has swapped (`torch.__future__.set_swap_module_params_on_conversion`), as it does on some devices."""
     clean: bool | None = None
-    """Whether the optimiser's state is zero where a weight is pruned, as it stays behind masked gradients; None: not looked at
-    yet, since a training that goes on may bring a state with it."""
+    """Whether the optimiser keeps pruned weights zero by itself: its state is zero there, and stays so behind masked gradients.
+    None: not looked at yet, since a training that goes on may bring a state with it."""
 
     def mask_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             parameter.grad.mul_(self.keep)
             self.masked = True
 
-    def after_step(self, state: Mapping[str, Any] | None) -> None:
-        """state: the optimiser's of the parameter, if it leaves a weight at zero that has seen no gradient."""
+    def after_step(self, state: Mapping[str, Any]) -> None:
+        """state: the optimiser's of the parameter."""
         if self.clean is None:
-            moments = [
-                one for one in (state or {}).values() if isinstance(one, Tensor) and one.shape == self.keep.shape
-            ]
+            moments = [one for one in state.values() if isinstance(one, Tensor) and one.shape == self.keep.shape]
             keep = _own(self.keep)
-            self.clean = state is not None and not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
+            self.clean = not any(bool(_own(one).masked_fill(keep, 0).any()) for one in moments)
         self.masked = False
         if not self.clean:
             # Faster than to fill by the mask. A weight that is not finite stays so and fails the next save.
