@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coprune.base.devices import PerMemory
 from coprune.training.teacher_cache import TeacherCache, log_probabilities, tempered
 
-_TOKENS = 64
-"""How many tokens' logits are compared at once."""
+_LOGITS = PerMemory(host=2**18, gpu=2**24)
+"""How many logits are compared at once: on a CPU as many as stay in a core's own cache."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -43,8 +44,9 @@ class _Divergence(torch.autograd.Function):
         """Both N × vocabulary."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(student), _TOKENS):
-            part = slice(start, start + _TOKENS)
+        tokens = max(1, _LOGITS.on(student.device) // student.shape[-1])
+        for start in range(0, len(student), tokens):
+            part = slice(start, start + tokens)
             ours, theirs = (tempered(logits[part], temperature).to(torch.float32) for logits in (student, teacher))
             (found, log_found), (expected, log_expected) = _probabilities(ours), _probabilities(theirs)
             total += (torch.linalg.vecdot(expected, theirs - ours) + log_expected - log_found).sum()

@@ -86,7 +86,7 @@ class FinetuneSettings(Part):
         Literal["cosine", "linear", "constant"],
         _RESULT,
         Field(description="How the learning rate falls after the warm-up."),
-    ] = "cosine"
+    ] = "linear"
     warmup: Annotated[float, _RESULT, Field(description="Share of the training in which it rises.", ge=0, lt=1)] = 0.03
     optimizer: Annotated[
         Literal["adamw", "sgd", "adafactor"], _RESULT, Field(description="sgd has a momentum of 0.9.")

@@ -72,12 +72,12 @@ def begun(data: TrainingData, bos: int) -> TrainingData:
 
 
 def _most_held_out(settings: FinetuneSettings, block_size: int) -> int:
-    """How many windows may be held out: so few that measuring them takes a short training a tenth of its time at most."""
+    """How many windows may be held out: so few that measuring them takes a short training a twentieth of its time."""
     if settings.tokens is None or not settings.evaluations:
         return MOST_HELD_OUT
     # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
     trained = settings.tokens / block_size
-    return min(MOST_HELD_OUT, round(0.4 * trained / settings.evaluations))
+    return min(MOST_HELD_OUT, round(0.2 * trained / settings.evaluations))
 
 
 def _stream(
