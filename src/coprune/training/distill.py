@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coprune.base.devices import PerMemory
+from coprune.base.devices import PerMemory, in_host_memory
 from coprune.training.teacher_cache import TeacherCache, log_probabilities, tempered
 
 _LOGITS = PerMemory(host=2**18, gpu=2**24)
-"""How many logits are compared at once: on a CPU as many as stay in a core's own cache."""
+"""How many logits are compared at once: on a CPU, where threads take other tokens each, as many as stay in a core's own cache."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -44,7 +44,8 @@ class _Divergence(torch.autograd.Function):
         """Both N × vocabulary."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        tokens = max(1, _LOGITS.on(student.device) // student.shape[-1])
+        threads = torch.get_num_threads() if in_host_memory(student.device) else 1
+        tokens = threads * max(1, _LOGITS.on(student.device) // student.shape[-1])
         for start in range(0, len(student), tokens):
             part = slice(start, start + tokens)
             ours, theirs = (tempered(logits[part], temperature).to(torch.float32) for logits in (student, teacher))
