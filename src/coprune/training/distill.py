@@ -20,7 +20,7 @@ from coprune.base.devices import PerMemory, in_host_memory
 from coprune.training.teacher_cache import TeacherCache, log_probabilities, tempered
 
 _LOGITS = PerMemory(host=2**18, gpu=2**24)
-"""How many logits are compared at once (by each thread of a CPU): as many as stay in a core's own cache."""
+"""How many logits are compared at once: by each thread of a CPU as many as stay in its cache, on a GPU enough for few starts."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
