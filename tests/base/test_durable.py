@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import stat
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
-from coprune.base.durable import write_durably, write_whole
+from coprune.base.durable import own_folder, remove_unfinished, write_durably, write_whole
+from coprune.base.errors import CopruneError
 from coprune.base.whole_folder import whole_folder
+from support.forking import forked
 
 
 def test_two_processes_may_write_one_file_at_a_time(tmp_path: Path) -> None:
@@ -29,13 +34,38 @@ def test_two_processes_may_write_one_file_at_a_time(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed_when_nobody_is_at_it(tmp_path: Path) -> None:
     file = tmp_path / "entry.json"
-    for name in ("entry.json.01234567.tmp", "entry.json.89abcdef.tmp", "other.json.01234567.tmp"):
-        (tmp_path / name).write_text("")
-        os.utime(tmp_path / name, (0, 0))
-    os.utime(tmp_path / "entry.json.89abcdef.tmp")
-    write_durably(file, lambda temporary: temporary.write_text(""))
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"entry.json", "entry.json.89abcdef.tmp", "other.json.01234567.tmp"}
+    for name in (".entry.json.coprune-01234567", ".other.json.coprune-01234567"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmpAbCdEf").write_text("of a library that was writing")
+    with own_folder(file) as busy:
+        write_durably(file, lambda temporary: temporary.write_text(""))
+        assert {path.name for path in tmp_path.iterdir()} == {"entry.json", ".other.json.coprune-01234567", busy.name}
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"entry.json"}
+
+
+def test_a_kill_while_safetensors_writes_leaves_nothing_under_a_name_of_its_own(tmp_path: Path) -> None:
+    """It writes to a file of its own beside the one that it was told, and renames that."""
+
+    def die(temporary: Path) -> None:
+        (temporary.parent / ".tmpAbCdEf").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _, status = os.waitpid(forked(lambda: write_whole(tmp_path / "weights", die)), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert not list(tmp_path.glob(".tmp*"))
+    write_whole(tmp_path / "weights", lambda temporary: save_file({"w": torch.zeros(2)}, temporary))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("error", [OSError("4096 requested and 0 written"), OSError(errno.EFBIG, "too large")])
+def test_a_full_disk_is_one_message_whoever_says_it(error: OSError, tmp_path: Path) -> None:
+    def fail(temporary: Path) -> None:
+        raise error
+
+    with pytest.raises(CopruneError, match="could not be written; free some space"):
+        write_durably(tmp_path / "out.gguf", fail)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_long_name_leaves_room_for_a_temporary_one(tmp_path: Path) -> None:

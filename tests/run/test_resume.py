@@ -160,14 +160,14 @@ def test_killed_at_a_random_moment(seed: int, place: Path, undisturbed: Undistur
     assert checkpoint(tmp_path) == checkpoint(expected)
     assert figures(tmp_path) == figures(expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "run"]
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".gitattributes"]
 
 
 def test_killed_twice_while_the_page_is_written(place: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     expected, *_ = undisturbed("allocated")
 
     def half_written() -> bool:
-        return bool(list((tmp_path / "run").glob("report.html.*.tmp")))
+        return bool(list((tmp_path / "run").glob(".report.html.coprune-*")))
 
     for _ in range(2):
         assert killed_when(lambda: run("allocated", place, tmp_path), half_written, ("durable",))
@@ -175,7 +175,7 @@ def test_killed_twice_while_the_page_is_written(place: Path, undisturbed: Undist
     run("allocated", place, tmp_path)
     assert figures(tmp_path) == figures(expected)
     assert (tmp_path / "run" / "report.html").is_file()
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".gitattributes"]
 
 
 @pytest.fixture(scope="module")

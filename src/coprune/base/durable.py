@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import os
+import re
 import secrets
-import time
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coprune.base.errors import CopruneError
 
-TEMPORARY = ".tmp"
-"""How the names of files end that are not whole yet."""
-_NAME_LETTERS = 200  # of a name, which has 255 bytes at most
-_IDLE_SECONDS = 3600.0
+_NAME_BYTES = 200  # of a name, which has 255 at most
+_MARK = "coprune"
+_OWN = re.compile(rf"\..+\.{_MARK}-[0-9a-f]{{8}}")
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the share of the disk is used up",
@@ -25,9 +26,10 @@ _FULL = {
 
 
 def write_durably(file: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary name beside `file`, and rename what it wrote once it is on the disk.
+    """Call `write` with a temporary path, and rename what it wrote to `file` once it is on the disk.
 
-    Raises CopruneError if the disk is full; the temporary file is removed on any error.
+    The path is in a folder of its own beside `file`, so that temporary files of the library that writes lie there too.
+    Raises CopruneError if the disk is full; nothing is left on any error.
     """
     _write(file, write, wait=True)
     sync(file.parent)
@@ -39,35 +41,74 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write(file: Path, write: Callable[[Path], object], wait: bool) -> None:
-    # Of a name of its own, since several processes may write the same file of a cache at a time.
-    temporary = file.with_name(f"{file.name[:_NAME_LETTERS]}.{secrets.token_hex(4)}{TEMPORARY}")
+    with full_disk_explained(file), own_folder(file) as folder:
+        temporary = folder / file.name
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # as any new file's; safetensors makes its own private
+        if wait:
+            sync(temporary)
+        temporary.replace(file)
+
+
+@contextmanager
+def own_folder(target: Path) -> Iterator[Path]:
+    """Make a hidden folder beside a target for this process alone, and remove what is left of it in the end.
+
+    What killed processes left beside the same target is removed first; a lock, which ends with the process that holds it,
+    tells theirs from those of processes that are at work.
+    """
+    name = os.fsencode(target.name)[:_NAME_BYTES].decode(errors="ignore")
+    _remove_left(target.parent, f".{glob.escape(name)}.{_MARK}-*")
+    folder, lock = _begin(target.with_name(f".{name}.{_MARK}-"))
     try:
-        with full_disk_explained(file):
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode
-            write(temporary)
-            temporary.chmod(mode)  # as any new file's; safetensors makes its own private
-            if wait:
-                sync(temporary)
-            temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _remove_left(file)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
-def _remove_left(file: Path) -> None:
-    """Remove what processes left that were killed while they wrote the same file: nobody has written to it for long."""
-    for left in file.parent.glob(f"{glob.escape(file.name[:_NAME_LETTERS])}.????????{TEMPORARY}"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _IDLE_SECONDS:
-                left.unlink()
+def _begin(start: Path) -> tuple[Path, int]:
+    """Make a folder whose name starts so, and lock it."""
+    while True:
+        folder = start.with_name(f"{start.name}{secrets.token_hex(4)}")
+        folder.mkdir()
+        with suppress(FileNotFoundError):  # somebody else took it for one that was left
+            lock = os.open(folder, os.O_RDONLY)
+            if _locks(lock) is not False and folder.is_dir():
+                return folder, lock
+            os.close(lock)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path is named as what is being written, or was when its process was killed."""
+    return _OWN.fullmatch(path.name) is not None
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process left that was killed while it wrote into a folder that it had for itself."""
-    for left in folder.glob(f"*.????????{TEMPORARY}"):
-        left.unlink(missing_ok=True)
+    """Remove what processes left in a folder that were killed while they wrote into it."""
+    _remove_left(folder, f".*.{_MARK}-*")
+
+
+def _remove_left(place: Path, pattern: str) -> None:
+    for folder in filter(is_unfinished, place.glob(pattern)):
+        with suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            if _locks(lock):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locks(descriptor: int) -> bool | None:
+    """Take a lock; False if another holds it, None on a file system that has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextmanager
@@ -88,10 +129,9 @@ def _why_not_written(error: Exception) -> str | None:
     for code, cause in _FULL.items():
         if number == code or os.strerror(code) in said:  # safetensors has words of its own around the system's
             return cause
-    # torch says neither the file nor the cause.
-    return (
-        "the disk is full or cannot be written" if "PytorchStreamWriter" in said or "inline_container" in said else None
-    )
+    # torch and numpy say neither the file nor the cause.
+    silent = ("PytorchStreamWriter", "inline_container", " requested and ")
+    return "the disk is full or cannot be written" if any(words in said for words in silent) else None
 
 
 def name_durably(partial: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from coprune.base.durable import TEMPORARY
+from coprune.base.durable import is_unfinished
 from coprune.base.errors import BadInput
 from coprune.base.output_names import require_apart, require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
@@ -175,7 +175,7 @@ def prepare_folders(recipe: Recipe) -> None:
         refuse_finished(run_folder)
     # A run that was refused or failed early left no more than its logs.
     logs = {run_folder / "tensorboard", *([recipe.output.log_json] if recipe.output.log_json else [])}
-    holds = {path for path in run_folder.glob("*") if path.suffix != TEMPORARY} - logs
+    holds = {path for path in run_folder.glob("*") if not is_unfinished(path)} - logs
     if holds and not (run_folder / RECIPE_FILE).exists():
         raise BadInput(
             f"{run_folder} already holds something that is no run", field="save", value=run_folder, fix=another

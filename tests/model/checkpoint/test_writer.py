@@ -247,7 +247,7 @@ except BaseException as error:
     again = part_writer(tmp_path)
     assert again.verify("one")
     assert not again.verify("two")
-    assert not list(again.partial.glob("*.tmp"))
+    assert not list(again.partial.glob(".*.coprune-*"))
 
 
 def test_a_part_counts_only_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

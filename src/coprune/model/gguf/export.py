@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from coprune.base.durable import TEMPORARY, write_durably
+from coprune.base.durable import write_durably
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.output_names import require_usable
@@ -91,7 +91,7 @@ def export(
     written: list[Whole] = []
 
     def write(final: Path) -> None:
-        written.append(_write(making, type, final, partial(_beside, final, target.name)))
+        written.append(_write(making, type, final, partial(_beside, final)))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, write)
@@ -124,9 +124,9 @@ def _write(making: Making, kind: str, final: Path, beside: Beside) -> Whole:
 
 
 @contextmanager
-def _beside(final: Path, name: str) -> Iterator[Path]:
-    """A temporary file that is named like the other's."""
-    path = final.with_name(f"{name}.{secrets.token_hex(4)}{TEMPORARY}")
+def _beside(final: Path) -> Iterator[Path]:
+    """A temporary file in the same folder."""
+    path = final.with_name(f"{secrets.token_hex(4)}.{final.name}")
     try:
         yield path
     finally:
