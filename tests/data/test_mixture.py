@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace
+from tokenizers.normalizers import Sequence as Normalizers
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.processors import ByteLevel as ByteLevelOffsets
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from coprune.base.errors import BadInput
-from coprune.data.conversations import holds_conversations, read_conversations, read_prompts
+from coprune.data.conversations import holds_conversations, messages_of, read_conversations, read_prompts
 from coprune.data.mixture import mixed, packed, source_windows
 from coprune.recipe.sources import Source
 from support.pico_folder import pico_tokenizer, write_words
@@ -52,6 +62,78 @@ def test_every_answer_of_a_long_conversation_is_marked(tmp_path: Path) -> None:
     [document] = read_conversations(write(tmp_path / "chat.jsonl", {"talk": said}), tokenizer(), "talk")
     assert document.ids == [7, 20, 9, 8, 40, 41, 9] * 2
     assert document.generated == [False, False, False, False, True, True, True] * 2
+
+
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Light scatters 🌍."},
+    {"role": "user", "content": "And red?"},
+    {"role": "assistant", "content": "It is late."},
+]
+TURNS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ between }}{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ between }}{% endif %}"
+)
+
+
+def trained(kind: str, between: str, slow: bool = False) -> Any:
+    """A small BPE tokenizer of a kind, with marks of turns that are special tokens."""
+    inner = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
+    if kind == "byte-level":
+        inner.pre_tokenizer, inner.post_processor = ByteLevel(add_prefix_space=False), ByteLevelOffsets()
+        inner.decoder = ByteLevelDecoder()
+    elif kind == "metaspace":
+        inner.pre_tokenizer = Metaspace(prepend_scheme="first")
+    else:
+        inner.normalizer = Normalizers([Prepend("▁"), Replace(" ", "▁")])
+    if inner.decoder is None:
+        inner.decoder = MetaspaceDecoder(prepend_scheme="never")
+    marks, alphabet = ["<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<end>"], ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=400, special_tokens=marks, initial_alphabet=[*alphabet, "\n"], show_progress=False)
+    inner.train_from_iterator([message["content"] for message in CHAT] * 3, trainer)
+    kind_of: Any = _Slow if slow else PreTrainedTokenizerFast
+    made = kind_of(tokenizer_object=inner, unk_token="<unk>")
+    made.chat_template = TURNS.replace("{{ between }}", between)
+    return made
+
+
+class _Slow(PreTrainedTokenizerFast):
+    """Tells no offsets."""
+
+    is_fast = False
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        assert not options.get("return_offsets_mapping")
+        return super().__call__(*given, **options)
+
+
+@pytest.mark.parametrize("between", ["\n", "", " "])
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "prepend"])
+def test_a_conversation_has_the_tokens_that_its_template_gives(kind: str, between: str, tmp_path: Path) -> None:
+    made = trained(kind, between)
+    [document] = read_conversations(write(tmp_path / "chat.jsonl", {"messages": CHAT}), made)
+    assert document.ids == made.apply_chat_template(CHAT, tokenize=True)["input_ids"]
+    written = [token for token, mark in zip(document.ids, document.generated, strict=True) if mark]
+    said = [text.strip() for text in made.decode(written).split("<end>")]
+    assert said == ["Light scatters 🌍.", "It is late.", ""]
+
+
+def test_a_slow_tokenizer_marks_answers_only_where_pieces_are_the_whole(tmp_path: Path) -> None:
+    name = write(tmp_path / "chat.jsonl", {"messages": CHAT})
+    fast, slow = (trained("byte-level", "\n", slow) for slow in (False, True))
+    assert read_conversations(name, slow) == read_conversations(name, fast)
+    with pytest.raises(BadInput, match=r"which tokens of row 1 of .* the assistant wrote cannot be told: _Slow"):
+        read_conversations(name, trained("prepend", "\n", slow=True))
+
+
+@pytest.mark.parametrize("row", ROWS[:4], ids=[next(iter(row)) for row in ROWS[:4]])
+def test_a_system_column_is_said_first(row: dict[str, Any]) -> None:
+    plain, said = messages_of(row), messages_of(row | {"system": "Be kind."})
+    assert plain is not None
+    assert said == [CHAT[0], *plain]
+    assert messages_of({"messages": said, "system": "Be kind."}) == said
+    assert messages_of(row | {"system": None}) == plain
 
 
 def test_text_and_other_rows_are_no_conversations(tmp_path: Path) -> None:

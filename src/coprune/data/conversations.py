@@ -1,13 +1,14 @@
 """Conversations, and texts that a model wrote, as token ids that say which of them a model wrote.
 
 Rows of .jsonl, .json and .parquet files in the usual formats: `messages` (role, content), `conversations` as of ShareGPT
-(from, value), `instruction`, `input`, `output` as of Alpaca, `prompt` and `answer`; or with `prompt_ids` and `answer_ids`,
-which `coprune generate` writes. Everything but ids goes through the tokenizer's chat template.
+(from, value), `instruction`, `input`, `output` as of Alpaca, `prompt` and `answer`, each perhaps beside a `system`; or with
+`prompt_ids` and `answer_ids`, which `coprune generate` writes. Everything but ids goes through the tokenizer's chat template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,18 @@ def read_conversations(name: str, tokenizer: PreTrainedTokenizerBase, column: st
 
 
 def messages_of(row: Mapping[str, Any], column: str | None = None) -> list[Message] | None:
-    """The messages of a row in any of the usual formats, with roles as templates call them; None if it is in none."""
+    """Return the messages of a row in any of the usual formats, with roles as templates call them; None if it is in none.
+
+    A text in the column `system` comes first.
+    """
+    said, system = _said_in(row, column), row.get("system")
+    if not system or said is None:
+        return said
+    first = {"role": "system", "content": system}
+    return None if not isinstance(system, str) else said if said[0] == first else [first, *said]
+
+
+def _said_in(row: Mapping[str, Any], column: str | None) -> list[Message] | None:
     for key in (column,) if column is not None else ("messages", "conversations", "conversation"):
         said = row.get(key)
         if isinstance(said, Sequence) and not isinstance(said, str) and said:
@@ -114,14 +126,36 @@ def document_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
         # A template that writes earlier turns anew (without their thoughts, say) marks only those that stay.
         if whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto):
             edges.append((len(before), len(upto)))
-    document, at = Document([], []), 0
-    for start, end in [*edges, (len(whole), len(whole))]:
-        for piece, generated in ((whole[at:start], False), (whole[start:end], True)):
-            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] if piece else []
-            document.ids.extend(ids)
-            document.generated.extend([generated] * len(ids))
-        at = end
-    return document
+    ids, offsets = _encoded(whole, edges, tokenizer, place)
+    return Document(ids, [any(start < t and s < end for start, end in edges) for s, t in offsets])
+
+
+def _encoded(
+    text: str, edges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, place: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenize a text once, and return each token with the characters that it covers, at least one."""
+    if tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets, last = list[tuple[int, int]](), 0
+        for start, end in found["offset_mapping"]:
+            # Byte-level tokenizers trim spaces from offsets; a "▁" put before a word covers nothing, and belongs to the word.
+            offsets.append((start, end) if start < end else (last, end) if last < end else (end, end + 1))
+            last = max(last, end)
+        return list(found["input_ids"]), offsets
+
+    def ids_of(piece: str) -> list[int]:
+        return list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) if piece else []
+
+    cuts = sorted({0, len(text), *(cut for edge in edges for cut in edge)})
+    pieces = [(ids_of(text[start:end]), (start, end)) for start, end in pairwise(cuts)]
+    ids, whole = [token for found, _ in pieces for token in found], ids_of(text)
+    if ids != whole:
+        raise BadInput(
+            f"which tokens of {place} the assistant wrote cannot be told: {type(tokenizer).__name__} tells no offsets, and "
+            "tokenizes the answers otherwise where they stand alone",
+            fix="take a model with a fast tokenizer (tokenizer.json)",
+        )
+    return ids, [span for found, span in pieces for _ in found]
 
 
 def template_text(
