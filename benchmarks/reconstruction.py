@@ -2,7 +2,7 @@
 
     python benchmarks/reconstruction.py smollm2-135m --nsamples 32 --seqlen 512 --pattern 2:4
 
-Prunes by preset `balanced` with other steps, windows or samples, calibrated on Wikipedia (`embedded`); one line a run, in
+Prunes by preset `balanced` with other steps or samples, calibrated on Wikipedia (`embedded`); one line a run, in
 Markdown. Seconds are of the walk alone, measured one after the other: they compare only on a machine that does nothing else.
 """
 
@@ -20,9 +20,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "balanced": BALANCED,
     "no training": BALANCED | {"reconstruct": 0},
     "12 steps": BALANCED | {"reconstruct": 12},
-    "window 2, 3 steps": BALANCED | {"reconstruct": 3, "reconstruct_window": 2},
-    "window 2": BALANCED | {"reconstruct_window": 2},
-    "window 2, 12 steps": BALANCED | {"reconstruct": 12, "reconstruct_window": 2},
     "12 steps of one sample": BALANCED | {"reconstruct": 12, "batch_size": 1},
     "learning rate 5e-3": BALANCED | {"reconstruct_lr": 5e-3},
     "one rate for all": BALANCED | {"reconstruct_rates": "absolute", "reconstruct_lr": 1e-3},

@@ -96,8 +96,6 @@ def _settings() -> Iterator[Row]:
         yield Row(f"{model} +reconstruct wanda 2:4", model, "wanda", {**two_four, "reconstruct": 6})
     yield Row("llama +rotate wanda 2:4", "llama", "wanda", {**two_four, "rotate": True})
     yield Row("llama +permute ria 2:4", "llama", "ria", {**two_four, "permute": True})
-    separate = {"reconstruct": 6, "reconstruct_parts": "separate", "propagation": "sequential"}
-    yield Row("llama +reconstruct-separate wanda 50%", "llama", "wanda", separate)
     yield Row("llama +reconstruct-bfloat16 wanda 50%", "llama", "wanda", {"reconstruct": 6} | _BFLOAT16)
     yield Row("llama +refit+reconstruct alps 2:4", "llama", "alps", {**two_four, "refine": "refit", "reconstruct": 6})
     yield Row("llama wanda 4:8", "llama", "wanda", {"pattern": "4:8"})

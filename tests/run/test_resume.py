@@ -51,7 +51,6 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "low rank in memory": ("wanda", "block", "llama", False, {"low_rank": 4, "pattern": "2:4"}),
     "permuted": ("wanda", "block", "llama", False, {"permute": True, "pattern": "2:4"}),
     "rotated": ("sparsegpt", "sequential", "llama", False, {"rotate": True, "pattern": "2:4"}),
-    "windows in memory": ("sparsegpt", "block", "deep", False, {"reconstruct": 2, "reconstruct_window": 3}),
 }
 
 
@@ -61,7 +60,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for family in ("llama", "mixtral", "gpt2"):
         save_pico(folder / family, family)
-    save_pico(folder / "deep", num_hidden_layers=5)
     write_words(folder / "words.txt")
     write_words(folder / "test.txt", count=300, seed=1)
     write_words(folder / "other.txt", seed=2)

@@ -21,6 +21,7 @@ from coprune.commands.grouped import WIDEST
 from coprune.commands.show import tell
 from coprune.commands.stopping import INTERRUPTED, how_to_go_on, stopped_alike
 from coprune.commands.table import Commands
+from coprune.recipe.retired import retired
 
 app = typer.Typer(
     name="coprune",
@@ -88,6 +89,8 @@ def _run(arguments: list[str]) -> int:
     except CopruneError as error:
         _fail(error.text(CommandLine()))
     except _UsageError as error:
+        if (gone := retired(getattr(error, "option_name", ""))) is not None:
+            _fail(gone.text(CommandLine()))
         # What pydantic says of a value, in the words of coprune's own errors.
         said = error.format_message().replace(": Value error, ", ": ").replace(": Input should", ": it should")
         # A missing argument: how the command is typed.

@@ -19,6 +19,7 @@ from coprune.recipe.flat import FLAT, place_of
 from coprune.recipe.grammar import read_scalar
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.recipe import DEFAULTS, FIELDS
+from coprune.recipe.retired import retired
 from coprune.training.settings import FinetuneSettings
 
 Command = Callable[..., None]
@@ -154,7 +155,7 @@ def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Comman
 def method_options(arguments: list[str]) -> dict[str, Any]:
     """Read `--block-size 64` or `--block-size=64` as an option of the method.
 
-    Raises BadInput for an option that is no method's, with the nearest of all options.
+    Raises BadInput for an option that is no method's, with the nearest of all options, and for one that was retired.
     """
     if not arguments:
         return {}
@@ -169,6 +170,8 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
         if not is_option(name):
+            if (gone := retired(written)) is not None:
+                raise gone
             flags = [option for parameter in recipe_options() for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
             raise unknown_name(

@@ -8,30 +8,29 @@ from dataclasses import replace
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix, find_matrices, mask_checksum
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.refine.examples import Examples
 from coprune.pruning.refine.reconstruct import Reconstruction
-from coprune.pruning.refine.trained import Trained, TrainedBlock, names_of, trained_in
+from coprune.pruning.refine.trained import Trained, names_of, trained_in
 
 RECONSTRUCTED = "block reconstruction: "
 """How an event begins that tells of a training, which is no trouble."""
 _IDLE = "nothing gained, "
 
 
-def reconstruct_blocks(
-    reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: Mapping[str, list[MatrixResult]]
-) -> dict[str, list[MatrixResult]]:
-    """Train the blocks of a window toward the dense model's outputs; those in which nothing was pruned are left alone.
+def reconstruct_block(
+    reconstruction: Reconstruction, done: BlockDone, recording: Recording, results: list[MatrixResult]
+) -> list[MatrixResult]:
+    """Train a block toward the dense model's outputs; one in which nothing was pruned is left alone.
 
     Args:
         reconstruction: how.
-        done: the pruned block, with those before it that are trained together with it.
-        recording: the batches that go through them.
-        results: what became of the matrices of each, by the block's name.
+        done: the pruned block.
+        recording: the batches that go through it.
+        results: what became of its matrices.
 
     Returns:
         The results with their masks as they are now.
@@ -39,24 +38,16 @@ def reconstruct_blocks(
     Raises:
         NumericalError: with the block's name, if a weight that was zero is not zero any more, or nothing is finite.
     """
-    pruned = [block for block in done.window if results[block.name]]
-    if not pruned:
-        return dict(results)
-    before = {matrix.name: matrix.stored() == 0 for matrix in _matrices(pruned)}
-    names = {result.name for block in pruned for result in results[block.name]}
-    trained = {block.name: trained_in(block, [m for m in _matrices([block]) if m.name in names]) for block in pruned}
+    if not results:
+        return results
+    matrices = {matrix.name: matrix for matrix in find_matrices(done.block.module, done.block.name)}
+    before = {name: matrix.stored() == 0 for name, matrix in matrices.items()}
+    trained = trained_in(done.block, [matrices[result.name] for result in results])
     event = _train(reconstruction, done, recording, trained)
-    after = {matrix.name: matrix for matrix in _matrices(pruned)}
     for name, zeros in before.items():
-        if bool((after[name].stored()[zeros] != 0).any()):
+        if bool((matrices[name].stored()[zeros] != 0).any()):
             raise NumericalError(f"{name}: reconstruction changed a weight that was pruned")
-    checksums = {name: after[name].mask_checksum() for name in names}
-    told = pruned[-1].name
-    return {name: _told(own, event if name == told else None, checksums) for name, own in results.items()}
-
-
-def _matrices(blocks: Sequence[Block]) -> list[Matrix]:
-    return [matrix for block in blocks for matrix in find_matrices(block.module, block.name)]
+    return _told(results, event, {result.name: matrices[result.name].mask_checksum() for result in results})
 
 
 def reconstruct_cut(
@@ -76,12 +67,12 @@ def reconstruct_cut(
         cut: what is kept of its parameters (bool, by name), and what became of matrices.
 
     Returns:
-        The results with their masks as they are now. Raises NumericalError as `reconstruct_blocks`.
+        The results with their masks as they are now. Raises NumericalError as `reconstruct_block`.
     """
     masks, results = cut
     kept = {name.removeprefix(f"{done.block.name}."): mask for name, mask in masks.items()}
     trained = [_only(one, kept.get(one.name)) for one in trained_in(done.block, chosen)]
-    event = _train(reconstruction, done, recording, {done.block.name: trained})
+    event = _train(reconstruction, done, recording, trained)
     for name, mask in kept.items():
         if bool((done.block.module.get_parameter(name)[~mask] != 0).any()):
             raise NumericalError(f"{done.block.name}.{name}: reconstruction changed what was removed")
@@ -105,27 +96,20 @@ def _checksum_of_rest(matrix: Matrix, masks: Mapping[str, Tensor]) -> str:
     return mask_checksum(left)
 
 
-def _train(
-    reconstruction: Reconstruction, done: BlockDone, recording: Recording, trained: Mapping[str, Sequence[Trained]]
-) -> str:
-    """Train parameters of a window's blocks in place, by the block's name; returns what that did, for the report."""
-    window = done.window
+def _train(reconstruction: Reconstruction, done: BlockDone, recording: Recording, trained: Sequence[Trained]) -> str:
+    """Train parameters of a block in place; returns what that did, for the report."""
+    block = done.block
 
     def run(batch: int, hidden: Tensor) -> Tensor:
-        for block in window:
-            hidden = recording.calls[batch][block.index].in_float32().run(block.module, hidden)
-        return hidden
+        return recording.calls[batch][block.index].in_float32().run(block.module, hidden)
 
-    blocks = [TrainedBlock(block.module, trained.get(block.name, ())) for block in window]
     try:
         examples = Examples(done.before, done.after, recording.shares, recording.counted)
-        start, end = reconstruction.on(recording.positions).improve(blocks, run, examples)
+        start, end = reconstruction.on(recording.positions).improve(block.module, trained, run, examples)
     except NumericalError as error:
-        raise error.within(done.block.name) from error
-    names = dict.fromkeys(name for own in trained.values() for name in names_of(own).split(", "))
-    beside = "".join(f" with {block.name}" for block in done.earlier)
+        raise error.within(block.name) from error
     gained = f"relative error {start:.5f} → {end:.5f}" if end < start else f"{_IDLE}relative error {start:.5f}"
-    return f"{RECONSTRUCTED}{gained} on the watched batches{beside}; trained: {', '.join(names)}"
+    return f"{RECONSTRUCTED}{gained} on the watched batches; trained: {names_of(trained)}"
 
 
 def idle_trainings(results: Iterable[MatrixResult]) -> tuple[int, int]:
@@ -134,13 +118,13 @@ def idle_trainings(results: Iterable[MatrixResult]) -> tuple[int, int]:
     return sum(event.startswith(f"{RECONSTRUCTED}{_IDLE}") for event in trainings), len(trainings)
 
 
-def _told(results: Sequence[MatrixResult], event: str | None, checksums: Mapping[str, str]) -> list[MatrixResult]:
+def _told(results: Sequence[MatrixResult], event: str, checksums: Mapping[str, str]) -> list[MatrixResult]:
     """The results with their masks as they are now; the first one tells of the training."""
     return [
         result.model_copy(
             update={
                 "mask_checksum": checksums[result.name],
-                "events": result.events + ((event,) if event is not None and i == 0 else ()),
+                "events": result.events + ((event,) if i == 0 else ()),
             }
         )
         for i, result in enumerate(results)

@@ -59,7 +59,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
     return (
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or _of_propagation(recipe)
-        or _of_reconstruction(recipe)
+        or cannot_reconstruct(recipe.reconstruction, recipe.calibration)
         or cannot_finetune(recipe.finetune, recipe.quantization, recipe.output)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
         or _of_reshaping(recipe)
@@ -113,11 +113,6 @@ def _of_propagation(recipe: Parts) -> BadInput | None:
         fix = (LeaveOut("target"), ", or take ", Set("propagation", "block"))
         return BadInput(wrong, field="target", value="dense", fix=fix)
     return None
-
-
-def _of_reconstruction(recipe: Parts) -> BadInput | None:
-    one_by_one = recipe.quantization.grid is not None or bool(recipe.structure.remove) or recipe.low_rank.rank > 0
-    return cannot_reconstruct(recipe.reconstruction, recipe.calibration, one_by_one)
 
 
 def _of_removal(recipe: Parts) -> BadInput | None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set
 from coprune.recipe.choice import Choice, split_choice
+from coprune.recipe.retired import passed_over, retired
 
 FLAT: dict[str, str] = {
     "model": "model.name",
@@ -39,11 +40,9 @@ FLAT: dict[str, str] = {
     "low_rank_rounds": "low_rank.rounds",
     "reconstruct": "reconstruction.steps",
     "reconstruct_tokens": "reconstruction.tokens",
-    "reconstruct_window": "reconstruction.window",
     "reconstruct_lr": "reconstruction.learning_rate",
     "reconstruct_rates": "reconstruction.rates",
     "reconstruct_dtype": "reconstruction.dtype",
-    "reconstruct_parts": "reconstruction.parts",
     "finetune": "finetune.mode",
     "finetune_minutes": "finetune.minutes",
     "finetune_tokens": "finetune.tokens",
@@ -115,8 +114,9 @@ def place_of(word: str) -> tuple[str, str | None]:
 
 
 def is_setting(name: str) -> bool:
-    """Whether something names a setting, or a part of a recipe."""
-    return name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET) or "." in name
+    """Whether something names a setting, one that is retired, or a part of a recipe."""
+    known = name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET) or "." in name
+    return known or retired(name) is not None
 
 
 def word_for(name: str) -> str:
@@ -126,6 +126,8 @@ def word_for(name: str) -> str:
         return word
     if name in _WORDS:
         return _WORDS[name]
+    if (gone := retired(name)) is not None:
+        raise gone
     part = name.partition(".")[0]
     inside = [place for place in _WORDS if place.startswith(f"{part}.")]
     known = [*FLAT, *PARTS, PRESET, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
@@ -195,6 +197,8 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Every setting: its word, the name by which it was said, and its value."""
     found: dict[str, tuple[str, Any]] = {}
     for name, value in ((inner, value) for key, said in settings.items() for inner, value in _within(str(key), said)):
+        if passed_over(name, value):
+            continue
         word = word_for(name)
         if word not in found:
             found[word] = name, value

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from coprune.base.errors import BadInput
-from coprune.base.words import LeaveOut, Set, Setting, Words
+from coprune.base.words import Set, Setting, Words
 from coprune.recipe.decides import Decides
 from coprune.recipe.flat import word_for
 from coprune.recipe.parts import CalibrationPart, Part
@@ -32,15 +32,6 @@ class ReconstructionPart(Part):
             ge=0,
         ),
     ] = 0
-    window: Annotated[
-        int,
-        _RESULT,
-        Field(
-            description="With reconstruct: train so many blocks that follow each other together, toward what the dense model "
-            "gives after the last of them, then move on by one. A step costs so many times as much.",
-            ge=1,
-        ),
-    ] = 1
     learning_rate: Annotated[float, _RESULT, Field(description="Learning rate of that.", gt=0)] = 2.5e-3
     rates: Annotated[
         Literal["absolute", "relative"],
@@ -55,15 +46,10 @@ class ReconstructionPart(Part):
         _RESULT,
         Field(description="What blocks compute in while they are trained."),
     ] = "float32"
-    parts: Annotated[
-        Literal["together", "separate"],
-        _RESULT,
-        Field(description="Train attention and MLP together or one after the other."),
-    ] = "together"
 
 
-def cannot_reconstruct(asked: ReconstructionPart, calibration: CalibrationPart, one_by_one: bool) -> BadInput | None:
-    """What a training of the blocks does not go with; None if nothing is wrong. one_by_one: what needs windows of one block."""
+def cannot_reconstruct(asked: ReconstructionPart, calibration: CalibrationPart) -> BadInput | None:
+    """What a training of the blocks does not go with; None if nothing is wrong."""
     if asked.steps and calibration.propagation == "dense":
         return BadInput(
             "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
@@ -75,7 +61,4 @@ def cannot_reconstruct(asked: ReconstructionPart, calibration: CalibrationPart, 
         word, wanted = word_for(f"reconstruction.{field}"), Setting("reconstruct")
         cause: Words = (Setting(word), " says how blocks are trained, and none is trained without ", wanted)
         return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set("reconstruct", 6)))
-    if asked.window > 1 and one_by_one:
-        wrong = "blocks that are rounded, that parts are removed from or low rank is added to are trained one by one"
-        return BadInput(wrong, field="reconstruct_window", value=asked.window, fix=LeaveOut("reconstruct_window"))
     return None

@@ -81,11 +81,9 @@ class CalibrationArguments(TypedDict, total=False):
     reconstruction: ReconstructionPart | Mapping[str, Any]
     reconstruct: int
     reconstruct_tokens: int
-    reconstruct_window: int
     reconstruct_lr: float
     reconstruct_rates: Literal["absolute", "relative"]
     reconstruct_dtype: Literal["float32", "bfloat16"]
-    reconstruct_parts: Literal["together", "separate"]
 
 
 class StructureArguments(TypedDict, total=False):

@@ -22,8 +22,8 @@ def moves_of(session: Session) -> Moves:
     if asked.propagation == "dense":
         return Dense()
     if asked.propagation == "sequential":
-        return Sequential(keep, session.window)
-    return ByBlock(asked.aim == "dense", keep, session.window)
+        return Sequential(keep)
+    return ByBlock(asked.aim == "dense", keep)
 
 
 def solving_of(session: Session) -> Solving:
@@ -57,10 +57,7 @@ def record_calibration(session: Session, dense: bool = False) -> Recording | Non
     if opened.samples is None:
         return None
     batches = counted_batches(opened.task, opened.recipe, opened.samples, opened.around.processes)
-    windowed = dense and session.window > 1
-    recording = record_counted(session.model, batches, opened.activations(lists=1 + dense + windowed))
-    if windowed:
-        recording.entering = recording.hidden.copy()
+    recording = record_counted(session.model, batches, opened.activations(lists=1 + dense))
     if dense:
         recording.dense = recording.hidden.copy()
         if opened.solver.aim != "dense" and session.reconstruction is not None:

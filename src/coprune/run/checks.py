@@ -131,7 +131,6 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
         learning_rate=asked.learning_rate,
         rates=asked.rates,
         dtype=asked.dtype,
-        parts=asked.parts,
         seed=recipe.calibration.seed,
     )
 

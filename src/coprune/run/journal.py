@@ -31,7 +31,6 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.structure.spreading import ByError, spreading_named
 from coprune.recipe.decides import Decides
 from coprune.recipe.recipe import Recipe
-from coprune.run.held_blocks import HeldBlocks
 
 _IDENTITY = "journal.json"
 _SETTLED = "settled.json"
@@ -74,7 +73,6 @@ class Output:
         self._unread: Callable[[], None] | None = None
         self._writer = CheckpointWriter(folder, [REST, *self._names], weights.total_bytes)
         self._claim(identity)
-        self.held = HeldBlocks(self._writer.partial)
         """Blocks that are pruned and not finished."""
 
     def _claim(self, identity: Identity) -> None:
@@ -170,7 +168,6 @@ class Output:
             check: called with the whole checkpoint before it gets its name.
         """
         partial = self._writer.partial
-        self.held.remove()
         self._writer.write(REST, self._weights.rest_tensors(self._names))
         self._weights.write_companions(partial, beside)
         edits.write(partial, beside.source)

@@ -20,7 +20,7 @@ from coprune.model.matrices import Matrix
 from coprune.model.walk.shown import BlockDone, Past
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult, prune_walk
-from coprune.pruning.reconstructed import idle_trainings
+from coprune.pruning.reconstructed import idle_trainings, reconstruct_block
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import DEFAULTS, Recipe
 from coprune.run.calibrating import moves_of, record_calibration, record_to_prune, solving_of
@@ -31,7 +31,6 @@ from coprune.run.reuse import Reuse
 from coprune.run.rounded_later import RoundedLater
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
-from coprune.run.windows import Windows, left_by_earlier
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     opened, model = session.opened, session.model
     recipe, reporter = opened.recipe, opened.around.reporter
     shared = SharedOutput(opened.around.processes, output, model.weights)
-    before = left_by_earlier(session, shared)
-    finished = before.finished
+    finished = shared.finished()
     if finished:
         reporter.say(f"{len(finished)} of {len(model.blocks)} blocks were finished by an earlier run.")
     notes = [f"Blocks of an earlier run differ in last bits: {change}" for change in shared.changes if finished]
@@ -72,12 +70,12 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
             recording,
             opened.solver.statistic,
             moves_of(session),
-            Past(finished, before.restore, known, before.held),
+            Past(finished, shared.restore, known),
             opened.around.processes,
             advance,
         )
         with shared.settled(), memory_within(lambda: walk.at):
-            results = _prune(session, walk, Windows(session, shared, before.held), shared, target_of)
+            results = _prune(session, walk, shared, target_of)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     if (idle := _idle_trainings(recipe, earlier + results)) is not None:
         reporter.say(idle)
@@ -102,7 +100,7 @@ def all_edits(session: Session, shared: SharedOutput, rest: Edit) -> Edits:
 
 
 def _prune(
-    session: Session, walk: Walk, windows: Windows, shared: SharedOutput, target_of: Callable[[Matrix], Target]
+    session: Session, walk: Walk, shared: SharedOutput, target_of: Callable[[Matrix], Target]
 ) -> list[MatrixResult]:
     """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished."""
     opened = session.opened
@@ -111,13 +109,12 @@ def _prune(
     )
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
-        found = windows.trained(done, walk.recording, results)
+        if session.reconstruction is not None and walk.recording is not None:
+            results = reconstruct_block(session.reconstruction, done, walk.recording, results)
         if later is not None:
-            found[done.block.name] = later.round(done.block, found[done.block.name])
-        # A run that is killed between the last blocks, which leave together, goes on before the first of them.
-        for block in reversed(done.window[: done.leaving]):
-            finish_block(session, shared, block, BlockOutcome(found[block.name], edits_of(found[block.name])))
-        return [result for own in found.values() for result in own]
+            results = later.round(done.block, results)
+        finish_block(session, shared, done.block, BlockOutcome(results, edits_of(results)))
+        return results
 
     return prune_walk(
         walk if later is None else later.noting(walk),

@@ -121,11 +121,6 @@ class Session:
     not_added: Sequence[str] = ()
     """Pruned matrices to which nothing of low rank can be added, with reasons, where that is asked for."""
 
-    @property
-    def window(self) -> int:
-        """How many blocks are trained together."""
-        return 1 if self.reconstruction is None else self.opened.recipe.reconstruction.window
-
 
 def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remember = read_anew) -> Opened:
     """Check everything that can be checked without the blocks, cheap things first, and read the data.

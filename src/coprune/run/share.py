@@ -133,20 +133,6 @@ class SharedOutput:
                 tensors = {name: read_tensor(entry) for name, entry in read_entries(file).items() if ".lora_" in name}
                 give(self._weights.model, factors_stored(tensors, edit.ranks))
 
-    def held(self, finished: int) -> dict[str, list[MatrixResult]] | None:
-        """As `HeldBlocks.results`; blocks are held only where one process does everything."""
-        return None if self._output is None else self._output.held.results(finished)
-
-    def restore_held(self, finished: int, block: Block) -> None:
-        """As `HeldBlocks.restore`."""
-        assert self._output is not None
-        self._output.held.restore(finished, block)
-
-    def keep_held(self, finished: Block, held: Sequence[Block], results: Mapping[str, list[MatrixResult]]) -> None:
-        """As `HeldBlocks.keep`, if anything is written."""
-        if self._output is not None:
-            self._output.held.keep(finished, held, results)
-
     def write_block(self, block: Block, outcome: BlockOutcome) -> None:
         """Write a finished block in the first process; streamed models read it from there from now on."""
         self.outcomes[block.name] = outcome

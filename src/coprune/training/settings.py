@@ -21,6 +21,7 @@ from coprune.recipe.finetune import LEARNING_RATES, EvalSeqlen, Mode, Rates, Sco
 from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Globs, Part
+from coprune.recipe.retired import passed_over, retired
 from coprune.training.checks import contradiction
 
 _RESULT, _MEASURED = Decides.RESULT, Decides.MEASUREMENT
@@ -192,6 +193,13 @@ class FinetuneSettings(Part):
     ] = None
     overwrite: Overwrite = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if not passed_over(name, value)}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         fields = type(self).model_fields
@@ -242,7 +250,7 @@ def make_settings(values: dict[str, Any]) -> FinetuneSettings:
             fix="use data parallel processes: torchrun, or accelerate without FSDP",
         )
     for name in values:
-        if name not in FinetuneSettings.model_fields and name != _OLDER:
+        if name not in FinetuneSettings.model_fields and name != _OLDER and retired(name) is None:
             raise unknown_name("setting", name, FinetuneSettings.model_fields, field=name)
     try:
         return FinetuneSettings.model_validate(values)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.refine.examples import Examples
 from coprune.pruning.refine.reconstruct import Reconstruction
-from coprune.pruning.refine.trained import Trained, TrainedBlock
+from coprune.pruning.refine.trained import Trained
 from support.pico import pico_model, pico_tokens
 from support.walking import prove
 
@@ -37,10 +37,10 @@ def trained(examples: Examples, steps: int) -> tuple[Tensor, float]:
     block = nn.Linear(6, 6, bias=False)
     block.weight.data = torch.eye(6)
     block.requires_grad_(False)
-    parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
+    parts = [Trained("weight", block.get_parameter("weight"), None)]
     # All batches are watched, since so few leave none to hold out.
     asked = Reconstruction(steps=steps, learning_rate=0.05, held_out=0)
-    before, _ = asked.improve(parts, lambda batch, hidden: block(hidden), examples)
+    before, _ = asked.improve(block, parts, lambda batch, hidden: block(hidden), examples)
     return block.weight.data, before
 
 
@@ -131,9 +131,9 @@ def test_a_training_that_improves_nothing_ends_early(steps: int, taken: int) -> 
         tried.append(torch.is_grad_enabled())
         return block(hidden)
 
-    parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
+    parts = [Trained("weight", block.get_parameter("weight"), None)]
     asked = Reconstruction(steps=steps, held_out=0.25)
-    assert asked.improve(parts, run, Examples(inputs, inputs, [1.0] * 4)) == (0.0, 0.0)
+    assert asked.improve(block, parts, run, Examples(inputs, inputs, [1.0] * 4)) == (0.0, 0.0)
     assert sum(tried) == taken
 
 
@@ -152,8 +152,8 @@ def test_the_best_state_that_was_watched_stays(steps: int, rate: float) -> None:
 
     examples = Examples(inputs, targets, [1.0] * 4)
     weights = examples.weights(range(4))
-    parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), None)])]
-    before, after = Reconstruction(steps=steps, learning_rate=rate, held_out=0.25).improve(parts, run, examples)
+    parts = [Trained("weight", block.get_parameter("weight"), None)]
+    before, after = Reconstruction(steps=steps, learning_rate=rate, held_out=0.25).improve(block, parts, run, examples)
     assert before == seen[0]
     assert len(seen) > 1
     assert after == min(seen) == float(examples.error(3, block(inputs[3]), weights))
@@ -202,9 +202,11 @@ def test_relative_rates_do_the_same_to_weights_of_any_size() -> None:
         block.weight.data = torch.eye(6) * scale
         block.weight.data[0, 1] = 0.5 * scale
         block.requires_grad_(False)
-        parts = [TrainedBlock(block, [Trained("weight", block.get_parameter("weight"), block.weight.data != 0)])]
+        parts = [Trained("weight", block.get_parameter("weight"), block.weight.data != 0)]
         examples = Examples([batch / scale for batch in inputs], targets, [1.0] * 4)
-        Reconstruction(steps=5, held_out=0, **settings).improve(parts, lambda batch, hidden: block(hidden), examples)
+        Reconstruction(steps=5, held_out=0, **settings).improve(
+            block, parts, lambda batch, hidden: block(hidden), examples
+        )
         return block.weight.data / scale
 
     relative = {"rates": "relative", "learning_rate": 0.01}

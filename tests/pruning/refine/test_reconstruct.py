@@ -19,7 +19,7 @@ from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import MatrixResult, Solver, prune_walk
-from coprune.pruning.reconstructed import reconstruct_blocks
+from coprune.pruning.reconstructed import reconstruct_block
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import NM, Target
 from support.pico import FAMILIES, MIXTURES, pico_model, pico_tokens
@@ -44,7 +44,6 @@ def prune_two_of_four(
     reconstruction: Reconstruction | None,
     propagation: Propagation = "block",
     aims: bool = True,
-    window: int = 1,
     **choice: Sequence[str],
 ) -> list[MatrixResult]:
     proven = prove(model, batches[0], **choice)
@@ -53,17 +52,12 @@ def prune_two_of_four(
     if reconstruction is not None:
         recording.dense = recording.hidden.copy()
         recording.aims = reconstruction.batches_used(recording.shares) if aims else None
-    recording.entering = recording.hidden.copy() if window > 1 else None
-    moves = replace(MOVES[propagation], keep_inputs=reconstruction is not None, window=window)  # type: ignore[arg-type]
+    moves = replace(MOVES[propagation], keep_inputs=reconstruction is not None)  # type: ignore[arg-type]
     walk = Walk(proven, recording, solver.statistic, moves)
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
-        held[done.block.name] = results
-        if reconstruction is not None:
-            held.update(reconstruct_blocks(reconstruction, done, recording, held))
-        return [result for block in done.window[: done.leaving] for result in held.pop(block.name)]
+        return results if reconstruction is None else reconstruct_block(reconstruction, done, recording, results)
 
-    held: dict[str, list[MatrixResult]] = {}
     return prune_walk(walk, solver, lambda matrix: Target(NM(2, 4), 0.5), block_done=block_done)
 
 
@@ -74,7 +68,7 @@ def distance(model: PreTrainedModel) -> float:
 
 
 @pytest.mark.parametrize("propagation", ["block", "sequential"])
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"parts": "separate"}])
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}])
 def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     propagation: Propagation, changes: dict[str, Any]
 ) -> None:
@@ -188,48 +182,3 @@ def test_settings_out_of_range_are_refused() -> None:
     for settings in ({"steps": 0}, {"learning_rate": -1.0}, {"held_out": -0.5}):
         with pytest.raises(BadInput):
             Reconstruction(**settings)
-
-
-@pytest.mark.parametrize("propagation", ["block", "sequential"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_window_starts_where_the_last_one_left_and_ends_at_the_dense_model(
-    propagation: Propagation, size: int
-) -> None:
-    dense, model = pico_model("llama", num_hidden_layers=5), pico_model("llama", num_hidden_layers=5)
-    proven, batch = prove(model, BATCHES[0]), BATCHES[0]
-    recording = record_batches(proven, [batch])
-    recording.dense, recording.entering = recording.hidden.copy(), recording.hidden.copy()
-    moves = replace(MOVES[propagation], keep_inputs=True, window=size)  # type: ignore[arg-type]
-    left: list[int] = []
-    for event in Walk(proven, recording, None, moves):
-        if not isinstance(event, BlockDone):
-            continue
-        window = [block.index for block in event.window]
-        last = event.block.index
-        assert window == list(range(max(0, last - size + 1), last + 1))
-        with torch.no_grad():
-            now = model(batch, output_hidden_states=True).hidden_states
-            aimed = dense(batch, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(event.before[0], now[window[0]])
-        if last < 4:  # the last hidden state of a model is behind its final norm
-            torch.testing.assert_close(event.after[0], aimed[last + 1])
-        for block in event.window:  # what a training would do
-            block.module.get_parameter("mlp.down_proj.weight").data *= 1.01
-        left += window[: event.leaving]
-    assert left == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("propagation", ["block", "sequential"])
-def test_windows_come_nearer_to_the_dense_model_than_their_blocks_alone(propagation: Propagation) -> None:
-    found = {}
-    for window in (1, 2):
-        model = pico_model("llama", num_hidden_layers=5)
-        results = prune_two_of_four(model, BATCHES, Reconstruction(steps=60), propagation, window=window)
-        assert [result.name for result in results] == [m.name for m in prove(model, BATCHES[0]).chosen.all()]
-        assert all(result.sparsity == 0.5 for result in results)
-        checked = {m.name: m.mask_checksum() for m in prove(model, BATCHES[0]).chosen.all()}
-        assert {result.name: result.mask_checksum for result in results} == checked
-        with torch.no_grad():
-            dense, own = pico_model("llama", num_hidden_layers=5)(FRESH).logits, model(FRESH).logits
-        found[window] = float((own - dense).norm() / dense.norm())
-    assert found[2] < found[1]

@@ -142,20 +142,11 @@ def test_more_work_takes_more() -> None:
         replace(RUN, evaluation_tokens=(200_000,)),
         replace(RUN, reconstruction_steps=100),
         replace(RUN, dense_target=True),
-        replace(RUN, reconstruction_steps=100, reconstruction_window=2),
     ):
         other = estimate(WORK, more, None)
         assert other.seconds > base.seconds
         assert other.peak_bytes >= base.peak_bytes
     assert estimate(WORK, replace(RUN, activation_limit=0), None).peak_bytes < base.peak_bytes
-
-
-def test_a_window_takes_what_its_blocks_take() -> None:
-    one, two = (
-        estimate(WORK, replace(RUN, reconstruction_steps=100, reconstruction_window=size), None) for size in (1, 2)
-    )
-    assert two.seconds > one.seconds
-    assert two.peak_bytes > one.peak_bytes + BLOCK.weight_bytes
 
 
 def test_samples_of_several_lengths_take_what_their_tokens_take() -> None:

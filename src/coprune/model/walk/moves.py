@@ -16,9 +16,6 @@ class ByBlock:
     """Whether to gather cross Gram matrices with the dense model's inputs (`Recording.dense`)."""
     keep_inputs: bool = False
     """Whether a block's inputs are still there when it is done, for a caller that trains it."""
-    window: int = 1
-    """So many blocks a caller may change together: the walk holds a block until so many less one after it are done.
-    More than 1 needs `Recording.entering`."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,6 @@ class Sequential:
 
     keep_inputs: bool = False
     """As in `ByBlock`; the block then runs once more."""
-    window: int = 1
-    """As in `ByBlock`."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ class Recording:
     tokens: B × S int64 per batch; hidden: B × S × H per batch; calls: per batch, per block; dense: like hidden, but what
     the blocks of the dense model would be given, if somebody aims at those; aims: the batches for which that is so, None
     for all; counted: which tokens the statistics are of, B × S bool per batch, None for all; positions: hidden states of each
-    batch before the first block, so of text its tokens; entering: like hidden, but the inputs of the first block that a walk
-    holds, where it may hold several.
+    batch before the first block, so of text its tokens.
     """
 
     tokens: list[Tensor]
@@ -35,7 +34,6 @@ class Recording:
     aims: Container[int] | None = None
     counted: Sequence[Tensor] | None = None
     positions: list[int] = field(default_factory=list)
-    entering: Activations | None = None
 
     @property
     def uneven(self) -> int | None:

@@ -37,24 +37,14 @@ class MatricesReady:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """All matrices of a block were shown; what leaves is let go of when the walk goes on."""
+    """All matrices of a block were shown; it is let go of when the walk goes on."""
 
     block: Block
     before: Sequence[Tensor] = ()
-    """Hidden states that the first block of the window was given, one tensor per batch, as far as the walk was asked to
-    keep them."""
+    """Hidden states that it was given, one tensor per batch, as far as the walk was asked to keep them."""
     after: Sequence[Tensor] = ()
     """What the dense block made of them: in `Dense` moves of the same inputs, else of the dense model's, if those go
     along (`Recording.dense`)."""
-    earlier: Sequence[Block] = ()
-    """Blocks before it that the walk still holds, so that they can be changed with it."""
-    leaving: int = 1
-    """So many blocks of the window, the first ones, are let go of when the walk goes on."""
-
-    @property
-    def window(self) -> list[Block]:
-        """The blocks that can be changed, this one last."""
-        return [*self.earlier, self.block]
 
 
 @dataclass(frozen=True)
@@ -64,12 +54,10 @@ class Past:
     finished: Container[str] = ()
     """Names of blocks that an earlier run finished: their inputs move on, but they are not shown."""
     restore: Callable[[Block], None] = lambda block: None
-    """Gives a finished block, or one that was still held, its pruned weights."""
+    """Gives a finished block its pruned weights."""
     known: Known = field(default_factory=dict)
     """Reads what was gathered before of a block, by its name: the inputs of every group, by the group's first matrix.
     Such a block is not observed."""
-    held: Container[str] = ()
-    """Names of blocks after the finished ones that were shown, and held for a window when the earlier run ended."""
 
 
 NO_PAST = Past()

@@ -20,7 +20,6 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.walk.held import Held
 from coprune.model.walk.inputs import Gathered
 from coprune.model.walk.lockstep import Lanes, Lockstep
 from coprune.model.walk.moves import BY_BLOCK, ByBlock, Dense, Moves, Sequential
@@ -58,28 +57,28 @@ class Walk:
     """Called with the share of a block that was done, for a progress bar."""
     at: str = field(default="before the blocks", init=False)
     """Where the walk is: the name of a block."""
-    _held: Held = field(init=False)
 
     def __post_init__(self) -> None:
         others = isinstance(self.moves, Sequential) or (isinstance(self.moves, ByBlock) and self.moves.cross)
         if self.past.known and (others or self.processes.size > 1):
             raise ValueError("what is known of the dense model's inputs does not serve this walk")
-        self._held = Held(self.model.weights)
 
     def __iter__(self) -> Iterator[MatricesReady | BlockDone]:
         self._refuse_used_twice()
-        blocks = self.model.blocks
-        try:
-            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-                self.at = block.name
-                with memory_within(lambda: self.at):
-                    self._held.take(block, following)
-                    if block.name in self.past.finished or block.name in self.past.held:
+        blocks, weights = self.model.blocks, self.model.weights
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            self.at = block.name
+            with memory_within(lambda: self.at):
+                weights.acquire(block.name)
+                try:
+                    if following is not None:
+                        weights.expect(following.name)
+                    if block.name in self.past.finished:
                         self._pass(block)
                     else:
                         yield from self._visit(block)
-        finally:
-            self._held.let_go(len(blocks))
+                finally:
+                    weights.release(block.name)
         self.at = AFTER
         if self.model.chosen.outside:
             with memory_within(lambda: self.at):
@@ -94,37 +93,27 @@ class Walk:
             )
 
     def _pass(self, block: Block) -> None:
-        """Move the inputs on through a finished block, or one that is held for those after it."""
+        """Move the inputs on through a finished block."""
         self._run_dense(block)
         if isinstance(self.moves, Dense):
             self._run(block, share=1.0)
         self.past.restore(block)
         if not isinstance(self.moves, Dense):
             self._run(block, share=1.0)
-        if block.name in self.past.finished:
-            self._held.let_go(1)
-            if self.recording is not None and self.recording.entering is not None:
-                for batch in range(len(self.recording.hidden)):
-                    self.recording.entering[batch] = self.recording.hidden[batch]
 
     def _visit(self, block: Block) -> Iterator[MatricesReady | BlockDone]:
         kept = self._keep(block) if isinstance(self.moves, Dense) else ()
         yield from self._show(block)
-        recording, moves, leaving = self.recording, self.moves, 1
+        recording, moves = self.recording, self.moves
         if recording is None:
             yield BlockDone(block)
         elif isinstance(moves, Dense):
             yield BlockDone(block, kept, recording.hidden)
         else:
-            start = recording.hidden if recording.entering is None else recording.entering
-            after, held = recording.dense if recording.dense is not None else (), self._held.blocks
-            leaving = len(held) if block is self.model.blocks[-1] else max(0, len(held) - moves.window + 1)
-            yield BlockDone(block, start if moves.keep_inputs else (), after, held[:-1], leaving)
-            if recording.entering is not None and not self._is_last(block):
-                self._held.run(recording, leaving, lambda share: self.advance(0.5 * share))
-            elif isinstance(moves, ByBlock) or moves.keep_inputs:
+            after = recording.dense if recording.dense is not None else ()
+            yield BlockDone(block, recording.hidden if moves.keep_inputs else (), after)
+            if isinstance(moves, ByBlock) or moves.keep_inputs:
                 self._run(block, share=0.5)
-        self._held.let_go(leaving)
 
     def _keep(self, block: Block) -> Sequence[Tensor]:
         assert isinstance(self.moves, Dense)

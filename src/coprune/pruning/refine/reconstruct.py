@@ -2,8 +2,8 @@
 
 A few hundred steps of AdamW on the kept weights, norms and biases of one block (see `trained.py`), on the calibration
 inputs behind the pruned blocks, toward what the dense model gives at the same place (EBFT, arXiv 2402.12419; Wanda++,
-arXiv 2503.04992). Autograd reaches through one block only, or a window of a few, so memory is that of these. A block in
-half precision is trained as the same block in float32.
+arXiv 2503.04992). Autograd reaches through one block only, so memory is that of one. A block in half precision is trained
+as the same block in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coprune.base.errors import NumericalError
 from coprune.base.options import require_not_negative, require_positive
 from coprune.base.precision import precision_on
 from coprune.pruning.refine.examples import Examples, endless
-from coprune.pruning.refine.trained import Trained, TrainedBlock, sizes_of
+from coprune.pruning.refine.trained import Trained, sizes_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Reconstruction:
     """
 
     steps: int = 100
-    """Steps per block (per part, if parts are trained separately)."""
+    """Steps per block."""
     tokens: int = 0
     """At least so many tokens; where the steps hold fewer, there are more steps. 0: as many as the steps hold."""
     learning_rate: float = 2.5e-3
@@ -43,8 +43,6 @@ class Reconstruction:
     """Whether that is each parameter's rate, or times the root mean square of its entries that may change."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the block computes in; its weights are float32 while they are trained."""
-    parts: Literal["together", "separate"] = "together"
-    """Train the whole block, or its children that hold pruned weights (attention, MLP) one after the other."""
     held_out: float = 0.1
     """Share of the calibration batches that only watch for overfitting; 0 turns early stopping off."""
     seed: int = 0
@@ -61,16 +59,18 @@ class Reconstruction:
 
     def improve(
         self,
-        blocks: Sequence[TrainedBlock],
+        module: nn.Module,
+        trained: Sequence[Trained],
         run: Callable[[int, Tensor], Tensor],
         examples: Examples,
     ) -> tuple[float, float]:
-        """Train pruned blocks in place; zeros stay zeros, and the best state that was seen is the one that stays.
+        """Train a pruned block in place; zeros stay zeros, and the best state that was seen is the one that stays.
 
         Args:
-            blocks: one, or several that follow each other, with their parameters that may change.
-            run: (batch, float32 hidden states) → the last one's output, differentiable.
-            examples: what they are trained on; the inputs are the first one's.
+            module: the block.
+            trained: its parameters that may change.
+            run: (batch, float32 hidden states) → the block's output, differentiable.
+            examples: what it is trained on.
 
         Returns:
             The error on the watched batches before and after, as `Examples.error` has it.
@@ -93,12 +93,11 @@ class Reconstruction:
             with torch.no_grad():
                 return sum(float(loss_of(batch)) for batch in watched) / sum(shares[batch] for batch in watched)
 
-        with _in_float32([block.module for block in blocks]):
-            before = best = watch()
+        with _in_float32(module):
+            before = watch()
             if not math.isfinite(before):
                 raise NumericalError("the block's outputs are not finite, so it cannot be reconstructed")
-            for part in self._parts(blocks):
-                best = self._train(part, loss_of, watch, batches, best)
+            best = self._train(trained, loss_of, watch, batches, before) if trained else before
         return before, best
 
     def batches_used(self, shares: Sequence[float]) -> set[int]:
@@ -119,32 +118,21 @@ class Reconstruction:
             return everything, everything
         return everything[-held_out:], everything[:-held_out]
 
-    def _parts(self, blocks: Sequence[TrainedBlock]) -> list[list[Trained]]:
-        """What is trained at the same time."""
-        if self.parts == "together":
-            return [[one for block in blocks for one in block.trained]]
-        parts = [
-            [one for one in block.trained if one.name.startswith(f"{name}.")]
-            for block in blocks
-            for name, _ in block.module.named_children()
-        ]
-        return [part for part in parts if any(one.entries is not None for one in part)]
-
     def _train(
         self,
-        part: Sequence[Trained],
+        trained: Sequence[Trained],
         loss_of: Callable[[int], Tensor],
         watch: Callable[[], float],
         batches: Sequence[int],
         best: float,
     ) -> float:
-        """Train one part and leave the block in the best state; returns its error on the watched batches."""
-        parameters = [one.parameter for one in part]
-        optimizer = self._optimizer(part)
+        """Train and leave the block in the best state; returns its error on the watched batches."""
+        parameters = [one.parameter for one in trained]
+        optimizer = self._optimizer(trained)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         every, patience = self._watching
         order, best_state, left = endless(batches, self.seed), _copies(parameters), patience
-        masked = [(one.parameter, one.entries) for one in part if one.entries is not None]
+        masked = [(one.parameter, one.entries) for one in trained if one.entries is not None]
         with _trainable(parameters):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad(set_to_none=True)
@@ -174,10 +162,10 @@ class Reconstruction:
         # Adam's first steps are as long as its rate, whatever the gradient: one look after two of them decides nothing.
         return (-(-self.steps // 3) if self.steps >= 6 else self.steps), 2
 
-    def _optimizer(self, part: Sequence[Trained]) -> torch.optim.AdamW:
-        parameters = [one.parameter for one in part]
-        changing = ((one.parameter, one.entries) for one in part)
-        sizes = sizes_of(changing) if self.rates == "relative" else [1.0] * len(part)
+    def _optimizer(self, trained: Sequence[Trained]) -> torch.optim.AdamW:
+        parameters = [one.parameter for one in trained]
+        changing = ((one.parameter, one.entries) for one in trained)
+        sizes = sizes_of(changing) if self.rates == "relative" else [1.0] * len(trained)
         groups = [
             {"params": [one], "lr": self.learning_rate * size} for one, size in zip(parameters, sizes, strict=True)
         ]
@@ -217,10 +205,9 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _in_float32(module: nn.Module) -> Iterator[None]:
     """Hold parameters and buffers in float32 for a while; small updates would vanish in half precision."""
-    own = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
-    tensors = [tensor for tensor in own if tensor.is_floating_point()]
+    tensors = [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()]
     dtypes = [tensor.dtype for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.to(torch.float32)

@@ -29,14 +29,6 @@ class Trained:
     """Which of its entries may change (bool, of its shape); None: all."""
 
 
-@dataclass(frozen=True)
-class TrainedBlock:
-    """A block, and what is trained of it."""
-
-    module: nn.Module
-    trained: Sequence[Trained]
-
-
 @torch.no_grad()
 def sizes_of(trained: Iterable[tuple[Tensor, Tensor | None]]) -> list[float]:
     """Root mean squares of parameters, by which rates are relative; 1 where there is nothing but zeros.

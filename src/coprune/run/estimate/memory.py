@@ -68,9 +68,8 @@ def _aside(run: Settings, size: float) -> float:
 
 
 def _hidden(work: Workload, run: Settings) -> float:
-    """Bytes of the hidden states that are pruned with, which may be of two models, and those that enter a window."""
-    lists = 1 + run.dense_target + (run.reconstruction_window > 1)
-    return lists * run.tokens * work.block.hidden_bytes_per_token
+    """Bytes of the hidden states that are pruned with, which may be of two models."""
+    return (1 + run.dense_target) * run.tokens * work.block.hidden_bytes_per_token
 
 
 def _tensors(work: Workload, run: Settings) -> Iterator[tuple[str, float]]:
@@ -81,8 +80,7 @@ def _tensors(work: Workload, run: Settings) -> Iterator[tuple[str, float]]:
     yield "proof", _proof(work, run, weights)
     for count in run.evaluation_tokens:
         yield "perplexity", _perplexity(work, run, count, weights) + run.added_bytes
-    held = block.weight_bytes * (run.reconstruction_window - 1) if run.streamed else 0
-    yield "pruning", weights + held + _pruning(work, run) + run.added_bytes
+    yield "pruning", weights + _pruning(work, run) + run.added_bytes
     if run.saved:
         # The saved folder's rest is read once more, and one of its blocks, to compare them.
         compared = 2 * VERIFIED_TOKENS * work.head.vocabulary * 4
@@ -132,10 +130,10 @@ def _pruning(work: Workload, run: Settings) -> float:
 
 
 def _training(work: Workload, run: Settings, tokens: int) -> float:
-    """Bytes that training a window needs: its weights, gradients, two moments and two best states, all in float32."""
+    """Bytes that training a block needs: its weights, gradients, two moments and two best states, all in float32."""
     parameters = work.block.weight_bytes // run.bytes_per_weight
     own = 0 if run.bytes_per_weight == 4 else 4 - run.bytes_per_weight
-    return run.reconstruction_window * (parameters * (own + 5 * 4 + 1) + tokens * work.block.training_bytes_per_token)
+    return parameters * (own + 5 * 4 + 1) + tokens * work.block.training_bytes_per_token
 
 
 def _within(size: float, limit: int | None) -> float:

@@ -20,11 +20,8 @@ def seconds_of(work: Workload, run: Settings) -> float:
     proof = 2 * (probed * one_pass + min(probed, head.compared_positions) * head.seconds_per_token)
     evaluation = sum(run.evaluation_tokens) * (one_pass + head.seconds_per_token) * run.evaluations
     # Half of a step's passes are forward, the rest backward; and a tenth of the batches watch after every tenth step.
-    # What a window's blocks give is computed for every block of it.
-    trained = run.reconstruction_window * (
-        run.reconstruction_steps * run.batch * (run.batch_length or run.seqlen) * 3
-        + (1.1 * tokens if run.reconstruction_steps else 0)
-    )
+    trained = 3.0 * run.reconstruction_steps * run.batch * (run.batch_length or run.seqlen)
+    trained += 1.1 * tokens if run.reconstruction_steps else 0
     # Reading for the proof, for every evaluation, for pruning and for verifying, and writing, which takes about as long
     # as reading and its checksum once more.
     transfers = read * (2 + run.evaluations * len(run.evaluation_tokens)) + 3 * read * run.saved

@@ -43,8 +43,6 @@ class Settings:
     """Tokens of a calibration sample in the mean, where they have lengths of their own; None for seqlen."""
     rounds_later: bool = False
     """Whether a block's statistics are kept until it was trained, to round it then."""
-    reconstruction_window: int = 1
-    """Blocks that are trained together."""
     batch_length: int | None = None
     """Likewise of a sample in the largest batch."""
     added_bytes: int = 0

@@ -182,21 +182,18 @@ def walks() -> tuple[Case, ...]:
     ]
     trained = [
         Case(
-            f"{family} reconstruct {parts} {dtype}",
+            f"{family} reconstruct {dtype}",
             pruned_alike(
                 family,
                 "wanda",
                 ROUNDED,
                 propagation="block",
                 reconstruct=3,
-                reconstruct_parts=parts,
                 reconstruct_dtype=dtype,
             ),
-            (family, parts, dtype) == ("llama", "together", "float32"),
+            (family, dtype) == ("llama", "float32"),
         )
-        for family, parts, dtype in product(
-            ("llama", "gpt2", "mixtral"), ("together", "separate"), ("float32", "bfloat16")
-        )
+        for family, dtype in product(("llama", "gpt2", "mixtral"), ("float32", "bfloat16"))
     ]
     return (*common, *refinements, *trained, *allocations(), *dtypes(), *pages())
 

@@ -1,0 +1,59 @@
+"""Settings that are gone, since no measurement spoke for them (LOG.md has the figures), and what to use instead.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from coprune.base.errors import BadInput
+from coprune.base.words import LeaveOut, Set, Setting, Words
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A setting that is gone."""
+
+    place: str | None
+    """Its place in a recipe; None if it was none of a recipe's."""
+    default: Any
+    """Its value where nothing was said of it, which old recipes hold and which means the same as leaving it out."""
+    instead: Words
+    """What to use in its place."""
+
+
+RETIRED: dict[str, Retired] = {
+    "reconstruct_window": Retired(
+        "reconstruction.window", 1, ("train each block for longer: ", Set("reconstruct", 12))
+    ),
+    "reconstruct_parts": Retired("reconstruction.parts", "together", LeaveOut("reconstruct_parts")),
+}
+"""By the flat name."""
+_WORDS = {one.place: word for word, one in RETIRED.items() if one.place is not None}
+
+
+def retired(name: str) -> BadInput | None:
+    """Return the error for a setting that is gone; None for any other.
+
+    name: flat, by its place, or a flag such as `--reconstruct-window`.
+    """
+    word = _word(name)
+    return None if word is None else BadInput((Setting(word), " was retired"), field=word, fix=RETIRED[word].instead)
+
+
+def passed_over(name: str, value: Any) -> bool:
+    """Whether a setting is gone and has its default, as in recipes of before. Raises BadInput if it has another value."""
+    word, error = _word(name), retired(name)
+    if word is None or error is None:
+        return False
+    if value != RETIRED[word].default:
+        error.value = value
+        raise error
+    return True
+
+
+def _word(name: str) -> str | None:
+    word = _WORDS.get(name, name.removeprefix("--").replace("-", "_"))
+    return word if word in RETIRED else None
