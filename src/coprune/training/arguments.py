@@ -35,7 +35,6 @@ class TrainingArguments(TypedDict, total=False):
     alpha: float
     dropout: float
     masked: bool
-    move_zeros: float | None
     teacher: str | Path | None
     temperature: float | None
     kl_weight: float

@@ -44,15 +44,11 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     zeros = (
         f"{per_cent(report.sparsity_after)} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
-        f"as many as before ({report.zeros}); this was verified before saving.\n\n"
+        f"as many as before (every zero kept); this was verified before saving.\n\n"
     )
     what = [f"Removed before: {inline(line)}.\n\n" for line in report.removed]
     what += [zeros] if report.pruned_matrices else []
-    how = (
-        "with less in it"
-        if not report.pruned_matrices
-        else "with its zeros " + ("kept" if report.moved is None else "moved")
-    )
+    how = "with its zeros kept" if report.pruned_matrices else "with less in it"
     card = "\n".join(header) + (
         f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned {how} ({settings.mode})\n\n"
         f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"

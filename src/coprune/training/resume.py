@@ -58,9 +58,7 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
     location = locate(settings.model, settings.cache_dir)
     pruned, _ = load_model(location)
     saved, _ = load_model(locate(settings.model_folder))
-    # Zeros that moved are where the report's fingerprint says; all others are where they were.
-    masks = masks_of(saved if settings.move_zeros is not None else pruned, location.path)
-    masks.verify(plain_parameters(saved))
+    masks_of(pruned, location.path).verify(plain_parameters(saved))
     report.write(settings.run_folder)
     write_finetune_page(settings.run_folder)
     shutil.rmtree(training, ignore_errors=True)

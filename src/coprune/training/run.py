@@ -182,7 +182,6 @@ def _report(
         patterns=session.masks.patterns,
         sparsity_before=session.masks.sparsity,
         sparsity_after=_sparsity_now(session),
-        moved=None if trainer.moving is None else trainer.moving.moved,
         masks=session.masks.fingerprint(),
         steps=trainer.state.global_step,
         seconds=curve[-1].seconds if curve else 0.0,

@@ -79,8 +79,6 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
             f"{len(masks.matrices)} pruned matrices, {per_cent(masks.sparsity)} zeros: "
             + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
         )
-    elif settings.move_zeros is not None:
-        raise BadInput("the model has no zeros that could move", field="move_zeros", fix=LeaveOut("move_zeros"))
     dtype = model.dtype
     loaded = Loaded(InMemory(model), processor, location.name, False)
     _check_top_k(settings, loaded)

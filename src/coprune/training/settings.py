@@ -110,11 +110,6 @@ class FinetuneSettings(Part):
         _RESULT,
         Field(description="lora: mask the update; without, adapters are plain PEFT's and stay unmerged."),
     ] = True
-    move_zeros: Annotated[
-        float | None,
-        _RESULT,
-        Field(description="dense, distill: let zeros move, drawn by a penalty so strong (ELSA: 0.01).", gt=0),
-    ] = None
     teacher: Annotated[str | None, _RESULT, Field(description="distill: the dense model.")] = None
     temperature: Annotated[
         float | None,

@@ -24,7 +24,6 @@ from coprune.model.checkpoint.load import quiet_transformers
 from coprune.training.distill import Objective
 from coprune.training.hold_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
-from coprune.training.move_zeros import MovingZeros
 from coprune.training.one_device import arguments_on, training_device
 from coprune.training.pace import Along, AtItsEnd, Pace, rate_at
 from coprune.training.rates import rates_by_size
@@ -55,8 +54,6 @@ class ZeroKeepingTrainer(Trainer):
     ) -> None:
         """objective: what to train for instead of the data's own loss; own_loss: that one, None for the model's."""
         super().__init__(*args, **kwargs)
-        self.moving: MovingZeros | None = None
-        self.going_on: Path | None = None
         self._masks, self._settings, self._pace = masks, settings, pace
         self._objective, self._own_loss = objective or own_loss, own_loss
         if self._objective is not None:
@@ -71,12 +68,7 @@ class ZeroKeepingTrainer(Trainer):
             if self._settings.rates == "relative":
                 rates_by_size(optimizer)
             trained: Any = self.model if model is None else model
-            if (strength := self._settings.move_zeros) is None:
-                hold_zeros(trained, optimizer, self._masks)
-            else:
-                self.moving = MovingZeros(trained, optimizer, self._masks, strength, lambda: self._pace.done)
-                if self.going_on is not None:
-                    self.moving.load(self.going_on)
+            hold_zeros(trained, optimizer, self._masks)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -108,10 +100,9 @@ class ZeroKeepingTrainer(Trainer):
         super().log({**logs, "seconds": self._pace.seconds}, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write a state to resume from, unless a pruned weight in it is not zero where zeros stand."""
+        """Write a state to resume from, unless a pruned weight in it is not zero."""
         model: Any = self.model
-        if self.moving is None or not self.moving.moving:
-            self._masks.verify(plain_parameters(model))
+        self._masks.verify(plain_parameters(model))
         if not self.args.should_save:
             return
         # As the model holds its weights, since that is how the Trainer reads them back.
@@ -121,20 +112,15 @@ class ZeroKeepingTrainer(Trainer):
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with quiet_transformers():
             unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, **layout)
-        if self.moving is not None:
-            self.moving.save(Path(output_dir or self.args.output_dir or ""))
 
 
 def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
     """Train to the end. going_on: a state of an interrupted training."""
-    trainer.going_on = going_on
     try:
         trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
     except AtItsEnd:  # its state is loaded by now
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
-    if trainer.moving is not None:
-        trainer.moving.stand()  # a training of very few steps
 
 
 def build_trainer(session: Session, objective: Objective | None, advance: Advance) -> ZeroKeepingTrainer:
