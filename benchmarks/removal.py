@@ -28,7 +28,6 @@ WAYS: dict[str, dict[str, str | int]] = {
     "a budget, spread by KL": {"remove": "parameters=0.25"},
     "channels by OBS, spread by error": {"remove": "channels={channels}", "allocation": "error"},
     "channels by OBS, spread by search": {"remove": "channels={channels}", "allocation": "search:minutes=8"},
-    "channels by OBS, dense target": {"remove": "channels={channels}", "target": "dense"},
     "channels by OBS, reconstructed": {"remove": "channels={channels}", "reconstruct": 20},
 }
 PUBLISHED = 4

@@ -85,7 +85,6 @@ def _settings() -> Iterator[Row]:
             yield Row(f"llama +refit {method} {target}", "llama", method, {**chosen, "refine": "refit"})
             swaps = {**chosen, "refine": "swaps"}
             yield Row(f"llama +swaps {method} {target}", "llama", method, swaps, slow=target == "2:4")
-            yield Row(f"llama +target-dense {method} {target}", "llama", method, {**chosen, "target": "dense"})
             yield Row(f"llama +bfloat16 {method} {target}", "llama", method, chosen, dtype="bfloat16")
     for allocation in ALLOCATIONS:
         yield Row(f"llama +{allocation} wanda 50%", "llama", "wanda", {"allocation": allocation})
@@ -119,7 +118,6 @@ def _reals() -> Iterator[Row]:
     refinements: dict[str, dict[str, Any]] = {
         "refit": {"refine": "refit"},
         "swaps": {"refine": "swaps", "include": "*.0.self_attn.*"},
-        "target-dense": {"target": "dense"},
         "permute": {"permute": True},
         "reconstruct": {"reconstruct": 4},
     }
@@ -145,8 +143,6 @@ def _folders() -> Iterator[Row]:
 def _refusals() -> Iterator[Row]:
     """Combinations that are refused; their figures are the first words of the reason."""
     refused: dict[str, dict[str, Any]] = {
-        "target-dense sequential": {"target": "dense", "propagation": "sequential"},
-        "target-dense dense": {"target": "dense", "propagation": "dense"},
         "reconstruct dense": {"reconstruct": 6, "propagation": "dense"},
         "permute 50%": {"permute": True},
         "sparsity of 2:4": {"pattern": "2:4", "sparsity": 0.6},

@@ -28,7 +28,7 @@ def test_kept_weights_that_grow_beyond_float16(method: str, dtype: torch.dtype) 
     # Inputs that go together, so that kept weights take over from pruned ones.
     x = torch.randn(64, 4, generator=generator) @ torch.randn(4, 16, generator=generator)
     inputs = Inputs(Gram(16, x.device), InputSample(16, 1))
-    inputs.update(x, None)
+    inputs.update(x)
     target = Target(parse_pattern("2:4"), 0.5)
     if dtype == torch.float16:
         with pytest.raises(NumericalError, match="large: pruned weights are too large for float16"):

@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "alps": ("alps", "sequential", "llama", True, {"pattern": "2:4"}),
     "mixture": ("wanda", "block", "mixtral", True, {"pattern": "2:4"}),
     "mixture in memory": ("sparsegpt", "sequential", "mixtral", False, {}),
-    "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"], "target": "dense"}),
+    "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"]}),
     "reconstructed": ("wanda", "sequential", "llama", True, {"reconstruct": 3}),
     "rounded": ("wanda", "sequential", "llama", True, {"reconstruct": 2, "quantize": "int4:group=16"}),
     "allocated": ("wanda", "block", "llama", True, {"allocation": "owl", "sparsity": 0.6}),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.base.precision import full_float32
 
 ESCALATIONS = 3
 """How often the damping is raised tenfold before the spectrum is clipped."""
@@ -166,28 +165,3 @@ def scale_gram(gram: Tensor, damping: float) -> ScaledGram:
     scaled = gram / safe / safe[:, None]
     scaled.diagonal().add_(damping)
     return ScaledGram(scaled, scale)
-
-
-def dense_target(weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 0.01) -> tuple[Tensor, tuple[str, ...]]:
-    """The weight that gives, on the inputs behind pruned layers, what the dense model's inputs gave: W̃ = W C G⁻¹.
-
-    Written as W + W(C − G)(G + λI)⁻¹ with λ = damping · mean(diag G), so that damping pulls toward W and not toward zero,
-    and equal inputs change nothing.
-
-    Args:
-        weight: O × I.
-        cross: C = X_denseᵀX_pruned / T, I × I float32.
-        gram: G = X_prunedᵀX_pruned / T, I × I float32.
-        damping: above 0.
-
-    Returns:
-        O × I float32, and the numerical events.
-
-    Raises:
-        NumericalError: like damped_cholesky.
-    """
-    with full_float32():
-        dense = weight.to(torch.float32)
-        lower, events = damped_cholesky(gram, damping)
-        change = torch.cholesky_solve(((cross - gram).T @ dense.T), lower).T
-        return dense + change, events

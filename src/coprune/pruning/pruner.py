@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -19,7 +19,6 @@ from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, MatricesReady
 from coprune.model.walk.statistics import Gram, Statistic
 from coprune.pruning.distributions import Distributions
-from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
@@ -28,8 +27,6 @@ from coprune.pruning.quantize import rounded
 from coprune.pruning.refine import Refinement
 from coprune.pruning.scales import stored_bits
 from coprune.recipe.pattern import Target
-
-Aim = Literal["pruned", "dense"]
 
 
 class MatrixResult(BaseModel):
@@ -63,12 +60,10 @@ class MatrixResult(BaseModel):
 
 @dataclass(frozen=True)
 class Solver:
-    """How every matrix is pruned: a method, refinements of its result, and what the outputs are compared with."""
+    """How every matrix is pruned: a method, and refinements of its result."""
 
     method: Method
     refinements: tuple[Refinement, ...] = ()
-    aim: Aim = "pruned"
-    """pruned: the dense weight on the inputs behind pruned layers, as in the papers; dense: the dense model's outputs."""
     rounds: bool = False
     """Whether targets have a grid. Errors of rounding are made good where a method looks at inputs at all."""
     low_rank: LowRank | None = None
@@ -77,7 +72,7 @@ class Solver:
     @property
     def statistic(self) -> type[Statistic] | None:
         """What has to be gathered. A Gram matrix serves every method that asks for less."""
-        needed = self.refinements or self.low_rank or self.aim == "dense"
+        needed = self.refinements or self.low_rank
         return Gram if needed or (self.rounds and self.method.statistic is not None) else self.method.statistic
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
@@ -86,10 +81,6 @@ class Solver:
         if inputs is not None and statistic is None and self.statistic is not None:
             pruned = rounded(METHODS["magnitude"].prune(weight, None, target), None, target)
             return pruned._replace(events=("no calibration token came to it, so it was pruned by magnitude",))
-        if self.aim == "dense" and inputs is not None and inputs.cross is not None:
-            assert isinstance(statistic, Gram)
-            weight, more = dense_target(weight, inputs.cross.cross, statistic.gram)
-            events += more
         if self.low_rank is None:
             pruned = self._sparse(weight, statistic, target)
         else:

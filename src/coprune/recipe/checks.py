@@ -58,7 +58,6 @@ def contradiction(recipe: Parts) -> BadInput | None:
     """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
     return (
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
-        or _of_propagation(recipe)
         or cannot_reconstruct(recipe.reconstruction, recipe.calibration)
         or cannot_finetune(recipe.finetune, recipe.quantization, recipe.output)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
@@ -100,18 +99,6 @@ def _of_reshaping(recipe: Parts) -> BadInput | None:
     if asked is not None and recipe.model.stream:
         fix = ("leave out ", Set(asked, True), " or ", Set("stream", True))
         return BadInput(f"{asked} needs the whole model in memory", field=asked, value=True, fix=fix)
-    return None
-
-
-def _of_propagation(recipe: Parts) -> BadInput | None:
-    asked = recipe.calibration
-    if asked.aim == "dense" and asked.propagation == "sequential":
-        wrong = "target dense compares two forwards of a block, which needs propagation block"
-        return BadInput(wrong, field="target", value="dense", fix=("add ", Set("propagation", "block")))
-    if asked.aim == "dense" and asked.propagation == "dense":
-        wrong = "with propagation dense every matrix gets the dense model's inputs, so target dense would be no other than pruned"
-        fix = (LeaveOut("target"), ", or take ", Set("propagation", "block"))
-        return BadInput(wrong, field="target", value="dense", fix=fix)
     return None
 
 

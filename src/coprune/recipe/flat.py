@@ -26,7 +26,6 @@ FLAT: dict[str, str] = {
     "exclude": "selection.exclude",
     "propagation": "calibration.propagation",
     "refine": "refine",
-    "target": "calibration.aim",
     "allocation": "allocation",
     "permute": "pattern.permute",
     "rotate": "pattern.rotate",

@@ -144,7 +144,7 @@ class SelectionPart(Part):
 
 
 class CalibrationPart(Part):
-    """What the model sees while it is pruned, and what a matrix is held to."""
+    """What the model sees while it is pruned."""
 
     data: Annotated[
         str,
@@ -214,14 +214,6 @@ class CalibrationPart(Part):
             "the dense model, in one pass, so that all methods and patterns have the same statistics."
         ),
     ] = "block"
-    aim: Annotated[
-        Literal["pruned", "dense"],
-        _RESULT,
-        Field(
-            description="What a matrix aims at: its dense weights on the inputs that it now gets, as in the papers, or "
-            "the dense model's own outputs."
-        ),
-    ] = "pruned"
 
     @property
     def is_own(self) -> bool:

@@ -29,6 +29,9 @@ RETIRED: dict[str, Retired] = {
         "reconstruction.window", 1, ("train each block for longer: ", Set("reconstruct", 12))
     ),
     "reconstruct_parts": Retired("reconstruction.parts", "together", LeaveOut("reconstruct_parts")),
+    "target": Retired(
+        "calibration.aim", "pruned", ("train what is left of each block instead: ", Set("reconstruct", 6))
+    ),
     "move_zeros": Retired(
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
     ),

@@ -71,7 +71,6 @@ class CalibrationArguments(TypedDict, total=False):
     activation_memory: float | None
     device_activation_memory: float | None
     propagation: Literal["block", "sequential", "dense"]
-    target: Literal["pruned", "dense"]
     allocation: Named
     refine: Named | Sequence[Named]
     quantization: QuantizationPart | Mapping[str, Any]

@@ -23,7 +23,7 @@ def moves_of(session: Session) -> Moves:
         return Dense()
     if asked.propagation == "sequential":
         return Sequential(keep)
-    return ByBlock(asked.aim == "dense", keep)
+    return ByBlock(keep)
 
 
 def solving_of(session: Session) -> Solving:
@@ -42,7 +42,7 @@ def solving_of(session: Session) -> Solving:
 def record_to_prune(session: Session) -> Recording | None:
     """Record the calibration batches, with what else is aimed at beside them; says so where they are few to train blocks on."""
     trained = session.reconstruction
-    recording = record_calibration(session, dense=session.opened.solver.aim == "dense" or trained is not None)
+    recording = record_calibration(session, dense=trained is not None)
     if trained is not None and recording is not None:
         passes = trained.on(recording.positions).passes(recording.shares)
         if passes > _MOST_PASSES:
@@ -60,6 +60,6 @@ def record_calibration(session: Session, dense: bool = False) -> Recording | Non
     recording = record_counted(session.model, batches, opened.activations(lists=1 + dense))
     if dense:
         recording.dense = recording.hidden.copy()
-        if opened.solver.aim != "dense" and session.reconstruction is not None:
+        if session.reconstruction is not None:
             recording.aims = session.reconstruction.on(recording.positions).batches_used(recording.shares)
     return recording

@@ -62,12 +62,12 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         if not recipe.cuts_and_prunes:  # or else each half takes the options that mean something to it
             spreading_named(recipe.allocation)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
-        return Solver(METHODS["sparsegpt"], (), recipe.calibration.aim), Target(parse_pattern("unstructured"), 0.0)
+        return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
     asked = recipe.quantization.grid
     grid = None if asked is None else grid_named(asked)
-    solver = Solver(method, refinements, recipe.calibration.aim, grid is not None, low_rank_of(recipe))
+    solver = Solver(method, refinements, grid is not None, low_rank_of(recipe))
     target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio, grid)
     if grid is not None:
         grid.check_groups(target.pattern.group_size)
@@ -78,7 +78,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     width = 2 * group if group <= LARGE_GROUP else group
     generator = torch.Generator().manual_seed(0)
     inputs = Inputs(solver.statistic(width) if solver.statistic is not None else None, InputSample(width, 1))
-    inputs.update(torch.randn(min(4 * width, 4 * LARGE_GROUP), width, generator=generator), None)
+    inputs.update(torch.randn(min(4 * width, 4 * LARGE_GROUP), width, generator=generator))
     solver.solve(torch.randn(4, width, generator=generator), inputs, target)
     return solver, target
 

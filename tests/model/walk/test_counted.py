@@ -23,7 +23,7 @@ from support.walking import prove
 TOKENS = pico_tokens(4, 24)
 LENGTHS = (5, 17, 1, 24)
 KINDS: list[type[Statistic]] = [InputNorm, InputMoments, Gram]
-MOVES: list[Moves] = [ByBlock(), ByBlock(cross=True), Sequential(), Dense()]
+MOVES: list[Moves] = [ByBlock(), Sequential(), Dense()]
 
 
 def first(lengths: Sequence[int]) -> Tensor:
@@ -39,8 +39,6 @@ def gathered(
     proven = prove(model, TOKENS[:1])
     recording = record_batches(proven, batches)
     recording.counted = counted
-    if isinstance(moves, ByBlock) and moves.cross:
-        recording.dense = recording.hidden.copy()
     found = {}
     for event in Walk(proven, recording, kind, moves):
         if isinstance(event, MatricesReady):
@@ -57,7 +55,6 @@ def assert_same(found: dict[str, Inputs], expected: dict[str, Inputs]) -> None:
         assert found[name].sample.count == inputs.sample.count, name
         for mine, other in (
             (found[name].statistic, inputs.statistic),
-            (found[name].cross, inputs.cross),
             (found[name].pool, inputs.pool),
         ):
             assert (mine is None) == (other is None)
@@ -76,7 +73,7 @@ def compare(family: str, kind: type[Statistic], moves: Moves) -> dict[str, Input
     return found
 
 
-@pytest.mark.parametrize("moves", MOVES, ids=["block", "cross", "sequential", "dense"])
+@pytest.mark.parametrize("moves", MOVES, ids=["block", "sequential", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_every_statistic_in_every_propagation(family: str, kind: type[Statistic], moves: Moves) -> None:

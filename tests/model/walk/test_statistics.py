@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coprune.base.errors import NumericalError
-from coprune.model.walk.statistics import CrossGram, Gram, InputMoments, InputNorm, Statistic
+from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 
 KINDS = [InputNorm, InputMoments, Gram]
 
@@ -45,14 +45,11 @@ def test_norms_and_means(kind: type[Statistic]) -> None:
         torch.testing.assert_close(statistic.mean, x.float().mean(dim=0))
 
 
-def test_gram_and_cross_gram() -> None:
-    dense, pruned = inputs(seed=1), inputs(seed=2)
-    gram, cross = Gram(6), CrossGram(6)
+def test_gram() -> None:
+    x, gram = inputs(seed=2), Gram(6)
     for rows in (slice(0, 15), slice(15, 40)):
-        gram.update(pruned[rows])
-        cross.update(dense[rows], pruned[rows])
-    torch.testing.assert_close(gram.gram, pruned.T @ pruned / 40)
-    torch.testing.assert_close(cross.cross, dense.T @ pruned / 40)
+        gram.update(x[rows])
+    torch.testing.assert_close(gram.gram, x.T @ x / 40)
 
 
 def test_no_tokens_give_zeros() -> None:
@@ -67,8 +64,6 @@ def test_bad_activations_stop(bad: float) -> None:
     for kind in KINDS:
         with pytest.raises(NumericalError):
             kind(6).update(x)
-    with pytest.raises(NumericalError):
-        CrossGram(6).update(inputs(), x)
 
 
 def test_what_is_derived_lives_until_more_is_seen() -> None:

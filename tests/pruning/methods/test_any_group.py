@@ -98,7 +98,7 @@ def test_the_others_keep_n_of_every_m(name: str, problem: Problem) -> None:
 def test_what_it_will_take_is_measured_on_whole_groups(pattern: str) -> None:
     n, m = map(int, pattern.split(":"))
     target = Target(NM(n, m), 1 - n / m)
-    trials = Trials(Solver(METHODS["wanda"]), target, layer_error=True, device=torch.device("cpu"), cross=False)
+    trials = Trials(Solver(METHODS["wanda"]), target, layer_error=True, device=torch.device("cpu"))
     assert measure_solving((8, 5 * 256), trials, 0.0).seconds > 0
 
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.model.walk.statistics import CrossGram, Gram
-from coprune.pruning.linear_algebra import dense_target
+from coprune.model.walk.statistics import Gram
 from coprune.pruning.masked_fit import Rounds, row_errors, solve_masked
 from coprune.pruning.methods import METHODS, Pruned
 from coprune.pruning.refine import REFINEMENTS, refinement_named
@@ -235,31 +234,6 @@ def test_nothing_beats_exhaustive_search(target: Target) -> None:
                 assert error >= float(best[row]) * (1 - 1e-4)
                 reached[name, row] = min(error, reached.get((name, row), torch.inf))
     assert any(reached["alps", row] == pytest.approx(float(best[row]), rel=1e-3) for row in range(3))
-
-
-def test_the_dense_target_reproduces_the_dense_outputs() -> None:
-    weight, x_dense, _ = correlated_layer(8, 24, tokens=2048)
-    mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=torch.Generator().manual_seed(5)) / 24**0.5
-    x_pruned = x_dense @ mixing
-    gram, cross = Gram(24), CrossGram(24)
-    gram.update(x_pruned)
-    cross.update(x_dense, x_pruned)
-    aimed, events = dense_target(weight, cross.cross, gram.gram, damping=1e-6)
-    assert events == ()
-    least_squares = torch.linalg.lstsq(x_pruned.double(), (x_dense @ weight.T).double()).solution.T
-    torch.testing.assert_close(aimed.double(), least_squares, rtol=1e-2, atol=1e-2)
-    damped, _ = dense_target(weight, cross.cross, gram.gram, damping=0.01)
-
-    def distance(candidate: Tensor) -> float:
-        return float((x_dense @ weight.T - x_pruned @ candidate.T).square().sum())
-
-    assert distance(aimed) < distance(damped) < 0.5 * distance(weight)
-
-
-def test_equal_inputs_leave_the_weight_alone() -> None:
-    weight, _, statistic = correlated_layer(8, 24)
-    aimed, _ = dense_target(weight, statistic.gram, statistic.gram)
-    assert torch.equal(aimed, weight)
 
 
 @pytest.mark.parametrize(

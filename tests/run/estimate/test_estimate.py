@@ -70,7 +70,7 @@ def test_extrapolation_finds_square_and_cubic_growth(square: float, cubic: float
 def test_bytes_of_a_solve_are_extrapolated_from_smaller_ones(method: str) -> None:
     """Against those of a matrix of the full size, whose statistic is gathered and which is solved."""
     rows, width, solver, target = 512, 1024, Solver(METHODS[method]), Target(NM(2, 4), 0.5)
-    trials = Trials(solver, target, layer_error=True, device=torch.device("cpu"), cross=False)
+    trials = Trials(solver, target, layer_error=True, device=torch.device("cpu"))
     told = measure_solving((rows, width), trials, 0.0)
     linear = nn.Linear(width, rows, bias=False).requires_grad_(False)
     assert solver.statistic is not None
@@ -78,7 +78,7 @@ def test_bytes_of_a_solve_are_extrapolated_from_smaller_ones(method: str) -> Non
     x = torch.randn(2 * width, width)
     with gathering:
         inputs = Inputs(solver.statistic(width), InputSample(width, 1))
-        inputs.update(x, None)
+        inputs.update(x)
     assert told.statistic_bytes == pytest.approx(gathering.now, rel=0.01)
     with solving:
         prune_matrix(Matrix("solved", linear, "weight", input_dim=1), inputs, solver, target, True)
@@ -127,7 +127,7 @@ RUN = Settings(
     evaluations=2,
     propagation="sequential",
     streamed=True,
-    dense_target=False,
+    dense_beside=False,
     reconstruction_steps=0,
     activation_limit=None,
     saved=True,
@@ -141,7 +141,7 @@ def test_more_work_takes_more() -> None:
         replace(RUN, samples=256),
         replace(RUN, evaluation_tokens=(200_000,)),
         replace(RUN, reconstruction_steps=100),
-        replace(RUN, dense_target=True),
+        replace(RUN, dense_beside=True),
     ):
         other = estimate(WORK, more, None)
         assert other.seconds > base.seconds
@@ -275,7 +275,7 @@ def test_people_are_told_what_takes_the_memory() -> None:
 
 def test_several_lists_of_hidden_states_share_the_limit() -> None:
     limited = replace(RUN, propagation="block", activation_limit=64 * MIB, evaluation_tokens=())
-    one, two = (estimate(WORK, replace(limited, dense_target=dense), None).peak_bytes for dense in (False, True))
+    one, two = (estimate(WORK, replace(limited, dense_beside=dense), None).peak_bytes for dense in (False, True))
     assert one == two
 
 

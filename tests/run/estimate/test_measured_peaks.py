@@ -23,7 +23,6 @@ ALLOWED = 0.15
 WAYS: dict[str, dict[str, Any]] = {
     "in memory": {"stream": False, "method": "wanda"},
     "streamed": {"stream": True, "method": "wanda"},
-    "dense target": {"stream": True, "method": "sparsegpt", "propagation": "block", "target": "dense"},
     "reconstruction": {"stream": True, "method": "wanda", "reconstruct": 2},
 }
 PICO = {"streamed"}

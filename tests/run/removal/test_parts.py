@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
     def run(out: str) -> None:
         settings = {"remove": "channels=0.4,heads=0.5,blocks=0.25", "align": 16, "nsamples": 4, "seqlen": 16}
-        settings |= {"target": "dense", "reconstruct": 4}
+        settings |= {"reconstruct": 4}
         places = {"save": str(tmp_path / out / "run"), "save_model": str(tmp_path / out / "small")}
         data = {"model": str(tmp_path / "llama"), "dataset": str(tmp_path / "words.txt"), "evaluate": False}
         run_recipe(make_recipe(settings | places | data), reporter=Reporter(quiet=True))

@@ -25,7 +25,7 @@ from coprune.base.reading import reading_later
 from coprune.model.matrices import find_matrices
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sample import InputSample
-from coprune.model.walk.statistics import CrossGram, Gram, InputMoments, InputNorm
+from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.pruning.refine import REFINEMENTS
@@ -77,8 +77,6 @@ def statistics() -> Iterator[tuple[str, Counts]]:
     for kind in (InputNorm, InputMoments, Gram):
         statistic, x = kind(WIDTH, torch.device(NAME)), inputs()
         yield f"{kind.__name__}: a batch", counted(partial(statistic.update, x))
-    cross, one, other = CrossGram(WIDTH, torch.device(NAME)), inputs(0), inputs(1)
-    yield "CrossGram: a batch", counted(partial(cross.update, one, other))
 
 
 def methods() -> Iterator[tuple[str, Counts]]:

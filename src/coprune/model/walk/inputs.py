@@ -19,7 +19,7 @@ from coprune.base.reading import reading_later
 from coprune.model.matrices import Matrix
 from coprune.model.walk.counted import CountedRows
 from coprune.model.walk.sample import InputSample
-from coprune.model.walk.statistics import CrossGram, Statistic
+from coprune.model.walk.statistics import Statistic
 
 
 @dataclass
@@ -28,36 +28,28 @@ class Inputs:
 
     statistic: Statistic | None
     sample: InputSample
-    cross: CrossGram | None = None
-    """With the same tokens' inputs in the dense model; None if not asked for, or for experts, whose tokens differ."""
     pool: Statistic | None = None
     """For an expert: the statistic of all experts of its layer, as far as they are known."""
 
-    def update(self, x: Tensor, x_dense: Tensor | None, kept: int | None = None) -> None:
-        """Add a batch's rows. x_dense: the same in the dense model; kept: as in `InputSample.update`."""
-        if x_dense is not None and self.cross is None:
-            self.cross = CrossGram(self.sample.width, x.device)
+    def update(self, x: Tensor, kept: int | None = None) -> None:
+        """Add a batch's rows. kept: as in `InputSample.update`."""
         if x.numel() == 0:
             return
         self.sample.update(x, kept)
         if self.statistic is not None:
             self.statistic.update(x)
-        if x_dense is not None and self.cross is not None:
-            self.cross.update(x_dense, x)
 
     def refuse_infinite(self, place: str) -> None:
         """Raise NumericalError if inputs on a device were NaN or infinite. place: what they are the inputs of."""
-        for sums in (self.statistic, self.cross):
-            if sums is not None and not in_host_memory(next(iter(sums.sums.values())).device):
-                sums.refuse_infinite(place)
+        if self.statistic is not None and not in_host_memory(next(iter(self.statistic.sums.values())).device):
+            self.statistic.refuse_infinite(place)
 
     def reduce(self, processes: Processes) -> None:
         """Complete what is known with what the other processes saw of the same tensor, in place, before it is used."""
         if processes.size == 1:
             return
-        for sums in (self.statistic, self.cross):
-            if sums is not None:
-                sums.reduce(processes)
+        if self.statistic is not None:
+            self.statistic.reduce(processes)
         self.sample.reduce(processes, needed=self.statistic is None or not self.statistic.tells_errors)
 
 
@@ -90,20 +82,16 @@ class Gathered:
         self._inputs: dict[str, Inputs] = dict(known or {})
         self._complete: set[str] = set()
         self._pools: dict[str, Statistic] = {}
-        self.dense: dict[str, Tensor] = {}
-        """What the matrices of the batch at hand are multiplied with in the dense model, by name."""
 
     def see(self, batch: int, matrix: Matrix, x: Tensor) -> None:
         """Note one product. The first matrix of a group speaks for all of them."""
         leader = self._leader[matrix.name]
         if leader != matrix.name:
             return
-        inputs, dense = self._of(leader, x.shape[-1], x.device), self.dense.get(leader)
         counted, kept = self._batches[batch]
-        if counted is not None:
-            x, dense = counted.of(matrix, x), None if dense is None else counted.of(matrix, dense)
+        inputs = self._of(leader, x.shape[-1], x.device)
         try:
-            inputs.update(x, dense, kept)
+            inputs.update(x if counted is None else counted.of(matrix, x), kept)
         except NumericalError as error:
             raise error.within(f"{matrix.name}, calibration batch {batch}") from error
 

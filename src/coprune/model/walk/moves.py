@@ -12,8 +12,6 @@ from torch import Tensor
 class ByBlock:
     """The papers' way: a block's statistics come from its dense weights, then it runs again with the pruned ones."""
 
-    cross: bool = False
-    """Whether to gather cross Gram matrices with the dense model's inputs (`Recording.dense`)."""
     keep_inputs: bool = False
     """Whether a block's inputs are still there when it is done, for a caller that trains it."""
 

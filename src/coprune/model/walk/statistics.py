@@ -179,35 +179,3 @@ class Gram(Statistic):
             own = panel.stop - panel.start
             found += total(products[:, :own]) + 2 * total(products[:, own:])
         return found
-
-
-class CrossGram(Sums):
-    """Products X_denseᵀX_pruned / T of what a matrix saw in the dense model with what it sees behind pruned ones."""
-
-    @classmethod
-    def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:
-        return {"cross": (width, width)}
-
-    def update(self, x_dense: Tensor, x_pruned: Tensor) -> None:
-        """Add a batch of the same tokens' inputs in both models.
-
-        x_dense, x_pruned: T × I (any leading dimensions are flattened), any floating dtype.
-        Raises NumericalError if products in host memory are NaN or infinite (`refuse_infinite` tells of others).
-        """
-        dense_TI = x_dense.reshape(-1, self.width).to(torch.float32)
-        pruned_TI = x_pruned.reshape(-1, self.width).to(torch.float32)
-        self._derived.clear()
-        with full_float32():
-            self.sums["cross"].addmm_(dense_TI.T, pruned_TI)
-        self.count += dense_TI.shape[0]
-        if in_host_memory(x_pruned.device):
-            self.refuse_infinite()
-
-    @property
-    def _look(self) -> Tensor:
-        return self.sums["cross"].sum()
-
-    @property
-    def cross(self) -> Tensor:
-        """I × I float32, a fresh copy: X_denseᵀX_pruned / T."""
-        return self.sums["cross"] / max(self.count, 1)

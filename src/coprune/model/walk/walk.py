@@ -59,8 +59,7 @@ class Walk:
     """Where the walk is: the name of a block."""
 
     def __post_init__(self) -> None:
-        others = isinstance(self.moves, Sequential) or (isinstance(self.moves, ByBlock) and self.moves.cross)
-        if self.past.known and (others or self.processes.size > 1):
+        if self.past.known and (isinstance(self.moves, Sequential) or self.processes.size > 1):
             raise ValueError("what is known of the dense model's inputs does not serve this walk")
 
     def __iter__(self) -> Iterator[MatricesReady | BlockDone]:
@@ -148,8 +147,8 @@ class Walk:
         """Run a block with its dense weights on its inputs, and note what its matrices are multiplied with."""
         assert self.recording is not None
         once = isinstance(self.moves, Dense)
+        self._run_dense(block)
         for batch in range(len(self.recording.hidden)):
-            gathered.dense = self._run_dense_batch(block, batch)
             chosen, see = self.model.chosen.blocks[block.index], partial(gathered.see, batch)
             with Observe(chosen, see, hear=gathered.hear(batch)):
                 output = self._run_batch(block, batch)
@@ -193,18 +192,8 @@ class Walk:
         """Move the dense model's hidden states on through the block, which still has its dense weights."""
         if self.recording is not None and self.recording.dense is not None:
             for batch in range(len(self.recording.dense)):
-                self._run_dense_batch(block, batch)
-
-    def _run_dense_batch(self, block: Block, batch: int) -> dict[str, Tensor]:
-        """The same for one batch; returns what each matrix is multiplied with, if cross Gram matrices are wanted."""
-        assert self.recording is not None
-        seen: dict[str, Tensor] = {}
-        if self.recording.dense is not None and (self.recording.aims is None or batch in self.recording.aims):
-            cross = isinstance(self.moves, ByBlock) and self.moves.cross
-            matrices = [m for m in self.model.chosen.blocks[block.index] if m.expert is None] if cross else []
-            with Observe(matrices, lambda matrix, x: seen.__setitem__(matrix.name, x)):
-                self.recording.dense[batch] = self.recording.run(block, batch, self.recording.dense[batch])
-        return seen
+                if self.recording.aims is None or batch in self.recording.aims:
+                    self.recording.dense[batch] = self.recording.run(block, batch, self.recording.dense[batch])
 
     def _run(self, block: Block, share: float) -> None:
         """Run a block as it is now on its inputs; its outputs become the next block's inputs."""

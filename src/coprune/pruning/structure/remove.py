@@ -12,7 +12,6 @@ from coprune.model.matrices import Matrix, mask_checksum
 from coprune.model.removal.parts import Part, silence
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
-from coprune.pruning.linear_algebra import dense_target
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.structure.scores import Score, by_norm, refitted
 
@@ -25,8 +24,7 @@ def remove_units(
     Args:
         module: the block.
         part: what may be removed of it.
-        inputs: Gram matrices of the consumers' inputs, by name, and where the dense model's outputs are aimed at, cross Gram
-            matrices with its inputs; a consumer that is not named saw no token.
+        inputs: Gram matrices of the consumers' inputs, by name; a consumer that is not named saw no token.
         score: chooses, and says whether the consumer is solved for anew.
         count: units to keep.
 
@@ -36,11 +34,11 @@ def remove_units(
     keeps, results = [], []
     for consumer in part.fold.consumers:
         started, weight = time.perf_counter(), consumer.read()
-        known, goal, events = _goal(weight, inputs.get(consumer.name))
+        known, events = _known(inputs.get(consumer.name))
         units = part.units.to(weight.device)
-        keep = by_norm(weight, units, count) if known is None else score.keep(goal, known, units, count)
+        keep = by_norm(weight, units, count) if known is None else score.keep(weight, known, units, count)
         columns = part.columns(keep)
-        solved = refitted(goal, known, columns) if known is not None and score.refit else goal
+        solved = refitted(weight, known, columns) if known is not None and score.refit else weight
         consumer.write(solved.masked_fill(~columns, 0.0))
         keeps.append(keep)
         result = _result(consumer, known, weight, columns, time.perf_counter() - started)
@@ -49,18 +47,16 @@ def remove_units(
     return keeps, results
 
 
-def _goal(weight: Tensor, inputs: Inputs | None) -> tuple[Gram | None, Tensor, tuple[str, ...]]:
-    """The Gram matrix of a consumer's inputs if it saw any, the weight that its kept columns stand for, and events."""
+def _known(inputs: Inputs | None) -> tuple[Gram | None, tuple[str, ...]]:
+    """Return the Gram matrix of a consumer's inputs if it saw any, and events."""
     statistic = None if inputs is None else inputs.statistic
     if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
-        return None, weight, ("no calibration token came to it, so its channels went by their norm",)
+        return None, ("no calibration token came to it, so its channels went by their norm",)
     if not bool(
         statistic.gram.diagonal().any()
     ):  # as to an expert that sees all tokens, times zero where they are others'
-        return None, weight, ("nothing but zeros came to it, so its channels went by their norm",)
-    if inputs.cross is None:
-        return statistic, weight, ()
-    return statistic, *dense_target(weight, inputs.cross.cross, statistic.gram)
+        return None, ("nothing but zeros came to it, so its channels went by their norm",)
+    return statistic, ()
 
 
 def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tensor, seconds: float) -> MatrixResult:

@@ -69,7 +69,7 @@ def _aside(run: Settings, size: float) -> float:
 
 def _hidden(work: Workload, run: Settings) -> float:
     """Bytes of the hidden states that are pruned with, which may be of two models."""
-    return (1 + run.dense_target) * run.tokens * work.block.hidden_bytes_per_token
+    return (1 + run.dense_beside) * run.tokens * work.block.hidden_bytes_per_token
 
 
 def _tensors(work: Workload, run: Settings) -> Iterator[tuple[str, float]]:

@@ -12,7 +12,7 @@ def seconds_of(work: Workload, run: Settings) -> float:
     tokens, head = run.tokens, work.head
     one_pass = block.seconds_per_token * work.blocks
     passes = 2 if run.propagation == "block" else 1
-    passes += 1 if run.dense_target else 0
+    passes += 1 if run.dense_beside else 0
     statistics = sum(work.solving[s].statistic_seconds_per_token * count for s, count in work.leaders.items())
     first = sum(work.solving[s].seconds * count for s, count in work.leaders.items())
     again = sum(work.solving[s].seconds_again * (count - work.leaders[s]) for s, count in work.matrices.items())

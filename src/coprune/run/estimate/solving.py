@@ -16,7 +16,6 @@ from coprune.model.low_rank import wrap
 from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.sample import InputSample
-from coprune.model.walk.statistics import CrossGram
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import Target
 from coprune.run.estimate.block import Shape
@@ -50,13 +49,11 @@ class Trials:
     target: Target
     layer_error: bool
     device: torch.device
-    cross: bool
-    """Whether a cross Gram matrix is gathered."""
 
 
 def measure_solving(shape: Shape, trials: Trials, budget: float) -> SolveCosts:
     """Prune random matrices of a shape's proportions, ever larger ones until that takes more than `budget` seconds."""
-    solver, device, cross = trials.solver, trials.device, trials.cross
+    solver, device = trials.solver, trials.device
 
     def trial(width: int) -> _Trial:
         return _Trial(max(1, round(shape[0] * width / shape[1])), width, trials)
@@ -80,9 +77,7 @@ def measure_solving(shape: Shape, trials: Trials, budget: float) -> SolveCosts:
         seconds=_extrapolate([(w, t) for w, t, _ in points], shape[1]),
         seconds_again=_extrapolate([(w, t) for w, _, t in points], shape[1]),
         most_bytes=_most_bytes([(w, trial(w)) for w in widths[:2]], shape[1]) + (WORKSPACE if growth == 2 else 0),
-        statistic_bytes=4 * sum(math.prod(size) for size in sums.values())
-        + 4 * InputSample.tokens * shape[1]
-        + (4 * shape[1] ** 2 if cross else 0),
+        statistic_bytes=4 * sum(math.prod(size) for size in sums.values()) + 4 * InputSample.tokens * shape[1],
         statistic_seconds_per_token=one.gathering_seconds * (shape[1] / points[-1][0]) ** growth,
     )
 
@@ -106,7 +101,7 @@ class _Trial:
     tokens = 256
 
     def __init__(self, rows: int, width: int, trials: Trials) -> None:
-        solver, device, cross = trials.solver, trials.device, trials.cross
+        solver, device = trials.solver, trials.device
         generator = torch.Generator().manual_seed(0)
         module = nn.Linear(width, rows, bias=False, device="meta")
         module.weight = nn.Parameter(torch.randn(rows, width, generator=generator).to(device), requires_grad=False)
@@ -117,11 +112,9 @@ class _Trial:
         self._inputs = Inputs(
             None if solver.statistic is None else solver.statistic(width, device), InputSample(width, 1)
         )
-        if cross:
-            self._inputs.cross = CrossGram(width, device)
         x = torch.randn(self.tokens, width, generator=generator).to(device)
-        self._inputs.update(x, x if cross else None)
-        again = seconds_of_call(lambda: self._inputs.update(x, x if cross else None), device, once=True)
+        self._inputs.update(x)
+        again = seconds_of_call(lambda: self._inputs.update(x), device, once=True)
         self.gathering_seconds = again / self.tokens
         # As many tokens as there are inputs, without the time that they would take.
         if self._inputs.statistic is not None:

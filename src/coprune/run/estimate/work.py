@@ -28,7 +28,7 @@ class Settings:
     """1 to 3: the pruned model's, the dense model's, and that of the sparse part alone."""
     propagation: str
     streamed: bool
-    dense_target: bool
+    dense_beside: bool
     """Whether the dense model's hidden states go along."""
     reconstruction_steps: int
     activation_limit: int | None

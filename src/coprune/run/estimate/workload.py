@@ -58,9 +58,8 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
         sample = loaded.model.dummy_inputs["input_ids"][:1]
     block = measure_block(found, sample.to(loaded.device), trained=settings.reconstruction_steps > 0)
     shapes = Counter(matrix.shape for matrix in found.chosen.all())
-    cross = settings.dense_target and solver.aim == "dense"
     budget = CALIBRATION_SECONDS / max(1, len(shapes))
-    trials = Trials(solver, planned.target, planned.recipe.evaluation.layer_error, loaded.device, cross)
+    trials = Trials(solver, planned.target, planned.recipe.evaluation.layer_error, loaded.device)
     solving = {shape: measure_solving(shape, trials, budget) for shape in shapes}
     # What share of the matrices of a shape come first in their group, as seen in one block.
     in_block = Counter(shape for group in block.groups for shape in group)
@@ -106,7 +105,7 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         evaluations=1 + recipe.evaluation.dense + (recipe.low_rank.rank > 0),
         propagation=recipe.calibration.propagation,
         streamed=loaded.weights.streams,
-        dense_target=planned.solver.aim == "dense" or recipe.reconstruction.steps > 0,
+        dense_beside=recipe.reconstruction.steps > 0,
         reconstruction_steps=_steps(recipe, sum(lengths) / len(lengths) * min(batch, len(lengths))),
         activation_limit=None if memory is None else int(memory * GIB),
         device_room=device_room(loaded.device, recipe.calibration.device_activation_memory),

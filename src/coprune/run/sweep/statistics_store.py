@@ -47,8 +47,8 @@ def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]
     """
     opened, model = session.opened, session.model
     recipe, alone = opened.recipe, opened.around.processes.size == 1
-    # Permuted or rotated weights are others in every run; for a dense target, more than a statistic is gathered.
-    if not alone or opened.samples is None or recipe.pattern.reshapes or recipe.calibration.aim == "dense":
+    # Permuted or rotated weights are others in every run.
+    if not alone or opened.samples is None or recipe.pattern.reshapes:
         return []
     names = model.names
     if recipe.calibration.propagation == "dense":

@@ -199,8 +199,8 @@ def walks() -> tuple[Case, ...]:
 
 
 def allocations() -> list[Case]:
-    """Sparsities of their own for blocks and matrices, and other aims."""
-    found = [
+    """Sparsities of their own for blocks and matrices."""
+    return [
         Case(
             f"{family} allocation {name}",
             pruned_alike(family, "wanda", ROUNDED, allocation=name),
@@ -209,14 +209,6 @@ def allocations() -> list[Case]:
         for family, name in product(
             ("llama", "gpt2", "mixtral"), ("owl", "alpha", "error", "fisher", "search:rounds=2")
         )
-    ]
-    return found + [
-        Case(
-            f"{family} target dense",
-            pruned_alike(family, "sparsegpt", ROUNDED, target="dense", propagation="block"),
-            family == "llama",
-        )
-        for family in ("llama", "gpt2", "mixtral")
     ]
 
 

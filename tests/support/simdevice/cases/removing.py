@@ -48,7 +48,6 @@ def removals() -> tuple[Case, ...]:
         Case("llama uneven by error", removed("llama", "channels=0.33", allocation="error")),
         Case("llama uneven by search", removed("llama", "channels=0.33", allocation="search:rounds=3")),
         Case("llama parameters", removed("llama", "parameters=0.2")),
-        Case("llama toward the dense model", removed("llama", "channels=0.4", target="dense")),
         Case("llama with zeros on top", removed("llama", "channels=0.4", method="wanda", sparsity=0.5)),
     ]
     return (*always, *scores, *parts, *more)
