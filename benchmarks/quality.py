@@ -204,11 +204,11 @@ def how_to(method: str, pattern: str) -> dict[str, Any]:
 
 def defaults_of(how: dict[str, Any]) -> list[str]:
     """The method, the allocation and the training of settings with all of their options."""
-    from coprune.pruning.allocation import spread_named
+    from coprune.pruning.allocation import allocation_named
     from coprune.pruning.methods import METHODS
     from coprune.training.settings import FinetuneSettings
 
-    found = [repr(METHODS[how["method"]]), repr(spread_named(how.get("allocation", "uniform")))]
+    found = [repr(METHODS[how["method"]]), repr(allocation_named(how.get("allocation", "uniform")))]
     if "finetune" in how:
         found.append(repr({name: field.default for name, field in FinetuneSettings.model_fields.items()}))
     return found

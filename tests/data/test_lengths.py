@@ -16,7 +16,7 @@ from coprune.data.mixture import mixed
 from coprune.data.windows import Windows
 from coprune.evaluation.tasks.text import split_batches
 from coprune.model.walk.recording import record_batches
-from coprune.pruning.allocation.plan import some_tokens
+from coprune.pruning.structure.spreading import some_tokens
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import Source

@@ -22,7 +22,7 @@ KEPT_BLOCKS = 2
 
 TARGETS: dict[str, dict[str, Any]] = {"50%": dict(sparsity=0.5), "2:4": dict(pattern="2:4")}
 PROPAGATIONS = ("block", "sequential", "dense")
-ALLOCATIONS = ("owl", "alpha", "error", "fisher")
+ALLOCATIONS = ("owl", "fisher")
 
 # The normal tests hold what is quick; all rows together take minutes.
 COSTLY_ON_WIDE = ("admm", "alps")
@@ -89,7 +89,6 @@ def _settings() -> Iterator[Row]:
     for allocation in ALLOCATIONS:
         yield Row(f"llama +{allocation} wanda 50%", "llama", "wanda", {"allocation": allocation})
         yield Row(f"mixtral +{allocation} sparsegpt 50%", "mixtral", "sparsegpt", {"allocation": allocation})
-    yield Row("llama +error wanda 2:4", "llama", "wanda", {**two_four, "allocation": "error"})
     for model in PICO:
         yield Row(f"{model} +permute wanda 2:4", model, "wanda", {**two_four, "permute": True})
         yield Row(f"{model} +reconstruct wanda 2:4", model, "wanda", {**two_four, "reconstruct": 6})

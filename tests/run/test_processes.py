@@ -36,12 +36,9 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("mixtral", "sparsegpt", "sequential", {"seqlen": 2, "nsamples": 5, "evaluate": False}),
     ("llama", "magnitude", "block", {"nsamples": 7}),
     ("llama", "wanda", "block", {"allocation": "owl", "sparsity": 0.6}),
-    ("mixtral", "wanda", "block", {"allocation": "error:movement=0", "pattern": "4:8"}),
     ("mixtral", "wanda", "block", {"allocation": "fisher", "sparsity": 0.6}),
     ("llama", "wanda", "block", {"permute": True, "pattern": "2:4"}),
     ("llama", "wanda", "block", {"rotate": True}),
-    # What is tried first, of which each process tries one.
-    ("llama", "wanda", "block", {"allocation": "search:rounds=2", "pattern": "4:8"}),
     ("llama", "sparsegpt", "dense", {"include": ["*.q_proj", "*.down_proj", "lm_head"]}),
     (
         "llama",

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 Steps = tuple[int, ...]
 """How many steps every part loses."""
-Together = tuple[int, ...]
-"""Numbers of parts that lose a step, or get one back, at the same time."""
 GUESSED = 24
 """So many changed budgets are drawn for each that is tried, and those with the lowest guesses are."""
 RIDGE = 1.0
@@ -28,63 +26,26 @@ MOST_EXCHANGES = 6
 class Exchanges:
     """What may change places: steps of parts, such that all parts together lose as much as before."""
 
-    groups: Sequence[Sequence[Together]]
-    """Among the members of one group steps are exchanged."""
-    masses: Sequence[int]
-    """By how much a step of every part counts."""
+    groups: Sequence[Sequence[int]]
+    """Numbers of parts; among those of one group steps are exchanged."""
     most: Sequence[int]
     """Steps that every part can lose."""
-    least: int = 0
-    """Steps that every part loses at least."""
 
     def change(self, steps: Steps, draw: random.Random) -> Steps:
         """Exchange some steps."""
         changed = list(steps)
         for _ in range(draw.randint(1, MOST_EXCHANGES)):
-            changed = self._exchange(changed, draw.choice(self.groups), draw)
+            self._exchange(changed, draw.choice(self.groups), draw)
         return tuple(changed)
 
-    def _exchange(self, steps: list[int], group: Sequence[Together], draw: random.Random) -> list[int]:
-        """A step given back, and another taken; then more of them, until what goes is as much as before."""
-        giving, taking = self._able(steps, group, -1), self._able(steps, group, 1)
-        if not giving or not taking:
-            return steps
-        back, more = draw.choice(giving), draw.choice(taking)
-        if back == more:
-            return steps
-        changed = _moved(_moved(steps, back, -1), more, 1)
-        missing = self._mass(back) - self._mass(more)
-        moved = {back: -1, more: 1}
-        while missing:
-            way = 1 if missing > 0 else -1
-            # What went one way does not come back, so that this ends.
-            fitting = [
-                one
-                for one in self._able(changed, group, way)
-                if self._mass(one) <= abs(missing) and moved.get(one, way) == way
-            ]
-            if not fitting:
-                return steps
-            one = draw.choice(fitting)
-            changed, moved[one] = _moved(changed, one, way), way
-            missing -= way * self._mass(one)
-        return changed
-
-    def _able(self, steps: Sequence[int], group: Sequence[Together], way: int) -> list[Together]:
-        """Those of a group that can lose a step (1) or get one back (-1)."""
-        if way < 0:
-            return [one for one in group if all(steps[at] > self.least for at in one)]
-        return [one for one in group if all(steps[at] < self.most[at] for at in one)]
-
-    def _mass(self, one: Together) -> int:
-        return sum(self.masses[at] for at in one)
-
-
-def _moved(steps: Sequence[int], one: Together, way: int) -> list[int]:
-    changed = list(steps)
-    for at in one:
-        changed[at] += way
-    return changed
+    def _exchange(self, steps: list[int], group: Sequence[int], draw: random.Random) -> None:
+        """Give a step back and take another, in place."""
+        giving = [part for part in group if steps[part] > 0]
+        taking = [part for part in group if steps[part] < self.most[part]]
+        if giving and taking:
+            back, more = draw.choice(giving), draw.choice(taking)
+            steps[back] -= 1
+            steps[more] += 1
 
 
 def next_tries(tried: Sequence[tuple[Steps, float]], exchanges: Exchanges, seed: int, number: int = 1) -> list[Steps]:

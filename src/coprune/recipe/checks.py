@@ -140,10 +140,6 @@ def _of_allocation(recipe: Parts) -> BadInput | None:
     if asked in WHOLE_MODEL and recipe.model.stream:
         wrong = f"{WHOLE_MODEL[asked]}, which has to be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
-    if asked == "search" and recipe.low_rank.rank:
-        wrong = "a search tries zeros without what low_rank adds to them"
-        fix: Words = (LeaveOut("low_rank"), " for the search, and give what it found to a run of its own")
-        return BadInput(wrong, field="allocation", value=asked, fix=fix)
     units, zeros = recipe.structure.spreads, not shares or recipe.pattern.is_said
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None

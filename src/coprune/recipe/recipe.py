@@ -53,9 +53,9 @@ class Recipe(BaseModel):
         Choice,
         _RESULT,
         Field(
-            description="How the sparsity is spread over the matrices: uniform, owl, alpha, error or fisher (options as in "
-            "owl:spread=0.1), search:minutes=8 (tries many, and keeps the one nearest to the dense model), or a FILE.yaml of "
-            "patterns of names and sparsities; how channels and heads that are removed are spread over the blocks: uniform, "
+            description="How the sparsity is spread over the matrices: uniform, owl or fisher (options as in "
+            "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities; how channels and heads that are "
+            "removed are spread over the blocks: uniform, "
             "error or search:minutes=8."
         ),
     ] = Choice(name="uniform")

@@ -37,6 +37,8 @@ RETIRED: dict[str, Retired] = {
     ),
 }
 """By the flat name."""
+ALLOCATIONS = ("alpha", "error", "search")
+"""Allocations of zeros; of channels and heads there are two of these names."""
 _WORDS = {one.place: word for word, one in RETIRED.items() if one.place is not None}
 
 
@@ -58,6 +60,21 @@ def passed_over(name: str, value: Any) -> bool:
         error.value = value
         raise error
     return True
+
+
+def retired_allocation(name: str) -> BadInput | None:
+    """Return the error for an allocation that spreads zeros no more; None for any other."""
+    if name not in ALLOCATIONS:
+        return None
+    cause = f"allocation {name} spreads zeros no more"
+    fix: Words = (
+        "take ",
+        Set("allocation", "fisher"),
+        ", or ",
+        Set("allocation", "owl"),
+        " for a model that is streamed",
+    )
+    return BadInput(cause, field="allocation", value=name, fix=fix)
 
 
 def _word(name: str) -> str | None:

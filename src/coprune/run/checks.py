@@ -18,7 +18,7 @@ from coprune.model.matrices import Matrix
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.sample import InputSample
-from coprune.pruning.allocation import LevelSearch, spread_named
+from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.base import units_of
 from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS, Method, method_named
@@ -59,7 +59,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         score_named(recipe.structure.score_of("units"))
         block_score_named(recipe.structure.score_of("blocks"))
         expert_score_named(recipe.structure.score_of("experts"))
-        if not recipe.cuts_and_prunes:  # or else each half takes the options that mean something to it
+        if recipe.structure.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
             spreading_named(recipe.allocation)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
@@ -227,9 +227,7 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
     """Raise BadInput where the sparsity cannot be spread as asked, as far as no block has to be looked at for that."""
     if recipe.structure.remove:
         return
-    allocation = spread_named(recipe.allocation)
-    if isinstance(allocation, LevelSearch):
-        allocation = allocation.by_slopes(target)
+    allocation = allocation_named(recipe.allocation)
     # Whether limits leave room does not depend on what is measured. What experts there are shows when the model runs.
     if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):
         allocation.allocate(units_of(model.chosen, model.names), {}, target)
@@ -245,4 +243,4 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation, permutation or rotation."""
     if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.reshapes:
         return True
-    return spread_named(recipe.allocation).statistic is not None
+    return allocation_named(recipe.allocation).statistic is not None

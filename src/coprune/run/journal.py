@@ -186,7 +186,7 @@ def may_round_otherwise(recipe: Recipe) -> bool:
 
     Not where a step of training takes one batch, nor where what goes from one block must fit what goes from the others.
     """
-    fits = recipe.structure.remove or recipe.pattern.reshapes or recipe.allocation.name == "search"
+    fits = recipe.structure.remove or recipe.pattern.reshapes
     return not (recipe.reconstruction.steps or fits)
 
 

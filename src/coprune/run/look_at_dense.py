@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from coprune.base.progress import NO_BAR
 from coprune.base.shown import per_cent
@@ -11,13 +10,12 @@ from coprune.model.checkpoint.weights import is_below
 from coprune.model.choosing import Chosen
 from coprune.model.matrices import LEAST_SPARSITY, Matrix
 from coprune.model.walk.recording import Recording
-from coprune.pruning.allocation import LevelSearch, spread_named
+from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
 from coprune.pruning.rotate.apply import rotate_model
 from coprune.recipe.pattern import Target
 from coprune.run.batches import counted_batches, first_counted, record_counted
-from coprune.run.search.zeros import search_targets
 from coprune.run.session import Session
 
 _TOKENS_TO_TURN = 2048
@@ -38,16 +36,12 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
         _permute(session)
     if recipe.pattern.rotate:
         _rotate(session)
-    allocation = spread_named(recipe.allocation)
-    if isinstance(allocation, LevelSearch):
-        targets = search_targets(session, allocation, partial(_record_few, session))
-    else:
-        recording = None
-        if allocation.statistic is not None:
-            recording = _record_few(session, allocation.first) if allocation.first else record()
-        bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
-        with bar as advance:
-            targets = plan_targets(allocation, model, recording, opened.target, processes, advance)
+    allocation, recording = allocation_named(recipe.allocation), None
+    if allocation.statistic is not None:
+        recording = _record_few(session, allocation.first) if allocation.first else record()
+    bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
+    with bar as advance:
+        targets = plan_targets(allocation, model, recording, opened.target, processes, advance)
     targets = processes.from_first(lambda: targets)
     if recipe.allocation.name != "uniform":
         reporter.say(f"Allocation {recipe.allocation}: {describe_targets(model.chosen, targets)}")

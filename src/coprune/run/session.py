@@ -24,7 +24,7 @@ from coprune.model.opened import Loaded, open_model, say_of_bfloat16, streams
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
-from coprune.pruning.allocation import spread_named
+from coprune.pruning.allocation import allocation_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
@@ -137,7 +137,7 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     started = time.perf_counter()
     solver, target = prepare_solver(recipe, given.method)
     if not recipe.structure.remove:
-        spread_named(recipe.allocation)
+        allocation_named(recipe.allocation)
     check_processes(recipe, around.processes.size)
     reporter, loaded = around.reporter, given.loaded
     require_history(expand_home(recipe.model.name))

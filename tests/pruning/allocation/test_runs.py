@@ -111,7 +111,7 @@ def test_data_is_read_for_the_allocation_even_if_the_method_needs_none(tmp_path:
 
 
 def test_n_of_any_m_is_chosen_per_matrix(tmp_path: Path) -> None:
-    report = run(tmp_path, "error", pattern="2:4")
+    report = run(tmp_path, "fisher", pattern="2:4")
     assert report.sparsity.matrices == pytest.approx(0.5, abs=1e-9)
     assert {m.sparsity for m in report.matrices} == {0.25, 0.5, 0.75}
 
@@ -170,8 +170,10 @@ def test_files_that_cannot_be_followed(
         ("owl:spread=wide", "cannot be 'wide'"),
         ("owl:spread", "write owl:spread=VALUE"),
         ("owl:spread=-1", "negative"),
-        ("alpha:epsilon=2", "at most 1"),
-        ("error:points=1", "at least 2"),
+        ("fisher:points=1", "at least 2"),
+        ("alpha", "take allocation='fisher'"),
+        ("error:points=3", "spreads zeros no more"),
+        ("search:rounds=3", "spreads zeros no more"),
         ("uniform:spread=0.1", "no options"),
     ],
 )
@@ -184,7 +186,7 @@ def test_options_are_taken() -> None:
     assert allocation_named("owl:spread=0.1,threshold=7") == OWL(threshold=7, spread=0.1)
 
 
-@pytest.mark.parametrize("name", ["owl", "error"])
+@pytest.mark.parametrize("name", ["owl", "fisher"])
 def test_the_first_tokens_are_those_of_so_many_samples(tmp_path: Path, name: str) -> None:
     """The first 64 tokens are two samples of 32, in a run as where it is inspected."""
     save_pico(tmp_path / "model")
@@ -210,7 +212,7 @@ def test_permute_wants_groups_and_memory() -> None:
         make_recipe({"model": "m", "permute": True, "pattern": "2:4", "stream": True})
 
 
-@pytest.mark.parametrize("name", ["owl", "alpha"])
+@pytest.mark.parametrize("name", ["owl", "fisher"])
 def test_inspect_shows_what_an_allocation_would_do(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,9 +24,8 @@ from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from coprune.run import stages
-from coprune.run.removal import parts, plan, spread, uneven
+from coprune.run.removal import parts, plan, spread, tries, uneven
 from coprune.run.result import Result
-from coprune.run.search import tries
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
 from support.pico import pico_model

@@ -48,10 +48,6 @@ class Allocation(Protocol):
         """Whether it has to see the weights at all."""
 
     @property
-    def asks_movement(self) -> bool:
-        """Whether it wants to be told how much blocks move, for which rows of hidden states are kept."""
-
-    @property
     def statistic(self) -> type[Statistic] | None:
         """What it needs to know of the inputs; None if nothing."""
 
@@ -59,13 +55,11 @@ class Allocation(Protocol):
     def first(self) -> int:
         """How many calibration tokens it looks at, the first ones, in whole batches; 0: all."""
 
-    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         """Look at the matrices of one block of the dense model, together.
 
         Args:
             shown: the block's matrices with the statistics of their inputs.
-            moved: how much the block changes the hidden states, ‖after − before‖² / ‖after‖², mean over tokens; 1 where that
-                is not known, or not asked for.
             target: the overall one.
 
         Returns:

@@ -36,7 +36,6 @@ class ByFile:
     """Globs and sparsities (or N:M), in the file's order."""
 
     looks: ClassVar[bool] = False
-    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 
@@ -55,7 +54,7 @@ class ByFile:
             _check(path, glob, value)
         return cls(tuple(data.items()))
 
-    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         return {}
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:

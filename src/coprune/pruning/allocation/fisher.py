@@ -48,7 +48,6 @@ class ByFisher:
     that; 0: not at all."""
 
     looks: ClassVar[bool] = True
-    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:
@@ -56,7 +55,7 @@ class ByFisher:
         require_not_negative(first=self.first, outputs=self.outputs)
         require_points(self.points)
 
-    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         """Sums of squares of every matrix's inputs, of which masks are made; those of experts are added up."""
         return {
             matrix.name: statistic.count * statistic.root_mean_square.double().square()

@@ -32,14 +32,13 @@ class OWL:
     """How many calibration tokens to look at, the first ones, in whole batches; 0: all."""
 
     looks: ClassVar[bool] = True
-    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:
         require_positive(threshold=self.threshold)
         require_not_negative(spread=self.spread, first=self.first)
 
-    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         """Outliers and entries of every matrix. Scores are computed twice rather than all kept."""
         known = [(matrix, statistic) for matrix, statistic in shown if statistic is not None]
         total, entries = 0.0, 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.allocation.slopes import Sample, lost_by_slopes, outputs_by_slopes, watch
 from coprune.recipe.pattern import Target
 
-TOKENS = 1024
 _WALK = 0.3
 """The share of the time that the walk takes, where forwards and backwards of the whole model come after it."""
 
@@ -96,11 +94,8 @@ def _by_looks(
     advance: Callable[[float], None],
 ) -> dict[str, Tensor]:
     """What the allocation measured of every unit in one walk."""
-    keep = None
-    if allocation.asks_movement and recording is not None:
-        keep = partial(some_tokens, batches=len(recording.hidden), total=recording.uneven)
-    walk = Walk(model, recording, allocation.statistic, Dense(keep=keep), processes=processes, advance=advance)
-    return _measure(allocation, walk, target, keep)
+    walk = Walk(model, recording, allocation.statistic, Dense(), processes=processes, advance=advance)
+    return _measure(allocation, walk, target)
 
 
 def _samples(recording: Recording) -> list[Sample]:
@@ -113,25 +108,19 @@ def _samples(recording: Recording) -> list[Sample]:
 
 
 @torch.no_grad()
-def _measure(
-    allocation: Allocation, walk: Walk, target: Target, keep: Callable[[Tensor], Tensor] | None
-) -> dict[str, Tensor]:
-    """What the allocation measured in every block, experts added up, by name of unit.
-
-    keep: some rows of hidden states; None where it does not ask how much blocks move.
-    """
+def _measure(allocation: Allocation, walk: Walk, target: Target) -> dict[str, Tensor]:
+    """What the allocation measured in every block, experts added up, by name of unit."""
     sums: dict[str, Tensor] = {}
 
-    def measure(shown: list[Shown], moved: float) -> None:
-        for name, found in allocation.measure(shown, moved, target).items():
+    def measure(shown: list[Shown]) -> None:
+        for name, found in allocation.measure(shown, target).items():
             unit = unit_name(name)
             sums[unit] = sums[unit] + found if unit in sums else found
 
     shown: list[Shown] = []
     for event in walk:
         if isinstance(event, BlockDone):
-            after = [] if keep is None else [keep(hidden) for hidden in event.after]
-            measure(shown, 1.0 if keep is None else movement(joined(event.before), joined(after), walk.processes))
+            measure(shown)
             shown = []
             continue
         statistic = None if event.inputs is None else event.inputs.statistic
@@ -139,49 +128,5 @@ def _measure(
         shown += [(matrix, known) for matrix in event.matrices]
     # What is shown after the blocks is measured one by one, each a place of its own.
     for one in shown:
-        measure([one], 1.0)
+        measure([one])
     return sums
-
-
-def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
-    """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
-    samples. Each of several processes has its own.
-
-    total: rows of all batches, where they hold different numbers of them (`Recording.uneven`).
-    """
-    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
-    per_batch = -(-TOKENS // batches) if total is None else -(-TOKENS * len(rows) // total)
-    step = max(1, len(rows) // per_batch)
-    return rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True)
-
-
-def joined(rows: Sequence[Tensor]) -> Tensor | None:
-    """All rows as one tensor; None where there are none."""
-    return torch.cat(list(rows)) if len(rows) else None
-
-
-def movement(before: Tensor | None, after: Tensor | None, processes: Processes = ALONE) -> float:
-    """How much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
-
-    By rows, because the first token of many models is a thousand times larger than the rest.
-
-    Args:
-        before: N × H.
-        after: N × H.
-        processes: those that go through the block together, each with rows of its own.
-
-    Returns:
-        1 where that means nothing: without data, or where a block changes their shape.
-    """
-    found = processes.gather(_changes(before, after))
-    rows = sum(number for _, number in found)
-    return sum(change for change, _ in found) / rows if rows else 1.0
-
-
-def _changes(before: Tensor | None, after: Tensor | None) -> tuple[float, int]:
-    """What `movement` says of each row, added up, and of how many rows that is."""
-    if before is None or after is None or before.shape != after.shape:
-        return 0.0, 0
-    size = after.square().sum(dim=1)
-    change = (after - before).square().sum(dim=1)
-    return float((change / size.clamp_min(1e-30)).double().sum()), len(after)

@@ -17,11 +17,10 @@ class Uniform:
     """Prune every matrix alike."""
 
     looks: ClassVar[bool] = False
-    asks_movement: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 
-    def measure(self, shown: Sequence[Shown], moved: float, target: Target) -> dict[str, Tensor]:
+    def measure(self, shown: Sequence[Shown], target: Target) -> dict[str, Tensor]:
         return {}
 
     def allocate(self, units: Sequence[Unit], sums: Mapping[str, Tensor], target: Target) -> list[Target]:

@@ -128,11 +128,6 @@ class Pattern(ABC):
         step = (high - low) / (points - 1)
         return [*(i * step + low for i in range(points - 1)), high]
 
-    def levels_near(self, sparsity: float, step: float, each: int) -> list[float]:
-        """Sparsities in equal steps around this one, at most `each` below and above it, ascending."""
-        found = (round(sparsity + at * step, 9) for at in range(-each, each + 1))
-        return [one for one in found if 0 <= one < 1]
-
     def fits(self, width: int) -> bool:
         """Tell whether a matrix with so many inputs can have the pattern."""
         return width % (self.group_size or 1) == 0

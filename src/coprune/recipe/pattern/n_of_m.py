@@ -86,8 +86,3 @@ class NM(Pattern):
         most = max(1, int(reach * self.m + 1e-6))
         kept = range(min(self.n + most, self.m - 1), max(self.n - most, 1) - 1, -1)
         return [1 - n / self.m for n in kept]
-
-    def levels_near(self, sparsity: float, step: float, each: int) -> list[float]:
-        by = max(1, round(step * self.m))
-        kept = (self.n - at * by for at in range(-each, each + 1))
-        return [1 - n / self.m for n in kept if 0 < n < self.m]

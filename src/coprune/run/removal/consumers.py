@@ -17,7 +17,7 @@ from coprune.run.session import Session
 
 @dataclass(frozen=True)
 class Consumers:
-    """The matrices whose columns fall silent, solved for anew from their Gram matrices; implements `Forms`."""
+    """The matrices whose columns fall silent, solved for anew from their Gram matrices."""
 
     levels: Sequence[Levels]
     refit: bool

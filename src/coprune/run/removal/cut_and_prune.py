@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
-from coprune.pruning.allocation import ALLOCATIONS, SEARCHES, spread_named
+from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.structure.spreading import SPREADINGS
 from coprune.recipe.choice import USUAL_METHOD, Choice
@@ -107,32 +106,25 @@ def cut_and_prune(
 
 def _check_allocation(recipe: Recipe) -> None:
     """Raise BadInput for an allocation of zeros that there is not, or whose file goes by numbers that do not stay."""
-    asked = spread_named(_for_zeros(recipe))
+    asked = allocation_named(_for_zeros(recipe))
     globs = [glob for glob, _ in asked.entries] if isinstance(asked, ByFile) else []
     if (wrong := refuse_numbers(globs, "allocation", recipe.structure.shares)) is not None:
         raise wrong
 
 
 def _for_units(recipe: Recipe) -> Choice:
-    """How the cut spreads channels and heads: by the options that mean something there."""
-    asked = recipe.allocation
-    if asked.name not in SPREADINGS or not recipe.structure.spreads:
-        return _UNIFORM
-    known = _options_of(SPREADINGS[asked.name])
-    return Choice(name=asked.name, options={name: value for name, value in asked.options.items() if name in known})
+    """How the cut spreads channels and heads."""
+    return recipe.allocation if _spreads_units(recipe) else _UNIFORM
 
 
 def _for_zeros(recipe: Recipe) -> Choice:
-    """How the zeros are spread: without the options that are of channels and heads alone."""
-    asked = recipe.allocation
-    if asked.name not in SPREADINGS or not recipe.structure.spreads:
-        return asked
-    others = _options_of(SPREADINGS[asked.name]) - _options_of({**ALLOCATIONS, **SEARCHES}[asked.name])
-    return Choice(name=asked.name, options={name: value for name, value in asked.options.items() if name not in others})
+    """How the zeros are spread."""
+    return _UNIFORM if _spreads_units(recipe) else recipe.allocation
 
 
-def _options_of(spreading: Any) -> set[str]:
-    return {one.name for one in fields(spreading)}
+def _spreads_units(recipe: Recipe) -> bool:
+    """Whether the recipe's allocation is one of channels and heads, and such are removed."""
+    return recipe.structure.spreads and recipe.allocation.name in SPREADINGS
 
 
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:

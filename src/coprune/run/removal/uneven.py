@@ -17,20 +17,26 @@ from coprune.model.walk.moves import Dense
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.allocation.plan import joined, movement, some_tokens
-from coprune.pruning.allocation.search import Search
 from coprune.pruning.allocation.uniform import Uniform
 from coprune.pruning.evolution import Exchanges
 from coprune.pruning.structure.scores import Score, by_norm, curve, energy, score_named
-from coprune.pruning.structure.spreading import ByError, cheapest, spreading_named
+from coprune.pruning.structure.spreading import (
+    ByError,
+    Search,
+    cheapest,
+    joined,
+    movement,
+    some_tokens,
+    spreading_named,
+)
 from coprune.run.calibrating import record_calibration
+from coprune.run.removal.candidates import Candidates
 from coprune.run.removal.consumers import Consumers
 from coprune.run.removal.cut import Plan
+from coprune.run.removal.finds import Finds
 from coprune.run.removal.plan import only_consumers
 from coprune.run.removal.steps import Levels, Steps
-from coprune.run.search.candidates import Candidates
-from coprune.run.search.finds import Finds
-from coprune.run.search.tries import search_steps
+from coprune.run.removal.tries import search_steps
 from coprune.run.session import Session
 
 
@@ -50,9 +56,7 @@ def spread_units(session: Session, plan: Plan) -> Plan:
     # Another process's machine may round otherwise; what the first one finds counts.
     steps = opened.around.processes.from_first(lambda: least_error(levels, alike, even, scales))
     if isinstance(asked, Search):
-        exchanges = Exchanges(
-            [[(at,) for at in group] for group in alike], [1] * len(levels), [len(own.counts) - 1 for own in levels]
-        )
+        exchanges = Exchanges(alike, [len(own.counts) - 1 for own in levels])
         candidates = Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens)
         steps = search_steps(session, asked, Finds.of(session), exchanges, [even, steps], candidates)
     return unevenly(plan, levels, steps)

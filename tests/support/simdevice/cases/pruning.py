@@ -206,9 +206,7 @@ def allocations() -> list[Case]:
             pruned_alike(family, "wanda", ROUNDED, allocation=name),
             (family, name) == ("llama", "owl"),
         )
-        for family, name in product(
-            ("llama", "gpt2", "mixtral"), ("owl", "alpha", "error", "fisher", "search:rounds=2")
-        )
+        for family, name in product(("llama", "gpt2", "mixtral"), ("owl", "fisher"))
     ]
 
 

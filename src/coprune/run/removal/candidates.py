@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from coprune.model.blocks import Block
 from coprune.model.walk.recording import Recording, record_batches
 from coprune.pruning.evolution import Steps
 from coprune.pruning.structure.blocks import first_batches, kl_of_logits, logits_of
+from coprune.run.removal.consumers import Consumers
 from coprune.run.session import Session
 
 BEHIND = 0.005
@@ -27,23 +27,12 @@ Hidden = list[Tensor]
 """What a block is given, by batch."""
 
 
-class Forms(Protocol):
-    """Parts of a model in the forms that a budget chooses among; level 0 is the dense part."""
-
-    @property
-    def places(self) -> Sequence[int]:
-        """Number of the block that every part is in; the number of blocks for what comes after them."""
-
-    def write(self, part: int, level: int) -> None:
-        """Give a part its weights at a level."""
-
-
 @dataclass
 class Candidates:
     """The model with one budget after another."""
 
     session: Session
-    forms: Forms
+    forms: Consumers
     dropped: Sequence[int]
     """Numbers of blocks that go."""
     recording: Recording
@@ -62,7 +51,7 @@ class Candidates:
 
     @classmethod
     @contextmanager
-    def of(cls, session: Session, forms: Forms, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
+    def of(cls, session: Session, forms: Consumers, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
         """For a while; in the end the model is dense as before. tokens: of the calibration, to be looked at at least."""
         found = cls._begun(session, forms, dropped, tokens)
         try:
@@ -74,7 +63,7 @@ class Candidates:
 
     @classmethod
     @torch.no_grad()
-    def _begun(cls, session: Session, forms: Forms, dropped: Sequence[int], tokens: int) -> Candidates:
+    def _begun(cls, session: Session, forms: Consumers, dropped: Sequence[int], tokens: int) -> Candidates:
         opened = session.opened
         assert opened.samples is not None
         recording = record_batches(session.model, first_batches(opened.task.batches(opened.samples.tokens), tokens))

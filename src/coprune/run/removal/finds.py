@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.files import write_text
-from coprune.pruning.allocation.search import Search
 from coprune.pruning.evolution import Steps
+from coprune.pruning.structure.spreading import Search
 from coprune.run.journal import run_identity
 from coprune.run.session import Session
 

@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from coprune.pruning.allocation.search import Search
 from coprune.pruning.evolution import Exchanges, Steps, next_tries
-from coprune.run.search.candidates import Candidates
-from coprune.run.search.finds import Finds
+from coprune.pruning.structure.spreading import Search
+from coprune.run.removal.candidates import Candidates
+from coprune.run.removal.finds import Finds
 from coprune.run.session import Session
 
-STARTS = ("uniform", "fisher")
+STARTS = ("uniform", "error")
 """What is tried first."""
 
 
