@@ -34,17 +34,17 @@ def test_no_test_is_imported() -> None:
 
 
 def too_large(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function has more than forty lines beside its docstring."""
+    """Whether a function has more than sixty lines beside its docstring."""
     told = ast.get_docstring(function)
     lines = 1 + (function.end_lineno or 0) - function.lineno - (len(told.splitlines()) if told else 0)
-    return lines > 40
+    return lines > 60
 
 
 def test_no_file_and_no_function_is_too_large_to_read_at_once() -> None:
     large = []
     for file in SOURCE.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        if text.count("\n") > 250:
+        if text.count("\n") > 500:
             large.append(file.name)
         # A command has a line for every option, which is what there is to read in it.
         functions = () if file.parent.name == "commands" else ast.walk(ast.parse(text))
