@@ -198,7 +198,9 @@ class Configure(Edit):
     """What a smaller model's configuration says otherwise, and what was removed, in words."""
 
     changes: dict[str, Any]
-    """New values by their places in `config.json`, with dots between."""
+    """New values by their places in the model's configuration, with dots between."""
+    written: dict[str, Any] | None = None
+    """The same as `config.json` words them, where that differs."""
     removed: str
     parameters: int | None = None
     """How many are left in the whole model."""
@@ -206,7 +208,7 @@ class Configure(Edit):
     """How many zeros are saved beside them, since blocks differ."""
 
     def configure(self, config: dict[str, Any]) -> None:
-        put_into(config, self.changes)
+        put_into(config, self.changes if self.written is None else self.written)
 
     def describe(self) -> str:
         return self.removed

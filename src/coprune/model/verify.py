@@ -15,10 +15,11 @@ from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
-from coprune.model.edit import Configure
+from coprune.model.edit import Configure, KeepExperts
 from coprune.model.edits import Edits
 from coprune.model.low_rank import factors_below, give
 from coprune.model.matrices import checksum_of, find_matrices, mask_bits
+from coprune.model.removal.ties import Ties
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device
 from coprune.model.walk.streamed import streamed_logits
@@ -58,9 +59,15 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits, encoding: Encod
         # The run's own last files became this folder, so there are no other weights to compute logits from. Where parts
         # were removed, these files are read as the big model in which they are silent.
         return
-    before = _sample_logits(model)
+    kept = {name: e.experts for name, own in edits.by_block.items() for e in own if isinstance(e, KeepExperts)}
+    ties, places = Ties(kept, model.module.dtype), {edits.place(block.name): block.name for block in model.blocks}
+    with ties.noted({block.name: block.module for block in model.blocks}):
+        before = _sample_logits(model)
     answers = [model.structure.answers[block.index] for block in model.blocks if edits.place(block.name) is not None]
-    after = _sample_logits(ProvenModel(saved, found.blocks, found.chosen, replace(model.structure, answers=answers)))
+    with ties.followed({places[block.name]: block.module for block in found.blocks}):
+        after = _sample_logits(
+            ProvenModel(saved, found.blocks, found.chosen, replace(model.structure, answers=answers))
+        )
     worst = float((before - after).abs().max())
     # Where a tensor begins in memory may decide how a product is summed up, so the last bits may differ; more of them where
     # silent channels are no longer summed up at all, through all blocks of a real model.

@@ -6,9 +6,10 @@ The memory in use is what the acquired blocks need, whatever the size of the fil
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from coprune.model.checkpoint.ahead import Ahead, ahead_to
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Renamed, require_floats
 from coprune.model.checkpoint.encoding import DENSE, Encoding
+from coprune.model.checkpoint.file_config import changes_in_file
 from coprune.model.checkpoint.header import DTYPES
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
@@ -29,6 +31,7 @@ from coprune.model.checkpoint.shards import (
     checkpoint_entries,
     read_ahead,
     read_entries,
+    read_json,
     read_tensor,
 )
 from coprune.model.checkpoint.skeleton import build_skeleton, forget_parameters
@@ -85,6 +88,7 @@ class LazyCheckpoint:
         self._ahead = ahead_to(self.device) if encoding is DENSE else None
         with quiet_transformers(), explained(location):
             config = read_config(location.path, trust_remote_code)
+            self._read_as = type(config)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
             self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
         self.conversion = Conversion(self._model, self._entries)
@@ -167,6 +171,18 @@ class LazyCheckpoint:
         state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
         carried = {name: read_tensor(self._entries[name]) for name in self.conversion.carried}
         return self._as_written(self._groups_outside(block_prefixes), state) | carried
+
+    def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return changes of the model's configuration as changes of its file, which may use other names and places."""
+        kind, own = self._read_as, type(self._model.config)
+
+        def read(content: dict[str, Any]) -> Mapping[str, Any]:
+            config = kind.from_dict(content)
+            inside = (part for part in vars(config).values() if type(part) is own)
+            found: dict[str, Any] = (config if type(config) is own else next(inside)).to_dict()
+            return found
+
+        return changes_in_file(read_json(self.location.path / "config.json"), self._model.config, changes, read)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
         """Copy what lies beside the weights, with another card; a processor is as it was read from there."""

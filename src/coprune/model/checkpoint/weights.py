@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -84,6 +84,13 @@ class Weights(Protocol):
         """The tensors outside all blocks, as they are written to a checkpoint."""
         ...
 
+    def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return changes of the model's configuration as changes of the `config.json` that is written beside it.
+
+        Both are new values by their places, with dots between; None if that file cannot say them.
+        """
+        ...
+
     def write_companions(self, folder: Path, beside: Companions) -> None:
         """Write what makes a folder of these weights a model: configuration, generation settings, tokenizer, card."""
         ...
@@ -133,6 +140,9 @@ class InMemory:
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
         return self._reverted(lambda name: not is_below_any(name, block_prefixes))
+
+    def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        return dict(changes)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
         save_companions(self._model, beside.processor, folder)

@@ -29,6 +29,8 @@ class Resized:
     """The same for a library that makes the model by the name of an architecture (timm), which stands for all numbers."""
 
 
+_EXPERTS = re.compile(r"(?!.*shared)(?:\w+_)?n(?:um)?_(?:\w+_)?experts")
+"""Names under which programs look for the number of experts that tokens are routed to."""
 Choices = list[list[dict[str, Any]]]
 """For each number that is another now, what may tell of it."""
 
@@ -55,6 +57,26 @@ def choices_of(config: Mapping[str, Any], resized: Resized) -> tuple[Choices, Ch
             (blocks if key == "depth" else sizes).append([{f"model_args.{key}": number}, {}])
     blocks, sizes = ([options for options in own if options] for own in (blocks, sizes))
     return blocks, sizes, unsaid
+
+
+def with_all_counts(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes that also reach every other number of experts beside or above one that they change.
+
+    Other programs read numbers that this model's code does not, and one configuration must not hold two counts.
+    """
+    said, more = dict(places_in(config)), dict[str, Any]()
+    for place, new in changes.items():
+        holder, _, name = place.rpartition(".")
+        if _EXPERTS.fullmatch(name) and type(said.get(place)) is int:
+            more |= {
+                other: new
+                for other, value in said.items()
+                if type(value) is int
+                and value == said[place]
+                and _EXPERTS.fullmatch(other.rpartition(".")[2])
+                and f"{holder}.".startswith(f"{other.rpartition('.')[0]}.".lstrip("."))
+            }
+    return more | dict(changes)
 
 
 def _of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, product
 from typing import Any
 
@@ -22,7 +24,7 @@ from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.weights import is_below_any
-from coprune.model.removal.choices import Choices, Resized, choices_of
+from coprune.model.removal.choices import Choices, Resized, choices_of, with_all_counts
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,
@@ -31,12 +33,14 @@ from coprune.model.transformers_private import (
 )
 from coprune.model.walk.record import input_device
 
+Layout = Callable[[PreTrainedModel, dict[str, Tensor]], dict[str, Tensor]]
+"""Gives a model's tensors the names and shapes of a checkpoint."""
 MOST_CANDIDATES = 500
 """Configurations that are tried; each costs as long as it takes to make the modules."""
 
 
 def possible_changes(
-    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], resized: Resized
+    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], resized: Resized, layout: Layout | None = None
 ) -> Iterator[dict[str, Any]]:
     """What the configuration may say for the model to have these shapes, the likeliest first.
 
@@ -44,6 +48,7 @@ def possible_changes(
         model: as it was.
         shapes: of the smaller checkpoint's tensors.
         resized: what to look for.
+        layout: gives a smaller model's tensors the names that `shapes` has; without it, as it would be saved.
 
     Yields:
         New values by their places, with dots between; only what differs.
@@ -51,23 +56,26 @@ def possible_changes(
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     # Of tied weights only one is saved, which a model without weights does not show.
     unsaved = set(model.state_dict()) - set(saved_tensors(model))
-    before = model.config.to_dict()
-    for changes in _candidates(model, wanted, unsaved, resized):
-        found = _shapes(model, _changed(before, changes))
-        if {name: shape for name, shape in found.items() if name in wanted or name not in unsaved} == wanted:
-            yield changes
+    making = _Making(model, layout)
+    before = making.before
+    for one in _candidates(making, wanted, unsaved, resized):
+        everywhere = with_all_counts(before, one)
+        for changes in [everywhere, one] if everywhere != one else [one]:
+            found = making.shapes(_changed(before, changes))
+            if {name: shape for name, shape in found.items() if name in wanted or name not in unsaved} == wanted:
+                yield changes
 
 
 def _candidates(
-    model: PreTrainedModel, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
+    making: _Making, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
 ) -> Iterator[dict[str, Any]]:
     """What may be said: first what gives the blocks that are left, with each of these what gives the sizes; then all together."""
-    blocks, sizes, unsaid = choices_of(model.config.to_dict(), resized)
+    blocks, sizes, unsaid = choices_of(making.before, resized)
     tried: list[dict[str, Any]] = []
     whole = (
         first | last
-        for first in _of_blocks(model, blocks, wanted, unsaved)
-        for last in _of_sizes(model, first, (sizes, unsaid), wanted)
+        for first in _of_blocks(making, blocks, wanted, unsaved)
+        for last in _of_sizes(making, first, (sizes, unsaid), wanted)
     )
     for changes in chain(whole, _together([*blocks, *sizes, *unsaid]) if blocks else ()):
         if changes not in tried:
@@ -76,12 +84,12 @@ def _candidates(
 
 
 def _of_blocks(
-    model: PreTrainedModel, blocks: Choices, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str]
+    making: _Making, blocks: Choices, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str]
 ) -> Iterator[dict[str, Any]]:
     """What gives as many blocks as are left, by the names of their tensors."""
-    config, outline = model.config.to_dict(), _outline(wanted)
+    outline = _outline(wanted)
     for changes in _together(blocks):
-        found = _shapes(model, _changed(config, changes)) if blocks else wanted
+        found = making.shapes(_changed(making.before, changes)) if blocks else wanted
         if _outline(name for name in found if name in wanted or name not in unsaved) == outline:
             yield changes
 
@@ -92,7 +100,7 @@ def _outline(names: Iterable[str]) -> set[str]:
 
 
 def _of_sizes(
-    model: PreTrainedModel,
+    making: _Making,
     first: Mapping[str, Any],
     choices: tuple[Choices, Choices],
     wanted: Mapping[str, tuple[int, ...]],
@@ -106,27 +114,26 @@ def _of_sizes(
     if math.prod(map(len, every)) > 2 * sum(map(len, every)):
         for is_needed in (True, False):
             for said in _together(unsaid):
-                for one in _together(_fitting(model, {**first, **said}, sizes, wanted, is_needed)):
+                for one in _together(_fitting(making, {**first, **said}, sizes, wanted, is_needed)):
                     yield {**one, **said}
     yield from _together(every)
 
 
 def _fitting(
-    model: PreTrainedModel,
+    making: _Making,
     first: Mapping[str, Any],
     sizes: Choices,
     wanted: Mapping[str, tuple[int, ...]],
     is_needed: bool,
 ) -> Choices:
     """What makes no shape that nobody wants when it is said alone. is_needed: and makes one that is wanted, if it is anything."""
-    before = model.config.to_dict()
-    config, silent = _changed(before, first), {place for place, value in places_in(before) if value is None}
-    whole = _shapes(model, config)
+    config, silent = _changed(making.before, first), {p for p, value in places_in(making.before) if value is None}
+    whole = making.shapes(config)
 
     def fits(one: Mapping[str, Any]) -> bool:
         if not one or (is_needed and one.keys() & silent):
             return not one
-        changed = _shapes(model, _changed(config, one))
+        changed = making.shapes(_changed(config, one))
         return _may_fit(whole, changed, wanted) and not (is_needed and changed == whole)
 
     return [[*filter(fits, options)] for options in sizes]
@@ -157,13 +164,27 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return changed
 
 
-def _shapes(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the checkpoint of a model with another configuration; none if there can be no such model."""
-    try:
-        small = _skeleton(model, config)
-    except Exception:  # whatever a model's code says to numbers that do not go together
-        return {}
-    return {name: tuple(tensor.shape) for name, tensor in revert_conversion(small, small.state_dict()).items()}
+@dataclass(frozen=True)
+class _Making:
+    """How a model is made with other configurations."""
+
+    model: PreTrainedModel
+    layout: Layout | None
+
+    @cached_property
+    def before(self) -> dict[str, Any]:
+        """The configuration as it was."""
+        found: dict[str, Any] = self.model.config.to_dict()
+        return found
+
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the checkpoint of a model with another configuration; none if there can be no such model."""
+        try:
+            small = _skeleton(self.model, config)
+        except Exception:  # whatever a model's code says to numbers that do not go together
+            return {}
+        tensors = (self.layout or revert_conversion)(small, small.state_dict())
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _skeleton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from coprune.model.layouts import head_size
 from coprune.model.removal.choices import Resized, ratio_of
 from coprune.model.removal.parts import put_back, silence
 from coprune.model.removal.smaller import build_smaller, possible_changes, smaller_skeleton
+from coprune.model.removal.ties import Ties
 from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.run.removal.cut import Cut, Plan, anywhere, dropped, edits_of_block, words_of
 from coprune.run.removal.streamed import same_block_by_block
@@ -43,9 +44,18 @@ def rehearse(session: Session, plan: Plan) -> Configure:
     shapes = {name: tuple(tensor.shape) for name, tensor in smaller_tensors(module, edits, layout).items()}
     proof: Proof = cut.as_a_whole if layout is None else cut.block_by_block
     changes, after = _proven_changes(session, plan, shapes, proof)
+    written = model.weights.in_file(changes)
+    if written is None:
+        raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} has no place for {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
     removed = f"{', '.join(words_of(plan, len(model.blocks)))}: {_sizes(module.num_parameters(), after, padding)}"
-    return Configure(changes=changes, removed=removed, parameters=after - padding, padding=padding)
+    worded = None if written == changes else written
+    return Configure(changes=changes, written=worded, removed=removed, parameters=after - padding, padding=padding)
+
+
+def _told(changes: Mapping[str, Any]) -> str:
+    """Changes of a configuration, in words."""
+    return ", ".join(f"{place} = {value}" for place, value in changes.items())
 
 
 def _sizes(before: int, saved: int, padding: int) -> str:
@@ -92,8 +102,12 @@ class Rehearsed:
             for block in model.blocks:
                 ended.enter_context(self._silent(block))
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
+            ties, left = self._ties(), {block.name: self.edits.place(block.name) for block in model.blocks}
             # While the silence lasts: of what is not cut, the small model has the very tensors.
-            found, expected = (forward_logits(one, model.structure.sample) for one in (small, module))
+            with ties.noted({block.name: block.module for block in model.blocks}):
+                expected = forward_logits(module, model.structure.sample)
+            with ties.followed({name: small.get_submodule(own) for name, own in left.items() if own is not None}):
+                found = forward_logits(small, model.structure.sample)
         same = alike(found, expected)
         return small.num_parameters() if same else None
 
@@ -102,7 +116,12 @@ class Rehearsed:
         model, module = self.session.model, self.session.model.module
         small = prepare(smaller_skeleton(module, changes))
         small.tie_weights()  # for the number of its parameters
-        return small.num_parameters() if same_block_by_block(model, small, self.edits, self._silent) else None
+        same = same_block_by_block(model, small, self.edits, self._silent, self._ties())
+        return small.num_parameters() if same else None
+
+    def _ties(self) -> Ties:
+        kept = {n: c.experts.nonzero().flatten().tolist() for n, c in self.cuts.items() if c.experts is not None}
+        return Ties(kept, self.session.model.module.dtype)
 
 
 def _proven_changes(
@@ -115,7 +134,8 @@ def _proven_changes(
     arguments = _arguments(plan, len(model.blocks))
     resized = Resized(plan.sizes(), len(model.blocks), plan.dropped, unsaid, arguments)
     fitting, said = 0, ""
-    for changes in possible_changes(module, shapes, resized):
+    layout = usual_layout if model.weights.streams else None
+    for changes in possible_changes(module, shapes, resized, layout):
         fitting += 1
         try:
             after = proof(changes)

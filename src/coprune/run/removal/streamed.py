@@ -16,6 +16,7 @@ from coprune.model.checkpoint.skeleton import forget_parameters
 from coprune.model.edits import Edits
 from coprune.model.folding import close
 from coprune.model.removal.smaller import fill, lend_outside
+from coprune.model.removal.ties import Ties
 from coprune.model.walk.moves import Dense
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import BlockCall, run_without_blocks
@@ -25,7 +26,11 @@ from coprune.model.walk.walk import Walk
 
 
 def same_block_by_block(
-    model: ProvenModel, small: PreTrainedModel, edits: Edits, silent: Callable[[Block], AbstractContextManager[None]]
+    model: ProvenModel,
+    small: PreTrainedModel,
+    edits: Edits,
+    silent: Callable[[Block], AbstractContextManager[None]],
+    ties: Ties,
 ) -> bool:
     """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
 
@@ -36,6 +41,7 @@ def same_block_by_block(
         small: a skeleton of the small one, which gets what lies outside the blocks and has nothing of its blocks in the end.
         edits: what makes the small model of the big one.
         silent: lets a block do without what is cut, for a while.
+        ties: lets the small model choose experts as the big one does, where its router does not decide.
     """
     module = model.module
     left = [block for block in model.blocks if edits.place(block.name) is not None]
@@ -47,7 +53,10 @@ def same_block_by_block(
         block, call, (own, own_call) = event.block, recording.calls[0][event.block.index], next(called)
         with torch.no_grad(), silent(block):
             fill(small, own, smaller_tensors(module, edits, partial(usual_layout, module), block.name), module)
-            same = close(own_call.run(own, event.before[0]), call.run(block.module, event.before[0]))
+            with ties.noted({block.name: block.module}):
+                expected = call.run(block.module, event.before[0])
+            with ties.followed({block.name: own}):
+                same = close(own_call.run(own, event.before[0]), expected)
         forget_parameters(own)
         if not same:
             return False

@@ -1,0 +1,66 @@
+"""A configuration as its file words it: under older names, or inside another one, than the model's own configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from coprune.model.checkpoint.companions import places_in, put_into
+
+Read = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Returns what the model's own configuration says when this is the content of its file."""
+
+
+def changes_in_file(
+    file: Mapping[str, Any], config: Any, changes: Mapping[str, Any], read: Read
+) -> dict[str, Any] | None:
+    """Return changes of a model's configuration as changes of its file.
+
+    Args:
+        file: the content of `config.json`.
+        config: the model's own configuration, as it was read from there.
+        changes: new values by their places in `config`.
+        read: reads a file's content as that of `config` was read.
+
+    Returns:
+        New values by their places in the file; None if no place in it gives them.
+    """
+    before = dict(places_in(config.to_dict()))
+    for holder in ("", *_holders(file)):
+        worded: dict[str, Any] = {}
+        for place, new in changes.items():
+            worded |= dict.fromkeys(_places(file, holder, _names(config, place), before.get(place)), new)
+        content = copy.deepcopy(dict(file))
+        put_into(content, worded)
+        try:
+            found = dict(places_in(read(content)))
+        except Exception:  # whatever a configuration's code says to values in the wrong place
+            continue
+        if all(found.get(place) == new for place, new in changes.items()):
+            return worded
+    return None
+
+
+def _holders(file: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The places of the configurations inside a configuration, each with a dot at its end."""
+    for key, value in file.items():
+        if isinstance(value, Mapping):
+            yield f"{above}{key}."
+            yield from _holders(value, f"{above}{key}.")
+
+
+def _names(config: Any, place: str) -> list[str]:
+    """A place with the other names that the configuration's class knows for it."""
+    *path, key = place.split(".")
+    for part in path:
+        config = getattr(config, part, None)
+    others = [old for old, own in (getattr(config, "attribute_map", None) or {}).items() if own == key]
+    return [".".join([*path, name]) for name in (key, *others)]
+
+
+def _places(file: Mapping[str, Any], holder: str, names: list[str], old: Any) -> list[str]:
+    """Where a holder says the old value: under all of its names that are there, else under the first."""
+    said = dict(places_in(file))
+    there = [f"{holder}{name}" for name in names if f"{holder}{name}" in said]
+    return [place for place in there if said[place] == old] or there or [f"{holder}{names[0]}"]
