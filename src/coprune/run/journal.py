@@ -80,12 +80,13 @@ class Output:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            # Without a readable note of whose they are, finished blocks cannot be trusted.
+            before = None  # without a readable note of whose they are, finished blocks cannot be trusted
+        differing = [] if before is None else _changes(before, identity.settings)
+        if before is None or (differing and not self._writer.holds_work):
             self._writer.discard()
             self._writer = CheckpointWriter(self.folder, [REST, *self._names], self._weights.total_bytes)
             write_text(path, json.dumps(identity.settings | identity.rounding, indent=2))
             return
-        differing = _changes(before, identity.settings)
         if differing:
             raise BadInput(
                 f"{self._writer.partial} is the journal of an unfinished run in which {'; '.join(differing)}",

@@ -72,6 +72,23 @@ def test_a_wrong_row_of_a_router_is_found_when_the_folder_is_read_again(
         run(tmp_path, "damaged", remove="experts=0.25", stream=True)
 
 
+def test_a_refused_folder_does_not_stand_in_the_way_of_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pico(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    write_words(tmp_path / "words.txt")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise VerificationError("no")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(stages, "verify_saved", refuse)
+        with pytest.raises(VerificationError):
+            run(tmp_path, "out", remove="experts=0.25", stream=True)
+    assert (tmp_path / "out" / ".small.partial").is_dir()
+    assert "model.safetensors" in run(tmp_path, "out", remove="experts=0.5", stream=True)
+
+
 @pytest.mark.slow
 def test_a_killed_streamed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     save_pico(tmp_path / "model", "mixtral")

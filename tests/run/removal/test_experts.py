@@ -22,6 +22,7 @@ IDS = torch.randint(60, (6, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
 # Eight experts in two groups, so that each can lose some.
 GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1,
         ("gpt_oss", {}, "experts=0.25,channels=0.4"),  # in one tensor, with biases of the router and the experts
         ("deepseek_v2", {}, "experts=0.5"),  # three of sixteen, out of two of four groups
         ("deepseek_v3", GROUPED, "experts=0.25"),  # a correction of the choice, groups by their best two
+        ("deepseek_v3", GROUPED | MANY_GROUPS, "experts=0.25"),  # that a token's experts do not show by their number
         ("jamba", {}, "experts=0.25"),  # one block of three has a mixture; as many experts as heads
         ("granitemoehybrid", {}, "experts=0.25"),
         ("nemotron_h", {}, "experts=0.25"),  # experts without a gate of their own

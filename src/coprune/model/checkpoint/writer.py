@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coprune.base.durable import full_disk_explained, name_durably, remove_unfinished, sync, write_durably, write_whole
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, VerificationError
 from coprune.base.files import write_text
 from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
@@ -35,6 +35,8 @@ from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
 _LOCK = "running.lock"
+_REFUSED = "refused"
+"""Tells that the whole checkpoint was read again and was not what the run had made."""
 SINGLE_FILE_BYTES = 5_000_000_000  # the customary size of a shard
 
 
@@ -67,6 +69,9 @@ class CheckpointWriter:
             self.partial.mkdir(parents=True)
             self._lock()
             write_text(manifest, json.dumps(self._parts))
+        elif read_json_list(manifest) != self._parts and not self.holds_work:
+            self.discard()
+            self._claim()
         elif read_json_list(manifest) != self._parts:
             raise BadInput(
                 f"{self.partial} holds the unfinished checkpoint of another model",
@@ -148,6 +153,12 @@ class CheckpointWriter:
         if unsettled is not None:
             unsettled.result()
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether another run may want to go on with what is unfinished: parts of a checkpoint that was not refused."""
+        notes = self.partial.glob("model-*-of-*.json")
+        return any(True for _ in notes) and not (self.partial / _REFUSED).is_file()
+
     def verify(self, part: str) -> bool:
         """Whether a part was written and its file is what was written then."""
         return self.recall(part) is not None
@@ -198,13 +209,17 @@ class CheckpointWriter:
         else:
             files = [file for part in parts if (file := self._final(part, place, encoding)) is not None]
             self._write_index(files)
-        check(self.partial)
+        try:
+            check(self.partial)
+        except VerificationError:
+            write_text(self.partial / _REFUSED, "")
+            raise
         # From the last part to the first, so that a run that is killed here goes on after those that are left.
         for part in reversed(self._parts):
             self._note(part).unlink()
             if self.file(part) not in files:
                 self.file(part).unlink()
-        for name in ("parts.json", _LOCK, *scaffolding):
+        for name in ("parts.json", _LOCK, _REFUSED, *scaffolding):
             (self.partial / name).unlink(missing_ok=True)
         name_durably(self.partial, self.folder)
         return self.folder

@@ -44,6 +44,23 @@ def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterato
             yield found
 
 
+def _alone_and_in_pairs(tokens: int, shape: tuple[int, int], top: int) -> tuple[Tensor, Tensor]:
+    """Return logits T × E, the highest of which are alone in `top` groups and the next by twos in the others.
+
+    shape: groups × experts of each. Also returns which are alone, T × E bool. What a logit is worth may grow as fast as its
+    exponential: the highest are worth less than two of the next ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(tokens, *shape, generator=generator)
+    rank = random.argsort(dim=2).argsort(dim=2)
+    alone = torch.rand(tokens, shape[0], 1, generator=generator).argsort(dim=1).argsort(dim=1) < top
+    highest = alone & (rank == 0)
+    logits = torch.full_like(random, -_HIGH)
+    logits = torch.where(~alone & (rank < 2), 1 + random / 10, logits)
+    logits = torch.where(highest, 1.3 + random / 5, logits)
+    return logits.flatten(1), highest.flatten(1)
+
+
 class _Stop(Exception):
     """Raised when the experts are called, if nothing else is wanted of a run."""
 
@@ -182,6 +199,27 @@ class _Search:
         fewest = min((used for _, used in found), default=1)
         return max(((groups, used) for groups, used in found if used == fewest), default=(1, 1))
 
+    def _groups_by_two(self, router: str, count: int, top: int) -> int:
+        """In how many groups the experts stand where a token may use as many as it has experts, and the best two count; or 1.
+
+        The experts with the highest logits are alone in their groups then, and lose against two that stand together.
+        """
+        found: list[tuple[int, int]] = []
+        for groups in (number for number in range(top + 1, count // 2 + 1) if count % number == 0):
+            alone: list[Tensor] = []
+
+            def some_alone(logits: Tensor, groups: int = groups, alone: list[Tensor] = alone) -> Tensor:
+                made, highest = _alone_and_in_pairs(len(logits), (groups, count // groups), top)
+                alone.append(highest)
+                return made.to(logits)
+
+            index = self._chosen(router, count, some_alone)
+            if index is not None and alone:
+                most = int(alone[-1].gather(1, index.cpu()).sum(dim=1).max())
+                if most < top:
+                    found.append((most, -groups))
+        return -min(found)[1] if found else 1
+
     def _described(self, router: str, count: int) -> Mixture | str:
         assert self._call is not None
         vectors = self._vectors(router, count)
@@ -196,9 +234,11 @@ class _Search:
         sliced = {path: dim % tensor_at(self._module, path).ndim for path, dim in sliced.items()}
         index = self._chosen(router, count, lambda logits: logits)
         assert index is not None
-        groups, used = self._groups(router, count) if index.shape[1] > 1 else (1, 1)
+        top, call, owner = index.shape[1], self._call, self._owner_path
+        groups, used = self._groups(router, count) if top > 1 else (1, 1)
+        if groups == 1 and (by_two := self._groups_by_two(router, count, top)) > 1:
+            groups, used = by_two, top
         for added in dict.fromkeys([tuple(vectors), ()]):
-            top, call, owner = index.shape[1], self._call, self._owner_path
             mixture = Mixture(
                 self._block.name, self._path, router, sliced, added, count, top, groups, used, call, owner
             )

@@ -124,9 +124,12 @@ def anywhere(plan: Plan, block: Block) -> Cut:
     mixture = plan.mixtures.get(block.name)
     if mixture is None:
         return Cut(units)
-    groups = mixture.groups
-    own = _spread(mixture.count // groups, plan.experts[mixture.count] // groups)
-    return Cut(units, own.roll(1).repeat(groups))
+    # Unevenly, so that groups which nobody noticed would show.
+    generator = torch.Generator().manual_seed(block.index)
+    order = (
+        torch.rand(mixture.groups, mixture.count // mixture.groups, generator=generator).argsort(dim=1).argsort(dim=1)
+    )
+    return Cut(units, (order < plan.experts[mixture.count] // mixture.groups).flatten())
 
 
 def _spread(units: int, count: int) -> Tensor:
