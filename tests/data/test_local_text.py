@@ -169,3 +169,26 @@ def test_a_file_has_no_held_out_part_but_can_be_evaluated_whole(
     (tmp_path / "c4").write_text("text")
     assert evaluation_corpus_for("c4") == "c4"
     assert evaluation_corpus_for("./c4") is None
+
+
+def bomb(path: Path) -> Path:
+    """Thousands of bytes that stand for megabytes."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(b'{"text": "' + b"a" * 5_000_000 + b'"}\n'))
+    else:
+        pq.write_table(pa.table({"text": ["a" * 100_000] * 50}), path, use_dictionary=True)
+    return path
+
+
+@pytest.mark.parametrize("file", ["a.txt.gz", "a.jsonl.gz", "a.parquet"])
+def test_a_small_file_that_stands_for_a_huge_one_is_refused(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bomb(tmp_path / file)
+    assert len(local_text(str(path)).text) >= 5_000_000
+    monkeypatch.setattr("coprune.data.local_text._ANY_SIZE", 1_000_000)
+    with pytest.raises(BadInput, match=r"stands for more than .* bytes, 100 times its size"):
+        local_text(str(path))
+    if not file.endswith(".txt.gz"):
+        with pytest.raises(BadInput, match="stands for more than"):
+            rows_of(path)

@@ -171,3 +171,10 @@ def test_equal_tensors_are_kept_once() -> None:
     assert second["more"][0] is first["more"][0]
     assert second["more"][1] == 5
     assert pool.share(torch.ones(3) * 2) is not first["mask"]
+
+
+def test_a_model_of_no_blocks_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedModel, match="the model has no blocks: its configuration says that their number is 0"
+    ):
+        find_blocks(pico_model("llama", num_hidden_layers=0))

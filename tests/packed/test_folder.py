@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import tracemalloc
 import zlib
@@ -243,3 +244,23 @@ def test_folders_may_be_in_ones_home(dense_folder: Path, tmp_path: Path, monkeyp
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
         p.name for p in dense_folder.iterdir()
     )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(name: str, dense_folder: Path, tmp_path: Path) -> None:
+    (dense_folder / name).unlink()
+    os.mkfifo(dense_folder / name)
+    with pytest.raises(BadInput, match=r"is no file|are missing|holds neither"):
+        pack(dense_folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_index_that_names_a_pickle_is_refused(dense_folder: Path, tmp_path: Path) -> None:
+    file = dense_folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["a.bias"] = "pytorch_model.bin"
+    file.write_text(json.dumps(index))
+    (dense_folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"names pytorch_model\.bin, which is no safetensors file"):
+        pack(dense_folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

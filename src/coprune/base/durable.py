@@ -59,9 +59,8 @@ def own_folder(target: Path) -> Iterator[Path]:
     What killed processes left beside the same target is removed first; a lock, which ends with the process that holds it,
     tells theirs from those of processes that are at work.
     """
-    name = os.fsencode(target.name)[:_NAME_BYTES].decode(errors="ignore")
-    _remove_left(target.parent, f".{glob.escape(name)}.{_MARK}-*")
-    folder, lock = _begin(target.with_name(f".{name}.{_MARK}-"))
+    remove_left_beside(target)
+    folder, lock = _begin(target.with_name(_start_of_name(target)))
     try:
         yield folder
     finally:
@@ -84,6 +83,15 @@ def _begin(start: Path) -> tuple[Path, int]:
 def is_unfinished(path: Path) -> bool:
     """Whether a path is named as what is being written, or was when its process was killed."""
     return _OWN.fullmatch(path.name) is not None
+
+
+def _start_of_name(target: Path) -> str:
+    return f".{os.fsencode(target.name)[:_NAME_BYTES].decode(errors='ignore')}.{_MARK}-"
+
+
+def remove_left_beside(target: Path) -> None:
+    """Remove what processes left beside a target that were killed while they wrote it."""
+    _remove_left(target.parent, f"{glob.escape(_start_of_name(target))}*")
 
 
 def remove_unfinished(folder: Path) -> None:

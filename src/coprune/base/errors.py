@@ -96,6 +96,22 @@ class LostProcess(CopruneError):
     """Another process of the run is gone, or does not answer."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust met what its authors thought impossible. pyo3 lets no `except Exception` catch that."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def panics_caught() -> Iterator[None]:
+    """Turn such an error into a ValueError of the same words."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(str(error)) from None
+
+
 @contextmanager
 def about(field: str, value: object) -> Iterator[None]:
     """Say which setting a BadInput came from, where it does not say so itself."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from typing import Annotated, Any, NoReturn
@@ -14,12 +15,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from coprune.base.environment import quieten_tokenizers, require_posix
-from coprune.base.errors import CopruneError
+from coprune.base.errors import CopruneError, is_panic
 from coprune.base.words import ended, speaking
 from coprune.commands.face import CommandLine
 from coprune.commands.grouped import WIDEST
 from coprune.commands.show import tell
-from coprune.commands.stopping import INTERRUPTED, how_to_go_on, stopped_alike
+from coprune.commands.stopping import INTERRUPTED, Stop, how_to_go_on, stopped_alike
 from coprune.commands.table import Commands
 from coprune.recipe.retired import retired
 
@@ -70,8 +71,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     quieten_tokenizers()
-    with stopped_alike() as stop:
-        code = _run(sys.argv[1:] or ["--help"])
+    stop = Stop()
+    try:
+        with stopped_alike(stop):
+            code = _run(sys.argv[1:] or ["--help"])
+    except BaseException:
+        if not stop.terminated:
+            raise
+        code = INTERRUPTED  # whatever a library made of it
     if code == INTERRUPTED:
         tell(f"coprune: {how_to_go_on(sys.argv[1:])}")
         code = stop.code
@@ -85,7 +92,9 @@ def _run(arguments: list[str]) -> int:
         # Not standalone, since typer would spread a usage error over several lines and answer Ctrl-C with silence.
         with speaking(CommandLine()):
             require_posix()
-            return app(arguments, standalone_mode=False) or 0
+            code: int = app(arguments, standalone_mode=False) or 0
+            sys.stdout.flush()
+            return code
     except CopruneError as error:
         _fail(error.text(CommandLine()))
     except _UsageError as error:
@@ -96,6 +105,10 @@ def _run(arguments: list[str]) -> int:
         # A missing argument: how the command is typed.
         usage = error.ctx.get_usage().removeprefix("Usage: ") if said.startswith("Missing argument") else ""
         _fail(ended(said.removesuffix(".") + (f"; type {usage}" if usage else "")))
+    except BrokenPipeError:
+        # Whoever read has heard enough, as `| head` does; nor is there anybody to be told so at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as typer does
     except OSError as error:
         if error.errno not in _FILE_ERRORS:
             raise
@@ -108,6 +121,10 @@ def _run(arguments: list[str]) -> int:
         _fail(f"{first_line_of(error)}. Half precision, or a smaller batch or sequence length, takes less.")
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        _fail(f"a library failed over a file that it was given, such as the model's tokenizer.json: {error}.")
 
 
 def _fail(message: str) -> NoReturn:

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Set
 from coprune.data.lengths import NOTHING
-from coprune.data.windows import EvaluationText, Tokenizes, Windows, fingerprint
+from coprune.data.tokenizing import Tokenizes, encode
+from coprune.data.windows import EvaluationText, Windows, fingerprint
 
 Bos = Literal["first", "every", "never"]
 AskedBos = Literal["auto", "first", "every", "never"]
@@ -26,7 +27,7 @@ AskedBos = Literal["auto", "first", "every", "never"]
 
 def put_by(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS that a tokenizer puts before a text by itself; None if it puts none."""
-    bos, ids = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"]
+    bos, ids = tokenizer.bos_token_id, encode(tokenizer, "a")["input_ids"]
     return bos if isinstance(bos, int) and ids[:1] == [bos] else None
 
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.data.local_text import files_of, rows_of, split_column
+from coprune.data.rendering import render
+from coprune.data.tokenizing import encode
 
 IDS = ("prompt_ids", "answer_ids")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -135,7 +137,7 @@ def _encoded(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokenize a text once, and return each token with the characters that it covers, at least one."""
     if tokenizer.is_fast:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         offsets, last = list[tuple[int, int]](), 0
         for start, end in found["offset_mapping"]:
             # Byte-level tokenizers trim spaces from offsets; a "▁" put before a word covers nothing, and belongs to the word.
@@ -144,7 +146,7 @@ def _encoded(
         return list(found["input_ids"]), offsets
 
     def ids_of(piece: str) -> list[int]:
-        return list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) if piece else []
+        return list(encode(tokenizer, piece, add_special_tokens=False)["input_ids"]) if piece else []
 
     cuts = sorted({0, len(text), *(cut for edge in edges for cut in edge)})
     pieces = [(ids_of(text[start:end]), (start, end)) for start, end in pairwise(cuts)]
@@ -168,11 +170,9 @@ def template_text(
             fix="take a model that was tuned for conversations, or text as it stands",
         )
     try:
-        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answers)
-    except Exception as error:  # a template is a program of somebody else's: whatever it raises
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"the tokenizer's chat template fails on {place}: {said}") from error
-    return str(text)
+        return render(tokenizer, messages, answers)
+    except ValueError as error:
+        raise BadInput(f"the tokenizer's chat template fails on {place}: {error}") from error
 
 
 def _of_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, place: str) -> Document:

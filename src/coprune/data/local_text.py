@@ -22,6 +22,8 @@ from coprune.base.files import like_named
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join, whole_characters
 
 _LOOKED_AT = 1 << 16
+_ANY_SIZE, _MOST_TIMES = 200_000_000, 100  # text is compressed to a third or a fifth, and tables of one word to less
+_ROWS = 256
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair that stands for one character; pairs are found, too
 
 
@@ -119,17 +121,48 @@ def rows_of(file: Path) -> list[Any]:
         if ending == ".json":
             rows = _parsed(_content(file))
             return rows if isinstance(rows, list) else [rows]
-        import pyarrow.parquet as pq
-
-        return list(pq.read_table(file).to_pylist())
+        return [row for batch in _parquet(file) for row in batch.to_pylist()]
     except (ValueError, EOFError, zlib.error, OSError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
 
 
+def _most_bytes(file: Path) -> int:
+    """Bytes that a compressed file may stand for: a few thousand can be made to stand for thousands of millions."""
+    return max(_ANY_SIZE, _MOST_TIMES * file.stat().st_size)
+
+
+def _too_much(file: Path) -> BadInput:
+    return BadInput(
+        f"{file} stands for more than {_most_bytes(file):,} bytes, {_MOST_TIMES} times its size, so it is hardly text",
+        fix="unpack it, and give what is of use",
+    )
+
+
+def _parquet(file: Path, columns: list[str] | None = None) -> list[Any]:
+    """The batches of a parquet file."""
+    import pyarrow.parquet as pq
+
+    parquet, size, batches = pq.ParquetFile(file), 0, []
+    claimed = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
+    for batch in parquet.iter_batches(_ROWS, columns=columns) if claimed <= _most_bytes(file) else ():
+        batches.append(batch)
+        size += batch.nbytes
+        if size > _most_bytes(file):
+            break
+    if max(size, claimed) > _most_bytes(file):
+        raise _too_much(file)
+    return batches
+
+
 def _content(file: Path) -> str:
-    data = file.read_bytes()
     if file.suffix.lower() == ".gz":
-        data = gzip.decompress(data)
+        most = _most_bytes(file)
+        with gzip.open(file) as stream:
+            data = stream.read(most + 1)
+        if len(data) > most:
+            raise _too_much(file)
+    else:
+        data = file.read_bytes()
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
@@ -191,11 +224,10 @@ def _read_parquet(file: Path, column: str | None) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
+        kinds = {field.name: field.type for field in pq.read_schema(file)}
         columns = {name: pa.types.is_string(kind) or pa.types.is_large_string(kind) for name, kind in kinds.items()}
         chosen = choose_text_column(columns, column, str(file))
-        return [text for text in parquet.read([chosen])[chosen].to_pylist() if text]
+        return [text for batch in _parquet(file, [chosen]) for text in batch.column(0).to_pylist() if text]
     except pa.ArrowException as error:
         raise BadInput(f"{file} cannot be read as parquet: {error}") from error
 

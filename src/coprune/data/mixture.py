@@ -15,7 +15,8 @@ from coprune.base.words import Setting
 from coprune.data.conversations import Document, holds_conversations, read_conversations
 from coprune.data.given import given_samples
 from coprune.data.lengths import NOTHING, padded
-from coprune.data.windows import SourcePart, Tokenizes, Windows, calibration_windows, fingerprint
+from coprune.data.tokenizing import Tokenizes
+from coprune.data.windows import SourcePart, Windows, calibration_windows, fingerprint
 from coprune.recipe.sources import Source
 
 

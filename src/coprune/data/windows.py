@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,19 +21,7 @@ from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.drawing import draw_from_documents, draw_windows, require_length
 from coprune.data.given import GivenTokens
 from coprune.data.text import Documents
-
-
-class Tokenizes(Protocol):
-    """What is asked of a tokenizer."""
-
-    @property
-    def is_fast(self) -> bool:
-        """Whether it can tell where its tokens lie."""
-        ...
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        """`input_ids`, and `offset_mapping` if that is asked for."""
-        ...
+from coprune.data.tokenizing import Tokenizes, encode
 
 
 class SourcePart(BaseModel):
@@ -165,8 +152,7 @@ def evaluation_tokens(
 
 def token_ids(tokenizer: Tokenizes, text: str) -> list[int]:
     """Tokenise with the tokenizer's own defaults (its beginning-of-text mark included), whatever the length."""
-    # verbose=False: a corpus is longer than any model's limit, and is cut into windows afterwards.
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids: list[int] = encode(tokenizer, text)["input_ids"]
     return ids
 
 
@@ -180,7 +166,7 @@ def tokens_and_bytes(tokenizer: Tokenizes, text: str) -> tuple[Tensor, Tensor]:
         ids = token_ids(tokenizer, text)
         edges = torch.linspace(0, len(text.encode()), len(ids) + 1, dtype=torch.float64).round().to(torch.int64)
         return torch.tensor(ids, dtype=torch.int64), edges.diff()
-    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    encoded = encode(tokenizer, text, return_offsets_mapping=True)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
     # Marks that stand for no text report (0, 0), also at the end.
     starts = np.maximum.accumulate(starts)

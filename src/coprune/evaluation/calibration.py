@@ -11,7 +11,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Set
 from coprune.data import Windows, calibration_windows
 from coprune.data.mixture import length_of, marked, mixed, packed, reads_conversations, source_windows
-from coprune.data.windows import Tokenizes
+from coprune.data.tokenizing import Tokenizes
 from coprune.evaluation.own_text import own_documents
 from coprune.model.generation import positions_of
 from coprune.model.opened import Loaded

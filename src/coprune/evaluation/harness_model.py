@@ -11,8 +11,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import NumericalError
+from coprune.base.errors import BadInput, NumericalError
 from coprune.base.progress import Advance, Reporter
+from coprune.base.words import LeaveOut
+from coprune.data.rendering import render
 from coprune.evaluation.batches import BATCH_LOGITS
 
 
@@ -78,6 +80,15 @@ def _watched_class() -> Any:
             # As with what stands before a context: a tokenizer may have no mark of its own.
             own: int | None = super().eot_token_id
             return self.prefix_token_id if own is None else own
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            for history in (chat_history, [said for said in chat_history if said["role"] != "system"]):
+                try:
+                    return render(self.tokenizer, history, add_generation_prompt, open_end=not add_generation_prompt)
+                except ValueError as error:
+                    reason = str(error)  # some templates know no system
+            wrong = f"the tokenizer's chat template fails on an item: {reason}"
+            raise BadInput(wrong, field="apply_chat_template", fix=LeaveOut("apply_chat_template"))
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             with redirect_stderr(self._terminal), self._reporter.bar(self._title, len(requests)) as self.advance:

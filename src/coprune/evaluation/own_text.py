@@ -17,6 +17,7 @@ from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Setting, Words
 from coprune.data.conversations import Document, Message, read_prompts, template_text
+from coprune.data.tokenizing import encode
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
 from coprune.model.generation import Generation, generate, positions_of
@@ -143,7 +144,7 @@ def prompt_ids(
             text = template_text(messages, tokenizer, place, answers=True)
         else:
             text = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
-        ids = list(tokenizer(text, add_special_tokens=not talks, verbose=False)["input_ids"])
+        ids = list(encode(tokenizer, text, add_special_tokens=not talks)["input_ids"])
         if not ids or (limit is not None and len(ids) >= limit):
             wrong = (
                 "is no token"

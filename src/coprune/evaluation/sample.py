@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coprune.data.tokenizing import encode
 from coprune.evaluation.batches import inference_logits
 
 NEW_TOKENS = 32
@@ -18,7 +19,7 @@ def continue_text(
     It runs the whole text through the model for every token, which any model that can be measured can do, with or
     without a cache of its own. It ends early at the tokenizer's end mark, and is empty for a prompt without tokens.
     """
-    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
+    tokens = torch.tensor([encode(tokenizer, prompt)["input_ids"]], dtype=torch.int64)
     start = tokens.shape[1]
     if start == 0:
         return ""

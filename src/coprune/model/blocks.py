@@ -42,7 +42,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
         raise UnsupportedModel(
             f"the model has more than one long list of blocks beside {name!r}, and coprune walks one"
         )
-    return [Block(i, path, module) for i, (path, module) in enumerate(_blocks_of(name, lists[name]))]
+    blocks = [Block(i, path, module) for i, (path, module) in enumerate(_blocks_of(name, lists[name]))]
+    if not blocks:
+        raise UnsupportedModel("the model has no blocks: its configuration says that their number is 0")
+    return blocks
 
 
 def _is_list(module: nn.Module) -> bool:

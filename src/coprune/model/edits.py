@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import (
     AddLowRank,
     Configure,
@@ -27,8 +28,6 @@ from coprune.model.edit import (
     RoundValues,
 )
 
-EDITS_FILE = "coprune_edits.json"
-"""What was done to the model of a folder, beside its weights."""
 EDITS: dict[str, type[Edit]] = {
     "fill_zeros": FillZeros,
     "round_values": RoundValues,

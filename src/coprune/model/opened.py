@@ -85,8 +85,12 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("tensors hold no values there")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # and then torch lists two dozen
+            reason = f"this machine has {default_device()}"
         fix = ("try ", Set("device", "auto"), " or ", Set("device", "cpu"))
         raise BadInput(
             f"the device {name!r} cannot be used here ({reason})", field="device", value=name, fix=fix

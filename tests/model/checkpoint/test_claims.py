@@ -19,7 +19,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [-1, -(10**9), 10**5, 10**9, 10**30])
-@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_local_experts", "n_routed_experts"])
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "n_layer", "num_local_experts", "n_routed_experts", "num_labels"]
+)
 def test_more_layers_or_experts_than_tensors_are_refused(name: str, count: int, model: Path) -> None:
     kept = (model / "config.json").read_text()
     for content in ({name: count}, {"text_config": {name: count}}):

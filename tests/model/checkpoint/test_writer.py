@@ -193,6 +193,7 @@ def test_a_folder_that_holds_something_is_never_touched(tmp_path: Path) -> None:
 def test_the_unfinished_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     writer = part_writer(tmp_path)
     writer.write("one", {"a": torch.ones(1)})
+    writer.settle()
     with pytest.raises(BadInput, match="unfinished checkpoint of another model"):
         part_writer(tmp_path, ["one", "two", "three"])
     writer.discard()
@@ -225,6 +226,33 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(BadInput, match=r"takes 1,000,000,000,000,000,000 bytes and its disk has [\d,]+ free"):
         CheckpointWriter(tmp_path / "new" / "model", ["one"], 10**18)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_others_have_under_the_unfinished_name_is_left_alone(kind: str, tmp_path: Path) -> None:
+    there = tmp_path / ".model.partial"
+    mine = there if kind == "folder" else tmp_path / "mine"
+    if kind == "file":
+        there.write_text("thesis")
+    else:
+        mine.mkdir()
+        (mine / "thesis.txt").write_text("thesis")
+    if kind == "link":
+        there.symlink_to(mine)
+    with pytest.raises(BadInput, match=r"\.model\.partial is in the way, and it is no unfinished checkpoint"):
+        part_writer(tmp_path)
+    assert there.read_text() == "thesis" if kind == "file" else [p.name for p in mine.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "left", [[], ["running.lock"], [".parts.json.coprune-01234567"], ["coprune_edits.json", "config.json"]]
+)
+def test_what_a_run_left_in_its_first_and_last_moments_is_taken_over(left: list[str], tmp_path: Path) -> None:
+    (tmp_path / ".model.partial").mkdir()
+    for name in left:
+        (tmp_path / ".model.partial" / name).mkdir() if "-" in name else (tmp_path / ".model.partial" / name).touch()
+    writer = part_writer(tmp_path)
+    assert {path.name for path in writer.partial.iterdir()} == {"parts.json", "running.lock"}
 
 
 def test_a_full_disk_loses_no_finished_part(tmp_path: Path) -> None:

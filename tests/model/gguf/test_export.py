@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import Edit, KeepSlices
-from coprune.model.edits import EDITS_FILE, Edits, history_of
+from coprune.model.edits import Edits, history_of
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.metadata import Counts, Field, config_of, corrected
 from coprune.model.gguf.pieces import Matcher

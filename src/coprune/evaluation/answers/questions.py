@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.conversations import template_text
+from coprune.data.tokenizing import encode
 from coprune.evaluation.answers.facts import Asked
 from coprune.evaluation.answers.prompts import Prompts, read_prompts, short_prompts
 from coprune.evaluation.answers.repetition import LEAST_TOKENS
@@ -119,9 +120,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: 
         except BadInput as error:
             fix = "mend the tokenizer's chat_template, or remove it, so that prompts are continued as they stand"
             raise BadInput(error.cause, field="generate", fix=fix) from error
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(encode(tokenizer, text, add_special_tokens=False)["input_ids"])
     else:
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = list(encode(tokenizer, prompt)["input_ids"])
     if not ids:
         raise BadInput(f"prompt {place} is no token of the model's tokenizer", field="generate", value=prompt)
     return ids

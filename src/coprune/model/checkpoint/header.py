@@ -45,6 +45,8 @@ class Stored:
 def read_header_bytes(file: Path) -> bytes:
     """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
     try:
+        if not file.is_file():  # a pipe would be waited for without end
+            raise BadInput(f"{file} is no file", fix="fetch or save it again")
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import BadInput, CopruneError
+from coprune.base.errors import BadInput, CopruneError, panics_caught
+from coprune.model.checkpoint.claims import check_tokenizer
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.locate import GgufFile, Location, is_packed
 from coprune.model.checkpoint.read_once import reading_once
@@ -143,6 +144,8 @@ def load_processor(location: Location, task: TaskName, trust_remote_code: bool =
 def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside the weights. Raises BadInput if there is none."""
     folder, file = _arguments(location)
+    if not file:
+        check_tokenizer(folder / "tokenizer.json")
     beside = None if file else "Are the files of its tokenizer, such as tokenizer.json, beside the weights?"
     with quiet_transformers(), explained(location, beside):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -209,7 +212,8 @@ def quiet_transformers() -> Iterator[None]:
 def explained(location: Location, fix: str | None = None) -> Iterator[None]:
     """Turn what transformers raises on files that it cannot use into a BadInput of one line. fix: what may help."""
     try:
-        yield
+        with panics_caught():
+            yield
     except ImportError as error:
         extra = "gguf" if isinstance(location, GgufFile) else "images"
         known = extra == "gguf" or any(package in str(error) for package in ("timm", "torchvision", "PIL"))

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+EDITS_FILE = "coprune_edits.json"
+"""What was done to the model of a folder, beside its weights."""
 QUANT_METHOD = "coprune"
 """What the configuration of a packed folder calls its way of storing weights."""
 

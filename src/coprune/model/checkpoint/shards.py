@@ -89,12 +89,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index} has no weight_map", fix="fetch or save the checkpoint again")
+    if other := [str(file) for file in weight_map.values() if not str(file).endswith(".safetensors")]:
+        raise BadInput(
+            f"{index} names {min(other)}, which is no safetensors file", fix="fetch or save the checkpoint again"
+        )
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises BadInput, naming the file, if it is missing, malformed or too large to be one."""
     try:
+        if file.exists() and not file.is_file():
+            raise BadInput(f"{file} is no file", fix="fetch or save the checkpoint again")
         if file.stat().st_size > MAX_JSON_BYTES:
             raise BadInput(f"{file} has {file.stat().st_size:,} bytes, which is too much for a table of settings")
         content = json.loads(file.read_text(encoding="utf-8"))

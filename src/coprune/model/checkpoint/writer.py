@@ -24,17 +24,29 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.base.durable import full_disk_explained, name_durably, remove_unfinished, sync, write_durably, write_whole
+from coprune.base.durable import (
+    full_disk_explained,
+    is_unfinished,
+    name_durably,
+    own_folder,
+    remove_left_beside,
+    remove_unfinished,
+    sync,
+    write_durably,
+    write_whole,
+)
 from coprune.base.errors import BadInput, VerificationError
 from coprune.base.files import write_text
 from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.checkpoint.part_files import apart, copy_tensors, placed_entries, read_json_list, refuse_occupied
 from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
 _LOCK = "running.lock"
+_MANIFEST = "parts.json"
 _REFUSED = "refused"
 """Tells that the whole checkpoint was read again and was not what the run had made."""
 SINGLE_FILE_BYTES = 5_000_000_000  # the customary size of a shard
@@ -61,7 +73,13 @@ class CheckpointWriter:
 
     def _claim(self) -> None:
         """Make the unfinished folder, or take over one that was made for the same parts."""
-        manifest = self.partial / "parts.json"
+        manifest = self.partial / _MANIFEST
+        remove_left_beside(self.partial)
+        if os.path.lexists(self.partial) and not _is_unfinished_checkpoint(self.partial):
+            raise BadInput(
+                f"{self.partial} is in the way, and it is no unfinished checkpoint of a run",
+                fix="move it to another place, or choose another name for the model",
+            )
         if self.partial.is_dir():
             self._lock()
         if not manifest.is_file():
@@ -219,7 +237,7 @@ class CheckpointWriter:
             self._note(part).unlink()
             if self.file(part) not in files:
                 self.file(part).unlink()
-        for name in ("parts.json", _LOCK, _REFUSED, *scaffolding):
+        for name in (_REFUSED, *scaffolding, _MANIFEST, _LOCK):
             (self.partial / name).unlink(missing_ok=True)
         name_durably(self.partial, self.folder)
         return self.folder
@@ -256,7 +274,17 @@ class CheckpointWriter:
         if self._unsettled is not None:
             self._unsettled.exception()  # what is removed need not have been written well
             self._unsettled = None
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if self.partial.exists():
+            with own_folder(self.partial) as gone:  # all at once, so that a kill leaves no piece of it under its name
+                self.partial.replace(gone / self.partial.name)
+
+
+def _is_unfinished_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of a run that was stopped, at whichever moment: in the last it is a whole model of coprune's."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = {path.name for path in folder.iterdir() if not is_unfinished(path)}
+    return _MANIFEST in names or names <= {_LOCK} or EDITS_FILE in names
 
 
 def _sha256(file: Path) -> str:

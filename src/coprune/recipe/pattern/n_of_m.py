@@ -35,7 +35,7 @@ class NM(Pattern):
 
     @classmethod
     def read(cls, text: str) -> Self | None:
-        match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text)
         return None if match is None else cls(int(match[1]), int(match[2]))
 
     @classmethod

@@ -1,0 +1,115 @@
+"""SIGTERM stops a command wherever it comes: within what swallows it, and in one of several processes that wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from coprune.commands import app, stopping
+from support.commands import run_command
+
+
+class Dying:
+    """Its finaliser is where a signal comes; what that raises, Python prints and forgets."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def swallowed_by_a_finaliser() -> None:
+    Dying()
+
+
+def swallowed_by_a_library() -> None:
+    with suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def made_another_error() -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        raise RuntimeError("a library's own") from None
+
+
+@pytest.mark.parametrize("swallow", [swallowed_by_a_finaliser, swallowed_by_a_library, made_another_error])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
+    swallow: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> int:
+        swallow()
+        for _step in range(1000):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(stopping, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(app, "app", work)
+    before: object = signal.getsignal(signal.SIGTERM)
+    ended = run_command(["prune", "model"], monkeypatch, capsys)
+    assert ended.code == 143
+    assert ended.err.endswith("under its final name. To go on, type: coprune prune model\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_tidying_up_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tidied = []
+
+    def work(*_: object, **__: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(0.3)
+            tidied.append(True)
+        return 0
+
+    monkeypatch.setattr(stopping, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(app, "app", work)
+    assert run_command(["prune", "model"], monkeypatch, capsys).code == 143
+    assert tidied == [True]
+
+
+# A stand-in for a call that no handler interrupts, in one of two processes.
+WAITING = """
+import ctypes, sys
+from coprune.commands import app
+def wait(*_, **__):
+    print("waiting", flush=True)
+    while True:
+        ctypes.CDLL(None).usleep(600_000_000)
+app.app = wait
+sys.argv = ["coprune", "prune", "model"]
+app.main()
+"""
+
+
+def test_one_of_several_processes_says_a_line_when_it_is_ended() -> None:
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
+    running = subprocess.Popen(
+        [sys.executable, "-c", WAITING], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "waiting\n"
+    running.terminate()
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 143
+    assert err == (
+        "coprune: process 1 was told to stop, as all are when one of them ended. The same command goes on where it stopped.\n"
+    )
+
+
+def test_whoever_reads_may_stop_reading() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "coprune", "--version"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
