@@ -107,26 +107,15 @@ class KeepSlices(Edit):
         return tensor if kept is None else kept.uncut(tensor)
 
 
-class KeepExperts(KeepSlices):
-    """Experts of a block were removed: tables and router rows are smaller. In memory they are never chosen until then."""
+class KeepNumbered(KeepSlices):
+    """Experts were removed: tables and router rows are smaller, and those with tensors of their own have other numbers."""
 
-    router: str
-    """Path of the router in the block."""
-    added: list[str]
-    """Paths of what is added to logits or scores of the experts."""
     count: int
     """How many experts there were."""
     experts: list[int]
     """Those that are left."""
     numbered: list[str]
     """Beginnings of names in which a number of an expert follows: `….experts.` of tensors, `….down_proj[` of matrices."""
-
-    def apply(self, module: nn.Module) -> None:
-        keep = torch.zeros(self.count, dtype=torch.bool)
-        keep[self.experts] = True
-        vectors = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.added]
-        router = module.get_submodule(self.router)
-        router.forward = NeverChosen(router, keep, vectors)
 
     def place(self, name: str) -> str | None:
         number, beginning, rest = self._number(name)
@@ -137,18 +126,45 @@ class KeepExperts(KeepSlices):
     def leaves_out(self, name: str) -> bool:
         return self.place(name) is None
 
-    def complete(self, tensors: dict[str, Tensor]) -> None:
-        first = {name: self._number(name) for name in tensors}
-        for name, (number, beginning, rest) in first.items():
-            for other in range(self.count) if number == self.experts[0] else ():
-                tensors.setdefault(f"{beginning}{other}{rest}", torch.zeros_like(tensors[name]))
-
     def _number(self, name: str) -> tuple[int | None, str, str]:
         """The number of an expert in a name, and what stands before and after it."""
         for beginning in self.numbered:
             if name.startswith(beginning) and (digits := re.match(r"\d+", name[len(beginning) :])):
                 return int(digits[0]), beginning, name[len(beginning) + digits.end() :]
         return None, name, ""
+
+
+class KeepExperts(KeepNumbered):
+    """Experts of a block were removed. In memory they are never chosen until it is saved."""
+
+    router: str
+    """Path of the router in the block."""
+    added: list[str]
+    """Paths of what is added to logits or scores of the experts."""
+
+    def apply(self, module: nn.Module) -> None:
+        keep = torch.zeros(self.count, dtype=torch.bool)
+        keep[self.experts] = True
+        vectors = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.added]
+        router = module.get_submodule(self.router)
+        router.forward = NeverChosen(router, keep, vectors)
+
+    def complete(self, tensors: dict[str, Tensor]) -> None:
+        first = {name: self._number(name) for name in tensors}
+        for name, (number, beginning, rest) in first.items():
+            for other in range(self.count) if number == self.experts[0] else ():
+                tensors.setdefault(f"{beginning}{other}{rest}", torch.zeros_like(tensors[name]))
+
+
+class KeepCarried(KeepNumbered):
+    """Experts were removed of a mixture that the model's class does not load, which is carried along."""
+
+    mixture: str
+    """Path of the mixture in the checkpoint."""
+
+    def describe(self) -> str:
+        left = f"experts {self.count} → {len(self.experts)} of {self.mixture}, which the model does not load"
+        return f"{left}: those with the largest weights, since no text reaches them"
 
 
 class DropBlock(Edit):

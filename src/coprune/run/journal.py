@@ -169,7 +169,10 @@ class Output:
             check: called with the whole checkpoint before it gets its name.
         """
         partial = self._writer.partial
-        self._writer.write(REST, self._weights.rest_tensors(self._names))
+        rest = self._weights.rest_tensors(self._names)
+        for edit in edits.by_block.get(REST, ()):
+            rest = {name: edit.cut(name, tensor) for name, tensor in rest.items() if not edit.leaves_out(name)}
+        self._writer.write(REST, rest)
         self._weights.write_companions(partial, beside)
         edits.write(partial, beside.source)
         change_config(partial, edits.configure, encoding.configure)

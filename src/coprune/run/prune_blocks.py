@@ -94,9 +94,9 @@ def finish_block(session: Session, shared: SharedOutput, block: Block, outcome: 
     session.opened.around.reporter.tell(BlockPruned(block.name, tuple(outcome.results)))
 
 
-def all_edits(session: Session, shared: SharedOutput, rest: Edit) -> Edits:
+def all_edits(session: Session, shared: SharedOutput, *rest: Edit) -> Edits:
     """What was done to the whole model, when all its blocks are finished. rest: to what lies outside them."""
-    return Edits({name: shared.outcomes[name].edits for name in session.model.names} | {REST: [rest]})
+    return Edits({name: shared.outcomes[name].edits for name in session.model.names} | {REST: [*rest]})
 
 
 def _prune(

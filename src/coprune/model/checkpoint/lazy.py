@@ -106,6 +106,11 @@ class LazyCheckpoint:
         return self.conversion.dropped
 
     @property
+    def carried_entries(self) -> dict[str, TensorEntry]:
+        """Where the tensors lie that the model is known not to load, which are written as they are."""
+        return {name: self._entries[name] for name in self.conversion.carried}
+
+    @property
     def total_bytes(self) -> int:
         dropped = set(self.conversion.dropped)
         return sum(self._written_bytes(entry) for name, entry in self._entries.items() if name not in dropped)

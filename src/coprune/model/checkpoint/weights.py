@@ -22,6 +22,7 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.checkpoint.shards import TensorEntry
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
 Uncut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -46,6 +47,11 @@ class Weights(Protocol):
     @property
     def unknown(self) -> list[str]:
         """Tensors in its files that the model does not know, as far as it is read from files."""
+        ...
+
+    @property
+    def carried_entries(self) -> Mapping[str, TensorEntry]:
+        """Where the tensors lie that are carried along from its files, though the model does not load them."""
         ...
 
     def acquire(self, prefix: str) -> None:
@@ -101,6 +107,7 @@ class InMemory:
 
     streams = False
     unknown: ClassVar[list[str]] = []
+    carried_entries: ClassVar[dict[str, TensorEntry]] = {}
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model

@@ -11,6 +11,10 @@ from torch import Tensor
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.shown import per_cent
 from coprune.evaluation.tasks import Samples
+from coprune.model.carried import find_carried
+from coprune.model.checkpoint.shards import read_tensor
+from coprune.model.edit import KeepCarried, KeepExperts
+from coprune.model.edits import Edits
 from coprune.model.leftovers import lists_of
 from coprune.model.removal.experts import Mixture
 from coprune.model.removal.find_experts import find_mixtures
@@ -19,7 +23,7 @@ from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
-from coprune.pruning.structure.experts import ExpertSums, coverage, expert_score_named, kept_experts
+from coprune.pruning.structure.experts import ExpertSums, coverage, expert_score_named, kept_experts, weight_score
 from coprune.run.batches import counted_batches, record_counted
 from coprune.run.removal.expert_scores import Scored, keep_scores, known_scores
 from coprune.run.session import Session
@@ -166,3 +170,22 @@ def choose_experts(
     kept = ", ".join(f"{name} {per_cent(share)}" for name, share in covered.items())
     session.opened.around.reporter.say(f"The experts that stay have of the score of all: {kept}.")
     return keeps, covered
+
+
+def cut_carried(session: Session, mixtures: Mapping[str, Mixture], edits: Edits) -> list[KeepCarried]:
+    """Choose the experts of mixtures that the model does not load, of which as many stay as of its blocks'.
+
+    Args:
+        session: the run.
+        mixtures: by block.
+        edits: what was cut of the blocks.
+    """
+    entries, made = session.model.weights.carried_entries, list[KeepCarried]()
+    cut = {name: edit for name, own in edits.by_block.items() for edit in own if isinstance(edit, KeepExperts)}
+    for path, carried in find_carried({name: entry.shape for name, entry in entries.items()}, cut).items():
+        block, like = next((name, edit) for name, edit in cut.items() if edit.count == carried.count)
+        score = weight_score(carried.norms([*entries], lambda name: read_tensor(entries[name])))
+        keep = kept_experts({path: score}, len(like.experts), mixtures[block].groups, None)
+        made.append(carried.edit(keep))
+        session.opened.around.reporter.say(f"Removing {made[-1].describe()}.")
+    return made

@@ -29,7 +29,7 @@ from coprune.run.calibrating import moves_of, record_to_prune
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.prune_blocks import Outcome, all_edits, finish_block
 from coprune.run.removal.cut import Cut, Plan, edits_of_block
-from coprune.run.removal.experts import choose_experts
+from coprune.run.removal.experts import choose_experts, cut_carried
 from coprune.run.removal.plan import Removable, find_removable, only_consumers, plan_removal
 from coprune.run.removal.rehearsal import rehearse
 from coprune.run.removal.settled import as_settled, settled_in
@@ -85,7 +85,8 @@ def remove_parts(session: Session, output: Output | None, found: Removable) -> O
             results = _remove(session, walk, shared, plan, experts)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
-    return Outcome(earlier + results, all_edits(session, shared, configure), seconds, covered)
+    carried = cut_carried(session, plan.mixtures, all_edits(session, shared))
+    return Outcome(earlier + results, all_edits(session, shared, configure, *carried), seconds, covered)
 
 
 def _planned(session: Session, shared: SharedOutput, found: Removable) -> tuple[Plan, Configure]:

@@ -1,0 +1,149 @@
+"""Mixtures of experts that the model's class does not load: layers for speculative decoding, which a checkpoint carries along.
+
+A configuration has one number of experts, so they lose as many as the blocks do. They are found by what they have in
+common with a block's mixture: a router of the same name with as many rows, and beside it as many experts of the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coprune.model.edit import KeepCarried, KeepExperts
+from coprune.model.slices import KeptSlices, runs_of
+
+Read = Callable[[str], Tensor]
+"""Returns a tensor by its name."""
+
+
+@dataclass(frozen=True)
+class CarriedMixture:
+    """A mixture among the tensors that are carried along, by their names."""
+
+    path: str
+    """What its names have in common."""
+    router: str
+    sliced: Mapping[str, int]
+    """Tensors with one entry per expert, the router's among them: the dimension of the experts."""
+    numbered: tuple[str, ...]
+    """Beginnings of names in which the number of an expert follows."""
+    count: int
+
+    def norms(self, names: Sequence[str], read: Read) -> Iterator[Tensor]:
+        """Yield norms of matrices, E float64 each: first of the router's rows, then of every expert's matrices.
+
+        Args:
+            names: of all tensors.
+            read: reads one; no more than one is in memory.
+        """
+        yield _norms(read(self.router), self.sliced[self.router])
+        for name, dim in self.sliced.items():
+            if name != self.router and (tensor := read(name)).ndim > 2:
+                yield _norms(tensor, dim)
+        kinds = defaultdict[str, dict[int, float]](dict)
+        for name in names:
+            for beginning in self.numbered:
+                if (found := _expert(name, beginning)) is not None and (tensor := read(name)).ndim > 1:
+                    kinds[beginning + found[1]][found[0]] = float(_norms(tensor[None], 0))
+        for own in kinds.values():
+            yield torch.tensor([own[number] for number in range(self.count)], dtype=torch.float64)
+
+    def edit(self, keep: Tensor) -> KeepCarried:
+        """Return what keeps some of the experts. keep: E bool."""
+        ranges = [runs_of(keep)]
+        kept = {name: KeptSlices(dim=dim, size=self.count, ranges=ranges) for name, dim in self.sliced.items()}
+        experts = keep.nonzero().flatten().tolist()
+        return KeepCarried(
+            kept=kept, count=self.count, experts=experts, numbered=list(self.numbered), mixture=self.path
+        )
+
+
+def find_carried(shapes: Mapping[str, Sequence[int]], blocks: Mapping[str, KeepExperts]) -> dict[str, CarriedMixture]:
+    """Find the mixtures among tensors that are carried along.
+
+    Args:
+        shapes: of these tensors, by name.
+        blocks: what was cut of the model's blocks, by their names.
+
+    Returns:
+        The mixtures by their paths.
+    """
+    found = dict[str, CarriedMixture]()
+    for block, edit in blocks.items():
+        for mixture in _like(shapes, _Pattern.of(block, edit)):
+            found.setdefault(mixture.path, mixture)
+    return found
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """How the tensors of a block's mixture are called within the block."""
+
+    sliced: Mapping[str, int]
+    """The dimension of the experts, by name."""
+    experts: tuple[str, ...]
+    """What the names of the experts' tensors begin with."""
+    count: int
+
+    @classmethod
+    def of(cls, block: str, edit: KeepExperts) -> _Pattern:
+        number = block.rpartition(".")[2]
+        sliced = {_within(name, number): slices.dim for name, slices in edit.kept.items()}
+        numbered = {_within(name, number) for name in edit.numbered if name.endswith(".")}
+        tables = {_within(name, number).rpartition(".")[0] + "." for name in edit.numbered if name.endswith("[")}
+        experts = numbered or tables
+        return cls(sliced, tuple(sorted(experts)), edit.count)
+
+
+def _within(name: str, number: str) -> str:
+    """A name of a block's tensor without what it has in common with all of the block."""
+    return name.partition(f".{number}.")[2]
+
+
+def _like(shapes: Mapping[str, Sequence[int]], pattern: _Pattern) -> Iterator[CarriedMixture]:
+    routers = {name: dim for name, dim in pattern.sliced.items() if not name.startswith(pattern.experts)}
+    for router, dim in routers.items():
+        for name, shape in shapes.items():
+            before = name.removesuffix(router)
+            if before == name or len(shape) != 2 or shape[dim] != pattern.count:
+                continue
+            vectors = {before + other: at for other, at in routers.items() if _has(shapes, before + other, at, pattern)}
+            lists = [before + own for own in pattern.experts if _numbered(shapes, before + own, pattern.count)]
+            tables = {
+                other: pattern.sliced.get(other.removeprefix(before), 0)
+                for own in pattern.experts
+                for other in shapes
+                if other.startswith(before + own) and before + own not in lists and shapes[other][0] == pattern.count
+            }
+            if lists or tables:
+                yield CarriedMixture(before.rstrip("."), name, {**vectors, **tables}, tuple(lists), pattern.count)
+
+
+def _has(shapes: Mapping[str, Sequence[int]], name: str, dim: int, pattern: _Pattern) -> bool:
+    shape = shapes.get(name, ())
+    return len(shape) > dim and shape[dim] == pattern.count
+
+
+def _numbered(shapes: Mapping[str, Sequence[int]], beginning: str, count: int) -> bool:
+    """Whether names go on with the numbers of all experts, and alike for each."""
+    kinds = defaultdict[str, set[int]](set)
+    for name in shapes:
+        if (found := _expert(name, beginning)) is not None:
+            kinds[found[1]].add(found[0])
+    return bool(kinds) and all(numbers == set(range(count)) for numbers in kinds.values())
+
+
+def _expert(name: str, beginning: str) -> tuple[int, str] | None:
+    """The number of an expert in a name, and what follows it."""
+    number, _, rest = name.removeprefix(beginning).partition(".") if name.startswith(beginning) else ("", "", "")
+    return (int(number), rest) if number.isdecimal() else None
+
+
+def _norms(tensor: Tensor, dim: int) -> Tensor:
+    rows = tensor.movedim(dim, 0).flatten(1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double() / math.sqrt(rows.shape[1])
