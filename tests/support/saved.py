@@ -105,4 +105,8 @@ def saved_like(model: PreTrainedModel, small: PreTrainedModel | None, folder: Pa
         silent, found = model(tokens, use_cache=False).logits, saved(tokens, use_cache=False).logits
         torch.testing.assert_close(found, silent, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(small(tokens, use_cache=False).logits, found, rtol=rounding, atol=rounding)
+        own = saved.config._attn_implementation
+        saved.set_attn_implementation("eager")  # which reads other numbers of the configuration
+        torch.testing.assert_close(saved(tokens, use_cache=False).logits, found, rtol=1e-4, atol=1e-4)
+        saved.set_attn_implementation(own)
     return saved

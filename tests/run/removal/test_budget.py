@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from coprune.data.given import handed_over
 from coprune.model.checkpoint.load import prepared
 from coprune.recipe.recipe import make_recipe
 from coprune.run.call import read_call
+from coprune.run.removal import spread
+from coprune.run.removal.cut import Plan
 from coprune.run.result import Result
+from coprune.run.session import Session
 from coprune.run.stages import run_recipe
 from support.pico import pico_model
 
@@ -86,6 +90,21 @@ def test_at_least_the_budget_goes_in_a_way_that_the_configuration_can_tell(
     gone = sum(before.values()) - result.model.num_parameters()
     assert gone >= share * blocks * 0.99
     assert left in result.report.edits[0]
+
+
+def test_heads_that_the_configuration_refuses_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six of eight heads in a width of 64: such a way could win, and be refused in the end."""
+    tried: list[Plan] = []
+
+    def costs(session: Session, plans: Sequence[Plan]) -> list[float]:
+        tried.extend(plans)
+        return [float("heads" not in plan.keep) for plan in plans]
+
+    monkeypatch.setattr(spread, "costs_of", costs)
+    run(pico_model("llama", num_attention_heads=8, num_key_value_heads=4), "parameters=0.2", score="magnitude")
+    kept = {plan.keep["heads"][4] for plan in tried if "heads" in plan.keep}
+    assert kept <= {1, 2}
+    assert kept
 
 
 def test_what_makes_no_sense_is_refused() -> None:

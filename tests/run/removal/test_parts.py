@@ -17,13 +17,13 @@ from coprune.model.removal.choices import Resized
 from coprune.model.removal.smaller import possible_changes
 from coprune.recipe.recipe import make_recipe
 from coprune.run import stages
-from coprune.run.removal import plan
+from coprune.run.removal import plan, rehearsal
 from coprune.run.removal.rehearsal import alike
 from coprune.run.stages import run_recipe
 from support.killing import killed_when
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save_pico, write_words
-from support.saved import saved_like
+from support.saved import load_clean, saved_like
 
 IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
@@ -59,6 +59,49 @@ def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remov
         made: Any = result.model
         assert made.generate(tokens[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
     assert f"{before:,} → {small.num_parameters():,} parameters" in result.report.edits[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "stays", "place", "left"),
+    [
+        ("deepseek_v3", {}, [1, 2], "first_k_dense_replace", 0),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, [1, 2], "mlp_only_layers", [0]),
+    ],
+)
+def test_the_configuration_says_which_of_the_blocks_left_are_dense(
+    family: str, settings: dict[str, Any], stays: list[int], place: str, left: Any, tmp_path: Path
+) -> None:
+    model = pico_model(family, **settings)
+    asked: dict[str, Any] = {"remove": "blocks=0.34", "exclude": [f"model.layers.{index}.*" for index in stays]}
+    result = coprune.prune(model, save_model=tmp_path / "small", **asked, **SETTINGS)
+    small = saved_like(model, result.model, tmp_path / "small", rounding=1e-6)
+    assert getattr(small.config, place) == left
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_right_only_as_the_model_computes_its_attention_now_is_found_out(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of compressed keys and values no shape tells how many heads they have, and sdpa does not ask either."""
+    right = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setattr(rehearsal, "possible_changes", lambda *_: iter([{"num_attention_heads": 2}, right]))
+    save_pico(tmp_path / "model", "deepseek_v3")
+    write_words(tmp_path / "words.txt")
+    data = {"dataset": str(tmp_path / "words.txt"), "nsamples": 4, "seqlen": 16, "stream": stream}
+    asked = SETTINGS | {"remove": "heads=0.5", "save_model": tmp_path / "small"} | data
+    coprune.prune(tmp_path / "model", **asked)
+    assert load_clean(tmp_path / "small").config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_a_configuration_says_against_heads_is_said_with_a_share_that_works(family: str) -> None:
+    """Six heads in a width of 64."""
+    settings: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    with pytest.raises(
+        UnsupportedModel, match=r"not a multiple of the number of attention heads \(6\); heads=0.5 works"
+    ):
+        coprune.prune(pico_model(family, **settings), remove="heads=0.25", **SETTINGS)
+    coprune.prune(pico_model(family, **settings), remove="heads=0.5", **SETTINGS)
 
 
 def test_numbers_that_make_shapes_which_nobody_wants_are_not_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +271,8 @@ def test_a_refusal_comes_before_all_that_is_slow(
         ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
         ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
         ({"remove": "blocks=0.67", "include": "*.1.*"}, "2 of 3 blocks cannot go where 2 are left alone"),
+        ({"remove": "channels=0.4", "align": 97}, "have 96 channels at most, .* multiples of 97; give 32 or less"),
+        ({"remove": "parameters=0.2", "align": 97}, "have 96 channels at most"),
         ({"remove": "channels=0.01"}, "0.01 of 96 channels is none"),
         ({"remove": "heads=0.1,channels=0.4"}, "0.1 of 2 heads is none"),
         ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
@@ -238,7 +283,7 @@ def test_a_refusal_comes_before_all_that_is_slow(
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        coprune.prune(pico_model("llama"), **SETTINGS, **settings)
+        coprune.prune(pico_model("llama"), **SETTINGS | settings)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,19 @@ def _of_blocks(places: Sequence[tuple[str, Any]], resized: Resized) -> Choices:
     return [numbers, [dict.fromkeys(chosen, len(keep)) for chosen in _subsets(counts)], _some(lists)]
 
 
+def leading_of(config: Mapping[str, Any], resized: Resized) -> Iterator[dict[str, Any]]:
+    """Yield what may tell of blocks of a kind by their numbers: how many blocks lead (the dense ones of a mixture), or a list."""
+    keep = [index for index in range(resized.blocks) if index not in resized.dropped]
+    for place, value in places_in(config):
+        new = value
+        if type(value) is int and 0 < value <= resized.blocks:
+            new = sum(index < value for index in keep)
+        elif isinstance(value, list) and all(type(one) is int and 0 <= one < resized.blocks for one in value):
+            new = [keep.index(one) for one in value if one in keep]
+        if new != value:
+            yield {place: new}
+
+
 def _renumbered(places: Sequence[tuple[str, Any]], blocks: int, left: int) -> dict[str, Any]:
     """Lists that name the last block by its number, counted from one, or all of them and what is before."""
 
@@ -118,11 +131,19 @@ def ratio_of(new: int, width: float) -> float:
 
 
 def _subsets(places: Sequence[str]) -> list[list[str]]:
-    """One place alone, then all of them, then all but one."""
+    """Heads with the key-value heads beside them, one place alone, all of them, all but one.
+
+    Where keys and values are made of compressed ones no shape shows their number, though eager attention goes by it.
+    """
+    key_values = {p.rpartition(".")[0]: p for p in places if p.endswith(("key_value_heads", "kv_heads"))}
+    holders = [(p, key_values.get(p.rpartition(".")[0])) for p in places if "head" in p.rpartition(".")[2]]
+    pairs = [[place, beside] for place, beside in holders if beside is not None and place != beside]
     alone = [[place] for place in places]
     if len(places) < 2:
         return alone
-    return [*alone, [*places], *([other for other in places if other != one] for one in places if len(places) > 2)]
+    but_one = [[other for other in places if other != one] for one in places] if len(places) > 2 else []
+    every = [*pairs, *alone, [*places], *but_one]
+    return [own for index, own in enumerate(every) if own not in every[:index]]
 
 
 def _some(lists: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,12 +21,16 @@ _TOKENS = 64
 """What a fold changes shows in few tokens."""
 
 
+def first_tokens(sample: Tensor) -> Tensor:
+    """Return the start of a text; all of an image."""
+    return sample if sample.is_floating_point() else sample[:, :_TOKENS]
+
+
 def folds_of_blocks(
     model: ProvenModel, dropped: Sequence[int] = ()
 ) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
     """Every block that stays, while its weights are there: its folds, and what runs it on the sample."""
-    sample = model.structure.sample
-    recording = record_batches(model, [sample if sample.is_floating_point() else sample[:, :_TOKENS]])
+    recording = record_batches(model, [first_tokens(model.structure.sample)])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if isinstance(event, BlockDone) and event.block.index not in dropped:
             run = partial(recording.run, event.block, 0, event.before[0])

@@ -24,7 +24,7 @@ from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.checkpoint.weights import is_below_any
-from coprune.model.removal.choices import Choices, Resized, choices_of, with_all_counts
+from coprune.model.removal.choices import Choices, Resized, choices_of, leading_of, with_all_counts
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,
@@ -66,6 +66,23 @@ def possible_changes(
                 yield changes
 
 
+def refusal_of(model: PreTrainedModel, resized: Resized) -> str | None:
+    """Return what the configuration itself says against new sizes that are said in the likeliest way; None if nothing."""
+    config = model.config.to_dict()
+    blocks, sizes, _ = choices_of(config, resized)
+    told = [[one for one in options if one] for options in [*blocks, *sizes]]
+    # A head may be as wide as there are heads.
+    likeliest = [min(options, key=lambda one: not all(p.endswith("heads") for p in one)) for options in told if options]
+    changes = {place: value for one in likeliest for place, value in one.items()}
+    try:
+        type(model.config).from_dict(_changed(config, changes))
+    except Exception as error:  # whatever its code says to numbers that do not go together
+        said = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+        numbers = ", ".join(f"{place}={value}" for place, value in changes.items())
+        return f"{type(model.config).__name__} refuses {numbers}: {said}"
+    return None
+
+
 def _candidates(
     making: _Making, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str], resized: Resized
 ) -> Iterator[dict[str, Any]]:
@@ -74,7 +91,7 @@ def _candidates(
     tried: list[dict[str, Any]] = []
     whole = (
         first | last
-        for first in _of_blocks(making, blocks, wanted, unsaved)
+        for first in _of_blocks(making, blocks, resized, wanted, unsaved)
         for last in _of_sizes(making, first, (sizes, unsaid), wanted)
     )
     for changes in chain(whole, _together([*blocks, *sizes, *unsaid]) if blocks else ()):
@@ -84,14 +101,38 @@ def _candidates(
 
 
 def _of_blocks(
-    making: _Making, blocks: Choices, wanted: Mapping[str, tuple[int, ...]], unsaved: Container[str]
+    making: _Making,
+    blocks: Choices,
+    resized: Resized,
+    wanted: Mapping[str, tuple[int, ...]],
+    unsaved: Container[str],
 ) -> Iterator[dict[str, Any]]:
-    """What gives as many blocks as are left, by the names of their tensors."""
+    """What gives the blocks that are left, by the names of their tensors; last what also says otherwise which are of a kind."""
     outline = _outline(wanted)
+    if not blocks:
+        yield {}
+        return
+
+    def names_with(changes: Mapping[str, Any]) -> list[str]:
+        found = making.shapes(_changed(making.before, changes))
+        return [name for name in found if name in wanted or name not in unsaved]
+
+    as_many = []
     for changes in _together(blocks):
-        found = making.shapes(_changed(making.before, changes)) if blocks else wanted
-        if _outline(name for name in found if name in wanted or name not in unsaved) == outline:
+        names = names_with(changes)
+        if _outline(names) == outline:
             yield changes
+        if _blocks_named(names) == _blocks_named(wanted):
+            as_many.append(changes)
+    for changes in as_many:
+        for one in leading_of(making.before, resized):
+            if not one.keys() & changes.keys() and _outline(names_with(changes | one)) == outline:
+                yield changes | one
+
+
+def _blocks_named(names: Iterable[str]) -> set[str]:
+    """Names up to their first number."""
+    return {found[0] for name in names if (found := re.match(r"(?:.*?\.)?\d+(?=\.)", name))}
 
 
 def _outline(names: Iterable[str]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Setting
@@ -11,13 +12,18 @@ from coprune.model.edit import Configure
 from coprune.model.removal.experts import Mixture
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, Part, step_of
+from coprune.model.removal.smaller import refusal_of
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
+from coprune.recipe.structure import StructurePart
 from coprune.run.removal.cut import Plan
 from coprune.run.removal.expert_scores import known_scores
 from coprune.run.removal.experts import experts_left, find_experts
-from coprune.run.removal.rehearsal import rehearse
+from coprune.run.removal.rehearsal import rehearse, resized_by
 from coprune.run.session import Session
+
+_MOST_SHARES = 3
+"""Others that are rehearsed where the share of heads that was asked for is refused."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ def find_removable(session: Session) -> Removable:
     parts = {
         name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
     }
+    require_align(session, parts)
     for kind in kinds:
         _say_without(session, kind, parts)
     found = Removable(parts, find_experts(session) if "experts" in asked.shares else {})
@@ -60,8 +67,33 @@ def find_removable(session: Session) -> Removable:
         configure = rehearse(session, rest)
     except UnsupportedModel as error:
         there: dict[str, Collection[str]] = {kind: having(kind, parts) for kind in kinds}
-        raise left_alone(session, there | ({"experts": found.mixtures} if found.mixtures else {})) or error from None
+        alone = left_alone(session, there | ({"experts": found.mixtures} if found.mixtures else {}))
+        raise alone or _with_a_share_that_works(session, rest, error) from None
     return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
+
+
+def _with_a_share_that_works(session: Session, plan: Plan, error: UnsupportedModel) -> UnsupportedModel:
+    """The refusal of a plan, and the share of heads nearest to it with which the rest can go, if there is one."""
+    heads = plan.keep.get("heads", {})
+    if len(heads) != 1:
+        return error
+    ((units, asked),) = heads.items()
+    others = [replace(plan, keep={**plan.keep, "heads": {units: kept}}) for kept in range(1, units) if kept != asked]
+    near = sorted(others, key=lambda other: abs(other.keep["heads"][units] - asked))
+    accepted = (one for one in near if refusal_of(session.model.module, resized_by(session, one)) is None)
+    for other in islice(accepted, _MOST_SHARES):
+        try:
+            rehearse(session, other)
+        except UnsupportedModel:
+            continue
+        return error.advised(f"heads={share_of(units, other.keep['heads'][units])} works")
+    return error
+
+
+def share_of(units: int, kept: int) -> str:
+    """Return the share, with the fewest digits, by which so many of some units are kept."""
+    shares = (f"{1 - kept / units:.{digits}f}" for digits in range(1, 9))
+    return next(share for share in shares if kept_count(units, float(share), 1) == kept)
 
 
 def plan_removal(session: Session, found: Removable) -> Plan:
@@ -95,6 +127,15 @@ def left_alone(session: Session, there: Mapping[str, Collection[str]]) -> BadInp
 def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
     """Names of the blocks that have parts of a kind."""
     return {name for name, own in parts.items() if any(part.kind == kind for part in own)}
+
+
+def require_align(session: Session, parts: Mapping[str, Sequence[Part]]) -> None:
+    """Raise BadInput where channels are to be kept in multiples of more than there are. The default gives way."""
+    align = session.opened.recipe.structure.align
+    most = max((part.count for own in parts.values() for part in own if part.kind == "channels"), default=align)
+    if align > most and align != StructurePart.model_fields["align"].default:
+        cause = f"the blocks have {most} channels at most, which cannot be kept in multiples of {align}"
+        raise BadInput(cause, field="align", value=align, fix=f"give {step_of(most, most)} or less")
 
 
 def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.base.shown import per_cent
 from coprune.model.as_saved import smaller_tensors, usual_layout
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.load import prepare
+from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
 from coprune.model.folding import close
 from coprune.model.layouts import head_size
 from coprune.model.removal.choices import Resized, ratio_of
+from coprune.model.removal.find_parts import first_tokens
 from coprune.model.removal.parts import put_back, silence
-from coprune.model.removal.smaller import build_smaller, possible_changes, smaller_skeleton
+from coprune.model.removal.smaller import build_smaller, possible_changes, refusal_of, smaller_skeleton
 from coprune.model.removal.ties import Ties
 from coprune.model.walk.record import forward_logits, replaced_forwards
 from coprune.run.removal.cut import Cut, Plan, anywhere, dropped, edits_of_block, words_of
@@ -104,11 +106,18 @@ class Rehearsed:
             small = build_smaller(module, smaller_tensors(module, self.edits), changes)
             ties, left = self._ties(), {block.name: self.edits.place(block.name) for block in model.blocks}
             # While the silence lasts: of what is not cut, the small model has the very tensors.
-            with ties.noted({block.name: block.module for block in model.blocks}):
-                expected = forward_logits(module, model.structure.sample)
-            with ties.followed({name: small.get_submodule(own) for name, own in left.items() if own is not None}):
-                found = forward_logits(small, model.structure.sample)
-        same = alike(found, expected)
+            big = {block.name: block.module for block in model.blocks}
+            own = {name: small.get_submodule(place) for name, place in left.items() if place is not None}
+
+            def same_on(sample: Tensor) -> bool:
+                with ties.noted(big):
+                    expected = forward_logits(module, sample)
+                with ties.followed(own):
+                    return alike(forward_logits(small, sample), expected)
+
+            same = same_on(model.structure.sample)
+            for _ in self._otherwise((small, module)) if same else ():
+                same = same and same_on(first_tokens(model.structure.sample))
         return small.num_parameters() if same else None
 
     def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
@@ -116,23 +125,49 @@ class Rehearsed:
         model, module = self.session.model, self.session.model.module
         small = prepare(smaller_skeleton(module, changes))
         small.tie_weights()  # for the number of its parameters
-        same = same_block_by_block(model, small, self.edits, self._silent, self._ties())
+        sample = model.structure.sample
+        same = same_block_by_block(model, small, self.edits, self._silent, self._ties(), sample)
+        for _ in self._otherwise((small, module)) if same else ():
+            same = same and same_block_by_block(model, small, self.edits, self._silent, self._ties(), first_tokens(sample))
         return small.num_parameters() if same else None
 
     def _ties(self) -> Ties:
         kept = {n: c.experts.nonzero().flatten().tolist() for n, c in self.cuts.items() if c.experts is not None}
         return Ties(kept, self.session.model.module.dtype)
 
+    def _otherwise(self, both: Sequence[PreTrainedModel]) -> Iterator[None]:
+        """Where heads go, have attention computed in each other way for a while: each reads other numbers of a configuration."""
+        ways = [*ATTENTION] if "heads" in self.plan.keep else []
+        for way in ways:
+            if way != both[0].config._attn_implementation and all(one._supports_sdpa or way == "eager" for one in both):
+                with ExitStack() as ended, quiet_transformers():
+                    for one in both:
+                        ended.enter_context(attending(one, way))
+                    yield
+
+
+ATTENTION = ("eager", "sdpa")
+"""Ways of computing attention that transformers has without another package."""
+
+
+@contextmanager
+def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
+    """For a while, have a model compute its attention in another way, as transformers calls these."""
+    own = {key: getattr(model.config, key) for key in model.config.sub_configs}
+    before = {key: one._attn_implementation for key, one in own.items() if one is not None}
+    before[""] = model.config._attn_implementation
+    model.set_attn_implementation(way)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
 
 def _proven_changes(
     session: Session, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
 ) -> tuple[dict[str, Any], int]:
     """The change of the configuration with which a model of these shapes computes what the silenced model does; its size."""
-    model, module = session.model, session.model.module
-    head = head_size(module)
-    unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
-    arguments = _arguments(plan, len(model.blocks))
-    resized = Resized(plan.sizes(), len(model.blocks), plan.dropped, unsaid, arguments)
+    module, resized = session.model.module, resized_by(session, plan)
     fitting, said = 0, ""
     layout = usual_layout if model.weights.streams else None
     for changes in possible_changes(module, shapes, resized, layout):
@@ -146,6 +181,9 @@ def _proven_changes(
             continue
         if after is not None:
             return changes, after
+    refused = refusal_of(module, resized)
+    if refused is not None:
+        raise UnsupportedModel(f"no configuration says what would be left: {refused.rstrip('.')}")
     if fitting:
         raise UnsupportedModel(
             "a smaller model with the same weights computes something else than the model with these parts silenced, so they "
@@ -155,6 +193,13 @@ def _proven_changes(
         f"no change of the configuration of {type(module).__name__} gives the smaller shapes, so what would result could not be "
         "loaded"
     )
+
+
+def resized_by(session: Session, plan: Plan) -> Resized:
+    """Return what the configuration has to tell of a plan."""
+    blocks, head = len(session.model.blocks), head_size(session.model.module)
+    unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
+    return Resized(plan.sizes(), blocks, plan.dropped, unsaid, _arguments(plan, blocks))
 
 
 def _arguments(plan: Plan, blocks: int) -> dict[str, float]:

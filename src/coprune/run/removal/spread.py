@@ -11,9 +11,10 @@ from coprune.base.shown import per_cent
 from coprune.model.blocks import count_parameters
 from coprune.model.removal.find_parts import find_parts
 from coprune.model.removal.parts import Kind, Part
+from coprune.model.removal.smaller import refusal_of
 from coprune.run.removal.cut import Plan, words_of
-from coprune.run.removal.plan import Removable, blocks_that_go, having, kept_count, left_alone
-from coprune.run.removal.rehearsal import rehearse
+from coprune.run.removal.plan import Removable, blocks_that_go, having, kept_count, left_alone, require_align
+from coprune.run.removal.rehearsal import rehearse, resized_by
 from coprune.run.removal.trials import costs_of
 from coprune.run.session import Session
 
@@ -27,7 +28,9 @@ Level = Mapping[int, int]
 
 def find_for_budget(session: Session) -> Removable:
     """The parts of the kinds that a configuration can tell of, and whether it can of blocks."""
-    return Removable(_removable(session, dict(find_parts(session.model, ()))), blocks=_blocks_can_go(session))
+    parts = dict(find_parts(session.model, ()))
+    require_align(session, parts)
+    return Removable(_removable(session, parts), blocks=_blocks_can_go(session))
 
 
 def spread_budget(session: Session, share: float, found: Removable) -> Plan:
@@ -115,7 +118,7 @@ def _ways(session: Session, parts: Parts, order: Sequence[int], share: float) ->
     """Every number of blocks and heads, each with the fewest channels that make up the rest of the budget."""
     sizes = {block.name: count_parameters(block.module) for block in session.model.blocks}
     budget = share * sum(sizes.values()) * (1 - 1e-3)
-    heads = _thinned(_levels(parts, "heads", 1), WAYS[1])
+    heads = _thinned([*_sayable(session, parts, _levels(parts, "heads", 1))], WAYS[1])
     channels = _levels(parts, "channels", _align(session, "channels"))
     unit = {name: [(part, _parameters(part)) for part in own] for name, own in parts.items()}
     names, step = session.model.names, -(-(len(order) + 1) // WAYS[0])
@@ -133,6 +136,14 @@ def _ways(session: Session, parts: Parts, order: Sequence[int], share: float) ->
                     break
         if without >= budget:
             break
+
+
+def _sayable(session: Session, parts: Parts, levels: Sequence[Level]) -> Iterator[Level]:
+    """The numbers of heads that the configuration accepts."""
+    for level in levels:
+        plan = _cut((), parts, set(), {"heads": level})
+        if not plan.keep or refusal_of(session.model.module, resized_by(session, plan)) is None:
+            yield level
 
 
 def _cut(dropped: Sequence[int], parts: Parts, gone: set[str], levels: Mapping[Kind, Level]) -> Plan:

@@ -31,6 +31,7 @@ def same_block_by_block(
     edits: Edits,
     silent: Callable[[Block], AbstractContextManager[None]],
     ties: Ties,
+    sample: Tensor,
 ) -> bool:
     """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
 
@@ -42,11 +43,12 @@ def same_block_by_block(
         edits: what makes the small model of the big one.
         silent: lets a block do without what is cut, for a while.
         ties: lets the small model choose experts as the big one does, where its router does not decide.
+        sample: what they are compared on.
     """
     module = model.module
     left = [block for block in model.blocks if edits.place(block.name) is not None]
     lend_outside(small, module, model.names)
-    recording, called = record_batches(model, [model.structure.sample]), _calls(model, small, edits, left)
+    recording, called = record_batches(model, [sample]), _calls(model, small, edits, left, sample)
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
         if not isinstance(event, BlockDone) or event.block not in left:
             continue
@@ -64,11 +66,11 @@ def same_block_by_block(
 
 
 def _calls(
-    model: ProvenModel, small: PreTrainedModel, edits: Edits, left: Sequence[Block]
+    model: ProvenModel, small: PreTrainedModel, edits: Edits, left: Sequence[Block], sample: Tensor
 ) -> Iterator[tuple[torch.nn.Module, BlockCall]]:
     """The small model's blocks, and how it calls them on the sample."""
     names = [edits.place(block.name) or "" for block in left]
     blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
     answers = [model.structure.answers[block.index] for block in left]
-    _, calls = run_without_blocks(small, blocks, model.structure.sample, answers)
+    _, calls = run_without_blocks(small, blocks, sample, answers)
     return zip((block.module for block in blocks), calls, strict=True)
