@@ -277,6 +277,19 @@ def test_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:
     assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
 
 
+def test_channels_of_experts_that_went_are_gone_in_the_file(tmp_path: Path) -> None:
+    """transformers does not read how many there are of this family, so nothing that it reads can tell."""
+    model = distinct_norms(pico_model("qwen3_moe", norm_topk_prob=True))
+    save(model, tmp_path / "dense")
+    write_pico_gguf(model, tmp_path / "dense.gguf", arch="qwen3moe")
+    coprune.prune(tmp_path / "dense", remove="channels=0.5", save_model=tmp_path / "small", **PRUNING | {"align": 16})
+    made = coprune.export(
+        tmp_path / "small", tmp_path / "out.gguf", like=tmp_path / "dense.gguf", type="f32", quiet=True
+    )
+    assert GGUFReader(made.path).fields["qwen3moe.expert_feed_forward_length"].contents() == 16
+    assert off(in_llama_cpp(made.path), logits_of(tmp_path / "small")) < 2e-3
+
+
 def test_rows_are_found_in_any_order_transposed_stacked_and_with_one_added() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(8, 6, generator=generator) for name in ("a", "b", "e.0", "e.1")}

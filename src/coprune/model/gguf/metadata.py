@@ -96,9 +96,13 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     kept = {
         key: _without_blocks(field, counts) if key.startswith(f"{arch}.") else field for key, field in fields.items()
     }
+    # What transformers does not read of this architecture is told by value, as where it reads nothing.
+    unread = {place: new for place, new in wanted.items() if not _is_read(place, new, kept, (arch, before))}
+    wanted = {place: new for place, new in wanted.items() if place not in unread}
     lists = {place: new for place, new in counts.changes.items() if isinstance(_at(before, place), list)}
     told = {_at(before, place) for place in wanted}
     sizes = {old: new for old, new in counts.sizes.items() if old not in told}
+    sizes |= {_at(counts.config, place): new for place, new in unread.items() if _is_number(_at(counts.config, place))}
     for changed in islice(_candidates(kept, arch, before, wanted), MOST_CANDIDATES):
         new = kept | changed
         new |= {
@@ -113,6 +117,24 @@ def corrected(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     raise UnsupportedModel(f"no change of the GGUF file's metadata says {said}")
 
 
+def _is_read(place: str, new: int, fields: Fields, read: tuple[str, Mapping[str, Any]]) -> bool:
+    """Whether a number of the configuration comes out of the metadata. read: the architecture, and what comes out as they are."""
+    arch, before = read
+    own = {key: field for key, field in fields.items() if key.startswith(f"{arch}.")}
+    old = _at(before, place)
+    told = {
+        key: replace(field, value=_instead(field.value, new)) for key, field in own.items() if _tells(field.value, old)
+    }
+    try:
+        return bool(told) and _at(config_of({**fields, **told}, arch), place) != old
+    except Exception:  # numbers that do not go together, so they are read
+        return True
+
+
+def _instead(value: Any, new: int) -> Any:
+    return [new] * len(value) if isinstance(value, list) else new
+
+
 def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
     """The same where transformers cannot read the configuration: every number that is as large as what was cut.
 
@@ -124,23 +146,27 @@ def _by_value(fields: Fields, arch: str, counts: Counts) -> dict[str, Field]:
         raise UnsupportedModel(
             f"what the GGUF file says of {mixed[0]} cannot be read, and blocks of several kinds went"
         )
-    numbers, blocks = dict(counts.sizes), (counts.blocks, len(counts.kept_blocks))
+    numbers, named = dict(counts.sizes), {f"{arch}.block_count": (counts.blocks, len(counts.kept_blocks))}
+    if (leading := fields.get(f"{arch}.leading_dense_block_count")) is not None:
+        left = sum(index < leading.value for index in counts.kept_blocks)
+        named[f"{arch}.leading_dense_block_count"] = (leading.value, left)
     changed = [(_at(counts.config, place), new) for place, new in counts.changes.items() if _is_number(new)]
-    if blocks in changed and blocks[0] != blocks[1]:
-        changed.remove(blocks)
+    for pair in named.values():
+        if pair in changed and pair[0] != pair[1]:
+            changed.remove(pair)
     for old, new in changed:
         if _is_number(old) and numbers.setdefault(old, new) != new:
             raise UnsupportedModel(
                 f"{old} became {numbers[old]} and {new}, and which is which in the GGUF file cannot be told"
             )
-    fixed = [f"{arch}.{key}" for key in ("embedding_length", "context_length", "vocab_size", "block_count")]
+    fixed = [*named, *(f"{arch}.{key}" for key in ("embedding_length", "context_length", "vocab_size"))]
     found: dict[str, Field] = {}
     for key, field in fields.items():
         own = key.startswith(f"{arch}.")
         found[key] = _without_blocks(field, counts) if own else field
         if own and key not in fixed and _is_number(field.value) and field.value in numbers:
             found[key] = replace(field, value=numbers[field.value])
-    found[f"{arch}.block_count"] = replace(fields[f"{arch}.block_count"], value=blocks[1])
+    found |= {key: replace(fields[key], value=new) for key, (_, new) in named.items()}
     return found | _head_width(fields, found, arch)
 
 
@@ -156,8 +182,7 @@ def _candidates(
         changed = {}
         for keys, new in zip(chosen, wanted.values(), strict=True):
             for key in keys:
-                value = fields[key].value
-                changed[key] = replace(fields[key], value=[new] * len(value) if isinstance(value, list) else new)
+                changed[key] = replace(fields[key], value=_instead(fields[key].value, new))
         yield changed
 
 
