@@ -154,6 +154,25 @@ def test_transformers_trainer_keeps_every_zero_and_says_so_at_every_save(
     assert all(torch.equal(dict(saved.named_parameters())[name] == 0, zero) for name, zero in zeros.items())
 
 
+def test_zeros_of_a_router_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """It holds its weight itself, and is no layer of torch's."""
+    model = pico_model("qwen3_moe", vocab_size=1002).requires_grad_(True)
+    name = "model.layers.0.mlp.gate.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[:, ::2] = 0
+        model.get_parameter("model.layers.1.self_attn.q_proj.weight")[:, ::2] = 0
+    zero = model.get_parameter(name) == 0
+    with coprune.keep_zeros(model):
+        train(model, OPTIMIZERS["adamw"](model.parameters()))
+        assert torch.equal(model.get_parameter(name) == 0, zero)
+        kept = coprune.keep_zeros(model)
+        with torch.no_grad():
+            model.get_parameter(name)[0, 0] = 1.0
+        with pytest.raises(coprune.BrokenMask, match=rf"1 weights of {name} that were zero"):
+            kept.verify()
+        model.get_parameter(name).data[0, 0] = 0.0
+
+
 def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
     model, _, _ = pruned()
     other, _, _ = pruned()

@@ -48,7 +48,8 @@ class Masks:
 
     matrices: list[PrunedMatrix]
     pruned: dict[str, Tensor]
-    """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero."""
+    """Parameter name → bool in the stored layout, True where a weight is pruned and has to stay zero; also of what is no
+    matrix, as most routers."""
     whole: list[Matrix] = field(default_factory=list)
     """Of a model that parts were removed from: matrices of its blocks without zeros to keep, which are trained as well."""
 
@@ -79,6 +80,10 @@ class Masks:
 
         parameters: by their names in the plain model (see `plain_parameters`).
         """
+        for name in self.pruned.keys() - {entry.parameter for entry in self.matrices}:
+            lost = int((parameters[name].detach()[self.pruned[name].to(parameters[name].device)] != 0).sum())
+            if lost:
+                raise BrokenMask(f"{lost} weights of {name} that were zero are not any more", fix="Nothing was saved")
         for entry in self.matrices:
             parameter = parameters[entry.parameter].detach()
             stored = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -131,7 +136,10 @@ def find_masks(
         else:
             pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
             pruned[name][matrix.expert] = zero
-    if not matrices and not whole_matrices:
+    for name, parameter in _no_matrices(known, model):
+        if name not in pruned and float((zero := parameter.detach() == 0).float().mean()) >= least:
+            pruned[name] = zero
+    if not pruned and not whole_matrices:
         raise BadInput(
             "the model is dense: it has no zeros to keep, so there is no mask",
             field="model",
@@ -142,6 +150,16 @@ def find_masks(
             ),
         )
     return Masks(matrices, pruned, whole_matrices)
+
+
+def _no_matrices(known: Mapping[int, str], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield parameters of two dimensions that no layer of torch's own holds, as most routers'. known: names by identity."""
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                name = known[id(parameter)]
+                if parameter.ndim == 2 and parameter.is_floating_point() and not _is_adapter(name):
+                    yield _plain_name(name), parameter
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
