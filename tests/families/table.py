@@ -82,8 +82,14 @@ def page(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+_GEMMA = "configurations in which layers share keys and values (E2B, E4B) are refused"
+_BESIDE = {"gemma4": _GEMMA, "gemma4_text": _GEMMA}
+"""What the tiny models do not show."""
+
+
 def _row(verdict: Verdict) -> str:
-    said = "; ".join(verdict.left_alone) if verdict.result == "works" else verdict.reason
+    beside = [_BESIDE[verdict.model_type]] if verdict.model_type in _BESIDE else []
+    said = "; ".join(verdict.left_alone + beside) if verdict.result == "works" else verdict.reason
     said = said.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
     result = verdict.result if verdict.result == "works" else f"**{verdict.result}**"
     return f"| {verdict.model_type} | {verdict.model_class} | {result} | {said} |"

@@ -224,18 +224,25 @@ def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Se
 
 
 def _refuse_shared(model: nn.Module, blocks: Sequence[Block], chosen: Chosen) -> None:
-    """Raise UnsupportedModel for a chosen weight that another part of the model has too."""
+    """Raise UnsupportedModel for a chosen weight that another part of the model has too, and for any that two blocks have."""
     places: dict[tuple[str, int], list[tuple[str, nn.Module]]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
             places[_place(parameter)].append((f"{path}.{attribute}", module))
-    for block, matrices in zip(blocks, chosen.blocks, strict=True):
-        for matrix in {matrix.parameter: matrix for matrix in matrices}.values():
+    names = [f"{block.name}." for block in blocks]
+    wanted = {matrix.parameter for matrices in chosen.blocks for matrix in matrices}
+    for block, candidates in zip(blocks, chosen.candidates, strict=True):
+        for matrix in {matrix.parameter: matrix for matrix in candidates}.values():
             for place, owner in places[_place(getattr(matrix.owner, matrix.attribute))]:
                 # One layer that a block uses under two names is one matrix.
-                if not place.startswith(f"{block.name}.") or owner is not matrix.owner:
+                if place.startswith(f"{block.name}.") and owner is matrix.owner:
+                    continue
+                shared = f"{matrix.parameter} shares its weights with {place}"
+                if place.startswith(tuple(names)) and not place.startswith(f"{block.name}."):
+                    raise UnsupportedModel(f"{shared}: blocks are pruned and written one by one, so they cannot share")
+                if matrix.parameter in wanted:
                     raise UnsupportedModel(
-                        f"{matrix.parameter} shares its weights with {place}, which pruning it would change too",
+                        f"{shared}, which pruning it would change too",
                         fix=("leave it out with ", Set("exclude", matrix.name.partition("[")[0])),
                     )
 
