@@ -128,7 +128,9 @@ class Rehearsed:
         sample = model.structure.sample
         same = same_block_by_block(model, small, self.edits, self._silent, self._ties(), sample)
         for _ in self._otherwise((small, module)) if same else ():
-            same = same and same_block_by_block(model, small, self.edits, self._silent, self._ties(), first_tokens(sample))
+            same = same and same_block_by_block(
+                model, small, self.edits, self._silent, self._ties(), first_tokens(sample)
+            )
         return small.num_parameters() if same else None
 
     def _ties(self) -> Ties:
@@ -169,7 +171,7 @@ def _proven_changes(
     """The change of the configuration with which a model of these shapes computes what the silenced model does; its size."""
     module, resized = session.model.module, resized_by(session, plan)
     fitting, said = 0, ""
-    layout = usual_layout if model.weights.streams else None
+    layout = usual_layout if session.model.weights.streams else None
     for changes in possible_changes(module, shapes, resized, layout):
         fitting += 1
         try:
