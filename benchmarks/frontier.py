@@ -1,4 +1,4 @@
-"""What to take at a given size: pruned and rounded models beside llama.cpp's own quants of the dense model.
+"""What to take at a given size: pruned models beside llama.cpp's own quants of the dense model.
 
     python benchmarks/frontier.py                              # all rows, in hours; goes on where it stopped
     python benchmarks/frontier.py --only 'dense,sparsegpt 50%' # the rows whose names have one of these in them
@@ -7,8 +7,7 @@
 The dense model of the table is moved off the grid of 4 bits that a GGUF file may have held its weights on, where 4 bits
 would be free: every weight by a random part of what rounding to 4 bits would move it, and then some minutes of training
 that mend this. Every row is a process of its own that leaves one JSON file. GGUF files are run by llama.cpp, for quality
-and speed; all else by transformers, packed where it has zeros. What is rounded has no runtime yet: its bytes are counted,
-not those of a file.
+and speed; all else by transformers, packed where it has zeros.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from coprune.model.gguf.llama_cpp import LlamaCpp
 FILES = ("f16", "q8_0", "q4_k_m", "q3_k_m", "q2_k")
 """Types of GGUF files: of the dense model all, without a quarter of its channels the first three."""
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4")
-WAYS, GRIDS = ("sparsegpt", "balanced", "tuned", "best", "max"), ("bf16", "int8", "int4")
+WAYS = ("sparsegpt", "balanced", "tuned", "best", "max")
 SPEEDS = {"decode": ".0f", "prefill": ".0f", "peak": ".2f"}
 """Tokens per second and GiB."""
 COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", *SPEEDS, "smaller and better", "measured")
@@ -66,9 +65,8 @@ def main() -> None:
 
 def rows() -> list[str]:
     """Names of all rows, cheap ones first; the last word says how the weights are stored."""
-    pruned = [f"{way} {pattern} {grid}" for way in WAYS for pattern in PATTERNS for grid in GRIDS]
-    rounded = [f"sparsegpt 0% {grid}" for grid in GRIDS[1:]]
-    return [*(f"dense {kind}" for kind in FILES), *rounded, *(f"channels-25 {kind}" for kind in FILES[:3]), *pruned]
+    pruned = [f"{way} {pattern} bf16" for way in WAYS for pattern in PATTERNS]
+    return [*(f"dense {kind}" for kind in FILES), *(f"channels-25 {kind}" for kind in FILES[:3]), *pruned]
 
 
 def measure_row(asked: argparse.Namespace, name: str) -> None:
@@ -119,7 +117,7 @@ def measure_speed(model: Path, threads: int) -> None:
 
 def line(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
     """A row of the table."""
-    size = f"{row['bytes'] / 1e6:.1f}{' counted' if row.get('counted') else ''}"
+    size = f"{row['bytes'] / 1e6:.1f}"
     measured = [f"{row[text]:.2f}" for text in TEXTS] + [f"{row['kl']:.3f}"]
     speed = [format(row[key], digits) if key in row else "–" for key, digits in SPEEDS.items()]
     last = [beaten_by(row, known), row["measured"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import time
@@ -34,33 +33,17 @@ def make_row(asked: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path
     """A row's model and size, and what of it can be run for its speed."""
     way, *pattern, stored = name.split()
     if not pattern:
-        source = moved(asked) if way == "dense" else pruned(asked, way, {"remove": "channels=0.25"})[0]
+        source = moved(asked) if way == "dense" else pruned(asked, way, {"remove": "channels=0.25"})
         file = exported(asked, source, stored)
         return {"model": str(file), "bytes": file.stat().st_size, "bits": bits_of_file(file)}, file
-    folder, report = pruned(asked, name, how_to(way, pattern[0], stored), of=source_of(asked, name))
-    if (values := report["quantized"]) is not None:
-        size = {"bytes": values["total_bytes"], "bits": 8 * values["matrix_bytes"] / values["weights"]}
-        return {"model": str(folder), **size, "counted": True}, None
+    folder = pruned(asked, name, how_to(way, pattern[0]))
     return {"model": str(folder), **packed(folder)}, folder.with_name(f"{folder.name}-packed")
 
 
-def how_to(way: str, pattern: str, stored: str) -> dict[str, Any]:
-    """Settings of a row that is pruned or rounded, or both."""
+def how_to(way: str, pattern: str) -> dict[str, Any]:
+    """Settings of a row that is pruned."""
     target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern.rstrip("%")) / 100}
-    grid = {} if stored == "bf16" else {"quantize": "int4:group=64" if stored == "int4" else stored}
-    if way == "sparsegpt" or grid:
-        # What a preset left is rounded where it is not zero.
-        chosen = {"method": "sparsegpt", "propagation": "sequential"}
-        return chosen | grid | (target if way == "sparsegpt" else {"sparsity": 0.0})
-    return {"preset": way} | target
-
-
-def source_of(asked: argparse.Namespace, name: str) -> Path:
-    """What a row is made of: the dense model, or for a preset that is rounded, what the preset left in bfloat16."""
-    way, pattern, stored = name.split()
-    if way == "sparsegpt" or stored == "bf16":
-        return moved(asked)
-    return pruned(asked, f"{way} {pattern} bf16", how_to(way, pattern, "bf16"))[0]
+    return ({"method": "sparsegpt", "propagation": "sequential"} if way == "sparsegpt" else {"preset": way}) | target
 
 
 def moved(asked: argparse.Namespace) -> Path:
@@ -111,18 +94,14 @@ def four_bit_steps(matrix: Tensor) -> Tensor:
     return ((high - low) / 15).clamp_min(1e-9).repeat_interleave(32).reshape(matrix.shape)
 
 
-def pruned(
-    asked: argparse.Namespace, name: str, settings: dict[str, Any], of: Path | None = None
-) -> tuple[Path, dict[str, Any]]:
-    """A folder that is pruned as a row says, and its report. What is there is not made again. of: [the dense model]."""
+def pruned(asked: argparse.Namespace, name: str, settings: dict[str, Any]) -> Path:
+    """A folder that is pruned as a row says. What is there is not made again."""
     folder, run = asked.folder / "models" / kept(asked, name).stem, asked.folder / "runs" / kept(asked, name).stem
     if not ((run / "report.json").exists() and folder.exists()):  # a preset that trains leaves a report before that
         data = {"dataset": TEXTS[0], "nsamples": asked.samples, "seqlen": asked.seqlen, "evaluate": False}
         places = {"save": run, "save_model": folder}
-        coprune.prune(
-            of or moved(asked), dtype="bfloat16", stream=False, prompt="", gate=False, **data, **places, **settings
-        )
-    return folder, json.loads((run / "report.json").read_text())
+        coprune.prune(moved(asked), dtype="bfloat16", stream=False, prompt="", gate=False, **data, **places, **settings)
+    return folder
 
 
 def exported(asked: argparse.Namespace, folder: Path, kind: str) -> Path:

@@ -13,8 +13,6 @@ from coprune.model.low_rank import Factors
 from coprune.pruning.low_rank import LowRank, leading_directions
 from coprune.pruning.masked_fit import row_errors
 from coprune.pruning.methods import METHODS, Pruned
-from coprune.pruning.quantize import rounded
-from coprune.recipe.grid import Int8
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.problems import correlated_layer
 
@@ -110,20 +108,6 @@ def test_directions_do_not_hang_on_chance() -> None:
 def test_nothing_to_add_is_refused(rank: int, rounds: int) -> None:
     with pytest.raises(BadInput):
         LowRank(rank, rounds)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_scales_are_those_of_the_round_that_counts(seed: int) -> None:
-    weight, _, statistic = correlated_layer(5, 16, tokens=64, seed=seed)
-    target = Target(NM(2, 4), 0.5, Int8(group=4))
-
-    def prune(rest: Tensor) -> Pruned:
-        return rounded(METHODS["magnitude"].prune(rest, None, target), None, target)
-
-    found = LowRank(1, 4).split(weight, statistic.gram, prune)
-    assert found.scales is not None
-    codes = found.weight.reshape(5, 4, 4) / found.scales[:, :, None]
-    assert torch.allclose(codes, codes.round(), atol=1e-3)
 
 
 def test_errors_beyond_float32_are_refused() -> None:

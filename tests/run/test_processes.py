@@ -54,7 +54,6 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "magnitude", "block", {"remove": "parameters=0.3", "align": 16, "allocation": "error", "pattern": "2:4"}),
     # Samples of two lengths, and each process has both.
     ("llama", "wanda", "sequential", {"dataset": "{words}:seqlen=16=0.5,{own}=0.5", "evaluate": False}),
-    ("llama", "wanda", "sequential", {"quantize": "int8:group=32", "pattern": "2:4", "evaluate": False}),
     # Of half of the samples no token is counted.
     ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
 ]

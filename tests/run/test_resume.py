@@ -40,7 +40,6 @@ RUNS: dict[str, tuple[str, str, str, bool, dict[str, Any]]] = {
     "mixture in memory": ("sparsegpt", "sequential", "mixtral", False, {}),
     "refined": ("magnitude", "block", "gpt2", True, {"refine": ["refit"]}),
     "reconstructed": ("wanda", "sequential", "llama", True, {"reconstruct": 3}),
-    "rounded": ("wanda", "sequential", "llama", True, {"reconstruct": 2, "quantize": "int4:group=16"}),
     "allocated": ("wanda", "block", "llama", True, {"allocation": "owl", "sparsity": 0.6}),
     # Samples of two lengths, in batches of their own.
     "mixed lengths": (

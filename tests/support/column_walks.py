@@ -5,7 +5,7 @@ Kept apart from the tests, since Triton's kernel is checked in a process of its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from coprune.base.kernels.columns import ColumnBlock
 from coprune.base.kernels.table import kernel
 from coprune.pruning.linear_algebra import InverseFactor, factor_inverse
 from coprune.pruning.methods.sparsegpt import update_columns
-from coprune.pruning.scales import fit_scales
-from coprune.recipe.grid import Grid, Int4, Int8
 from coprune.recipe.pattern import NM, Target, Unstructured
 
 CPU = torch.device("cpu")
@@ -34,11 +32,6 @@ class Case:
     """Inputs that never fire."""
 
 
-def on_grid(target: Target, grid: Grid) -> Target:
-    """The target with kept weights rounded."""
-    return replace(target, grid=grid)
-
-
 HALF, TWO_OF_FOUR = Target(Unstructured(), 0.5), Target(NM(2, 4), 0.5)
 CASES = {
     "unstructured": Case(HALF, 37, 40, 20),
@@ -55,13 +48,6 @@ CASES = {
     "one row": Case(TWO_OF_FOUR, 1, 16, 8),
     "dead inputs at the blocks' edges": Case(TWO_OF_FOUR, 9, 24, 8, dead=(0, 7, 8, 23)),
     "nothing but dead inputs in a block": Case(HALF, 9, 24, 8, dead=tuple(range(8, 16))),
-    "4 bits, groups that divide a block": Case(on_grid(HALF, Int4(8)), 37, 40, 16),
-    "4 bits, groups of several blocks": Case(on_grid(HALF, Int4(20)), 37, 40, 10),
-    "4 bits, groups across blocks": Case(on_grid(HALF, Int4(20)), 37, 40, 16),
-    "4 bits, 2:4": Case(on_grid(TWO_OF_FOUR, Int4(8)), 37, 40, 20),
-    "4 bits, fixed mask": Case(on_grid(HALF, Int4(8)), 40, 48, 24, fixed=True),
-    "8 bits, whole rows, 4:8": Case(on_grid(Target(NM(4, 8), 0.5), Int8()), 70, 32, 16),
-    "4 bits, nothing to prune": Case(on_grid(Target(Unstructured(), 0.0), Int4(8)), 33, 16, 8),
     "nothing to prune": Case(Target(Unstructured(), 0.0), 4, 16, 8),
 }
 
@@ -104,7 +90,7 @@ def _check_case(name: str, case: Case, seed: int, device: torch.device) -> None:
 
 
 def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """SparseGPT as published, column by column: every error goes to all later columns at once; with a grid as GPTQ does it.
+    """SparseGPT as published, column by column: every error goes to all later columns at once.
 
     weight: O × I float64; upper: I × I float64, the U of the inverse Hessian; given: the mask, or None to choose it.
     """
@@ -112,7 +98,6 @@ def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Te
         weight = weight.masked_fill(dead, 0.0)
     keep = torch.ones_like(weight, dtype=torch.bool) if given is None else given
     width = weight.shape[1]
-    grid, scales, chosen = case.target.grid, torch.ones(len(weight)), width if given is not None else 0
     for j in range(width):
         block = j - j % case.block_size
         size = min(case.block_size, width - block)
@@ -120,16 +105,7 @@ def reference(weight: Tensor, upper: Tensor, dead: Tensor, case: Case, given: Te
         if given is None and (j - block) % together == 0:
             columns = slice(j, j + together)
             keep[:, columns] = case.target.keep((weight[:, columns] / upper.diagonal()[columns]) ** 2)
-            chosen = columns.stop
         becomes = weight[:, j] * keep[:, j]
-        if grid is not None:
-            if j % grid.step(width) == 0:
-                ahead = slice(j, j + grid.step(width))
-                score = (weight[:, ahead] / upper.diagonal()[ahead]) ** 2
-                likely = keep[:, ahead] if ahead.stop <= chosen else case.target.keep(score)
-                cost = upper.diagonal()[ahead].float() ** -2
-                scales = fit_scales((weight[:, ahead] * likely).float().T.contiguous(), cost, grid.half)
-            becomes = (becomes / scales).round().clamp(-grid.half, grid.half - 1) * scales
         error = (weight[:, j] - becomes) / upper[j, j]
         weight[:, j:] -= error[:, None] * upper[j, j:]
         # What is done with stays as it is, up to rounding.

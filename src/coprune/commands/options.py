@@ -31,7 +31,6 @@ _TITLES = {
     "selection": "What is pruned, and how",
     "allocation": "What is pruned, and how",
     "refine": "What is pruned, and how",
-    "quantization": "What is pruned, and how",
     "low_rank": "What is pruned, and how",
     "reconstruction": "What is pruned, and how",
     "structure": "What is removed as a whole (--remove)",

@@ -74,13 +74,6 @@ class FillZeros(Edit):
         return self.masks
 
 
-class RoundValues(Edit):
-    """What the zeros left was rounded to a grid; the tensors hold the rounded values."""
-
-    grids: dict[str, str]
-    """As `--quantize` takes them, by the name of the matrix."""
-
-
 class AddLowRank(Edit):
     """Matrices of low rank were added to pruned ones. The journal keeps them with the block, the folder as an adapter."""
 

@@ -26,12 +26,10 @@ from coprune.model.edit import (
     KeepExperts,
     KeepSlices,
     PadUnits,
-    RoundValues,
 )
 
 EDITS: dict[str, type[Edit]] = {
     "fill_zeros": FillZeros,
-    "round_values": RoundValues,
     "add_low_rank": AddLowRank,
     "keep_slices": KeepSlices,
     "keep_experts": KeepExperts,

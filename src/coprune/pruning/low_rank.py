@@ -116,9 +116,7 @@ def _better(new: tuple[Tensor, Pruned], old: tuple[Tensor, Pruned]) -> tuple[Ten
 
     assert new[1].added is not None
     assert old[1].added is not None
-    scales = None if new[1].scales is None or old[1].scales is None else choose(new[1].scales, old[1].scales)
     pruned = new[1]._replace(
-        scales=scales,
         weight=choose(new[1].weight, old[1].weight),
         keep=choose(new[1].keep, old[1].keep),
         added=Factors(*map(choose, new[1].added, old[1].added)),

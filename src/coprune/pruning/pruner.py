@@ -23,9 +23,7 @@ from coprune.pruning.low_rank import LowRank
 from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import Method, Pruned, prune_by_outputs
 from coprune.pruning.noted import note, refuse_overflow
-from coprune.pruning.quantize import rounded
 from coprune.pruning.refine import Refinement
-from coprune.pruning.scales import stored_bits
 from coprune.recipe.pattern import Target
 
 
@@ -40,7 +38,7 @@ class MatrixResult(BaseModel):
     sparsity: float
     """Fraction of zeros after pruning."""
     relative_layer_error: float | None
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block (and the rounding after that);
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on its calibration inputs, before any reconstruction of the block;
     None if not measured."""
     tokens: int | None
     """Calibration tokens that it was multiplied with; for an expert, those routed to it."""
@@ -48,10 +46,6 @@ class MatrixResult(BaseModel):
     """CRC-32 of its zeros, by which a reloaded matrix is compared."""
     seconds: float
     events: tuple[str, ...] = ()
-    grid: str | None = None
-    """What its values were rounded to, as `--quantize` takes it."""
-    stored_bits: int | None = None
-    """What those values, their places and their scales take together."""
     rank: int | None = None
     """Of the matrix of low rank that was added to it; the layer error is that of the sum."""
     distributions: Distributions | None = None
@@ -64,22 +58,19 @@ class Solver:
 
     method: Method
     refinements: tuple[Refinement, ...] = ()
-    rounds: bool = False
-    """Whether targets have a grid. Errors of rounding are made good where a method looks at inputs at all."""
     low_rank: LowRank | None = None
     """What is added to every matrix whose layer can add something."""
 
     @property
     def statistic(self) -> type[Statistic] | None:
         """What has to be gathered. A Gram matrix serves every method that asks for less."""
-        needed = self.refinements or self.low_rank
-        return Gram if needed or (self.rounds and self.method.statistic is not None) else self.method.statistic
+        return Gram if self.refinements or self.low_rank else self.method.statistic
 
     def solve(self, weight: Tensor, inputs: Inputs | None, target: Target) -> Pruned:
         """Prune one matrix (O × I float32, not modified). Raises NumericalError."""
         statistic, events = _usable_statistic(inputs)
         if inputs is not None and statistic is None and self.statistic is not None:
-            pruned = rounded(METHODS["magnitude"].prune(weight, None, target), None, target)
+            pruned = METHODS["magnitude"].prune(weight, None, target)
             return pruned._replace(events=("no calibration token came to it, so it was pruned by magnitude",))
         if self.low_rank is None:
             pruned = self._sparse(weight, statistic, target)
@@ -90,18 +81,14 @@ class Solver:
 
     def _sparse(self, weight: Tensor, statistic: Statistic | None, target: Target) -> Pruned:
         """A pruned matrix, whatever may be added to it."""
-        # What improves the weights afterwards, or scales them back, would take them off the grid.
-        wanted = target.without_grid() if self.refinements or target.outputs is not None else target
-        if target.sparsity == 0 and wanted.grid is None:
+        if target.sparsity == 0:
             # Nothing falls, so there is nothing to make up for either: no method and no refinement changes a weight.
-            return rounded(Pruned(weight, weight != 0), statistic, target)
-        pruned = prune_by_outputs(self.method, weight, statistic, wanted)
-        if target.sparsity == 0 and pruned.scales is None:
-            pruned = Pruned(weight, weight != 0)
+            return Pruned(weight, weight != 0)
+        pruned = prune_by_outputs(self.method, weight, statistic, target)
         for refinement in self.refinements:
             assert isinstance(statistic, Gram)
             pruned = refinement.refine(weight, pruned, statistic, target)
-        return rounded(pruned, statistic, target)
+        return pruned
 
 
 def _usable_statistic(inputs: Inputs | None) -> tuple[Statistic | None, tuple[str, ...]]:
@@ -215,27 +202,6 @@ def prune_matrix(
         tokens=None if inputs is None else inputs.sample.count,
         seconds=time.perf_counter() - started,
         events=pruned.events,
-        grid=None if target.grid is None else str(target.grid),
-        stored_bits=None if target.grid is None else stored_bits(after, target),
         rank=None if added is None else added.down.shape[0],
         distributions=noted.distributions,
     )
-
-
-def round_matrix(matrix: Matrix, inputs: Inputs | None, target: Target, result: MatrixResult) -> MatrixResult:
-    """Round in place what a finished matrix holds, and amend what was noted of it. Raises NumericalError with its name."""
-    weight = matrix.read()
-    try:
-        found = rounded(Pruned(weight, weight != 0), _usable_statistic(inputs)[0], target)
-    except NumericalError as error:
-        raise error.within(matrix.name) from error
-    matrix.write(found.weight)
-    after = matrix.read()
-    changed = {
-        "sparsity": matrix.zeros() / weight.numel(),
-        "mask_checksum": matrix.mask_checksum(),
-        "events": result.events + found.events,
-        "grid": str(target.grid),
-        "stored_bits": stored_bits(after, target),
-    }
-    return result.model_copy(update=changed)

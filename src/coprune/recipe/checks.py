@@ -13,7 +13,7 @@ from coprune.recipe.finetune import FinetunePart, cannot_finetune
 from coprune.recipe.globs import refuse_numbers
 from coprune.recipe.low_rank import LowRankPart, cannot_add
 from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, SelectionPart
+from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
 from coprune.recipe.structure import SPREADING, WHOLE_MODEL, StructurePart, cannot_score
@@ -39,8 +39,6 @@ class Parts(Protocol):
     @property
     def calibration(self) -> CalibrationPart: ...
     @property
-    def quantization(self) -> QuantizationPart: ...
-    @property
     def low_rank(self) -> LowRankPart: ...
     @property
     def finetune(self) -> FinetunePart: ...
@@ -59,8 +57,8 @@ def contradiction(recipe: Parts) -> BadInput | None:
     return (
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or cannot_reconstruct(recipe.reconstruction, recipe.calibration)
-        or cannot_finetune(recipe.finetune, recipe.quantization, recipe.output)
-        or cannot_add(recipe.low_rank, recipe.structure, recipe.quantization, recipe.finetune, recipe.output)
+        or cannot_finetune(recipe.finetune, recipe.output)
+        or cannot_add(recipe.low_rank, recipe.structure, recipe.finetune, recipe.output)
         or _of_reshaping(recipe)
         or _of_domains(recipe.structure)
         or _of_allocation(recipe)
@@ -113,7 +111,6 @@ def _of_removal(recipe: Parts) -> BadInput | None:
         "permute": recipe.pattern.permute,
         "rotate": recipe.pattern.rotate,
         "refine": bool(recipe.refine),
-        "quantize": recipe.quantization.grid is not None,
         "propagation": recipe.calibration.propagation != "block",
         "encoding": recipe.output.encoding != "dense",
     }

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, LeaveOut, Set, Setting, Together, Words
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.recipe.decides import Decides
 from coprune.recipe.flat import word_for
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import Part, QuantizationPart
+from coprune.recipe.parts import Part
 
 _RESULT = Decides.RESULT | Decides.COST
 Mode = Literal["lora", "dense", "distill", "lora-distill"]
@@ -79,7 +79,7 @@ class FinetunePart(Part):
     ] = "float32"
 
 
-def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart, output: OutputPart) -> BadInput | None:
+def cannot_finetune(asked: FinetunePart, output: OutputPart) -> BadInput | None:
     """What is wrong with how the model is trained, with the fix; None if nothing is."""
     if asked.mode is None and (field := asked.first_said()) is not None:
         word = word_for(f"finetune.{field}")
@@ -94,10 +94,4 @@ def cannot_finetune(asked: FinetunePart, quantization: QuantizationPart, output:
     if output.encoding != "dense":
         pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
         return BadInput("a fine-tuned model is saved dense", field="encoding", value=output.encoding, fix=pack)
-    if quantization.grid is None:
-        return None
-    grid = str(quantization.grid)
-    wrong = f"fine-tuning would move the weights off the grid that quantize {grid} rounds them to"
-    own = Together((Set("sparsity", 0), Set("quantize", grid)))
-    fix: Words = (LeaveOut("quantize"), ", and round the fine-tuned model in a run of its own, with ", own)
-    return BadInput(wrong, field="quantize", value=grid, fix=fix)
+    return None

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set
 from coprune.recipe.choice import Choice, split_choice
-from coprune.recipe.retired import passed_over, retired
+from coprune.recipe.retired import GONE_PARTS, passed_over, retired
 
 FLAT: dict[str, str] = {
     "model": "model.name",
@@ -34,7 +34,6 @@ FLAT: dict[str, str] = {
     "domains": "structure.domains",
     "blend": "structure.blend",
     "align": "structure.align",
-    "quantize": "quantization.grid",
     "low_rank": "low_rank.rank",
     "low_rank_rounds": "low_rank.rounds",
     "reconstruct": "reconstruction.steps",
@@ -115,7 +114,7 @@ def place_of(word: str) -> tuple[str, str | None]:
 def is_setting(name: str) -> bool:
     """Whether something names a setting, one that is retired, or a part of a recipe."""
     known = name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET) or "." in name
-    return known or retired(name) is not None
+    return known or name in GONE_PARTS or retired(name) is not None
 
 
 def word_for(name: str) -> str:
@@ -219,6 +218,9 @@ def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _within_method(key, value)
     elif key.startswith(f"{_METHOD}.") and key not in _WORDS:
         yield "method.options", {key.removeprefix(f"{_METHOD}.").replace("-", "_"): value}
+    elif key in GONE_PARTS:
+        inside = value if isinstance(value, Mapping) else {GONE_PARTS[key]: value}
+        yield from ((f"{key}.{field}", inner) for field, inner in inside.items())
     elif key not in PARTS or FLAT.get(key) == key:
         yield key, value
     elif isinstance(value, BaseModel):

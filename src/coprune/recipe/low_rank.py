@@ -11,13 +11,12 @@ from coprune.base.words import LeaveOut, Set, Setting, Words
 from coprune.recipe.decides import Decides
 from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import Part, QuantizationPart
+from coprune.recipe.parts import Part
 from coprune.recipe.structure import StructurePart
 
 _RESULT = Decides.RESULT | Decides.COST
 _WHY_NOT: dict[str, Words] = {
     "remove": (Setting("low_rank"), " adds to matrices that keep their shapes, and remove makes them smaller"),
-    "quantize": (Setting("low_rank"), " adds to weights that are not rounded"),
     "finetune": ("fine-tuning would train the sparse part alone, for which the rest was found as it is",),
     "encoding": ("PEFT puts no adapter on packed layers",),
 }
@@ -46,7 +45,6 @@ class LowRankPart(Part):
 def cannot_add(
     asked: LowRankPart,
     structure: StructurePart,
-    quantization: QuantizationPart,
     finetune: FinetunePart,
     output: OutputPart,
 ) -> BadInput | None:
@@ -60,7 +58,6 @@ def cannot_add(
         return BadInput(cause, field="low_rank_rounds", value=asked.rounds, fix=("add ", Set("low_rank", 32)))
     given = {
         "remove": bool(structure.remove),
-        "quantize": quantization.grid is not None,
         "finetune": finetune.mode is not None,
         "encoding": output.encoding != "dense",
     }

@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from coprune.base.environment import expand_home
 from coprune.base.validation import is_text, one_is_enough
-from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.sources import split_sources, text_of
@@ -219,17 +218,3 @@ class CalibrationPart(Part):
     def is_own(self) -> bool:
         """Whether the dense model writes some of it."""
         return any(source.is_own for source in split_sources(self.data))
-
-
-class QuantizationPart(Part):
-    """Rounding of the values that are kept."""
-
-    grid: Annotated[
-        Choice | None,
-        _RESULT,
-        Field(
-            description="Round the values that are kept (with --sparsity 0, all of them): int8, a scale per output row, or "
-            "int4, a scale per 64 inputs; int4:group=32 for others. The model is saved with the rounded values in its own "
-            "dtype; the report counts what they would take."
-        ),
-    ] = None

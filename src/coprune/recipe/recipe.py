@@ -26,7 +26,7 @@ from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, QuantizationPart, SelectionPart
+from coprune.recipe.parts import CalibrationPart, ModelPart, PatternPart, SelectionPart
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.presets import with_preset
 from coprune.recipe.reconstruction import ReconstructionPart
@@ -68,7 +68,6 @@ class Recipe(BaseModel):
             "refit:rounds=10; repeatable."
         ),
     ] = ()
-    quantization: QuantizationPart = QuantizationPart()
     low_rank: LowRankPart = LowRankPart()
     reconstruction: ReconstructionPart = ReconstructionPart()
     finetune: FinetunePart = FinetunePart()
@@ -100,11 +99,10 @@ class Recipe(BaseModel):
 
     @property
     def shape(self) -> str:
-        """What is removed, the pattern of the zeros, and the grid of the values."""
-        removed, grid, rank = self.structure.remove, self.quantization.grid, self.low_rank.rank
+        """What is removed, the pattern of the zeros, and the rank of what is added."""
+        removed, rank = self.structure.remove, self.low_rank.rank
         zeros = [self.pattern.name] if not removed or self.cuts_and_prunes else []
-        beside = [*([] if grid is None else [str(grid)]), *([f"rank {rank} added"] if rank else [])]
-        return ", ".join([*removed, *zeros, *beside])
+        return ", ".join([*removed, *zeros, *([f"rank {rank} added"] if rank else [])])
 
     @property
     def run_folder(self) -> Path:
@@ -120,9 +118,8 @@ class Recipe(BaseModel):
     @property
     def _target(self) -> str:
         label = parse_pattern(self.pattern.name).label(f"{self.pattern.ratio:g}")
-        grid = "" if self.quantization.grid is None else f"-{self.quantization.grid}"
         added = f"-rank-{self.low_rank.rank}" if self.low_rank.rank else ""
-        return re.sub("[: =,]", "-", f"-{label}{grid}{added}")
+        return re.sub("[: =,]", "-", f"-{label}{added}")
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flat name; what has options is written as text, but for the method's."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.base.words import LeaveOut, Set, Setting, Words
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,22 @@ RETIRED: dict[str, Retired] = {
     "target": Retired(
         "calibration.aim", "pruned", ("train what is left of each block instead: ", Set("reconstruct", 6))
     ),
+    "quantize": Retired(
+        "quantization.grid",
+        None,
+        (
+            LeaveOut("quantize"),
+            ", and store the model in 8 bits: ",
+            Command("export", "FOLDER", "OUT.gguf", Set("type", "q8_0")),
+        ),
+    ),
     "move_zeros": Retired(
         None, None, (LeaveOut("move_zeros"), ": as long a training with every zero kept comes nearer")
     ),
 }
 """By the flat name."""
+GONE_PARTS = {"quantization": "grid"}
+"""Parts of a recipe of which nothing is left, with the field that each was about."""
 ALLOCATIONS = ("alpha", "error", "search")
 """Allocations of zeros; of channels and heads there are two of these names."""
 _WORDS = {one.place: word for word, one in RETIRED.items() if one.place is not None}

@@ -99,11 +99,6 @@ def _what_was_done(report: Report) -> str:
             f"{per_cent(zeros.matrices)} of the weights in {len(report.matrices)} matrices are zero ({report.recipe.shape}), "
             f"{per_cent(zeros.model)} of all parameters."
         )
-    if (values := report.quantized) is not None:
-        said.append(
-            f"What is kept was rounded to {values.grid}, {values.bits_per_weight:.2f} bits a weight with scales and places; "
-            f"the files hold the rounded values as {report.model.dtype}."
-        )
     if (added := report.low_rank) is not None:
         said.append(
             f"An adapter of rank {added.rank} for {added.matrices} of these matrices was found together with the zeros; "

@@ -143,27 +143,3 @@ class LowRankFacts(BaseModel):
             f"({self.sparse_bytes:,} as kept values and places); counted as kept weights, {per_cent(self.effective_sparsity)} "
             f"zeros{f'; without it {without}' if without else ''}"
         )
-
-
-class QuantizedFacts(BaseModel):
-    """What rounded matrices take, with every bit counted: values, where they are, scales."""
-
-    model_config = ConfigDict(frozen=True)
-
-    grid: str
-    matrices: int
-    weights: int
-    """Entries of these matrices, zeros too."""
-    matrix_bytes: int
-    total_bytes: int
-    """Of the model whose other parameters are stored in its own dtype."""
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of these matrices."""
-        return 8 * self.matrix_bytes / max(self.weights, 1)
-
-    def line(self) -> str:
-        """What was rounded, and what that takes, for people."""
-        counted = f"{self.bits_per_weight:.2f} bits a weight in {self.matrices} matrices, scales and places counted"
-        return f"{self.grid}: {counted}; stored so, the model would take {self.total_bytes:,} bytes"

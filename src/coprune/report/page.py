@@ -65,8 +65,6 @@ def _head(report: Report, links: Sequence[str]) -> str:
         f"{model.parameters:,} parameters in {text(model.dtype)}. Pattern {text(recipe.shape)}, "
         f"{text(recipe.calibration.propagation)} propagation.{text(calibration)}</p>"
     )
-    if report.quantized is not None:
-        lead += f'<p class="soft">Rounded to {text(report.quantized.line())}.</p>'
     if report.low_rank is not None:
         lead += f'<p class="soft">Added: {text(report.low_rank.line())}.</p>'
     if report.finetuned is not None:

@@ -22,7 +22,7 @@ from coprune.pruning.distributions import Distributions
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import RECONSTRUCTED
 from coprune.recipe.recipe import Recipe
-from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts, QuantizedFacts
+from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
 from coprune.report.made import MadeFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
@@ -139,8 +139,6 @@ class Report(Shown, BaseModel):
     """What share of its experts' score every domain keeps, where experts were removed."""
     finetuned: FinetunedFacts | None = None
     """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
-    quantized: QuantizedFacts | None = None
-    """Where values were rounded to a grid."""
     low_rank: LowRankFacts | None = None
     """Where matrices of low rank were added, which all figures but its own have in them."""
     left: int | None = None
@@ -191,8 +189,6 @@ class Report(Shown, BaseModel):
         if self.has_zeros:
             matrices = f"{per_cent(zeros.matrices)} of the {len(self.matrices)} pruned matrices"
             rows.append(("sparsity", f"{matrices}, {per_cent(zeros.model)} of all parameters"))
-        if self.quantized is not None:
-            rows.append(("values", self.quantized.line()))
         rows += [("added", self.low_rank.line())] if self.low_rank is not None else []
         after = self.finetuned.after if self.finetuned is not None else lambda data: ""
         rows += [("fine-tuned", self.finetuned.line())] if self.finetuned is not None else []

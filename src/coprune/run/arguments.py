@@ -18,7 +18,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.finetune import FinetunePart, Mode
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import CalibrationPart, PatternPart, QuantizationPart, SelectionPart
+from coprune.recipe.parts import CalibrationPart, PatternPart, SelectionPart
 from coprune.recipe.reconstruction import ReconstructionPart
 from coprune.recipe.structure import StructurePart
 
@@ -73,8 +73,6 @@ class CalibrationArguments(TypedDict, total=False):
     propagation: Literal["block", "sequential", "dense"]
     allocation: Named
     refine: Named | Sequence[Named]
-    quantization: QuantizationPart | Mapping[str, Any]
-    quantize: Named | None
     low_rank: int | LowRankPart | Mapping[str, Any]
     low_rank_rounds: int
     reconstruction: ReconstructionPart | Mapping[str, Any]

@@ -30,7 +30,6 @@ from coprune.pruning.structure.experts import expert_score_named
 from coprune.pruning.structure.scores import score_named
 from coprune.pruning.structure.spreading import spreading_named
 from coprune.recipe.choice import Choice
-from coprune.recipe.grid import grid_named
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import StructurePart
@@ -65,12 +64,8 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)
     refinements = tuple(refinement_named(asked) for asked in recipe.refine)
-    asked = recipe.quantization.grid
-    grid = None if asked is None else grid_named(asked)
-    solver = Solver(method, refinements, grid is not None, low_rank_of(recipe))
-    target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio, grid)
-    if grid is not None:
-        grid.check_groups(target.pattern.group_size)
+    solver = Solver(method, refinements, low_rank_of(recipe))
+    target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
     group = target.multiple if target.multiple > 1 else 4
     if group > LARGEST_GROUP:
@@ -205,15 +200,8 @@ def refuse_finished(run_folder: Path) -> None:
 
 
 def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
-    """Raise BadInput where the pattern or the grid's groups do not divide the inputs of a matrix."""
+    """Raise BadInput where the pattern does not divide the inputs of a matrix."""
     for matrix in matrices:
-        if target.grid is not None and not target.grid.fits(matrix.shape[1]):
-            raise BadInput(
-                f"groups of {target.grid.group} inputs do not divide the {matrix.shape[1]} inputs of {matrix.name}",
-                field="quantize",
-                value=str(target.grid.group),
-                fix=("choose another group, or leave the matrix out with ", Set("exclude", matrix.name)),
-            )
         if not target.pattern.fits(matrix.shape[1]):
             raise BadInput(
                 f"the pattern {target.pattern} does not divide the {matrix.shape[1]} inputs of {matrix.name}",

@@ -16,7 +16,7 @@ from coprune.model.checkpoint.load import has_auto_class
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
-from coprune.report.figures import AccuracyFacts, PerplexityFacts, QuantizedFacts
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.made import MadeFacts
 from coprune.report.schema import CalibrationFacts, ModelFacts, PhaseFacts, Report, SparsityFacts, installed_versions
 from coprune.run.low_rank import low_rank_facts
@@ -67,7 +67,6 @@ def build_report(session: Session, found: Found) -> Report:
         edits=edits.lines(),
         left=None if cut is None else cut.parameters,
         padding=0 if cut is None else cut.padding,
-        quantized=_quantized(session, results),
         low_rank=low_rank_facts(results, opened.target.pattern, session.not_added, found.alone, model.module),
         covered=dict(found.outcome.covered),
         saved_model=opened.recipe.output.model,
@@ -137,22 +136,6 @@ def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:
         target=session.opened.target.sparsity,
         matrices=zeros / max(sum(sizes), 1),
         model=zeros / session.model.module.num_parameters(),
-    )
-
-
-def _quantized(session: Session, results: list[MatrixResult]) -> QuantizedFacts | None:
-    """What the rounded matrices take, and the whole model with all else in its own dtype."""
-    module, bits = session.model.module, [result.stored_bits for result in results if result.stored_bits is not None]
-    if not bits or session.opened.target.grid is None:
-        return None
-    weights = sum(result.shape[0] * result.shape[1] for result in results if result.stored_bits is not None)
-    stored = -(-sum(bits) // 8)
-    return QuantizedFacts(
-        grid=str(session.opened.target.grid),
-        matrices=len(bits),
-        weights=weights,
-        matrix_bytes=stored,
-        total_bytes=stored + (module.num_parameters() - weights) * module.dtype.itemsize,
     )
 
 

@@ -16,7 +16,6 @@ from coprune.model.low_rank import Factors, may_get_factors, stored_factors, tak
 from coprune.model.matrices import Matrix
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.scales import bits_of
 from coprune.recipe.pattern import Pattern
 from coprune.report.figures import LowRankFacts
 
@@ -79,7 +78,7 @@ def low_rank_facts(
     bits, weights = 8 * model.dtype.itemsize, sum(_size(result) for result in results)
     nonzeros = sum(_size(result) - _zeros(result) for result in results)
     added = sum((result.rank or 0) * sum(result.shape) for result in adapted)
-    matrices = sum(bits_of(result.shape, _size(result) - _zeros(result), bits, pattern) for result in results)
+    matrices = sum(_bits_of(result.shape, _size(result) - _zeros(result), bits, pattern) for result in results)
     return LowRankFacts(
         rank=max(result.rank or 0 for result in adapted),
         matrices=len(adapted),
@@ -91,6 +90,23 @@ def low_rank_facts(
         alone=dict(_figures(alone)),
         left_out=list(left_out),
     )
+
+
+def _bits_of(shape: tuple[int, int], kept: int, bits: int, pattern: Pattern) -> int:
+    """Count the bits of a sparse matrix's values and of where they are, in the cheapest of the three forms.
+
+    Args:
+        shape: (out, in).
+        kept: how many values are not zero.
+        bits: of a value.
+        pattern: of the zeros.
+    """
+    rows, size = shape[0], shape[0] * shape[1]
+    forms = [size * bits, size + 32 * rows + kept * bits]
+    if pattern.n_of_m is not None:
+        n, m = pattern.n_of_m
+        forms.append(size // m * n * (bits + (m - 1).bit_length()))
+    return min(forms)
 
 
 def _size(result: MatrixResult) -> int:

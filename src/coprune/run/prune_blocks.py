@@ -14,7 +14,7 @@ from coprune.base.memory import freed_memory_kept
 from coprune.base.words import Piece, Set, Setting, Together, say
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.writer import REST
-from coprune.model.edit import AddLowRank, Edit, FillZeros, RoundValues
+from coprune.model.edit import AddLowRank, Edit, FillZeros
 from coprune.model.edits import Edits
 from coprune.model.matrices import Matrix
 from coprune.model.walk.shown import BlockDone, Past
@@ -28,7 +28,6 @@ from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.look_at_dense import look_at_dense
 from coprune.run.reuse import Reuse
-from coprune.run.rounded_later import RoundedLater
 from coprune.run.session import Session
 from coprune.run.share import SharedOutput
 
@@ -104,22 +103,17 @@ def _prune(
 ) -> list[MatrixResult]:
     """Prune what the walk shows; blocks are trained, if that is asked for, and written when they are finished."""
     opened = session.opened
-    later = (
-        RoundedLater(session.model, target_of) if session.reconstruction is not None and opened.target.grid else None
-    )
 
     def block_done(done: BlockDone, results: list[MatrixResult]) -> list[MatrixResult]:
         if session.reconstruction is not None and walk.recording is not None:
             results = reconstruct_block(session.reconstruction, done, walk.recording, results)
-        if later is not None:
-            results = later.round(done.block, results)
         finish_block(session, shared, done.block, BlockOutcome(results, edits_of(results)))
         return results
 
     return prune_walk(
-        walk if later is None else later.noting(walk),
+        walk,
         opened.solver,
-        target_of if later is None else later.target_of,
+        target_of,
         opened.recipe.evaluation.layer_error,
         block_done,
         solving_of(session),
@@ -140,10 +134,8 @@ def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | No
 
 def edits_of(results: Sequence[MatrixResult]) -> list[Edit]:
     """What was done to a block whose matrices were pruned."""
-    grids = {result.name: result.grid for result in results if result.grid is not None}
     ranks = {result.name: result.rank for result in results if result.rank is not None}
-    beside: list[Edit] = [*([RoundValues(grids=grids)] if grids else []), *([AddLowRank(ranks=ranks)] if ranks else [])]
-    return [FillZeros(masks=_masks(results)), *beside]
+    return [FillZeros(masks=_masks(results)), *([AddLowRank(ranks=ranks)] if ranks else [])]
 
 
 def _masks(results: Iterable[MatrixResult]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from coprune.model.blocks import find_blocks
-from coprune.model.edit import DropBlock, RoundValues
+from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, history_of, pruned_names
 from coprune.training.masks import Masks, find_masks
 
@@ -30,12 +30,6 @@ class History:
     def removed(self) -> list[str]:
         """What was removed, in words; nothing of a model that only has zeros."""
         return [line for edits in self.steps for line in edits.lines()]
-
-    @property
-    def grid(self) -> str | None:
-        """What the values were rounded to by what was done last; None if that was something else."""
-        rounded = [edit for edits in self.steps[-1:] for edit in edits.all() if isinstance(edit, RoundValues)]
-        return next((grid for edit in rounded for grid in edit.grids.values()), None)
 
     def counterparts(self, blocks: int, teacher: int) -> list[int] | None:
         """Which of the dense model's hidden states (the first is the embeddings) each block's output stands for.

@@ -72,8 +72,6 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
     masks, history = masks_of(model, location.path), History.read(location.path)
     for line in history.removed:
         reporter.say(f"Removed before: {line}.")
-    if history.grid is not None:
-        reporter.say(f"Rounded before to {history.grid}: training moves the weights off that grid.")
     if masks.matrices:
         reporter.say(
             f"{len(masks.matrices)} pruned matrices, {per_cent(masks.sparsity)} zeros: "

@@ -18,9 +18,9 @@ def compiled(kernel, pointers, integers, **constants):
         result = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
         assert len(result.asm["cubin"]) > 1000
 
-for group, pruned, half in ((4, 2, 0), (8, 4, 8), (16, 8, 0), (1, 0, 128)):
-    pointers = dict.fromkeys(("columns", "left", "unit", "pivots", "scales"), "*fp32") | {"keep": "*u8"}
-    shape = dict(M=group, PRUNED=pruned, HALF=half, SIZE=128, ROWS=32)
+for group, pruned in ((4, 2), (8, 4), (16, 8), (1, 0)):
+    pointers = dict.fromkeys(("columns", "left", "unit", "pivots"), "*fp32") | {"keep": "*u8"}
+    shape = dict(M=group, PRUNED=pruned, SIZE=128, ROWS=32)
     compiled(_update, pointers, ("rows", "size", "down", "right"), **shape)
 for dtype in ("*fp32", "*bf16"):
     pointers = {"mask": "*i32", "values": dtype, "starts": "*i64", "x": dtype, "y": dtype}

@@ -170,7 +170,6 @@ def test_an_unknown_option_is_refused(home: Path) -> None:
     [
         ({"method": "wanda:block_size=4"}, "unknown option of method 'wanda': 'block_size'"),
         ({"refine": "refits"}, "unknown refinement 'refits'"),
-        ({"pattern": "2:4", "quantize": "int4:group=6"}, "cut through the pattern's groups of 4"),
     ],
 )
 def test_what_the_zeros_cannot_be_is_refused_before_the_cut(

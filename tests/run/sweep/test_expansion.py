@@ -12,8 +12,8 @@ import yaml
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
+from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import QuantizationPart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import expand
@@ -289,12 +289,12 @@ def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
 
 
 def test_choices_and_parts_of_a_recipe_are_taken() -> None:
-    owl, grid = Choice.of("owl:spread=0.1"), QuantizationPart(grid=Choice.of("int8"))
-    told = {"allocation": [owl, Choice.of("uniform")], "quantization": grid}
-    plain = {"allocation": ["owl:spread=0.1", "uniform"], "quantize": "int8"}
+    owl, added = Choice.of("owl:spread=0.1"), LowRankPart(rank=4)
+    told = {"allocation": [owl, Choice.of("uniform")], "low_rank": added}
+    plain = {"allocation": ["owl:spread=0.1", "uniform"], "low_rank": 4}
     sweep = Sweep.make({**told, "model": "pico", "output": OutputPart(run=Path("out/x"))})
     assert expand(Sweep.make(yaml.safe_load(sweep.to_yaml()))) == expand(sweep) == runs_of(**plain)
-    typed = Sweep.make(PLAIN).with_settings({"refine": [Choice.of("refit:rounds=3")], "quantize": Choice.of("int8")})
+    typed = Sweep.make(PLAIN).with_settings({"refine": [Choice.of("refit:rounds=3")], "allocation": Choice.of("owl")})
     assert expand(Sweep.make(yaml.safe_load(typed.to_yaml()))) == expand(typed)
 
 

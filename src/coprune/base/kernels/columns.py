@@ -12,12 +12,6 @@ Which weights are pruned is either given, or chosen in groups of M columns, when
 weights and none of its own: the N with the largest w² / pivot² of every row and group are kept, and of equal ones those
 with the higher index.
 
-Where values are rounded, a kept weight leaves an error too (GPTQ, arXiv 2210.17323): with q the multiple of its scale, from
-−half to half − 1 times, that is nearest to it when its turn comes,
-
-    e_j   =  w_j − q_j where it is kept
-    w_j   =  q_j
-
 All kernels take a `ColumnBlock` and write `columns`, `errors` and, where they choose, `keep`. They give the same, up to
 rounding; scores that differ by less than rounding may change places. Weights that are not finite give errors or weights
 that are not finite.
@@ -52,15 +46,11 @@ class ColumnBlock(NamedTuple):
     """C float32, contiguous: the diagonal of U."""
     n_of_m: tuple[int, int] | None
     """N and M to choose by, M dividing C; None where the mask is given."""
-    scales: Tensor | None = None
-    """C × O float32, contiguous, none of them 0: what kept weights become multiples of; None leaves them as they come."""
-    half: int = 0
-    """Kept weights become from −half to half − 1 times their scale."""
 
 
 def walk_with_torch(block: ColumnBlock) -> None:
     """By torch, on any device: some small operations per column."""
-    columns, keep, errors, unit, pivots, n_of_m, scales, half = block
+    columns, keep, errors, unit, pivots, n_of_m = block
     size = columns.shape[0]
     n, m = n_of_m or (0, size)
     for first in range(0, size, m):
@@ -69,16 +59,13 @@ def walk_with_torch(block: ColumnBlock) -> None:
         if n_of_m is not None:
             score = (columns[group].T / pivots[group]).square()
             keep[group] = (rank_in_groups(score.reshape(-1, m)) >= m - n).reshape(-1, m).T
-        own = None if scales is None else scales[group]
-        _walk_group(
-            ColumnBlock(columns[group], keep[group], errors[group], unit[group, group], pivots, None, own, half)
-        )
+        _walk_group(ColumnBlock(columns[group], keep[group], errors[group], unit[group, group], pivots, None))
 
 
 def walk_natively(block: ColumnBlock) -> None:
     """By a native kernel on the CPU, a row's errors held in registers."""
-    *tensors, n_of_m, scales, half = block
-    solving.update_columns((*tensors, scales), n_of_m or (0, 0), half)
+    *tensors, n_of_m = block
+    solving.update_columns(tensors, n_of_m or (0, 0))
 
 
 def push_errors(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
@@ -93,17 +80,12 @@ def push_errors(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
         columns.addmm_(unit.T, errors, alpha=-1)
 
 
-def round_to_grid(values: Tensor, scales: Tensor, half: int) -> Tensor:
-    """The multiples of scales, from −half to half − 1 times, that are nearest to values; of two equally near the even one."""
-    return (values / scales).round_().clamp_(-half, half - 1).mul_(scales)
-
-
 def _walk_group(block: ColumnBlock) -> None:
     """Walk through one group of columns whose mask is known, strip by strip; columns and errors are written in place.
 
     Each column takes up the errors before it when its turn comes: that reads what pushing forward would read and write.
     """
-    columns, keep, errors, unit, _, _, scales, half = block
+    columns, keep, errors, unit, _, _ = block
     pruned = (~keep).to(columns.dtype)
     size = columns.shape[0]
     for start in range(0, size, STRIP):
@@ -113,10 +95,5 @@ def _walk_group(block: ColumnBlock) -> None:
             column = columns[j]
             if j > start:
                 column.addmv_(errors[start:j].T, unit[start:j, j], alpha=-1)
-            if scales is None:
-                torch.mul(column, pruned[j], out=errors[j])
-            else:
-                rounded = round_to_grid(column, scales[j], half).masked_fill_(~keep[j], 0.0)
-                torch.sub(column, rounded, out=errors[j])
-                column.copy_(rounded)
+            torch.mul(column, pruned[j], out=errors[j])
     columns.masked_fill_(~keep, 0.0)

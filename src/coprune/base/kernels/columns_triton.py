@@ -34,20 +34,9 @@ def _pushed(columns, unit, errors, row, exists, rows, down, right, j, begin, end
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def _on_grid(weight, scale, exists, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Weights as multiples of their scales, or as they are where HALF is 0."""
-    if HALF > 0:
-        step = tl.load(scale, mask=exists, other=1.0)
-        code = tl.minimum(tl.maximum(weight / step, -HALF), HALF - 1)
-        # 1.5 · 2²³: a number of less than 2²² added to it is rounded to a whole one.
-        weight = ((code + 12582912.0) - 12582912.0) * step
-    return weight
-
-
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
 def _update(  # type: ignore[no-untyped-def]
-    columns, keep, left, unit, pivots, scales, rows, size, down, right, M: tl.constexpr, PRUNED: tl.constexpr,
-    HALF: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    columns, keep, left, unit, pivots, rows, size, down, right, M: tl.constexpr, PRUNED: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
@@ -76,7 +65,7 @@ def _update(  # type: ignore[no-untyped-def]
             j = first + a
             weight = _pushed(columns, unit, errors, row, exists, rows, down, right, j, begin, j, SIZE)
             kept = tl.load(keep + j * rows + row, mask=exists, other=1) != 0
-            becomes = tl.where(kept, _on_grid(weight, scales + j * rows + row, exists, HALF), 0.0)
+            becomes = tl.where(kept, weight, 0.0)
             error = weight - becomes
             errors = tl.where(column[:, None] == j, error[None, :], errors)
             tl.store(columns + j * rows + row, becomes, mask=exists)
@@ -95,13 +84,13 @@ def walk_columns(block: ColumnBlock) -> None:
 
 def launch(block: ColumnBlock) -> None:
     """Walk through the columns of one block by the kernel. M is a power of two."""
-    columns, keep, errors, unit, pivots, n_of_m, scales, half = block
+    columns, keep, errors, unit, pivots, n_of_m = block
     size, rows = columns.shape
     n, group = n_of_m or (1, 1)
     with launching_at(columns):
         _update[(triton.cdiv(rows, ROWS),)](
-            columns, keep.view(torch.uint8), errors, unit, pivots, columns if scales is None else scales, rows, size,
-            *unit.stride(), M=group, PRUNED=group - n, HALF=half, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
+            columns, keep.view(torch.uint8), errors, unit, pivots, rows, size,
+            *unit.stride(), M=group, PRUNED=group - n, SIZE=triton.next_power_of_2(size), ROWS=ROWS,
         )  # fmt: skip
 
 

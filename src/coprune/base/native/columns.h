@@ -19,7 +19,6 @@ struct Tile {
     Floats* falls;  // 1 where a weight falls, else 0
     Floats* scores;
     Ints* ranks;
-    Floats* scales;
 };
 
 // columns[j] −= Σ errors[k] · U[k][j] over first ≤ k < last, in two chains for each vector. unit: U[·][j], contiguous.
@@ -61,23 +60,9 @@ inline void choose(const Tile& tile, int64_t first, const ColumnBlock* block) {
         }
 }
 
-// What column j leaves to later ones: a weight that falls, and what a kept one loses where it is rounded.
-inline void leave_errors(const Tile& tile, int64_t j, const ColumnBlock* block) {
-    const float lowest = -(float)block->half, highest = (float)block->half - 1;
-    const float whole = 12582912;  // 1.5 · 2²³: a number of less than 2²² added to it is rounded to a whole one
-    for (int64_t at = j * VECTORS; at < (j + 1) * VECTORS; at++) {
-        const Floats weight = tile.columns[at];
-        if (!block->scales) {
-            tile.errors[at] = weight * tile.falls[at];
-            continue;
-        }
-        Floats code = weight / tile.scales[at];
-        code = code < lowest ? Floats{} + lowest : code;
-        code = code > highest ? Floats{} + highest : code;
-        code = (code + whole) - whole;
-        tile.columns[at] = tile.falls[at] != 0 ? Floats{} : code * tile.scales[at];
-        tile.errors[at] = weight - tile.columns[at];
-    }
+// What column j leaves to later ones: the weights that fall.
+inline void leave_errors(const Tile& tile, int64_t j) {
+    for (int64_t at = j * VECTORS; at < (j + 1) * VECTORS; at++) tile.errors[at] = tile.columns[at] * tile.falls[at];
 }
 
 inline void load(const Tile& tile, const ColumnBlock* block, int64_t first, int64_t count) {
@@ -87,9 +72,6 @@ inline void load(const Tile& tile, const ColumnBlock* block, int64_t first, int6
         for (int64_t r = 0; r < TILE; r++) columns[r] = r < count ? block->columns[j * block->outputs + first + r] : 0;
         if (!block->m)
             for (int64_t r = 0; r < TILE; r++) falls[r] = r < count ? !block->keep[j * block->outputs + first + r] : 0;
-        if (!block->scales) continue;
-        float* scales = (float*)(tile.scales + j * VECTORS);
-        for (int64_t r = 0; r < TILE; r++) scales[r] = r < count ? block->scales[j * block->outputs + first + r] : 1;
     }
 }
 
@@ -111,14 +93,13 @@ inline void store(const Tile& tile, const ColumnBlock* block, int64_t first, int
 inline bool update_columns(const ColumnBlock* block, const float* unit, int64_t first, int64_t last) {
     const int64_t size = block->size, group = block->m ? block->m : 1;
     Floats* memory = nullptr;
-    if (posix_memalign((void**)&memory, sizeof(Floats), 6 * size * VECTORS * sizeof(Floats))) return false;
+    if (posix_memalign((void**)&memory, sizeof(Floats), 5 * size * VECTORS * sizeof(Floats))) return false;
     const int64_t part = size * VECTORS;
     const Tile tile = {memory,
                        memory + part,
                        memory + 2 * part,
                        memory + 3 * part,
-                       (Ints*)(memory + 4 * part),
-                       memory + 5 * part};
+                       (Ints*)(memory + 4 * part)};
     for (int64_t output = first; output < last; output += TILE) {
         const int64_t count = last - output < TILE ? last - output : TILE;
         load(tile, block, output, count);
@@ -128,7 +109,7 @@ inline bool update_columns(const ColumnBlock* block, const float* unit, int64_t 
             if (block->m) choose(tile, start, block);
             for (int64_t j = start; j < end; j++) {
                 bring_up_to_date(tile, j, unit + j * size, start, j);
-                leave_errors(tile, j, block);
+                leave_errors(tile, j);
             }
         }
         store(tile, block, output, count);

@@ -9,14 +9,12 @@ struct ColumnBlock {
     float* errors;
     const float* unit;  // size × size of U, ones on the diagonal
     const float* pivots;
-    const float* scales;  // size × outputs, what kept weights become multiples of; null leaves them as they come
     int64_t size;
     int64_t outputs;
     int64_t down;  // strides of unit
     int64_t right;
     int64_t n;  // of every m columns n are kept; m is 0 for a mask that is given, else it divides size
     int64_t m;
-    int64_t half;  // kept weights become from −half to half − 1 times their scale
 };
 
 typedef bool (*UpdateColumns)(const ColumnBlock* block, const float* unit, int64_t first, int64_t last);

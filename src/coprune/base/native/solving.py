@@ -18,8 +18,8 @@ class _ColumnBlock(ctypes.Structure):
     """`struct ColumnBlock` of solving.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("columns", "keep", "errors", "unit", "pivots", "scales")),
-        *((name, ctypes.c_int64) for name in ("size", "outputs", "down", "right", "n", "m", "half")),
+        *((name, ctypes.c_void_p) for name in ("columns", "keep", "errors", "unit", "pivots")),
+        *((name, ctypes.c_int64) for name in ("size", "outputs", "down", "right", "n", "m")),
     )
 
 
@@ -32,21 +32,18 @@ class _Tokens(ctypes.Structure):
     )
 
 
-def update_columns(tensors: Sequence[Tensor | None], group: tuple[int, int], half: int) -> None:
+def update_columns(tensors: Sequence[Tensor], group: tuple[int, int]) -> None:
     """Walk through one block of SparseGPT's columns (arXiv 2301.00774), in place: see `ColumnBlock`.
 
     Args:
-        tensors: its columns, keep, errors, unit, pivots, and scales or None.
+        tensors: its columns, keep, errors, unit and pivots.
         group: N and M, or zeros where the mask is given.
-        half: as there.
     """
     library = load_kernels()
     assert library is not None
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pointers = [tensor.data_ptr() for tensor in tensors]
     columns, unit = tensors[0], tensors[3]
-    assert columns is not None
-    assert unit is not None
-    block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), *group, half)
+    block = _ColumnBlock(*pointers, *columns.shape, *unit.stride(), *group)
     if library.coprune_update_columns(ctypes.byref(block), torch.get_num_threads()):
         raise MemoryError("there is no memory for a block of columns")
 

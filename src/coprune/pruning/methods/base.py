@@ -15,14 +15,12 @@ from coprune.recipe.pattern import Target
 class Pruned(NamedTuple):
     """A pruned matrix: weight (O × I, zero wherever keep is False), keep (O × I bool), numerical events.
 
-    scales: O × groups float32, where the weight was rounded to the target's grid; a kept value may be zero then.
     added: a matrix of low rank that stands for the dense one together with the weight.
     """
 
     weight: Tensor
     keep: Tensor
     events: tuple[str, ...] = ()
-    scales: Tensor | None = None
     added: Factors | None = None
 
 
@@ -63,7 +61,7 @@ def prune_by_outputs(method: Method, weight: Tensor, statistic: Any, target: Tar
         method: any.
         weight: O × I float32, not modified.
         statistic: of the inputs, as the method needs it.
-        target: without a grid; says by how much outputs count, and where it does not, this is `method.prune`.
+        target: says by how much outputs count, and where it does not, this is `method.prune`.
     """
     if target.outputs is None:
         return method.prune(weight, statistic, target)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import lcm
 from typing import TYPE_CHECKING
 
-from coprune.recipe.grid import Grid
 from coprune.recipe.pattern.base import Group, Pattern
 
 if TYPE_CHECKING:
@@ -15,12 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What one matrix is to become: a pattern, a sparsity (the fraction of zeros, 0 ≤ s < 1), and a grid for what is kept."""
+    """What one matrix is to become: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
 
     pattern: Pattern
     sparsity: float
-    grid: Grid | None = None
-    """What kept values are rounded to; None leaves them as they come. A method that does not round them need not know."""
     outputs: Tensor | None = field(default=None, compare=False, repr=False)
     """By how much an error in each output counts beside the others' (O float32, positive); None: all alike. A method need
     not know: it is given rows that are larger by as much."""
@@ -48,18 +44,13 @@ class Target:
 
     @property
     def multiple(self) -> int:
-        """What divides every width that pattern and grid fit."""
-        group = None if self.grid is None else self.grid.group
-        return lcm(self.pattern.group_size or 1, group or 1)
+        """What divides every width that the pattern fits."""
+        return self.pattern.group_size or 1
 
     def with_sparsity(self, sparsity: float) -> Target:
         """The target with another sparsity, and with the pattern that has it where that fixes it."""
         pattern = self.pattern.with_sparsity(sparsity)
         return replace(self, pattern=pattern, sparsity=sparsity if pattern.sparsity is None else pattern.sparsity)
-
-    def without_grid(self) -> Target:
-        """The same with values as they come."""
-        return self if self.grid is None else replace(self, grid=None)
 
     def __str__(self) -> str:
         return self.pattern.describe(self.sparsity)

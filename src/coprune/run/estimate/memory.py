@@ -121,11 +121,10 @@ def _pruning(work: Workload, run: Settings) -> float:
         waiting = hidden + tokens * block.waiting_bytes_per_token
         if run.device_room is None or run.device_room.asked:
             waiting = _within(waiting, run.activation_limit)
-        first, sums_then = max(hidden, waiting), sum(sums) if run.rounds_later else max(sums, default=0)
+        first, sums_then = max(hidden, waiting), max(sums, default=0)
     else:
         first, sums_then = hidden, sum(sums)
-    kept = sum(sums) if run.rounds_later else 0
-    trained = _training(work, run, run.batch_tokens) + kept if run.reconstruction_steps else 0
+    trained = _training(work, run, run.batch_tokens) if run.reconstruction_steps else 0
     return max(first + sums_then + max(solve, batch), hidden + trained)
 
 

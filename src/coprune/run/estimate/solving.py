@@ -126,7 +126,7 @@ class _Trial:
 
 
 def _widths(width: int, target: Target) -> Sequence[int]:
-    """128, 256 … up to the width itself, in multiples that pattern and grid divide; none of less than one group."""
+    """128, 256 … up to the width itself, in multiples that the pattern divides; none of less than one group."""
     multiple = target.multiple
     smaller = [128 << i for i in range(20) if 128 << i < width]
     return [*(size - size % multiple for size in smaller if size >= multiple), width]

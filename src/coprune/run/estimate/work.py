@@ -41,8 +41,6 @@ class Settings:
     """That share this machine and the solving."""
     mean_length: float | None = None
     """Tokens of a calibration sample in the mean, where they have lengths of their own; None for seqlen."""
-    rounds_later: bool = False
-    """Whether a block's statistics are kept until it was trained, to round it then."""
     batch_length: int | None = None
     """Likewise of a sample in the largest batch."""
     added_bytes: int = 0

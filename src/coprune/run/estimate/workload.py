@@ -114,7 +114,6 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         processes=processes.size,
         mean_length=sum(lengths) / len(lengths),
         batch_length=batch_length,
-        rounds_later=recipe.reconstruction.steps > 0 and recipe.quantization.grid is not None,
         added_bytes=4 * recipe.low_rank.rank * sum(sum(m.shape) for m in found.chosen.all() if may_get_factors(m)),
     )
 

@@ -36,7 +36,6 @@ _NO_ZEROS: dict[str, Any] = {
     "permute": False,
     "rotate": False,
     "refine": (),
-    "quantize": None,
     "propagation": "block",
     "encoding": "dense",
     "report_to": None,
