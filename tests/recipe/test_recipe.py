@@ -54,7 +54,18 @@ FREE_WHEN_FINISHED = {
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
-    *("bos", "push_to_hub", "log_json", "encoding", "score", "align", "blend", "generate_seed", "require"),
+    *(
+        "bos",
+        "push_to_hub",
+        "log_json",
+        "encoding",
+        "score",
+        "align",
+        "align_experts",
+        "blend",
+        "generate_seed",
+        "require",
+    ),
     *("apply_chat_template", "log_samples", "private", "overwrite"),
 }
 FREE_TO_RESUME_TRAINING = {

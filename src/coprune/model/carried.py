@@ -146,4 +146,5 @@ def _expert(name: str, beginning: str) -> tuple[int, str] | None:
 
 def _norms(tensor: Tensor, dim: int) -> Tensor:
     rows = tensor.movedim(dim, 0).flatten(1)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double() / math.sqrt(rows.shape[1])
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double()
+    return norms / math.sqrt(rows.shape[1])

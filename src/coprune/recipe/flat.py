@@ -34,6 +34,7 @@ FLAT: dict[str, str] = {
     "domains": "structure.domains",
     "blend": "structure.blend",
     "align": "structure.align",
+    "align_experts": "structure.align_experts",
     "low_rank": "low_rank.rank",
     "low_rank_rounds": "low_rank.rounds",
     "reconstruct": "reconstruction.steps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -32,6 +33,16 @@ SPREADING = ("uniform", "error", "search")
 """Names of the allocations that spread channels and heads over the blocks."""
 
 
+@dataclass(frozen=True)
+class Left:
+    """How many experts of every mixture stay."""
+
+    count: int
+
+    def __format__(self, spec: str) -> str:
+        return f"keep-{self.count}"
+
+
 def _as_words(value: Any) -> Any:
     """A mapping of names and texts, as Python may give it, as words."""
     return (
@@ -48,7 +59,8 @@ class StructurePart(Part):
         Decides.RESULT | Decides.COST,
         Field(
             description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
-            "channels=0.33, heads=0.25, blocks=0.2, experts=0.25; repeatable, or with commas between. parameters=0.25: a share "
+            "channels=0.33, heads=0.25, blocks=0.2, experts=0.25 (or experts=keep:96, how many stay); repeatable, "
+            "or with commas between. parameters=0.25: a share "
             "of the blocks' parameters, spread over channels, heads and blocks by what several ways cost."
         ),
     ] = ()
@@ -84,6 +96,16 @@ class StructurePart(Part):
     align: Annotated[
         int, Decides.RESULT, Field(description="Keep channels in multiples of this, where the model has them.", ge=1)
     ] = 64
+
+    align_experts: Annotated[
+        int | None,
+        Decides.RESULT,
+        Field(
+            description="Keep experts in multiples of this (1: exactly as asked). By default a share keeps a number that servers "
+            "of mixtures have kernels for, or divide well among devices, in mixtures of more than 16.",
+            ge=1,
+        ),
+    ] = None
 
     @field_validator("remove")
     @classmethod
@@ -147,9 +169,15 @@ class StructurePart(Part):
         return bool({"channels", "heads", "parameters"} & self.shares.keys())
 
     @property
-    def shares(self) -> dict[Removable, float]:
-        """The share of each that is removed."""
+    def shares(self) -> dict[Removable, float | Left]:
+        """The share of each that is removed, or what is left of it."""
         return shares(self.remove)
+
+    def share(self, kind: Removable) -> float:
+        """The share of something that is removed, which is asked for as a share."""
+        found = self.shares[kind]
+        assert not isinstance(found, Left)
+        return found
 
 
 def cannot_score(asked: StructurePart) -> BadInput | None:
@@ -169,7 +197,7 @@ def _scored(name: str) -> Scored:
     return kind
 
 
-def shares(asked: tuple[str, ...]) -> dict[Removable, float]:
+def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
     """Read what is to be removed.
 
     Args:
@@ -178,28 +206,35 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float]:
     Raises:
         BadInput: something is no share, or said twice.
     """
-    found: dict[Removable, float] = {}
+    found: dict[Removable, float | Left] = {}
     for text in (part.strip() for one in asked for part in one.split(",")):
         name, _, value = text.partition("=")
         kind: Removable | None = next((known for known in get_args(Removable) if known == name.strip()), None)
         if kind is None:
             raise unknown_name("part to remove", name.strip(), get_args(Removable), field="remove")
-        try:
-            share = float(value)
-        except ValueError:
-            share = -1.0
-        if not 0 < share < 1:
-            raise BadInput(
-                f"the share of {kind} to remove is a number between 0 and 1, not {value!r}", field="remove", value=text
-            )
         if kind in found:
             raise BadInput(f"the share of {kind} to remove is said twice", field="remove", value=text)
-        found[kind] = share
+        found[kind] = _share_or_left(kind, value.strip())
     if "parameters" in found and len(found) > 1:
         others = ", ".join(kind for kind in found if kind != "parameters")
         cause = f"a budget over all parameters decides itself how much goes of {others}"
         raise BadInput(cause, field="remove", value=",".join(asked), fix="leave one out")
     return found
+
+
+def _share_or_left(kind: Removable, value: str) -> float | Left:
+    count = value.removeprefix("keep:")
+    if kind == "experts" and count != value and count.isdecimal() and int(count) > 0:
+        return Left(int(count))
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        number = f"; to keep {value}, write experts=keep:{value}" if kind == "experts" and value.isdecimal() else ""
+        cause = f"the share of {kind} to remove is a number between 0 and 1, not {value!r}{number}"
+        raise BadInput(cause, field="remove", value=f"{kind}={value}")
+    return share
 
 
 def _is_kept(asked: tuple[str, ...]) -> bool:

@@ -91,6 +91,7 @@ class StructureArguments(TypedDict, total=False):
     domains: str | Sequence[str] | Mapping[str, File]
     blend: str
     align: int
+    align_experts: int | None
 
 
 class OutcomeArguments(AnswerArguments, total=False):

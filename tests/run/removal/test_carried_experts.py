@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,12 @@ def carry(folder: Path, stacked: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_experts_of_a_layer_that_no_class_loads_go_with_the_others(stacked: bool, tmp_path: Path) -> None:
-    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    sizes: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+    }
     before = carry(save_pico(tmp_path / "model", "qwen3_next", **sizes), stacked)
     write_words(tmp_path / "words.txt")
     places = {"save": str(tmp_path / "run"), "save_model": str(tmp_path / "small"), "model": str(tmp_path / "model")}

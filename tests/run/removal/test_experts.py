@@ -39,7 +39,7 @@ MANY_GROUPS: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group
         ("jamba", {}, "experts=0.25"),  # one block of three has a mixture; as many experts as heads
         ("granitemoehybrid", {}, "experts=0.25"),
         ("nemotron_h", {}, "experts=0.25"),  # experts without a gate of their own
-        ("qwen3_next", {}, "experts=0.25"),  # as many experts as the width of much else
+        ("qwen3_next", {}, "experts=keep:20"),  # as many experts as the width of much else
         ("lfm2_moe", {}, "experts=0.25"),  # the correction lies beside the router
     ],
 )
@@ -92,6 +92,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         ("llama", {}, "experts=0.25", "no mixture of experts"),
         ("mixtral", {}, "experts=0.7", "a token goes to 2 experts, and 1 of 4 would be left"),
         ("mixtral", {}, "experts=0.1", "0.1 of 4 experts is none"),
+        ("mixtral", {}, "experts=keep:4", "4 of 4 experts are all that there are"),
+        ("mixtral", {}, "experts=3", "not '3'; to keep 3, write experts=keep:3"),
+        ("deepseek_v3", GROUPED, "experts=keep:5", "5 experts are not as many of each of 2 groups"),
         ("deepseek_v3", {}, "experts=0.5", "a token goes to 2 experts of 1 of 2 groups, and 2 of 4 would be left"),
         ("deepseek_v3", GROUPED, "experts=0.1", "0.1 of 8 experts in 2 groups is none"),
         ("deepseek_v3", GROUPED | {"num_experts_per_tok": 1}, "experts=0.75", "cannot be removed"),
@@ -109,3 +112,12 @@ def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(
     with pytest.raises((UnsupportedModel, BadInput), match=message):
         coprune.prune(model, remove=remove, **settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_share_that_is_rounded_says_so() -> None:
+    model = pico_model("olmoe", num_experts=20, num_hidden_layers=1)
+    asked = SETTINGS | {"remove": "experts=0.25"}
+    rounded = coprune.prune(model, **asked).report.edits[0]
+    assert rounded.startswith("experts 20 → 16 of every mixture (0.25 of them would leave 15; 16 is easier to serve)")
+    exactly = coprune.prune(pico_model("olmoe", num_experts=20, num_hidden_layers=1), align_experts=1, **asked)
+    assert exactly.report.edits[0].startswith("experts 20 → 15 of every mixture: ")

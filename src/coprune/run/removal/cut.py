@@ -16,6 +16,7 @@ from coprune.model.expert_edit import keep_experts
 from coprune.model.removal.experts import Mixture
 from coprune.model.removal.parts import Kind, Part, filled, together
 from coprune.model.slices import runs_of
+from coprune.recipe.structure import Left
 from coprune.run.session import Session
 
 
@@ -139,14 +140,16 @@ def _spread(units: int, count: int) -> Tensor:
     return keep
 
 
-def words_of(plan: Plan, blocks: int) -> Iterator[str]:
-    """What a plan removes, for people. blocks: how many there are."""
+def words_of(plan: Plan, blocks: int, share: float | Left | None = None) -> Iterator[str]:
+    """What a plan removes, for people. blocks: how many there are; share: of experts, as it was asked for."""
     for kind, keep in plan.keep.items():
         name = "key-value heads with their query heads" if kind == "heads" else kind
         counts = " and ".join(f"{old} → {_kept(plan, kind, old)}" for old in sorted(keep))
         yield f"{name} {counts} of every block"
     for old, new in sorted(plan.experts.items()):
-        yield f"experts {old} → {new} of every mixture"
+        exactly = new if share is None or isinstance(share, Left) else round(old * (1 - share))
+        near = f" ({share:g} of them would leave {exactly}; {new} is easier to serve)" if exactly != new else ""
+        yield f"experts {old} → {new} of every mixture{near}"
     if plan.dropped:
         yield f"blocks {blocks} → {blocks - len(plan.dropped)}"
 

@@ -23,7 +23,9 @@ from coprune.model.walk.moves import Dense
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
+from coprune.pruning.structure.expert_counts import count_left
 from coprune.pruning.structure.experts import ExpertSums, coverage, expert_score_named, kept_experts, weight_score
+from coprune.recipe.structure import Left, StructurePart
 from coprune.run.batches import counted_batches, record_counted
 from coprune.run.removal.expert_scores import Scored, keep_scores, known_scores
 from coprune.run.session import Session
@@ -55,15 +57,23 @@ def _no_mixture(session: Session) -> UnsupportedModel:
     return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
 
 
-def experts_left(mixture: Mixture, share: float) -> int:
-    """How many experts are kept when a share of them goes: as many of every group, and enough for a token."""
-    step = mixture.groups
-    kept = max(step, round(mixture.count * (1 - share) / step) * step)
+def experts_left(mixture: Mixture, asked: StructurePart) -> int:
+    """Return how many experts are kept: as many of every group, and enough for a token. Raises BadInput where none goes."""
+    share = asked.shares["experts"]
+    kept = (
+        share.count
+        if isinstance(share, Left)
+        else count_left(mixture.count, share, mixture.groups, asked.align_experts)
+    )
     of_groups = f" in {mixture.groups} groups" if mixture.groups > 1 else ""
     if kept >= mixture.count:
-        raise BadInput(
-            f"{share:g} of {mixture.count} experts{of_groups} is none", field="remove", fix="give a larger share"
-        )
+        none = f"{kept} of" if isinstance(share, Left) else f"{share:g} of"
+        why = "are all that there are" if isinstance(share, Left) else "is none"
+        fix = "keep fewer" if isinstance(share, Left) else "give a larger share"
+        raise BadInput(f"{none} {mixture.count} experts{of_groups} {why}", field="remove", fix=fix)
+    if kept % mixture.groups:
+        fix = f"keep {max(1, kept // mixture.groups) * mixture.groups}"
+        raise BadInput(f"{kept} experts are not as many of each of {mixture.groups} groups", field="remove", fix=fix)
     if kept * mixture.used < mixture.top * mixture.groups:
         where = f" of {mixture.used} of {mixture.groups} groups" if mixture.groups > 1 else ""
         raise BadInput(

@@ -108,7 +108,8 @@ def _even(session: Session, found: Removable, settled: dict[str, Any] | None) ->
     """The same with as many units of every block. settled: by an earlier run, if it came so far."""
     if found.rehearsed is not None:
         return found.rehearsed
-    budget = session.opened.recipe.structure.shares.get("parameters")
+    asked = session.opened.recipe.structure
+    budget = asked.share("parameters") if "parameters" in asked.shares else None
     if settled is not None:
         even = as_settled(session, found, settled)
     else:

@@ -59,7 +59,7 @@ def find_removable(session: Session) -> Removable:
         whose = session.opened.loaded.fingerprint(model.blocks)
         session.opened.around.processes.from_first(lambda: known_scores(session, whose, {}, found.mixtures))
     if "blocks" in asked.shares:
-        _require_blocks(session, _count_of_blocks(session, asked.shares["blocks"]))
+        _require_blocks(session, _count_of_blocks(session, asked.share("blocks")))
     rest = _plan_of(session, found, ())
     if not rest.keep and not rest.experts:
         return found
@@ -99,7 +99,7 @@ def share_of(units: int, kept: int) -> str:
 def plan_removal(session: Session, found: Removable) -> Plan:
     """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
     asked = session.opened.recipe.structure
-    dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.shares["blocks"])))
+    dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.share("blocks"))))
     score = asked.score_of("blocks")
     session.opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
     return _plan_of(session, found, dropped)
@@ -159,8 +159,8 @@ def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan
         sizes = {part.count for own in rest.parts.values() for part in own if part.kind == kind}
         if not sizes:
             raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
-        keep[kind] = _kept(kind, sizes, asked.shares[kind], asked.align)
-    left = {mixture.count: experts_left(mixture, asked.shares["experts"]) for mixture in rest.mixtures.values()}
+        keep[kind] = _kept(kind, sizes, asked.share(kind), asked.align)
+    left = {mixture.count: experts_left(mixture, asked) for mixture in rest.mixtures.values()}
     return Plan(dropped, rest.parts, keep, rest.mixtures, left)
 
 

@@ -50,7 +50,9 @@ def rehearse(session: Session, plan: Plan) -> Configure:
     if written is None:
         raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} has no place for {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
-    removed = f"{', '.join(words_of(plan, len(model.blocks)))}: {_sizes(module.num_parameters(), after, padding)}"
+    share = session.opened.recipe.structure.shares.get("experts")
+    words = words_of(plan, len(model.blocks), share)
+    removed = f"{', '.join(words)}: {_sizes(module.num_parameters(), after, padding)}"
     worded = None if written == changes else written
     return Configure(changes=changes, written=worded, removed=removed, parameters=after - padding, padding=padding)
 
