@@ -1,24 +1,21 @@
-"""Runs killed at random moments, or on a disk that is full at a random byte, and begun again: the result is the same.
+"""Runs killed at random moments and at chosen calls of the system, or on a full disk, and begun again: the result is the same.
 
 Everything runs in children of one process that has imported all there is to import, so that a kill costs no start.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
-import resource
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from coprune.base.errors import CopruneError
+import coprune
+from coprune.base.environment import kernel_cache
+from coprune.base.native.build import load_kernels
 from coprune.base.progress import Reporter
 from coprune.packed.folder import pack, unpack
 from coprune.recipe.recipe import make_recipe
@@ -27,25 +24,30 @@ from coprune.run.stages import run_recipe
 from coprune.training.report import REPORT_FILE as FINETUNED
 from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
-from support.forking import forked
+from support.disturbing import Work, in_child, left_in
+from support.pico import pico_model
 from support.pico_folder import save_pico, write_words
+from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.pruned import pruned_model, save, settings_for, write_text
 
 QUIET = Reporter(quiet=True)
-Work = Callable[[Path], object]
-"""What a run does, from the folder that it writes into."""
-_SLOW = 300  # seconds after which a child is taken to hang
+KNOWN = ("run", "cache", "made", "made.txt", "made.gguf", "made.jsonl")
+"""What runs may leave in their folder."""
 
 
 def make_place(place: Path) -> dict[str, Work]:
     """Models and texts in a folder, and what is done with them."""
     save_pico(place / "model", num_hidden_layers=3)
     write_words(place / "words.txt")
+    write_words(place / "test.txt", 400, seed=1)
     save(pruned_model(num_hidden_layers=1), place / "pruned")
     write_text(place / "text.txt", 700)
+    gguf = distinct_norms(pico_model("llama"))
+    write_pico_gguf(gguf, place / "f32.gguf")
+    model = str(place / "model")
 
     def prune(**settings: Any) -> Work:
-        plain = {"model": str(place / "model"), "dataset": str(place / "words.txt"), "seqlen": 32, "nsamples": 6}
+        plain = {"model": model, "dataset": str(place / "words.txt"), "seqlen": 32, "nsamples": 6}
         plain |= {"eval_data": str(place / "words.txt"), "eval_tokens": 320, "device": "cpu", **settings}
         return lambda out: run_recipe(
             make_recipe({**plain, "save": out / "run", "save_model": out / "made"}), reporter=QUIET
@@ -56,29 +58,49 @@ def make_place(place: Path) -> dict[str, Work]:
         settings = settings_for(out / "run", place / "pruned", place / "text.txt", **made)
         return run_finetuning(make_settings(settings), QUIET)
 
+    def measure(out: Path) -> None:
+        found = coprune.evaluate(model, str(place / "test.txt"), seqlen=32, device="cpu", quiet=True)
+        (out / "made.txt").write_text(str(found.perplexity))
+
+    def compare(out: Path) -> None:
+        found = coprune.compare(
+            [model, place / "packed_model"], str(place / "test.txt"), seqlen=32, device="cpu", quiet=True
+        )
+        (out / "made.txt").write_text(found.to_markdown())
+
+    def write(out: Path) -> object:
+        return coprune.generate(model, out / "made.jsonl", place / "ask.jsonl", seqlen=8, device="cpu", quiet=True)
+
+    pack(place / "model", place / "packed_model")
     pack(place / "pruned", place / "packed")
+    (place / "ask.jsonl").write_text('{"prompt": "w5 w6"}\n{"prompt": "w7"}\n')
     return {
         "prune (wanda, streamed)": prune(method="wanda", stream=True),
         "prune (sparsegpt 2:4, sequential)": prune(method="sparsegpt", pattern="2:4", propagation="sequential"),
         "prune to a packed folder": prune(method="wanda", encoding="packed", stream=True),
+        "prune --remove": prune(remove="channels=0.34,blocks=0.34", align=32),
         "pack": lambda out: pack(place / "pruned", out / "made"),
         "unpack": lambda out: unpack(place / "packed", out / "made"),
         "finetune (lora)": tune,
         "finetune (dense)": lambda out: tune(out, mode="dense"),
+        "export": lambda out: coprune.export(place / "f32.gguf", out / "made.gguf", type="q8_0", quiet=True),
+        "generate": write,
+        "eval": measure,
+        "compare": compare,
     }
 
 
 def made_by(out: Path) -> dict[str, bytes]:
-    """The files of the model that a run made; without the cards, which tell how long it took."""
-    made = out / "made"
-    return {p.name: p.read_bytes() for p in sorted(made.glob("*")) if p.is_file() and p.name != "README.md"}
+    """The files that a run made, in a folder or not; without the cards, which tell how long it took."""
+    found = [path for top in sorted(out.glob("made*")) for path in (top.rglob("*") if top.is_dir() else [top])]
+    return {str(p.relative_to(out)): p.read_bytes() for p in found if p.is_file() and p.name != "README.md"}
 
 
 def _is_finished(out: Path) -> bool:
     """Whether a run has done all: with a run folder, its report is the last thing that it writes."""
     run = out / "run"
     reported = any((run / name).exists() for name in (PRUNED, FINETUNED))
-    return (out / "made").exists() and (reported or not run.exists())
+    return any(out.glob("made*")) and (reported or not run.exists())
 
 
 def _empty(folder: Path) -> None:
@@ -86,75 +108,59 @@ def _empty(folder: Path) -> None:
     folder.mkdir()
 
 
-def in_child(work: Callable[[], object], kill_after: float | None = None, largest: int | None = None) -> int:
-    """Do some work in a child; its exit code, negative if it was killed.
-
-    kill_after: seconds after which it is killed; largest: bytes that no file may exceed, as on a full disk. A known
-    error is 3, any other 1.
-    """
-    child = forked(lambda: _work(work, largest))
-    started = time.monotonic()
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        passed = time.monotonic() - started
-        if passed > (kill_after if kill_after is not None else _SLOW):
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.001)
-
-
-def _work(work: Callable[[], object], largest: int | None) -> None:
-    torch.set_num_threads(1)
-    if largest is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    try:
-        work()
-    except CopruneError:
-        sys.exit(3)
-
-
 class Undisturbed:
-    """What each run makes when it is left in peace, and how long it takes."""
+    """What each run makes when it is left in peace, how long it takes, and how many calls of the system."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        os.environ["COPRUNE_CACHE"] = str(kernel_cache())  # which a run would compile anew in a cache of its own
+        load_kernels()
         self.works = make_place(place)
         self.expected: dict[str, dict[str, bytes]] = {}
         self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
         for name, work in self.works.items():
-            out = place / "undisturbed"
+            out = place / "there"  # all runs are at one place, which some files name
             out.mkdir()
             started = time.monotonic()
-            assert in_child(lambda work=work, out=out: work(out)) == 0, name  # type: ignore[misc]
+            assert in_child(work, out) == 0, name
             self.seconds[name] = time.monotonic() - started
+            self.calls[name] = json.loads((place / "calls.json").read_text())
             self.expected[name] = made_by(out)
+            assert self.expected[name], name
+            assert not left_in(out, *KNOWN), (name, left_in(out, *KNOWN))
             shutil.rmtree(out)
 
-    def disturbed(self, name: str, chance: random.Random, full_disk: bool) -> tuple[int, list[str]]:
-        """Disturb a run once or twice, and let it end; how often it was disturbed, and what was wrong then."""
-        work, expected, out = self.works[name], self.expected[name], self.place / "disturbed"
+    def disturbed(self, name: str, chance: random.Random, how: str) -> tuple[int, list[str]]:
+        """Disturb a run once or twice, and let it end; how often it was disturbed, and what was wrong then.
+
+        how: `kills`, `kills at calls`, or `filled disks`.
+        """
+        work, expected, out = self.works[name], self.expected[name], self.place / "there"
         out.mkdir()
-        wrong, disturbed, wanted = [], 0, 1 if full_disk else chance.choice([1, 1, 2])
-        latest = self.seconds[name]
+        wrong, disturbed, wanted = [], 0, 1 if how == "filled disks" else chance.choice([1, 1, 2])
+        latest, when = 1.0, ""
         while disturbed < wanted and not _is_finished(out):
-            size = max(map(len, expected.values()))
-            kill_after = None if full_disk else chance.uniform(0, latest)
-            largest = int(size * chance.uniform(0.01, 1)) if full_disk else None
-            code = in_child(lambda: work(out), kill_after, largest)
+            share = latest * chance.random()
+            limits: dict[str, Any] = {"kill_after": share * self.seconds[name]}
+            if how == "kills at calls":
+                limits = {"kill_at": 1 + int(share * self.calls[name])}
+            elif how == "filled disks":
+                limits = {"largest": int(max(map(len, expected.values())) * max(0.01, share))}
+            code = in_child(work, out, **limits)
+            when += f" {limits}"
             disturbed += code not in (0, 1)
             wrong += ["a traceback"] if code == 1 else []
-            if code != 0 and (out / "made").exists() and made_by(out) != expected:
-                wrong.append("half a model under its name")
+            if code != 0 and any(out.glob("made*")) and made_by(out) != expected:
+                wrong.append("half of it under its name")
             if code == 0 and disturbed == 0:
                 # It was through before: once more from the start, and sooner.
                 _empty(out)
                 latest = 0.9 * latest
-        if not _is_finished(out) and in_child(lambda: work(out)) != 0:
-            wrong.append("it could not be finished")
+        if not _is_finished(out) and (code := in_child(work, out)) != 0:
+            wrong.append(f"it could not be finished ({code})")
         if made_by(out) != expected:
             wrong.append("another result")
-        left = [path.name for path in out.iterdir() if path.name not in ("made", "run")]
-        wrong += [f"{left} was left"] if left else []
+        wrong += [f"{left} was left" for left in left_in(out, *KNOWN)]
         shutil.rmtree(out)
-        return disturbed, wrong
+        return disturbed, [f"{one} ({when.strip()})" for one in wrong]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coprune.base.errors import BadInput, CopruneError
+from coprune.base.files import write_text
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint import part_files
 from coprune.model.checkpoint import writer as writer_module
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.encoding import Place
 from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.checkpoint.part_files import join_files
 from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from support.disturbing import in_child, left_in
 from support.saved import (
     MODELS,
     assert_same_tensors,
@@ -253,6 +257,36 @@ def test_what_a_run_left_in_its_first_and_last_moments_is_taken_over(left: list[
         (tmp_path / ".model.partial" / name).mkdir() if "-" in name else (tmp_path / ".model.partial" / name).touch()
     writer = part_writer(tmp_path)
     assert {path.name for path in writer.partial.iterdir()} == {"parts.json", "running.lock"}
+
+
+def test_killed_at_any_call_of_the_system_it_ends_with_the_same_files(tmp_path: Path, one_thread: None) -> None:
+    def write(out: Path) -> None:
+        if (out / "model").exists():
+            return
+        writer = CheckpointWriter(out / "model", ["one", "two"], 1000)
+        for part in ("one", "two"):
+            if not writer.verify(part):
+                writer.write(part, {part: torch.ones(3)})
+        write_text(writer.partial / EDITS_FILE, "{}")
+        writer.finish()
+
+    out, at = tmp_path / "out", -2
+    expected: dict[str, bytes | None] = {EDITS_FILE: None, SINGLE_FILE: None}
+    while True:
+        at += 3
+        out.mkdir()
+        ended = in_child(write, out, kill_at=at)
+        assert ended in (0, -signal.SIGKILL)
+        write(out)
+        found = {path.name: path.read_bytes() for path in (out / "model").iterdir()}
+        assert found.keys() == expected.keys()
+        assert expected[SINGLE_FILE] in (None, found[SINGLE_FILE])
+        expected = dict(found)
+        assert not left_in(out, "model"), at
+        shutil.rmtree(out)
+        if ended == 0:
+            break
+    assert at > 40
 
 
 def test_a_full_disk_loses_no_finished_part(tmp_path: Path) -> None:
