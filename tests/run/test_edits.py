@@ -159,7 +159,18 @@ def test_the_source_is_found_from_a_folder_behind_a_link(tmp_path: Path, monkeyp
     assert str(tmp_path) not in Path("out/model", EDITS_FILE).read_text()
 
 
-@pytest.mark.parametrize("content", ["[1", '{"masks": {}, "source": "x", "before": 5}', '{"masks": {}, "edits": []}'])
+DAMAGED = {
+    "no JSON": "[1",
+    "a number of edits": '{"masks": {}, "source": "x", "before": 5}',
+    "a list of blocks": '{"masks": {}, "edits": []}',
+    "a source that is no name": json.dumps({"masks": {}, "source": "..\0"}),
+    "a source without end": json.dumps({"masks": {}, "source": "x" * 100_000}),
+    "a list of sources": json.dumps({"masks": {}, "source": [0]}),
+    "objects in objects": '{"masks": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_beside_the_source_is_found_before_anything_is_pruned(content: str, tmp_path: Path) -> None:
     save_pico(tmp_path / "llama")
     (tmp_path / "llama" / EDITS_FILE).write_text(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -156,8 +157,9 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(models: Path, tmp_path
             assert running.poll() is None, running.stderr.read()
             time.sleep(0.005)
         os.kill(process_of_rank(1, running.pid), signal.SIGKILL)
-        running.communicate(timeout=60)
+        _, told = running.communicate(timeout=60)
     assert running.returncode != 0
+    assert re.search(r"^coprune: (process 0 was told to stop|another process of this run ended)", told, re.MULTILINE)
     assert not (killed / "0-model").exists()
 
     assert "blocks were finished by an earlier run" in run_together(command(killed))

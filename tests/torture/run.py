@@ -3,7 +3,7 @@
 500 packed folders changed by chance and by intent, multiplied from by kernels that are built under the address
 sanitiser; 100 tokenizers, chat templates and configurations each, pruned with; 160 runs killed once or twice, half at random
 moments and half at calls of the system, and 24 on a disk that is full at a random byte, each begun again and compared
-byte by byte with one that was left in peace. docs/reliability.md holds what it printed.
+byte by byte with one that was left in peace; 40 commands stopped by SIGTERM. docs/reliability.md holds what it printed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from torture.fuzz import CHANGES, attack
 from torture.kills import Undisturbed
 from torture.mutations import watched
+from torture.stops import Stopped
 
 _BATCH = 100
 
@@ -33,7 +34,7 @@ def main() -> int:
     """Run everything and print a table; returns 1 if anything was not as promised."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument("--only", choices=["folders", "files", "runs"], help="one part of it")
+    parser.add_argument("--only", choices=["folders", "files", "runs", "stops"], help="one part of it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     part = 10 if options.quick else 1
@@ -51,6 +52,10 @@ def main() -> int:
             undisturbed = Undisturbed(Path(place) / "runs")
             for how, count in (("kills", 80), ("kills at calls", 80), ("filled disks", 24)):
                 bad += _disturbances(undisturbed, options.seed, count // part, how)
+        if options.only in (None, "stops"):
+            ends, wrong = Stopped(Path(place) / "stops").stop(40 // part, options.seed)
+            print(f"{40 // part} commands stopped: {', '.join(f'{n} {end}' for end, n in ends.items())}", flush=True)
+            bad += wrong
     for line in bad:
         print(f"NOT AS PROMISED: {line}")
     print(f"{len(bad)} things were not as promised; {(time.monotonic() - started) / 60:.0f} minutes.")

@@ -28,6 +28,7 @@ from coprune.model.edit import (
     PadUnits,
 )
 
+_LONGEST_PATH = 4096
 EDITS: dict[str, type[Edit]] = {
     "fill_zeros": FillZeros,
     "add_low_rank": AddLowRank,
@@ -211,9 +212,12 @@ def _content(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise _damaged(folder) from None
     if not isinstance(content, dict) or "masks" not in content:
+        raise _damaged(folder)
+    source = content.get("source")
+    if source is not None and not (isinstance(source, str) and len(source) < _LONGEST_PATH and "\0" not in source):
         raise _damaged(folder)
     if not isinstance(content.get("before", []), list) or not isinstance(content.get("edits", {}), dict):
         raise _damaged(folder)
