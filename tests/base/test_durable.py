@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from coprune.base.durable import own_folder, remove_unfinished, write_durably, write_whole
 from coprune.base.errors import CopruneError
 from coprune.base.whole_folder import whole_folder
+from support.disturbing import in_child, left_in
 from support.forking import forked
 
 
@@ -85,3 +86,21 @@ def test_files_are_as_readable_as_the_user_wants_new_ones(tmp_path: Path) -> Non
         os.umask(before)
     for file in (tmp_path / "weights", tmp_path / "folder" / "weights"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_killed_at_any_call_of_the_system_a_file_is_old_or_new_and_nothing_is_beside_it(tmp_path: Path) -> None:
+    def write(out: Path) -> None:
+        write_durably(out / "file", lambda temporary: temporary.write_text("new"))
+
+    out, at, ended = tmp_path / "out", 0, -signal.SIGKILL
+    while ended != 0:
+        at += 1
+        out.mkdir(exist_ok=True)
+        (out / "file").write_text("old")
+        ended = in_child(write, out, kill_at=at)
+        found = (out / "file").read_text()
+        assert found == "new" or len(left_in(out, "file")) <= 2
+        if found == "old":
+            write(out)
+        assert not left_in(out, "file"), at
+    assert at > 8

@@ -97,7 +97,7 @@ def test_an_announced_run_whose_model_is_missing_goes_on(
         patch.setattr("coprune.training.run.save_model", killed)
         with pytest.raises(Killed):
             tune(home, tmp_path / "run", save_model=tmp_path / "model")
-    assert (tmp_path / "run" / "training" / "announced.json").is_file()
+    assert (tmp_path / "run" / ".finetune.json").is_file()
     assert tune(home, tmp_path / "run", save_model=tmp_path / "model").saved_model == tmp_path / "model"
     assert (tmp_path / "model" / "model.safetensors").is_file()
 

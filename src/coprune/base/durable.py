@@ -41,15 +41,25 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write(file: Path, write: Callable[[Path], object], wait: bool) -> None:
-    with full_disk_explained(file), own_folder(file) as folder:
-        temporary = folder / file.name
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # as any new file's; safetensors makes its own private
-        if wait:
-            sync(temporary)
-        temporary.replace(file)
+    whole, lock = file.with_name(f"{_start_of_name(file)}{secrets.token_hex(4)}"), None
+    try:
+        with full_disk_explained(file):
+            with own_folder(file) as folder:
+                temporary = folder / file.name
+                temporary.touch(exist_ok=False)
+                mode = temporary.stat().st_mode
+                write(temporary)
+                temporary.chmod(mode)  # as any new file's; safetensors makes its own private
+                if wait:
+                    sync(temporary)
+                lock = os.open(temporary, os.O_RDONLY)
+                _locks(lock)
+                temporary.replace(whole)
+            whole.replace(file)  # last: a kill after that leaves nothing beside the file
+    finally:
+        whole.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager
@@ -100,11 +110,13 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _remove_left(place: Path, pattern: str) -> None:
-    for folder in filter(is_unfinished, place.glob(pattern)):
+    for left in filter(is_unfinished, place.glob(pattern)):
         with suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-            if _locks(lock):
-                shutil.rmtree(folder, ignore_errors=True)
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if _locks(lock) and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif _locks(lock):
+                left.unlink()
             os.close(lock)
 
 

@@ -44,9 +44,12 @@ def is_finetuning(folder: Path) -> bool:
 
 def write_finetune_page(folder: Path, path: Path | None = None) -> None:
     """Write the page of a finished fine-tuning. path: by default in its folder. Raises BadInput for one that has not ended."""
-    report = read_as(FinetuneReport, folder / REPORT_FILE)
-    links = links_of_finetuning(folder, expand_home(report.settings.model))
-    write_text(path or folder / PAGE_FILE, finetune_page(report, links))
+    write_page_of(read_as(FinetuneReport, folder / REPORT_FILE), folder, path or folder / PAGE_FILE)
+
+
+def write_page_of(report: FinetuneReport, folder: Path, path: Path) -> None:
+    """Write the page of a report. folder: of the run; path: the page."""
+    write_text(path, finetune_page(report, links_of_finetuning(folder, expand_home(report.settings.model))))
 
 
 def finetune_page(report: FinetuneReport, links: Sequence[str] = ()) -> str:

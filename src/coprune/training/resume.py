@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from coprune.base.apart import folder_apart
+from coprune.base.durable import remove_unfinished
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
@@ -20,20 +21,31 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.model.edits import is_coprunes
 from coprune.recipe.decides import Decides, deciding
+from coprune.report.links import PAGE_FILE
 from coprune.training.history import masks_of
 from coprune.training.masks import plain_parameters
-from coprune.training.page import write_finetune_page
+from coprune.training.page import write_page_of
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
 
 _IDENTITY = "identity.json"
-_ANNOUNCED = "announced.json"
+_ANNOUNCED = f".{REPORT_FILE}"
 
 
-def announce(report: FinetuneReport, training_folder: Path) -> None:
+def announce(report: FinetuneReport, run_folder: Path) -> None:
     """Keep a report for the case that the run is killed once its model is whole."""
-    write_text(training_folder / _ANNOUNCED, report.model_dump_json())
+    write_text(run_folder / _ANNOUNCED, report.model_dump_json(indent=2) + "\n")
+
+
+def finish_run_folder(report: FinetuneReport) -> None:
+    """Write the page, remove what a run resumes from, and give the report its name: last, since it says that all is there."""
+    run = report.settings.run_folder
+    announce(report, run)
+    write_page_of(report, run, run / PAGE_FILE)
+    shutil.rmtree(run / "training", ignore_errors=True)
+    remove_unfinished(run)
+    (run / _ANNOUNCED).replace(run / REPORT_FILE)
 
 
 def gives_as(report: FinetuneReport, settings: FinetuneSettings) -> bool:
@@ -48,9 +60,8 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
 
     Returns its report, or None if there is no such run. Raises BrokenMask if a pruned weight in the model is not zero.
     """
-    training = settings.run_folder / "training"
     try:
-        report = FinetuneReport.model_validate_json((training / _ANNOUNCED).read_text(encoding="utf-8"))
+        report = FinetuneReport.model_validate_json((settings.run_folder / _ANNOUNCED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not gives_as(report, settings) or not holds_model(settings.model_folder):
@@ -59,9 +70,7 @@ def finish_announced(settings: FinetuneSettings) -> FinetuneReport | None:
     pruned, _ = load_model(location)
     saved, _ = load_model(locate(settings.model_folder))
     masks_of(pruned, location.path).verify(plain_parameters(saved))
-    report.write(settings.run_folder)
-    write_finetune_page(settings.run_folder)
-    shutil.rmtree(training, ignore_errors=True)
+    finish_run_folder(report)
     return report
 
 

@@ -27,7 +27,6 @@ from coprune.training.adapters import merge, plain_warning, save_adapter
 from coprune.training.answers import look_before
 from coprune.training.card import adapter_card, finetune_card
 from coprune.training.one_device import training_device
-from coprune.training.page import write_finetune_page
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -40,6 +39,7 @@ from coprune.training.resume import (
     announce,
     beside_others,
     finish_announced,
+    finish_run_folder,
     prepare_folders,
     replace_earlier,
     resume_from,
@@ -148,16 +148,14 @@ def _finish(
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier try: the report was not written yet
         save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
-        announce(draft, session.training_folder)
+        announce(draft, settings.run_folder)
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)
         beside = Companions(processor, finetune_card(draft), dtype, str(settings.model))
         save_model(merged, session.masks, beside, folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
-    report.write(settings.run_folder)
-    write_finetune_page(settings.run_folder)
-    shutil.rmtree(session.training_folder, ignore_errors=True)
+    finish_run_folder(report)
     return report
 
 
