@@ -112,7 +112,7 @@ def test_links_lead_only_to_what_is_there(place: Path, tmp_path: Path) -> None:
     (alone / "report.json").write_bytes((place / "sweep" / "wanda" / "report.json").read_bytes())
     assert "<nav></nav>" in coprune_report(alone, alone / "report.html")
     (alone / "finetune").mkdir()
-    tuned(place / "wanda").write(alone / "finetune")
+    (alone / "finetune" / "finetune.json").write_text(tuned(place / "wanda").model_dump_json())
     write_finetune_page(alone / "finetune")
     assert links_in(alone / "finetune" / "report.html") == [(alone / "report.html").resolve()]
     elsewhere = tmp_path / "other pages" / "run.html"
@@ -131,7 +131,7 @@ def coprune_report(run: Path, page: Path) -> str:
 def test_the_page_of_a_fine_tuning(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tuned(place / "wanda").write(tmp_path)
+    (tmp_path / "finetune.json").write_text(tuned(place / "wanda").model_dump_json())
     ended = run_command(["report", str(tmp_path)], monkeypatch, capsys)
     assert ended.code == 0, ended.err
     page = (tmp_path / "report.html").read_text()

@@ -203,7 +203,7 @@ def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.training.report.FinetuneReport.write", killed)
+        patch.setattr("coprune.training.run.finish_run_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             run(home, tmp_path / "run", mode=mode, max_steps=2)
     weights = weights_of(tmp_path / "run" / "model")

@@ -172,12 +172,6 @@ class FinetuneReport(Shown, BaseModel):
         rows += [("model in", f"{self.saved_model} (reloaded and compared)")] if self.saved_model else []
         return Sheet(self.headline(), rows)
 
-    def write(self, folder: Path) -> None:
-        """Write the report whole or not at all."""
-        from coprune.base.files import write_text
-
-        write_text(folder / REPORT_FILE, self.model_dump_json(indent=2) + "\n")
-
 
 def curves(history: list[dict[str, Any]]) -> tuple[list[LossPoint], list[HeldOutPoint]]:
     """Sort a Trainer's log into the two curves."""
