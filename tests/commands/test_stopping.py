@@ -113,3 +113,9 @@ def test_whoever_reads_may_stop_reading() -> None:
     ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_nobody_may_read_at_all() -> None:
+    command = f"{sys.executable} -m coprune --version >&-"
+    ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

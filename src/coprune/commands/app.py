@@ -93,7 +93,8 @@ def _run(arguments: list[str]) -> int:
         with speaking(CommandLine()):
             require_posix()
             code: int = app(arguments, standalone_mode=False) or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # which it is where whoever started this closed it
+                sys.stdout.flush()
             return code
     except CopruneError as error:
         _fail(error.text(CommandLine()))
