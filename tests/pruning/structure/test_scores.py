@@ -77,6 +77,23 @@ def test_the_refit_is_least_squares_and_what_obs_keeps_is_better_after_it(seed: 
     assert error(chosen) <= error(WandaSP().keep(weight, statistic, ALONE, CHANNELS // 2))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_few_tokens_make_up_for_less_than_they_seem_to(seed: int) -> None:
+    """By half as many again as there are columns; what counts is the error on others."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = 64
+    mix = torch.randn(columns, columns, generator=generator) / 24 + torch.eye(columns)
+    seen, others = torch.randn(2, 3 * columns // 2, columns, generator=generator) @ mix
+    statistic, keep = Gram(columns), torch.arange(columns) % 3 > 0
+    statistic.update(seen)
+    weight = torch.randn(OUT, columns, generator=generator)
+
+    def error(solved: torch.Tensor) -> float:
+        return float((others @ (solved - weight).T).norm() / (others @ weight.T).norm())
+
+    assert error(refitted(weight, statistic, keep)) < 0.9 * error(refitted(weight, statistic, keep, damping=0.01))
+
+
 @given(units=st.integers(1, 4096), share=st.floats(0.01, 0.99), align=st.sampled_from([1, 16, 64, 100]))
 def test_as_many_are_kept_as_asked_and_in_multiples(units: int, share: float, align: int) -> None:
     found = kept_count(units, share, align)

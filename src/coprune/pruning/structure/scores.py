@@ -214,17 +214,23 @@ def removal_cost(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
     return cost
 
 
-def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float = 0.01) -> Tensor:
+LEAST_DAMPING = 0.01
+"""Of a refit, however many tokens it sees."""
+
+
+def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | None = None) -> Tensor:
     """The consumer whose kept columns give what all gave, as well as they can: W_k = W H_:k H_kk⁻¹, zeros elsewhere.
 
     Args:
         weight: O × C float32.
         statistic: of its inputs.
         keep: C bool.
-        damping: added to the Gram matrix, as a fraction of its mean diagonal.
+        damping: added to the Gram matrix, as a fraction of its mean diagonal; by default C / T for T tokens, since what few
+            tokens say of many columns is mostly noise.
     """
     with full_float32():
         gram = statistic.gram
+        damping = max(LEAST_DAMPING, len(keep) / statistic.count) if damping is None else damping
         gram.diagonal().add_(damping * gram.diagonal().mean())
         lower, _ = damped_cholesky(gram[keep][:, keep], 1e-7)
         solved = torch.cholesky_solve(gram[keep] @ weight.T, lower).T
