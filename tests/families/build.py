@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
 from families.shrink import tiny_config
@@ -30,6 +35,36 @@ def image_size(config: Any) -> int:
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
     size = size[0] if isinstance(size, list | tuple) else size
     return size if isinstance(size, int) else DEFAULT_IMAGE_SIZE
+
+
+_PUBLISHED = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+
+def published_class(model_type: str, kind: Kind) -> str:
+    """The name of the class that checkpoints of a type are published as: the whole model, of which text may be one half."""
+    names = [] if kind == "images" else [names[model_type] for names in _PUBLISHED if model_type in names]
+    found = [name if isinstance(name, str) else name[0] for name in names]
+    return found[0] if found else all_types(kind)[model_type]
+
+
+def published_model(model_type: str, kind: Kind) -> PreTrainedModel:
+    """A tiny model of that class with random weights."""
+    named: Any = getattr(transformers, published_class(model_type, kind))
+    config = tiny_config(model_type)
+    if kind == "images" or named.config_class is not type(config):
+        return tiny_model(model_type, kind)
+    torch.manual_seed(0)
+    model: PreTrainedModel = named._from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.normal_(0.0, 0.1)
+    return model.eval().requires_grad_(False)
 
 
 def tiny_model(model_type: str, kind: Kind, seed: int = 0) -> PreTrainedModel:

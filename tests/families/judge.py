@@ -19,11 +19,12 @@ from coprune.base.errors import CopruneError
 from coprune.data import calibration_windows
 from coprune.data.images import draw_images, labelled_images, transform_of
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import has_auto_class, quiet_transformers
+from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers
 from coprune.model.matrices import find_matrices
 from coprune.recipe.pattern import NM, Target, parse_pattern
 from coprune.report.schema import Report
-from families.build import AUTO, Kind, image_size, tiny_model
+from families.build import AUTO, Kind, image_size, published_model, tiny_model
+from families.kept import lost_in_silence, save_published
 from support.walking import full_forward
 from support.whole_forwards import kind_of, prune_by_whole_forwards
 from support.words import word_tokenizer
@@ -56,6 +57,8 @@ class Verdict:
     blocks: int = 0
     matrices: int = 0
     left_alone: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    """What became of a folder of it, as published: tensors that changed, and why."""
     seconds: float = 0.0
 
     def line(self) -> dict[str, Any]:
@@ -71,7 +74,9 @@ class Data:
     batches: list[Tensor]
 
 
-def judge(model_type: str, model_class: str, kind: Kind, folder: Path, samples: int = 24) -> Verdict:
+def judge(
+    model_type: str, model_class: str, kind: Kind, folder: Path, samples: int = 24, as_folder: bool = True
+) -> Verdict:
     """Try everything with one type of model.
 
     Args:
@@ -80,6 +85,7 @@ def judge(model_type: str, model_class: str, kind: Kind, folder: Path, samples: 
         kind: whether it reads text or images.
         folder: an empty one to work in.
         samples: how many calibration samples.
+        as_folder: whether to prune it from a folder too, and compare the files.
     """
     verdict, started = Verdict(model_type, model_class, kind), time.perf_counter()
     try:
@@ -88,6 +94,8 @@ def judge(model_type: str, model_class: str, kind: Kind, folder: Path, samples: 
         _require_forward(model, data.batches[0])
         for name in TARGETS:
             _try(model_type, name, data, verdict, folder / name.replace(":", "-"))
+        if as_folder:
+            _compare_folders(model_type, data, verdict, folder)
     except NotBuilt as error:
         verdict.result, verdict.reason = "not built", str(error)
     except CopruneError as error:
@@ -151,7 +159,23 @@ def _try(model_type: str, name: str, data: Data, verdict: Verdict, folder: Path)
     with _called(name):
         _compare_masks(model, tiny_model(model_type, kind), data, target, report)
         _compare_rest(model, dense, report)
-        _compare_loaded(model, AUTO[kind] if has_auto_class(model.config) else type(model), folder)
+        _compare_loaded(model, AUTO[kind] if loaded_by_auto(model) else type(model), folder)
+
+
+def _compare_folders(model_type: str, data: Data, verdict: Verdict, folder: Path) -> None:
+    """Nothing of a published folder is lost, be it of the whole model of which this type is a part, or refused."""
+    try:
+        model = published_model(model_type, verdict.kind)
+        source = save_published(model, folder / "published", verdict.kind)
+    except Exception as error:
+        verdict.kept = [f"not built: {first_line(error)}"]
+        return
+    dataset = {"dataset": "digits"} if verdict.kind == "images" else {"dataset": data.batches[0]}
+    settings = {**dataset, "method": "magnitude", "sparsity": 0.5}
+    told, wrong = lost_in_silence(source, folder / "kept", settings)
+    verdict.kept = [f"{type(model).__name__} {line}" for line in told]
+    if wrong:
+        raise Wrong(f"{type(model).__name__} as a folder, {wrong}")
 
 
 def _compare_masks(model: PreTrainedModel, oracle: PreTrainedModel, data: Data, target: Target, report: Report) -> None:

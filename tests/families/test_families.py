@@ -29,7 +29,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_works(model_type: str, tmp_path: Path) -> None:
-    verdict = judge(model_type, all_types("text")[model_type], "text", tmp_path)
+    verdict = judge(model_type, all_types("text")[model_type], "text", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
     assert verdict.matrices
     routers = [line.removeprefix("model.layers.*.") for line in verdict.left_alone if "a router" in line]
@@ -39,12 +39,12 @@ def test_works(model_type: str, tmp_path: Path) -> None:
 def test_a_block_is_run_with_its_own_arguments_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # With one block that has attention there is nothing to share, and it is the largest, which the estimate runs alone.
     monkeypatch.delitem(EXCEPTIONS, "zamba2")
-    verdict = judge("zamba2", all_types("text")["zamba2"], "text", tmp_path)
+    verdict = judge("zamba2", all_types("text")["zamba2"], "text", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
 
 
 def test_the_classifier_works(tmp_path: Path) -> None:
-    verdict = judge("vit", all_types("images")["vit"], "images", tmp_path)
+    verdict = judge("vit", all_types("images")["vit"], "images", tmp_path, as_folder=False)
     assert (verdict.result, verdict.reason) == ("works", "")
 
 

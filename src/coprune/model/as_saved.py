@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
-from coprune.model.checkpoint.weights import is_below
+from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import Edits
 from coprune.model.slices import KeptSlices, runs_of
 from coprune.model.transformers_private import (
@@ -53,9 +53,9 @@ def masks_as_saved(
     return revert_conversion(model, state) if layout is None else layout(state)
 
 
-def saved_name(model: PreTrainedModel, block: str) -> str:
-    """What a checkpoint calls a block: the path that all its tensors begin with there."""
-    paths = [name.split(".") for name in masks_as_saved(model, block, {})]
+def saved_name(model: PreTrainedModel, block: str, layout: Layout | None = None) -> str:
+    """What a checkpoint calls a block: the path that all its tensors begin with there. layout: as in `slices_kept`."""
+    paths = [name.split(".") for name in masks_as_saved(model, block, {}, layout)]
     number = block.rpartition(".")[2]
     for length, part in enumerate(paths[0] if paths else (), start=1):
         if part == number and all(path[:length] == paths[0][:length] for path in paths):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
 
@@ -28,10 +29,16 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of the largest list of modules (those of its stages, if it is a list of stages), in order.
 
     Parameters on the meta device count as well, so this works before any weight is loaded.
+    Lists of what sees or hears for a language model do not count: a text does not pass them.
     Raises UnsupportedModel if there is no such list, or if a second one (an encoder beside a decoder) holds more than
     half as much.
     """
-    lists = {name: module for name, module in model.named_modules() if _is_list(module)}
+    towers = _towers(model)
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_list(module) and not any(name.startswith(f"{tower}.") for tower in towers)
+    }
     if not lists:
         raise UnsupportedModel("the model holds no list of blocks (no torch.nn.ModuleList): nothing to walk")
     # Of equally large lists the outer one: a list of experts inside the only block is not the list of blocks.
@@ -46,6 +53,19 @@ def find_blocks(model: nn.Module) -> list[Block]:
     if not blocks:
         raise UnsupportedModel("the model has no blocks: its configuration says that their number is 0")
     return blocks
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Paths of the models inside of one that have a configuration of their own, which is not that of its text."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    own = (type(config), type(config.get_text_config()))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) not in own
+    ]
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -18,9 +18,10 @@ from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut, Set, say
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
-from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
+from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, is_packed, locate
 from coprune.model.checkpoint.names import kinds_of
+from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.room import require_room
 from coprune.model.walk.record import input_device
@@ -61,10 +62,10 @@ class Loaded:
 
     @property
     def left_out(self) -> list[str]:
-        """Tensors of a streamed checkpoint that the model has no place for, each with the reason."""
-        kinds = kinds_of(self.weights.unknown)
+        """Tensors of the checkpoint that the model does not load, and that are saved as they are."""
+        kinds = kinds_of(self.weights.carried_entries)
         more = [f"{len(kinds) - _MOST_KINDS:,} more kinds of such tensors"] if len(kinds) > _MOST_KINDS else []
-        return [*(f"{kind}, a tensor that the model does not know" for kind in kinds[:_MOST_KINDS]), *more]
+        return [*(f"{kind}, which the model does not load" for kind in kinds[:_MOST_KINDS]), *more]
 
     def fingerprint(self, blocks: Sequence[Block]) -> str:
         """Names the weights by what lies outside the blocks, and pieces of every tensor in them: 16 hex digits."""
@@ -122,7 +123,25 @@ def open_model(asked: ModelPart, stream: bool) -> Loaded:
     if isinstance(location, ModelFolder) and asked.check_memory:
         require_room(location, 1, device)
     model, processor = load_model(location, asked.dtype, device)
-    return Loaded(InMemory(model), processor, location.name, isinstance(location, GgufFile))
+    return Loaded(in_memory(model, location, asked.dtype), processor, location.name, isinstance(location, GgufFile))
+
+
+def in_memory(model: PreTrainedModel, location: Location, dtype: DtypeName = "auto") -> InMemory:
+    """A model that was loaded from a place, to be saved as what is there.
+
+    dtype: that it was loaded in. Raises BadInput for a packed folder that holds more than the model loads.
+    """
+    if isinstance(location, GgufFile):
+        return InMemory(model)
+    source = Source(location, model, dtype)
+    if is_packed(location) and (carried := source.conversion.carried):
+        raise BadInput(
+            f"{location.name} is packed and holds {carried[0]} ({len(carried)} in all), which the model does not load",
+            field="model",
+            value=location.name,
+            fix="prune the folder that it was made from",
+        )
+    return InMemory(model, source)
 
 
 def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, more: str = "") -> None:

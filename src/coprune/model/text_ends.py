@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def ends_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
     """Tokens that end a text that a model writes: its tokenizer's, its settings' for generation, its configuration's."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return ends_among(tokenizer.eos_token_id, own, model.config.get_text_config().eos_token_id)
+    # Some configurations of text models inside of others do not have it at all.
+    return ends_among(tokenizer.eos_token_id, own, getattr(model.config.get_text_config(), "eos_token_id", None))
 
 
 def ends_among(*said: Any) -> tuple[int, ...]:

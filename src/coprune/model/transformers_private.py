@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
@@ -208,11 +209,13 @@ def builds(auto_class: Any, config: Any) -> bool:
     return type(config) in auto_class._model_mapping
 
 
-def own_class(config: Any) -> type[PreTrainedModel] | None:
-    """The class that a configuration names itself, if transformers has it and it is for such a configuration.
+def auto_choice(auto_class: Any, config: Any) -> type[PreTrainedModel] | None:
+    """The class that an Auto class takes for a configuration; None if it has none."""
+    return _get_model_class(config, auto_class._model_mapping) if builds(auto_class, config) else None
 
-    It is what loads the text model of some models of text and images, which no Auto class knows by itself.
-    """
+
+def own_class(config: Any) -> type[PreTrainedModel] | None:
+    """The class that a configuration names itself, if transformers has it and it is for such a configuration."""
     named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
         return named

@@ -50,7 +50,9 @@ def read_call(
     chosen = named if named is not None else usual.get("method", _DEFAULT_METHOD)
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
-    base = {"stream": False, "model": str(model) if loaded is None else loaded.source, PRESET: preset}
+    # Where nothing is saved, the model in memory is what a call is for.
+    usual_stream = None if said.get("save_model") is not None else False
+    base = {"stream": usual_stream, "model": str(model) if loaded is None else loaded.source, PRESET: preset}
     return make_recipe(layered(base, given_samples(said.get("dataset")), by_call)), Given(loaded, given)
 
 

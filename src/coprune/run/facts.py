@@ -12,7 +12,7 @@ from coprune.data.images import LabelledImages
 from coprune.evaluation.answers.requirements import judge
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
-from coprune.model.checkpoint.load import has_auto_class
+from coprune.model.checkpoint.load import loaded_by_auto
 from coprune.model.edit import Configure
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.examples import accuracy_facts
@@ -102,7 +102,7 @@ def _model(session: Session) -> ModelFacts:
         parameters=module.num_parameters(),
         quantised_source=loaded.quantised_source,
         task=loaded.task,
-        loaded_by="" if has_auto_class(module.config) else type(module).__name__,
+        loaded_by="" if loaded_by_auto(module) else type(module).__name__,
     )
 
 

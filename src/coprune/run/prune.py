@@ -11,6 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.given import handed_over
 from coprune.model.checkpoint.load import prepared
+from coprune.model.opened import streams
 from coprune.pruning.methods import Method
 from coprune.recipe.recipe import Recipe
 from coprune.run.arguments import PruneArguments
@@ -33,8 +34,8 @@ def prune(
 ) -> Result:
     """Prune a model and measure what that did.
 
-    A model given by name is loaded into memory unless stream=True. Nothing is written unless `save` or `save_model` is
-    given.
+    Nothing is written unless `save` or `save_model` is given. A folder that is saved with `save_model` is streamed by
+    default, as on the command line; where nothing is saved, it is loaded into memory, and the result holds the model.
 
     Args:
         model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is pruned in place.
@@ -61,8 +62,8 @@ def prune(
         recipe, given = read_call(model, method, preset, processor, named)
         with prepared(given.model):
             result = run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
-            # While the model that was given is as the run left it.
-            _ = result.model
+            if given.model is not None or not streams(recipe):
+                _ = result.model  # while the model that was given is as the run left it
             return result
 
 

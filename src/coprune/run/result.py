@@ -21,11 +21,11 @@ class Result(Shown):
     processor: Any = None
     """Tokenizer or image processor; None where no model was opened, or it has none."""
     made: Callable[[], PreTrainedModel | None] = lambda: None
-    """Gives the model; one that lost parts, or was trained, is built or loaded when it is first asked for."""
+    """Gives the model; one that lost parts, was trained or streamed, is built or loaded when it is first asked for."""
 
     @cached_property
     def model(self) -> PreTrainedModel | None:
-        """None where it is only on the disk: it was streamed, or pruned by an earlier run."""
+        """None where it was streamed and not saved, or pruned by an earlier run."""
         return self.made()
 
     @property

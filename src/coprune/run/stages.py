@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from coprune.base.devices import enough_memory
 from coprune.base.files import write_text
 from coprune.base.memory import return_free_memory
@@ -15,6 +17,8 @@ from coprune.base.progress import Reporter
 from coprune.evaluation.extras import Extras
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import locate
 from coprune.model.edits import Edits
 from coprune.model.opened import choose_device
 from coprune.model.verify import verify_saved
@@ -133,9 +137,14 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     if first:
         push_if_asked(recipe.output, around.reporter)
     if loaded.weights.streams:
-        return Result(report, loaded.processor)
+        return Result(report, loaded.processor, partial(_saved_model, report.saved_model, recipe.model.device))
     made = partial(smaller_model, session, outcome.edits) if may_go is not None else partial(with_adapter, loaded.model)
     return Result(report, loaded.processor, made)
+
+
+def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
+    """Load the model of a run that streamed it; None where it was not saved."""
+    return None if folder is None else load_model(locate(folder), device=choose_device(device), processed=False)[0]
 
 
 def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> Session:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
-from coprune.model.checkpoint.weights import is_below_any
+from coprune.model.checkpoint.names import is_below_any
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 

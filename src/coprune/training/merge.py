@@ -14,8 +14,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.checkpoint.part_files import refuse_occupied
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded
+from coprune.model.opened import Loaded, in_memory
 from coprune.recipe.recipe import make_recipe
 from coprune.report.markdown import inline
 from coprune.training.adapters import merge_adapter
@@ -71,11 +70,11 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
     with reporter.libraries():
         location = locate(name)
     pruned, processor = load_model(location, "auto")
-    loaded = Loaded(InMemory(pruned), processor, name, False)
+    loaded = Loaded(in_memory(pruned, location), processor, name, False)
     probe = task_for(make_recipe({"model": name, "seqlen": 8}), loaded).probe(None, {})
     masks = masks_of(pruned, location.path)
     reporter.say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)
     card = f"# {inline(Path(name).name)} with the masked adapter {inline(adapter.name)} merged\n"
-    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype), name), output, probe)
+    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype), name, location), output, probe)
     return Merged(output, masks.sparsity, len(masks.matrices))

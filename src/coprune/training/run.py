@@ -152,7 +152,7 @@ def _finish(
         merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)
-        beside = Companions(processor, finetune_card(draft), dtype, str(settings.model))
+        beside = Companions(processor, finetune_card(draft), dtype, str(settings.model), session.location)
         save_model(merged, session.masks, beside, folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     finish_run_folder(report)

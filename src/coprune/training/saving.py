@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from coprune.base.errors import NumericalError
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.weights import InMemory, is_below
+from coprune.model.checkpoint.names import is_below
+from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edits import Edits
+from coprune.model.opened import in_memory
 from coprune.model.verify import verify_saved
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
@@ -40,7 +42,7 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
     bring_to(prepare(model), getattr(torch, beside.dtype))
     masks.verify(plain_parameters(model))
     require_finite(model.named_parameters())
-    weights = InMemory(model)
+    weights = InMemory(model) if beside.location is None else in_memory(model, beside.location)
     found = FoundModel.without_matrices(weights)
     names = found.names
     proven = prove_replay(found, probe.to(input_device(model)))

@@ -20,9 +20,8 @@ from coprune.evaluation.tasks import Data, ImageTask, Task, TextTask, task_for
 from coprune.evaluation.tasks.text import choose_seqlen
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
-from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import Loaded
+from coprune.model.checkpoint.locate import Location, locate
+from coprune.model.opened import Loaded, in_memory
 from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.finetune import has_adapters
 from coprune.recipe.recipe import make_recipe
@@ -51,6 +50,8 @@ class Session:
     evaluation: dict[str, Data]
     reporter: Reporter
     history: History = field(default_factory=History)
+    location: Location | None = None
+    """Where the model was loaded from."""
 
     @property
     def block_size(self) -> int | None:
@@ -78,12 +79,12 @@ def prepare_session(settings: FinetuneSettings, reporter: Reporter) -> Session:
             + ", ".join(f"{count} × {name}" for name, count in masks.patterns.items())
         )
     dtype = model.dtype
-    loaded = Loaded(InMemory(model), processor, location.name, False)
+    loaded = Loaded(in_memory(model, location), processor, location.name, False)
     _check_top_k(settings, loaded)
     task = _task(settings, loaded)
     data, evaluation = _begun_alike(_training_data(settings, task, loaded), task, loaded, reporter)
     prepared = _make_trainable(model, masks, settings, reporter)
-    return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history)
+    return Session(settings, prepared, loaded, task, dtype, masks, data, evaluation, reporter, history, location)
 
 
 def _task(settings: FinetuneSettings, loaded: Loaded) -> Task:

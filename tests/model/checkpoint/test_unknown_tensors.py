@@ -27,8 +27,8 @@ def test_many_unknown_tensors_are_told_in_a_few_lines(tmp_path: Path) -> None:
     location = locate(folder)
     assert isinstance(location, ModelFolder)
     checkpoint = LazyCheckpoint(location)
-    assert len(checkpoint.unknown) == MANY + 2000
+    assert len(checkpoint.carried_entries) == MANY + 2000
     told = Loaded(checkpoint, None, "model", False).left_out
     assert len(told) == 31
-    assert f"model.layers.*.extra.weight ({MANY:,}), a tensor that the model does not know" in told
+    assert f"model.layers.*.extra.weight ({MANY:,}), which the model does not load" in told
     assert told[-1] == "1,971 more kinds of such tensors"

@@ -13,13 +13,15 @@ import coprune
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
 from support.saved import load_clean, save_model
 
 
 def both(folder: Path) -> dict[bool, Weights]:
     """The model of a folder, by whether it is streamed."""
-    return {False: InMemory(load_clean(folder)), True: LazyCheckpoint(ModelFolder(folder, str(folder)))}
+    location, model = ModelFolder(folder, str(folder)), load_clean(folder)
+    return {False: InMemory(model, Source(location, model)), True: LazyCheckpoint(location)}
 
 
 def test_they_say_whether_they_stream(tmp_path: Path) -> None:
@@ -52,13 +54,13 @@ def test_they_write_what_makes_their_weights_a_model(tmp_path: Path) -> None:
         assert config.dtype == (torch.bfloat16 if streams else torch.float32)
 
 
-def test_they_name_tensors_that_the_model_does_not_know(tmp_path: Path) -> None:
+def test_they_name_tensors_that_the_model_does_not_load(tmp_path: Path) -> None:
     save_model("llama", tmp_path / "model", shards="1GB")
     file = tmp_path / "model" / "model.safetensors"
     save_file({**load_file(file), "model.extra": torch.zeros(2)}, file, metadata={"format": "pt"})
-    assert LazyCheckpoint(ModelFolder(tmp_path / "model", "model")).unknown == ["model.extra"]
+    assert LazyCheckpoint(ModelFolder(tmp_path / "model", "model")).carried_entries.keys() == {"model.extra"}
     save_model("llama", tmp_path / "other")
-    assert [weights.unknown for weights in both(tmp_path / "other").values()] == [[], []]
+    assert [{*weights.carried_entries} for weights in both(tmp_path / "other").values()] == [set(), set()]
 
 
 def test_nobody_asks_which_of_them_one_is() -> None:

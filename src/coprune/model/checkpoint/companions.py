@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
-from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
 from coprune.model.checkpoint.own_files import is_own, own_files
 from coprune.model.checkpoint.shards import read_json
 
 CARD_FILE = "README.md"
-LICENCES = ("LICENSE*", "NOTICE*")
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", *LICENCES)
+COPIED = ("*.json", "*.txt", "*.jinja", "*.py", *VOCABULARIES, *LICENCES)
+COPIED_BELOW = ("*.json", "*.jinja", *VOCABULARIES)
+"""Of folders inside: further chat templates, the modules of sentence-transformers."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,44 @@ class Companions:
     dtype: DtypeName = "auto"
     source: str | None = None
     """What the model was made from, as it was asked for."""
+    location: Location | None = None
+    """Where a model that is in memory was loaded from, as long as it still has those shapes."""
 
 
 def copy_companions(source: ModelFolder, folder: Path, dtype: DtypeName = "auto") -> None:
     """Copy everything but weights from a checkpoint folder; the configuration changes in nothing but the dtype.
 
-    Links that lead out of the folder are left out.
+    Links that lead out of the folder are left out, and so are folders in it that hold weights (the same in other formats).
 
     dtype: what the weights are written in, "auto" for the source's own. Of timm's configuration, the number of classes
     that it may hold twice is kept once, so that transformers loads the folder too.
     """
-    for path in own_files(source.path):
-        wanted = any(fnmatchcase(path.name, pattern) for pattern in COPIED)
-        if wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for path in _beside_weights(source.path):
+        copied = folder / path.relative_to(source.path)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
     config = read_json(source.path / "config.json")
+    if is_packed(source):
+        config.pop("quantization_config")
     if config.get("model_args"):
         config["model_args"] = undoubled(config["model_args"])
-    if dtype != "auto":
+    if dtype not in ("auto", config.get("dtype"), config.get("torch_dtype")):
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _beside_weights(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint folder, and of the folders in it, that belong to the model and are not written anew."""
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    for place in [folder, *sorted(path for path in inside if not path.name.startswith("."))]:
+        files, patterns = own_files(place), COPIED if place == folder else COPIED_BELOW
+        if place != folder and any(path.suffix in WEIGHTS for path in files):
+            continue
+        for path in files:
+            anew = path == folder / "config.json" or path.name.endswith(".index.json")
+            if not anew and any(fnmatchcase(path.name, pattern) for pattern in patterns):
+                yield path
 
 
 def change_config(folder: Path, *changes: Callable[[dict[str, Any]], None]) -> None:

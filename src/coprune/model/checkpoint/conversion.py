@@ -57,11 +57,9 @@ class Conversion:
         self._model = model
         self._mapping = conversions_of(model)
         self.groups, unknown = self._group(names)
-        missing, unexpected = self._unmatched(unknown)
-        self.carried = sorted(name for name, key in unknown.items() if key not in unexpected)
-        """Tensors that the model is known not to load (such as layers for speculative decoding)."""
-        self.dropped = sorted(name for name, key in unknown.items() if key in unexpected)
-        """Tensors that the model does not know at all."""
+        missing = self._missing(unknown)
+        self.carried = sorted(unknown)
+        """Tensors that the model does not load (such as layers for speculative decoding)."""
         self._used = used_among(self._mapping)
         if missing and not any(map(splits, self._used)):
             raise BadInput(
@@ -87,11 +85,11 @@ class Conversion:
                 unknown[name] = key
         return [Renamed(key, tuple(group), converted[key]) for key, group in originals.items()], unknown
 
-    def _unmatched(self, unknown: Mapping[str, str]) -> tuple[set[str], set[str]]:
-        """What transformers would report as missing and as unexpected, after the exceptions that each model has."""
+    def _missing(self, unknown: Mapping[str, str]) -> set[str]:
+        """What transformers would report as missing, after the exceptions that each model has."""
         covered = {group.target for group in self.groups}
         missing = self._model.state_dict().keys() - covered - tied_names(self._model)
-        return without_known_exceptions(self._model, missing, unknown.values())
+        return without_known_exceptions(self._model, missing, unknown.values())[0]
 
     def load(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
         """Put tensors of the checkpoint (or lazy slices of them) into the model, converted.
@@ -105,11 +103,11 @@ class Conversion:
     def revert(self, groups: Iterable[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters under the checkpoint's names and in its layout.
 
-        state: the model's tensors that the groups cover. Raises UnsupportedModel if transformers' conversion does not
-        lead back to the names that it came from.
+        state: the model's tensors that the groups cover, of tied ones perhaps one. Raises UnsupportedModel if
+        transformers' conversion does not lead back to the names that it came from.
         """
         plain = {group.target: group.originals[0] for group in groups if not group.converted}
-        reverted = {original: state[key] for key, original in plain.items()}
+        reverted = {original: state[key] for key, original in plain.items() if key in state}
         wanted = {original for group in groups if group.converted for original in group.originals}
         if wanted:
             rest = {key: tensor for key, tensor in state.items() if key not in plain}

@@ -5,7 +5,6 @@ The memory in use is what the acquired blocks need, whatever the size of the fil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +15,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.base.files import write_text
 from coprune.base.words import Set
 from coprune.model.checkpoint.ahead import Ahead, ahead_to
-from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
-from coprune.model.checkpoint.conversion import Conversion, Renamed, require_floats
+from coprune.model.checkpoint.companions import Companions
+from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.checkpoint.file_config import changes_in_file
 from coprune.model.checkpoint.header import DTYPES
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import (
     TensorEntry,
     checkpoint_entries,
     read_ahead,
     read_entries,
-    read_json,
     read_tensor,
 )
 from coprune.model.checkpoint.skeleton import build_skeleton, forget_parameters
-from coprune.model.checkpoint.weights import Uncut, is_below, is_below_any, piece_places
+from coprune.model.checkpoint.source import FLOATS, Source
+from coprune.model.checkpoint.weights import Uncut, piece_places
 from coprune.model.transformers_private import tie_read_weights
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -81,17 +77,15 @@ class LazyCheckpoint:
         self._encoding = encoding
         self.location = location
         self.device = torch.device(device)
-        self._keep_source_dtype = dtype == "auto"
         self._entries = checkpoint_entries(location.path)
         self._uncut: dict[str, Uncut | None] = {}
         # Other encodings are decoded in host memory.
         self._ahead = ahead_to(self.device) if encoding is DENSE else None
         with quiet_transformers(), explained(location):
             config = read_config(location.path, trust_remote_code)
-            self._read_as = type(config)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
             self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
-        self.conversion = Conversion(self._model, self._entries)
+        self.source = Source(location, self._model, dtype, self._entries)
         if encoding is DENSE:
             require_floats(self._model, self._entries)
 
@@ -101,24 +95,13 @@ class LazyCheckpoint:
         return self._model
 
     @property
-    def unknown(self) -> list[str]:
-        """Tensors in its files that the model does not know."""
-        return self.conversion.dropped
-
-    @property
     def carried_entries(self) -> dict[str, TensorEntry]:
-        """Where the tensors lie that the model is known not to load, which are written as they are."""
-        return {name: self._entries[name] for name in self.conversion.carried}
+        """Where the tensors lie that the model does not load, which are written as they are."""
+        return self.source.carried_entries
 
     @property
     def total_bytes(self) -> int:
-        dropped = set(self.conversion.dropped)
-        return sum(self._written_bytes(entry) for name, entry in self._entries.items() if name not in dropped)
-
-    def _written_bytes(self, entry: TensorEntry) -> int:
-        if self._keep_source_dtype or entry.dtype not in FLOATS:
-            return entry.nbytes
-        return math.prod(entry.shape) * self.dtype.itemsize
+        return self.source.total_bytes
 
     def _first_dtype(self) -> torch.dtype:
         return next((DTYPES[e.dtype] for e in self._entries.values() if e.dtype in FLOATS), torch.float32)
@@ -126,12 +109,12 @@ class LazyCheckpoint:
     def acquire(self, prefix: str) -> None:
         """Read the parameters and buffers below a module's path. Raises BadInput if the files lack one."""
         self._refuse_shared(prefix)
-        self._load(self._groups_below(prefix))
+        self._load(self.source.below(prefix))
         self._require_real(self._model.get_submodule(prefix).named_parameters(prefix))
 
     def acquire_rest(self, block_prefixes: Sequence[str]) -> None:
         """Read everything outside the blocks (embeddings, norms, head) and tie what the configuration ties."""
-        self._load(self._groups_outside(block_prefixes))
+        self._load(self.source.outside(block_prefixes))
         outside = [(n, p) for n, p in self._named_parameters() if not is_below_any(n, block_prefixes)]
         missing = {name for name, parameter in outside if parameter.is_meta}
         with quiet_transformers():
@@ -140,7 +123,7 @@ class LazyCheckpoint:
 
     def expect(self, prefix: str) -> None:
         """Begin to bring a block's tensors to the device, or in host memory to read them, where the system can."""
-        names = [name for group in self._groups_below(prefix) for name in group.originals]
+        names = [name for group in self.source.below(prefix) for name in group.originals]
         whole = [self._entries[name] for name in names if self._uncut.get(name) is None]
         if self._ahead is None or not self._ahead.begin(whole):
             read_ahead(self._entries[name] for name in names)
@@ -152,15 +135,15 @@ class LazyCheckpoint:
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
         """An acquired block's tensors under the checkpoint's names, in its layout and dtypes (or the one asked for)."""
         below = {name: tensor for name, tensor in self._model.state_dict().items() if is_below(name, prefix)}
-        return self._as_written(self._groups_below(prefix), below)
+        return self.source.as_written(self.source.below(prefix), below)
 
     def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A block's values under the checkpoint's names and in its layout."""
-        return self.conversion.revert(self._groups_below(prefix), state)
+        return self.source.conversion.revert(self.source.below(prefix), state)
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
         """A few bytes of every tensor of a block, read from the files."""
-        names = [name for group in self._groups_below(prefix) for name in group.originals]
+        names = [name for group in self.source.below(prefix) for name in group.originals]
         return {name: self._read_pieces(self._entries[name]) for name in names}
 
     def _read_pieces(self, entry: TensorEntry) -> bytes:
@@ -172,39 +155,23 @@ class LazyCheckpoint:
         return found
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors outside the blocks as they are written, with those that the model is known not to load."""
+        """The tensors outside the blocks as they are written, with those that the model does not load."""
         state = {n: t for n, t in self._model.state_dict().items() if not is_below_any(n, block_prefixes)}
-        carried = {name: read_tensor(self._entries[name]) for name in self.conversion.carried}
-        return self._as_written(self._groups_outside(block_prefixes), state) | carried
+        return self.source.as_written(self.source.outside(block_prefixes), state) | self.source.carried()
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return changes of the model's configuration as changes of its file, which may use other names and places."""
-        kind, own = self._read_as, type(self._model.config)
-
-        def read(content: dict[str, Any]) -> Mapping[str, Any]:
-            config = kind.from_dict(content)
-            inside = (part for part in vars(config).values() if type(part) is own)
-            found: dict[str, Any] = (config if type(config) is own else next(inside)).to_dict()
-            return found
-
-        return changes_in_file(read_json(self.location.path / "config.json"), self._model.config, changes, read)
+        return self.source.in_file(changes)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
         """Copy what lies beside the weights, with another card; a processor is as it was read from there."""
-        copy_companions(self.location, folder, beside.dtype)
-        write_text(folder / CARD_FILE, beside.card)
+        self.source.write_companions(folder, beside)
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
         entries = read_entries(file)
-        self._entries |= entries
+        self._entries.update(entries)
         self._uncut |= dict.fromkeys(entries, uncut)
-
-    def _groups_below(self, prefix: str) -> list[Renamed]:
-        return [group for group in self.conversion.groups if is_below(group.target, prefix)]
-
-    def _groups_outside(self, block_prefixes: Sequence[str]) -> list[Renamed]:
-        return [group for group in self.conversion.groups if not is_below_any(group.target, block_prefixes)]
 
     def _load(self, groups: Sequence[Renamed]) -> None:
         """Convert group by group, so that no more than one merged parameter exists twice at a time."""
@@ -212,27 +179,12 @@ class LazyCheckpoint:
         with quiet_transformers():
             for names in [plain, *(group.originals for group in groups if group.converted)]:
                 slices = {name: self._unread(name) for name in names}
-                self.conversion.load(slices, self.dtype, self.device)
+                self.source.conversion.load(slices, self.dtype, self.device)
         for group in groups:
             self._model.get_parameter_or_buffer(group.target).requires_grad_(False)
 
     def _unread(self, name: str) -> Unread:
         return Unread(self._entries[name], self._encoding, name, self._uncut.get(name), self._ahead)
-
-    def _as_written(self, groups: Sequence[Renamed], state: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors = self.conversion.revert(groups, state)
-        return {name: self._in_written_dtype(name, tensor) for name, tensor in tensors.items()}
-
-    def _in_written_dtype(self, name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to("cpu")
-        if not self._keep_source_dtype:
-            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        written = DTYPES[self._entries[name].dtype]
-        if written == tensor.dtype:
-            return tensor
-        # Computing in a smaller dtype must not round what nobody changed (a router's bias kept in float32).
-        source = read_tensor(self._entries[name])
-        return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)
 
     def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self._model.named_parameters(remove_duplicate=False)

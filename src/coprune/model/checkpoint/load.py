@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.big_modeling import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,6 +35,8 @@ from coprune.model.checkpoint.read_once import reading_once
 from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.evaluating import evaluating
 from coprune.model.transformers_private import (
+    auto_choice,
+    build,
     builds,
     experts_run_as,
     forget_quantization,
@@ -58,14 +61,43 @@ def task_of(config: Any) -> TaskName:
 
 
 def class_for(config: Any) -> Any:
-    """What builds and loads the model of a configuration: an Auto class, or the model's own where none knows it."""
-    auto = MODEL_CLASSES[task_of(config)]
-    return auto if has_auto_class(config) else own_class(config) or auto
+    """Return what loads the model of a configuration: the class that it names itself, so that no part of it is left out.
+
+    An Auto class does where it comes to the same, or where the configuration names nothing that transformers has.
+
+    Raises:
+        BadInput: that class is for something else than text or the classification of images.
+    """
+    task = task_of(config)
+    auto, named = MODEL_CLASSES[task], own_class(config)
+    usual = auto_choice(auto, config)
+    if usual is not None and usual.__name__ in (getattr(config, "architectures", None) or ()):
+        return auto
+    if getattr(config, "is_encoder_decoder", False):
+        raise _not_for(config, named, "is an encoder with a decoder, and coprune prunes models of one list of blocks")
+    if named is None:
+        return auto
+    if task == "images":
+        raise _not_for(config, named, "is no classifier of images")
+    with init_empty_weights(include_buffers=False):
+        head = build(named, config).get_output_embeddings()
+    if head is None:
+        raise _not_for(config, named, "has no head that predicts tokens, so that nothing of it could be measured")
+    return named
 
 
-def has_auto_class(config: Any) -> bool:
-    """Whether an Auto class builds the model of a configuration."""
-    return builds(MODEL_CLASSES[task_of(config)], config)
+def _not_for(config: Any, named: type | None, why: str) -> BadInput:
+    name = config.model_type if named is None else named.__name__
+    return BadInput(
+        f"{name}, the model that config.json names, {why}",
+        field="model",
+        fix="prune a language model or a classifier of images",
+    )
+
+
+def loaded_by_auto(model: PreTrainedModel) -> bool:
+    """Whether an Auto class, given the configuration, loads a model as the class that it is of."""
+    return auto_choice(MODEL_CLASSES[task_of(model.config)], model.config) is type(model)
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:

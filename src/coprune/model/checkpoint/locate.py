@@ -23,11 +23,11 @@ from coprune.base.files import like_named
 from coprune.base.words import Set, Setting, Words
 from coprune.model.checkpoint.adapter import tell_of_adapter
 from coprune.model.checkpoint.claims import check_claims, check_gguf
-from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.names import LICENCES, QUANT_METHOD, VOCABULARIES
 from coprune.model.checkpoint.shards import checkpoint_entries, read_json
 from coprune.model.checkpoint.timm_file import WEIGHT_FILES, folder_of_timm_file, names_timm_file
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
 NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
 HUB_SECONDS = 10.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +22,9 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import TensorEntry
+from coprune.model.checkpoint.source import Source
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
 Uncut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -45,13 +47,8 @@ class Weights(Protocol):
         ...
 
     @property
-    def unknown(self) -> list[str]:
-        """Tensors in its files that the model does not know, as far as it is read from files."""
-        ...
-
-    @property
     def carried_entries(self) -> Mapping[str, TensorEntry]:
-        """Where the tensors lie that are carried along from its files, though the model does not load them."""
+        """Where the tensors lie that the model does not load, if it came from files; they are saved as they are."""
         ...
 
     def acquire(self, prefix: str) -> None:
@@ -106,18 +103,26 @@ class InMemory:
     """A model that is wholly in memory."""
 
     streams = False
-    unknown: ClassVar[list[str]] = []
-    carried_entries: ClassVar[dict[str, TensorEntry]] = {}
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, source: Source | None = None) -> None:
+        """source: the folder that it was read from, which what is saved follows; without it, it is saved as by transformers."""
         self._model = model
+        self._source = source
+        self._names = source if source is not None and source.leads_back() else None
+        """What gives tensors their names and dtypes, where transformers leads back to these."""
 
     @property
     def model(self) -> PreTrainedModel:
         return self._model
 
     @property
+    def carried_entries(self) -> dict[str, TensorEntry]:
+        return {} if self._source is None else self._source.carried_entries
+
+    @property
     def total_bytes(self) -> int:
+        if self._names is not None:
+            return self._names.total_bytes
         return sum(tensor.numel() * tensor.element_size() for tensor in saved_tensors(self._model).values())
 
     def acquire(self, prefix: str) -> None:
@@ -137,23 +142,40 @@ class InMemory:
             load_tensors(self._model, tensors)
 
     def original_tensors(self, prefix: str) -> dict[str, Tensor]:
+        if self._names is not None:
+            return self._names.as_written(self._names.below(prefix), self._state(lambda name: is_below(name, prefix)))
         return self._reverted(lambda name: is_below(name, prefix))
 
     def layout(self, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._names is not None:
+            return self._names.conversion.revert(self._names.below(prefix), state)
         return revert_conversion(self._model, state)
 
     def pieces(self, prefix: str) -> dict[str, bytes]:
         return {name: _pieces_of(tensor) for name, tensor in self.original_tensors(prefix).items()}
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
-        return self._reverted(lambda name: not is_below_any(name, block_prefixes))
+        carried = {} if self._source is None else self._source.carried()
+
+        def outside(name: str) -> bool:
+            return not is_below_any(name, block_prefixes)
+
+        if self._names is not None:
+            return self._names.as_written(self._names.outside(block_prefixes), self._state(outside)) | carried
+        return self._reverted(outside) | carried
 
     def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
-        return dict(changes)
+        return dict(changes) if self._source is None else self._source.in_file(changes)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
+        if self._source is not None:
+            self._source.write_companions(folder, beside)
+            return
         save_companions(self._model, beside.processor, folder)
         write_text(folder / CARD_FILE, beside.card)
+
+    def _state(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._model.state_dict().items() if wanted(name)}
 
     def _reverted(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Those of the saved tensors whose names are wanted, as they are in a checkpoint."""
@@ -169,16 +191,6 @@ def piece_places(nbytes: int) -> list[slice]:
 def _pieces_of(tensor: Tensor) -> bytes:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return b"".join(raw[place].tobytes() for place in piece_places(len(raw)))
-
-
-def is_below(name: str, prefix: str) -> bool:
-    """Whether a parameter's name lies below a module's path."""
-    return name.startswith(f"{prefix}.")
-
-
-def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a parameter's name lies below one of the modules' paths."""
-    return any(is_below(name, prefix) for prefix in prefixes)
 
 
 def require_in_memory(weights: Weights, field: str) -> None:

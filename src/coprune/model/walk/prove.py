@@ -7,14 +7,18 @@ of experts, which matrices are fed by the same tensor, and which are used more t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coprune.base.errors import NumericalError, UnsupportedModel
+import coprune
+from coprune.base.errors import CopruneError, NumericalError, UnsupportedModel
 from coprune.model.blocks import Block
 from coprune.model.choosing import Evidence, confirm
 from coprune.model.matrices import Matrix
@@ -65,7 +69,7 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     def watch(block: Block) -> Callable[..., Any]:
         return partial(watched.run, block, forwards[block.index])
 
-    with replaced_forwards(blocks, watch):
+    with replaced_forwards(blocks, watch), _failures_named(model):
         logits = forward_logits(model, sample, COMPARED_LOGITS)
     structure, last = watched.structure, watched.replayed
     assert last is not None
@@ -79,6 +83,23 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
         names = {matrix.name for matrix in matrices}
         structure.reused += [matrix.name for matrix in seen.reused if matrix.name in names]
     return ProvenModel(found.weights, found.blocks, chosen, structure)
+
+
+@contextmanager
+def _failures_named(model: nn.Module) -> Iterator[None]:
+    """Raise UnsupportedModel for what a model's own code raises on a text (or images) alone."""
+    try:
+        yield
+    except (CopruneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.is_relative_to(Path(coprune.__file__).parent):
+            raise
+        said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        raise UnsupportedModel(
+            f"{type(model).__name__} of transformers cannot run such inputs alone ({said})"
+        ) from error
 
 
 class _Watched:

@@ -87,7 +87,7 @@ def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout:
     """What is done to a block. layout: of the checkpoint, if that is not as transformers would save the model."""
     model = session.model
     if block.index in plan.dropped:
-        return [dropped(session, block.index)]
+        return [dropped(session, block.index, layout)]
     edits: list[Edit] = []
     if cut.units:
         saved = cut.padded(plan)
@@ -105,10 +105,11 @@ def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
             yield PadUnits(part=part.kind, units=plan.saved(part), real=real)
 
 
-def dropped(session: Session, index: int) -> DropBlock:
-    """A block as one that goes."""
+def dropped(session: Session, index: int, layout: Layout | None = None) -> DropBlock:
+    """A block as one that goes. layout: as in `edits_of_block`."""
     model = session.model
-    block, saved = model.names[index], saved_name(model.module, model.names[index])
+    block = model.names[index]
+    saved = saved_name(model.module, block, layout)
     entries = model.structure.answers[index].entries
     return DropBlock(block=block, entries=entries, saved=None if saved == block else saved)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from coprune.base.errors import BadInput
@@ -74,6 +75,16 @@ def cut_and_prune(
     """
     prepare_solver(recipe, given.method)
     _check_allocation(recipe)  # of the zeros, whose turn comes late
+    target = recipe.output.model
+    if not write and given.loaded is None and target is not None and processes.size == 1:
+        # On the disk in between, since a folder holds more than the model in memory: what its class does not load.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as between:
+            first = run(cutting_of(recipe, Path(between)), given)
+            second = run(pruning_of(recipe, first.report, None), Given(None, given.method))
+            report = _of_both(recipe, first.report, second.report)
+            _write_card(recipe, report)
+            return second, report
     if not write:
         first = run(cutting_of(recipe, None), given)
         if first.model is None:

@@ -182,4 +182,5 @@ def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
     """What is left, as a model of its own in memory."""
     module = session.model.module
     changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
-    return build_smaller(module, smaller_tensors(module, edits), changes)
+    layout = partial(session.model.weights.layout, "")
+    return build_smaller(module, smaller_tensors(module, edits, layout), changes)

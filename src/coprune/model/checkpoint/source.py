@@ -1,0 +1,125 @@
+"""The folder that a model was read from: what is saved of the model has its names, layout, dtypes and files.
+
+What the model's class does not load (layers for speculative decoding, somebody's own tensors) is carried along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.base.errors import UnsupportedModel
+from coprune.base.files import write_text
+from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
+from coprune.model.checkpoint.conversion import Conversion, Renamed
+from coprune.model.checkpoint.file_config import changes_in_file
+from coprune.model.checkpoint.header import DTYPES
+from coprune.model.checkpoint.load import DtypeName, quiet_transformers, read_config
+from coprune.model.checkpoint.locate import ModelFolder, is_packed
+from coprune.model.checkpoint.names import is_below, is_below_any
+from coprune.model.checkpoint.shards import TensorEntry, checkpoint_entries, read_json, read_tensor
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Source:
+    """A folder and the model that was made of it.
+
+    Raises BadInput if the folder is damaged or lacks weights; none of them is read.
+    """
+
+    def __init__(
+        self,
+        location: ModelFolder,
+        model: PreTrainedModel,
+        dtype: DtypeName = "auto",
+        entries: dict[str, TensorEntry] | None = None,
+    ) -> None:
+        """dtype: of what is written, "auto" for every tensor's own. entries: of the folder, if they are known."""
+        self.location = location
+        self.entries = checkpoint_entries(location.path) if entries is None else entries
+        """Where every tensor lies, by its name in the files."""
+        self._model = model
+        self.conversion = Conversion(model, self.entries)
+        self._dtype = None if dtype == "auto" else getattr(torch, dtype)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors as they are written."""
+        return sum(self._written_bytes(entry) for entry in self.entries.values())
+
+    def _written_bytes(self, entry: TensorEntry) -> int:
+        if self._dtype is None or entry.dtype not in FLOATS:
+            return entry.nbytes
+        return math.prod(entry.shape) * int(self._dtype.itemsize)
+
+    def leads_back(self) -> bool:
+        """Whether the whole model can be saved as it lies in the files."""
+        if is_packed(self.location):
+            return False
+        without_values = {name: tensor.to("meta") for name, tensor in self._model.state_dict().items()}
+        try:
+            self.conversion.revert(self.conversion.groups, without_values)
+        except UnsupportedModel:
+            return False
+        return True
+
+    def below(self, prefix: str) -> list[Renamed]:
+        """What lies below a module's path."""
+        return [group for group in self.conversion.groups if is_below(group.target, prefix)]
+
+    def outside(self, prefixes: Sequence[str]) -> list[Renamed]:
+        """What lies below none of these paths."""
+        return [group for group in self.conversion.groups if not is_below_any(group.target, prefixes)]
+
+    def as_written(self, groups: Sequence[Renamed], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters under the files' names, in their layout and dtypes (or the one asked for).
+
+        state: the model's tensors that the groups cover. Raises UnsupportedModel as `Conversion.revert`.
+        """
+        tensors = self.conversion.revert(groups, state)
+        return {name: self._in_written_dtype(name, tensor) for name, tensor in tensors.items()}
+
+    def _in_written_dtype(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to("cpu")
+        if self._dtype is not None:
+            return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        written = DTYPES[self.entries[name].dtype]
+        if written == tensor.dtype:
+            return tensor
+        # Computing in a smaller dtype must not round what nobody changed (a router's bias kept in float32).
+        source = read_tensor(self.entries[name])
+        return source if torch.equal(source.to(tensor.dtype), tensor) else tensor.to(written)
+
+    @property
+    def carried_entries(self) -> dict[str, TensorEntry]:
+        """Where the tensors lie that the model does not load."""
+        return {name: self.entries[name] for name in self.conversion.carried}
+
+    def carried(self) -> dict[str, Tensor]:
+        """The tensors that the model does not load, as they are."""
+        return {name: read_tensor(entry) for name, entry in self.carried_entries.items()}
+
+    def in_file(self, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return changes of the model's configuration as changes of its file, which may use other names and places."""
+        with quiet_transformers():
+            kind, own = type(read_config(self.location.path)), type(self._model.config)
+
+        def read(content: dict[str, Any]) -> Mapping[str, Any]:
+            config = kind.from_dict(content)
+            inside = (part for part in vars(config).values() if type(part) is own)
+            found: dict[str, Any] = (config if type(config) is own else next(inside)).to_dict()
+            return found
+
+        return changes_in_file(read_json(self.location.path / "config.json"), self._model.config, changes, read)
+
+    def write_companions(self, folder: Path, beside: Companions) -> None:
+        """Copy what lies beside the weights, with another card; a processor is as it was read from there."""
+        copy_companions(self.location, folder, beside.dtype)
+        write_text(folder / CARD_FILE, beside.card)

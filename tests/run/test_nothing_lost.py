@@ -1,0 +1,167 @@
+"""What was in a folder and was not asked to go is in what is saved of it, in memory and streamed; or the folder is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.load import quiet_transformers
+from families.build import Kind, published_model
+from families.kept import lost_in_silence, pruned, save_published
+from support.pico_hybrids import COMMON
+from support.whole import Differences, differences, stored_tensors
+
+TOKENS = torch.arange(3, 515).reshape(16, 32)
+ZEROS: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5}
+TYPES: dict[str, Kind] = {
+    "gemma3": "text",  # a tower
+    "qwen3_5_moe": "text",  # an Auto class loads its text half
+    "glm4_moe": "text",  # layers for speculative decoding, numbered as the blocks are
+    "qwen3_vl": "text",  # no end of text in the configuration of its text model
+    "bert": "text",  # no decoder
+    "vit": "images",
+}
+
+
+def mtp_layer(folder: Path) -> dict[str, Tensor]:
+    """The last block once more, with another number, and what joins it to the blocks."""
+    last = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
+    tensors = load_file(folder / "model.safetensors")
+    again = {
+        name.replace(f".{last}.", f".{last + 1}.", 1): 2 * t
+        for name, t in tensors.items()
+        if f".layers.{last}." in name
+    }
+    return {**again, f"model.layers.{last + 1}.eh_proj.weight": torch.ones(8, 4)}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of every type, as it is published."""
+    home, found = tmp_path_factory.mktemp("published"), {}
+    for model_type, kind in TYPES.items():
+        found[model_type] = save_published(published_model(model_type, kind), home / model_type, kind)
+    weights = found["glm4_moe"] / "model.safetensors"
+    save_file(load_file(weights) | mtp_layer(found["glm4_moe"]), weights, metadata={"format": "pt"})
+    return found
+
+
+def made(source: Path, saved: Path, stream: bool | None, **settings: Any) -> Differences:
+    data = {"dataset": "digits"} if source.name == "vit" else {"dataset": TOKENS}
+    return pruned(source, saved, {**data, "stream": stream, **settings})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_zeros_change_nothing_else(published: dict[str, Path], model_type: str, stream: bool, tmp_path: Path) -> None:
+    found = made(published[model_type], tmp_path / "saved", stream, **ZEROS)
+    assert (found.unexplained(), found.keys) == ([], {})
+    assert set(found.changed.values()) == {"zeros"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_experts_go_and_what_sees_stays(published: dict[str, Path], stream: bool, tmp_path: Path) -> None:
+    found = made(published["qwen3_5_moe"], tmp_path / "saved", stream, remove="experts=0.25")
+    assert found.keys == {"text_config.num_experts": (4, 3)}
+    assert {re.sub(r".*experts\.3\..*", "the last expert", name) for name in found.lost} == {"the last expert"}
+    assert [line for line in found.unexplained() if not line.startswith("lost")] == []
+    with quiet_transformers():
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert (type(loaded[0]).__name__, loaded[1]["missing_keys"]) == ("Qwen3_5MoeForConditionalGeneration", set())
+
+
+def test_parts_go_before_zeros_without_a_run_folder(published: dict[str, Path], tmp_path: Path) -> None:
+    found = made(published["gemma3"], tmp_path / "saved", None, remove="channels=0.34", **ZEROS)
+    assert (found.unexplained(), found.keys) == ([], {"text_config.intermediate_size": (96, 64)})
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_tensor_keeps_its_dtype(stream: bool, tmp_path: Path) -> None:
+    source = save_published(nn.Module.to(published_model("glm4_moe", "text"), torch.bfloat16), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    router = "model.layers.1.mlp.gate.weight"
+    weights[router] = weights[router].float() + 1e-4
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    found = made(source, tmp_path / "saved", stream, **ZEROS)
+    assert (found.unexplained(), found.keys) == ([], {})
+    assert stored_tensors(tmp_path / "saved")[router].dtype == "F32"
+
+
+def test_a_training_loses_nothing(published: dict[str, Path], tmp_path: Path) -> None:
+    source, words = tmp_path / "pruned", tmp_path / "words.txt"
+    made(published["glm4_moe"], source, None, **ZEROS)
+    words.write_text(" ".join(f"w{number % 1000}" for number in range(3000)), encoding="utf-8")
+    settings: dict[str, Any] = {"dataset": str(words), "max_steps": 1, "seqlen": 32, "evaluate": False, "quiet": True}
+    coprune.finetune(source, "dense", save=tmp_path / "run", save_model=tmp_path / "saved", **settings)
+    found = differences(source, tmp_path / "saved")
+    assert (found.lost, found.new, found.keys, found.files) == ([], [], {}, [])
+    assert not any(".layers.2." in name or name.startswith("mtp") for name in found.changed)
+
+
+def test_a_call_streams_where_it_saves_and_gives_the_model_all_the_same(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"dataset": TOKENS, "evaluate": False, "quiet": True, "device": "cpu", **ZEROS}
+    held = coprune.prune(published["glm4_moe"], **call)
+    saved = coprune.prune(published["glm4_moe"], save_model=tmp_path / "saved", **call)
+    assert (held.report.recipe.model.stream, saved.report.recipe.model.stream) == (False, None)
+    assert held.model is not None
+    assert saved.model is not None
+    expected = held.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.model.state_dict().items())
+
+
+HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+NOT_OPENED = {
+    ("bert", "BertForSequenceClassification"): "no head that predicts tokens",
+    ("bert", "BertModel"): "no head that predicts tokens",
+    ("deberta", "DebertaForSequenceClassification"): "no head that predicts tokens",
+    ("qwen3", "Qwen3Model"): "no head that predicts tokens",
+    ("vit", "ViTModel"): "no classifier of images",
+    ("bart", "BartForConditionalGeneration"): "an encoder with a decoder",
+    ("whisper", "WhisperForConditionalGeneration"): "an encoder with a decoder",
+}
+
+
+@pytest.mark.parametrize(("model_type", "name"), NOT_OPENED)
+def test_is_not_opened_as_something_else(model_type: str, name: str, tmp_path: Path) -> None:
+    layers = (
+        {"encoder_layers": 1, "decoder_layers": 1, "d_model": 64, **HEADS} if model_type in ("bart", "whisper") else {}
+    )
+    config = AutoConfig.for_model(model_type, **{**COMMON, "num_hidden_layers": 2, **layers})
+    with quiet_transformers():
+        getattr(transformers, name)(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(
+        BadInput, match=f"{name}, the model that config.json names, (is|has) {NOT_OPENED[model_type, name]}"
+    ):
+        made(tmp_path / "source", tmp_path / "saved", None, **ZEROS)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_class_that_transformers_cannot_run_is_refused_at_worst(tmp_path: Path) -> None:
+    """Llama 4 with its tower, which fails on every input in transformers 5.24."""
+    source = save_published(published_model("llama4", "text"), tmp_path / "source")
+    assert lost_in_silence(source, tmp_path, {"dataset": TOKENS, **ZEROS})[1] == ""
+
+
+def test_a_packed_folder_is_pruned_with_its_files_or_not_at_all(published: dict[str, Path], tmp_path: Path) -> None:
+    source = save_published(published_model("gemma3", "text"), tmp_path / "source", more={})
+    made(source, tmp_path / "packed", None, encoding="packed", **ZEROS)
+    found = made(tmp_path / "packed", tmp_path / "saved", None, method="magnitude", sparsity=0.6)
+    assert (found.lost, found.new, found.files) == ([], [], [])
+    assert found.keys.keys() == {key for key in found.keys if key.startswith("quantization_config")}
+    made(published["gemma3"], tmp_path / "more", None, encoding="packed", **ZEROS)
+    with pytest.raises(BadInput, match=r"is packed and holds mtp\.layers\.0\.eh_proj\.weight"):
+        made(tmp_path / "more", tmp_path / "never", None, **ZEROS)
