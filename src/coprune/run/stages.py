@@ -15,10 +15,11 @@ from coprune.base.memory import return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.evaluation.extras import Extras
+from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.checkpoint.load import load_model
-from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.load import load_model, quiet_transformers
+from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.edits import Edits
 from coprune.model.opened import choose_device
 from coprune.model.verify import verify_saved
@@ -143,8 +144,15 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
 
 
 def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
-    """Load the model of a run that streamed it; None where it was not saved."""
-    return None if folder is None else load_model(locate(folder), device=choose_device(device), processed=False)[0]
+    """Load the model of a run that streamed it, with what its layers add; None where it was not saved."""
+    if folder is None:
+        return None
+    model, _ = load_model(ModelFolder(folder, str(folder)), device=choose_device(device), processed=False)
+    if (folder / ADAPTER_FOLDER).is_dir():
+        with quiet_transformers():
+            model.load_adapter(str(folder / ADAPTER_FOLDER))
+        model.requires_grad_(False)
+    return model
 
 
 def _open(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse) -> Session:
