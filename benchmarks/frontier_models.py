@@ -96,7 +96,8 @@ def four_bit_steps(matrix: Tensor) -> Tensor:
 
 def pruned(asked: argparse.Namespace, name: str, settings: dict[str, Any]) -> Path:
     """A folder that is pruned as a row says. What is there is not made again."""
-    folder, run = asked.folder / "models" / kept(asked, name).stem, asked.folder / "runs" / kept(asked, name).stem
+    folder: Path = asked.folder / "models" / kept(asked, name).stem
+    run = asked.folder / "runs" / kept(asked, name).stem
     if not ((run / "report.json").exists() and folder.exists()):  # a preset that trains leaves a report before that
         data = {"dataset": TEXTS[0], "nsamples": asked.samples, "seqlen": asked.seqlen, "evaluate": False}
         places = {"save": run, "save_model": folder}
