@@ -15,7 +15,7 @@ from coprune.base.errors import UnsupportedModel
 from coprune.report.schema import Report
 from support.commands import Ended, run_command
 from support.pico import pico_model
-from support.pico_folder import pico_tokenizer, save_pico, write_words
+from support.pico_folder import save_pico, write_words
 
 pytestmark = pytest.mark.usefixtures("whole_answers")
 
@@ -77,11 +77,24 @@ def test_a_model_that_is_as_required_ends_with_0(prune: Any) -> None:
     assert report.answers.along is None
 
 
-def test_a_streamed_model_is_not_asked_and_that_is_said(prune: Any) -> None:
+def test_a_streamed_model_answers_as_one_in_memory(prune: Any, tmp_path: Path) -> None:
+    ended, streamed = prune()
+    assert ended.code == 0, ended.err
+    assert streamed.answers.greedy.dense is not None
+    assert f"answers   {streamed.answers.verdict()}" in ended.out
+    assert streamed.answers.verdict() in (tmp_path / "out" / "README.md").read_text()
+    _, whole = prune("--no-stream", "--overwrite")
+    assert streamed.answers.samples == whole.answers.samples
+
+
+def test_a_streamed_model_that_does_not_fit_is_not_asked_and_that_is_said(
+    prune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.model.opened.room_on", lambda device: (1 << 10, "of memory"))
     ended, report = prune()
     assert ended.code == 0, ended.err
     assert report.answers is None
-    assert "answers   not looked at: the model is streamed, block by block" in ended.out
+    assert "answers   not looked at: the whole model takes 0.0 GiB of memory, too much of the 0.0" in ended.out
     assert "What the model writes is not looked at" in ended.err
 
 
@@ -142,10 +155,10 @@ def test_a_model_without_tokenizer_is_not_asked(tmp_path: Path) -> None:
         coprune.prune(pico_model("llama"), "magnitude", dataset=tokens, require="loops<3", **SETTINGS)
 
 
-def test_what_lost_blocks_answers_as_it_is_saved(inside: Path, tmp_path: Path) -> None:
-    model, words = pico_model("llama"), pico_tokenizer()
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_lost_blocks_answers_as_it_is_saved(inside: Path, tmp_path: Path, stream: bool) -> None:
     report = coprune.prune(
-        model, remove="blocks=0.34", dataset="words.txt", processor=words, save_model=tmp_path / "small", **SETTINGS
+        "model", remove="blocks=0.34", stream=stream, dataset="words.txt", save_model=tmp_path / "small", **SETTINGS
     ).report
     saved = coprune.evaluate(tmp_path / "small", generate="builtin", generate_tokens=64, quiet=True).answers
     expected = {sample.prompt: sample.answer for sample in saved.samples}

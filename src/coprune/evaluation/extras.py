@@ -71,9 +71,13 @@ class Extras:
         return cls(recipe, find_tasks(zero_shot_settings(recipe)), look)
 
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
-        """Run the tasks, let the dense model answer, and continue the prompt, as far as the model is in memory."""
+        """Let the dense model answer, and if the model is in memory run the tasks and continue the prompt."""
         asked, weights, tokenizer = self.recipe.evaluation, loaded.weights, loaded.tokenizer
-        if weights.streams or tokenizer is None or (which == "dense" and not asked.dense):
+        if tokenizer is None or (which == "dense" and not asked.dense):
+            return
+        if which == "dense":
+            self.look.ask_dense(loaded, reporter, self.recipe.calibration.batch_size)
+        if weights.streams:
             return
         if self.tasks is not None:
             from coprune.evaluation.harness import zero_shot
@@ -86,8 +90,6 @@ class Extras:
                 reporter.say(
                     f"Mean accuracy of the {which} model over {len(found.tasks)} tasks: {per_cent(found.mean.value)}"
                 )
-        if which == "dense":
-            self.look.ask_dense(loaded, reporter, self.recipe.calibration.batch_size)
         if asked.perplexity and asked.prompt:
             self.texts[which] = continue_text(weights.model, tokenizer, asked.prompt)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, is_
 from coprune.model.checkpoint.names import kinds_of
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
-from coprune.model.room import require_room
+from coprune.model.room import require_room, room_on
+from coprune.model.walk.activations import GIB
 from coprune.model.walk.record import input_device
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import WHOLE_MODEL
 
 _MOST_KINDS = 30
+_SHARE_FOR_WEIGHTS = 0.75
+"""Of the memory that is free, what the weights of a model may take that is read whole for a while."""
 
 
 @dataclass
@@ -59,6 +63,34 @@ class Loaded:
     def device(self) -> torch.device:
         """Where token ids or images go."""
         return input_device(self.model)
+
+    def lacks_room(self) -> str | None:
+        """Return why the whole model cannot be in memory for a while, or None if it can (or is there already)."""
+        if not self.weights.streams:
+            return None
+        needed = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.is_meta)
+        available, where = room_on(self.device)
+        # What is computed with the model takes memory too, and so may others while it does.
+        if available is None or needed <= available * _SHARE_FOR_WEIGHTS:
+            return None
+        return f"the whole model takes {needed / GIB:.1f} GiB {where}, too much of the {available / GIB:.1f} that are there"
+
+    @contextmanager
+    def whole(self, reporter: Reporter) -> Iterator[PreTrainedModel]:
+        """Hold the whole model in memory while the body runs: the blocks of a streamed one are read for it."""
+        if not self.weights.streams:
+            yield self.model
+            return
+        names = [block.name for block in find_blocks(self.model)]
+        try:
+            with reporter.bar("Reading the whole model", len(names)) as advance:
+                for name in names:
+                    self.weights.acquire(name)
+                    advance(1)
+            yield self.model
+        finally:
+            for name in names:
+                self.weights.release(name)
 
     @property
     def left_out(self) -> list[str]:

@@ -22,10 +22,11 @@ def measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
 
 def look_at_pruned(session: Session, extras: Extras, edits: Edits) -> None:
     """Let the pruned model answer; what lost parts as the smaller model that is saved, which keeps what it has seen."""
-    opened = session.opened
+    opened, reporter = session.opened, session.opened.around.reporter
     if extras.look.looks:
-        model = smaller_model(session, edits) if opened.recipe.structure.remove else opened.loaded.model
-        extras.look.ask(model, opened.loaded, opened.around.reporter, opened.recipe.calibration.batch_size)
+        with opened.loaded.whole(reporter) as module:
+            model = smaller_model(session, edits) if opened.recipe.structure.remove else module
+            extras.look.ask(model, opened.loaded, reporter, opened.recipe.calibration.batch_size)
 
 
 def measure_alone(session: Session) -> dict[str, Measured]:

@@ -71,10 +71,10 @@ class Look:
         """Let the dense model answer, or take the answers that it gave before."""
         if (questions := self._questions) is None or (tokenizer := loaded.tokenizer) is None:
             return
-        model = loaded.model
 
         def answer() -> Answers:
-            return ask(model, tokenizer, questions, reporter, batch_size)
+            with loaded.whole(reporter) as model:
+                return ask(model, tokenizer, questions, reporter, batch_size)
 
         self.dense = answer() if self._model is None else kept_answers(self._model, questions.plan, answer)
 
@@ -114,8 +114,8 @@ def _questions(plan: Plan, loaded: Loaded) -> Questions:
     fix: Words | None = None
     if loaded.task != "text":
         cause = "the model classifies images, and writes nothing"
-    elif loaded.weights.streams:
-        cause, fix = "the model is streamed, block by block", _LATER
+    elif (lacks := loaded.lacks_room()) is not None:
+        cause, fix = lacks, _LATER
     elif loaded.tokenizer is None:
         cause, fix = "the model has no tokenizer", "put the tokenizer's files beside the model"
     elif not loaded.model.can_generate():
