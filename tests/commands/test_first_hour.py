@@ -32,6 +32,9 @@ REFUSED = {
     "a method to read of": ("coprune methods sparsgpt", ["did you mean 'sparsegpt'?"]),
     "a pattern": (f"coprune prune model {TEXT} -p 24", ["2:4"]),
     "per cent": (f"coprune prune model {TEXT} -s 50", ["--sparsity 0.5"]),
+    "a broken row": ("coprune prune model --dataset rows.jsonl", ["rows.jsonl", "line 3 is no JSON"]),
+    "a place to save": (f"coprune prune model {TEXT} --save-model /proc/nothing/model", ["/proc", "another name"]),
+    "experts of a dense model": (f"coprune prune model {TEXT} --remove experts=0.25", ["no mixture of experts"]),
     "a text": ("coprune prune model --dataset word", ["Did you mean the file words?", "embedded"]),
     "a text's path": ("coprune eval model --data ./words.txt", ["Did you mean words?"]),
     "what is no text": ("coprune prune model --dataset noise", [".jsonl"]),
@@ -53,7 +56,7 @@ REFUSED = {
         f"coprune finetune model {TEXT.partition(' --no')[0].replace('--nsamples 2', '')}",
         ["coprune prune"],
     ),
-    "an example for a file": ("coprune export out/pruned pruned.gguf", ["--like"]),
+    "an example for a file": ("coprune export out/pruned pruned.gguf", ["--like", "-GGUF", "convert_hf_to_gguf.py"]),
 }
 
 
@@ -63,6 +66,7 @@ def place(tmp_path: Path) -> Path:
     save_pico(tmp_path / "model", num_hidden_layers=2)
     write_words(tmp_path / "words", count=600)
     write_words(tmp_path / "held", count=300, seed=1)
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2"}\n\n{"text": w3}\n')
     (tmp_path / "noise").write_bytes(bytes(range(256)))
     return tmp_path
 
@@ -95,7 +99,9 @@ def do_what_works(place: Path, typed: Type) -> None:
     assert works("coprune") == works("coprune -h")
     assert "sparsegpt" in works("coprune methods")
     assert "would prune 14 matrices" in works("coprune inspect model")
-    assert "out/model/0.5/wanda/report.json" in works(f"coprune prune model {TEXT}")
+    said = works(f"coprune prune model {TEXT} -s 50%")
+    assert "out/model/0.5/wanda/report.json" in said
+    assert said.splitlines()[-1].startswith("next      to keep the model, type the same again with --save-model")
     seeded = typed(f"coprune prune model {TEXT} --seed 1")
     assert "holds a run that differs in seed; this one goes to out/model/0.5/wanda-seed-1." in seeded.err
     assert "out/pruned (reloaded" in works(f"coprune prune model {TEXT} --save-model out/pruned --save out/run")

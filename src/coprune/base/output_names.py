@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,9 +57,18 @@ def _obstacle(path: Path) -> str | None:
             return f"is below {above}, which is no folder"
         if not os.access(above, os.W_OK | os.X_OK):
             return f"is in {above}, where this user may not write"
+        _try_to_write(path if path.is_dir() else above)
     except OSError as error:
         return f"cannot be a folder: {error.strerror}"
     return None
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise OSError where no file can be made in a folder, which permissions alone do not tell (of /proc, for instance)."""
+    if not folder.is_dir():
+        return
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def require_own_name(path: Path, field: str | None = None) -> None:

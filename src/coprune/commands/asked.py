@@ -11,7 +11,7 @@ import typer
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, Set
-from coprune.commands.options import method_options, recipe_options
+from coprune.commands.options import help_all_option, method_options, recipe_options
 from coprune.recipe.flat import PRESET, flatten, layered
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 
@@ -30,8 +30,9 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--preset",
-            help="Settings that belong together: fast; balanced and best (longer) go block by block; tuned and max "
-            "(longer) also train the whole model.",
+            help="Settings that belong together, instead of those below: fast, balanced, tuned, best or max; balanced and best "
+            "(longer) go block by block; tuned and max (longer) also train the whole model.",
+            rich_help_panel="What is pruned, and how",
         ),
     ],
     "use_variant": Annotated[
@@ -44,7 +45,7 @@ def run_options() -> list[inspect.Parameter]:
     """The options of a run: where its settings come from, and every setting."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _OWN.items()]
-    return [*own, *recipe_options()]
+    return [*own, *recipe_options(), help_all_option()]
 
 
 def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:

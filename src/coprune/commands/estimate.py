@@ -9,14 +9,14 @@ import typer
 from coprune.base.environment import expand_home
 from coprune.base.output_names import require_file
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
-from coprune.commands.grouped import GroupedCommand, with_value
-from coprune.commands.options import with_options
+from coprune.commands.grouped import with_value
+from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.show import show
 
 PRINTED = "-"
 
 
-class EstimateCommand(GroupedCommand):
+class EstimateCommand(ShortCommand):
     """Lets `--json` stand without a file, for standard output."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

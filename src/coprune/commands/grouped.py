@@ -39,10 +39,15 @@ class GroupedCommand(TyperCommand):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
-    def groups(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
-        """Arguments, what is the command's own, and the groups: by title, each option's names and its help."""
+    def groups(self, ctx: Any, shown: Callable[[str], bool] = lambda name: True) -> dict[str, list[tuple[str, str]]]:
+        """Arguments, what is the command's own, and the groups: by title, each option's names and its help.
+
+        shown: whether an option is among them, by the name of its parameter.
+        """
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _UNGROUPED: []}
         for param in self.get_params(ctx):
+            if not shown(param.name):
+                continue
             with _by_todays_names(param):
                 record = param.get_help_record(ctx)
             if record is not None:

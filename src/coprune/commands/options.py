@@ -5,15 +5,25 @@ Options that no command knows are the method's own, whose fields they are.
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+import sys
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.choice import Choice
+from coprune.recipe.decides import is_common
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import FLAT, place_of
 from coprune.recipe.grammar import read_scalar
@@ -24,6 +34,10 @@ from coprune.training.settings import FinetuneSettings
 
 Command = Callable[..., None]
 _NOT_OPTIONS = ("model", "options")
+_METHODS = "coprune.pruning.methods"
+_HELP_ALL = "help_all"
+_NAMED_TWICE = ("model_option", "use_variant")
+"""Options of the Wanda repository for what an argument and a method are called here."""
 _TITLES = {
     "model": "The model",
     "method": "What is pruned, and how",
@@ -61,6 +75,46 @@ _TITLES_OF_TRAINING = {
     "Measuring": ("evaluate", "eval_data", "eval_images", "eval_seqlen", "eval_tokens", "bos", "against"),
     "Where it goes": ("cache_dir", "report_to", "save", "save_model", "save_every", "overwrite"),
 }
+
+
+class ShortCommand(GroupedCommand):
+    """A command whose `--help` is one screen, of what most people need; `--help-all` shows every option in full."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options that most people need, each in a few words, or all of them in full."""
+        if ctx.meta.get(_HELP_ALL):
+            super().format_options(ctx, formatter)
+            return
+        for title, rows in self.groups(ctx, _is_shown_short).items():
+            with formatter.section(title):
+                formatter.write_dl([(names, _in_few_words(told)) for names, told in rows])
+
+
+def _is_shown_short(name: str) -> bool:
+    """Whether the short help shows an option, by the name of its parameter; what is no setting of a recipe is shown."""
+    return name not in _NAMED_TWICE and (name not in FIELDS or is_common(FIELDS[name]))
+
+
+def _in_few_words(told: str) -> str:
+    """The first statement of a help text, with the default that stands at its end."""
+    default = re.search(r" \[[^\[\]]*\]$", told)
+    said = told.removesuffix(default[0]) if default else told
+    return re.split(r"\. |; | \(", said, maxsplit=1)[0].removesuffix(".") + (default[0] if default else "")
+
+
+def _show_all(context: typer.Context, asked: bool | None) -> None:
+    if asked:
+        context.meta[_HELP_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def help_all_option() -> inspect.Parameter:
+    """The option of a `ShortCommand` that shows all the others."""
+    told = "Show every option, in full, and exit."
+    option = typer.Option("--help-all", is_eager=True, callback=_show_all, show_default=False, help=told)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(_HELP_ALL, keyword, default=None, annotation=Annotated[bool | None, option])
 
 
 def recipe_options() -> list[inspect.Parameter]:
@@ -123,7 +177,8 @@ def _option(
 ) -> inspect.Parameter:
     """The option of one setting, with its description and its default as help. title: of its group, if not the recipe's."""
     several = default == ()
-    kind: Any = list[str] if several else str if field.annotation in (Choice, Choice | None) else field.annotation
+    is_text = field.annotation in (Choice, Choice | None) or _is_read_otherwise(field)
+    kind: Any = list[str] if several else str if is_text else field.annotation
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     # 0 equals False, and is a default to be shown.
     shown = "" if default is None or default is False or several else " [on]" if default is True else f" [{default}]"
@@ -136,6 +191,11 @@ def _option(
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _is_read_otherwise(field: FieldInfo) -> bool:
+    """Whether a number may be written otherwise than as one, such as 50%: the recipe reads it."""
+    return field.annotation == float | None and any(isinstance(note, BeforeValidator) for note in field.metadata)
 
 
 def with_options(options: list[inspect.Parameter]) -> Callable[[Command], Command]:
@@ -158,8 +218,6 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
     """
     if not arguments:
         return {}
-    from coprune.pruning.methods import is_option, option_names
-
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -168,13 +226,13 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
             raise BadInput(f"unexpected argument {flag!r}", value=flag, fix="options begin with --")
         written, has_value, value = flag.partition("=")
         name = written[2:].replace("-", "_")
-        if not is_option(name):
+        if not _is_methods_option(name):
             if (gone := retired(written)) is not None:
                 raise gone
             flags = [option for parameter in recipe_options() for option in _flags(parameter)]
             flags += ["--model", "--recipe", "--preset", "--use-variant", "--quiet"]
             raise unknown_name(
-                "option", written, [*flags, *(f"--{other.replace('_', '-')}" for other in option_names())]
+                "option", written, [*flags, *(f"--{own.replace('_', '-')}" for own in _methods_options())]
             )
         if not has_value:
             if not rest or rest[0].startswith("--"):
@@ -182,6 +240,42 @@ def method_options(arguments: list[str]) -> dict[str, Any]:
             value = rest.pop(0)
         found[name] = read_scalar(value)
     return found
+
+
+def _is_methods_option(name: str) -> bool:
+    if _needs_methods():
+        from coprune.pruning.methods import is_option
+
+        return is_option(name)
+    return name in options_in_source()
+
+
+def _methods_options() -> set[str]:
+    if _needs_methods():
+        from coprune.pruning.methods import option_names
+
+        return option_names()
+    return options_in_source()
+
+
+def _needs_methods() -> bool:
+    """Whether methods have to be imported, with torch and its seconds, to tell options: where others bring some."""
+    return _METHODS in sys.modules or bool(entry_points(group="coprune.methods"))
+
+
+@cache
+def options_in_source() -> set[str]:
+    """Return the names of the options of coprune's own methods, which are the fields of the classes in their files."""
+    spec = find_spec(_METHODS.rpartition(".")[0])
+    folders = [Path(path) / "methods" for path in (spec.submodule_search_locations or [])] if spec else []
+    parsed = [ast.parse(file.read_bytes()) for folder in folders for file in folder.glob("*.py")]
+    classes = [node for tree in parsed for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list]
+    fields = [node for one in classes for node in one.body if isinstance(node, ast.AnnAssign)]
+    return {
+        field.target.id
+        for field in fields
+        if isinstance(field.target, ast.Name) and not ast.unparse(field.annotation).startswith("ClassVar")
+    }
 
 
 def _flags(parameter: inspect.Parameter) -> list[str]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coprune.base.environment import rank
+from coprune.base.progress import Reporter
+from coprune.base.words import Command, Set, Words, say
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
-from coprune.commands.options import with_options
+from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.show import show
 from coprune.commands.terminal import end_unless_held
 
-READ_WITH = {"context_settings": METHOD_OPTIONS}
+if TYPE_CHECKING:
+    from coprune.report.schema import Report
+
+READ_WITH = {"context_settings": METHOD_OPTIONS, "cls": ShortCommand}
 
 
 @with_options(run_options())
@@ -27,12 +33,13 @@ def prune(
     A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
     """
     recipe = recipe_asked(context, typed)
+    reporter = Reporter(quiet)
+    if rank() == 0:  # before torch and transformers are imported, which takes seconds
+        reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
     from coprune.base.processes import joined_processes
-    from coprune.base.progress import Reporter
     from coprune.run.repeat import where_to
     from coprune.run.stages import run_recipe
 
-    reporter = Reporter(quiet)
     with joined_processes(train=recipe.finetune.mode is not None) as processes:
         asked, named = recipe, {name for name in ("save", "save_model") if typed[name] is not None}
         recipe, said = processes.from_first(lambda: where_to(asked, typed["recipe"] is not None, named))
@@ -43,4 +50,37 @@ def prune(
         show(str(report))
         show(f"report    {recipe.run_folder / 'report.json'}")
         show(f"page      {recipe.run_folder / 'report.html'}")
+        for name, line in closing(report):
+            show(f"{name:<9} {line}")
         end_unless_held(report.required)
+
+
+def closing(report: Report) -> list[tuple[str, str]]:
+    """Return the last lines of a run: a verdict on what the model writes, and what to type next."""
+    answers, lines = report.answers, []
+    if answers is not None:
+        said = (
+            "worse than the dense model does" if answers.degenerates else "no worse than the dense model by this check"
+        )
+        lines.append(("verdict", f"it writes {said} ({answers.verdict()})"))
+    return [*lines, ("next", say(_next_step(report)))]
+
+
+def _next_step(report: Report) -> Words:
+    recipe, saved = report.recipe, report.saved_model
+    if saved is None:
+        return ("to keep the model, type the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
+    if report.answers is None or not report.answers.degenerates:
+        if recipe.structure.remove:
+            return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
+        return (
+            "stored smaller, bit for bit the same: ",
+            Command("pack", saved, saved.with_name(f"{saved.name}-packed")),
+        )
+    if recipe.finetune.mode is not None:
+        return ("prune less, or train longer with ", Set("finetune_minutes", ...))
+    dense = Set("teacher", recipe.model.name)
+    train = Command("finetune", saved, Set("mode", "distill"), dense, Set("dataset", recipe.calibration.data))
+    if recipe.structure.remove or recipe.reconstruction.steps:
+        return ("train it toward the dense model: ", train)
+    return ("repair more while pruning with ", Set("preset", "balanced"), ", or train the result: ", train)

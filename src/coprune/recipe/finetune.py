@@ -8,7 +8,7 @@ from pydantic import Field
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
-from coprune.recipe.decides import Decides
+from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.flat import word_for
 from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import Part
@@ -54,10 +54,11 @@ class FinetunePart(Part):
     mode: Annotated[
         Mode | None,
         _RESULT,
+        Shown.COMMON,
         Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
     ] = None
     minutes: Annotated[
-        float | None, _RESULT, Field(description="Fine-tune for so long. [one pass over the text]", gt=0)
+        float | None, _RESULT, Shown.COMMON, Field(description="Fine-tune for so long. [one pass over the text]", gt=0)
     ] = None
     tokens: Annotated[
         int | None, _RESULT, Field(description="Fine-tune on so many tokens. [one pass over the text]", ge=1)

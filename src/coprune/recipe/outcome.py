@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from coprune.recipe.decides import Decides
+from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.parts import Part
 
 _RESULT = Decides.RESULT | Decides.COST
@@ -23,7 +23,10 @@ def _joined(value: Any) -> Any:
 
 
 Overwrite = Annotated[
-    bool | None, Decides.WHERE, Field(description="Replace what an earlier run left in the folders of this one.")
+    bool | None,
+    Decides.WHERE,
+    Shown.COMMON,
+    Field(description="Replace what an earlier run left in the folders of this one."),
 ]
 CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
 
@@ -31,11 +34,12 @@ CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
 class EvaluationPart(Part):
     """What is measured of the dense and the pruned model."""
 
-    perplexity: Annotated[bool, _MEASUREMENT, Field(description="Measure perplexity.")] = True
+    perplexity: Annotated[bool, _MEASUREMENT, Shown.COMMON, Field(description="Measure perplexity.")] = True
     dense: Annotated[bool, _MEASUREMENT, Field(description="Measure the dense model's perplexity too.")] = True
     data: Annotated[
         CommaSeparated,
         _MEASUREMENT,
+        Shown.COMMON,
         Field(description="Text for perplexity, comma-separated. [test split of the calibration corpus]"),
     ] = None
     images: Annotated[
@@ -44,7 +48,10 @@ class EvaluationPart(Part):
         Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
     ] = None
     tokens: Annotated[
-        int | None, _MEASUREMENT, Field(description="Use only so many tokens of each evaluation text. [all]", ge=2)
+        int | None,
+        _MEASUREMENT,
+        Shown.COMMON,
+        Field(description="Use only so many tokens of each evaluation text. [all]", ge=2),
     ] = None
     zero_shot: Annotated[
         bool,
@@ -54,6 +61,7 @@ class EvaluationPart(Part):
     tasks: Annotated[
         CommaSeparated,
         _MEASUREMENT,
+        Shown.COMMON,
         Field(
             description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot. [boolq,rte,hellaswag,"
             "winogrande,arc_easy,arc_challenge,openbookqa]"
@@ -107,16 +115,19 @@ class OutputPart(Part):
     run: Annotated[
         Path | None,
         Decides.WHERE,
+        Shown.COMMON,
         Field(description="Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]"),
     ] = None
     model: Annotated[
         Path | None,
         _MEASUREMENT | Decides.WHETHER,
+        Shown.COMMON,
         Field(description="Folder for the pruned model and tokenizer. [not saved]"),
     ] = None
     encoding: Annotated[
         Literal["dense", "packed"],
         Decides.MEASUREMENT,
+        Shown.COMMON,
         Field(
             description="How the saved model's tensors are stored: dense, as any tool reads them, or packed, as coprune "
             "pack does, which takes less room and needs coprune to load."
@@ -130,6 +141,7 @@ class OutputPart(Part):
     push_to_hub: Annotated[
         str | None,
         Decides.WHERE,
+        Shown.COMMON,
         Field(description="Upload the saved model with its card to this repository of the Hub."),
     ] = None
     private: Annotated[

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from coprune.base.environment import expand_home
 from coprune.base.validation import is_text, one_is_enough
-from coprune.recipe.decides import Decides
+from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.sources import split_sources, text_of
 
@@ -50,10 +50,11 @@ class ModelPart(Part):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         _RESULT,
+        Shown.COMMON,
         Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
     ] = "auto"
     device: Annotated[
-        str, _RESULT, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
+        str, _RESULT, Shown.COMMON, Field(description="auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")
     ] = "auto"
     cache_dir: Annotated[
         Path | None, Decides.WHERE, Field(description="Where downloads are kept. [the Hugging Face cache]")
@@ -62,6 +63,7 @@ class ModelPart(Part):
     stream: Annotated[
         bool | None,
         Decides.MEASUREMENT | Decides.COST,
+        Shown.COMMON,
         Field(
             description="Read and write the model block by block, so that memory holds one block at a time. [yes for "
             "checkpoint folders; a GGUF file is read whole]"
@@ -72,20 +74,33 @@ class ModelPart(Part):
     )
 
 
+def _per_cent(value: Any) -> Any:
+    """Read `50%` as 0.5, and leave all else to be read as a number."""
+    said = value.strip() if isinstance(value, str) else ""
+    try:
+        return float(said.removesuffix("%")) / 100 if said.endswith("%") else value
+    except ValueError:
+        return value
+
+
 class PatternPart(Part):
     """How much is pruned, and in which pattern."""
 
     name: Annotated[
         str,
         Decides.RESULT,
+        Shown.COMMON,
         Field(description="unstructured, or N:M = N kept of every M inputs (2:4, 4:8, 1:4 …)."),
     ] = "unstructured"
     sparsity: Annotated[
         float | None,
         Decides.RESULT,
+        Shown.COMMON,
         Field(
-            description="Fraction of zeros, 0 ≤ s < 1; an N:M pattern sets it. Without either: 0.5.", allow_inf_nan=True
+            description="Fraction of zeros, 0 ≤ s < 1, or 50%; an N:M pattern sets it. Without either: 0.5.",
+            allow_inf_nan=True,
         ),
+        BeforeValidator(_per_cent),
     ] = None
     permute: Annotated[
         bool,
@@ -138,7 +153,7 @@ class SelectionPart(Part):
         Field(description="Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."),
     ] = ()
     exclude: Annotated[
-        Globs, _RESULT, Field(description="Leave matrices that match this pattern alone; repeatable.")
+        Globs, _RESULT, Shown.COMMON, Field(description="Leave matrices that match this pattern alone; repeatable.")
     ] = ()
 
 
@@ -149,16 +164,18 @@ class CalibrationPart(Part):
         str,
         BeforeValidator(text_of),
         _RESULT,
+        Shown.COMMON,
         Field(
             description="Calibration text: wikitext2, c4, ptb, embedded, a datasets id, a local .txt, .jsonl or "
             ".parquet file or folder, or self (what the dense model writes; self:prompts.jsonl, its answers); several with "
             "shares: self=0.5,wikitext2=0.5. Images: digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
-    samples: Annotated[int, _RESULT, Field(description="Number of calibration samples.", ge=1)] = 128
+    samples: Annotated[int, _RESULT, Shown.COMMON, Field(description="Number of calibration samples.", ge=1)] = 128
     seqlen: Annotated[
         int | None,
         _RESULT,
+        Shown.COMMON,
         Field(description="Tokens per sample and per perplexity window. [min(2048, model's limit)]", ge=2),
     ] = None
     calibrate_on: Annotated[
@@ -179,7 +196,10 @@ class CalibrationPart(Part):
         ),
     ] = "auto"
     seed: Annotated[
-        int, Decides.RESULT, Field(description="Seed for the choice of calibration samples.", ge=-(2**63), lt=2**63)
+        int,
+        Decides.RESULT,
+        Shown.COMMON,
+        Field(description="Seed for the choice of calibration samples.", ge=-(2**63), lt=2**63),
     ] = 0
     batch_size: Annotated[
         int | None,

@@ -21,7 +21,7 @@ from coprune.base.yaml_file import read_yaml
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.checks import contradiction
 from coprune.recipe.choice import USUAL_METHOD, Choice
-from coprune.recipe.decides import Decides, deciding
+from coprune.recipe.decides import Decides, Shown, deciding
 from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.flat import FLAT, names_said, nest, place_of
 from coprune.recipe.low_rank import LowRankPart
@@ -42,9 +42,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelPart
-    method: Annotated[Choice, _RESULT, Field(description="How to choose (and mend) weights; see: coprune methods.")] = (
-        USUAL_METHOD
-    )
+    method: Annotated[
+        Choice, _RESULT, Shown.COMMON, Field(description="How weights are chosen and mended; see: coprune methods.")
+    ] = USUAL_METHOD
     pattern: PatternPart = PatternPart()
     structure: StructurePart = StructurePart()
     selection: SelectionPart = SelectionPart()
@@ -52,6 +52,7 @@ class Recipe(BaseModel):
     allocation: Annotated[
         Choice,
         _RESULT,
+        Shown.COMMON,
         Field(
             description="How the sparsity is spread over the matrices: uniform, owl or fisher (options as in "
             "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities; how channels and heads that are "
@@ -166,14 +167,17 @@ class Recipe(BaseModel):
         """Whether another recipe gives the same weights and measurements."""
         return self.whole == other.whole
 
-    def to_yaml(self) -> str:
+    def to_yaml(self, usual: bool = True) -> str:
         """The recipe as YAML that `Recipe.from_yaml` reads back: its parts, without what is not set.
 
         Where a call from Python handed something over that no file holds, a comment says so.
+
+        Args:
+            usual: whether settings are in it that are as they are where nothing is said.
         """
-        parts = self.model_dump(mode="json", exclude_none=True)
+        parts = self.model_dump(mode="json", exclude_none=True, exclude_defaults=not usual)
         if "data" not in self.calibration.model_fields_set:
-            del parts["calibration"]["data"]  # its default depends on what the model reads
+            parts.get("calibration", {}).pop("data", None)  # its default depends on what the model reads
         said = {part: settings for part, settings in parts.items() if settings not in ({}, [])}
         note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
         return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)

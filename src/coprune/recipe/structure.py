@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
 from coprune.base.words import Set, Words
 from coprune.recipe.choice import Choice
-from coprune.recipe.decides import Decides
+from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.parts import Part
 
 Removable = Literal["channels", "heads", "blocks", "experts", "parameters"]
@@ -57,6 +57,7 @@ class StructurePart(Part):
         tuple[str, ...],
         BeforeValidator(one_is_enough),
         Decides.RESULT | Decides.COST,
+        Shown.COMMON,
         Field(
             description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
             "channels=0.33, heads=0.25, blocks=0.2, experts=0.25 (or experts=keep:96, how many stay); repeatable, "

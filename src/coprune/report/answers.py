@@ -26,12 +26,15 @@ _FIGURES: dict[str, Callable[[Figures], str]] = {
 }
 
 
-def answer_table(facts: AnswerFacts) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each figure of the dense model and of this one, for greedy and for sampled answers."""
+def answer_table(facts: AnswerFacts, who: str = "this model") -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each figure of the dense model and of this one, for greedy and for sampled answers.
+
+    who: what this one is called.
+    """
     ways = [("greedy", facts.greedy)]
     ways += [(f"sampled at {facts.temperature:g}", facts.sampled)] if facts.sampled is not None else []
     two = facts.greedy.dense is not None
-    header = ["figure", *(f"{name}, {of}" for name, _ in ways for of in ([facts.reference] if two else []) + ["model"])]
+    header = ["figure", *(f"{of}, {name}" for name, _ in ways for of in ([facts.reference] if two else []) + [who])]
     rows = []
     for name, show in _FIGURES.items():
         cells = [show(found) for _, way in ways for found in ([way.dense] if way.dense else []) + [way.figures]]
@@ -79,5 +82,7 @@ def answers_markdown(facts: AnswerFacts, required: Sequence[Requirement]) -> str
 
 
 def shortened(answer: str) -> str:
-    """An answer, cut where it is longer than one wants to read."""
+    """An answer, cut where it is longer than one wants to read; one without any says so."""
+    if not answer.strip():
+        return "(no text)"
     return answer if len(answer) <= _MOST_LETTERS else f"{answer[:_MOST_LETTERS]} …"

@@ -9,8 +9,7 @@ from coprune.evaluation.answers.requirements import Requirement
 from coprune.report.answers import answer_table, note, shortened
 from coprune.report.html import quote, section, table, text
 
-_SHOWN = 12
-_OPEN = 4  # of them to be seen at once
+_OPEN = 4  # answers to be seen at once
 # How each model is coloured: what stands before a fine-tuning is the pruned one.
 _KINDS = {"dense": "dense", "before": "pruned", "pruned": "pruned", "fine-tuned": "tuned"}
 
@@ -21,7 +20,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
     lines = f"<p{warn}>{text(facts.verdict())}.</p>"
     lines += "".join(f"<p>Required: {text(one.line())}.</p>" for one in required)
     # Those that loop or are empty come first, since they are what to look at.
-    shown = sorted(facts.samples, key=lambda sample: not (sample.loops or sample.empty))[:_SHOWN]
+    shown = sorted(facts.samples, key=lambda sample: not (sample.loops or sample.empty))
     samples = [
         f'<p class="asked">{text(sample.prompt)}</p><div class="two">'
         f"{_answer(facts.reference, sample.dense, _ill(bool(sample.dense_loops), sample.dense_empty))}"
@@ -30,7 +29,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
     ]
     first, rest = "".join(samples[:_OPEN]), "".join(samples[_OPEN:])
     rest = f"<details><summary>{len(samples) - _OPEN} more</summary>{rest}</details>" if rest else ""
-    return section("What it writes", lines, table(*answer_table(facts)), first, rest, note=note(facts))
+    return section("What it writes", lines, table(*answer_table(facts, who)), first, rest, note=note(facts))
 
 
 def _ill(loops: bool, empty: bool) -> str:

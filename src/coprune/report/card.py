@@ -13,7 +13,7 @@ from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.packed.card import IMPORT, STORED
 from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
-from coprune.report.schema import Report
+from coprune.report.schema import OF_IMAGES, Report
 from coprune.report.source import base_of, name_of
 
 _LOAD = """```python
@@ -61,7 +61,8 @@ def model_card(report: Report) -> str:
         results += f"\n\n## Zero-shot tasks\n\n{_task_table(report.zero_shot)}"
     if report.answers is not None:
         results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    used = {name: version for name, version in report.versions.items() if images or name not in OF_IMAGES}
+    versions = ", ".join(f"{name} {version}" for name, version in used.items())
     tuned = "" if report.finetuned is None else f", then fine-tuned ({report.finetuned.line()})"
     recipe, title = report.recipe.untold(), base if hub_id(base) else Path(base).name
     repeats = "" if report.recipe.given else ", which `coprune prune --recipe` repeats where its files are"
@@ -70,7 +71,7 @@ def model_card(report: Report) -> str:
         f"{_what_was_done(report)} "
         f"{STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{_calibrated_on(report)}\n\n"
-        f"Made with {versions}. The recipe{repeats}:\n\n{fenced(recipe.to_yaml(), 'yaml')}\n\n"
+        f"Made with {versions}. The recipe, without what is usual{repeats}:\n\n{fenced(recipe.to_yaml(usual=False), 'yaml')}\n\n"
         f"## Load\n\n{_how_to_load(report)}\n"
     )
     return without_places(card, [recipe.model_dump(mode="json"), base])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import groupby
@@ -111,9 +112,10 @@ def section(title: str, *parts: str, note: str = "") -> str:
 
 
 def copyable(name: str, content: str) -> str:
-    """Text in a fixed-width box with a button that copies it."""
+    """Text in a fixed-width box with a button that copies it; a line breaks between words, not at an option's hyphens."""
+    words = "".join(f"<span>{text(part)}</span>" if part.strip() else part for part in re.split(r"(\s+)", content))
     return (
-        f'<div class="withcopy"><pre id="{text(name)}">{text(content)}</pre>'
+        f'<div class="withcopy"><pre id="{text(name)}">{words}</pre>'
         f'<button type="button" data-copy="{text(name)}">Copy</button></div>'
     )
 

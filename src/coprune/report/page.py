@@ -103,7 +103,11 @@ def _matrices(report: Report) -> str:
     shares = [row["sparsity"] for row in rows]
     parts = []
     if shares and max(shares) - min(shares) < _SAME:
-        parts.append(section("Sparsity", note=f"Every pruned matrix is {per_cent(max(shares))} zeros."))
+        least, most = per_cent(min(shares)), per_cent(max(shares))
+        said = f"Every pruned matrix is {least} zeros."
+        parts.append(
+            section("Sparsity", note=said if least == most else f"Pruned matrices are {least} to {most} zeros.")
+        )
     elif shares:
         parts.append(section("Sparsity per block and kind of matrix", heat_map(rows, "sparsity")))
     if any(row["error"] is not None for row in rows):

@@ -27,6 +27,8 @@ from coprune.report.made import MadeFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
+OF_IMAGES = ("timm", "torchvision")
+"""Those that a model of text has nothing to do with."""
 
 _DISTRIBUTIONS = TypeAdapter(dict[str, Distributions])
 

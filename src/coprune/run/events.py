@@ -19,6 +19,7 @@ class Phase(StrEnum):
     MEASURE_DENSE = "measure the dense model"
     PRUNE = "prune"
     MEASURE_PRUNED = "measure the pruned model"
+    SAVE = "save, reload and compare"
 
 
 @dataclass(frozen=True)

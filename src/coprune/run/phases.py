@@ -28,7 +28,7 @@ class Phases:
     @property
     def now(self) -> str:
         """What the run is doing: the phase that has not ended, or what comes after all of them."""
-        return next((phase.value for phase in list(Phase)[len(self.facts) :]), "save and verify")
+        return next((phase.value for phase in list(Phase)[len(self.facts) :]), "finish the report")
 
     def done(self, phase: Phase) -> None:
         """Note that a phase has just ended, and give back what it left free."""

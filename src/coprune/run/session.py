@@ -7,20 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, UnsupportedModel, about
 from coprune.base.memory import return_free_memory
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, say
 from coprune.data import EvaluationText, Windows
+from coprune.data.corpora import HUB_CORPORA
+from coprune.data.hub import require_dataset
 from coprune.evaluation.bos import BosChoice, score_of
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
 from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.locate import locates_gguf
 from coprune.model.choosing import choose_matrices
 from coprune.model.edits import require_history
 from coprune.model.low_rank import noting_calls
 from coprune.model.opened import Loaded, open_model, say_of_bfloat16, streams
+from coprune.model.removal.find_experts import may_have_experts
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -29,6 +33,7 @@ from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import split_sources
 from coprune.run.checks import (
     check_allocation,
     check_processes,
@@ -142,6 +147,8 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     reporter, loaded = around.reporter, given.loaded
     require_history(expand_home(recipe.model.name))
     if loaded is None:
+        if needs_inputs(recipe, solver):
+            _require_reach(recipe)
         reporter.say(f"Loading {recipe.model.name}")
         loaded = open_model(recipe.model, stream=streams(recipe))
     say_of_bfloat16(reporter, loaded, given.loaded is None, ", and saves float32")
@@ -152,6 +159,8 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
         blocks,
         choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude),
     )
+    if "experts" in recipe.structure.shares and not may_have_experts(found):
+        raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
     # Whether parameters of three dimensions are experts shows when the model runs.
     check_widths((matrix for matrix in found.chosen.all() if matrix.expert is None), target)
     check_allocation(recipe, found, target)
@@ -162,6 +171,15 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     data = task.evaluation(reporter)
     return_free_memory()  # tokenising a corpus takes some hundred bytes a token for a while
     return Opened(recipe, solver, target, loaded, found, task, samples, data, around, started, domains=domains)
+
+
+def _require_reach(recipe: Recipe) -> None:
+    """Raise BadInput where the text is a corpus of the Hub, which does not answer: before a model is loaded."""
+    reads_text = "data" in recipe.calibration.model_fields_set or locates_gguf(recipe.model.name)
+    for source in split_sources(recipe.calibration.data) if reads_text and reads_calibration(recipe) else ():
+        if (corpus := HUB_CORPORA.get(source.name)) is not None:
+            with about("dataset", recipe.calibration.data):
+                require_dataset(corpus.dataset, recipe.model.cache_dir, Set("dataset", "embedded"))
 
 
 def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:

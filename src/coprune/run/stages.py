@@ -132,8 +132,10 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     if write:
         announce(recipe, report)
     _save(session, output, report, outcome.edits)
+    if output is not None and output.keep:
+        phases.done(Phase.SAVE)
     return_free_memory()
-    report = finished(recipe, report, phases.began, around)
+    report = finished(recipe, report.model_copy(update={"phases": phases.facts}), phases.began, around)
     around.reporter.tell(Finished(final_figures(report)))
     if first:
         push_if_asked(recipe.output, around.reporter)

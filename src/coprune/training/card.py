@@ -10,6 +10,7 @@ from coprune.base.shown import per_cent
 from coprune.model.edits import source_of
 from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
+from coprune.report.schema import OF_IMAGES
 from coprune.training.report import FinetuneReport
 
 
@@ -41,7 +42,9 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
         results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
     windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
     patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    images = report.block_size is None
+    used = {name: version for name, version in report.versions.items() if images or name not in OF_IMAGES}
+    versions = ", ".join(f"{name} {version}" for name, version in used.items())
     zeros = (
         f"{per_cent(report.sparsity_after)} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
         f"as many as before (every zero kept); this was verified before saving.\n\n"
@@ -54,7 +57,7 @@ def _card(report: FinetuneReport, library: str, note: str) -> str:
         f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
         f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
         f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
-        f"{fenced(settings.to_yaml(), 'yaml')}\n"
+        f"{fenced(settings.to_yaml(usual=False), 'yaml')}\n"
     )
     return without_places(card, settings.model_dump(mode="json"))
 

@@ -229,9 +229,9 @@ class FinetuneSettings(Part):
         """Where the model goes."""
         return self.save_model or self.run_folder / "model"
 
-    def to_yaml(self) -> str:
-        """The settings as YAML."""
-        said = self.model_dump(mode="json", exclude_none=True)
+    def to_yaml(self, usual: bool = True) -> str:
+        """The settings as YAML. usual: whether those are in it that are as they are where nothing is said."""
+        said = self.model_dump(mode="json", exclude_none=True, exclude_defaults=not usual)
         return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
 
 

@@ -30,12 +30,18 @@ PICO = {"streamed"}
 
 
 def runs_of(model: Path, name: str, page: bool, **settings: Any) -> dict[str, dict[str, Any]]:
-    """All ways to prune a model, each with folders of its own. page: whether one is made, which should not show."""
+    """All ways to prune a model, each with folders of its own. page: whether one is made, which should not show.
+
+    Its answers, for which a streamed model is in memory whole, are not estimated: they are left out where it has no room.
+    """
     out = model.parent / f"{name} out"
     saved = {way: {"save_model": str(out / way / "model")} for way in WAYS}
     if page:
         saved = {way: folders | {"save": str(out / way / "run")} for way, folders in saved.items()}
-    return {f"{name}, {way}": {"model": str(model), **settings, **more, **saved[way]} for way, more in WAYS.items()}
+    return {
+        f"{name}, {way}": {"model": str(model), "gate": False, **settings, **more, **saved[way]}
+        for way, more in WAYS.items()
+    }
 
 
 def only(ways: set[str], runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

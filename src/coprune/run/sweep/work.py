@@ -102,6 +102,7 @@ def _teller(name: str, tell: Tell) -> Listener:
         Phase.MEASURE_DENSE: "pruning",
         Phase.PRUNE: "measuring the pruned model",
         Phase.MEASURE_PRUNED: "saving",
+        Phase.SAVE: "writing the report",
     }
     blocks = 0
 
