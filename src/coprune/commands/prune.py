@@ -71,7 +71,9 @@ def _next_step(report: Report) -> Words:
     if saved is None:
         return ("to keep the model, type the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
     if report.answers is None or not report.answers.degenerates:
-        if recipe.structure.remove:
+        if recipe.output.encoding == "packed":
+            return ("how fast it is here: ", Command("bench", saved))
+        if recipe.structure.remove and report.model.task == "text":
             return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
         return (
             "stored smaller, bit for bit the same: ",
