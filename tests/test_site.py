@@ -50,11 +50,11 @@ def test_the_page_of_commands_has_every_command_with_every_option() -> None:
 @pytest.mark.parametrize(
     ("command", "entry"),
     [
-        ("prune", "`-m, --method <str>`\n:   How to choose (and mend) weights; see: coprune methods. Default: wanda."),
+        ("prune", "`-m, --method <str>`\n:   How weights are chosen and mended; see: coprune methods. Default: wanda."),
         ("prune", "`--seed <int>`\n:   Seed for the choice of calibration samples. Default: 0."),
         (
             "prune",
-            "`-s, --sparsity <float>`\n:   Fraction of zeros, 0 ≤ s &lt; 1; an N:M pattern sets it. Without either: 0.5.",
+            "`-s, --sparsity <str>`\n:   Fraction of zeros, 0 ≤ s &lt; 1, or 50%; an N:M pattern sets it. Without either: 0.5.",
         ),
         ("pack", "`source <path>`\n:   Folder of a pruned model (safetensors). **Required.**"),
         ("bench", "`--repeats <int range>`\n:   Measurements of each form, in turns. Default: 5."),

@@ -49,7 +49,7 @@ def all_commands() -> str:
 def _groups(name: str, command: Any) -> Groups:
     """The options of a command by the titles of its `--help`, without the one that shows it."""
     found: Groups = command.groups(typer.Context(command, info_name=f"coprune {name}"))
-    return {title: [row for row in rows if "--help" not in row[0]] for title, rows in found.items()}
+    return {title: [row for row in rows if not row[0].endswith("--help")] for title, rows in found.items()}
 
 
 def _first(names: str) -> str:

@@ -128,7 +128,7 @@ def test_a_page_says_when_where_and_by_what_command(
         assert made.command == "coprune prune 'a model' --quiet"
     said = made.model_copy(update={"command": "coprune prune <b>", "commit": "0123abcd"})
     page = run_page(report.model_copy(update={"made": said}))
-    assert '<pre id="command">coprune prune &lt;b&gt;</pre>' in page
+    assert '<pre id="command"><span>coprune</span> <span>prune</span> <span>&lt;b&gt;</span></pre>' in page
     assert f", with coprune {made.version} (commit 0123abcd)</p>" in page
     assert made.commit == commit_of(Path(coprune.__file__).parents[2])  # none of an installed package
     assert commit_of(Path(__file__).parents[2]) != ""

@@ -50,7 +50,6 @@ class ModelPart(Part):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         _RESULT,
-        Shown.COMMON,
         Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
     ] = "auto"
     device: Annotated[

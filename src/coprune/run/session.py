@@ -14,7 +14,7 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, say
 from coprune.data import EvaluationText, Windows
-from coprune.data.corpora import HUB_CORPORA
+from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub import require_dataset
 from coprune.evaluation.bos import BosChoice, score_of
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
@@ -177,7 +177,8 @@ def _require_reach(recipe: Recipe) -> None:
     """Raise BadInput where the text is a corpus of the Hub, which does not answer: before a model is loaded."""
     reads_text = "data" in recipe.calibration.model_fields_set or locates_gguf(recipe.model.name)
     for source in split_sources(recipe.calibration.data) if reads_text and reads_calibration(recipe) else ():
-        if (corpus := HUB_CORPORA.get(source.name)) is not None:
+        corpus = HUB_CORPORA.get(source.name)
+        if corpus is not None and source.name not in EMBEDDED:
             with about("dataset", recipe.calibration.data):
                 require_dataset(corpus.dataset, recipe.model.cache_dir, Set("dataset", "embedded"))
 
