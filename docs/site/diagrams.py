@@ -165,6 +165,7 @@ def rooms() -> Drawing:
         "run": "one run, and sweeps of many",
         "training": "recover, zeros held",
         "report": "what people read",
+        "vocabulary": "tokens that nobody needs, and their rows",
         "evaluation": "figures of a model",
         "pruning": "from a weight to a pruned weight",
         "packed": "kept values and where they are",

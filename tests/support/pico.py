@@ -113,7 +113,7 @@ MORE_HEADS: dict[str, dict[str, Any]] = {
 def pico_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of a family with random weights large enough that every block matters, in evaluation mode."""
     known = FAMILIES | MIXTURES | MORE_MIXTURES | SORTED_MIXTURES | MORE_HEADS | HYBRIDS | {"dbrx": DBRX}
-    settings = known[family] | changes
+    settings = known.get(family, {}) | changes
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with torch.no_grad():

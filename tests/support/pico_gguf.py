@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import closing
 from pathlib import Path
@@ -49,8 +50,13 @@ def distinct_norms(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", arch: str = "llama") -> Path:
-    """Write a llama or granite, or a qwen whose rows keep their order. kind: how its matrices are stored; returns the file."""
+def write_pico_gguf(
+    model: PreTrainedModel, file: Path, kind: str = "F32", arch: str = "llama", tokenizer: str | None = None
+) -> Path:
+    """Write a llama or granite, or a qwen whose rows keep their order; returns the file.
+
+    kind: how its matrices are stored; tokenizer: the content of a tokenizer.json of bytes, none by default.
+    """
     config: Any = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     numbers = {
@@ -79,7 +85,10 @@ def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", arch:
             writer.add_float32(f"{arch}.{key}", scale)
         writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
         writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-        writer.add_key_value("tokenizer.ggml.model", "none", GGUFValueType.STRING)
+        if tokenizer is None:
+            writer.add_key_value("tokenizer.ggml.model", "none", GGUFValueType.STRING)
+        else:
+            _write_tokens(writer, json.loads(tokenizer))
         for name, tensor in named_in_gguf(model, permuted=arch in ("llama", "granite")).items():
             values = tensor.float().contiguous().numpy()
             if values.ndim < 2 or kind == "F32":
@@ -91,6 +100,18 @@ def write_pico_gguf(model: PreTrainedModel, file: Path, kind: str = "F32", arch:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     return file
+
+
+def _write_tokens(writer: GGUFWriter, tokenizer: dict[str, Any]) -> None:
+    ids = tokenizer["model"]["vocab"]
+    added = {one["content"] for one in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(ids, key=ids.__getitem__))
+    writer.add_token_types([3 if token in added else 1 for token in sorted(ids, key=ids.__getitem__)])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(ids["<s>"])
+    writer.add_eos_token_id(ids["</s>"])
 
 
 def named_in_gguf(model: PreTrainedModel, permuted: bool) -> dict[str, Tensor]:

@@ -160,6 +160,41 @@ class KeepCarried(KeepNumbered):
         return f"{left}: those with the largest weights, since no text reaches them"
 
 
+class CutVocabulary(Edit):
+    """Tokens were removed, with their rows of every table."""
+
+    size: int
+    """How many rows there were."""
+    left: int
+    ranges: list[tuple[int, int]]
+    """First and last + 1 of every run of ids that stayed."""
+    tables: dict[str, tuple[int, int]]
+    """The axis and the length before, by the name of the source tensor."""
+
+    def _kept(self, name: str) -> KeptSlices | None:
+        if name not in self.tables:
+            return None
+        axis, size = self.tables[name]
+        below = [(start, min(end, size)) for start, end in self.ranges if start < size]
+        return KeptSlices(dim=axis, size=size, ranges=[below])
+
+    @property
+    def old_ids(self) -> list[int]:
+        """Ids before, in the order of those now."""
+        return [number for start, end in self.ranges for number in range(start, end)]
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self._kept(name)
+        return tensor if kept is None else kept.cut(tensor)
+
+    def uncut(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self._kept(name)
+        return tensor if kept is None else kept.uncut(tensor)
+
+    def describe(self) -> str:
+        return f"{self.size - self.left:,} of {self.size:,} tokens"
+
+
 class DropBlock(Edit):
     """A block is left out, and the later ones move up."""
 

@@ -19,6 +19,7 @@ from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import (
     AddLowRank,
     Configure,
+    CutVocabulary,
     DropBlock,
     Edit,
     FillZeros,
@@ -35,6 +36,7 @@ EDITS: dict[str, type[Edit]] = {
     "keep_slices": KeepSlices,
     "keep_experts": KeepExperts,
     "keep_carried": KeepCarried,
+    "cut_vocabulary": CutVocabulary,
     "drop_block": DropBlock,
     "pad_units": PadUnits,
     "configure": Configure,

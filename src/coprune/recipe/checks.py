@@ -105,7 +105,11 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     if not recipe.structure.remove:
         return None
     if recipe.pattern.is_said:
-        return _of_both(recipe)
+        return _of_both(recipe) if recipe.structure.shares else None
+    if recipe.finetune.mode is not None and not recipe.structure.shares:
+        cause: Words = "a model that lost nothing but tokens is not trained in the same run"
+        fix: Words = (LeaveOut("finetune"), ", save the model and run: ", Command("finetune", "FOLDER"))
+        return BadInput(cause, field="finetune", fix=fix)
     said = {
         "method": recipe.method != USUAL_METHOD,
         "permute": recipe.pattern.permute,
@@ -116,7 +120,7 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     }
     for setting, given in said.items():
         if given:
-            cause: Words = ("remove makes a smaller model, for which ", Setting(setting), " means nothing")
+            cause = ("remove makes a smaller model, for which ", Setting(setting), " means nothing")
             fix = ("leave it out, or add ", Set("sparsity", 0.5), " for zeros in what is left")
             return BadInput(cause, field=setting, fix=fix)
     return None
@@ -180,7 +184,7 @@ def _of_answers(recipe: Parts) -> BadInput | None:
         later = Command("evaluate", "FOLDER", Set("generate", "builtin"))
         fix: Words = (LeaveOut("stream"), ", or save the model and run: ", later)
         return BadInput("answers need the whole model in memory", field="stream", value=True, fix=fix)
-    if recipe.structure.remove and recipe.pattern.is_said:
+    if recipe.structure.shares and recipe.pattern.is_said:
         for condition in asked.conditions:
             if condition.name in LIKENESS:
                 cause = f"{condition.text} is about the dense model, which a run that cuts and prunes does not keep"

@@ -90,19 +90,24 @@ class Recipe(BaseModel):
     @property
     def cuts_and_prunes(self) -> bool:
         """Whether what is left of a model that parts are removed from gets zeros too."""
-        return bool(self.structure.remove) and self.pattern.is_said
+        return bool(self.structure.shares) and self.pattern.is_said
+
+    @property
+    def sets_zeros(self) -> bool:
+        """Whether weights are set to zero, beside what may be removed."""
+        return not self.structure.remove or self.pattern.is_said
 
     @property
     def way(self) -> str:
         """What decides which weights go: the score of what is removed, the method of the zeros."""
         scores = [score.name for score in self.structure.scores.values()]
-        return "-".join([*scores, *([self.method.name] if not scores or self.cuts_and_prunes else [])])
+        return "-".join([*scores, *([self.method.name] if self.sets_zeros else [])])
 
     @property
     def shape(self) -> str:
         """What is removed, the pattern of the zeros, and the rank of what is added."""
         removed, rank = self.structure.remove, self.low_rank.rank
-        zeros = [self.pattern.name] if not removed or self.cuts_and_prunes else []
+        zeros = [self.pattern.name] if self.sets_zeros else []
         return ", ".join([*removed, *zeros, *([f"rank {rank} added"] if rank else [])])
 
     @property
@@ -112,8 +117,10 @@ class Recipe(BaseModel):
             return self.output.run
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
         if self.structure.remove:
-            shares = "-".join(f"{kind}-{share:g}" for kind, share in self.structure.shares.items())
-            return Path("out") / name / f"without-{shares}{self._target if self.cuts_and_prunes else ''}" / self.way
+            shares = [f"{kind}-{share:g}" for kind, share in self.structure.shares.items()]
+            own = [] if self.structure.vocabulary is None else self.structure.only_vocabulary().remove
+            gone = "-".join([*shares, *(re.sub("[=: ]+", "-", one.removesuffix("%")) for one in own)])
+            return Path("out") / name / f"without-{gone}{self._target if self.sets_zeros else ''}" / self.way
         return Path("out") / name / self._target.removeprefix("-") / self.method.name
 
     @property

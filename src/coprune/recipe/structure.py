@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
-from coprune.base.words import Set, Words
+from coprune.base.words import Set, Setting, Words
 from coprune.recipe.choice import Choice
 from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.parts import Part
+from coprune.recipe.vocabulary import PART as VOCABULARY
+from coprune.recipe.vocabulary import Target, shares_of, target_of
 
 Removable = Literal["channels", "heads", "blocks", "experts", "parameters"]
-Scored = Literal["units", "blocks", "experts"]
-"""What a score is of: units are channels and heads."""
+Scored = Literal["units", "blocks", "experts", "rows"]
+"""What a score is of: units are channels and heads, rows the tokens of a vocabulary."""
 SCORES: dict[Scored, tuple[str, ...]] = {
     "units": ("obs", "wanda_sp", "flap", "magnitude"),
     "blocks": ("kl", "influence"),
     "experts": ("reap", "frequency", "random"),
+    "rows": ("counts", "bits"),
 }
 """Names of the scores, by what they are of, the default first."""
 
@@ -62,7 +65,8 @@ class StructurePart(Part):
             description="Remove a share of the model's channels, heads, blocks or experts, so that it gets smaller: "
             "channels=0.33, heads=0.25, blocks=0.2, experts=0.25 (or experts=keep:96, how many stay); repeatable, "
             "or with commas between. parameters=0.25: a share "
-            "of the blocks' parameters, spread over channels, heads and blocks by what several ways cost."
+            "of the blocks' parameters, spread over channels, heads and blocks by what several ways cost. vocabulary=96k (tokens "
+            "that stay), vocabulary=0.6 (a share to go) or vocabulary=loss:1% (as few as cost so many more bits per byte)."
         ),
     ] = ()
     score: Annotated[
@@ -72,7 +76,8 @@ class StructurePart(Part):
         Field(
             description="Which channels and heads go: obs (what the others can make up for; the default), wanda_sp, flap or "
             "magnitude; which blocks: kl (what the model says without it; the default) or influence (what changes "
-            "its inputs least); which experts: reap (gate times answer; the default), frequency or random; options as in "
+            "its inputs least); which experts: reap (gate times answer; the default), frequency or random; which tokens of the "
+            "vocabulary stay: counts (the default) or bits (what the model loses without them); options as in "
             "wanda_sp:refit=true; repeatable."
         ),
     ] = ()
@@ -97,6 +102,29 @@ class StructurePart(Part):
     align: Annotated[
         int, Decides.RESULT, Field(description="Keep channels in multiples of this, where the model has them.", ge=1)
     ] = 64
+    vocabulary_text: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_as_words),
+        Decides.RESULT | Decides.COST,
+        Field(
+            description="Texts whose tokens the vocabulary keeps, as files, folders or corpora, each perhaps with a share: "
+            "mine.jsonl=2,wikitext2; repeatable. [the calibration text]"
+        ),
+    ] = ()
+    vocabulary_languages: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_as_words),
+        Decides.RESULT | Decides.COST,
+        Field(
+            description="Languages whose words the vocabulary keeps (needs coprune[languages]), and code, each perhaps with a "
+            "share: en,de,code=0.5; repeatable. [en,code where no texts are named]"
+        ),
+    ] = ()
+    vocabulary_force: Annotated[
+        bool,
+        Decides.RESULT,
+        Field(description="Cut a vocabulary even where that saves less than 5 per cent of the weights' bytes."),
+    ] = False
 
     align_experts: Annotated[
         int | None,
@@ -112,6 +140,13 @@ class StructurePart(Part):
     @classmethod
     def _check(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
         shares(asked)
+        _vocabulary(asked)
+        return asked
+
+    @field_validator("vocabulary_text", "vocabulary_languages")
+    @classmethod
+    def _with_shares(cls, asked: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        shares_of(asked, str(info.field_name))
         return asked
 
     @field_validator("score")
@@ -162,6 +197,7 @@ class StructurePart(Part):
         kinds: list[Scored] = ["units"] if self.spreads else []
         kinds += ["blocks"] if {"blocks", "parameters"} & removed else []
         kinds += ["experts"] if "experts" in removed else []
+        kinds += ["rows"] if self.vocabulary is not None else []
         return {kind: self.score_of(kind) for kind in kinds}
 
     @property
@@ -171,7 +207,7 @@ class StructurePart(Part):
 
     @property
     def shares(self) -> dict[Removable, float | Left]:
-        """The share of each that is removed, or what is left of it."""
+        """The share of each that is removed of the blocks, or what is left of it."""
         return shares(self.remove)
 
     def share(self, kind: Removable) -> float:
@@ -180,12 +216,35 @@ class StructurePart(Part):
         assert not isinstance(found, Left)
         return found
 
+    @property
+    def vocabulary(self) -> Target | None:
+        """How much of the vocabulary is removed; None for nothing."""
+        return _vocabulary(self.remove)
+
+    def without_vocabulary(self) -> Self:
+        """Return what is removed of the blocks alone."""
+        left = tuple(text for text in _texts(self.remove) if _name(text) != VOCABULARY)
+        score = tuple(one for one in self.score if _scored(one.name) != "rows")
+        gone = {"vocabulary_text": (), "vocabulary_languages": (), "vocabulary_force": False}
+        return self.model_copy(update={"remove": left, "score": score, **gone})
+
+    def only_vocabulary(self) -> Self:
+        """Return what is removed of the vocabulary alone."""
+        score = tuple(one for one in self.score if _scored(one.name) == "rows")
+        own = tuple(text for text in _texts(self.remove) if _name(text) == VOCABULARY)
+        return self.model_copy(update={"remove": own, "score": score, "domains": (), "blend": "max-min"})
+
 
 def cannot_score(asked: StructurePart) -> BadInput | None:
     """What is wrong with a score of what is not removed; None if there is none."""
+    if asked.vocabulary is None:
+        for field in ("vocabulary_text", "vocabulary_languages", "vocabulary_force"):
+            if getattr(asked, field):
+                fix: Words = ("add ", Set("remove", "vocabulary=96k"), ", or leave it out")
+                return BadInput((Setting(field), " is about a vocabulary, and none is removed"), field=field, fix=fix)
     for score in asked.score:
         if (kind := _scored(score.name)) not in asked.scores:
-            parts = "channels and heads" if kind == "units" else kind
+            parts = {"units": "channels and heads", "rows": "the vocabulary"}.get(kind, kind)
             wrong: Words = (Set("score", str(score)), f" is of {parts}, and none are removed")
             return BadInput(wrong, field="score", value=str(score), fix="leave it out")
     return None
@@ -208,11 +267,13 @@ def shares(asked: tuple[str, ...]) -> dict[Removable, float | Left]:
         BadInput: something is no share, or said twice.
     """
     found: dict[Removable, float | Left] = {}
-    for text in (part.strip() for one in asked for part in one.split(",")):
-        name, _, value = text.partition("=")
-        kind: Removable | None = next((known for known in get_args(Removable) if known == name.strip()), None)
+    for text in _texts(asked):
+        name, value = _name(text), text.partition("=")[2]
+        if name == VOCABULARY:
+            continue
+        kind: Removable | None = next((known for known in get_args(Removable) if known == name), None)
         if kind is None:
-            raise unknown_name("part to remove", name.strip(), get_args(Removable), field="remove")
+            raise unknown_name("part to remove", name, [*get_args(Removable), VOCABULARY], field="remove")
         if kind in found:
             raise BadInput(f"the share of {kind} to remove is said twice", field="remove", value=text)
         found[kind] = _share_or_left(kind, value.strip())
@@ -236,6 +297,22 @@ def _share_or_left(kind: Removable, value: str) -> float | Left:
         cause = f"the share of {kind} to remove is a number between 0 and 1, not {value!r}{number}"
         raise BadInput(cause, field="remove", value=f"{kind}={value}")
     return share
+
+
+def _texts(asked: tuple[str, ...]) -> list[str]:
+    return [part.strip() for one in asked for part in one.split(",")]
+
+
+def _name(text: str) -> str:
+    return text.partition("=")[0].strip()
+
+
+def _vocabulary(asked: tuple[str, ...]) -> Target | None:
+    """How much of the vocabulary goes. Raises BadInput where that is said twice, or is no size."""
+    own = [text.partition("=")[2].strip() for text in _texts(asked) if _name(text) == VOCABULARY]
+    if len(own) > 1:
+        raise BadInput("the size of the vocabulary is said twice", field="remove", value=",".join(asked))
+    return target_of(own[0]) if own else None
 
 
 def _is_kept(asked: tuple[str, ...]) -> bool:

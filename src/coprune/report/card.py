@@ -15,6 +15,7 @@ from coprune.report.answers import answers_markdown
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
 from coprune.report.schema import OF_IMAGES, Report
 from coprune.report.source import base_of, name_of
+from coprune.report.vocabulary import vocabulary_markdown
 
 _LOAD = """```python
 {first}from transformers import {model}, {processor}
@@ -57,6 +58,8 @@ def model_card(report: Report) -> str:
         else ""
     )
     results = _accuracy_table(report) if images else _perplexity_table(report)
+    if report.vocabulary is not None:
+        results += f"\n\n## Vocabulary\n\n{vocabulary_markdown(report.vocabulary)}"
     if report.zero_shot is not None:
         results += f"\n\n## Zero-shot tasks\n\n{_task_table(report.zero_shot)}"
     if report.answers is not None:

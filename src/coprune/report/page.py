@@ -26,6 +26,7 @@ from coprune.report.matrices import picker, picker_data
 from coprune.report.perplexity import perplexity_card, perplexity_section
 from coprune.report.schema import Report
 from coprune.report.source import name_of
+from coprune.report.vocabulary import vocabulary_section
 from coprune.report.zero_shot import zero_shot_card, zero_shot_section
 
 _SAME = 0.001  # sparsities that differ by less are one figure
@@ -36,6 +37,8 @@ def run_page(report: Report, speed: Sequence[str] = (), links: Sequence[str] = (
     parts = [_head(report, links), _cards(report)]
     if report.perplexity:
         parts.append(perplexity_section(report))
+    if report.vocabulary is not None:
+        parts.append(vocabulary_section(report.vocabulary))
     if report.accuracy:
         parts.append(accuracy_section(report.accuracy))
     if report.zero_shot is not None:

@@ -24,6 +24,7 @@ from coprune.pruning.reconstructed import RECONSTRUCTED
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
 from coprune.report.made import MadeFacts
+from coprune.vocabulary.facts import VocabularyFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"
 PACKAGES = ("coprune", "torch", "transformers", "safetensors", "datasets", "accelerate", "timm", "torchvision")
@@ -143,6 +144,8 @@ class Report(Shown, BaseModel):
     """Of a run that fine-tuned what it had pruned; `saved_model` is the result of that then."""
     low_rank: LowRankFacts | None = None
     """Where matrices of low rank were added, which all figures but its own have in them."""
+    vocabulary: VocabularyFacts | None = None
+    """Where tokens were removed, before all else; perplexity is then of what is left of them, on both sides."""
     left: int | None = None
     """Parameters of what is left, where parts were removed."""
     padding: int = 0
@@ -157,7 +160,7 @@ class Report(Shown, BaseModel):
     @property
     def has_zeros(self) -> bool:
         """Whether weights were set to zero, beside what may have been removed."""
-        return not self.recipe.structure.remove or self.recipe.cuts_and_prunes
+        return self.recipe.sets_zeros
 
     @property
     def troubles(self) -> list[str]:
@@ -177,6 +180,8 @@ class Report(Shown, BaseModel):
             tuned = {} if self.finetuned is None else self.finetuned.perplexity
             after = f" → {tuned[text.data]:.2f} after {recipe.finetune.mode}" if text.data in tuned else ""
             measured = f", perplexity {dense}{text.pruned:.2f}{after} on {text.data}"
+        if self.vocabulary is not None and not self.perplexity:
+            measured = "".join(f", {text.line()}" for text in self.vocabulary.texts[:1])
         asked = f"{recipe.way} {recipe.shape}"
         zeros = f"{per_cent(self.sparsity.matrices)} zeros" if self.has_zeros else "removed"
         return f"{Path(self.model.source).name}: {asked}, {zeros}{measured}"
@@ -197,6 +202,7 @@ class Report(Shown, BaseModel):
         rows += [("perplexity", text.line(after(text.data))) for text in self.perplexity]
         if self.bos is not None and (begins := self.bos.line()) is not None:
             rows.append(("BOS", begins))
+        rows += [] if self.vocabulary is None else [("vocabulary", line) for line in self.vocabulary.lines()]
         rows += [("accuracy", images.line(after(images.data))) for images in self.accuracy]
         rows += [("removed", line) for line in self.edits]
         if self.covered:

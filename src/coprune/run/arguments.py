@@ -92,6 +92,9 @@ class StructureArguments(TypedDict, total=False):
     blend: str
     align: int
     align_experts: int | None
+    vocabulary_text: str | Sequence[str] | Mapping[str, float]
+    vocabulary_languages: str | Sequence[str] | Mapping[str, float]
+    vocabulary_force: bool
 
 
 class OutcomeArguments(AnswerArguments, total=False):

@@ -16,7 +16,7 @@ from coprune.report.schema import DISTRIBUTIONS_FILE
 _FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "search.json", "bench.json", "log_*.txt")
 TUNED, CUT = ("pruned", "finetune"), ("cut", "zeros")
 """Folders of the two halves of a run that trains, and of one that cuts and prunes."""
-_FOLDERS = TUNED + CUT
+_FOLDERS = TUNED + CUT + ("vocabulary", "rest")
 
 
 def refuse_own_source(recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from coprune.run.given import NOTHING, Given
 from coprune.run.result import Result
 from coprune.run.session import Surroundings, open_run
 from coprune.run.stages import run_recipe
+from coprune.run.vocabulary import rest_of
 
 
 def prune(
@@ -104,6 +105,13 @@ def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING, 
 
     writes: whether the run would leave a folder.
     """
+    if recipe.structure.vocabulary is not None:
+        rest = rest_of(recipe)
+        if rest is None:
+            cause = "a run that only cuts a vocabulary takes little more than copying the model"
+            raise BadInput(cause, field="remove", fix="run it")
+        reporter.say("The cut of the vocabulary before it is not counted.")
+        recipe = rest
     with reporter.libraries():
         found = open_run(recipe, given, Surroundings(reporter, writes=writes)).estimate()
     if recipe.finetune.mode is not None:

@@ -48,6 +48,7 @@ from coprune.run.result import Result
 from coprune.run.reuse import Reuse
 from coprune.run.session import Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening
+from coprune.run.vocabulary import cut_vocabulary
 
 ENCODINGS: dict[str, Encoding] = {"dense": DENSE, "packed": PackedEncoding()}
 
@@ -85,6 +86,8 @@ def run_recipe(
 def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, reuse: Reuse | None = None) -> Result:
     """As `run_recipe`, of a whole run or of its half."""
     started, processes = time.perf_counter(), around.processes
+    if recipe.structure.vocabulary is not None:
+        return cut_vocabulary(recipe, given, around, write, _run_among)
     if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
         return run_halves(recipe, given, around, write, _run_among, reuse)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:

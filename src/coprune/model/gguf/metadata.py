@@ -44,12 +44,12 @@ class Field:
 Fields = Mapping[str, Field]
 
 
-def read_fields(reader: Any) -> dict[str, Field]:
-    """What a new file takes over of the metadata. reader: of the gguf package."""
+def read_fields(reader: Any, without: tuple[str, ...] = _OWN) -> dict[str, Field]:
+    """What a new file takes over of the metadata. reader: of the gguf package; without: beginnings of keys to leave out."""
     found = {}
     for key, stored in reader.fields.items():
         is_list = len(stored.types) > 0 and stored.types[0].name == "ARRAY"
-        if key.startswith(_OWN) or (is_list and len(stored.types) < 2):
+        if key.startswith(without) or (is_list and len(stored.types) < 2):
             continue
         found[key] = Field(stored.contents(), int(stored.types[0]), int(stored.types[-1]) if is_list else None)
     return found

@@ -16,12 +16,13 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.shards import read_json
-from coprune.model.edit import Configure
+from coprune.model.edit import Configure, CutVocabulary
 from coprune.model.gguf.metadata import Counts, architecture, corrected, read_fields
 from coprune.model.gguf.pieces import EXACT, Matcher, Piece
 from coprune.model.gguf.smaller import Exported, exported, made, planned_shape, whole_tensors
 from coprune.model.gguf.types import decode, tensor_type
 from coprune.model.gguf.verify import STORED_ERROR, WORST_ERROR, require_same_source
+from coprune.model.gguf.vocabulary import without_tokens
 from coprune.model.gguf.write import Plan, Planned
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -148,8 +149,13 @@ def planned(example: Example, source: Exported, kind: str) -> Plan:
     kept = [index for index, number in enumerate(sorted(blocks)) if blocks[number]]
     arch = architecture(example.reader)
     config = {} if source.source is None else read_json(source.source.path / "config.json")
-    counts = Counts(changes, _sizes(shapes, new), kept, len(blocks), config)
-    return Plan(arch, corrected(read_fields(example.reader), arch, counts), kind, tensors)
+    vocabularies = [edit for edit in done if isinstance(edit, CutVocabulary)]
+    told = {size for edit in vocabularies for _, size in edit.tables.values()}
+    sizes = {old: left for old, left in _sizes(shapes, new).items() if old not in told}
+    fields = corrected(read_fields(example.reader), arch, Counts(changes, sizes, kept, len(blocks), config))
+    for edit in vocabularies:  # the earliest first
+        fields = without_tokens(fields, arch, edit.old_ids)
+    return Plan(arch, fields, kind, tensors)
 
 
 def _moved(name: str, left: Sequence[int]) -> str:

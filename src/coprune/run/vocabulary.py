@@ -1,0 +1,315 @@
+"""A run that cuts the vocabulary: by itself, or before all else that is asked for, which begins with the folder it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.base.memory import peak_memory
+from coprune.base.output_names import require_usable
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words
+from coprune.model.checkpoint.companions import CARD_FILE
+from coprune.model.checkpoint.load import load_model, load_processor
+from coprune.model.checkpoint.locate import GgufFile, ModelFolder, holds_model, locate
+from coprune.model.checkpoint.shards import read_json
+from coprune.model.opened import choose_device
+from coprune.recipe.recipe import Recipe
+from coprune.report.card import model_card
+from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
+from coprune.report.made import MadeFacts
+from coprune.report.schema import ModelFacts, Report, SparsityFacts, installed_versions
+from coprune.run.checks import prepare_folders
+from coprune.run.ending import finished, push_if_asked
+from coprune.run.given import NOTHING, Given
+from coprune.run.overwrite import replace_earlier
+from coprune.run.result import Result
+from coprune.run.session import Surroundings
+from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.cut import Asked, Cutting
+from coprune.vocabulary.facts import VocabularyFacts
+from coprune.vocabulary.sources import Source, saved, source_of
+
+FOLDER = "vocabulary"
+"""Of a run folder: what the cut leaves there for the rest of the run."""
+REST = "rest"
+_CHOICE, _TRIES = "choice.json", "tries.json"
+Run = Callable[[Recipe, Given, Surroundings, bool], Result]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which tokens stay, and what is known of that."""
+
+    kept: Kept
+    facts: VocabularyFacts
+    model: ModelFacts
+
+
+def cut_vocabulary(recipe: Recipe, given: Given, around: Surroundings, write: bool, run: Run) -> Result:
+    """Cut the vocabulary, then do the rest that a recipe asks for.
+
+    Args:
+        recipe: of all.
+        given: what is taken instead of what the recipe names.
+        around: who hears of it.
+        write: whether to leave a run folder.
+        run: does the rest.
+
+    Returns:
+        The report of all, and the model.
+
+    Raises:
+        BadInput, UnsupportedModel: what is asked for cannot be done.
+        VerificationError: what was written is not what should be there.
+    """
+    started, rest = time.perf_counter(), rest_of(recipe)
+    _refuse(recipe, around, alone=rest is None)
+    if write and rest is None and (known := announced(recipe)) is not None:
+        finish_run_folder(recipe, known)
+        push_if_asked(recipe.output, around.reporter)
+        return Result(known)
+    prepare_folders(recipe)
+    with _places(recipe, write, rest is None) as (target, keep):
+        if rest is None:
+            return _alone(recipe, given, around, (target, keep), started)
+        assert target is not None
+        choice = _for_rest(recipe, given, around, target, keep)
+        own = rest.replaced(model=str(target), save=recipe.run_folder / REST if write else None)
+        result = run(own, replace(NOTHING, method=given.method), replace(around, replaces=None), write)
+        report = _whole(recipe, choice, result.report, time.perf_counter() - started)
+        if recipe.output.model is not None:
+            write_text(recipe.output.model / CARD_FILE, model_card(report))
+        if around.writes:
+            announce(recipe, report)
+            finish_run_folder(recipe, report)
+        push_if_asked(recipe.output, around.reporter)
+        model = result.model  # while the folder that it may be read from is there
+        return Result(report, result.processor, lambda: model)
+
+
+def rest_of(recipe: Recipe) -> Recipe | None:
+    """Return what is asked for besides the vocabulary; None for nothing."""
+    left = recipe.structure.without_vocabulary()
+    if not left.remove and not recipe.pattern.is_said:
+        return None
+    told = {"push_to_hub": None, "private": None, "overwrite": None}
+    return recipe.model_copy(update={"structure": left}).replaced(**told)
+
+
+def _refuse(recipe: Recipe, around: Surroundings, alone: bool) -> None:
+    """Raise BadInput for what such a run does not do."""
+    if around.processes.size > 1:
+        raise BadInput("a vocabulary is cut by one process", field="remove", fix="run it without torchrun")
+    model = recipe.output.model
+    if not alone:
+        if model is not None and model.suffix.lower() == ".gguf":
+            both = f"{model} would be a GGUF file, and what else is asked for leaves a folder"
+            raise BadInput(both, field="save_model", value=model, fix="name a folder, and export that")
+        return
+    for field, asked in (("tasks", recipe.evaluation.runs_tasks), ("generate", recipe.answers.is_asked)):
+        if asked:
+            cause: Words = (Setting(field), " is not measured by a run that only cuts a vocabulary")
+            later = Command("evaluate", "FOLDER", Set(field, ...))
+            raise BadInput(cause, field=field, fix=(LeaveOut(field), ", save the model and run: ", later))
+
+
+@contextmanager
+def _places(recipe: Recipe, write: bool, alone: bool) -> Iterator[tuple[Path | None, Path | None]]:
+    """Give the folder or file that the smaller model goes to (None for nowhere), and the folder for what was found out."""
+    keep = recipe.run_folder / FOLDER if write else None
+    if alone and recipe.output.model is not None:
+        require_usable(recipe.output.model, "save_model")
+        yield recipe.output.model, keep
+    elif keep is not None:
+        yield (None if alone else keep / "model"), keep
+    else:
+        with tempfile.TemporaryDirectory(prefix="coprune-") as folder:
+            yield Path(folder) / "model", None
+
+
+def _alone(
+    recipe: Recipe, given: Given, around: Surroundings, places: tuple[Path | None, Path | None], started: float
+) -> Result:
+    """Do a run that does nothing else. places: where the model goes, and what was found out."""
+    target, keep = places
+    to_gguf = _becomes_gguf(recipe, given, target)
+    with _opened(recipe, given, to_gguf) as source:
+        choice = _chosen(recipe, around, source, keep)
+        report = _report(recipe, choice, time.perf_counter() - started)
+        if around.writes:
+            announce(recipe, report)  # a run that is killed once the model has its name has only this to finish
+        if target is not None:
+            source.cut(target, choice.kept, around.reporter, "" if to_gguf else model_card(report))
+    report = finished(recipe, report, started, around)
+    push_if_asked(recipe.output, around.reporter)
+    if target is None or to_gguf:
+        return Result(report)
+    where = ModelFolder(target, choice.model.source)
+    processor = load_processor(where, "text")
+    if recipe.output.model is not None:
+        return Result(report, processor, lambda: load_model(where, processed=False)[0])
+    model = load_model(where, processed=False)[0]  # its folder goes now
+    return Result(report, processor, lambda: model)
+
+
+def _for_rest(recipe: Recipe, given: Given, around: Surroundings, target: Path, keep: Path | None) -> _Choice:
+    """Write the smaller model that the rest of the run begins with, unless an interrupted run did."""
+    choice = _known(recipe, keep)
+    if choice is not None and holds_model(target):
+        return choice
+    with _opened(recipe, given, to_gguf=False) as source:
+        choice = _chosen(recipe, around, source, keep)
+        shutil.rmtree(target, ignore_errors=True)
+        source.cut(target, choice.kept, around.reporter)
+    return choice
+
+
+def _becomes_gguf(recipe: Recipe, given: Given, target: Path | None) -> bool:
+    """Whether a GGUF file becomes another one. Raises BadInput where something else should become one."""
+    is_gguf = given.loaded is None and isinstance(locate(recipe.model.name, recipe.model.cache_dir), GgufFile)
+    asked = target is not None and target.suffix.lower() == ".gguf"
+    if asked and not is_gguf:
+        fix: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.gguf"))
+        raise BadInput(f"{target} would be a GGUF file, and the model is a folder", field="save_model", fix=fix)
+    return is_gguf and (asked or target is None)
+
+
+@contextmanager
+def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
+    """Give what is cut; a model in memory is saved for that time."""
+    if given.loaded is None:
+        with source_of(locate(recipe.model.name, recipe.model.cache_dir), recipe.model.name, to_gguf) as source:
+            yield source
+        return
+    with (
+        saved(given.loaded.model, given.loaded.processor) as folder,
+        source_of(ModelFolder(folder, given.loaded.source), given.loaded.source, False) as source,
+    ):
+        yield source
+
+
+def _known(recipe: Recipe, keep: Path | None) -> _Choice | None:
+    """What an interrupted run of the same recipe chose."""
+    if keep is None or not (keep / _CHOICE).is_file():
+        return None
+    found = read_json(keep / _CHOICE)
+    if found.get("recipe") != _deciding(recipe):
+        return None
+    try:
+        facts = VocabularyFacts.model_validate(found["facts"])
+        return _Choice(Kept(tuple(found["kept"])), facts, ModelFacts.model_validate(found["model"]))
+    except (KeyError, TypeError, ValidationError):
+        return None
+
+
+def _deciding(recipe: Recipe) -> dict[str, object]:
+    """What decides the cut, as JSON has it."""
+    kept: dict[str, object] = json.loads(json.dumps(recipe.whole, default=str))
+    return kept
+
+
+def _chosen(recipe: Recipe, around: Surroundings, source: Source, keep: Path | None) -> _Choice:
+    """Choose the tokens that stay and measure what that costs, unless an interrupted run did.
+
+    Nothing is written before the recipe is known to be possible; raises BadInput where it is not, or saves too little.
+    """
+    if (known := _known(recipe, keep)) is not None:
+        return known
+    asked = Asked(
+        structure=recipe.structure,
+        data=recipe.calibration.data,
+        cache_dir=recipe.model.cache_dir,
+        dtype=recipe.model.dtype,
+        device=choose_device(recipe.model.device),
+        runs=recipe.evaluation.perplexity and recipe.model.stream is not True,
+        tokens=recipe.evaluation.tokens,
+        state=None if keep is None else keep / _TRIES,
+    )
+    cutting = Cutting(source, asked, around.reporter)
+    cutting.require_possible()
+    if recipe.output.overwrite:
+        replace_earlier(recipe)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
+    kept, found = cutting.size()
+    cutting.refuse_useless(kept)
+    choice = _Choice(kept, cutting.facts(kept, found), _model_facts(source, str(asked.device)))
+    if (loud := choice.facts.loud()) is not None:
+        around.reporter.say(loud)
+    if keep is not None:
+        content = {
+            "recipe": _deciding(recipe),
+            "kept": kept.old,
+            "facts": choice.facts.model_dump(mode="json"),
+            "model": choice.model.model_dump(mode="json"),
+        }
+        write_text(keep / _CHOICE, json.dumps(content) + "\n")
+    return choice
+
+
+def _model_facts(source: Source, device: str) -> ModelFacts:
+    location = source.location
+    config = {} if isinstance(location, GgufFile) else read_json(location.path / "config.json")
+    text = config.get("text_config") or config
+    return ModelFacts(
+        source=location.name,
+        model_type=str(config.get("model_type", "GGUF")),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "as stored"),
+        device=device,
+        blocks=int(text.get("num_hidden_layers") or 0),
+        parameters=source.parameters,
+        quantised_source=isinstance(location, GgufFile),
+    )
+
+
+def _report(recipe: Recipe, choice: _Choice, seconds: float) -> Report:
+    """The report of a run that did nothing else."""
+    return Report(
+        recipe=recipe,
+        model=choice.model,
+        calibration=None,
+        sparsity=SparsityFacts(target=0.0, matrices=0.0, model=0.0),
+        perplexity=[],
+        prune_seconds=seconds,
+        total_seconds=seconds,
+        peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=None,
+        versions=installed_versions(),
+        events=[],
+        matrices=[],
+        saved_model=recipe.output.model,
+        edits=[_removed(choice.facts)],
+        made=MadeFacts.here(),
+        vocabulary=choice.facts,
+    )
+
+
+def _removed(facts: VocabularyFacts) -> str:
+    return f"{facts.before - facts.after:,} of {facts.before:,} tokens of the vocabulary"
+
+
+def _whole(recipe: Recipe, choice: _Choice, rest: Report, seconds: float) -> Report:
+    """The report of the rest, which begins with what the cut did."""
+    own = {name: getattr(rest.model, name) for name in ("blocks", "block_names", "device", "dtype", "loaded_by")}
+    return rest.model_copy(
+        update={
+            "recipe": recipe,
+            "model": choice.model.model_copy(update=own),
+            "edits": [_removed(choice.facts), *rest.edits],
+            "left": rest.model.parameters if rest.left is None else rest.left,
+            "vocabulary": choice.facts,
+            "total_seconds": seconds,
+            "peak_memory_bytes": max(peak_memory(), rest.peak_memory_bytes),
+        }
+    )

@@ -1,0 +1,276 @@
+"""Choose the tokens that stay, write the model with them, and tell what that costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.base.files import write_text
+from coprune.base.memory import available_bytes
+from coprune.base.progress import Reporter
+from coprune.base.words import Set, Setting, Words, say
+from coprune.model.checkpoint.load import DtypeName, load_model, load_tokenizer
+from coprune.model.checkpoint.locate import GgufFile
+from coprune.recipe.structure import StructurePart
+from coprune.recipe.vocabulary import Loss
+from coprune.vocabulary.bits import by_bits
+from coprune.vocabulary.choose import Kept, Weights, choose, closure, possible
+from coprune.vocabulary.counts import CODE, Texts, read_texts, weigh
+from coprune.vocabulary.facts import TextCost, VocabularyFacts
+from coprune.vocabulary.kinds import Vocabulary, WordPiece
+from coprune.vocabulary.measure import Cuts, Judge, first_tokens
+from coprune.vocabulary.prompts import prompts
+from coprune.vocabulary.samples import LANGUAGES, NAMES, SOURCES
+from coprune.vocabulary.search import search
+from coprune.vocabulary.sources import Source, described
+
+LEAST_SAVED = 0.05
+"""A cut that saves less of the weights' bytes is refused unless it is forced."""
+MEASURED, SEARCHED = 4_096, 16_384
+"""Tokens of held-out text that are measured; that a size is searched and proven on, half of them each."""
+_FEWEST = 1_000
+"""Characters of each of these halves at least."""
+_ALWAYS = ("en", "de", "fr", "es", "ru", "zh", "ar", "hi")
+"""Languages on which a model is run, whether they were asked for or not; all others of the samples are cut into tokens."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a cut."""
+
+    structure: StructurePart
+    data: str
+    """The calibration text."""
+    cache_dir: Path | None = None
+    dtype: DtypeName = "auto"
+    device: str | torch.device = "cpu"
+    runs: bool = True
+    """Whether a model may be run to measure."""
+    tokens: int | None = None
+    """Of held-out text; None for as many as usual."""
+    state: Path | None = None
+    """File of what was found out, with which an interrupted search goes on."""
+
+
+@dataclass
+class Cutting:
+    """A vocabulary that is about to be cut."""
+
+    source: Source
+    asked: Asked
+    reporter: Reporter
+    content: Mapping[str, Any] = field(init=False)
+    vocabulary: Vocabulary = field(init=False)
+    texts: Texts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.content = self.source.content
+        self.vocabulary = Vocabulary.of(self.content)
+        self._parts: Callable[[int], tuple[int, ...] | None] = cache(self.vocabulary.parts)
+        structure = self.asked.structure
+        texts, languages = structure.vocabulary_text, structure.vocabulary_languages
+        self.texts = read_texts(texts, languages, self.asked.data, self.asked.cache_dir, self.reporter)
+        if not self.asked.runs and isinstance(structure.vocabulary, Loss):
+            fix = ("keep a number of tokens, or leave out ", Set("evaluate", False))
+            raise BadInput("a loss is measured with the model", field="remove", value=structure.remove[0], fix=fix)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The whole tokenizer."""
+        return Tokenizer.from_str(json.dumps(self.content))
+
+    @cached_property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """The same as transformers loads it."""
+        return load_tokenizer(self.source.location)
+
+    @cached_property
+    def essential(self) -> set[int]:
+        """Ids that stay in any case, with all that they are made by."""
+        found = self.vocabulary.essential() | self.source.named
+        for text in prompts(self.processor):
+            found |= set(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return closure((number for number in found if number < self.source.rows), self._parts)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """How much every token counts."""
+        found = weigh(self.tokenizer, self.texts, self.source.rows, self.vocabulary.texts, self.reporter)
+        if self.asked.structure.score_of("rows").name == "bits":
+            found = by_bits(found, self._require_judge(), self.tokenizer, self.texts, self._parts, self.reporter)
+        return found
+
+    def choose(self, size: int) -> Kept:
+        """Return the tokens that stay. Raises BadInput as `choose`."""
+        return choose(size, self.weights, self.essential, self._parts)
+
+    @cached_property
+    def judge(self) -> Judge | str:
+        """The model that says how likely texts are; why it does not, otherwise."""
+        if not self.asked.runs:
+            return "nobody asked for it"
+        if isinstance(self.vocabulary.kind, WordPiece):
+            return "it does not go on with texts"
+        room, needed = available_bytes(), self.source.parameters * (4 if self._is_gguf else 2)
+        if room is not None and needed > room:
+            return f"it takes {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} are there"
+        try:
+            model, _ = load_model(self.source.location, self.asked.dtype, self.asked.device, processed=False)
+        except CopruneError as error:
+            return say(error.cause)
+        begin = self.processor.bos_token_id
+        return Judge(model, begin if begin is not None else self.processor.eos_token_id)
+
+    @property
+    def _is_gguf(self) -> bool:
+        return isinstance(self.source.location, GgufFile)
+
+    def _require_judge(self) -> Judge:
+        if isinstance(self.judge, str):
+            raise BadInput(
+                f"the model cannot be run: {self.judge}", field="remove", fix="keep a number of tokens by counts"
+            )
+        return self.judge
+
+    def require_possible(self) -> None:
+        """Raise BadInput, before anything is counted, for a number of tokens that cannot be, or a cut that saves too little."""
+        target = self.asked.structure.vocabulary
+        if target is not None and not isinstance(target, Loss):
+            size = possible(target.kept(self.source.rows), len(self.essential), self.source.rows)
+            self.refuse_useless(Kept(tuple(range(size))))
+
+    def size(self) -> tuple[Kept, dict[str, Any]]:
+        """Return the tokens that stay, and what a search for their number found.
+
+        Raises:
+            BadInput: there are too few, too many, or no number that loses so little.
+        """
+        target = self.asked.structure.vocabulary
+        assert target is not None
+        if not isinstance(target, Loss):
+            return self.choose(target.kept(self.source.rows)), {}
+        judge = self._require_judge()
+        searched, proving = self.halves()
+        cutting = self
+
+        def rise(texts: list[str], size: int) -> float:
+            cuts = Cuts.of(cutting.tokenizer, cutting.content, cutting.choose(size))
+            with cutting.reporter.bar(f"Trying {size:,} tokens", len(texts)) as advance:
+                return judge.rise(cuts, texts, advance)
+
+        tries = Tries(self.asked.state, self._fingerprint())
+        found = search(
+            target.most,
+            (len(self.essential), self.source.rows),
+            lambda size: rise(searched, size),
+            lambda size: rise(proving, size),
+            tries.known,
+            tries.keep,
+        )
+        return self.choose(found.size), {"tries": dict(tries.known), "proven": found.proven}
+
+    def halves(self) -> tuple[list[str], list[str]]:
+        """Held-out passages to search on, and others to prove with. Raises BadInput where there are too few."""
+        limit = self.asked.tokens or SEARCHED
+        held = first_tokens(self.tokenizer, self.texts.held_out, limit, least=2)
+        halves = held[::2], held[1::2]
+        if min(sum(map(len, half)) for half in halves) < _FEWEST:
+            fix: Words = ("name a longer one with ", Setting("vocabulary_text"))
+            raise BadInput(
+                "the text that is held out is too short to search and to prove a loss on", field="remove", fix=fix
+            )
+        return halves
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(self.weights.tobytes())
+        digest.update(repr((self.source.rows, sorted(self.essential), self.halves())).encode())
+        return digest.hexdigest()[:16]
+
+    def facts(self, kept: Kept, found: Mapping[str, Any]) -> VocabularyFacts:
+        """Measure what a choice costs. found: what a search found."""
+        before, after = self.source.bytes_of(kept)
+        cuts = Cuts.of(self.tokenizer, self.content, kept)
+        judge = self.judge
+        costs = [cuts.cost(label, texts) for label, texts, _ in self._measured()]
+        if isinstance(judge, Judge):
+            costs = self._judged(judge, cuts, costs)
+        weighty = set(self._weightiest(len(kept.old)))
+        parts = sum(1 for number in kept.old if number not in weighty and number not in self.essential)
+        return VocabularyFacts(
+            before=self.source.rows,
+            after=len(kept.old),
+            kind=described(dict(self.content)),
+            essential=len(self.essential),
+            parts=parts,
+            counted=[f"{source.name} {source.share:.0%}" for source in self.texts.sources],
+            bytes_before=before,
+            left_out=self.source.stale,
+            bytes_after=after,
+            texts=costs,
+            not_run=judge if isinstance(judge, str) else "",
+            **found,
+        )
+
+    def _weightiest(self, count: int) -> list[int]:
+        """The tokens that would stay if none was needed by another."""
+        order = (-self.weights).argsort(kind="stable")
+        return [int(number) for number in order if int(number) not in self.essential][: count - len(self.essential)]
+
+    def _measured(self) -> list[tuple[str, list[str], bool]]:
+        """Texts by their labels, and whether the model is run on them."""
+        held = first_tokens(self.tokenizer, self.texts.held_out, self.asked.tokens or MEASURED)
+        found = [(self.texts.label, held, True)] if held else []
+        run = {*_ALWAYS, *self.texts.languages}
+        for name, text in LANGUAGES.items():
+            found.append((NAMES[name], [text], name in run))
+        found.append((CODE, list(SOURCES.values()), True))
+        return found
+
+    def _judged(self, judge: Judge, cuts: Cuts, costs: list[TextCost]) -> list[TextCost]:
+        measured = self._measured()
+        with self.reporter.bar(
+            "Measuring bits per byte", sum(len(texts) for _, texts, run in measured if run)
+        ) as advance:
+            return [
+                judge.cost(cuts, label, texts, advance) if run else cost
+                for (label, texts, run), cost in zip(measured, costs, strict=True)
+            ]
+
+    def refuse_useless(self, kept: Kept) -> None:
+        """Raise BadInput for a cut that saves too little to be worth what it costs, unless it is forced."""
+        before, after = self.source.bytes_of(kept)
+        saved = 1 - after / before
+        if saved < LEAST_SAVED and not self.asked.structure.vocabulary_force:
+            cause = f"{len(kept.old):,} of {self.source.rows:,} tokens save {saved:.1%} of the weights' bytes, which does not pay"
+            fix = ("keep fewer, or do it all the same with ", Set("vocabulary_force", True))
+            raise BadInput(cause, field="remove", value=self.asked.structure.remove[0], fix=fix)
+
+
+class Tries:
+    """What sizes lost, kept in a file for a search that is interrupted."""
+
+    def __init__(self, file: Path | None, fingerprint: str) -> None:
+        """Read what was tried with the same fingerprint."""
+        self._file, self._fingerprint = file, fingerprint
+        self.known: dict[int, float] = {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+            if found.get("fingerprint") == fingerprint:
+                self.known = {int(size): float(rise) for size, rise in found["tries"].items()}
+        except (OSError, ValueError, AttributeError, KeyError):
+            pass
+
+    def keep(self) -> None:
+        """Write what is known by now."""
+        if self._file is not None:
+            write_text(self._file, json.dumps({"fingerprint": self._fingerprint, "tries": self.known}, indent=1) + "\n")

@@ -1,0 +1,134 @@
+"""What was cut of a vocabulary and what that cost, as data and in words."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.shown import per_cent
+
+_WORTH = 0.25
+"""Rise of bits for a share of the bytes that is worth it: a quant of 4 bits instead of 8 has less than half of that."""
+LOUD = 0.10
+"""A language that loses more of its bits or tokens than that is named loudly."""
+
+
+class TextCost(BaseModel):
+    """What one text costs before and after."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    bytes: int
+    tokens: tuple[int, int]
+    """Before and after."""
+    bits: tuple[float, float] | None = None
+    """Bits per byte before and after; None where no model was run."""
+    renormalised: float | None = None
+    """Bits per byte with the tokens as before, and the removed ones' probability given to those that stayed."""
+    worst: str = ""
+    """The passage that loses most."""
+    worst_rise: float = 0.0
+
+    @property
+    def more_tokens(self) -> float:
+        """Rise of tokens per byte."""
+        return self.tokens[1] / max(self.tokens[0], 1) - 1
+
+    @property
+    def more_bits(self) -> float | None:
+        """Rise of bits per byte."""
+        return None if self.bits is None else self.bits[1] / max(self.bits[0], 1e-12) - 1
+
+    @property
+    def rise(self) -> float:
+        """Rise of bits per byte, or of tokens where no model was run."""
+        return self.more_tokens if self.more_bits is None else self.more_bits
+
+    def line(self) -> str:
+        """Before and after, for people."""
+        first, second = (count / self.bytes for count in self.tokens)
+        said = f"{self.text}: {first:.3f} → {second:.3f} tokens per byte ({self.more_tokens:+.1%})"
+        if self.bits is None or self.more_bits is None:
+            return said
+        return f"{said}, {self.bits[0]:.4f} → {self.bits[1]:.4f} bits per byte ({self.more_bits:+.2%})"
+
+
+class VocabularyFacts(BaseModel):
+    """A vocabulary that was cut."""
+
+    model_config = ConfigDict(frozen=True)
+
+    before: int
+    after: int
+    kind: str
+    """Of the tokenizer."""
+    essential: int
+    """How many tokens stayed whatever was counted."""
+    parts: int
+    """How many stayed because others are made by them."""
+    counted: list[str]
+    """What was counted, with its share."""
+    bytes_before: int
+    """Of all weights."""
+    bytes_after: int
+    texts: list[TextCost]
+    left_out: list[str] = []
+    """Files of the source that held the old vocabulary once more."""
+    tries: dict[int, float] = {}
+    """Rise of bits per byte on held-out text by the number of tokens, where a size was searched for."""
+    proven: float | None = None
+    """The same of the size that was found, on other held-out text."""
+    not_run: str = ""
+    """Why no model was run."""
+
+    @property
+    def saved(self) -> float:
+        """Share of the weights' bytes that is saved."""
+        return 1 - self.bytes_after / self.bytes_before
+
+    @property
+    def pays(self) -> bool:
+        """Whether the first text's bits rise by less than fewer bits a weight would let them, for as many bytes."""
+        return not self.texts or self.texts[0].rise <= _WORTH * self.saved
+
+    @property
+    def lost(self) -> list[TextCost]:
+        """Texts that lose more than a tenth, the most first."""
+        return sorted((one for one in self.texts if one.rise > LOUD), key=lambda one: -one.rise)
+
+    def loud(self) -> str | None:
+        """The line that nobody should miss; None where no text loses much."""
+        if not self.lost:
+            return None
+        named = ", ".join(f"{one.text} {one.rise:+.0%}" for one in self.lost)
+        what = "bits per byte" if self.lost[0].bits is not None else "tokens per byte"
+        return f"LOST MORE THAN A TENTH ({what}): {named}"
+
+    def lines(self) -> list[str]:
+        """Everything, a line each."""
+        first = (
+            f"{self.before:,} → {self.after:,} tokens ({self.kind}), {per_cent(self.saved)} of the weights' bytes saved"
+        )
+        counted = "; ".join(self.counted)
+        kept = f"{self.essential:,} tokens stay in any case, {self.parts:,} as parts of others; counted: {counted}"
+        found = [first, kept, *(one.line() for one in self.texts)]
+        for one in self.texts[:1]:
+            if one.bits is not None and one.renormalised is not None:
+                alone = one.renormalised / one.bits[0] - 1
+                found.append(
+                    f"the removed tokens' probability, given to the others, hides {alone:+.2%} of that on {one.text}"
+                )
+            if one.worst:
+                found.append(f"worst passage of {one.text} ({one.worst_rise:+.1%}): {one.worst}")
+        if self.proven is not None:
+            tried = ", ".join(f"{size:,} {rise:+.2%}" for size, rise in sorted(self.tries.items()))
+            found.append(f"searched ({tried}), proven on other text: {self.proven:+.2%}")
+        found += [f"no model was run: {self.not_run}"] if self.not_run else []
+        if self.left_out:
+            found.append(f"left out, since they hold the old vocabulary: {', '.join(self.left_out)}")
+        if not self.pays:
+            found.append(
+                f"DOES NOT PAY: {self.texts[0].rise:+.1%} for {self.saved:.1%} of the bytes; fewer bits a weight cost less"
+            )
+        loud = self.loud()
+        return [*found, *([loud] if loud else [])]

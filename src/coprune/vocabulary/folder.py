@@ -1,0 +1,312 @@
+"""A checkpoint folder with fewer tokens, made from another one shard by shard, whatever their size."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
+from coprune.base.files import write_text
+from coprune.base.progress import Reporter
+from coprune.base.whole_folder import whole_folder
+from coprune.model.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from coprune.model.checkpoint.companions import CARD_FILE, COPIED
+from coprune.model.checkpoint.load import load_tokenizer
+from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.names import EDITS_FILE
+from coprune.model.checkpoint.own_files import own_files
+from coprune.model.checkpoint.part_files import COPY_BYTES, refuse_occupied
+from coprune.model.checkpoint.shards import INDEX_FILE, TensorEntry, checkpoint_entries, read_entries, read_json
+from coprune.model.edit import CutVocabulary, FillZeros
+from coprune.model.edits import Edits, pruned_names
+from coprune.model.slices import runs_of
+from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.rewrite import cut_config, cut_tokenizer, cut_tokenizer_config
+from coprune.vocabulary.samples import LANGUAGES, SOURCES
+from coprune.vocabulary.tables import Table, find_tables
+
+MAP_FILE = "coprune_vocabulary.json"
+"""The ids before by the ids now, for what still goes by them: drafts, adapters, tokenised data."""
+TOKENIZER_FILE = "tokenizer.json"
+STALE = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.spm")
+"""Files that hold the vocabulary once more, as it was."""
+_ANEW = (
+    "*.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    TOKENIZER_FILE,
+    EDITS_FILE,
+    MAP_FILE,
+)
+"""Files that are written anew."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model that was written with fewer tokens."""
+
+    path: Path
+    bytes_before: int
+    """Of all weights."""
+    bytes_after: int
+    tables: Mapping[str, Table]
+
+
+def tokenizer_content(folder: ModelFolder) -> dict[str, Any]:
+    """Read the content of a folder's `tokenizer.json`. Raises UnsupportedModel where it has only files of other kinds."""
+    path = folder.path / TOKENIZER_FILE
+    if path.is_file():
+        return read_json(path)
+    others = sorted(one.name for pattern in STALE for one in folder.path.glob(pattern))
+    has = f"only {', '.join(others)}" if others else "no tokenizer"
+    raise UnsupportedModel(
+        f"{folder.name} has {has}, and a vocabulary is cut in a {TOKENIZER_FILE}",
+        fix="make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)" if others else None,
+    )
+
+
+def refuse_folder(folder: ModelFolder) -> None:
+    """Raise BadInput or UnsupportedModel for folders whose vocabulary cannot be cut."""
+    if is_packed(folder):
+        raise BadInput(f"{folder.name} is packed", field="model", value=folder.name, fix="unpack it first")
+    adapter = folder.path / ADAPTER_FOLDER / ADAPTER_CONFIG
+    if adapter.is_file():
+        weights = folder.path / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        names = read_entries(weights) if weights.is_file() else {}
+        holds = [name for name in names if "embed" in name or "lm_head" in name]
+        if holds:
+            cause = f"the adapter in {adapter.parent} holds rows of the vocabulary ({holds[0]})"
+            raise BadInput(cause, field="model", value=folder.name, fix="merge it into the model first")
+
+
+def bytes_of(folder: ModelFolder, config: Mapping[str, Any], kept: Kept) -> tuple[int, int]:
+    """Return the bytes of all weights before and after a cut. Raises as `find_tables`."""
+    entries = checkpoint_entries(folder.path)
+    tables, _ = find_tables(folder, config, entries, kept)
+    before = sum(entry.nbytes for entry in entries.values())
+    return before, before - sum(_saved(entries[name], table, kept) for name, table in tables.items())
+
+
+def _saved(entry: TensorEntry, table: Table, kept: Kept) -> int:
+    return entry.nbytes // table.size * (table.size - kept.below(table.size))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a folder says of where it came from."""
+
+    asked: str | None = None
+    """How somebody named the source, for the history of what was made from it."""
+    card: str = ""
+
+
+def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter, beside: Beside = Beside()) -> Written:
+    """Write a folder's model with the tokens that stay.
+
+    Args:
+        source: the model.
+        target: the folder to write, which appears when it is whole.
+        kept: the tokens that stay.
+        reporter: who shows how far it is.
+        beside: what else it says.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BadInput, UnsupportedModel: the model cannot be cut, or the target is taken.
+        VerificationError: what was written is not what should be there.
+    """
+    refuse_folder(source)
+    refuse_occupied(target)
+    config, content = read_json(source.path / "config.json"), tokenizer_content(source)
+    entries = checkpoint_entries(source.path)
+    tables, smaller = find_tables(source, config, entries, kept)
+    with whole_folder(target) as out:
+        _copy_beside(source, out)
+        if beside.card:
+            write_text(out / CARD_FILE, beside.card)
+        write_text(out / "config.json", json.dumps(smaller, indent=2, sort_keys=True) + "\n")
+        cut = cut_tokenizer(content, kept)
+        write_text(out / TOKENIZER_FILE, json.dumps(cut, ensure_ascii=False, separators=(",", ":")))
+        changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "generation_config.json": lambda found: cut_config(found, kept, {}),
+            "tokenizer_config.json": lambda found: cut_tokenizer_config(found, kept),
+        }
+        for name, change in changes.items():
+            if (source.path / name).is_file():
+                write_text(out / name, json.dumps(change(read_json(source.path / name)), indent=2) + "\n")
+        _write_map(out, kept, tables)
+        _write_history(source, out, kept, tables, beside.asked)
+        total = sum(entry.nbytes for entry in entries.values())
+        with reporter.bar("Writing", total) as advance:
+            _write_shards(entries, out, tables, kept, advance)
+        _verify(source, out, tables, kept)
+    after = sum(entry.nbytes for entry in checkpoint_entries(target).values())
+    return Written(target, total, after, tables)
+
+
+def _copy_beside(source: ModelFolder, out: Path) -> None:
+    """Copy what knows nothing of ids."""
+    stale = set(stale_files(source))
+    for path in own_files(source.path):
+        if path.name not in stale and _matches(path.name, COPIED) and not _matches(path.name, _ANEW):
+            shutil.copyfile(path, out / path.name)
+
+
+def stale_files(source: ModelFolder) -> list[str]:
+    """Return the names of a folder's files that hold the vocabulary once more."""
+    return [path.name for path in own_files(source.path) if _matches(path.name, STALE)]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _write_map(out: Path, kept: Kept, tables: Mapping[str, Table]) -> None:
+    before = max(table.size for table in tables.values())
+    write_text(out / MAP_FILE, json.dumps({"before": before, "old_ids": kept.old}) + "\n")
+
+
+def edit_of(kept: Kept, tables: Mapping[str, Table]) -> CutVocabulary:
+    """Return what was done as an edit. tables: by the names of the source's tensors."""
+    import torch
+
+    size = max(table.size for table in tables.values())
+    keep = torch.zeros(size, dtype=torch.bool)
+    keep[torch.from_numpy(kept.rows)] = True
+    named = {name: (table.axis, table.size) for name, table in tables.items()}
+    return CutVocabulary(size=size, left=len(kept.old), ranges=runs_of(keep), tables=named)
+
+
+def _write_history(source: ModelFolder, out: Path, kept: Kept, tables: Mapping[str, Table], asked: str | None) -> None:
+    masks = pruned_names(source.path)
+    edits = [edit_of(kept, tables)]
+    zeros = [FillZeros(masks=_masks(source.path))] if masks else []
+    Edits({"vocabulary": [*edits, *zeros]}).write(out, asked)
+
+
+def _masks(folder: Path) -> dict[str, str]:
+    return {str(name): str(mask) for name, mask in read_json(folder / EDITS_FILE)["masks"].items()}
+
+
+def _write_shards(
+    entries: Mapping[str, TensorEntry],
+    out: Path,
+    tables: Mapping[str, Table],
+    kept: Kept,
+    advance: Callable[[float], None],
+) -> None:
+    """Write every shard under its old name, and the index if there are several."""
+    shards: dict[Path, dict[str, TensorEntry]] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
+        shards.setdefault(entry.file, {})[name] = entry
+    for file, own in shards.items():
+        _write_shard(out / file.name, own, tables, kept, advance)
+    if len(shards) > 1 or not (out / "model.safetensors").is_file():
+        written = {name: entry for file in shards for name, entry in read_entries(out / file.name).items()}
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(entry.shape) for entry in written.values()),
+                "total_size": sum(entry.nbytes for entry in written.values()),
+            },
+            "weight_map": {name: entry.file.name for name, entry in written.items()},
+        }
+        write_text(out / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_shard(
+    target: Path,
+    entries: Mapping[str, TensorEntry],
+    tables: Mapping[str, Table],
+    kept: Kept,
+    advance: Callable[[float], None],
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, entry in entries.items():
+        table = tables.get(name)
+        shape = list(entry.shape)
+        size = entry.nbytes
+        if table is not None:
+            shape[table.axis] = kept.below(table.size)
+            size -= _saved(entry, table, kept)
+        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            _copy(entry, stream, tables.get(name), kept, advance)
+
+
+def _copy(
+    entry: TensorEntry, target: IO[bytes], table: Table | None, kept: Kept, advance: Callable[[float], None]
+) -> None:
+    """Copy a tensor piece by piece: all of it, or the slices of the tokens that stay."""
+    with entry.file.open("rb") as source:
+        source.seek(entry.start)
+        if table is None:
+            for start in range(0, entry.nbytes, COPY_BYTES):
+                target.write(source.read(min(COPY_BYTES, entry.nbytes - start)))
+                advance(min(COPY_BYTES, entry.nbytes - start))
+            return
+        rows = kept.rows[: kept.below(table.size)]
+        outer = math.prod(entry.shape[: table.axis])
+        width = entry.nbytes // (outer * table.size)
+        step = max(1, COPY_BYTES // width)
+        for _ in range(outer):
+            for start in range(0, table.size, step):
+                count = min(step, table.size - start)
+                piece = np.frombuffer(source.read(count * width), dtype=np.uint8).reshape(count, width)
+                own = rows[(rows >= start) & (rows < start + count)] - start
+                target.write(piece[own].tobytes())
+                advance(count * width)
+
+
+def _verify(source: ModelFolder, out: Path, tables: Mapping[str, Table], kept: Kept) -> None:
+    """Raise VerificationError where rows or tokens of what was written are not those that they should be."""
+    before, after = checkpoint_entries(source.path), checkpoint_entries(out)
+    if before.keys() != after.keys():
+        raise VerificationError(f"{out} does not hold the tensors of {source.name}")
+    places = np.unique(np.linspace(0, len(kept.old) - 1, 64).astype(int))
+    for name, table in tables.items():
+        for place in (int(one) for one in places if one < kept.below(table.size)):
+            if table.axis == 0 and _row(before[name], kept.old[place]) != _row(after[name], place):
+                raise VerificationError(f"{name} does not hold the row of the token {kept.old[place]} in {out}")
+    require_same_tokens(source, ModelFolder(out, str(out)), kept)
+
+
+def _row(entry: TensorEntry, number: int) -> bytes:
+    width = entry.nbytes // entry.shape[0]
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start + number * width)
+        return stream.read(width)
+
+
+def require_same_tokens(source: Location, written: Location, kept: Kept) -> None:
+    """Let transformers load both tokenizers, and compare them on texts, of which all tokens of some stayed.
+
+    Raises:
+        VerificationError: the one that was written cuts such a text otherwise, or does not give one back as the other does.
+    """
+    dense, cut = (load_tokenizer(one).backend_tokenizer for one in (source, written))
+    for text in (*LANGUAGES.values(), *SOURCES.values()):
+        old, new = (one.encode(text, add_special_tokens=False).ids for one in (dense, cut))
+        if all(token in kept.new for token in old) and [kept.new[token] for token in old] != new:
+            raise VerificationError(
+                f"the smaller tokenizer cuts {text[:40]!r} otherwise than the one that it is made of"
+            )
+        said, again = (one.decode(ids, skip_special_tokens=False) for one, ids in ((dense, old), (cut, new)))
+        if said != again:
+            raise VerificationError(f"the smaller tokenizer does not give {text[:40]!r} back as the other does")

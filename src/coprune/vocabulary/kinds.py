@@ -1,0 +1,267 @@
+"""Kinds of tokenizers whose vocabulary can be cut: which tokens have to stay, and which parts a token is made by.
+
+A text whose tokens all stay is cut into the same tokens by the smaller vocabulary. For BPE that holds if every token
+keeps the intermediate tokens by which its own merges make it: within the token's span the merges run as they do on the token
+alone, and a merge whose result went was in no derivation of a token that stayed. For Unigram the best path stays the best of
+fewer; for WordPiece the longest match stays the longest. Text that needs a token that went falls back to its characters or
+bytes, so these stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
+
+from coprune.base.errors import UnsupportedModel
+
+_NAMED_FREE = re.compile(r"unused|reserved|\[PAD\d+\]", re.IGNORECASE)
+"""How added tokens are named that stand for nothing."""
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_OTHERS = {"WordLevel": "a list of whole words has no parts to fall back to"}
+
+
+class Kind(Protocol):
+    """A vocabulary as its algorithm reads it."""
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """Of the model's tokens, without what was added."""
+        ...
+
+    def parts(self, token: str) -> tuple[int, ...] | None:
+        """Return the ids of all tokens that a token is made by, itself left out; None if the algorithm never makes it."""
+        ...
+
+    def needed(self) -> Iterator[int]:
+        """Return the ids of tokens without which some text could not be written any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bpe:
+    """Byte-pair encoding: of bytes as letters, of characters with bytes to fall back to, or of characters alone."""
+
+    ids: Mapping[str, int]
+    merges: Mapping[tuple[str, str], int]
+    """Rank of every pair."""
+    letters: frozenset[str]
+    """What stands for the 256 bytes; empty where nothing does."""
+    byte_fallback: bool
+    ignore_merges: bool
+    """Whether a piece of text that is a token is not taken apart."""
+    unknown: str | None
+
+    def parts(self, token: str) -> tuple[int, ...] | None:
+        """As in `Kind`."""
+        symbols, seen = [], set[str]()
+        for letter in token:
+            own = [letter] if letter in self.ids else [f"<0x{byte:02X}>" for byte in letter.encode()]
+            if any(one not in self.ids for one in own):
+                return None
+            symbols += own
+        seen.update(symbols)
+        while len(symbols) > 1:
+            ranks = [self.merges.get(pair) for pair in pairwise(symbols)]
+            known = [rank for rank in ranks if rank is not None]
+            if not known:
+                break
+            place = ranks.index(min(known))
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+            seen.add(symbols[place])
+        if symbols == [token]:
+            return tuple(sorted(self.ids[one] for one in seen if one != token))
+        # Taken as a whole where it is all of a piece, and made by nothing.
+        return () if self.ignore_merges else None
+
+    def needed(self) -> Iterator[int]:
+        """As in `Kind`."""
+        if self.unknown is not None and self.unknown in self.ids:
+            yield self.ids[self.unknown]
+        if self.letters or self.byte_fallback:
+            yield from (self.ids[letter] for letter in self.letters if letter in self.ids)
+            yield from (number for token, number in self.ids.items() if _BYTE.fullmatch(token))
+            return
+        yield from _without_fallback(self.ids, lambda token: list(token))
+
+
+@dataclass(frozen=True)
+class Unigram:
+    """The likeliest path through a text by the score of every token."""
+
+    ids: Mapping[str, int]
+    scores: tuple[float, ...]
+    byte_fallback: bool
+    unknown: int | None
+
+    def parts(self, token: str) -> tuple[int, ...] | None:
+        """As in `Kind`: a path needs its own tokens alone."""
+        return ()
+
+    def needed(self) -> Iterator[int]:
+        """As in `Kind`. The penalty of unknown characters hangs on the lowest score."""
+        yield min(range(len(self.scores)), key=self.scores.__getitem__)
+        if self.unknown is not None:
+            yield self.unknown
+        yield from (number for token, number in self.ids.items() if _BYTE.fullmatch(token))
+        if not self.byte_fallback:
+            yield from _without_fallback(self.ids, lambda token: list(token))
+
+
+@dataclass(frozen=True)
+class WordPiece:
+    """The longest token that a word begins with, again and again."""
+
+    ids: Mapping[str, int]
+    prefix: str
+    """Of tokens that go on with a word."""
+    unknown: str
+
+    def parts(self, token: str) -> tuple[int, ...] | None:
+        """As in `Kind`."""
+        return ()
+
+    def needed(self) -> Iterator[int]:
+        """As in `Kind`."""
+        if self.unknown in self.ids:
+            yield self.ids[self.unknown]
+        yield from _without_fallback(self.ids, self._letters)
+
+    def _letters(self, token: str) -> list[str]:
+        within = token.startswith(self.prefix) and token != self.prefix
+        bare = token.removeprefix(self.prefix) if within else token
+        first = f"{self.prefix}{bare[0]}" if within else bare[:1]
+        return [first, *(f"{self.prefix}{letter}" for letter in bare[1:])]
+
+
+def _without_fallback(ids: Mapping[str, int], letters_of: Any) -> Iterator[int]:
+    """Single characters, and tokens that could not be written by them."""
+    for token, number in ids.items():
+        letters = letters_of(token)
+        if len(letters) == 1 or any(letter not in ids for letter in letters):
+            yield number
+
+
+def kind_of(content: Mapping[str, Any]) -> Kind:
+    """Read the kind of a tokenizer out of the content of its `tokenizer.json`.
+
+    Raises:
+        UnsupportedModel: of another kind than those whose cut is known to be exact, by name.
+    """
+    model = content.get("model") or {}
+    kind = model.get("type")
+    if kind == "BPE":
+        for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if model.get(option):
+                raise _unsupported(f"BPE with {option}")
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        merges = {(first, second): rank for rank, (first, second) in enumerate(pairs)}
+        letters = frozenset(BYTE_LETTERS) if _has(content, "ByteLevel") else frozenset[str]()
+        fallback, whole = bool(model.get("byte_fallback")), bool(model.get("ignore_merges"))
+        return Bpe(model["vocab"], merges, letters, fallback, whole, model.get("unk_token"))
+    if kind == "Unigram":
+        ids = {token: number for number, (token, _) in enumerate(model["vocab"])}
+        scores = tuple(float(score) for _, score in model["vocab"])
+        return Unigram(ids, scores, bool(model.get("byte_fallback")), model.get("unk_id"))
+    if kind == "WordPiece":
+        return WordPiece(model["vocab"], model.get("continuing_subword_prefix", "##"), model.get("unk_token", "[UNK]"))
+    raise _unsupported(f"{kind} ({_OTHERS[kind]})" if kind in _OTHERS else str(kind))
+
+
+def _unsupported(kind: str) -> UnsupportedModel:
+    known = "BPE, Unigram and WordPiece are known to be cut exactly"
+    return UnsupportedModel(f"the tokenizer is of the kind {kind}, whose vocabulary cannot be cut ({known})")
+
+
+def _has(content: Mapping[str, Any], kind: str) -> bool:
+    """Whether a tokenizer's normalizer or pre-tokenizer is, or holds, one of a kind."""
+
+    def within(part: Any) -> bool:
+        if isinstance(part, Mapping):
+            return part.get("type") == kind or any(within(inner) for inner in part.values())
+        return isinstance(part, list) and any(within(inner) for inner in part)
+
+    return within(content.get("pre_tokenizer")) or within(content.get("normalizer"))
+
+
+def _byte_letters() -> str:
+    """The letters by which GPT-2 and its kin write the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All tokens of a tokenizer: its model's and those that were added."""
+
+    content: Mapping[str, Any]
+    """Of `tokenizer.json`."""
+    kind: Kind
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Vocabulary:
+        """Read the content of a `tokenizer.json`. Raises UnsupportedModel as `kind_of`."""
+        return cls(content, kind_of(content))
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """Ids of added tokens."""
+        return {one["content"]: one["id"] for one in self.content.get("added_tokens") or ()}
+
+    @cached_property
+    def tokens(self) -> dict[int, str]:
+        """Every token by its id."""
+        return {number: token for token, number in [*self.kind.ids.items(), *self.added.items()]}
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """What every token stands for, as text; half of a character is a sign for none."""
+        letters = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+        if not isinstance(self.kind, Bpe) or not self.kind.letters:
+            return self.tokens
+        return {
+            number: bytes(letters[one] for one in token).decode("utf-8", "replace")
+            if token not in self.added and all(one in letters for one in token)
+            else token
+            for number, token in self.tokens.items()
+        }
+
+    def essential(self) -> set[int]:
+        """Return the ids that stay whatever is counted: bytes or characters, unknown, added tokens that stand for something."""
+        stay = set(self.kind.needed())
+        stay |= {number for token, number in self.added.items() if not _NAMED_FREE.search(token)}
+        return stay | set(named_in(self.content))
+
+    def parts(self, number: int) -> tuple[int, ...] | None:
+        """Return the ids of the tokens that a token is made by; None if no text is ever cut into it."""
+        token = self.tokens.get(number)
+        if token is None:
+            return None
+        return () if token in self.added else self.kind.parts(token)
+
+
+def named_in(content: Mapping[str, Any]) -> Iterator[int]:
+    """Return the ids that a tokenizer's post-processor and padding name."""
+    padding = content.get("padding")
+    if isinstance(padding, Mapping) and isinstance(padding.get("pad_id"), int):
+        yield padding["pad_id"]
+    yield from _in_processor(content.get("post_processor"))
+
+
+def _in_processor(part: Any) -> Iterator[int]:
+    if not isinstance(part, Mapping):
+        return
+    for token in (part.get("special_tokens") or {}).values() if isinstance(part.get("special_tokens"), Mapping) else ():
+        yield from token["ids"]
+    for name in ("sep", "cls"):
+        if isinstance(part.get(name), list):
+            yield part[name][1]
+    for inner in part.get("processors") or ():
+        yield from _in_processor(inner)

@@ -1,0 +1,139 @@
+"""What a smaller vocabulary costs: tokens per byte by the tokenizers alone, bits per byte by the model.
+
+The blocks stay as they are, so the dense model says what the smaller one would: it is given the smaller tokenizer's tokens under
+their old ids, and the softmax is taken over the tokens that stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.evaluation.batches import inference_logits, slices
+from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.facts import TextCost
+from coprune.vocabulary.rewrite import cut_tokenizer
+
+_EXCERPT = 160
+"""Characters shown of the worst passage."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Both tokenizers, which read the same text."""
+
+    dense: Tokenizer
+    cut: Tokenizer
+    kept: Kept
+
+    @classmethod
+    def of(cls, dense: Tokenizer, content: Mapping[str, Any], kept: Kept) -> Cuts:
+        """Make the smaller one. content: of the other's `tokenizer.json`."""
+        return cls(dense, Tokenizer.from_str(json.dumps(cut_tokenizer(content, kept))), kept)
+
+    def both(self, text: str) -> tuple[list[int], list[int]]:
+        """Return a text's tokens before and after, both under their old ids."""
+        before = self.dense.encode(text, add_special_tokens=False).ids
+        after = self.cut.encode(text, add_special_tokens=False).ids
+        return before, [self.kept.old[token] for token in after]
+
+    def cost(self, label: str, texts: Sequence[str]) -> TextCost:
+        """Return how many tokens texts have before and after."""
+        counts = np.array([[len(ids) for ids in self.both(text)] for text in texts]).sum(axis=0)
+        return TextCost(text=label, bytes=_bytes(texts), tokens=(int(counts[0]), int(counts[1])))
+
+
+@dataclass
+class Judge:
+    """A model that says how likely texts are, with all tokens or with those that stay."""
+
+    model: PreTrainedModel
+    begin: int | None
+    """The token before every text; None for none, and then its first token is not counted."""
+    _dense: dict[str, float] = field(default_factory=dict)
+    """Nats of texts that were asked for before, all tokens allowed."""
+
+    def nats(self, ids: Sequence[int], rows: Tensor | None) -> tuple[float, float]:
+        """Return minus the log likelihood of a text's tokens: among all, and among those that stay and the token itself.
+
+        rows: old ids that stay, int64; None for the first alone.
+        """
+        given = ([] if self.begin is None else [self.begin]) + list(ids)
+        if len(given) < 2:
+            return 0.0, 0.0
+        window = torch.tensor([given])
+        whole = among = 0.0
+        with inference_logits(self.model) as logits_of:
+            logits = logits_of(window)[0, :-1]
+        targets = window[0, 1:].to(logits.device)
+        rows = None if rows is None else rows.to(logits.device)
+        for part in slices(logits):
+            some, own = logits[part].float(), targets[part]
+            said = some.gather(1, own[:, None])[:, 0]
+            whole += float((some.logsumexp(1) - said).double().sum())
+            if rows is not None:
+                left = some[:, rows].logsumexp(1)
+                stays = torch.isin(own, rows)
+                left = torch.where(stays, left, torch.logaddexp(left, said))
+                among += float((left - said).double().sum())
+        return whole, among
+
+    def dense(self, text: str, ids: Sequence[int]) -> float:
+        """Return the nats of a text as it was cut before, once for all sizes."""
+        if text not in self._dense:
+            self._dense[text] = self.nats(ids, None)[0]
+        return self._dense[text]
+
+    def rise(self, cuts: Cuts, texts: Sequence[str], advance: Callable[[float], None]) -> float:
+        """Return by which share the bits of texts rise."""
+        rows, before, after = torch.from_numpy(cuts.kept.rows), 0.0, 0.0
+        for text in texts:
+            old, new = cuts.both(text)
+            before += self.dense(text, old)
+            after += self.nats(new, rows)[1]
+            advance(1)
+        return after / max(before, 1e-12) - 1
+
+    def cost(self, cuts: Cuts, label: str, texts: Sequence[str], advance: Callable[[float], None]) -> TextCost:
+        """Return what texts cost before and after, and which of them loses most."""
+        rows, found = torch.from_numpy(cuts.kept.rows), []
+        for text in texts:
+            old, new = cuts.both(text)
+            whole, among = self.nats(old, rows)
+            self._dense[text] = whole
+            found.append((whole, among if old == new else self.nats(new, rows)[1], among))
+            advance(1)
+        size = _bytes(texts)
+        before, after, among = (sum(one[place] for one in found) / size / math.log(2) for place in range(3))
+        rises = [one[1] / max(one[0], 1e-12) - 1 for one in found]
+        worst = max(range(len(rises)), key=rises.__getitem__)
+        more = (
+            {"worst": " ".join(texts[worst].split())[:_EXCERPT], "worst_rise": rises[worst]} if len(texts) > 1 else {}
+        )
+        measured = {"bits": (before, after), "renormalised": among, **more}
+        return cuts.cost(label, texts).model_copy(update=measured)
+
+
+def _bytes(texts: Sequence[str]) -> int:
+    return max(1, sum(len(text.encode("utf-8", "replace")) for text in texts))
+
+
+def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: int, least: int = 1) -> list[str]:
+    """Return the first of some texts, up to a number of tokens. least: as many are returned at least, if there are."""
+    found: list[str] = []
+    total = 0
+    for text in texts:
+        total += len(tokenizer.encode(text, add_special_tokens=False).ids)
+        if len(found) >= least and total > tokens:
+            break
+        found.append(text)
+    return found

@@ -1,0 +1,78 @@
+"""Texts that a model is always given: what its chat template writes around messages, its default system prompt, tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import Environment
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+_TOOL: dict[Any, Any] = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Search for a text and return what was found.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "query": {"type": "string", "description": "What to search for."},
+                "limit": {"type": "integer", "enum": [1, 2, 3], "default": 1},
+                "exact": {"type": "boolean"},
+                "among": {"type": "array", "items": {"type": "number"}},
+            },
+            "required": ["query"],
+        },
+    },
+}
+_USER = {"role": "user", "content": "Hello"}
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "search", "arguments": {"query": "tide"}}}
+_CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [_USER],
+    [{"role": "system", "content": "You are a helpful assistant."}, _USER],
+    [_USER, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Thank you."}],
+    [
+        _USER,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "name": "search", "tool_call_id": "call00001", "content": json.dumps({"found": 3})},
+    ],
+]
+
+
+_TOOLS: tuple[list[Any] | None, ...] = (None, [_TOOL])
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what a tokenizer's chat templates write of a few conversations, and all text that stands in them."""
+    templates = tokenizer.chat_template
+    if not templates:
+        return []
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    return [text for template in named.values() for text in (*_written(tokenizer, template), *_literals(template))]
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, template: str) -> Iterator[str]:
+    for messages in _CONVERSATIONS:
+        for tools in _TOOLS:
+            for begins in (False, True):
+                try:
+                    made = tokenizer.apply_chat_template(
+                        messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=begins
+                    )
+                except Exception:  # templates refuse conversations in ways of their own
+                    continue
+                yield str(made)
+
+
+def _literals(template: str) -> Iterator[str]:
+    try:
+        lexed = list(Environment().lex(template))
+    except TemplateError:
+        return
+    for _, kind, text in lexed:
+        if kind == "data":
+            yield text
+        elif kind == "string":
+            yield text[1:-1].replace("\\n", "\n").replace("\\t", "\t")

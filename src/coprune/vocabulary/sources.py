@@ -1,0 +1,166 @@
+"""What a vocabulary is cut of: a folder, or a GGUF file, which are asked and written alike."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from coprune.base.progress import Reporter
+from coprune.model.checkpoint.companions import save_companions
+from coprune.model.checkpoint.load import load_model, quiet_transformers
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
+from coprune.model.checkpoint.shards import checkpoint_entries, read_json
+from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.folder import (
+    Beside,
+    Written,
+    bytes_of,
+    cut_folder,
+    refuse_folder,
+    stale_files,
+    tokenizer_content,
+)
+from coprune.vocabulary.gguf import Gguf
+from coprune.vocabulary.rewrite import ids_in
+from coprune.vocabulary.tables import rows_of, skeleton
+
+
+class Source(Protocol):
+    """A model whose vocabulary is cut."""
+
+    location: Location
+
+    @property
+    def rows(self) -> int:
+        """How many rows the embedding has."""
+        ...
+
+    @property
+    def named(self) -> set[int]:
+        """Ids that settings name."""
+        ...
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Of `tokenizer.json`."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        ...
+
+    def bytes_of(self, kept: Kept) -> tuple[int, int]:
+        """Return the bytes of all weights before and after a cut."""
+        ...
+
+    @property
+    def stale(self) -> list[str]:
+        """Names of files that hold the vocabulary once more, and are left out."""
+        ...
+
+    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
+        """Write the model with the tokens that stay. card: its model card."""
+        ...
+
+
+class FolderSource:
+    """A folder."""
+
+    def __init__(self, folder: ModelFolder, asked: str | None) -> None:
+        """asked: how somebody named it. Raises BadInput or UnsupportedModel where it cannot be cut."""
+        self.location: Location = folder
+        self.folder, self._asked = folder, asked
+        refuse_folder(folder)
+        self.content = tokenizer_content(folder)
+        self.config = read_json(folder.path / "config.json")
+
+    @cached_property
+    def rows(self) -> int:
+        """As in `Source`."""
+        return rows_of(skeleton(self.folder, self.config))
+
+    @property
+    def named(self) -> set[int]:
+        """As in `Source`."""
+        found = ids_in(self.config, self.rows)
+        file = self.folder.path / "generation_config.json"
+        return found | (ids_in(read_json(file), self.rows) if file.is_file() else set())
+
+    @property
+    def parameters(self) -> int:
+        """As in `Source`."""
+        sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+        return sum(entry.nbytes // sizes.get(entry.dtype, 1) for entry in checkpoint_entries(self.folder.path).values())
+
+    def bytes_of(self, kept: Kept) -> tuple[int, int]:
+        """As in `Source`."""
+        return bytes_of(self.folder, self.config, kept)
+
+    @property
+    def stale(self) -> list[str]:
+        """As in `Source`."""
+        return stale_files(self.folder)
+
+    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Written:
+        """As in `Source`."""
+        return cut_folder(self.folder, target, kept, reporter, Beside(self._asked, card))
+
+
+class GgufSource(Gguf):
+    """A GGUF file that becomes another one."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Raises BadInput or UnsupportedModel where it cannot be cut."""
+        super().__init__(file)
+        self.location: Location = file
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """As in `Source`."""
+        return self.tokenizer_content()
+
+    @property
+    def parameters(self) -> int:
+        """As in `Source`."""
+        return sum(int(stored.n_elements) for stored in self.reader.tensors)
+
+
+@contextmanager
+def saved(model: PreTrainedModel, processor: Any) -> Iterator[Path]:
+    """Give a folder with a model in memory, which is gone in the end."""
+    with tempfile.TemporaryDirectory(prefix="coprune-") as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        save_companions(model, processor, Path(folder))
+        yield Path(folder)
+
+
+def opened(location: Location, asked: str | None, to_gguf: bool) -> Iterator[Source]:
+    """Give what is cut: a GGUF file itself if it becomes one, its dequantised model otherwise. Raises as the sources."""
+    if isinstance(location, ModelFolder):
+        yield FolderSource(location, asked)
+    elif to_gguf:
+        yield GgufSource(location)
+    else:
+        model, processor = load_model(location)
+        with saved(model, processor) as folder:
+            del model
+            yield FolderSource(ModelFolder(folder, location.name), asked)
+
+
+source_of = contextmanager(opened)
+
+
+def described(content: dict[str, Any]) -> str:
+    """Return the kind of a tokenizer in a word."""
+    model = content["model"]
+    if model["type"] == "BPE":
+        return "byte-level BPE" if '"ByteLevel"' in json.dumps(content.get("pre_tokenizer")) else "BPE"
+    return str(model["type"])

@@ -1,0 +1,116 @@
+"""Which tensors of a model have an axis as long as its vocabulary, told by the models that two configurations build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.checkpoint.conversion import Conversion
+from coprune.model.checkpoint.load import explained, quiet_transformers
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.shards import TensorEntry
+from coprune.model.checkpoint.skeleton import build_skeleton
+from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.rewrite import cut_config, sizes_in
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tensor whose rows, along one of its axes, are tokens."""
+
+    axis: int
+    size: int
+    """How many rows it has; the tokens of the smallest ids have one."""
+
+
+def skeleton(folder: ModelFolder, config: Mapping[str, Any]) -> PreTrainedModel:
+    """Build the model of a folder without weights, from other content of its configuration. Raises BadInput if it cannot be."""
+    content = dict(config)
+    with quiet_transformers(), explained(folder):
+        made = AutoConfig.for_model(content.pop("model_type"), **content)
+        return build_skeleton(folder, made, torch.float32, torch.device("cpu"), False)
+
+
+def rows_of(model: PreTrainedModel) -> int:
+    """Return how many rows the embedding of a model has."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])
+
+
+def sizes_for(config: Mapping[str, Any], rows: int, kept: Kept) -> dict[int, int]:
+    """Return new sizes of a configuration's vocabularies by old ones: the embedding's, and that of tables of every layer."""
+    inside = {size for key, size in sizes_in(config) if key == "vocab_size_per_layer_input" and size < rows}
+    return {size: kept.below(size) for size in inside | {rows}}
+
+
+def find_tables(
+    folder: ModelFolder, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], kept: Kept
+) -> tuple[dict[str, Table], dict[str, Any]]:
+    """Find every tensor of a folder that has rows for tokens.
+
+    Args:
+        folder: of the model.
+        config: the content of its configuration.
+        entries: its tensors.
+        kept: the tokens that stay.
+
+    Returns:
+        Tables by the names of tensors, and the content of the smaller model's configuration.
+
+    Raises:
+        UnsupportedModel: the configuration cannot say the smaller vocabulary, or a tensor as long as it is none of the tables.
+    """
+    model = skeleton(folder, config)
+    rows = rows_of(model)
+    _refuse_offsets(config)
+    smaller = cut_config(config, kept, sizes_for(config, rows, kept))
+    before, after = _shapes(model), _shapes(skeleton(folder, smaller))
+    found: dict[str, Table] = {}
+    for name, shape in before.items():
+        new = after.get(name)
+        if new is None or len(new) != len(shape):
+            raise UnsupportedModel(f"{name} is not there in a model of this configuration with a smaller vocabulary")
+        axes = [axis for axis, (old, left) in enumerate(zip(shape, new, strict=True)) if old != left]
+        if not axes:
+            continue
+        if len(axes) > 1 or new[axes[0]] != kept.below(shape[axes[0]]):
+            raise UnsupportedModel(f"{name} does not follow the size of the vocabulary row by row")
+        found[name] = Table(axes[0], shape[axes[0]])
+    if not any(table.size == rows for table in found.values()):
+        raise UnsupportedModel("no number of the configuration says how large the vocabulary is")
+    return _stored(Conversion(model, entries), found, entries, rows), smaller
+
+
+def _stored(
+    conversion: Conversion, tables: Mapping[str, Table], entries: Mapping[str, TensorEntry], rows: int
+) -> dict[str, Table]:
+    """Tables by the names that they have in files. Raises UnsupportedModel where a tensor as long is of no table."""
+    found: dict[str, Table] = {}
+    for group in conversion.groups:
+        if (table := tables.get(group.target)) is None:
+            continue
+        for name in group.originals:
+            shape = entries[name].shape
+            if group.converted or len(shape) <= table.axis or shape[table.axis] != table.size:
+                raise UnsupportedModel(f"{name} is stored in another layout than the model's {group.target}")
+            found[name] = table
+    for name in (*conversion.carried, *conversion.dropped):
+        if rows in entries[name].shape:
+            raise UnsupportedModel(f"{name} is as long as the vocabulary, and the model does not say what it is")
+    return found
+
+
+def _refuse_offsets(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel where ids beyond the tokenizer's mean something, as of images in some models."""
+    if any(key == "vocab_offset" for key, _ in sizes_in(config)):
+        raise UnsupportedModel("ids beyond the vocabulary stand for images or sounds in this model, which is not cut")
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -1,0 +1,240 @@
+"""Runs that cut a vocabulary: alone, before other parts and zeros, by command and by call, interrupted and repeated."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import ModelFolder
+from coprune.vocabulary.choose import Kept
+from coprune.vocabulary.measure import Judge
+from coprune.vocabulary.samples import LANGUAGES
+from support.commands import run_command
+from support.pico import pico_model
+from support.pico_folder import listing
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.vocabularies import SIZE, TEXTS, content_of, save_with_tokens
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_tokens(tmp_path_factory.mktemp("model") / "dense")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    drawn = random.Random(0)
+    words = [word for text in TEXTS for word in text.split(" ")]
+    file.write_text("\n".join(" ".join(drawn.choices(words, k=60)) for _ in range(200)), encoding="utf-8")
+    return file
+
+
+def settings(words: Path, **more: Any) -> dict[str, Any]:
+    return {"vocabulary_text": str(words), "dataset": str(words), "quiet": True, "eval_tokens": 256, **more}
+
+
+def rows(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+def test_alone_it_leaves_a_model_a_report_and_a_page(dense: Path, words: Path, tmp_path: Path) -> None:
+    save, model = tmp_path / "run", tmp_path / "small"
+    result = coprune.prune(dense, remove="vocabulary=704", save=save, save_model=model, **settings(words))
+    facts = result.report.vocabulary
+    assert facts is not None
+    assert (facts.before, facts.after, rows(model)) == (SIZE, 704, 704)
+    assert facts.texts[0].bits is not None
+    assert len([one for one in facts.texts if one.bits is not None]) > 6
+    assert "Vocabulary" in (save / "report.html").read_text()
+    assert "Hindi" in (model / "README.md").read_text()
+    assert result.model is not None
+    assert result.processor("Hello").input_ids
+    again = coprune.Recipe.from_yaml(save / "recipe.yaml")
+    assert again.structure.vocabulary == result.report.recipe.structure.vocabulary
+
+
+def test_bits_of_the_smaller_model_are_what_the_report_says(dense: Path, words: Path, tmp_path: Path) -> None:
+    """They were told by the dense model, which was given the smaller tokenizer's tokens."""
+    result = coprune.prune(dense, remove="vocabulary=704", save_model=tmp_path / "small", **settings(words))
+    said = next(one for one in result.report.vocabulary.texts if one.text == "German")
+    model, tokenizer = load_model(ModelFolder(tmp_path / "small", "small"))
+    ids = tokenizer.encode(LANGUAGES["de"], add_special_tokens=False)
+    nats, _ = Judge(model, tokenizer.bos_token_id).nats(ids, None)
+    assert nats / said.bytes / torch.log(torch.tensor(2.0)).item() == pytest.approx((said.bits or (0, 0))[1], rel=1e-5)
+    assert len(ids) == said.tokens[1]
+
+
+def test_a_model_in_memory_is_left_as_it_is(dense: Path, words: Path) -> None:
+    model, tokenizer = load_model(ModelFolder(dense, "pico"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = coprune.prune(model, processor=tokenizer, remove="vocabulary=0.4", **settings(words, evaluate=False))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert result.model.config.vocab_size == len(result.processor) == 576
+
+
+def test_the_command_line_does_the_same(
+    dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = f"prune {dense} --remove vocabulary=704 --vocabulary-text {words} --dataset {words} --no-eval --quiet"
+    places = ["--save", str(tmp_path / "run"), "--save-model", str(tmp_path / "typed")]
+    ended = run_command([*asked.split(), *places], monkeypatch, capsys)
+    assert (ended.code, "1,024 → 704 tokens" in ended.out) == (0, True)
+    coprune.prune(dense, remove="vocabulary=704", save_model=tmp_path / "called", **settings(words, evaluate=False))
+    for name in ("tokenizer.json", "coprune_vocabulary.json", "config.json"):
+        assert (tmp_path / "typed" / name).read_bytes() == (tmp_path / "called" / name).read_bytes()
+
+
+def test_channels_and_zeros_go_on_from_it(dense: Path, words: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "remove": "vocabulary=704,channels=0.34",
+        "align": 32,
+        "pattern": "2:4",
+        "nsamples": 2,
+        "seqlen": 32,
+    }
+    places: dict[str, Any] = {"save": tmp_path / "run", "save_model": tmp_path / "small"}
+    report = coprune.prune(dense, **asked, **places, **settings(words, eval_data=str(words))).report
+    assert report.vocabulary is not None
+    assert report.edits[0] == "320 of 1,024 tokens of the vocabulary"
+    assert len(report.edits) > 1
+    assert report.has_zeros
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert (config["vocab_size"], config["intermediate_size"]) == (704, 64)
+    assert report.model.source == str(dense)
+
+
+def test_a_gguf_file_becomes_another_one(words: Path, tmp_path: Path) -> None:
+    model = distinct_norms(pico_model("llama", vocab_size=SIZE))
+    whole = write_pico_gguf(model, tmp_path / "whole.gguf", "Q8_0", tokenizer=content_of("bytes"))
+    small = tmp_path / "small.gguf"
+    report = coprune.prune(whole, remove="vocabulary=704", save_model=small, **settings(words)).report
+    assert report.vocabulary.bytes_after < report.vocabulary.bytes_before
+    assert small.stat().st_size < whole.stat().st_size
+    assert report.vocabulary.texts[0].bits is not None
+
+
+def test_a_loss_is_searched_and_proven(dense: Path, words: Path, tmp_path: Path) -> None:
+    asked = settings(words, eval_tokens=2048)
+    found = coprune.prune(dense, remove="vocabulary=loss:12%", save=tmp_path / "run", **asked).report.vocabulary
+    assert found.proven is not None
+    assert found.proven <= 0.12
+    assert found.after < SIZE
+    assert {size for size, rise in found.tries.items() if rise > 0.12} < {*found.tries}
+
+
+def test_a_killed_search_goes_on(dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(words, eval_tokens=2048, save=tmp_path / "run", save_model=tmp_path / "small")
+    count, rise = [0], Judge.rise
+
+    def stops(self: Judge, cuts: Any, *more: Any) -> float:
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        return rise(self, cuts, *more)
+
+    monkeypatch.setattr(Judge, "rise", stops)
+    with pytest.raises(KeyboardInterrupt):
+        coprune.prune(dense, remove="vocabulary=loss:12%", **asked)
+    kept = json.loads((tmp_path / "run" / "vocabulary" / "tries.json").read_text())["tries"]
+    assert len(kept) == 2
+    monkeypatch.setattr(Judge, "rise", rise)
+    interrupted = coprune.prune(dense, remove="vocabulary=loss:12%", **asked).report.vocabulary
+    other = settings(words, eval_tokens=2048)
+    assert interrupted == coprune.prune(dense, remove="vocabulary=loss:12%", **other).report.vocabulary
+
+
+def test_bits_choose_other_tokens_than_counts(dense: Path, words: Path, tmp_path: Path) -> None:
+    for score in ("counts", "bits"):
+        asked: dict[str, Any] = {"remove": "vocabulary=704", "score": score, "save_model": tmp_path / score}
+        coprune.prune(dense, **asked, **settings(words, evaluate=score == "bits"))
+    files = [(tmp_path / score / "coprune_vocabulary.json").read_text() for score in ("counts", "bits")]
+    assert files[0] != files[1]
+
+
+def test_a_cut_on_top_of_a_cut_knows_both(dense: Path, words: Path, tmp_path: Path) -> None:
+    from coprune.model.edits import history_of
+
+    asked = settings(words, evaluate=False, vocabulary_force=True)
+    coprune.prune(dense, remove="vocabulary=896", save_model=tmp_path / "first", **asked)
+    coprune.prune(tmp_path / "first", remove="vocabulary=704", save_model=tmp_path / "second", **asked)
+    source, done = history_of(tmp_path / "second")
+    assert source == str(dense.resolve())
+    assert [edits.lines() for edits in done] == [["128 of 1,024 tokens"], ["192 of 896 tokens"]]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "too few": ({"remove": "vocabulary=64"}, "fewer than have to stay"),
+    "too many": ({"remove": "vocabulary=2048"}, "no fewer than there are"),
+    "no size": ({"remove": "vocabulary=some"}, "no size of a vocabulary"),
+    "no loss": ({"remove": "vocabulary=loss:200%"}, "no size of a vocabulary"),
+    "twice": ({"remove": "vocabulary=640,vocabulary=0.5"}, "said twice"),
+    "unknown language": ({"remove": "vocabulary=640", "vocabulary_languages": "xx"}, "unknown language 'xx'"),
+    "bad share": ({"remove": "vocabulary=640", "vocabulary_languages": "en=0"}, "positive number"),
+    "no vocabulary": ({"sparsity": 0.5, "vocabulary_languages": "en"}, "none is removed"),
+    "its score": ({"sparsity": 0.5, "remove": "channels=0.5", "score": "counts"}, "none are removed"),
+    "no text": ({"remove": "vocabulary=640", "vocabulary_text": "missing.txt"}, "missing.txt"),
+    "useless": ({"remove": "vocabulary=1000", "evaluate": False}, "does not pay"),
+    "unmeasured": ({"remove": "vocabulary=loss:1%", "evaluate": False}, "measured with the model"),
+    "no file": ({"remove": "vocabulary=640", "save_model": "small.gguf"}, "would be a GGUF file"),
+    "trained": ({"remove": "vocabulary=640", "finetune": "dense"}, "not trained in the same run"),
+    "tasks": ({"remove": "vocabulary=640", "tasks": "boolq"}, "not measured by a run that only cuts"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: str, dense: Path, words: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked, text = REFUSED[case]
+    before = listing(tmp_path)
+    with pytest.raises(BadInput, match=text) as caught:
+        coprune.prune(dense, **{"dataset": str(words), "quiet": True, **asked})
+    assert "\n" not in str(caught.value)
+    assert listing(tmp_path) == before
+
+
+def test_an_empty_text_is_refused(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(BadInput, match="no text"):
+        coprune.prune(dense, remove="vocabulary=640", vocabulary_text=str(tmp_path / "empty.txt"), quiet=True)
+
+
+def test_the_map_says_where_every_token_came_from(dense: Path, words: Path, tmp_path: Path) -> None:
+    coprune.prune(dense, remove="vocabulary=704", save_model=tmp_path / "small", **settings(words, evaluate=False))
+    old = json.loads((tmp_path / "small" / "coprune_vocabulary.json").read_text())["old_ids"]
+    assert Kept(tuple(old)).below(SIZE) == 704
+    assert old == sorted(old)
+
+
+def test_a_run_that_was_killed_once_its_model_had_its_name_is_finished(
+    dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(words, save=tmp_path / "run", save_model=tmp_path / "small", evaluate=False)
+
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.vocabulary.sources.cut_folder", stops)
+        with pytest.raises(KeyboardInterrupt):
+            coprune.prune(dense, remove="vocabulary=704", **asked)
+    with monkeypatch.context() as patch:
+        patch.setattr("coprune.vocabulary.cut.Cutting.__post_init__", lambda self: pytest.fail("all was known"))
+        patch.setattr("coprune.run.vocabulary.finished", stops)
+        with pytest.raises(KeyboardInterrupt):
+            coprune.prune(dense, remove="vocabulary=704", **asked)
+    before = listing(tmp_path / "small")
+    report = coprune.prune(dense, remove="vocabulary=704", **asked).report
+    assert report.vocabulary is not None
+    assert (tmp_path / "run" / "report.json").is_file()
+    assert listing(tmp_path / "small") == before
