@@ -53,6 +53,7 @@ FREE_WHEN_FINISHED = {
 }
 # What changes neither the memory of a run nor, by much, its time.
 FREE_OF_COST = {
+    "vocabulary_force",
     *("seed", "save", "pattern", "sparsity", "include_path", "prompt", "report_to", "check_memory", "cache_dir"),
     *(
         "bos",

@@ -7,7 +7,7 @@ import random
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def require_exact(dense: Tokenizer, cut: Tokenizer, kept: Kept, text: str) -> bo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=TEXT, size=st.sampled_from([896, 960]))
 def test_a_text_whose_tokens_stayed_is_cut_alike_and_every_text_is_given_back(kind: str, text: str, size: int) -> None:
     require_exact(*pair(kind, size), text)
