@@ -36,7 +36,7 @@ from coprune.model.gguf.llama_cpp import LlamaCpp
 FILES = ("f16", "q8_0", "q4_k_m", "q3_k_m", "q2_k")
 """Types of GGUF files: of the dense model all, without a quarter of its channels the first three."""
 PATTERNS = ("50%", "60%", "70%", "80%", "2:4")
-WAYS = ("sparsegpt", "balanced", "tuned", "best", "max")
+WAYS = ("sparsegpt", "balanced by blocks", "balanced", "best by blocks", "best")
 SPEEDS = {"decode": ".0f", "prefill": ".0f", "peak": ".2f"}
 """Tokens per second and GiB."""
 COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", *SPEEDS, "smaller and better", "measured")

@@ -31,19 +31,29 @@ def kept(asked: argparse.Namespace, name: str) -> Path:
 
 def make_row(asked: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path | None]:
     """A row's model and size, and what of it can be run for its speed."""
-    way, *pattern, stored = name.split()
-    if not pattern:
+    way, pattern, stored = parts_of(name)
+    if pattern is None:
         source = moved(asked) if way == "dense" else pruned(asked, way, {"remove": "channels=0.25"})
         file = exported(asked, source, stored)
         return {"model": str(file), "bytes": file.stat().st_size, "bits": bits_of_file(file)}, file
-    folder = pruned(asked, name, how_to(way, pattern[0]))
+    folder = pruned(asked, name, how_to(way, pattern))
     return {"model": str(folder), **packed(folder)}, folder.with_name(f"{folder.name}-packed")
 
 
+def parts_of(name: str) -> tuple[str, str | None, str]:
+    """Return what made a row's model, its pattern (None where nothing is zero), and how it is stored."""
+    before, _, stored = name.rpartition(" ")
+    way, _, pattern = before.rpartition(" ")
+    return (way, pattern, stored) if way else (before, None, stored)
+
+
 def how_to(way: str, pattern: str) -> dict[str, Any]:
-    """Settings of a row that is pruned."""
+    """Return the settings of a row that is pruned."""
     target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern.rstrip("%")) / 100}
-    return ({"method": "sparsegpt", "propagation": "sequential"} if way == "sparsegpt" else {"preset": way}) | target
+    if way == "sparsegpt":
+        return {"method": way, "propagation": "sequential"} | target
+    preset, _, blocks = way.partition(" by ")
+    return {"preset": preset, "train": blocks or "whole"} | target
 
 
 def moved(asked: argparse.Namespace) -> Path:

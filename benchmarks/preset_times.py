@@ -41,7 +41,7 @@ def main() -> None:
 def seconds_of(way: str, model: Path, words: Path, samples: int, place: Path) -> tuple[float, float]:
     """Seconds of pruning (with reconstruction) and of training."""
     target: dict[str, Any] = {"pattern": "2:4"}
-    how: dict[str, Any] = {"method": way} if way == "sparsegpt" else preset_settings(way, target)
+    how: dict[str, Any] = {"method": way} if way == "sparsegpt" else preset_settings(way, target, "whole")
     data: dict[str, Any] = {"dataset": str(words), "nsamples": samples, "seqlen": 512}
     without: dict[str, Any] = {"evaluate": False, "gate": False, "prompt": "", "stream": False, "quiet": True}
     report = coprune.prune(model, save=place, **target, **data, **without, **how).report
@@ -53,7 +53,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--presets", default="balanced,tuned")
+    parser.add_argument("--presets", default="balanced")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

@@ -8,10 +8,10 @@ they were dequantised, so the figures compare methods, not models.
 
     python benchmarks/quality.py                                  # the README's table: the Wanda repository's methods
     python benchmarks/quality.py --nsamples 16 --methods wanda    # a subset in minutes
-    python benchmarks/quality.py --methods sparsegpt,balanced,tuned,max --patterns 2:4,0.6 --nsamples 32    # presets
-    python benchmarks/quality.py --methods sparsegpt,alps+owl,tuned --patterns 0.7,0.8 --nsamples 32 --answers 16
-    python benchmarks/quality.py --methods sparsegpt,tuned,parts --patterns 2:4 --nsamples 32    # what each part is worth
-    python benchmarks/quality.py --methods sparsegpt,tuned --nsamples 32 --seeds 0,1,2 --picture quality.svg
+    python benchmarks/quality.py --methods sparsegpt,balanced,best --patterns 2:4,0.6 --nsamples 32    # presets
+    python benchmarks/quality.py --methods sparsegpt,alps+owl,balanced --patterns 0.7,0.8 --nsamples 32 --answers 16
+    python benchmarks/quality.py --methods sparsegpt,balanced,parts --patterns 2:4 --nsamples 32    # what each part is worth
+    python benchmarks/quality.py --methods sparsegpt,balanced --nsamples 32 --seeds 0,1,2 --picture quality.svg
     python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # all of it, in hours
 """
 
@@ -34,28 +34,29 @@ from quality_table import COLUMNS, draw, markdown
 from coprune.recipe.presets import PRESETS, preset_settings
 
 DENSE = "dense"
-_TUNED: dict[str, Any] = {"preset": "tuned"}
+BY_BLOCKS = " by blocks"
+_WHOLE: dict[str, Any] = {"preset": "balanced", "train": "whole"}
 _PRUNED = {
-    name: value for name, value in preset_settings("tuned", {"pattern": "2:4"}).items() if "finetune" not in name
+    name: value
+    for name, value in preset_settings("balanced", {"pattern": "2:4"}, "whole").items()
+    if "finetune" not in name
 }
 PARTS: dict[str, dict[str, Any]] = {
-    "tuned-distillation": _PRUNED,
-    "tuned-refit": {**_TUNED, "refine": ()},
-    "tuned-rotate": {**_TUNED, "rotate": False},
-    "tuned-permute": {**_TUNED, "permute": False},
-    "tuned-sparsegpt": {**_TUNED, "method": "wanda"},
-    "tuned-sequential": {**_TUNED, "propagation": "block"},
-    "tuned with embeddings": {**_TUNED, "finetune_scope": "all"},
-    "tuned by adapters": {**_TUNED, "finetune": "lora-distill"},
+    "balanced without distillation": _PRUNED,
+    "balanced without refit": {**_WHOLE, "refine": ()},
+    "balanced without rotate": {**_WHOLE, "rotate": False},
+    "balanced without permute": {**_WHOLE, "permute": False},
+    "balanced without sparsegpt": {**_WHOLE, "method": "wanda"},
+    "balanced without sequential": {**_WHOLE, "propagation": "block"},
+    "balanced with embeddings": {**_WHOLE, "finetune_scope": "all"},
+    "balanced by adapters": {**_WHOLE, "finetune": "lora-distill"},
 }
-"""Preset `tuned` with one part left out or done otherwise. The first one and `tuned-permute` are for N:M only."""
+"""Preset `balanced` with one part left out or done otherwise. `without distillation` and `without permute` are for N:M."""
 WAYS: dict[str, dict[str, Any]] = PARTS | {
-    "tuned-allocation": {**_TUNED, "allocation": "uniform"},
+    "balanced, uniform sparsity": {**_WHOLE, "allocation": "uniform"},
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
-    "best+max": {"preset": "best"} | {name: value for name, value in PRESETS["max"].items() if "finetune" in name},
 }
-"""Beside methods and presets: ways that published tables have, and parts of our own. `tuned-allocation` is not for N:M,
-and `best+max` is `best` with the distillation of `max` behind it."""
+"""Beside methods and presets: ways that published tables have, and parts of our own. `uniform sparsity` is not for N:M."""
 
 
 def main() -> None:
@@ -195,11 +196,15 @@ def finished(folder: Path) -> Any:
 
 
 def how_to(method: str, pattern: str) -> dict[str, Any]:
-    """The settings of a method, a preset, or a way of this file's own, for a pattern."""
-    how: dict[str, Any] = {"preset": method} if method in PRESETS else dict(WAYS.get(method, {"method": method}))
-    if (preset := how.pop("preset", None)) is None:
+    """Return the settings of a method, a preset (also `by blocks`), or a way of this file's own, for a pattern."""
+    preset = method.removesuffix(BY_BLOCKS)
+    train = "blocks" if method.endswith(BY_BLOCKS) else "whole"
+    named = {"preset": preset, "train": train} if preset in PRESETS else WAYS.get(method, {"method": method})
+    how: dict[str, Any] = dict(named)
+    preset, train = how.pop("preset", None), how.pop("train", None)
+    if preset is None:
         return how
-    return preset_settings(preset, how | ({"pattern": pattern} if ":" in pattern else {})) | how
+    return preset_settings(preset, how | ({"pattern": pattern} if ":" in pattern else {}), train) | how
 
 
 def defaults_of(how: dict[str, Any]) -> list[str]:

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Command, Set
+from coprune.base.progress import Reporter
+from coprune.base.words import Command, Set, say
 from coprune.commands.options import help_all_option, method_options, recipe_options
-from coprune.recipe.flat import PRESET, flatten, layered
+from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
+from coprune.recipe.presets import usual_preset
 from coprune.recipe.recipe import Recipe, make_recipe, read_settings
 
 METHOD_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -30,8 +32,15 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--preset",
-            help="Settings that belong together, instead of those below: fast, balanced, tuned, best or max; balanced and best "
-            "(longer) go block by block; tuned and max (longer) also train the whole model.",
+            help="How long you are willing to wait: fast, balanced (taken where nothing says how to prune) or best.",
+            rich_help_panel="What is pruned, and how",
+        ),
+    ],
+    "train": Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            help="Where a preset trains: whole (the model) or blocks. [whole, if it fits the memory]",
             rich_help_panel="What is pruned, and how",
         ),
     ],
@@ -48,12 +57,13 @@ def run_options() -> list[inspect.Parameter]:
     return [*own, *recipe_options(), help_all_option()]
 
 
-def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
-    """The recipe that a preset, a file and what was typed make together; what comes later wins.
+def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Reporter) -> Recipe:
+    """Return the recipe that a preset, a file and what was typed make together; what comes later wins.
 
     Args:
         context: of the command, which holds the method's own options.
         typed: the values of `run_options`; None for what was not typed.
+        reporter: who hears of a preset that nobody named.
 
     Raises:
         BadInput: there is no such preset, file, setting or option, or no model, or it makes no valid recipe.
@@ -63,15 +73,22 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any]) -> Recipe:
         settings["model"] = model
     if typed["use_variant"]:
         settings["use_variant"] = True
-    if typed[PRESET] is not None:
-        settings[PRESET] = typed[PRESET]
+    settings |= {name: typed[name] for name in (PRESET, TRAIN) if typed[name] is not None}
     if options := method_options(context.args):
         settings["options"] = options
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
     chosen = layered(from_file, settings)
     if "model" not in flatten(chosen):
         raise _no_model(Command("prune", "smollm2-135m", Set("dataset", "embedded")))
-    return make_recipe(chosen)
+    if typed["recipe"] is None:
+        chosen, line = usual_preset(chosen)
+        if line is not None:
+            reporter.say(say(line))
+    if PRESET not in flatten(chosen):
+        return make_recipe(chosen)
+    from coprune.run.usual import recipe_that_fits  # which imports torch, after the first line
+
+    return recipe_that_fits(chosen)
 
 
 def named_model(model: str | None, model_option: str | None, example: Command) -> str:

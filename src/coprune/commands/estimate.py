@@ -44,12 +44,12 @@ def estimate(
     """Tell how much memory and time `coprune prune` would take here with the same options, without doing it."""
     file = None if json_file in (None, PRINTED) else expand_home(str(json_file))
     require_file(file, "json")
-    recipe = recipe_asked(context, typed)
+    reporter = Reporter(quiet)
+    recipe = recipe_asked(context, typed, reporter)
     from coprune.base.files import write_text
-    from coprune.base.progress import Reporter
     from coprune.run.prune import estimate_recipe
 
-    found = estimate_recipe(recipe, Reporter(quiet))
+    found = estimate_recipe(recipe, reporter)
     show(found.to_json() if json_file == PRINTED else str(found))
     if file is not None:
         write_text(file, found.to_json() + "\n")

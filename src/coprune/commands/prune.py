@@ -32,8 +32,8 @@ def prune(
 
     A method's own options (coprune methods lists them) are given like any other: --method sparsegpt --block-size 64
     """
-    recipe = recipe_asked(context, typed)
-    reporter = Reporter(quiet)
+    reporter = Reporter(quiet or rank() != 0)
+    recipe = recipe_asked(context, typed, reporter)
     if rank() == 0:  # before torch and transformers are imported, which takes seconds
         reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
     from coprune.base.processes import joined_processes

@@ -102,6 +102,7 @@ FLAT: dict[str, str] = {
 _OTHER_WORDS = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
 _VARIANT = "use_variant"
 PRESET = "preset"  # stands for settings in what is said; no recipe keeps it
+TRAIN = "train"  # says which of a preset's settings; no recipe keeps it either
 _WORDS = {place: word for word, place in FLAT.items()}
 PARTS = tuple(dict.fromkeys(place.split(".")[0] for place in FLAT.values()))
 _METHOD = "method"  # whatever else is said of it is an option of its own
@@ -117,14 +118,14 @@ def place_of(word: str) -> tuple[str, str | None]:
 
 def is_setting(name: str) -> bool:
     """Whether something names a setting, one that is retired, or a part of a recipe."""
-    known = name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET) or "." in name
+    known = name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET, TRAIN) or "." in name
     return known or name in GONE_PARTS or retired(name) is not None
 
 
 def word_for(name: str) -> str:
     """The word for a setting that is named by any of its words or by its place. Raises BadInput for no setting."""
     word = _OTHER_WORDS.get(name, name)
-    if word in FLAT or word in (_VARIANT, PRESET):
+    if word in FLAT or word in (_VARIANT, PRESET, TRAIN):
         return word
     if name in _WORDS:
         return _WORDS[name]
@@ -132,7 +133,7 @@ def word_for(name: str) -> str:
         raise gone
     part = name.partition(".")[0]
     inside = [place for place in _WORDS if place.startswith(f"{part}.")]
-    known = [*FLAT, *PARTS, PRESET, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
+    known = [*FLAT, *PARTS, PRESET, TRAIN, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
     raise unknown_name("recipe field", name, inside if "." in name and inside else known, field=name)
 
 

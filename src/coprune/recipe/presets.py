@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import Set, Words
 from coprune.recipe.finetune import has_adapters
-from coprune.recipe.flat import PRESET, flatten, layered
+from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
 from coprune.recipe.pattern import parse_pattern
 
 _REFIT: dict[str, Any] = {
@@ -46,15 +47,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct": 200,
         "reconstruct_tokens": 204_800,
     },
-    # These train the whole model toward the dense one, which reaches what no block alone can mend; reconstructing blocks
-    # before that gains less than more of these steps in its time. The fewer steps there are, the longer they may be.
-    "tuned": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 1.5e-3},
-    "max": {**_TRAINED, "finetune_tokens": 122_880, "finetune_lr": 1.2e-3},
 }
+"""By name, the quickest first: what each is where the whole model is not trained."""
+# Training the whole model toward the dense one reaches what no block alone can mend; reconstructing blocks before that gains
+# less than more of these steps in its time. The fewer steps there are, the longer they may be.
+WHOLE: dict[str, dict[str, Any]] = {
+    "balanced": {**_TRAINED, "finetune_tokens": 12_288, "finetune_lr": 1.5e-3},
+    "best": {**_TRAINED, "finetune_tokens": 122_880, "finetune_lr": 1.2e-3},
+}
+"""What those that train are where the whole model is trained."""
+OLDER = {"tuned": "balanced", "max": "best"}
+"""Names that presets which train the whole model had."""
+BARE = "balanced"
+"""What a run takes that says nothing of how to prune."""
+_WAYS = ("whole", "blocks")
+_HOW = {"method", "options", "use_variant", "refine", "allocation", "permute", "rotate", "propagation", "remove", PRESET}
+MENDS = ("reconstruct", "finetune", "low_rank")
+"""Beginnings of the words for what mends a model."""
 
 
-def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The recipe fields of a preset, a fresh copy, for what is said beside it.
+def usual_preset(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], Words | None]:
+    """Return settings that name a preset where they said nothing of how to prune, and what to tell people of that."""
+    said = flatten(settings)
+    if any(word in _HOW or word.startswith(MENDS) for word in said) or said.get("sparsity") == 0:
+        return settings, None
+    line: Words = (f"No method is named: preset {BARE}, SparseGPT and a short training. Plain Wanda: ", Set("method", "wanda"))
+    return layered(settings, {PRESET: BARE}), line
+
+
+def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str | None = None) -> dict[str, Any]:
+    """Return a fresh copy of a preset's settings, for what is said beside it.
 
     Args:
         name: of the preset.
@@ -62,11 +84,18 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
             channels are permuted for N:M alone, zeros spread unevenly where a pattern leaves that open and no parts are removed,
             none of these three in a model that is streamed, and adapters are trained at a rate of their own.
 
+        train: `whole` trains the whole model, `blocks` (the default, but for older names) one block after another.
+
     Returns:
         Settings by their flat names. Raises BadInput for an unknown name.
     """
+    if train is None:
+        train = "whole" if name in OLDER else "blocks"
+    name = OLDER.get(name, name)
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS, field=PRESET)
+    if train not in _WAYS:
+        raise unknown_name("way to train", train, _WAYS, field=TRAIN)
     beside = flatten(said or {})
     grouped = _is_n_of_m(beside.get("pattern"))
     adapters = has_adapters(beside.get("finetune"))
@@ -76,7 +105,8 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None) -> dict[st
         "rotate": beside.get("stream") or beside.get("sparsity") == 0,
         "allocation": grouped or beside.get("stream") or beside.get("sparsity") == 0 or bool(beside.get("remove")),
     }
-    return {word: value for word, value in PRESETS[name].items() if not left_out.get(word)}
+    settings = WHOLE.get(name, PRESETS[name]) if train == "whole" else PRESETS[name]
+    return {word: value for word, value in settings.items() if not left_out.get(word)}
 
 
 def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -85,8 +115,11 @@ def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         BadInput: there is no such preset, or a setting is unknown or said twice.
     """
-    said = {name: value for name, value in settings.items() if name != PRESET}
-    preset = settings.get(PRESET)
+    said = {name: value for name, value in settings.items() if name not in (PRESET, TRAIN)}
+    preset, train = settings.get(PRESET), settings.get(TRAIN)
+    if preset is None and train is not None:
+        alone = "train says where a preset trains, and no preset is named"
+        raise BadInput(alone, field=TRAIN, value=train, fix=("add ", Set(PRESET, BARE)))
     if preset is None:
         return said
     if not isinstance(preset, str):
@@ -96,7 +129,7 @@ def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
             value=preset,
             fix=f"take one of {', '.join(PRESETS)}",
         )
-    return layered(preset_settings(preset, said), said)
+    return layered(preset_settings(preset, said, train), said)
 
 
 def _is_n_of_m(pattern: Any) -> bool:

@@ -12,16 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import say
 from coprune.data.given import given_samples
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded, refuse_what_loading_decides, require_processor
 from coprune.pruning.methods import Method, find_method, is_option, option_names
 from coprune.pruning.methods.given import choice_of
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import FLAT, PARTS, PRESET, is_setting, layered
-from coprune.recipe.presets import preset_settings
+from coprune.recipe.flat import FLAT, PARTS, PRESET, TRAIN, is_setting, layered
+from coprune.recipe.presets import preset_settings, usual_preset
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.given import Given
+from coprune.run.usual import recipe_that_fits
 
 Named = str | Mapping[str, Any] | Choice
 """Something by name, perhaps with options: `owl:spread=0.1`, or `{"name": "owl", "spread": 0.1}`."""
@@ -35,8 +37,11 @@ def read_call(
     preset: str | None,
     processor: Any,
     settings: Mapping[str, Any],
+    prunes: bool = False,
 ) -> tuple[Recipe, Given]:
     """Turn a call's arguments into a recipe; what is said by itself wins over the preset.
+
+    prunes: whether a call that says nothing of how to prune takes the preset that a bare run has.
 
     Raises:
         BadInput: something is unknown, said twice, or of the wrong kind.
@@ -46,14 +51,22 @@ def read_call(
         processor = settings[name] if settings.get(name) is not None else processor
     loaded = None if isinstance(model, str | Path) else _in_memory(model, processor, said)
     named, given = (method, None) if method is None or isinstance(method, str | Mapping | Choice) else choice_of(method)
-    usual = {} if preset is None else preset_settings(preset)
+    usual = {} if preset is None else preset_settings(preset, train=said.get(TRAIN))
     chosen = named if named is not None else usual.get("method", _DEFAULT_METHOD)
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)
     # Where nothing is saved, the model in memory is what a call is for.
     usual_stream = None if said.get("save_model") is not None else False
     base = {"stream": usual_stream, "model": str(model) if loaded is None else loaded.source, PRESET: preset}
-    return make_recipe(layered(base, given_samples(said.get("dataset")), by_call)), Given(loaded, given)
+    asked: Mapping[str, Any] = layered(base, given_samples(said.get("dataset")), by_call)
+    if not prunes:
+        return make_recipe(asked), Given(loaded, given)
+    line = None
+    if preset is None:
+        asked, line = usual_preset({name: value for name, value in asked.items() if name != PRESET})
+    # What trains a whole model leaves folders, which a call that names none does not want.
+    keeps = loaded is None and any(said.get(name) is not None for name in ("save", "save_model", "output"))
+    return recipe_that_fits(asked, in_memory=not keeps), Given(loaded, given, None if line is None else say(line))
 
 
 def options_of(method: Named) -> set[str]:

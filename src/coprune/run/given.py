@@ -18,6 +18,8 @@ class Given:
     """A model that is open already."""
     method: Method | None = None
     """The method that the recipe tells of but cannot name."""
+    line: str | None = None
+    """What to say first, where the call left something open."""
 
     @property
     def model(self) -> PreTrainedModel | None:

@@ -41,9 +41,9 @@ def prune(
     Args:
         model: a Hub id, folder, GGUF file or `smollm2-135m`; or a transformers model in memory, which is pruned in place.
         method: a name from `coprune methods`, also with options (`sparsegpt:block_size=64`); or a method itself, such as
-            `SparseGPT(block_size=64)` or one of your own. Without it, the preset's, or else `wanda`.
-        preset: settings that belong together; what else is said wins. `fast`; `balanced` and `best` (longer) go block by block;
-            `tuned` and `max` (longer) also train the whole model.
+            `SparseGPT(block_size=64)` or one of your own. Without it, the preset's.
+        preset: how long you are willing to wait: `fast`, `balanced` (where nothing says how to prune) or `best`; what else is
+            said wins.
         processor: the tokenizer or image processor of a model in memory.
         quiet: no progress bars and lines on standard error.
         settings: those of a recipe (sparsity, pattern, dataset, nsamples, seqlen, save_model …, or whole parts, such as
@@ -60,9 +60,12 @@ def prune(
         UnsupportedModel: the model cannot be walked.
     """
     with handed_over(settings, "dataset", "eval_data") as named:
-        recipe, given = read_call(model, method, preset, processor, named)
+        recipe, given = read_call(model, method, preset, processor, named, prunes=True)
         with prepared(given.model):
-            result = run_recipe(recipe, given, Reporter(quiet), write=recipe.output.run is not None)
+            reporter = Reporter(quiet)
+            if given.line is not None:
+                reporter.say(given.line)
+            result = run_recipe(recipe, given, reporter, write=recipe.output.run is not None)
             if given.model is not None or not streams(recipe):
                 _ = result.model  # while the model that was given is as the run left it
             return result
@@ -95,7 +98,7 @@ def estimate(
         UnsupportedModel: the model cannot be walked.
     """
     with handed_over(settings, "dataset", "eval_data") as named:
-        recipe, given = read_call(model, method, preset, processor, named)
+        recipe, given = read_call(model, method, preset, processor, named, prunes=True)
         with prepared(given.model):
             return estimate_recipe(recipe, Reporter(quiet), given, writes=recipe.output.run is not None)
 

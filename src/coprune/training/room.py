@@ -58,7 +58,7 @@ def require_room_to_train(
         field="finetune",
         fix=(
             "use ",
-            Set("preset", "best"),
+            Together((Set("preset", "best"), Set("train", "blocks"))),
             " or ",
             Together(
                 (

@@ -1,0 +1,73 @@
+"""What a run takes that leaves open how to prune, and where a preset trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coprune.base.errors import BadInput
+from coprune.recipe.recipe import make_recipe
+from coprune.base.words import say
+from coprune.recipe.presets import usual_preset
+from coprune.run.usual import recipe_that_fits
+from support.pico_folder import save_pico
+
+TARGET = {"pattern": "2:4"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pico(tmp_path_factory.mktemp("usual") / "pico")
+
+
+def test_a_bare_run_trains_the_whole_model_where_it_fits_and_says_so(model: Path) -> None:
+    settings, line = usual_preset({"model": str(model), **TARGET})
+    assert recipe_that_fits(settings) == make_recipe({"model": str(model), "preset": "balanced", "train": "whole", **TARGET})
+    assert line is not None
+    assert "preset balanced" in say(line)
+
+
+def test_what_does_not_fit_is_trained_block_by_block(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise BadInput("too large")
+
+    monkeypatch.setattr("coprune.training.room.require_room_to_train", refuse)
+    recipe = recipe_that_fits({"model": str(model), "preset": "best", **TARGET})
+    assert recipe == make_recipe({"model": str(model), "preset": "best", "train": "blocks", **TARGET})
+    assert recipe.finetune.mode is None
+    assert recipe.reconstruction.steps == 200
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"method": "wanda"}, {"refine": "refit"}, {"remove": "channels=0.5"}, {"reconstruct": 2}, {"sparsity": 0}],
+    ids=lambda said: next(iter(said)),
+)
+def test_whoever_says_how_to_prune_gets_just_that(model: Path, said: dict[str, object]) -> None:
+    settings = {"model": str(model), **said}
+    assert usual_preset(settings) == (settings, None)
+    assert recipe_that_fits(settings) == make_recipe(settings)
+
+
+@pytest.mark.parametrize("said", [{"stream": True}, {"encoding": "packed"}], ids=lambda said: next(iter(said)))
+def test_what_rules_out_a_training_of_the_whole_model_leaves_blocks(model: Path, said: dict[str, object]) -> None:
+    assert recipe_that_fits({"model": str(model), "preset": "best", **TARGET, **said}).finetune.mode is None
+
+
+def test_a_model_that_was_handed_over_is_trained_block_by_block(model: Path) -> None:
+    settings = {"model": str(model), "preset": "best", **TARGET}
+    assert recipe_that_fits(settings, in_memory=True).finetune.mode is None
+
+
+def test_older_names_train_the_whole_model() -> None:
+    for older, name in {"tuned": "balanced", "max": "best"}.items():
+        whole = {"preset": name, "train": "whole", "model": "m", **TARGET}
+        assert make_recipe({"preset": older, "model": "m", **TARGET}) == make_recipe(whole)
+
+
+def test_where_to_train_is_refused_without_a_preset(model: Path) -> None:
+    with pytest.raises(BadInput, match="no preset is named"):
+        make_recipe({"model": "m", "train": "whole", "method": "wanda"})
+    with pytest.raises(BadInput, match="way to train"):
+        make_recipe({"model": "m", "train": "half", "preset": "best"})
