@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.recipe.recipe import make_recipe
 from coprune.base.words import say
 from coprune.recipe.presets import usual_preset
+from coprune.recipe.recipe import make_recipe
 from coprune.run.usual import recipe_that_fits
 from support.pico_folder import save_pico
 
@@ -23,7 +23,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bare_run_trains_the_whole_model_where_it_fits_and_says_so(model: Path) -> None:
     settings, line = usual_preset({"model": str(model), **TARGET})
-    assert recipe_that_fits(settings) == make_recipe({"model": str(model), "preset": "balanced", "train": "whole", **TARGET})
+    assert recipe_that_fits(settings) == make_recipe(
+        {"model": str(model), "preset": "balanced", "train": "whole", **TARGET}
+    )
     assert line is not None
     assert "preset balanced" in say(line)
 

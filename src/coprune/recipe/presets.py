@@ -61,7 +61,18 @@ OLDER = {"tuned": "balanced", "max": "best"}
 BARE = "balanced"
 """What a run takes that says nothing of how to prune."""
 _WAYS = ("whole", "blocks")
-_HOW = {"method", "options", "use_variant", "refine", "allocation", "permute", "rotate", "propagation", "remove", PRESET}
+_HOW = {
+    "method",
+    "options",
+    "use_variant",
+    "refine",
+    "allocation",
+    "permute",
+    "rotate",
+    "propagation",
+    "remove",
+    PRESET,
+}
 MENDS = ("reconstruct", "finetune", "low_rank")
 """Beginnings of the words for what mends a model."""
 
@@ -71,7 +82,10 @@ def usual_preset(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], Words 
     said = flatten(settings)
     if any(word in _HOW or word.startswith(MENDS) for word in said) or said.get("sparsity") == 0:
         return settings, None
-    line: Words = (f"No method is named: preset {BARE}, SparseGPT and a short training. Plain Wanda: ", Set("method", "wanda"))
+    line: Words = (
+        f"No method is named: preset {BARE}, SparseGPT and a short training. Plain Wanda: ",
+        Set("method", "wanda"),
+    )
     return layered(settings, {PRESET: BARE}), line
 
 
