@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from coprune.base.shown import per_cent
 
+_COVERED = 0.5
+"""Tokens per byte below which a text is more than bytes and letters to a tokenizer."""
 _WORTH = 0.25
 """Rise of bits for a share of the bytes that is worth it: a quant of 4 bits instead of 8 has less than half of that."""
 LOUD = 0.10
@@ -28,6 +30,11 @@ class TextCost(BaseModel):
     worst: str = ""
     """The passage that loses most."""
     worst_rise: float = 0.0
+
+    @property
+    def covered(self) -> bool:
+        """Whether the whole vocabulary had tokens for it, and not just bytes and letters."""
+        return self.tokens[0] < _COVERED * self.bytes
 
     @property
     def more_tokens(self) -> float:
@@ -93,8 +100,8 @@ class VocabularyFacts(BaseModel):
 
     @property
     def lost(self) -> list[TextCost]:
-        """Texts that lose more than a tenth, the most first."""
-        return sorted((one for one in self.texts if one.rise > LOUD), key=lambda one: -one.rise)
+        """Texts that lose more than a tenth, the most first, of those that the whole vocabulary had tokens for."""
+        return sorted((one for one in self.texts if one.covered and one.rise > LOUD), key=lambda one: -one.rise)
 
     def loud(self) -> str | None:
         """The line that nobody should miss; None where no text loses much."""

@@ -100,7 +100,7 @@ def _stored(
             if group.converted or len(shape) <= table.axis or shape[table.axis] != table.size:
                 raise UnsupportedModel(f"{name} is stored in another layout than the model's {group.target}")
             found[name] = table
-    for name in (*conversion.carried, *conversion.dropped):
+    for name in conversion.carried:
         if rows in entries[name].shape:
             raise UnsupportedModel(f"{name} is as long as the vocabulary, and the model does not say what it is")
     return found

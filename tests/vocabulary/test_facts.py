@@ -1,0 +1,31 @@
+"""What a report says loudly: languages that were lost, and cuts that do not pay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coprune.vocabulary.facts import TextCost, VocabularyFacts
+
+
+def cost(text: str, tokens: tuple[int, int], bits: tuple[float, float] | None = None) -> TextCost:
+    return TextCost(text=text, bytes=1000, tokens=tokens, bits=bits)
+
+
+def facts(*texts: TextCost, **more: Any) -> VocabularyFacts:
+    sizes = {"before": 1000, "after": 640, "essential": 300, "parts": 20, "bytes_before": 100, "bytes_after": 60}
+    return VocabularyFacts(kind="BPE", counted=["en 100%"], texts=list(texts), **{**sizes, **more})
+
+
+def test_a_language_that_is_lost_is_named_loudly_and_one_that_never_was_there_is_not() -> None:
+    german, thai = cost("German", (250, 400), (1.0, 1.4)), cost("Thai", (700, 1000))
+    said = facts(cost("mine", (200, 201), (1.0, 1.005)), german, thai).loud()
+    assert said is not None
+    assert "German +40%" in said
+    assert "Thai" not in said
+    assert facts(cost("mine", (200, 201))).loud() is None
+
+
+def test_a_cut_that_costs_more_than_fewer_bits_a_weight_says_so() -> None:
+    dear = facts(cost("mine", (200, 210), (1.0, 1.053)), bytes_after=93)
+    assert any(line.startswith("DOES NOT PAY") for line in dear.lines())
+    assert not any(line.startswith("DOES NOT PAY") for line in facts(cost("mine", (200, 201), (1.0, 1.008))).lines())
