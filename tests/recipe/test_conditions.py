@@ -10,7 +10,7 @@ from coprune.recipe.recipe import make_recipe
 
 
 def test_conditions_are_read() -> None:
-    loops, kl, ended, sampled = read_conditions("loops<=dense+1, kl<0.5,ended >= dense - 2.5,sampled.tokens>1e1")
+    loops, kl, ended, sampled = read_conditions("loops<=dense+1, kl<0.5,ended >= dense - 2.5,sampled.tokens>1e1,")
     assert (loops.name, loops.sign, loops.number, loops.against_dense) == ("loops", "<=", 1.0, True)
     assert (kl.name, kl.number, kl.against_dense, kl.needs_dense) == ("kl", 0.5, False, True)
     assert (ended.sign, ended.number, ended.against_dense) == (">=", -2.5, True)
@@ -25,6 +25,8 @@ def test_conditions_are_read() -> None:
         ("loops<=dense+1", 4, 2, False),
         ("loops<dense", 2, 2, False),
         ("ended>=dense-1", 2, 3, True),
+        ("loops<=dense+1e1,", 12, 2, True),
+        ("loops<=dense+1e1", 13, 2, False),
         ("tokens>10", 10, None, False),
         ("kl<.5", 0.49, None, True),
     ],
@@ -35,9 +37,31 @@ def test_a_figure_is_held_against_its_bound(text: str, figure: float, dense: flo
 
 
 @pytest.mark.parametrize(
-    "text", ["", "loops", "loops<=", "loops=3", "loops<=wanda", "loops<=dense*2", "lops<3", "kl<dense", "beam.loops<3"]
+    "text",
+    [
+        "",
+        ",",
+        "kl<1,,loops<1",
+        "loops",
+        "loops<=",
+        "loops=3",
+        "loops<=wanda",
+        "loops<=dense*2",
+        "lops<3",
+        "kl<dense",
+        "beam.loops<3",
+    ],
 )
 def test_what_is_no_condition_is_refused_before_anything_runs(text: str) -> None:
     with pytest.raises(BadInput) as caught:
         make_recipe({"model": "m", "require": text})
     assert caught.value.field == "require"
+
+
+def test_sampled_answers_that_no_temperature_samples_are_refused_for_that() -> None:
+    with pytest.raises(BadInput) as caught:
+        make_recipe({"model": "m", "generate": "p", "generate_temperature": 0, "require": "sampled.loops<=3"})
+    assert str(caught.value) == (
+        "sampled.loops<=3 is about sampled answers, and with generate_temperature=0.0 none are sampled; "
+        "leave out generate_temperature."
+    )

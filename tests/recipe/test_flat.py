@@ -215,9 +215,22 @@ def test_the_name_of_a_score_says_what_it_is_of() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"preset": "best"}, {"sparsity": 0.5}, {"structure.remove": "heads=0.5"}, {"use_variant": True}, {"refine": ()}],
+    [
+        *({"preset": "best"}, {"sparsity": 0.5}, {"structure.remove": "heads=0.5"}, {"use_variant": True}),
+        *({"refine": ()}, {"save_model": "out"}, {"output": {"model": "out"}}, {"answers.gate": True}),
+        {"evaluation": {"prompt": "Why"}},
+    ],
 )
-def test_a_measurement_refuses_what_says_how_to_prune(setting: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=r"says how to prune, and a measurement prunes nothing; leave out "):
+def test_a_measurement_refuses_what_it_would_ignore(setting: dict[str, Any]) -> None:
+    with pytest.raises(
+        BadInput, match=r"says how to prune or where that goes, and a measurement prunes nothing; leave out "
+    ):
         measuring_recipe("m", {"seqlen": 64, **setting})
     assert measuring_recipe("m", {"seqlen": 64, "calibration.batch_size": 2}).calibration.batch_size == 2
+    assert measuring_recipe("m", {"answers": {"require": "loops<1"}}).evaluation.data is None
+
+
+@pytest.mark.parametrize("setting", [{"eval_data": ""}, {"eval_data": " , "}, {"tasks": ""}, {"eval_data": [""]}])
+def test_a_list_that_names_nothing_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=f"{next(iter(setting))} cannot be .*: it names nothing"):
+        make_recipe({"model": "m", **setting})

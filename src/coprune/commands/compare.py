@@ -45,7 +45,7 @@ def compare(
     """
     from coprune.base.files import write_text
     from coprune.base.output_names import require_file
-    from coprune.commands.terminal import print_sheet
+    from coprune.commands.terminal import end_unless_held, print_sheet
     from coprune.run.compare import compare
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
@@ -63,5 +63,9 @@ def compare(
 
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
     print_sheet(found.sheet())  # once all is kept, since whoever reads it may be gone
+    required = [(row.name, one) for row in found.rows for one in row.evaluation.required]
+    for name, one in required:
+        show(f"required  {name}: {one.line()}")
     if page_file is not None:
         show(f"page      {page_file}")
+    end_unless_held(one for _, one in required)

@@ -11,6 +11,7 @@ from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import measuring_options, with_options
 from coprune.commands.show import show
+from coprune.commands.terminal import end_unless_held
 
 
 @with_options(measuring_options())
@@ -40,3 +41,4 @@ def evaluate(
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     show(str(found))
+    end_unless_held(found.required)

@@ -20,6 +20,7 @@ class AnswerArguments(TypedDict, total=False):
 class MeasureArguments(AnswerArguments, total=False):
     """What is measured of a model, and how."""
 
+    require: str | None
     tasks: str | Sequence[str] | None
     zero_shot: bool
     num_fewshot: int

@@ -17,7 +17,10 @@ from coprune.evaluation.extras import Extras, measures_anything, nothing_to_meas
 from coprune.evaluation.measure import Subject
 from coprune.evaluation.sources import Held, Model
 from coprune.model.opened import refuse_what_loading_decides
+from coprune.recipe.answers import cannot_require
 from coprune.recipe.measuring import measuring_recipe
+
+_NAMES_DENSE = ("name that model with ", Setting("against"))
 
 
 def evaluate(
@@ -43,6 +46,7 @@ def evaluate(
         settings: `tasks` of lm-eval, or the papers' seven with `zero_shot=True`, with `num_fewshot`, `include_path`, `limit`
             (items of each), `apply_chat_template`, `gen_kwargs` and `log_samples`; `generate` (`builtin`, or a file of
             prompts) for answers, with `generate_prompts`, `generate_tokens`, `generate_temperature` and `generate_seed`;
+            `require` for conditions that they are held against (`required` of what is returned);
             `seqlen`, `batch_size` and `tokens` of the texts; `images` of each set; `dtype`, `device` and `cache_dir` of
             models that are loaded.
 
@@ -68,7 +72,9 @@ def _evaluate(
     recipe = measuring_recipe(held[0].name if held[0] else str(model), settings)
     if not measures_anything(recipe):
         raise nothing_to_measure()
-    if against is not None and not recipe.evaluation.data and recipe.answers.prompts is None:
+    if (wrong := cannot_require(recipe.answers, None if against is not None else _NAMES_DENSE)) is not None:
+        raise wrong
+    if against is not None and not recipe.evaluation.data and not recipe.answers.is_asked:
         raise BadInput(
             "closeness to another model is measured on text, or along its answers",
             field="against",

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.evaluation.answers.facts import AnswerFacts
+from coprune.evaluation.answers.requirements import Requirement, answer_rows
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
@@ -52,6 +53,8 @@ class Evaluation(Shown, _Facts):
     closeness: tuple[Closeness, ...] = ()
     answers: AnswerFacts | None = None
     """What it writes, beside that model."""
+    required: tuple[Requirement, ...] = ()
+    """What was required of that, and whether it holds."""
 
     def headline(self) -> str:
         """The model, and the first of what was measured."""
@@ -75,7 +78,7 @@ class Evaluation(Shown, _Facts):
             rows.append((task.task, f"{metrics} ({task.items} items, {task.num_fewshot}-shot, version {task.version})"))
         if zero_shot is not None and zero_shot.mean is not None:
             rows.append((f"mean of acc over {len(zero_shot.tasks)} tasks", shown(MAIN_METRIC, zero_shot.mean)))
-        rows += [] if self.answers is None else self.answers.lines()
+        rows += answer_rows(self.answers, None, self.required)
         return Sheet(self.headline(), rows)
 
 

@@ -108,7 +108,7 @@ class Extras:
 
 def measures_anything(recipe: Recipe) -> bool:
     """Whether a recipe names texts, tasks or prompts."""
-    return bool(recipe.evaluation.data) or recipe.evaluation.runs_tasks or recipe.answers.prompts is not None
+    return bool(recipe.evaluation.data) or recipe.evaluation.runs_tasks or recipe.answers.is_asked
 
 
 def nothing_to_measure() -> BadInput:

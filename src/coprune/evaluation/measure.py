@@ -16,6 +16,7 @@ from coprune.data.images import LabelledImages
 from coprune.evaluation.answers.facts import AnswerFacts
 from coprune.evaluation.answers.measured import MeasuredAnswers
 from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.answers.requirements import judge
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, score_in_memory
 from coprune.evaluation.cache import EvaluationCache, require_texts, text_fingerprint
@@ -113,7 +114,8 @@ class Subject:
         return TextTask(asked.recipe(self.recipe).replaced(bos=bos), self.loaded, ALONE, read_anew)
 
     def measure(self) -> Evaluation:
-        """Count weights, measure perplexity on every text, and run the tasks if there are any."""
+        """Count weights, measure perplexity on every text, run the tasks if there are any, and judge the answers."""
+        answers = self.answers(self._leader)
         return Evaluation(
             model=self.name,
             weights=self._cache.get(self._key("weights"), WeightFacts, self._count),
@@ -124,7 +126,8 @@ class Subject:
             bos=self.bos,
             accuracy=self._accuracies() if self.classifies else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
-            answers=self.answers(self._leader),
+            answers=answers,
+            required=() if answers is None else judge(self.recipe.answers.conditions, answers),
         )
 
     def _accuracies(self) -> tuple[Accuracy, ...]:

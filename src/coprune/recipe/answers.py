@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from coprune.base.errors import BadInput
-from coprune.base.words import Set, Words
+from coprune.base.words import LeaveOut, Piece, Set, Words
 from coprune.recipe.conditions import Condition, read_conditions
 from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.parts import Part
@@ -48,7 +48,7 @@ Require = Annotated[
     Shown.COMMON,
     Field(
         description="Exit with 3, once all is saved, unless the answers are so: conditions with commas between, such as "
-        "'loops<=dense+1,empty<=dense+1,kl<0.5'."
+        "'loops<=dense+1,kl<0.5'; no more may be empty than the dense model's unless that is said, as in empty<=dense+1."
     ),
 ]
 
@@ -86,13 +86,17 @@ def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
         conditions = asked.conditions
     except BadInput as error:
         return error
+    cause: tuple[Piece | str, ...]
     fix: Words
     for condition in conditions:
-        if condition.sampled and (asked.prompts is None or not asked.temperature):
-            cause, fix = "sampled answers", ("ask for them with ", Set("generate", "builtin"))
+        if condition.sampled and asked.prompts is None:
+            cause, fix = ("sampled answers",), ("ask for them with ", Set("generate", "builtin"))
+        elif condition.sampled and not asked.temperature:
+            none = Set("generate_temperature", asked.temperature)
+            cause, fix = ("sampled answers, and with ", none, " none are sampled"), LeaveOut("generate_temperature")
         elif condition.needs_dense and dense is not None:
-            cause, fix = "the dense model's answers", dense
+            cause, fix = ("the dense model's answers",), dense
         else:
             continue
-        return BadInput(f"{condition.text} is about {cause}", field="require", value=asked.require, fix=fix)
+        return BadInput((f"{condition.text} is about ", *cause), field="require", value=asked.require, fix=fix)
     return None

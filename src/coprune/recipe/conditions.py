@@ -7,6 +7,7 @@ compared with the same figure of the dense model. Of sampled answers the name is
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coprune.base.errors import BadInput, unknown_name
@@ -31,9 +32,10 @@ LIKENESS: dict[str, str] = {
 }
 """Figures against the dense model's answers."""
 _SAMPLED = "sampled"
+_SIZE = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
     r"(?:(?P<way>\w+)\.)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*"
-    r"(?:(?P<dense>dense)\s*(?P<offset>[+-]\s*(?:\d+\.?\d*|\.\d+))?|(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?))"
+    rf"(?:(?P<dense>dense)\s*(?P<offset>[+-]\s*{_SIZE})?|(?P<number>[+-]?{_SIZE}))"
 )
 
 
@@ -77,7 +79,23 @@ def read_conditions(text: str | None) -> tuple[Condition, ...]:
     Raises:
         BadInput: one names no figure, or is not written as a condition.
     """
-    return tuple(_read(part.strip()) for part in (text or "").split(",") if text is not None)
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    # A comma at the end is no mistake that changes what is meant.
+    return tuple(map(_read, parts[:-1] if parts[1:] and not parts[-1] else parts))
+
+
+def no_emptier(conditions: Sequence[Condition], beside_dense: bool) -> tuple[Condition, ...]:
+    """Return what goes without saying wherever something is required: no answer is empty, or no more than the dense model's.
+
+    Empty answers neither loop nor repeat, so they would pass most conditions. A condition on empty answers replaces this,
+    for greedy and for sampled answers each.
+    """
+    said = {condition.sampled for condition in conditions if condition.name == "empty"}
+    ways = sorted({condition.sampled for condition in conditions} - said)
+    bound = "dense" if beside_dense else "0"
+    return tuple(_read(f"{_SAMPLED}.empty<={bound}" if sampled else f"empty<={bound}") for sampled in ways)
 
 
 def _read(text: str) -> Condition:

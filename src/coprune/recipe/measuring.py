@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut
-from coprune.recipe.flat import FLAT, PARTS, place_of, word_for
+from coprune.recipe.flat import flatten, names_said
 from coprune.recipe.recipe import Recipe, make_recipe
-
-_OF_MEASURING = {"model", "calibration", "evaluation", "answers", "output"}
-"""Parts of a recipe that say something of a measurement, too."""
 
 
 class Setting(NamedTuple):
@@ -41,6 +38,11 @@ SETTINGS: dict[str, Setting] = {
     "generate_tokens": Setting("generate_tokens"),
     "generate_temperature": Setting("generate_temperature"),
     "generate_seed": Setting("generate_seed"),
+    "require": Setting(
+        "require",
+        "Exit with 3 unless the answers are so: conditions with commas between, such as 'loops<=dense+1,kl<0.5'; no more may "
+        "be empty than the dense model's unless that is said, as in empty<=dense+1.",
+    ),
     "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
     "bos": Setting("bos"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
@@ -63,31 +65,15 @@ def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
     Raises:
         BadInput: a setting is unknown, has a value that it cannot have, or says how to prune.
     """
-    _refuse_pruning(settings)
     named = {(SETTINGS[name].word if name in SETTINGS else name): value for name, value in settings.items()}
+    known = {setting.word for setting in SETTINGS.values()}
+    for word in flatten(named):
+        if word not in known:
+            name = names_said(named)[word]
+            cause = f"{name} says how to prune or where that goes, and a measurement prunes nothing"
+            raise BadInput(cause, field=name, value=settings.get(name), fix=LeaveOut(name))
     recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
-    named_others = recipe.evaluation.runs_tasks or recipe.answers.prompts is not None
+    named_others = recipe.evaluation.runs_tasks or recipe.answers.is_asked
     if recipe.evaluation.data is None and not named_others:
         return recipe.replaced(eval_data="wikitext2")
     return recipe
-
-
-def _refuse_pruning(settings: Mapping[str, Any]) -> None:
-    """Raise BadInput for a setting that a measurement would ignore, since nothing is pruned."""
-    for name, value in settings.items():
-        if name not in SETTINGS and _says_how_to_prune(name):
-            raise BadInput(
-                f"{name} says how to prune, and a measurement prunes nothing",
-                field=name,
-                value=value,
-                fix=LeaveOut(name),
-            )
-
-
-def _says_how_to_prune(name: str) -> bool:
-    """Whether a recipe's setting, by any of its names, is one of pruning or training. Raises BadInput for no setting."""
-    part = name.partition(".")[0]
-    if part not in PARTS:
-        word = word_for(name)
-        part = place_of(word)[0] if word in FLAT else word  # a preset and a variant stand for several parts
-    return part not in _OF_MEASURING

@@ -19,7 +19,10 @@ def _joined(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     named = isinstance(value, list | tuple) and value and all(isinstance(part, str | Path) for part in value)
-    return ",".join(map(str, value)) if named else value
+    joined = ",".join(map(str, value)) if named else value
+    if isinstance(joined, str) and not joined.strip(" ,"):
+        raise ValueError("it names nothing")
+    return joined
 
 
 Overwrite = Annotated[
@@ -40,7 +43,10 @@ class EvaluationPart(Part):
         CommaSeparated,
         _MEASUREMENT,
         Shown.COMMON,
-        Field(description="Text for perplexity, comma-separated. [test split of the calibration corpus]"),
+        Field(
+            description="Text for perplexity, comma-separated. [test split of the calibration corpus; of a text of your own "
+            "the last tenth, which is held out]"
+        ),
     ] = None
     images: Annotated[
         int | None,

@@ -93,6 +93,25 @@ def test_a_condition_names_it_for_greedy_and_for_sampled_answers() -> None:
     assert judged[1].line() == "empty<=dense does not hold (2, dense 1)"
 
 
+@pytest.mark.parametrize(
+    ("dense", "text", "failed"),
+    [
+        ((SPOKEN, SPOKEN), "loops<1", ["empty<=dense"]),
+        (None, "loops<1", ["empty<=0"]),
+        (("", ""), "loops<1", []),
+        ((SPOKEN, SPOKEN), "loops<1,empty<=2", []),
+        ((SPOKEN, SPOKEN), "sampled.loops<1,empty<=2", ["sampled.empty<=dense"]),
+        ((SPOKEN, SPOKEN), "sampled.loops<1,sampled.empty<=2", []),
+    ],
+)
+def test_empty_answers_pass_no_gate_unless_it_lets_them(
+    dense: tuple[str, ...] | None, text: str, failed: list[str]
+) -> None:
+    found = facts(dense, "", ".", sampled=("", SPOKEN))
+    judged = judge(read_conditions(text), found)
+    assert [one.condition for one in judged if not one.holds] == failed
+
+
 def test_the_lines_the_card_and_the_page_tell_it_for_both_ways() -> None:
     found = facts((SPOKEN,) * 13, *(SPOKEN,) * 2, *("",) * 11, sampled=(SPOKEN, *("",) * 12))
     lines = dict(found.lines())
@@ -138,5 +157,7 @@ def test_a_model_that_ends_at_once_passes_no_gate(tmp_path: Path, monkeypatch: p
     assert found is not None
     assert found.verdict() == "2 of 2 answers are empty; dense 0"
     assert [one.holds for one in judge(read_conditions("loops<=dense+1,empty<=dense+1"), found)] == [True, False]
+    unsaid = coprune.evaluate(tmp_path / "mute", against=tmp_path / "dense", require="loops<=dense", **asked).required
+    assert [one.line() for one in unsaid if not one.holds] == ["empty<=dense does not hold (2, dense 0)"]
     assert found.sampled is not None
     assert found.sampled.figures.empty == 2

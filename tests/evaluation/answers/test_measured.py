@@ -175,3 +175,22 @@ def test_the_command_shows_figures_and_answers(
     )
     assert [line.split()[0] for line in lines[1:]] == ["greedy", "KL", "T", *("prompt", "dense", "answer") * 2]
     assert "perplexity" not in ended.out
+
+
+def test_what_is_required_is_judged_from_python_and_by_commands(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = asked(place, generate_tokens=2, generate_temperature=0)
+    holds, fails = "tokens<=2,kl<1e3", "kl>1e3"
+    for require, expected in ((holds, [True, True]), (fails, [False])):
+        found = coprune.evaluate(place / "pruned", against=place / "dense", require=require, **few)
+        assert [one.holds for one in found.required] == expected
+    words = ["--generate", str(place / "prompts.jsonl"), "--generate-tokens", "2", "--generate-temperature", "0", "-q"]
+    models = ["eval", str(place / "pruned"), "--against", str(place / "dense")], ["compare", str(place / "dense")]
+    for command in (models[0], [*models[1], str(place / "pruned")]):
+        for require, code in ((holds, 0), (fails, 3)):
+            ended = run_command([*command, *words, "--require", require], monkeypatch, capsys)
+            assert ended.code == code, ended.err
+            assert ("does not hold" in ended.out) == (code == 3)
+    with pytest.raises(coprune.BadInput, match="kl<1 is about the dense model's answers; name that model with against"):
+        coprune.evaluate(place / "pruned", require="kl<1", **few)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict
 
 from coprune.evaluation.answers.facts import AnswerFacts
-from coprune.recipe.conditions import LIKENESS, Condition
+from coprune.recipe.conditions import LIKENESS, Condition, no_emptier
 
 
 class Requirement(BaseModel):
@@ -39,8 +39,19 @@ def answer_rows(
 
 
 def judge(conditions: Sequence[Condition], facts: AnswerFacts | None) -> tuple[Requirement, ...]:
-    """Hold answers against conditions. facts: None where no answers could be had, so that no condition holds."""
-    return tuple(_judge(condition, facts) for condition in conditions)
+    """Hold answers against conditions.
+
+    Args:
+        conditions: what is required.
+        facts: the answers; None where none could be had, so that no condition holds.
+
+    Returns:
+        One requirement per condition; and those of `no_emptier` that do not hold, where empty answers were counted.
+    """
+    found = [_judge(condition, facts) for condition in conditions]
+    beside_dense = facts is not None and facts.greedy.dense is not None
+    unsaid = [_judge(condition, facts) for condition in no_emptier(conditions, beside_dense)]
+    return (*found, *(one for one in unsaid if one.figure is not None and not one.holds))
 
 
 def _judge(condition: Condition, facts: AnswerFacts | None) -> Requirement:
