@@ -37,6 +37,8 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
     assert found.teacher == "m"
     alone = pruning_of(recipe).finetune
     assert alone == type(alone)()
+    with pytest.raises(BadInput, match=r"'model.layers.1.\*' goes by numbers"):
+        make_recipe({"model": "m", "finetune": "dense", "remove": "blocks=0.5", "exclude": "model.layers.1.*"})
 
 
 def test_conversations_are_no_text_to_train_on(tmp_path: Path) -> None:
@@ -81,6 +83,26 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     trained = result.model.get_parameter("model.layers.0.mlp.up_proj.weight")
     assert not torch.equal(trained, pruned.model.layers[0].mlp.up_proj.weight)
     assert result.tokenizer is not None
+
+
+@pytest.mark.parametrize("training", [{"preset": "tuned"}, {"finetune": "dense"}])
+def test_what_pruning_leaves_alone_stays_so_while_it_is_trained(
+    dense: Path, tmp_path: Path, training: dict[str, Any]
+) -> None:
+    text = str(write_text(tmp_path / "text.txt", 700))
+    exclude = ["*.layers.0.*", "*.layers.1.mlp.down_proj"]
+    asked = {**SMALL, "rotate": False, "permute": False} | training
+    result = coprune.prune(
+        str(dense), dataset=text, finetune_tokens=65, exclude=exclude, save=tmp_path / "run", quiet=True, **asked
+    )
+    source = AutoModelForCausalLM.from_pretrained(dense)
+    assert result.model is not None
+    for name, parameter in result.model.named_parameters():
+        if ".layers.0." in name or "layers.1.mlp.down_proj" in name:
+            assert torch.equal(parameter, source.get_parameter(name)), name
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(result.model.get_parameter(up), pruned.get_parameter(up))
 
 
 SMALL: dict[str, Any] = {

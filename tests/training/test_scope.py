@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
@@ -23,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 def trained(folder: Path, model: Path, **changes: Any) -> tuple[Tensors, Tensors]:
     """The weights before and after a training."""
     asked = settings_for(
-        folder, model, write_text(folder.parent / "text.txt", 700), mode="dense", max_steps=2, **changes
+        folder, model, write_text(folder.parent / "text.txt", 700), **{"mode": "dense", "max_steps": 2, **changes}
     )
     run_finetuning(make_settings(asked), Reporter(quiet=True))
     return load_file(model / "model.safetensors"), load_file(folder / "model" / "model.safetensors")
@@ -40,6 +41,29 @@ def test_what_is_trained(tmp_path: Path, scope: str, tied: bool) -> None:
     assert ("lm_head.weight" in before) is not tied
     assert changed == (inside | {"model.norm.weight"} if scope == "blocks" else set(before))
     assert all(bool((after[name][tensor == 0] == 0).all()) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("mode", ["dense", "lora"])
+def test_what_is_excluded_stays_as_it_is(tmp_path: Path, mode: str) -> None:
+    save(pruned_model(num_hidden_layers=3), tmp_path / "model")
+    exclude = ["*.q_proj", "model.layers.1.self_attn.*", "model.layers.1.mlp.*"]
+    before, after = trained(tmp_path / "run", tmp_path / "model", mode=mode, exclude=exclude, learning_rate=0.01)
+    alone = {name for name in before if "q_proj" in name or ".layers.1." in name}
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert not changed & alone
+    assert {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 2)} <= changed
+    assert "model.layers.1.input_layernorm.weight" in alone
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"), [("*.nope", "'\\*.nope' matches no parameter"), ("*", "nothing is left to train")]
+)
+def test_patterns_that_leave_nothing_alone_or_everything_are_refused(
+    tmp_path: Path, exclude: str, message: str
+) -> None:
+    save(pruned_model(num_hidden_layers=1), tmp_path / "model")
+    with pytest.raises(BadInput, match=message):
+        trained(tmp_path / "run", tmp_path / "model", exclude=exclude)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -58,6 +58,7 @@ def contradiction(recipe: Parts) -> BadInput | None:
         _of_target(recipe.pattern.name, recipe.pattern.sparsity)
         or cannot_reconstruct(recipe.reconstruction, recipe.calibration)
         or cannot_finetune(recipe.finetune, recipe.output)
+        or _of_training(recipe)
         or cannot_add(recipe.low_rank, recipe.structure, recipe.finetune, recipe.output)
         or _of_reshaping(recipe)
         or _of_domains(recipe.structure)
@@ -69,6 +70,12 @@ def contradiction(recipe: Parts) -> BadInput | None:
         or _of_calibration(recipe)
         or _of_folders(recipe.output)
     )
+
+
+def _of_training(recipe: Parts) -> BadInput | None:
+    # A training leaves alone what pruning did.
+    trains = recipe.finetune.mode is not None
+    return refuse_numbers(recipe.selection.exclude, "exclude", recipe.structure.shares) if trains else None
 
 
 def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:

@@ -30,7 +30,7 @@ def tells_experts_apart(glob: str) -> bool:
 
 
 def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -> BadInput | None:
-    """What is wrong with patterns in a run that removes parts, and sets to zero some of what is left; None if nothing is.
+    """What is wrong with patterns in a run that removes parts, and prunes or trains what is left; None if nothing is.
 
     Args:
         globs: the patterns.
@@ -41,7 +41,7 @@ def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -
     experts = "experts" in removed
     for glob in globs:
         if (blocks and tells_numbers_apart(glob)) or (experts and tells_experts_apart(glob)):
-            cause = f"{glob!r} goes by numbers, and what stays gets others before zeros come into it"
+            cause = f"{glob!r} goes by numbers, and what stays gets others before the rest of the run"
             fix: Words = (
                 "remove parts in a run of its own, and name what is left as it tells: ",
                 Command("inspect", "FOLDER"),

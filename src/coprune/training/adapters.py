@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,15 +28,16 @@ from coprune.training.saved_adapter import adapter_settings, read_adapter_config
 from coprune.training.saving import require_finite
 
 
-def choose_targets(masks: Masks, patterns: Sequence[str], rank: int) -> list[str]:
+def choose_targets(masks: Masks, patterns: Sequence[str], rank: int, alone: Container[int] = ()) -> list[str]:
     """Names of the pruned linear layers that get an adapter.
 
-    patterns: shell-like; without, all of them. Experts that share one parameter, convolutions and an output matrix
-    that is the embedding, too, get none and stay as they are. Raises BadInput for a pattern that matches none, or a
-    rank above the width of a layer.
+    patterns: shell-like; without, all of them. alone: ids of parameters that get none. Experts that share one parameter,
+    convolutions and an output matrix that is the embedding, too, get none and stay as they are. Raises BadInput for a pattern
+    that matches none, or a rank above the width of a layer.
     """
     every = [*(entry.matrix for entry in masks.matrices if not entry.tied), *masks.whole]
     matrices = [matrix for matrix in every if isinstance(matrix.owner, nn.Linear | Conv1D)]
+    matrices = [matrix for matrix in matrices if id(matrix.owner.get_parameter(matrix.attribute)) not in alone]
     names = [matrix.name for matrix in matrices]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -167,6 +167,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
             "learning_rate": recipe.finetune.learning_rate,
             "rates": recipe.finetune.rates,
             "scope": recipe.finetune.scope,
+            "exclude": recipe.selection.exclude,
             "accumulate": recipe.finetune.accumulate,
             "bf16": recipe.finetune.dtype == "bfloat16",
             "seed": recipe.calibration.seed,

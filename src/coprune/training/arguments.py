@@ -31,6 +31,7 @@ class TrainingArguments(TypedDict, total=False):
     weight_decay: float
     max_grad_norm: float
     train: str | Sequence[str]
+    exclude: str | Sequence[str]
     rank: int
     alpha: float
     dropout: float

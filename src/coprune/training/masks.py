@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
+from coprune.model.blocks import Block
 from coprune.model.checkpoint.names import is_below_any
+from coprune.model.choosing import Selection
 from coprune.model.matrices import LEAST_SPARSITY, Matrix, find_matrices
 from coprune.recipe.pattern import Pattern, find_pattern
 
@@ -191,6 +193,35 @@ def select_parameters(model: nn.Module, globs: tuple[str, ...]) -> Iterator[nn.P
     for name, parameter in parameters.items():
         if not globs or any(_matches(name, glob) for glob in globs):
             yield parameter
+
+
+def leave_alone(model: nn.Module, blocks: Sequence[Block], globs: tuple[str, ...]) -> set[int]:
+    """Find the parameters that patterns leave alone.
+
+    Args:
+        model: the plain model.
+        blocks: its blocks; one of which all matrices are left alone stays as a whole, with its norms.
+        globs: as in pruning. Of experts in one parameter all stay if one is named.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        BadInput: for a pattern that matches nothing.
+    """
+    alone: set[int] = set()
+    for glob in globs:
+        selection = Selection(exclude=(glob,))
+        found = {id(m.owner.get_parameter(m.attribute)) for m in find_matrices(model) if selection.against(m.name)}
+        found |= {id(parameter) for name, parameter in model.named_parameters() if _matches(name, glob)}
+        if not found:
+            raise BadInput(f"the pattern {glob!r} matches no parameter", field="exclude", value=glob)
+        alone |= found
+    for block in blocks:
+        own = {id(matrix.owner.get_parameter(matrix.attribute)) for matrix in find_matrices(block.module, block.name)}
+        if own and own <= alone:
+            alone |= set(map(id, block.module.parameters()))
+    return alone
 
 
 def _matches(name: str, glob: str) -> bool:

@@ -27,7 +27,7 @@ from coprune.recipe.finetune import has_adapters
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
 from coprune.training.history import History, masks_of
-from coprune.training.masks import Masks, parameters_within, select_parameters
+from coprune.training.masks import Masks, leave_alone, parameters_within, select_parameters
 from coprune.training.settings import FinetuneSettings
 from coprune.training.text_windows import begun, read_training_text
 from coprune.training.training_data import TrainingData
@@ -167,12 +167,14 @@ def _refuse_what_only_text_has(settings: FinetuneSettings) -> None:
 def _make_trainable(
     model: PreTrainedModel, masks: Masks, settings: FinetuneSettings, reporter: Reporter
 ) -> PreTrainedModel | PeftModel:
+    blocks = find_blocks(model)
+    alone = leave_alone(model, blocks, settings.exclude)
     if has_adapters(settings.mode):
         # Seeded here, since adapters are drawn before the Trainer sets its seed.
         torch.manual_seed(settings.seed)
-        targets = choose_targets(masks, settings.train, settings.rank)
+        targets = choose_targets(masks, settings.train, settings.rank, alone)
         left = len(masks.matrices) + len(masks.whole) - len(targets)
-        if left and not settings.train:
+        if left and not settings.train and not alone:
             reporter.say(f"{left} matrices (fused experts, convolutions) get no adapter; they stay as they are.")
         if not settings.masked:
             reporter.say(f"Plain adapters are saved unmerged. {plain_warning(masks)}")
@@ -181,9 +183,12 @@ def _make_trainable(
     # Small updates would vanish in half precision, so what is trained is float32.
     torch.nn.Module.to(model, dtype=torch.float32)
     if settings.scope == "blocks":
-        trained = parameters_within(model, [block.name for block in find_blocks(model)], masks)
+        trained = parameters_within(model, [block.name for block in blocks], masks)
     else:
         trained = select_parameters(model, settings.train)
-    for parameter in trained:
+    chosen = [parameter for parameter in trained if id(parameter) not in alone]
+    if not chosen:
+        raise BadInput("nothing is left to train", field="exclude", value=settings.exclude, fix=LeaveOut("exclude"))
+    for parameter in chosen:
         parameter.requires_grad_(True)
     return model

@@ -102,6 +102,11 @@ class FinetuneSettings(Part):
             "layers; else all weights]"
         ),
     ] = ()
+    exclude: Annotated[
+        Globs,
+        _RESULT,
+        Field(description="Leave what matches this pattern as it is, and blocks of which all does; repeatable."),
+    ] = ()
     rank: Annotated[int, _RESULT, Field(description="lora: rank of the adapters.", ge=1)] = 8
     alpha: Annotated[float, _RESULT, Field(description="lora: the update is scaled by alpha / rank.", gt=0)] = 16.0
     dropout: Annotated[float, _RESULT, Field(description="lora: dropout before plain adapters.", ge=0, lt=1)] = 0.0
@@ -154,7 +159,10 @@ class FinetuneSettings(Part):
     eval_data: Annotated[
         str | None,
         _MEASURED,
-        Field(description="Text for perplexity or images for accuracy, comma-separated. [test split of the data]"),
+        Field(
+            description="Text for perplexity or images for accuracy, comma-separated. [test split of the data; of a text of your "
+            "own the last tenth, which is held out]"
+        ),
     ] = None
     eval_images: Annotated[
         int | None, _MEASURED, Field(description="So many images of each set, evenly spaced. [all]", ge=1)
