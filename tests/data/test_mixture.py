@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from coprune.base.errors import BadInput
 from coprune.data.conversations import holds_conversations, messages_of, read_conversations, read_prompts
 from coprune.data.mixture import mixed, packed, source_windows
+from coprune.data.windows import Sampling
 from coprune.recipe.sources import Source
 from support.pico_folder import pico_tokenizer, write_words
 
@@ -184,7 +185,7 @@ def test_a_mixture_holds_each_sources_samples(tmp_path: Path) -> None:
     write_words(tmp_path / "words.txt")
     chat, words = Source(write(tmp_path / "chat.jsonl", *ROWS[:4] * 3), 0.5), Source(str(tmp_path / "words.txt"), 0.5)
     both = (tokenizer(), tokenizer())
-    found = [(source, source_windows(source, both, 4, 6, 0, None)) for source in (chat, words)]
+    found = [(source, source_windows(source, both, Sampling(4, 6, 0))) for source in (chat, words)]
     windows = mixed(found, 0)
     rows = sorted(map(tuple, torch.cat([one.tokens for _, one in found]).tolist()))
     assert sorted(map(tuple, windows.tokens.tolist())) == rows

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
-from coprune.data.drawing import draw_from_documents, draw_windows
-from coprune.data.windows import fingerprint, tokens_and_bytes
+from coprune.data.drawing import TooShort, draw_from_documents, draw_windows
+from coprune.data.windows import Sampling, draw_samples, fingerprint, held_out_tokens, tokens_and_bytes
 from support.words import word_tokenizer, words
 
 
@@ -177,3 +177,24 @@ def test_more_samples_than_there_is_memory_are_refused_before_one_is_drawn(sampl
     with pytest.raises(BadInput, match="are free") as caught:
         calibration_windows(str(tmp_path / "words.txt"), None, samples, 32, 0)
     assert caught.value.field == "nsamples"
+
+
+def test_samples_of_ones_own_text_leave_out_the_tenth_that_perplexity_is_of(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(" ".join(["w5"] * 900 + ["w6"] * 100))
+    name, tokenizer = str(tmp_path / "mine.txt"), word_tokenizer()
+    whole = calibration_windows(name, tokenizer, 64, 32, 0)
+    drawn = draw_samples(name, tokenizer, Sampling(64, 32, 0, held_out_for=20))
+    held = evaluation_tokens(name, tokenizer, 20, held_out=True)
+    last = int(held.tokens[0])
+    assert held.tokens.tolist() == [last] * 100
+    assert held.source == f"the last tenth of {name}"
+    assert bool((whole.tokens == last).any())
+    assert not bool((drawn.tokens == last).any())
+    assert len(evaluation_tokens(name, tokenizer, 20, limit_tokens=40, held_out=True).tokens) == 40
+    assert (held_out_tokens(1000, 30), held_out_tokens(999, 100)) == (90, 0)
+    with pytest.raises(TooShort, match=r"the last tenth of .* is too short"):
+        evaluation_tokens(name, tokenizer, 200, held_out=True)
+    # What has a test split of its own is calibrated on whole.
+    assert draw_samples("embedded", tokenizer, Sampling(4, 32, 0, held_out_for=20)).fingerprint == (
+        calibration_windows("embedded", tokenizer, 4, 32, 0).fingerprint
+    )

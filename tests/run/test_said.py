@@ -43,6 +43,21 @@ def test_samples_that_overlap_are_said(said: list[str], place: Path) -> None:
     assert f"Samples overlap, since {wanted}: fewer of them tell as much, and more text tells more." in said
 
 
+def test_of_ones_own_text_the_last_tenth_is_held_out_for_perplexity(said: list[str], place: Path) -> None:
+    measured = {name: value for name, value in SMALL.items() if name != "evaluate"}
+    report = coprune.prune("model", "magnitude", **measured, eval_tokens=100).report
+    assert [(one.data, one.windows) for one in report.perplexity] == [("words.txt", 3)]
+    assert "Perplexity is measured on the last tenth of words.txt, 100 tokens that are held out for it." in said
+    texts = [(place / "words.txt").read_text()]
+    handed = coprune.prune("model", "magnitude", **measured | {"dataset": texts}, eval_tokens=100).report
+    assert handed.perplexity[0].pruned == report.perplexity[0].pruned
+    assert handed.calibration.fingerprint == report.calibration.fingerprint
+    write_words(place / "few.txt", count=300)
+    assert not coprune.prune("model", "magnitude", **measured | {"dataset": "few.txt"}).report.perplexity
+    [short] = [line for line in said if line.startswith("No perplexity")]
+    assert short.startswith("No perplexity: the last tenth of few.txt is too short: it has 0 tokens")
+
+
 def test_a_text_that_nobody_named_and_nothing_depends_on_may_be_missing(
     said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

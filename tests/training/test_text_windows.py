@@ -78,3 +78,12 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             make_settings({**good, **changes})
     assert json.loads(make_settings(good).model_dump_json())["mode"] == "lora"
     assert make_settings({**good, "learning_rate": None}).rate == 1e-4
+
+
+def test_what_perplexity_is_of_is_not_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(words(0, 805))
+    text = read(tmp_path, path, evaluate=True, evaluations=0)
+    assert int(text.train.tokens.max()) == 719  # the last tenth is 80 tokens of 805, and windows have 8
+    other = read(tmp_path, path, evaluate=True, evaluations=0, eval_data=str(path))
+    assert int(other.train.tokens.max()) == 799

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from coprune.data.conversations import Document, holds_conversations, read_conve
 from coprune.data.given import given_samples
 from coprune.data.lengths import NOTHING, padded
 from coprune.data.tokenizing import Tokenizes
-from coprune.data.windows import SourcePart, Windows, calibration_windows, fingerprint
+from coprune.data.windows import Sampling, SourcePart, Windows, draw_samples, fingerprint
 from coprune.recipe.sources import Source
 
 
@@ -36,20 +35,14 @@ def length_of(source: Source, seqlen: int) -> int:
 def source_windows(
     source: Source,
     tokenizer: tuple[Tokenizes | None, PreTrainedTokenizerBase | None],
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    folder: Path | None,
+    sampling: Sampling,
 ) -> Windows:
     """Samples of one source that was written already.
 
     Args:
         source: any but what the model writes.
         tokenizer: as it begins a text, and itself, which puts conversations into its template.
-        nsamples: how many samples.
-        seqlen: tokens of each.
-        seed: of the choice of them.
-        folder: where downloads are kept.
+        sampling: how many samples, and how.
 
     Raises:
         BadInput: as `calibration_windows` and `read_conversations`.
@@ -60,9 +53,9 @@ def source_windows(
             raise BadInput(
                 "conversations need a tokenizer", field="processor", fix=("give it with ", Setting("processor"))
             )
-        return packed(read_conversations(source.name, tokenizer[1], column), nsamples, seqlen, seed, source.name)
+        return packed(read_conversations(source.name, tokenizer[1], column), *sampling[:3], source.name)
     name = source.name if column is None else f"{source.name}:{column}"
-    return calibration_windows(name, tokenizer[0], nsamples, seqlen, seed, folder)
+    return draw_samples(name, tokenizer[0], sampling)
 
 
 def packed(documents: Sequence[Document], nsamples: int, seqlen: int, seed: int | None, source: str) -> Windows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.base.words import Setting
-from coprune.data.corpora import calibration_text, evaluation_text
+from coprune.data.corpora import calibration_text, evaluation_text, holds_out
 from coprune.data.drawing import draw_from_documents, draw_windows, require_length
 from coprune.data.given import GivenTokens
 from coprune.data.text import Documents
@@ -40,6 +41,17 @@ class SourcePart(BaseModel):
         """For people."""
         each = "" if self.seqlen is None else f" of {self.seqlen} tokens"
         return f"{self.name}: {self.nsamples} samples{each}, fingerprint {self.fingerprint}"
+
+
+class Sampling(NamedTuple):
+    """How many samples are drawn, and how."""
+
+    nsamples: int
+    seqlen: int
+    seed: int
+    cache_dir: Path | None = None
+    held_out_for: int | None = None
+    """Tokens of the windows of perplexity for which the last tenth of the user's own text is held out; None: it is not."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,12 @@ def calibration_windows(
     (c4) each window lies in a document of more than seqlen tokens.
     Raises BadInput for sizes that make no sense, a corpus that cannot be read, or too little text for one sample.
     """
+    return draw_samples(name, tokenizer, Sampling(nsamples, seqlen, seed, cache_dir))
+
+
+def draw_samples(name: str, tokenizer: Tokenizes | None, sampling: Sampling) -> Windows:
+    """Draw calibration samples as `calibration_windows`, of the user's own text without what is held out."""
+    nsamples, seqlen, seed, cache_dir, window = sampling
     if nsamples < 1:
         raise BadInput(
             f"the number of calibration samples must be at least 1, not {nsamples}", field="nsamples", value=nsamples
@@ -114,9 +132,16 @@ def calibration_windows(
         )
     else:
         ids = token_ids(tokenizer, text.text)
+        if window is not None and holds_out(name):
+            ids = ids[: len(ids) - held_out_tokens(len(ids), window)]
         tokens = draw_windows(ids, nsamples, seqlen, seed, text.source)
         return Windows(tokens, fingerprint(tokens), text.source, text_tokens=len(ids))
     return Windows(tokens, fingerprint(tokens), text.source)
+
+
+def held_out_tokens(tokens: int, window: int) -> int:
+    """Return how many tokens at the end of a text are held out: a tenth, in whole windows of an evaluation."""
+    return tokens // 10 // window * window
 
 
 def evaluation_tokens(
@@ -125,29 +150,34 @@ def evaluation_tokens(
     seqlen: int,
     cache_dir: Path | None = None,
     limit_tokens: int | None = None,
+    held_out: bool = False,
 ) -> EvaluationText:
     """Tokenise the evaluation part of a corpus, once, as one stream.
 
     name: as for calibration (see `coprune.data.corpora.evaluation_text`); seqlen: the window length it will be cut
-    to; limit_tokens: keep only the first so many tokens. Of c4 no more than 256 windows are kept, as the authors do.
+    to; limit_tokens: keep only the first so many tokens; held_out: of those that calibration leaves out. Of c4 no more than 256 windows are kept, as the authors do.
     Raises BadInput if the corpus cannot be read or holds less than one window.
     """
     _require_seqlen(seqlen)
     if limit_tokens is not None and limit_tokens < seqlen:
         raise BadInput(f"a limit of {limit_tokens} tokens is less than one window of {seqlen}", fix="raise it")
     text, most = evaluation_text(name, cache_dir), None
+    source = text.source
     if isinstance(text, GivenTokens):
         # Nobody knows how much text they stand for, so there is nothing to tell per byte.
         tokens, sizes = text.tokens.flatten(), torch.zeros(text.tokens.numel(), dtype=torch.int64)
     else:
         most = text.most_windows
         tokens, sizes = tokens_and_bytes(_needed(tokenizer), text.text)
+    if held_out:
+        source, out = f"the last tenth of {source}", held_out_tokens(len(tokens), seqlen)
+        tokens, sizes = tokens[len(tokens) - out :], sizes[len(sizes) - out :]
     limits = [limit for limit in (limit_tokens, most and most * seqlen) if limit]
     keep = min([len(tokens), *limits])
-    require_length(keep, seqlen, text.source)
+    require_length(keep, seqlen, source)
     tokens = tokens[:keep].clone()
     given = isinstance(text, GivenTokens)
-    return EvaluationText(tokens, sizes[:keep].clone(), fingerprint(tokens), text.source, given)
+    return EvaluationText(tokens, sizes[:keep].clone(), fingerprint(tokens), source, given)
 
 
 def token_ids(tokenizer: Tokenizes, text: str) -> list[int]:

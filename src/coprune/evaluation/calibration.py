@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
 from coprune.base.errors import BadInput
 from coprune.base.processes import Processes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set
-from coprune.data import Windows, calibration_windows
+from coprune.data import Windows
 from coprune.data.mixture import length_of, marked, mixed, packed, reads_conversations, source_windows
 from coprune.data.tokenizing import Tokenizes
+from coprune.data.windows import Sampling, draw_samples
 from coprune.evaluation.own_text import own_documents
 from coprune.model.generation import positions_of
 from coprune.model.opened import Loaded
 from coprune.recipe.sources import Source, counts_of, split_sources
-
-
-class Sampling(NamedTuple):
-    """How many samples are drawn, and how."""
-
-    nsamples: int
-    seqlen: int
-    seed: int
-    cache_dir: Path | None
 
 
 def read_samples(
@@ -50,7 +39,7 @@ def read_samples(
     """
     sources, nsamples = split_sources(data), sampling.nsamples
     if len(sources) == 1 and sources[0].is_plain and not reads_conversations(sources[0]):
-        return calibration_windows(sources[0].name, tokenizer, nsamples, *sampling[1:])
+        return draw_samples(sources[0].name, tokenizer, sampling)
     counts, lengths = (
         counts_of([source.share for source in sources], nsamples),
         sample_lengths(data, loaded, sampling[1]),
@@ -63,7 +52,8 @@ def read_samples(
         if source.is_own:
             windows = _own(source, loaded, sampling._replace(nsamples=count, seqlen=length), processes, reporter)
         else:
-            windows = source_windows(source, (tokenizer, loaded.tokenizer), count, length, *sampling[2:])
+            own = sampling._replace(nsamples=count, seqlen=length)
+            windows = source_windows(source, (tokenizer, loaded.tokenizer), own)
         found.append((source, windows))
     order = {source.name: place for place, source in enumerate(sources)}
     return mixed(sorted(found, key=lambda pair: order[pair[0].name]), sampling.seed)
@@ -86,7 +76,7 @@ def sample_lengths(data: str, loaded: Loaded, seqlen: int) -> list[int]:
 
 
 def _own(source: Source, loaded: Loaded, sampling: Sampling, processes: Processes, reporter: Reporter) -> Windows:
-    nsamples, seqlen, seed, _ = sampling
+    nsamples, seqlen, seed = sampling[:3]
     documents = processes.from_first(lambda: own_documents(source, loaded, nsamples, seqlen, seed, reporter))
     said = "the dense model's own text" if source.prompts is None else f"the dense model's answers to {source.prompts}"
     return packed(documents, nsamples, seqlen, None, said)

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput
 from coprune.base.words import Setting
 from coprune.data.bos import tokens_at_bos
-from coprune.data.corpora import calibration_text
+from coprune.data.corpora import calibration_text, holds_out
 from coprune.data.given import GivenTokens
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
-from coprune.data.windows import fingerprint, token_ids
+from coprune.data.windows import fingerprint, held_out_tokens, token_ids
 from coprune.evaluation.batches import cut_windows
 from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData, count_held_out
@@ -39,13 +39,15 @@ class TextWindows(Dataset[dict[str, Tensor]]):
 
 
 def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
-    """Read a corpus and pack it; windows are held out from its end.
+    """Read a corpus and pack it; windows are held out from its end (of the user's own text, before what perplexity is of).
 
     Documents are joined in a random order with the tokenizer's end mark between them; of more windows than
     max_samples, random ones are taken. Raises BadInput if the text does not fill two windows.
     """
     text = calibration_text(settings.dataset, settings.cache_dir)
     ids = _stream(text, tokenizer, settings, block_size)
+    if settings.evaluate and settings.eval_data is None and holds_out(settings.dataset):
+        ids = ids[: len(ids) - held_out_tokens(len(ids), settings.eval_seqlen or block_size)]
     if len(ids) < 2 * block_size:
         raise BadInput(
             f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}",

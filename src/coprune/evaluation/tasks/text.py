@@ -16,10 +16,14 @@ from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Setting, say
 from coprune.data import EvaluationText, Windows, evaluation_corpus_for, evaluation_tokens
 from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
+from coprune.data.corpora import holds_out
+from coprune.data.drawing import TooShort
 from coprune.data.lengths import a_longest, first_of_a_length, of_each_length
+from coprune.data.mixture import reads_conversations
+from coprune.data.windows import Sampling
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, Score, choose_bos
-from coprune.evaluation.calibration import Sampling, read_samples, require_generated, sample_lengths
+from coprune.evaluation.calibration import read_samples, require_generated, sample_lengths
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import perplexity
 from coprune.evaluation.shared import shared_perplexity
@@ -72,7 +76,9 @@ class TextTask:
 
     def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
         recipe = self._recipe
-        sampling = Sampling(nsamples, self.seqlen, recipe.calibration.seed, recipe.model.cache_dir)
+        asked = recipe.evaluation
+        window = self.seqlen if asked.perplexity and asked.data is None else None
+        sampling = Sampling(nsamples, self.seqlen, recipe.calibration.seed, recipe.model.cache_dir, window)
         named, loaded, processes = recipe.calibration.data, self._loaded, self._processes
         windows = self._remember(
             ("calibration", *self._source, named, *sampling),
@@ -131,20 +137,34 @@ class TextTask:
             return {}
         if recipe.evaluation.data is not None:
             return {name: self._read(name) for name in plain_names(recipe.evaluation.data)}
-        sources = [source.name for source in split_sources(recipe.calibration.data) if not source.is_own]
-        names = [name for source in sources if (name := evaluation_corpus_for(source)) is not None]
-        if not names:
-            untested = f"No perplexity: {recipe.calibration.data} has no test split. Name a text with "
-            reporter.say(say((untested, Setting("eval_data"), ".")))
-            return {}
-        return {name: self._read(name) for name in names}
+        found, why = dict[str, Data](), f"{recipe.calibration.data} has no test split"
+        for source in split_sources(recipe.calibration.data):
+            if source.is_own or reads_conversations(source):
+                continue
+            if not holds_out(source.name):
+                if (name := evaluation_corpus_for(source.name)) is not None:
+                    found[name] = self._read(name)
+                continue
+            column = source.options.get("column")
+            try:
+                text = self._read(source.name if column is None else f"{source.name}:{column}", held_out=True)
+            except TooShort as error:
+                why = say(error.cause)
+                continue
+            reporter.say(
+                f"Perplexity is measured on {text.source}, {len(text.tokens):,} tokens that are held out for it."
+            )
+            found[source.name] = text
+        if not found:
+            reporter.say(say((f"No perplexity: {why}. Name a text with ", Setting("eval_data"), ".")))
+        return found
 
-    def _read(self, name: str) -> EvaluationText:
+    def _read(self, name: str, held_out: bool = False) -> EvaluationText:
         tokenizer, folder, limit = self._tokenizer, self._recipe.model.cache_dir, self._recipe.evaluation.tokens
         with about("eval_data", name):
             text = self._remember(
-                ("evaluation", *self._source, name, self.seqlen, folder, limit),
-                lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit),
+                ("evaluation", *self._source, name, self.seqlen, folder, limit, held_out),
+                lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit, held_out),
             )
             self.check_ids(text.tokens)
         return text_at_bos(text, self._bos, self.seqlen) if self._recipe.calibration.bos == "every" else text
