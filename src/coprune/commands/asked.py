@@ -77,7 +77,7 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     if options := method_options(context.args):
         settings["options"] = options
     from_file = read_settings(typed["recipe"]) if typed["recipe"] is not None else {}
-    chosen = layered(from_file, settings)
+    chosen: Mapping[str, Any] = layered(from_file, settings)
     if "model" not in flatten(chosen):
         raise _no_model(Command("prune", "smollm2-135m", Set("dataset", "embedded")))
     if typed["recipe"] is None:

@@ -61,14 +61,10 @@ def draw_from_documents(
     return torch.stack(windows)
 
 
-class TooShort(BadInput):
-    """A text that has fewer tokens than are needed."""
-
-
 def require_length(tokens: int, needed: int, source: str) -> None:
-    """Raise TooShort if a text has fewer tokens than are needed."""
+    """Raise BadInput if a text has fewer tokens than are needed."""
     if tokens < needed:
-        raise TooShort(
+        raise BadInput(
             f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}",
             fix=("take more text, or shorter samples with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
         )
