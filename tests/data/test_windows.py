@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
-from coprune.data.drawing import TooShort, draw_from_documents, draw_windows
-from coprune.data.windows import Sampling, draw_samples, fingerprint, held_out_tokens, tokens_and_bytes
+from coprune.data.drawing import draw_from_documents, draw_windows
+from coprune.data.windows import Sampling, TooShort, draw_samples, fingerprint, held_out_tokens, tokens_and_bytes
 from support.words import word_tokenizer, words
 
 
@@ -192,7 +192,7 @@ def test_samples_of_ones_own_text_leave_out_the_tenth_that_perplexity_is_of(tmp_
     assert not bool((drawn.tokens == last).any())
     assert len(evaluation_tokens(name, tokenizer, 20, limit_tokens=40, held_out=True).tokens) == 40
     assert (held_out_tokens(1000, 30), held_out_tokens(999, 100)) == (90, 0)
-    with pytest.raises(TooShort, match=r"the last tenth of .* is too short"):
+    with pytest.raises(TooShort, match=r"the last tenth of .* does not fill a window of 200 tokens"):
         evaluation_tokens(name, tokenizer, 200, held_out=True)
     # What has a test split of its own is calibrated on whole.
     assert draw_samples("embedded", tokenizer, Sampling(4, 32, 0, held_out_for=20)).fingerprint == (

@@ -43,6 +43,10 @@ class SourcePart(BaseModel):
         return f"{self.name}: {self.nsamples} samples{each}, fingerprint {self.fingerprint}"
 
 
+class TooShort(BadInput):
+    """A text of which nothing can be held out."""
+
+
 class Sampling(NamedTuple):
     """How many samples are drawn, and how."""
 
@@ -155,8 +159,9 @@ def evaluation_tokens(
     """Tokenise the evaluation part of a corpus, once, as one stream.
 
     name: as for calibration (see `coprune.data.corpora.evaluation_text`); seqlen: the window length it will be cut
-    to; limit_tokens: keep only the first so many tokens; held_out: of those that calibration leaves out. Of c4 no more than 256 windows are kept, as the authors do.
-    Raises BadInput if the corpus cannot be read or holds less than one window.
+    to; limit_tokens: keep only the first so many tokens; held_out: of those that calibration leaves out.
+    Of c4 no more than 256 windows are kept, as the authors do.
+    Raises BadInput if the corpus cannot be read or holds less than one window; TooShort if nothing is held out.
     """
     _require_seqlen(seqlen)
     if limit_tokens is not None and limit_tokens < seqlen:
@@ -171,6 +176,8 @@ def evaluation_tokens(
         tokens, sizes = tokens_and_bytes(_needed(tokenizer), text.text)
     if held_out:
         source, out = f"the last tenth of {source}", held_out_tokens(len(tokens), seqlen)
+        if not out:
+            raise TooShort(f"{source} does not fill a window of {seqlen} tokens")
         tokens, sizes = tokens[len(tokens) - out :], sizes[len(sizes) - out :]
     limits = [limit for limit in (limit_tokens, most and most * seqlen) if limit]
     keep = min([len(tokens), *limits])

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from coprune.base.errors import BadInput, unknown_name
-from coprune.base.words import Command, Setting
+from coprune.base.words import Command, Set, Setting
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import exists
 
@@ -65,8 +65,11 @@ def _settings(label: str, text: str) -> dict[str, int]:
 
 
 def plain_names(eval_data: str) -> list[str]:
-    """The names of texts that are all measured alike. Raises BadInput if one has settings of its own."""
+    """The names of texts that are all measured alike. Raises BadInput if there is none, or one has settings of its own."""
     texts = split_texts(eval_data)
+    if not texts:
+        fix = ("name some, as in ", Set("eval_data", "embedded"), ", or leave it out")
+        raise BadInput("eval_data names nothing", field="eval_data", value=eval_data, fix=fix)
     for text in texts:
         if text.settings:
             raise BadInput(

@@ -19,10 +19,7 @@ def _joined(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     named = isinstance(value, list | tuple) and value and all(isinstance(part, str | Path) for part in value)
-    joined = ",".join(map(str, value)) if named else value
-    if isinstance(joined, str) and not joined.strip(" ,"):
-        raise ValueError("it names nothing")
-    return joined
+    return ",".join(map(str, value)) if named else value
 
 
 Overwrite = Annotated[

@@ -18,6 +18,7 @@ from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub import require_dataset
 from coprune.evaluation.bos import BosChoice, score_of
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
+from coprune.evaluation.texts import plain_names
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.locate import locates_gguf
 from coprune.model.choosing import choose_matrices
@@ -140,6 +141,8 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
         BadInput, UnsupportedModel: for what cannot be done as asked.
     """
     started = time.perf_counter()
+    if recipe.evaluation.perplexity and recipe.evaluation.data is not None:
+        plain_names(recipe.evaluation.data)
     solver, target = prepare_solver(recipe, given.method)
     if not recipe.structure.remove:
         allocation_named(recipe.allocation)

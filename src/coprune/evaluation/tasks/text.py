@@ -17,10 +17,9 @@ from coprune.base.words import Setting, say
 from coprune.data import EvaluationText, Windows, evaluation_corpus_for, evaluation_tokens
 from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
 from coprune.data.corpora import holds_out
-from coprune.data.drawing import TooShort
 from coprune.data.lengths import a_longest, first_of_a_length, of_each_length
 from coprune.data.mixture import reads_conversations
-from coprune.data.windows import Sampling
+from coprune.data.windows import Sampling, TooShort
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.bos import BosChoice, Score, choose_bos
 from coprune.evaluation.calibration import read_samples, require_generated, sample_lengths
