@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, with_options
 from coprune.commands.show import show
+from coprune.recipe.presets import PRESETS
 
 PRINTED = "-"
 
@@ -39,6 +41,12 @@ def estimate(
             help="Also write all figures to this file; without one, print them as JSON.",
         ),
     ] = None,
+    presets: Annotated[
+        bool | None,
+        typer.Option(
+            "--presets/--no-presets", help="Also tell it of every preset. [where no preset, method or recipe is named]"
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **typed: Any,
 ) -> None:
@@ -47,10 +55,13 @@ def estimate(
     require_file(file, "json")
     reporter = Reporter(quiet)
     recipe = recipe_asked(context, typed, reporter)
+    if presets is None:
+        presets = all(typed[name] is None for name in ("preset", "method", "recipe"))
+    others = {name: partial(recipe_asked, context, {**typed, "preset": name}, reporter) for name in PRESETS if presets}
     from coprune.base.files import write_text
     from coprune.run.prune import estimate_recipe
 
-    found = estimate_recipe(recipe, reporter)
+    found = estimate_recipe(recipe, reporter, presets=others)
     show(found.to_json() if json_file == PRINTED else str(found))
     if file is not None:
         write_text(file, found.to_json() + "\n")

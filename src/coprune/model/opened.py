@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from coprune.base.words import LeaveOut, Set, say
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
-from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, is_packed, locate
+from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, is_packed, locate
 from coprune.model.checkpoint.names import kinds_of
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.imagined import Imagined
 from coprune.model.room import require_room, room_on
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.record import input_device
@@ -174,6 +175,28 @@ def in_memory(model: PreTrainedModel, location: Location, dtype: DtypeName = "au
             fix="prune the folder that it was made from",
         )
     return InMemory(model, source)
+
+
+def open_without_weights(asked: ModelPart) -> Loaded | None:
+    """Open a model of which there is a configuration alone, and its tokenizer if that lies beside it.
+
+    Args:
+        asked: the model. Of a Hub id no weights are fetched.
+
+    Returns:
+        The model with random weights; None where its own are here.
+
+    Raises:
+        BadInput: there is no such model, or transformers builds none from its configuration.
+    """
+    location = locate(asked.name, asked.cache_dir, weights=False)
+    if not isinstance(location, ModelFolder) or holds_weights(location):
+        return None
+    imagined = Imagined(location, asked.dtype, choose_device(asked.device))
+    processor = None
+    with suppress(BadInput):
+        processor = load_processor(location, task_of(imagined.model.config))
+    return Loaded(imagined, processor, location.name, False)
 
 
 def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, more: str = "") -> None:

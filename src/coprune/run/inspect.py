@@ -16,8 +16,9 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.choosing import choose_matrices
+from coprune.model.imagined import Imagined
 from coprune.model.matrices import Matrix, find_matrices
-from coprune.model.opened import Loaded, open_model
+from coprune.model.opened import Loaded, open_model, open_without_weights
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
 from coprune.pruning.allocation import allocation_named
@@ -48,8 +49,9 @@ def inspect(
     """Look at a model's blocks and matrices, what would be pruned, and how sparse it is already; nothing is changed.
 
     Args:
-        model: as in `coprune.prune`; the blocks of a folder stay on the disk until they are looked at.
-        weights: read the weights, to tell how sparse they are.
+        model: as in `coprune.prune`; the blocks of a folder stay on the disk until they are looked at. A folder with
+            config.json alone is enough, and of a Hub id no weights are fetched.
+        weights: read the weights, to tell how sparse they are, if they are here.
         processor: the tokenizer or image processor of a model in memory, where an allocation looks at data.
         quiet: no progress bars and lines on standard error.
         settings: as in `coprune.prune`: what is asked for (`pattern`, `sparsity`, `include`, `exclude`, `allocation`), and
@@ -75,7 +77,9 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
     _, target = prepare_solver(recipe)
     allocation_named(recipe.allocation)
     with reporter.libraries():
-        loaded = given.loaded or open_model(recipe.model, stream=recipe.allocation.name not in WHOLE_MODEL)
+        loaded = given.loaded or _open(recipe, reporter)
+    if isinstance(loaded.weights, Imagined):
+        weights = False
     blocks = find_blocks(loaded.model)
     chosen = choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude)
     check_widths(chosen.all(), target)
@@ -98,6 +102,21 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
         target=target,
         allocation=str(recipe.allocation),
     )
+
+
+def _open(recipe: Recipe, reporter: Reporter) -> Loaded:
+    """Open the model, by its configuration alone where its weights are not here and nothing needs them."""
+    allocation = allocation_named(recipe.allocation)
+    if (loaded := open_without_weights(recipe.model)) is None:
+        return open_model(recipe.model, stream=recipe.allocation.name not in WHOLE_MODEL)
+    if allocation.looks:
+        raise BadInput(
+            f"allocation {recipe.allocation} looks at weights, and there is a configuration of {loaded.source} alone",
+            field="allocation",
+            fix=LeaveOut("allocation"),
+        )
+    reporter.say(f"There is a configuration of {loaded.source} alone, so nobody knows what is zero in it.")
+    return loaded
 
 
 def _inspected(

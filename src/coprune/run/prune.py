@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.data.given import handed_over
+from coprune.evaluation.tasks import Remember
+from coprune.evaluation.tasks.text import choose_seqlen
+from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import prepared
-from coprune.model.opened import streams
+from coprune.model.imagined import Imagined
+from coprune.model.opened import Loaded, open_model, open_without_weights, streams
 from coprune.pruning.methods import Method
+from coprune.recipe.presets import PRESETS
 from coprune.recipe.recipe import Recipe
 from coprune.run.arguments import PruneArguments
 from coprune.run.call import Named, read_call
-from coprune.run.estimate.found import Estimate
+from coprune.run.estimate.found import Estimate, PresetCosts
 from coprune.run.given import NOTHING, Given
 from coprune.run.result import Result
 from coprune.run.session import Surroundings, open_run
@@ -76,6 +86,7 @@ def estimate(
     method: Named | Method | type[Method] | None = None,
     *,
     preset: str | None = None,
+    presets: bool = False,
     processor: Any = None,
     quiet: bool = False,
     **settings: Unpack[PruneArguments],
@@ -83,9 +94,10 @@ def estimate(
     """Tell how much memory and time `coprune.prune` would take here with the same arguments, without doing it.
 
     Args:
-        model: as in `coprune.prune`.
+        model: as in `coprune.prune`; a folder with config.json alone is enough, and of a Hub id no weights are fetched.
         method: as in `coprune.prune`.
         preset: as in `coprune.prune`.
+        presets: also tell it of every preset.
         processor: as in `coprune.prune`.
         quiet: no progress bars and lines on standard error.
         settings: as in `coprune.prune`.
@@ -99,26 +111,92 @@ def estimate(
     """
     with handed_over(settings, "dataset", "eval_data") as named:
         recipe, given = read_call(model, method, preset, processor, named, prunes=True)
+        others = {name: partial(_recipe_of, model, name, processor, named) for name in PRESETS if presets}
         with prepared(given.model):
-            return estimate_recipe(recipe, Reporter(quiet), given, writes=recipe.output.run is not None)
+            return estimate_recipe(recipe, Reporter(quiet), given, others)
 
 
-def estimate_recipe(recipe: Recipe, reporter: Reporter, given: Given = NOTHING, writes: bool = True) -> Estimate:
+def _recipe_of(model: Any, preset: str, processor: Any, settings: Mapping[str, Any]) -> Recipe:
+    return read_call(model, None, preset, processor, settings, prunes=True)[0]
+
+
+def _after_vocabulary(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """What a run does once it has cut a vocabulary. Raises BadInput where that is nothing."""
+    if recipe.structure.vocabulary is None:
+        return recipe
+    if (rest := rest_of(recipe)) is None:
+        cause = "a run that only cuts a vocabulary takes little more than copying the model"
+        raise BadInput(cause, field="remove", fix="run it")
+    reporter.say("The cut of the vocabulary before it is not counted.")
+    return rest
+
+
+def estimate_recipe(
+    recipe: Recipe,
+    reporter: Reporter,
+    given: Given = NOTHING,
+    presets: Mapping[str, Callable[[], Recipe]] | None = None,
+) -> Estimate:
     """Estimate the memory and time of a run, which is prepared up to where its blocks would be read. Raises as `prune`.
 
-    writes: whether the run would leave a folder.
+    presets: make recipes of other runs on the same model, by the names of their presets, to be told beside it; what cannot
+    be as asked is left out.
     """
-    if recipe.structure.vocabulary is not None:
-        rest = rest_of(recipe)
-        if rest is None:
-            cause = "a run that only cuts a vocabulary takes little more than copying the model"
-            raise BadInput(cause, field="remove", fix="run it")
-        reporter.say("The cut of the vocabulary before it is not counted.")
-        recipe = rest
+    read: dict[tuple[Hashable, ...], Any] = {}
+
+    def remember(key: tuple[Hashable, ...], reads: Callable[[], Any]) -> Any:
+        if key not in read:
+            read[key] = reads()
+        return read[key]
+
+    recipe = _after_vocabulary(recipe, reporter)
     with reporter.libraries():
-        found = open_run(recipe, given, Surroundings(reporter, writes=writes)).estimate()
-    if recipe.finetune.mode is not None:
-        reporter.say("The fine-tuning afterwards is not counted.")
+        asked = given if given.loaded is not None else replace(given, loaded=_shape_of(recipe, reporter))
+        found = _estimate(recipe, asked, reporter, remember)
+        if not presets:
+            return found
+        if asked.loaded is None:  # once for all of them, and no more of it than they need
+            asked = Given(open_model(recipe.model, stream=not recipe.calibration.is_own))
+        costs, quiet = dict[str, PresetCosts](), Reporter(quiet=True)
+        with reporter.bar("Estimating presets", len(presets)) as advance:
+            for name, other in presets.items():
+                with suppress(BadInput):
+                    costs[name] = _estimate(
+                        _after_vocabulary(other(), quiet), Given(asked.loaded), quiet, remember
+                    ).costs
+                advance(1)
+    return replace(found, presets=costs)
+
+
+def _estimate(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
+    loaded = given.loaded
+    asked = recipe.calibration
+    reads = loaded is not None and loaded.processor is not None and not asked.is_own
+    if loaded is None or not isinstance(loaded.weights, Imagined) or reads:
+        return _estimate_open(recipe, given, reporter, remember)
+    seqlen = choose_seqlen(loaded.model, asked.seqlen)
+    why = "There is no tokenizer" if loaded.processor is None else "Random weights write nothing"
+    reporter.say(f"{why}, so no text is read: {asked.samples} samples of {seqlen} tokens count, and no perplexity.")
+    tokens = torch.zeros(asked.samples, seqlen, dtype=torch.int64)
+    with handed_over({"dataset": tokens}, "dataset", "eval_data") as named:
+        recipe = recipe.replaced(dataset=named["dataset"], seqlen=seqlen, evaluate=False)
+        return _estimate_open(recipe, given, reporter, remember)
+
+
+def _estimate_open(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
+    found = open_run(recipe, given, Surroundings(reporter), remember).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
+    if recipe.finetune.mode is not None and recipe.finetune.tokens is None and recipe.finetune.minutes is None:
+        reporter.say("The fine-tuning afterwards is not counted, since nothing says how long it is.")
     return found
+
+
+def _shape_of(recipe: Recipe, reporter: Reporter) -> Loaded | None:
+    """The model with random weights, if there is a configuration alone."""
+    loaded = open_without_weights(recipe.model)
+    if loaded is not None:
+        reporter.say(f"There is a configuration of {loaded.source} alone, so it is estimated with random weights.")
+        assert isinstance(loaded.weights, Imagined)
+        loaded.weights.acquire_rest([block.name for block in find_blocks(loaded.model)])
+    return loaded

@@ -103,7 +103,9 @@ class Opened:
         windows = self.samples if isinstance(self.samples, Windows) else None
         planned = Planned(self.recipe, self.solver, self.target, self.task.seqlen, windows, texts)
         found = estimate_run(planned, self.loaded, self.found, self.around.processes)
-        return replace(found, seconds=found.seconds + time.perf_counter() - self.started)
+        gone = time.perf_counter() - self.started
+        busy = None if found.busy_seconds is None else found.busy_seconds + gone
+        return replace(found, seconds=found.seconds + gone, busy_seconds=busy)
 
     def activations(self, lists: int = 1) -> Activations:
         """An empty list of hidden states within the recipe's limits, or one of several that share the limits.

@@ -39,7 +39,7 @@ def _fits(recipe: Recipe) -> bool:
         return False
     from coprune.training.room import require_room_to_train
 
-    location = locate(recipe.model.name, recipe.model.cache_dir)
+    location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
     try:
         require_room_to_train(location, "adamw", "blocks", True, choose_device(recipe.model.device))
     except BadInput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,8 +11,9 @@ from coprune.base.devices import DeviceMemory, device_memory
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Together
 from coprune.model.checkpoint.gguf_reader import gguf_reader
-from coprune.model.checkpoint.locate import GgufFile, Location
+from coprune.model.checkpoint.locate import GgufFile, Location, holds_weights
 from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.imagined import Imagined
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 from coprune.recipe.finetune import LEARNING_RATES
@@ -44,10 +45,7 @@ def require_room_to_train(
         memory: reads a device's memory.
     """
     sizes, stored = _sizes(location)
-    needed = stored if distills else 0
-    for name, size in sizes:
-        trained = scope == "all" or any(map(str.isdigit, name.split(".")))
-        needed += size * (TRAINED_BYTES[optimizer] if trained else _HELD_BYTES)
+    needed = training_bytes(sizes, optimizer, scope) + (stored if distills else 0)
     available, where = room_on(device, memory)
     if available is None or needed <= available:
         return
@@ -75,10 +73,28 @@ def require_room_to_train(
     )
 
 
+def training_bytes(sizes: Iterable[tuple[str, int]], optimizer: str, scope: str) -> int:
+    """Return what a model's weights take while they are trained, with gradients and moments.
+
+    Args:
+        sizes: names of its tensors, and how many weights each has.
+        optimizer: as the settings of a fine-tuning name it.
+        scope: likewise; what is in a block is told by numbers in names.
+    """
+    needed = 0
+    for name, size in sizes:
+        trained = scope == "all" or any(map(str.isdigit, name.split(".")))
+        needed += size * (TRAINED_BYTES[optimizer] if trained else _HELD_BYTES)
+    return needed
+
+
 def _sizes(location: Location) -> tuple[list[tuple[str, int]], int]:
     """How many weights the tensors of a model have, by their names, and the bytes of all of them once loaded."""
     if isinstance(location, GgufFile):
         sizes = [(t.name, int(t.n_elements)) for t in gguf_reader(location.path, field="model").tensors]
         return sizes, 4 * sum(size for _, size in sizes)  # decoded to float32
+    if not holds_weights(location):
+        imagined = Imagined(location, "auto", torch.device("cpu"))
+        return [(name, one.numel()) for name, one in imagined.model.named_parameters()], imagined.total_bytes
     entries = checkpoint_entries(location.path)
     return [(name, math.prod(e.shape)) for name, e in entries.items()], sum(e.nbytes for e in entries.values())

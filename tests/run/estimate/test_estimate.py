@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,13 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import NM, Target
 from coprune.run.estimate.block import BlockCosts, HeadCosts
+from coprune.run.estimate.clock import Busyness
 from coprune.run.estimate.estimate import estimate
+from coprune.run.estimate.found import BUSY, Estimate
 from coprune.run.estimate.live_bytes import LiveBytes
 from coprune.run.estimate.memory import SLACK, STEADY
 from coprune.run.estimate.solving import WORKSPACE, SolveCosts, Trials, _extrapolate, measure_solving
-from coprune.run.estimate.work import Settings, Workload
+from coprune.run.estimate.work import Settings, Training, Workload
 from support.limits import data_of_imports
 from support.pico_folder import save_pico, write_words
 
@@ -324,3 +327,29 @@ def test_a_run_that_would_not_fit_says_so_and_leaves_nothing(tmp_path: Path) -> 
     found = json.loads(run("estimate", "--json").stdout)
     assert not found["fits"]
     assert found["peak_bytes"] > 1024 * 2048 * 64 * 4
+
+
+def test_a_training_takes_the_time_of_its_tokens_and_the_memory_of_its_moments() -> None:
+    base = estimate(WORK, RUN, None)
+    alone, taught = (
+        estimate(WORK, replace(RUN, training=Training(10_000, 0.0, 7 << 30, distils)), None)
+        for distils in (False, True)
+    )
+    one_pass = WORK.block.seconds_per_token * WORK.blocks + WORK.head.seconds_per_token
+    assert alone.seconds - base.seconds == pytest.approx(30_000 * one_pass)
+    assert taught.seconds - alone.seconds == pytest.approx(10_000 * one_pass)
+    assert taught.peak_bytes > 7 << 30
+
+
+def test_a_busy_machine_gets_a_second_time() -> None:
+    with Busyness(torch.device("cpu")) as waited:
+        time.sleep(0.1)
+    assert waited.factor > BUSY
+    with Busyness(torch.device("meta")) as elsewhere:
+        time.sleep(0.1)
+    assert elsewhere.factor == 1
+    idle, busy = (estimate(replace(WORK, busy=factor), RUN, None) for factor in (1.1, 3.0))
+    assert "others" not in idle.line()
+    assert busy.busy_seconds == pytest.approx(3 * busy.seconds)
+    told = replace(Estimate(0, 120.0, None, 0), busy_seconds=360.0).line()
+    assert told.endswith("about 2 min, or 6 min if others keep this machine as busy as now.")

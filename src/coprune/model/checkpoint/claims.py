@@ -27,18 +27,21 @@ _TEXT, _ARRAY = 8, 9
 _MOST_GROWTH, _HUGE = 32, 10**9
 
 
-def check_claims(config: Mapping[str, Any], most: int, file: Path) -> None:
+def check_claims(config: Mapping[str, Any], most: int | None, file: Path) -> None:
     """Raise BadInput for a number of layers, experts or classes that no checkpoint of this size can have.
 
     Args:
         config: a configuration, with others inside it or not.
-        most: how many the tensors can make up, each layer and expert having at least one (or one slice of one).
+        most: how many the tensors can make up, each layer and expert having at least one (or one slice of one); None where
+            there are no tensors.
         file: where it stands, for the message.
     """
     for name, count in _counts(config):
-        if count < 0 or count > max(most, _HARMLESS):
+        if count < 0 or count > max(most or 0, _HARMLESS):
+            unproven = f"without weights no more than {_HARMLESS:,} are believed"
+            there = unproven if most is None else f"there are weights for no more than {most:,}"
             raise BadInput(
-                f"{file} says that {name} is {count:,}, and there are weights for no more than {most:,}",
+                f"{file} says that {name} is {count:,}, and {there}",
                 fix="fetch or save the model again",
             )
 

@@ -32,6 +32,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICE
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
 NOT_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors"]
 HUB_SECONDS = 10.0
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ class GgufFile:
 Location = ModelFolder | GgufFile
 
 
-def locate(model: str | Path, cache_dir: Path | None = None, revision: str | None = None) -> Location:
+def locate(
+    model: str | Path, cache_dir: Path | None = None, revision: str | None = None, weights: bool = True
+) -> Location:
     """Find the model's files, fetching them from the Hub into `cache_dir` if they are not here.
 
     model: a name in PACKAGED, a path to a GGUF file or to a folder, timm/NAME@FILE, or a Hub id; a path that exists wins.
+    weights: whether a folder has to hold any, and whether those of a Hub id are fetched (see `holds_weights`).
     Raises BadInput for anything that is not there, out of reach, incomplete or damaged; no weight is read.
     """
     path = expand_home(model)
@@ -79,17 +83,17 @@ def locate(model: str | Path, cache_dir: Path | None = None, revision: str | Non
         return _locate_gguf(path)
     if path.is_dir():
         with about("model", name):
-            found = check_folder(ModelFolder(path, name))
+            found = check_folder(ModelFolder(path, name), weights)
         tell_of_adapter(path)
         return found
     if name in PACKAGED:
-        return _locate_packaged(PACKAGED[name], cache_dir)
+        return _locate_packaged(PACKAGED[name], cache_dir, weights)
     if names_timm_file(name):
         return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
     # With `runs/` here, `runs/mdoel` is a slip of the pen rather than a Hub id.
     if _looks_like_path(name) or ("/" in name and path.parent.is_dir()):
         raise BadInput(f"there is no model at {name}", field="model", value=name, fix=_nearest(path))
-    return _fetch(_with_tag(name), cache_dir, revision)
+    return _fetch(_with_tag(name), cache_dir, revision, weights)
 
 
 def locates_gguf(model: str) -> bool:
@@ -111,16 +115,26 @@ def _with_tag(name: str) -> str:
     return (settings.hf_hub_id if settings is not None else None) or name
 
 
-def check_folder(folder: ModelFolder) -> ModelFolder:
-    """Return the folder if it holds a whole, unquantised checkpoint. Raises BadInput, naming the file, if not."""
+def holds_weights(location: Location) -> bool:
+    """Whether files of weights, of whatever format, lie where a model was found; else its configuration is there alone."""
+    return isinstance(location, GgufFile) or any(file.suffix in _WEIGHTS for file in location.path.iterdir())
+
+
+def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
+    """Return the folder if it holds a whole, unquantised checkpoint. Raises BadInput, naming the file, if not.
+
+    weights: whether one without any file of weights is none.
+    """
     if not any(folder.path.iterdir()):
         raise BadInput(f"{folder.path} is an empty folder", field="model", value=folder.name)
     if not (folder.path / "config.json").is_file() and not any(folder.path.glob("*.gguf")):
         raise _no_config(folder)
-    entries = checkpoint_entries(folder.path)
+    most = None
+    if weights or holds_weights(folder):
+        entries = checkpoint_entries(folder.path)
+        most = max([len(entries), *(entry.shape[0] for entry in entries.values() if entry.shape)])
     config = read_json(folder.path / "config.json")
-    widest = max((entry.shape[0] for entry in entries.values() if entry.shape), default=0)
-    check_claims(config, max(len(entries), widest), folder.path / "config.json")
+    check_claims(config, most, folder.path / "config.json")
     quantization = config.get("quantization_config")
     if quantization and not is_packed(folder):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
@@ -178,11 +192,11 @@ def _locate_gguf(path: Path) -> GgufFile:
     return GgufFile(path, path.name)
 
 
-def _locate_packaged(packaged: Packaged, cache_dir: Path | None) -> Location:
+def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) -> Location:
     if (file := carried_file(packaged.package, packaged.file)) is not None:
         return GgufFile(file, f"{packaged.hub_id} ({packaged.file})")
     try:
-        return _fetch(packaged.hub_id, cache_dir, None)
+        return _fetch(packaged.hub_id, cache_dir, None, weights)
     except BadInput as error:
         package = packaged.package.replace("_", "-")
         raise error.advised(
@@ -203,19 +217,19 @@ def _nearest(path: Path) -> str | None:
     return f"did you mean {near}?" if near else None
 
 
-def _fetch(name: str, cache_dir: Path | None, revision: str | None) -> ModelFolder:
+def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: bool) -> ModelFolder:
     try:
         folder = snapshot_download(
             name,
             revision=revision,
             cache_dir=cache_dir,
             allow_patterns=HUB_FILES,
-            ignore_patterns=NOT_HUB_FILES,
+            ignore_patterns=[*NOT_HUB_FILES, *(() if weights else ("*.safetensors",))],
             etag_timeout=HUB_SECONDS,
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _not_fetched(name, error) from error
-    return check_folder(ModelFolder(Path(folder), name))
+    return check_folder(ModelFolder(Path(folder), name), weights)
 
 
 def _not_fetched(name: str, error: Exception) -> BadInput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -28,6 +29,28 @@ def seconds_of_call(run: Callable[[], object], device: torch.device, once: bool 
         synchronize(device)
         times.append(clock() - started)
     return min(times)
+
+
+class Busyness:
+    """How busy others keep the machine while something is computed, which the time of a machine of its own leaves out.
+
+    Args:
+        device: where it is computed; what goes by on another device than the CPU is counted anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = in_host_memory(device)
+        self.factor = 1.0
+        """How many times as long as its processor time it took."""
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter(), time.thread_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gone, computed = time.perf_counter() - self._began[0], time.thread_time() - self._began[1]
+        if self._counts and computed > 0:
+            self.factor = max(1.0, gone / computed)
 
 
 def seconds_of_reading(read: Callable[[], object]) -> float:

@@ -30,7 +30,8 @@ def estimate(workload: Workload, settings: Settings, available: int | None) -> E
         The estimate, with a proposal if the run would not fit.
     """
     found = _peaks(workload, settings, available)
-    found = replace(found, seconds=seconds_of(workload, settings))
+    seconds = seconds_of(workload, settings)
+    found = replace(found, seconds=seconds, busy_seconds=seconds * max(1.0, workload.busy))
     return found if found.fits else replace(found, proposal=_proposal(workload, settings, available))
 
 

@@ -11,6 +11,8 @@ from coprune.base.words import Set, parts_of, say
 from coprune.model.walk.activations import GIB
 from coprune.run.estimate.proposal import Proposal
 
+BUSY = 1.5
+"""A machine counts as busy where computing takes so many times its processor time: threads that wait for each other do, too."""
 # An estimate may be too high by so much, so only a run that is above what there is by more is refused.
 ERROR = 0.15
 
@@ -35,6 +37,17 @@ class DevicePeak:
         return self.available_bytes is None or more <= self.available_bytes * (1 + ERROR)
 
 
+@dataclass(frozen=True)
+class PresetCosts:
+    """What a run with a preset will take, as `Estimate` has it."""
+
+    seconds: float
+    busy_seconds: float | None
+    peak_bytes: int
+    device_bytes: int | None
+    fits: bool
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate(Shown):
     """What a run will take: as a whole process, Python and its libraries included, and on its device."""
@@ -53,6 +66,10 @@ class Estimate(Shown):
     """Settings with which the run would fit, if it would not."""
     device: DevicePeak | None = None
     """None for a run in host memory."""
+    busy_seconds: float | None = None
+    """Of the whole run if others keep the machine as busy as they did while this was estimated; None where nobody looked."""
+    presets: dict[str, PresetCosts] = field(default_factory=dict)
+    """What the run would take with each preset, if that was asked for."""
 
     @property
     def fits(self) -> bool:
@@ -69,18 +86,29 @@ class Estimate(Shown):
         if self.device is not None:
             one = self.device
             memory += f" and {_of(one.peak_bytes, one.available_bytes, one.allocated_bytes)} on {one.name}"
-        return f"Estimate: {memory}{several} at most, about {duration(self.seconds)}."
+        return f"Estimate: {memory}{several} at most, {self.time}."
+
+    @property
+    def time(self) -> str:
+        """The time, or two where others keep the machine busy."""
+        return time_of(self.seconds, self.busy_seconds)
+
+    @property
+    def costs(self) -> PresetCosts:
+        """What counts beside those of other presets."""
+        there = None if self.device is None else self.device.peak_bytes
+        return PresetCosts(self.seconds, self.busy_seconds, self.peak_bytes, there, self.fits)
 
     def headline(self) -> str:
         """Memory and time."""
         fits = "" if self.fits else ", which would not fit"
-        return f"a run: {self.peak_bytes / GIB:.2f} GiB, about {duration(self.seconds)}{fits}"
+        return f"a run: {self.peak_bytes / GIB:.2f} GiB, {self.time}{fits}"
 
     def sheet(self) -> Sheet:
         """Memory at most and in every phase, the host's beside the device's, and time."""
         one = self.device
         peak, phases = (None, {}) if one is None else (one.peak_bytes, one.phases)
-        rows = [("memory", f"{self._both(self.peak_bytes, peak)} at most"), ("time", f"about {duration(self.seconds)}")]
+        rows = [("memory", f"{self._both(self.peak_bytes, peak)} at most"), ("time", self.time)]
         free = None if self.available_bytes is None else self.available_bytes + self.resident_bytes
         there = None if one is None or one.available_bytes is None else one.available_bytes + one.allocated_bytes
         if free is not None or there is not None:
@@ -88,6 +116,7 @@ class Estimate(Shown):
         rows += [(name, self._both(self.phases.get(name), phases.get(name))) for name in self.phases | phases]
         if self.proposal is not None:
             rows.append(("would not fit", say(self.proposal.words())))
+        rows += [(f"preset {name}", " · ".join(_cells(one))) for name, one in self.presets.items()]
         return Sheet(self.headline(), rows)
 
     def _both(self, host: int | None, there: int | None) -> str:
@@ -106,6 +135,7 @@ class Estimate(Shown):
             lines.append(f"On {self.device.name}: {_by_phase(self.device.phases)}.")
         if self.proposal is not None:
             lines.append(f"It would not fit. {say(self.proposal.words())}.")
+        lines += [f"{name:<9}" + "  ".join(_cells(one)) for name, one in self.presets.items()]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -128,6 +158,21 @@ def _of(peak: int, available: int | None, held: int) -> str:
     """A peak, and all that there is for it."""
     there = "" if available is None else f" of {(available + held) / GIB:.1f}"
     return f"{peak / GIB:.2f}{there} GiB"
+
+
+def _cells(one: PresetCosts) -> list[str]:
+    """Memory and time of a preset."""
+    there = "" if one.device_bytes is None else f" and {one.device_bytes / GIB:.2f} GiB on the device"
+    fits = "" if one.fits else ", which would not fit"
+    return [f"{one.peak_bytes / GIB:6.2f} GiB{there}", f"{time_of(one.seconds, one.busy_seconds)}{fits}"]
+
+
+def time_of(seconds: float, busy: float | None) -> str:
+    """A time in words, with the one on a machine that stays as busy as it is, where that is much more."""
+    told = f"about {duration(seconds)}"
+    if busy is None or busy < BUSY * seconds:
+        return told
+    return f"{told}, or {duration(busy)} if others keep this machine as busy as now"
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,12 @@ def host_phases(work: Workload, run: Settings) -> dict[str, int]:
     """The process's resident set at the peak of each phase, in bytes."""
     base = work.resident + work.unread_bytes + (STEADY if run.bytes_per_weight == 4 else STEADY_IN_HALF)
     tensors = _tensors if work.device is None else _passing_through
-    return _largest((name, int(base + SLACK * size)) for name, size in tensors(work, run))
+    found = _largest((name, int(base + SLACK * size)) for name, size in tensors(work, run))
+    if run.training is not None and work.device is None:
+        # By then the model that was pruned is gone.
+        held = work.rest_bytes if run.streamed else work.total_bytes
+        found["training"] = max(0, base - held) + run.training.bytes
+    return found
 
 
 def device_phases(work: Workload, run: Settings) -> dict[str, int]:

@@ -25,8 +25,14 @@ def seconds_of(work: Workload, run: Settings) -> float:
     # Reading for the proof, for every evaluation, for pruning and for verifying, and writing, which takes about as long
     # as reading and its checksum once more.
     transfers = read * (2 + run.evaluations * len(run.evaluation_tokens)) + 3 * read * run.saved
+    afterwards = 0.0
+    if run.training is not None:
+        # A step goes forward, and back in twice the time; a teacher goes forward beside it.
+        each = (3 + run.training.distils) * (one_pass + head.seconds_per_token)
+        afterwards = run.training.seconds + run.training.tokens * each
     return (
         proof
+        + afterwards
         + evaluation
         + passes * tokens * one_pass
         + tokens * statistics

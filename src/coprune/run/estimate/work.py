@@ -12,6 +12,19 @@ from coprune.run.estimate.solving import SolveCosts
 
 
 @dataclass(frozen=True)
+class Training:
+    """The training of the whole model once it is pruned."""
+
+    tokens: int
+    """None of them if it is limited by time."""
+    seconds: float
+    """Where it is."""
+    bytes: int
+    """Of weights, gradients, moments and teacher; activations are not counted."""
+    distils: bool
+
+
+@dataclass(frozen=True)
 class Settings:
     """What of a recipe decides its memory and time."""
 
@@ -45,6 +58,8 @@ class Settings:
     """Likewise of a sample in the largest batch."""
     added_bytes: int = 0
     """Of what is added to pruned matrices."""
+    training: Training | None = None
+    """Of the whole model afterwards; None without one, or where nobody knows how long it will be."""
 
     @property
     def tokens(self) -> float:
@@ -84,5 +99,7 @@ class Workload:
     head: HeadCosts
     device: DeviceMemory | None = None
     """Of the device that the model is computed on; None if that is host memory, or its device does not tell."""
+    busy: float = 1.0
+    """How many times as long as on a machine of its own a computation took while this was measured."""
     ahead_bytes: int = 0
     """Of the block that is fetched to a device while another computes, if the model is streamed."""

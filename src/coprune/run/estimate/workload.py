@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coprune.base.devices import device_memory
 from coprune.base.memory import available_bytes, resident_peak, unread_weights
@@ -16,17 +16,20 @@ from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
 from coprune.model.checkpoint.ahead import fetches
 from coprune.model.low_rank import may_get_factors
-from coprune.model.opened import Loaded
+from coprune.model.opened import Loaded, streams
 from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.proven import FoundModel
 from coprune.pruning.pruner import Solver
+from coprune.recipe.finetune import has_adapters, has_teacher
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
 from coprune.run.estimate.block import measure_block, measure_head
+from coprune.run.estimate.clock import Busyness
 from coprune.run.estimate.estimate import estimate
 from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.solving import Trials, measure_solving
-from coprune.run.estimate.work import Settings, Workload
+from coprune.run.estimate.work import Settings, Training, Workload
+from coprune.training.room import training_bytes
 
 CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
 
@@ -60,7 +63,9 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     shapes = Counter(matrix.shape for matrix in found.chosen.all())
     budget = CALIBRATION_SECONDS / max(1, len(shapes))
     trials = Trials(solver, planned.target, planned.recipe.evaluation.layer_error, loaded.device)
-    solving = {shape: measure_solving(shape, trials, budget) for shape in shapes}
+    with Busyness(loaded.device) as busyness:
+        solving = {shape: measure_solving(shape, trials, budget) for shape in shapes}
+        head = measure_head(loaded.model, loaded.device)
     # What share of the matrices of a shape come first in their group, as seen in one block.
     in_block = Counter(shape for group in block.groups for shape in group)
     first = Counter(group[0] for group in block.groups)
@@ -77,11 +82,25 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
         solving=solving,
         matrices=shapes,
         leaders=leaders,
-        head=measure_head(loaded.model, loaded.device),
+        head=head,
         device=device,
+        busy=busyness.factor,
         ahead_bytes=block.weight_bytes if fetches(block.weight_bytes, loaded.device) else 0,
     )
-    return estimate(work, settings, available_bytes())
+    available = available_bytes()
+    if loaded.weights.streams and not settings.streamed:
+        work, available = _with_blocks(work, available)
+    return estimate(work, settings, available)
+
+
+def _with_blocks(work: Workload, available: int | None) -> tuple[Workload, int | None]:
+    """The same where the run will hold the blocks in memory, and the model was opened without them."""
+    blocks = work.total_bytes - work.rest_bytes
+    if (there := work.device) is not None:
+        left = None if there.available is None else there.available - blocks
+        return replace(work, device=replace(there, allocated=there.allocated + blocks, available=left)), available
+    work = replace(work, resident=work.resident + blocks, peak_so_far=work.peak_so_far + blocks)
+    return work, None if available is None else available - blocks
 
 
 def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Processes) -> Settings:
@@ -104,7 +123,7 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
         evaluations=1 + recipe.evaluation.dense + (recipe.low_rank.rank > 0),
         propagation=recipe.calibration.propagation,
-        streamed=loaded.weights.streams,
+        streamed=loaded.weights.streams and streams(recipe),
         dense_beside=recipe.reconstruction.steps > 0,
         reconstruction_steps=_steps(recipe, sum(lengths) / len(lengths) * min(batch, len(lengths))),
         activation_limit=None if memory is None else int(memory * GIB),
@@ -114,7 +133,25 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         processes=processes.size,
         mean_length=sum(lengths) / len(lengths),
         batch_length=batch_length,
+        training=_training(recipe, loaded),
         added_bytes=4 * recipe.low_rank.rank * sum(sum(m.shape) for m in found.chosen.all() if may_get_factors(m)),
+    )
+
+
+def _training(recipe: Recipe, loaded: Loaded) -> Training | None:
+    """The training that the recipe asks for, if it says how long that is."""
+    asked = recipe.finetune
+    if asked.mode is None or (asked.tokens is None and asked.minutes is None):
+        return None
+    sizes = [(name, parameter.numel()) for name, parameter in loaded.model.named_parameters()]
+    distils, adapters = has_teacher(asked.mode), has_adapters(asked.mode)
+    # Adapters are small beside the weights, which are held as they are.
+    own = 4 * sum(size for _, size in sizes) if adapters else training_bytes(sizes, "adamw", asked.scope)
+    return Training(
+        tokens=asked.tokens or 0,
+        seconds=60 * (asked.minutes or 0.0),
+        bytes=own + (loaded.weights.total_bytes if distils else 0),
+        distils=distils,
     )
 
 

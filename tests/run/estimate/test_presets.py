@@ -1,0 +1,95 @@
+"""What runs with every preset take, told from a configuration alone; what is fetched for it, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint import locate
+from coprune.recipe.presets import PRESETS
+from support.commands import run_command
+from support.pico_folder import save_pico, write_words
+
+SMALL: dict[str, Any] = {"seqlen": 32, "nsamples": 4, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its configuration alone with the tokenizer, and without; and a text."""
+    folder = tmp_path_factory.mktemp("estimated")
+    save_pico(folder / "whole")
+    shutil.copytree(folder / "whole", folder / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "whole" / "config.json", folder / "bare")
+    write_words(folder / "words.txt")
+    return folder
+
+
+def test_a_configuration_alone_tells_what_every_preset_takes(place: Path) -> None:
+    asked = SMALL | {"dataset": str(place / "words.txt")}
+    found = coprune.estimate(place / "shape", presets=True, **asked)
+    whole = coprune.estimate(place / "whole", **asked)
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.2)
+    assert found.phases.keys() == whole.phases.keys()
+    assert list(found.presets) == list(PRESETS)
+    assert found.presets["best"].seconds > found.presets["balanced"].seconds > found.presets["fast"].seconds
+    told = str(found).splitlines()
+    for name in PRESETS:
+        assert any(line.startswith(f"{name} ") and "GiB" in line for line in told)
+    assert set(json.loads(found.to_json())["presets"]) == set(PRESETS)
+
+
+def test_without_a_tokenizer_samples_count_and_no_text(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    ended = run_command(["estimate", "bare", "--nsamples", "4", "--seqlen", "32"], monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    assert "There is a configuration of bare alone" in ended.err
+    assert "There is no tokenizer, so no text is read: 4 samples of 32 tokens count" in ended.err
+    assert "\nbalanced " in ended.out  # who has not chosen a preset is told of all of them
+    ended = run_command(["estimate", "bare", "--preset", "fast", "--seqlen", "32"], monkeypatch, capsys)
+    assert "\nbalanced " not in ended.out
+
+
+def test_a_configuration_alone_is_inspected_and_not_pruned(place: Path) -> None:
+    found, whole = (coprune.inspect(place / name, quiet=True) for name in ("bare", "whole"))
+    assert [replace(matrix, zeros=None) for matrix in whole.matrices] == list(found.matrices)
+    assert found.parameters == whole.parameters
+    with pytest.raises(BadInput, match=r"allocation owl looks at weights, and there is a configuration of .* alone"):
+        coprune.inspect(place / "bare", allocation="owl", quiet=True)
+    with pytest.raises(BadInput, match=r"holds neither model\.safetensors nor"):
+        coprune.prune(place / "bare", dataset=torch.zeros(4, 32, dtype=torch.int64), evaluate=False, quiet=True)
+
+
+def test_of_a_hub_id_the_configuration_alone_is_fetched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append(options)
+        return str(place / "bare")
+
+    monkeypatch.setattr(locate, "snapshot_download", fetch)
+    assert coprune.inspect("someone/model", quiet=True).blocks
+    assert "*.safetensors" in asked[0]["ignore_patterns"]
+    assert "*.json" in asked[0]["allow_patterns"]
+
+
+def test_claims_of_a_configuration_alone_are_bounded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((place / "bare" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(BadInput, match="num_hidden_layers is 1,000,000,000, and without weights no more than 1,000"):
+        coprune.inspect(tmp_path, quiet=True)
+    monkeypatch.setattr("coprune.model.imagined.room_on", lambda device: (1000, "of memory"))
+    with pytest.raises(BadInput, match=r"the embeddings would take .* GiB of memory at a time"):
+        coprune.estimate(place / "bare", **SMALL)
