@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import coprune
-from coprune.data.embedded import embedded_calibration
+from coprune.data.corpora import embedded_calibration
 from coprune.model.opened import open_model
 from coprune.recipe.parts import ModelPart
 

@@ -33,9 +33,8 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from coprune.model.matrices import find_matrices
 from coprune.packed.bench import bench_model
-from coprune.packed.folder import pack, unpack
+from coprune.packed.folder import Sizes, pack, unpack
 from coprune.packed.runtimes import Work
-from coprune.packed.sizes import Sizes
 from coprune.recipe.pattern import NM, Target, Unstructured
 
 PATTERNS = {

@@ -20,7 +20,7 @@ import torch
 from pictures import beside
 
 import coprune
-from coprune.packed.benched import Bench
+from coprune.packed.bench import Bench
 
 PRUNED: dict[str, dict[str, Any]] = {
     "zeros-50": {"method": "sparsegpt", "sparsity": 0.5},

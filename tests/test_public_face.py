@@ -11,7 +11,7 @@ import pytest
 import coprune
 from coprune.evaluation.arguments import MeasureArguments
 from coprune.recipe.measuring import SETTINGS
-from coprune.training.arguments import FinetuneArguments
+from coprune.training.finetune import FinetuneArguments
 from coprune.training.settings import FinetuneSettings
 from support.annotations import kinds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import coprune
-from coprune.packed.proven import TRIED
+from coprune.packed.timing import TRIED
 from gpu_sections.models import real, wide
 from gpu_sections.section import Asked, Result, head, row
 

@@ -15,7 +15,7 @@ from coprune.packed import semi_structured
 from coprune.packed.format import pack_tensor
 from coprune.packed.header import Header, read_header
 from coprune.packed.linear import PackedLinear
-from coprune.packed.matrix import row_starts
+from coprune.packed.operator import row_starts
 from gpu_sections.machine import seconds_of
 from gpu_sections.section import Asked, Result, head, row
 

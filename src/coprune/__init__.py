@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from coprune.base.environment import require_posix
-from coprune.packed.registration import register_with_transformers
+from coprune.packed.quantizer import register_with_transformers
 
 if TYPE_CHECKING:
     from coprune.base.errors import (
@@ -23,17 +23,15 @@ if TYPE_CHECKING:
         UnsupportedModel,
         VerificationError,
     )
-    from coprune.evaluation.comparison import Comparison
     from coprune.evaluation.evaluate import evaluate
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
+    from coprune.evaluation.tables import Comparison
     from coprune.model.gguf.export import Gguf, export
     from coprune.packed.accelerate import accelerate
-    from coprune.packed.bench import bench
-    from coprune.packed.benched import Bench
-    from coprune.packed.folder import pack, unpack
+    from coprune.packed.bench import Bench, bench
+    from coprune.packed.folder import Sizes, pack, unpack
     from coprune.packed.quantizer import load_packed
-    from coprune.packed.sizes import Sizes
     from coprune.pruning.methods import register_method
     from coprune.recipe.recipe import Recipe
     from coprune.report.hub import push
@@ -41,8 +39,7 @@ if TYPE_CHECKING:
     from coprune.run.compare import compare
     from coprune.run.estimate.found import Estimate
     from coprune.run.generate import generate
-    from coprune.run.inspect import inspect
-    from coprune.run.inspection import Inspection
+    from coprune.run.inspect import Inspection, inspect
     from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
     from coprune.run.stages import run_recipe
@@ -60,15 +57,15 @@ register_with_transformers()
 
 _HOME = {
     "BadInput": "coprune.base.errors",
-    "Bench": "coprune.packed.benched",
+    "Bench": "coprune.packed.bench",
     "BrokenMask": "coprune.base.errors",
-    "Comparison": "coprune.evaluation.comparison",
+    "Comparison": "coprune.evaluation.tables",
     "CopruneError": "coprune.base.errors",
     "Estimate": "coprune.run.estimate.found",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
     "Gguf": "coprune.model.gguf.export",
-    "Inspection": "coprune.run.inspection",
+    "Inspection": "coprune.run.inspect",
     "LostProcess": "coprune.base.errors",
     "OutOfMemory": "coprune.base.errors",
     "Merged": "coprune.training.merge",
@@ -76,7 +73,7 @@ _HOME = {
     "Recipe": "coprune.recipe.recipe",
     "Report": "coprune.report.schema",
     "Result": "coprune.run.result",
-    "Sizes": "coprune.packed.sizes",
+    "Sizes": "coprune.packed.folder",
     "SweepResult": "coprune.run.sweep.result",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",

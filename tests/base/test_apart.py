@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coprune.base.apart import folder_apart
+from coprune.base.files import folder_apart
 
 USUAL = Path("out/wanda")
 

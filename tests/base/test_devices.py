@@ -25,7 +25,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Set
 from coprune.commands import app
 from coprune.run.events import Phase
-from coprune.run.phases import Phases
+from coprune.run.stages import Phases
 
 SECOND = torch.device("xpu", 1)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from coprune.base.durable import own_folder, remove_unfinished, write_durably, write_whole
 from coprune.base.errors import CopruneError
-from coprune.base.whole_folder import whole_folder
+from coprune.base.files import own_folder, remove_unfinished, whole_folder, write_durably, write_whole
 from support.disturbing import in_child, left_in
 from support.forking import forked
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.base.output_names import require_apart
-from coprune.model.checkpoint.part_files import join_files, refuse_occupied
+from coprune.base.files import require_apart
+from coprune.model.checkpoint.writer import join_files, refuse_occupied
 from coprune.packed.folder import pack
 from coprune.recipe.recipe import make_recipe
 from coprune.run.checks import prepare_folders

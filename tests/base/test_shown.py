@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coprune.base.shown import Sheet, Shown
+from coprune.base.words import Sheet, Shown
 
 
 class Figures(Shown):

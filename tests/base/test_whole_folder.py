@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coprune.base import durable
-from coprune.base.whole_folder import whole_folder
+from coprune.base import files
+from coprune.base.files import whole_folder
 from support.killing import count_lines, killed_at
 
 
@@ -29,7 +29,7 @@ def test_everything_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: 
         os.replace(path, target)
         return target
 
-    monkeypatch.setattr(durable, "sync", synced)
+    monkeypatch.setattr(files, "sync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
     fill(tmp_path / "target")
     before, after = happened[: happened.index("renamed")], happened[happened.index("renamed") + 1 :]

@@ -18,10 +18,9 @@ import pytest
 
 from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
-from coprune.recipe.decides import is_common
-from coprune.recipe.flags import flags_of
-from coprune.recipe.flat import FLAT
+from coprune.recipe.flat import FLAT, flags_of
 from coprune.recipe.measuring import SETTINGS
+from coprune.recipe.parts import is_common
 from coprune.recipe.recipe import FIELDS
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words

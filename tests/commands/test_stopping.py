@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from coprune.commands import app, stopping
+from coprune.commands import app
 from support.commands import run_command
 
 
@@ -50,7 +50,7 @@ def test_a_signal_that_a_library_swallows_stops_the_command_all_the_same(
             time.sleep(0.01)
         return 0
 
-    monkeypatch.setattr(stopping, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(app, "_AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(app, "app", work)
     before: object = signal.getsignal(signal.SIGTERM)
     ended = run_command(["prune", "model"], monkeypatch, capsys)
@@ -71,7 +71,7 @@ def test_tidying_up_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, capsys: py
             tidied.append(True)
         return 0
 
-    monkeypatch.setattr(stopping, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(app, "_AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(app, "app", work)
     assert run_command(["prune", "model"], monkeypatch, capsys).code == 143
     assert tidied == [True]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from coprune.base.progress import Reporter
-from coprune.base.shown import Sheet, printable
+from coprune.base.words import Sheet, printable
 from coprune.commands.terminal import print_sheet
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.data.corpora import calibration_text, evaluation_corpus_for, evaluation_text
-from coprune.data.embedded import SHARED_WORDS, split_passages
+from coprune.data.corpora import SHARED_WORDS, calibration_text, evaluation_corpus_for, evaluation_text, split_passages
 from coprune.data.text import JoinedText
 
 installed = pytest.mark.skipif(

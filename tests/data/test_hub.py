@@ -20,8 +20,8 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
 from coprune.data.corpora import calibration_text, evaluation_text
-from coprune.data.drawing import draw_from_documents
 from coprune.data.text import Documents, JoinedText
+from coprune.data.windows import draw_from_documents
 from support.words import word_tokenizer, words
 
 

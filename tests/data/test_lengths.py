@@ -11,12 +11,12 @@ from torch import Tensor
 
 import coprune
 from coprune.data.bos import windows_at_bos
-from coprune.data.lengths import NOTHING, a_longest, first_of_a_length
 from coprune.data.mixture import mixed
+from coprune.data.text import NOTHING, a_longest, first_of_a_length
 from coprune.data.windows import Windows
 from coprune.evaluation.tasks.text import split_batches
 from coprune.model.walk.recording import record_batches
-from coprune.pruning.structure.spreading import some_tokens
+from coprune.pruning.structure.scores import some_tokens
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import Source

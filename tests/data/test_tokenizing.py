@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from coprune.base.errors import BadInput
 from coprune.data.tokenizing import encode
-from coprune.model.checkpoint.claims import check_tokenizer
 from coprune.model.checkpoint.load import load_tokenizer
-from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.locate import ModelFolder, check_tokenizer
 from support.pico_folder import pico_tokenizer
 
 Change = Callable[[dict[str, Any]], object]

@@ -14,8 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.data import calibration_windows, evaluation_tokens
-from coprune.data.drawing import draw_from_documents, draw_windows
-from coprune.data.windows import Sampling, TooShort, draw_samples, fingerprint, held_out_tokens, tokens_and_bytes
+from coprune.data.windows import (
+    Sampling,
+    TooShort,
+    draw_from_documents,
+    draw_samples,
+    draw_windows,
+    fingerprint,
+    held_out_tokens,
+    tokens_and_bytes,
+)
 from support.words import word_tokenizer, words
 
 

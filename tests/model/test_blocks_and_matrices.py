@@ -16,8 +16,8 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
 from coprune.model.matrices import find_matrices
-from coprune.model.walk.arguments import TensorPool, same_value, snapshot
 from coprune.model.walk.observe import Observe
+from coprune.model.walk.record import TensorPool, same_value, snapshot
 from support.pico import FAMILIES, MIXTURES, pico_model
 from support.toys import ToyModel
 

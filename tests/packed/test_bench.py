@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.model.gguf.llama_cpp import LlamaCpp
 from coprune.packed import accelerate as accelerate_module
-from coprune.packed.accelerate import accelerate
-from coprune.packed.bench import bench, bench_model, make_forms, share_weights
-from coprune.packed.benched import Bench
-from coprune.packed.dense_linear import kernel_linear
+from coprune.packed.accelerate import accelerate, kernel_linear
+from coprune.packed.bench import Bench, bench, bench_model, make_forms, share_weights
 from coprune.packed.folder import pack
 from coprune.packed.linear import PackedLinear, pack_linears
 from coprune.packed.runtimes import Work
@@ -179,7 +177,7 @@ def test_a_folder_that_is_no_whole_language_model_is_refused(damage: str, tmp_pa
 
 
 def test_a_packed_folder_is_measured_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     model = pico_model("llama")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -196,7 +194,7 @@ def test_a_packed_folder_is_measured_packed(tmp_path: Path, monkeypatch: pytest.
 
 def test_models_beside_each_other_in_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp_py_sync")
-    monkeypatch.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
     for name, width in (("large", 96), ("small", 32)):
         model = pico_model("llama", intermediate_size=width)
         model.save_pretrained(tmp_path / name)

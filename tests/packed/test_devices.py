@@ -11,7 +11,7 @@ from torch import nn
 from coprune.packed.accelerate import accelerate
 from coprune.packed.header import read_header
 from coprune.packed.linear import PackedLinear, PackedSlot, pack_linears
-from coprune.packed.matrix import pack_matrix
+from coprune.packed.operator import pack_matrix
 from support.other_device import OTHER, OtherDevice
 
 

@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coprune.base.errors import BadInput
-from coprune.packed.folder import is_packed_folder, pack, unpack
+from coprune.packed.folder import is_packed_folder, pack, read_manifest, unpack
 from coprune.packed.format import Format
-from coprune.packed.manifest import read_manifest
 
 
 def sparse(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -170,7 +169,7 @@ def test_a_damaged_manifest_is_refused(dense_folder: Path, tmp_path: Path, text:
 def test_a_small_manifest_that_stands_for_gigabytes_is_not_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coprune.packed.manifest.MAX_HEADER_BYTES", 1_000_000)
+    monkeypatch.setattr("coprune.packed.folder.MAX_HEADER_BYTES", 1_000_000)
     bomb = base64.b64encode(zlib.compress(bytes(1 << 25))).decode()
     (tmp_path / "manifest").write_text(json.dumps({"safetensors_headers": {FILE: bomb}}))
     tracemalloc.start()

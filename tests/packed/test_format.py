@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.selection import keep_n_of_m
 from coprune.packed.format import BITS_OF_SIZE, Format, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import DTYPE_CODES, is_packed, read_header
-from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, row_starts
+from coprune.packed.operator import dense_matrix, for_kernels, native_matrix, row_starts
 
 shapes = st.lists(st.integers(1, 37), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) < 40_000)
 

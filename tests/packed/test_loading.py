@@ -16,8 +16,7 @@ from coprune.base.errors import BadInput
 from coprune.base.native.product import TILE_BYTES
 from coprune.packed.folder import pack, unpack
 from coprune.packed.linear import PackedLinear
-from coprune.packed.quantizer import CopruneConfig, load_packed
-from coprune.packed.registration import register_with_transformers
+from coprune.packed.quantizer import CopruneConfig, load_packed, register_with_transformers
 from support.pico import pico_model
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -150,7 +149,7 @@ import sys
 order, folder = sys.argv[1:]
 if order == "after":
     import transformers.modeling_utils
-from coprune.packed.registration import register_with_transformers
+from coprune.packed.quantizer import register_with_transformers
 register_with_transformers()
 register_with_transformers()
 assert order == "after" or not {"torch", "transformers"} & set(sys.modules)
@@ -179,7 +178,7 @@ def test_memory_of_the_process_is_that_of_the_packed_weights(tmp_path: Path) -> 
 import gc, sys, torch
 from coprune.packed.quantizer import load_packed
 from transformers import AutoModelForCausalLM
-from coprune.packed.registration import register_with_transformers
+from coprune.packed.quantizer import register_with_transformers
 register_with_transformers()
 def resident():
     gc.collect()
@@ -219,6 +218,6 @@ def test_what_cannot_stay_packed_is_named(
     save_pruned(CONFIGS[name], tmp_path / "dense")
     pack(tmp_path / "dense", tmp_path / "packed")
     load_packed(tmp_path / "packed")
-    messages = [record.getMessage() for record in caplog.records if record.name == "coprune.packed.slots"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "coprune.packed.quantizer"]
     assert [kinds in message for message in messages if kinds] == [True] * len(messages)
     assert len(messages) == (kinds is not None)

@@ -14,10 +14,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from coprune.base.errors import BadInput
 from coprune.base.native.build import load_kernels
-from coprune.packed.accelerate import accelerate
+from coprune.packed.accelerate import accelerate, kernel_linear
 from coprune.packed.bench import bench
 from coprune.packed.compiled import compile_decoding
-from coprune.packed.dense_linear import kernel_linear
 from coprune.packed.linear import PackedLinear, pack_linears
 
 WITH_GRADIENTS = torch.ops.coprune.packed_linear.default

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import _semi_structured_conversions as conversions
 
-from coprune.packed import proven
+from coprune.packed import timing
 from coprune.packed.accelerate import accelerate
 from coprune.packed.bench import make_forms
 from coprune.packed.format import check_packed
 from coprune.packed.header import Header, read_header
 from coprune.packed.linear import PackedLinear
-from coprune.packed.matrix import pack_matrix
-from coprune.packed.operator import on_gpu
+from coprune.packed.operator import on_gpu, pack_matrix
 from coprune.packed.semi_structured import metadata, product_serves, semi_structured_linear
 from coprune.packed.timing import Timing
 
@@ -52,18 +51,18 @@ def torchs_product() -> Iterator[list[tuple[int, ...]]]:
         shapes.append(tuple(x.shape))
         return conversions.sparse_semi_structured_to_dense_cutlass(values, codes) @ x
 
-    proven.TRIED.clear()
+    timing.TRIED.clear()
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_sparse_semi_structured_mm", multiply, "CPU")
         yield shapes
-    proven.TRIED.clear()
+    timing.TRIED.clear()
 
 
 @pytest.fixture
 def it_wins(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     def decide(whether: bool) -> None:
         times = {"candidate": Timing(*[1.0 + (not whether)] * 3), "known": Timing(*[1.5] * 3)}
-        monkeypatch.setattr("coprune.packed.proven.time_in_turns", lambda calls, repeats: times)
+        monkeypatch.setattr("coprune.packed.timing.time_in_turns", lambda calls, repeats: times)
 
     return decide
 
@@ -158,7 +157,7 @@ def test_many_inputs_are_multiplied_by_torchs_product_where_it_wins(
     assert len(torchs_product) == 3  # of as many bits: not tried again
     run(layer, torch.randn(40, 128, dtype=dtype))
     assert len(torchs_product) == 5  # of more: tried
-    assert len(proven.TRIED) == 2
+    assert len(timing.TRIED) == 2
 
 
 def test_an_unpacked_copy_is_used_where_torchs_product_does_not_win(
@@ -179,18 +178,18 @@ def test_an_unpacked_copy_is_used_where_torch_refuses_or_differs(
     layer = packed(linear)
     it_wins(True)
     for wrong in (lambda *_: torch.full((64, 8), 17, dtype=torch.int16), lambda *_: torch.zeros(3)):
-        proven.TRIED.clear()
+        timing.TRIED.clear()
         monkeypatch.setattr("coprune.packed.semi_structured.metadata", wrong)
         assert torch.equal(run(layer, x), linear(x))
-        assert list(proven.TRIED.values()) == [False]
+        assert list(timing.TRIED.values()) == [False]
 
 
 def test_without_a_gpu_torch_itself_refuses_and_nobody_is_told() -> None:
-    proven.TRIED.clear()
+    timing.TRIED.clear()
     linear, x = halved(64, 128), torch.randn(24, 128).bfloat16()
     assert torch.equal(run(packed(linear), x), linear(x))
-    assert list(proven.TRIED.values()) == [False]
-    proven.TRIED.clear()
+    assert list(timing.TRIED.values()) == [False]
+    timing.TRIED.clear()
 
 
 def test_other_packed_weights_are_never_tried(

@@ -8,7 +8,7 @@ SCRIPT = """
 import torch
 from coprune.packed.format import pack_tensor
 from coprune.packed.header import read_header
-from coprune.packed.matrix import row_starts
+from coprune.packed.operator import row_starts
 from coprune.packed.triton_kernel import multiply
 own, launched_at = torch.cuda.device_of, []
 torch.cuda.device_of = lambda tensor: (launched_at.append(tensor), own(tensor))[1]
@@ -28,7 +28,7 @@ print("checked")
 
 CHOSEN = """
 import torch
-from coprune.packed import proven
+from coprune.packed import timing
 from coprune.packed.linear import PackedLinear
 from coprune.packed.operator import on_gpu
 from coprune.packed.timing import Timing
@@ -40,11 +40,11 @@ packed = PackedLinear.from_linear(linear)
 multiplied, own = [], None
 
 def run(x):
-    proven.TRIED.clear()
+    timing.TRIED.clear()
     return on_gpu(x, packed.packed, packed.starts, packed.bias, 64, torch.float32, False)
 
 def timed(kernel, unpacked):
-    proven.time_in_turns = lambda calls, repeats: {"candidate": Timing(*[kernel] * 3), "known": Timing(*[unpacked] * 3)}
+    timing.time_in_turns = lambda calls, repeats: {"candidate": Timing(*[kernel] * 3), "known": Timing(*[unpacked] * 3)}
 
 from coprune.packed import triton_kernel
 own = triton_kernel.multiply

@@ -8,8 +8,7 @@ from torch import nn
 
 from coprune.base.errors import NumericalError
 from coprune.model.matrices import Matrix
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.sample import InputSample
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix

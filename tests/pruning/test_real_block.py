@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from coprune.data.corpora import calibration_text
-from coprune.data.drawing import draw_windows
-from coprune.data.windows import token_ids
+from coprune.data.windows import draw_windows, token_ids
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
-from coprune.model.walk.moves import Dense
+from coprune.model.walk.recording import Dense
 from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.methods import METHODS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.recipe.conditions import read_conditions
+from coprune.recipe.answers import read_conditions
 from coprune.recipe.recipe import make_recipe
 
 

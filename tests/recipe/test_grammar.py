@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput
-from coprune.recipe.choice import Choice
-from coprune.recipe.grammar import read_named, read_scalar, write_named
+from coprune.recipe.choice import Choice, read_named, read_scalar, write_named
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput
-from coprune.recipe.decides import Decides, decided_by
 from coprune.recipe.flat import layered
+from coprune.recipe.parts import Decides, decided_by
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import DEFAULTS, FIELDS, Recipe, make_recipe
 from coprune.training.settings import FinetuneSettings
@@ -219,7 +219,7 @@ def test_defaults_are_those_of_a_recipe_that_says_nothing() -> None:
 
 def test_a_recipe_imports_nothing_heavy() -> None:
     code = (
-        "import sys, coprune.recipe.recipe, coprune.recipe.presets, coprune.recipe.flags; "
+        "import sys, coprune.recipe.recipe, coprune.recipe.presets, coprune.recipe.flat; "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

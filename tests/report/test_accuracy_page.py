@@ -15,11 +15,10 @@ from PIL import Image
 import coprune
 from coprune.data.images import LabelledImages, labelled_images
 from coprune.report.card import model_card
-from coprune.report.examples import class_name, thumbnail
-from coprune.report.heat_map import matrix_rows
-from coprune.report.page import run_page
+from coprune.report.page import matrix_rows, run_page
 from coprune.report.schema import Report
 from coprune.report.several import Run, runs_page
+from coprune.run.facts import class_name, thumbnail
 from coprune.run.trackers import final_figures
 from support.browser import find_browser, opened_page
 from support.pico_images import save_classifier

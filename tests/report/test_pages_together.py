@@ -10,13 +10,11 @@ from urllib.parse import unquote
 import pytest
 
 import coprune
-from coprune.evaluation.comparison import Comparison
+from coprune.evaluation.tables import Comparison
 from coprune.report.compared import comparison_page
-from coprune.report.heat_map import place_of
+from coprune.report.html import MadeFacts
 from coprune.report.links import link_back
-from coprune.report.made import MadeFacts
-from coprune.report.matrices import picker_data, shown_matrices
-from coprune.report.page import run_page
+from coprune.report.page import picker_data, place_of, run_page, shown_matrices
 from coprune.report.plot import Axis
 from coprune.report.schema import Report
 from coprune.run.sweep.page import write_sweep_page

@@ -10,10 +10,9 @@ import pytest
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.packed.benched import Bench
+from coprune.packed.bench import Bench
 from coprune.packed.timing import Timing
-from coprune.report.several import report_page
-from coprune.report.speed import speed_sections
+from coprune.report.several import report_page, speed_sections
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words
 

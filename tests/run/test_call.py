@@ -22,8 +22,8 @@ from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
 from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
-from coprune.run.call import options_of, read_call, sort_options
 from coprune.run.checks import prepare_solver
+from coprune.run.prune import options_of, read_call, sort_options
 from support.annotations import kinds
 
 OTHER_WORDS = {"sparsity_ratio": "sparsity", "sparsity_type": "pattern", "use_variant": None}

@@ -15,15 +15,14 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint import writer
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.names import EDITS_FILE
+from coprune.model.checkpoint.shards import EDITS_FILE
 from coprune.model.edit import FillZeros
 from coprune.model.edits import Edits, dump_edits, load_edits, pruned_names, source_of
 from coprune.model.matrices import find_matrices
 from coprune.model.verify import verify_saved
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.given import NOTHING
 from coprune.run.result import Result
-from coprune.run.session import Surroundings, open_run
+from coprune.run.session import NOTHING, Surroundings, open_run
 from coprune.run.stages import run_recipe
 from support.drop_block import DropBlock, drop_blocks
 from support.killing import count_lines, killed_at

@@ -93,7 +93,7 @@ def test_a_signal_before_the_walk_is_answered_and_leaves_no_model(
     def stop(*arguments: Any, **settings: Any) -> None:
         signal.raise_signal(sent)
 
-    monkeypatch.setattr("coprune.evaluation.calibration.calibration_windows", stop)
+    monkeypatch.setattr("coprune.evaluation.tasks.text.calibration_windows", stop)
     ended = run_command(command("--nsamples", "4", "--seqlen", "32"), monkeypatch, capsys)
     assert ended.code == 128 + sent
     assert "stopped; nothing half-written was left under its final name. To go on, type: coprune prune" in ended.err
@@ -167,10 +167,10 @@ def test_a_run_that_lacks_only_its_name_is_finished_and_pushed_whoever_hears_of_
         return name
 
     monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    monkeypatch.setattr("coprune.run.ending.push", push)
+    monkeypatch.setattr("coprune.run.halves.push", push)
     quick = command("--nsamples", "4", "--seqlen", "32", "--no-eval", "-m", "magnitude", "--push-to-hub", "me/half")
     with monkeypatch.context() as patch:
-        patch.setattr("coprune.run.ending.finish_run_folder", killed)
+        patch.setattr("coprune.run.halves.finish_run_folder", killed)
         with pytest.raises(Killed):
             run_command(quick, monkeypatch, capsys)
     assert (place / "pruned" / "model.safetensors").is_file()

@@ -23,7 +23,7 @@ from coprune.model.adapter_folder import verify_adapter, write_adapter
 from coprune.model.edits import Edits
 from coprune.model.low_rank import Factors, factors_below, give, take_away, without_factors
 from coprune.model.matrices import find_matrices
-from coprune.recipe.decides import Decides
+from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import make_recipe
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words

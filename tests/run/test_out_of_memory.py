@@ -14,17 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import coprune
-from coprune.base.durable import sync
+from coprune.base.files import sync
 from coprune.base.progress import Reporter
 from coprune.base.words import say
-from coprune.commands.face import CommandLine
+from coprune.commands.table import CommandLine
 from coprune.model.blocks import Block
 from coprune.model.walk.recording import Recording
 from coprune.pruning import pruner
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run import stages
-from coprune.run.less_memory import less_memory
-from coprune.run.stages import run_recipe
+from coprune.run.stages import less_memory, run_recipe
 from support.pico import pico_model
 from support.pico_folder import listing, save_pico, write_words
 

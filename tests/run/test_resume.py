@@ -365,10 +365,10 @@ def test_a_full_disk_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some write fails for want of space: one clear error, and the run goes on when there is space again."""
-    from coprune.base import durable
+    from coprune.base import files
 
     writes = random.Random(seed).randrange(1, 6)
-    real = durable.sync
+    real = files.sync
 
     def full(path: Path) -> None:
         nonlocal writes
@@ -377,11 +377,11 @@ def test_a_full_disk_costs_nothing(
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(durable, "sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(CopruneError, match=r"disk is full|No space left"):
         run(name, place, tmp_path)
     assert not (tmp_path / "pruned").exists()
-    monkeypatch.setattr(durable, "sync", real)
+    monkeypatch.setattr(files, "sync", real)
     run(name, place, tmp_path)
     assert checkpoint(tmp_path) == checkpoint(undisturbed(name)[0])
     assert figures(tmp_path) == figures(undisturbed(name)[0])

@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_trained_block_by_block(model: Path, monkeypatch: p
     def refuse(*_: object) -> None:
         raise BadInput("too large")
 
-    monkeypatch.setattr("coprune.training.room.require_room_to_train", refuse)
+    monkeypatch.setattr("coprune.training.after_pruning.require_room_to_train", refuse)
     recipe = recipe_that_fits({"model": str(model), "preset": "best", **TARGET})
     assert recipe == make_recipe({"model": str(model), "preset": "best", "train": "blocks", **TARGET})
     assert recipe.finetune.mode is None

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from coprune.base.durable import is_unfinished
 from coprune.base.errors import CopruneError
+from coprune.base.files import is_unfinished
 from support.forking import forked
 
 Work = Callable[[Path], object]

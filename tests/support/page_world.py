@@ -160,7 +160,7 @@ class World:
         patches.setitem(EMBEDDED_EVALUATION, "embedded-lambada", lambda: held_out)
         patches.setattr("coprune.pruning.methods._registered", {})
         patches.setenv("TASK_DATA", str(base["items"]))
-        patches.setattr("coprune.packed.beside.measure_bandwidth", lambda **_: 1e9)
+        patches.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
         # A worker of a sweep that begins anew would know nothing of this world.
         patches.setattr("coprune.run.sweep.pool.get_context", lambda _: get_context("fork"))
         (folder / "docs").symlink_to(ROOT / "docs")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from coprune.commands import app
-from coprune.commands.stopping import TERMINATED
+from coprune.commands.app import TERMINATED
 from support.forking import forked
 from support.pico_folder import save_pico, write_words
 

@@ -120,7 +120,7 @@ def test_the_trained_model_is_pushed_and_the_one_before_is_not(
 ) -> None:
     pushed: list[Any] = []
     monkeypatch.setattr("coprune.run.halves.require_login", pushed.append)
-    monkeypatch.setattr("coprune.run.ending.push", lambda *asked: pushed.append(asked))
+    monkeypatch.setattr("coprune.run.halves.push", lambda *asked: pushed.append(asked))
     where: dict[str, Any] = {
         "save": tmp_path / "run",
         "save_model": tmp_path / "model",

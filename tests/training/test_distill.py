@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coprune.training.distill import Distillation, divergence, divergence_of_top, hidden_error
-from coprune.training.teacher_cache import TeacherCache
+from coprune.training.distill import Distillation, TeacherCache, divergence, divergence_of_top, hidden_error
 from support.pico import pico_model, pico_tokens
 
 

@@ -67,7 +67,7 @@ def test_states_are_saved_while_the_best_one_is_watched_for(home: Path, tmp_path
 def test_a_state_is_saved_in_time_where_steps_are_slow(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coprune.training.pace._SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("coprune.training.trainer._SECONDS_BETWEEN_STATES", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path, StoppedAt(0.5), max_steps=6)
     assert states(tmp_path) == ["checkpoint-2"]

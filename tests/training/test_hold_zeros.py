@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from coprune.training.hold_zeros import hold_zeros
+from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import find_masks
 from support.pruned import pruned_model, zeros_of
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from coprune.base.errors import BadInput
-from coprune.training import masked_lora
+from coprune.training import adapters
 from coprune.training.adapters import (
     AdapterSize,
+    MaskedProduct,
     add_adapter,
     choose_targets,
     load_adapter,
@@ -24,7 +25,6 @@ from coprune.training.adapters import (
     merge_adapter,
     save_adapter,
 )
-from coprune.training.masked_lora import MaskedProduct
 from coprune.training.masks import Masks, find_masks
 from support.pruned import pruned_model, zeros_of
 
@@ -52,7 +52,7 @@ def logits_of(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("rows_at_once", [1, 8, 2**22])
 def test_product_and_gradients_are_those_of_the_formula(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_lora, "_ROW_VALUES", rows_at_once * 16)
+    monkeypatch.setattr(adapters, "_ROW_VALUES", rows_at_once * 16)
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(24, 16, generator=generator) > 0.6
     weight = torch.randn(24, 16, generator=generator, dtype=torch.float64) * keep

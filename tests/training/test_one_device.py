@@ -14,9 +14,9 @@ from coprune.base.precision import SLOW_IN_BFLOAT16
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.training.after_pruning import settings_of
-from coprune.training.one_device import arguments_on, training_device
 from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
+from coprune.training.trainer import arguments_on, training_device
 from support.pruned import pruned_model, save, settings_for, write_text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coprune.training.pace import Pace, rate_at
+from coprune.training.trainer import Pace, rate_at
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -20,7 +20,7 @@ def test_the_rate_rises_and_then_falls(schedule: str) -> None:
 
 def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("coprune.training.pace.time.perf_counter", lambda: now)
+    monkeypatch.setattr("coprune.training.trainer.time.perf_counter", lambda: now)
     measured = Pace(minutes=1)
     measured.start(seconds_before=12)
     now = 118.0

@@ -15,9 +15,9 @@ from coprune.base.progress import Reporter
 from coprune.recipe.presets import preset_settings
 from coprune.recipe.recipe import make_recipe
 from coprune.training.after_pruning import settings_of
-from coprune.training.rates import rates_by_size
 from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
+from coprune.training.trainer import rates_by_size
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text
 
 

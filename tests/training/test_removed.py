@@ -13,12 +13,10 @@ from coprune.base.progress import Event, Reporter, Said
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, source_of
 from coprune.recipe.recipe import make_recipe
-from coprune.report.page import run_page
-from coprune.report.perplexity import number
+from coprune.report.page import number, run_page
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
-from coprune.training.history import History
-from coprune.training.masks import find_masks
+from coprune.training.masks import History, find_masks
 from coprune.training.run import run_finetuning
 from coprune.training.settings import make_settings
 from support.pico import pico_model

@@ -12,8 +12,8 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.recipe.recipe import make_recipe
 from coprune.run.stages import run_recipe
-from coprune.training import room
-from coprune.training.room import TRAINED_BYTES, require_room_to_train
+from coprune.training import after_pruning
+from coprune.training.after_pruning import TRAINED_BYTES, require_room_to_train
 from support.pico import pico_model
 from support.pruned import save, write_text
 
@@ -70,7 +70,7 @@ def test_nothing_is_pruned_for_a_training_without_room(
     text = write_text(tmp_path / "text.txt", 200)
     asked = {"model": str(dense), "dataset": str(text), "pattern": "2:4", "seqlen": 16, "nsamples": 2, "device": "cpu"}
     asked |= {"save": tmp_path / "run", "finetune": "distill", "evaluate": False, "gate": False, "finetune_tokens": 16}
-    monkeypatch.setattr(room, "room_on", lambda device, memory: (1000, "of memory"))
+    monkeypatch.setattr(after_pruning, "room_on", lambda device, memory: (1000, "of memory"))
     with pytest.raises(
         BadInput,
         match=r"training all weights(?s:.*)finetune='lora-distill', finetune_lr=0\.002, finetune_rates='absolute'",

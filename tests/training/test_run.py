@@ -25,8 +25,8 @@ from coprune.training.merge import merge
 from coprune.training.run import run_finetuning
 from coprune.training.saving import save_model
 from coprune.training.settings import make_settings
-from coprune.training.text_windows import read_training_text
 from coprune.training.trainer import ZeroKeepingTrainer
+from coprune.training.training_data import read_training_text
 from support.pico import pico_model, pico_tokens
 from support.pruned import StoppedAt, pruned_model, save, settings_for, write_text, zeros_of
 from support.torchrun import run_together, torchrun
@@ -263,7 +263,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
-from coprune.training.hold_zeros import hold_zeros
+from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import find_masks, plain_parameters
 
 dist.init_process_group("gloo")

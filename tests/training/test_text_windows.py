@@ -11,7 +11,7 @@ import torch
 
 from coprune.base.errors import BadInput
 from coprune.training.settings import make_settings
-from coprune.training.text_windows import read_training_text
+from coprune.training.training_data import read_training_text
 from support.pruned import settings_for
 from support.words import word_tokenizer, words
 

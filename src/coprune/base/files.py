@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import fcntl
+import glob
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-from coprune.base.durable import write_durably
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, CopruneError
+from coprune.base.words import Setting
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,3 +48,332 @@ def like_named(path: Path, least: float = 0.6) -> Path | None:
         return None
     near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=least)
     return path.parent / near[0] if near else None
+
+
+_NAME_BYTES = 200  # of a name, which has 255 at most
+_MARK = "coprune"
+_OWN = re.compile(rf"\..+\.{_MARK}-[0-9a-f]{{8}}")
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the share of the disk is used up",
+    errno.EFBIG: "files may not be as large here",
+}
+
+
+def write_durably(file: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path, and rename what it wrote to `file` once it is on the disk.
+
+    The path is in a folder of its own beside `file`, so that temporary files of the library that writes lie there too.
+    Raises CopruneError if the disk is full; nothing is left on any error.
+    """
+    _write(file, write, wait=True)
+    sync(file.parent)
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """The same without waiting for the disk: a crash of the machine may leave a damaged file, until `sync` is called."""
+    _write(file, write, wait=False)
+
+
+def _write(file: Path, write: Callable[[Path], object], wait: bool) -> None:
+    whole, lock = file.with_name(f"{_start_of_name(file)}{secrets.token_hex(4)}"), None
+    try:
+        with full_disk_explained(file):
+            with own_folder(file) as folder:
+                temporary = folder / file.name
+                temporary.touch(exist_ok=False)
+                mode = temporary.stat().st_mode
+                write(temporary)
+                temporary.chmod(mode)  # as any new file's; safetensors makes its own private
+                if wait:
+                    sync(temporary)
+                lock = os.open(temporary, os.O_RDONLY)
+                _locks(lock)
+                temporary.replace(whole)
+            whole.replace(file)  # last: a kill after that leaves nothing beside the file
+    finally:
+        whole.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def own_folder(target: Path) -> Iterator[Path]:
+    """Make a hidden folder beside a target for this process alone, and remove what is left of it in the end.
+
+    What killed processes left beside the same target is removed first; a lock, which ends with the process that holds it,
+    tells theirs from those of processes that are at work.
+    """
+    remove_left_beside(target)
+    folder, lock = _begin(target.with_name(_start_of_name(target)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _begin(start: Path) -> tuple[Path, int]:
+    """Make a folder whose name starts so, and lock it."""
+    while True:
+        folder = start.with_name(f"{start.name}{secrets.token_hex(4)}")
+        folder.mkdir()
+        with suppress(FileNotFoundError):  # somebody else took it for one that was left
+            lock = os.open(folder, os.O_RDONLY)
+            if _locks(lock) is not False and folder.is_dir():
+                return folder, lock
+            os.close(lock)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path is named as what is being written, or was when its process was killed."""
+    return _OWN.fullmatch(path.name) is not None
+
+
+def _start_of_name(target: Path) -> str:
+    return f".{os.fsencode(target.name)[:_NAME_BYTES].decode(errors='ignore')}.{_MARK}-"
+
+
+def remove_left_beside(target: Path) -> None:
+    """Remove what processes left beside a target that were killed while they wrote it."""
+    _remove_left(target.parent, f"{glob.escape(_start_of_name(target))}*")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they wrote into it."""
+    _remove_left(folder, f".*.{_MARK}-*")
+
+
+def _remove_left(place: Path, pattern: str) -> None:
+    for left in filter(is_unfinished, place.glob(pattern)):
+        with suppress(OSError):
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if _locks(lock) and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif _locks(lock):
+                left.unlink()
+            os.close(lock)
+
+
+def _locks(descriptor: int) -> bool | None:
+    """Take a lock; False if another holds it, None on a file system that has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def full_disk_explained(file: Path) -> Iterator[None]:
+    """Raise CopruneError where the disk is full, or a file is larger than it may be."""
+    try:
+        yield
+    except Exception as error:
+        cause = _why_not_written(error)
+        if cause is None:
+            raise
+        raise CopruneError(f"{cause}: {file} could not be written", fix="free some space and go on") from error
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """What an error of writing says of the disk; None if it is about something else."""
+    number, said = getattr(error, "errno", None), str(error)
+    for code, cause in _FULL.items():
+        if number == code or os.strerror(code) in said:  # safetensors has words of its own around the system's
+            return cause
+    # torch and numpy say neither the file nor the cause.
+    silent = ("PytorchStreamWriter", "inline_container", " requested and ")
+    return "the disk is full or cannot be written" if any(words in said for words in silent) else None
+
+
+def name_durably(partial: Path, folder: Path) -> None:
+    """Give a whole folder its name, once everything in it is on the disk.
+
+    Raises OSError, rather than overwrites, if something is there.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    partial.replace(folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, which gets its name when the block ends well, and is removed otherwise.
+
+    Its content is on the disk before it gets its name. What killed processes left of the same target is removed first.
+
+    Args:
+        target: one that does not exist, or is empty.
+
+    Raises:
+        CopruneError: the disk is full.
+        OSError: something took the name meanwhile, or nothing can be written there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with own_folder(target) as out, full_disk_explained(target):
+        yield out
+        _as_readable(out)
+        name_durably(out, target)
+
+
+def _as_readable(folder: Path) -> None:
+    """Let all files be as readable as the folder is; safetensors makes its own private."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+_MOST_LETTERS = 80
+_OF_A_VALUE = 30
+_BESIDES = ("given", "not given")  # of what only matters whether it is there
+
+
+def folder_apart(
+    folder: Path, settings: Mapping[str, Any], settings_in: Callable[[Path], Mapping[str, Any] | None]
+) -> tuple[Path, list[str]]:
+    """A folder for a run: the usual one, unless that holds a run with other settings.
+
+    Args:
+        folder: the usual one.
+        settings: what decides the run.
+        settings_in: the same of the run in a folder; None where there is none, and whatever differs where that is unknown.
+
+    Returns:
+        The folder, which may hold an earlier run of the same settings; and the names of the settings in which the run of
+        the usual folder differs.
+    """
+    there = settings_in(folder)
+    differing = [] if there is None else _differing(settings, there)
+    if not differing:
+        return folder, []
+    # That something is wanted besides is in the name only if nothing else differs.
+    telling = [name for name in differing if settings[name] not in _BESIDES] or differing
+    stem = f"{folder.name}-{_short('-'.join(_word(name, settings[name]) for name in telling))}"
+    for number in count(1):
+        own = folder.with_name(stem if number == 1 else f"{stem}-{number}")
+        there = settings_in(own)
+        if there is None or not _differing(settings, there):
+            return own, differing
+    raise AssertionError("numbers do not end")
+
+
+def _differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    return [name for name in settings if settings[name] != others.get(name)]
+
+
+def _word(name: str, value: Any) -> str:
+    """A setting with its value, as a part of a folder's name."""
+    word = name.replace("_", "-")
+    if value is True or value == _BESIDES[0]:
+        return word
+    if value is None or value is False or value in ((), [], "", _BESIDES[1]):
+        return f"no-{word}"
+    values = value if isinstance(value, list | tuple) else [value]
+    said = "-".join("-".join(Path(str(one)).parts[-2:]) for one in values)
+    return f"{word}-{re.sub(r'[^a-zA-Z0-9.=+]+', '-', said).strip('-')[:_OF_A_VALUE]}"
+
+
+def _short(words: str) -> str:
+    if len(words) <= _MOST_LETTERS:
+        return words
+    return f"{words[: _MOST_LETTERS - 9]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+_MOST_BYTES = 255  # of a name, on all usual file systems
+_LONGER = 20  # so much longer is the name that a folder has while it is written
+
+
+def require_usable(path: Path, field: str | None = None) -> None:
+    """Raise BadInput where a folder cannot get this name: it is none, too long, in a file, or where nobody may write.
+
+    Args:
+        path: of a folder, which need not exist.
+        field: the setting that names it.
+    """
+    why = _obstacle(path)
+    if why is not None:
+        raise BadInput(f"{str(path)[:300]!r} {why}", field=field, value=path, fix="choose another name")
+
+
+def require_file(path: Path | None, field: str | None = None) -> None:
+    """The same for a file that a command is asked to write at its end; its folder is made if need be.
+
+    Args:
+        path: of the file; None where none is asked for.
+        field: the setting that names it.
+    """
+    if path is None:
+        return
+    require_usable(path, field)
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder", field=field, value=path, fix="name a file")
+
+
+def _obstacle(path: Path) -> str | None:
+    try:
+        parts = [len(os.fsencode(part)) for part in path.parts]
+    except UnicodeEncodeError:
+        return "holds what is no text"
+    if "\0" in str(path):
+        return "holds a zero byte"
+    if not path.name or max(parts) > _MOST_BYTES or parts[-1] > _MOST_BYTES - _LONGER:
+        return "is too long for a name" if path.name else "is no name of a folder"
+    try:
+        if path.is_symlink() and not path.exists():
+            return "is a link that leads nowhere"
+        above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not above.is_dir():
+            return f"is below {above}, which is no folder"
+        if not os.access(above, os.W_OK | os.X_OK):
+            return f"is in {above}, where this user may not write"
+        _try_to_write(path if path.is_dir() else above)
+    except OSError as error:
+        return f"cannot be a folder: {error.strerror}"
+    return None
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise OSError where no file can be made in a folder, which permissions alone do not tell (of /proc, for instance)."""
+    if not folder.is_dir():
+        return
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def require_own_name(path: Path, field: str | None = None) -> None:
+    """The same for a folder that gets its name when it is whole, which a link cannot give it."""
+    require_usable(path, field)
+    if path.is_symlink():
+        raise BadInput(f"{path} is a link", field=field, value=path, fix="name the folder that it leads to")
+
+
+def require_apart(run: Path, model: Path, own: Iterable[str] = ()) -> None:
+    """Raise BadInput where the folder of a model would hold the run's, or be in what the run keeps for itself.
+
+    Args:
+        run: folder of the run.
+        model: folder that the model gets once it is whole.
+        own: folders in the run's that no model may be in.
+    """
+    fix = ("name another folder with ", Setting("save_model"), ", or one for the run with ", Setting("save"))
+    here, there = run.resolve(), model.resolve()  # by whatever way they are named
+    if here.is_relative_to(there):
+        inside = f"the run folder {run} would be in {model}, which becomes the model's"
+        raise BadInput(inside, field="save_model", value=model, fix=fix)
+    if any(there.is_relative_to(here / name) for name in own):
+        inside = f"{model} would be in what the run keeps for itself"
+        raise BadInput(inside, field="save_model", value=model, fix=fix)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
-from coprune.base.shown import printable
+from coprune.base.words import printable
 
 Advance = Callable[[float], None]
 NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)

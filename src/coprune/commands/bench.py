@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 
 def bench(
@@ -57,8 +57,7 @@ def bench(
     import torch
 
     from coprune.base.errors import BadInput
-    from coprune.base.files import write_text
-    from coprune.base.output_names import require_file
+    from coprune.base.files import require_file, write_text
     from coprune.packed.bench import bench
 
     require_file(json_file, "json")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.commands.options import measuring_options, with_options
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 
 @with_options(measuring_options())
@@ -43,8 +43,7 @@ def compare(
 
     Example: coprune compare smollm2-135m out/wanda out/sparsegpt --data embedded --seqlen 512 --json table.json
     """
-    from coprune.base.files import write_text
-    from coprune.base.output_names import require_file
+    from coprune.base.files import require_file, write_text
     from coprune.commands.terminal import end_unless_held, print_sheet
     from coprune.run.compare import compare
 
@@ -59,7 +58,7 @@ def compare(
         write_text(markdown_file, found.to_markdown())
     if page_file is not None:
         from coprune.report.compared import comparison_page
-        from coprune.report.made import MadeFacts
+        from coprune.report.html import MadeFacts
 
         write_text(page_file, comparison_page(found, MadeFacts.here(), page_file.parent))
     print_sheet(found.sheet())  # once all is kept, since whoever reads it may be gone

@@ -10,7 +10,7 @@ import typer
 from coprune.base.carriers import CARRIERS, carried_file, fetch_carrier
 from coprune.base.environment import user_cache
 from coprune.base.errors import BadInput
-from coprune.commands.show import show, tell
+from coprune.commands.terminal import show, tell
 
 _PROMPT = "The city of Paris is"
 

@@ -10,8 +10,7 @@ import typer
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import measuring_options, with_options
-from coprune.commands.show import show
-from coprune.commands.terminal import end_unless_held
+from coprune.commands.terminal import end_unless_held, show
 
 
 @with_options(measuring_options())
@@ -31,8 +30,7 @@ def evaluate(
 
     Of a classifier of images: its top-1 and top-5 accuracy on one or more sets of them.
     """
-    from coprune.base.files import write_text
-    from coprune.base.output_names import require_file
+    from coprune.base.files import require_file, write_text
     from coprune.evaluation.evaluate import evaluate
 
     require_file(json_file, "json")

@@ -10,8 +10,7 @@ from coprune.base.environment import rank
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelOption, named_model
 from coprune.commands.options import finetune_options, with_options
-from coprune.commands.show import show
-from coprune.commands.terminal import end_unless_held
+from coprune.commands.terminal import end_unless_held, show
 from coprune.training.settings import make_settings
 
 

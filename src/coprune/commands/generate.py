@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 
 def generate(

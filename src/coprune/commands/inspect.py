@@ -10,7 +10,7 @@ import typer
 from coprune.base.words import Command, Set
 from coprune.commands.asked import ModelArgument, ModelOption, named_model
 from coprune.commands.options import inspecting_options, with_options
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 from coprune.recipe.recipe import make_recipe
 
 _FEW_SAMPLES = 16

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import textwrap
 from typing import Annotated
 
 import typer
 
-from coprune.commands.show import show
+from coprune.commands.terminal import show
+from coprune.pruning.methods import all_methods, find_method, origin_of
+from coprune.pruning.methods.base import Method
 
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Only this method.", show_default=False)] = None,
 ) -> None:
     """List the pruning methods and their own options."""
-    from coprune.pruning.methods.describe import describe_methods
 
     show("\n".join(describe_methods(name)))
+
+
+def describe_methods(name: str | None = None) -> list[str]:
+    """Lines that list every method (or one) with its options. Raises BadInput for an unknown name."""
+    chosen = {name: find_method(name)} if name is not None else all_methods()
+    lines = []
+    for title, method in chosen.items():
+        needs = method.statistic.__name__ if method.statistic is not None else "nothing"
+        origin = origin_of(title)
+        source = "" if origin is None else f"; from {origin}"
+        lines.append(f"{title}: {_first_line(type(method).__doc__)} (needs of the inputs: {needs}{source})")
+        comments = field_comments(type(method))
+        for field in dataclasses.fields(method):
+            flag = field.name.replace("_", "-")
+            lines.append(f"    --{flag:<14} {comments.get(field.name, '')} [{getattr(method, field.name)}]")
+    return lines
+
+
+def field_comments(cls: type[Method]) -> dict[str, str]:
+    """The string below each field of a class, on one line. Python keeps no such strings, so the source is read."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # a class that was made in a shell
+        return {}
+    body = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    comments = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
+            comments[field.target.id] = " ".join(after.value.value.split())
+    return comments
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]

@@ -22,12 +22,10 @@ from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.commands.grouped import GroupedCommand
-from coprune.recipe.choice import Choice
-from coprune.recipe.decides import is_common
-from coprune.recipe.flags import flags_of
-from coprune.recipe.flat import FLAT, place_of
-from coprune.recipe.grammar import read_scalar
+from coprune.recipe.choice import Choice, read_scalar
+from coprune.recipe.flat import FLAT, flags_of, place_of
 from coprune.recipe.measuring import SETTINGS
+from coprune.recipe.parts import is_common
 from coprune.recipe.recipe import DEFAULTS, FIELDS
 from coprune.recipe.retired import retired
 from coprune.training.settings import FinetuneSettings

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 
 def pack(

@@ -11,8 +11,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.commands.asked import METHOD_OPTIONS, recipe_asked, run_options
 from coprune.commands.options import ShortCommand, with_options
-from coprune.commands.show import show
-from coprune.commands.terminal import end_unless_held
+from coprune.commands.terminal import end_unless_held, show
 
 if TYPE_CHECKING:
     from coprune.report.schema import Report

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 
 def push(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from coprune.base.errors import BadInput
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 
 def report(

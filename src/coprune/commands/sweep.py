@@ -9,7 +9,7 @@ import typer
 
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, help_all_option, recipe_options, with_options
-from coprune.commands.show import show
+from coprune.commands.terminal import show
 
 if TYPE_CHECKING:
     from coprune.run.sweep.result import SweepResult

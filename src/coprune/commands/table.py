@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from importlib import import_module
@@ -12,7 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from coprune.base.environment import expand_home
+from coprune.base.words import Face, Set
 from coprune.commands.grouped import GroupedCommand
+from coprune.recipe.flat import flags_of
 
 COMMANDS: dict[str, str] = {
     "prune": "Prune a model, measure what that did, and save it.",
@@ -96,3 +99,29 @@ class Commands(TyperGroup):
         """Write the table."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+class CommandLine(Face):
+    """Settings are flags, calls are commands."""
+
+    between = " "
+
+    def name(self, setting: str) -> str:
+        return flags_of(setting)[0].partition("/")[0]
+
+    def setting(self, name: str) -> str:
+        return self.name(name)
+
+    def set(self, name: str, value: Any) -> str:
+        yes, _, no = flags_of(name)[0].partition("/")
+        if isinstance(value, bool):
+            return yes if value else no or f"no {yes}"
+        return f"{yes} {_word(value)}"
+
+    def command(self, name: str, parts: tuple[str | Path | Set, ...]) -> str:
+        said = [part.said_in(self) if isinstance(part, Set) else _word(part) for part in parts]
+        return " ".join(["coprune", CALLED.get(name, name), *said])
+
+
+def _word(value: Any) -> str:
+    return "…" if value is ... else shlex.quote(str(value))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coprune.base.shown import Sheet, printable
+from coprune.base.words import Sheet, printable
 
 NOT_AS_REQUIRED = 3
 _NO_EDGE = 10_000  # columns
@@ -46,3 +46,13 @@ def print_sheet(sheet: Sheet) -> None:
     for row in sheet.rows:
         table.add_row(*(Text(printable(cell)) for cell in row))  # a name may look like markup
     console().print(table)
+
+
+def show(text: str) -> None:
+    """Print a result on standard output."""
+    typer.echo(printable(text))
+
+
+def tell(text: str) -> None:
+    """Print what is no result on standard error."""
+    typer.echo(printable(text), err=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set
-from coprune.data.lengths import NOTHING
+from coprune.data.text import NOTHING
 from coprune.data.tokenizing import Tokenizes, encode
 from coprune.data.windows import EvaluationText, Windows, fingerprint
 

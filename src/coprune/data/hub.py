@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.base.progress import bars_hidden
 from coprune.base.words import Set
-from coprune.data.loading import load_dataset
 from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText, choose_text_column, join
 
 REACH_SECONDS = 10.0
@@ -157,3 +157,13 @@ def _unreadable(dataset: str, error: Exception) -> BadInput:
 def _one_line(error: Exception, most_characters: int = 300) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= most_characters else words[:most_characters] + "…"
+
+
+def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+    """`datasets.load_dataset`, whose bars are hidden where those of the Hub's downloads are. Raises what it raises."""
+    from datasets import utils  # slow to import, and only some data needs it
+    from datasets.load import load_dataset
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+
+    with bars_hidden(utils, are_progress_bars_disabled()):
+        return load_dataset(path, name, **options)

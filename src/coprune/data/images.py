@@ -18,9 +18,7 @@ from torch import Tensor
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.data.hub import require_dataset
-from coprune.data.labels import read_image, read_labels
-from coprune.data.loading import load_dataset
+from coprune.data.hub import load_dataset, require_dataset
 from coprune.data.local_text import looks_local
 
 Part = Literal["calibration", "evaluation"]
@@ -247,3 +245,51 @@ def _from_dataset(splits: Any, name: str, part: Part) -> LabelledImages:
         return read_image(lambda: rows[i][column].convert("RGB"), f"image {i} of {name}")
 
     return LabelledImages(image, labels, classes, f"{name} ({split})")
+
+
+NO_LABEL = -1
+"""Of an image whose class nobody tells, as the Hub's test splits often have it."""
+
+
+def read_labels(values: Sequence[Any], classes: tuple[str, ...], name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Turn a column of labels into numbers.
+
+    Args:
+        values: numbers, words, or None where an image has no label.
+        classes: names by number, if the dataset has them.
+        name: of the dataset, for messages.
+
+    Returns:
+        N int64, below 0 where there is no label, and the names by number: words in their order, if the labels are words.
+
+    Raises:
+        BadInput: they are neither whole numbers nor words.
+    """
+    known = [value for value in values if value is not None]
+    if known and all(isinstance(value, str) for value in known):
+        classes = tuple(sorted(set(known)))
+        numbers = {word: number for number, word in enumerate(classes)}
+        return torch.tensor([numbers.get(value, NO_LABEL) for value in values], dtype=torch.int64), classes
+    for value in known:
+        if not isinstance(value, int | float) or not float(value).is_integer():
+            raise BadInput(f"{name} has the label {value!r}, which is neither a whole number nor a word")
+    return torch.tensor([NO_LABEL if value is None else int(value) for value in values], dtype=torch.int64), classes
+
+
+def read_image(read: Callable[[], Any], told: str) -> Any:
+    """Read one image. told: what it is, for messages. Raises BadInput if it is missing or damaged."""
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's own errors share no base class, and a row without an image is None
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"{told} cannot be read as an image ({why})", fix="mend or remove it") from error
+
+
+def random_image() -> Any:
+    """A PIL image of random pixels, always the same: what to try a classifier with where no data were named."""
+    from PIL import Image
+
+    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

@@ -6,6 +6,8 @@ Everything is seeded by a generator of its own, which draws the numbers that `ra
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +21,8 @@ from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.base.words import Setting
 from coprune.data.corpora import calibration_text, evaluation_text, holds_out
-from coprune.data.drawing import draw_from_documents, draw_windows, require_length
 from coprune.data.given import GivenTokens
-from coprune.data.text import Documents
+from coprune.data.text import LOCAL_FILE_HINT, Documents
 from coprune.data.tokenizing import Tokenizes, encode
 
 
@@ -62,7 +63,7 @@ class Sampling(NamedTuple):
 class Windows:
     """Calibration samples: tokens (samples × seqlen, int64), their fingerprint, and where they come from.
 
-    Samples of several lengths are as wide as the longest (`coprune.data.lengths`).
+    Samples of several lengths are as wide as the longest (`coprune.data.text`).
     """
 
     tokens: Tensor
@@ -257,4 +258,61 @@ def _require_seqlen(seqlen: int) -> None:
             f"the sequence length must be at least 2, not {seqlen}: one token to see and one to predict",
             field="seqlen",
             value=seqlen,
+        )
+
+
+def draw_windows(ids: list[int], nsamples: int, seqlen: int, seed: int, source: str = "the text") -> Tensor:
+    """Draw windows of consecutive tokens whose starts are uniform: nsamples × seqlen int64.
+
+    Raises BadInput if there are not more than seqlen tokens.
+    """
+    # The published code never uses the last possible start, hence one token more than a window.
+    require_length(len(ids), seqlen + 1, source)
+    generator = random.Random(seed)
+    stream = torch.tensor(ids, dtype=torch.int64)
+    starts = [generator.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
+    return torch.stack([stream[start : start + seqlen] for start in starts])
+
+
+def draw_from_documents(
+    documents: list[str],
+    tokenise: Callable[[str], list[int]],
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    source: str = "the text",
+) -> Tensor:
+    """Draw random documents until one has more than seqlen tokens, take a random window of it, for every sample.
+
+    Returns nsamples × seqlen int64. The published code may draw a document again, which among its 356,317 hardly
+    happens; here a document is used once, so that a smaller pool gives no repeated samples.
+    Raises BadInput if fewer than nsamples documents are long enough.
+    """
+    generator = random.Random(seed)
+    drawn: set[int] = set()
+    windows: list[Tensor] = []
+    while len(windows) < nsamples:
+        if len(drawn) == len(documents):
+            raise BadInput(
+                f"only {len(windows)} of the {len(documents)} documents read from {source} are longer than {seqlen} "
+                f"tokens, fewer than the {nsamples} samples asked for",
+                fix=("ask for fewer samples with ", Setting("nsamples"), " or shorter ones with ", Setting("seqlen")),
+            )
+        index = generator.randint(0, len(documents) - 1)
+        if index in drawn:
+            continue
+        drawn.add(index)
+        ids = tokenise(documents[index])
+        if len(ids) > seqlen:
+            start = generator.randint(0, len(ids) - seqlen - 1)
+            windows.append(torch.tensor(ids[start : start + seqlen], dtype=torch.int64))
+    return torch.stack(windows)
+
+
+def require_length(tokens: int, needed: int, source: str) -> None:
+    """Raise BadInput if a text has fewer tokens than are needed."""
+    if tokens < needed:
+        raise BadInput(
+            f"{source} is too short: it has {tokens} tokens, and one sample needs {needed}",
+            fix=("take more text, or shorter samples with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
         )

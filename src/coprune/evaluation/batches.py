@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput
 from coprune.base.memory import freed_memory_kept
 from coprune.base.words import Setting
-from coprune.model.evaluating import evaluating
+from coprune.model.checkpoint.load import evaluating
 from coprune.model.walk.record import forward_logits, input_device
 
 Logits = Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.perplexity import window_nll
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.streamed import streamed_logits
+from coprune.model.walk.walk import streamed_logits
 
 CLEARLY_BETTER = 0.05
 """By so much perplexity has to fall for `auto` to leave the tokenizer's own habit."""

@@ -7,7 +7,9 @@ its, so that nothing is looked up that has changed since. Files that cannot be r
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +17,12 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from coprune.base.environment import user_cache
-from coprune.base.errors import about
+from coprune.base.errors import BadInput, about, unknown_name
 from coprune.base.files import write_text
+from coprune.base.words import Command, Set, Setting
 from coprune.data.local_text import files_of, looks_local, split_column
-from coprune.evaluation.texts import Text
+from coprune.recipe.recipe import Recipe
+from coprune.recipe.sources import exists
 
 Kept = TypeVar("Kept", bound=BaseModel)
 
@@ -112,3 +116,84 @@ def _digest(files: Iterable[Path]) -> str:
             while part := stream.read(2**22):
                 digest.update(part)
     return digest.hexdigest()
+
+
+# What a text may have of its own, and the setting of a recipe that it takes the place of.
+_SETTINGS = {"seqlen": ("seqlen", 2), "tokens": ("eval_tokens", 2), "batch_size": ("batch_size", 1)}
+_TEXT = re.compile(r"(?P<name>[^,]*?)(?P<settings>(?:@\w+=[^@,]*)*)")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text with what it has of its own."""
+
+    label: str
+    """As it was asked for."""
+    name: str
+    settings: dict[str, int]
+    """Settings of a recipe, which count for this text alone."""
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe that measures on this text alone."""
+        return recipe.replaced(eval_data=self.name, **self.settings)
+
+
+def split_texts(eval_data: str | None) -> list[Text]:
+    """Read a list of texts. Raises BadInput for a setting that is unknown or no whole number, or a text asked for twice."""
+    found: dict[str, Text] = {}
+    asked = eval_data or ""
+    for label in [asked] if exists(asked) else [part.strip() for part in asked.split(",")]:
+        if label in found:
+            raise BadInput(
+                f"the text {label} is asked for twice", field="eval_data", value=eval_data, fix="leave one out"
+            )
+        if label:
+            if exists(label):  # its name may hold an @
+                found[label] = Text(label, label, {})
+                continue
+            matched = _TEXT.fullmatch(label)
+            assert matched is not None  # the name takes whatever is no setting
+            found[label] = Text(label, matched["name"], _settings(label, matched["settings"]))
+    return list(found.values())
+
+
+def _settings(label: str, text: str) -> dict[str, int]:
+    settings = {}
+    for setting in text.split("@")[1:]:
+        key, value = setting.split("=", 1)
+        if key not in _SETTINGS:
+            raise unknown_name(f"setting of {label.split('@')[0]}:", key, _SETTINGS, field="eval_data")
+        field, least = _SETTINGS[key]
+        if not value.isdecimal() or int(value) < least:
+            raise BadInput(
+                f"{label}: {key} is a whole number of at least {least}, not {value!r}", field="eval_data", value=label
+            )
+        settings[field] = int(value)
+    return settings
+
+
+def plain_names(eval_data: str) -> list[str]:
+    """The names of texts that are all measured alike. Raises BadInput if there is none, or one has settings of its own."""
+    texts = split_texts(eval_data)
+    if not texts:
+        fix = ("name some, as in ", Set("eval_data", "embedded"), ", or leave it out")
+        raise BadInput("eval_data names nothing", field="eval_data", value=eval_data, fix=fix)
+    for text in texts:
+        if text.settings:
+            raise BadInput(
+                (
+                    "settings of one text, as in ",
+                    text.label,
+                    ", are for ",
+                    Command("evaluate"),
+                    " and ",
+                    Command("compare"),
+                ),
+                field="eval_data",
+                value=eval_data,
+                fix=(
+                    *("here ", Setting("seqlen"), ", ", Setting("eval_tokens"), " and ", Setting("batch_size")),
+                    " count for all texts",
+                ),
+            )
+    return [text.name for text in texts]

@@ -8,9 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
-from coprune.base.shown import Sheet, Shown, per_cent
-from coprune.evaluation.answers.facts import AnswerFacts
-from coprune.evaluation.answers.requirements import Requirement, answer_rows
+from coprune.base.words import Sheet, Shown, per_cent
+from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.measurement import Accuracy, Closeness, Perplexity
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown

@@ -5,20 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.base.shown import per_cent
-from coprune.base.words import Command, Set
+from coprune.base.words import Command, Set, per_cent
+from coprune.data.tokenizing import encode
 from coprune.evaluation.answers.look import Look
 from coprune.evaluation.answers.questions import plan_of
-from coprune.evaluation.sample import continue_text
+from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.zero_shot import PAPER_TASKS, ZeroShot, ZeroShotFacts, ZeroShotSettings, compare_zero_shot
 from coprune.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from coprune.model.opened import Loaded
+
 
 Which = Literal["dense", "pruned"]
 
@@ -131,3 +134,27 @@ def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
         asked.gen_kwargs,
         asked.log_samples,
     )
+
+
+NEW_TOKENS = 32
+
+
+def continue_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = NEW_TOKENS
+) -> str:
+    """Append the likeliest next tokens to a prompt, one by one; returns the continuation on one line.
+
+    It runs the whole text through the model for every token, which any model that can be measured can do, with or
+    without a cache of its own. It ends early at the tokenizer's end mark, and is empty for a prompt without tokens.
+    """
+    tokens = torch.tensor([encode(tokenizer, prompt)["input_ids"]], dtype=torch.int64)
+    start = tokens.shape[1]
+    if start == 0:
+        return ""
+    with inference_logits(model) as logits_of:
+        for _ in range(new_tokens):
+            following = logits_of(tokens)[:, -1].argmax(dim=-1, keepdim=True).cpu()
+            if int(following) == tokenizer.eos_token_id:
+                break
+            tokens = torch.cat([tokens, following], dim=1)
+    return " ".join(str(tokenizer.decode(tokens[0, start:], skip_special_tokens=True)).split())

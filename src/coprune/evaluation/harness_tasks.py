@@ -23,7 +23,7 @@ from coprune.base.errors import BadInput, about
 from coprune.base.words import Set, Setting, Words, parts_of
 from coprune.data.hub import require_dataset
 from coprune.evaluation.zero_shot import ZeroShotSettings
-from coprune.recipe.grammar import read_named
+from coprune.recipe.choice import read_named
 
 _PACKAGE = Path(__file__).parents[1]
 # In an installed package, and in a checkout.

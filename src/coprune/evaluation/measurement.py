@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 
 Interval = tuple[float, float]
 

@@ -20,9 +20,8 @@ from coprune.data.conversations import Document, Message, read_prompts, template
 from coprune.data.tokenizing import encode
 from coprune.evaluation.cache import EvaluationCache, default_cache_folder
 from coprune.model.blocks import find_blocks
-from coprune.model.generation import Generation, generate, positions_of
+from coprune.model.generation import Generation, ends_of, filling, generate, positions_of
 from coprune.model.opened import Loaded
-from coprune.model.text_ends import ends_of, filling
 from coprune.recipe.sources import Source
 
 _TOGETHER = PerMemory(host=16, gpu=64)

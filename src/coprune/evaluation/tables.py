@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from coprune.evaluation.answer_columns import answer_columns
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.words import Sheet, Shown, per_cent
+from coprune.evaluation.answers.answered import Way
 from coprune.evaluation.changes import AccuracyChange, Row
-from coprune.evaluation.columns import Column, Number, plain, share
 from coprune.evaluation.measurement import Accuracy, Interval
 from coprune.evaluation.zero_shot import MAIN_METRIC, Estimate, shown
 
@@ -130,3 +135,120 @@ def _task_columns(task: str, metric: str, index: int) -> list[Column]:
         _estimate(f"{task} {metric}", score, metric),
         _estimate(f"Δ {task} {metric}", delta, metric, signed=True),
     ]
+
+
+Number = float | int | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of every row. value: the bare number; show: the number for people."""
+
+    title: str
+    value: Callable[[Row], Number]
+    show: Callable[[Row], str]
+
+
+def plain(title: str, value: Callable[[Row], Number], form: str) -> Column:
+    """A column whose number people see in one form. form: as of `str.format`."""
+
+    def show(row: Row) -> str:
+        number = value(row)
+        return "" if number is None else form.format(number)
+
+    return Column(title, value, show)
+
+
+def share(title: str, value: Callable[[Row], Number], digits: int = 2) -> Column:
+    """A column of shares, which people see in per cent."""
+
+    def show(row: Row) -> str:
+        number = value(row)
+        return "" if number is None else per_cent(number, digits)
+
+    return Column(title, value, show)
+
+
+_FIGURES = {
+    "loops": ("answers that loop", "{}"),
+    "empty": ("answers that are empty", "{}"),
+    "ended": ("answers that end", "{}"),
+    "tokens": ("tokens per answer", "{:.1f}"),
+    "distinct2": ("distinct-2", "{:.3f}"),
+    "repeat": ("longest repeat", "{}"),
+    "seconds": ("seconds per answer", "{:.2f}"),
+}
+_LIKENESS = {"agreed": "tokens that agree", "script": "same script"}
+
+
+def answer_columns(sampled: bool, against: bool) -> list[Column]:
+    """The columns. sampled: whether answers were sampled too; against: whether there is a model beside the baseline."""
+    columns = _columns("greedy", against)
+    if against:
+        columns.append(plain("KL along answers", _kl, "{:.4f}"))
+    return columns + (_columns("sampled", against) if sampled else [])
+
+
+def _kl(row: Row) -> Number:
+    facts = row.evaluation.answers
+    return None if facts is None or facts.along is None else facts.along.kl
+
+
+def _columns(name: str, against: bool) -> list[Column]:
+    def way(row: Row) -> Way | None:
+        facts = row.evaluation.answers
+        return None if facts is None else facts.greedy if name == "greedy" else facts.sampled
+
+    def figure(field: str, title: str, form: str) -> Column:
+        def value(row: Row) -> Number:
+            found = way(row)
+            return None if found is None else getattr(found.figures, field)
+
+        return plain(f"{title}, {name}", value, form)
+
+    def likeness(field: str, title: str) -> Column:
+        def value(row: Row) -> Number:
+            found = way(row)
+            return None if found is None or found.likeness is None else getattr(found.likeness, field)
+
+        return share(f"{title}, {name}", value, 1)
+
+    columns = [figure(field, *shown) for field, shown in _FIGURES.items()]
+    return columns + ([likeness(field, title) for field, title in _LIKENESS.items()] if against else [])
+
+
+class Comparison(Shown, BaseModel):
+    """Several models; the first row is the baseline."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: tuple[Row, ...]
+
+    def headline(self) -> str:
+        """Which models were compared with which."""
+        first, *others = (row.name for row in self.rows)
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        return f"{', '.join(others[:3])}{more} with {first}"
+
+    def sheet(self) -> Sheet:
+        """Models as columns and figures as lines, since there are more figures than models."""
+        rows = [(column.title, *map(column.show, self.rows)) for column in columns_of(self.rows)]
+        return Sheet(self.headline(), rows, ("", *(row.name for row in self.rows)))
+
+    def to_markdown(self) -> str:
+        """The same as Markdown."""
+        sheet = self.sheet()
+        names = " | ".join(name.replace("|", "\\|") for name in sheet.columns[1:])
+        lines = [f"| | {names} |", "| --- |" + " ---: |" * len(self.rows)]
+        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sheet.rows)]) + "\n"
+
+    def to_csv(self) -> str:
+        """One line per model, with bare numbers (fractions rather than per cent) and empty fields where there is none."""
+        columns = columns_of(self.rows)
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["model", *(column.title for column in columns)])
+        for row in self.rows:
+            values = (column.value(row) for column in columns)
+            writer.writerow([row.name, *("" if value is None else repr(value) for value in values)])
+        return stream.getvalue()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ from transformers import (
 from coprune.base.devices import synchronize
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Advance
-from coprune.model.evaluating import evaluating
+from coprune.model.checkpoint.load import evaluating
 from coprune.model.walk.record import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -246,3 +249,21 @@ class _Heard(StoppingCriteria):
         ended = torch.isin(input_ids[:, self._start : -1], self._ends.to(input_ids.device)).any(dim=1)
         self._advance(float((~ended).sum()))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a text that a model writes: its tokenizer's, its settings' for generation, its configuration's."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    # Some configurations of text models inside of others do not have it at all.
+    return ends_among(tokenizer.eos_token_id, own, getattr(model.config.get_text_config(), "eos_token_id", None))
+
+
+def ends_among(*said: Any) -> tuple[int, ...]:
+    """Tokens that end a text, each once. said: ids, lists of ids, or None, as tokenizers and configurations have them."""
+    found = [end for one in said for end in (one if isinstance(one, list | tuple) else [one])]
+    return tuple(dict.fromkeys(end for end in found if isinstance(end, int)))
+
+
+def filling(pad: Any, ends: Sequence[int]) -> int:
+    """What fills a batch: the tokenizer's own token for that, else one that ends a text, else the first."""
+    return pad if isinstance(pad, int) else next(iter(ends), 0)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from coprune.base.errors import UnsupportedModel
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix, why_no_matrix
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from coprune.base.errors import VerificationError
 from coprune.base.reading import to_host
 from coprune.model.adapter_folder import verify_adapter
-from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.locate import ModelFolder, check_folder
+from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.edit import Configure, KeepExperts
 from coprune.model.edits import Edits
 from coprune.model.low_rank import factors_below, give
@@ -22,7 +22,7 @@ from coprune.model.matrices import checksum_of, find_matrices, mask_bits
 from coprune.model.removal.ties import Ties
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device
-from coprune.model.walk.streamed import streamed_logits
+from coprune.model.walk.walk import streamed_logits
 
 _TOKENS = 64  # of text, whose logits are compared
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, get_type_hints
 
@@ -16,19 +17,26 @@ from coprune.base.devices import describe, in_host_memory
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.native.build import instruction_set
-from coprune.model.checkpoint.load import explained, require_all_weights
-from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.shards import checkpoint_entries
-from coprune.model.evaluating import evaluating
+from coprune.base.words import Sheet, Shown
+from coprune.model.checkpoint.load import DtypeName, evaluating, explained, load_model, require_all_weights
+from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
+from coprune.model.checkpoint.shards import checkpoint_entries, shard_files
 from coprune.model.opened import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
-from coprune.packed.benched import Bench
-from coprune.packed.beside import bench_beside
 from coprune.packed.linear import pack_linears
-from coprune.packed.registration import register_with_transformers
-from coprune.packed.runtimes import InTransformers, Work, random_prompt, require_positions, time_runners
+from coprune.packed.quantizer import load_packed, register_with_transformers
+from coprune.packed.runtimes import (
+    InLlamaCpp,
+    InTransformers,
+    Runner,
+    Turns,
+    Work,
+    random_prompt,
+    require_positions,
+    time_runners,
+)
 from coprune.packed.semi_structured import convert_linears
-from coprune.packed.timing import Clock, measure_bandwidth
+from coprune.packed.timing import Clock, Timing, measure_bandwidth
 
 
 class BenchArguments(TypedDict, total=False):
@@ -180,3 +188,219 @@ def share_weights(model: nn.Module) -> Any:
     """A copy of the modules that holds the same parameters and buffers."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo)
+
+
+NO_GAIN = 1.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: a form of the model, at one batch size, in one phase."""
+
+    phase: str
+    """prefill (a whole prompt at once) or decode (one token per sequence)."""
+    form: str
+    """dense, packed (every layer that shrinks), accelerated (where a measurement wins) or semi-structured, some of them
+    compiled; where several models were measured, one of them in one runtime."""
+    batch: int
+    seconds: Timing
+    """Of one forward pass."""
+    tokens_per_second: float
+    speedup: float
+    """Median time of the baseline over this one's."""
+
+    @property
+    def milliseconds(self) -> str:
+        """Median and quartiles, for people."""
+        seconds = self.seconds
+        return f"{seconds.median * 1e3:.2f} ({seconds.low * 1e3:.2f}–{seconds.high * 1e3:.2f})"
+
+
+@dataclass(repr=False)
+class Bench(Shown):
+    """Everything that `bench` measured, on this machine."""
+
+    model: str
+    device: str
+    threads: int
+    dtype: str
+    instruction_set: str
+    bandwidth: float
+    """Bytes per second, measured; 0 where it was not (GPU)."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Of each form's weights in memory."""
+    rows: list[Row] = field(default_factory=list)
+    baselines: dict[str, str] = field(default_factory=dict)
+    """Which form each is compared with: dense, unless said otherwise."""
+    compiling: dict[str, float] = field(default_factory=dict)
+    """Seconds that the first step of each compiled form took, at the first batch size."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes on the disk of each form's weights, where several models were measured."""
+
+    def baseline(self, form: str) -> str:
+        """What a form is compared with."""
+        return self.baselines.get(form, "dense")
+
+    @property
+    def reference(self) -> str:
+        """What all ratios are to, in words."""
+        return "the first in the same runtime" if self.baselines else "dense"
+
+    def gains(self, row: Row) -> bool:
+        """Whether a form is faster than what it is compared with, or that itself."""
+        return row.form == self.baseline(row.form) or row.speedup >= NO_GAIN
+
+    def add(self, phase: str, batch: int, tokens: int, timings: Mapping[str, Timing]) -> None:
+        """Note how long a phase took in every form. tokens: of all sequences, in one forward pass."""
+        for form, timing in timings.items():
+            speedup = timings[self.baseline(form)].median / timing.median
+            self.rows.append(Row(phase, form, batch, timing, tokens / timing.median, speedup))
+
+    def add_turns(self, batch: int, prompt: int, turns: Turns, compiled: Iterable[str]) -> None:
+        """Note both phases of all forms at one batch size, and what the compiled ones waited for. prompt: tokens."""
+        self.add("prefill", batch, batch * prompt, turns.prefill)
+        self.add("decode", batch, batch, turns.decode)
+        for form in compiled:
+            self.compiling.setdefault(form, turns.first[form])
+
+    def headline(self) -> str:
+        """Model, device, and the best speed-up of decoding."""
+        best = max((row for row in self.rows if row.phase == "decode"), key=lambda row: row.speedup, default=None)
+        speed = "" if best is None else f", decodes {best.speedup:.2f}× as fast {best.form} (batch {best.batch})"
+        return f"{Path(self.model).name}: {self.dtype}, {self.threads} threads, {self.device}{speed}"
+
+    def sheet(self) -> Sheet:
+        """A row per measurement."""
+        rows = [
+            (
+                row.phase,
+                str(row.batch),
+                row.form,
+                row.milliseconds,
+                f"{row.tokens_per_second:.1f}",
+                f"{row.speedup:.2f}×",
+            )
+            for row in self.rows
+        ]
+        return Sheet(self.headline(), rows, ("phase", "batch", "form", "ms (quartiles)", "tokens/s", "speed-up"))
+
+    def __str__(self) -> str:
+        """A table for people, which says plainly where there is no gain."""
+        lines = [f"{self.model}: {self.dtype}, {self.threads} threads, {self.device}, {self.instruction_set}"]
+        wide = max(16, *map(len, self.bytes))
+        for form, size in self.bytes.items():
+            limit = f", memory allows {self.bandwidth / size:.1f} tokens/s" if self.bandwidth else ""
+            share = f"{size / self.bytes[self.baseline(form)]:.2f} of {self.reference}"
+            on_disk = f", {self.files[form] / 1e6:.1f} MB on the disk" if form in self.files else ""
+            waited = f", compiled in {self.compiling[form]:.0f} s" if form in self.compiling else ""
+            lines.append(f"{form:<{wide}} {size / 1e6:9.1f} MB in memory ({share}{limit}){on_disk}{waited}")
+        lines.append(
+            f"{'phase':<8} {'batch':>5} {'form':<{wide}} {'ms (quartiles)':>24} {'tokens/s':>9} {'speed-up':>9}"
+        )
+        for row in self.rows:
+            verdict = "" if self.gains(row) else "  no gain here"
+            lines.append(
+                f"{row.phase:<8} {row.batch:>5} {row.form:<{wide}} {row.milliseconds:>24} {row.tokens_per_second:>9.1f} "
+                f"{row.speedup:>8.2f}×{verdict}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model in a runtime."""
+
+    name: str
+    kind: str
+    """Runtime and type; the first of a kind is what the others of it are compared with."""
+    runner: Runner
+    file_bytes: int
+    vocabulary: int
+
+    @property
+    def form(self) -> str:
+        """What the tables call it."""
+        return f"{self.name} in {self.kind}"
+
+
+@torch.no_grad()
+def bench_beside(
+    models: Sequence[Path | str],
+    work: Work,
+    dtype: DtypeName = "auto",
+    *,
+    compiles: bool = False,
+    clock: Clock = time.perf_counter,
+) -> Bench:
+    """Measure prefill and decoding of several models in turns, on the CPU.
+
+    Args:
+        models: Hub ids, folders and `smollm2-135m` run in transformers, GGUF files that are named as files in llama.cpp.
+        work: what is timed; more than one sequence at a time only in transformers.
+        dtype: of the weights in transformers.
+        compiles: whether those in transformers decode with a compiled step.
+        clock: see time_in_turns.
+
+    Raises:
+        BadInput: a model is not there, or llama.cpp is not installed.
+    """
+    entrants = [_enter(model, work, dtype, compiles) for model in models]
+    first: dict[str, str] = {}
+    for one in entrants:
+        first.setdefault(one.kind, one.form)
+    forms = {one.form: one for one in entrants}
+    if len(forms) < len(entrants):
+        raise BadInput("two of the models have one name and runtime", field="model", fix="rename one")
+    result = Bench(
+        model=", ".join(dict.fromkeys(one.name for one in entrants)),
+        device=describe(torch.device("cpu")),
+        threads=torch.get_num_threads(),
+        dtype=", ".join(dict.fromkeys(one.kind for one in entrants)),
+        instruction_set=instruction_set(),
+        bandwidth=measure_bandwidth(clock=clock),
+        bytes={form: one.runner.bytes for form, one in forms.items()},
+        baselines={form: first[one.kind] for form, one in forms.items()},
+        files={form: one.file_bytes for form, one in forms.items()},
+    )
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(one.vocabulary for one in entrants)
+    for batch in work.batches:
+        if compiles:
+            torch.compiler.reset()  # it compiles few sizes at a time, and those of other batches come no more
+        ids = random_prompt(vocabulary, batch, work.prompt, generator)
+        runners = {
+            form: one.runner for form, one in forms.items() if batch == 1 or isinstance(one.runner, InTransformers)
+        }
+        in_transformers = [form for form, runner in runners.items() if isinstance(runner, InTransformers)]
+        turns = time_runners(runners, ids, work, clock)
+        result.add_turns(batch, work.prompt, turns, in_transformers if compiles else [])
+    return result
+
+
+def _enter(model: Path | str, work: Work, dtype: DtypeName, compiles: bool) -> Entrant:
+    path = expand_home(model)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        llama = InLlamaCpp(path, work.prompt + work.tokens + 1)
+        return Entrant(path.name, f"llama.cpp {llama.type}", llama, path.stat().st_size, llama.vocabulary)
+    register_with_transformers()
+    location = locate(model)
+    packed = isinstance(location, ModelFolder) and is_packed(location)
+    # Kept packed, which is what is to be measured; what loads a folder for other work unpacks it.
+    loaded: Any = (
+        load_packed(location.path, dtype=dtype).eval() if packed else load_model(location, dtype, processed=False)[0]
+    )
+    require_positions(loaded, work)
+    name = str(model) if not path.is_dir() else path.name
+    kind = f"transformers {str(loaded.dtype).removeprefix('torch.')}"
+    files = [location.path] if isinstance(location, GgufFile) else shard_files(location.path)
+    size = sum(file.stat().st_size for file in files)
+    vocabulary = loaded.config.get_text_config().vocab_size
+    if packed:
+        accelerate(loaded)  # what stayed dense may have a faster product
+    kind += ", compiled" if compiles else ""
+    runner = InTransformers(loaded, work.prompt + work.tokens if compiles else None)
+    return Entrant(f"{name}, packed" if packed else name, kind, runner, size, vocabulary)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coprune.model.checkpoint.names import QUANT_METHOD
-from coprune.packed.format import Format, pack_tensor, unpack_tensor
-from coprune.packed.header import VERSION, is_packed
-from coprune.packed.shards import METADATA_KEY, ShardWriter, stored_checksum
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.shards import DTYPES, QUANT_METHOD, parse_header, read_header_bytes
+from coprune.packed.format import Format, check_packed, pack_tensor, unpack_tensor
+from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed, read_header
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,147 @@ def shard_metadata(packed: Sequence[str], checksums: dict[str, int]) -> dict[str
     """What a packed file's header says of it. checksums: `stored_checksum` of every tensor."""
     content = {"version": VERSION, "packed": list(packed), "crc32": checksums}
     return {"format": "pt", METADATA_KEY: json.dumps(content, separators=(",", ":"))}
+
+
+METADATA_KEY = "coprune"
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what safetensors says about a file into BadInput with the file's name."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} cannot be read as safetensors ({error})", fix="it may be cut off") from error
+    except BadInput as error:
+        raise error.within(str(path)) from error
+
+
+def stored_order(header: bytes) -> dict[str, int]:
+    """Names in the order of their data, and the bytes of each. Raises BadInput on anything that is not a header."""
+    return {name: stored.end - stored.begin for name, stored in parse_header(header).items()}
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a safetensors file in the order of its data. Raises BadInput if it cannot be read."""
+    with readable(path):
+        names = stored_order(read_header_bytes(path))
+    with readable(path), safe_open(str(path), framework="pt") as file:
+        for name in names:
+            yield name, file.get_tensor(name)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What pack wrote into a shard's header: version, names of packed tensors, checksums of dense ones.
+
+    Empty where the file has none. Raises BadInput if it cannot be read.
+    """
+    with readable(path), safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        metadata = json.loads(text)
+        version, checksums = metadata["version"], metadata["crc32"]
+        if version == VERSION and isinstance(checksums, dict) and all(isinstance(n, str) for n in metadata["packed"]):
+            return dict(metadata)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: coprune's part of the header is damaged") from error
+    raise BadInput(
+        f"{path} has version {version} of the packed format, and this coprune reads version {VERSION}",
+        fix="update coprune",
+    )
+
+
+def stored_checksum(tensor: Tensor) -> int:
+    """CRC-32 by which a tensor is known beside its name: of a packed one that in its header, else of its bytes."""
+    return read_header(tensor).checksum if is_packed(tensor) else zlib.crc32(tensor_bytes(tensor))
+
+
+def check_shard(path: Path) -> dict[str, Header | None]:
+    """Check every tensor of a packed file against its checksum.
+
+    Returns every tensor's header, None for those that are not packed.
+    """
+    metadata = read_metadata(path)
+    checksums = metadata.get("crc32", {})
+    headers: dict[str, Header | None] = {}
+    for name, tensor in read_tensors(path):
+        headers[name] = None
+        with named(path, name):
+            if is_packed(tensor):
+                headers[name] = check_packed(tensor)
+            elif name in metadata.get("packed", []):
+                raise BadInput("it should be packed and is not", fix="copy or pack the model again")
+            # Of a packed tensor too, since one of another layer is whole in itself.
+            if name in checksums and stored_checksum(tensor) != checksums[name]:
+                raise BadInput("the checksum does not match", fix="copy or pack the model again")
+    missing = (set(checksums) | set(metadata.get("packed", []))) - headers.keys()
+    if missing:
+        raise BadInput(f"{path}: {sorted(missing)[0]} is missing", fix="copy or pack the model again")
+    return headers
+
+
+@contextmanager
+def named(path: Path, name: str) -> Iterator[None]:
+    """Say which file and tensor a BadInput is about."""
+    try:
+        yield
+    except BadInput as error:
+        raise error.within(f"{path}: tensor {name}") from error
+
+
+def _room_of(name: str) -> int:
+    """Bytes of a header that a tensor takes: its own entry and, quoted once more, two in coprune's metadata."""
+    once = json.dumps(name)
+    twice = len(json.dumps(once))
+    return len(once) + twice + max(256, twice + 128)
+
+
+class ShardWriter:
+    """Writes a safetensors file tensor by tensor. The file must not be used before `finish`."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        """path: the file; names: every tensor that may be added (they set the room left for the header)."""
+        room = 512 + sum(map(_room_of, names))
+        self.header_bytes = -(-(8 + room) // ALIGNMENT) * ALIGNMENT - 8
+        self.file = path.open("wb")
+        self.file.seek(8 + self.header_bytes)
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.end = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one contiguous CPU tensor."""
+        data = tensor_bytes(tensor)
+        self.file.write(data)
+        offsets = [self.end, self.end + data.nbytes]
+        self.entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        self.end = offsets[1]
+
+    def finish(self, metadata: dict[str, str]) -> None:
+        """Write the header and close the file."""
+        header = json.dumps({"__metadata__": metadata, **self.entries}, separators=(",", ":")).encode()
+        self.file.seek(0)
+        self.file.write(struct.pack("<Q", self.header_bytes) + header.ljust(self.header_bytes, b" "))
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()

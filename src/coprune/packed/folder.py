@@ -7,10 +7,15 @@ configuration, the index, the safetensors headers) in `coprune_packed.json`, so 
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +23,24 @@ from torch import Tensor
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
-from coprune.base.output_names import require_own_name
-from coprune.base.whole_folder import whole_folder
-from coprune.model.checkpoint.header import read_header_bytes
-from coprune.model.checkpoint.names import QUANT_METHOD
-from coprune.model.checkpoint.own_files import own_files
-from coprune.model.checkpoint.shards import read_json, shard_files
-from coprune.packed.card import dense_card, packed_card
-from coprune.packed.encoding import PackedEncoding, shard_metadata
-from coprune.packed.format import FORMATS, Format, pack_tensor, unpack_tensor
-from coprune.packed.header import is_packed
-from coprune.packed.manifest import CARD, CONFIG, INDEX, MANIFEST, read_manifest, write_manifest
-from coprune.packed.shards import (
+from coprune.base.files import require_own_name, whole_folder
+from coprune.base.words import Set, Sheet, Shown, say
+from coprune.model.checkpoint.companions import own_files
+from coprune.model.checkpoint.shards import MAX_HEADER_BYTES, QUANT_METHOD, read_header_bytes, read_json, shard_files
+from coprune.packed.encoding import (
     DTYPE_NAMES,
+    PackedEncoding,
     ShardWriter,
     check_shard,
     named,
     read_tensors,
+    shard_metadata,
     stored_checksum,
     stored_order,
     tensor_bytes,
 )
-from coprune.packed.sizes import Sizes
+from coprune.packed.format import FORMATS, Format, negative_zeros, pack_tensor, unpack_tensor
+from coprune.packed.header import VERSION, is_packed
 
 
 def pack(source: Path | str, target: Path | str, format: Format = "auto", drop_negative_zeros: bool = False) -> Sizes:
@@ -245,3 +246,118 @@ def _unpack_shard(source: Path, target: Path, header: bytes | None) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+IMPORT = "import coprune  # lets transformers load packed weights\n"
+STORED = {
+    "dense": "The weights are stored dense, so any tool that loads the original loads this.",
+    "packed": "The weights are stored packed: `pip install coprune`, and `import coprune` before transformers loads this folder. "
+    "`coprune unpack FOLDER DENSE` makes a dense folder of it that needs no coprune.",
+}
+"""How weights are stored, by the encoding."""
+
+
+def packed_card(card: str) -> str:
+    """The card of a dense folder as that of the packed one: it says how to load, first of all if nothing else did."""
+    said = card.replace(STORED["dense"], STORED["packed"])
+    said = re.sub(r"^(```python\n)(?=from transformers import)", rf"\1{IMPORT}", said, count=1, flags=re.MULTILINE)
+    if STORED["packed"] in said:
+        return said
+    head = re.match(r"\s*---\n.*?\n---\n", said, flags=re.DOTALL)
+    end = head.end() if head else 0
+    return f"{said[:end]}\n> {STORED['packed']}\n\n{said[end:].lstrip()}"
+
+
+def dense_card(card: str) -> str:
+    """The card of a folder that a run wrote packed as that of a dense one."""
+    return card.replace(STORED["packed"], STORED["dense"]).replace(IMPORT, "")
+
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "coprune_packed.json"
+CARD = "README.md"
+
+
+def write_manifest(path: Path, files: Mapping[str, bytes], headers: Mapping[str, bytes]) -> None:
+    """Keep the configuration, index and card, and every safetensors file's header, as they were."""
+    content = {
+        "version": VERSION,
+        "files": {name: file.decode("utf-8") for name, file in files.items()},
+        "safetensors_headers": {
+            name: base64.b64encode(zlib.compress(header)).decode() for name, header in headers.items()
+        },
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The files and headers that were replaced. Raises BadInput if the manifest is damaged."""
+    content = read_json(path)
+    try:
+        files, headers = content.get("files", {}), content.get("safetensors_headers", {})
+        if not set(files) <= {CONFIG, INDEX, CARD}:
+            raise ValueError("it names other files")
+        restored = {name: text.encode("utf-8") for name, text in files.items()}
+        return restored, {name: _inflated(header) for name, header in headers.items()}
+    except (binascii.Error, zlib.error, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path} is damaged ({str(error)[:100]})", fix="copy or pack the model again") from error
+
+
+def _inflated(header: Any) -> bytes:
+    """A header as it was. A small one can stand for gigabytes, so no more is written than a header may have."""
+    stream = zlib.decompressobj()
+    found = stream.decompress(base64.b64decode(header, validate=True), MAX_HEADER_BYTES + 1)
+    if len(found) > MAX_HEADER_BYTES or not stream.eof:
+        raise ValueError("a header is cut off or too large")
+    return found
+
+
+@dataclass(repr=False)
+class Sizes(Shown):
+    """Bytes of a checkpoint's tensors, dense and packed."""
+
+    folder: Path
+    """Of the packed checkpoint."""
+    dense: int = 0
+    packed: int = 0
+    bytes_before: int = 0
+    """Dense bytes of those tensors that were packed."""
+    bytes_after: int = 0
+    """Packed bytes of the same tensors."""
+    negative_zeros: int = 0
+    """−0.0 found in matrices. Stored as values, they make a checkpoint larger than its zeros would suggest."""
+    drops_negative_zeros: bool = False
+    names: list[str] = field(default_factory=list)
+    """The tensors that were packed."""
+
+    def count(self, name: str, tensor: Tensor, packed: Tensor | None) -> None:
+        """Add a dense tensor, and what it was packed into; None where it stayed as it was."""
+        if tensor.ndim >= 2 and tensor.is_floating_point():
+            self.negative_zeros += int(negative_zeros(tensor).sum())
+        dense = tensor.numel() * tensor.dtype.itemsize
+        self.dense += dense
+        if packed is not None:
+            self.names.append(name)
+            self.bytes_before += dense
+            self.bytes_after += packed.numel()
+
+    @property
+    def ratio(self) -> float:
+        """Packed over dense bytes."""
+        return self.packed / max(self.dense, 1)
+
+    def headline(self) -> str:
+        """Where the checkpoint is, and its size."""
+        return f"{self.folder}: {self.packed:,} bytes, {self.ratio:.3f} of dense"
+
+    def sheet(self) -> Sheet:
+        """Bytes before and after."""
+        rows = [
+            ("packed", f"{len(self.names)} tensors, {self.bytes_before:,} → {self.bytes_after:,} bytes"),
+            ("in all", f"{self.dense:,} → {self.packed:,} bytes ({self.ratio:.3f}) in {self.folder}"),
+        ]
+        if self.negative_zeros and not self.drops_negative_zeros:
+            smaller = say((Set("drop_negative_zeros", True), " makes it smaller"))
+            rows.append(("note", f"{self.negative_zeros:,} weights are -0.0 and kept; {smaller}"))
+        return Sheet(self.headline(), rows)

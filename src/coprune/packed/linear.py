@@ -12,8 +12,15 @@ from coprune.base.errors import BadInput
 from coprune.base.native.product import NativeMatrix
 from coprune.packed.format import check_packed
 from coprune.packed.header import Header, read_header
-from coprune.packed.matrix import dense_matrix, for_kernels, native_matrix, pack_matrix, row_starts
-from coprune.packed.operator import Weight, packed_linear
+from coprune.packed.operator import (
+    Weight,
+    dense_matrix,
+    for_kernels,
+    native_matrix,
+    pack_matrix,
+    packed_linear,
+    row_starts,
+)
 from coprune.packed.two_of_four import stores_two_of_four
 
 

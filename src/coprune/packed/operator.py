@@ -12,19 +12,24 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coprune.base.devices import in_host_memory
+from coprune.base.errors import BadInput
+from coprune.base.kernels.table import kernel, triton_is_there
 from coprune.base.native.build import MatrixStruct, load_kernels
-from coprune.base.native.product import IN_KERNEL, NativeMatrix, matrix_at, multiply_at, serves
-from coprune.packed.header import Header
-from coprune.packed.matrix import dense_matrix
-from coprune.packed.of_few import kernel_serves, product_of_few
-from coprune.packed.proven import by_the_faster
+from coprune.base.native.product import IN_KERNEL, NativeMatrix, count_rows, matrix_at, multiply_at, serves
+from coprune.packed.format import aligned_bytes, assemble_packed, in_byte_order, keep_bits, pack_tensor
+from coprune.packed.header import Header, read_header
 from coprune.packed.semi_structured import product_of_many, product_serves
+from coprune.packed.timing import Kind, Product, by_the_faster
+from coprune.packed.two_of_four import fill_up
 
 _library = torch.library.Library("coprune", "DEF")
 _FIELDS = "Tensor packed, Tensor starts, Tensor? bias, int inputs, ScalarType dtype, bool two_of_four"
@@ -160,3 +165,98 @@ for _name in ("packed_linear", "packed_product"):
     torch.library.register_fake(f"coprune::{_name}", _shape_alone, lib=_library)
 torch.library.register_autograd("coprune::packed_linear", _backward, setup_context=_remember, lib=_library)
 _library.impl("packed_product", torch.library.fallthrough_kernel, "Autograd")
+
+
+def pack_matrix(weight: Tensor) -> Tensor | None:
+    """Pack an O × I weight for multiplication (bitmask layout), or None where that would not be smaller.
+
+    Negative zeros become zeros, which no product tells apart.
+    """
+    return pack_tensor(weight, "bitmask", drop_negative_zeros=True)
+
+
+def for_kernels(blob: Tensor) -> Tensor:
+    """The same matrix in the bitmask layout that the kernels read, at aligned bytes; a 2:4 one may gain zeros (`fill_up`).
+
+    blob: a packed tensor that check_packed accepts, with two dimensions (else BadInput).
+    """
+    header = read_header(blob)
+    if len(header.shape) != 2:
+        raise BadInput(f"a packed tensor of the shape {header.shape} is not a matrix")
+    if header.layout == "bitmask":
+        return fill_up(aligned_bytes(blob), header)
+    # Padding zeros of the N:M layout stay values: dropping them would need another pass for a few bytes.
+    pattern = np.packbits(keep_bits(blob, header), bitorder="little")
+    bitmask = Header("bitmask", header.dtype, header.shape, header.kept)
+    stored = aligned_bytes(blob)[header.values_at : header.values_at + header.values_bytes]
+    return assemble_packed(bitmask, pattern, in_byte_order(stored, header.dtype.itemsize))
+
+
+def row_starts(blob: Tensor, header: Header) -> Tensor:
+    """How many values come before each row of a packed matrix in the bitmask layout.
+
+    Args:
+        blob: on any device.
+        header: its header.
+
+    Returns:
+        O + 1 int64 on its device; the last is the number of all values.
+
+    Raises:
+        BadInput: the bitmask has another number of ones than there are values, which kernels would read past.
+    """
+    starts = count_rows(blob, header) if in_host_memory(blob.device) else None
+    if starts is None:
+        ones = _bits(blob, header).reshape(header.shape).sum(dim=1, dtype=torch.int64)
+        starts = torch.cat([ones.new_zeros(1), ones.cumsum(0)])
+    if int(starts[-1]) != header.kept:
+        raise BadInput("damaged packed matrix: the bitmask and the number of values disagree")
+    return starts
+
+
+def native_matrix(blob: Tensor, starts: Tensor, header: Header, bias: Tensor | None) -> NativeMatrix | None:
+    """Prepare a packed matrix for the kernels; None where they do not serve its device or dtype or are missing."""
+    found: NativeMatrix | None = kernel("packed_product", blob.device)(blob, starts, header, bias)
+    return found
+
+
+def dense_matrix(blob: Tensor, header: Header) -> Tensor:
+    """The dense weight of a packed matrix in the bitmask layout, on the blob's device. Only torch operations."""
+    keep = _bits(blob, header).to(torch.bool)
+    stored = blob[header.values_at : header.values_at + header.values_bytes]
+    values = in_byte_order(stored, header.dtype.itemsize).view(header.dtype)
+    dense = torch.zeros(header.numel, dtype=header.dtype, device=blob.device)
+    return dense.masked_scatter_(keep, values).reshape(header.shape)
+
+
+def _bits(blob: Tensor, header: Header) -> Tensor:
+    """The bitmask, an uint8 for every weight."""
+    pattern = blob[header.pattern_at : header.pattern_at + header.pattern_bytes]
+    shifts = torch.arange(8, dtype=torch.uint8, device=blob.device)
+    return ((pattern[:, None] >> shifts) & 1).reshape(-1)[: header.numel]
+
+
+MOST_INPUTS = 16
+"""With more, a product of a dense copy is bound by arithmetic and no longer by what is read."""
+
+
+def kernel_serves(x: Tensor, header: Header) -> bool:
+    """Whether Triton is there and its kernel takes such inputs. x: T × I."""
+    few = 0 < len(x) <= MOST_INPUTS
+    return few and x.dtype == header.dtype and header.shape[1] % 32 == 0 and triton_is_there()
+
+
+def product_of_few(x: Tensor, blob: Tensor, header: Header, starts: Tensor) -> tuple[Kind, Product]:
+    """What multiplies from the packed bytes, and the kind of product that it would be.
+
+    Args:
+        x: T × I, which `kernel_serves`.
+        blob: the weight in the bitmask layout, as `for_kernels` gives it.
+        header: of the weight, O × I.
+        starts: O + 1 int64, as `row_starts` gives them.
+    """
+    from coprune.packed.triton_kernel import multiply
+
+    twentieths = round(20 * header.kept / header.numel)
+    kind = Kind("from the bitmask, by Triton", x.device, header.shape, header.dtype, twentieths, len(x))
+    return kind, partial(multiply, blob, header, starts)

@@ -8,8 +8,15 @@ length of the packed tensor; transformers fills it as any other.
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,26 +25,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.pages import page_out
+from coprune.base.memory import page_out
 from coprune.base.words import Command
-from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.shards import QUANT_METHOD, kinds_of
 from coprune.model.transformers_private import (
     Converter,
     HfQuantizer,
     Operation,
     QuantizationConfig,
+    Renaming,
     begin_with,
+    conversions_of,
     convert_every_tensor,
     set_conversions_to_revert,
+    tied_names,
 )
-from coprune.packed.folder import is_packed_folder
+from coprune.packed.encoding import check_shard
+from coprune.packed.folder import CONFIG, is_packed_folder
 from coprune.packed.format import expand_checked
 from coprune.packed.header import VERSION, Header, is_packed, read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
-from coprune.packed.manifest import CONFIG
-from coprune.packed.registration import register_with_transformers
-from coprune.packed.shards import check_shard
-from coprune.packed.slots import insert_slots, keys_in_model
 
 
 class _Asked(Enum):
@@ -222,3 +229,113 @@ def _dtype_of(model: nn.Module, name: str) -> torch.dtype | None:
     owner, _, last = name.rpartition(".")
     wanted = getattr(model.get_submodule(owner), last, None)
     return wanted.dtype if isinstance(wanted, Tensor) and wanted.is_floating_point() else None
+
+
+logger = logging.getLogger(__name__)
+
+
+def keys_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The model's name for every tensor of the files, and whether its layout changes on the way.
+
+    Raises BadInput where two tensors would become one parameter: one would be checked and the other computed with.
+    """
+    known = dict(model.state_dict())
+    renaming = Renaming(model, conversions_of(model), known)
+    found: dict[str, tuple[str, bool]] = {}
+    sources: dict[str, str] = {}
+    for key in keys:
+        name, changes = found[key] = renaming.of(key)
+        if changes or name not in known:
+            continue
+        if name in sources:
+            raise BadInput(f"{sources[name]} and {key} are both {name}", fix="copy or pack the model again")
+        sources[name] = key
+    return found
+
+
+def insert_slots(model: PreTrainedModel, headers: dict[str, Header], keys: dict[str, tuple[str, bool]]) -> set[str]:
+    """Replace the linear layers whose packed weight arrives whole. Returns the weights' names in the model."""
+    tied, parameters = tied_names(model), dict(model.state_dict())
+    slots: set[str] = set()
+    left: list[str] = []
+    for key, header in headers.items():
+        name, changes = keys[key]
+        if name in tied:
+            continue  # the embedding, of which single rows are read
+        module = model.get_submodule(name.rpartition(".")[0]) if name in parameters and not changes else None
+        if type(module) is not nn.Linear or tuple(module.weight.shape) != header.shape:
+            left.append(key)
+            continue
+        if module.weight.dtype != header.dtype:
+            logger.warning(
+                "%s is stored as %s and wanted as %s, so it is unpacked", name, header.dtype, module.weight.dtype
+            )
+            continue
+        model.set_submodule(name.removesuffix(".weight"), PackedSlot(header, module))
+        slots.add(name)
+    if left:
+        logger.warning(
+            "dense in memory, since only linear layers multiply from packed weights: %s", ", ".join(kinds_of(left))
+        )
+    return slots
+
+
+TABLE = "transformers.quantizers.auto"
+
+
+def register_with_transformers() -> None:
+    """Make packed folders loadable by transformers, now or when it is imported. May be called more than once."""
+    if TABLE in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TableFinder())
+
+
+def _register() -> None:
+    table = sys.modules[TABLE]
+    table.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, _make_quantizer)
+    table.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, _Config)
+
+
+# Stand-ins, because this runs in the middle of transformers' own imports, when its models cannot be imported yet.
+def _make_quantizer(config: Any, **options: Any) -> Any:
+
+    return CopruneQuantizer(config, **options)
+
+
+class _Config:
+    @staticmethod
+    def from_dict(content: dict[str, Any], **options: Any) -> Any:
+
+        return CopruneConfig.from_dict(content, **options)
+
+
+class _TableFinder(importlib.abc.MetaPathFinder):
+    """Finds one module, through the other finders, and wraps its loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != TABLE:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)  # its work is done, and the search below must not come back here
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)  # get_source and the like

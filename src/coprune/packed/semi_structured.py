@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from coprune.base.devices import capability
 from coprune.packed.header import Header
-from coprune.packed.proven import Kind, Product, gives_the_same
+from coprune.packed.timing import Kind, Product, gives_the_same
 from coprune.packed.two_of_four import CODES, COLUMNS, DTYPES, ROWS, fits
 
 INPUTS = 8

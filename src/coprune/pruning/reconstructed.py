@@ -12,8 +12,7 @@ from coprune.model.matrices import Matrix, find_matrices, mask_checksum
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import BlockDone
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.refine.examples import Examples
-from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.pruning.refine.reconstruct import Examples, Reconstruction
 from coprune.pruning.refine.trained import Trained, names_of, trained_in
 
 RECONSTRUCTED = "block reconstruction: "

@@ -5,16 +5,17 @@ A fine-tuning has the same settings, so each is a type of its own.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Piece, Set, Words
-from coprune.recipe.conditions import Condition, read_conditions
-from coprune.recipe.decides import Decides, Shown
-from coprune.recipe.parts import Part
+from coprune.recipe.parts import Decides, Part, Shown
 
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
@@ -100,3 +101,114 @@ def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
             continue
         return BadInput((f"{condition.text} is about ", *cause), field="require", value=asked.require, fix=fix)
     return None
+
+
+FIGURES: dict[str, str] = {
+    "loops": "answers that loop",
+    "empty": "answers that say nothing: white space and punctuation at most",
+    "ended": "answers that end by themselves",
+    "tokens": "mean tokens of an answer",
+    "seconds": "mean seconds of an answer",
+    "distinct1": "mean share of distinct words (tokens) of an answer",
+    "distinct2": "mean share of distinct pairs of tokens",
+    "distinct3": "mean share of distinct threes of tokens",
+    "repeat": "tokens of the longest stretch in any answer that says something twice or more in a row",
+}
+"""Figures of one model's answers."""
+LIKENESS: dict[str, str] = {
+    "length": "mean tokens over the dense model's",
+    "agreed": "mean share of the dense model's tokens before the first difference",
+    "script": "mean share of letters in the dense model's scripts",
+    "kl": "mean KL(dense ‖ this) along the dense model's own answers, in nats per token",
+}
+"""Figures against the dense model's answers."""
+_SAMPLED = "sampled"
+_SIZE = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_CONDITION = re.compile(
+    r"(?:(?P<way>\w+)\.)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*"
+    rf"(?:(?P<dense>dense)\s*(?P<offset>[+-]\s*{_SIZE})?|(?P<number>[+-]?{_SIZE}))"
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One of them, read."""
+
+    text: str
+    name: str
+    sampled: bool
+    """Whether it is about the sampled answers, not the likeliest ones."""
+    sign: str
+    number: float
+    """What the figure is compared with, or what is added to the dense model's."""
+    against_dense: bool
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model's answers have to be known."""
+        return self.against_dense or self.name in LIKENESS
+
+    def holds(self, figure: float, dense: float | None) -> bool:
+        """Whether a figure is as required. dense: the same of the dense model, where it is compared with that."""
+        bound = self.number + (dense or 0.0) if self.against_dense else self.number
+        if self.sign == "<=":
+            return figure <= bound
+        if self.sign == ">=":
+            return figure >= bound
+        return figure < bound if self.sign == "<" else figure > bound
+
+
+def read_conditions(text: str | None) -> tuple[Condition, ...]:
+    """Read conditions with commas between them.
+
+    Args:
+        text: as it was given; None for none.
+
+    Returns:
+        The conditions, all of which have to hold.
+
+    Raises:
+        BadInput: one names no figure, or is not written as a condition.
+    """
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    # A comma at the end is no mistake that changes what is meant.
+    return tuple(map(_read, parts[:-1] if parts[1:] and not parts[-1] else parts))
+
+
+def no_emptier(conditions: Sequence[Condition], beside_dense: bool) -> tuple[Condition, ...]:
+    """Return what goes without saying wherever something is required: no answer is empty, or no more than the dense model's.
+
+    Empty answers neither loop nor repeat, so they would pass most conditions. A condition on empty answers replaces this,
+    for greedy and for sampled answers each.
+    """
+    said = {condition.sampled for condition in conditions if condition.name == "empty"}
+    ways = sorted({condition.sampled for condition in conditions} - said)
+    bound = "dense" if beside_dense else "0"
+    return tuple(_read(f"{_SAMPLED}.empty<={bound}" if sampled else f"empty<={bound}") for sampled in ways)
+
+
+def _read(text: str) -> Condition:
+    found = _CONDITION.fullmatch(text)
+    if found is None:
+        fix = "write a figure, <, <=, > or >=, and a number, dense, or dense+1: loops<=dense+1,kl<0.5"
+        raise BadInput(f"{text!r} is no condition", field="require", value=text, fix=fix)
+    name, way = found["name"], found["way"]
+    if name not in FIGURES and name not in LIKENESS:
+        raise unknown_name("figure of answers", name, [*FIGURES, *LIKENESS], field="require")
+    if way not in (None, _SAMPLED):
+        raise unknown_name("kind of answers", way, [_SAMPLED], field="require")
+    if way is not None and name == "kl":
+        fix = "leave out 'sampled.'"
+        raise BadInput("kl is measured along the likeliest answers", field="require", value=text, fix=fix)
+    dense = found["dense"] is not None
+    if dense and name in LIKENESS:
+        fix = f"give a number, as in {name}{found['sign']}0.5"
+        raise BadInput(
+            f"{name} says already how the dense model's answers compare", field="require", value=text, fix=fix
+        )
+    number = found["offset"] if dense else found["number"]
+    return Condition(
+        text, name, way is not None, found["sign"], float((number or "0").replace(" ", "")), against_dense=dense
+    )

@@ -8,10 +8,9 @@ from pydantic import Field
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
-from coprune.recipe.decides import Decides, Shown
 from coprune.recipe.flat import word_for
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import Part
+from coprune.recipe.parts import Decides, Part, Shown
 
 _RESULT = Decides.RESULT | Decides.COST
 Mode = Literal["lora", "dense", "distill", "lora-distill"]

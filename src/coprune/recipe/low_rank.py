@@ -8,10 +8,9 @@ from pydantic import Field
 
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut, Set, Setting, Words
-from coprune.recipe.decides import Decides
 from coprune.recipe.finetune import FinetunePart
 from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import Part
+from coprune.recipe.parts import Decides, Part
 from coprune.recipe.structure import StructurePart
 
 _RESULT = Decides.RESULT | Decides.COST

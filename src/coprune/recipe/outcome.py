@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from coprune.recipe.decides import Decides, Shown
-from coprune.recipe.parts import Part
+from coprune.recipe.parts import Decides, Part, Shown
 
 _RESULT = Decides.RESULT | Decides.COST
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST

@@ -6,16 +6,79 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable, Mapping
+from enum import Enum, Flag, auto
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
 from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
 from coprune.base.validation import is_text, one_is_enough
-from coprune.recipe.decides import Decides, Shown
+from coprune.base.words import Command, Words
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.sources import split_sources, text_of
+
+
+class Decides(Flag):
+    """What changes when a setting does; several at once with `|`."""
+
+    WHERE = 0
+    """Nothing but where things are read from, written to and told."""
+    RESULT = auto()
+    """The weights, and what is noted of them while they are pruned or trained."""
+    ROUNDING = auto()
+    """The last bits of the result: in which order sums are added up."""
+    MEASUREMENT = auto()
+    """What is measured of the result."""
+    COST = auto()
+    """Memory and time."""
+    WHETHER = auto()
+    """Only whether it is given counts, not what it says."""
+    WHOLE = RESULT | ROUNDING | MEASUREMENT
+    """The result to the last bit, and what is measured of it."""
+
+
+class Shown(Enum):
+    """Where `--help` shows the setting."""
+
+    COMMON = auto()
+    """In the short help, since most people need it at some time; every other one in `--help-all`."""
+
+
+def is_common(field: FieldInfo) -> bool:
+    """Return whether the field says that most people need it."""
+    return Shown.COMMON in field.metadata
+
+
+def decided_by(field: FieldInfo) -> Decides:
+    """What a field decides, as its annotation says. Raises TypeError if it does not say."""
+    for note in field.metadata:
+        if isinstance(note, Decides):
+            return note
+    raise TypeError("a setting does not say what it decides; annotate it with Decides.")
+
+
+def deciding(values: Mapping[str, Any], fields: Mapping[str, FieldInfo], what: Decides) -> dict[str, Any]:
+    """Those of some settings that decide something.
+
+    Args:
+        values: settings by name.
+        fields: the fields that they are values of, under the same names.
+        what: what they have to decide, any of it.
+    """
+    found = {}
+    for name, field in fields.items():
+        decides = decided_by(field)
+        if decides & what:
+            given = "not given" if values[name] is None else "given"
+            found[name] = given if Decides.WHETHER in decides else values[name]
+    return found
+
 
 _RESULT = Decides.RESULT | Decides.COST
 
@@ -237,3 +300,44 @@ class CalibrationPart(Part):
     def is_own(self) -> bool:
         """Whether the dense model writes some of it."""
         return any(source.is_own for source in split_sources(self.data))
+
+
+# Between dots or stars, since the 1 of `fc1` and the `?` of `?_proj` are of no number; never at the end of a name.
+_WHOLE = re.compile(r"(?:^|(?<=[.*]))((?:\d|\?|\[!?[^]]+\])+)(?=[.*])")
+_ONE = re.compile(r"\d|\?|\[!?[^]]+\]")
+
+
+def tells_numbers_apart(glob: str) -> bool:
+    """Whether a pattern of names can match one block and not another of the same kind, as `model.layers.3.*` does."""
+    return any(all(map(_may_be_digit, _ONE.findall(found))) for found in _WHOLE.findall(glob))
+
+
+def _may_be_digit(one: str) -> bool:
+    return any(fnmatchcase(digit, one) for digit in "0123456789")
+
+
+def tells_experts_apart(glob: str) -> bool:
+    """The same of experts, `*.experts.3.*` or `*.experts.down_proj[3]`."""
+    _, named, behind = glob.rpartition("expert")
+    return bool(re.search(r"\[\d+\]$", glob)) or bool(named and tells_numbers_apart(behind))
+
+
+def refuse_numbers(globs: Iterable[str], field: str, removed: Collection[str]) -> BadInput | None:
+    """What is wrong with patterns in a run that removes parts, and prunes or trains what is left; None if nothing is.
+
+    Args:
+        globs: the patterns.
+        field: the setting that holds them.
+        removed: kinds of parts that go.
+    """
+    blocks = bool({"blocks", "parameters"} & set(removed))
+    experts = "experts" in removed
+    for glob in globs:
+        if (blocks and tells_numbers_apart(glob)) or (experts and tells_experts_apart(glob)):
+            cause = f"{glob!r} goes by numbers, and what stays gets others before the rest of the run"
+            fix: Words = (
+                "remove parts in a run of its own, and name what is left as it tells: ",
+                Command("inspect", "FOLDER"),
+            )
+            return BadInput(cause, field=field, value=glob, fix=fix)
+    return None

@@ -8,9 +8,8 @@ from pydantic import Field
 
 from coprune.base.errors import BadInput
 from coprune.base.words import Set, Setting, Words
-from coprune.recipe.decides import Decides
 from coprune.recipe.flat import word_for
-from coprune.recipe.parts import CalibrationPart, Part
+from coprune.recipe.parts import CalibrationPart, Decides, Part
 
 _RESULT = Decides.RESULT | Decides.COST
 

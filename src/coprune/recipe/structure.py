@@ -14,8 +14,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
 from coprune.base.words import Set, Setting, Words
 from coprune.recipe.choice import Choice
-from coprune.recipe.decides import Decides, Shown
-from coprune.recipe.parts import Part
+from coprune.recipe.parts import Decides, Part, Shown
 from coprune.recipe.vocabulary import PART as VOCABULARY
 from coprune.recipe.vocabulary import Target, shares_of, target_of
 

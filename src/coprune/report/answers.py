@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 from coprune.evaluation.answers.answered import Figures, Way
-from coprune.evaluation.answers.facts import AnswerFacts
-from coprune.evaluation.answers.requirements import Requirement
+from coprune.evaluation.answers.facts import AnswerFacts, Requirement
 from coprune.report.markdown import inline
 
 _SHOWN = 2

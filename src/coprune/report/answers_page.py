@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coprune.evaluation.answers.facts import AnswerFacts
-from coprune.evaluation.answers.requirements import Requirement
+from coprune.evaluation.answers.facts import AnswerFacts, Requirement
 from coprune.report.answers import answer_table, note, shortened
 from coprune.report.html import quote, section, table, text
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import yaml
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 from coprune.evaluation.zero_shot import ZeroShotFacts
-from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
-from coprune.packed.card import IMPORT, STORED
+from coprune.model.checkpoint.shards import ADAPTER_FOLDER
+from coprune.packed.folder import IMPORT, STORED
 from coprune.report.answers import answers_markdown
+from coprune.report.html import base_of, name_of
 from coprune.report.markdown import fenced, field, hub_id, inline, without_places
 from coprune.report.schema import OF_IMAGES, Report
-from coprune.report.source import base_of, name_of
 from coprune.report.vocabulary import vocabulary_markdown
 
 _LOAD = """```python

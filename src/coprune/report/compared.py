@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coprune.base.environment import expand_home
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 from coprune.evaluation.changes import Row
-from coprune.evaluation.comparison import Comparison
+from coprune.evaluation.tables import Comparison
 from coprune.evaluation.zero_shot import is_share, main_of
-from coprune.report.bars import Bar, bars
-from coprune.report.front import Reached, fronts
-from coprune.report.html import header, link, made_lines, page, quote, section, table, text
+from coprune.report.html import Bar, MadeFacts, bars, header, link, made_lines, page, quote, section, table, text
 from coprune.report.links import PAGE_FILE, target
-from coprune.report.made import MadeFacts
-from coprune.report.perplexity import number
-from coprune.report.zero_shot import task_bar
+from coprune.report.page import number, task_bar
+from coprune.report.plot import Reached, fronts
 
 _SAMPLES = 12
 _MOST_LETTERS = 600

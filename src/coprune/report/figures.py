@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 from coprune.evaluation.measurement import Perplexity
 
 

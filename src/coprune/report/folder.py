@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from coprune.base.durable import remove_unfinished
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
+from coprune.base.files import remove_unfinished, write_text
 from coprune.base.words import Command, Set, Words
 from coprune.model.checkpoint.locate import holds_model
 from coprune.recipe.recipe import Recipe

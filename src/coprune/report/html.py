@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
+import math
+import platform
 import re
+import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-from coprune.report.made import MadeFacts
+from pydantic import BaseModel, ConfigDict
+
+from coprune.base.environment import installed_version, typed_command, usable_cores
 
 # The page's own script and styles run; nothing can be loaded from anywhere.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -154,3 +163,122 @@ def short(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g} {letter}"
     return str(count)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure. kind: `dense`, `pruned` or `tuned`, by which it is coloured; reach: an interval to draw over its end."""
+
+    name: str
+    kind: str
+    value: float
+    shown: str
+    reach: tuple[float, float] | None = None
+
+
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], top: float | None = None) -> str:
+    """Groups of bars, each with its title.
+
+    top: where all bars end; without, those of each group end at its largest figure, so that groups need not compare.
+    """
+    return panel('<div class="bars">', *(_group(title, group, top) for title, group in groups if group), "</div>")
+
+
+def _group(title: str, group: Sequence[Bar], top: float | None) -> str:
+    ends = [end for bar in group for end in (bar.value, *(bar.reach or ())) if math.isfinite(end)]
+    whole = top or max(ends, default=1.0) or 1.0
+    rows = "".join(_bar(bar, whole) for bar in group)
+    return f'<div class="group"><div class="of">{text(title)}</div>{rows}</div>'
+
+
+def _bar(bar: Bar, whole: float) -> str:
+    reach = ""
+    if bar.reach is not None:
+        low, high = (_share(end, whole) for end in bar.reach)
+        reach = f'<b style="left:{low:.1f}%;width:{high - low:.1f}%"></b>'
+    length = _share(bar.value, whole)
+    return (
+        f'<span class="tag {bar.kind}">{text(bar.name)}</span><div class="track">'
+        f'<i class="{bar.kind}" style="width:{length:.1f}%"></i>{reach}</div><span class="value">{text(bar.shown)}</span>'
+    )
+
+
+def _share(value: float, whole: float) -> float:
+    return 100.0 if not math.isfinite(value) else 100 * min(1.0, max(0.0, value / whole))
+
+
+# The file that a package carries a model of the Hub in, as `locate` writes it; folders may hold spaces and parentheses.
+_CARRIED = re.compile(r" \([^()/]+\.gguf\)$")
+
+
+def base_of(source: str) -> str:
+    """A source without the file that a package carries it in: a path, or a name of the Hub."""
+    return _CARRIED.sub("", source)
+
+
+def name_of(source: str) -> str:
+    """The last part of that."""
+    return base_of(source).rstrip("/").rpartition("/")[2]
+
+
+class MadeFacts(BaseModel):
+    """When, where and with what."""
+
+    model_config = ConfigDict(frozen=True)
+
+    date: datetime
+    """When everything was measured, in UTC."""
+    machine: str
+    command: str | None
+    """What was typed; None for a call from Python."""
+    version: str = ""
+    """Of coprune; empty in reports of earlier versions."""
+    commit: str | None = None
+    """Of coprune, where it runs from a git checkout; `-dirty` behind it where files differ from it."""
+
+    @classmethod
+    def here(cls) -> Self:
+        """Of this process."""
+        cores = usable_cores()
+        machine = f"{platform.system()} {platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
+        return cls(
+            date=datetime.now(UTC).replace(microsecond=0),
+            machine=machine,
+            command=typed_command(),
+            version=installed_version("coprune") or "",  # none where it runs from its sources
+            commit=commit_of(Path(__file__).parents[3]),
+        )
+
+    def line(self) -> str:
+        """Date, machine, version and commit, for people."""
+        return f"{self.date:%Y-%m-%d %H:%M} UTC, on {self.machine}{self._software()}"
+
+    def _software(self) -> str:
+        commit = "" if self.commit is None else f" (commit {self.commit})"
+        return f", with coprune {self.version}{commit}" if self.version or commit else ""
+
+
+def of_several(made: Sequence[MadeFacts | None]) -> str:
+    """When, where and with what several runs were made, in one line; empty where none tells."""
+    known = [one for one in made if one is not None]
+    if not known:
+        return ""
+    first, last = (f"{found(one.date for one in known):%Y-%m-%d %H:%M}" for found in (min, max))
+    when = f"{first} UTC" if first == last else f"{first} to {last} UTC"
+    with_what = " and ".join(dict.fromkeys(f"on {one.machine}{one._software()}" for one in known))
+    return f"{when}, {with_what}"
+
+
+@functools.cache
+def commit_of(checkout: Path) -> str | None:
+    """The commit that a folder has checked out; None where it is no checkout, or there is no git."""
+    if not (checkout / ".git").exists():
+        return None
+    # Without locks: looking must not get in the way of what somebody else does in the checkout.
+    describe = ["git", "--no-optional-locks", "-C", str(checkout), "describe"]
+    describe += ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found or None

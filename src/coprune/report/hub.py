@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, get_token
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.words import LeaveOut
-from coprune.model.checkpoint.own_files import own_files
+from coprune.model.checkpoint.companions import own_files
 from coprune.report.folder import model_of
 
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from coprune.base.shown import per_cent
-from coprune.report.accuracy import accuracy_card, accuracy_section
+from coprune.base.words import per_cent
+from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts, is_share, main_of
+from coprune.pruning.distributions import Distributions, Histogram
+from coprune.pruning.pruner import MatrixResult
 from coprune.report.answers_page import answers_section
-from coprune.report.heat_map import heat_map, matrix_rows
+from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
 from coprune.report.html import (
+    Bar,
+    bars,
     card,
     copyable,
+    from_to,
     header,
     listed,
     made_lines,
+    name_of,
     page,
+    panel,
     quote,
     seconds,
     section,
@@ -22,12 +31,8 @@ from coprune.report.html import (
     table,
     text,
 )
-from coprune.report.matrices import picker, picker_data
-from coprune.report.perplexity import perplexity_card, perplexity_section
 from coprune.report.schema import Report
-from coprune.report.source import name_of
 from coprune.report.vocabulary import vocabulary_section
-from coprune.report.zero_shot import zero_shot_card, zero_shot_section
 
 _SAME = 0.001  # sparsities that differ by less are one figure
 
@@ -162,3 +167,329 @@ def _recipe(report: Report) -> str:
     return section("Recipe", copyable("recipe", report.recipe.untold().to_yaml()), note=note) + section(
         "Versions", note=versions
     )
+
+
+def accuracy_card(found: AccuracyFacts) -> str:
+    """The headline figure."""
+    before = [] if found.dense_top1 is None else [f"{100 * found.dense_top1:.2f}"]
+    shown = from_to([*before, per_cent(found.pruned_top1)])
+    return card(f"top-1 accuracy on {found.data}", shown, f"of {found.images:,} images")
+
+
+def accuracy_section(found: list[AccuracyFacts]) -> str:
+    """Bars and a table of all sets of images, and the images of each whose predicted class changed."""
+    header = ["images", "number", "dense top-1 %", "pruned top-1 %", "dense top-5 %", "pruned top-5 %", "changed class"]
+    rows = [
+        [
+            entry.data,
+            f"{entry.images:,}",
+            _share(entry.dense_top1, entry.dense_top1_interval),
+            _share(entry.pruned_top1, entry.pruned_top1_interval),
+            _share(entry.dense_top5, None),
+            _share(entry.pruned_top5, entry.pruned_top5_interval),
+            "–" if entry.changed is None else f"{entry.changed:,}",
+        ]
+        for entry in found
+    ]
+    shown = "".join(_examples(entry) for entry in found)
+    charted = bars([(f"{entry.data}, top-1", _bars(entry)) for entry in found], top=1.0)
+    return section("Accuracy", charted, table(header, rows), note="Intervals are Wilson's 95 %.") + shown
+
+
+def _bars(entry: AccuracyFacts) -> list[Bar]:
+    sides = (
+        ("dense", entry.dense_top1, entry.dense_top1_interval),
+        ("pruned", entry.pruned_top1, entry.pruned_top1_interval),
+    )
+    return [Bar(kind, kind, top1, per_cent(top1), reach) for kind, top1, reach in sides if top1 is not None]
+
+
+def _share(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f}" + ("" if interval is None else f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]")
+
+
+def _examples(found: AccuracyFacts) -> str:
+    figures = "".join(_figure(example) for example in found.examples if example.thumbnail is not None)
+    if not figures:
+        return ""
+    return section(
+        f"Images of {found.data} whose predicted class changed",
+        f'<div class="panel"><div class="images">{figures}</div></div>',
+        note=f"The first of {found.changed:,}, with the right class and what both models see.",
+    )
+
+
+def _figure(example: ChangedPrediction) -> str:
+    label, dense, pruned = example.names or (example.label, example.dense, example.pruned)
+    source = text(example.thumbnail)
+    tiny = ' class="tiny"' if "image/png" in source else ""
+    return (
+        f'<figure><img src="{source}" alt="image {example.image}"{tiny}><figcaption><b>{text(label)}</b>'
+        f'<span class="tag dense">dense: {text(dense)}</span><span class="tag pruned">pruned: {text(pruned)}</span>'
+        "</figcaption></figure>"
+    )
+
+
+_KINDS = {
+    "magnitude": "log₁₀ |weight|",
+    "norm": "log₁₀ input norm (RMS per channel)",
+    "score": "log₁₀ |weight| · input norm",
+}
+_MOST = 600  # matrices whose histograms a page holds, at about 300 bytes each
+# A bin is one character: its height in so many steps, which on the page is less than a pixel each.
+_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_`{|}~"
+
+
+def picker(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> str:
+    """The section with the list and its charts; without distributions it tells the figures alone."""
+    if not matrices:
+        return ""
+    charts = "".join(
+        f'<div class="histogram" id="distribution-{kind}" data-title="{title}"></div>' for kind, title in _KINDS.items()
+    )
+    body = panel(
+        '<div class="picker"><select id="matrix" aria-label="matrix"></select>'
+        '<button type="button" id="previous" aria-label="previous matrix">←</button>'
+        '<button type="button" id="next" aria-label="next matrix">→</button></div>'
+        f'<p class="facts" id="matrix-facts"></p><div class="three">{charts}</div>'
+    )
+    note = "Before pruning, on a sample of its rows; input norms are over the calibration data."
+    chosen = len(shown_matrices(matrices, blocks))
+    if chosen < len(matrices):
+        note += (
+            f" {chosen:,} of the {len(matrices):,} matrices are here, of a block's experts the one that lost most; "
+            "distributions.json holds all, and coprune inspect MODEL --plot NAME draws any."
+        )
+    return section("One matrix", body, note=note)
+
+
+def picker_data(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> dict[str, Any]:
+    """What the script reads: a short list per matrix, and the digits of its bins."""
+    return {"digits": _DIGITS, "matrices": [_matrix(matrix) for matrix in shown_matrices(matrices, blocks)]}
+
+
+def shown_matrices(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> list[MatrixResult]:
+    """As many matrices as a page holds: all; or of a block's experts the worst; or those of every so many blocks."""
+    if len(matrices) <= _MOST:
+        return list(matrices)
+    worst: dict[tuple[str, str], MatrixResult] = {}
+    for matrix in matrices:
+        place = place_of(matrix.name, blocks)
+        if place not in worst or (matrix.relative_layer_error or 0) > (worst[place].relative_layer_error or 0):
+            worst[place] = matrix
+    numbers = list(dict.fromkeys(block for block, _ in worst))
+    every = -(-len(worst) // _MOST)
+    kept = set(numbers[::every])
+    return [matrix for (block, _), matrix in worst.items() if block in kept][:_MOST]
+
+
+def _matrix(matrix: MatrixResult) -> list[Any]:
+    error, shape = matrix.relative_layer_error, matrix.shape
+    error = None if error is None or not math.isfinite(error) else round(error, 6)
+    figures = [matrix.name, f"{shape[0]} × {shape[1]}", round(matrix.sparsity, 6), error, matrix.tokens]
+    return [*figures, " · ".join(matrix.events), _charts(matrix.distributions)]
+
+
+def _charts(found: Distributions | None) -> dict[str, Any]:
+    histograms = {} if found is None else {kind: getattr(found, kind) for kind in _KINDS}
+    return {kind: _packed(histogram) for kind, histogram in histograms.items() if histogram is not None}
+
+
+def _packed(histogram: Histogram) -> list[Any]:
+    """Ends, the count of the fullest bin, and the bins of what is kept and of what is pruned as digits."""
+    pruned = histogram.pruned or (0,) * len(histogram.kept)
+    top = max(1, *(a + b for a, b in zip(histogram.kept, pruned, strict=True)))
+    # Rounded up, so that what is in a bin is seen.
+    bins = ["".join(_DIGITS[math.ceil(n / top * (len(_DIGITS) - 1))] for n in row) for row in (histogram.kept, pruned)]
+    return [round(histogram.low, 3), round(histogram.high, 3), top, bins[0], bins[1] if any(pruned) else ""]
+
+
+def perplexity_card(report: Report, entry: PerplexityFacts) -> str:
+    """The figures of one text, the run's result last."""
+    tuned = {} if report.finetuned is None else report.finetuned.perplexity
+    figures = [*([] if entry.dense is None else [entry.dense]), entry.pruned]
+    figures += [tuned[entry.data]] if entry.data in tuned else []
+    shown = from_to([number(figure) for figure in figures])
+    return card(f"perplexity on {entry.data}", shown, f"sequence length {entry.seqlen}")
+
+
+def perplexity_section(report: Report) -> str:
+    """Bars and a table of all texts."""
+    tuned = None if report.finetuned is None else report.finetuned.perplexity
+    rows = [_row(entry, tuned) for entry in report.perplexity]
+    header = ["text", "dense", "pruned", *([] if tuned is None else ["fine-tuned"])]
+    header += ["95 % interval", "bits per byte", "sequence length", "windows"]
+    begins = None if report.bos is None else report.bos.line()
+    said = "" if begins is None else f" The token that begins a text (BOS): {begins}."
+    of = "" if tuned is None else "; it and the bits per byte are of the pruned model"
+    note = f"Lower is better. Non-overlapping windows; the interval is a bootstrap over them{of}.{said}"
+    charted = bars([(entry.data, _perplexity_bars(entry, tuned or {})) for entry in report.perplexity])
+    return section("Perplexity", charted, table(header, rows), note=note)
+
+
+def _perplexity_bars(entry: PerplexityFacts, tuned: dict[str, float]) -> list[Bar]:
+    found = [] if entry.dense is None else [Bar("dense", "dense", entry.dense, number(entry.dense))]
+    found.append(Bar("pruned", "pruned", entry.pruned, number(entry.pruned), entry.pruned_interval))
+    after = tuned.get(entry.data)
+    return found if after is None else [*found, Bar("fine-tuned", "tuned", after, number(after))]
+
+
+def _row(entry: PerplexityFacts, tuned: dict[str, float] | None) -> list[str]:
+    interval = entry.pruned_interval
+    after = [] if tuned is None else [number(tuned[entry.data]) if entry.data in tuned else "–"]
+    return [
+        entry.data,
+        "–" if entry.dense is None else number(entry.dense),
+        number(entry.pruned),
+        *after,
+        "–" if interval is None else f"{number(interval[0])} – {number(interval[1])}",
+        "–" if entry.pruned_bits_per_byte is None else f"{entry.pruned_bits_per_byte:.4f}",
+        str(entry.seqlen),
+        str(entry.windows),
+    ]
+
+
+def number(value: float) -> str:
+    """A perplexity with as many digits as tell something."""
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
+
+
+_REACH = 1.96  # standard errors to either end of a 95 % interval
+
+
+def zero_shot_card(facts: ZeroShotFacts | None) -> str:
+    """The headline figure; nothing without a mean."""
+    if facts is None or facts.mean_pruned is None:
+        return ""
+    before = [] if facts.mean_dense is None else [f"{100 * facts.mean_dense.value:.2f}"]
+    return card(
+        "mean accuracy", from_to([*before, per_cent(facts.mean_pruned.value)]), f"over {len(facts.tasks)} tasks"
+    )
+
+
+def zero_shot_section(facts: ZeroShotFacts) -> str:
+    """Bars and a table of all tasks."""
+    rows = [_zero_shot_row(task, metric) for task in facts.tasks for metric in task.pruned]
+    if facts.mean_pruned is not None:
+        rows.append(["mean", "acc", *facts.means_side_by_side(), "", ""])
+    shots = {task.num_fewshot for task in facts.tasks}
+    note = (
+        f"lm-eval {facts.harness}, {', '.join(map(str, sorted(shots)))} examples before each question. Bars show 95 % "
+        "intervals; the difference has the standard error over the same items."
+    )
+    header = ["task", "metric", "dense", "pruned", "difference", "items", "version"]
+    charted = bars(
+        [(task.task, _zero_shot_bars(task)) for task in facts.tasks if is_share(main_of(task.pruned))], top=1.0
+    )
+    return section("Zero-shot tasks", charted, table(header, rows), note=note)
+
+
+def _zero_shot_row(task: TaskComparison, metric: str) -> list[str]:
+    return [task.task, metric, *task.side_by_side(metric), str(task.items), str(task.version)]
+
+
+def _zero_shot_bars(task: TaskComparison) -> list[Bar]:
+    shown = []
+    for kind, metrics in (("dense", task.dense), ("pruned", task.pruned)):
+        if metrics is not None:
+            shown.append(task_bar(kind, kind, metrics))
+    return shown
+
+
+def task_bar(name: str, kind: str, metrics: Mapping[str, Estimate]) -> Bar:
+    """The bar of what a model reached in a task, by its main metric, with a 95 % interval."""
+    found = metrics[main_of(metrics)]
+    reach = _REACH * (found.stderr or 0.0)
+    return Bar(name, kind, found.value, per_cent(found.value), (found.value - reach, found.value + reach))
+
+
+Row = dict[str, Any]
+# Viridis at eight even steps: readable without colours, and on both papers.
+_SCALE = ("440154", "46327e", "365c8d", "277f8e", "1fa187", "4ac16d", "a0da39", "fde725")
+_LABELLED = 10  # blocks that bear their number
+
+
+def place_of(name: str, blocks: Sequence[str] = ()) -> tuple[str, str]:
+    """Split a matrix's name into its block's number ('–' outside of the blocks) and its kind, experts together.
+
+    `model.layers.3.self_attn.q_proj` → ('3', 'self_attn.q_proj'); `…mlp.experts.up_proj[2]` → '….up_proj[*]'; with the blocks'
+    names `stages.1.blocks.2.mlp.fc1` → ('1.2', 'mlp.fc1'). Without them a block's number is the first in the name.
+    """
+    path, bracket, _ = name.partition("[")
+    parts = path.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    depth = max((block.count(".") + 1 for block in blocks if f"{path}.".startswith(f"{block}.")), default=0)
+    within = [index for index in numbers if index < depth] or ([] if blocks else numbers[:1])
+    kind = parts[within[-1] + 1 :] if within else parts
+    shown = ".".join("*" if part.isdigit() else part for part in kind) + ("[*]" if bracket else "")
+    return ".".join(parts[index] for index in within) or "–", shown
+
+
+def matrix_rows(matrices: Sequence[MatrixResult], blocks: Sequence[str] = ()) -> list[Row]:
+    """One row per block and kind: experts of a layer are averaged by their size. blocks: their names."""
+    groups: dict[tuple[str, str], list[MatrixResult]] = {}
+    for matrix in matrices:
+        groups.setdefault(place_of(matrix.name, blocks), []).append(matrix)
+    rows = []
+    for (block, kind), group in groups.items():
+        size = sum(matrix.shape[0] * matrix.shape[1] for matrix in group)
+        zeros = sum(matrix.sparsity * matrix.shape[0] * matrix.shape[1] for matrix in group)
+        errors = [matrix.relative_layer_error for matrix in group if matrix.relative_layer_error is not None]
+        rows.append(
+            {
+                "block": block,
+                "kind": kind,
+                "matrices": len(group),
+                "sparsity": zeros / size,
+                "error": sum(errors) / len(errors) if errors else None,
+            }
+        )
+    return rows
+
+
+def heat_map(rows: Sequence[Row], field: str) -> str:
+    """The chart of `sparsity` or `error`, from the least to the largest there is."""
+    known = [row for row in rows if row[field] is not None]
+    low, high = min(row[field] for row in known), max(row[field] for row in known)
+    blocks = list(dict.fromkeys(row["block"] for row in known))
+    cells: dict[str, dict[str, Row]] = {}
+    for row in known:
+        cells.setdefault(row["kind"], {})[row["block"]] = row
+    lines = "".join(
+        f"<span>{text(kind)}</span><div>{''.join(_cell(found.get(block), field, low, high) for block in blocks)}</div>"
+        for kind, found in cells.items()
+    )
+    scale = f'<p class="scale">{per_cent(low)}<i></i>{per_cent(high)}</p>'
+    return panel(scale, f'<div class="heat" style="--blocks:{len(blocks)}">{lines}{_numbers(blocks)}</div>')
+
+
+def _cell(row: Row | None, field: str, low: float, high: float) -> str:
+    if row is None:
+        return "<b></b>"
+    several = f", mean of {row['matrices']}" if row["matrices"] > 1 else ""
+    tip = f"block {row['block']}, {row['kind']}: {per_cent(row[field])}{several}"
+    return f'<i style=background:#{colour((row[field] - low) / ((high - low) or 1.0))} title="{text(tip)}"></i>'
+
+
+def _numbers(blocks: Sequence[str]) -> str:
+    """The blocks' numbers below the cells; of many blocks every so many has its own."""
+    every = -(-len(blocks) // _LABELLED)
+    names = "".join(
+        f'<span style="grid-column:{place + 1}">{text(block)}</span>'
+        for place, block in enumerate(blocks)
+        if place % every == 0
+    )
+    return f'<span>block</span><div class="numbers">{names}</div>'
+
+
+def colour(share: float) -> str:
+    """The colour of a share between 0 and 1 as six hex digits."""
+    place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
+    left = min(int(place), len(_SCALE) - 2)
+    ends = [[int(_SCALE[index][at : at + 2], 16) for at in (0, 2, 4)] for index in (left, left + 1)]
+    mixed = (round(a + (place - left) * (b - a)) for a, b in zip(*ends, strict=True))
+    return "".join(f"{one:02x}" for one in mixed)

@@ -9,11 +9,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from coprune.base.environment import installed_version
 from coprune.base.files import write_text
-from coprune.base.shown import Sheet, Shown, per_cent
 from coprune.base.validation import read_as
+from coprune.base.words import Sheet, Shown, per_cent
 from coprune.data.windows import SourcePart
-from coprune.evaluation.answers.facts import AnswerFacts
-from coprune.evaluation.answers.requirements import Requirement, answer_rows
+from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows
 from coprune.evaluation.bos import BosChoice
 from coprune.evaluation.extras import TextSample
 from coprune.evaluation.zero_shot import ZeroShotFacts
@@ -23,7 +22,7 @@ from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import RECONSTRUCTED
 from coprune.recipe.recipe import Recipe
 from coprune.report.figures import AccuracyFacts, FinetunedFacts, LowRankFacts, PerplexityFacts
-from coprune.report.made import MadeFacts
+from coprune.report.html import MadeFacts
 from coprune.vocabulary.facts import VocabularyFacts
 
 DISTRIBUTIONS_FILE = "distributions.json"

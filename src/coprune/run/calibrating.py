@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Setting, say
-from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
-from coprune.model.walk.recording import Recording
+from coprune.data import Windows
+from coprune.evaluation.tasks import Samples, Task
+from coprune.model.walk.activations import Activations
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.recording import ByBlock, Dense, Moves, Recording, Sequential, record_batches
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.pruner import Solving, SolvingAlone
-from coprune.run.batches import counted_batches, record_counted
+from coprune.pruning.structure.blocks import first_batches
+from coprune.recipe.recipe import Recipe
 from coprune.run.session import Session
 from coprune.run.share import SharedSolving
 
@@ -62,4 +72,33 @@ def record_calibration(session: Session, dense: bool = False) -> Recording | Non
         recording.dense = recording.hidden.copy()
         if session.reconstruction is not None:
             recording.aims = session.reconstruction.on(recording.positions).batches_used(recording.shares)
+    return recording
+
+
+class Counted(NamedTuple):
+    """One batch."""
+
+    tokens: Tensor
+    counted: Tensor | None
+    """Which of its tokens count, B × S bool; None for all."""
+
+
+def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Processes = ALONE) -> list[Counted]:
+    """This process's share of some samples, in batches."""
+    own, marks = processes.share(samples.tokens), samples.generated if isinstance(samples, Windows) else None
+    batches = task.batches(own)
+    if recipe.calibration.calibrate_on == "all" or marks is None:
+        return [Counted(batch, None) for batch in batches]
+    return [Counted(*pair) for pair in zip(batches, task.batches(own, processes.share(marks)), strict=True)]
+
+
+def first_counted(batches: Sequence[Counted], tokens: int) -> Sequence[Counted]:
+    """The first batches that hold at least so many tokens (of images one); all of them for 0."""
+    return batches[: len(first_batches((batch.tokens for batch in batches), tokens))] if tokens else batches
+
+
+def record_counted(model: ProvenModel, batches: Sequence[Counted], activations: Activations | None = None) -> Recording:
+    """Record batches as `record_batches` does, of which only some tokens count."""
+    recording = record_batches(model, [batch.tokens for batch in batches], activations)
+    recording.counted = [batch.counted for batch in batches if batch.counted is not None] or None
     return recording

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from coprune.base.durable import is_unfinished
+from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.output_names import require_apart, require_own_name, require_usable
+from coprune.base.files import is_unfinished, require_apart, require_own_name, require_usable
 from coprune.base.words import LeaveOut, Set, Setting
 from coprune.model.edits import is_coprunes
 from coprune.model.low_rank import may_get_factors
 from coprune.model.matrices import Matrix
-from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.proven import FoundModel
-from coprune.model.walk.sample import InputSample
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.base import units_of
 from coprune.pruning.low_rank import LowRank
@@ -27,14 +27,14 @@ from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.pruning.structure.experts import expert_score_named
-from coprune.pruning.structure.scores import score_named
-from coprune.pruning.structure.spreading import spreading_named
+from coprune.pruning.structure.scores import score_named, spreading_named
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import StructurePart
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
-from coprune.run.overwrite import refuse_own_source
+from coprune.report.links import PAGE_FILE
+from coprune.report.schema import DISTRIBUTIONS_FILE
 
 LARGE_GROUP = 64
 """Of groups of more inputs than these one is enough to try a method on."""
@@ -232,3 +232,37 @@ def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.reshapes:
         return True
     return allocation_named(recipe.allocation).statistic is not None
+
+
+_FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "search.json", "bench.json", "log_*.txt")
+TUNED, CUT = ("pruned", "finetune"), ("cut", "zeros")
+"""Folders of the two halves of a run that trains, and of one that cuts and prunes."""
+_FOLDERS = TUNED + CUT + ("vocabulary", "rest")
+
+
+def refuse_own_source(recipe: Recipe) -> None:
+    """Raise BadInput where a run would remove the model that it reads."""
+    source = expand_home(recipe.model.name)
+    if not source.exists():
+        return
+    gone = [recipe.run_folder / name for name in _FOLDERS]
+    gone += [recipe.output.model] if recipe.output.model is not None else []
+    if any(source.resolve().is_relative_to(folder.resolve()) for folder in gone):
+        fix = ("name other folders with ", Setting("save"), " and ", Setting("save_model"))
+        raise BadInput(f"the run would replace {source}, which it reads", field="overwrite", value=True, fix=fix)
+
+
+def replace_earlier(recipe: Recipe) -> None:
+    """Remove what an earlier run left where this one writes. What an unfinished run left stays, to go on from."""
+    run, model = recipe.run_folder, recipe.output.model
+    finished = (run / REPORT_FILE).is_file()
+    if finished:
+        for pattern in _FILES:
+            for file in run.glob(pattern):
+                file.unlink()
+        for name in _FOLDERS:
+            shutil.rmtree(run / name, ignore_errors=True)
+    if model is not None and is_coprunes(model):
+        shutil.rmtree(model)
+    if finished:
+        (run / REPORT_FILE).unlink()  # last, since it says that the rest is of a finished run

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about, unknown_name
-from coprune.base.files import write_text
-from coprune.base.output_names import require_file
+from coprune.base.files import require_file, write_text
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting
 from coprune.data.conversations import read_prompts

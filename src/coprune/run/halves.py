@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from coprune.base.progress import Reporter
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import locate
+from coprune.recipe.outcome import OutputPart
 from coprune.recipe.recipe import Recipe
-from coprune.report.folder import REPORT_FILE
-from coprune.report.hub import require_login
+from coprune.report.folder import REPORT_FILE, announce, finish_run_folder
+from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
-from coprune.run.checks import prepare_model_folder
-from coprune.run.ending import push_if_asked
-from coprune.run.given import Given
-from coprune.run.overwrite import CUT, TUNED, refuse_own_source
+from coprune.run.checks import CUT, TUNED, prepare_model_folder, refuse_own_source
 from coprune.run.removal.cut_and_prune import cut_and_prune
 from coprune.run.result import Result
-from coprune.run.reuse import Reuse
-from coprune.run.session import Surroundings
+from coprune.run.session import Given, Reuse, Surroundings
 
 Run = Callable[[Recipe, Given, Surroundings, bool, Reuse | None], Result]
 
@@ -102,3 +101,18 @@ def _cut(
     if around.processes.first:
         push_if_asked(recipe.output, around.reporter)
     return Result(report) if second is None else Result(report, second.processor, lambda: second.model)
+
+
+def finished(recipe: Recipe, report: Report, started: float, around: Surroundings) -> Report:
+    """The report with all that the run took but for its page, which is made if the run leaves a folder."""
+    report = report.model_copy(update={"total_seconds": time.perf_counter() - started})
+    if around.writes:
+        announce(recipe, report)
+        finish_run_folder(recipe, report)
+    return report
+
+
+def push_if_asked(output: OutputPart, reporter: Reporter) -> None:
+    """Put the saved model on the Hub, where a recipe says so. Raises as `push`."""
+    if output.push_to_hub is not None and output.model is not None:
+        reporter.say(f"Pushed to {push(output.model, output.push_to_hub, bool(output.private))}")

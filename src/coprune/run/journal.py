@@ -19,17 +19,17 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.adapter_folder import write_adapter
 from coprune.model.blocks import Block
-from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
 from coprune.model.checkpoint.companions import Companions, change_config
 from coprune.model.checkpoint.encoding import Encoding
+from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.model.low_rank import factors_below, stored_factors
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.structure.spreading import ByError, spreading_named
-from coprune.recipe.decides import Decides
+from coprune.pruning.structure.scores import ByError, spreading_named
+from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 
 _IDENTITY = "journal.json"

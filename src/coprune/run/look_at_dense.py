@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from coprune.base.progress import NO_BAR
-from coprune.base.shown import per_cent
-from coprune.model.checkpoint.names import is_below
+from coprune.base.words import per_cent
+from coprune.model.checkpoint.shards import is_below
 from coprune.model.choosing import Chosen
 from coprune.model.matrices import LEAST_SPARSITY, Matrix
 from coprune.model.walk.recording import Recording
@@ -15,7 +15,7 @@ from coprune.pruning.allocation.plan import plan_targets
 from coprune.pruning.permute.apply import permute_model
 from coprune.pruning.rotate.apply import rotate_model
 from coprune.recipe.pattern import Target
-from coprune.run.batches import counted_batches, first_counted, record_counted
+from coprune.run.calibrating import counted_batches, first_counted, record_counted
 from coprune.run.session import Session
 
 _TOKENS_TO_TURN = 2048

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_bytes
-from coprune.base.output_names import require_file
+from coprune.base.files import require_file, write_bytes
 from coprune.base.progress import Reporter
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.choosing import choose_matrices
 from coprune.model.opened import open_model
-from coprune.model.walk.moves import Dense
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.recording import Dense
 from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.walk import Walk
 from coprune.pruning.distributions import Distributions, distributions_of
 from coprune.recipe.recipe import Recipe
-from coprune.run.batches import counted_batches, record_counted
+from coprune.run.calibrating import counted_batches, record_counted
 from coprune.run.checks import check_widths, prepare_solver
 
 _PANELS = {

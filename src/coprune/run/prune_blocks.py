@@ -27,8 +27,7 @@ from coprune.run.calibrating import moves_of, record_calibration, record_to_prun
 from coprune.run.events import BlockPruned
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.look_at_dense import look_at_dense
-from coprune.run.reuse import Reuse
-from coprune.run.session import Session
+from coprune.run.session import Reuse, Session
 from coprune.run.share import SharedOutput
 
 

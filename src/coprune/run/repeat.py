@@ -8,9 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from coprune.base.apart import folder_apart
 from coprune.base.errors import BadInput
-from coprune.recipe.decides import Decides
+from coprune.base.files import folder_apart
+from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.shown import Sheet, Shown
+from coprune.base.words import Sheet, Shown
 from coprune.report.schema import Report
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from transformers import PreTrainedModel
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, UnsupportedModel, about
@@ -17,8 +20,10 @@ from coprune.data import EvaluationText, Windows
 from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub import require_dataset
 from coprune.evaluation.bos import BosChoice, score_of
+from coprune.evaluation.cache import plain_names
+from coprune.evaluation.extras import Extras
+from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import Data, Remember, Samples, Task, TextTask, read_anew, task_for
-from coprune.evaluation.texts import plain_names
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.locate import locates_gguf
 from coprune.model.choosing import choose_matrices
@@ -29,7 +34,10 @@ from coprune.model.removal.find_experts import may_have_experts
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.shown import Known
 from coprune.pruning.allocation import allocation_named
+from coprune.pruning.methods import Method
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.pattern import Target
@@ -47,7 +55,6 @@ from coprune.run.checks import (
 )
 from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.workload import Planned, estimate_run
-from coprune.run.given import Given
 from coprune.run.low_rank import wrap_layers
 
 
@@ -242,3 +249,53 @@ def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:
         samples = task.samples_begun(choice, samples)
     data = task.data_begun(choice, opened.data)
     return replace(opened, samples=samples, data=data, bos=choice, domains=domains)
+
+
+Tokens = TypeVar("Tokens")
+
+
+class Reuse:
+    """Takes nothing over: everything is done anew."""
+
+    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+        """Text as token ids. key: what decides them besides the model; read: tokenises the text."""
+        return read()
+
+    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
+        """What the run will take."""
+        return estimate()
+
+    def dense(
+        self, session: Session, extras: Extras, measure: Callable[[], dict[str, Measured]]
+    ) -> dict[str, Measured]:
+        """The dense model's figures by the name of the data; also fills in what else is measured."""
+        return measure()
+
+    def gathered(
+        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
+    ) -> Known:
+        """What is known of the blocks' inputs before the run's own walk; in `dense` propagation of all blocks or none.
+
+        finished: blocks that an earlier run finished, of which nothing is known; record: records the calibration batches.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects that a run takes instead of what its recipe names."""
+
+    loaded: Loaded | None = None
+    """A model that is open already."""
+    method: Method | None = None
+    """The method that the recipe tells of but cannot name."""
+    line: str | None = None
+    """What to say first, where the call left something open."""
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that is open already."""
+        return None if self.loaded is None else self.loaded.model
+
+
+NOTHING = Given()

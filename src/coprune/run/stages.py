@@ -7,46 +7,44 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
-from coprune.base.devices import enough_memory
+from coprune.base.devices import device_memory, enough_memory, in_host_memory, reset_peak
 from coprune.base.files import write_text
-from coprune.base.memory import return_free_memory
+from coprune.base.memory import resident_memory, return_free_memory
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Reporter
+from coprune.base.words import Set, Together, Words
 from coprune.evaluation.extras import Extras
-from coprune.model.checkpoint.adapter import ADAPTER_FOLDER
+from coprune.evaluation.measurement import Measured
+from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
+from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.edits import Edits
-from coprune.model.opened import choose_device
+from coprune.model.low_rank import without_factors
+from coprune.model.opened import choose_device, streams
 from coprune.model.verify import verify_saved
 from coprune.packed.encoding import PackedEncoding
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
 from coprune.report.hub import require_login
-from coprune.report.schema import Report
-from coprune.run.checks import prepare_folders
-from coprune.run.ending import finished, push_if_asked
-from coprune.run.events import Finished, Phase
+from coprune.report.schema import PhaseFacts, Report
+from coprune.run.checks import prepare_folders, replace_earlier
+from coprune.run.events import Finished, Phase, PhaseDone
 from coprune.run.facts import Found, build_report
-from coprune.run.given import NOTHING, Given
-from coprune.run.halves import run_halves
-from coprune.run.journal import Output, run_identity
-from coprune.run.less_memory import less_memory
+from coprune.run.halves import finished, push_if_asked, run_halves
+from coprune.run.journal import Output, may_round_otherwise, run_identity, weighs_blocks
 from coprune.run.look_at_dense import pruned_before
 from coprune.run.low_rank import with_adapter
-from coprune.run.measuring import look_at_pruned, measure, measure_alone, measure_dense
-from coprune.run.overwrite import replace_earlier
-from coprune.run.phases import Phases
 from coprune.run.prune_blocks import prune_blocks
 from coprune.run.removal.parts import remove_parts, smaller_model, what_may_go
 from coprune.run.result import Result
-from coprune.run.reuse import Reuse
-from coprune.run.session import Session, Surroundings, open_run, prove_run
+from coprune.run.session import NOTHING, Given, Reuse, Session, Surroundings, open_run, prove_run
 from coprune.run.trackers import final_figures, listening
 from coprune.run.vocabulary import cut_vocabulary
 
@@ -204,3 +202,97 @@ def _save(session: Session, output: Output | None, report: Report, edits: Edits)
     asked = opened.recipe.model
     beside = Companions(opened.loaded.processor, model_card(report), asked.dtype, asked.name)
     output.finish(beside, edits, encoding, check)
+
+
+class Phases:
+    """Notes every phase as it ends, and tells whoever listens to the reporter."""
+
+    def __init__(self, reporter: Reporter, device: torch.device, began: float | None = None) -> None:
+        """device: that the run computes on, whose peak is counted from now on; began: when the run did, if not now."""
+        reset_peak(device)
+        self.began = time.perf_counter() if began is None else began
+        self._device = device
+        self.facts: list[PhaseFacts] = []
+        self._reporter = reporter
+        self._started = time.perf_counter()
+
+    @property
+    def now(self) -> str:
+        """What the run is doing: the phase that has not ended, or what comes after all of them."""
+        return next((phase.value for phase in list(Phase)[len(self.facts) :]), "finish the report")
+
+    def done(self, phase: Phase) -> None:
+        """Note that a phase has just ended, and give back what it left free."""
+        return_free_memory()
+        now = time.perf_counter()
+        there = device_memory(self._device)
+        device = None if there is None else there.allocated
+        seconds, self._started = now - self._started, now
+        facts = PhaseFacts(name=phase.value, seconds=seconds, resident_bytes=resident_memory(), device_bytes=device)
+        self.facts.append(facts)
+        self._reporter.tell(PhaseDone(phase, facts))
+
+
+def measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
+    """Everything that is measured of the dense model."""
+    opened = session.opened
+    found = measure(session, "dense") if opened.recipe.evaluation.dense else {}
+    if opened.around.processes.first:
+        extras.measure("dense", opened.loaded, opened.around.reporter)
+    return found
+
+
+def look_at_pruned(session: Session, extras: Extras, edits: Edits) -> None:
+    """Let the pruned model answer; what lost parts as the smaller model that is saved, which keeps what it has seen."""
+    opened, reporter = session.opened, session.opened.around.reporter
+    if extras.look.looks:
+        with opened.loaded.whole(reporter) as module:
+            model = smaller_model(session, edits) if opened.recipe.structure.remove else module
+            extras.look.ask(model, opened.loaded, reporter, opened.recipe.calibration.batch_size)
+
+
+def measure_alone(session: Session) -> dict[str, Measured]:
+    """The same of what is in the weights alone, where matrices of low rank are added to them; nothing elsewhere."""
+    if not session.opened.recipe.low_rank.rank:
+        return {}
+    with without_factors(session.model.module):
+        return measure(session, "sparse")
+
+
+def measure(session: Session, which: str) -> dict[str, Measured]:
+    """Perplexity or accuracy on everything that is measured on."""
+    opened, found = session.opened, dict[str, Measured]()
+    reporter, task = opened.around.reporter, opened.task
+    for name, data in opened.data.items():
+        with reporter.bar(f"{task.measure_name}, {which} model", 1) as advance:
+            measured = task.measure(session.model, data, opened.activations(), advance)
+        found[name] = named(measured, name, data)
+        reporter.say(found[name].of_model(which))
+    return found
+
+
+def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -> Words:
+    """What would make a run take less memory: with what it goes on where it stopped, and with what it begins anew.
+
+    device: whose memory that is about; in_memory: whether the model was handed over, and so is there whatever is asked for.
+    """
+    calibration = recipe.calibration
+    batch = [Set("batch_size", 1)] if calibration.batch_size != 1 else []
+    activations = "activation_memory" if in_host_memory(device) else "device_activation_memory"
+    onward = [Set(activations, 0)] if recipe.setting(activations) != 0 else []
+    anew = [Set("nsamples", max(1, calibration.samples // 4))]
+    if not (in_memory or streams(recipe)) and streams(recipe.replaced(stream=True)):
+        (anew if weighs_blocks(recipe) else onward).append(Set("stream", True))
+    if may_round_otherwise(recipe):
+        onward = batch + onward
+    else:
+        anew = batch + anew
+    if calibration.propagation == "sequential" and not recipe.structure.remove:
+        anew.append(Set("propagation", "block"))
+    begun = ("Begun anew, it takes less with ", Together(tuple(anew)))
+    if not onward:
+        return begun
+    # Finished blocks lie in the checkpoint that is being made, if there is one.
+    goes_on = recipe.output.model is not None or streams(recipe)
+    first = "the same run goes on after its last finished block with " if goes_on else "it takes less with "
+    return (first, Together(tuple(onward)), ". ", *begun)

@@ -37,7 +37,7 @@ def _fits(recipe: Recipe) -> bool:
     """Whether all weights of a model's blocks can be trained here, beside the dense model."""
     if find_spec("peft") is None:
         return False
-    from coprune.training.room import require_room_to_train
+    from coprune.training.after_pruning import require_room_to_train
 
     location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
     try:

@@ -14,9 +14,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
+from coprune.base.files import require_usable, write_text
 from coprune.base.memory import peak_memory
-from coprune.base.output_names import require_usable
 from coprune.base.words import Command, LeaveOut, Set, Setting, Words
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import load_model, load_processor
@@ -26,14 +25,12 @@ from coprune.model.opened import choose_device
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
-from coprune.report.made import MadeFacts
+from coprune.report.html import MadeFacts
 from coprune.report.schema import ModelFacts, Report, SparsityFacts, installed_versions
-from coprune.run.checks import prepare_folders
-from coprune.run.ending import finished, push_if_asked
-from coprune.run.given import NOTHING, Given
-from coprune.run.overwrite import replace_earlier
+from coprune.run.checks import prepare_folders, replace_earlier
+from coprune.run.halves import finished, push_if_asked
 from coprune.run.result import Result
-from coprune.run.session import Surroundings
+from coprune.run.session import NOTHING, Given, Surroundings
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut import Asked, Cutting
 from coprune.vocabulary.facts import VocabularyFacts

@@ -8,18 +8,17 @@ from pathlib import Path
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.base.shown import Sheet, Shown, per_cent
+from coprune.base.words import Sheet, Shown, per_cent
 from coprune.evaluation.tasks import task_for
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name, load_model
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.part_files import refuse_occupied
+from coprune.model.checkpoint.writer import refuse_occupied
 from coprune.model.opened import Loaded, in_memory
 from coprune.recipe.recipe import make_recipe
 from coprune.report.markdown import inline
-from coprune.training.adapters import merge_adapter
-from coprune.training.history import masks_of
-from coprune.training.saved_adapter import read_adapter_config
+from coprune.training.adapters import merge_adapter, read_adapter_config
+from coprune.training.masks import masks_of
 from coprune.training.saving import save_model
 
 

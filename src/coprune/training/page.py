@@ -10,12 +10,13 @@ import yaml
 
 from coprune.base.environment import expand_home
 from coprune.base.files import write_text
-from coprune.base.shown import per_cent
 from coprune.base.validation import read_as
+from coprune.base.words import per_cent
 from coprune.recipe.finetune import has_teacher
 from coprune.report.answers_page import answers_section
-from coprune.report.bars import Bar, bars
 from coprune.report.html import (
+    Bar,
+    bars,
     card,
     copyable,
     from_to,
@@ -30,7 +31,7 @@ from coprune.report.html import (
     text,
 )
 from coprune.report.links import PAGE_FILE, links_of_finetuning
-from coprune.report.perplexity import number
+from coprune.report.page import number
 from coprune.report.plot import Axis, Line, Plot, Point
 from coprune.training.report import REPORT_FILE, FinetuneReport
 

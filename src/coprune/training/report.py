@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.shown import Sheet, Shown, per_cent
-from coprune.evaluation.answers.facts import AnswerFacts
-from coprune.evaluation.answers.requirements import Requirement, answer_rows, judge
+from coprune.base.words import Sheet, Shown, per_cent
+from coprune.evaluation.answers.facts import AnswerFacts, Requirement, answer_rows, judge
 from coprune.evaluation.measurement import Accuracy, Measured, Perplexity
-from coprune.report.made import MadeFacts
+from coprune.report.html import MadeFacts
 from coprune.training.settings import FinetuneSettings
 
 REPORT_FILE = "finetune.json"

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
-from coprune.base.apart import folder_apart
-from coprune.base.durable import remove_unfinished
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
-from coprune.base.output_names import require_apart, require_own_name, require_usable
+from coprune.base.files import (
+    folder_apart,
+    remove_unfinished,
+    require_apart,
+    require_own_name,
+    require_usable,
+    write_text,
+)
 from coprune.base.words import Set, Setting
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.model.edits import is_coprunes
-from coprune.recipe.decides import Decides, deciding
+from coprune.recipe.parts import Decides, deciding
 from coprune.report.links import PAGE_FILE
-from coprune.training.history import masks_of
-from coprune.training.masks import plain_parameters
+from coprune.training.masks import masks_of, plain_parameters
 from coprune.training.page import write_page_of
 from coprune.training.report import REPORT_FILE, FinetuneReport
 from coprune.training.session import Session

@@ -10,23 +10,30 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from coprune.base.durable import full_disk_explained
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.base.files import full_disk_explained
 from coprune.base.memory import freed_memory_kept
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.processes import started_processes
 from coprune.base.progress import Reporter
+from coprune.base.words import per_cent
 from coprune.evaluation.answers.look import Look
+from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import dtype_name
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.edits import source_of
+from coprune.model.opened import Loaded, open_model
 from coprune.recipe.finetune import has_adapters
-from coprune.report.made import MadeFacts
-from coprune.report.schema import installed_versions
+from coprune.recipe.parts import ModelPart
+from coprune.report.answers import answers_markdown
+from coprune.report.html import MadeFacts
+from coprune.report.markdown import fenced, field, hub_id, inline, without_places
+from coprune.report.schema import OF_IMAGES, installed_versions
 from coprune.training.adapters import merge, plain_warning, save_adapter
-from coprune.training.answers import look_before
-from coprune.training.card import adapter_card, finetune_card
-from coprune.training.one_device import training_device
 from coprune.training.report import (
     AccuracyChange,
     Change,
@@ -48,7 +55,7 @@ from coprune.training.saving import round_to, save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.teacher import distillation_of
-from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train
+from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train, training_device
 
 
 def run_finetuning(settings: FinetuneSettings, reporter: Reporter | None = None) -> FinetuneReport:
@@ -198,3 +205,115 @@ def _report(
 def _sparsity_now(session: Session) -> float:
     sizes = sum(entry.matrix.shape[0] * entry.matrix.shape[1] for entry in session.masks.matrices)
     return sum(entry.matrix.zeros() for entry in session.masks.matrices) / max(sizes, 1)
+
+
+def look_before(session: Session) -> Look:
+    """Let the model answer that is to be fine-tuned, or the dense one in its place.
+
+    Raises:
+        BadInput: answers that somebody asked for cannot be had, or the dense model has other tokens.
+    """
+    settings, reporter = session.settings, session.reporter
+    plan = plan_of(settings.answers, saves=True)
+    device = training_device(settings.device)
+    if plan is None or settings.against is None:
+        look = Look(plan, reference="before")
+        look.prepare(session.loaded, reporter)
+        torch.nn.Module.to(session.loaded.model, device)
+        look.ask_dense(session.loaded, reporter)
+        return look
+    part = ModelPart(name=settings.against, device=str(device), cache_dir=settings.cache_dir)
+    look = Look(plan, part)
+    look.prepare(session.loaded, reporter)
+    if look.looks:
+        reporter.say(f"Loading the dense model {settings.against}")
+        dense = open_model(part, stream=False)
+        _require_same_tokens(session, dense)
+        # What it is asked are the tokens of the model's own tokenizer.
+        dense = Loaded(InMemory(dense.model), session.loaded.processor, dense.source, dense.quantised_source)
+        look.ask_dense(dense, reporter)
+        look.keep_rows(dense)
+    return look
+
+
+def _require_same_tokens(session: Session, dense: Loaded) -> None:
+    mine, other = (loaded.model.config.get_text_config().vocab_size for loaded in (session.loaded, dense))
+    if mine != other:
+        raise BadInput(
+            f"the models have {other} and {mine} tokens in their vocabularies, so their answers cannot be compared",
+            field="against",
+            value=session.settings.against,
+            fix="give the dense model that was pruned",
+        )
+
+
+def finetune_card(report: FinetuneReport) -> str:
+    """Markdown with the Hub's metadata header for the fine-tuned model."""
+    return _card(report, "transformers", "")
+
+
+def adapter_card(report: FinetuneReport, warning: str) -> str:
+    """As `finetune_card`, for adapters; warning: what merging plain ones would do."""
+    if not report.settings.masked:
+        return _card(report, "peft", f"Plain adapters of PEFT. {warning}\n\n")
+    return _card(
+        report,
+        "peft",
+        "Masked adapters: the update is (B A) ⊙ keep, with keep where the pruned model is not zero. Load them with "
+        "`coprune.training.adapters.load_adapter` or merge them with `coprune merge MODEL ADAPTER OUTPUT`; PEFT alone reads "
+        "the files too, but would add the update without its mask.\n\n",
+    )
+
+
+def _card(report: FinetuneReport, library: str, note: str) -> str:
+    settings = report.settings
+    header = ["---", f"library_name: {library}", "tags:", "- coprune", "- pruning"]
+    base = hub_id(settings.model) or hub_id(_source(settings.model))
+    header += [field("base_model", base)] if base else []
+    title, results = _results(report)
+    if report.answers is not None:
+        results += f"\n\n## What it writes\n\n{answers_markdown(report.answers, report.required)}"
+    windows = "images" if report.block_size is None else f"windows of {report.block_size} tokens"
+    patterns = ", ".join(f"{count} × {name}" for name, count in report.patterns.items())
+    images = report.block_size is None
+    used = {name: version for name, version in report.versions.items() if images or name not in OF_IMAGES}
+    versions = ", ".join(f"{name} {version}" for name, version in used.items())
+    zeros = (
+        f"{per_cent(report.sparsity_after)} of the weights in {report.pruned_matrices} pruned matrices are zero ({patterns}), "
+        f"as many as before (every zero kept); this was verified before saving.\n\n"
+    )
+    what = [f"Removed before: {inline(line)}.\n\n" for line in report.removed]
+    what += [zeros] if report.pruned_matrices else []
+    how = "with its zeros kept" if report.pruned_matrices else "with less in it"
+    card = "\n".join(header) + (
+        f"\n---\n\n# {inline(Path(settings.model).name)}, fine-tuned {how} ({settings.mode})\n\n"
+        f"{''.join(what)}{note}## {title}\n\n{results}\n\n## How it was made\n\n"
+        f"{report.steps} steps in {report.seconds / 60:.1f} minutes on {report.windows} {windows} "
+        f"of {inline(report.source)} (fingerprint `{report.fingerprint}`). Made with {versions}.\n\n"
+        f"{fenced(settings.to_yaml(usual=False), 'yaml')}\n"
+    )
+    return without_places(card, settings.model_dump(mode="json"))
+
+
+def _source(model: str) -> str:
+    """What the model that was fine-tuned was made from, as its folder tells."""
+    try:
+        return source_of(expand_home(model)) or ""
+    except BadInput:
+        return ""
+
+
+def _results(report: FinetuneReport) -> tuple[str, str]:
+    """What was measured: its name, and a table."""
+    if report.block_size is None:
+        title, head = "Accuracy", "| images | number | top-1 before | top-1 after | top-5 before | top-5 after |"
+        rows = [
+            f"| {inline(a.data)} | {a.images} | {per_cent(a.before_top1)} | {per_cent(a.after_top1)} | {per_cent(a.before_top5)} "
+            f"| {per_cent(a.after_top5)} |"
+            for a in report.accuracy
+        ]
+    else:
+        title, head = "Perplexity", "| text | sequence length | before | after |"
+        rows = [f"| {inline(p.data)} | {p.seqlen} | {p.before:.2f} | {p.after:.2f} |" for p in report.perplexity]
+    rule = "| --- " * (head.count("|") - 1) + "|"
+    return title, "\n".join([head, rule, *rows]) if rows else "Not measured."

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
-from coprune.base.shown import per_cent
-from coprune.base.words import LeaveOut, Set, Setting
+from coprune.base.words import LeaveOut, Set, Setting, per_cent
 from coprune.data import Windows
 from coprune.data.bos import bos_of
 from coprune.evaluation.bos import score_in_memory
@@ -26,11 +25,9 @@ from coprune.model.transformers_private import installed_trackers
 from coprune.recipe.finetune import has_adapters
 from coprune.recipe.recipe import make_recipe
 from coprune.training.adapters import AdapterSize, add_adapter, choose_targets, plain_warning
-from coprune.training.history import History, masks_of
-from coprune.training.masks import Masks, leave_alone, parameters_within, select_parameters
+from coprune.training.masks import History, Masks, leave_alone, masks_of, parameters_within, select_parameters
 from coprune.training.settings import FinetuneSettings
-from coprune.training.text_windows import begun, read_training_text
-from coprune.training.training_data import TrainingData
+from coprune.training.training_data import TrainingData, begun, read_training_text
 from coprune.training.training_images import read_training_images
 
 

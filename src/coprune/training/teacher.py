@@ -10,11 +10,10 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import load_model, task_of
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.finetune import has_teacher
-from coprune.training.checks import nothing_to_learn
-from coprune.training.distill import Distillation, Objective
-from coprune.training.one_device import training_device
+from coprune.training.distill import Distillation, Objective, TeacherCache
 from coprune.training.session import Session
-from coprune.training.teacher_cache import TeacherCache
+from coprune.training.settings import nothing_to_learn
+from coprune.training.trainer import training_device
 
 
 def distillation_of(session: Session, first: bool) -> Objective | None:

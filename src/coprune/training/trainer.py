@@ -7,26 +7,37 @@ and it saves nothing in which a pruned weight is not zero.
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
-from coprune.base.devices import kind_of
+from coprune.base.devices import accelerator, in_host_memory, is_accelerator, kind_of
+from coprune.base.environment import accelerate_told, local_rank, world_size
+from coprune.base.errors import NumericalError
 from coprune.base.processes import started_processes
 from coprune.base.progress import Advance
+from coprune.base.words import LeaveOut, Setting
 from coprune.model.checkpoint.load import quiet_transformers
+from coprune.model.opened import choose_device
+from coprune.pruning.refine.trained import sizes_of
 from coprune.training.distill import Objective
-from coprune.training.hold_zeros import hold_zeros
+from coprune.training.keep_zeros import hold_zeros
 from coprune.training.masks import Masks, plain_parameters
-from coprune.training.one_device import arguments_on, training_device
-from coprune.training.pace import Along, AtItsEnd, Pace, rate_at
-from coprune.training.rates import rates_by_size
 from coprune.training.session import Session
 from coprune.training.settings import FinetuneSettings
 from coprune.training.training_data import TrainingData
@@ -234,3 +245,190 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Samples of one size make a batch without padding."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+_SECONDS_BETWEEN_STATES = 600.0  # at most, on machines that take few steps in that time
+
+
+class Pace:
+    """Seconds since the start of a training (those before an interruption included) and the share that is done."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.limit = None if minutes is None else minutes * 60
+        self.done = 0.0
+        self.agreed = 0.0
+        """Seconds at the last step, the same in all processes."""
+        self._before = 0.0
+        self._started = time.perf_counter()
+
+    def start(self, seconds_before: float = 0.0) -> None:
+        """Start the clock, for an interrupted training at what it had used."""
+        self._before, self._started = seconds_before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self._before + time.perf_counter() - self._started
+
+    def update(self, step: int, max_steps: int) -> None:
+        """Find out how much is done; called by all processes at the same step."""
+        by_steps = step / max(1, max_steps)
+        self.agreed = _agreed(self.seconds)
+        self.done = min(1.0, by_steps if self.limit is None else max(by_steps, self.agreed / self.limit))
+
+
+def rate_at(done: float, schedule: str, warmup: float) -> float:
+    """Learning rate relative to its peak when a share of the training is done.
+
+    It starts at a tenth, so that the first step of a short training is not lost.
+    """
+    if done < warmup:
+        return max(0.1, done / warmup)
+    rest = (done - warmup) / (1 - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    return 1 - rest if schedule == "linear" else 1.0
+
+
+class AtItsEnd(Exception):
+    """A training that is gone on from had taken its last step."""
+
+
+class Along(TrainerCallback):
+    """What happens along the way: the bar moves, the held-out loss is measured at equal shares, time runs out."""
+
+    def __init__(self, settings: FinetuneSettings, pace: Pace, measure: bool, advance: Advance) -> None:
+        self._settings, self._pace, self._advance = settings, pace, advance
+        self._measure = measure
+        self._measured = 0
+        self._shown = 0.0
+        self._saved = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the clock, the bar and the count of measurements where an earlier run left them.
+
+        Raises AtItsEnd if that was after the last step, since the Trainer would take one more.
+        """
+        self._pace.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
+        self._pace.update(state.global_step, state.max_steps)
+        self._measured, self._saved = self._due(), self._pace.agreed
+        self._show()
+        if state.global_step and self._pace.done >= 1:
+            raise AtItsEnd
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move on; the learning rate of the next step is set right after this."""
+        self._pace.update(state.global_step + 1, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save a state in time, measure at equal shares of the training, and stop when the time is up."""
+        self._show()
+        # The Trainer would count the steps itself, but not where it watches for the best state.
+        late = self._pace.agreed - self._saved >= _SECONDS_BETWEEN_STATES
+        if late or state.global_step % self._settings.save_every == 0:
+            control.should_save = True
+        if self._pace.done >= 1:
+            control.should_training_stop = control.should_save = True
+        if self._measure and self._due() > self._measured:
+            self._measured = self._due()
+            control.should_evaluate = True
+            # The best state can only be gone back to if it was saved.
+            control.should_save = control.should_save or self._settings.patience is not None
+        if control.should_save:
+            self._saved = self._pace.agreed
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Raise NumericalError as soon as the loss is not finite."""
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise NumericalError(
+                f"the loss at step {state.global_step} is not finite",
+                field="learning_rate",
+                fix=("lower ", Setting("learning_rate"), ", or ", LeaveOut("bf16")),
+            )
+
+    def _due(self) -> int:
+        """How many measurements should have been made by now."""
+        return math.floor(self._pace.done * self._settings.evaluations + 1e-9)
+
+    def _show(self) -> None:
+        self._advance(self._pace.done - self._shown)
+        self._shown = self._pace.done
+
+
+def _agreed(seconds: float) -> float:
+    if not (dist.is_available() and dist.is_initialized()):
+        return seconds
+    first = [seconds]
+    dist.broadcast_object_list(first)  # on whatever device the processes talk through
+    return first[0]
+
+
+def rates_by_size(optimizer: torch.optim.Optimizer) -> None:
+    """Multiply the rate of every matrix with its root mean square, of every vector with its median size.
+
+    Zeros are left out; where all of a parameter is zero, its rate stays. Every parameter becomes a group of its own. A training
+    that is resumed takes the rates from its state.
+    """
+    each = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    sizes = sizes_of((parameter, parameter != 0) for _, parameter in each)
+    optimizer.param_groups.clear()
+    for (group, parameter), size in zip(each, sizes, strict=True):
+        rate = group["lr"] * (_median(parameter) or size)
+        optimizer.add_param_group({**group, "params": [parameter], "lr": rate})
+
+
+def _median(parameter: torch.Tensor) -> float | None:
+    """Median size of a vector's entries that are not zero; None of a matrix, or where there are none."""
+    if parameter.ndim > 1:
+        return None
+    there = parameter.detach()[parameter != 0].abs()
+    return float(there.median()) if len(there) else None
+
+
+def training_device(name: str) -> torch.device:
+    """The device that this process trains on. name: `auto`, or a device's; raises BadInput if that is not there."""
+    found = accelerator()
+    if found is not None and name in ("auto", found.type):
+        return torch.device(found.type, local_rank())
+    return choose_device(name)
+
+
+class OneDeviceArguments(TrainingArguments):
+    """transformers' settings of a training on one device."""
+
+    _taken: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that was taken; asked for first, transformers and accelerate set up what they need."""
+        chosen = super().device
+        return self._taken or chosen
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process, of which more than one would be used."""
+        found: int = super().n_gpu
+        return min(1, found)
+
+
+def arguments_on(device: torch.device, **settings: Any) -> OneDeviceArguments:
+    """Settings of a training on a device. settings: those of `TrainingArguments`, but for the device."""
+    settings |= {"use_cpu": in_host_memory(device), "dataloader_pin_memory": is_accelerator(device)}
+    if world_size() > 1:
+        return OneDeviceArguments(**settings)
+    with accelerate_told(str(device)):
+        arguments = OneDeviceArguments(**settings)
+        arguments._taken = device
+        # Asked now, while accelerate is told.
+        if is_accelerator(arguments.device) and device.index is not None:
+            torch.accelerator.set_device_index(device.index)
+    return arguments

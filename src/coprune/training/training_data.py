@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Setting
+from coprune.data.bos import tokens_at_bos
+from coprune.data.corpora import calibration_text, holds_out
+from coprune.data.given import GivenTokens
+from coprune.data.text import LOCAL_FILE_HINT, Documents, JoinedText
+from coprune.data.windows import fingerprint, held_out_tokens, token_ids
+from coprune.evaluation.batches import cut_windows
 from coprune.training.distill import Objective
+from coprune.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from coprune.training.settings import FinetuneSettings
@@ -40,3 +55,88 @@ def count_held_out(settings: FinetuneSettings, samples: int, most: int) -> int:
     if not settings.evaluations or not settings.held_out:
         return 0
     return max(1, min(most, samples - 1, round(settings.held_out * samples)))
+
+
+MOST_HELD_OUT = 64
+
+
+class TextWindows(Dataset[dict[str, Tensor]]):
+    """Windows of tokens (N × S int64) as a data set: every item predicts its own tokens."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = self.tokens[index]
+        return {"input_ids": window, "labels": window, "window": torch.tensor(index)}
+
+
+def read_training_text(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TrainingData:
+    """Read a corpus and pack it; windows are held out from its end (of the user's own text, before what perplexity is of).
+
+    Documents are joined in a random order with the tokenizer's end mark between them; of more windows than
+    max_samples, random ones are taken. Raises BadInput if the text does not fill two windows.
+    """
+    text = calibration_text(settings.dataset, settings.cache_dir)
+    ids = _stream(text, tokenizer, settings, block_size)
+    if settings.evaluate and settings.eval_data is None and holds_out(settings.dataset):
+        ids = ids[: len(ids) - held_out_tokens(len(ids), settings.eval_seqlen or block_size)]
+    if len(ids) < 2 * block_size:
+        raise BadInput(
+            f"{text.source} is too short: it has {len(ids)} tokens, and training needs two windows of {block_size}",
+            field="seqlen",
+            value=block_size,
+            fix=("take more text, or shorter windows with ", Setting("seqlen"), f". {LOCAL_FILE_HINT}"),
+        )
+    windows = cut_windows(torch.tensor(ids, dtype=torch.int64), block_size)
+    held_out = count_held_out(settings, len(windows), _most_held_out(settings, block_size))
+    train = windows[: len(windows) - held_out]
+    if settings.max_samples is not None and settings.max_samples < len(train):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+        train = train[order[: settings.max_samples]]
+    watched = TextWindows(windows[len(windows) - held_out :].clone()) if held_out else None
+    given = isinstance(text, GivenTokens)
+    return TrainingData(TextWindows(train.clone()), watched, text.source, fingerprint(train), block_size, given=given)
+
+
+def begun(data: TrainingData, bos: int) -> TrainingData:
+    """Training text of which every window begins with BOS, as those of calibration and perplexity do where this is better."""
+    train = TextWindows(tokens_at_bos(data.train.tokens, bos))
+    held_out = data.held_out and TextWindows(tokens_at_bos(data.held_out.tokens, bos))
+    return replace(data, train=train, held_out=held_out, fingerprint=fingerprint(train.tokens))
+
+
+def _most_held_out(settings: FinetuneSettings, block_size: int) -> int:
+    """How many windows may be held out: so few that measuring them takes a short training a twentieth of its time."""
+    if settings.tokens is None or not settings.evaluations:
+        return MOST_HELD_OUT
+    # A window without gradients or a teacher takes about a quarter of the time that training on it takes.
+    trained = settings.tokens / block_size
+    return min(MOST_HELD_OUT, round(0.2 * trained / settings.evaluations))
+
+
+def _stream(
+    text: JoinedText | Documents | GivenTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: FinetuneSettings,
+    block_size: int,
+) -> list[int]:
+    """All tokens of a text; of documents no more than max_samples and the held-out windows take."""
+    if isinstance(text, GivenTokens):
+        given: list[int] = text.tokens.flatten().tolist()
+        return given
+    if isinstance(text, JoinedText):
+        return token_ids(tokenizer, text.text)
+    order = list(range(len(text.texts)))
+    random.Random(settings.seed).shuffle(order)
+    most = None if settings.max_samples is None else (settings.max_samples + MOST_HELD_OUT) * block_size
+    mark = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for index in order:
+        ids += token_ids(tokenizer, text.texts[index]) + mark
+        if most is not None and len(ids) >= most:
+            break
+    return ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 
 _COVERED = 0.5
 """Tokens per byte below which a text is more than bytes and letters to a tokenizer."""

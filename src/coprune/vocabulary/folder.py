@@ -14,20 +14,25 @@ from typing import IO, Any
 import numpy as np
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
-from coprune.base.files import write_text
+from coprune.base.files import whole_folder, write_text
 from coprune.base.progress import Reporter
-from coprune.base.whole_folder import whole_folder
-from coprune.model.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from coprune.model.checkpoint.companions import CARD_FILE, COPIED
+from coprune.model.checkpoint.companions import CARD_FILE, COPIED, own_files
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
-from coprune.model.checkpoint.names import EDITS_FILE
-from coprune.model.checkpoint.own_files import own_files
-from coprune.model.checkpoint.part_files import COPY_BYTES, refuse_occupied
-from coprune.model.checkpoint.shards import INDEX_FILE, TensorEntry, checkpoint_entries, read_entries, read_json
-from coprune.model.edit import CutVocabulary, FillZeros
+from coprune.model.checkpoint.shards import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    EDITS_FILE,
+    INDEX_FILE,
+    TensorEntry,
+    checkpoint_entries,
+    read_entries,
+    read_json,
+)
+from coprune.model.checkpoint.writer import COPY_BYTES, refuse_occupied
+from coprune.model.edit import CutVocabulary, FillZeros, runs_of
 from coprune.model.edits import Edits, pruned_names
-from coprune.model.slices import runs_of
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.rewrite import cut_config, cut_tokenizer, cut_tokenizer_config
 from coprune.vocabulary.samples import LANGUAGES, SOURCES

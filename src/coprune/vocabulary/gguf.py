@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from coprune.base.durable import write_durably
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
+from coprune.base.files import write_durably
 from coprune.base.progress import Reporter
-from coprune.model.checkpoint.gguf_reader import gguf_reader
-from coprune.model.checkpoint.load import load_tokenizer
+from coprune.model.checkpoint.load import gguf_reader, load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.gguf.metadata import Field, architecture, read_fields, write_fields
 from coprune.model.gguf.vocabulary import named_ids, tokens_in, without_tokens

@@ -11,10 +11,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.conversion import Conversion
+from coprune.model.checkpoint.lazy import build_skeleton
 from coprune.model.checkpoint.load import explained, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import TensorEntry
-from coprune.model.checkpoint.skeleton import build_skeleton
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.rewrite import cut_config, sizes_in
 

@@ -19,7 +19,7 @@ from coprune.base.kernels.gram import (
     panel_for_devices,
     panels,
 )
-from coprune.base.kernels.smallest import by_kth_value, by_partition
+from coprune.base.kernels.ranks import by_kth_value, by_partition
 from coprune.base.kernels.table import KERNELS, Operation, kernel
 
 CPU = torch.device("cpu")

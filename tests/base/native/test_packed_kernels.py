@@ -13,7 +13,7 @@ from coprune.base.native import build
 from coprune.base.native.build import load_kernels
 from coprune.base.native.product import NativeMatrix
 from coprune.packed.header import read_header
-from coprune.packed.matrix import native_matrix, pack_matrix, row_starts
+from coprune.packed.operator import native_matrix, pack_matrix, row_starts
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.evaluation.answers.answered import Answered, Answers, is_empty
-from coprune.evaluation.answers.facts import AnswerFacts, Asked, facts_of
-from coprune.evaluation.answers.requirements import judge
-from coprune.recipe.conditions import read_conditions
+from coprune.evaluation.answers.facts import AnswerFacts, Asked, facts_of, judge
+from coprune.recipe.answers import read_conditions
 from coprune.report.answers import answers_markdown
 from coprune.report.answers_page import answers_section
 from support.pico_folder import save_pico

@@ -11,12 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import coprune
-from coprune.evaluation.answers import asking, measured
-from coprune.evaluation.answers.answered import Answers, Figures
-from coprune.evaluation.answers.kept import answers_key
-from coprune.evaluation.answers.likeness import agreed_share, script_agreement
+from coprune.evaluation import measure
+from coprune.evaluation.answers import asking
+from coprune.evaluation.answers.answered import (
+    Answers,
+    Figures,
+    agreed_share,
+    distinct,
+    find_loop,
+    longest_repeat,
+    script_agreement,
+)
+from coprune.evaluation.answers.asking import answers_key
 from coprune.evaluation.answers.questions import plan_of
-from coprune.evaluation.answers.repetition import distinct, find_loop, longest_repeat
 from coprune.recipe.measuring import measuring_recipe
 from support.commands import run_command
 from support.pico_folder import save_pico
@@ -127,7 +134,7 @@ def test_a_comparison_asks_nobody_twice(
         times.append(1)
         return asking.ask(*arguments)
 
-    monkeypatch.setattr(measured, "ask", counted)
+    monkeypatch.setattr(measure, "ask", counted)
     command = ["compare", str(place / "dense"), str(place / "pruned"), "--generate", str(place / "prompts.jsonl")]
     command += [
         "--generate-tokens",

@@ -9,9 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
-from coprune.evaluation.answers.likeness import scripts
-from coprune.evaluation.answers.prompts import BUILTIN, read_prompts, short_prompts
-from coprune.evaluation.answers.questions import plan_of, questions_for
+from coprune.evaluation.answers.answered import scripts
+from coprune.evaluation.answers.questions import BUILTIN, plan_of, questions_for, read_prompts, short_prompts
 from coprune.recipe.answers import AnswersPart
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer

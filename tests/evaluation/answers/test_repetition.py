@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from coprune.evaluation.answers.repetition import (
+from coprune.evaluation.answers.answered import (
     LEAST_TIMES,
     LEAST_TOKENS,
     Loop,

@@ -14,11 +14,9 @@ from torch import Tensor
 from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
-from coprune.base.side_stream import channel_to
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint import ahead, lazy
-from coprune.model.checkpoint.ahead import Ahead, ahead_to
-from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint import lazy
+from coprune.model.checkpoint.lazy import Ahead, LazyCheckpoint, ahead_to, channel_to
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.recipe.recipe import make_recipe
@@ -63,7 +61,7 @@ def channel(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Folders are streamed to host memory as if it were a device with a gigabyte free."""
     channel = StandIn()
     memory = DeviceMemory("cuda:0", allocated=0, peak=0, available=1 << 30)
-    monkeypatch.setattr(ahead, "device_memory", lambda device: memory)
+    monkeypatch.setattr(lazy, "device_memory", lambda device: memory)
     monkeypatch.setattr(lazy, "ahead_to", lambda device: Ahead(channel, device))
     return channel
 
@@ -139,12 +137,12 @@ def test_there_has_to_be_plenty_of_room(folder: Path, channel: StandIn, monkeypa
     size = sum(tensor.nbytes for tensor in wanted.values())
     for available, fetched in ((8 * size - 1, False), (None, False), (8 * size, True)):
         there = DeviceMemory("cuda:0", allocated=0, peak=0, available=available)
-        monkeypatch.setattr(ahead, "device_memory", lambda device, there=there: there)
+        monkeypatch.setattr(lazy, "device_memory", lambda device, there=there: there)
         weights.expect(first)
         assert same(tensors(weights, first), wanted)
         assert bool(channel.log) is fetched
-    monkeypatch.setattr(ahead, "device_memory", lambda device: None)
-    assert not ahead.has_room(0, HERE)
+    monkeypatch.setattr(lazy, "device_memory", lambda device: None)
+    assert not lazy.has_room(0, HERE)
 
 
 def test_what_a_file_lacks_is_told_where_it_is_missed(folder: Path, channel: StandIn, tmp_path: Path) -> None:
@@ -169,7 +167,7 @@ def test_a_run_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return listing(tmp_path / name)["model.safetensors"]
 
     plain = pruned("plain")
-    monkeypatch.setattr(ahead, "device_memory", lambda device: DeviceMemory("cuda:0", 0, 0, 1 << 30))
+    monkeypatch.setattr(lazy, "device_memory", lambda device: DeviceMemory("cuda:0", 0, 0, 1 << 30))
     monkeypatch.setattr(lazy, "ahead_to", lambda device: Ahead(channel, device))
     assert pruned("fetched") == plain
     assert channel.log.count("arrived") > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from coprune.model.checkpoint.gguf_reader import gguf_reader
+from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, locate
 
 

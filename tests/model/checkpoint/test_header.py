@@ -15,7 +15,7 @@ from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import checkpoint_entries, read_entries, read_json
-from coprune.packed.shards import read_tensors
+from coprune.packed.encoding import read_tensors
 from support.pico_folder import save_pico
 
 F32, I32 = "F32", "I32"

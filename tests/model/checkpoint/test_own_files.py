@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coprune.model.checkpoint.companions import copy_companions
+from coprune.model.checkpoint.companions import copy_companions, is_own, own_files
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.own_files import is_own, own_files
 from coprune.packed.folder import pack, unpack
 from support.pico_folder import save_pico
 
@@ -62,5 +61,5 @@ def test_the_hubs_cache_is_made_of_links(tmp_path: Path, monkeypatch: pytest.Mon
     linked.mkdir()
     (linked / "config.json").symlink_to(snapshot / "config.json")
     assert not is_own(linked / "config.json", linked)
-    monkeypatch.setattr("coprune.model.checkpoint.own_files.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("coprune.model.checkpoint.companions.HF_HUB_CACHE", str(tmp_path))
     assert is_own(linked / "config.json", linked)

@@ -7,9 +7,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.load import load_model, reading_once
 from coprune.model.checkpoint.locate import Location, ModelFolder, locate
-from coprune.model.checkpoint.read_once import reading_once
 
 
 def test_a_file_is_read_once_for_model_and_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:

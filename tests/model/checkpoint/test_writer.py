@@ -19,16 +19,13 @@ from torch import Tensor
 from coprune.base.errors import BadInput, CopruneError
 from coprune.base.files import write_text
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint import part_files
 from coprune.model.checkpoint import writer as writer_module
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.encoding import Place
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.names import EDITS_FILE
-from coprune.model.checkpoint.part_files import join_files
-from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from coprune.model.checkpoint.shards import EDITS_FILE, INDEX_FILE, SINGLE_FILE
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.checkpoint.writer import REST, CheckpointWriter, join_files
 from support.disturbing import in_child, left_in
 from support.saved import (
     MODELS,
@@ -138,7 +135,7 @@ def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
         writer.write(part, {part: torch.ones(3)})
     (writer.partial / "journal.json").write_text("{}")
     with monkeypatch.context() as patch:
-        patch.setattr(part_files, "join_files", interrupted)
+        patch.setattr(writer, "join_files", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.finish(scaffolding=["journal.json"])
     again = part_writer(tmp_path)
@@ -346,7 +343,7 @@ def test_what_fails_beside_the_next_part_is_raised(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    from coprune.base.durable import write_durably
+    from coprune.base.files import write_durably
 
     def fill(temporary: Path) -> None:
         with open("/dev/full", "w", buffering=1) as full:

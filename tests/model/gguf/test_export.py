@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.checkpoint.names import EDITS_FILE
-from coprune.model.edit import Edit, KeepSlices
+from coprune.model.checkpoint.shards import EDITS_FILE
+from coprune.model.edit import Edit, KeepSlices, KeptSlices
 from coprune.model.edits import Edits, history_of
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.gguf.metadata import Counts, Field, config_of, corrected
 from coprune.model.gguf.pieces import Matcher
-from coprune.model.slices import KeptSlices
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf

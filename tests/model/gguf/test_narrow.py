@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 import coprune
 from coprune.base.errors import UnsupportedModel, VerificationError
 from coprune.model.edits import Edits
-from coprune.model.gguf import deci, making
+from coprune.model.gguf import export
 from coprune.model.gguf.export import Gguf
 from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
-from coprune.model.gguf.metadata import Field
+from coprune.model.gguf.metadata import Field, Plan, Planned, write_gguf
 from coprune.model.gguf.verify import require_written
-from coprune.model.gguf.write import Plan, Planned, write_gguf
 from support.padded import pad_blocks
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
@@ -139,8 +138,8 @@ def test_what_the_architecture_does_not_read_stays_padded(tmp_path: Path, capsys
 def test_nothing_is_promised_that_llama_cpp_did_not_show(
     here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(making, "has_llama_cpp", lambda: here)
-    monkeypatch.setattr(making, "same_in_llama_cpp", lambda padded, narrow: False)
+    monkeypatch.setattr(export, "has_llama_cpp", lambda: here)
+    monkeypatch.setattr(export, "same_in_llama_cpp", lambda padded, narrow: False)
     made, _ = made_of(pico_model("llama"), tmp_path, "llama", pad, type="q8_0")
     assert (made.architecture, said(made.path, "feed_forward_length")) == ("llama", [96])
     assert {path.name for path in tmp_path.iterdir()} == {"like.gguf", "dense", "padded", "out.gguf"}
@@ -149,16 +148,16 @@ def test_nothing_is_promised_that_llama_cpp_did_not_show(
 @needs_llama_cpp
 def test_another_model_is_not_the_same_in_llama_cpp(tmp_path: Path) -> None:
     files = [write_pico_gguf(pico_model("llama", seed=seed), tmp_path / f"{seed}.gguf") for seed in (0, 1)]
-    assert deci.same_in_llama_cpp(files[0], files[0])
-    assert not deci.same_in_llama_cpp(*files)
+    assert export.same_in_llama_cpp(files[0], files[0])
+    assert not export.same_in_llama_cpp(*files)
     (tmp_path / "none.gguf").write_bytes(b"GGUF")
-    assert not deci.same_in_llama_cpp(files[0], tmp_path / "none.gguf")
+    assert not export.same_in_llama_cpp(files[0], tmp_path / "none.gguf")
 
 
 def test_a_width_that_is_said_nowhere_is_refused() -> None:
     plan = Plan("x", {"x.block_count": Field(1, 4)}, "f32", {})
     with pytest.raises(UnsupportedModel, match="how wide an attention head is"):
-        deci._head_width(plan)
+        export._head_width(plan)
 
 
 def test_a_file_with_other_values_is_found_out(tmp_path: Path) -> None:

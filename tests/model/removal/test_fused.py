@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from coprune.model.removal.find_parts import find_parts
+from coprune.model.removal.parts import find_parts
 from support.pico import pico_model, pico_tokens
 from support.walking import prove
 

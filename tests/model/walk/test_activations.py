@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.devices import DeviceMemory
-from coprune.model.walk import paging
+from coprune.model.walk import lockstep
 from coprune.model.walk.activations import Activations, DeviceRoom, device_room
-from coprune.model.walk.paging import Paging
+from coprune.model.walk.lockstep import Paging
 from coprune.model.walk.recording import record_batches
 from coprune.model.walk.walk import Walk
 from coprune.pruning.methods import METHODS
@@ -126,7 +126,7 @@ def prune_within(
 def test_pruning_is_bit_identical_with_activations_on_the_disk(
     propagation: Propagation, family: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paging, "SMALLEST", 256)
+    monkeypatch.setattr(lockstep, "SMALLEST", 256)
     state, masks, _ = prune_within(family, propagation, None)
     other_state, other_masks, on_disk = prune_within(family, propagation, limit)
     assert on_disk > 0

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.matrices import Matrix
-from coprune.model.walk.counted import CountedRows
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.moves import ByBlock, Dense, Moves, Sequential
-from coprune.model.walk.recording import record_batches
+from coprune.model.walk.inputs import CountedRows, Inputs
+from coprune.model.walk.recording import ByBlock, Dense, Moves, Sequential, record_batches
 from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk

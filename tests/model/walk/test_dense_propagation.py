@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.progress import Reporter
 from coprune.model.matrices import Matrix
-from coprune.model.walk.moves import Dense
+from coprune.model.walk.recording import Dense
 from coprune.model.walk.shown import MatricesReady
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm, Statistic
 from coprune.model.walk.walk import Walk

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import BadInput
-from coprune.pruning.allocation.base import Unit
-from coprune.pruning.allocation.budget import Curve, spend, wish, within_budget
+from coprune.pruning.allocation.base import Curve, Unit, spend, wish, within_budget
 from coprune.recipe.pattern import NM, Target, Unstructured
 
 

@@ -15,9 +15,8 @@ from coprune.model.choosing import Chosen
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.base import unit_name
-from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, squared_changes
+from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, lost_by_slopes, squared_changes, watch
 from coprune.pruning.allocation.plan import plan_targets
-from coprune.pruning.allocation.slopes import lost_by_slopes, watch
 from coprune.recipe.pattern import NM, Target, Unstructured
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words

@@ -14,7 +14,7 @@ from coprune.model.blocks import Block
 from coprune.model.choosing import Chosen
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.base import unit_name, units_of
-from coprune.pruning.allocation.curves import convex_curve
+from coprune.pruning.allocation.fisher import convex_curve
 from coprune.pruning.allocation.owl import kept_by_outliers
 from coprune.pruning.allocation.plan import plan_targets
 from coprune.recipe.pattern import Target, Unstructured

@@ -71,8 +71,7 @@ def test_the_achieved_sparsity_is_the_asked_one(
 
 
 def test_a_real_models_shapes_are_met_within_a_hundredth_of_a_per_cent() -> None:
-    from coprune.pruning.allocation.base import Unit
-    from coprune.pruning.allocation.budget import wish, within_budget
+    from coprune.pruning.allocation.base import Unit, wish, within_budget
 
     shapes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {
         "gate": (1536, 576),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.sample import InputSample
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver
 from coprune.recipe.pattern import NM, Target, parse_pattern

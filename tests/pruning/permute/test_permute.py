@@ -17,9 +17,14 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.model.walk.recording import record_batches
 from coprune.pruning.methods import METHODS
-from coprune.pruning.permute import search
-from coprune.pruning.permute.apply import permute_model
-from coprune.pruning.permute.search import deal_serpentine, permute_channels, retained_score, summed_maxima
+from coprune.pruning.permute import apply
+from coprune.pruning.permute.apply import (
+    deal_serpentine,
+    permute_channels,
+    permute_model,
+    retained_score,
+    summed_maxima,
+)
 from coprune.recipe.pattern import NM, Pattern
 from support.pico import pico_model, pico_tokens, randomise_vectors
 from support.pico_folder import pico_tokenizer, write_words
@@ -68,7 +73,7 @@ def test_many_groups_gain_nearly_as_much_where_not_all_of_them_exchange(monkeypa
     dealt = retained_score(score[:, deal_serpentine(score.sum(dim=0), 4).reshape(-1)], 2, 4)
     gained = []
     for together in (300, 128):
-        monkeypatch.setattr(search, "_GROUPS", together)
+        monkeypatch.setattr(apply, "_GROUPS", together)
         order = permute_channels(score, 2, 4)
         assert sorted(order.tolist()) == list(range(1200))
         gained.append(retained_score(score[:, order], 2, 4) / dealt - 1)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from coprune.model.walk.recording import record_batches
-from coprune.pruning.refine.examples import Examples
-from coprune.pruning.refine.reconstruct import Reconstruction
+from coprune.pruning.refine.reconstruct import Examples, Reconstruction
 from coprune.pruning.refine.trained import Trained
 from support.pico import pico_model, pico_tokens
 from support.walking import prove

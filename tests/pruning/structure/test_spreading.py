@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coprune.pruning.structure.spreading import movement
+from coprune.pruning.structure.scores import movement
 
 
 def test_movement_is_relative_and_by_token() -> None:

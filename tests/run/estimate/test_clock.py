@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coprune.run.estimate.clock import seconds_of_call, seconds_of_reading
+from coprune.run.estimate.block import seconds_of_call, seconds_of_reading
 
 CPU = torch.device("cpu")
 

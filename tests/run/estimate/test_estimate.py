@@ -23,19 +23,14 @@ from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.model.matrices import Matrix
 from coprune.model.walk.activations import DeviceRoom
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.sample import InputSample
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import NM, Target
-from coprune.run.estimate.block import BlockCosts, HeadCosts
-from coprune.run.estimate.clock import Busyness
-from coprune.run.estimate.estimate import estimate
+from coprune.run.estimate.block import BlockCosts, Busyness, HeadCosts, LiveBytes
+from coprune.run.estimate.estimate import SLACK, STEADY, Settings, Training, Workload, estimate
 from coprune.run.estimate.found import BUSY, Estimate
-from coprune.run.estimate.live_bytes import LiveBytes
-from coprune.run.estimate.memory import SLACK, STEADY
 from coprune.run.estimate.solving import WORKSPACE, SolveCosts, Trials, _extrapolate, measure_solving
-from coprune.run.estimate.work import Settings, Training, Workload
 from support.limits import data_of_imports
 from support.pico_folder import save_pico, write_words
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.commands.face import CommandLine
-from coprune.run.estimate.found import Estimate
-from coprune.run.estimate.proposal import Proposal
+from coprune.commands.table import CommandLine
+from coprune.run.estimate.found import Estimate, Proposal
 
 
 def test_a_run_that_would_not_fit_is_refused_with_settings_that_would() -> None:

@@ -15,7 +15,7 @@ from coprune.base.progress import Event, Reporter, Said
 from coprune.data.given import handed_over
 from coprune.model.checkpoint.load import prepared
 from coprune.recipe.recipe import make_recipe
-from coprune.run.call import read_call
+from coprune.run.prune import read_call
 from coprune.run.removal import spread
 from coprune.run.removal.cut import Plan
 from coprune.run.result import Result

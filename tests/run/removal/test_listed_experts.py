@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import coprune
 from coprune.base.errors import UnsupportedModel
-from coprune.model.removal.listed import ListedCall
+from coprune.model.removal.experts import ListedCall
 from families.removal import kill_and_resume_model
 from support.listed_mixture import ListedMixture, listed_mixture
 from support.saved import saved_like

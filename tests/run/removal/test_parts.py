@@ -13,8 +13,7 @@ import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.model.removal import smaller
-from coprune.model.removal.choices import Resized
-from coprune.model.removal.smaller import possible_changes
+from coprune.model.removal.smaller import Resized, possible_changes
 from coprune.recipe.recipe import make_recipe
 from coprune.run import stages
 from coprune.run.removal import plan, rehearsal

@@ -24,7 +24,7 @@ from coprune.model.edits import Edits
 from coprune.recipe.recipe import make_recipe
 from coprune.report.schema import Report
 from coprune.run import stages
-from coprune.run.removal import parts, plan, spread, tries, uneven
+from coprune.run.removal import candidates, parts, plan, spread, uneven
 from coprune.run.result import Result
 from coprune.run.stages import run_recipe
 from support.killing import count_lines, killed_at
@@ -227,7 +227,7 @@ def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
     write_words(tmp_path / "words.txt")
     run(tmp_path, "called")
     with monkeypatch.context() as patched:
-        patched.setattr(tries, "next_tries", interrupt)
+        patched.setattr(candidates, "next_tries", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "stopped")
     finds = [json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] for out in ("called", "stopped")]

@@ -15,10 +15,10 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import OutputPart
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.scripts import SWEEPS, sweep_of_script
+from coprune.run.sweep.finished import command_of, sweep_command
+from coprune.run.sweep.sweep import SWEEPS, sweep_of_script
 from support.commands import run_command
 from support.expanded import PLAIN, names, runs_of
 

@@ -14,10 +14,9 @@ from coprune.run.estimate.found import DevicePeak, Estimate
 from coprune.run.sweep.events import Cause
 from coprune.run.sweep.expand import expand
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.keys import estimate_key
-from coprune.run.sweep.plan import Execution, Plan
-from coprune.run.sweep.sharing import SHARED_FOLDER, KeptEstimate
-from coprune.run.sweep.workers import Capacity
+from coprune.run.sweep.run import Execution, Plan
+from coprune.run.sweep.sharing import SHARED_FOLDER, KeptEstimate, estimate_key
+from coprune.run.sweep.work import Capacity
 
 GB = 10**9
 

@@ -19,11 +19,10 @@ import yaml
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
 from coprune.run import stages
-from coprune.run.sweep.conduct import conduct
 from coprune.run.sweep.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.run.sweep.pool import LocalWorkers
-from coprune.run.sweep.work import Job, do_job
-from coprune.run.sweep.workers import Capacity
+from coprune.run.sweep.run import conduct
+from coprune.run.sweep.work import Capacity, Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep, sweep_data
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from coprune.report.schema import Report
-from coprune.run.sweep.conduct import conduct
 from coprune.run.sweep.events import Cause, Doing, Done, JobEvent, NotDone
+from coprune.run.sweep.run import conduct
 from coprune.run.sweep.work import Job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 

@@ -17,16 +17,14 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.progress import Reporter
 from coprune.commands.sweep import _show
 from coprune.commands.terminal import console
-from coprune.evaluation.answers.requirements import Requirement
+from coprune.evaluation.answers.facts import Requirement
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
 from coprune.run.sweep import results, work
-from coprune.run.sweep.board import Board
-from coprune.run.sweep.events import Cause, Doing, Done, NotDone
+from coprune.run.sweep.events import Board, Cause, Doing, Done, NotDone
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.finished import finished_report, read_finished
-from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.finished import Ledger, finished_report, read_finished
 from coprune.run.sweep.result import SweepResult
 from coprune.run.sweep.results import _measured, collect
 from coprune.run.sweep.table import Cell, PaperTable, markdown, paper_tables

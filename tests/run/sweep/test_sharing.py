@@ -13,14 +13,14 @@ import pytest
 
 from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
-from coprune.run import measuring, stages
+from coprune.run import stages
 from coprune.run.session import Session
 from coprune.run.sweep import work
 from coprune.run.sweep.events import Cause, Doing, Done, JobEvent
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
 from coprune.run.sweep.work import Job, do_job
-from coprune.training import after_pruning, room
+from coprune.training import after_pruning
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.task_items import DEFINITIONS, word_items
 
@@ -51,14 +51,13 @@ def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
 
 def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often which model is measured from now on."""
-    times, measure = Counter[str](), measuring.measure
+    times, measure = Counter[str](), stages.measure
 
     def counting(session: Session, which: str) -> Any:
         times[which] += 1
         return measure(session, which)
 
-    for module in (stages, measuring):
-        monkeypatch.setattr(module, "measure", counting)
+    monkeypatch.setattr(stages, "measure", counting)
     return times
 
 
@@ -140,7 +139,7 @@ def test_another_run_in_the_folder_is_refused(place: Path) -> None:
 
 
 def test_nothing_is_pruned_for_a_training_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "room_on", lambda device, memory: (1000, "of memory"))
+    monkeypatch.setattr(after_pruning, "room_on", lambda device, memory: (1000, "of memory"))
     sweep, (run,) = pico_sweep(method=["wanda"], evaluate=False, **TRAINED | {"check_memory": True})
     event = do_here(sweep, [run])["wanda"]
     assert event.cause is Cause.REFUSED

@@ -17,7 +17,7 @@ from coprune.run.sweep import statistics_store, work
 from coprune.run.sweep.events import Doing, Done, JobEvent
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.finished import Ledger
 from coprune.run.sweep.sharing import SHARED_FOLDER
 from coprune.run.sweep.work import Job, do_job
 from support.pico_folder import save_pico

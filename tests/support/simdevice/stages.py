@@ -23,8 +23,7 @@ import torch
 import coprune
 from coprune.base.reading import reading_later
 from coprune.model.matrices import find_matrices
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.sample import InputSample
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.model.walk.statistics import Gram, InputMoments, InputNorm
 from coprune.pruning.methods import METHODS
 from coprune.pruning.pruner import Solver, prune_matrix

@@ -15,7 +15,7 @@ import torch
 
 from coprune.base.devices import Kind, kind_of
 from coprune.base.errors import BadInput
-from coprune.base.kernels import columns, gram, shifted, smallest
+from coprune.base.kernels import columns, gram, ranks, shifted
 from coprune.base.native import build, product
 
 Operation = Literal["walk_columns", "add_to_gram", "panel_size", "find_smallest", "shifted_inverses", "packed_product"]
@@ -80,9 +80,9 @@ KERNELS: dict[tuple[Operation, Kind], tuple[Kernel, ...]] = {
     ("panel_size", "cpu"): (Kernel("torch", gram.panel_for_caches),),
     ("panel_size", "cuda"): (Kernel("torch", gram.panel_for_devices),),
     ("panel_size", "other"): (Kernel("torch", gram.panel_for_devices),),
-    ("find_smallest", "cpu"): (Kernel("numpy", smallest.by_partition),),
-    ("find_smallest", "cuda"): (Kernel("torch", smallest.by_kth_value),),
-    ("find_smallest", "other"): (Kernel("torch", smallest.by_kth_value),),
+    ("find_smallest", "cpu"): (Kernel("numpy", ranks.by_partition),),
+    ("find_smallest", "cuda"): (Kernel("torch", ranks.by_kth_value),),
+    ("find_smallest", "other"): (Kernel("torch", ranks.by_kth_value),),
     ("shifted_inverses", "cpu"): (Kernel("eigenvalues", shifted.by_eigenvalues),),
     ("shifted_inverses", "cuda"): (Kernel("factors", shifted.by_factors),),
     ("shifted_inverses", "other"): (Kernel("factors", shifted.by_factors),),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from coprune.base.durable import sync, write_durably
+from coprune.base.files import sync, write_durably
 
 LIBRARY = "kernels.so"
 _CHECKSUM = "kernels.sha256"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
-from coprune.evaluation.answers.likeness import agreed_share, script_agreement
-from coprune.evaluation.answers.repetition import distinct, find_loop, longest_repeat
 from coprune.evaluation.measurement import Interval
 
 
@@ -133,3 +133,152 @@ class Way(Facts):
             return None
         likeness = Likeness.of(dense, answers) if dense else None
         return cls(figures=Figures.of(answers), dense=Figures.of(dense) if dense else None, likeness=likeness)
+
+
+# Letters whose names begin with how they are drawn, before they say the script.
+_DRAWN = {"FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL", "KATAKANA-HIRAGANA"}
+
+
+def agreed_share(dense: Sequence[int], answer: Sequence[int]) -> float:
+    """Share of the dense model's tokens that an answer begins with: those before the first difference.
+
+    Args:
+        dense: token ids of the dense model's answer.
+        answer: token ids of the other model's.
+
+    Returns:
+        Between 0 and 1; 1 where the dense model says nothing and the other one neither, 0 where only that one speaks.
+    """
+    if not dense:
+        return 0.0 if answer else 1.0
+    same = 0
+    for expected, found in zip(dense, answer, strict=False):
+        if expected != found:
+            break
+        same += 1
+    return same / len(dense)
+
+
+def scripts(text: str) -> Counter[str]:
+    """Count a text's letters by their script, as Unicode's names of them tell it: LATIN, CYRILLIC, CJK, ARABIC …
+
+    Args:
+        text: any text; what is no letter (digits, punctuation, marks) does not count.
+
+    Returns:
+        Letters of each script.
+    """
+    return Counter(script for letter in text if letter.isalpha() and (script := _script(letter)) is not None)
+
+
+def _script(letter: str) -> str | None:
+    words = unicodedata.name(letter, "").split()
+    return next((word for word in words if word not in _DRAWN), None)
+
+
+def script_agreement(dense: str, answer: str) -> float | None:
+    """How far two answers are written in the same scripts: what their shares of letters in each have in common.
+
+    Args:
+        dense: the dense model's answer.
+        answer: the other model's.
+
+    Returns:
+        1 for the same mixture, 0 for no script in common or no letter at all; None where the dense model's has no letters,
+        which tells nothing.
+    """
+    expected, found = scripts(dense), scripts(answer)
+    if not expected:
+        return None
+    if not found:
+        return 0.0
+    all_expected, all_found = expected.total(), found.total()
+    return sum(min(count / all_expected, found[script] / all_found) for script, count in expected.items())
+
+
+# A loop is at least so many tokens long and says the same at least so often: "no, no, no" and the rule below the head of
+# a table are none.
+LEAST_TOKENS = 20
+LEAST_TIMES = 3
+# So many of a loop's tokens are those of one period before. Loops that count ("1. I like it. 2. I like it.") change a
+# token each time round; rows of a table or a list of names change more.
+SAME_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A text that ends by saying the same again and again."""
+
+    period: int
+    """Tokens that one time round takes."""
+    tokens: int
+    """Tokens at the end of the text that are in it."""
+
+    @property
+    def times(self) -> float:
+        """How often it goes round."""
+        return self.tokens / self.period
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Share of an answer's n-grams that are distinct (arXiv 1510.03055); 1 where there are none.
+
+    Args:
+        tokens: the answer's token ids.
+        n: length of an n-gram.
+
+    Returns:
+        Between 0 (exclusive) and 1.
+    """
+    found = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return len(set(found)) / len(found) if found else 1.0
+
+
+def find_loop(tokens: Sequence[int], ended: bool = False) -> Loop | None:
+    """Find the loop that a text is stuck in: its tail repeats with some period, often enough and long enough.
+
+    Args:
+        tokens: the text's token ids.
+        ended: whether the text ended by itself. Then it is stuck in nothing; how much it repeated is told by
+            `longest_repeat`.
+
+    Returns:
+        The loop of the shortest period; None if there is none.
+    """
+    if ended:
+        return None
+    for period in range(1, len(tokens) // LEAST_TIMES + 1):
+        length = _repeating_tail(tokens, period)
+        if length >= max(LEAST_TIMES * period, LEAST_TOKENS):
+            return Loop(period, length)
+    return None
+
+
+def _repeating_tail(tokens: Sequence[int], period: int) -> int:
+    """The longest tail whose tokens are, in SAME_SHARE of the places, those of one period before; with that period."""
+    same = longest = 0
+    for count, place in enumerate(range(len(tokens) - 1, period - 1, -1), start=1):
+        if tokens[place] == tokens[place - period]:
+            same += 1
+            if same >= SAME_SHARE * count:
+                longest = count
+    return longest + period if longest else 0
+
+
+def longest_repeat(tokens: Sequence[int]) -> int:
+    """Tokens of the longest stretch anywhere in a text that says something at least twice in a row; 0 for none.
+
+    Args:
+        tokens: the text's token ids.
+
+    Returns:
+        The length of the whole stretch, first saying included: 6 for "a b a b a b".
+    """
+    longest = 0
+    for period in range(1, len(tokens) // 2 + 1):
+        run = 0
+        for place in range(period, len(tokens)):
+            run = run + 1 if tokens[place] == tokens[place - period] else 0
+            if run >= period:
+                longest = max(longest, run + period)
+    return longest

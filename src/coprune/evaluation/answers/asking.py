@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import math
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,11 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.base.errors import CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.evaluation.answers.answered import Along, Answered, Answers
-from coprune.evaluation.answers.questions import Questions
+from coprune.evaluation.answers.questions import Plan, Questions
 from coprune.evaluation.batches import bootstrap_interval, inference_logits, slices
+from coprune.evaluation.cache import EvaluationCache, default_cache_folder, model_fingerprint
 from coprune.evaluation.closeness import log_probabilities, summed_kl
+from coprune.model.checkpoint.locate import locate
 from coprune.model.generation import Generation, generate
+from coprune.model.opened import choose_device
 from coprune.model.walk.record import forward_logits, input_device
+from coprune.recipe.parts import ModelPart
 
 _BATCH = 16
 
@@ -152,3 +158,40 @@ class KeptRows:
         for shape, dtype in self._kinds:
             raw = bytearray(self._file.read(shape.numel() * dtype.itemsize))
             yield torch.frombuffer(raw, dtype=dtype).view(shape)
+
+
+def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> str:
+    """Names answers, or what is measured along them, by everything that decides them but the batch size.
+
+    Args:
+        fingerprint: of the model's files, the tokenizer's among them.
+        asked: how the model is held.
+        plan: the prompts and settings.
+        more: what else decides what is kept.
+    """
+    facts = {
+        "what": "answers",
+        "model": fingerprint,
+        "dtype": asked.dtype,
+        "device": choose_device(asked.device).type,  # "auto" is one of them, by another name
+        "prompts": plan.prompts.fingerprint,
+        "new_tokens": plan.new_tokens,
+        "temperature": plan.temperature,
+        "seed": plan.seed,
+        **more,
+        "versions": [importlib.metadata.version(package) for package in ("torch", "transformers")],
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
+    """The answers of a model in files, from the user's cache or asked for now.
+
+    Args:
+        model: names the model.
+        plan: what it is asked.
+        answer: asks it.
+    """
+    fingerprint = model_fingerprint(locate(model.name, model.cache_dir).path)
+    cache = EvaluationCache(default_cache_folder())
+    return cache.get(answers_key(fingerprint, model, plan), Answers, answer)

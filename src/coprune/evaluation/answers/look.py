@@ -8,9 +8,8 @@ from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.evaluation.answers.answered import Along, Answers
-from coprune.evaluation.answers.asking import KeptRows, ask, divergence, rows_along
+from coprune.evaluation.answers.asking import KeptRows, ask, divergence, kept_answers, rows_along
 from coprune.evaluation.answers.facts import AnswerFacts, Reference, facts_of
-from coprune.evaluation.answers.kept import kept_answers
 from coprune.evaluation.answers.questions import Plan, Questions, questions_for
 
 if TYPE_CHECKING:

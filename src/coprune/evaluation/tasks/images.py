@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from coprune.base.errors import BadInput, about
+from coprune.base.errors import BadInput, NumericalError, about
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import LeaveOut, Setting
@@ -20,10 +21,9 @@ from coprune.data.images import (
     image_batches,
     labelled_images,
     labels_for,
+    random_image,
     transform_of,
 )
-from coprune.data.labels import random_image
-from coprune.evaluation.accuracy import aggregate_accuracy, rank_classes
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.measurement import Accuracy
 from coprune.evaluation.tasks.base import Data, Remember, Samples
@@ -31,7 +31,7 @@ from coprune.model.opened import Loaded
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import input_device
-from coprune.model.walk.streamed import streamed_logits
+from coprune.model.walk.walk import streamed_logits
 from coprune.recipe.recipe import Recipe
 
 BATCH_VALUES = 2**22  # of pixels: 27 images of 224 × 224
@@ -177,3 +177,39 @@ class ImageTask:
             )
             advance(len(part) / len(own))
         return ranked
+
+
+_Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+def rank_classes(logits: Tensor) -> Tensor:
+    """The five likeliest classes of each image (fewer if there are not so many): B × 5 int64, on the CPU.
+
+    logits: B × classes. Raises NumericalError for NaN.
+    """
+    if bool(logits.isnan().any()):
+        raise NumericalError("the model's output is NaN for some images")
+    return logits.to(torch.float32).topk(min(5, logits.shape[-1]), dim=-1).indices.cpu()
+
+
+def aggregate_accuracy(ranked: Tensor, labels: Tensor) -> Accuracy:
+    """Form the accuracies from every image's ranked classes (N × 5) and label (N)."""
+    hits = ranked == labels[:, None]
+    first, five, count = int(hits[:, 0].sum()), int(hits.any(dim=1).sum()), len(labels)
+    return Accuracy(
+        images=count,
+        top1=first / count,
+        top1_interval=wilson_interval(first, count),
+        top5=five / count,
+        top5_interval=wilson_interval(five, count),
+        labels=tuple(labels.tolist()),
+        predicted=tuple(ranked[:, 0].tolist()),
+    )
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. hits of count, which is at least 1."""
+    share, z2 = hits / count, _Z * _Z
+    centre = share + z2 / (2 * count)
+    spread = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return max(0.0, (centre - spread) / (1 + z2 / count)), min(1.0, (centre + spread) / (1 + z2 / count))

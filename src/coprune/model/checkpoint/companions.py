@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel
 
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
-from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
-from coprune.model.checkpoint.own_files import is_own, own_files
-from coprune.model.checkpoint.shards import read_json
+from coprune.model.checkpoint.shards import LICENCES, VOCABULARIES, read_json
 
 CARD_FILE = "README.md"
 COPIED = ("*.json", "*.txt", "*.jinja", "*.py", *VOCABULARIES, *LICENCES)
@@ -128,3 +129,37 @@ def save_companions(model: PreTrainedModel, processor: Any, folder: Path) -> Non
         for path in licences:
             if path.is_file() and is_own(path, source):
                 shutil.copyfile(path, folder / path.name)
+
+
+logger = logging.getLogger(__name__)
+
+
+def own_files(folder: Path, below: bool = False) -> list[Path]:
+    """The regular files of a folder by name, less links that lead out of it, which are logged.
+
+    below: those of its subfolders too; a link to a folder is never followed.
+    """
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        if not below:
+            folders.clear()
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for path in sorted(Path(place) / name for name in [*names, *links]):
+            if is_own(path, folder):
+                found += [path] if path.is_file() else []
+            else:
+                logger.warning("%s is left out: it is a link to something outside of the model's folder", path)
+    return sorted(found)
+
+
+def is_own(path: Path, folder: Path) -> bool:
+    """Whether a path is in a folder, through links or not, or in what the Hub's cache keeps for it."""
+    # Not Path.resolve, which raises where links go round in a circle.
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return True
+    # models--owner--name/snapshots/REVISION/config.json -> ../../blobs/HASH
+    if home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs":
+        return True
+    cache = Path(os.path.realpath(HF_HUB_CACHE))
+    return real.is_relative_to(cache) and real.relative_to(cache).parts[1:2] == ("blobs",)

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Set
-from coprune.model.checkpoint.header import DTYPES
-from coprune.model.checkpoint.shards import TensorEntry
+from coprune.model.checkpoint.shards import DTYPES, TensorEntry
 from coprune.model.transformers_private import (
     Renaming,
     conversions_of,

@@ -6,35 +6,150 @@ The memory in use is what the acquired blocks need, whatever the size of the fil
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate.big_modeling import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from coprune.base.devices import device_memory, is_accelerator, is_out_of_memory
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Set
-from coprune.model.checkpoint.ahead import Ahead, ahead_to
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.encoding import DENSE, Encoding
-from coprune.model.checkpoint.header import DTYPES
-from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
+from coprune.model.checkpoint.load import DtypeName, class_for, explained, prepare, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import (
+    DTYPES,
     TensorEntry,
     checkpoint_entries,
+    is_below,
+    is_below_any,
     read_ahead,
     read_entries,
     read_tensor,
 )
-from coprune.model.checkpoint.skeleton import build_skeleton, forget_parameters
 from coprune.model.checkpoint.source import FLOATS, Source
 from coprune.model.checkpoint.weights import Uncut, piece_places
-from coprune.model.transformers_private import tie_read_weights
+from coprune.model.transformers_private import build, initialize_again, name_model, tie_read_weights
+
+SHARE = 8
+"""A block is fetched beside another only if it takes no more than this part of what is free on the device."""
+
+
+def has_room(nbytes: int, device: torch.device) -> bool:
+    """Whether a block of so many bytes is fetched to a device beside another one."""
+    there = device_memory(device)
+    return there is not None and there.available is not None and nbytes * SHARE <= there.available
+
+
+def fetches(nbytes: int, device: torch.device) -> bool:
+    """Whether blocks of so many bytes are fetched to a device as `Ahead` does."""
+    return is_accelerator(device) and has_room(nbytes, device)
+
+
+class Ahead:
+    """Fetches tensors of files that will be wanted soon."""
+
+    def __init__(self, channel: Channel, device: torch.device) -> None:
+        self._channel, self._device = channel, device
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coprune-ahead")
+        self._coming: dict[TensorEntry, Future[Coming]] = {}
+
+    def begin(self, entries: Sequence[TensorEntry]) -> bool:
+        """Begin to fetch tensors, and forget those that were fetched and not taken; whether there is room for them."""
+        for future in self._coming.values():
+            future.cancel()
+        self._coming = {}
+        if not has_room(sum(entry.nbytes for entry in entries), self._device):
+            return False
+        self._coming = {entry: self._reader.submit(self._fetch, entry) for entry in entries}
+        return True
+
+    def take(self, entry: TensorEntry) -> Tensor | None:
+        """A tensor on the device; None if it was not fetched. Raises as `read_tensor`."""
+        future = self._coming.pop(entry, None)
+        if future is None:
+            return None
+        try:
+            return future.result().arrive()
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                return None  # there may be room now, since the block before this one is gone
+            raise
+
+    def _fetch(self, entry: TensorEntry) -> Coming:
+        return self._channel.send(read_tensor(entry, self._channel.buffer))
+
+
+def ahead_to(device: torch.device) -> Ahead | None:
+    """What fetches blocks for a device; None for host memory."""
+    channel = channel_to(device)
+    return None if channel is None else Ahead(channel, device)
+
+
+class Coming(Protocol):
+    """A tensor on its way."""
+
+    def arrive(self) -> Tensor:
+        """The tensor, for what is computed from now on."""
+        ...
+
+
+class Channel(Protocol):
+    """A way to a device, for a thread that reads beside the one that computes."""
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory that can be sent."""
+        ...
+
+    def send(self, held: Tensor) -> Coming:
+        """Begin to copy a buffer, which nobody writes to any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A tensor that a side stream copies; implements `Coming`."""
+
+    tensor: Tensor
+    copied: torch.Event
+    computing: torch.Stream
+
+    def arrive(self) -> Tensor:
+        self.computing.wait_event(self.copied)
+        return self.tensor
+
+
+class SideStream:
+    """A queue of copies to a device beside the one that is computed in when this is made; implements `Channel`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._computing = torch.accelerator.current_stream(device)
+        self._stream = torch.Stream(device)
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # Torch hands it out again only when what copies from it is done.
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def send(self, held: Tensor) -> Sent:
+        with self._stream:
+            tensor = torch.empty_like(held, device=self._device)
+            # Its memory may have been another block's, which was let go of while the device still computes with it.
+            self._stream.wait_event(self._computing.record_event())
+            tensor.copy_(held, non_blocking=True)
+        return Sent(tensor, self._stream.record_event(), self._computing)
+
+
+def channel_to(device: torch.device) -> Channel | None:
+    """A way to a device beside what it computes; None for host memory, and for devices that have none."""
+    return SideStream(device) if is_accelerator(device) else None
 
 
 @dataclass(frozen=True)
@@ -202,3 +317,53 @@ class LazyCheckpoint:
                     f"{prefix} shares {name} with another part of the model, so it cannot be streamed",
                     fix=("load it whole with ", Set("stream", False)),
                 )
+
+
+def build_skeleton(
+    location: ModelFolder, config: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Build the model of a folder, prepared for the walk, with its generation settings.
+
+    Args:
+        location: the folder.
+        config: its configuration.
+        dtype: of the parameters.
+        device: where the buffers go.
+        trust_remote_code: whether to run code that the folder brings.
+    """
+
+    def built() -> PreTrainedModel:
+        model = build(class_for(config), config, dtype=dtype, trust_remote_code=trust_remote_code)
+        _compute_buffers(model)
+        return model
+
+    with init_empty_weights(include_buffers=False):
+        model = built()
+    if any(buffer.is_meta for buffer in model.buffers()):
+        # Some of timm's modules compute their tables where their parameters are, which therefore must be somewhere.
+        model = built()
+        forget_parameters(model)
+    name_model(model, location.name)
+    if (location.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(location.path)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return prepare(model)
+
+
+def forget_parameters(root: nn.Module) -> None:
+    """Put the parameters below a module on the meta device; those that are shared stay shared."""
+    forgotten: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            module._parameters[name] = forgotten.setdefault(id(parameter), empty)
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute a new model's buffers again in float32, as from_pretrained does.
+
+    While a model is built, the default dtype is its own, and some families round their position tables to it.
+    """
+    initialize_again(model, [module for module in model.modules() if any(True for _ in module.buffers(recurse=False))])

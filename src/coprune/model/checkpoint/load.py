@@ -7,14 +7,19 @@ how the walk sees every expert's inputs, where the default is one product over a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache, wraps
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from accelerate.big_modeling import init_empty_weights
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -28,12 +33,9 @@ from transformers.utils import logging as transformers_logging
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
-from coprune.model.checkpoint.claims import check_tokenizer
 from coprune.model.checkpoint.conversion import require_floats
-from coprune.model.checkpoint.locate import GgufFile, Location, is_packed
-from coprune.model.checkpoint.read_once import reading_once
+from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, is_packed
 from coprune.model.checkpoint.shards import checkpoint_entries
-from coprune.model.evaluating import evaluating
 from coprune.model.transformers_private import (
     auto_choice,
     build,
@@ -46,6 +48,44 @@ from coprune.model.transformers_private import (
     run_experts_singly,
     unpack_gguf,
 )
+
+_Rest = ParamSpec("_Rest")
+_Found = TypeVar("_Found")
+
+
+def reading_once(
+    load: Callable[Concatenate[Location, _Rest], _Found],
+) -> Callable[Concatenate[Location, _Rest], _Found]:
+    """A function that loads something from a location, as one that reads a GGUF file once; other locations are not touched.
+
+    transformers reads a file anew for configuration, tokenizer and weights, and makes the map of names for every module:
+    two thirds of the time that loading a small model took.
+    """
+
+    @wraps(load)
+    def loading(location: Location, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        if not isinstance(location, GgufFile) or importlib.util.find_spec("gguf") is None:
+            return load(location, *rest, **named)
+        with _made_once():
+            return load(location, *rest, **named)
+
+    return loading
+
+
+@contextmanager
+def _made_once() -> Iterator[None]:
+    """Whoever asks the package gguf for a file's reader or an architecture's names meanwhile gets what was made at first."""
+    package: Any = importlib.import_module("gguf")
+    own = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    if isinstance(package.GGUFReader, type):  # else one loading calls another, and the file has been read
+        package.GGUFReader = cache(plain(package.GGUFReader))
+        package.get_tensor_name_map = cache(package.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        for name, made in own.items():
+            setattr(package, name, made)
+
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "images"]
@@ -284,3 +324,52 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
         torch.float16: "float16",
     }
     return names[dtype]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model evaluate while the body runs. Its parts may differ: somebody may train some and hold others still."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def gguf_reader(file: Path, field: str) -> Any:
+    """The package's reader of a file: its tensors and metadata, mapped and not yet read.
+
+    Raises BadInput, of the setting that named the file, where the package is missing or cannot read it.
+    """
+    try:
+        from gguf.gguf_reader import GGUFReader
+    except ImportError:
+        raise BadInput(
+            "GGUF files need the package gguf, which is not installed", fix="pip install 'coprune[gguf]'"
+        ) from None
+    try:
+        return plain(GGUFReader)(file)
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise BadInput(f"{file} cannot be read ({error})", field=field, fix="fetch it again") from error
+
+
+@cache
+def plain(reader: type[Any]) -> type[Any]:
+    """The same class of readers, but they see the mapped file as a plain array.
+
+    A vocabulary is hundreds of thousands of slices, and a slice of numpy's memmap is a memmap again, which costs more than
+    all else: 262,144 tokens took 13 s of a core, and take 4.
+    """
+
+    class PlainReader(reader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = np.asarray(mapped)
+
+    return PlainReader

@@ -8,10 +8,15 @@ library maps the whole file into the address space while it opens it, which a li
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,6 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput
-from coprune.model.checkpoint.header import DTYPES, parse_header, read_header_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -194,3 +198,131 @@ def _no_weights(folder: Path) -> BadInput:
     else:
         cause, fix = f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}", "is it the folder of a saved model?"
     return BadInput(cause, field="model", value=str(folder), fix=fix)
+
+
+EDITS_FILE = "coprune_edits.json"
+"""What was done to the model of a folder, beside its weights."""
+LICENCES = ("LICENSE*", "NOTICE*")
+VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")
+"""Files of tokenizers, besides JSON and plain text."""
+QUANT_METHOD = "coprune"
+"""What the configuration of a packed folder calls its way of storing weights."""
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Names that differ in their numbers only as one each, with how many they are, the most frequent first."""
+    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    return [f"{kind} ({count:,})" if count > 1 else kind for kind, count in kinds.most_common()]
+
+
+def is_below(name: str, prefix: str) -> bool:
+    """Whether a parameter's name lies below a module's path; the empty path is the whole model's."""
+    return not prefix or name.startswith(f"{prefix}.")
+
+
+def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a parameter's name lies below one of the modules' paths."""
+    return any(is_below(name, prefix) for prefix in prefixes)
+
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a header says of one tensor: dtype in the format's letters, shape, and its bytes within the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header_bytes(file: Path) -> bytes:
+    """The JSON header of a safetensors file as it is there. Raises BadInput if the file is too short for one."""
+    try:
+        if not file.is_file():  # a pipe would be waited for without end
+            raise BadInput(f"{file} is no file", fix="fetch or save it again")
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+                return stream.read(length)
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
+    raise BadInput(f"{file} is cut off or not a safetensors file", fix="fetch or save it again")
+
+
+def parse_header(text: bytes) -> dict[str, Stored]:
+    """The tensors of a header in the order of their data.
+
+    Raises BadInput, which does not know the file, on anything that is no sound header.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"no JSON, or one name twice: {str(error)[:100]}") from error
+    if not isinstance(content, dict):
+        raise _malformed("no JSON object")
+    found = {name: _stored(name, entry) for name, entry in content.items() if name != "__metadata__"}
+    ordered = sorted(found.items(), key=lambda item: (item[1].begin, item[1].end))
+    end = 0
+    for name, stored in ordered:
+        if stored.begin != end:
+            raise _malformed(f"the data of {name!r} begin at {stored.begin:,} and not at {end:,}")
+        end = stored.end
+    return dict(ordered)
+
+
+def _stored(name: str, entry: Any) -> Stored:
+    try:
+        name.encode()
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:  # a name can be no text, with half of a surrogate pair in it
+        raise _malformed(f"what it says of {name!r}") from error
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not isinstance(dtype, str) or not all(type(one) is int and one >= 0 for one in numbers) or end < begin:
+        raise _malformed(f"what it says of {name!r}")
+    known = DTYPES.get(dtype)
+    if known is not None and math.prod(shape) * known.itemsize != end - begin:
+        raise _malformed(f"{end - begin:,} bytes for {name!r}, of the shape {tuple(shape)}")
+    return Stored(dtype, tuple(shape), begin, end)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def _malformed(what: str) -> BadInput:
+    return BadInput(f"the header is malformed ({what})", fix="fetch or save it again")
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+"""The folder in a model's that holds what is added to its layers, in PEFT's own format."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT calls the configuration of an adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""What it calls the file with its tensors."""
+
+
+@cache
+def tell_of_adapter(folder: Path) -> None:
+    """Say once that a folder's weights are read without what is added to them, which they may count on."""
+    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
+        logger.warning("%s is left out: %s is read without it", folder / ADAPTER_FOLDER, folder)

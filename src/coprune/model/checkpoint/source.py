@@ -19,11 +19,17 @@ from coprune.base.files import write_text
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Renamed
 from coprune.model.checkpoint.file_config import changes_in_file
-from coprune.model.checkpoint.header import DTYPES
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder, is_packed
-from coprune.model.checkpoint.names import is_below, is_below_any
-from coprune.model.checkpoint.shards import TensorEntry, checkpoint_entries, read_json, read_tensor
+from coprune.model.checkpoint.shards import (
+    DTYPES,
+    TensorEntry,
+    checkpoint_entries,
+    is_below,
+    is_below_any,
+    read_json,
+    read_tensor,
+)
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

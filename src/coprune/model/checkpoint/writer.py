@@ -24,24 +24,23 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.base.durable import (
+from coprune.base.errors import BadInput, VerificationError
+from coprune.base.files import (
     full_disk_explained,
     is_unfinished,
     name_durably,
     own_folder,
     remove_left_beside,
     remove_unfinished,
+    require_own_name,
     sync,
     write_durably,
+    write_text,
     write_whole,
 )
-from coprune.base.errors import BadInput, VerificationError
-from coprune.base.files import write_text
 from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
-from coprune.model.checkpoint.names import EDITS_FILE
-from coprune.model.checkpoint.part_files import apart, copy_tensors, placed_entries, read_json_list, refuse_occupied
-from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries
+from coprune.model.checkpoint.shards import EDITS_FILE, INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries, read_tensor
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""
@@ -290,3 +289,81 @@ def _is_unfinished_checkpoint(folder: Path) -> bool:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+COPY_BYTES = 1 << 24
+
+
+def placed_entries(files: Sequence[Path], place: Callable[[str], str | None] = str) -> dict[str, TensorEntry]:
+    """The tensors of several safetensors files by the names that they get. place: None for those that are left out."""
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        names = ((place(name), entry) for name, entry in read_entries(file).items())
+        found |= {name: entry for name, entry in names if name is not None}
+    return found
+
+
+def join_files(files: Sequence[Path], joined: Path, place: Callable[[str], str | None] = str) -> None:
+    """Write the tensors of several safetensors files into one, byte by byte, in little memory.
+
+    place: the name that a tensor gets, None if it is left out.
+    """
+    entries = placed_entries(files, place)
+    # The order that the safetensors library writes: wide dtypes first, so that every tensor is aligned.
+    order = sorted(entries, key=lambda name: (-_item_bytes(entries[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        entry = entries[name]
+        offsets = [position, position + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with joined.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            # Opened for every tensor: there may be more blocks than a process may have files open.
+            with entries[name].file.open("rb") as source:
+                source.seek(entries[name].start)
+                for start in range(0, entries[name].nbytes, COPY_BYTES):
+                    target.write(source.read(min(COPY_BYTES, entries[name].nbytes - start)))
+
+
+def _item_bytes(entry: TensorEntry) -> int:
+    return entry.nbytes // max(math.prod(entry.shape), 1)
+
+
+def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: Encoding) -> None:
+    """Write the tensors of several dense files into one, stored as the encoding does; one is in memory at a time."""
+    if encoding is DENSE:
+        join_files(files, target, place)
+        return
+    entries = placed_entries(files, place)
+    encoding.write(target, list(entries), ((name, read_tensor(entry)) for name, entry in entries.items()))
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, no two in one memory, as tied ones are: some checkpoints hold them under both names."""
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    return found
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise BadInput if a folder that is to be written already holds something, or cannot get its name."""
+    require_own_name(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise BadInput(f"{folder} already exists", fix="remove it or choose another name. Nothing was overwritten")
+
+
+def read_json_list(file: Path) -> list[Any] | None:
+    """Read a JSON list; None if the file is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, list) else None

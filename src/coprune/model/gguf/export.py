@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from coprune.base.durable import write_durably
+import torch
+from torch import Tensor
+
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput, CopruneError
-from coprune.base.output_names import require_usable
+from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
+from coprune.base.files import require_usable, write_durably
 from coprune.base.progress import Reporter
-from coprune.base.shown import Sheet, Shown
-from coprune.base.words import Setting
+from coprune.base.words import Setting, Sheet, Shown
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.edits import history_of
-from coprune.model.gguf.llama_cpp import quantize
-from coprune.model.gguf.making import Beside, Making, Whole
+from coprune.model.gguf.llama_cpp import (
+    BY_LLAMA_CPP,
+    PLAIN,
+    LlamaCpp,
+    has_llama_cpp,
+    quantize,
+    require_type,
+    tensor_type,
+)
+from coprune.model.gguf.metadata import Field, Fields, Plan, write_gguf
 from coprune.model.gguf.narrow import Narrow, narrowed
-from coprune.model.gguf.plan import read_example
-from coprune.model.gguf.smaller import Exported, exported
-from coprune.model.gguf.types import BY_LLAMA_CPP, PLAIN, require_type
+from coprune.model.gguf.plan import Example, planned, read_example
+from coprune.model.gguf.smaller import Exported, exported, planned_shape
+from coprune.model.gguf.verify import require_same, require_written
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,3 +183,203 @@ def _example(location: Location, like: Path | str | None) -> GgufFile:
             "end with -GGUF; or llama.cpp's convert_hf_to_gguf.py makes one of the source model's folder",
         ),
     )
+
+
+Beside = Callable[[], AbstractContextManager[Path]]
+"""Gives the path of a file that is gone in the end."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of a new file."""
+
+    plan: Plan
+    values: Callable[[str], Tensor]
+    """Makes a tensor, float32, by its name in the example."""
+    source: Exported
+    number: int | None = None
+    """Which of the ways to say every block's own width it is; None where all blocks are alike."""
+
+    def write(self, file: Path, reporter: Reporter) -> None:
+        """Write it, read it again, and compare. Raises VerificationError, UnsupportedModel where it is not the model."""
+        with reporter.bar("Writing", self.plan.bytes) as advance:
+            write_gguf(file, self.plan, self.values, advance)
+        reporter.say("Reloading the file to compare it")
+        if self.number is not None:
+            require_written(file, self.plan, self.values)
+        elif (unread := require_same(file, self.source, self.plan.kind)) is not None:
+            reporter.say(unread)
+
+
+@dataclass(frozen=True)
+class Making:
+    """A model that becomes a file."""
+
+    example: Example
+    narrow: Narrow
+    reporter: Reporter
+
+    def alike(self, kind: str) -> Whole:
+        """A file of the example's architecture. kind: a type that the gguf package makes."""
+        source = self.narrow.alike
+        return Whole(planned(self.example, source, kind), lambda name: self.example.values(name, source), source)
+
+    def _apart(self, kind: str) -> Iterator[Whole]:
+        source = self.narrow.apart
+        assert source is not None
+        for number, found in enumerate(deci_plans(self.alike(kind).plan, self.example, source)):
+
+            def values(name: str, arrange: Callable[[str, Tensor], Tensor] = found.arrange) -> Tensor:
+                return arrange(name, self.example.values(name, source))
+
+            yield Whole(found.plan, values, source, number)
+
+    def again(self, whole: Whole, kind: str) -> Whole:
+        """The same file in another type."""
+        if whole.number is None:
+            return self.alike(kind)
+        return next(other for other in self._apart(kind) if other.number == whole.number)
+
+    def chosen(self, kind: str, beside: Beside) -> Whole:
+        """The file with every block at its own width where that computes the same in llama.cpp, the padded one otherwise."""
+        whole = self.alike(kind)
+        if self.narrow.apart is None:
+            return whole
+        why = "the package llama-cpp-py-sync is not installed, in which it would be tried"
+        if has_llama_cpp():
+            try:
+                found, why = self._tried(whole, beside), "llama.cpp computes something else then"
+            except UnsupportedModel as error:
+                found, why = None, str(error)
+            if found is not None:
+                return found
+        self.reporter.say(f"Blocks of different widths stay padded with zeros: {why}.")
+        return whole
+
+    def _tried(self, whole: Whole, beside: Beside) -> Whole | None:
+        kind = whole.plan.kind
+        assert kind in PLAIN
+        with beside() as padded:
+            whole.write(padded, self.reporter)
+            for other in self._apart(kind):
+                with beside() as file:
+                    other.write(file, self.reporter)
+                    if same_in_llama_cpp(padded, file):
+                        return other
+        return None
+
+
+ARCHITECTURE = "deci"
+_READS = re.compile(
+    r"(vocab_size|context_length|embedding_length|block_count|feed_forward_length|attention\.(head_count|head_count_kv|key_length|"
+    r"value_length|layer_norm_rms_epsilon)|rope\.(dimension_count|freq_base|scale_linear|scaling\..*))"
+)
+"""What it reads of a model's numbers; all others would be lost."""
+_ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
+_PROBE = 32
+"""Tokens that both files are given."""
+_ROUNDING = 1e-2
+"""Difference of logits over their norm, without their mean; in float16, which rounds what every matrix is multiplied with."""
+
+
+@dataclass(frozen=True)
+class Deci:
+    """A plan of a file of this architecture, and how its values are made."""
+
+    plan: Plan
+    head: int
+    """Width of a head."""
+    halves: bool
+    """Whether the source's architecture turns the halves of a head against each other, and not neighbours."""
+
+    def arrange(self, name: str, tensor: Tensor) -> Tensor:
+        """Rows of queries and keys in this architecture's order. name: in the source file."""
+        if not self.halves or not _ROTARY.fullmatch(name):
+            return tensor
+        halves: Tensor = tensor.reshape(-1, 2, self.head // 2, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def deci_plans(padded: Plan, example: Example, source: Exported) -> Iterator[Deci]:
+    """What a file with every block at its own width would hold, in either order of a head's rows.
+
+    Args:
+        padded: the file of the source's own architecture, all of whose blocks are alike.
+        example: the file that it is made like.
+        source: the model, every block at its own width.
+
+    Raises:
+        UnsupportedModel: the metadata say something that this architecture does not read.
+    """
+    shapes, mixed = example.shapes, example.mixed
+    tensors = {}
+    for name, tensor in padded.tensors.items():
+        shape = planned_shape(example.pieces[tensor.source], shapes[tensor.source], source) or tensor.shape
+        kind = tensor_type(tensor.source, shape, padded.kind, example.types[tensor.source], mixed)
+        tensors[name] = replace(tensor, shape=shape, kind=kind)
+    head = _head_width(padded)
+    fields = _fields(padded, {name: tensor.shape for name, tensor in tensors.items()}, head)
+    for halves in (False, True):
+        yield Deci(Plan(ARCHITECTURE, fields, padded.kind, tensors), head, halves)
+
+
+def _head_width(padded: Plan) -> int:
+    said = padded.fields.get(f"{padded.arch}.attention.key_length")
+    if said is not None:
+        return int(said.value)
+    width, heads = (padded.fields.get(f"{padded.arch}.{key}") for key in ("embedding_length", "attention.head_count"))
+    if width is None or heads is None or not isinstance(heads.value, int):
+        raise UnsupportedModel("the metadata do not say how wide an attention head is")
+    return int(width.value // heads.value)
+
+
+def _fields(padded: Plan, shapes: Mapping[str, tuple[int, ...]], head: int) -> Fields:
+    own = f"{padded.arch}."
+    unread = [key for key in padded.fields if key.startswith(own) and not _READS.fullmatch(key.removeprefix(own))]
+    if unread:
+        raise UnsupportedModel(f"the architecture {ARCHITECTURE} does not read {unread[0]}")
+    found = {
+        f"{ARCHITECTURE}.{key.removeprefix(own)}" if key.startswith(own) else key: field
+        for key, field in padded.fields.items()
+    }
+    number = padded.fields[f"{own}block_count"]
+    blocks = range(int(number.value))
+    rows = {"feed_forward_length": ("ffn_gate", 1), "attention.head_count": ("attn_q", head)}
+    rows |= {"attention.head_count_kv": ("attn_k", head)}
+    for key, (tensor, size) in rows.items():
+        names = [f"blk.{block}.{tensor}.weight" for block in blocks]
+        missing = [name for name in names if name not in shapes]
+        if missing:
+            raise UnsupportedModel(f"the architecture {ARCHITECTURE} needs {missing[0]}, which the file has not")
+        found[f"{ARCHITECTURE}.{key}"] = Field([shapes[name][0] // size for name in names], _array(), number.type)
+    widths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    return {**{f"{ARCHITECTURE}.{key}": replace(number, value=head) for key in widths}, **found}
+
+
+def _array() -> int:
+    from gguf import GGUFValueType
+
+    return int(GGUFValueType.ARRAY)
+
+
+def same_in_llama_cpp(padded: Path, narrow: Path) -> bool:
+    """Whether llama.cpp computes the same of two files. Raises BadInput if it cannot load the first."""
+    with_zeros = LlamaCpp(padded, context=_PROBE)
+    try:
+        tokens = torch.randint(with_zeros.vocabulary, (_PROBE,), generator=torch.Generator().manual_seed(0)).tolist()
+        expected = with_zeros.logits(tokens)
+    finally:
+        with_zeros.close()
+    try:
+        without = LlamaCpp(narrow, context=_PROBE)
+    except BadInput:
+        return False
+    try:
+        found = without.logits(tokens)
+    finally:
+        without.close()
+    if found.shape != expected.shape:
+        return False
+    expected = expected - expected.mean(dim=1, keepdim=True)
+    found = found - found.mean(dim=1, keepdim=True)
+    return bool((found - expected).norm() <= _ROUNDING * expected.norm())

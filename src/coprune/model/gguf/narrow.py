@@ -25,12 +25,10 @@ from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.choosing import choose_matrices
 from coprune.model.edit import Configure, Edit, KeepSlices
 from coprune.model.edits import Edits
+from coprune.model.folding import head_size
 from coprune.model.gguf.smaller import Exported
-from coprune.model.layouts import head_size
-from coprune.model.removal.choices import Resized
-from coprune.model.removal.find_parts import find_parts
-from coprune.model.removal.parts import Kind, Part, filled, step_of, together
-from coprune.model.removal.smaller import possible_changes
+from coprune.model.removal.parts import Kind, Part, filled, find_parts, step_of, together
+from coprune.model.removal.smaller import Resized, possible_changes
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
 

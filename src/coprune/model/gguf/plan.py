@@ -13,17 +13,16 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
-from coprune.model.checkpoint.gguf_reader import gguf_reader
+from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.shards import read_json
 from coprune.model.edit import Configure, CutVocabulary
-from coprune.model.gguf.metadata import Counts, architecture, corrected, read_fields
+from coprune.model.gguf.llama_cpp import decode, tensor_type
+from coprune.model.gguf.metadata import Counts, Plan, Planned, architecture, corrected, read_fields
 from coprune.model.gguf.pieces import EXACT, Matcher, Piece
 from coprune.model.gguf.smaller import Exported, exported, made, planned_shape, whole_tensors
-from coprune.model.gguf.types import decode, tensor_type
 from coprune.model.gguf.verify import STORED_ERROR, WORST_ERROR, require_same_source
 from coprune.model.gguf.vocabulary import without_tokens
-from coprune.model.gguf.write import Plan, Planned
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 

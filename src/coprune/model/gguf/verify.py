@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
-from coprune.model.checkpoint.gguf_reader import plain
+from coprune.model.checkpoint.load import plain
 from coprune.model.checkpoint.locate import GgufFile
-from coprune.model.gguf.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.model.gguf.llama_cpp import LlamaCpp, decode, has_llama_cpp
+from coprune.model.gguf.metadata import Plan
 from coprune.model.gguf.pieces import Piece
 from coprune.model.gguf.smaller import Exported, whole_tensors
-from coprune.model.gguf.types import decode
-from coprune.model.gguf.write import Plan
 
 _SAME_SOURCE = 0.9
 """Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from coprune.model.blocks import Block
 from coprune.model.leftovers import lists_of
 from coprune.model.matrices import Matrix
-from coprune.model.removal.experts import Mixture, tensor_at
-from coprune.model.removal.listed import ListedCall
+from coprune.model.removal.experts import ListedCall, Mixture, tensor_at
 from coprune.model.removal.routing import ExpertCall, OtherLogits, forward_as
 from coprune.model.walk.proven import FoundModel
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from coprune.model.blocks import Block
-from coprune.model.folding import Fold, bias_of, close
+from coprune.model.folding import Fold, bias_of, close, find_folds, heads_of
 from coprune.model.matrices import Matrix
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
 
 Kind = Literal["channels", "heads"]
 
@@ -245,3 +249,36 @@ def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None
     for name, mask in masks.items():
         parameter = parameter_of(module, prefix, name)
         parameter.masked_fill_(~mask.to(parameter.device), 0.0)
+
+
+_TOKENS = 64
+"""What a fold changes shows in few tokens."""
+
+
+def first_tokens(sample: Tensor) -> Tensor:
+    """Return the start of a text; all of an image."""
+    return sample if sample.is_floating_point() else sample[:, :_TOKENS]
+
+
+def folds_of_blocks(
+    model: ProvenModel, dropped: Sequence[int] = ()
+) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
+    """Every block that stays, while its weights are there: its folds, and what runs it on the sample."""
+    recording = record_batches(model, [first_tokens(model.structure.sample)])
+    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+        if isinstance(event, BlockDone) and event.block.index not in dropped:
+            run = partial(recording.run, event.block, 0, event.before[0])
+            yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
+
+
+def known_folds(model: ProvenModel) -> Mapping[str, Sequence[Fold]]:
+    """The folds of every block by its name, found once and then remembered. The model has to be in memory."""
+    if not model.structure.folds:
+        model.structure.folds = {block.name: found for block, found, _ in folds_of_blocks(model)}
+    return model.structure.folds
+
+
+def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
+    """What could be removed of every block that stays, proven on one sample."""
+    for block, folds, run in folds_of_blocks(model, dropped):
+        yield block.name, [*parts_of(block, folds, model.structure.groups[block.index], run)]

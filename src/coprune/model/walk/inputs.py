@@ -5,6 +5,7 @@ Matrices fed by the same tensor share one `Inputs`; the first of them to be used
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,13 +14,156 @@ import torch
 from torch import Tensor
 
 from coprune.base.devices import in_host_memory
-from coprune.base.errors import NumericalError
+from coprune.base.errors import NumericalError, UnsupportedModel
+from coprune.base.precision import total
 from coprune.base.processes import Processes
 from coprune.base.reading import reading_later
+from coprune.base.words import Set
 from coprune.model.matrices import Matrix
-from coprune.model.walk.counted import CountedRows
-from coprune.model.walk.sample import InputSample
 from coprune.model.walk.statistics import Statistic
+
+
+class InputSample:
+    """A few of a matrix's input tokens, evenly spaced over every batch, to measure layer errors on.
+
+    A Gram matrix would give the error exactly but costs as much as the products themselves; for methods that do not
+    need one, the error on about a thousand tokens is within a few per cent of it at a fiftieth of the cost.
+    """
+
+    tokens = 1024
+
+    def __init__(self, width: int, batches: int, device: torch.device | str = "cpu") -> None:
+        self.width = width
+        self._device = device
+        self._per_batch = max(1, -(-self.tokens // max(batches, 1)))
+        self._rows: list[Tensor] = []
+        self.count = 0  # tokens seen, not kept
+
+    def update(self, x: Tensor, kept: int | None = None) -> None:
+        """Keep some rows of a batch of inputs (T × I, any leading dimensions). kept: how many at most; None for as many as of
+        every other batch."""
+        kept = self._per_batch if kept is None else kept
+        x_TI = x.reshape(-1, self.width)
+        self.count += x_TI.shape[0]
+        step = max(1, x_TI.shape[0] // kept)
+        self._rows.append(x_TI[step // 2 :: step][:kept].to(torch.float32, copy=True))
+
+    def reduce(self, processes: Processes, needed: bool) -> None:
+        """Put in place what the samples of all processes hold together; needed: whether its rows are, or only the count."""
+        if needed:
+            self.restore(*processes.gather_rows(self.inputs, self.count, self.tokens))
+        else:
+            self.count = sum(processes.gather(self.count))
+
+    def restore(self, inputs: Tensor, count: int) -> None:
+        """Take over rows that were kept. inputs: N × I float32; count: tokens that they were chosen from."""
+        self._rows = [inputs]
+        self.count = count
+
+    @property
+    def inputs(self) -> Tensor:
+        """Kept inputs, N × I float32 (N = 0 if no token was seen)."""
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
+
+    def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
+        """‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² on the kept tokens (2 float64). weight, pruned: O × I."""
+        x = self.inputs
+        return torch.stack([total((x @ rows.T).square()) for rows in (weight - pruned, weight)])
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """Which rows of a product are counted."""
+
+    counted: Tensor
+    twins: Tensor | None = None
+    """2 × P: numbers of rows that are equal, where only some of those are counted and nobody knows which."""
+
+    def fits(self, rows: Tensor) -> bool:
+        """Whether the rows of a later product can be of the same tokens: then twins still are, but for rounding."""
+        if len(rows) != len(self.counted):
+            return False
+        if self.twins is None:
+            return True
+        one, other = rows[self.twins[0]].to(torch.float32), rows[self.twins[1]].to(torch.float32)
+        return bool(((one - other).norm(dim=1) <= 0.02 * one.norm(dim=1)).all())
+
+
+class CountedRows:
+    """The counted rows of one batch's products while it runs through one block."""
+
+    def __init__(self, counted: Tensor) -> None:
+        """counted: B × S bool, which tokens are."""
+        self._shape, self._all = tuple(counted.shape), bool(counted.all())
+        self._counted = counted.flatten()
+        self._known: list[Tensor] = []  # keys of the rows of what had a row for every token, the newest last
+        self._latest: weakref.ref[Tensor] | None = None
+        self._routed: dict[int | str, _Routed] = {}  # of every expert's last product
+
+    def hear(self, x: Tensor) -> None:
+        """Remember an operand of any product, in which routed tokens may be found again."""
+        if self._all or not self._in_order(x) or (self._latest is not None and self._latest() is x):
+            return
+        self._latest = weakref.ref(x)
+        self._known.append(_keys(x.reshape(len(self._counted), -1)))
+
+    def of(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """The counted rows of what a matrix is multiplied with: N × I.
+
+        Raises:
+            UnsupportedModel: nobody can tell which tokens the rows are of.
+        """
+        return x if self._all else x.reshape(-1, x.shape[-1])[self._rows(matrix, x)]
+
+    def _rows(self, matrix: Matrix, x: Tensor) -> Tensor:
+        if x.ndim > 2 and matrix.expert is None and tuple(x.shape[:2]) == self._shape:
+            return self._counted.repeat_interleave(x.shape[2:-1].numel())
+        rows = x.reshape(-1, x.shape[-1])
+        # An expert's number, since the two products of one may be in modules of their own.
+        expert = matrix.name.rpartition(".")[0] if matrix.expert is None else matrix.expert
+        found = self._found_again(_keys(rows))
+        if found is None and expert in self._routed and self._routed[expert].fits(rows):
+            found = self._routed[expert]
+        if found is None and self._in_order(x):
+            found = _Routed(self._counted)
+        if found is None:
+            raise UnsupportedModel(
+                f"{matrix.name} is multiplied with rows of which nobody can tell which tokens they are",
+                fix=("count all tokens with ", Set("calibrate_on", "all")),
+            )
+        self._routed[expert] = found
+        return found.counted
+
+    def _found_again(self, keys: Tensor) -> _Routed | None:
+        """Which of some rows are counted, if each is one of the rows of a product that had all tokens."""
+        keys, order = keys.sort(stable=True)
+        # Equal rows are told apart by their number among them: whichever is taken, the sums are the same.
+        number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys)
+        for known in reversed(self._known):
+            rows, places = known.sort(stable=True)
+            at = (torch.searchsorted(rows, keys) + number).clamp(max=len(rows) - 1)
+            if torch.equal(rows[at], keys):
+                counted = self._counted[places[at]]
+                equal = keys[1:] == keys[:-1]
+                mixed = bool((equal & (counted[1:] != counted[:-1])).any())
+                twins = torch.stack([order[1:][equal], order[:-1][equal]]) if mixed else None
+                return _Routed(torch.zeros_like(counted).scatter(0, order, counted), twins)
+        return None
+
+    def _in_order(self, x: Tensor) -> bool:
+        """Whether there is one row for every token."""
+        sizes = [size for size in x.shape[:-1] if size != 1]
+        return sizes in ([size for size in self._shape if size != 1], [len(self._counted)])
+
+
+def _keys(rows: Tensor) -> Tensor:
+    """A number for every row that only equal rows have in common: T int64. rows: T × I, of any floating dtype."""
+    width = rows.shape[1]
+    # Bits, of which the widening from a narrower dtype loses none, weighed with odd numbers and added up modulo 2⁶⁴.
+    bits = rows.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+    generator = torch.Generator().manual_seed(width)
+    weights = torch.randint(-(2**63), 2**63 - 1, (width,), dtype=torch.int64, generator=generator) | 1
+    return (bits * weights.to(rows.device)).sum(dim=1)
 
 
 @dataclass

@@ -21,7 +21,6 @@ from coprune.base.errors import CopruneError, NumericalError, UnsupportedModel
 from coprune.model.blocks import Block
 from coprune.model.choosing import Evidence, confirm
 from coprune.model.matrices import Matrix
-from coprune.model.walk.arguments import same_value, tensors_in
 from coprune.model.walk.observe import Products, Reads, observe_products
 from coprune.model.walk.proven import FoundModel, ProvenModel, Structure
 from coprune.model.walk.record import (
@@ -32,7 +31,9 @@ from coprune.model.walk.record import (
     replaced_forwards,
     run_after_blocks,
     run_without_blocks,
+    same_value,
     split_call,
+    tensors_in,
 )
 
 # The replay repeats the very same operations; only devices that add in no fixed order differ, by rounding. A wrong mask

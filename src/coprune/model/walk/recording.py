@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,11 +10,9 @@ from torch import Tensor
 
 from coprune.model.blocks import Block
 from coprune.model.walk.activations import Activations
-from coprune.model.walk.arguments import TensorPool
-from coprune.model.walk.counted import CountedRows
-from coprune.model.walk.inputs import BatchRows
+from coprune.model.walk.inputs import BatchRows, CountedRows
 from coprune.model.walk.proven import ProvenModel
-from coprune.model.walk.record import BlockCall, run_without_blocks
+from coprune.model.walk.record import BlockCall, TensorPool, run_without_blocks
 
 
 @dataclass
@@ -85,3 +83,34 @@ def record_batches(model: ProvenModel, batches: Sequence[Tensor], activations: A
         recording.calls.append([BlockCall(pool.share(c.args), pool.share(c.kwargs), c.keyword) for c in calls])
         pool.forget_batch()
     return recording
+
+
+@dataclass(frozen=True)
+class ByBlock:
+    """The papers' way: a block's statistics come from its dense weights, then it runs again with the pruned ones."""
+
+    keep_inputs: bool = False
+    """Whether a block's inputs are still there when it is done, for a caller that trains it."""
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Every matrix is shown just before its first use, so that it sees what its pruned predecessors give; one pass."""
+
+    keep_inputs: bool = False
+    """As in `ByBlock`; the block then runs once more."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every block runs once, with its dense weights: it sees what it would see in the dense model, whatever is pruned
+    before it. Also the way of callers that only look."""
+
+    keep: Callable[[Tensor], Tensor] | None = None
+    """What to keep of a batch's inputs (B × S × H) until their block is done; None for nothing."""
+    batches: int | None = None
+    """Of how many batches that is kept, the first ones; None for all."""
+
+
+Moves = ByBlock | Sequential | Dense
+BY_BLOCK = ByBlock()

@@ -20,15 +20,13 @@ from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Set
 from coprune.model.blocks import Block
 from coprune.model.matrices import Matrix
-from coprune.model.walk.inputs import Gathered
-from coprune.model.walk.lockstep import Lanes, Lockstep
-from coprune.model.walk.moves import BY_BLOCK, ByBlock, Dense, Moves, Sequential
+from coprune.model.walk.activations import Activations
+from coprune.model.walk.inputs import Gathered, InputSample
+from coprune.model.walk.lockstep import Lanes, Lockstep, Paging
 from coprune.model.walk.observe import Observe
-from coprune.model.walk.paging import Paging
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import run_after_blocks
-from coprune.model.walk.recording import Recording
-from coprune.model.walk.sample import InputSample
+from coprune.model.walk.recording import BY_BLOCK, ByBlock, Dense, Moves, Recording, Sequential, record_batches
 from coprune.model.walk.shown import NO_PAST, OUTSIDE, BlockDone, MatricesReady, Past
 from coprune.model.walk.statistics import Statistic
 
@@ -226,3 +224,35 @@ class Walk:
     def _run_batch(self, block: Block, batch: int) -> Tensor:
         assert self.recording is not None
         return self.recording.run(block, batch, self.recording.hidden[batch])
+
+
+@torch.no_grad()
+def streamed_logits(
+    model: ProvenModel,
+    windows: Sequence[Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
+    advance: Callable[[float], None] = lambda blocks: None,
+    activations: Activations | None = None,
+) -> list[Tensor]:
+    """Run batches of windows through the blocks, each read once, and score their logits.
+
+    Args:
+        model: the model; its chosen matrices do not matter.
+        windows: B × S int64 each, or images.
+        score: (logits B × S × V, tokens B × S) → what is kept of a batch.
+        advance: called with the share of a block that was done.
+        activations: an empty list for the hidden states; without it they are kept in memory.
+
+    Returns:
+        What was kept of every batch.
+    """
+    recording = record_batches(model, windows, activations)
+    for _ in Walk(model.idle(), recording, moves=Dense(), advance=advance):
+        pass
+    kept = []
+    for position, tokens in enumerate(windows):
+        hidden = recording.hidden[position]
+        kept.append(
+            score(run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden), tokens)
+        )
+    return kept

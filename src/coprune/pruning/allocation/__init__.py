@@ -8,11 +8,10 @@ from typing import Any
 
 from coprune.base.errors import unknown_name
 from coprune.base.options import with_options
-from coprune.pruning.allocation.base import Allocation, Unit
+from coprune.pruning.allocation.base import Allocation, Uniform, Unit
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.pruning.allocation.fisher import ByFisher
 from coprune.pruning.allocation.owl import OWL
-from coprune.pruning.allocation.uniform import Uniform
 from coprune.recipe.choice import Choice
 from coprune.recipe.retired import retired_allocation
 

@@ -18,10 +18,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.base.validation import read_yaml
 from coprune.base.words import Set, Setting
-from coprune.base.yaml_file import read_yaml
-from coprune.pruning.allocation.base import Shown, Unit
-from coprune.pruning.allocation.budget import Curve, within_budget
+from coprune.pruning.allocation.base import Curve, Shown, Unit, within_budget
 from coprune.recipe.pattern import Target, parse_pattern
 
 TOLERANCE = 1e-4

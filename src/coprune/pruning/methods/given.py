@@ -9,8 +9,7 @@ from coprune.base.errors import BadInput
 from coprune.pruning.methods import all_methods, method_named
 from coprune.pruning.methods.base import Method
 from coprune.pruning.methods.outside import missing_in
-from coprune.recipe.choice import Choice
-from coprune.recipe.grammar import Scalar
+from coprune.recipe.choice import Choice, Scalar
 
 
 def choice_of(method: Method | type[Method]) -> tuple[Choice, Method]:

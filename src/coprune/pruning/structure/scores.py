@@ -6,18 +6,27 @@ is what is removed as a whole: one channel, or the K channels of a key-value hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from coprune.base.errors import BadInput
 from coprune.base.kernels.shifted import inverse_of_factor
-from coprune.base.options import one_of, require_positive
+from coprune.base.options import one_of, require_not_negative, require_positive, with_options
 from coprune.base.precision import full_float32, total
+from coprune.base.processes import ALONE, Processes
+from coprune.model.matrices import Matrix, mask_checksum
+from coprune.model.removal.parts import Part, silence
+from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.statistics import Gram
+from coprune.pruning.allocation.base import Uniform
 from coprune.pruning.linear_algebra import damped_cholesky
+from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.choice import Choice
 
 Curve = list[tuple[Tensor, float]]
@@ -237,3 +246,197 @@ def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | Non
     result = torch.zeros_like(weight)
     result[:, keep] = solved
     return result
+
+
+def remove_units(
+    module: torch.nn.Module, part: Part, inputs: Mapping[str, Inputs], score: Score, count: int
+) -> tuple[list[Tensor], list[MatrixResult]]:
+    """Keep `count` units of a part, in place: the others are zeros afterwards.
+
+    Args:
+        module: the block.
+        part: what may be removed of it.
+        inputs: Gram matrices of the consumers' inputs, by name; a consumer that is not named saw no token.
+        score: chooses, and says whether the consumer is solved for anew.
+        count: units to keep.
+
+    Returns:
+        Which units are kept (U bool for each consumer), and figures of the consumers.
+    """
+    keeps, results = [], []
+    for consumer in part.fold.consumers:
+        started, weight = time.perf_counter(), consumer.read()
+        known, events = _known(inputs.get(consumer.name))
+        units = part.units.to(weight.device)
+        keep = by_norm(weight, units, count) if known is None else score.keep(weight, known, units, count)
+        columns = part.columns(keep)
+        solved = refitted(weight, known, columns) if known is not None and score.refit else weight
+        consumer.write(solved.masked_fill(~columns, 0.0))
+        keeps.append(keep)
+        result = _result(consumer, known, weight, columns, time.perf_counter() - started)
+        results.append(result.model_copy(update={"events": events}))
+    silence(module, part.block, part.masks(keeps))
+    return keeps, results
+
+
+def _known(inputs: Inputs | None) -> tuple[Gram | None, tuple[str, ...]]:
+    """Return the Gram matrix of a consumer's inputs if it saw any, and events."""
+    statistic = None if inputs is None else inputs.statistic
+    if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
+        return None, ("no calibration token came to it, so its channels went by their norm",)
+    if not bool(
+        statistic.gram.diagonal().any()
+    ):  # as to an expert that sees all tokens, times zero where they are others'
+        return None, ("nothing but zeros came to it, so its channels went by their norm",)
+    return statistic, ()
+
+
+def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tensor, seconds: float) -> MatrixResult:
+    after = consumer.read()
+    left = after[:, columns]
+    return MatrixResult(
+        name=consumer.name,
+        shape=(left.shape[0], left.shape[1]),
+        sparsity=1 - int(left.count_nonzero()) / left.numel(),
+        relative_layer_error=None if known is None else known.relative_error(weight, after),
+        tokens=None if known is None else known.count,
+        mask_checksum=mask_checksum(left if consumer.input_dim == 1 else left.T),
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class ByError:
+    """Remove what costs least: the relative errors of the consumers' outputs, as measured on the dense model.
+
+    Errors of different blocks are made comparable by what the cut of each block alone does to the model's distributions.
+    """
+
+    tokens: int = 1024
+    """Of the calibration, at least so many are run for that (of images: one batch); 0: errors count by `movement`."""
+    movement: float = 1.0
+    """With 0 tokens, errors count by what their block changes in the hidden states, to this power; 0: all blocks alike."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(tokens=self.tokens, movement=self.movement)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Move steps of a budget from part to part, and keep what brings the model's distributions nearer to the dense model's.
+
+    Paper: EvoPress, arXiv 2410.14649.
+    """
+
+    minutes: float = 0.0
+    """How long, all runs that were killed in between together."""
+    rounds: int = 0
+    """Or how many tries."""
+    tokens: int = 2048
+    """Of the calibration, at least so many are looked at (of images: one batch)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_not_negative(minutes=self.minutes, rounds=self.rounds, tokens=self.tokens)
+
+    def require_end(self) -> None:
+        """Raise BadInput unless it is said when to stop."""
+        if bool(self.minutes) == bool(self.rounds):
+            fix = "write search:minutes=8, or search:rounds=100"
+            wrong = "a search goes on for some minutes or for some rounds, one of the two"
+            raise BadInput(wrong, field="allocation", value="search", fix=fix)
+
+
+SPREADINGS: dict[str, Uniform | ByError | Search] = {"uniform": Uniform(), "error": ByError(), "search": Search()}
+"""Every way to spread units over the blocks, by its name."""
+
+
+def spreading_named(asked: Choice) -> Uniform | ByError | Search:
+    """Look a way up; what spreads zeros alone is uniform for units. Raises BadInput for an option that there is not."""
+    if asked.name not in SPREADINGS:
+        return SPREADINGS["uniform"]
+    found = with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
+    if isinstance(found, Search):
+        found.require_end()
+    return found
+
+
+def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
+    """Take steps where they cost least, along the convex curves below the measured ones.
+
+    Args:
+        costs: of every part, what it costs to take 0, 1, 2 … steps.
+        steps: how many are taken altogether.
+
+    Returns:
+        How many steps are taken of every part.
+    """
+    slopes = [_slopes(own) for own in costs]
+    taken = [0] * len(costs)
+    queue = [(own[0], part) for part, own in enumerate(slopes) if own]
+    heapq.heapify(queue)
+    for _ in range(steps):
+        _, part = heapq.heappop(queue)
+        taken[part] += 1
+        if taken[part] < len(slopes[part]):
+            heapq.heappush(queue, (slopes[part][taken[part]], part))
+    return taken
+
+
+def _slopes(costs: Sequence[float]) -> list[float]:
+    """What each step costs on the largest convex curve below the costs, ascending."""
+    found: list[float] = []
+    start = 0
+    while start < len(costs) - 1:
+        slope, end = min(((costs[i] - costs[start]) / (i - start), i) for i in range(start + 1, len(costs)))
+        found += [slope] * (end - start)
+        start = end
+    return found
+
+
+MOVED_TOKENS = 1024
+"""Of the hidden states that blocks change, about so many are looked at."""
+
+
+def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
+    """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
+    samples. Each of several processes has its own.
+
+    total: rows of all batches, where they hold different numbers of them (`Recording.uneven`).
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
+    per_batch = -(-MOVED_TOKENS // batches) if total is None else -(-MOVED_TOKENS * len(rows) // total)
+    step = max(1, len(rows) // per_batch)
+    return rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True)
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor | None:
+    """All rows as one tensor; None where there are none."""
+    return torch.cat(list(rows)) if len(rows) else None
+
+
+def movement(before: Tensor | None, after: Tensor | None, processes: Processes = ALONE) -> float:
+    """How much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
+
+    By rows, because the first token of many models is a thousand times larger than the rest.
+
+    Args:
+        before: N × H.
+        after: N × H.
+        processes: those that go through the block together, each with rows of its own.
+
+    Returns:
+        1 where that means nothing: without data, or where a block changes their shape.
+    """
+    found = processes.gather(_changes(before, after))
+    rows = sum(number for _, number in found)
+    return sum(change for change, _ in found) / rows if rows else 1.0
+
+
+def _changes(before: Tensor | None, after: Tensor | None) -> tuple[float, int]:
+    """What `movement` says of each row, added up, and of how many rows that is."""
+    if before is None or after is None or before.shape != after.shape:
+        return 0.0, 0
+    size = after.square().sum(dim=1)
+    change = (after - before).square().sum(dim=1)
+    return float((change / size.clamp_min(1e-30)).double().sum()), len(after)

@@ -8,10 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coprune.base.errors import BadInput
-from coprune.recipe.pattern.base import Group, Pattern
-from coprune.recipe.pattern.n_of_m import NM
-from coprune.recipe.pattern.target import Target
-from coprune.recipe.pattern.unstructured import Unstructured
+from coprune.recipe.pattern.base import NM, Group, Pattern, Target, Unstructured
 
 if TYPE_CHECKING:
     from torch import Tensor

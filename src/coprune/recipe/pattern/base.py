@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from coprune.base.errors import BadInput
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 Group = Literal["row", "matrix"]
 """Which weights compete with each other where the pattern leaves that open."""
@@ -146,3 +149,166 @@ class Pattern(ABC):
     def label(self, sparsity: str) -> str:
         """A short name of the pattern with a sparsity, written as the caller likes, where that is free."""
         return f"{self} {sparsity}" if self.sparsity is None else str(self)
+
+
+GROUP_SIZES = (2, 4, 8, 16, 32)
+"""The M that are looked for in a pruned matrix."""
+SLACK = 0.05
+"""Share of weights that may be missing from the groups of an N:M matrix before it counts as unstructured."""
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """N weights kept in every group of M consecutive inputs of one output row, 0 < N < M."""
+
+    usage: ClassVar[str] = "N:M such as 2:4 (2 kept of every 4)"
+    first_step: ClassVar[int] = 1
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            cause = f"pattern {self} keeps {self.n} of {self.m}"
+            raise BadInput(cause, field="pattern", value=str(self), fix="take 0 < N < M, such as 2:4")
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text)
+        return None if match is None else cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def found_in(cls, keep: Tensor) -> Self | None:
+        from coprune.base.selection import tightest_groups
+
+        found = tightest_groups(keep, GROUP_SIZES, SLACK)
+        return None if found is None else cls(*found)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    @property
+    def group_size(self) -> int:
+        return self.m
+
+    @property
+    def n_of_m(self) -> tuple[int, int]:
+        return self.n, self.m
+
+    def choose(self, score: Tensor, sparsity: float, group: Group) -> Tensor:
+        from coprune.base.selection import keep_n_of_m
+
+        return keep_n_of_m(score, self.n, self.m)
+
+    def holds(self, keep: Tensor) -> bool:
+        from coprune.base.selection import most_kept
+
+        return most_kept(keep, self.m) <= self.n
+
+    def columns_together(self, size: int) -> int:
+        return self.m
+
+    def exchange_within(self) -> int:
+        return self.m
+
+    def with_sparsity(self, sparsity: float) -> NM:
+        return NM(min(max(self.m - round(sparsity * self.m), 1), self.m - 1), self.m)
+
+    def steps(self, width: int) -> int:
+        return self.m
+
+    def sparsities_near(self, sparsity: float, reach: float, points: int) -> list[float]:
+        most = max(1, int(reach * self.m + 1e-6))
+        kept = range(min(self.n + most, self.m - 1), max(self.n - most, 1) - 1, -1)
+        return [1 - n / self.m for n in kept]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one matrix is to become: a pattern and a sparsity (the fraction of zeros, 0 ≤ s < 1)."""
+
+    pattern: Pattern
+    sparsity: float
+    outputs: Tensor | None = field(default=None, compare=False, repr=False)
+    """By how much an error in each output counts beside the others' (O float32, positive); None: all alike. A method need
+    not know: it is given rows that are larger by as much."""
+
+    def keep(self, score: Tensor, group: Group = "matrix") -> Tensor:
+        """Choose the weights to keep, those with the largest scores.
+
+        Args:
+            score: O × I float, the larger the more important.
+            group: which weights compete where the pattern leaves that open.
+
+        Returns:
+            O × I bool: for unstructured with exactly floor(s·I) zeros per row (row) or floor(s·O·I) in all (matrix),
+            for N:M with N kept in every group of M.
+
+        Raises:
+            NumericalError: scores are NaN.
+            BadInput: the pattern does not fit the width.
+        """
+        from coprune.base.selection import refuse_nan
+
+        refuse_nan(score)
+        self.pattern.check_width(score.shape[1])
+        return self.pattern.choose(score, self.sparsity, group)
+
+    @property
+    def multiple(self) -> int:
+        """What divides every width that the pattern fits."""
+        return self.pattern.group_size or 1
+
+    def with_sparsity(self, sparsity: float) -> Target:
+        """The target with another sparsity, and with the pattern that has it where that fixes it."""
+        pattern = self.pattern.with_sparsity(sparsity)
+        return replace(self, pattern=pattern, sparsity=sparsity if pattern.sparsity is None else pattern.sparsity)
+
+    def __str__(self) -> str:
+        return self.pattern.describe(self.sparsity)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Zeros anywhere. Which weights compete with each other (row or matrix) is the method's choice."""
+
+    usage: ClassVar[str] = "'unstructured'"
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        return cls() if text == "unstructured" else None
+
+    @classmethod
+    def found_in(cls, keep: Tensor) -> Self:
+        return cls()
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def choose(self, score: Tensor, sparsity: float, group: Group) -> Tensor:
+        from coprune.base.selection import keep_share
+
+        return keep_share(score, sparsity, group == "row")
+
+    def holds(self, keep: Tensor) -> bool:
+        return True
+
+    def choose_early(self, score: Tensor, sparsity: float, reached: float, group: Group) -> Tensor:
+        from coprune.base.selection import refuse_nan
+
+        # The smallest of all are the smallest of those that are pruned in the end.
+        refuse_nan(score)
+        return self.choose(score, reached, group)
+
+    def exchange_within(self) -> None:
+        return None
+
+    def describe(self, sparsity: float) -> str:
+        return per_cent(sparsity)
+
+    def label(self, sparsity: str) -> str:
+        return sparsity

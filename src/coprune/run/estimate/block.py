@@ -5,12 +5,20 @@ The time is processor time (see `clock`), the memory what lives at once within t
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
+from coprune.base.devices import in_host_memory, synchronize
 from coprune.base.errors import UnsupportedModel
 from coprune.evaluation.perplexity import window_nll
 from coprune.model.blocks import Block
@@ -19,8 +27,6 @@ from coprune.model.walk.observe import Observe, Products, observe_products
 from coprune.model.walk.prove import COMPARED_LOGITS
 from coprune.model.walk.proven import FoundModel
 from coprune.model.walk.record import chooses_positions, guess_call
-from coprune.run.estimate.clock import seconds_of_call, seconds_of_reading
-from coprune.run.estimate.live_bytes import LiveBytes
 
 Shape = tuple[int, int]
 """(out, in) of a matrix."""
@@ -144,3 +150,95 @@ def measure_head(model: nn.Module, device: torch.device, tokens: int = 64) -> He
     targets = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     seconds = seconds_of_call(lambda: window_nll(head(x), targets), device)
     return HeadCosts(weight.shape[0], weight.element_size(), seconds / tokens, compared)
+
+
+DISK = 200e6
+"""Bytes that a slow disk reads in a second."""
+
+
+def seconds_of_call(run: Callable[[], object], device: torch.device, once: bool = False) -> float:
+    """Seconds of a call; the smaller of two, unless it is to be called once only or takes long.
+
+    On the CPU they are of this thread's processor time: it takes part in every product beside torch's other threads, so
+    that is how long the call takes if nobody else wants the cores, which go by much slower on a busy machine.
+    """
+    clock = time.thread_time if in_host_memory(device) else time.perf_counter
+    times: list[float] = []
+    while not times or (not once and len(times) < 2 and times[0] < 0.3):
+        started = clock()
+        run()
+        synchronize(device)
+        times.append(clock() - started)
+    return min(times)
+
+
+class Busyness:
+    """How busy others keep the machine while something is computed, which the time of a machine of its own leaves out.
+
+    Args:
+        device: where it is computed; what goes by on another device than the CPU is counted anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = in_host_memory(device)
+        self.factor = 1.0
+        """How many times as long as its processor time it took."""
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter(), time.thread_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gone, computed = time.perf_counter() - self._began[0], time.thread_time() - self._began[1]
+        if self._counts and computed > 0:
+            self.factor = max(1.0, gone / computed)
+
+
+def seconds_of_reading(read: Callable[[], object]) -> float:
+    """Seconds of a call that reads files: all processor time of the process, and what a slow disk takes, but no more
+    than went by."""
+    from_disk, started, computed = _bytes_from_disk(), time.perf_counter(), time.process_time()
+    read()
+    computed, gone = time.process_time() - computed, time.perf_counter() - started
+    return min(gone, computed + (_bytes_from_disk() - from_disk) / DISK)
+
+
+def _bytes_from_disk() -> int:
+    """Bytes that this process made the system read from a disk, not from what it keeps in memory; 0 if it does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that come into being while it is active: `now`, and at `most`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.most = 0
+        self._known: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._known.setdefault(tensor.untyped_storage(), True)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._known[storage] = True
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.now -= size

@@ -6,10 +6,29 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from coprune.base.errors import BadInput
-from coprune.base.shown import Sheet, Shown
-from coprune.base.words import Set, parts_of, say
+from coprune.base.words import Set, Sheet, Shown, Together, Words, parts_of, say
 from coprune.model.walk.activations import GIB
-from coprune.run.estimate.proposal import Proposal
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What would make a run fit that does not."""
+
+    settings: dict[str, bool | int | str]
+    """By their names."""
+    enough: bool
+    """Whether it would fit with them, or not even then."""
+    halves: bool
+    """Whether weights of half the size are another way."""
+
+    def words(self) -> Words:
+        """One sentence for people."""
+        together = Together(tuple(Set(name, value) for name, value in self.settings.items()))
+        if self.enough:
+            return ("It would with ", together)
+        half = (Set("dtype", "bfloat16"), " and ") if self.halves else ()
+        return ("Even ", together, " would not be enough; ", *half, "a machine with more memory would help")
+
 
 BUSY = 1.5
 """A machine counts as busy where computing takes so many times its processor time: threads that wait for each other do, too."""

@@ -14,13 +14,10 @@ from torch import nn
 
 from coprune.model.low_rank import wrap
 from coprune.model.matrices import Matrix
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.sample import InputSample
+from coprune.model.walk.inputs import Inputs, InputSample
 from coprune.pruning.pruner import Solver, prune_matrix
 from coprune.recipe.pattern import Target
-from coprune.run.estimate.block import Shape
-from coprune.run.estimate.clock import seconds_of_call
-from coprune.run.estimate.live_bytes import LiveBytes
+from coprune.run.estimate.block import LiveBytes, Shape, seconds_of_call
 
 WORKSPACE = 16 << 20
 """What the linear algebra library takes once for factorisations, measured; no tensor of it is seen."""

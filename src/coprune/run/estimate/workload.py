@@ -11,10 +11,10 @@ from coprune.base.devices import device_memory
 from coprune.base.memory import available_bytes, resident_peak, unread_weights
 from coprune.base.processes import Processes
 from coprune.data import EvaluationText, Windows
-from coprune.data.lengths import a_longest, lengths_of
+from coprune.data.text import a_longest, lengths_of
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text import samples_per_batch
-from coprune.model.checkpoint.ahead import fetches
+from coprune.model.checkpoint.lazy import fetches
 from coprune.model.low_rank import may_get_factors
 from coprune.model.opened import Loaded, streams
 from coprune.model.walk.activations import GIB, device_room
@@ -23,13 +23,11 @@ from coprune.pruning.pruner import Solver
 from coprune.recipe.finetune import has_adapters, has_teacher
 from coprune.recipe.pattern import Target
 from coprune.recipe.recipe import Recipe
-from coprune.run.estimate.block import measure_block, measure_head
-from coprune.run.estimate.clock import Busyness
-from coprune.run.estimate.estimate import estimate
+from coprune.run.estimate.block import Busyness, measure_block, measure_head
+from coprune.run.estimate.estimate import Settings, Training, Workload, estimate
 from coprune.run.estimate.found import Estimate
 from coprune.run.estimate.solving import Trials, measure_solving
-from coprune.run.estimate.work import Settings, Training, Workload
-from coprune.training.room import training_bytes
+from coprune.training.after_pruning import training_bytes
 
 CALIBRATION_SECONDS = 1.5  # for the solving of all shapes together
 

@@ -5,19 +5,67 @@ A budget is compared with the best so far on more and more of the tokens, and le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from coprune.base.files import write_text
 from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix
 from coprune.model.walk.recording import Recording, record_batches
-from coprune.pruning.evolution import Steps
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.evolution import Exchanges, Steps, next_tries
 from coprune.pruning.structure.blocks import first_batches, kl_of_logits, logits_of
-from coprune.run.removal.consumers import Consumers
+from coprune.pruning.structure.scores import Search, refitted, score_named
+from coprune.run.journal import run_identity
+from coprune.run.removal.steps import Levels
 from coprune.run.session import Session
+
+
+@dataclass(frozen=True)
+class Consumers:
+    """The matrices whose columns fall silent, solved for anew from their Gram matrices."""
+
+    levels: Sequence[Levels]
+    refit: bool
+    before: Mapping[str, Tensor]
+    """Of every consumer, the dense weight."""
+
+    @classmethod
+    def of(cls, session: Session, levels: Sequence[Levels]) -> Self:
+        """Those of a dense model."""
+        refit = score_named(session.opened.recipe.structure.score_of("units")).refit
+        return cls(levels, refit, {c.name: c.read().clone() for own in levels for c in own.part.fold.consumers})
+
+    @property
+    def places(self) -> list[int]:
+        """Number of the block that every part is in."""
+        return [own.block.index for own in self.levels]
+
+    def write(self, part: int, level: int) -> None:
+        """Silence what a part loses at a level."""
+        own = self.levels[part]
+        for keep, consumer in zip(own.keeps[level], own.part.fold.consumers, strict=True):
+            consumer.write(self._solved(own, consumer, keep))
+
+    def _solved(self, own: Levels, consumer: Matrix, keep: Tensor) -> Tensor:
+        weight, columns = self.before[consumer.name], own.part.columns(keep)
+        if bool(keep.all()):
+            return weight
+        known = own.inputs.get(consumer.name)
+        statistic = None if known is None else known.statistic
+        if self.refit and isinstance(statistic, Gram) and statistic.count:
+            return refitted(weight, statistic, columns)
+        return weight.masked_fill(~columns, 0.0)
+
 
 BEHIND = 0.005
 """A budget is let go of where the batches that it has seen cost so much more than they do with the best: about what two
@@ -147,3 +195,113 @@ class Candidates:
 
     def _logits(self, batch: int, hidden: Tensor) -> Tensor:
         return logits_of(self.session.model, self.recording.tokens[batch], hidden)
+
+
+FINDS_FILE = "search.json"
+"""What a search has tried, in the run's folder."""
+
+
+@dataclass
+class Finds:
+    """What was tried so far, and what it cost."""
+
+    path: Path | None
+    """Where that is kept; None where no folder is wanted."""
+    identity: str
+    """Of the recipe, the model and the data."""
+    tried: list[tuple[Steps, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, session: Session) -> Finds:
+        """What an earlier run of the same kind found, or nothing; the first process's answer for all."""
+        found = session.opened.around.processes.from_first(lambda: cls._read(session))
+        return found if session.opened.around.writes else replace(found, path=None)
+
+    @classmethod
+    def _read(cls, session: Session) -> Finds:
+        opened = session.opened
+        known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
+        identity = hashlib.sha256(json.dumps(known.settings, sort_keys=True, default=str).encode()).hexdigest()
+        found = cls(opened.recipe.run_folder / FINDS_FILE if opened.around.writes else None, identity)
+        if found.path is not None and found.path.is_file():
+            try:
+                content: dict[str, Any] = json.loads(found.path.read_text(encoding="utf-8"))
+                if content["identity"] == identity:
+                    tried = [(tuple(steps), float(cost)) for steps, cost in content["tried"]]
+                    found.tried, found.seconds = tried, float(content["seconds"])
+            except (ValueError, KeyError, TypeError):
+                return found  # somebody else's, or damaged: the search begins anew
+        return found
+
+    def add(self, tries: Sequence[tuple[Steps, float]], seconds: float) -> None:
+        """Note tries that were made side by side, all at once, so that a killed search makes the same ones again."""
+        self.tried += tries
+        self.seconds += seconds
+        if self.path is not None:
+            content = {"identity": self.identity, "seconds": self.seconds, "tried": self.tried}
+            write_text(self.path, json.dumps(content) + "\n")
+
+    @property
+    def best(self) -> tuple[Steps, float]:
+        """The first of those that cost least."""
+        return min(self.tried, key=lambda one: one[1])
+
+    def share_done(self, asked: Search) -> float:
+        """How much of the search is over; 1 at its end."""
+        return min(1.0, self.seconds / (60 * asked.minutes) if asked.minutes else len(self.tried) / asked.rounds)
+
+    def is_over(self, asked: Search) -> bool:
+        """Whether nothing is left to be tried."""
+        return bool(self.tried) and self.share_done(asked) >= 1.0
+
+
+STARTS = ("uniform", "error")
+"""What is tried first."""
+
+
+def search_steps(
+    session: Session,
+    asked: Search,
+    finds: Finds,
+    exchanges: Exchanges,
+    first: Sequence[Steps],
+    opened: AbstractContextManager[Candidates],
+) -> Steps:
+    """Search for the steps with which the model stays nearest to the dense one; every process makes a try at a time.
+
+    Args:
+        session: of the run.
+        asked: how long.
+        finds: what was tried before.
+        exchanges: what may change places.
+        first: what is tried first; may be left out where that was done.
+        opened: what tells the cost of a budget, for as long as it is entered.
+    """
+    reporter, processes = session.opened.around.reporter, session.opened.around.processes
+    if finds.tried:
+        reporter.say(f"{len(finds.tried)} tries of the search were made by an earlier run.")
+    with reporter.bar("Searching", 1.0) as advance, opened as candidates:
+        done = 0.0
+        while (share := finds.share_done(asked)) < 1.0:
+            advance(share - done)
+            started, done = time.perf_counter(), share
+            count = len(finds.tried)
+            number = min(processes.size, asked.rounds - count) if asked.rounds else processes.size
+            starts = first[count : count + number]
+            tries = starts or next_tries(finds.tried, exchanges, asked.seed, number)
+            # What is tried first is looked at to the end; all else may be let go of as soon as it falls behind the best.
+            best = None if starts else finds.best[0]
+            costs = processes.in_order([candidates.cost(steps, best) for steps in processes.own(tries)])
+            took = processes.gather(time.perf_counter() - started)[0]
+            finds.add([*zip(tries, costs, strict=True)], took)
+        advance(1.0 - done)
+    return say_best(session, finds)
+
+
+def say_best(session: Session, finds: Finds) -> Steps:
+    """Tell of the best that was found, and return it."""
+    steps, cost = finds.best
+    starts = ", ".join(f"{name} {found:.4f}" for name, (_, found) in zip(STARTS, finds.tried, strict=False))
+    session.opened.around.reporter.say(f"The best of {len(finds.tried)} tries: KL {cost:.4f} ({starts}).")
+    return steps

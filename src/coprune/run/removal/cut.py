@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from coprune.model.as_saved import Layout, saved_name, slices_kept
+from coprune.model.as_saved import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
 from coprune.model.blocks import Block
-from coprune.model.edit import DropBlock, Edit, KeepSlices, PadUnits
-from coprune.model.expert_edit import keep_experts
+from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits, runs_of
 from coprune.model.removal.experts import Mixture
 from coprune.model.removal.parts import Kind, Part, filled, together
-from coprune.model.slices import runs_of
 from coprune.recipe.structure import Left
 from coprune.run.session import Session
 
@@ -161,3 +161,44 @@ def _kept(plan: Plan, kind: Kind, old: int) -> str:
     counts = [plan.count(part) for part in parts] or [plan.keep[kind][old]]
     least, most, mean = min(counts), max(counts), sum(counts) / len(counts)
     return str(most) if least == most else f"{least} to {most} ({mean:g} on average)"
+
+
+def keep_experts(
+    model: PreTrainedModel, block: nn.Module, mixture: Mixture, keep: Tensor, layout: Layout | None = None
+) -> KeepExperts:
+    """Tell which experts of a mixture are left.
+
+    Args:
+        model: the model.
+        block: that the mixture is in.
+        mixture: as it was found.
+        keep: E bool.
+        layout: as in `slices_kept`.
+
+    Raises:
+        UnsupportedModel: what would be left of a tensor is no whole slices of it.
+    """
+    masks = masks_as_saved(model, mixture.block, mixture.masks(block, keep), layout)
+    gone = {number for number, kept in enumerate(keep.tolist()) if not kept}
+    tables = [path for path, dim in mixture.sliced.items() if dim == 0 and path.startswith(f"{mixture.experts}.")]
+    return KeepExperts(
+        kept=whole_slices(masks),
+        router=mixture.router,
+        added=list(mixture.added),
+        count=mixture.count,
+        experts=keep.nonzero().flatten().tolist(),
+        numbered=[*_numbered(masks, gone, mixture.count), *(f"{mixture.block}.{path}[" for path in tables)],
+    )
+
+
+def _numbered(masks: Mapping[str, Tensor], gone: set[int], count: int) -> Iterator[str]:
+    """Beginnings of tensors' names in which an expert's number follows: all numbers are there, and those gone have no mask."""
+    left_out = {name for name, mask in masks.items() if not bool(mask.any())}
+    found = set()
+    for name in left_out:
+        for digits in re.finditer(r"(?<![^.])\d+(?=\.)", name):
+            before, after = name[: digits.start()], name[digits.end() :]
+            alike = [f"{before}{number}{after}" for number in range(count)]
+            if masks.keys() >= set(alike) and {n for n, other in enumerate(alike) if other in left_out} == gone:
+                found.add(before)
+    yield from sorted(found)

@@ -11,24 +11,23 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.processes import ALONE, Processes
 from coprune.base.words import Setting
-from coprune.evaluation.answers.requirements import judge
+from coprune.evaluation.answers.facts import judge
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.locate import holds_model
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.opened import Loaded
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.by_file import ByFile
-from coprune.pruning.structure.spreading import SPREADINGS
+from coprune.pruning.structure.scores import SPREADINGS
 from coprune.recipe.choice import USUAL_METHOD, Choice
-from coprune.recipe.decides import Decides
-from coprune.recipe.globs import refuse_numbers
+from coprune.recipe.parts import Decides, refuse_numbers
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import StructurePart
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
 from coprune.report.schema import Report
 from coprune.run.checks import prepare_solver, refuse_finished
-from coprune.run.given import Given
+from coprune.run.session import Given
 
 # What belongs to the zeros alone, as it is where nothing is said of it.
 _NO_ZEROS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from coprune.model.as_saved import smaller_tensors
 from coprune.model.blocks import Block
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.removal.parts import Part, parameter_of
+from coprune.model.removal.parts import Kind, Part, parameter_of
 from coprune.model.removal.smaller import build_smaller
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.shown import BlockDone, Past
@@ -23,8 +23,7 @@ from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
 from coprune.pruning.pruner import MatrixResult
 from coprune.pruning.reconstructed import reconstruct_cut
-from coprune.pruning.structure.remove import remove_units
-from coprune.pruning.structure.scores import score_named
+from coprune.pruning.structure.scores import remove_units, score_named
 from coprune.run.calibrating import moves_of, record_to_prune
 from coprune.run.journal import BlockOutcome, Output
 from coprune.run.prune_blocks import Outcome, all_edits, finish_block
@@ -32,7 +31,6 @@ from coprune.run.removal.cut import Cut, Plan, edits_of_block
 from coprune.run.removal.experts import choose_experts, cut_carried
 from coprune.run.removal.plan import Removable, find_removable, only_consumers, plan_removal
 from coprune.run.removal.rehearsal import rehearse
-from coprune.run.removal.settled import as_settled, settled_in
 from coprune.run.removal.spread import find_for_budget, spread_budget
 from coprune.run.removal.uneven import spread_units
 from coprune.run.session import Session
@@ -184,3 +182,24 @@ def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
     changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
     layout = partial(session.model.weights.layout, "")
     return build_smaller(module, smaller_tensors(module, edits, layout), changes)
+
+
+def settled_in(plan: Plan) -> dict[str, Any]:
+    """What was chosen in a plan, as JSON."""
+    sizes = {kind: [*map(list, keep.items())] for kind, keep in plan.keep.items()}
+    experts = [*map(list, plan.experts.items())]
+    return {"dropped": [*plan.dropped], "keep": sizes, "experts": experts, "uneven": dict(plan.uneven)}
+
+
+def as_settled(session: Session, found: Removable, settled: dict[str, Any]) -> Plan:
+    """The plan in which this was chosen.
+
+    Args:
+        session: of the run.
+        found: what may go of its model.
+        settled: as `settled_in` gave it.
+    """
+    keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
+    rest = found.without({session.model.names[index] for index in settled["dropped"]})
+    parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
+    return Plan(settled["dropped"], parts, keep, rest.mixtures, dict(settled["experts"]), settled["uneven"])

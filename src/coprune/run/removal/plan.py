@@ -10,15 +10,13 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Setting
 from coprune.model.edit import Configure
 from coprune.model.removal.experts import Mixture
-from coprune.model.removal.find_parts import find_parts
-from coprune.model.removal.parts import Kind, Part, step_of
+from coprune.model.removal.parts import Kind, Part, find_parts, step_of
 from coprune.model.removal.smaller import refusal_of
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.recipe.structure import StructurePart
 from coprune.run.removal.cut import Plan
-from coprune.run.removal.expert_scores import known_scores
-from coprune.run.removal.experts import experts_left, find_experts
+from coprune.run.removal.experts import experts_left, find_experts, known_scores
 from coprune.run.removal.rehearsal import rehearse, resized_by
 from coprune.run.session import Session
 

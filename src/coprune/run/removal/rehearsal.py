@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import CopruneError, UnsupportedModel
-from coprune.base.shown import per_cent
+from coprune.base.words import per_cent
 from coprune.model.as_saved import smaller_tensors, usual_layout
 from coprune.model.blocks import Block
+from coprune.model.checkpoint.lazy import forget_parameters
 from coprune.model.checkpoint.load import prepare, quiet_transformers
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits
-from coprune.model.folding import close
-from coprune.model.layouts import head_size
-from coprune.model.removal.choices import Resized, ratio_of
-from coprune.model.removal.find_parts import first_tokens
-from coprune.model.removal.parts import put_back, silence
-from coprune.model.removal.smaller import build_smaller, possible_changes, refusal_of, smaller_skeleton
+from coprune.model.folding import close, head_size
+from coprune.model.removal.parts import first_tokens, put_back, silence
+from coprune.model.removal.smaller import (
+    Resized,
+    build_smaller,
+    fill,
+    lend_outside,
+    possible_changes,
+    ratio_of,
+    refusal_of,
+    smaller_skeleton,
+)
 from coprune.model.removal.ties import Ties
-from coprune.model.walk.record import forward_logits, replaced_forwards
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.record import BlockCall, forward_logits, replaced_forwards, run_without_blocks
+from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
 from coprune.run.removal.cut import Cut, Plan, anywhere, dropped, edits_of_block, words_of
-from coprune.run.removal.streamed import same_block_by_block
 from coprune.run.session import Session
 
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
@@ -220,3 +231,54 @@ def alike(found: Tensor, expected: Tensor) -> bool:
     a, b = found.float(), expected.float()
     rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
     return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())
+
+
+def same_block_by_block(
+    model: ProvenModel,
+    small: PreTrainedModel,
+    edits: Edits,
+    silent: Callable[[Block], AbstractContextManager[None]],
+    ties: Ties,
+    sample: Tensor,
+) -> bool:
+    """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
+
+    Each is called as its own model calls it; what lies outside the blocks is the same in both.
+
+    Args:
+        model: the big model.
+        small: a skeleton of the small one, which gets what lies outside the blocks and has nothing of its blocks in the end.
+        edits: what makes the small model of the big one.
+        silent: lets a block do without what is cut, for a while.
+        ties: lets the small model choose experts as the big one does, where its router does not decide.
+        sample: what they are compared on.
+    """
+    module = model.module
+    left = [block for block in model.blocks if edits.place(block.name) is not None]
+    lend_outside(small, module, model.names)
+    recording, called = record_batches(model, [sample]), _calls(model, small, edits, left, sample)
+    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+        if not isinstance(event, BlockDone) or event.block not in left:
+            continue
+        block, call, (own, own_call) = event.block, recording.calls[0][event.block.index], next(called)
+        with torch.no_grad(), silent(block):
+            fill(small, own, smaller_tensors(module, edits, partial(usual_layout, module), block.name), module)
+            with ties.noted({block.name: block.module}):
+                expected = call.run(block.module, event.before[0])
+            with ties.followed({block.name: own}):
+                same = close(own_call.run(own, event.before[0]), expected)
+        forget_parameters(own)
+        if not same:
+            return False
+    return True
+
+
+def _calls(
+    model: ProvenModel, small: PreTrainedModel, edits: Edits, left: Sequence[Block], sample: Tensor
+) -> Iterator[tuple[torch.nn.Module, BlockCall]]:
+    """The small model's blocks, and how it calls them on the sample."""
+    names = [edits.place(block.name) or "" for block in left]
+    blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
+    answers = [model.structure.answers[block.index] for block in left]
+    _, calls = run_without_blocks(small, blocks, sample, answers)
+    return zip((block.module for block in blocks), calls, strict=True)

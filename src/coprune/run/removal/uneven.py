@@ -13,30 +13,31 @@ from torch import Tensor
 from coprune.model.blocks import Block
 from coprune.model.removal.parts import Kind, Part, step_of
 from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.moves import Dense
+from coprune.model.walk.recording import Dense
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
-from coprune.pruning.allocation.uniform import Uniform
+from coprune.pruning.allocation.base import Uniform
 from coprune.pruning.evolution import Exchanges
-from coprune.pruning.structure.scores import Score, by_norm, curve, energy, score_named
-from coprune.pruning.structure.spreading import (
+from coprune.pruning.structure.scores import (
     ByError,
+    Score,
     Search,
+    by_norm,
     cheapest,
+    curve,
+    energy,
     joined,
     movement,
+    score_named,
     some_tokens,
     spreading_named,
 )
 from coprune.run.calibrating import record_calibration
-from coprune.run.removal.candidates import Candidates
-from coprune.run.removal.consumers import Consumers
+from coprune.run.removal.candidates import Candidates, Consumers, Finds, search_steps
 from coprune.run.removal.cut import Plan
-from coprune.run.removal.finds import Finds
 from coprune.run.removal.plan import only_consumers
 from coprune.run.removal.steps import Levels, Steps
-from coprune.run.removal.tries import search_steps
 from coprune.run.session import Session
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from coprune.base.errors import CopruneError
+from coprune.base.words import printable
+from coprune.run.estimate.found import duration
 
 
 @dataclass(frozen=True)
@@ -54,3 +65,137 @@ class NotDone:
 
 JobEvent = Doing | Done | NotDone
 Tell = Callable[[JobEvent], None]
+
+
+_SHOWN = 12  # rows of runs on a terminal
+
+
+@dataclass
+class State:
+    """One run. seconds: that it took, or should take, as far as known."""
+
+    name: str
+    kind: Literal["waiting", "running", "done", "failed"] = "waiting"
+    text: str = ""
+    since: float = 0.0
+    seconds: float | None = None
+    expected: float | None = None
+    retries: int = 0
+
+
+class Board:
+    """Keeps the state of every run and shows it on standard error.
+
+    names: of the runs to do; earlier: how many others were done before.
+    """
+
+    def __init__(self, names: Sequence[str], earlier: int, quiet: bool = False) -> None:
+        self.states = {name: State(name) for name in names}
+        self._earlier = earlier
+        self._at_once = 1
+        self._console = Console(stderr=True, quiet=quiet)
+        self._live: Live | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the table while the body runs, if there is a terminal."""
+        if not self._console.is_terminal or self._console.quiet:
+            yield
+            return
+        with Live(console=self._console, get_renderable=self.render, refresh_per_second=2, transient=True) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def expect(self, seconds: Mapping[str, float], at_once: int) -> None:
+        """Take note of how long runs should take, and how many go at once."""
+        self._at_once = at_once
+        for name, one in seconds.items():
+            self.states[name].expected = one
+
+    def note(self, event: JobEvent, again: bool) -> None:
+        """Take note of what happened to a run. again: whether it will be tried again."""
+        state = self.states[event.run]
+        if isinstance(event, Doing):
+            if state.kind != "running":
+                state.kind, state.since = "running", time.monotonic()
+            state.text = event.text
+            return
+        state.seconds = time.monotonic() - state.since if state.since else None
+        if isinstance(event, Done):
+            state.kind, state.text = "done", ""
+            took, done = duration(state.seconds or 0.0), self._earlier + self._count("done")
+            self.say(f"done     {event.run}  {took}  ({done} of {self._all()})")
+        elif again:
+            state.kind, state.text, state.retries = "waiting", _last_line(event.text), state.retries + 1
+            self.say(f"again    {event.run}  {state.text}")
+        else:
+            state.kind, state.text = "failed", _last_line(event.text)
+            self.say(f"failed   {event.run}  {state.text}")
+
+    def estimating(self, event: JobEvent, again: bool) -> None:
+        """Take note of a run that is only estimated for now."""
+        if isinstance(event, Doing):
+            self.note(event, again)
+        else:
+            self.states[event.run] = State(event.run)
+
+    def remaining(self) -> float | None:
+        """Seconds until the last run ends; None before anything is known of any."""
+        done = [s for s in self.states.values() if s.kind == "done" and s.seconds]
+        taken = sum(state.seconds or 0.0 for state in done)
+        foreseen = sum(state.expected or 0.0 for state in done)
+        # Estimates are of a machine that does nothing else, and of runs that share nothing.
+        scale = taken / foreseen if foreseen and all(state.expected for state in done) else 1.0
+        mean = taken / len(done) if done else None
+        left = 0.0
+        for state in self.states.values():
+            if state.kind not in ("waiting", "running"):
+                continue
+            whole = state.expected * scale if state.expected else mean
+            if whole is None:
+                return None
+            left += max(0.0, whole - (time.monotonic() - state.since if state.kind == "running" else 0.0))
+        return left / min(self._at_once, max(1, self._count("waiting") + self._count("running")))
+
+    def render(self) -> Group:
+        """The table as it is now."""
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for column in ("", "run", "time", ""):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        running = [state for state in self.states.values() if state.kind == "running"]
+        failed = [state for state in self.states.values() if state.kind == "failed"]
+        done = [state for state in self.states.values() if state.kind == "done"]
+        room = max(0, _SHOWN - len(running) - len(failed))
+        for state in [*done[-room:], *failed, *running] if room else [*failed, *running]:
+            seconds = time.monotonic() - state.since if state.kind == "running" else state.seconds
+            again = f" (retry {state.retries})" if state.retries and state.kind == "running" else ""
+            took = "" if seconds is None else duration(seconds)
+            table.add_row(state.kind, Text(printable(state.name)), took, Text(printable(state.text + again)))
+        return Group(table, Text(self._counts()))
+
+    def _counts(self) -> str:
+        left = self.remaining()
+        told = "" if left is None else f"; about {duration(left)} left"
+        return (
+            f"{self._earlier + self._count('done')} of {self._all()} done, {self._count('running')} running, "
+            f"{self._count('waiting')} waiting, {self._count('failed')} failed{told}"
+        )
+
+    def _count(self, kind: str) -> int:
+        return sum(state.kind == kind for state in self.states.values())
+
+    def _all(self) -> int:
+        return self._earlier + len(self.states)
+
+    def say(self, line: str) -> None:
+        """Print a line, unless there is a live table."""
+        if self._live is None:
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.files import write_text
 from coprune.base.words import Command, Setting
-from coprune.recipe.recipe import Recipe
+from coprune.recipe.choice import write_scalar
+from coprune.recipe.flat import flags_of
+from coprune.recipe.recipe import DEFAULTS, Recipe
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
+from coprune.run.estimate.found import duration
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import Sweep
+from coprune.run.sweep.sharing import SHARED_FOLDER
 
 
 def finished_report(recipe: Recipe) -> Report | None:
@@ -102,3 +111,72 @@ def _pruning_of(recipe: Recipe) -> Recipe:
     from coprune.training.after_pruning import pruning_of
 
     return pruning_of(recipe)
+
+
+_FILE = "ledger.json"
+_NAMES = {
+    "dense": "measuring the dense model",
+    "statistics": "gathering statistics",
+    "estimate": "estimating",
+    "tokens": "tokenising",
+}
+
+
+class Ledger(BaseModel):
+    """Seconds of a sweep."""
+
+    wall: list[float] = []
+    """Of every sitting, from the first job to the last."""
+    saved: dict[str, dict[str, float]] = {}
+    """By run and by kind: the work that it took over from others."""
+    runs: dict[str, float] = {}
+    """Of every run, loading included."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The ledger in a sweep's folder, or an empty one."""
+        try:
+            return cls.model_validate_json((folder / SHARED_FOLDER / _FILE).read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            return cls()
+
+    def write(self, folder: Path) -> None:
+        """Write it whole or not at all."""
+        write_text(folder / SHARED_FOLDER / _FILE, self.model_dump_json(indent=2) + "\n")
+
+    def line(self) -> str:
+        """One sentence or two for people; empty before anything was done."""
+        if not self.wall:
+            return ""
+        sittings = "" if len(self.wall) == 1 else f" in {len(self.wall)} sittings"
+        told = f"The sweep took {duration(sum(self.wall))}{sittings}; its runs together {duration(sum(self.runs.values()))}."
+        kinds = {kind: sum(one.get(kind, 0.0) for one in self.saved.values()) for kind in _NAMES}
+        parts = [f"{seconds:.0f} s of {_NAMES[kind]}" for kind, seconds in kinds.items() if seconds >= 0.5]
+        return f"{told} Taken over from other runs instead of done again: {', '.join(parts)}." if parts else told
+
+
+def command_of(recipe: Recipe) -> str:
+    """`coprune prune …` with every field that is not at its default, quoted for a shell."""
+    words = ["coprune", "prune", recipe.model.name]
+    for name, value in recipe.flat().items():
+        if name not in ("model", "options") and value != DEFAULTS[name]:
+            words += _option(name, value)
+        elif name == "options":
+            for option, chosen in value.items():
+                words += [f"--{option.replace('_', '-')}", write_scalar(chosen)]
+    return shlex.join(words)
+
+
+def sweep_command(folder: Path) -> str:
+    """`coprune sweep …` of what lies in a folder, which does what is not done yet, quoted for a shell."""
+    return shlex.join(["coprune", "sweep", str(folder / SWEEP_FILE)])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = flags_of(name)[0]
+    if isinstance(value, bool):
+        yes, _, no = flag.partition("/")
+        return [yes if value else no]
+    if isinstance(value, tuple):
+        return [word for one in value for word in (flag, str(one))]
+    return [flag, str(value)]

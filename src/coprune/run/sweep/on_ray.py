@@ -12,8 +12,7 @@ from typing import Any
 from coprune.base.environment import give_ray_its_share, keep_ray_private
 from coprune.base.errors import BadInput
 from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
-from coprune.run.sweep.work import Job, do_job
-from coprune.run.sweep.workers import Capacity
+from coprune.run.sweep.work import Capacity, Job, do_job
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone, for the time of the sweep."""

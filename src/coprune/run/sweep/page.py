@@ -9,8 +9,7 @@ from coprune.report.html import copyable, section
 from coprune.report.html import table as html_table
 from coprune.report.links import PAGE_FILE, link_back
 from coprune.report.several import Run, Top, runs_page
-from coprune.run.sweep.command_line import command_of, sweep_command
-from coprune.run.sweep.finished import read_finished
+from coprune.run.sweep.finished import command_of, read_finished, sweep_command
 from coprune.run.sweep.table import PaperTable, paper_tables
 
 

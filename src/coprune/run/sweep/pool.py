@@ -16,8 +16,7 @@ from pathlib import Path
 from coprune.base.environment import see_only, usable_cores, visible_gpus
 from coprune.base.memory import available_bytes
 from coprune.run.sweep.events import Cause, Doing, JobEvent, NotDone
-from coprune.run.sweep.work import Job, do_job
-from coprune.run.sweep.workers import Capacity
+from coprune.run.sweep.work import Capacity, Job, do_job
 
 _GRACE = 10.0  # seconds in which a stopped worker may tidy up
 

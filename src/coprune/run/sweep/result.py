@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coprune.base.errors import CopruneError
-from coprune.base.shown import Sheet, Shown, per_cent
+from coprune.base.words import Sheet, Shown, per_cent
 from coprune.report.schema import Report
-from coprune.run.sweep.command_line import command_of
 from coprune.run.sweep.expand import Run
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.finished import Ledger, command_of
 from coprune.run.sweep.results import FAILURES
 from coprune.run.sweep.table import perplexity_of, top1_of
 

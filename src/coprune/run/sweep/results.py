@@ -15,15 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coprune.base.durable import write_durably
-from coprune.base.files import write_text
-from coprune.base.shown import printable
+from coprune.base.files import write_durably, write_text
+from coprune.base.words import printable
 from coprune.recipe.flat import PRESET
 from coprune.report.schema import Report
-from coprune.run.sweep.command_line import command_of, sweep_command
 from coprune.run.sweep.expand import Run, varied
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.finished import Ledger, command_of, sweep_command
 from coprune.run.sweep.page import write_sweep_page
 from coprune.run.sweep.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
 

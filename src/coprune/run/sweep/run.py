@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,20 +17,16 @@ from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.run.checks import prepare_solver
-from coprune.run.sweep.board import Board
-from coprune.run.sweep.conduct import conduct
-from coprune.run.sweep.events import Done, JobEvent, NotDone
+from coprune.run.sweep.events import Board, Cause, Doing, Done, JobEvent, NotDone
 from coprune.run.sweep.expand import Run, expand
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.finished import finished_reports
-from coprune.run.sweep.ledger import Ledger
+from coprune.run.sweep.finished import Ledger, finished_reports
 from coprune.run.sweep.on_ray import RayWorkers
-from coprune.run.sweep.plan import Execution, Plan
 from coprune.run.sweep.pool import LocalWorkers
 from coprune.run.sweep.result import SweepResult
 from coprune.run.sweep.results import collect
-from coprune.run.sweep.sharing import SHARED_FOLDER
-from coprune.run.sweep.workers import Workers
+from coprune.run.sweep.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
+from coprune.run.sweep.work import Job, Workers
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
@@ -124,3 +122,137 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+_TICK = 0.25  # seconds between two looks for room that came about elsewhere
+
+Listen = Callable[[JobEvent, bool], None]
+"""Is told of every event, and whether the job will be tried again after it."""
+
+
+def conduct(jobs: Sequence[Job], workers: Workers, retries: int, listen: Listen) -> None:
+    """Do all jobs, the first ones first.
+
+    retries: how often a job is tried again that was lost with its worker or met an unforeseen error. What is running
+    when this is left by an exception is left to `workers.stop`.
+    """
+    waiting, running = deque(jobs), dict[str, Job]()
+    tries: Counter[str] = Counter()
+    while waiting or running:
+        while (job := next((job for job in waiting if workers.has_room(job)), None)) is not None:
+            waiting.remove(job)
+            running[job.run.name] = job
+            workers.start(job)
+        for event in workers.events(_TICK):
+            # What a worker told before it was lost may arrive later.
+            if event.run not in running:
+                continue
+            again = False
+            if not isinstance(event, Doing):
+                job = running.pop(event.run)
+                tries[event.run] += 1
+                may_work = isinstance(event, NotDone) and event.cause is not Cause.REFUSED
+                again = may_work and tries[event.run] <= retries
+                if again:
+                    waiting.appendleft(job)
+            listen(event, again)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a sweep is done, and how hard it tries.
+
+    ray: None for local processes, an address or `local` for a cluster; workers: runs at a time at most; threads: cores
+    of a run; retries: of a run that was lost with its worker or met an unforeseen error.
+    """
+
+    ray: str | None = None
+    workers: int | None = None
+    threads: int | None = None
+    retries: int = 2
+
+
+@dataclass
+class Plan:
+    """The jobs of the runs that are not done yet. too_large: runs that no machine has the memory for."""
+
+    sweep: Sweep
+    how: Execution
+    workers: Workers
+    waiting: Sequence[Run]
+    too_large: list[NotDone] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By run, what it should take, as far as known."""
+
+    def to_estimate(self) -> list[Job]:
+        """One job for all runs that take about the same, as far as nothing is known of them; none if they go singly."""
+        if self._most() == 1:
+            return []
+        unknown = [run for run in self.waiting if run.recipe.model.check_memory and self._kept(run) is None]
+        kinds = {estimate_key(run.recipe): run for run in reversed(unknown)}
+        cores = self.workers.capacity.cores_each
+        return [
+            Job(run, "estimate", self.sweep.folder, cores, self._needs_gpu(run)) for run in reversed(kinds.values())
+        ]
+
+    def to_run(self) -> list[Job]:
+        """The jobs of the runs that fit, with their shares of the cores; sets how many go at once."""
+        fitting, memory = [], list[int]()
+        for run in self.waiting:
+            kept = self._kept(run)
+            if kept is not None and kept.estimate is not None:
+                self.seconds[run.name] = kept.estimate.seconds
+            if (why := self._too_large(run, kept)) is not None:
+                self.too_large.append(NotDone(run.name, Cause.REFUSED, why))
+                continue
+            fitting.append((run, self._memory(run, kept)))
+            memory.append(fitting[-1][1] or 0)
+        capacity = self.workers.capacity
+        slots = min(self._most(), _how_many_fit(memory, capacity.memory))
+        if any(self._needs_gpu(run) for run, _ in fitting):
+            slots = min(slots, capacity.gpus)
+        self.workers.at_once = max(1, slots)
+        threads = self.how.threads or max(1, min(capacity.cores_each, capacity.cores // max(1, slots)))
+        return [Job(run, "run", self.sweep.folder, threads, self._needs_gpu(run), size) for run, size in fitting]
+
+    def _most(self) -> int:
+        return min(self.how.workers or self.workers.capacity.cores, len(self.waiting))
+
+    def _kept(self, run: Run) -> KeptEstimate | None:
+        return kept_estimate(run.recipe, self.sweep.folder)
+
+    def _needs_gpu(self, run: Run) -> bool:
+        return self.workers.capacity.gpus > 0 and run.recipe.model.device in ("auto", "cuda")
+
+    def _memory(self, run: Run, kept: KeptEstimate | None) -> int | None:
+        """Bytes to reserve; None where nothing is known, for which a run goes alone."""
+        if not run.recipe.model.check_memory:
+            return 0
+        if kept is None:
+            return None
+        needed, there = kept.estimate.peak_bytes if kept.estimate else 0, self.workers.capacity.memory_each
+        # An estimate that is a little above what there is may be wrong; the run gets a machine for itself.
+        return needed if there is None else min(needed, there)
+
+    def _too_large(self, run: Run, kept: KeptEstimate | None) -> str | None:
+        if not run.recipe.model.check_memory or kept is None or kept.estimate is None:
+            return None
+        here = replace(kept.estimate, available_bytes=self.workers.capacity.memory_each, resident_bytes=0)
+        try:
+            here.require()
+        except BadInput as error:
+            return str(error)
+        return None
+
+
+def _how_many_fit(sizes: Sequence[int], memory: int | None) -> int:
+    """How many of the smallest fit together."""
+    if memory is None:
+        return len(sizes)
+    total, count = 0, 0
+    for size in sorted(sizes):
+        total += size
+        if total > memory:
+            break
+        count += 1
+    return max(1, count)

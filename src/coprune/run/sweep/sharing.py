@@ -7,6 +7,7 @@ machines find them; token ids are kept by each process. Nothing that depends on 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,22 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from coprune.data import EvaluationText
 from coprune.evaluation.answers.answered import Answers
+from coprune.evaluation.answers.questions import plan_of
 from coprune.evaluation.cache import EvaluationCache
 from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.zero_shot import ZeroShot
+from coprune.model.opened import streams
 from coprune.model.walk.recording import Recording
 from coprune.model.walk.shown import Known
+from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
+from coprune.report.schema import installed_versions
 from coprune.run.estimate.found import Estimate
-from coprune.run.reuse import Reuse
-from coprune.run.session import Session
-from coprune.run.sweep.keys import dense_key, estimate_key, statistics_key
+from coprune.run.session import Reuse, Session
 from coprune.run.sweep.statistics_store import StatisticsStore, shared_places
 
 SHARED_FOLDER = ".shared"
@@ -178,3 +182,51 @@ class SweepReuse(Reuse):
 def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
     """What an earlier estimate in the sweep's folder tells of runs like this one; None if there was none."""
     return EvaluationCache(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
+
+
+def estimate_key(recipe: Recipe) -> str:
+    """Names the runs that take about as much memory and time as this one."""
+    return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
+
+
+def dense_key(session: Session) -> str:
+    """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
+    texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
+    names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
+    names += ["apply_chat_template", "gen_kwargs"]
+    names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
+    settings = {name: session.opened.recipe.setting(name) for name in names}
+    recipe = session.opened.recipe
+    plan = plan_of(recipe.answers, recipe.output.model is not None)
+    settings["answers"] = None if plan is None else plan.prompts.fingerprint
+    return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
+
+
+def statistics_key(session: Session) -> str:
+    """Names what is gathered of the dense model's blocks: as `dense_key`, and which matrices share which statistic."""
+    opened, model = session.opened, session.model
+    assert opened.samples is not None
+    statistic = opened.solver.statistic
+    facts = {
+        "samples": opened.samples.fingerprint,
+        "calibrate_on": opened.recipe.calibration.calibrate_on,
+        "batches": [tuple(batch.shape) for batch in opened.task.batches(opened.samples.tokens)],
+        "statistic": None if statistic is None else statistic.__name__,
+        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
+        "outside": [matrix.name for matrix in model.chosen.outside],
+    }
+    return json.dumps(_computed(session) | facts, sort_keys=True, default=str)
+
+
+def _computed(session: Session) -> dict[str, Any]:
+    """The weights, and how they are computed with."""
+    loaded, recipe = session.opened.loaded, session.opened.recipe
+    return {
+        "model": recipe.model.name,
+        "weights": loaded.fingerprint(session.model.blocks),
+        "dtype": str(loaded.model.dtype),
+        "device": str(loaded.device),
+        "streamed": streams(recipe),
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+    }

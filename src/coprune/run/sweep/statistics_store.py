@@ -22,14 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coprune.base.durable import write_durably
 from coprune.base.errors import BadInput, CopruneError
-from coprune.model.checkpoint.header import read_header_bytes
-from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_tensor
-from coprune.model.walk.inputs import Inputs
-from coprune.model.walk.moves import Dense
-from coprune.model.walk.recording import Recording
-from coprune.model.walk.sample import InputSample
+from coprune.base.files import write_durably
+from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_header_bytes, read_tensor
+from coprune.model.walk.inputs import Inputs, InputSample
+from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.shown import OUTSIDE, MatricesReady, Past
 from coprune.model.walk.statistics import Statistic
 from coprune.model.walk.walk import Walk

@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, Set
 from coprune.recipe.presets import PRESETS
 from coprune.run.arguments import CalibrationArguments, OutcomeArguments
 from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.finished import finished_reports
-from coprune.run.sweep.ledger import Ledger
-from coprune.run.sweep.plan import Execution
+from coprune.run.sweep.finished import Ledger, finished_reports
 from coprune.run.sweep.result import SweepResult
-from coprune.run.sweep.run import check_sweep, run_sweep
-from coprune.run.sweep.scripts import sweep_of_script
+from coprune.run.sweep.run import Execution, check_sweep, run_sweep
 
 Lists = str | Path | Mapping[str, Any]
 """A sweep's file, or what it would say."""
@@ -84,3 +81,51 @@ def _chosen(lists: Lists | None, script: str | None) -> Sweep:
         example = Command("sweep", Set("script", "llama-7b"), Set("dry_run", True))
         raise BadInput("neither a file nor a script is named", field="file", fix=("for example: ", example))
     return Sweep.make(lists) if isinstance(lists, Mapping) else Sweep.read(Path(lists))
+
+
+_ALL_PATTERNS = ["unstructured", "2:4", "4:8"]
+
+
+def _paper_table(model: str | list[str], folder: str, folders: str = "{pattern}/{method}") -> dict[str, Any]:
+    """Three methods × three patterns at 50 %, in the order of the scripts."""
+    return {
+        "model": model,
+        "method": ["wanda", "sparsegpt", "magnitude"],
+        "pattern": _ALL_PATTERNS,
+        "sparsity": 0.5,
+        "save": folder,
+        "sweep": {"folders": folders},
+    }
+
+
+SWEEPS: dict[str, dict[str, Any]] = {
+    "llama-7b": _paper_table("decapoda-research/llama-7b-hf", "out/llama_7b"),
+    "llama-13b": _paper_table("decapoda-research/llama-13b-hf", "out/llama_13b"),
+    "llama-30b": _paper_table("decapoda-research/llama-30b-hf", "out/llama_30b"),
+    "llama-65b": _paper_table("decapoda-research/llama-65b-hf", "out/llama_65b"),
+    "llama-2-7b": _paper_table("meta-llama/Llama-2-7b-hf", "out/llama2_7b"),
+    "llama-2-13b": _paper_table("meta-llama/Llama-2-13b-hf", "out/llama2_13b"),
+    "llama-2-70b": _paper_table("meta-llama/Llama-2-70b-hf", "out/llama2_70b"),
+    "llama-3.2-1b": _paper_table("meta-llama/Llama-3.2-1B", "out/llama_3.2_1b"),
+    "opt": _paper_table(
+        [f"facebook/opt-{size}" for size in ("125m", "1.3b", "2.7b", "6.7b", "13b")],
+        "out/opt",
+        "{model}/{pattern}/{method}",
+    ),
+    "ablate-weight-update": {
+        "model": "decapoda-research/llama-7b-hf",
+        "nsamples": 128,
+        "pattern": ["unstructured", "4:8", "2:4"],
+        "method": ["ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter"],
+        "sparsity": 0.5,
+        "save": "out/llama_7b_ablation",
+        "sweep": {"folders": "{pattern}/{method}"},
+    },
+}
+
+
+def sweep_of_script(name: str) -> Sweep:
+    """A shipped sweep. Raises BadInput for an unknown name."""
+    if name not in SWEEPS:
+        raise unknown_name("script", name, SWEEPS, field="script")
+    return Sweep.make(SWEEPS[name])

@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from coprune.base.environment import quieten_tokenizers
 from coprune.base.progress import Event, Listener
-from coprune.run.sweep.events import Cause, Doing, Done, NotDone, Tell
+from coprune.run.sweep.events import Cause, Doing, Done, JobEvent, NotDone, Tell
 from coprune.run.sweep.expand import Run
 
 Action = Literal["estimate", "run"]
@@ -60,8 +60,7 @@ def do_job(job: Job, tell: Tell) -> None:
 
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
-    from coprune.run.given import NOTHING
-    from coprune.run.session import Surroundings, open_run
+    from coprune.run.session import NOTHING, Surroundings, open_run
     from coprune.run.sweep.sharing import SweepReuse
 
     tell(Doing(job.run.name, "estimating"))
@@ -128,3 +127,39 @@ def _quieten() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     quieten_tokenizers()
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What there is for jobs on all machines together; memory in bytes, None if unknown."""
+
+    cores: int
+    memory: int | None
+    gpus: int
+    cores_each: int
+    """Of the largest machine, which is all that one job can have."""
+    memory_each: int | None
+
+
+class Workers(Protocol):
+    """Do jobs, several at a time."""
+
+    capacity: Capacity
+    at_once: int
+    """At most so many jobs run at a time."""
+
+    def has_room(self, job: Job) -> bool:
+        """Whether a job can start now; always so if none is running."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Start a job, which there is room for."""
+        ...
+
+    def events(self, seconds: float) -> list[JobEvent]:
+        """What happened; waits for something for so long."""
+        ...
+
+    def stop(self) -> None:
+        """End all jobs, finished or not, and whatever did them."""
+        ...
