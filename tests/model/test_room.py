@@ -9,7 +9,7 @@ from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
 from coprune.model import opened
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.opened import require_room
+from coprune.model.room import require_room
 from support.pico_folder import save_pico
 
 GPU = torch.device("cuda", 0)

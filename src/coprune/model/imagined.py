@@ -13,7 +13,7 @@ from coprune.model.checkpoint.load import DtypeName, explained, quiet_transforme
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import is_below_any
 from coprune.model.checkpoint.weights import InMemory
-from coprune.model.opened import room_on
+from coprune.model.room import room_on
 
 
 class Imagined(InMemory):

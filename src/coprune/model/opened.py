@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.base.devices import DeviceMemory, default_device, device_memory, in_host_memory
+from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
-from coprune.base.memory import available_bytes
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.progress import Reporter
-from coprune.base.words import LeaveOut, Set, Words, say
+from coprune.base.words import LeaveOut, Set, say
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, is_packed, locate
-from coprune.model.checkpoint.shards import checkpoint_entries, kinds_of
+from coprune.model.checkpoint.shards import kinds_of
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.imagined import Imagined
+from coprune.model.room import require_room, room_on
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.record import input_device
 from coprune.recipe.parts import ModelPart
@@ -231,45 +231,3 @@ def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:
                 value=settings[name],
                 fix=(LeaveOut(name), ", or convert the model itself"),
             )
-
-
-def require_room(
-    location: ModelFolder,
-    parts: int,
-    device: torch.device,
-    memory: Callable[[torch.device], DeviceMemory | None] = device_memory,
-) -> None:
-    """Raise BadInput if a folder's weights alone would not fit the memory of the device.
-
-    Args:
-        location: the folder.
-        parts: how many blocks a streamed model holds one at a time of; 1 for a model that is loaded.
-        device: where they go; host memory then holds one tensor of them at a time.
-        memory: reads a device's memory.
-    """
-    needed = sum(entry.nbytes for entry in checkpoint_entries(location.path).values()) // parts
-    available, where = room_on(device, memory)
-    if available is None or needed <= available:
-        return
-    larger: Words = "use a larger machine" if in_host_memory(device) else ("compute with ", Set("device", "cpu"))
-    first: Words = ("read them block by block with ", Set("stream", True)) if parts == 1 else larger
-    raise BadInput(
-        f"the weights of {location.name} take {needed / GIB:.1f} GiB {where} at a time, and {available / GIB:.1f} are there",
-        field="model",
-        value=location.name,
-        fix=(
-            *(first if isinstance(first, tuple) else (first,)),
-            ", or try it all the same with ",
-            Set("check_memory", False),
-        ),
-    )
-
-
-def room_on(
-    device: torch.device, memory: Callable[[torch.device], DeviceMemory | None] = device_memory
-) -> tuple[int | None, str]:
-    """Bytes that may still be taken where a device's tensors lie (None: nobody tells), and words for that place."""
-    if in_host_memory(device):
-        return available_bytes(), "of memory"
-    there = memory(device)
-    return None if there is None else there.available, f"on {device}"

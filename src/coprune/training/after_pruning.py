@@ -23,7 +23,7 @@ from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location, holds_model, holds_weights, locate
 from coprune.model.checkpoint.shards import checkpoint_entries
 from coprune.model.imagined import Imagined
-from coprune.model.opened import room_on
+from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
 from coprune.recipe.finetune import LEARNING_RATES, FinetunePart, has_adapters, has_teacher
 from coprune.recipe.parts import Decides
