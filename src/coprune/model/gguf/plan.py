@@ -106,13 +106,16 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
 def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:
     """Raise BadInput where the file's token embeddings have a shape that none of the model's tensors has.
 
-    Nothing that is removed changes it, so it tells another model from the headers alone.
+    Nothing but tokens that are removed changes it, so it tells another model from the headers alone.
     """
     table = next((stored for stored in reader.tensors if stored.name == "token_embd.weight"), None)
     if table is None:
         return
     shape = tuple(int(size) for size in reversed(table.shape))
-    if all(tuple(tensor.shape) != shape for tensor in source.tensors.values()):
+    cuts = [edit for edits in source.edits for edit in edits.all() if isinstance(edit, CutVocabulary)]
+    rows = cuts[-1].left if cuts else shape[0]
+    before = cuts[0].size if cuts else shape[0]
+    if shape[0] != before or all(tuple(tensor.shape) != (rows, *shape[1:]) for tensor in source.tensors.values()):
         raise BadInput(
             f"{file.name} is of another model: its token embeddings are {shape[0]:,} × {shape[1]:,}, and "
             f"{source.location.name} has no tensor of that shape",
