@@ -29,9 +29,9 @@ from quality import measured_here
 import coprune
 from coprune.base.files import write_text
 from coprune.base.memory import peak_memory
+from coprune.gguf.llama_cpp import LlamaCpp
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
-from coprune.model.gguf.llama_cpp import LlamaCpp
 
 FILES = ("f16", "q8_0", "q4_k_m", "q3_k_m", "q2_k")
 """Types of GGUF files: of the dense model all, without a quarter of its channels the first three."""

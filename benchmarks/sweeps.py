@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 from coprune.report.schema import Report
-from coprune.run.sweep.expand import Run, expand
-from coprune.run.sweep.file import Sweep
-from coprune.run.sweep.finished import Ledger, command_of
+from coprune.sweep.expand import Run, expand
+from coprune.sweep.file import Sweep
+from coprune.sweep.finished import Ledger, command_of
 
 
 def main() -> None:

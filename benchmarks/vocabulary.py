@@ -23,9 +23,9 @@ from tokenizers import Tokenizer
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
+from coprune.gguf.llama_cpp import LlamaCpp, _library
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile, locate
-from coprune.model.gguf.llama_cpp import LlamaCpp, _library
 from coprune.recipe.recipe import make_recipe
 from coprune.vocabulary.counts import passages
 from coprune.vocabulary.cut import Asked, Cutting

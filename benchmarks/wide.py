@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from synthetic import write_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import coprune
-from coprune.model.gguf.llama_cpp import LlamaCpp, quantize
+from coprune.gguf.llama_cpp import LlamaCpp, quantize
 from coprune.packed.bench import bench
 from coprune.packed.folder import pack
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
 
 def main() -> None:

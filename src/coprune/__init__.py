@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
     from coprune.evaluation.tables import Comparison
-    from coprune.model.gguf.export import Gguf, export
+    from coprune.gguf.export import Gguf, export
     from coprune.packed.accelerate import accelerate
     from coprune.packed.bench import Bench, bench
     from coprune.packed.folder import Sizes, pack, unpack
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from coprune.recipe.recipe import Recipe
     from coprune.report.hub import push
     from coprune.report.schema import Report
-    from coprune.run.compare import compare
     from coprune.run.estimate.found import Estimate
     from coprune.run.generate import generate
     from coprune.run.inspect import Inspection, inspect
     from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
     from coprune.run.stages import run_recipe
-    from coprune.run.sweep.result import SweepResult
-    from coprune.run.sweep.sweep import sweep
+    from coprune.sweep.compare import compare
+    from coprune.sweep.result import SweepResult
+    from coprune.sweep.sweep import sweep
     from coprune.training.finetune import finetune
     from coprune.training.keep_zeros import keep_zeros
     from coprune.training.merge import Merged, merge
@@ -64,7 +64,7 @@ _HOME = {
     "Estimate": "coprune.run.estimate.found",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
-    "Gguf": "coprune.model.gguf.export",
+    "Gguf": "coprune.gguf.export",
     "Inspection": "coprune.run.inspect",
     "LostProcess": "coprune.base.errors",
     "OutOfMemory": "coprune.base.errors",
@@ -74,15 +74,15 @@ _HOME = {
     "Report": "coprune.report.schema",
     "Result": "coprune.run.result",
     "Sizes": "coprune.packed.folder",
-    "SweepResult": "coprune.run.sweep.result",
+    "SweepResult": "coprune.sweep.result",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",
     "accelerate": "coprune.packed.accelerate",
     "bench": "coprune.packed.bench",
-    "compare": "coprune.run.compare",
+    "compare": "coprune.sweep.compare",
     "estimate": "coprune.run.prune",
     "evaluate": "coprune.evaluation.evaluate",
-    "export": "coprune.model.gguf.export",
+    "export": "coprune.gguf.export",
     "finetune": "coprune.training.finetune",
     "generate": "coprune.run.generate",
     "inspect": "coprune.run.inspect",
@@ -95,7 +95,7 @@ _HOME = {
     "push": "coprune.report.hub",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
-    "sweep": "coprune.run.sweep.sweep",
+    "sweep": "coprune.sweep.sweep",
     "unpack": "coprune.packed.folder",
 }
 

@@ -1,0 +1,385 @@
+"""Export a model as a GGUF file, after the example of another one that was made from the same source model."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
+from coprune.base.files import require_usable, write_durably
+from coprune.base.progress import Reporter
+from coprune.base.words import Setting, Sheet, Shown
+from coprune.gguf.llama_cpp import (
+    BY_LLAMA_CPP,
+    PLAIN,
+    LlamaCpp,
+    has_llama_cpp,
+    quantize,
+    require_type,
+    tensor_type,
+)
+from coprune.gguf.metadata import Field, Fields, Plan, write_gguf
+from coprune.gguf.narrow import Narrow, narrowed
+from coprune.gguf.plan import Example, planned, read_example
+from coprune.gguf.smaller import Exported, exported, planned_shape
+from coprune.gguf.verify import require_same, require_written
+from coprune.model.checkpoint.locate import GgufFile, Location, locate
+from coprune.model.edits import history_of
+
+
+@dataclass(frozen=True, repr=False)
+class Gguf(Shown):
+    """A GGUF file that was written."""
+
+    path: Path
+    type: str
+    bytes: int
+    like: Path
+    """The file whose metadata and order it has."""
+    tensors: int
+    removed: Sequence[str] = ()
+    """What is less in it than in that file, in words."""
+    architecture: str = ""
+    """As llama.cpp calls it: that file's, or `deci` where blocks differ in width."""
+
+    def headline(self) -> str:
+        """Where the file is, and its size."""
+        return f"{self.path}: {self.type}, {self.bytes:,} bytes"
+
+    def sheet(self) -> Sheet:
+        """What it holds and where that came from."""
+        rows = [("tensors", f"{self.tensors} in {self.type}, {self.bytes:,} bytes"), ("like", str(self.like))]
+        rows.append(("architecture", self.architecture))
+        return Sheet(self.headline(), [*rows, *(("removed", line) for line in self.removed)])
+
+
+def export(
+    model: Path | str,
+    output: Path | str,
+    *,
+    like: Path | str | None = None,
+    type: str = "f16",
+    padded: bool = False,
+    quiet: bool = False,
+) -> Gguf:
+    """Write a model as a GGUF file, which llama.cpp and all that builds on it can run.
+
+    Args:
+        model: a folder, such as one with a smaller model that `prune` saved, or a GGUF file to be stored in another type.
+        output: the file to write.
+        like: a GGUF file of the source model, in any type, whose metadata, tokenizer and order are taken over; by default the
+            one that the model was made from.
+        type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, q3_k_m …
+        padded: keep channels and heads that are all zeros, with which some folders pad their blocks to one width.
+        quiet: no progress bars and lines.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BadInput: a file is missing or taken, the type is unknown or needs a package, or `like` is of another model.
+        UnsupportedModel: the file's tensors or numbers cannot be told apart, or transformers cannot read its architecture.
+    """
+    target, reporter = expand_home(output), Reporter(quiet)
+    require_type(type)
+    _require_free(target)
+    with reporter.libraries():
+        location = locate(model)
+        file = _example(location, like)
+    source = exported(location)
+    example = read_example(file, source, reporter)
+    making = Making(example, Narrow(source, None) if padded else _without_zeros(source, reporter), reporter)
+    written: list[Whole] = []
+
+    def write(final: Path) -> None:
+        written.append(_write(making, type, final, partial(_beside, final)))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(target, write)
+    (whole,) = written
+    removed = [line for edits in whole.source.edits for line in edits.lines()]
+    return Gguf(target, type, target.stat().st_size, file.path, len(whole.plan.tensors), removed, whole.plan.arch)
+
+
+def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
+    try:
+        return narrowed(source)
+    except CopruneError as error:
+        reporter.say(f"Zeros stay in the file: {error}")
+        return Narrow(source, None)
+
+
+def _write(making: Making, kind: str, final: Path, beside: Beside) -> Whole:
+    """Write a file of a type, by way of float16 where llama.cpp quantises it or has to show which of two files is right."""
+    exact = kind if kind in PLAIN or (making.narrow.apart is None and kind not in BY_LLAMA_CPP) else "f16"
+    whole = making.chosen(exact, beside)
+    if kind not in BY_LLAMA_CPP:
+        whole = whole if kind == exact else making.again(whole, kind)
+        whole.write(final, making.reporter)
+        return whole
+    with beside() as halves:
+        whole.write(halves, making.reporter)
+        making.reporter.say(f"Quantising to {kind}")
+        quantize(halves, final, kind)
+    return whole
+
+
+@contextmanager
+def _beside(final: Path) -> Iterator[Path]:
+    """A temporary file in the same folder."""
+    path = final.with_name(f"{secrets.token_hex(4)}.{final.name}")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _require_free(target: Path) -> None:
+    require_usable(target, "output")
+    if target.suffix.lower() != ".gguf":
+        raise BadInput(
+            f"{target} does not end with .gguf", field="output", value=target, fix=f"call it {target.name}.gguf"
+        )
+    if target.exists():
+        raise BadInput(f"{target} exists", field="output", value=target, fix="remove it or choose another name")
+
+
+def _example(location: Location, like: Path | str | None) -> GgufFile:
+    """The GGUF file to do it like: the one that was named, or the one that the model was made from."""
+    if like is not None:
+        try:
+            found = locate(like)
+        except BadInput as error:
+            raise BadInput(error.cause, field="like", value=str(like), fix=error.fix) from error
+        if not isinstance(found, GgufFile):
+            raise BadInput(f"{like} is no GGUF file", field="like", value=like, fix="name the file itself")
+        return found
+    if isinstance(location, GgufFile):
+        return location
+    source, _ = history_of(location.path)
+    if source is not None:
+        try:
+            found = locate(source)
+        except BadInput:
+            found = location  # it has gone, or only the Hub has it
+        if isinstance(found, GgufFile):
+            return found
+    raise BadInput(
+        f"nothing says which GGUF file {location.name} was made from, and it needs one for its metadata and tokenizer",
+        field="like",
+        fix=(
+            "name one with ",
+            Setting("like"),
+            ": any GGUF file of the same source model, in any type. The Hub has one of most models, in repositories whose names "
+            "end with -GGUF; or llama.cpp's convert_hf_to_gguf.py makes one of the source model's folder",
+        ),
+    )
+
+
+Beside = Callable[[], AbstractContextManager[Path]]
+"""Gives the path of a file that is gone in the end."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of a new file."""
+
+    plan: Plan
+    values: Callable[[str], Tensor]
+    """Makes a tensor, float32, by its name in the example."""
+    source: Exported
+    number: int | None = None
+    """Which of the ways to say every block's own width it is; None where all blocks are alike."""
+
+    def write(self, file: Path, reporter: Reporter) -> None:
+        """Write it, read it again, and compare. Raises VerificationError, UnsupportedModel where it is not the model."""
+        with reporter.bar("Writing", self.plan.bytes) as advance:
+            write_gguf(file, self.plan, self.values, advance)
+        reporter.say("Reloading the file to compare it")
+        if self.number is not None:
+            require_written(file, self.plan, self.values)
+        elif (unread := require_same(file, self.source, self.plan.kind)) is not None:
+            reporter.say(unread)
+
+
+@dataclass(frozen=True)
+class Making:
+    """A model that becomes a file."""
+
+    example: Example
+    narrow: Narrow
+    reporter: Reporter
+
+    def alike(self, kind: str) -> Whole:
+        """A file of the example's architecture. kind: a type that the gguf package makes."""
+        source = self.narrow.alike
+        return Whole(planned(self.example, source, kind), lambda name: self.example.values(name, source), source)
+
+    def _apart(self, kind: str) -> Iterator[Whole]:
+        source = self.narrow.apart
+        assert source is not None
+        for number, found in enumerate(deci_plans(self.alike(kind).plan, self.example, source)):
+
+            def values(name: str, arrange: Callable[[str, Tensor], Tensor] = found.arrange) -> Tensor:
+                return arrange(name, self.example.values(name, source))
+
+            yield Whole(found.plan, values, source, number)
+
+    def again(self, whole: Whole, kind: str) -> Whole:
+        """The same file in another type."""
+        if whole.number is None:
+            return self.alike(kind)
+        return next(other for other in self._apart(kind) if other.number == whole.number)
+
+    def chosen(self, kind: str, beside: Beside) -> Whole:
+        """The file with every block at its own width where that computes the same in llama.cpp, the padded one otherwise."""
+        whole = self.alike(kind)
+        if self.narrow.apart is None:
+            return whole
+        why = "the package llama-cpp-py-sync is not installed, in which it would be tried"
+        if has_llama_cpp():
+            try:
+                found, why = self._tried(whole, beside), "llama.cpp computes something else then"
+            except UnsupportedModel as error:
+                found, why = None, str(error)
+            if found is not None:
+                return found
+        self.reporter.say(f"Blocks of different widths stay padded with zeros: {why}.")
+        return whole
+
+    def _tried(self, whole: Whole, beside: Beside) -> Whole | None:
+        kind = whole.plan.kind
+        assert kind in PLAIN
+        with beside() as padded:
+            whole.write(padded, self.reporter)
+            for other in self._apart(kind):
+                with beside() as file:
+                    other.write(file, self.reporter)
+                    if same_in_llama_cpp(padded, file):
+                        return other
+        return None
+
+
+ARCHITECTURE = "deci"
+_READS = re.compile(
+    r"(vocab_size|context_length|embedding_length|block_count|feed_forward_length|attention\.(head_count|head_count_kv|key_length|"
+    r"value_length|layer_norm_rms_epsilon)|rope\.(dimension_count|freq_base|scale_linear|scaling\..*))"
+)
+"""What it reads of a model's numbers; all others would be lost."""
+_ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
+_PROBE = 32
+"""Tokens that both files are given."""
+_ROUNDING = 1e-2
+"""Difference of logits over their norm, without their mean; in float16, which rounds what every matrix is multiplied with."""
+
+
+@dataclass(frozen=True)
+class Deci:
+    """A plan of a file of this architecture, and how its values are made."""
+
+    plan: Plan
+    head: int
+    """Width of a head."""
+    halves: bool
+    """Whether the source's architecture turns the halves of a head against each other, and not neighbours."""
+
+    def arrange(self, name: str, tensor: Tensor) -> Tensor:
+        """Rows of queries and keys in this architecture's order. name: in the source file."""
+        if not self.halves or not _ROTARY.fullmatch(name):
+            return tensor
+        halves: Tensor = tensor.reshape(-1, 2, self.head // 2, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def deci_plans(padded: Plan, example: Example, source: Exported) -> Iterator[Deci]:
+    """What a file with every block at its own width would hold, in either order of a head's rows.
+
+    Args:
+        padded: the file of the source's own architecture, all of whose blocks are alike.
+        example: the file that it is made like.
+        source: the model, every block at its own width.
+
+    Raises:
+        UnsupportedModel: the metadata say something that this architecture does not read.
+    """
+    shapes, mixed = example.shapes, example.mixed
+    tensors = {}
+    for name, tensor in padded.tensors.items():
+        shape = planned_shape(example.pieces[tensor.source], shapes[tensor.source], source) or tensor.shape
+        kind = tensor_type(tensor.source, shape, padded.kind, example.types[tensor.source], mixed)
+        tensors[name] = replace(tensor, shape=shape, kind=kind)
+    head = _head_width(padded)
+    fields = _fields(padded, {name: tensor.shape for name, tensor in tensors.items()}, head)
+    for halves in (False, True):
+        yield Deci(Plan(ARCHITECTURE, fields, padded.kind, tensors), head, halves)
+
+
+def _head_width(padded: Plan) -> int:
+    said = padded.fields.get(f"{padded.arch}.attention.key_length")
+    if said is not None:
+        return int(said.value)
+    width, heads = (padded.fields.get(f"{padded.arch}.{key}") for key in ("embedding_length", "attention.head_count"))
+    if width is None or heads is None or not isinstance(heads.value, int):
+        raise UnsupportedModel("the metadata do not say how wide an attention head is")
+    return int(width.value // heads.value)
+
+
+def _fields(padded: Plan, shapes: Mapping[str, tuple[int, ...]], head: int) -> Fields:
+    own = f"{padded.arch}."
+    unread = [key for key in padded.fields if key.startswith(own) and not _READS.fullmatch(key.removeprefix(own))]
+    if unread:
+        raise UnsupportedModel(f"the architecture {ARCHITECTURE} does not read {unread[0]}")
+    found = {
+        f"{ARCHITECTURE}.{key.removeprefix(own)}" if key.startswith(own) else key: field
+        for key, field in padded.fields.items()
+    }
+    number = padded.fields[f"{own}block_count"]
+    blocks = range(int(number.value))
+    rows = {"feed_forward_length": ("ffn_gate", 1), "attention.head_count": ("attn_q", head)}
+    rows |= {"attention.head_count_kv": ("attn_k", head)}
+    for key, (tensor, size) in rows.items():
+        names = [f"blk.{block}.{tensor}.weight" for block in blocks]
+        missing = [name for name in names if name not in shapes]
+        if missing:
+            raise UnsupportedModel(f"the architecture {ARCHITECTURE} needs {missing[0]}, which the file has not")
+        found[f"{ARCHITECTURE}.{key}"] = Field([shapes[name][0] // size for name in names], _array(), number.type)
+    widths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    return {**{f"{ARCHITECTURE}.{key}": replace(number, value=head) for key in widths}, **found}
+
+
+def _array() -> int:
+    from gguf import GGUFValueType
+
+    return int(GGUFValueType.ARRAY)
+
+
+def same_in_llama_cpp(padded: Path, narrow: Path) -> bool:
+    """Whether llama.cpp computes the same of two files. Raises BadInput if it cannot load the first."""
+    with_zeros = LlamaCpp(padded, context=_PROBE)
+    try:
+        tokens = torch.randint(with_zeros.vocabulary, (_PROBE,), generator=torch.Generator().manual_seed(0)).tolist()
+        expected = with_zeros.logits(tokens)
+    finally:
+        with_zeros.close()
+    try:
+        without = LlamaCpp(narrow, context=_PROBE)
+    except BadInput:
+        return False
+    try:
+        found = without.logits(tokens)
+    finally:
+        without.close()
+    if found.shape != expected.shape:
+        return False
+    expected = expected - expected.mean(dim=1, keepdim=True)
+    found = found - found.mean(dim=1, keepdim=True)
+    return bool((found - expected).norm() <= _ROUNDING * expected.norm())

@@ -1,0 +1,230 @@
+"""llama.cpp, where its library is installed: the quantiser, and models that are run in it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, unknown_name
+from coprune.base.words import Set
+
+PACKAGE = "llama_cpp_py_sync"
+
+
+def has_llama_cpp() -> bool:
+    """Whether the package with llama.cpp's library is installed."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
+def require_llama_cpp(why: str, field: str, value: object) -> None:
+    """Raise BadInput where llama.cpp is not installed. why: what it is needed for."""
+    if not has_llama_cpp():
+        package = PACKAGE.replace("_", "-")
+        raise BadInput(
+            f"{why}, and the package {package} is not installed", field=field, value=value, fix=f"pip install {package}"
+        )
+
+
+@cache
+def _library() -> tuple[Any, Any]:
+    """cffi's view of llama.cpp's functions, and the functions."""
+    bindings: Any = importlib.import_module(f"{PACKAGE}._cffi_bindings")
+    ffi, library = bindings.get_ffi(), bindings.get_lib()
+    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
+    _KEPT.append(silent)
+    library.llama_log_set(silent, ffi.NULL)
+    library.llama_backend_init()
+    return ffi, library
+
+
+_KEPT: list[Any] = []
+"""What the library calls has to live as long as it."""
+
+
+def quantize(source: Path, target: Path, kind: str) -> None:
+    """Let llama.cpp quantise a file of float16. kind: a type such as q4_k_m. Raises BadInput if it refuses."""
+    ffi, library = _library()
+    asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
+    asked.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"]
+    asked.nthread = torch.get_num_threads()
+    if library.llama_model_quantize(str(source).encode(), str(target).encode(), asked) != 0:
+        raise BadInput(f"llama.cpp could not make the type {kind} of this model", field="type", value=kind)
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, which is given tokens and answers with logits."""
+
+    def __init__(self, file: Path, context: int = 512, threads: int | None = None) -> None:
+        """context: tokens at most. threads: by default as many as torch has. Raises BadInput if llama.cpp cannot load it."""
+        self._ffi, self._library = _library()
+        ffi, library = self._ffi, self._library
+        options = library.llama_model_default_params()
+        options.n_gpu_layers = 0
+        self._context = ffi.NULL
+        self._model = library.llama_model_load_from_file(str(file).encode(), options)
+        if self._model == ffi.NULL:
+            raise BadInput(f"llama.cpp cannot load {file}", field="model", value=str(file))
+        asked = library.llama_context_default_params()
+        asked.n_ctx = asked.n_batch = asked.n_ubatch = context
+        asked.n_threads = asked.n_threads_batch = threads or torch.get_num_threads()
+        self._context = library.llama_init_from_model(self._model, asked)
+        if self._context == ffi.NULL:
+            raise BadInput(f"llama.cpp cannot run {file}", field="model", value=str(file))
+        self.vocabulary: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights in memory."""
+        return int(self._library.llama_model_size(self._model))
+
+    @property
+    def type(self) -> str:
+        """What most of its tensors are stored in, such as q4_k_m."""
+        guessed = 1024  # is added where the file does not say it itself
+        number = int(self._library.llama_model_ftype(self._model)) & ~guessed
+        name: str = self._ffi.typeof("enum llama_ftype").elements[number]
+        return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+
+    def forget(self) -> None:
+        """Begin a new text."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+    def read(self, tokens: Sequence[int], all_logits: bool = False) -> None:
+        """Compute a piece of text that goes on where the last ended; by default with the logits of its last token only."""
+        batch = self._library.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            begin = self._library.llama_memory_seq_pos_max(self._library.llama_get_memory(self._context), 0) + 1
+            for place, token in enumerate(tokens):
+                batch.token[place], batch.pos[place] = token, begin + place
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+                batch.logits[place] = all_logits or place == len(tokens) - 1
+            if self._library.llama_decode(self._context, batch) != 0:
+                raise BadInput("llama.cpp could not compute a text of this length", field="prompt", value=len(tokens))
+        finally:
+            self._library.llama_batch_free(batch)
+        self._library.llama_synchronize(self._context)
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Of a text from its beginning: tokens × vocabulary, float32."""
+        self.forget()
+        self.read(tokens, all_logits=True)
+        return self.last_logits(len(tokens))
+
+    def last_logits(self, count: int) -> Tensor:
+        """Of as many tokens as were just read with all their logits: tokens × vocabulary, float32."""
+        raw = self._ffi.buffer(self._library.llama_get_logits(self._context), count * self.vocabulary * 4)
+        return torch.from_numpy(np.frombuffer(bytes(raw), dtype=np.float32).reshape(count, -1).copy())
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._context != self._ffi.NULL:
+            self._library.llama_free(self._context)
+            self._context = self._ffi.NULL
+        if self._model != self._ffi.NULL:
+            self._library.llama_model_free(self._model)
+            self._model = self._ffi.NULL
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, TypeError):  # an interpreter that ends has let go of its modules
+            self.close()
+
+
+PLAIN = ("f32", "f16", "bf16")
+QUANTISED = {"q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
+"""Types of blocks of 32 that the gguf package makes, with their bits."""
+BY_LLAMA_CPP = (
+    *("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+"""Types that llama.cpp's quantiser makes without an importance matrix."""
+TYPES = (*PLAIN, *QUANTISED, *BY_LLAMA_CPP)
+_BLOCK = 32
+_LARGEST_HALF = 65504.0
+
+
+def require_type(name: str) -> None:
+    """Raise BadInput for a type that there is not, or whose package is not installed."""
+    if name not in TYPES:
+        raise unknown_name("type", name, TYPES, "type")
+    if name in BY_LLAMA_CPP:
+        require_llama_cpp(f"the type {name} is made by llama.cpp's own quantiser", "type", name)
+
+
+def file_type(name: str) -> int:
+    """The number by which a file says what most of its tensors are."""
+    from gguf import LlamaFileType
+
+    return int(LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
+
+
+def tensor_type(name: str, shape: Sequence[int], asked: str, source_type: str, mixed: bool) -> str:
+    """How one tensor is stored.
+
+    Vectors, and what the source file kept in float32 beside other types, stay float32. What lies outside the blocks, the
+    embeddings above all, gets eight bits where the others get fewer, and rows that no blocks of 32 fill get sixteen.
+
+    Args:
+        name: of the tensor in the file.
+        shape: of the tensor, rows last.
+        asked: the type that was asked for, one that the gguf package makes.
+        source_type: what the source file has it in.
+        mixed: whether the source file has matrices in other types than float32.
+    """
+    if len([size for size in shape if size > 1]) < 2 or (mixed and source_type.lower() == "f32"):
+        return "f32"
+    if asked in PLAIN:
+        return asked
+    if shape[-1] % _BLOCK:
+        return "f16"
+    return asked if name.startswith("blk.") else "q8_0"
+
+
+def encode(tensor: Tensor, kind: str) -> Any:
+    """A float32 tensor as the bytes of a type, in an array of numpy. Raises BadInput where float16 cannot hold it."""
+    from gguf import GGMLQuantizationType, quants
+
+    values = tensor.contiguous().numpy()
+    if kind == "f32":
+        return values
+    if kind == "f16":
+        largest = float(tensor.abs().max())
+        if largest > _LARGEST_HALF:
+            raise BadInput(
+                f"weights of up to {largest:g} are too large for float16",
+                field="type",
+                fix=("use ", Set("type", "bf16")),
+            )
+        return values.astype(np.float16)
+    return quants.quantize(values, GGMLQuantizationType[kind.upper()])
+
+
+def decode(stored: Any) -> Tensor:
+    """A tensor of a reader of the gguf package, dequantised to float32."""
+    import torch
+
+    from gguf import quants
+
+    return torch.from_numpy(np.array(quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32))
+
+
+def encoded_bytes(shape: Sequence[int], kind: str) -> tuple[int, tuple[int, ...]]:
+    """How many bytes a tensor of a type has, and the shape of the array that holds them."""
+    from gguf.quants import quant_shape_to_byte_shape
+
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    code = GGMLQuantizationType[kind.upper()]
+    values, size = GGML_QUANT_SIZES[code]
+    count = int(np.prod(shape))
+    if kind in ("f32", "f16"):
+        return count * size, tuple(shape)
+    return count * size // values, tuple(quant_shape_to_byte_shape(tuple(shape), code))

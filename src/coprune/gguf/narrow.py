@@ -1,0 +1,152 @@
+"""What of a model is silent: channels and heads that are zeros everywhere, which a GGUF file need not hold.
+
+A folder whose blocks have different numbers of them holds all blocks as wide as the widest, since its configuration says
+one number. Which rows and columns belong together is found by structure and proved, as `prune --remove` does it; that they
+are silent is seen by their values.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coprune.gguf.smaller import Exported
+from coprune.model.as_saved import slices_kept
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import ModelFolder, is_packed
+from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.choosing import choose_matrices
+from coprune.model.edit import Configure, Edit, KeepSlices
+from coprune.model.edits import Edits
+from coprune.model.folding import head_size
+from coprune.model.removal.parts import Kind, Part, filled, find_parts, step_of, together
+from coprune.model.removal.smaller import Resized, possible_changes
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel, ProvenModel
+
+_ALIGN = 64
+"""Channels are kept in multiples of this, as `--align` does it, for types with blocks of 32."""
+Silence = Mapping[str, Sequence[tuple[Part, Sequence[Tensor]]]]
+"""By block, its parts with the units of each consumer that are zeros."""
+_Size = tuple[Kind, int]
+"""Parts that are alike: of one kind, with as many units."""
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A model without the units that are silent."""
+
+    alike: Exported
+    """As narrow as all blocks can be alike, which is the model itself where every unit is heard in some block."""
+    apart: Exported | None
+    """Every block at its own width; None if that is the same."""
+
+
+def narrowed(source: Exported) -> Narrow:
+    """Leave out of a folder's model what is silent in it.
+
+    Raises:
+        UnsupportedModel, BadInput, NumericalError: its blocks cannot be walked or loaded.
+    """
+    if not isinstance(source.location, ModelFolder) or not any(_has_zeros(source, name) for name in source.tensors):
+        return Narrow(source, None)
+    model = _proven(source.location)
+    silence: dict[str, list[tuple[Part, list[Tensor]]]] = {
+        name: [(part, part.silent()) for part in parts] for name, parts in find_parts(model, ())
+    }
+    silence = {name: [(part, own) for part, own in found if not _all_silent(own)] for name, found in silence.items()}
+    widths: dict[_Size, list[int]] = defaultdict(list)
+    for part, silent in (pair for found in silence.values() for pair in found):
+        widths[part.kind, part.count].append(_width(part, silent))
+    common = {size: max(own) for size, own in widths.items()}
+    told = _changes(source, model, silence, common) if any(common[size] < size[1] for size in common) else {}
+    apart = None
+    if any(len({*own}) > 1 for own in widths.values()):
+        edits = _edits(model, silence, None)
+        apart = source.without(_with_words(edits, told, widths))
+    if told:
+        edits = _edits(model, silence, common)
+        source = source.without(_with_words(edits, told, {size: [width] for size, width in common.items()}))
+    return Narrow(source, apart)
+
+
+def _all_silent(silent: Sequence[Tensor]) -> bool:
+    return all(bool(own.all()) for own in silent)
+
+
+def _has_zeros(source: Exported, name: str) -> bool:
+    """Whether a tensor has a whole row or column of zeros: no unit is silent where none has."""
+    if len(source.tensors[name].shape) < 2:
+        return False
+    zero = source.tensor(name) == 0
+    return bool(zero.all(dim=-1).any()) or bool(zero.all(dim=-2).any())
+
+
+def _proven(folder: ModelFolder) -> ProvenModel:
+    if is_packed(folder):
+        weights: Weights = InMemory(load_model(folder, processed=False)[0])
+        blocks = find_blocks(weights.model)
+    else:
+        lazy = LazyCheckpoint(folder)
+        weights, blocks = lazy, find_blocks(lazy.model)
+        lazy.acquire_rest([block.name for block in blocks])
+    found = FoundModel(weights, blocks, choose_matrices(weights.model, blocks))
+    words = int(weights.model.config.get_text_config().vocab_size)
+    return prove_replay(found, torch.randint(words, (1, 32), generator=torch.Generator().manual_seed(0)))
+
+
+def _width(part: Part, silent: Sequence[Tensor]) -> int:
+    """Units of a part that are kept at least: those that are heard, for whichever consumer has most, in whole steps."""
+    heard = max(int((~own).sum()) for own in silent)
+    step = 1 if part.kind == "heads" else step_of(part.count, _ALIGN)
+    return max(1, -(-heard // step)) * step
+
+
+def _edits(model: ProvenModel, silence: Silence, common: Mapping[_Size, int] | None) -> dict[str, list[Edit]]:
+    """Keep as many units of every block as all need, or as the block itself needs."""
+    edits: dict[str, list[Edit]] = {}
+    for block, found in silence.items():
+        masks: dict[str, Tensor] = {}
+        for part, silent in found:
+            count = _width(part, silent) if common is None else common[part.kind, part.count]
+            if count < part.count:
+                masks = together(masks, part.masks([filled(~own, count) for own in silent]))
+        kept = slices_kept(model.module, block, masks, partial(model.weights.layout, block)) if masks else {}
+        if kept:
+            edits[block] = [KeepSlices(kept=kept)]
+    return edits
+
+
+def _with_words(edits: dict[str, list[Edit]], told: Mapping[str, Any], widths: Mapping[_Size, Sequence[int]]) -> Edits:
+    """The edits with what the configuration says of them, and with words for people."""
+    edits[[*edits][-1]].append(Configure(changes=dict(told), removed=f"zeros: {', '.join(_words(widths))}"))
+    return Edits(edits)
+
+
+def _words(widths: Mapping[_Size, Sequence[int]]) -> Iterator[str]:
+    for (kind, count), own in widths.items():
+        fewest, most = min(own), max(own)
+        if fewest < count:
+            left = str(most) if fewest == most else f"{fewest} to {most}"
+            yield f"{'key-value heads' if kind == 'heads' else kind} {count} → {left} of a block"
+
+
+def _changes(source: Exported, model: ProvenModel, silence: Silence, common: Mapping[_Size, int]) -> dict[str, Any]:
+    """What the configuration says of a model that is as narrow everywhere; nothing if it cannot say that."""
+    cut = source.without(Edits(_edits(model, silence, common)))
+    shapes = {name: cut.own_shape(name) for name in source.tensors}
+    units = {(part.kind, part.count, part.repeats) for found in silence.values() for part, _ in found}
+    sizes = [(count * n, common[kind, count] * n) for kind, count, repeats in sorted(units) for n in (1, repeats)]
+    sizes = [*dict.fromkeys((old, new) for old, new in sizes if old != new)]
+    head = head_size(model.module)
+    heads = any(kind == "heads" and kept < count for (kind, count), kept in common.items())
+    resized = Resized(sizes, extra={"head_dim": head} if head is not None and heads else {})
+    return next(possible_changes(model.module, shapes, resized), {})

@@ -1,0 +1,176 @@
+"""The model that is exported: its tensors, read one at a time, and what was cut away of the source's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.gguf.pieces import Piece, squeezed
+from coprune.model.checkpoint.load import load_model
+from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.shards import TensorEntry, checkpoint_entries, read_tensor
+from coprune.model.edit import Configure
+from coprune.model.edits import Edits, history_of
+from coprune.model.transformers_private import revert_conversion, saved_tensors
+
+
+@dataclass
+class Exported:
+    """Tensors of a checkpoint by name, and the edits by which they came from the source's, in a folder or file."""
+
+    tensors: Mapping[str, Tensor | TensorEntry]
+    edits: Sequence[Edits]
+    """The earliest first."""
+    location: Location
+    source: ModelFolder | None = None
+    """The folder that the edits began from, where it is here; else the model's own if nothing was cut."""
+    narrow: Edits = field(default_factory=Edits)
+    """What else is left out of the model's tensors, which is zeros; the last of the edits."""
+
+    def name(self, source: str) -> str | None:
+        """Where a source tensor is now; None if it was left out. Raises BadInput if it should be there and is not."""
+        placed = self._names(source)[-1]
+        return None if placed is None else self._spelled(placed)
+
+    def _names(self, source: str) -> list[str | None]:
+        """What a source tensor was called before every set of edits, and after them all."""
+        names: list[str | None] = [source]
+        for edits in self.edits:
+            names.append(None if names[-1] is None else edits.place(names[-1]))
+        return names
+
+    def _spelled(self, name: str) -> str:
+        if name in self.tensors:
+            return name
+        # Some checkpoints leave the base model's name out.
+        near = [other for other in self.tensors if other.endswith(f".{name}") or name.endswith(f".{other}")]
+        if len(near) != 1:
+            raise BadInput(f"the model has no tensor {name}, which the GGUF file has", field="like")
+        return near[0]
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the model's own tensors, float32."""
+        own = self._spelled(name)
+        stored = self.tensors[own]
+        return self.narrow.cut(own, (read_tensor(stored) if isinstance(stored, TensorEntry) else stored).float())
+
+    def shape(self, source: str) -> tuple[int, ...] | None:
+        """Of what is left of a source tensor."""
+        name = self.name(source)
+        return None if name is None else self.own_shape(name)
+
+    def own_shape(self, name: str) -> tuple[int, ...]:
+        """Of one of the model's own tensors."""
+        return tuple(self.narrow.cut(name, torch.empty(tuple(self.tensors[name].shape), device="meta")).shape)
+
+    def without(self, edits: Edits) -> Exported:
+        """The same model without more of its tensors, all of which is zeros."""
+        return replace(self, edits=[*self.edits, edits], narrow=edits)
+
+    def read(self, source: str) -> tuple[Tensor, Tensor | None] | None:
+        """What is left of a source tensor, float32, in the source's shape, and a mask of what was not cut; None for all."""
+        name = self.name(source)
+        if name is None:
+            return None
+        tensor = self.tensor(name)
+        whole = self._uncut(source, tensor)
+        if whole.shape == tensor.shape:
+            return tensor, None
+        return whole, self._uncut(source, torch.ones(tensor.shape, dtype=torch.bool))
+
+    def _uncut(self, name: str, tensor: Tensor) -> Tensor:
+        for edits, called in reversed([*zip(self.edits, self._names(name), strict=False)]):
+            for edit in reversed([*edits.all()]):
+                tensor = edit.uncut(str(called), tensor)
+        return tensor
+
+
+def exported(location: Location) -> Exported:
+    """Open a folder or a GGUF file. Raises BadInput if it cannot be read."""
+    if not isinstance(location, ModelFolder):
+        return Exported(whole_tensors(location), [], location)
+    name, edits = history_of(location.path)
+    uncut = not any(isinstance(edit, Configure) for one in edits for edit in one.all())
+    source = _folder_named(name) or (location if uncut else None)
+    tensors = whole_tensors(location) if is_packed(location) else checkpoint_entries(location.path)
+    return Exported(tensors, edits, location, source)
+
+
+def _folder_named(name: str | None) -> ModelFolder | None:
+    path = Path(name) if name is not None else None
+    return ModelFolder(path, str(name)) if path is not None and (path / "config.json").is_file() else None
+
+
+def whole_tensors(location: Location) -> dict[str, Tensor]:
+    """The tensors of a checkpoint as transformers loads it, under the names that it would save them by."""
+    model, _ = load_model(location, processed=False)
+    return revert_conversion(model, saved_tensors(model))
+
+
+def planned_shape(pieces: Sequence[Piece], shape: Sequence[int], model: Exported) -> tuple[int, ...] | None:
+    """The shape that a tensor of the GGUF file will have; None if nothing is left of it.
+
+    shape: what it has in the GGUF file that the pieces were found in.
+    """
+    shapes = [left for piece in pieces if (left := model.shape(piece.names[0])) is not None]
+    if not shapes:
+        return None
+    first = pieces[0]
+    sizes = [size for size in (shapes[0] if first.expert is None else shapes[0][1:]) if size > 1] or [1]
+    sizes = sizes[::-1] if first.transposed else sizes
+    if len(pieces) > 1:
+        sizes = [len(shapes) if first.expert is None else shapes[0][0], *sizes]
+    return _spread(sizes, shape)
+
+
+def _spread(sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Sizes with the ones that a shape of as many others has between them."""
+    if len([size for size in shape if size > 1]) != len(sizes):
+        return tuple(sizes) if len(sizes) == len(shape) else (*[1] * (len(shape) - len(sizes)), *sizes)
+    left = iter(sizes)
+    return tuple(1 if size == 1 else next(left) for size in shape)
+
+
+def made(name: str, pieces: Sequence[Piece], model: Exported) -> Tensor:
+    """A tensor of the new GGUF file, float32. Raises UnsupportedModel where it cannot be told what it is made of."""
+    parts = [part for piece in pieces if (part := _made(name, piece, model)) is not None]
+    return parts[0] if len(pieces) == 1 else torch.stack(parts)
+
+
+def _made(name: str, piece: Piece, model: Exported) -> Tensor | None:
+    found = [_arranged(piece, source, model) for source in piece.names]
+    first = found[0]
+    for other in found[1:]:
+        same = (other is None) == (first is None) and (first is None or other is None or torch.equal(first, other))
+        if not same:
+            raise UnsupportedModel(
+                f"{name} has the values of {' and '.join(piece.names[:3])} alike in the GGUF file, and in the model they differ, "
+                "so it cannot be told which of them it is"
+            )
+    return first
+
+
+def _arranged(piece: Piece, source: str, model: Exported) -> Tensor | None:
+    read = model.read(source)
+    if read is None:
+        return None
+    tensor, mask = read
+    if piece.order is not None and len(squeezed(tensor if piece.expert is None else tensor[piece.expert])) != len(
+        piece.order
+    ):
+        raise BadInput(f"{source} has another shape than in the GGUF file", field="like")
+    whole = piece.arrange(tensor) + piece.added
+    if mask is None:
+        return whole
+    kept = piece.arrange(mask)
+    if not bool(kept.any()):
+        return None
+    for dim in range(kept.ndim):
+        others = [other for other in range(kept.ndim) if other != dim]
+        whole = whole.index_select(dim, (kept.any(dim=others) if others else kept).nonzero().flatten())
+    return whole

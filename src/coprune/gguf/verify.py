@@ -1,0 +1,134 @@
+"""Whether a GGUF file is of the same source model, and whether what was written is what was to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
+from coprune.gguf.llama_cpp import LlamaCpp, decode, has_llama_cpp
+from coprune.gguf.metadata import Plan
+from coprune.gguf.pieces import Piece
+from coprune.gguf.smaller import Exported, whole_tensors
+from coprune.model.checkpoint.load import plain
+from coprune.model.checkpoint.locate import GgufFile
+
+_SAME_SOURCE = 0.9
+"""Cosine that one matrix at least has with the same one of the source, whatever was pruned and trained since."""
+STORED_ERROR = {
+    "f32": 1e-2,
+    "f16": 1e-2,
+    "bf16": 1e-2,
+    "q8_0": 2e-2,
+    "q6_k": 5e-2,
+    "q5_1": 0.1,
+    "q5_0": 0.1,
+    "q5_k": 0.1,
+    "q4_1": 0.2,
+    "q4_0": 0.2,
+    "q4_k": 0.2,
+}
+"""Error of a tensor over its norm that a type may cause, where the source may have had sixteen bits."""
+WORST_ERROR = 0.5
+_TOLERANCE = STORED_ERROR | {"f32": 1e-5, "f16": 1e-3}  # of which one is added and subtracted again in some norms
+
+
+def require_same_source(
+    pieces: Mapping[str, Sequence[Piece]], reference: Mapping[str, Tensor], source: Exported, example: GgufFile
+) -> None:
+    """Raise BadInput where no matrix of the model is like the one of the GGUF file that it is to replace."""
+    best, names = 0.0, {piece.names[0] for own in pieces.values() for piece in own}
+    for name in sorted(names, key=lambda name: reference[name].numel()):
+        if reference[name].ndim < 2 or (read := source.read(name)) is None:
+            continue
+        tensor, mask = read
+        if tensor.shape != reference[name].shape:
+            raise BadInput(
+                f"{name} is {'×'.join(map(str, tensor.shape))} in the model and {'×'.join(map(str, reference[name].shape))} in "
+                f"{example.name}, and nothing says what was removed",
+                field="like",
+                fix="name a GGUF file of the same shapes, or export the folder that coprune wrote",
+            )
+        before = reference[name] if mask is None else reference[name] * mask
+        best = max(best, float(torch.cosine_similarity(tensor.flatten(), before.flatten(), dim=0)))
+    if best < _SAME_SOURCE:
+        raise BadInput(
+            f"{example.name} is of another model: no matrix is nearer to its own there than a cosine of {best:.2f}",
+            field="like",
+        )
+
+
+def require_same(file: Path, source: Exported, kind: str) -> str | None:
+    """Let transformers load what was written, and compare it with the model.
+
+    Args:
+        file: that was written.
+        source: the model.
+        kind: the type that it was written in.
+
+    Returns:
+        What to say where transformers cannot read it back, but llama.cpp can: in some architectures transformers takes the width
+        of a head to follow from their number.
+
+    Raises:
+        UnsupportedModel: nothing that is installed can read it.
+        VerificationError: it holds something else.
+    """
+    try:
+        written = whole_tensors(GgufFile(file, file.name))
+    except BadInput as error:
+        if not has_llama_cpp():
+            raise UnsupportedModel(
+                "transformers cannot read the file back, and llama.cpp is not here to try it",
+                fix="pip install llama-cpp-py-sync",
+            ) from error
+        if not _loads(file):
+            raise UnsupportedModel(
+                "no runtime that is installed can load the file: in this architecture, what was removed cannot be said in one"
+            ) from error
+        return f"llama.cpp can load it, which was not compared further, since {error.cause}"
+    for name, found in written.items():
+        expected = source.tensor(name)
+        if expected.shape != found.shape:
+            raise VerificationError(f"{file} does not hold {name} as the model does")
+        _require_close(file, name, (found, expected), kind)
+    return None
+
+
+def require_written(file: Path, plan: Plan, values: Callable[[str], Tensor]) -> None:
+    """Compare a file with what was to be written, tensor by tensor.
+
+    Args:
+        file: that was written.
+        plan: what it holds.
+        values: makes a tensor, float32, by its name in the source file.
+
+    Raises:
+        VerificationError: it holds something else.
+    """
+    from gguf.gguf_reader import GGUFReader
+
+    stored = {one.name: one for one in plain(GGUFReader)(file).tensors}
+    for name, planned in plan.tensors.items():
+        _require_close(file, name, (decode(stored[name]), values(planned.source)), planned.kind)
+
+
+def _require_close(file: Path, name: str, pair: tuple[Tensor, Tensor], kind: str) -> None:
+    """Raise VerificationError where what was written is another than was to be. pair: the two."""
+    found, expected = pair
+    if expected.numel() != found.numel():
+        raise VerificationError(f"{file} does not hold {name} as the model does")
+    off = float((found.reshape(expected.shape) - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not off <= _TOLERANCE[kind]:
+        raise VerificationError(f"{name} is off by {off:.2g} of its norm in {file}, more than {kind} explains")
+
+
+def _loads(file: Path) -> bool:
+    try:
+        LlamaCpp(file, context=8).close()
+    except BadInput:
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""The metadata of a GGUF file with fewer tokens: every list as long as its vocabulary, its merges, and the ids that it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from coprune.base.errors import UnsupportedModel
+from coprune.gguf.metadata import Field, Fields
+
+TOKENS = "tokenizer.ggml.tokens"
+MERGES = "tokenizer.ggml.merges"
+_IDS = re.compile(r"tokenizer\..*(_token_ids?|suppress_tokens)")
+
+
+def tokens_in(fields: Fields) -> list[str]:
+    """Return the tokens of a file. Raises UnsupportedModel where it has none."""
+    if TOKENS not in fields:
+        raise UnsupportedModel("the GGUF file holds no tokens")
+    found: list[str] = fields[TOKENS].value
+    return found
+
+
+def named_ids(fields: Fields) -> set[int]:
+    """Return the ids that metadata name."""
+    found: set[int] = set()
+    for key, field in fields.items():
+        if _IDS.fullmatch(key):
+            found |= set(field.value if isinstance(field.value, list) else [field.value])
+    return {number for number in found if 0 <= number < len(tokens_in(fields))}
+
+
+def without_tokens(fields: Fields, arch: str, old_ids: Sequence[int]) -> dict[str, Field]:
+    """Return the metadata of the same model with some of its tokens.
+
+    Args:
+        fields: of the whole model.
+        arch: name in front of what describes the model.
+        old_ids: those that stay, in rising order.
+    """
+    tokens = tokens_in(fields)
+    kept = {tokens[number] for number in old_ids}
+    new = {old: place for place, old in enumerate(old_ids)}
+    found = {key: _cut(key, field, len(tokens), kept, new) for key, field in fields.items()}
+    size = f"{arch}.vocab_size"
+    if size in found:
+        found[size] = replace(found[size], value=len(old_ids))
+    return found
+
+
+def _cut(key: str, field: Field, count: int, kept: set[str], new: Mapping[int, int]) -> Field:
+    value = field.value
+    if key == MERGES:
+        pairs = (pair.split(" ", 1) for pair in value)
+        return replace(field, value=[f"{a} {b}" for a, b in pairs if a in kept and b in kept and a + b in kept])
+    if _IDS.fullmatch(key):
+        if isinstance(value, list):
+            return replace(field, value=[new[one] for one in value if one in new])
+        return replace(field, value=new.get(value, value))
+    if key.startswith("tokenizer.") and isinstance(value, list) and len(value) == count:
+        return replace(field, value=[value[number] for number in new])
+    return field

@@ -1,0 +1,157 @@
+"""Models compared that may be named by the runs and sweeps that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Unpack
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.base.files import require_usable
+from coprune.base.progress import Reporter
+from coprune.base.words import Command, Set, say
+from coprune.data.given import TextData, handed_over
+from coprune.evaluation.arguments import MeasureArguments
+from coprune.evaluation.cache import EvaluationCache, default_cache_folder
+from coprune.evaluation.changes import row
+from coprune.evaluation.closeness import OtherTokens
+from coprune.evaluation.extras import Extras, measures_anything, nothing_to_measure
+from coprune.evaluation.measure import Subject
+from coprune.evaluation.measurement import Closeness
+from coprune.evaluation.tables import Comparison
+from coprune.recipe.measuring import measuring_recipe
+from coprune.recipe.recipe import Recipe
+from coprune.report.folder import model_of
+from coprune.sweep.finished import models_to_compare
+
+
+def compare(
+    models: Sequence[str | Path],
+    data: TextData | None = None,
+    *,
+    evaluations: str | Path | None = None,
+    fresh: bool = False,
+    quiet: bool = False,
+    **settings: Unpack[MeasureArguments],
+) -> Comparison:
+    """Compare models: size, sparsity, perplexity or accuracy, closeness to the first, and tasks.
+
+    Args:
+        models: two or more Hub ids, folders (packed or not), GGUF files, or folders of runs and sweeps that saved models;
+            the first is the baseline.
+        data: texts or images to measure on, as in `coprune.evaluate`.
+        evaluations: the folder where evaluations are kept, so that nothing is measured twice; without it,
+            `~/.cache/coprune/evaluations`.
+        fresh: measure everything again, and keep nothing.
+        quiet: no progress bars and lines on standard error.
+        settings: as in `coprune.evaluate`.
+
+    Returns:
+        A row per model, with what differs from the baseline; `to_csv` and `to_markdown` write it.
+
+    Raises:
+        BadInput: for what cannot be done as asked, or models that do not compare.
+        NumericalError: a model's output is NaN.
+    """
+    named = [name for model in _names(models) for name in models_to_compare(model)]
+    cache = EvaluationCache(None if fresh else _folder(evaluations))
+    reporter = Reporter(quiet)
+    with handed_over({"data": data, **settings}, None, "data") as asked, reporter.libraries():
+        recipe = measuring_recipe(named[0] if named else "-", asked)
+        return compare_models(named, recipe, reporter, cache, model_of)
+
+
+def _folder(evaluations: str | Path | None) -> Path:
+    """Where evaluations are kept. Raises BadInput for a file, and where nobody may write."""
+    if evaluations is None:
+        return default_cache_folder()
+    folder = expand_home(evaluations)
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file", field="evaluations", value=evaluations, fix="name a folder")
+    if not folder.exists():
+        require_usable(folder, "evaluations")
+    return folder
+
+
+def _names(models: Sequence[str | Path]) -> list[str]:
+    """Names of models. Raises BadInput for a single one, and for a model in memory, of which nothing can be kept."""
+    if isinstance(models, str | Path):
+        raise BadInput(
+            "models are compared with each other", field="models", value=models, fix="give a list of two or more"
+        )
+    for model in models:
+        if not isinstance(model, str | Path):
+            held = f"models are compared by name, and a {type(model).__name__} is in memory"
+            raise BadInput(
+                held, field="models", fix=("save it, or type ", Command("evaluate", "MODEL", Set("against", ...)))
+            )
+    return list(map(str, models))
+
+
+def compare_models(
+    models: Sequence[str],
+    recipe: Recipe,
+    reporter: Reporter,
+    cache: EvaluationCache,
+    model_of: Callable[[str], str] = str,
+) -> Comparison:
+    """Measure every model as the recipe says (its own model is not looked at) and compare each with the first.
+
+    models: as they were asked for; model_of: the folder, GGUF file or Hub id that such a name stands for. What the cache
+    holds is not measured again. Raises BadInput if there are fewer than two, one cannot be found, or they do not compare.
+    """
+    if len(models) < 2:
+        few = "a comparison needs two models or more, of which the first is the baseline"
+        raise BadInput(few, field="models", value=models, fix="name another one after it")
+    if not measures_anything(recipe):
+        raise nothing_to_measure()
+    found = [recipe.replaced(model=model_of(name)) for name in models]
+    tasks = Extras.prepare(recipe).tasks
+    subjects = [Subject(one, cache, reporter, tasks) for one in found]
+    require_one_task(subjects)
+    for subject, label in zip(subjects, labels_of([one.name for one in subjects]), strict=True):
+        subject.label = label
+    for subject in subjects[1:]:
+        subject.begin_as(subjects[0])
+    # The others are held against it, and it against nothing.
+    baseline = subjects[0].measure().model_copy(update={"required": ()})
+    rows = [row(models[0], baseline, None)]
+    for name, subject in zip(models[1:], subjects[1:], strict=True):
+        closeness = _closeness(subject, subjects[0], reporter)
+        evaluation = subject.measure().model_copy(update={"against": subjects[0].name, "closeness": closeness})
+        rows.append(row(name, evaluation, baseline))
+        subject.release()
+    return Comparison(rows=tuple(rows))
+
+
+def _closeness(subject: Subject, baseline: Subject, reporter: Reporter) -> tuple[Closeness, ...]:
+    """How close a model is to the baseline: nothing of classifiers, and of models with other tokens, measured by themselves."""
+    if subject.classifies:
+        return ()
+    try:
+        return subject.closeness_to(baseline)
+    except BadInput as error:
+        # Of other tokens the one may be missing by which the baseline's windows begin.
+        if not isinstance(error, OtherTokens) and error.field != "bos":
+            raise
+        reporter.say(f"No closeness: {say(error.cause)}.")
+        subject.begin_as(None)
+        return ()
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """Names of folders for the models' items: the last parts of paths and Hub ids, or all of them where those are alike."""
+    last = [Path(name).name for name in names]
+    return [
+        short if last.count(short) == 1 else "__".join(part for part in Path(name).parts if part != "/")
+        for name, short in zip(names, last, strict=True)
+    ]
+
+
+def require_one_task(subjects: Sequence[Subject]) -> None:
+    """Raise BadInput if some of the models classify images and others do not."""
+    for subject in subjects[1:]:
+        if subject.classifies != subjects[0].classifies:
+            one, other = (subject, subjects[0]) if subject.classifies else (subjects[0], subject)
+            raise BadInput(f"{one.name} classifies images and {other.name} does not, so they do not compare")

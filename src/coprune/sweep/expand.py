@@ -1,0 +1,196 @@
+"""From a sweep to its runs: every combination of its lists, each with a folder of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.recipe.choice import Choice
+from coprune.recipe.flat import PRESET, is_setting, word_for
+from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
+from coprune.sweep.file import FOLDERS, Sweep, added_to, is_axis, require_few
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep. name: its folder within the sweep's; preset: that its settings come from, if there is one."""
+
+    name: str
+    recipe: Recipe
+    preset: str | None = None
+
+    @property
+    def way(self) -> str:
+        """What tables call it: its method, or its preset with the method that it brought."""
+        method = self.recipe.method.name
+        return method if self.preset is None else f"{self.preset} ({method})"
+
+
+def expand(sweep: Sweep) -> list[Run]:
+    """List a sweep's runs in the order of its file; the same run twice counts once.
+
+    Raises BadInput for a run that cannot be, a folder for two different runs, or an exclusion that excludes nothing.
+    """
+    combinations = list(_combinations(sweep.settings, sweep.zip))
+    used = [any(_matches(combination, entry) for combination in combinations) for entry in sweep.exclude]
+    if not all(used):
+        raise BadInput(
+            f"exclude {sweep.exclude[used.index(False)]} matches no run",
+            field="sweep.exclude",
+            fix="correct it or leave it out",
+        )
+    chosen = [c for c in combinations if not any(_matches(c, entry) for entry in sweep.exclude)]
+    for entry in sweep.include:
+        chosen += _combinations(added_to(sweep.settings, entry), sweep.zip)
+        require_few([len(chosen)])
+    if not chosen:
+        raise BadInput("every run of the sweep is excluded", field="sweep.exclude")
+    runs, models = dict[str, Run](), _model_parts(sweep)
+    for combination in chosen:
+        run = _run(sweep, combination, models)
+        if run.name in runs and runs[run.name].recipe != run.recipe:
+            raise BadInput(
+                f"two different runs would go to {sweep.folder / run.name}",
+                field="sweep.folders",
+                value=sweep.folders,
+                fix="tell them apart in sweep.folders, for example "
+                f"{'/'.join('{' + name + '}' for name in varied(sweep))!r}",
+            )
+        runs[run.name] = run
+    return list(runs.values())
+
+
+def varied(sweep: Sweep) -> list[str]:
+    """The fields in which a sweep's runs may differ, in the order of the file."""
+    added = [name for entry in sweep.include for name in entry]
+    return list(dict.fromkeys([*_axes(sweep.settings), *added]))
+
+
+def _axes(settings: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in settings.items() if is_axis(name, value)]
+
+
+def _combinations(settings: Settings, groups: Sequence[Sequence[str]]) -> Iterator[Settings]:
+    axes = {name: settings[name] for name in _axes(settings)}
+    together = {name: tuple(other for other in group if other in axes) for group in groups for name in group}
+    # Each factor is a list of settings; the first field of a group stands where the group multiplies.
+    factors: list[list[Settings]] = []
+    for name in axes:
+        members = together.get(name, (name,))
+        if members[0] == name:
+            factors.append(_in_step({member: axes[member] for member in members}))
+    require_few(len(factor) for factor in factors)
+    for parts in product(*factors):
+        combination = dict(settings)
+        for part in parts:
+            combination |= part
+        yield combination
+
+
+def _in_step(lists: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """Lists of one length as settings. Raises BadInput where those of an included run are not."""
+    if len({len(values) for values in lists.values()}) > 1:
+        told = ", ".join(f"{name} has {len(values)}" for name, values in lists.items())
+        raise BadInput(f"zipped lists must be of one length: {told}", field="sweep.include")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _matches(combination: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    return all(
+        combination.get(name, DEFAULTS.get(name)) in (wanted if is_axis(name, wanted) else [wanted])
+        for name, wanted in entry.items()
+    )
+
+
+def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str]) -> Run:
+    elsewhere: Settings = dict.fromkeys(FOLDERS)
+    try:
+        plain = make_recipe({**combination, **elsewhere})
+        model = models[plain.model.name]
+        own, also = sweep.folders, {"model": model, PRESET: folder_part(PRESET, combination.get(PRESET), bare=True)}
+        name = _default_folder(sweep, combination, model) if own is None else _folder(own, plain, also)
+        places = {field: expand_home(combination[field]) / name for field in FOLDERS if combination.get(field)}
+        places["save"] = sweep.folder / (name or plain.method.name)
+        recipe = make_recipe({**combination, **elsewhere, **places})
+        return Run(name or plain.method.name, recipe, combination.get(PRESET))
+    except BadInput as error:
+        told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
+        raise (error.within(f"the run with {told}") if told else error) from None
+
+
+def _default_folder(sweep: Sweep, combination: Settings, model: str) -> str:
+    """One part for each axis; what else an included run has follows the last part, so that no other run is renamed."""
+    axes = _axes(sweep.settings)
+
+    def part(field: str) -> str:
+        return model if field == "model" else folder_part(field, combination.get(field))
+
+    changed = [n for n in varied(sweep) if n not in axes and combination.get(n) != sweep.settings.get(n)]
+    return "_".join(["/".join(map(part, axes)), *map(part, changed)]).strip("_")
+
+
+def _model_parts(sweep: Sweep) -> dict[str, str]:
+    """What stands for each model in a path: the end of its name, and as much before it as tells it from those named earlier."""
+    named = [values["model"] for values in (sweep.settings, *sweep.include) if "model" in values]
+    found: dict[str, str] = {}
+    for model in (str(one) for value in named for one in (value if isinstance(value, list) else [value])):
+        parts, others = Path(model).parts, set(found.values())
+        ends = [folder_part("model", "-".join(parts[at:])) for at in reversed(range(len(parts)))]
+        if model not in found:
+            found[model] = next((end for end in ends if end not in others), folder_part("model", model))
+    return found
+
+
+def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
+    known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
+    known |= {"sparsity": f"{recipe.pattern.ratio:g}", **also}
+    try:
+        # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
+        if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):
+            raise ValueError(template)
+        name = re.sub(r"{([\w.]+)}", _by_word, template).format_map(known)
+    except (KeyError, ValueError, IndexError, AttributeError):
+        raise BadInput(
+            f"sweep.folders {template!r} is no pattern of recipe fields, such as '{{pattern}}/{{method}}'",
+            field="sweep.folders",
+            value=template,
+        ) from None
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise BadInput(
+            f"sweep.folders {template!r} gives {name!r}, which is no folder within the sweep's",
+            field="sweep.folders",
+            value=template,
+        )
+    return name
+
+
+def _by_word(field: re.Match[str]) -> str:
+    """A field of a template by its flat name."""
+    return f"{{{word_for(field[1])}}}" if is_setting(field[1]) else field[0]
+
+
+def folder_part(field: str, value: Any, bare: bool = False) -> str:
+    """A field's value as part of a path: `wanda`, `2-4`, `seed-0`. bare: without the field's name."""
+    if value is None:
+        return "default"
+    if isinstance(value, dict) and "name" in value:
+        shown = str(Choice.of(value))
+    elif isinstance(value, dict):
+        shown = "_".join(f"{name}-{one}" for name, one in value.items()) or "default"
+    elif isinstance(value, list | tuple):
+        shown = "+".join(str(Choice.of(one)) if isinstance(one, dict) else str(one) for one in value) or "none"
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+    if field == "model":
+        shown = Path(shown).name.removesuffix(".gguf")
+    plain = re.sub(r"[^\w.+=-]+", "-", shown).strip("-.") or "none"
+    return plain if bare or field in ("model", "method", "pattern", "options", PRESET) else f"{field}-{plain}"

@@ -1,0 +1,182 @@
+"""Which runs of a sweep are done: those whose folder holds the report of the very same recipe."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError
+
+from coprune.base.environment import expand_home
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.base.words import Command, Setting
+from coprune.recipe.choice import write_scalar
+from coprune.recipe.flat import flags_of
+from coprune.recipe.recipe import DEFAULTS, Recipe
+from coprune.report.folder import REPORT_FILE
+from coprune.report.links import SWEEP_FILE
+from coprune.report.schema import Report
+from coprune.run.estimate.found import duration
+from coprune.sweep.expand import Run, expand
+from coprune.sweep.file import Sweep
+from coprune.sweep.sharing import SHARED_FOLDER
+
+
+def finished_report(recipe: Recipe) -> Report | None:
+    """The report that a finished run left; None if it has not ended.
+
+    Raises BadInput if the folder holds the report of another run, or one that cannot be read.
+    """
+    folder = recipe.run_folder
+    file = folder / REPORT_FILE
+    if not file.is_file():
+        return None
+    try:
+        report = Report.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to do that run again") from None
+    trains = _is_to_train(recipe, report)
+    expected = _pruning_of(recipe) if trains else recipe
+    if not report.recipe.gives_as(expected):
+        before, now = report.recipe.whole, expected.whole
+        differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
+        raise BadInput(
+            f"{folder} holds another run's report, in which {'; '.join(differing)}",
+            field="save",
+            value=folder,
+            fix=("Name another folder with ", Setting("save"), ", or remove it"),
+        )
+    return None if trains else report
+
+
+def finished_reports(runs: list[Run]) -> dict[str, Report]:
+    """The reports of all finished runs by name, in the order of the runs."""
+    found = {run.name: finished_report(run.recipe) for run in runs}
+    return {name: report for name, report in found.items() if report is not None}
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (folder / SWEEP_FILE).is_file()
+
+
+def read_finished(folder: Path) -> tuple[Sweep, list[Run], dict[str, Report]]:
+    """A sweep from its folder, wherever that lies now: its runs and the reports of those that are finished.
+
+    Raises BadInput if none is.
+    """
+    sweep = Sweep.read(folder / SWEEP_FILE).with_settings({"save": str(folder)})
+    runs = expand(sweep)
+    there = [run for run in runs if (folder / run.name / REPORT_FILE).is_file()]
+    found = {run.name: Report.read(folder / run.name / REPORT_FILE) for run in there}
+    reports = {run.name: found[run.name] for run in there if not _is_to_train(run.recipe, found[run.name])}
+    if not reports:
+        raise BadInput(
+            f"no run of the sweep in {folder} is finished", fix=(Command("sweep", folder / SWEEP_FILE), " goes on")
+        )
+    return sweep, runs, reports
+
+
+def models_to_compare(name: str) -> list[str]:
+    """The models that a name stands for: of a sweep its dense models and what its runs saved; else the name itself.
+
+    Raises BadInput for a sweep whose runs saved no models.
+    """
+    folder = expand_home(name)
+    if not is_sweep(folder):
+        return [name]
+    _, runs, reports = read_finished(folder)
+    saved = [folder / run for run, report in reports.items() if report.saved_model is not None]
+    if not saved:
+        raise BadInput(
+            f"the runs of the sweep in {name} saved no models",
+            fix=(
+                f"its tables are in {folder / 'results.md'}, and a sweep with ",
+                Setting("save_model"),
+                " keeps the models",
+            ),
+        )
+    return [*dict.fromkeys(run.recipe.model.name for run in runs), *map(str, saved)]
+
+
+def _is_to_train(recipe: Recipe, report: Report) -> bool:
+    """Whether a run that trains has not done so yet: its report is the pruning's."""
+    return recipe.finetune.mode is not None and report.finetuned is None
+
+
+def _pruning_of(recipe: Recipe) -> Recipe:
+    """The recipe of the half that prunes."""
+    from coprune.training.after_pruning import pruning_of
+
+    return pruning_of(recipe)
+
+
+_FILE = "ledger.json"
+_NAMES = {
+    "dense": "measuring the dense model",
+    "statistics": "gathering statistics",
+    "estimate": "estimating",
+    "tokens": "tokenising",
+}
+
+
+class Ledger(BaseModel):
+    """Seconds of a sweep."""
+
+    wall: list[float] = []
+    """Of every sitting, from the first job to the last."""
+    saved: dict[str, dict[str, float]] = {}
+    """By run and by kind: the work that it took over from others."""
+    runs: dict[str, float] = {}
+    """Of every run, loading included."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The ledger in a sweep's folder, or an empty one."""
+        try:
+            return cls.model_validate_json((folder / SHARED_FOLDER / _FILE).read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            return cls()
+
+    def write(self, folder: Path) -> None:
+        """Write it whole or not at all."""
+        write_text(folder / SHARED_FOLDER / _FILE, self.model_dump_json(indent=2) + "\n")
+
+    def line(self) -> str:
+        """One sentence or two for people; empty before anything was done."""
+        if not self.wall:
+            return ""
+        sittings = "" if len(self.wall) == 1 else f" in {len(self.wall)} sittings"
+        told = f"The sweep took {duration(sum(self.wall))}{sittings}; its runs together {duration(sum(self.runs.values()))}."
+        kinds = {kind: sum(one.get(kind, 0.0) for one in self.saved.values()) for kind in _NAMES}
+        parts = [f"{seconds:.0f} s of {_NAMES[kind]}" for kind, seconds in kinds.items() if seconds >= 0.5]
+        return f"{told} Taken over from other runs instead of done again: {', '.join(parts)}." if parts else told
+
+
+def command_of(recipe: Recipe) -> str:
+    """`coprune prune …` with every field that is not at its default, quoted for a shell."""
+    words = ["coprune", "prune", recipe.model.name]
+    for name, value in recipe.flat().items():
+        if name not in ("model", "options") and value != DEFAULTS[name]:
+            words += _option(name, value)
+        elif name == "options":
+            for option, chosen in value.items():
+                words += [f"--{option.replace('_', '-')}", write_scalar(chosen)]
+    return shlex.join(words)
+
+
+def sweep_command(folder: Path) -> str:
+    """`coprune sweep …` of what lies in a folder, which does what is not done yet, quoted for a shell."""
+    return shlex.join(["coprune", "sweep", str(folder / SWEEP_FILE)])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = flags_of(name)[0]
+    if isinstance(value, bool):
+        yes, _, no = flag.partition("/")
+        return [yes if value else no]
+    if isinstance(value, tuple):
+        return [word for one in value for word in (flag, str(one))]
+    return [flag, str(value)]

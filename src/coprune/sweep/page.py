@@ -1,0 +1,42 @@
+"""The page of a sweep: the papers' tables, what every run reached with the front, all runs and their commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coprune.base.files import write_text
+from coprune.report.html import copyable, section
+from coprune.report.html import table as html_table
+from coprune.report.links import PAGE_FILE, link_back
+from coprune.report.several import Run, Top, runs_page
+from coprune.sweep.finished import command_of, read_finished, sweep_command
+from coprune.sweep.table import PaperTable, paper_tables
+
+
+def write_sweep_page(folder: Path, path: Path | None = None) -> None:
+    """Write the page of a sweep's finished runs, and put a link to it on theirs.
+
+    path: by default `report.html` in the sweep's folder. Raises BadInput if no run is finished.
+    """
+    sweep, runs, reports = read_finished(folder)
+    page = path or folder / PAGE_FILE
+    name = folder.absolute().name
+    done = f"{len(reports)} of {len(runs)}" if len(reports) < len(runs) else str(len(runs))
+    top = Top(
+        kind="Sweep",
+        title=f"{name}: {done} runs",
+        made=copyable("command", sweep_command(folder)),
+        tables=[_section(table) for table in paper_tables(sweep, runs, reports)],
+        commands={run.name: command_of(run.recipe) for run in runs},
+    )
+    found = [Run.read(folder / one, one) for one in reports]
+    write_text(page, runs_page(found, top, page.parent))
+    if page == folder / PAGE_FILE:
+        for one in reports:
+            link_back(folder / one / PAGE_FILE, page, f"The sweep {name}")
+
+
+def _section(table: PaperTable) -> str:
+    rows = [[name, *(cell.text for cell in cells)] for name, cells in table.rows.items()]
+    note = "Mean ± standard deviation over seeds."
+    return section(table.title, html_table(["method", *table.columns], rows), note=note)

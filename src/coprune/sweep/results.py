@@ -1,0 +1,136 @@
+"""What a sweep found: a row per run in `results.parquet` and `results.csv`, tables in `results.md`, and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coprune.base.files import write_durably, write_text
+from coprune.base.words import printable
+from coprune.recipe.flat import PRESET
+from coprune.report.schema import Report
+from coprune.sweep.expand import Run, varied
+from coprune.sweep.file import Sweep
+from coprune.sweep.finished import Ledger, command_of, sweep_command
+from coprune.sweep.page import write_sweep_page
+from coprune.sweep.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
+
+PARQUET, CSV, MARKDOWN, FAILURES = "results.parquet", "results.csv", "results.md", "failures.txt"
+Row = dict[str, Any]
+
+
+def collect(
+    sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], failures: Mapping[str, str], ledger: Ledger
+) -> None:
+    """Write everything that is known of a sweep's runs to its folder; earlier files make way."""
+    folder = sweep.folder
+    rows = [_row(run, reports.get(run.name), failures.get(run.name), varied(sweep)) for run in runs]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    _write_parquet(folder / PARQUET, rows, columns)
+    write_text(folder / CSV, _csv(rows, columns))
+    write_text(folder / MARKDOWN, results_markdown(sweep, runs, reports, failures, ledger))
+    told = [f"{name}\n\n{text}\n" for name, text in failures.items()]
+    if told:
+        write_text(folder / FAILURES, "\n".join(told))
+    else:
+        (folder / FAILURES).unlink(missing_ok=True)
+    if reports:
+        write_sweep_page(folder)
+
+
+def print_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], console: Console) -> None:
+    """Print the tables, with the best of every column in bold."""
+    for one in paper_tables(sweep, runs, reports):
+        console.print(_text(one.title), soft_wrap=True)
+        shown = Table(box=box.SIMPLE, pad_edge=False)
+        shown.add_column("")
+        for column in one.columns:
+            shown.add_column(_text(column), justify="right")
+        for name, cells in one.rows.items():
+            shown.add_row(_text(name), *(Text(cell.text, "bold" if cell.best else "") for cell in cells))
+        console.print(shown)
+
+
+def _text(words: str) -> Text:
+    return Text(printable(words))  # not markup, and nothing that steers a terminal
+
+
+def results_markdown(
+    sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report], failures: Mapping[str, str], ledger: Ledger
+) -> str:
+    """The tables, what is missing in them, and what the sweep took."""
+    parts = [markdown(table) for table in paper_tables(sweep, runs, reports)]
+    seeds = {run.recipe.calibration.seed for run in runs}
+    if len(seeds) > 1:
+        parts.append(f"Mean ± standard deviation over the seeds {', '.join(map(str, sorted(seeds)))}.\n")
+    parts.append(f"{len(reports)} of {len(runs)} runs are done. {ledger.line()}".rstrip() + "\n")
+    parts += [f"- failed: {name}: {text.splitlines()[-1]}\n" for name, text in failures.items() if text]
+    parts.append(f"`{sweep_command(sweep.folder)}` does what is not done yet.\n")
+    return "\n".join(parts)
+
+
+def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[str]) -> Row:
+    recipe = run.recipe
+    state = "done" if report is not None else "failed" if failure is not None else "not done"
+    row: Row = {"run": run.name, "state": state, "model": recipe.model.name, "method": recipe.method.name}
+    row |= {"pattern": recipe.pattern.name, "ratio": recipe.pattern.ratio, "seed": recipe.calibration.seed}
+    others = [name for name in ("dataset", "nsamples", "seqlen", *fields) if name != PRESET]
+    row |= ({PRESET: run.preset} if PRESET in fields else {}) | {name: _plain(recipe.setting(name)) for name in others}
+    if report is not None:
+        row |= _measured(report)
+    error = None if failure is None else failure.splitlines()[-1] if failure else ""
+    return row | {"error": error, "folder": str(recipe.run_folder), "command": command_of(recipe)}
+
+
+def _measured(report: Report) -> Row:
+    row: Row = {"zeros": report.sparsity.matrices, "zeros_of_all": report.sparsity.model}
+    for text in report.perplexity:
+        row |= {f"perplexity {text.data}": perplexity_of(report, text), f"dense perplexity {text.data}": text.dense}
+    for images in report.accuracy:
+        row |= {f"accuracy {images.data}": top1_of(report, images), f"dense accuracy {images.data}": images.dense_top1}
+    if (tasks := tasks_of(report)) is not None:
+        means = (tasks.mean_pruned, tasks.mean_dense)
+        row["mean accuracy"], row["dense mean accuracy"] = (None if one is None else one.value for one in means)
+    errors = [matrix.relative_layer_error for matrix in report.matrices if matrix.relative_layer_error is not None]
+    row["mean layer error"] = math.fsum(errors) / len(errors) if errors else None
+    return row | {
+        "prune_seconds": report.prune_seconds,
+        "total_seconds": report.total_seconds,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "numerical_events": len(report.events),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as one field of a table."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return " ".join(f"{name}={one}" for name, one in value.items())
+    return " ".join(map(str, value)) if isinstance(value, tuple) else os.fspath(value)
+
+
+def _write_parquet(file: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    write_durably(file, lambda temporary: pq.write_table(table, temporary))
+
+
+def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if row.get(name) is None else row[name] for name in columns} for row in rows)
+    return stream.getvalue()

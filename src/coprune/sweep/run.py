@@ -1,0 +1,258 @@
+"""A whole sweep: check it, estimate its runs, do those that are not done, and collect what all of them found."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from coprune.base.errors import BadInput, CopruneError
+from coprune.base.files import write_text
+from coprune.base.words import Setting
+from coprune.report.folder import REPORT_FILE
+from coprune.report.links import SWEEP_FILE
+from coprune.run.checks import prepare_solver
+from coprune.sweep.events import Board, Cause, Doing, Done, JobEvent, NotDone
+from coprune.sweep.expand import Run, expand
+from coprune.sweep.file import Sweep
+from coprune.sweep.finished import Ledger, finished_reports
+from coprune.sweep.on_ray import RayWorkers
+from coprune.sweep.pool import LocalWorkers
+from coprune.sweep.result import SweepResult
+from coprune.sweep.results import collect
+from coprune.sweep.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
+from coprune.sweep.work import Job, Workers
+
+
+def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
+    """Do the runs of a sweep that are not done yet and write its tables.
+
+    Raises BadInput before anything is done if one of its runs cannot be as asked, another process is at the sweep, or
+    its folder belongs to something else.
+    """
+    runs = check_sweep(sweep)
+    outcome = SweepResult(sweep, runs, finished_reports(runs), ledger=Ledger.read(sweep.folder))
+    waiting = [run for run in runs if run.name not in outcome.reports]
+    with _alone(sweep.folder):
+        write_text(sweep.folder / SWEEP_FILE, sweep.to_yaml())
+        try:
+            if waiting:
+                _do(sweep, waiting, how, outcome, quiet)
+        finally:
+            outcome.reports = finished_reports(runs)
+            collect(sweep, runs, outcome.reports, outcome.failures, outcome.ledger)
+    return outcome
+
+
+def check_sweep(sweep: Sweep) -> list[Run]:
+    """List the runs of a sweep. Raises BadInput for one that cannot be, or a folder that is no sweep's."""
+    if (sweep.folder / REPORT_FILE).exists():
+        raise BadInput(
+            f"{sweep.folder} holds a single run",
+            field="save",
+            value=sweep.folder,
+            fix=("name another folder with ", Setting("save")),
+        )
+    runs = expand(sweep)
+    for run in runs:
+        try:
+            prepare_solver(run.recipe)
+        except CopruneError as error:
+            raise error.within(f"the run {run.name}") from None
+    return runs
+
+
+def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, quiet: bool) -> None:
+    """Do the runs that are not done yet."""
+    started = time.perf_counter()
+    outcome.ledger.wall.append(0.0)
+    workers: Workers = (
+        LocalWorkers(sweep.folder / SHARED_FOLDER / "workers.log") if how.ray is None else RayWorkers(how.ray)
+    )
+    plan = Plan(sweep, how, workers, waiting)
+    board = Board([run.name for run in waiting], len(outcome.runs) - len(waiting), quiet)
+
+    def note_time() -> None:
+        outcome.ledger.wall[-1] = time.perf_counter() - started
+        outcome.ledger.write(sweep.folder)
+
+    def listen(event: JobEvent, again: bool) -> None:
+        board.note(event, again)
+        if isinstance(event, Done):
+            outcome.ledger.saved[event.run] = dict(event.saved)
+            outcome.ledger.runs[event.run] = board.states[event.run].seconds or 0.0
+            note_time()
+        elif isinstance(event, NotDone) and not again:
+            outcome.failures[event.run] = event.text
+
+    try:
+        with board.shown():
+            kinds = plan.to_estimate()
+            if kinds:
+                board.say(f"Estimating {len(kinds)} kinds of runs")
+            conduct(kinds, workers, how.retries, board.estimating)
+            jobs = plan.to_run()
+            board.expect(plan.seconds, workers.at_once)
+            for event in plan.too_large:
+                listen(event, False)
+            conduct(jobs, workers, how.retries, listen)
+    finally:
+        workers.stop()
+        note_time()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of the folder. Raises BadInput if one is at it."""
+    shared = folder / SHARED_FOLDER
+    shared.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(shared / "sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(
+            f"another process is doing the sweep in {folder} at this moment", fix="wait for its end"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+_TICK = 0.25  # seconds between two looks for room that came about elsewhere
+
+Listen = Callable[[JobEvent, bool], None]
+"""Is told of every event, and whether the job will be tried again after it."""
+
+
+def conduct(jobs: Sequence[Job], workers: Workers, retries: int, listen: Listen) -> None:
+    """Do all jobs, the first ones first.
+
+    retries: how often a job is tried again that was lost with its worker or met an unforeseen error. What is running
+    when this is left by an exception is left to `workers.stop`.
+    """
+    waiting, running = deque(jobs), dict[str, Job]()
+    tries: Counter[str] = Counter()
+    while waiting or running:
+        while (job := next((job for job in waiting if workers.has_room(job)), None)) is not None:
+            waiting.remove(job)
+            running[job.run.name] = job
+            workers.start(job)
+        for event in workers.events(_TICK):
+            # What a worker told before it was lost may arrive later.
+            if event.run not in running:
+                continue
+            again = False
+            if not isinstance(event, Doing):
+                job = running.pop(event.run)
+                tries[event.run] += 1
+                may_work = isinstance(event, NotDone) and event.cause is not Cause.REFUSED
+                again = may_work and tries[event.run] <= retries
+                if again:
+                    waiting.appendleft(job)
+            listen(event, again)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a sweep is done, and how hard it tries.
+
+    ray: None for local processes, an address or `local` for a cluster; workers: runs at a time at most; threads: cores
+    of a run; retries: of a run that was lost with its worker or met an unforeseen error.
+    """
+
+    ray: str | None = None
+    workers: int | None = None
+    threads: int | None = None
+    retries: int = 2
+
+
+@dataclass
+class Plan:
+    """The jobs of the runs that are not done yet. too_large: runs that no machine has the memory for."""
+
+    sweep: Sweep
+    how: Execution
+    workers: Workers
+    waiting: Sequence[Run]
+    too_large: list[NotDone] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By run, what it should take, as far as known."""
+
+    def to_estimate(self) -> list[Job]:
+        """One job for all runs that take about the same, as far as nothing is known of them; none if they go singly."""
+        if self._most() == 1:
+            return []
+        unknown = [run for run in self.waiting if run.recipe.model.check_memory and self._kept(run) is None]
+        kinds = {estimate_key(run.recipe): run for run in reversed(unknown)}
+        cores = self.workers.capacity.cores_each
+        return [
+            Job(run, "estimate", self.sweep.folder, cores, self._needs_gpu(run)) for run in reversed(kinds.values())
+        ]
+
+    def to_run(self) -> list[Job]:
+        """The jobs of the runs that fit, with their shares of the cores; sets how many go at once."""
+        fitting, memory = [], list[int]()
+        for run in self.waiting:
+            kept = self._kept(run)
+            if kept is not None and kept.estimate is not None:
+                self.seconds[run.name] = kept.estimate.seconds
+            if (why := self._too_large(run, kept)) is not None:
+                self.too_large.append(NotDone(run.name, Cause.REFUSED, why))
+                continue
+            fitting.append((run, self._memory(run, kept)))
+            memory.append(fitting[-1][1] or 0)
+        capacity = self.workers.capacity
+        slots = min(self._most(), _how_many_fit(memory, capacity.memory))
+        if any(self._needs_gpu(run) for run, _ in fitting):
+            slots = min(slots, capacity.gpus)
+        self.workers.at_once = max(1, slots)
+        threads = self.how.threads or max(1, min(capacity.cores_each, capacity.cores // max(1, slots)))
+        return [Job(run, "run", self.sweep.folder, threads, self._needs_gpu(run), size) for run, size in fitting]
+
+    def _most(self) -> int:
+        return min(self.how.workers or self.workers.capacity.cores, len(self.waiting))
+
+    def _kept(self, run: Run) -> KeptEstimate | None:
+        return kept_estimate(run.recipe, self.sweep.folder)
+
+    def _needs_gpu(self, run: Run) -> bool:
+        return self.workers.capacity.gpus > 0 and run.recipe.model.device in ("auto", "cuda")
+
+    def _memory(self, run: Run, kept: KeptEstimate | None) -> int | None:
+        """Bytes to reserve; None where nothing is known, for which a run goes alone."""
+        if not run.recipe.model.check_memory:
+            return 0
+        if kept is None:
+            return None
+        needed, there = kept.estimate.peak_bytes if kept.estimate else 0, self.workers.capacity.memory_each
+        # An estimate that is a little above what there is may be wrong; the run gets a machine for itself.
+        return needed if there is None else min(needed, there)
+
+    def _too_large(self, run: Run, kept: KeptEstimate | None) -> str | None:
+        if not run.recipe.model.check_memory or kept is None or kept.estimate is None:
+            return None
+        here = replace(kept.estimate, available_bytes=self.workers.capacity.memory_each, resident_bytes=0)
+        try:
+            here.require()
+        except BadInput as error:
+            return str(error)
+        return None
+
+
+def _how_many_fit(sizes: Sequence[int], memory: int | None) -> int:
+    """How many of the smallest fit together."""
+    if memory is None:
+        return len(sizes)
+    total, count = 0, 0
+    for size in sorted(sizes):
+        total += size
+        if total > memory:
+            break
+        count += 1
+    return max(1, count)

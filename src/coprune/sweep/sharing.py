@@ -1,0 +1,232 @@
+"""What the runs of a sweep take over from each other: only what is the same to the last bit.
+
+The dense model's figures, its blocks' statistics and the estimates lie in the sweep's folder, where all processes and
+machines find them; token ids are kept by each process. Nothing that depends on how a model is pruned is ever taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
+
+from coprune.data import EvaluationText
+from coprune.evaluation.answers.answered import Answers
+from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.cache import EvaluationCache
+from coprune.evaluation.extras import Extras
+from coprune.evaluation.measurement import Measured, Perplexity
+from coprune.evaluation.zero_shot import ZeroShot
+from coprune.model.opened import streams
+from coprune.model.walk.recording import Recording
+from coprune.model.walk.shown import Known
+from coprune.recipe.parts import Decides
+from coprune.recipe.recipe import Recipe
+from coprune.report.schema import installed_versions
+from coprune.run.estimate.found import Estimate
+from coprune.run.session import Reuse, Session
+from coprune.sweep.statistics_store import StatisticsStore, shared_places
+
+SHARED_FOLDER = ".shared"
+Tokens = TypeVar("Tokens")
+_TEXTS_KEPT = 16
+
+
+class DenseFacts(BaseModel):
+    """Everything that was measured of a dense model, and how long that took."""
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity: dict[str, Perplexity]
+    zero_shot: ZeroShot | None
+    text: str | None
+    answers: Answers | None = None
+    seconds: float
+
+
+class KeptEstimate(BaseModel):
+    """An estimate, and how long it took to make."""
+
+    model_config = ConfigDict(frozen=True)
+
+    estimate: Estimate | None
+    """None for models of images."""
+    seconds: float
+
+
+@dataclass
+class Saved:
+    """What one run took over, in seconds of the work that it did not do."""
+
+    dense: float = 0.0
+    tokens: float = 0.0
+    estimate: float = 0.0
+    statistics: float = 0.0
+
+
+class SweepReuse(Reuse):
+    """Takes over what another run of the sweep left.
+
+    recipe: of the run; folder: of the sweep; texts: what this process has tokenised, with the seconds that it took.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, texts: dict[tuple[Hashable, ...], tuple[Any, float]]) -> None:
+        self.saved = Saved()
+        self._recipe = recipe
+        self._folder = folder / SHARED_FOLDER
+        self._texts = texts
+
+    def tokens(self, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:
+        key = (self._recipe.model.name, *key)
+        if key in self._texts:
+            found, seconds = self._texts[key]
+            self.saved.tokens += seconds
+        else:
+            started = time.perf_counter()
+            found, seconds = read(), time.perf_counter() - started
+            if len(self._texts) >= _TEXTS_KEPT:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts[key] = found, seconds
+        tokens: Tokens = found
+        return tokens
+
+    def estimate(self, estimate: Callable[[], Estimate | None]) -> Estimate | None:
+        kept, anew = self._kept_estimate(estimate)
+        if kept.estimate is None or anew:
+            return kept.estimate
+        self.saved.estimate += kept.seconds
+        # Whether there is room was decided before the run was started.
+        return replace(kept.estimate, available_bytes=None)
+
+    def _kept_estimate(self, estimate: Callable[[], Estimate | None]) -> tuple[KeptEstimate, bool]:
+        """The estimate for runs like this one, and whether it was made just now."""
+        anew = False
+
+        def estimate_now() -> KeptEstimate:
+            nonlocal anew
+            anew, started = True, time.perf_counter()
+            return KeptEstimate(estimate=estimate(), seconds=time.perf_counter() - started)
+
+        key = estimate_key(self._recipe)
+        return EvaluationCache(self._folder).get(key, KeptEstimate, estimate_now), anew
+
+    def dense(
+        self, session: Session, extras: Extras, measure: Callable[[], dict[str, Measured]]
+    ) -> dict[str, Measured]:
+        opened = session.opened
+        texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
+        alone = opened.around.processes.size == 1
+        if opened.recipe.evaluation.log_samples is not None and opened.recipe.evaluation.runs_tasks:
+            return measure()  # whose items are logged beside the run's
+        if not opened.recipe.evaluation.dense or len(texts) < len(opened.data) or not alone:
+            return measure()
+        anew: dict[str, Measured] | None = None
+
+        def measure_now() -> DenseFacts:
+            nonlocal anew
+            started = time.perf_counter()
+            anew = measure()
+            perplexity = {name: one for name, one in anew.items() if isinstance(one, Perplexity)}
+            zero_shot, text = extras.zero_shot.get("dense"), extras.texts.get("dense")
+            seconds, answers = time.perf_counter() - started, extras.look.dense
+            return DenseFacts(perplexity=perplexity, zero_shot=zero_shot, text=text, answers=answers, seconds=seconds)
+
+        key = dense_key(session)
+        facts = EvaluationCache(self._folder).get(key, DenseFacts, measure_now)
+        if anew is not None:
+            return anew
+        self.saved.dense += facts.seconds
+        if facts.zero_shot is not None:
+            extras.zero_shot["dense"] = facts.zero_shot
+        if facts.text is not None:
+            extras.texts["dense"] = facts.text
+        extras.look.dense = facts.answers
+        return dict(facts.perplexity)
+
+    def gathered(
+        self, session: Session, finished: Mapping[str, object], record: Callable[[], Recording | None]
+    ) -> Known:
+        places = shared_places(session, finished)
+        if not places:
+            return {}
+        key = statistics_key(session)
+        store = StatisticsStore(session, self._folder, key, places)
+        with self._alone(key):
+            present = found = store.find()
+            if len(found) < len(places):
+                store.gather(present, record)
+                found = store.find()
+        if len(found) < len(places):
+            return {}
+        self.saved.statistics += sum(kept.seconds for kept in present.values())
+        return {place: partial(kept.read, session.opened.loaded.device) for place, kept in found.items()}
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Let one process at a time measure: the others wait for what it finds. A killed process lets go."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.lock"):
+            yield
+
+
+def kept_estimate(recipe: Recipe, folder: Path) -> KeptEstimate | None:
+    """What an earlier estimate in the sweep's folder tells of runs like this one; None if there was none."""
+    return EvaluationCache(folder / SHARED_FOLDER).find(estimate_key(recipe), KeptEstimate)
+
+
+def estimate_key(recipe: Recipe) -> str:
+    """Names the runs that take about as much memory and time as this one."""
+    return json.dumps(recipe.deciding(Decides.COST), sort_keys=True, default=str)
+
+
+def dense_key(session: Session) -> str:
+    """Names what is measured of a dense model: its weights, the tokens, and everything that may change a last bit."""
+    texts = {n: data.fingerprint for n, data in session.opened.data.items() if isinstance(data, EvaluationText)}
+    names = ["seqlen", "batch_size", "tasks", "eval_zero_shot", "num_fewshot", "include_path", "limit", "prompt"]
+    names += ["apply_chat_template", "gen_kwargs"]
+    names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
+    settings = {name: session.opened.recipe.setting(name) for name in names}
+    recipe = session.opened.recipe
+    plan = plan_of(recipe.answers, recipe.output.model is not None)
+    settings["answers"] = None if plan is None else plan.prompts.fingerprint
+    return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
+
+
+def statistics_key(session: Session) -> str:
+    """Names what is gathered of the dense model's blocks: as `dense_key`, and which matrices share which statistic."""
+    opened, model = session.opened, session.model
+    assert opened.samples is not None
+    statistic = opened.solver.statistic
+    facts = {
+        "samples": opened.samples.fingerprint,
+        "calibrate_on": opened.recipe.calibration.calibrate_on,
+        "batches": [tuple(batch.shape) for batch in opened.task.batches(opened.samples.tokens)],
+        "statistic": None if statistic is None else statistic.__name__,
+        "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],
+        "outside": [matrix.name for matrix in model.chosen.outside],
+    }
+    return json.dumps(_computed(session) | facts, sort_keys=True, default=str)
+
+
+def _computed(session: Session) -> dict[str, Any]:
+    """The weights, and how they are computed with."""
+    loaded, recipe = session.opened.loaded, session.opened.recipe
+    return {
+        "model": recipe.model.name,
+        "weights": loaded.fingerprint(session.model.blocks),
+        "dtype": str(loaded.model.dtype),
+        "device": str(loaded.device),
+        "streamed": streams(recipe),
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+    }

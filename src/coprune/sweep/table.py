@@ -1,0 +1,153 @@
+"""The papers' tables: methods down, patterns across, mean and spread over seeds; one table per model and measure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from coprune.evaluation.zero_shot import ZeroShotFacts
+from coprune.recipe.flat import PRESET
+from coprune.recipe.pattern import parse_pattern
+from coprune.report.figures import AccuracyFacts, PerplexityFacts
+from coprune.report.schema import Report
+from coprune.sweep.expand import Run, folder_part, varied
+from coprune.sweep.file import Sweep
+
+# What the rows, the columns and the repetitions are; whatever else differs between runs stands beside the method.
+_PLACED = ("model", "method", PRESET, "pattern", "sparsity", "seed", "save", "save_model")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that runs are compared by. less: whether less is better."""
+
+    title: str
+    values: dict[str, float]
+    """By run."""
+    dense: float | None
+    less: bool
+    form: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one method with one pattern. text: for people; mean: None if none is finished."""
+
+    text: str
+    mean: float | None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """Rows are methods, with the dense model first; every row has a cell per column."""
+
+    title: str
+    columns: list[str]
+    rows: dict[str, list[Cell]]
+
+
+def perplexity_of(report: Report, facts: PerplexityFacts) -> float:
+    """What a run's model reached on a text, trained if the run trained it."""
+    tuned = report.finetuned
+    return facts.pruned if tuned is None else tuned.perplexity.get(facts.data, facts.pruned)
+
+
+def top1_of(report: Report, facts: AccuracyFacts) -> float:
+    """What a run's model reached on images, trained if the run trained it."""
+    tuned = report.finetuned
+    return facts.pruned_top1 if tuned is None else tuned.top1.get(facts.data, facts.pruned_top1)
+
+
+def tasks_of(report: Report) -> ZeroShotFacts | None:
+    """What a run's model reached on tasks; None where there are none, or only of the model before its training."""
+    return report.zero_shot if report.finetuned is None else None
+
+
+def paper_tables(sweep: Sweep, runs: Sequence[Run], reports: Mapping[str, Report]) -> list[PaperTable]:
+    """Make the tables of a sweep, of what is finished. A column per pattern (and ratio, if unstructured)."""
+    beside = [name for name in varied(sweep) if name not in _PLACED]
+    tables = []
+    for model in dict.fromkeys(run.recipe.model.name for run in runs):
+        own = [run for run in runs if run.recipe.model.name == model]
+        for measure in _measures(own, reports):
+            tables.append(_table(model, own, measure, beside))
+    return tables
+
+
+def markdown(table: PaperTable) -> str:
+    """A table as Markdown, with the best of every column in bold."""
+    lines = ["| method | " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * len(table.columns)]
+    for name, cells in table.rows.items():
+        shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
+        lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
+    return f"{table.title}\n\n" + "\n".join(lines) + "\n"
+
+
+def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[str]) -> PaperTable:
+    columns = list(dict.fromkeys(_column(run) for run in runs))
+    names = dict.fromkeys(_row(run, beside) for run in runs)
+    rows = {name: [_cell(runs, measure, name, column, beside) for column in columns] for name in names}
+    for index in range(len(columns)):
+        means = [cells[index].mean for cells in rows.values()]
+        known = [mean for mean in means if mean is not None]
+        if len(known) < 2:
+            continue
+        best = min(known) if measure.less else max(known)
+        for cells in rows.values():
+            cells[index] = Cell(cells[index].text, cells[index].mean, cells[index].mean == best)
+    if measure.dense is not None:
+        dense = Cell(_number(measure.dense, measure.form), measure.dense)
+        rows = {"dense": [dense] * len(columns), **rows}
+    return PaperTable(f"{model}: {measure.title}", columns, rows)
+
+
+def _column(run: Run) -> str:
+    recipe = run.recipe
+    return parse_pattern(recipe.pattern.name).label(f"{100 * recipe.pattern.ratio:g} %")
+
+
+def _row(run: Run, beside: Sequence[str]) -> str:
+    others = [f"{name} {folder_part(name, run.recipe.setting(name), bare=True)}" for name in beside]
+    return ", ".join([run.way, *others])
+
+
+def _cell(runs: Sequence[Run], measure: Measure, row: str, column: str, beside: Sequence[str]) -> Cell:
+    meant = [run.name for run in runs if _row(run, beside) == row and _column(run) == column]
+    found = [measure.values[name] for name in meant if name in measure.values]
+    if not found:
+        return Cell("–", None)
+    mean = statistics.fmean(found)
+    text = _number(mean, measure.form)
+    if len(found) > 1 and all(map(math.isfinite, found)):
+        text += f" ± {_number(statistics.stdev(found), measure.form)}"
+    if len(found) < len(meant):
+        text += f" ({len(found)} of {len(meant)})"
+    return Cell(text, mean)
+
+
+def _number(value: float, form: str) -> str:
+    return f"{value:{form}}".replace("%", " %") if math.isfinite(value) else "∞"
+
+
+def _measures(runs: Sequence[Run], reports: Mapping[str, Report]) -> Iterator[Measure]:
+    """Perplexity on every text, accuracy on every set of images, mean accuracy over tasks; as far as measured."""
+    found = {run.name: reports[run.name] for run in runs if run.name in reports}
+    texts = {(facts.data, facts.seqlen): None for report in found.values() for facts in report.perplexity}
+    for data, seqlen in texts:
+        facts = {n: f for n, r in found.items() for f in r.perplexity if (f.data, f.seqlen) == (data, seqlen)}
+        dense = next((one.dense for one in facts.values() if one.dense is not None), None)
+        pruned = {name: perplexity_of(found[name], one) for name, one in facts.items()}
+        yield Measure(f"perplexity on {data}, sequence length {seqlen}", pruned, dense, True, ".2f")
+    for data in dict.fromkeys(facts.data for report in found.values() for facts in report.accuracy):
+        images = {name: f for name, report in found.items() for f in report.accuracy if f.data == data}
+        before = next((one.dense_top1 for one in images.values() if one.dense_top1 is not None), None)
+        top1 = {name: top1_of(found[name], one) for name, one in images.items()}
+        yield Measure(f"top-1 accuracy on {data}", top1, before, False, ".2%")
+    tasks = {name: own for name, report in found.items() if (own := tasks_of(report)) is not None}
+    means = {name: facts.mean_pruned.value for name, facts in tasks.items() if facts.mean_pruned is not None}
+    if means:
+        of_dense = next((facts.mean_dense.value for facts in tasks.values() if facts.mean_dense is not None), None)
+        yield Measure("mean accuracy over the zero-shot tasks", means, of_dense, False, ".2%")

@@ -1,0 +1,165 @@
+"""What a worker does: one job after another, telling what happens; used by local processes and by Ray alike."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from coprune.base.environment import quieten_tokenizers
+from coprune.base.progress import Event, Listener
+from coprune.sweep.events import Cause, Doing, Done, JobEvent, NotDone, Tell
+from coprune.sweep.expand import Run
+
+Action = Literal["estimate", "run"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do, or to estimate. gpu: whether it needs one; memory: bytes that it will take, None if unknown."""
+
+    run: Run
+    action: Action
+    sweep: Path
+    """The sweep's folder."""
+    threads: int
+    gpu: bool = False
+    memory: int | None = None
+
+
+# Texts as tokens, which the later jobs of this process find again.
+_texts: dict[tuple[Hashable, ...], tuple[Any, float]] = {}
+
+
+def do_job(job: Job, tell: Tell) -> None:
+    """Do a job and tell how it ended; only an interruption passes."""
+    import torch
+
+    from coprune.base.errors import CopruneError
+    from coprune.base.memory import return_free_memory
+
+    _quieten()
+    torch.set_num_threads(job.threads)
+    try:
+        saved = _ACTIONS[job.action](job, tell)
+        tell(Done(job.run.name, saved))
+    except CopruneError as error:
+        tell(NotDone(job.run.name, Cause.REFUSED, error))
+    except Exception:
+        tell(NotDone(job.run.name, Cause.BROKEN, traceback.format_exc()))
+    finally:
+        gc.collect()
+        return_free_memory()
+
+
+def _estimate(job: Job, tell: Tell) -> dict[str, float]:
+    from coprune.base.progress import Reporter
+    from coprune.run.session import NOTHING, Surroundings, open_run
+    from coprune.sweep.sharing import SweepReuse
+
+    tell(Doing(job.run.name, "estimating"))
+    reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
+    opened = open_run(job.run.recipe, NOTHING, Surroundings(Reporter(quiet=True), writes=True), reuse.tokens)
+    reuse.estimate(opened.estimate)
+    return {}
+
+
+def _run(job: Job, tell: Tell) -> dict[str, float]:
+    from coprune.base.progress import Reporter
+    from coprune.run.stages import run_recipe
+    from coprune.sweep.finished import finished_report
+    from coprune.sweep.sharing import SweepReuse
+
+    recipe = job.run.recipe
+    if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could tell
+        return {}
+    tell(Doing(job.run.name, "loading"))
+    _forget_peak()
+    reuse = SweepReuse(recipe, job.sweep, _texts)
+    reporter = Reporter(quiet=True)
+    reporter.listeners.append(_teller(job.run.name, tell))
+    run_recipe(recipe, reporter=reporter, reuse=reuse)
+    saved: dict[str, float] = vars(reuse.saved)
+    return saved
+
+
+_ACTIONS: dict[Action, Callable[[Job, Tell], dict[str, float]]] = {"estimate": _estimate, "run": _run}
+
+
+def _teller(name: str, tell: Tell) -> Listener:
+    """A listener to a run's events, which tells of the run by name what it does now."""
+    from coprune.run.events import BlockPruned, Phase, PhaseDone
+
+    following = {
+        Phase.PREPARE: "measuring the dense model",
+        Phase.MEASURE_DENSE: "pruning",
+        Phase.PRUNE: "measuring the pruned model",
+        Phase.MEASURE_PRUNED: "saving",
+        Phase.SAVE: "writing the report",
+    }
+    blocks = 0
+
+    def listen(event: Event) -> None:
+        nonlocal blocks
+        if isinstance(event, PhaseDone):
+            tell(Doing(name, following[event.phase]))
+        elif isinstance(event, BlockPruned):
+            blocks += 1
+            tell(Doing(name, f"pruning, {blocks} blocks done"))
+
+    return listen
+
+
+def _forget_peak() -> None:
+    """Start the peak of this process's memory anew, so that a report tells of its own run (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _quieten() -> None:
+    """Leave out the libraries' notes, as the command does."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quieten_tokenizers()
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What there is for jobs on all machines together; memory in bytes, None if unknown."""
+
+    cores: int
+    memory: int | None
+    gpus: int
+    cores_each: int
+    """Of the largest machine, which is all that one job can have."""
+    memory_each: int | None
+
+
+class Workers(Protocol):
+    """Do jobs, several at a time."""
+
+    capacity: Capacity
+    at_once: int
+    """At most so many jobs run at a time."""
+
+    def has_room(self, job: Job) -> bool:
+        """Whether a job can start now; always so if none is running."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Start a job, which there is room for."""
+        ...
+
+    def events(self, seconds: float) -> list[JobEvent]:
+        """What happened; waits for something for so long."""
+        ...
+
+    def stop(self) -> None:
+        """End all jobs, finished or not, and whatever did them."""
+        ...

@@ -1,0 +1,168 @@
+"""Statistics that the runs of a sweep have in common are gathered once, and change nothing, to the last bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from coprune.report.schema import Report
+from coprune.run import stages
+from coprune.run.session import Session
+from coprune.sweep import statistics_store, work
+from coprune.sweep.events import Doing, Done, JobEvent
+from coprune.sweep.expand import Run
+from coprune.sweep.file import Sweep
+from coprune.sweep.finished import Ledger
+from coprune.sweep.sharing import SHARED_FOLDER
+from coprune.sweep.work import Job, do_job
+from support.pico_folder import save_pico
+from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
+from support.walking import Propagation
+
+SETTINGS: dict[str, Any] = {
+    "pattern": ["unstructured", "2:4"],
+    "batch_size": 2,
+    "evaluate": False,
+    "prompt": "",
+    "save_model": "models",
+}
+# Calls of blocks: of two batches that cross three blocks, which are idle while they are recorded.
+RECORDING, ONE_PASS, FIRST_BLOCK, NOT_LAST = 6, 6, 2, 4
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(make_place(tmp_path))
+    monkeypatch.setattr(work, "_texts", {})
+    return tmp_path
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often blocks were called while a run pruned, by the run's folder."""
+    counted = Counter[str]()
+    prune = stages.__dict__["prune_blocks"]
+
+    def counting(session: Session, *others: Any) -> Any:
+        def count(module: nn.Module, arguments: Any) -> None:
+            counted[session.opened.recipe.run_folder.as_posix()] += 1
+
+        hooks = [block.module.register_forward_pre_hook(count) for block in session.model.blocks]
+        try:
+            return prune(session, *others)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(stages, "prune_blocks", counting)
+    return counted
+
+
+def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, float]:
+    """Do runs one after another in this process; the seconds of gathering that each took over."""
+    events: list[JobEvent] = []
+    for run in runs:
+        do_job(Job(run, "run", sweep.folder, THREADS), events.append)
+    ended = {event.run: event for event in events if not isinstance(event, Doing)}
+    assert {type(event) for event in ended.values()} == {Done}, ended
+    return {name: event.saved["statistics"] for name, event in ended.items()}
+
+
+def assert_as_alone(run: Run, place: Path) -> None:
+    separate = alone(run, place / "separate")
+    assert measured(Report.read(run.recipe.run_folder / "report.json")) == measured(separate)
+    files = list(run.recipe.output.model.glob("*.safetensors"))
+    assert files
+    assert all(file.read_bytes() == (separate.saved_model / file.name).read_bytes() for file in files)
+
+
+def kept(place: Path) -> list[Path]:
+    return sorted((place / "out" / SHARED_FOLDER).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("propagation", ["dense", "block"])
+def test_every_method_has_the_numbers_of_separate_runs(
+    propagation: Propagation, place: Path, forwards: Counter[str]
+) -> None:
+    sweep, runs = pico_sweep(method=["wanda", "sparsegpt", "magnitude"], propagation=propagation, **SETTINGS)
+    saved = do_here(sweep, runs)
+    times = {run.name: forwards[run.recipe.run_folder.as_posix()] for run in runs}
+    for first, second in (("wanda/unstructured", "wanda/2-4"), ("sparsegpt/unstructured", "sparsegpt/2-4")):
+        assert saved[first] == 0 < saved[second]
+        if propagation == "dense":
+            assert times[first] == RECORDING + ONE_PASS
+            assert times[second] == 0
+        else:
+            # The first block is only run again with its pruned weights.
+            assert times[first] == 2 * RECORDING + ONE_PASS + NOT_LAST
+            assert times[second] == RECORDING + ONE_PASS + NOT_LAST - FIRST_BLOCK
+    # Of every kind of statistic one file per block.
+    assert len(kept(place)) == (9 if propagation == "dense" else 3)
+    ledger = Ledger(wall=[1.0], saved={name: {"statistics": 1000 * seconds} for name, seconds in saved.items()})
+    assert "s of gathering statistics" in ledger.line()
+    for run in runs:
+        assert_as_alone(run, place)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut off", "removed", "other header"])
+def test_a_damaged_file_is_gathered_anew(damage: str, place: Path, forwards: Counter[str]) -> None:
+    sweep, runs = pico_sweep(method=["wanda"], propagation="dense", **SETTINGS)
+    do_here(sweep, runs[:1])
+    file = kept(place)[1]
+    before = content = file.read_bytes()
+    if damage == "flipped bit":
+        content = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    elif damage == "cut off":
+        content = content[:-100]
+    elif damage == "other header":
+        content = content.replace(b'\\"tokens\\": 128', b'\\"tokens\\": 127')
+    if damage == "removed":
+        file.unlink()
+    else:
+        assert content != before
+        file.write_bytes(content)
+    saved = do_here(sweep, runs[1:])
+    assert saved[runs[1].name] > 0, "the other files are good"
+    assert 0 < forwards[runs[1].recipe.run_folder.as_posix()] <= RECORDING + ONE_PASS
+    assert len(kept(place)) == 3
+    assert_as_alone(runs[1], place)
+
+
+def test_a_disk_without_room_keeps_nothing(
+    place: Path, forwards: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics_store, "SPARE", 10**12)
+    sweep, runs = pico_sweep(method=["sparsegpt"], propagation="dense", **SETTINGS)
+    assert set(do_here(sweep, runs).values()) == {0}
+    assert not kept(place)
+    assert set(forwards.values()) == {RECORDING + ONE_PASS}
+
+
+def test_experts_and_the_head(place: Path, forwards: Counter[str]) -> None:
+    """So few tokens that experts lean on their layer's average, which comes of all of them."""
+    save_pico(place / "mixtral", "mixtral", tie_word_embeddings=False)
+    settings = SETTINGS | {"nsamples": 2, "seqlen": 16, "batch_size": 1}
+    sweep, runs = pico_sweep(
+        model="mixtral", method=["sparsegpt"], propagation="dense", include=["*.layers.*", "lm_head"], **settings
+    )
+    saved = do_here(sweep, runs)
+    assert saved[runs[1].name] > 0
+    assert forwards[runs[1].recipe.run_folder.as_posix()] == 0
+    assert_as_alone(runs[1], place)
+    report = Report.read(runs[1].recipe.run_folder / "report.json")
+    assert any(event for event in report.events if "layer's average" in event)
+    assert report.matrices[-1].name == "lm_head"
+
+
+def test_other_matrices_samples_or_batches_are_gathered_for_themselves(place: Path, forwards: Counter[str]) -> None:
+    changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"exclude": ["*.v_proj"]}, {"batch_size": 1}]
+    for number, change in enumerate(changes):
+        sweep, runs = pico_sweep(**{**SETTINGS, "pattern": "2:4", "propagation": "dense", "save_model": None, **change})
+        run = runs[0]
+        recipe = run.recipe.replaced(save=place / str(number))
+        assert do_here(sweep, [type(run)(run.name, recipe)]) == {run.name: 0}, change
