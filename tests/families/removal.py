@@ -41,16 +41,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 _IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
 _OPENING = """# What can be removed of which models
 
-Every family of the tests' tiny models, tried by `python tests/families/removal.py`, which writes this page. ✓ says all of this:
+Every family of the tests' tiny models. `python tests/families/removal.py` tries them and writes this page. ✓ means:
 
-- the smaller model computes what the big one does with the same parts silent (of experts: never chosen), in memory and from its
-  folder;
+- the smaller model computes what the big one does with the same parts silent (experts: never chosen), in memory and from its folder;
 - transformers loads the folder with no missing and no unexpected key;
-- a run that is killed in the middle goes on to the same bytes: one that removes blocks, and one that removes all else that has a
-  ✓.
+- a killed run resumes to the same bytes.
 
-A number stands for a refusal: the reason below is what a user reads, and the model is as it was. What a family has not is refused
-in the same way.
+A number is a refusal with the reason below; the model is unchanged.
 
 | family | channels | heads | blocks | experts |
 | --- | --- | --- | --- | --- |

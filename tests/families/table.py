@@ -18,15 +18,14 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _OPENING = """# Models
 
-Every type of model that transformers' `AutoModelForCausalLM` and `AutoModelForImageClassification` build, as
-`make families` tries it, which also writes this page: a tiny random model, pruned with Wanda to 50 % and to 2:4.
+Every type that transformers' `AutoModelForCausalLM` and `AutoModelForImageClassification` build, as a tiny random model pruned with Wanda
+to 50 % and to 2:4. `make families` tries them and writes this page.
 
-- **works**: every mask is that of activations which forwards of the whole model recorded, every other tensor is as it was
-  bit for bit, every linear layer of a block is pruned or named with the reason, and transformers loads what was saved as
-  the same class with the same weights.
-- **refused**: coprune says why and changes nothing; the reason is what a user reads.
-- **wrong**: anything else.
-- **not built**: there was no tiny model to try, or transformers itself does not run it on tokens (or pixels) alone.
+- **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear layer of a
+  block is pruned or named, and transformers loads what was saved with the same weights.
+- **Refused**: coprune says why and changes nothing; the reason is what a user reads.
+- **Wrong**: anything else.
+- **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
 """
 _TITLES = {"text": "Decoders", "images": "Image classifiers"}
 _AUTO = {"text": "AutoModelForCausalLM", "images": "AutoModelForImageClassification"}
@@ -69,17 +68,38 @@ class Results:
 
 
 def page(results: Results) -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = _OPENING.splitlines()
     lines += ["", f"Of {results.date}, transformers {results.transformers}, torch {results.torch}."]
     for kind, title in _TITLES.items():
         chosen = sorted((v for v in results.verdicts if v.kind == kind), key=lambda v: v.model_type)
-        if not chosen:
-            continue
-        lines += ["", f"## {title}", "", f"`{_AUTO[kind]}`, {len(chosen)} types: {results.counts(kind)}.", ""]
-        lines += ["| type | class | result | left alone, or the reason |", "| --- | --- | --- | --- |"]
-        lines += [_row(verdict) for verdict in chosen]
+        if chosen:
+            lines += ["", f"## {title}", "", f"`{_AUTO[kind]}`, {len(chosen)} types: {results.counts(kind)}."]
+            lines += _parts(chosen)
     return "\n".join(lines) + "\n"
+
+
+def _parts(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return the lines on what works, wholly or with layers left alone, and on what does not."""
+    said = {v.model_type: _said(v) for v in verdicts}
+    whole = [v.model_type for v in verdicts if v.result == "works" and not said[v.model_type]]
+    lines = ["", f"**Work, with every matrix of their blocks pruned**: {_named(whole)}."]
+    left: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.result == "works" and said[verdict.model_type]:
+            left.setdefault(said[verdict.model_type], []).append(verdict.model_type)
+    if left:
+        lines += ["", "| work | left alone in their blocks, or a limit |", "| --- | --- |"]
+        lines += [f"| {_named(types)} | {text} |" for text, types in left.items()]
+    others = [v for v in verdicts if v.result != "works"]
+    if others:
+        lines += ["", "| type | result | reason |", "| --- | --- | --- |"]
+        lines += [f"| `{v.model_type}` | {v.result} | {said[v.model_type]} |" for v in others]
+    return lines
+
+
+def _named(types: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in types)
 
 
 _GEMMA = "configurations in which layers share keys and values (E2B, E4B) are refused"
@@ -87,9 +107,13 @@ _BESIDE = {"gemma4": _GEMMA, "gemma4_text": _GEMMA}
 """What the tiny models do not show."""
 
 
-def _row(verdict: Verdict) -> str:
-    beside = [_BESIDE[verdict.model_type]] if verdict.model_type in _BESIDE else []
-    said = "; ".join(verdict.left_alone + beside) if verdict.result == "works" else verdict.reason
-    said = said.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-    result = verdict.result if verdict.result == "works" else f"**{verdict.result}**"
-    return f"| {verdict.model_type} | {verdict.model_class} | {result} | {said} |"
+def _said(verdict: Verdict) -> str:
+    """Return what is left alone, or the reason, as Markdown."""
+    if verdict.result != "works":
+        return verdict.reason.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    why: dict[str, list[str]] = {}
+    for entry in verdict.left_alone:
+        name, _, rest = entry.partition(" (")
+        why.setdefault(rest.rpartition(";")[0], []).append(f"`{name.rpartition('.*.')[2]}`")
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
+    return "; ".join([*parts, *([_BESIDE[verdict.model_type]] if verdict.model_type in _BESIDE else [])])
