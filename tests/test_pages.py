@@ -21,7 +21,6 @@ EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.yaml"))
 PAGES = sorted({block.page for block in BLOCKS})
 # What a block's first line or a command begins with, and why it is not run here.
 EXCEPTIONS = {
-    "src/coprune/     a room uses": "a tree of folders",
     "[project]": "test_outside.py installs a package with this entry point",
     "pip install ./coprune-lottery": "the same",
     "coprune methods lottery": "the same",
