@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 def _script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -48,4 +49,5 @@ def test_a_table_has_the_rows_and_columns_that_are_asked_for(tmp_path: Path, mon
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.csv")), ids=lambda file: file.stem)
 def test_every_row_has_every_column(file: Path) -> None:
     header, *rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
-    assert rows and all(len(row) == len(header) for row in rows)
+    assert rows
+    assert all(len(row) == len(header) for row in rows)

@@ -43,7 +43,8 @@ _OPENING = """# What can be removed of which models
 
 Every family of the tests' tiny models. `python tests/families/removal.py` tries them and writes this page. ✓ means:
 
-- the smaller model computes what the big one does with the same parts silent (experts: never chosen), in memory and from its folder;
+- the smaller model computes what the big one does with the same parts silent (experts: never chosen), in memory and from its
+  folder;
 - transformers loads the folder with no missing and no unexpected key;
 - a killed run resumes to the same bytes.
 

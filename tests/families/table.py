@@ -18,11 +18,11 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _OPENING = """# Models
 
-Every type that transformers' `AutoModelForCausalLM` and `AutoModelForImageClassification` build, as a tiny random model pruned with Wanda
-to 50 % and to 2:4. `make families` tries them and writes this page.
+Every type that transformers' `AutoModelForCausalLM` and `AutoModelForImageClassification` build, as a tiny random model
+pruned with Wanda to 50 % and to 2:4. `make families` tries them and writes this page.
 
-- **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear layer of a
-  block is pruned or named, and transformers loads what was saved with the same weights.
+- **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear
+  layer of a block is pruned or named, and transformers loads what was saved with the same weights.
 - **Refused**: coprune says why and changes nothing; the reason is what a user reads.
 - **Wrong**: anything else.
 - **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
