@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from synthetic import write_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -22,7 +23,6 @@ import coprune
 from coprune.gguf.llama_cpp import LlamaCpp, quantize
 from coprune.packed.bench import bench
 from coprune.packed.folder import pack
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader, GGUFValueType
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,6 @@ from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.shards import EDITS_FILE
 from coprune.model.edit import Edit, KeepSlices, KeptSlices
 from coprune.model.edits import Edits, history_of
-from gguf import GGUFReader, GGUFValueType
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +19,6 @@ from coprune.gguf.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf.metadata import Field, Plan, Planned, write_gguf
 from coprune.gguf.verify import require_written
 from coprune.model.edits import Edits
-from gguf import GGUFReader
 from support.padded import pad_blocks
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save

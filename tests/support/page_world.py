@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gguf import GGUFValueType, GGUFWriter
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +26,6 @@ from coprune.data.text import JoinedText
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.locate import PACKAGED, Packaged
 from coprune.report import folder as run_folders
-from gguf import GGUFValueType, GGUFWriter
 from support.page_blocks import ROOT
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf

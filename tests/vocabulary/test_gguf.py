@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 
 from coprune.base.progress import Reporter
 from coprune.gguf.export import export
@@ -18,7 +19,6 @@ from coprune.vocabulary.choose import Kept, choose
 from coprune.vocabulary.folder import Beside, cut_folder
 from coprune.vocabulary.gguf import Gguf
 from coprune.vocabulary.kinds import Vocabulary
-from gguf import GGUFReader
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.vocabularies import content_of

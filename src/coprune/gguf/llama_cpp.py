@@ -210,7 +210,6 @@ def encode(tensor: Tensor, kind: str) -> Any:
 def decode(stored: Any) -> Tensor:
     """A tensor of a reader of the gguf package, dequantised to float32."""
     import torch
-
     from gguf import quants
 
     return torch.from_numpy(np.array(quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32))
@@ -218,9 +217,8 @@ def decode(stored: Any) -> Tensor:
 
 def encoded_bytes(shape: Sequence[int], kind: str) -> tuple[int, tuple[int, ...]]:
     """How many bytes a tensor of a type has, and the shape of the array that holds them."""
-    from gguf.quants import quant_shape_to_byte_shape
-
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
 
     code = GGMLQuantizationType[kind.upper()]
     values, size = GGML_QUANT_SIZES[code]
