@@ -23,8 +23,9 @@ from coprune.gguf.metadata import Counts, Field, config_of, corrected
 from coprune.gguf.pieces import Matcher
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.shards import EDITS_FILE
-from coprune.model.edit import Edit, KeepSlices, KeptSlices
+from coprune.model.edit import Edit, KeepSlices
 from coprune.model.edits import Edits, history_of
+from coprune.model.slices import KeptSlices
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, in_gguf_order, write_pico_gguf

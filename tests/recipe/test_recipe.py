@@ -131,8 +131,8 @@ def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path: Path) -> 
     written = yaml.safe_load(recipe.to_yaml())
     assert written["method"] == {"name": "sparsegpt", "block_size": 64}
     assert written["refine"] == [{"name": "refit", "rounds": 10}]
-    assert written["output"] == {"run": "out/run", "encoding": "dense", "report_to": "wandb,mlflow"}
-    assert yaml.safe_load(make_recipe({"model": "m"}).to_yaml())["output"] == {"encoding": "dense"}
+    assert written["output"] == {"run": "out/run", "encoding": "source", "report_to": "wandb,mlflow"}
+    assert yaml.safe_load(make_recipe({"model": "m"}).to_yaml())["output"] == {"encoding": "source"}
 
 
 def test_what_decides_can_be_kept_as_json() -> None:

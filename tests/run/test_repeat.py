@@ -78,7 +78,7 @@ def test_a_kept_recipe_is_nested_and_tells_nobody(coprune: Callable[..., str], p
     kept = yaml.safe_load((place / "a" / "recipe.yaml").read_text())
     assert kept["model"]["name"] == "model"
     assert kept["calibration"]["samples"] == 4
-    assert kept["output"] == {"run": "a", "encoding": "dense"}
+    assert kept["output"] == {"run": "a", "encoding": "source"}
 
 
 def recipe_in(folder: Path, **more: Any) -> Recipe:

@@ -123,12 +123,12 @@ def test_an_adapter_with_rows_of_the_vocabulary_is_refused(tmp_path: Path) -> No
 
 
 def test_rows_of_several_shards_are_those_of_the_source(tmp_path: Path) -> None:
-    from coprune.model.checkpoint.shards import checkpoint_entries, read_tensor
+    from coprune.model.checkpoint.shards import read_tensor, stored_entries
 
     source = save_with_tokens(tmp_path / "dense", tie_word_embeddings=False)
     kept = kept_of(json.loads(content_of("bytes")), 640)
     small = cut(source, tmp_path / "small", kept)
-    before, after = checkpoint_entries(source), checkpoint_entries(small)
+    before, after = stored_entries(source), stored_entries(small)
     assert len({entry.file for entry in after.values()}) > 1
     for name, entry in after.items():
         whole = read_tensor(before[name]).numpy()

@@ -13,7 +13,8 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.gguf.pieces import Piece, squeezed
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
-from coprune.model.checkpoint.shards import TensorEntry, checkpoint_entries, read_tensor
+from coprune.model.checkpoint.shards import TensorEntry, read_tensor
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.edit import Configure
 from coprune.model.edits import Edits, history_of
 from coprune.model.transformers_private import revert_conversion, saved_tensors

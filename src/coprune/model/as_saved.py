@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
 from coprune.model.checkpoint.shards import is_below
-from coprune.model.edit import KeptSlices, runs_of
 from coprune.model.edits import Edits
+from coprune.model.slices import KeptSlices, runs_of
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coprune.model.edit import KeepCarried, KeepExperts, KeptSlices, runs_of
+from coprune.model.edit import KeepCarried, KeepExperts
+from coprune.model.slices import KeptSlices, runs_of
 
 Read = Callable[[str], Tensor]
 """Returns a tensor by its name."""

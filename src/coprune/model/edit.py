@@ -18,47 +18,7 @@ from torch import Tensor, nn
 
 from coprune.model.checkpoint.companions import put_into
 from coprune.model.removal.routing import NeverChosen
-
-
-class KeptSlices(BaseModel):
-    """Which slices of a tensor are left, along one of its dimensions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dim: int
-    size: int
-    """Of the source tensor along that dimension."""
-    ranges: list[list[tuple[int, int]]]
-    """First and last + 1 of every run of slices that are left: once, or for each entry of the first dimension (experts),
-    of which all keep as many."""
-
-    def _indices(self, tensor: Tensor) -> Tensor:
-        rows = [torch.cat([torch.arange(start, end) for start, end in one]) for one in self.ranges]
-        return torch.stack(rows).to(tensor.device)
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """What is left of the tensor."""
-        indices = self._indices(tensor)
-        if len(self.ranges) == 1:
-            return tensor.index_select(self.dim, indices[0]).contiguous()
-        return torch.stack([part.index_select(self.dim - 1, own) for part, own in zip(tensor, indices, strict=True)])
-
-    def uncut(self, tensor: Tensor) -> Tensor:
-        """The tensor in its size, with zeros where slices were."""
-        whole = tensor.new_zeros([*tensor.shape[: self.dim], self.size, *tensor.shape[self.dim + 1 :]])
-        indices = self._indices(tensor)
-        if len(self.ranges) == 1:
-            return whole.index_copy_(self.dim, indices[0], tensor)
-        for part, own, kept in zip(whole, indices, tensor, strict=True):
-            part.index_copy_(self.dim - 1, own, kept)
-        return whole
-
-
-def runs_of(keep: Tensor) -> list[tuple[int, int]]:
-    """First and last + 1 of every run of entries that are kept. keep: bool."""
-    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
-    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-    return list(zip(starts, ends, strict=True))
+from coprune.model.slices import KeptSlices
 
 
 class Edit(BaseModel):
@@ -79,7 +39,12 @@ class Edit(BaseModel):
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """What is left of a source tensor of the block, by its name in the source."""
-        return tensor
+        kept = self.slices(name)
+        return tensor if kept is None else kept.cut(tensor)
+
+    def slices(self, name: str) -> KeptSlices | None:
+        """Which slices are left of a source tensor of the block; None if it is not cut."""
+        return None
 
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
         """The source tensor again, with zeros in place of what was cut away."""
@@ -131,9 +96,8 @@ class KeepSlices(Edit):
     kept: dict[str, KeptSlices]
     """By the name of the source tensor."""
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self.kept.get(name)
-        return tensor if kept is None else kept.cut(tensor)
+    def slices(self, name: str) -> KeptSlices | None:
+        return self.kept.get(name)
 
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
         kept = self.kept.get(name)

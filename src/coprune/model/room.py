@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes
 from coprune.base.words import Set, Words
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.walk.activations import GIB
 
 

@@ -222,6 +222,15 @@ def own_class(config: Any) -> type[PreTrainedModel] | None:
     return None
 
 
+def class_built_by(model_class: Any, config: Any) -> type[PreTrainedModel]:
+    """The class of transformers that one of its Auto classes builds for a configuration; such a class itself."""
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        return model_class
+    found: Any = model_class._model_mapping[type(config)]
+    own: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return own
+
+
 def build(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
     """A model with random weights, of a class of transformers or by one of its Auto classes."""
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):

@@ -20,7 +20,8 @@ from coprune.base.native.build import instruction_set
 from coprune.base.words import Sheet, Shown
 from coprune.model.checkpoint.load import DtypeName, evaluating, explained, load_model, require_all_weights
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, is_packed, locate
-from coprune.model.checkpoint.shards import checkpoint_entries, shard_files
+from coprune.model.checkpoint.shards import shard_files
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.opened import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
 from coprune.packed.linear import pack_linears

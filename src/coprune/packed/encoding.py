@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.encoding import Encoding, Place, keep_place
 from coprune.model.checkpoint.shards import DTYPES, QUANT_METHOD, parse_header, read_header_bytes
 from coprune.packed.format import Format, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed, read_header
 
 
 @dataclass(frozen=True)
-class PackedEncoding:
+class PackedEncoding(Encoding):
     """Kept values and where they are; a tensor that would not shrink stays dense."""
 
     format: Format = "auto"
@@ -45,7 +46,7 @@ class PackedEncoding:
     def decode(self, stored: Tensor) -> Tensor:
         return unpack_tensor(stored) if is_packed(stored) else stored
 
-    def configure(self, config: dict[str, Any]) -> None:
+    def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
         config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": VERSION}
 
 
@@ -56,10 +57,7 @@ def shard_metadata(packed: Sequence[str], checksums: dict[str, int]) -> dict[str
 
 
 METADATA_KEY = "coprune"
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

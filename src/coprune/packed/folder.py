@@ -250,6 +250,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 IMPORT = "import coprune  # lets transformers load packed weights\n"
 STORED = {
+    "source": "The weights are stored as the original's are, so any tool that loads the original loads this.",
     "dense": "The weights are stored dense, so any tool that loads the original loads this.",
     "packed": "The weights are stored packed: `pip install coprune`, and `import coprune` before transformers loads this folder. "
     "`coprune unpack FOLDER DENSE` makes a dense folder of it that needs no coprune.",
@@ -259,7 +260,7 @@ STORED = {
 
 def packed_card(card: str) -> str:
     """The card of a dense folder as that of the packed one: it says how to load, first of all if nothing else did."""
-    said = card.replace(STORED["dense"], STORED["packed"])
+    said = card.replace(STORED["dense"], STORED["packed"]).replace(STORED["source"], STORED["packed"])
     said = re.sub(r"^(```python\n)(?=from transformers import)", rf"\1{IMPORT}", said, count=1, flags=re.MULTILINE)
     if STORED["packed"] in said:
         return said

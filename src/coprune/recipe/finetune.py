@@ -91,7 +91,7 @@ def cannot_finetune(asked: FinetunePart, output: OutputPart) -> BadInput | None:
         return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set("finetune", "lora")))
     if asked.mode is None:
         return None
-    if output.encoding != "dense":
+    if output.encoding == "packed":
         pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
         return BadInput("a fine-tuned model is saved dense", field="encoding", value=output.encoding, fix=pack)
     return None

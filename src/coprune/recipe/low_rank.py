@@ -58,7 +58,7 @@ def cannot_add(
     given = {
         "remove": bool(structure.remove),
         "finetune": finetune.mode is not None,
-        "encoding": output.encoding != "dense",
+        "encoding": output.encoding == "packed",
     }
     for setting, is_given in given.items():
         if asked.rank and is_given:

@@ -127,14 +127,14 @@ class OutputPart(Part):
         Field(description="Folder for the pruned model and tokenizer. [not saved]"),
     ] = None
     encoding: Annotated[
-        Literal["dense", "packed"],
+        Literal["source", "dense", "packed"],
         Decides.MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="How the saved model's tensors are stored: dense, as any tool reads them, or packed, as coprune "
-            "pack does, which takes less room and needs coprune to load."
+            description="How the saved model's tensors are stored: as the source's are (FP8, MXFP4, INT4 …, else dense), "
+            "dense, as any tool reads them, or packed, as coprune pack does, which takes less room and needs coprune to load."
         ),
-    ] = "dense"
+    ] = "source"
     report_to: Annotated[
         CommaSeparated,
         Decides.WHERE,

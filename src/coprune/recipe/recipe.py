@@ -144,7 +144,7 @@ def _of_removal(recipe: Parts) -> BadInput | None:
         "rotate": recipe.pattern.rotate,
         "refine": bool(recipe.refine),
         "propagation": recipe.calibration.propagation != "block",
-        "encoding": recipe.output.encoding != "dense",
+        "encoding": recipe.output.encoding == "packed",
     }
     for setting, given in said.items():
         if given:

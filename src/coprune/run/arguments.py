@@ -135,7 +135,7 @@ class OutcomeArguments(AnswerArguments, total=False):
     output: OutputPart | Mapping[str, Any]
     save: File | None
     save_model: File | None
-    encoding: Literal["dense", "packed"]
+    encoding: Literal["source", "dense", "packed"]
     report_to: str | Sequence[str] | None
     push_to_hub: str | None
     private: bool | None

@@ -20,6 +20,7 @@ from coprune.pruning.structure.blocks import first_batches
 from coprune.recipe.recipe import Recipe
 from coprune.run.session import Session
 from coprune.run.share import SharedSolving
+from coprune.run.stored_as import encoding_for
 
 _MOST_PASSES = 5
 """Trainings on a sample beyond which more samples are advised: with 3 instead of 14, in as many steps, SmolLM2's KL to
@@ -32,7 +33,8 @@ def moves_of(session: Session) -> Moves:
     if asked.propagation == "dense":
         return Dense()
     if asked.propagation == "sequential":
-        return Sequential(keep)
+        # What is rounded when a block is written is what the next block's inputs come from.
+        return Sequential(keep or encoding_for(session.opened.recipe, session.model.weights).name == "source")
     return ByBlock(keep)
 
 

@@ -102,6 +102,7 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
         left_out=tuple(str(layers) for layers in chosen.left_out if layers.kind not in kinds),
         target=target,
         allocation=str(recipe.allocation),
+        stored=() if loaded.weights.stored_as is None else tuple(loaded.weights.stored_as.lines()),
     )
 
 
@@ -191,6 +192,8 @@ class Inspection(Shown):
     target: Target
     """What is asked for of the model as a whole."""
     allocation: str
+    stored: tuple[str, ...] = ()
+    """How quantised weights are stored, a line per kind."""
 
     @property
     def chosen(self) -> list[InspectedMatrix]:
@@ -219,6 +222,7 @@ class Inspection(Shown):
             *(self._matrix_lines() if every_matrix else self._kind_lines()),
             *([] if self.allocation == "uniform" else self._allocation_lines()),
             *(f"  leave  {layer}" for layer in self.left_out),
+            *(f"  stored  {line}" for line in self.stored),
             self._in_all(),
         ]
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.model.adapter_folder import write_adapter
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.companions import Companions, change_config
-from coprune.model.checkpoint.encoding import Encoding
+from coprune.model.checkpoint.encoding import DENSE, Encoding
+from coprune.model.checkpoint.formats import Rounding
 from coprune.model.checkpoint.shards import ADAPTER_FOLDER
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
@@ -60,20 +63,34 @@ class Output:
     """One checkpoint folder in the making.
 
     folder: its final name; keep: whether it is wanted in the end, or only holds what a streamed run cannot hold in
-    memory. Raises BadInput if the folder is taken, or another run's journal is there.
+    memory; encoding: how its tensors are stored. Raises BadInput if the folder is taken, or another run's journal is there.
     """
 
-    def __init__(self, folder: Path, keep: bool, weights: Weights, blocks: Sequence[Block], identity: Identity):
+    def __init__(
+        self,
+        folder: Path,
+        keep: bool,
+        weights: Weights,
+        blocks: Sequence[Block],
+        identity: Identity,
+        encoding: Encoding = DENSE,
+    ):
         self.folder = folder
         self.keep = keep
+        self.encoding = encoding
+        self.rounding = Rounding()
+        """What was rounded so far to store it."""
         self.changes: list[str] = []
         """What earlier runs, whose blocks this one takes over, computed with otherwise."""
         self._weights = weights
         self._names = [block.name for block in blocks]
         self._unread: Callable[[], None] | None = None
-        self._writer = CheckpointWriter(folder, [REST, *self._names], weights.total_bytes)
+        self._writer = self._new_writer()
         self._claim(identity)
         """Blocks that are pruned and not finished."""
+
+    def _new_writer(self) -> CheckpointWriter:
+        return CheckpointWriter(self.folder, [REST, *self._names], self.encoding.bytes_of(self._weights.total_bytes))
 
     def _claim(self, identity: Identity) -> None:
         path = self._writer.partial / _IDENTITY
@@ -84,7 +101,7 @@ class Output:
         differing = [] if before is None else _changes(before, identity.settings)
         if before is None or (differing and not self._writer.holds_work):
             self._writer.discard()
-            self._writer = CheckpointWriter(self.folder, [REST, *self._names], self._weights.total_bytes)
+            self._writer = self._new_writer()
             write_text(path, json.dumps(identity.settings | identity.rounding, indent=2))
             return
         if differing:
@@ -111,6 +128,7 @@ class Output:
             if remembered is None:
                 break
             results = _RESULTS.validate_python(remembered["results"])
+            self.rounding += Rounding(**remembered.get("rounding", {}))
             found[name] = BlockOutcome(results, load_edits(remembered["edits"]))
         return found
 
@@ -133,24 +151,37 @@ class Output:
     def write_block(self, block: Block, outcome: BlockOutcome, beside: bool = False) -> None:
         """Write a finished block, which is read from there from now on; beside: only once it is settled."""
         self.settle()
-        remember = {
+        remember: dict[str, Any] = {
             "results": _RESULTS.dump_python(outcome.results, mode="json"),
             "edits": dump_edits(outcome.edits),
         }
-        tensors = self._weights.original_tensors(block.name)
-        for edit in outcome.edits:
-            tensors = {name: edit.cut(name, tensor) for name, tensor in tensors.items() if not edit.leaves_out(name)}
+        tensors, rounding = self._stored(self._weights.original_tensors(block.name), outcome.edits)
+        remember["rounding"] = asdict(rounding)
+        self.rounding += rounding
         tensors |= stored_factors(factors_below(block.module, block.name), self._weights.model.dtype)
+        beside = beside and not rounding.values
         self._writer.write(block.name, tensors, remember, beside)
 
         def read() -> None:
-            if self._weights.streams:
+            if self._weights.streams or rounding.values:
                 self._weights.read_from(self._writer.file(block.name), uncut_by(outcome.edits))
+            if rounding.values:
+                self._weights.acquire(block.name)  # what follows computes with what was rounded
 
         if beside:
             self._unread = read
         else:
             read()
+
+    def _stored(self, tensors: Mapping[str, Tensor], edits: Sequence[Edit]) -> tuple[dict[str, Tensor], Rounding]:
+        """What is written of dense tensors of the source, by names there, and what was rounded for that."""
+        found, rounding = dict[str, Tensor](), Rounding()
+        for name, tensor in tensors.items():
+            if not any(edit.leaves_out(name) for edit in edits):
+                kept = [slices for edit in edits if (slices := edit.slices(name)) is not None]
+                stored, own = self.encoding.store(name, tensor, kept)
+                found, rounding = found | stored, rounding + own
+        return found, rounding
 
     def settle(self) -> None:
         """Wait until the last finished block is on the disk and noted, and let one written beside be read from there."""
@@ -159,26 +190,24 @@ class Output:
             read, self._unread = self._unread, None
             read()
 
-    def finish(self, beside: Companions, edits: Edits, encoding: Encoding, check: Callable[[Path], object]) -> None:
+    def finish(self, beside: Companions, edits: Edits, check: Callable[[Path], object]) -> None:
         """Write what lies outside the blocks and beside the weights, and give the folder its final name.
 
         Args:
             beside: what makes a folder of weights a model.
             edits: what was done to the model.
-            encoding: how its tensors are stored.
             check: called with the whole checkpoint before it gets its name.
         """
         partial = self._writer.partial
         rest = self._weights.rest_tensors(self._names)
-        for edit in edits.by_block.get(REST, ()):
-            rest = {name: edit.cut(name, tensor) for name, tensor in rest.items() if not edit.leaves_out(name)}
-        self._writer.write(REST, rest)
+        self._writer.write(REST, self._stored(rest, edits.by_block.get(REST, ()))[0])
         self._weights.write_companions(partial, beside)
         edits.write(partial, beside.source)
-        change_config(partial, edits.configure, encoding.configure)
+        change_config(partial, edits.configure, partial_of(self.encoding.configure, place=edits.place))
+        self.encoding.complete(partial, edits.place)
         if factors := factors_below(self._weights.model):
             write_adapter(partial / ADAPTER_FOLDER, self._weights.model, factors)
-        self._writer.finish([_IDENTITY, _SETTLED], check, edits.place, encoding)
+        self._writer.finish([_IDENTITY, _SETTLED], check, edits.place, self.encoding)
 
     def discard(self) -> None:
         """Remove what was written; the run is over and nobody asked for the model."""

@@ -140,8 +140,11 @@ class SharedOutput:
             # What is on a device is copied from there anyway; in host memory one block more would have to be held.
             there = all(not in_host_memory(tensor.device) for tensor in block.module.parameters())
             self._output.write_block(block, outcome, beside=there and self._processes.size == 1)
-        if self._weights.streams and self._processes.size > 1:
+        coded = self._weights.stored_as is not None
+        if self._processes.size > 1 and (self._weights.streams or coded):
             self._weights.read_from(self._file_of(block), uncut_by(outcome.edits))
+            if coded:
+                self._weights.acquire(block.name)  # with what was rounded
 
     @contextmanager
     def settled(self) -> Iterator[None]:

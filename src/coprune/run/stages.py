@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from coprune.evaluation.extras import Extras
 from coprune.evaluation.measurement import Measured
 from coprune.evaluation.tasks import named
 from coprune.model.checkpoint.companions import Companions
-from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import ADAPTER_FOLDER
@@ -28,7 +28,6 @@ from coprune.model.edits import Edits
 from coprune.model.low_rank import without_factors
 from coprune.model.opened import choose_device, streams
 from coprune.model.verify import verify_saved
-from coprune.packed.encoding import PackedEncoding
 from coprune.recipe.recipe import Recipe
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, announce, announced, finish_run_folder
@@ -45,10 +44,9 @@ from coprune.run.prune_blocks import prune_blocks
 from coprune.run.removal.parts import remove_parts, smaller_model, what_may_go
 from coprune.run.result import Result
 from coprune.run.session import NOTHING, Given, Reuse, Session, Surroundings, open_run, prove_run
+from coprune.run.stored_as import encoding_for
 from coprune.run.trackers import final_figures, listening
 from coprune.run.vocabulary import cut_vocabulary
-
-ENCODINGS: dict[str, Encoding] = {"dense": DENSE, "packed": PackedEncoding()}
 
 
 def run_recipe(
@@ -122,6 +120,9 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)
     outcome = prune_blocks(session, output, reuse) if may_go is None else remove_parts(session, output, may_go)
+    if output is not None and (note := output.rounding.line()) is not None:
+        around.reporter.say(f"{note}.")
+        outcome = replace(outcome, notes=[*outcome.notes, note])
     phases.done(Phase.PRUNE)
     pruned, alone = measure(session, "pruned"), measure_alone(session)
     if first:
@@ -183,7 +184,10 @@ def _open_output(session: Session) -> Output | None:
     weights = opened.loaded.fingerprint(model.blocks)
     identity = run_identity(recipe.replaced(bos=used), weights, opened.fingerprint, model.weights.streams)
     folder = recipe.output.model or recipe.run_folder / "checkpoint"
-    return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity)
+    encoding = encoding_for(recipe, model.weights)
+    if encoding.name == "source":  # unfinished files are of one encoding
+        identity = replace(identity, settings=identity.settings | {"encoding": encoding.name})
+    return Output(folder, recipe.output.model is not None, model.weights, model.blocks, identity, encoding)
 
 
 def _save(session: Session, output: Output | None, report: Report, edits: Edits) -> None:
@@ -196,12 +200,12 @@ def _save(session: Session, output: Output | None, report: Report, edits: Edits)
 
     def check(folder: Path) -> None:
         session.opened.around.reporter.say("Reloading the saved model to compare masks and logits")
-        verify_saved(folder, session.model, edits, encoding)
+        verify_saved(folder, session.model, edits, output.encoding)
 
-    opened, encoding = session.opened, ENCODINGS[session.opened.recipe.output.encoding]
+    opened = session.opened
     asked = opened.recipe.model
     beside = Companions(opened.loaded.processor, model_card(report), asked.dtype, asked.name)
-    output.finish(beside, edits, encoding, check)
+    output.finish(beside, edits, check)
 
 
 class Phases:

@@ -21,7 +21,7 @@ from coprune.data.mixture import reads_conversations
 from coprune.model.checkpoint.companions import CARD_FILE
 from coprune.model.checkpoint.load import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile, Location, holds_model, holds_weights, locate
-from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.imagined import Imagined
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB

@@ -26,13 +26,15 @@ from coprune.model.checkpoint.shards import (
     EDITS_FILE,
     INDEX_FILE,
     TensorEntry,
-    checkpoint_entries,
     read_entries,
     read_json,
+    stored_entries,
 )
+from coprune.model.checkpoint.source_encoding import source_encoding
 from coprune.model.checkpoint.writer import COPY_BYTES, refuse_occupied
-from coprune.model.edit import CutVocabulary, FillZeros, runs_of
+from coprune.model.edit import CutVocabulary, FillZeros
 from coprune.model.edits import Edits, pruned_names
+from coprune.model.slices import runs_of
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.rewrite import cut_config, cut_tokenizer, cut_tokenizer_config
 from coprune.vocabulary.samples import LANGUAGES, SOURCES
@@ -83,6 +85,15 @@ def refuse_folder(folder: ModelFolder) -> None:
     """Raise BadInput or UnsupportedModel for folders whose vocabulary cannot be cut."""
     if is_packed(folder):
         raise BadInput(f"{folder.name} is packed", field="model", value=folder.name, fix="unpack it first")
+    coded = source_encoding(folder.path)
+    rows = [name for name in (coded.weights if coded is not None else {}) if "embed" in name or "lm_head" in name]
+    if rows:
+        raise BadInput(
+            f"{folder.name} holds rows of the vocabulary in codes ({rows[0]})",
+            field="model",
+            value=folder.name,
+            fix="use a checkpoint whose embedding is not quantised",
+        )
     adapter = folder.path / ADAPTER_FOLDER / ADAPTER_CONFIG
     if adapter.is_file():
         weights = folder.path / ADAPTER_FOLDER / ADAPTER_WEIGHTS
@@ -95,7 +106,7 @@ def refuse_folder(folder: ModelFolder) -> None:
 
 def bytes_of(folder: ModelFolder, config: Mapping[str, Any], kept: Kept) -> tuple[int, int]:
     """Return the bytes of all weights before and after a cut. Raises as `find_tables`."""
-    entries = checkpoint_entries(folder.path)
+    entries = stored_entries(folder.path)
     tables, _ = find_tables(folder, config, entries, kept)
     before = sum(entry.nbytes for entry in entries.values())
     return before, before - sum(_saved(entries[name], table, kept) for name, table in tables.items())
@@ -134,7 +145,7 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
     refuse_folder(source)
     refuse_occupied(target)
     config, content = read_json(source.path / "config.json"), tokenizer_content(source)
-    entries = checkpoint_entries(source.path)
+    entries = stored_entries(source.path)
     tables, smaller = find_tables(source, config, entries, kept)
     with whole_folder(target) as out:
         _copy_beside(source, out)
@@ -156,7 +167,7 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
         with reporter.bar("Writing", total) as advance:
             _write_shards(entries, out, tables, kept, advance)
         _verify(source, out, tables, kept)
-    after = sum(entry.nbytes for entry in checkpoint_entries(target).values())
+    after = sum(entry.nbytes for entry in stored_entries(target).values())
     return Written(target, total, after, tables)
 
 
@@ -281,7 +292,7 @@ def _copy(
 
 def _verify(source: ModelFolder, out: Path, tables: Mapping[str, Table], kept: Kept) -> None:
     """Raise VerificationError where rows or tokens of what was written are not those that they should be."""
-    before, after = checkpoint_entries(source.path), checkpoint_entries(out)
+    before, after = stored_entries(source.path), stored_entries(out)
     if before.keys() != after.keys():
         raise VerificationError(f"{out} does not hold the tensors of {source.name}")
     places = np.unique(np.linspace(0, len(kept.old) - 1, 64).astype(int))

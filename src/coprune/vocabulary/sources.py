@@ -16,7 +16,7 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
-from coprune.model.checkpoint.shards import checkpoint_entries, read_json
+from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder import (
     Beside,
@@ -98,7 +98,7 @@ class FolderSource:
     def parameters(self) -> int:
         """As in `Source`."""
         sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-        return sum(entry.nbytes // sizes.get(entry.dtype, 1) for entry in checkpoint_entries(self.folder.path).values())
+        return sum(entry.nbytes // sizes.get(entry.dtype, 1) for entry in stored_entries(self.folder.path).values())
 
     def bytes_of(self, kept: Kept) -> tuple[int, int]:
         """As in `Source`."""

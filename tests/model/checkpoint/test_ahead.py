@@ -18,7 +18,7 @@ from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint import lazy
 from coprune.model.checkpoint.lazy import Ahead, LazyCheckpoint, ahead_to, channel_to
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.recipe.recipe import make_recipe
 from coprune.run.stages import run_recipe
 from support.pico_folder import listing, save_pico, write_words

@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.shards import checkpoint_entries, read_entries, read_json
+from coprune.model.checkpoint.shards import read_entries, read_json, stored_entries
 from coprune.packed.encoding import read_tensors
 from support.pico_folder import save_pico
 
@@ -106,7 +106,7 @@ def test_json_that_is_nested_deep_or_far_too_large_is_one_message(
 def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
     save_pico(tmp_path / "model", num_hidden_layers=1)
     name = "model.layers.0.mlp.up_proj.weight"
-    file = checkpoint_entries(tmp_path / "model")[name].file
+    file = stored_entries(tmp_path / "model")[name].file
     tensors = load_file(file)
     tensors[name] = torch.ones(tensors[name].shape, dtype=torch.int32)
     save_file(tensors, file, metadata={"format": "pt"})

@@ -143,9 +143,9 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
 
 def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=r"quantised \(mxfp4\)"):
+    with pytest.raises(BadInput, match=r"quantised \(bitsandbytes\)"):
         locate(folder)
 
 

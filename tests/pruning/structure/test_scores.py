@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprune.model.edit import KeptSlices
+from coprune.model.slices import KeptSlices
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.structure.scores import FLAP, OBS, Magnitude, WandaSP, refitted, removal_cost
 from coprune.run.removal.plan import kept_count

@@ -123,9 +123,11 @@ class Conversion:
 
 
 def require_floats(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
-    """Raise BadInput where a checkpoint holds whole numbers for what is floating in the model: they are no weights."""
+    """Raise BadInput where a checkpoint holds codes (whole numbers, or floats of 8 bits) for what is floating in the model."""
     whole = [
-        name for name, entry in entries.items() if entry.dtype in DTYPES and not DTYPES[entry.dtype].is_floating_point
+        name
+        for name, entry in entries.items()
+        if (dtype := DTYPES.get(entry.dtype)) is not None and not _is_plain(dtype)
     ]
     if not whole:
         return
@@ -135,9 +137,14 @@ def require_floats(model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -
         wanted = known.get(renaming.of(name)[0], known.get(name))
         if wanted is not None and wanted.is_floating_point():
             raise BadInput(
-                f"{entries[name].file} holds {name} in {entries[name].dtype}, and a weight is a floating number",
+                f"{entries[name].file} holds {name} in {entries[name].dtype}, and a weight is no code",
                 fix="use a checkpoint of plain weights",
             )
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether weights can be of a dtype by themselves: floating numbers of 8 bits are nothing without scales."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _match_names(found: Mapping[str, Tensor], wanted: set[str], prefix: str) -> dict[str, Tensor] | None:

@@ -9,8 +9,17 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coprune.model.checkpoint.formats import Rounding
+from coprune.model.checkpoint.shards import MODELOPT_FILE
+from coprune.model.slices import KeptSlices
+
 Place = Callable[[str], str | None]
 """Where a tensor goes, by its name; None if it is left out."""
+
+
+def keep_place(name: str) -> str | None:
+    """Leave every tensor where it is."""
+    return name
 
 
 class Encoding(Protocol):
@@ -20,6 +29,27 @@ class Encoding(Protocol):
     def name(self) -> str:
         """In a few letters; names the files where they are not the dense ones."""
         ...
+
+    @property
+    def journalled(self) -> bool:
+        """Whether a run's unfinished files hold the tensors in this way already, so that their bytes are copied."""
+        return False
+
+    def store(self, name: str, tensor: Tensor, kept: Sequence[KeptSlices]) -> tuple[dict[str, Tensor], Rounding]:
+        """Return what a run's unfinished files hold of a dense tensor, by names, and what was rounded for that.
+
+        kept: slices that are left of it, one cut after the other. Raises UnsupportedModel where it cannot be cut so.
+        """
+        for one in kept:
+            tensor = one.cut(tensor)
+        return {name: tensor}, Rounding()
+
+    def require_cut(self, name: str, kept: KeptSlices) -> None:
+        """Raise UnsupportedModel where `store` cannot keep these slices of a dense tensor."""
+
+    def bytes_of(self, dense: int) -> int:
+        """Return how many bytes the tensors take that take so many as the model's weights tell."""
+        return dense
 
     def write(self, file: Path, names: Sequence[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write a file of these tensors, which come one by one, as they would lie in a dense checkpoint.
@@ -32,15 +62,20 @@ class Encoding(Protocol):
         """A tensor as it was before it was stored. Raises BadInput if it is damaged."""
         ...
 
-    def configure(self, config: dict[str, Any]) -> None:
-        """Say in the content of `config.json`, in place, how the tensors are stored."""
+    def complete(self, folder: Path, place: Place) -> None:
+        """Change what else beside the weights tells how they are stored; here none of it is true any more."""
+        (folder / MODELOPT_FILE).unlink(missing_ok=True)
+
+    def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
+        """Say in the content of `config.json`, in place, how the tensors are stored. place: where the source's go."""
         ...
 
 
-class Dense:
+class Dense(Encoding):
     """Every value as it is, as any tool reads it."""
 
     name = "dense"
+    journalled = True
 
     def write(self, file: Path, names: Sequence[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
         save_file(dict(tensors), file, metadata={"format": "pt"})
@@ -48,13 +83,11 @@ class Dense:
     def decode(self, stored: Tensor) -> Tensor:
         return stored
 
-    def configure(self, config: dict[str, Any]) -> None:
-        pass
+    def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
+        for said in (config, config.get("text_config")):
+            if isinstance(said, dict):
+                said.pop("quantization_config", None)
+                said.pop("compression_config", None)
 
 
 DENSE = Dense()
-
-
-def keep_place(name: str) -> str | None:
-    """Leave every tensor where it is."""
-    return name

@@ -27,14 +27,15 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.shards import (
     DTYPES,
     TensorEntry,
-    checkpoint_entries,
     is_below,
     is_below_any,
     read_ahead,
     read_entries,
     read_tensor,
+    stored_entries,
 )
 from coprune.model.checkpoint.source import FLOATS, Source
+from coprune.model.checkpoint.source_encoding import source_encoding
 from coprune.model.checkpoint.weights import Uncut, piece_places
 from coprune.model.transformers_private import build, initialize_again, name_model, tie_read_weights
 
@@ -192,16 +193,17 @@ class LazyCheckpoint:
         self._encoding = encoding
         self.location = location
         self.device = torch.device(device)
-        self._entries = checkpoint_entries(location.path)
+        self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
+        self._entries = stored_entries(location.path) if self.stored_as is None else dict(self.stored_as.entries)
         self._uncut: dict[str, Uncut | None] = {}
-        # Other encodings are decoded in host memory.
-        self._ahead = ahead_to(self.device) if encoding is DENSE else None
+        # Packed tensors are decoded in host memory.
+        self._ahead = ahead_to(self.device) if encoding.journalled else None
         with quiet_transformers(), explained(location):
             config = read_config(location.path, trust_remote_code)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
             self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
         self.source = Source(location, self._model, dtype, self._entries)
-        if encoding is DENSE:
+        if encoding.journalled:
             require_floats(self._model, self._entries)
 
     @property
@@ -262,11 +264,12 @@ class LazyCheckpoint:
         return {name: self._read_pieces(self._entries[name]) for name in names}
 
     def _read_pieces(self, entry: TensorEntry) -> bytes:
-        with entry.file.open("rb") as stream:
-            found = b""
-            for place in piece_places(entry.nbytes):
-                stream.seek(entry.start + place.start)
-                found += stream.read(place.stop - place.start)
+        found = b""
+        for stored in entry.stored:
+            with stored.file.open("rb") as stream:
+                for place in piece_places(stored.nbytes):
+                    stream.seek(stored.start + place.start)
+                    found += stream.read(place.stop - place.start)
         return found
 
     def rest_tensors(self, block_prefixes: Sequence[str]) -> dict[str, Tensor]:
@@ -285,6 +288,8 @@ class LazyCheckpoint:
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
         """From now on take the tensors that this file holds from it: a block that an earlier run finished."""
         entries = read_entries(file)
+        if self.stored_as is not None:
+            entries = self.stored_as.decoded(entries)
         self._entries.update(entries)
         self._uncut |= dict.fromkeys(entries, uncut)
 

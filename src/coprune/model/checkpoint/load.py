@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from functools import cache, wraps
 from io import StringIO
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,11 +37,13 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, is_packed
-from coprune.model.checkpoint.shards import checkpoint_entries
+from coprune.model.checkpoint.shards import QUANT_METHOD, TensorEntry, read_tensor
+from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
 from coprune.model.transformers_private import (
     auto_choice,
     build,
     builds,
+    class_built_by,
     experts_run_as,
     forget_quantization,
     name_model,
@@ -143,9 +147,20 @@ def loaded_by_auto(model: PreTrainedModel) -> bool:
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Read a folder's configuration; timm's is turned into one of transformers' wrapper."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _forget_codes(config)
     if getattr(config, "model_args", None):
         config.model_args = undoubled(config.model_args)
     return config
+
+
+def _forget_codes(config: Any) -> None:
+    """Take the quantisation out of a configuration whose weights are decoded, not by transformers, when they are read."""
+    for own in (config, getattr(config, "text_config", None)):
+        said = getattr(own, "quantization_config", None)
+        if isinstance(said, dict) and said.get("quant_method") != QUANT_METHOD:
+            del own.quantization_config
+        if getattr(getattr(own, "dtype", None), "itemsize", 2) == 1:
+            own.dtype = torch.bfloat16
 
 
 def task_at(location: Location) -> TaskName:
@@ -190,9 +205,17 @@ def load_model(
             task = task_of(options["config"])
             if not in_host_memory(torch.device(device)):
                 options["device_map"] = {"": device}  # tensor by tensor, so that host memory never holds all of them
+            source = source_encoding(folder, None if dtype == "auto" else getattr(torch, dtype))
+            if source is not None:
+                options |= {"state_dict": _decoded(source), "dtype": source.dtype}
         loader = class_for(options["config"]) if "config" in options else MODEL_CLASSES[task]
-        loaded: Any = loader.from_pretrained(folder, **options)
+        if "state_dict" in options:
+            loaded: Any = class_built_by(loader, options["config"]).from_pretrained(None, **options)
+        else:
+            loaded = loader.from_pretrained(folder, **options)
     model: PreTrainedModel = loaded[0]
+    if "state_dict" in options and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     info: dict[str, Any] = loaded[1]
     require_all_weights(location.name, info["missing_keys"])
     if isinstance(location, GgufFile):
@@ -202,6 +225,21 @@ def load_model(
     name_model(model, location.name)
     torch.nn.Module.to(model, device)  # transformers' own `to` is typed for something else
     return prepare(model), load_processor(location, task, trust_remote_code) if processed else None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A tensor that is read, and decoded, when transformers slices it."""
+
+    entry: TensorEntry
+
+    def __getitem__(self, everything: object) -> torch.Tensor:
+        return read_tensor(self.entry)
+
+
+def _decoded(source: SourceEncoding) -> dict[str, Any]:
+    """Return the tensors of a quantised checkpoint as transformers takes a model's state."""
+    return {name: _Decoded(entry) for name, entry in source.entries.items()}
 
 
 def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:

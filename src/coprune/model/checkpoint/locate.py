@@ -35,10 +35,11 @@ from coprune.model.checkpoint.shards import (
     LICENCES,
     QUANT_METHOD,
     VOCABULARIES,
-    checkpoint_entries,
     read_json,
+    stored_entries,
     tell_of_adapter,
 )
+from coprune.model.checkpoint.source_encoding import source_encoding
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES]
 # Subfolders hold other formats of the same weights, and "consolidated" files are the same weights once more.
@@ -133,7 +134,7 @@ def holds_weights(location: Location) -> bool:
 
 
 def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
-    """Return the folder if it holds a whole, unquantised checkpoint. Raises BadInput, naming the file, if not.
+    """Return the folder if it holds a whole checkpoint that can be read. Raises BadInput, naming the file, if not.
 
     weights: whether one without any file of weights is none.
     """
@@ -143,22 +144,12 @@ def check_folder(folder: ModelFolder, weights: bool = True) -> ModelFolder:
         raise _no_config(folder)
     most = None
     if weights or holds_weights(folder):
-        entries = checkpoint_entries(folder.path)
+        entries = stored_entries(folder.path)
         most = max([len(entries), *(entry.shape[0] for entry in entries.values() if entry.shape)])
     config = read_json(folder.path / "config.json")
     check_claims(config, most, folder.path / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization and not is_packed(folder):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise BadInput(
-            f"{folder.name} is quantised ({method}), and pruning needs plain weights",
-            field="model",
-            value=folder.name,
-            fix=(
-                "use the unquantised checkpoint, "
-                "or load it dequantised with transformers and write it with save_pretrained"
-            ),
-        )
+    if most is not None:
+        source_encoding(folder.path)
     return folder
 
 

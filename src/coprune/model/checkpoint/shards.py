@@ -31,6 +31,10 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 200_000_000  # tokenizers have some tens of millions
 
 
+Buffer = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Gives memory for a tensor of a shape and dtype."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: file, dtype in the format's letters (F32, BF16 …), shape, first byte and size in bytes."""
@@ -40,6 +44,15 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """What the files hold of it: itself, unless it is decoded from several tensors."""
+        return (self,)
+
+    def read(self, buffer: Buffer) -> Tensor:
+        """Read the tensor into memory that `buffer` gives. Raises as `read_tensor`."""
+        return _read_stored(self, buffer)
 
 
 def read_entries(file: Path) -> dict[str, TensorEntry]:
@@ -121,8 +134,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint, by its name in the files.
+def stored_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor that a checkpoint's files hold, by its name there.
 
     Raises BadInput on a damaged shard, and where the index names a tensor that its file does not hold.
     """
@@ -145,11 +158,15 @@ def _plain_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def read_tensor(entry: TensorEntry, buffer: Callable[[tuple[int, ...], torch.dtype], Tensor] = _plain_memory) -> Tensor:
+def read_tensor(entry: TensorEntry, buffer: Buffer = _plain_memory) -> Tensor:
     """Read one tensor into memory that `buffer` gives.
 
     Raises BadInput if the file has shrunk meanwhile, or holds a dtype that torch has not.
     """
+    return entry.read(buffer)
+
+
+def _read_stored(entry: TensorEntry, buffer: Buffer) -> Tensor:
     if entry.dtype not in DTYPES:
         raise BadInput(
             f"{entry.file} holds {entry.dtype} tensors, which coprune cannot read",
@@ -176,7 +193,8 @@ def read_ahead(entries: Iterable[TensorEntry]) -> None:
     memory of this process, and only where it has that call (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for file, tensors in groupby(sorted(entries, key=lambda e: (e.file, e.start)), key=lambda entry: entry.file):
+    stored = sorted((one for entry in entries for one in entry.stored), key=lambda e: (e.file, e.start))
+    for file, tensors in groupby(stored, key=lambda entry: entry.file):
         # A file that has gone says so when it is read.
         with suppress(OSError), file.open("rb", buffering=0) as stream:
             for entry in tensors:
@@ -205,6 +223,8 @@ EDITS_FILE = "coprune_edits.json"
 LICENCES = ("LICENSE*", "NOTICE*")
 VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")
 """Files of tokenizers, besides JSON and plain text."""
+MODELOPT_FILE = "hf_quant_config.json"
+"""What ModelOpt writes beside a configuration, of how weights are quantised."""
 QUANT_METHOD = "coprune"
 """What the configuration of a packed folder calls its way of storing weights."""
 
@@ -237,6 +257,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 

@@ -24,12 +24,13 @@ from coprune.model.checkpoint.locate import ModelFolder, is_packed
 from coprune.model.checkpoint.shards import (
     DTYPES,
     TensorEntry,
-    checkpoint_entries,
     is_below,
     is_below_any,
     read_json,
     read_tensor,
+    stored_entries,
 )
+from coprune.model.checkpoint.source_encoding import SourceEncoding, source_encoding
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -49,7 +50,12 @@ class Source:
     ) -> None:
         """dtype: of what is written, "auto" for every tensor's own. entries: of the folder, if they are known."""
         self.location = location
-        self.entries = checkpoint_entries(location.path) if entries is None else entries
+        self.stored_as: SourceEncoding | None = None
+        """How the folder stores quantised weights, where its entries are not given."""
+        if entries is None:
+            self.stored_as = source_encoding(location.path, None if dtype == "auto" else getattr(torch, dtype))
+            entries = stored_entries(location.path) if self.stored_as is None else dict(self.stored_as.entries)
+        self.entries = entries
         """Where every tensor lies, by its name in the files."""
         self._model = model
         self.conversion = Conversion(model, self.entries)

@@ -22,8 +22,9 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.checkpoint.shards import TensorEntry, is_below, is_below_any
+from coprune.model.checkpoint.shards import TensorEntry, is_below, is_below_any, read_entries, read_tensor
 from coprune.model.checkpoint.source import Source
+from coprune.model.checkpoint.source_encoding import SourceEncoding
 from coprune.model.transformers_private import revert_conversion, saved_tensors
 
 Uncut = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -38,6 +39,11 @@ class Weights(Protocol):
     @property
     def streams(self) -> bool:
         """Whether a block is in memory only between acquiring and releasing it, and what was changed is lost then."""
+        ...
+
+    @property
+    def stored_as(self) -> SourceEncoding | None:
+        """How its files store quantised weights; None where they store none, or there are no files."""
         ...
 
     @property
@@ -115,6 +121,10 @@ class InMemory:
         return self._model
 
     @property
+    def stored_as(self) -> SourceEncoding | None:
+        return None if self._names is None else self._names.stored_as
+
+    @property
     def carried_entries(self) -> dict[str, TensorEntry]:
         return {} if self._source is None else self._source.carried_entries
 
@@ -134,7 +144,11 @@ class InMemory:
         pass
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
-        tensors = load_file(file)
+        if self.stored_as is None:
+            tensors = load_file(file)
+        else:
+            entries = self.stored_as.decoded(read_entries(file))
+            tensors = {name: read_tensor(entry) for name, entry in entries.items()}
         if uncut is not None:
             tensors = uncut(tensors)
         with quiet_transformers():

@@ -249,7 +249,7 @@ class CheckpointWriter:
         placed = placed_entries([part], place)
         if not placed:
             return None
-        if encoding is DENSE and placed.keys() == read_entries(part).keys():
+        if encoding.journalled and placed.keys() == read_entries(part).keys():
             return part
         file = part.with_name(part.name.replace("model-", f"{encoding.name}-", 1))
         write_durably(file, lambda temporary: copy_tensors([part], temporary, place, encoding))
@@ -336,7 +336,7 @@ def _item_bytes(entry: TensorEntry) -> int:
 
 def copy_tensors(files: Sequence[Path], target: Path, place: Place, encoding: Encoding) -> None:
     """Write the tensors of several dense files into one, stored as the encoding does; one is in memory at a time."""
-    if encoding is DENSE:
+    if encoding.journalled:
         join_files(files, target, place)
         return
     entries = placed_entries(files, place)

@@ -38,6 +38,8 @@ class Part:
     """Other matrices that lose rows with a unit, with the rows that one unit has."""
     vectors: tuple[tuple[str, nn.Parameter], ...] = ()
     """Parameters with one value per query head."""
+    group: int = 1
+    """So many units are kept or go together."""
 
     @property
     def name(self) -> str:
@@ -61,6 +63,15 @@ class Part:
         if self.kind == "channels":
             return torch.arange(layout.size)[:, None]
         return torch.arange(layout.segments * layout.repeats * layout.size).view(layout.segments, -1)
+
+    @property
+    def grouped(self) -> Tensor:
+        """The consumer's columns by what goes together: U / group × K · group int64."""
+        return self.units.view(self.count // self.group, -1)
+
+    def ungrouped(self, keep: Tensor) -> Tensor:
+        """Units that are kept, U bool, by the groups that are: U / group bool."""
+        return keep.repeat_interleave(self.group)
 
     def columns(self, keep: Tensor) -> Tensor:
         """Which of the consumer's columns are kept: C bool. keep: U bool."""
@@ -209,10 +220,19 @@ def _every_other(part: Part) -> Tensor:
     return torch.arange(part.count) % 2 == 0
 
 
-def step_of(units: int, align: int) -> int:
-    """How many units are kept or removed together: `align`, or the largest power of two below it, that divides them."""
+def step_of(units: int, align: int, group: int = 1) -> int:
+    """How many units are kept or removed together: `align`, or the largest power of two below it, that divides them.
+
+    group: so many can only go together, whatever `align` is.
+    """
+    units, align = units // group, -(-align // group)
     steps = [align, *(1 << power for power in reversed(range((align - 1).bit_length())))]
-    return next(step for step in steps if units % step == 0 and step < max(units, 2))
+    return group * next(step for step in steps if units % step == 0 and step < max(units, 2))
+
+
+def groups_of(parts: Iterable[Part], kind: Kind) -> dict[int, int]:
+    """How many units of a kind go together, by how many there are."""
+    return {part.count: part.group for part in parts if part.kind == kind}
 
 
 def filled(keep: Tensor, count: int) -> Tensor:

@@ -267,8 +267,9 @@ def remove_units(
     for consumer in part.fold.consumers:
         started, weight = time.perf_counter(), consumer.read()
         known, events = _known(inputs.get(consumer.name))
-        units = part.units.to(weight.device)
-        keep = by_norm(weight, units, count) if known is None else score.keep(weight, known, units, count)
+        units, number = part.grouped.to(weight.device), count // part.group
+        chosen = by_norm(weight, units, number) if known is None else score.keep(weight, known, units, number)
+        keep = part.ungrouped(chosen)
         columns = part.columns(keep)
         solved = refitted(weight, known, columns) if known is not None and score.refit else weight
         consumer.write(solved.masked_fill(~columns, 0.0))

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from coprune.model.as_saved import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
 from coprune.model.blocks import Block
-from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits, runs_of
+from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits
 from coprune.model.removal.experts import Mixture
 from coprune.model.removal.parts import Kind, Part, filled, together
+from coprune.model.slices import runs_of
 from coprune.recipe.structure import Left
 from coprune.run.session import Session
 

@@ -37,7 +37,7 @@ _NO_ZEROS: dict[str, Any] = {
     "rotate": False,
     "refine": (),
     "propagation": "block",
-    "encoding": "dense",
+    "encoding": "source",
     "report_to": None,
     "push_to_hub": None,
     "private": None,

@@ -10,13 +10,14 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.words import Setting
 from coprune.model.edit import Configure
 from coprune.model.removal.experts import Mixture
-from coprune.model.removal.parts import Kind, Part, find_parts, step_of
+from coprune.model.removal.parts import Kind, Part, find_parts, groups_of, step_of
 from coprune.model.removal.smaller import refusal_of
 from coprune.model.walk.proven import ProvenModel
 from coprune.pruning.structure.blocks import block_score_named
 from coprune.recipe.structure import StructurePart
 from coprune.run.removal.cut import Plan
 from coprune.run.removal.experts import experts_left, find_experts, known_scores
+from coprune.run.removal.grouping import in_steps
 from coprune.run.removal.rehearsal import rehearse, resized_by
 from coprune.run.session import Session
 
@@ -50,6 +51,7 @@ def find_removable(session: Session) -> Removable:
         name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
     }
     require_align(session, parts)
+    parts = in_steps(session, parts)
     for kind in kinds:
         _say_without(session, kind, parts)
     found = Removable(parts, find_experts(session) if "experts" in asked.shares else {})
@@ -76,7 +78,9 @@ def _with_a_share_that_works(session: Session, plan: Plan, error: UnsupportedMod
     if len(heads) != 1:
         return error
     ((units, asked),) = heads.items()
-    others = [replace(plan, keep={**plan.keep, "heads": {units: kept}}) for kept in range(1, units) if kept != asked]
+    step = groups_of((part for own in plan.parts.values() for part in own), "heads").get(units, 1)
+    counts = range(step, units, step)
+    others = [replace(plan, keep={**plan.keep, "heads": {units: kept}}) for kept in counts if kept != asked]
     near = sorted(others, key=lambda other: abs(other.keep["heads"][units] - asked))
     accepted = (one for one in near if refusal_of(session.model.module, resized_by(session, one)) is None)
     for other in islice(accepted, _MOST_SHARES):
@@ -154,10 +158,10 @@ def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan
     asked, keep = session.opened.recipe.structure, dict[Kind, dict[int, int]]()
     rest = found.without({session.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):
-        sizes = {part.count for own in rest.parts.values() for part in own if part.kind == kind}
-        if not sizes:
+        groups = groups_of((part for own in rest.parts.values() for part in own), kind)
+        if not groups:
             raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
-        keep[kind] = _kept(kind, sizes, asked.share(kind), asked.align)
+        keep[kind] = _kept(kind, groups, asked.share(kind), asked.align)
     left = {mixture.count: experts_left(mixture, asked) for mixture in rest.mixtures.values()}
     return Plan(dropped, rest.parts, keep, rest.mixtures, left)
 
@@ -190,18 +194,22 @@ def _require_blocks(session: Session, count: int) -> None:
     raise refused
 
 
-def _kept(kind: Kind, sizes: Collection[int], share: float, align: int) -> dict[int, int]:
+def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> dict[int, int]:
     """How many units are kept, by how many there are. Raises BadInput where none goes."""
-    kept = {old: kept_count(old, share, align if kind == "channels" else 1) for old in sizes}
+    kept = {old: kept_count(old, share, align if kind == "channels" else 1, group) for old, group in groups.items()}
     if all(new == old for old, new in kept.items()):
-        of, fix = " and ".join(map(str, sorted(sizes))), "give a larger share, or leave it out"
-        raise BadInput(f"{share:g} of {of} {kind} is none", field="remove", fix=fix)
+        of, fix = " and ".join(map(str, sorted(groups))), "give a larger share, or leave it out"
+        together = f", where {max(groups.values())} go together" if max(groups.values()) > 1 else ""
+        raise BadInput(f"{share:g} of {of} {kind} is none{together}", field="remove", fix=fix)
     return kept
 
 
-def kept_count(units: int, share: float, align: int) -> int:
-    """How many units are kept: a multiple of `align`, or of the largest power of two below it that divides them."""
-    step = step_of(units, align)
+def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
+    """How many units are kept: a multiple of `align`, or of the largest power of two below it that divides them.
+
+    group: so many can only go together.
+    """
+    step = step_of(units, align, group)
     kept = max(step, round(units * (1 - share) / step) * step)
     return min(kept, units)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from coprune.base.errors import UnsupportedModel
 from coprune.base.words import per_cent
 from coprune.model.blocks import Block, count_parameters
-from coprune.model.removal.parts import Kind, Part, find_parts, put_back
+from coprune.model.removal.parts import Kind, Part, find_parts, groups_of, put_back
 from coprune.model.removal.smaller import refusal_of
 from coprune.model.walk.inputs import Inputs
 from coprune.model.walk.recording import Dense, Recording, record_batches
@@ -23,6 +23,7 @@ from coprune.pruning.structure.blocks import first_batches, kl_of_logits, logits
 from coprune.pruning.structure.scores import Score, remove_units, score_named
 from coprune.run.calibrating import record_calibration
 from coprune.run.removal.cut import Plan, words_of
+from coprune.run.removal.grouping import in_steps
 from coprune.run.removal.plan import (
     Removable,
     blocks_that_go,
@@ -47,7 +48,7 @@ def find_for_budget(session: Session) -> Removable:
     """The parts of the kinds that a configuration can tell of, and whether it can of blocks."""
     parts = dict(find_parts(session.model, ()))
     require_align(session, parts)
-    return Removable(_removable(session, parts), blocks=_blocks_can_go(session))
+    return Removable(_removable(session, in_steps(session, parts)), blocks=_blocks_can_go(session))
 
 
 def spread_budget(session: Session, share: float, found: Removable) -> Plan:
@@ -87,9 +88,9 @@ def _removable(session: Session, found: Parts) -> dict[str, list[Part]]:
     kinds: list[Kind] = ["channels", "heads"]
     for kind in kinds:
         own = {name: [part for part in parts if part.kind == kind] for name, parts in found.items()}
-        sizes = {part.count for parts in own.values() for part in parts}
-        level = {size: kept_count(size, 0.5, _align(session, kind)) for size in sizes}
-        if all(level[size] == size for size in sizes):
+        groups = groups_of((part for parts in own.values() for part in parts), kind)
+        level = {size: kept_count(size, 0.5, _align(session, kind), group) for size, group in groups.items()}
+        if all(level[size] == size for size in groups):
             continue
         try:
             rehearse(session, Plan((), own, {kind: level}))
@@ -117,11 +118,12 @@ def _align(session: Session, kind: Kind) -> int:
 
 def _levels(parts: Parts, kind: Kind, align: int) -> list[Level]:
     """Every number of units that may be kept, all of them first; of several sizes, numbers of about the same share."""
-    sizes = sorted({part.count for own in parts.values() for part in own if part.kind == kind})
+    groups = groups_of((part for own in parts.values() for part in own), kind)
+    sizes = sorted(groups)
     if not sizes:
         return [{}]
     shares = [units / sizes[-1] for units in range(0, sizes[-1], max(1, align // 4))]
-    levels = [{size: size for size in sizes}, *({size: kept_count(size, s, align) for size in sizes} for s in shares)]
+    levels = [{size: size for size in sizes}, *({n: kept_count(n, s, align, groups[n]) for n in sizes} for s in shares)]
     return list({tuple(level.values()): level for level in levels}.values())
 
 

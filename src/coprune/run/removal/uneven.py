@@ -141,7 +141,9 @@ def _measured(session: Session, plan: Plan) -> list[Levels]:
             after = [keep(hidden) for hidden in event.after]
             moved = movement(joined(event.before), joined(after), processes)
             for part in plan.parts.get(event.block.name, ()):
-                counts = list(range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1)))
+                counts = list(
+                    range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1, part.group))
+                )
                 levels.append(_levels(event.block, part, counts, inputs, (score, moved)))
             inputs = {}
     return levels
@@ -156,14 +158,14 @@ def _levels(
     for consumer in part.fold.consumers:
         weight, known = consumer.read(), inputs.get(consumer.name)
         statistic = None if known is None else known.statistic
-        units = part.units.to(weight.device)
+        units, numbers = part.grouped.to(weight.device), [count // part.group for count in counts]
         if not isinstance(statistic, Gram) or not statistic.count:
-            for own, count in zip(keeps, counts, strict=True):
-                own.append(by_norm(weight, units, count))
+            for own, count in zip(keeps, numbers, strict=True):
+                own.append(part.ungrouped(by_norm(weight, units, count)))
             continue
         total += statistic.count * energy(weight, statistic)
-        for at, (keep, cost) in enumerate(curve(how[0], weight, statistic, units, counts)):
-            keeps[at].append(keep)
+        for at, (keep, cost) in enumerate(curve(how[0], weight, statistic, units, numbers)):
+            keeps[at].append(part.ungrouped(keep))
             costs[at] += statistic.count * cost
     seen = {consumer.name: inputs[consumer.name] for consumer in part.fold.consumers if consumer.name in inputs}
     return Levels(block, part, counts, keeps, [cost / total if total else 0.0 for cost in costs], how[1], seen)

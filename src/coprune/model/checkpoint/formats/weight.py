@@ -1,0 +1,287 @@
+"""One weight of a quantised checkpoint: several stored tensors that together are a matrix, or a stack of matrices.
+
+It is decoded, encoded on the grid that it has, and cut, always by its parts: codes, scales and what else belongs to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.words import Set
+from coprune.model.checkpoint.formats.grids import Grid, Packing, Words
+from coprune.model.slices import KeptSlices
+
+_STRETCH = 1 << 22
+"""About as many values are decoded at a time."""
+CODES, SCALES, FACTOR, ZEROS, SHAPE = "codes", "scales", "factor", "zero points", "shape"
+Parts = Mapping[str, Tensor]
+"""Stored tensors by what they are of a weight; those that are only carried along, by their names."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the weights of a format are stored."""
+
+    label: str
+    grid: Grid
+    packing: Packing
+    exponents: bool = False
+    """Whether scales are exponents of two in bytes, 127 for 1 (E8M0)."""
+    divided: bool = False
+    """Whether scales are divided by the factor that all of them have in common, instead of multiplied."""
+    transposed: bool = False
+    """Whether the weight is the transpose of what is stored."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How many values that are not zero were rounded to another code, and how far."""
+
+    values: int = 0
+    error: float = 0.0
+    """Sum of squared differences."""
+    energy: float = 0.0
+    """Sum of squares of the values that were rounded."""
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(self.values + other.values, self.error + other.error, self.energy + other.energy)
+
+    def line(self) -> str | None:
+        """What is to be known of it; None where nothing was rounded."""
+        if not self.values:
+            return None
+        relative = (self.error / self.energy) ** 0.5 if self.energy else 0.0
+        return f"{self.values:,} weights were rounded to values of the source's format, by {relative:.2%} (root mean square)"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight by its name in a dense checkpoint, and the names of what is stored of it.
+
+    lead: length of the stack, None for one matrix. rows, columns: of a matrix as it is stored. block: values that one scale
+    is for, rows × columns.
+    """
+
+    name: str
+    form: Form
+    rows: int
+    columns: int
+    block: tuple[int, int]
+    lead: int | None = None
+    parts: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight."""
+        matrix = (self.columns, self.rows) if self.form.transposed else (self.rows, self.columns)
+        return matrix if self.lead is None else (self.lead, *matrix)
+
+    @property
+    def label(self) -> str:
+        """The format, what one scale is for, and in which steps rows and columns can go."""
+        rows, columns = (min(self.block[0], self.rows), min(self.block[1], self.columns))
+        whole = (rows == self.rows, columns == self.columns)
+        of = {
+            (True, True): "the matrix",
+            (False, True): "a row" if rows == 1 else f"{rows} rows",
+        }.get(whole, f"{columns} of a row" if rows == 1 else f"{rows} × {columns}")
+        steps = [
+            f"{axis} in blocks of {step}"
+            for axis, step, all_of_it in zip(("rows", "columns"), (rows, columns), whole, strict=True)
+            if step > 1 and not all_of_it
+        ]
+        return f"{self.form.label}, a scale for {of}" + (f"; {' and '.join(steps)} can go" if steps else "")
+
+    def decode(self, stored: Parts, out: Tensor) -> Tensor:
+        """Fill a tensor of the weight's shape with its values. Raises BadInput, naming a tensor, for what is no number."""
+        for plane, target in zip(self._planes(stored), self._matrices(out), strict=True):
+            for rows in self._stretches():
+                values = self._values(plane, rows, self._codes(plane, rows))
+                if not bool(torch.isfinite(values).all()):
+                    raise self._no_number(stored)
+                target[rows] = values
+        return out
+
+    def encode(self, dense: Tensor, stored: Parts) -> tuple[dict[str, Tensor], Rounding]:
+        """Put values on the weight's own grid.
+
+        A code stays where the value is what it decodes to; zero gets the code of zero, everything else the nearest one under
+        the scale that is there.
+
+        Args:
+            dense: the values, in the shape of the weight.
+            stored: what it was decoded from.
+
+        Returns:
+            The parts with other codes, and what was rounded.
+        """
+        found, rounding = dict(stored), Rounding()
+        codes = stored[CODES].clone()
+        grid, targets = self.form.grid, self._matrices(dense)
+        planes = self._planes({**stored, CODES: codes})
+        for plane, target in zip(planes, targets, strict=True):
+            zeros = self._zeros(plane)
+            for rows in self._stretches():
+                before = self._codes(plane, rows)
+                wanted = target[rows]
+                same = self._values(plane, rows, before).to(dense.dtype) == wanted
+                if bool(same.all()):
+                    continue
+                own = None if zeros is None else self._expanded(zeros, rows)
+                exact, scales = wanted.float(), self._scales(plane, rows)
+                nearest = grid.nearest(exact / scales, own)
+                after = torch.where(same, before, torch.where(wanted == 0, grid.zero(own), nearest))
+                plane[CODES][rows] = self.form.packing.pack(after)
+                moved = ~same & (wanted != 0)
+                error = (self._values(plane, rows, after) - exact)[moved].double()
+                squares = exact[moved].double().square()
+                rounding += Rounding(int(moved.sum()), float(error.square().sum()), float(squares.sum()))
+        return found | {CODES: codes}, rounding
+
+    def cut(self, stored: Parts, kept: KeptSlices) -> dict[str, Tensor]:
+        """Keep slices of a weight: of its codes and of its scales.
+
+        Args:
+            stored: its parts.
+            kept: slices of the dense weight.
+
+        Raises:
+            UnsupportedModel: what is kept is not what some scales are for.
+        """
+        axis, indices = self._axis(kept), _indices(kept)
+        if axis is None:
+            stacked = [role for role in (CODES, SCALES, ZEROS) if role in stored]
+            return dict(stored) | {role: stored[role].index_select(0, indices[0]).contiguous() for role in stacked}
+        planes = [*self._planes(stored)]
+        each = indices * len(planes) if len(indices) == 1 else indices
+        cut = [self._cut(plane, axis, own) for plane, own in zip(planes, each, strict=True)]
+        if self.lead is None:
+            return cut[0]
+        roles = [role for role in (CODES, SCALES, ZEROS) if role in stored]
+        return dict(stored) | {role: torch.stack([plane[role] for plane in cut]) for role in roles}
+
+    def require_cut(self, kept: KeptSlices) -> None:
+        """Raise UnsupportedModel where `cut` would."""
+        axis = self._axis(kept)
+        if axis is not None:
+            for indices in _indices(kept):
+                self._blocks_left(axis, indices)
+
+    def _axis(self, kept: KeptSlices) -> int | None:
+        """Which axis of a stored matrix is cut; None for the stack."""
+        axis = kept.dim - (self.lead is not None)
+        if axis < 0:
+            return None
+        return 1 - axis if self.form.transposed else axis
+
+    def _cut(self, plane: Parts, axis: int, indices: Tensor) -> dict[str, Tensor]:
+        found, packing = dict(plane), self.form.packing
+        if axis == 0:
+            found[CODES] = plane[CODES].index_select(0, indices)
+        else:
+            codes = packing.unpack(plane[CODES], self.columns).index_select(1, indices)
+            found[CODES] = packing.pack(codes)
+        blocks = self._blocks_left(axis, indices)
+        if blocks is not None:
+            found[SCALES] = _index(plane[SCALES], self._as_matrix(plane[SCALES]), axis, blocks)
+            if (zeros := self._zeros(plane)) is not None:
+                found[ZEROS] = self._zeros_packed(zeros.index_select(axis, blocks))
+        if SHAPE in plane:
+            found[SHAPE] = plane[SHAPE].clone().index_fill_(0, torch.tensor([axis]), len(indices))
+        return {role: tensor.contiguous() for role, tensor in found.items()}
+
+    def _blocks_left(self, axis: int, indices: Tensor) -> Tensor | None:
+        """Which scales are left along an axis; None where one is for all of it."""
+        size, step = (self.rows, self.columns)[axis], self.block[axis]
+        if step >= size:
+            return None
+        blocks = indices // step
+        left = blocks[::step]
+        if not torch.equal(left.repeat_interleave(step)[: len(blocks)], blocks):
+            axes, how = ("rows", "columns")[axis], self.label.partition(";")[0]
+            raise UnsupportedModel(
+                f"{self.name} is stored as {how}, so {axes} can be removed in whole blocks of {step} only",
+                fix=("write plain weights with ", Set("encoding", "dense")),
+            )
+        return left
+
+    def _planes(self, stored: Parts) -> Iterator[dict[str, Tensor]]:
+        """The parts of every matrix of a stack; views."""
+        if self.lead is None:
+            yield dict(stored)
+            return
+        for index in range(self.lead):
+            own = {role: stored[role][index] for role in (CODES, SCALES, ZEROS) if role in stored}
+            yield {**stored, **own}
+
+    def _matrices(self, dense: Tensor) -> Sequence[Tensor]:
+        """The matrices of a dense weight as they are stored; views."""
+        matrices = [dense] if self.lead is None else list(dense.unbind(0))
+        return [matrix.T for matrix in matrices] if self.form.transposed else matrices
+
+    def _stretches(self) -> Iterator[slice]:
+        step = max(1, _STRETCH // max(1, self.columns))
+        return (slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step))
+
+    def _codes(self, plane: Parts, rows: slice) -> Tensor:
+        return self.form.packing.unpack(plane[CODES][rows], self.columns)
+
+    def _values(self, plane: Parts, rows: slice, codes: Tensor) -> Tensor:
+        zeros = self._zeros(plane)
+        own = None if zeros is None else self._expanded(zeros, rows)
+        return self.form.grid.values(codes, own) * self._scales(plane, rows)
+
+    def _scales(self, plane: Parts, rows: slice) -> Tensor:
+        """Scales of some rows in float32, as they broadcast."""
+        scales = self._as_matrix(plane[SCALES])
+        if self.form.exponents:
+            exponents = scales.view(torch.uint8).float()
+            found = torch.exp2(exponents - 127).masked_fill(exponents == 255, torch.nan)
+        else:
+            found = scales.float()
+        if FACTOR in plane:
+            factor = plane[FACTOR].float().reshape(())
+            found = found / factor if self.form.divided else found * factor
+        return self._expanded(found, rows)
+
+    def _as_matrix(self, scales: Tensor) -> Tensor:
+        return scales.reshape(-(-self.rows // self.block[0]), -(-self.columns // self.block[1]))
+
+    def _expanded(self, scales: Tensor, rows: slice) -> Tensor:
+        """What is one for each block, for each value of some rows."""
+        blocks = torch.arange(rows.start, rows.stop) // self.block[0]
+        own = scales if len(scales) == 1 else scales.index_select(0, blocks)
+        return own if own.shape[1] == 1 else own.repeat_interleave(self.block[1], dim=1)[:, : self.columns]
+
+    def _zeros(self, plane: Parts) -> Tensor | None:
+        """Zero points, one for each block; they are packed down the rows."""
+        if ZEROS not in plane or not isinstance(self.form.packing, Words):
+            return None
+        return self.form.packing.unpack(plane[ZEROS].T.contiguous(), self.rows).T
+
+    def _zeros_packed(self, zeros: Tensor) -> Tensor:
+        return self.form.packing.pack(zeros.T.contiguous()).T
+
+    def _no_number(self, stored: Parts) -> BadInput:
+        """What to say where a decoded value is none: of the scales, if it is they."""
+        scales = [self._scales(plane, slice(0, self.rows)) for plane in self._planes(stored)]
+        role = CODES if all(bool(torch.isfinite(one).all()) for one in scales) else SCALES
+        return BadInput(
+            f"{self.parts.get(role, self.name)} holds {role} that are no numbers (NaN or infinite)",
+            fix="fetch or save the checkpoint again",
+        )
+
+
+def _indices(kept: KeptSlices) -> list[Tensor]:
+    return [torch.cat([torch.arange(start, end) for start, end in one]) for one in kept.ranges]
+
+
+def _index(like: Tensor, scales: Tensor, axis: int, blocks: Tensor) -> Tensor:
+    """Scales of some blocks, with as many dimensions as they are stored in. like: as they are stored."""
+    left = scales.index_select(axis, blocks)
+    return left if like.ndim == 2 else left.reshape(-1)

@@ -1,0 +1,204 @@
+"""How a quantised checkpoint stores its weights, kept through a run: read as dense weights, written back on its grid.
+
+Everything else sees *decoded entries*: dense names and shapes, whose values are decoded from codes and scales when they are
+read. What a run writes are the source's codes where their values stayed, so that untouched bytes stay untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.base.files import write_text
+from coprune.model.checkpoint.encoding import Dense, Place, keep_place
+from coprune.model.checkpoint.formats import Rounding, Weight, find_weights
+from coprune.model.checkpoint.shards import (
+    DTYPES,
+    MODELOPT_FILE,
+    QUANT_METHOD,
+    Buffer,
+    TensorEntry,
+    kinds_of,
+    read_json,
+    read_tensor,
+    stored_entries,
+)
+from coprune.model.slices import KeptSlices
+
+READABLE = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
+"""Values of `quant_method` whose weights are read."""
+_WHY_NOT = {
+    "bitsandbytes": "its blocks of values run across rows, and its scales are quantised themselves",
+    "torchao": "its tensors are pieces of Python objects",
+    "gptq": "its groups of columns may be in any order",
+    "awq": "its codes are interleaved for one kernel",
+}
+_LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
+_LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
+"""Where a configuration names layers that are not quantised."""
+
+
+@dataclass(frozen=True)
+class DecodedEntry(TensorEntry):
+    """A dense weight that is decoded from several stored tensors when it is read."""
+
+    weight: Weight
+    parts: tuple[tuple[str, TensorEntry], ...]
+    """What is stored of it, by what it is."""
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return tuple(entry for _, entry in self.parts)
+
+    def read(self, buffer: Buffer) -> Tensor:
+        return self.weight.decode(self.read_parts(), buffer(self.shape, DTYPES[self.dtype]))
+
+    def read_parts(self) -> dict[str, Tensor]:
+        """Read what is stored of the weight. Raises BadInput as `read_tensor`."""
+        return {role: read_tensor(entry) for role, entry in self.parts}
+
+
+class SourceEncoding(Dense):
+    """How a quantised checkpoint stores its tensors. entries: what its files hold, by name."""
+
+    name = "source"
+
+    def __init__(self, quantization: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> None:
+        """dtype: that weights are decoded to. Raises BadInput for damaged parts of a weight."""
+        self._quantization = quantization
+        self.dtype = dtype
+        self.entries = self.decoded(entries)
+        """Every tensor as a dense checkpoint would have it."""
+
+    @property
+    def weights(self) -> dict[str, DecodedEntry]:
+        """The quantised weights by their dense names."""
+        return {name: entry for name, entry in self.entries.items() if isinstance(entry, DecodedEntry)}
+
+    @property
+    def method(self) -> str:
+        """The configuration's name of the method."""
+        return str(self._quantization.get("quant_method"))
+
+    def decoded(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """Return entries with dense weights in place of what is stored of them. Raises BadInput for damaged ones."""
+        weights = find_weights(self._quantization, entries)
+        used = {part for weight in weights.values() for part in weight.parts.values()}
+        dense = {name: entry for name, entry in entries.items() if name not in used}
+        return dense | {name: self._entry(weight, entries) for name, weight in weights.items()}
+
+    def _entry(self, weight: Weight, entries: Mapping[str, TensorEntry]) -> DecodedEntry:
+        parts = tuple((role, entries[name]) for role, name in weight.parts.items())
+        codes, nbytes = parts[0][1], math.prod(weight.shape) * self.dtype.itemsize
+        return DecodedEntry(codes.file, _LETTERS[self.dtype], weight.shape, codes.start, nbytes, weight, parts)
+
+    def store(self, name: str, tensor: Tensor, kept: Sequence[KeptSlices]) -> tuple[dict[str, Tensor], Rounding]:
+        entry = self.entries.get(name)
+        if not isinstance(entry, DecodedEntry):
+            return super().store(name, tensor, kept)
+        parts, rounding = entry.weight.encode(tensor, entry.read_parts())
+        for one in kept:
+            parts = entry.weight.cut(parts, one)
+        return {entry.weight.parts[role]: part for role, part in parts.items()}, rounding
+
+    def require_cut(self, name: str, kept: KeptSlices) -> None:
+        entry = self.entries.get(name)
+        if isinstance(entry, DecodedEntry):
+            entry.weight.require_cut(kept)
+
+    def bytes_of(self, dense: int) -> int:
+        return dense + sum(sum(e.nbytes for e in entry.stored) - entry.nbytes for entry in self.weights.values())
+
+    def configure(self, config: dict[str, Any], place: Place = keep_place) -> None:
+        _place_layers(quantization_of(config) or {}, place)
+
+    def complete(self, folder: Path, place: Place) -> None:
+        file = folder / MODELOPT_FILE
+        if file.is_file():
+            content = read_json(file)
+            _place_layers(content.get("quantization", {}), place)
+            write_text(file, json.dumps(content, indent=2) + "\n")
+
+    def lines(self) -> list[str]:
+        """How quantised weights are stored, a line per kind, and in which steps they can be cut."""
+        names = defaultdict[str, list[str]](list)
+        for name, entry in self.weights.items():
+            names[entry.weight.label].append(name)
+        return [f"{kind}: {label}" for label, own in names.items() for kind in kinds_of(own)]
+
+
+def _place_layers(said: Any, place: Place) -> None:
+    """Let lists of layers that are not quantised follow these, in place."""
+    for key in _LISTS:
+        if isinstance(said, dict) and isinstance(listed := said.get(key), list):
+            said[key] = [left for name in listed if (left := place(str(name))) is not None]
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the content of `config.json` says of how weights are quantised; None if it says nothing."""
+    for said in (config, config.get("text_config")):
+        if isinstance(said, Mapping):
+            found = said.get("quantization_config") or said.get("compression_config")
+            if isinstance(found, dict):
+                return found
+    return None
+
+
+def source_encoding(folder: Path, dtype: torch.dtype | None = None) -> SourceEncoding | None:
+    """Return how a folder's checkpoint is quantised; None if its tensors are dense, or packed by coprune.
+
+    dtype: that weights are decoded to; None for the configuration's own.
+
+    Raises:
+        BadInput: it is quantised in a way that is not read, or damaged.
+    """
+    config = read_json(folder / "config.json")
+    found = quantization_of(config)
+    if found is None:
+        if config.get("quantization_config"):
+            raise BadInput(f"{folder / 'config.json'} has a quantization_config that is no table of settings")
+        return None
+    method = found.get("quant_method", "compressed-tensors" if "compression_config" in config else None)
+    if method == QUANT_METHOD:
+        return None
+    if method not in READABLE:
+        why = _WHY_NOT.get(str(method), "coprune does not know how")
+        raise BadInput(
+            f"{folder.name} is quantised ({method}), which is not read: {why}",
+            field="model",
+            value=str(folder),
+            fix=(
+                "use the unquantised checkpoint, "
+                "or load it dequantised with transformers and write it with save_pretrained"
+            ),
+        )
+    return SourceEncoding(found, stored_entries(folder), dtype or _own_dtype(config))
+
+
+def _own_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a configuration computes in; bfloat16 where it says none that weights can have."""
+    said = [one.get(key) for one in (config, config.get("text_config")) if isinstance(one, Mapping) for key in _DTYPES]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return next((known[str(name)] for name in said if str(name) in known), torch.bfloat16)
+
+
+_DTYPES = ("dtype", "torch_dtype")
+
+
+def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint by its name; quantised weights as dense ones.
+
+    Raises BadInput on a damaged shard, where the index names a tensor that its file does not hold, and for what is quantised
+    in a way that is not read.
+    """
+    source = source_encoding(folder) if (folder / "config.json").is_file() else None
+    return stored_entries(folder) if source is None else source.entries

@@ -1,0 +1,285 @@
+"""Quantised checkpoints go in, are cut or zeroed, and come out in the same form: what is kept has the source's bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import coprune
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Reporter
+from coprune.model.checkpoint.load import load_model, quiet_transformers
+from coprune.model.checkpoint.locate import locate
+from coprune.recipe.recipe import make_recipe
+from coprune.run.stages import run_recipe
+from support.pico import pico_tokens
+from support.pico_folder import listing, write_words
+from support.quantised import FORMATS, quantised_pico
+from support.saved import load_clean, tensors_of
+
+IDS = pico_tokens(4, 16)
+SETTINGS: dict[str, Any] = {"dataset": IDS, "evaluate": False, "quiet": True, "align": 1}
+CASES = {
+    "fp8 block": ("llama", {}),
+    "fp8 channel": ("llama", {}),
+    "fp8 tensor": ("llama", {}),
+    "int4": ("qwen3_moe", {}),
+    "mxfp4": ("gpt_oss", {}),
+    "nvfp4": ("llama", {}),
+    "nvfp4 modelopt": ("llama", {}),
+}
+CODES = re.compile(r"(_packed|_blocks|proj\.weight)$")
+
+
+def decoded(folder: Path) -> PreTrainedModel:
+    return load_model(locate(folder), processed=False)[0]
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS, use_cache=False).logits
+    return found
+
+
+def pruned(model: Path, folder: Path, **settings: Any) -> Path:
+    coprune.prune(str(model), save=folder / "run", save_model=folder / "model", **{**SETTINGS, **settings})
+    return folder / "model"
+
+
+def assert_same_model(found: Path, expected: Path) -> None:
+    """Both decode to the same values, and so compute the same."""
+    left, right = decoded(found), decoded(expected)
+    for (name, one), other in zip(left.state_dict().items(), right.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert torch.equal(logits(left), logits(right))
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(tensor.shape or (1,)).view(torch.uint8)
+
+
+@pytest.mark.parametrize("form", CASES)
+def test_zeros_by_magnitude_are_those_of_the_decoded_model_and_leave_all_else_as_it_was(
+    form: str, tmp_path: Path
+) -> None:
+    family, changes = CASES[form]
+    source, dense = quantised_pico(tmp_path, form, family, **changes)
+    settings = {"method": "magnitude", "sparsity": 0.5, "stream": True}
+    found = pruned(source, tmp_path / "a", **settings)
+    assert_same_model(found, pruned(dense, tmp_path / "b", **settings))
+    before, after = tensors_of(source), tensors_of(found)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        same = raw(after[name]) == raw(tensor)
+        if not CODES.search(name):
+            assert bool(same.all()), name
+    assert json.loads((found / "config.json").read_text())["quantization_config"] == FORMATS[form].config
+
+
+@pytest.mark.parametrize(("form", "family"), [("fp8 block", "llama"), ("mxfp4", "gpt_oss")])
+def test_wanda_in_memory_makes_the_masks_of_the_decoded_model(form: str, family: str, tmp_path: Path) -> None:
+    source, dense = quantised_pico(tmp_path, form, family)
+    settings = {"method": "wanda", "sparsity": 0.5, "stream": False}
+    assert_same_model(pruned(source, tmp_path / "a", **settings), pruned(dense, tmp_path / "b", **settings))
+
+
+@pytest.mark.parametrize(
+    ("form", "family", "stream"),
+    [
+        ("fp8 block", "qwen3_moe", True),
+        ("int4", "qwen3_moe", False),
+        ("fp8 block", "deepseek_v3", True),
+        ("mxfp4", "gpt_oss", True),
+    ],
+)
+def test_experts_that_stay_have_the_bytes_of_the_source(form: str, family: str, stream: bool, tmp_path: Path) -> None:
+    many = {"n_routed_experts": 8} if family == "deepseek_v3" else {}
+    source, dense = quantised_pico(tmp_path, form, family, **many)
+    settings = {"remove": "experts=0.5", "stream": stream}
+    found = pruned(source, tmp_path / "a", **settings)
+    assert_same_model(found, pruned(dense, tmp_path / "b", **settings))
+    before = [raw(tensor) for tensor in tensors_of(source).values()]
+    whole = {bytes(tensor.numpy().tobytes()) for tensor in before}
+    for name, tensor in tensors_of(found).items():
+        rows = [tensor] if ".experts." not in name or tensor.ndim < 3 else list(tensor)
+        slices = {bytes(row.numpy().tobytes()) for one in before if one.ndim > 2 for row in one} | whole
+        if "router" not in name and "gate.weight" not in name and "bias" not in name:
+            assert all(raw(row).numpy().tobytes() in slices for row in rows), name
+
+
+def test_blocks_go_with_their_scales_and_lists_of_layers_follow(tmp_path: Path) -> None:
+    source, dense = quantised_pico(tmp_path, "fp8 block", "llama")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "model.layers.2.mlp", "model.layers.0.mlp"]
+    (source / "config.json").write_text(json.dumps(config))
+    found = pruned(source, tmp_path / "a", remove="blocks=0.34", stream=True)
+    assert_same_model(found, pruned(dense, tmp_path / "b", remove="blocks=0.34", stream=True))
+    left = json.loads((found / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.2.mlp" not in left
+    assert set(left) <= {"lm_head", "model.layers.0.mlp", "model.layers.1.mlp"}
+
+
+@pytest.mark.parametrize(
+    ("form", "family", "what"),
+    [("fp8 block", "llama", "channels"), ("fp8 block", "llama", "heads"), ("mxfp4", "gpt_oss", "channels")],
+)
+def test_channels_and_heads_go_in_the_blocks_that_share_scales(
+    form: str, family: str, what: str, tmp_path: Path
+) -> None:
+    source, _ = quantised_pico(tmp_path, form, family, **({"intermediate_size": 128} if form == "mxfp4" else {}))
+    found = pruned(source, tmp_path / "a", remove=f"{what}=0.5", score="magnitude", stream=True)
+    before, after = tensors_of(source), tensors_of(found)
+    smaller = [name for name in after if after[name].shape != before[name].shape]
+    assert smaller
+    model = decoded(
+        found
+    )  # the run compared its logits with those of the silenced model before it gave the folder its name
+    assert bool(torch.isfinite(logits(model)).all())
+    for name in smaller:
+        columns = {bytes(raw(row).numpy().tobytes()) for row in before[name].flatten(0, -2)}
+        if after[name].shape[-1] == before[name].shape[-1]:
+            assert all(raw(row).numpy().tobytes() in columns for row in after[name].flatten(0, -2)), name
+
+
+def test_channels_whose_blocks_do_not_divide_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    source, _ = quantised_pico(tmp_path, "fp8 block", "llama", intermediate_size=72)
+    with pytest.raises(UnsupportedModel, match=r"FP8 \(E4M3\), a scale for 16 × 16, so .* in whole blocks of 16 only"):
+        pruned(source, tmp_path / "a", remove="channels=0.5")
+    dense = pruned(source, tmp_path / "b", remove="channels=0.5", encoding="dense")
+    assert load_clean(dense).config.intermediate_size < 72
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("form", "stream"), [("fp8 block", True), ("int4", False)])
+def test_a_method_that_changes_weights_rounds_them_and_says_so(form: str, stream: bool, tmp_path: Path) -> None:
+    source, _ = quantised_pico(tmp_path, form, "llama")
+    report = coprune.prune(
+        str(source),
+        method="sparsegpt",
+        sparsity=0.5,
+        stream=stream,
+        save_model=tmp_path / "model",
+        save=tmp_path / "run",
+        **SETTINGS,
+    ).report
+    assert any("weights were rounded to values of the source's format" in event for event in report.events)
+    before, after = tensors_of(source), tensors_of(tmp_path / "model")
+    for name in before:
+        if "scale" in name:
+            assert torch.equal(before[name], after[name]), name
+    weight = decoded(tmp_path / "model").get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+class Stopping(Reporter):
+    """A reporter under which the user presses Ctrl-C after a block."""
+
+    def bar(self, description: str, total: float) -> Any:
+        @contextmanager
+        def bar() -> Any:
+            done = 0.0
+
+            def advance(amount: float) -> None:
+                nonlocal done
+                done += amount
+                if description.startswith("Pruning") and done >= 2:
+                    raise KeyboardInterrupt
+
+            yield advance
+
+        return bar()
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source, _ = quantised_pico(tmp_path, "int4", "llama")
+    settings: dict[str, Any] = {
+        "model": str(source),
+        "dataset": str(write_words(tmp_path / "words.txt")),
+        "nsamples": 4,
+    }
+    settings |= {"seqlen": 16, "evaluate": False, "method": "sparsegpt", "sparsity": 0.5}
+    whole, halves = (
+        make_recipe({**settings, "stream": True, "save": tmp_path / n / "run", "save_model": tmp_path / n / "model"})
+        for n in ("whole", "halves")
+    )
+    first = run_recipe(whole, reporter=Reporter(quiet=True)).report
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(halves, reporter=Stopping(quiet=True))
+    second = run_recipe(halves, reporter=Reporter(quiet=True)).report
+    assert [event for event in second.events if "rounded" in event] == [
+        event for event in first.events if "rounded" in event
+    ]
+    weights = [
+        {name: content for name, content in listing(folder).items() if name.endswith((".safetensors", "config.json"))}
+        for folder in (tmp_path / "whole" / "model", tmp_path / "halves" / "model")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
+    source, _ = quantised_pico(tmp_path, "mxfp4", "gpt_oss")
+    found = pruned(source, tmp_path / "a", method="magnitude", sparsity=0.5, stream=True)
+    with quiet_transformers():
+        other: Any = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
+    assert torch.allclose(logits(other.float()), logits(decoded(found)), atol=2e-2)
+
+
+def test_inspect_names_the_encoding_of_every_kind(tmp_path: Path) -> None:
+    source, _ = quantised_pico(tmp_path, "fp8 block", "llama")
+    lines = coprune.inspect(str(source), quiet=True, weights=False).lines()
+    stored = [line for line in lines if line.startswith("  stored")]
+    assert len(stored) == 7
+    told = "FP8 (E4M3), a scale for 16 × 16; rows in blocks of 16 and columns in blocks of 16 can go"
+    assert f"  stored  model.layers.*.mlp.up_proj.weight (3): {told}" in stored
+
+
+def _scales_of(shape: tuple[int, ...]) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(shape)
+
+    return change
+
+
+def _not_a_number(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight_scale_inv"][1, 1] = torch.nan
+
+
+def _without_scales(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            _scales_of((3, 3)),
+            r"up_proj\.weight_scale_inv has the shape \(3, 3\), which fits no scales of .*up_proj\.weight",
+        ),
+        (_not_a_number, r"layers\.0\.mlp\.up_proj\.weight_scale_inv holds scales that are no numbers"),
+        (_without_scales, r"holds .*layers\.0\.mlp\.up_proj\.weight in F8_E4M3 and lacks .*, its scales"),
+    ],
+    ids=["shape", "nan", "missing"],
+)
+def test_damaged_parts_are_one_line_that_names_the_tensor(
+    damage: Callable[[dict[str, Tensor]], None], told: str, tmp_path: Path
+) -> None:
+    source, _ = quantised_pico(tmp_path, "fp8 block", "llama")
+    (source / "model.safetensors.index.json").unlink()
+    tensors = {}
+    for file in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    damage(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=told):
+        pruned(source, tmp_path / "a", method="magnitude", sparsity=0.5)

@@ -1,0 +1,168 @@
+"""Pico checkpoints as others quantise them: plain encoders of every format, and the dense checkpoint that each decodes to.
+
+Nothing of coprune encodes or decodes here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from support.pico_folder import save_pico
+
+BLOCK, GROUP = 16, 16
+Encoded = tuple[dict[str, Tensor], Tensor]
+"""What is stored by the ends of names, and the float32 values that it stands for."""
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def _spread(scales: Tensor, rows: int, columns: int, shape: torch.Size) -> Tensor:
+    whole = scales.repeat_interleave(rows, dim=-2).repeat_interleave(columns, dim=-1)
+    return whole[..., : shape[-2], : shape[-1]]
+
+
+def _largest(weight: Tensor, rows: int, columns: int) -> Tensor:
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[-1] % columns, 0, -weight.shape[-2] % rows))
+    high, wide = padded.shape[-2] // rows, padded.shape[-1] // columns
+    return padded.abs().unflatten(-1, (wide, columns)).unflatten(-3, (high, rows)).amax(dim=(-3, -1)).clamp_min(1e-6)
+
+
+def _float8(weight: Tensor, scales: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    whole = _spread(scales, rows, columns, weight.shape)
+    codes = (weight / whole).to(torch.float8_e4m3fn)
+    return codes, codes.float() * whole
+
+
+def fp8_block(weight: Tensor) -> Encoded:
+    scales = _largest(weight, BLOCK, BLOCK) / 448
+    codes, values = _float8(weight, scales, BLOCK, BLOCK)
+    return {".weight": codes, ".weight_scale_inv": scales}, values
+
+
+def fp8_channel(weight: Tensor) -> Encoded:
+    scales = (_largest(weight, 1, weight.shape[1]) / 448).bfloat16()
+    codes, values = _float8(weight, scales.float(), 1, weight.shape[1])
+    return {".weight": codes, ".weight_scale": scales}, values
+
+
+def fp8_tensor(weight: Tensor) -> Encoded:
+    scales = _largest(weight, *weight.shape) / 448
+    codes, values = _float8(weight, scales, *weight.shape)
+    beside = {".input_scale": torch.tensor([0.5])}
+    return {".weight": codes, ".weight_scale": scales.reshape(1)} | beside, values
+
+
+def int4(weight: Tensor) -> Encoded:
+    """compressed-tensors pack-quantized, symmetric."""
+    scales = (_largest(weight, 1, GROUP) / 7).bfloat16()
+    whole = _spread(scales.float(), 1, GROUP, weight.shape)
+    codes = (weight / whole).round().clamp(-8, 7)
+    fields = (codes.long() + 8).unflatten(1, (-1, 8)) << (4 * torch.arange(8))
+    words = fields.sum(dim=-1).numpy().astype("uint32").view("int32")
+    stored = {".weight_packed": torch.from_numpy(words), ".weight_scale": scales}
+    return stored | {".weight_shape": torch.tensor(weight.shape)}, codes * whole
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    codes = (values[..., None] - _FP4).abs().argmin(dim=-1).to(torch.uint8)
+    return torch.where((codes == 0) & (values < 0), 8, codes)
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    return codes[..., ::2] + 16 * codes[..., 1::2]
+
+
+def mxfp4(weight: Tensor) -> Encoded:
+    """gpt-oss: experts × inputs × outputs, stored by output in groups of 32 inputs."""
+    rows = weight.transpose(1, 2)
+    exponents = (_largest(rows, 1, 32) / 6).log2().ceil()
+    whole = _spread(torch.exp2(exponents), 1, 32, rows.shape)
+    codes = _nibbles(rows / whole)
+    stored = {"_blocks": _pairs(codes).unflatten(-1, (-1, 16)), "_scales": (exponents + 127).to(torch.uint8)}
+    return stored, (_FP4[codes.int()] * whole).transpose(1, 2)
+
+
+def _nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    factor = weight.abs().amax() / (6 * 448)
+    scales = (_largest(weight, 1, 16) / 6 / factor).to(torch.float8_e4m3fn)
+    whole = _spread(scales.float() * factor, 1, 16, weight.shape).clamp_min(1e-12)
+    codes = _nibbles(weight / whole)
+    return _pairs(codes), scales, factor, _FP4[codes.int()] * whole
+
+
+def nvfp4(weight: Tensor) -> Encoded:
+    """compressed-tensors: scales are divided by the global one."""
+    codes, scales, factor, _ = _nvfp4(weight)
+    inverse = (1 / factor).reshape(1)
+    stored = {".weight_packed": codes, ".weight_scale": scales, ".weight_global_scale": inverse}
+    low, high = codes & 15, codes >> 4
+    values = _FP4[torch.stack((low, high), dim=-1).flatten(1).int()]
+    return stored, values * _spread(scales.float() / inverse, 1, 16, weight.shape)
+
+
+def nvfp4_modelopt(weight: Tensor) -> Encoded:
+    codes, scales, factor, _ = _nvfp4(weight)
+    stored = {".weight": codes, ".weight_scale": scales, ".weight_scale_2": factor.reshape(())}
+    low, high = codes & 15, codes >> 4
+    values = _FP4[torch.stack((low, high), dim=-1).flatten(1).int()]
+    return stored, values * _spread(scales.float() * factor, 1, 16, weight.shape)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: how it encodes one weight, and what the configuration says of it."""
+
+    encode: Callable[[Tensor], Encoded]
+    config: dict[str, Any]
+    weights: str = r"model\.layers\..*(proj|experts.*)\.weight"
+
+
+def _compressed(form: str, **weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "format": form, "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+FORMATS = {
+    "fp8 block": Format(fp8_block, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}),
+    "fp8 channel": Format(fp8_channel, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
+    "fp8 tensor": Format(fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "int4": Format(int4, _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP)),
+    "mxfp4": Format(mxfp4, {"quant_method": "mxfp4"}, r"model\.layers\..*experts\.(gate_up|down)_proj"),
+    "nvfp4": Format(nvfp4, _compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")),
+    "nvfp4 modelopt": Format(nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+}
+
+
+def quantised_pico(folder: Path, form: str, family: str, **changes: Any) -> tuple[Path, Path]:
+    """Save a pico model quantised, and the dense model that it decodes to; returns both folders."""
+    how, dense, quantised = FORMATS[form], folder / "dense", folder / "quantised"
+    save_pico(dense, family, **changes)
+    save_pico(quantised, family, **changes)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": how.config}))
+    weight_map: dict[str, str] = {}
+    for file in sorted(dense.glob("*.safetensors")):
+        tensors = load_file(file)
+        stored: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if re.fullmatch(how.weights, name) is None:
+                stored[name] = tensor
+                continue
+            parts, values = how.encode(tensor.float())
+            tensors[name] = values.to(tensor.dtype).contiguous()
+            stored |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(stored, quantised / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(stored, file.name)
+    index = quantised / "model.safetensors.index.json"
+    if index.is_file():
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return quantised, dense
