@@ -12,9 +12,10 @@ import torch
 import coprune
 from coprune.base.errors import VerificationError
 from coprune.model.checkpoint import writer
+from coprune.packed.encoding import PackedEncoding
 from coprune.packed.folder import is_packed_folder, pack, unpack
 from coprune.packed.quantizer import load_packed
-from coprune.run import stages
+from coprune.run import stored_as
 from support.pico import pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.saved import assert_same_tensors, load_clean, tensors_of
@@ -72,12 +73,12 @@ def test_the_packed_model_loads_and_computes_what_the_dense_one_does(place: Path
 def test_a_packed_file_that_lost_a_value_is_not_given_its_name(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Losing(type(stages.ENCODINGS["packed"])):  # type: ignore[misc]
+    class Losing(PackedEncoding):
         def write(self, file: Any, names: Any, tensors: Any) -> None:
             lost = ((name, tensor * 0 if name.endswith("q_proj.weight") else tensor) for name, tensor in tensors)
             super().write(file, names, lost)
 
-    monkeypatch.setitem(stages.ENCODINGS, "packed", Losing())
+    monkeypatch.setattr(stored_as, "PackedEncoding", Losing)
     with pytest.raises(VerificationError, match="q_proj"):
         prune(place, tmp_path / "packed", "llama", encoding="packed")
     assert not (tmp_path / "packed").exists()

@@ -29,15 +29,8 @@ from support.saved import load_clean, tensors_of
 
 IDS = pico_tokens(4, 16)
 SETTINGS: dict[str, Any] = {"dataset": IDS, "evaluate": False, "quiet": True, "align": 1}
-CASES = {
-    "fp8 block": ("llama", {}),
-    "fp8 channel": ("llama", {}),
-    "fp8 tensor": ("llama", {}),
-    "int4": ("qwen3_moe", {}),
-    "mxfp4": ("gpt_oss", {}),
-    "nvfp4": ("llama", {}),
-    "nvfp4 modelopt": ("llama", {}),
-}
+CASES = dict.fromkeys(FORMATS, "llama") | {"int4": "qwen3_moe", "mxfp4": "gpt_oss"}
+"""A family for every format."""
 CODES = re.compile(r"(_packed|_blocks|proj\.weight)$")
 
 
@@ -72,8 +65,7 @@ def raw(tensor: Tensor) -> Tensor:
 def test_zeros_by_magnitude_are_those_of_the_decoded_model_and_leave_all_else_as_it_was(
     form: str, tmp_path: Path
 ) -> None:
-    family, changes = CASES[form]
-    source, dense = quantised_pico(tmp_path, form, family, **changes)
+    source, dense = quantised_pico(tmp_path, form, CASES[form])
     settings = {"method": "magnitude", "sparsity": 0.5, "stream": True}
     found = pruned(source, tmp_path / "a", **settings)
     assert_same_model(found, pruned(dense, tmp_path / "b", **settings))
@@ -275,7 +267,7 @@ def test_damaged_parts_are_one_line_that_names_the_tensor(
 ) -> None:
     source, _ = quantised_pico(tmp_path, "fp8 block", "llama")
     (source / "model.safetensors.index.json").unlink()
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
         tensors |= load_file(file)
         file.unlink()

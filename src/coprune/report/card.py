@@ -72,12 +72,18 @@ def model_card(report: Report) -> str:
     card = "\n".join(header) + (
         f"\n{_model_index(report)}---\n\n# {inline(title)}, pruned with {report.recipe.way}{tuned}\n\n"
         f"{_what_was_done(report)} "
-        f"{STORED[report.recipe.output.encoding]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
+        f"{STORED[_stored(report)]}\n\n{note}## {'Accuracy' if images else 'Perplexity'}\n\n{results}\n\n"
         f"## How it was made\n\n{_calibrated_on(report)}\n\n"
         f"Made with {versions}. The recipe, without what is usual{repeats}:\n\n{fenced(recipe.to_yaml(usual=False), 'yaml')}\n\n"
         f"## Load\n\n{_how_to_load(report)}\n"
     )
     return without_places(card, [recipe.model_dump(mode="json"), base])
+
+
+def _stored(report: Report) -> str:
+    """How the weights are stored; a GGUF file's are decoded when it is read."""
+    asked = report.recipe.output.encoding
+    return "dense" if asked == "source" and report.model.quantised_source else asked
 
 
 def _calibrated_on(report: Report) -> str:

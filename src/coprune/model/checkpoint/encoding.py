@@ -46,6 +46,7 @@ class Encoding(Protocol):
 
     def require_cut(self, name: str, kept: KeptSlices) -> None:
         """Raise UnsupportedModel where `store` cannot keep these slices of a dense tensor."""
+        return
 
     def bytes_of(self, dense: int) -> int:
         """Return how many bytes the tensors take that take so many as the model's weights tell."""

@@ -155,7 +155,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def _forget_codes(config: Any) -> None:
     """Take the quantisation out of a configuration whose weights are decoded, not by transformers, when they are read."""
-    for own in (config, getattr(config, "text_config", None)):
+    for own in (one for one in (config, getattr(config, "text_config", None)) if one is not None):
         said = getattr(own, "quantization_config", None)
         if isinstance(said, dict) and said.get("quant_method") != QUANT_METHOD:
             del own.quantization_config

@@ -12,8 +12,10 @@ from coprune.model.checkpoint.formats.grids import Bytes, Floats4, Floats8, Inte
 from coprune.model.checkpoint.formats.weight import CODES, FACTOR, SCALES, SHAPE, ZEROS, Form, Weight
 
 _FLOATS8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_ACTIVATIONS = ("input_scale", "input_global_scale", "input_zero_point", "activation_scale", "output_scale")
-_ACTIVATIONS += ("k_scale", "v_scale")
+_ACTIVATIONS = (
+    *("input_scale", "input_global_scale", "input_zero_point", "activation_scale", "output_scale"),
+    *("k_scale", "v_scale"),
+)
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 
 
@@ -168,13 +170,12 @@ def _block_of(quantization: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _bits_of(quantization: Mapping[str, Any], base: str) -> int:
-    found = {(group.get("weights") or {}).get("num_bits") for group in _groups(quantization)} - {None}
+    said = [(group.get("weights") or {}).get("num_bits") for group in _groups(quantization)]
+    found = {bits for bits in said if isinstance(bits, int)}
     if len(found) != 1 or not found <= {4, 8}:
-        raise BadInput(
-            f"config.json does not say in how many bits {base}.weight_packed is stored (4 or 8 are known): {sorted(found)}"
-        )
-    bits: int = found.pop()
-    return bits
+        known = "4 or 8 are known, the same for all"
+        raise BadInput(f"config.json does not say in how many bits {base}.weight_packed is stored ({known})")
+    return found.pop()
 
 
 def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
