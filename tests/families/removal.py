@@ -50,7 +50,7 @@ Every family of the tests' tiny models. `python tests/families/removal.py` tries
 
 A number is a refusal with the reason below; the model is unchanged.
 
-| family | channels | heads | blocks | experts |
+| families | channels | heads | blocks | experts |
 | --- | --- | --- | --- | --- |
 """
 
@@ -62,15 +62,15 @@ class Row:
     family: str
     refused: dict[str, str]
 
-    def line(self, reasons: list[str]) -> str:
-        """A row of the table. reasons: numbered from one; new ones are added."""
+    def cells(self, reasons: list[str]) -> str:
+        """Return the family's cells of the table. reasons: numbered from one; new ones are added."""
         cells = []
         for part in SHARES:
             reason = self.refused.get(part)
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
             cells.append("✓" if reason is None else str(reasons.index(reason) + 1))
-        return f"| {self.family} | {' | '.join(cells)} |"
+        return " | ".join(cells)
 
 
 def tried(family: str, folder: Path) -> Row:
@@ -159,16 +159,19 @@ def read_page() -> list[Row]:
     reasons = [line.partition(". ")[2].replace("\\*", "*") for line in numbered.splitlines()]
     rows = []
     for line in table.splitlines():
-        family, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        found = zip(SHARES, cells, strict=True)
-        rows.append(Row(family, {part: reasons[int(cell) - 1] for part, cell in found if cell != "✓"}))
-    return rows
+        families, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        refused = {part: reasons[int(cell) - 1] for part, cell in zip(SHARES, cells, strict=True) if cell != "✓"}
+        rows += [Row(family, dict(refused)) for family in families.split(", ")]
+    return sorted(rows, key=lambda row: ALL.index(row.family))
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The page of all."""
+    """Return the page; families of which the same is said share a row."""
     reasons: list[str] = []
-    lines = [row.line(reasons) for row in rows]
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(row.cells(reasons), []).append(row.family)
+    lines = [f"| {', '.join(families)} | {cells} |" for cells, families in alike.items()]
     numbered = [f"{number}. {reason.replace('*', chr(92) + '*')}" for number, reason in enumerate(reasons, 1)]
     return _OPENING + "\n".join([*lines, "", *numbered]) + "\n"
 
