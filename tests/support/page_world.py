@@ -26,6 +26,7 @@ from coprune.data.text import JoinedText
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.locate import PACKAGED, Packaged
 from coprune.report import folder as run_folders
+from coprune.sweep import pool
 from support.page_blocks import ROOT
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -162,7 +163,7 @@ class World:
         patches.setenv("TASK_DATA", str(base["items"]))
         patches.setattr("coprune.packed.bench.measure_bandwidth", lambda **_: 1e9)
         # A worker of a sweep that begins anew would know nothing of this world.
-        patches.setattr("coprune.sweep.pool.get_context", lambda _: get_context("fork"))
+        patches.setattr(pool, "get_context", lambda _: get_context("fork"))
         (folder / "docs").symlink_to(ROOT / "docs")
         own, tasks = folder / "my-tasks", ROOT / "docs" / "tasks"
         own.mkdir()

@@ -19,6 +19,7 @@ import yaml
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
 from coprune.run import stages
+from coprune.sweep import pool
 from coprune.sweep.events import Cause, Doing, Done, JobEvent, NotDone
 from coprune.sweep.pool import LocalWorkers
 from coprune.sweep.run import conduct
@@ -171,7 +172,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
 def test_a_run_that_no_machine_has_the_memory_for_is_not_started(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("coprune.sweep.pool.available_bytes", lambda: 10_000)
+    monkeypatch.setattr(pool, "available_bytes", lambda: 10_000)
     data = sweep_data(method=["magnitude"], check_memory=True, seed=[0, 1])
     Path("table.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     ended = run_command(["sweep", "table.yaml", "--workers", "2"], monkeypatch, capsys)
