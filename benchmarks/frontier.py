@@ -29,7 +29,7 @@ from quality import measured_here
 import coprune
 from coprune.base.files import write_text
 from coprune.base.memory import peak_memory
-from coprune.gguf.llama_cpp import LlamaCpp
+from coprune.gguf_files.llama_cpp import LlamaCpp
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 

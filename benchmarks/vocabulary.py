@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
-from coprune.gguf.llama_cpp import LlamaCpp, _library
+from coprune.gguf_files.llama_cpp import LlamaCpp, _library
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.recipe.recipe import make_recipe

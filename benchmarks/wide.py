@@ -20,7 +20,7 @@ from synthetic import write_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import coprune
-from coprune.gguf.llama_cpp import LlamaCpp, quantize
+from coprune.gguf_files.llama_cpp import LlamaCpp, quantize
 from coprune.packed.bench import bench
 from coprune.packed.folder import pack
 

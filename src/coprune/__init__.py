@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from coprune.evaluation.evaluation import Evaluation
     from coprune.evaluation.perplexity import perplexity
     from coprune.evaluation.tables import Comparison
-    from coprune.gguf.export import Gguf, export
+    from coprune.gguf_files.export import Gguf, export
     from coprune.packed.accelerate import accelerate
     from coprune.packed.bench import Bench, bench
     from coprune.packed.folder import Sizes, pack, unpack
@@ -64,7 +64,7 @@ _HOME = {
     "Estimate": "coprune.run.estimate.found",
     "Evaluation": "coprune.evaluation.evaluation",
     "FinetuneReport": "coprune.training.report",
-    "Gguf": "coprune.gguf.export",
+    "Gguf": "coprune.gguf_files.export",
     "Inspection": "coprune.run.inspect",
     "LostProcess": "coprune.base.errors",
     "OutOfMemory": "coprune.base.errors",
@@ -82,7 +82,7 @@ _HOME = {
     "compare": "coprune.sweep.compare",
     "estimate": "coprune.run.prune",
     "evaluate": "coprune.evaluation.evaluate",
-    "export": "coprune.gguf.export",
+    "export": "coprune.gguf_files.export",
     "finetune": "coprune.training.finetune",
     "generate": "coprune.run.generate",
     "inspect": "coprune.run.inspect",

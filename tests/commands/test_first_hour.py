@@ -13,7 +13,7 @@ from support.commands import Ended, run_command
 from support.pico_folder import save_pico, write_words
 
 Type = Callable[[str], Ended]
-TEXT = "--dataset words --seqlen 32 --nsamples 2 --no-layer-error"
+TEXT = "--dataset words --seqlen 32 --nsamples 2 --no-layer-error -m wanda"
 # What is typed, and what the refusal names to type instead.
 REFUSED = {
     "the command": ("coprune prun model", ["prune"]),
@@ -28,7 +28,7 @@ REFUSED = {
     "a folder of models": ("coprune inspect out", ["did you mean out/packed?"]),
     "a run for a model": ("coprune eval out/model/0.5/wanda --data held", ["--save-model"]),
     "a run without a model": ("coprune push out/model/0.5/wanda me/pico", ["--save-model"]),
-    "a method": (f"coprune prune model {TEXT} -m wnada", ["did you mean 'wanda'?"]),
+    "a method": (f"coprune prune model {TEXT.replace('wanda', 'wnada')}", ["did you mean 'wanda'?"]),
     "a method to read of": ("coprune methods sparsgpt", ["did you mean 'sparsegpt'?"]),
     "a pattern": (f"coprune prune model {TEXT} -p 24", ["2:4"]),
     "per cent": (f"coprune prune model {TEXT} -s 50", ["--sparsity 0.5"]),
@@ -53,7 +53,7 @@ REFUSED = {
     "a login": ("coprune push out/pruned me/pico", ["hf auth login", "HF_TOKEN"]),
     "a folder that is there": ("coprune pack out/pruned model", ["another folder"]),
     "what is dense": (
-        f"coprune finetune model {TEXT.partition(' --no')[0].replace('--nsamples 2', '')}",
+        f"coprune finetune model {TEXT.partition(' --nsamples')[0]}",
         ["coprune prune"],
     ),
     "an example for a file": ("coprune export out/pruned pruned.gguf", ["--like", "-GGUF", "convert_hf_to_gguf.py"]),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from coprune.base.errors import BadInput
-from coprune.gguf.llama_cpp import LlamaCpp
+from coprune.gguf_files.llama_cpp import LlamaCpp
 from coprune.packed import accelerate as accelerate_module
 from coprune.packed.accelerate import accelerate, kernel_linear
 from coprune.packed.bench import Bench, bench, bench_model, make_forms, share_weights

@@ -11,8 +11,8 @@ import torch
 from gguf import GGUFReader
 
 from coprune.base.progress import Reporter
-from coprune.gguf.export import export
-from coprune.gguf.llama_cpp import LlamaCpp
+from coprune.gguf_files.export import export
+from coprune.gguf_files.llama_cpp import LlamaCpp
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.vocabulary.choose import Kept, choose

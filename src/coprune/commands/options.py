@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from coprune.base.errors import BadInput, unknown_name
 from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.choice import Choice, read_scalar
-from coprune.recipe.flat import FLAT, flags_of, place_of
+from coprune.recipe.flat import FLAT, TRAIN, flags_of, place_of
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.parts import is_common
 from coprune.recipe.recipe import DEFAULTS, FIELDS
@@ -57,6 +57,7 @@ _TITLES = {
 _FLAGS_OF_TRAINING = {
     "seqlen": ["--seqlen", "--block-size", "--block_size"],
     "temperature": ["--distill-temperature", "--temperature"],
+    "train": ["--train-only", "--train"],
 }
 _TITLES_OF_TRAINING = {
     "The data": ("dataset", "seqlen", "max_samples", "held_out"),
@@ -90,7 +91,7 @@ class ShortCommand(GroupedCommand):
 
 def _is_shown_short(name: str) -> bool:
     """Whether the short help shows an option, by the name of its parameter; what is no setting of a recipe is shown."""
-    return name not in _NAMED_TWICE and (name not in FIELDS or is_common(FIELDS[name]))
+    return name not in (*_NAMED_TWICE, TRAIN) and (name not in FIELDS or is_common(FIELDS[name]))
 
 
 def _in_few_words(told: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from coprune.base.errors import BadInput
-from coprune.gguf.llama_cpp import LlamaCpp, require_llama_cpp
+from coprune.gguf_files.llama_cpp import LlamaCpp, require_llama_cpp
 from coprune.model.generation import positions_of
 from coprune.packed.compiled import compile_decoding
 from coprune.packed.timing import Clock, Timing, summarise, time_in_turns, time_once

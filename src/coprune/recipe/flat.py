@@ -295,6 +295,7 @@ OLDER: dict[str, list[str]] = {
     "decode_tokens": ["--tokens"],
     "script": ["--preset"],
     "cache": ["--evaluations"],
+    "train": ["--train"],
 }
 """An option that has no other name keeps these."""
 

@@ -13,8 +13,8 @@ import numpy as np
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.files import write_durably
 from coprune.base.progress import Reporter
-from coprune.gguf.metadata import Field, architecture, read_fields, write_fields
-from coprune.gguf.vocabulary import named_ids, tokens_in, without_tokens
+from coprune.gguf_files.metadata import Field, architecture, read_fields, write_fields
+from coprune.gguf_files.vocabulary import named_ids, tokens_in, without_tokens
 from coprune.model.checkpoint.load import gguf_reader, load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.vocabulary.choose import Kept

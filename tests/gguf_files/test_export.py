@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import coprune
 from coprune.base.errors import BadInput, UnsupportedModel
-from coprune.gguf.llama_cpp import LlamaCpp, has_llama_cpp
-from coprune.gguf.metadata import Counts, Field, config_of, corrected
-from coprune.gguf.pieces import Matcher
+from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.metadata import Counts, Field, config_of, corrected
+from coprune.gguf_files.pieces import Matcher
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.shards import EDITS_FILE
 from coprune.model.edit import Edit, KeepSlices

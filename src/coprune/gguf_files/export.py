@@ -18,7 +18,7 @@ from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
 from coprune.base.files import require_usable, write_durably
 from coprune.base.progress import Reporter
 from coprune.base.words import Setting, Sheet, Shown
-from coprune.gguf.llama_cpp import (
+from coprune.gguf_files.llama_cpp import (
     BY_LLAMA_CPP,
     PLAIN,
     LlamaCpp,
@@ -27,11 +27,11 @@ from coprune.gguf.llama_cpp import (
     require_type,
     tensor_type,
 )
-from coprune.gguf.metadata import Field, Fields, Plan, write_gguf
-from coprune.gguf.narrow import Narrow, narrowed
-from coprune.gguf.plan import Example, planned, read_example
-from coprune.gguf.smaller import Exported, exported, planned_shape
-from coprune.gguf.verify import require_same, require_written
+from coprune.gguf_files.metadata import Field, Fields, Plan, write_gguf
+from coprune.gguf_files.narrow import Narrow, narrowed
+from coprune.gguf_files.plan import Example, planned, read_example
+from coprune.gguf_files.smaller import Exported, exported, planned_shape
+from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.edits import history_of
 

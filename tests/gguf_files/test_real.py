@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import coprune
-from coprune.gguf.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
 from support.padded import pad_blocks

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
-from coprune.gguf.llama_cpp import LlamaCpp, decode, has_llama_cpp
-from coprune.gguf.metadata import Plan
-from coprune.gguf.pieces import Piece
-from coprune.gguf.smaller import Exported, whole_tensors
+from coprune.gguf_files.llama_cpp import LlamaCpp, decode, has_llama_cpp
+from coprune.gguf_files.metadata import Plan
+from coprune.gguf_files.pieces import Piece
+from coprune.gguf_files.smaller import Exported, whole_tensors
 from coprune.model.checkpoint.load import plain
 from coprune.model.checkpoint.locate import GgufFile
 

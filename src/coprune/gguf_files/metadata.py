@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from coprune.base.errors import UnsupportedModel
-from coprune.gguf.llama_cpp import encode, encoded_bytes, file_type
+from coprune.gguf_files.llama_cpp import encode, encoded_bytes, file_type
 from coprune.model.checkpoint.companions import places_in
 from coprune.model.checkpoint.load import quiet_transformers
 

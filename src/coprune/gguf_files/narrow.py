@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coprune.gguf.smaller import Exported
+from coprune.gguf_files.smaller import Exported
 from coprune.model.as_saved import slices_kept
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint

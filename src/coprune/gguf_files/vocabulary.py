@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coprune.base.errors import UnsupportedModel
-from coprune.gguf.metadata import Field, Fields
+from coprune.gguf_files.metadata import Field, Fields
 
 TOKENS = "tokenizer.ggml.tokens"
 MERGES = "tokenizer.ggml.merges"
