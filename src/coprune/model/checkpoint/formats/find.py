@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -135,6 +136,10 @@ def _weight(entries: Entries, name: str, form: Form, parts: dict[str, str], bloc
     matrix = codes.shape[:-1] if grouped else codes.shape
     if len(matrix) not in (2, 3) or 0 in matrix:
         raise BadInput(f"{parts[CODES]} has the shape {codes.shape}, and a weight is a matrix or a stack of them")
+    if FACTOR in parts and math.prod(entries[parts[FACTOR]].shape) != 1:
+        raise BadInput(
+            f"{parts[FACTOR]} has the shape {entries[parts[FACTOR]].shape}, and one factor is for all scales"
+        )
     rows, columns, lead = matrix[-2], form.packing.columns(matrix[-1]), matrix[0] if len(matrix) == 3 else None
     own = scales.shape[1:] if lead is not None and len(scales.shape) > 1 and scales.shape[0] == lead else scales.shape
     for size in ((rows, columns), (1, columns), block):
