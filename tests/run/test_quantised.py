@@ -31,6 +31,7 @@ IDS = pico_tokens(4, 16)
 SETTINGS: dict[str, Any] = {"dataset": IDS, "evaluate": False, "quiet": True, "align": 1}
 CASES = dict.fromkeys(FORMATS, "llama") | {"int4": "qwen3_moe", "mxfp4": "gpt_oss"}
 """A family for every format."""
+QUICK = ("fp8 block", "int4", "mxfp4")
 CODES = re.compile(r"(_packed|_blocks|proj\.weight)$")
 
 
@@ -61,7 +62,9 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(tensor.shape or (1,)).view(torch.uint8)
 
 
-@pytest.mark.parametrize("form", CASES)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in CASES]
+)
 def test_zeros_by_magnitude_are_those_of_the_decoded_model_and_leave_all_else_as_it_was(
     form: str, tmp_path: Path
 ) -> None:
@@ -78,7 +81,9 @@ def test_zeros_by_magnitude_are_those_of_the_decoded_model_and_leave_all_else_as
     assert json.loads((found / "config.json").read_text())["quantization_config"] == FORMATS[form].config
 
 
-@pytest.mark.parametrize(("form", "family"), [("fp8 block", "llama"), ("mxfp4", "gpt_oss")])
+@pytest.mark.parametrize(
+    ("form", "family"), [("fp8 block", "llama"), pytest.param("mxfp4", "gpt_oss", marks=pytest.mark.slow)]
+)
 def test_wanda_in_memory_makes_the_masks_of_the_decoded_model(form: str, family: str, tmp_path: Path) -> None:
     source, dense = quantised_pico(tmp_path, form, family)
     settings = {"method": "wanda", "sparsity": 0.5, "stream": False}
@@ -88,7 +93,7 @@ def test_wanda_in_memory_makes_the_masks_of_the_decoded_model(form: str, family:
 @pytest.mark.parametrize(
     ("form", "family", "stream"),
     [
-        ("fp8 block", "qwen3_moe", True),
+        pytest.param("fp8 block", "qwen3_moe", True, marks=pytest.mark.slow),
         ("int4", "qwen3_moe", False),
         ("fp8 block", "deepseek_v3", True),
         ("mxfp4", "gpt_oss", True),

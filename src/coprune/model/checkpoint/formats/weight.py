@@ -102,7 +102,8 @@ class Weight:
         for plane, target in zip(self._planes(stored), self._matrices(out), strict=True):
             for rows in self._stretches():
                 values = self._values(plane, rows, self._codes(plane, rows))
-                if not bool(torch.isfinite(values).all()):
+                # The sum is no number if a value is none, and costs a tenth of looking at each.
+                if not (bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())):
                     raise self._no_number(stored)
                 target[rows] = values
         return out
@@ -132,15 +133,16 @@ class Weight:
                 same = self._values(plane, rows, before).to(dense.dtype) == wanted
                 if bool(same.all()):
                     continue
-                own = None if zeros is None else self._expanded(zeros, rows)
-                exact, scales = wanted.float(), self._scales(plane, rows)
-                nearest = grid.nearest(exact / scales, own)
-                after = torch.where(same, before, torch.where(wanted == 0, grid.zero(own), nearest))
+                own = None if zeros is None else self._expanded(zeros, rows).expand_as(before)
+                after, moved = torch.where(same, before, grid.zero(own)), ~same & (wanted != 0)
+                if bool(moved.any()):
+                    exact, scales = wanted[moved].float(), self._scales(plane, rows).expand_as(before)[moved]
+                    zero = None if own is None else own[moved]
+                    after[moved] = grid.nearest(exact / scales, zero)
+                    error = (grid.values(after[moved], zero) * scales - exact).double()
+                    energy = float(exact.double().square().sum())
+                    rounding += Rounding(int(moved.sum()), float(error.square().sum()), energy)
                 plane[CODES][rows] = self.form.packing.pack(after)
-                moved = ~same & (wanted != 0)
-                error = (self._values(plane, rows, after) - exact)[moved].double()
-                squares = exact[moved].double().square()
-                rounding += Rounding(int(moved.sum()), float(error.square().sum()), float(squares.sum()))
         return found | {CODES: codes}, rounding
 
     def cut(self, stored: Parts, kept: KeptSlices) -> dict[str, Tensor]:
@@ -234,10 +236,18 @@ class Weight:
     def _values(self, plane: Parts, rows: slice, codes: Tensor) -> Tensor:
         zeros = self._zeros(plane)
         own = None if zeros is None else self._expanded(zeros, rows)
-        return self.form.grid.values(codes, own) * self._scales(plane, rows)
+        values, step = self.form.grid.values(codes, own).contiguous(), self.block[1]
+        if self.columns % step:
+            return values.mul_(self._scales(plane, rows))
+        blocks = self._of_rows(self._factors(plane), rows)[..., None]
+        return values.view(len(values), -1, step).mul_(blocks).view(values.shape)
 
     def _scales(self, plane: Parts, rows: slice) -> Tensor:
         """Scales of some rows in float32, as they broadcast."""
+        return self._expanded(self._factors(plane), rows)
+
+    def _factors(self, plane: Parts) -> Tensor:
+        """What the values of every block are multiplied with, float32."""
         scales = self._as_matrix(plane[SCALES])
         if self.form.exponents:
             exponents = scales.view(torch.uint8).float()
@@ -247,16 +257,20 @@ class Weight:
         if FACTOR in plane:
             factor = plane[FACTOR].float().reshape(())
             found = found / factor if self.form.divided else found * factor
-        return self._expanded(found, rows)
+        return found
 
     def _as_matrix(self, scales: Tensor) -> Tensor:
         return scales.reshape(-(-self.rows // self.block[0]), -(-self.columns // self.block[1]))
 
     def _expanded(self, scales: Tensor, rows: slice) -> Tensor:
         """What is one for each block, for each value of some rows."""
-        blocks = torch.arange(rows.start, rows.stop) // self.block[0]
-        own = scales if len(scales) == 1 else scales.index_select(0, blocks)
+        own = self._of_rows(scales, rows)
         return own if own.shape[1] == 1 else own.repeat_interleave(self.block[1], dim=1)[:, : self.columns]
+
+    def _of_rows(self, scales: Tensor, rows: slice) -> Tensor:
+        """What is one for each block, for each of some rows, or once if it is one for all."""
+        blocks = torch.arange(rows.start, rows.stop) // self.block[0]
+        return scales if len(scales) == 1 else scales.index_select(0, blocks)
 
     def _zeros(self, plane: Parts) -> Tensor | None:
         """Zero points, one for each block; they are packed down the rows."""
