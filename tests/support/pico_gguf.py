@@ -91,7 +91,7 @@ def write_pico_gguf(
             _write_tokens(writer, json.loads(tokenizer))
         for name, tensor in named_in_gguf(model, permuted=arch in ("llama", "granite")).items():
             values = tensor.float().contiguous().numpy()
-            if values.ndim < 2 or kind == "F32":
+            if values.ndim < 2 or kind == "F32" or "ffn_gate_inp" in name:
                 writer.add_tensor(name, values.astype(np.float32))
             else:
                 code = GGMLQuantizationType[kind]

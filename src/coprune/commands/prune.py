@@ -70,7 +70,7 @@ def _next_step(report: Report) -> Words:
     if saved is None:
         return ("to keep the model, type the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
     if report.answers is None or not report.answers.degenerates:
-        if recipe.output.encoding == "packed":
+        if recipe.output.encoding == "packed" or recipe.output.as_gguf:
             return ("how fast it is here: ", Command("bench", saved))
         if recipe.structure.remove and report.model.task == "text":
             return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))

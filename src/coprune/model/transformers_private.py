@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
@@ -251,6 +252,16 @@ def unpack_gguf() -> dict[str, Any]:
     # Newer versions can keep the weights packed, and have to be told not to.
     wanted = getattr(quantization_config, "GgufConfig", None)
     return {} if wanted is None else {"quantization_config": wanted(dequantize=True)}
+
+
+_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+for _family in ("qwen2_moe", "qwen3_moe"):  # transformers takes the default's widths, so that no other files would load
+    _read: Any = GGUF_CONFIG_MAPPING.get(_family, {})
+    for _key, _place in _WIDTHS.items():
+        _read.setdefault(_key, _place)
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

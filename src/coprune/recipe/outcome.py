@@ -124,7 +124,10 @@ class OutputPart(Part):
         Path | None,
         _MEASUREMENT | Decides.WHETHER,
         Shown.COMMON,
-        Field(description="Folder for the pruned model and tokenizer. [not saved]"),
+        Field(
+            description="Folder for the pruned model and tokenizer; NAME.gguf where a GGUF file loses experts, blocks or tokens, "
+            "for a file in which all else has the source's bytes. [not saved]"
+        ),
     ] = None
     encoding: Annotated[
         Literal["source", "dense", "packed"],
@@ -153,3 +156,8 @@ class OutputPart(Part):
     log_json: Annotated[
         Path | None, Decides.WHERE, Field(description="Also write what happens to this file, one JSON object a line.")
     ] = None
+
+    @property
+    def as_gguf(self) -> bool:
+        """Whether the model that is saved is to be a GGUF file."""
+        return self.model is not None and self.model.suffix.lower() == ".gguf"

@@ -85,6 +85,6 @@ def model_of(name: str) -> str:
         raise BadInput(
             f"the run {name} did not save its model", fix=("repeat it with ", Set("save_model", ...), " to compare it")
         )
-    if not saved.is_dir():
+    if not saved.exists():
         raise BadInput(f"the model of the run {name} is not at {saved} any more", fix="name the folder where it is now")
     return str(saved)

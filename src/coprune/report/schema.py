@@ -216,7 +216,8 @@ class Report(Shown, BaseModel):
         if troubles := self.troubles:
             rows.append(("events", f"numerical: {len(troubles)}, the first: {troubles[0]}"))
         if self.saved_model is not None:
-            rows.append(("model in", f"{self.saved_model} (reloaded and compared)"))
+            how = "bytes compared with the source's" if recipe.output.as_gguf else "reloaded and compared"
+            rows.append(("model in", f"{self.saved_model} ({how})"))
         return Sheet(self.headline(), rows)
 
     def write(self, path: Path) -> None:

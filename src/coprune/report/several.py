@@ -40,7 +40,9 @@ class Run:
         file = path if path.is_file() else path / "report.json"
         report = Report.read(file)
         saved = report.saved_model
-        size = bytes_of_weights(saved) if saved is not None and saved.is_dir() else None
+        size = None
+        if saved is not None and saved.exists():
+            size = bytes_of_weights(saved) if saved.is_dir() else saved.stat().st_size
         return cls(name or file.parent.name or str(path), report, size, file.parent)
 
     def perplexity(self, on: _Text) -> PerplexityFacts | None:

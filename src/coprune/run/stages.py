@@ -45,6 +45,7 @@ from coprune.run.removal.parts import remove_parts, smaller_model, what_may_go
 from coprune.run.result import Result
 from coprune.run.session import NOTHING, Given, Reuse, Session, Surroundings, open_run, prove_run
 from coprune.run.stored_as import encoding_for
+from coprune.run.to_gguf import cut_of, refuse_other_changes
 from coprune.run.trackers import final_figures, listening
 from coprune.run.vocabulary import cut_vocabulary
 
@@ -84,6 +85,8 @@ def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, 
     started, processes = time.perf_counter(), around.processes
     if recipe.structure.vocabulary is not None:
         return cut_vocabulary(recipe, given, around, write, _run_among)
+    if recipe.output.as_gguf:
+        refuse_other_changes(recipe, given)
     if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
         return run_halves(recipe, given, around, write, _run_among, reuse)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
@@ -108,6 +111,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     extras = Extras.prepare(recipe, around.processes.size, given.loaded is None)
     session = _open(recipe, given, around, reuse)
     loaded, may_go = session.opened.loaded, what_may_go(session)
+    file = cut_of(session, may_go) if first else None
     if first:
         extras.look.prepare(loaded, around.reporter)
     phases.done(Phase.PREPARE)
@@ -134,7 +138,9 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     if write:
         announce(recipe, report)
     _save(session, output, report, outcome.edits)
-    if output is not None and output.keep:
+    if file is not None and recipe.output.model is not None:
+        file.cut(recipe.output.model, outcome.edits, around.reporter)
+    if recipe.output.model is not None and first:
         phases.done(Phase.SAVE)
     return_free_memory()
     report = finished(recipe, report.model_copy(update={"phases": phases.facts}), phases.began, around)
@@ -177,7 +183,7 @@ def _open_output(session: Session) -> Output | None:
     """The checkpoint to write, if one is wanted or a streamed run has no other place for its blocks."""
     opened, model = session.opened, session.model
     recipe = opened.recipe
-    if recipe.output.model is None and not model.weights.streams:
+    if (recipe.output.model is None or recipe.output.as_gguf) and not model.weights.streams:
         return None
     # How windows begin is decided by now, whoever decided it.
     used = "auto" if opened.bos is None or opened.bos.used == "as given" else opened.bos.used
@@ -297,6 +303,6 @@ def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -
     if not onward:
         return begun
     # Finished blocks lie in the checkpoint that is being made, if there is one.
-    goes_on = recipe.output.model is not None or streams(recipe)
+    goes_on = (recipe.output.model is not None and not recipe.output.as_gguf) or streams(recipe)
     first = "the same run goes on after its last finished block with " if goes_on else "it takes less with "
     return (first, Together(tuple(onward)), ". ", *begun)

@@ -31,6 +31,7 @@ from coprune.run.checks import prepare_folders, replace_earlier
 from coprune.run.halves import finished, push_if_asked
 from coprune.run.result import Result
 from coprune.run.session import NOTHING, Given, Surroundings
+from coprune.run.to_gguf import require_gguf_source
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut import Asked, Cutting
 from coprune.vocabulary.facts import VocabularyFacts
@@ -109,7 +110,7 @@ def _refuse(recipe: Recipe, around: Surroundings, alone: bool) -> None:
         raise BadInput("a vocabulary is cut by one process", field="remove", fix="run it without torchrun")
     model = recipe.output.model
     if not alone:
-        if model is not None and model.suffix.lower() == ".gguf":
+        if recipe.output.as_gguf:
             both = f"{model} would be a GGUF file, and what else is asked for leaves a folder"
             raise BadInput(both, field="save_model", value=model, fix="name a folder, and export that")
         return
@@ -174,10 +175,9 @@ def _for_rest(recipe: Recipe, given: Given, around: Surroundings, target: Path, 
 def _becomes_gguf(recipe: Recipe, given: Given, target: Path | None) -> bool:
     """Whether a GGUF file becomes another one. Raises BadInput where something else should become one."""
     is_gguf = given.loaded is None and isinstance(locate(recipe.model.name, recipe.model.cache_dir), GgufFile)
-    asked = target is not None and target.suffix.lower() == ".gguf"
-    if asked and not is_gguf:
-        fix: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.gguf"))
-        raise BadInput(f"{target} would be a GGUF file, and the model is a folder", field="save_model", fix=fix)
+    asked = target is not None and recipe.output.as_gguf
+    if asked:
+        require_gguf_source(recipe, given)
     return is_gguf and (asked or target is None)
 
 

@@ -167,7 +167,9 @@ def _no_config(folder: ModelFolder) -> BadInput:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model: a configuration, and all weights that it names."""
+    """Whether a folder holds a whole model: a configuration, and all weights that it names; or a GGUF file is there."""
+    if folder.suffix.lower() == ".gguf":
+        return folder.is_file()  # which gets its name when it is whole
     try:
         check_folder(ModelFolder(folder, str(folder)))
     except (BadInput, OSError):

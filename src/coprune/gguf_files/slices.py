@@ -1,0 +1,129 @@
+"""A GGUF file made of parts of another one: every tensor whole, or some entries of its first axis, as they are stored.
+
+Rows, experts and tokens are entries of the outermost axis of what holds them, so their bytes lie together in every type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprune.base.errors import BadInput, VerificationError
+from coprune.base.files import write_durably
+from coprune.base.progress import Reporter
+from coprune.gguf_files.metadata import Field, Fields, architecture, read_fields, write_fields
+from coprune.model.checkpoint.load import gguf_reader
+from coprune.model.checkpoint.locate import GgufFile
+
+_BY_WRITER = ("GGUF.", "general.architecture")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a new file takes over of a tensor."""
+
+    name: str
+    """That it has there."""
+    kept: NDArray[np.int64] | None = None
+    """Entries of its first axis; None for all."""
+
+    def of(self, stored: Any) -> Any:
+        """Return what is left of a tensor of a reader, as it is stored."""
+        return stored.data if self.kept is None else stored.data[self.kept]
+
+    def bytes_of(self, stored: Any) -> int:
+        """Return how many bytes of a tensor are left."""
+        whole = int(stored.n_bytes)
+        return whole if self.kept is None else whole // len(stored.data) * len(self.kept)
+
+
+Slices = Mapping[str, Slice]
+"""What is taken over, by the names of the source's tensors in its order; what is not named is left out."""
+
+
+class Sliced:
+    """A GGUF file that others are made of."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Read all but the tensors' values. Raises BadInput where the file cannot be read, or is one of several."""
+        self.file = file
+        self.reader = gguf_reader(file.path, field="model")
+        self.fields: Mapping[str, Field] = read_fields(self.reader, _BY_WRITER)
+        if "split.count" in self.fields and self.fields["split.count"].value > 1:
+            raise BadInput(
+                f"{file.name} is one of several parts", field="model", value=file.name, fix="join them first"
+            )
+
+    @property
+    def arch(self) -> str:
+        """The name in front of what describes the model."""
+        return architecture(self.reader)
+
+    def sizes(self, slices: Slices) -> tuple[int, int]:
+        """Return the bytes of all tensors before and after a cut."""
+        tensors = self.reader.tensors
+        left = sum(slices[stored.name].bytes_of(stored) for stored in tensors if stored.name in slices)
+        return sum(int(stored.n_bytes) for stored in tensors), left
+
+    def write(self, target: Path, slices: Slices, fields: Fields, reporter: Reporter) -> None:
+        """Write a file with what is left, whole or not at all.
+
+        Args:
+            target: its name.
+            slices: what is left of which tensors.
+            fields: its metadata.
+            reporter: who sees the bar.
+
+        Raises:
+            BadInput: the target is taken.
+            VerificationError: the bytes that were written are not the source's.
+        """
+        if target.exists():
+            raise BadInput(f"{target} already exists", field="save_model", value=target, fix="choose another name")
+
+        def write(file: Path) -> None:
+            with reporter.bar("Writing", self.sizes(slices)[1]) as advance:
+                self._write(file, slices, fields, advance)
+            self._verify(file, slices)
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(target, write)
+
+    def _write(self, file: Path, slices: Slices, fields: Fields, advance: Callable[[float], None]) -> None:
+        from gguf import GGUFWriter
+
+        left = [stored for stored in self.reader.tensors if stored.name in slices]
+        with closing(GGUFWriter(file, self.arch)) as writer:
+            if "general.alignment" in fields:
+                writer.data_alignment = fields["general.alignment"].value
+            write_fields(writer, fields)
+            for stored in left:
+                own, shape = slices[stored.name], list(stored.data.shape)
+                if own.kept is not None:
+                    shape[0] = len(own.kept)
+                size = int(np.prod(shape)) * stored.data.dtype.itemsize
+                writer.add_tensor_info(own.name, shape, stored.data.dtype, size, stored.tensor_type)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for stored in left:
+                data = slices[stored.name].of(stored)
+                writer.write_tensor_data(data)
+                advance(data.nbytes)
+
+    def _verify(self, file: Path, slices: Slices) -> None:
+        written = {stored.name: stored for stored in gguf_reader(file, field="save_model").tensors}
+        for stored in self.reader.tensors:
+            own = slices.get(stored.name)
+            if own is None:
+                continue
+            found = written.get(own.name)
+            same = found is not None and found.tensor_type == stored.tensor_type
+            if found is None or not same or not np.array_equal(found.data, own.of(stored)):
+                raise VerificationError(f"{file} does not hold {own.name} as {self.file.name} holds {stored.name}")

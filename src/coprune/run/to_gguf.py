@@ -1,0 +1,66 @@
+"""A run that makes a GGUF file of another one: experts and blocks are chosen as in any run, and left out of the file's bytes."""
+
+from __future__ import annotations
+
+from coprune.base.errors import BadInput
+from coprune.base.words import Command, LeaveOut, Words
+from coprune.gguf_files.parts import GgufParts
+from coprune.model.checkpoint.locate import GgufFile, locate, locates_gguf
+from coprune.model.removal.experts import tensor_at
+from coprune.recipe.recipe import Recipe
+from coprune.run.removal.plan import Removable
+from coprune.run.session import Given, Session
+
+_INSTEAD: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.gguf"))
+
+
+def require_gguf_source(recipe: Recipe, given: Given) -> None:
+    """Raise BadInput where a GGUF file should be made of something else."""
+    if given.loaded is not None or not locates_gguf(recipe.model.name):
+        raise _refused(recipe, "the model is no such file" if given.loaded is None else "the model is in memory")
+
+
+def refuse_other_changes(recipe: Recipe, given: Given) -> None:
+    """Raise BadInput where more is asked for than to leave experts and blocks out of a GGUF file."""
+    require_gguf_source(recipe, given)
+    kinds = [kind for kind in recipe.structure.shares if kind not in ("experts", "blocks")]
+    if kinds:
+        raise _refused(recipe, f"{kinds[0]} go from inside of its tensors, whose values are stored anew then")
+    if recipe.sets_zeros:
+        raise _refused(recipe, "zeros change the values of its tensors")
+    if recipe.finetune.mode is not None or recipe.reconstruction.steps:
+        raise _refused(recipe, "a training changes the values of its tensors")
+    if recipe.output.push_to_hub is not None:
+        raise BadInput(
+            "only the folder of a model is pushed to the Hub",
+            field="push_to_hub",
+            value=recipe.output.push_to_hub,
+            fix=(LeaveOut("push_to_hub"), f", and later: hf upload {recipe.output.push_to_hub} {recipe.output.model}"),
+        )
+
+
+def _refused(recipe: Recipe, why: str) -> BadInput:
+    target = recipe.output.model
+    return BadInput(f"{target} would be a GGUF file, and {why}", field="save_model", value=target, fix=_INSTEAD)
+
+
+def cut_of(session: Session, removed: Removable | None) -> GgufParts | None:
+    """Return the file that a run makes another one of; None where it does not.
+
+    Raises:
+        BadInput: the file is one of several.
+        UnsupportedModel: its blocks or routers are not those of the model that was made of it.
+    """
+    recipe = session.opened.recipe
+    if not recipe.output.as_gguf or removed is None:
+        return None
+    file = locate(recipe.model.name, recipe.model.cache_dir)
+    assert isinstance(file, GgufFile)
+    parts = GgufParts(file, session.model.names)
+    for block in session.model.blocks:
+        if (mixture := removed.mixtures.get(block.name)) is not None:
+            own = (path for path in mixture.sliced if path.startswith(f"{mixture.router}."))
+            for router in (tensor_at(block.module, path) for path in own):
+                if router.ndim > 1:
+                    parts.require_router(block.name, router)
+    return parts
