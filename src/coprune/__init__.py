@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from coprune.base.environment import require_posix
-from coprune.packed.quantizer import register_with_transformers
+from coprune.packed.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from coprune.base.errors import (

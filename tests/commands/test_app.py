@@ -167,8 +167,8 @@ def test_the_default_run_folder_names_model_target_and_method(coprune: Callable[
 
 
 def test_include_and_exclude_repeat(coprune: Callable[..., str], place: Path) -> None:
-    coprune("prune", "model", *SMALL, "--include", "*.q_proj", "--include", "*.layers.0.*", "--exclude", "*.v_proj",
-            "--save", "out")  # fmt: skip
+    coprune("prune", "model", *SMALL, "-m", "wanda", "--include", "*.q_proj", "--include", "*.layers.0.*",
+            "--exclude", "*.v_proj", "--save", "out")  # fmt: skip
     names = {matrix["name"] for matrix in report_in(place / "out")["matrices"]}
     assert "model.layers.1.self_attn.q_proj" in names
     assert "model.layers.1.self_attn.k_proj" not in names
@@ -177,7 +177,9 @@ def test_include_and_exclude_repeat(coprune: Callable[..., str], place: Path) ->
 
 
 def test_eval_agrees_with_prune(coprune: Callable[..., str], place: Path) -> None:
-    coprune("prune", "model", *SMALL, "--eval-data", "test.txt", "--save", "out", "--save-model", "pruned")
+    coprune(
+        "prune", "model", *SMALL, "-m", "wanda", "--eval-data", "test.txt", "--save", "out", "--save-model", "pruned"
+    )
     figures = report_in(place / "out")["perplexity"][0]
     for model, value in (("model", figures["dense"]), ("pruned", figures["pruned"])):
         line = coprune("eval", model, "--data", "test.txt", "--seqlen", "32", "--quiet")
@@ -186,7 +188,7 @@ def test_eval_agrees_with_prune(coprune: Callable[..., str], place: Path) -> Non
 
 
 def test_inspect_tells_blocks_shapes_and_present_sparsity(coprune: Callable[..., str], place: Path) -> None:
-    coprune("prune", "model", *SMALL, "-p", "2:4", "--save", "out", "--save-model", "pruned")
+    coprune("prune", "model", *SMALL, "-m", "wanda", "-p", "2:4", "--save", "out", "--save-model", "pruned")
     before = listing(place)
     lines = [line.split() for line in coprune("inspect", "pruned", "--matrices").splitlines()]
     assert " ".join(lines[0]) == "pruned: llama, 94,528 parameters, 2 blocks (model.layers.0 … model.layers.1)"

@@ -22,7 +22,7 @@ from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
 from coprune.gguf_files.metadata import Counts, Field, config_of, corrected
 from coprune.gguf_files.pieces import Matcher
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.checkpoint.shards import EDITS_FILE
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import Edit, KeepSlices
 from coprune.model.edits import Edits, history_of
 from coprune.model.slices import KeptSlices

@@ -7,7 +7,7 @@ import torch
 
 from coprune.base.devices import DeviceMemory
 from coprune.base.errors import BadInput
-from coprune.model import opened
+from coprune.model import room
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.room import require_room
 from support.pico_folder import save_pico
@@ -34,7 +34,7 @@ def test_a_device_without_room_is_named(location: ModelFolder) -> None:
 
 
 def test_host_memory_is_asked_only_for_what_goes_there(location: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(room, "available_bytes", lambda: 1000)
     require_room(location, 1, GPU, lambda device: of_size(10**9))
     with pytest.raises(BadInput, match="of memory at a time"):
         require_room(location, 1, torch.device("cpu"))

@@ -131,8 +131,8 @@ def test_the_trainer_asks_for_what_is_set() -> None:
 
 
 def test_packed_folders_are_registered_in_the_tables_that_are_read() -> None:
-    from coprune.model.checkpoint.shards import QUANT_METHOD
-    from coprune.packed.quantizer import TABLE, register_with_transformers
+    from coprune.model.checkpoint.names import QUANT_METHOD
+    from coprune.packed.registration import TABLE, register_with_transformers
 
     tables = [
         look_up(f"{TABLE}:{name}", PACKED) for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")

@@ -19,7 +19,8 @@ from coprune.packed.folder import pack, unpack
 from coprune.packed.header import read_header
 from coprune.packed.linear import PackedLinear, PackedSlot
 from coprune.packed.operator import pack_matrix
-from coprune.packed.quantizer import load_packed, register_with_transformers
+from coprune.packed.quantizer import load_packed
+from coprune.packed.registration import register_with_transformers
 
 register_with_transformers()
 QUERY = "model.layers.0.self_attn.q_proj.weight"

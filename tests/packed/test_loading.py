@@ -16,7 +16,8 @@ from coprune.base.errors import BadInput
 from coprune.base.native.product import TILE_BYTES
 from coprune.packed.folder import pack, unpack
 from coprune.packed.linear import PackedLinear
-from coprune.packed.quantizer import CopruneConfig, load_packed, register_with_transformers
+from coprune.packed.quantizer import CopruneConfig, load_packed
+from coprune.packed.registration import register_with_transformers
 from support.pico import pico_model
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -149,7 +150,7 @@ import sys
 order, folder = sys.argv[1:]
 if order == "after":
     import transformers.modeling_utils
-from coprune.packed.quantizer import register_with_transformers
+from coprune.packed.registration import register_with_transformers
 register_with_transformers()
 register_with_transformers()
 assert order == "after" or not {"torch", "transformers"} & set(sys.modules)
@@ -178,7 +179,7 @@ def test_memory_of_the_process_is_that_of_the_packed_weights(tmp_path: Path) -> 
 import gc, sys, torch
 from coprune.packed.quantizer import load_packed
 from transformers import AutoModelForCausalLM
-from coprune.packed.quantizer import register_with_transformers
+from coprune.packed.registration import register_with_transformers
 register_with_transformers()
 def resident():
     gc.collect()

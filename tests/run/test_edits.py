@@ -15,7 +15,7 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint import writer
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.shards import EDITS_FILE
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import FillZeros
 from coprune.model.edits import Edits, dump_edits, load_edits, pruned_names, source_of
 from coprune.model.matrices import find_matrices

@@ -21,7 +21,7 @@ from support.hub import TOKEN, Hub, Repository, serving
 from support.page_blocks import lines_of, read_blocks
 from support.pico_folder import save_pico, words_of
 
-SMALL = "--seqlen 32 --nsamples 2 --eval-tokens 128 --no-layer-error"
+SMALL = "-m wanda --seqlen 32 --nsamples 2 --eval-tokens 128 --no-layer-error"
 WIKITEXT = "wikitext-2-raw-v1"
 LLAMA = "meta-llama/Llama-3.2-1B"
 CARD = f"""---

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
-from coprune.model.checkpoint.shards import is_below
+from coprune.model.checkpoint.names import is_below
 from coprune.model.edits import Edits
 from coprune.model.slices import KeptSlices, runs_of
 from coprune.model.transformers_private import (

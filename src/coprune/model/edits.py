@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.validation import reason
-from coprune.model.checkpoint.shards import EDITS_FILE
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.edit import (
     AddLowRank,
     Configure,

@@ -11,7 +11,7 @@ from coprune.base.errors import BadInput
 from coprune.model.checkpoint.lazy import build_skeleton, forget_parameters
 from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.shards import is_below_any
+from coprune.model.checkpoint.names import is_below_any
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.room import room_on
 

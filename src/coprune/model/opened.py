@@ -21,7 +21,7 @@ from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
 from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, is_packed, locate
-from coprune.model.checkpoint.shards import kinds_of
+from coprune.model.checkpoint.names import kinds_of
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.imagined import Imagined

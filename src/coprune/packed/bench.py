@@ -25,7 +25,8 @@ from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.opened import choose_device, refuse_what_loading_decides
 from coprune.packed.accelerate import accelerate
 from coprune.packed.linear import pack_linears
-from coprune.packed.quantizer import load_packed, register_with_transformers
+from coprune.packed.quantizer import load_packed
+from coprune.packed.registration import register_with_transformers
 from coprune.packed.runtimes import (
     InLlamaCpp,
     InTransformers,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput
 from coprune.model.checkpoint.encoding import Encoding, Place, keep_place
-from coprune.model.checkpoint.shards import DTYPES, QUANT_METHOD, parse_header, read_header_bytes
+from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.shards import DTYPES, parse_header, read_header_bytes
 from coprune.packed.format import Format, check_packed, pack_tensor, unpack_tensor
 from coprune.packed.header import ALIGNMENT, VERSION, Header, is_packed, read_header
 

@@ -26,7 +26,8 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import require_own_name, whole_folder
 from coprune.base.words import Set, Sheet, Shown, say
 from coprune.model.checkpoint.companions import own_files
-from coprune.model.checkpoint.shards import MAX_HEADER_BYTES, QUANT_METHOD, read_header_bytes, read_json, shard_files
+from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.shards import MAX_HEADER_BYTES, read_header_bytes, read_json, shard_files
 from coprune.packed.encoding import (
     DTYPE_NAMES,
     PackedEncoding,

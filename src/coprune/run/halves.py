@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from coprune.base.progress import Reporter
+from coprune.evaluation.extras import Extras
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.outcome import OutputPart
@@ -77,6 +78,7 @@ def _tuned(recipe: Recipe, given: Given, around: Surroundings, half: Callable[[R
     from coprune.training.after_pruning import prune_and_finetune
 
     output, processes = recipe.output, around.processes
+    Extras.prepare(recipe, processes.size, given.loaded is None)  # what is asked of the trained model is checked before hours
     report = prune_and_finetune(
         recipe,
         lambda pruning: half(pruning, given).report,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from coprune.base.progress import NO_BAR
 from coprune.base.words import per_cent
-from coprune.model.checkpoint.shards import is_below
+from coprune.model.checkpoint.names import is_below
 from coprune.model.choosing import Chosen
 from coprune.model.matrices import LEAST_SPARSITY, Matrix
 from coprune.model.walk.recording import Recording

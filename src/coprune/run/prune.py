@@ -256,7 +256,7 @@ def read_call(
     if preset is None:
         asked, line = usual_preset({name: value for name, value in asked.items() if name != PRESET})
     # What trains a whole model leaves folders, which a call that names none does not want.
-    keeps = loaded is None and any(said.get(name) is not None for name in ("save", "save_model", "output"))
+    keeps = loaded is None and said.get("save") is not None
     return recipe_that_fits(asked, in_memory=not keeps), Given(loaded, given, None if line is None else say(line))
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from coprune.base.errors import BadInput, BrokenMask
 from coprune.base.words import Command, Set
 from coprune.model.blocks import Block, find_blocks
-from coprune.model.checkpoint.shards import is_below_any
+from coprune.model.checkpoint.names import is_below_any
 from coprune.model.choosing import Selection
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, history_of, pruned_names

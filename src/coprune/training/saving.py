@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from coprune.base.errors import NumericalError
 from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.load import prepare
-from coprune.model.checkpoint.shards import is_below
+from coprune.model.checkpoint.names import is_below
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
 from coprune.model.edits import Edits

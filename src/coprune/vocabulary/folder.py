@@ -19,11 +19,11 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import CARD_FILE, COPIED, own_files
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
+from coprune.model.checkpoint.names import EDITS_FILE
 from coprune.model.checkpoint.shards import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
-    EDITS_FILE,
     INDEX_FILE,
     TensorEntry,
     read_entries,

@@ -23,7 +23,8 @@ from coprune.model.checkpoint import writer as writer_module
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.encoding import Place
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.shards import EDITS_FILE, INDEX_FILE, SINGLE_FILE
+from coprune.model.checkpoint.names import EDITS_FILE
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter, join_files
 from support.disturbing import in_child, left_in

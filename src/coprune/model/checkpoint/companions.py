@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from coprune.base.files import write_text
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
 from coprune.model.checkpoint.locate import Location, ModelFolder, is_packed
-from coprune.model.checkpoint.shards import LICENCES, VOCABULARIES, read_json
+from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
+from coprune.model.checkpoint.shards import read_json
 
 CARD_FILE = "README.md"
 COPIED = ("*.json", "*.txt", "*.jinja", "*.py", *VOCABULARIES, *LICENCES)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coprune.model.checkpoint.formats import Rounding
-from coprune.model.checkpoint.shards import MODELOPT_FILE
+from coprune.model.checkpoint.names import MODELOPT_FILE
 from coprune.model.slices import KeptSlices
 
 Place = Callable[[str], str | None]

@@ -24,16 +24,8 @@ from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.encoding import DENSE, Encoding
 from coprune.model.checkpoint.load import DtypeName, class_for, explained, prepare, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
-from coprune.model.checkpoint.shards import (
-    DTYPES,
-    TensorEntry,
-    is_below,
-    is_below_any,
-    read_ahead,
-    read_entries,
-    read_tensor,
-    stored_entries,
-)
+from coprune.model.checkpoint.names import is_below, is_below_any
+from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_ahead, read_entries, read_tensor, stored_entries
 from coprune.model.checkpoint.source import FLOATS, Source
 from coprune.model.checkpoint.source_encoding import source_encoding
 from coprune.model.checkpoint.weights import Uncut, piece_places

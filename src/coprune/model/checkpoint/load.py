@@ -37,7 +37,8 @@ from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, panics_caught
 from coprune.model.checkpoint.conversion import require_floats
 from coprune.model.checkpoint.locate import GgufFile, Location, check_tokenizer, is_packed
-from coprune.model.checkpoint.shards import QUANT_METHOD, TensorEntry, read_tensor
+from coprune.model.checkpoint.names import QUANT_METHOD
+from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
 from coprune.model.transformers_private import (
     auto_choice,

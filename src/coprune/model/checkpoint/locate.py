@@ -31,14 +31,8 @@ from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import like_named, whole_folder
 from coprune.base.words import Set, Setting, Words
-from coprune.model.checkpoint.shards import (
-    LICENCES,
-    QUANT_METHOD,
-    VOCABULARIES,
-    read_json,
-    stored_entries,
-    tell_of_adapter,
-)
+from coprune.model.checkpoint.names import LICENCES, QUANT_METHOD, VOCABULARIES
+from coprune.model.checkpoint.shards import read_json, stored_entries, tell_of_adapter
 from coprune.model.checkpoint.source_encoding import source_encoding
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", *VOCABULARIES, *LICENCES]

@@ -11,9 +11,8 @@ import json
 import logging
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -216,33 +215,6 @@ def _no_weights(folder: Path) -> BadInput:
     else:
         cause, fix = f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}", "is it the folder of a saved model?"
     return BadInput(cause, field="model", value=str(folder), fix=fix)
-
-
-EDITS_FILE = "coprune_edits.json"
-"""What was done to the model of a folder, beside its weights."""
-LICENCES = ("LICENSE*", "NOTICE*")
-VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")
-"""Files of tokenizers, besides JSON and plain text."""
-MODELOPT_FILE = "hf_quant_config.json"
-"""What ModelOpt writes beside a configuration, of how weights are quantised."""
-QUANT_METHOD = "coprune"
-"""What the configuration of a packed folder calls its way of storing weights."""
-
-
-def kinds_of(names: Iterable[str]) -> list[str]:
-    """Names that differ in their numbers only as one each, with how many they are, the most frequent first."""
-    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    return [f"{kind} ({count:,})" if count > 1 else kind for kind, count in kinds.most_common()]
-
-
-def is_below(name: str, prefix: str) -> bool:
-    """Whether a parameter's name lies below a module's path; the empty path is the whole model's."""
-    return not prefix or name.startswith(f"{prefix}.")
-
-
-def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a parameter's name lies below one of the modules' paths."""
-    return any(is_below(name, prefix) for prefix in prefixes)
 
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

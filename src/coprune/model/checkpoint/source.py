@@ -21,15 +21,8 @@ from coprune.model.checkpoint.conversion import Conversion, Renamed
 from coprune.model.checkpoint.file_config import changes_in_file
 from coprune.model.checkpoint.load import DtypeName, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder, is_packed
-from coprune.model.checkpoint.shards import (
-    DTYPES,
-    TensorEntry,
-    is_below,
-    is_below_any,
-    read_json,
-    read_tensor,
-    stored_entries,
-)
+from coprune.model.checkpoint.names import is_below, is_below_any
+from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.checkpoint.source_encoding import SourceEncoding, source_encoding
 
 FLOATS = ("F64", "F32", "F16", "BF16")

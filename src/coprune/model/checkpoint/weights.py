@@ -22,7 +22,8 @@ from coprune.base.words import Set
 from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
-from coprune.model.checkpoint.shards import TensorEntry, is_below, is_below_any, read_entries, read_tensor
+from coprune.model.checkpoint.names import is_below, is_below_any
+from coprune.model.checkpoint.shards import TensorEntry, read_entries, read_tensor
 from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.source_encoding import SourceEncoding
 from coprune.model.transformers_private import revert_conversion, saved_tensors

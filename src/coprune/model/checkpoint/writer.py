@@ -40,7 +40,8 @@ from coprune.base.files import (
 )
 from coprune.base.reading import on_its_way
 from coprune.model.checkpoint.encoding import DENSE, Encoding, Place, keep_place
-from coprune.model.checkpoint.shards import EDITS_FILE, INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries, read_tensor
+from coprune.model.checkpoint.names import EDITS_FILE
+from coprune.model.checkpoint.shards import INDEX_FILE, SINGLE_FILE, TensorEntry, read_entries, read_tensor
 
 REST = "rest"
 """Name of the part that holds what lies outside the blocks."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from coprune.model.checkpoint.companions import places_in, put_into
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import prepare, quiet_transformers
-from coprune.model.checkpoint.shards import is_below_any
+from coprune.model.checkpoint.names import is_below_any
 from coprune.model.transformers_private import (
     conversions_to_revert,
     revert_conversion,

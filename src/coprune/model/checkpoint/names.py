@@ -1,0 +1,33 @@
+"""Names that a checkpoint folder uses; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+EDITS_FILE = "coprune_edits.json"
+"""What was done to the model of a folder, beside its weights."""
+LICENCES = ("LICENSE*", "NOTICE*")
+VOCABULARIES = ("*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")
+"""Files of tokenizers, besides JSON and plain text."""
+MODELOPT_FILE = "hf_quant_config.json"
+"""What ModelOpt writes beside a configuration, of how weights are quantised."""
+QUANT_METHOD = "coprune"
+"""What the configuration of a packed folder calls its way of storing weights."""
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Names that differ in their numbers only as one each, with how many they are, the most frequent first."""
+    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    return [f"{kind} ({count:,})" if count > 1 else kind for kind, count in kinds.most_common()]
+
+
+def is_below(name: str, prefix: str) -> bool:
+    """Whether a parameter's name lies below a module's path; the empty path is the whole model's."""
+    return not prefix or name.startswith(f"{prefix}.")
+
+
+def is_below_any(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a parameter's name lies below one of the modules' paths."""
+    return any(is_below(name, prefix) for prefix in prefixes)
