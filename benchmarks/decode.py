@@ -17,8 +17,8 @@ import time
 import torch
 from torch.nn import functional
 
-from coprune.base.memory import on_large_pages
 from coprune.base.native.build import MatrixStruct, instruction_set, load_kernels
+from coprune.base.pages import on_large_pages
 from coprune.packed.header import read_header
 from coprune.packed.operator import native_matrix, pack_matrix, row_starts
 from coprune.packed.timing import Clock, measure_bandwidth, time_in_turns

@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 from coprune.report.schema import Report
-from coprune.sweep.expand import Run, expand
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger, command_of
+from coprune.sweeps.expand import Run, expand
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger, command_of
 
 
 def main() -> None:

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from coprune.run.prune import estimate, prune
     from coprune.run.result import Result
     from coprune.run.stages import run_recipe
-    from coprune.sweep.compare import compare
-    from coprune.sweep.result import SweepResult
-    from coprune.sweep.sweep import sweep
+    from coprune.sweeps.compare import compare
+    from coprune.sweeps.result import SweepResult
+    from coprune.sweeps.sweep import sweep
     from coprune.training.finetune import finetune
     from coprune.training.keep_zeros import keep_zeros
     from coprune.training.merge import Merged, merge
@@ -74,12 +74,12 @@ _HOME = {
     "Report": "coprune.report.schema",
     "Result": "coprune.run.result",
     "Sizes": "coprune.packed.folder",
-    "SweepResult": "coprune.sweep.result",
+    "SweepResult": "coprune.sweeps.result",
     "UnsupportedModel": "coprune.base.errors",
     "VerificationError": "coprune.base.errors",
     "accelerate": "coprune.packed.accelerate",
     "bench": "coprune.packed.bench",
-    "compare": "coprune.sweep.compare",
+    "compare": "coprune.sweeps.compare",
     "estimate": "coprune.run.prune",
     "evaluate": "coprune.evaluation.evaluate",
     "export": "coprune.gguf_files.export",
@@ -95,7 +95,7 @@ _HOME = {
     "push": "coprune.report.hub",
     "register_method": "coprune.pruning.methods",
     "run_recipe": "coprune.run.stages",
-    "sweep": "coprune.sweep.sweep",
+    "sweep": "coprune.sweeps.sweep",
     "unpack": "coprune.packed.folder",
 }
 

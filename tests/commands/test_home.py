@@ -8,7 +8,7 @@ import pytest
 
 import coprune
 from coprune.recipe.recipe import make_recipe
-from coprune.sweep.file import Sweep
+from coprune.sweeps.file import Sweep
 from coprune.training.settings import make_settings
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words

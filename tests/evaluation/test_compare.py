@@ -19,7 +19,7 @@ from coprune.evaluation.cache import EvaluationCache, split_texts
 from coprune.evaluation.evaluation import WeightFacts
 from coprune.recipe.recipe import make_recipe
 from coprune.report.folder import model_of
-from coprune.sweep.compare import compare_models, labels_of
+from coprune.sweeps.compare import compare_models, labels_of
 from support.commands import run_command
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer, save, save_pico, write_words

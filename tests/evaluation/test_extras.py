@@ -49,6 +49,7 @@ def test_a_run_reports_what_the_harness_gives_for_the_models_before_and_after(
         "measure the dense model",
         "prune",
         "measure the pruned model",
+        "save, reload and compare",
     ]
     assert all(phase.seconds >= 0 for phase in report.phases)
 

@@ -13,8 +13,8 @@ from coprune.base.errors import BadInput
 from coprune.pruning.allocation.by_file import ByFile
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.run.checks import prepare_solver
-from coprune.sweep.expand import expand
-from coprune.sweep.file import Sweep
+from coprune.sweeps.expand import expand
+from coprune.sweeps.file import Sweep
 
 READERS: dict[str, Callable[[Path], Any]] = {"recipe": Recipe.from_yaml, "sweep": Sweep.read, "allocation": ByFile.read}
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

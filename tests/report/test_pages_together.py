@@ -17,7 +17,7 @@ from coprune.report.links import link_back
 from coprune.report.page import picker_data, place_of, run_page, shown_matrices
 from coprune.report.plot import Axis
 from coprune.report.schema import Report
-from coprune.sweep.page import write_sweep_page
+from coprune.sweeps.page import write_sweep_page
 from coprune.training.page import finetune_page, write_finetune_page
 from coprune.training.report import FinetuneReport, HeldOutPoint, LossPoint, PerplexityChange
 from coprune.training.settings import make_settings

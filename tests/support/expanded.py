@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from coprune.sweep.expand import Run, expand
-from coprune.sweep.file import Sweep
+from coprune.sweeps.expand import Run, expand
+from coprune.sweeps.file import Sweep
 
 PLAIN = {"model": "pico", "save": "out/x"}
 

@@ -26,7 +26,7 @@ from coprune.data.text import JoinedText
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.locate import PACKAGED, Packaged
 from coprune.report import folder as run_folders
-from coprune.sweep import pool
+from coprune.sweeps import pool
 from support.page_blocks import ROOT
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf

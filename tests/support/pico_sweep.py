@@ -10,8 +10,8 @@ import torch
 from coprune.base.progress import Reporter
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
-from coprune.sweep.expand import Run, expand
-from coprune.sweep.file import Sweep
+from coprune.sweeps.expand import Run, expand
+from coprune.sweeps.file import Sweep
 from support.pico_folder import save_pico, write_words
 
 THREADS = 1

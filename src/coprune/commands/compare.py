@@ -45,7 +45,7 @@ def compare(
     """
     from coprune.base.files import require_file, write_text
     from coprune.commands.terminal import end_unless_held, print_sheet
-    from coprune.sweep.compare import compare
+    from coprune.sweeps.compare import compare
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
         require_file(file, field)

@@ -26,8 +26,8 @@ def report(
             raise BadInput(f"there is no {run}", field="runs", value=run, fix="name the folder of a finished run")
     from coprune.report.folder import REPORT_FILE, write_page
     from coprune.report.links import PAGE_FILE
-    from coprune.sweep.finished import is_sweep
-    from coprune.sweep.page import write_sweep_page
+    from coprune.sweeps.finished import is_sweep
+    from coprune.sweeps.page import write_sweep_page
     from coprune.training.page import is_finetuning, write_finetune_page
 
     folder = runs[0] if runs[0].is_dir() else runs[0].parent

@@ -12,7 +12,7 @@ from coprune.commands.options import ShortCommand, help_all_option, recipe_optio
 from coprune.commands.terminal import show
 
 if TYPE_CHECKING:
-    from coprune.sweep.result import SweepResult
+    from coprune.sweeps.result import SweepResult
 
 _LOCAL = "local"
 
@@ -83,7 +83,7 @@ def sweep(
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= ({"model": model} if model else {}) | {"retries": retries}
     typed |= {"ray": ray, "workers": workers, "threads": threads}
-    from coprune.sweep.sweep import sweep
+    from coprune.sweeps.sweep import sweep
 
     found = sweep(file, script=script, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:
@@ -99,7 +99,7 @@ def _show(found: SweepResult) -> None:
     """
     from coprune.commands.terminal import console, end_unless_held
     from coprune.report.links import PAGE_FILE
-    from coprune.sweep.results import MARKDOWN, print_tables
+    from coprune.sweeps.results import MARKDOWN, print_tables
 
     print_tables(found.sweep, found.runs, found.reports, console())
     show(found.ledger.line())

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
-from coprune.base.memory import page_out
+from coprune.base.pages import page_out
 from coprune.base.words import Command
 from coprune.model.checkpoint.names import QUANT_METHOD, kinds_of
 from coprune.model.transformers_private import (

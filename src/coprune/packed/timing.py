@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coprune.base.memory import on_large_pages
 from coprune.base.native.build import load_kernels
+from coprune.base.pages import on_large_pages
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ def _tuned(recipe: Recipe, given: Given, around: Surroundings, half: Callable[[R
     from coprune.training.after_pruning import prune_and_finetune
 
     output, processes = recipe.output, around.processes
-    Extras.prepare(recipe, processes.size, given.loaded is None)  # what is asked of the trained model is checked before hours
+    Extras.prepare(
+        recipe, processes.size, given.loaded is None
+    )  # what is asked of the trained model is checked before hours
     report = prune_and_finetune(
         recipe,
         lambda pruning: half(pruning, given).report,

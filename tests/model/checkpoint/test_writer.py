@@ -136,7 +136,7 @@ def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
         writer.write(part, {part: torch.ones(3)})
     (writer.partial / "journal.json").write_text("{}")
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "join_files", interrupted)
+        patch.setattr("coprune.model.checkpoint.writer.join_files", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.finish(scaffolding=["journal.json"])
     again = part_writer(tmp_path)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from coprune.base.errors import BadInput
-from coprune.base.memory import on_large_pages
 from coprune.base.native.build import MatrixStruct, load_kernels
+from coprune.base.pages import on_large_pages
 
 IN_KERNEL = {torch.float32: 64, torch.bfloat16: 12}  # inputs; measured where the tiles begin to win
 TILE_BYTES = 16 << 20

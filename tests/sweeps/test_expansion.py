@@ -15,10 +15,10 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import OutputPart
 from coprune.recipe.recipe import Recipe, make_recipe
-from coprune.sweep.expand import expand
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import command_of, sweep_command
-from coprune.sweep.sweep import SWEEPS, sweep_of_script
+from coprune.sweeps.expand import expand
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import command_of, sweep_command
+from coprune.sweeps.sweep import SWEEPS, sweep_of_script
 from support.commands import run_command
 from support.expanded import PLAIN, names, runs_of
 

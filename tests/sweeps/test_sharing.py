@@ -15,11 +15,11 @@ from coprune.model.checkpoint.load import load_model
 from coprune.report.schema import Report
 from coprune.run import stages
 from coprune.run.session import Session
-from coprune.sweep import work
-from coprune.sweep.events import Cause, Doing, Done, JobEvent
-from coprune.sweep.expand import Run
-from coprune.sweep.file import Sweep
-from coprune.sweep.work import Job, do_job
+from coprune.sweeps import work
+from coprune.sweeps.events import Cause, Doing, Done, JobEvent
+from coprune.sweeps.expand import Run
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.work import Job, do_job
 from coprune.training import after_pruning
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.task_items import DEFINITIONS, word_items

@@ -35,7 +35,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.report.schema import installed_versions
 from coprune.run.estimate.found import Estimate
 from coprune.run.session import Reuse, Session
-from coprune.sweep.statistics_store import StatisticsStore, shared_places
+from coprune.sweeps.statistics_store import StatisticsStore, shared_places
 
 SHARED_FOLDER = ".shared"
 Tokens = TypeVar("Tokens")

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from coprune.report.schema import Report
-from coprune.sweep.events import Cause, Doing, Done, JobEvent, NotDone
-from coprune.sweep.run import conduct
-from coprune.sweep.work import Job
+from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
+from coprune.sweeps.run import conduct
+from coprune.sweeps.work import Job
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 
 pytest.importorskip("ray")
-from coprune.sweep.on_ray import LOCAL, RayWorkers
+from coprune.sweeps.on_ray import LOCAL, RayWorkers
 
 
 def kill_a_task(name: str) -> bool:

@@ -19,11 +19,11 @@ import yaml
 from coprune.recipe.recipe import Recipe
 from coprune.report.schema import Report
 from coprune.run import stages
-from coprune.sweep import pool
-from coprune.sweep.events import Cause, Doing, Done, JobEvent, NotDone
-from coprune.sweep.pool import LocalWorkers
-from coprune.sweep.run import conduct
-from coprune.sweep.work import Capacity, Job, do_job
+from coprune.sweeps import pool
+from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone
+from coprune.sweeps.pool import LocalWorkers
+from coprune.sweeps.run import conduct
+from coprune.sweeps.work import Capacity, Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep, sweep_data
 

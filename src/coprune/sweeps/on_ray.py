@@ -11,8 +11,8 @@ from typing import Any
 
 from coprune.base.environment import give_ray_its_share, keep_ray_private
 from coprune.base.errors import BadInput
-from coprune.sweep.events import Cause, Doing, JobEvent, NotDone
-from coprune.sweep.work import Capacity, Job, do_job
+from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
+from coprune.sweeps.work import Capacity, Job, do_job
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone, for the time of the sweep."""

@@ -13,13 +13,13 @@ from torch import nn
 from coprune.report.schema import Report
 from coprune.run import stages
 from coprune.run.session import Session
-from coprune.sweep import statistics_store, work
-from coprune.sweep.events import Doing, Done, JobEvent
-from coprune.sweep.expand import Run
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger
-from coprune.sweep.sharing import SHARED_FOLDER
-from coprune.sweep.work import Job, do_job
+from coprune.sweeps import statistics_store, work
+from coprune.sweeps.events import Doing, Done, JobEvent
+from coprune.sweeps.expand import Run
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger
+from coprune.sweeps.sharing import SHARED_FOLDER
+from coprune.sweeps.work import Job, do_job
 from support.pico_folder import save_pico
 from support.pico_sweep import THREADS, alone, make_place, measured, pico_sweep
 from support.walking import Propagation

@@ -15,7 +15,7 @@ from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
 from coprune.recipe.flat import PRESET, is_setting, word_for
 from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
-from coprune.sweep.file import FOLDERS, Sweep, added_to, is_axis, require_few
+from coprune.sweeps.file import FOLDERS, Sweep, added_to, is_axis, require_few
 
 Settings = dict[str, Any]
 

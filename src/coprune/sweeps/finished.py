@@ -19,9 +19,9 @@ from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.report.schema import Report
 from coprune.run.estimate.found import duration
-from coprune.sweep.expand import Run, expand
-from coprune.sweep.file import Sweep
-from coprune.sweep.sharing import SHARED_FOLDER
+from coprune.sweeps.expand import Run, expand
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.sharing import SHARED_FOLDER
 
 
 def finished_report(recipe: Recipe) -> Report | None:

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 
 from coprune.base.environment import quieten_tokenizers
 from coprune.base.progress import Event, Listener
-from coprune.sweep.events import Cause, Doing, Done, JobEvent, NotDone, Tell
-from coprune.sweep.expand import Run
+from coprune.sweeps.events import Cause, Doing, Done, JobEvent, NotDone, Tell
+from coprune.sweeps.expand import Run
 
 Action = Literal["estimate", "run"]
 
@@ -61,7 +61,7 @@ def do_job(job: Job, tell: Tell) -> None:
 def _estimate(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
     from coprune.run.session import NOTHING, Surroundings, open_run
-    from coprune.sweep.sharing import SweepReuse
+    from coprune.sweeps.sharing import SweepReuse
 
     tell(Doing(job.run.name, "estimating"))
     reuse = SweepReuse(job.run.recipe, job.sweep, _texts)
@@ -73,8 +73,8 @@ def _estimate(job: Job, tell: Tell) -> dict[str, float]:
 def _run(job: Job, tell: Tell) -> dict[str, float]:
     from coprune.base.progress import Reporter
     from coprune.run.stages import run_recipe
-    from coprune.sweep.finished import finished_report
-    from coprune.sweep.sharing import SweepReuse
+    from coprune.sweeps.finished import finished_report
+    from coprune.sweeps.sharing import SweepReuse
 
     recipe = job.run.recipe
     if finished_report(recipe) is not None:  # by this sweep, whose worker was lost before it could tell

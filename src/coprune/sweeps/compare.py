@@ -23,7 +23,7 @@ from coprune.evaluation.tables import Comparison
 from coprune.recipe.measuring import measuring_recipe
 from coprune.recipe.recipe import Recipe
 from coprune.report.folder import model_of
-from coprune.sweep.finished import models_to_compare
+from coprune.sweeps.finished import models_to_compare
 
 
 def compare(

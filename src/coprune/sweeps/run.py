@@ -17,16 +17,16 @@ from coprune.base.words import Setting
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE
 from coprune.run.checks import prepare_solver
-from coprune.sweep.events import Board, Cause, Doing, Done, JobEvent, NotDone
-from coprune.sweep.expand import Run, expand
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger, finished_reports
-from coprune.sweep.on_ray import RayWorkers
-from coprune.sweep.pool import LocalWorkers
-from coprune.sweep.result import SweepResult
-from coprune.sweep.results import collect
-from coprune.sweep.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
-from coprune.sweep.work import Job, Workers
+from coprune.sweeps.events import Board, Cause, Doing, Done, JobEvent, NotDone
+from coprune.sweeps.expand import Run, expand
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger, finished_reports
+from coprune.sweeps.on_ray import RayWorkers
+from coprune.sweeps.pool import LocalWorkers
+from coprune.sweeps.result import SweepResult
+from coprune.sweeps.results import collect
+from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key, kept_estimate
+from coprune.sweeps.work import Job, Workers
 
 
 def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:

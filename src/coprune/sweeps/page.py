@@ -9,8 +9,8 @@ from coprune.report.html import copyable, section
 from coprune.report.html import table as html_table
 from coprune.report.links import PAGE_FILE, link_back
 from coprune.report.several import Run, Top, runs_page
-from coprune.sweep.finished import command_of, read_finished, sweep_command
-from coprune.sweep.table import PaperTable, paper_tables
+from coprune.sweeps.finished import command_of, read_finished, sweep_command
+from coprune.sweeps.table import PaperTable, paper_tables
 
 
 def write_sweep_page(folder: Path, path: Path | None = None) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from coprune.evaluation.cache import EvaluationCache
 from coprune.run.estimate.found import DevicePeak, Estimate
-from coprune.sweep.events import Cause
-from coprune.sweep.expand import expand
-from coprune.sweep.file import Sweep
-from coprune.sweep.run import Execution, Plan
-from coprune.sweep.sharing import SHARED_FOLDER, KeptEstimate, estimate_key
-from coprune.sweep.work import Capacity
+from coprune.sweeps.events import Cause
+from coprune.sweeps.expand import expand
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.run import Execution, Plan
+from coprune.sweeps.sharing import SHARED_FOLDER, KeptEstimate, estimate_key
+from coprune.sweeps.work import Capacity
 
 GB = 10**9
 

@@ -20,15 +20,15 @@ from coprune.commands.terminal import console
 from coprune.evaluation.answers.facts import Requirement
 from coprune.report.schema import Report
 from coprune.run.stages import run_recipe
-from coprune.sweep import results, work
-from coprune.sweep.events import Board, Cause, Doing, Done, NotDone
-from coprune.sweep.expand import Run
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger, finished_report, read_finished
-from coprune.sweep.result import SweepResult
-from coprune.sweep.results import _measured, collect
-from coprune.sweep.table import Cell, PaperTable, markdown, paper_tables
-from coprune.sweep.work import Job, do_job
+from coprune.sweeps import results, work
+from coprune.sweeps.events import Board, Cause, Doing, Done, NotDone
+from coprune.sweeps.expand import Run
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger, finished_report, read_finished
+from coprune.sweeps.result import SweepResult
+from coprune.sweeps.results import _measured, collect
+from coprune.sweeps.table import Cell, PaperTable, markdown, paper_tables
+from coprune.sweeps.work import Job, do_job
 from support.commands import run_command
 from support.pico_sweep import THREADS, make_place, pico_sweep
 

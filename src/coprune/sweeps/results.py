@@ -19,11 +19,11 @@ from coprune.base.files import write_durably, write_text
 from coprune.base.words import printable
 from coprune.recipe.flat import PRESET
 from coprune.report.schema import Report
-from coprune.sweep.expand import Run, varied
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger, command_of, sweep_command
-from coprune.sweep.page import write_sweep_page
-from coprune.sweep.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
+from coprune.sweeps.expand import Run, varied
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger, command_of, sweep_command
+from coprune.sweeps.page import write_sweep_page
+from coprune.sweeps.table import markdown, paper_tables, perplexity_of, tasks_of, top1_of
 
 PARQUET, CSV, MARKDOWN, FAILURES = "results.parquet", "results.csv", "results.md", "failures.txt"
 Row = dict[str, Any]

@@ -12,8 +12,8 @@ from coprune.recipe.flat import PRESET
 from coprune.recipe.pattern import parse_pattern
 from coprune.report.figures import AccuracyFacts, PerplexityFacts
 from coprune.report.schema import Report
-from coprune.sweep.expand import Run, folder_part, varied
-from coprune.sweep.file import Sweep
+from coprune.sweeps.expand import Run, folder_part, varied
+from coprune.sweeps.file import Sweep
 
 # What the rows, the columns and the repetitions are; whatever else differs between runs stands beside the method.
 _PLACED = ("model", "method", PRESET, "pattern", "sparsity", "seed", "save", "save_model")

@@ -10,10 +10,10 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Command, Set
 from coprune.recipe.presets import PRESETS
 from coprune.run.arguments import CalibrationArguments, OutcomeArguments
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger, finished_reports
-from coprune.sweep.result import SweepResult
-from coprune.sweep.run import Execution, check_sweep, run_sweep
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger, finished_reports
+from coprune.sweeps.result import SweepResult
+from coprune.sweeps.run import Execution, check_sweep, run_sweep
 
 Lists = str | Path | Mapping[str, Any]
 """A sweep's file, or what it would say."""

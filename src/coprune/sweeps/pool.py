@@ -15,8 +15,8 @@ from pathlib import Path
 
 from coprune.base.environment import see_only, usable_cores, visible_gpus
 from coprune.base.memory import available_bytes
-from coprune.sweep.events import Cause, Doing, JobEvent, NotDone
-from coprune.sweep.work import Capacity, Job, do_job
+from coprune.sweeps.events import Cause, Doing, JobEvent, NotDone
+from coprune.sweeps.work import Capacity, Job, do_job
 
 _GRACE = 10.0  # seconds in which a stopped worker may tidy up
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from coprune.base.errors import CopruneError
 from coprune.base.words import Sheet, Shown, per_cent
 from coprune.report.schema import Report
-from coprune.sweep.expand import Run
-from coprune.sweep.file import Sweep
-from coprune.sweep.finished import Ledger, command_of
-from coprune.sweep.results import FAILURES
-from coprune.sweep.table import perplexity_of, top1_of
+from coprune.sweeps.expand import Run
+from coprune.sweeps.file import Sweep
+from coprune.sweeps.finished import Ledger, command_of
+from coprune.sweeps.results import FAILURES
+from coprune.sweeps.table import perplexity_of, top1_of
 
 
 @dataclass(repr=False)
