@@ -133,7 +133,7 @@ def test_a_run_of_an_unknown_method_says_that_its_recipe_does_not_repeat_it(
 
 
 def test_a_preset_is_what_the_command_makes_of_it(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
-    command("prune", "model", "--preset", "balanced", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32,
+    command("prune", "model", "--preset", "balanced", "--train", "blocks", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32,
             "--no-eval", "--no-stream", "--save", tmp_path / "run", "-q")  # fmt: skip
     report = coprune.prune("model", preset="balanced", dataset="words.txt", evaluate=False, **SMALL).report
     told = coprune.Report.read(tmp_path / "run" / "report.json")

@@ -165,7 +165,7 @@ def test_streamed_and_in_memory_runs_agree(tmp_path: Path) -> None:
     source = save_classifier("swin", tmp_path / "source")
     found = [
         coprune.prune(
-            source, dataset="digits", nsamples=8, eval_images=64, batch_size=6, stream=stream, quiet=True
+            source, "wanda", dataset="digits", nsamples=8, eval_images=64, batch_size=6, stream=stream, quiet=True
         ).report
         for stream in (False, True)
     ]

@@ -67,7 +67,7 @@ def test_a_run_is_repeated_beside_itself(coprune: Callable[..., str], place: Pat
 
 
 def test_a_run_in_the_default_folder_is_repeated_too(coprune: Callable[..., str], place: Path) -> None:
-    coprune(*MODEL, "-p", "2:4")
+    coprune(*MODEL, "-m", "wanda", "-p", "2:4")
     coprune("prune", "--recipe", "out/model/2-4/wanda/recipe.yaml")
     coprune("prune", "--recipe", "out/model/2-4/wanda/recipe.yaml")
     assert figures("out/model/2-4/wanda-2") == figures("out/model/2-4/wanda-3") == figures("out/model/2-4/wanda")

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from coprune.base.errors import BadInput
+from coprune.model.checkpoint.load import task_at
 from coprune.model.checkpoint.locate import locate
 from coprune.model.opened import choose_device
 from coprune.recipe.flat import PRESET, TRAIN, flatten, layered
@@ -40,6 +41,8 @@ def _fits(recipe: Recipe) -> bool:
     from coprune.training.after_pruning import require_room_to_train
 
     location = locate(recipe.model.name, recipe.model.cache_dir, weights=False)
+    if task_at(location) != "text":
+        return False  # how long a preset trains is said in tokens
     try:
         require_room_to_train(location, "adamw", "blocks", True, choose_device(recipe.model.device))
     except BadInput:

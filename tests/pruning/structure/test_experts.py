@@ -48,7 +48,12 @@ def test_scores_are_their_formulas() -> None:
 
 
 def test_names_and_options() -> None:
-    named = {"units": set(UNITS), "blocks": set(BLOCK_SCORES), "experts": set(EXPERT_SCORES)}
+    named = {
+        "units": set(UNITS),
+        "blocks": set(BLOCK_SCORES),
+        "experts": set(EXPERT_SCORES),
+        "rows": {"counts", "bits"},
+    }
     assert named == {kind: set(names) for kind, names in SCORES.items()}
     seeded = expert_score_named(Choice.of("random:seed=1"))
     assert not torch.equal(seeded.score(sums(), 0), EXPERT_SCORES["random"].score(sums(), 0))

@@ -28,7 +28,7 @@ def load(folder: Path) -> PreTrainedModel:
     ("family", "remove", "left"),
     [
         ("transformers vit", "channels=0.4,heads=0.5", "channels 64 → 32 of every block, key-value heads"),
-        ("transformers vit", "parameters=0.3", "channels 64 → 16"),
+        ("transformers vit", "parameters=0.3", "channels 64 → 48 of every block, key-value heads"),
         # timm's names are others in the checkpoint than in memory.
         ("vit", "channels=0.4,blocks=0.5", "channels 128 → 80"),
         ("vit of twelve blocks", "blocks=0.25", "blocks 12 → 9"),  # which only the architecture's name says
