@@ -66,7 +66,7 @@ def folder(pruned: coprune.Result, place: Path) -> Path:
 def pruned(place: Path) -> coprune.Result:
     """The pico model pruned to 2:4 in memory."""
     texts: dict[str, Any] = {"dataset": str(place / "words.txt"), "eval_data": str(place / "test.txt")}
-    return coprune.prune(place / "model", pattern="2:4", **texts, **SMALL)
+    return coprune.prune(place / "model", "wanda", pattern="2:4", **texts, **SMALL)
 
 
 def test_a_result_holds_what_the_model_reads_with(pruned: coprune.Result) -> None:
@@ -133,8 +133,8 @@ def test_a_run_of_an_unknown_method_says_that_its_recipe_does_not_repeat_it(
 
 
 def test_a_preset_is_what_the_command_makes_of_it(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
-    command("prune", "model", "--preset", "balanced", "--train", "blocks", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32,
-            "--no-eval", "--no-stream", "--save", tmp_path / "run", "-q")  # fmt: skip
+    command("prune", "model", "--preset", "balanced", "--train", "blocks", "--dataset", "words.txt",
+            "--nsamples", 4, "--seqlen", 32, "--no-eval", "--no-stream", "--save", tmp_path / "run", "-q")  # fmt: skip
     report = coprune.prune("model", preset="balanced", dataset="words.txt", evaluate=False, **SMALL).report
     told = coprune.Report.read(tmp_path / "run" / "report.json")
     assert report.recipe.method.name == "sparsegpt"

@@ -18,7 +18,8 @@ import pytest
 
 from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
-from coprune.recipe.flat import FLAT, flags_of
+from coprune.recipe.flags import flags_of
+from coprune.recipe.flat import FLAT
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.parts import is_common
 from coprune.recipe.recipe import FIELDS

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from coprune.commands.table import COMMANDS, command_named
-from coprune.recipe.flat import OLDER
+from coprune.recipe.flags import OLDER
 from coprune.recipe.measuring import SETTINGS
 from support.commands import run_command
 from support.pico_folder import save_pico, write_words

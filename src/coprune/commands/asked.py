@@ -84,8 +84,9 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
         chosen, line = usual_preset(chosen)
         if line is not None:
             reporter.say(say(line))
+    recipe = make_recipe(chosen)
     if PRESET not in flatten(chosen):
-        return make_recipe(chosen)
+        return recipe
     from coprune.run.usual import recipe_that_fits  # which imports torch, after the first line
 
     return recipe_that_fits(chosen)

@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from coprune.recipe.flat import OLDER
+from coprune.recipe.flags import OLDER
 
 WIDEST = 160
 """Columns; a wider terminal makes lines that are hard to read."""

@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 from coprune.base.errors import BadInput, unknown_name
 from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.choice import Choice, read_scalar
-from coprune.recipe.flat import FLAT, TRAIN, flags_of, place_of
+from coprune.recipe.flags import flags_of
+from coprune.recipe.flat import FLAT, TRAIN, place_of
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.parts import is_common
 from coprune.recipe.recipe import DEFAULTS, FIELDS

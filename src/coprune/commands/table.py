@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from coprune.base.environment import expand_home
 from coprune.base.words import Face, Set
 from coprune.commands.grouped import GroupedCommand
-from coprune.recipe.flat import flags_of
+from coprune.recipe.flags import flags_of
 
 COMMANDS: dict[str, str] = {
     "prune": "Prune a model, measure what that did, and save it.",

@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.files import write_text
 from coprune.base.words import Command, Setting
 from coprune.recipe.choice import write_scalar
-from coprune.recipe.flat import flags_of
+from coprune.recipe.flags import flags_of
 from coprune.recipe.recipe import DEFAULTS, Recipe
 from coprune.report.folder import REPORT_FILE
 from coprune.report.links import SWEEP_FILE

@@ -1,0 +1,47 @@
+"""A setting as options of the command line: its flags. Nothing at all is imported here."""
+
+from __future__ import annotations
+
+# The Wanda repository's names of options, and short forms. Every other option is named like its setting.
+_FLAGS: dict[str, list[str]] = {
+    "method": ["--method", "--prune_method", "--prune-method", "-m"],
+    "sparsity": ["--sparsity", "--sparsity_ratio", "--sparsity-ratio", "-s"],
+    "pattern": ["--pattern", "--sparsity_type", "--sparsity-type", "-p"],
+    "cache_dir": ["--cache-dir", "--cache_dir"],
+    "save_model": ["--save-model", "--save_model"],
+    "eval_zero_shot": ["--eval-zero-shot", "--eval_zero_shot"],
+    "num_fewshot": ["--num-fewshot", "--num_fewshot"],
+    "include_path": ["--include-path", "--include_path"],
+    "apply_chat_template": ["--apply-chat-template", "--apply_chat_template"],
+    "gen_kwargs": ["--gen-kwargs", "--gen_kwargs"],
+    "log_samples": ["--log-samples", "--log_samples"],
+    "evaluate": ["--eval/--no-eval"],
+    "evaluate_dense": ["--eval-dense/--no-eval-dense"],
+    "layer_error": ["--layer-error/--no-layer-error"],
+    "gate": ["--gate/--no-gate"],
+    "stream": ["--stream/--no-stream"],
+    "check_memory": ["--check-memory/--no-check-memory"],
+    "masked": ["--masked/--no-masked"],
+    "permute": ["--permute/--no-permute"],
+    "rotate": ["--rotate/--no-rotate"],
+}
+
+# Names that are still accepted and no longer shown, as they had another meaning in other commands; by the option.
+OLDER: dict[str, list[str]] = {
+    "method": ["--prune-method"],
+    "sparsity": ["--sparsity-ratio"],
+    "pattern": ["--sparsity-type"],
+    "seqlen": ["--block-size"],
+    "temperature": ["--temperature"],
+    "prompt_tokens": ["--prompt"],
+    "decode_tokens": ["--tokens"],
+    "script": ["--preset"],
+    "cache": ["--evaluations"],
+    "train": ["--train"],
+}
+"""An option that has no other name keeps these."""
+
+
+def flags_of(setting: str) -> list[str]:
+    """The names of a setting's option, its own first."""
+    return _FLAGS.get(setting, [f"--{setting.replace('_', '-')}"])
