@@ -162,13 +162,15 @@ def rooms() -> Drawing:
     d = Drawing("The rooms of the code: each uses those below it")
     told = {
         "commands": "what is typed",
-        "run": "one run, and sweeps of many",
+        "sweeps": "many runs from one file",
+        "run": "one run, from recipe to folder",
         "training": "recover, zeros held",
         "report": "what people read",
         "vocabulary": "tokens that nobody needs, and their rows",
         "evaluation": "figures of a model",
         "pruning": "from a weight to a pruned weight",
         "packed": "kept values and where they are",
+        "gguf_files": "files for llama.cpp, read and written",
         "model": "found, proven, walked, edited, written",
         "data": "text and images",
         "recipe": "what is asked for",
