@@ -149,7 +149,7 @@ def run_of(
     prune: Any = coprune.prune
     with scratch() as folder, untimed():
         source = save_pico(folder / "source", family, num_hidden_layers=number)
-        given = {**SETTINGS, "device": NAME, "stream": True, **settings}
+        given = {**SETTINGS, "device": NAME, "stream": True, "gate": False, **settings}
         return count(lambda: prune(source, save_model=folder / "target", **given))
 
 
