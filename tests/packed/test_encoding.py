@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prune(place: Path, out: Path, family: str, **settings: Any) -> Path:
     common: dict[str, Any] = {"pattern": "2:4", "evaluate": False, "nsamples": 4, "seqlen": 16, "quiet": True}
-    coprune.prune(place / family, dataset=str(place / "words.txt"), save_model=out, **common, **settings)
+    coprune.prune(place / family, "wanda", dataset=str(place / "words.txt"), save_model=out, **common, **settings)
     return out
 
 

@@ -25,6 +25,7 @@ def demo(
 
     report = prune(
         "smollm2-135m",
+        "wanda",
         dataset="embedded",
         nsamples=nsamples,
         seqlen=512,
