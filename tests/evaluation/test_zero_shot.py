@@ -150,6 +150,20 @@ def test_refusals_say_why(local_data: Path, changes: dict[str, Any], message: st
         find_tasks(settings(**changes))
 
 
+@pytest.mark.parametrize(
+    ("code", "said"), [("import sys\nsys.exit(7)", "7"), ("def text(doc):\n    return doc['no']", "'no'")]
+)
+def test_the_code_of_a_task_folder_ends_in_a_refusal(tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "items.jsonl").write_text('{"label": 0}\n')
+    (tmp_path / "own_code.py").write_text(code)
+    data = {"data_files": {"validation": str(tmp_path / "items.jsonl")}}
+    definition = {"task": "mine", "dataset_path": "json", "dataset_kwargs": data, "validation_split": "validation"}
+    definition |= {"output_type": "multiple_choice", "doc_to_choice": ["a", "b"], "doc_to_target": "label"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(definition)[:-1] + ", doc_to_text: !function own_code.text}")
+    with pytest.raises(BadInput, match=f"a task cannot be loaded: {said}"):
+        find_tasks(settings(tasks=("mine",), include_path=tmp_path))
+
+
 @pytest.mark.slow
 def test_of_the_harness_s_own_tasks_a_misspelt_one_and_one_out_of_reach_are_refused(
     monkeypatch: pytest.MonkeyPatch,

@@ -69,7 +69,7 @@ def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
             loaded: dict[str, Any] = manager.load(list(settings.tasks))
         except BadInput:
             raise
-        except Exception as error:  # a definition is code and data of its own: whatever it raises
+        except (Exception, SystemExit) as error:  # a definition is code and data of its own: whatever it raises
             raise BadInput(
                 f"a task cannot be loaded: {one_line(error)}",
                 field="tasks",
@@ -171,5 +171,5 @@ def _named(value: Any) -> str:
     return getattr(value, "__qualname__", None) or str(value)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
