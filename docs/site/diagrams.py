@@ -163,6 +163,7 @@ def rooms() -> Drawing:
     told = {
         "commands": "what is typed",
         "sweeps": "many runs from one file",
+        "removal": "channels, heads, experts, blocks that go",
         "run": "one run, from recipe to folder",
         "training": "recover, zeros held",
         "report": "what people read",

@@ -16,10 +16,10 @@ from coprune.data.text import NOTHING, a_longest, first_of_a_length
 from coprune.data.windows import Windows
 from coprune.evaluation.tasks.text import split_batches
 from coprune.model.walk.recording import record_batches
-from coprune.pruning.structure.scores import some_tokens
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import Source
+from coprune.removal.unit_scores import some_tokens
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import pico_tokenizer, write_words
 from support.walking import prove

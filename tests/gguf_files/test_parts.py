@@ -22,7 +22,7 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.edit import Edit
 from coprune.model.edits import Edits
-from coprune.model.removal.routing import NeverChosen
+from coprune.model.routing import NeverChosen
 from support.commands import run_command
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing

@@ -1,6 +1,6 @@
 """The metadata of a GGUF file, and what they have to say of a smaller model.
 
-Which numbers tell what was changed is found as in `coprune.model.removal.smaller`: those that are as large as what was cut are
+Which numbers tell what was changed is found as in `coprune.removal.smaller_model`: those that are as large as what was cut are
 tried, until transformers reads the configuration out of them that the smaller model has.
 """
 

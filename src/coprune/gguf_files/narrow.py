@@ -27,10 +27,10 @@ from coprune.model.choosing import choose_matrices
 from coprune.model.edit import Configure, Edit, KeepSlices
 from coprune.model.edits import Edits
 from coprune.model.folding import head_size
-from coprune.model.removal.parts import Kind, Part, filled, find_parts, step_of, together
-from coprune.model.removal.smaller import Resized, possible_changes
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
+from coprune.removal.channels_and_heads import Kind, Part, filled, find_parts, step_of, together
+from coprune.removal.smaller_model import Resized, possible_changes
 
 _ALIGN = 64
 """Channels are kept in multiples of this, as `--align` does it, for types with blocks of 32."""

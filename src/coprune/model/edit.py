@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from coprune.model.checkpoint.companions import put_into
-from coprune.model.removal.routing import NeverChosen
+from coprune.model.routing import NeverChosen
 from coprune.model.slices import KeptSlices
 
 

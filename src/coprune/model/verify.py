@@ -19,7 +19,7 @@ from coprune.model.edit import Configure, KeepExperts
 from coprune.model.edits import Edits
 from coprune.model.low_rank import factors_below, give
 from coprune.model.matrices import checksum_of, find_matrices, mask_bits
-from coprune.model.removal.ties import Ties
+from coprune.model.routing import Ties
 from coprune.model.walk.proven import FoundModel, ProvenModel
 from coprune.model.walk.record import input_device
 from coprune.model.walk.walk import streamed_logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,7 +16,6 @@ from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import ByBlock, Dense, Moves, Recording, Sequential, record_batches
 from coprune.model.walk.statistics import Gram
 from coprune.pruning.pruner import Solving, SolvingAlone
-from coprune.pruning.structure.blocks import first_batches
 from coprune.recipe.recipe import Recipe
 from coprune.run.session import Session
 from coprune.run.share import SharedSolving
@@ -92,6 +91,16 @@ def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Pro
     if recipe.calibration.calibrate_on == "all" or marks is None:
         return [Counted(batch, None) for batch in batches]
     return [Counted(*pair) for pair in zip(batches, task.batches(own, processes.share(marks)), strict=True)]
+
+
+def first_batches(batches: Iterable[Tensor], tokens: int) -> list[Tensor]:
+    """The first batches that hold at least so many tokens; of images one."""
+    some: list[Tensor] = []
+    for batch in batches:
+        some.append(batch)
+        if batch.is_floating_point() or sum(one.numel() for one in some) >= tokens:
+            break
+    return some
 
 
 def first_counted(batches: Sequence[Counted], tokens: int) -> Sequence[Counted]:

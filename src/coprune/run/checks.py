@@ -25,9 +25,6 @@ from coprune.pruning.methods import METHODS, Method, method_named
 from coprune.pruning.pruner import Solver
 from coprune.pruning.refine import refinement_named
 from coprune.pruning.refine.reconstruct import Reconstruction
-from coprune.pruning.structure.blocks import block_score_named
-from coprune.pruning.structure.experts import expert_score_named
-from coprune.pruning.structure.scores import score_named, spreading_named
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
@@ -55,11 +52,9 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
     if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
         prepare_solver(recipe.model_copy(update={"structure": StructurePart()}), given)
     if recipe.structure.remove:
-        score_named(recipe.structure.score_of("units"))
-        block_score_named(recipe.structure.score_of("blocks"))
-        expert_score_named(recipe.structure.score_of("experts"))
-        if recipe.structure.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
-            spreading_named(recipe.allocation)
+        from coprune.run.to_removal import check_names
+
+        check_names(recipe)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
     method = given if given is not None else _method_of(recipe.method)

@@ -16,7 +16,6 @@ from coprune.report.folder import REPORT_FILE, announce, finish_run_folder
 from coprune.report.hub import push, require_login
 from coprune.report.schema import Report
 from coprune.run.checks import CUT, TUNED, prepare_model_folder, refuse_own_source
-from coprune.run.removal.cut_and_prune import cut_and_prune
 from coprune.run.result import Result
 from coprune.run.session import Given, Reuse, Surroundings
 
@@ -100,6 +99,8 @@ def _tuned(recipe: Recipe, given: Given, around: Surroundings, half: Callable[[R
 def _cut(
     recipe: Recipe, given: Given, around: Surroundings, write: bool, half: Callable[[Recipe, Given], Result]
 ) -> Result:
+    from coprune.run.to_removal import cut_and_prune
+
     anew = around.replaces is not None and (recipe.run_folder / REPORT_FILE).is_file()
     second, report = cut_and_prune(recipe, given, write, half, around.processes, anew)
     if around.processes.first:

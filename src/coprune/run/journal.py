@@ -31,7 +31,6 @@ from coprune.model.edit import Edit
 from coprune.model.edits import Edits, dump_edits, load_edits, uncut_by
 from coprune.model.low_rank import factors_below, stored_factors
 from coprune.pruning.pruner import MatrixResult
-from coprune.pruning.structure.scores import ByError, spreading_named
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 
@@ -227,6 +226,8 @@ def weighs_blocks(recipe: Recipe) -> bool:
     """Whether blocks are weighed by what a run does with all of the model in memory, and by something else without."""
     if not recipe.structure.remove:
         return False  # options of the same name are others for zeros
+    from coprune.run.to_removal import ByError, spreading_named
+
     by = spreading_named(recipe.allocation)
     return isinstance(by, ByError) and by.tokens > 0
 

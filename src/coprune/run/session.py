@@ -30,7 +30,6 @@ from coprune.model.choosing import choose_matrices
 from coprune.model.edits import require_history
 from coprune.model.low_rank import noting_calls
 from coprune.model.opened import Loaded, open_model, say_of_bfloat16, streams
-from coprune.model.removal.find_experts import may_have_experts
 from coprune.model.walk.activations import GIB, Activations, device_room
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.proven import FoundModel, ProvenModel
@@ -171,8 +170,11 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
         blocks,
         choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude),
     )
-    if "experts" in recipe.structure.shares and not may_have_experts(found):
-        raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
+    if "experts" in recipe.structure.shares:
+        from coprune.run.to_removal import may_have_experts
+
+        if not may_have_experts(found):
+            raise UnsupportedModel("the model has no mixture of experts that tokens are routed to")
     # Whether parameters of three dimensions are experts shows when the model runs.
     check_widths((matrix for matrix in found.chosen.all() if matrix.expert is None), target)
     check_allocation(recipe, found, target)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -40,14 +41,16 @@ from coprune.run.halves import finished, push_if_asked, run_halves
 from coprune.run.journal import Output, may_round_otherwise, run_identity, weighs_blocks
 from coprune.run.look_at_dense import pruned_before
 from coprune.run.low_rank import with_adapter
-from coprune.run.prune_blocks import prune_blocks
-from coprune.run.removal.parts import remove_parts, smaller_model, what_may_go
+from coprune.run.prune_blocks import Outcome, prune_blocks
 from coprune.run.result import Result
 from coprune.run.session import NOTHING, Given, Reuse, Session, Surroundings, open_run, prove_run
 from coprune.run.stored_as import encoding_for
 from coprune.run.to_gguf import cut_of, refuse_other_changes
 from coprune.run.trackers import final_figures, listening
 from coprune.run.vocabulary import cut_vocabulary
+
+if TYPE_CHECKING:
+    from coprune.run.to_removal import Removable
 
 
 def run_recipe(
@@ -110,8 +113,8 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     first, write = around.processes.first, around.writes
     extras = Extras.prepare(recipe, around.processes.size, given.loaded is None)
     session = _open(recipe, given, around, reuse)
-    loaded, may_go = session.opened.loaded, what_may_go(session)
-    file = cut_of(session, may_go) if first else None
+    loaded, may_go = session.opened.loaded, _what_may_go(session)
+    file = cut_of(session, may_go.routers(session.model.blocks)) if first and may_go is not None else None
     if first:
         extras.look.prepare(loaded, around.reporter)
     phases.done(Phase.PREPARE)
@@ -123,7 +126,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
     dense = reuse.dense(session, extras, lambda: measure_dense(session, extras))
     extras.look.keep_rows(loaded)
     phases.done(Phase.MEASURE_DENSE)
-    outcome = prune_blocks(session, output, reuse) if may_go is None else remove_parts(session, output, may_go)
+    outcome = prune_blocks(session, output, reuse) if may_go is None else _remove_parts(session, output, may_go)
     if output is not None and (note := output.rounding.line()) is not None:
         around.reporter.say(f"{note}.")
         outcome = replace(outcome, notes=[*outcome.notes, note])
@@ -149,8 +152,30 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
         push_if_asked(recipe.output, around.reporter)
     if loaded.weights.streams:
         return Result(report, loaded.processor, partial(_saved_model, report.saved_model, recipe.model.device))
-    made = partial(smaller_model, session, outcome.edits) if may_go is not None else partial(with_adapter, loaded.model)
+    made = (
+        partial(_smaller_model, session, outcome.edits) if may_go is not None else partial(with_adapter, loaded.model)
+    )
     return Result(report, loaded.processor, made)
+
+
+def _what_may_go(session: Session) -> Removable | None:
+    if not session.opened.recipe.structure.remove:
+        return None
+    from coprune.run.to_removal import what_may_go
+
+    return what_may_go(session)
+
+
+def _remove_parts(session: Session, output: Output | None, may_go: Removable) -> Outcome:
+    from coprune.run.to_removal import remove_parts
+
+    return remove_parts(session, output, may_go)
+
+
+def _smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
+    from coprune.run.to_removal import smaller_model
+
+    return smaller_model(session, edits)
 
 
 def _saved_model(folder: Path | None, device: str) -> PreTrainedModel | None:
@@ -257,7 +282,7 @@ def look_at_pruned(session: Session, extras: Extras, edits: Edits) -> None:
     opened, reporter = session.opened, session.opened.around.reporter
     if extras.look.looks:
         with opened.loaded.whole(reporter) as module:
-            model = smaller_model(session, edits) if opened.recipe.structure.remove else module
+            model = _smaller_model(session, edits) if opened.recipe.structure.remove else module
             extras.look.ask(model, opened.loaded, reporter, opened.recipe.calibration.batch_size)
 
 

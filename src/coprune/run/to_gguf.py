@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
 from coprune.base.errors import BadInput
 from coprune.base.words import Command, LeaveOut, Words
 from coprune.gguf_files.parts import GgufParts
 from coprune.model.checkpoint.locate import GgufFile, locate, locates_gguf
-from coprune.model.removal.experts import tensor_at
 from coprune.recipe.recipe import Recipe
-from coprune.run.removal.plan import Removable
 from coprune.run.session import Given, Session
 
 _INSTEAD: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.gguf"))
@@ -44,23 +46,24 @@ def _refused(recipe: Recipe, why: str) -> BadInput:
     return BadInput(f"{target} would be a GGUF file, and {why}", field="save_model", value=target, fix=_INSTEAD)
 
 
-def cut_of(session: Session, removed: Removable | None) -> GgufParts | None:
+def cut_of(session: Session, routers: Mapping[str, Sequence[Tensor]]) -> GgufParts | None:
     """Return the file that a run makes another one of; None where it does not.
+
+    Args:
+        session: of the run.
+        routers: by block, the matrices that choose among experts, where some of these go.
 
     Raises:
         BadInput: the file is one of several.
         UnsupportedModel: its blocks or routers are not those of the model that was made of it.
     """
     recipe = session.opened.recipe
-    if not recipe.output.as_gguf or removed is None:
+    if not recipe.output.as_gguf:
         return None
     file = locate(recipe.model.name, recipe.model.cache_dir)
     assert isinstance(file, GgufFile)
     parts = GgufParts(file, session.model.names)
-    for block in session.model.blocks:
-        if (mixture := removed.mixtures.get(block.name)) is not None:
-            own = (path for path in mixture.sliced if path.startswith(f"{mixture.router}."))
-            for router in (tensor_at(block.module, path) for path in own):
-                if router.ndim > 1:
-                    parts.require_router(block.name, router)
+    for block, own in routers.items():
+        for router in own:
+            parts.require_router(block, router)
     return parts

@@ -19,7 +19,7 @@ from coprune.base.words import Set, per_cent
 from coprune.model.checkpoint.weights import Weights, require_in_memory
 from coprune.model.folding import Fold, close
 from coprune.model.matrices import Matrix
-from coprune.model.removal.parts import known_folds
+from coprune.model.proven_folds import known_folds
 from coprune.model.walk.prove import COMPARED_LOGITS
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.record import forward_logits

@@ -15,7 +15,7 @@ from coprune.base.words import per_cent
 from coprune.model.checkpoint.weights import require_in_memory
 from coprune.model.folding import Fold, Layout, bias_of, close
 from coprune.model.matrices import Matrix
-from coprune.model.removal.parts import known_folds
+from coprune.model.proven_folds import known_folds
 from coprune.model.walk.proven import ProvenModel
 from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.shown import BlockDone

@@ -1,0 +1,41 @@
+"""The folds of a model's blocks, found on a short sample: permutation, rotation and removal share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from coprune.model.blocks import Block
+from coprune.model.folding import Fold, find_folds, heads_of
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
+
+_TOKENS = 64
+"""What a fold changes shows in few tokens."""
+
+
+def first_tokens(sample: Tensor) -> Tensor:
+    """Return the start of a text; all of an image."""
+    return sample if sample.is_floating_point() else sample[:, :_TOKENS]
+
+
+def folds_of_blocks(
+    model: ProvenModel, dropped: Sequence[int] = ()
+) -> Iterator[tuple[Block, list[Fold], Callable[[], Tensor]]]:
+    """Every block that stays, while its weights are there: its folds, and what runs it on the sample."""
+    recording = record_batches(model, [first_tokens(model.structure.sample)])
+    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+        if isinstance(event, BlockDone) and event.block.index not in dropped:
+            run = partial(recording.run, event.block, 0, event.before[0])
+            yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
+
+
+def known_folds(model: ProvenModel) -> Mapping[str, Sequence[Fold]]:
+    """The folds of every block by its name, found once and then remembered. The model has to be in memory."""
+    if not model.structure.folds:
+        model.structure.folds = {block.name: found for block, found, _ in folds_of_blocks(model)}
+    return model.structure.folds

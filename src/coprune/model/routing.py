@@ -1,0 +1,161 @@
+"""The routing of a mixture of experts: experts that are never chosen, and choices that a smaller model repeats.
+
+An expert that is removed gives no zeros: it is never chosen, and the gates of the others are what they are without it.
+So a mixture is made smaller in memory by its router's logits, which are minus infinity for what is gone.
+Among router values that are equal but for rounding, `topk` of fewer values takes others, and tokens go to other experts
+though every weight is right. A smaller model that is compared with the whole one follows it there, nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from coprune.model.walk.observe import PRODUCTS
+
+
+class OtherLogits(TorchFunctionMode):
+    """While active, the results of products that give one value per expert are changed: a router's logits."""
+
+    def __init__(self, experts: int, change: Callable[[Tensor], Tensor]) -> None:
+        """change: gives other logits for T × E of them."""
+        super().__init__()
+        self._experts, self._change = experts, change
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in PRODUCTS and isinstance(result, Tensor) and result.ndim > 0 and result.shape[-1] == self._experts:
+            return self._change(result)
+        return result
+
+
+class NeverChosen:
+    """A router's forward in which some experts cannot be chosen."""
+
+    def __init__(self, router: nn.Module, keep: Tensor, vectors: Sequence[tuple[nn.Module, str]]) -> None:
+        """keep: E bool; vectors: modules and the names of what they add to the logits or scores of the experts."""
+        before = router.forward
+        self._forward: Callable[..., Any] = before._forward if isinstance(before, NeverChosen) else before
+        self._keep, self._vectors = keep, vectors
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for owner, name in self._vectors:
+            values: Tensor = getattr(owner, name).data
+            values.masked_fill_(~self._keep.to(values.device), -torch.inf)
+        with OtherLogits(len(self._keep), self._masked):
+            return self._forward(*args, **kwargs)
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        return logits.masked_fill(~self._keep.to(logits.device), -torch.inf)
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """For a while, let a module run another function instead of its forward."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(module).pop("forward")
+        else:
+            vars(module)["forward"] = before
+
+
+_ROUNDING, _ROUNDING_OF_HALVES = 3e-4, 2e-2
+"""Of the largest value of a token."""
+_Seen = Callable[[str, Tensor, Any], Any]
+"""Given the block, the values that are chosen from, and what `topk` returned, gives what it returns instead."""
+
+
+class Ties:
+    """What the whole model chose, block by block, for the smaller one to follow.
+
+    kept: numbers of the experts that are left, by the block's name in the whole model; dtype: of both models.
+    """
+
+    def __init__(self, kept: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
+        self._kept = kept
+        self._rounding = _ROUNDING if dtype.itemsize >= 4 else _ROUNDING_OF_HALVES
+        self._chosen: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in kept}
+
+    @contextmanager
+    def noted(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+        """For a while, note what the whole model's blocks choose. blocks: by name."""
+        with _seeing({name: module for name, module in blocks.items() if name in self._kept}, self._note):
+            yield
+
+    @contextmanager
+    def followed(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+        """For a while, let the smaller model's blocks choose the same where that is as good. blocks: as in `noted`."""
+        with _seeing({name: module for name, module in blocks.items() if name in self._kept}, self._follow):
+            yield
+
+    def _note(self, block: str, values: Tensor, found: Any) -> Any:
+        self._chosen[block].append((values.shape[-1], found.indices))
+        return found
+
+    def _follow(self, block: str, values: Tensor, found: Any) -> Any:
+        if not self._chosen[block]:
+            return found
+        width, index = self._chosen[block].pop(0)
+        kept = self._kept[block]
+        if values.shape[-1] != width and values.shape[-1] == len(kept):
+            number = torch.full((width,), -1, device=index.device)
+            number[list(kept)] = torch.arange(len(kept), device=index.device)
+            index = number[index]
+        index = index.to(values.device)
+        if index.shape != found.indices.shape or int(index.max()) >= values.shape[-1]:
+            return found
+        other = values.gather(-1, index.clamp_min(0))
+        scale = values.masked_fill(~values.isfinite(), 0).abs().amax(dim=-1, keepdim=True)
+        apart = (other.sort(dim=-1).values - found.values.sort(dim=-1).values).abs()
+        tied = ((index >= 0) & (apart <= self._rounding * scale)).all(dim=-1, keepdim=True)
+        return type(found)((torch.where(tied, other, found.values), torch.where(tied, index, found.indices)))
+
+
+class _Choosing(TorchFunctionMode):
+    """While active, the largest values along the last dimension may be others."""
+
+    def __init__(self, change: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        if func not in (torch.topk, Tensor.topk):
+            return result
+        values: Tensor = args[0] if args else given["input"]
+        dim = given.get("dim", args[2] if len(args) > 2 else -1)
+        largest = given.get("largest", args[3] if len(args) > 3 else True)
+        return self._change(values, result) if largest and dim in (-1, values.ndim - 1) else result
+
+
+@contextmanager
+def _seeing(blocks: Mapping[str, nn.Module], see: _Seen) -> Iterator[None]:
+    """For a while, show what blocks choose with `topk`."""
+
+    def shown(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Choosing(lambda values, found: see(name, values, found)):
+                return own(*args, **kwargs)
+
+        return forward
+
+    with ExitStack() as ended:
+        for name, module in blocks.items():
+            ended.enter_context(forward_as(module, shown(name, module.forward)))
+        yield

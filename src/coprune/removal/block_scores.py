@@ -1,0 +1,227 @@
+"""Which blocks are kept: by how little a block changes what goes through it, or by what the model says without it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coprune.base.options import one_of, require_not_negative, require_positive
+from coprune.base.processes import ALONE, Processes
+from coprune.base.progress import Advance, scaled
+from coprune.model.blocks import Block
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.record import run_after_blocks
+from coprune.model.walk.recording import Dense, Recording, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
+from coprune.recipe.choice import Choice
+from coprune.run.calibrating import first_batches
+
+ROWS = 256
+"""Tokens whose distributions are compared at a time, each of which is as long as the vocabulary."""
+
+
+class BlockScore(Protocol):
+    """Chooses the blocks that go."""
+
+    def choose(
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        count: int,
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
+    ) -> list[int]:
+        """Choose blocks.
+
+        Args:
+            model: dense, and so in the end.
+            batches: what it is run on, as in `record_batches`.
+            count: how many blocks go.
+            advance: called with the share of the work that was just done.
+            processes: those that choose together, each with the whole of the model and of the batches.
+
+        Returns:
+            Their numbers, in the order in which they went; none of a block of which no matrix is wanted.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Let the blocks go that turn their inputs least (ShortGPT, arXiv 2403.03853)."""
+
+    def choose(
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        count: int,
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
+    ) -> list[int]:
+        found, stay = influences(model, batches, advance, processes), model.chosen.untouched()
+        return sorted((index for index in range(len(found)) if index not in stay), key=found.__getitem__)[:count]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Let one block after another go: the one without which the model's distributions stay nearest to the dense model's.
+
+    After the first round only the blocks that did best in the last one are tried again.
+    """
+
+    tokens: int = 2048
+    """Of the calibration, at least so many are looked at (of images: one batch)."""
+    candidates: int = 6
+    """How many blocks are tried again after one went; 0: all."""
+
+    def __post_init__(self) -> None:
+        require_positive(tokens=self.tokens)
+        require_not_negative(candidates=self.candidates)
+
+    def choose(
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        count: int,
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
+    ) -> list[int]:
+        some, gone = first_batches(batches, self.tokens), list[int]()
+        order = sorted({block.index for block in model.blocks} - model.chosen.untouched())
+        while len(gone) < count:
+            tried = [index for index in order if index not in gone]
+            if gone and self.candidates:
+                tried = tried[: self.candidates]
+            shares = processes.gather(divergences(model, some, processes.own(tried), gone))
+            found = {index: cost for own in shares for index, cost in own.items()}
+            nearest = sorted(tried, key=found.__getitem__)
+            gone.append(nearest[0])
+            advance(1 / count)
+            order = [*nearest[1:], *(index for index in order if index not in tried)]
+        return gone
+
+
+BLOCK_SCORES: dict[str, BlockScore] = {"influence": Influence(), "kl": Divergence()}
+"""Every score of blocks by its name."""
+
+
+def block_score_named(asked: Choice) -> BlockScore:
+    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    return one_of(BLOCK_SCORES, "score", asked.name, asked.options)
+
+
+@torch.no_grad()
+def influences(
+    model: ProvenModel,
+    batches: Sequence[Tensor],
+    advance: Advance = lambda share: None,
+    processes: Processes = ALONE,
+) -> list[float]:
+    """One minus the mean cosine of every block's inputs and outputs, token by token; infinite where these differ in shape.
+
+    model, batches, advance, processes: as in `BlockScore.choose`; the batches are shared out.
+    """
+    total, count = [0.0] * len(model.blocks), [0] * len(model.blocks)
+    own = processes.own(batches)
+    for some in _together(model, own):
+        share = len(some) / (len(own) * len(model.blocks))
+        recording, moves = record_batches(model, some), Dense(keep=Tensor.clone)
+        for event in Walk(model.idle(), recording, moves=moves, advance=scaled(advance, share)):
+            if not isinstance(event, BlockDone):
+                continue
+            index = event.block.index
+            for before, after in zip(event.before, event.after, strict=True):
+                if after.shape != before.shape:
+                    total[index] = -torch.inf
+                else:
+                    cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+                    total[index] += float(cosine.sum(dtype=torch.float64))
+                count[index] += after[..., 0].numel()
+    sums, counts = (map(sum, zip(*processes.gather(one), strict=True)) for one in (total, count))
+    return [1.0 - cosines / max(tokens, 1) for cosines, tokens in zip(sums, counts, strict=True)]
+
+
+def _together(model: ProvenModel, batches: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+    """Batches that go through the blocks side by side: all where each block is read for that, else one, for its memory."""
+    return [batches] if model.weights.streams and batches else [[batch] for batch in batches]
+
+
+@torch.no_grad()
+def divergences(
+    model: ProvenModel, batches: Sequence[Tensor], tried: Collection[int], gone: Collection[int] = ()
+) -> dict[int, float]:
+    """KL(dense ‖ without one more block), in nats per token (per image).
+
+    All ways go through the blocks side by side, so that each block is read once; what comes before the block that is tried is
+    computed once for all of them.
+
+    Args:
+        model: the dense model.
+        batches: as in `record_batches`.
+        tried: numbers of the blocks that are left out one at a time.
+        gone: numbers of blocks that are left out in any case.
+
+    Returns:
+        By the number of the block; infinite for one that changes the shape of what goes through it.
+    """
+    total, count = dict.fromkeys(tried, 0.0), 0
+    for some in _together(model, batches):
+        recording = record_batches(model, some)
+        ways = _Ways(recording, tried, gone, list(recording.hidden))
+        for event in Walk(model.idle(), recording, moves=Dense()):
+            if isinstance(event, BlockDone):
+                ways.move(event.block)
+        for batch, tokens in enumerate(some):
+            dense = logits_of(model, tokens, recording.hidden[batch])
+            count += dense.shape[0]
+            for index in tried:
+                hidden = ways.without.get(index)
+                total[index] += (
+                    torch.inf if hidden is None else kl_of_logits(dense, logits_of(model, tokens, hidden[batch]))
+                )
+    return {index: found / max(count, 1) for index, found in total.items()}
+
+
+@dataclass
+class _Ways:
+    """Batches on their way through the model without some blocks, and without one more of those that are tried."""
+
+    recording: Recording
+    tried: Collection[int]
+    gone: Collection[int]
+    base: list[Tensor]
+    """Without those that are gone."""
+    without: dict[int, list[Tensor]] = field(default_factory=dict)
+    """By the number of the block that is left out as well."""
+
+    def move(self, block: Block) -> None:
+        if block.index in self.gone:
+            return
+        before, self.base = self.base, self._through(block, self.base)
+        for index, hidden in self.without.items():
+            self.without[index] = self._through(block, hidden)
+        alike = all(a.shape == b.shape for a, b in zip(before, self.base, strict=True))
+        if block.index in self.tried and alike:
+            self.without[block.index] = before
+
+    def _through(self, block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
+        return [self.recording.run(block, batch, one) for batch, one in enumerate(hidden)]
+
+
+def logits_of(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What the model makes of the last block's answer: N × V."""
+    return run_after_blocks(model.module, model.blocks, tokens, model.structure.answers, hidden).flatten(0, -2)
+
+
+def kl_of_logits(dense: Tensor, other: Tensor) -> float:
+    """Sum over the rows of KL(dense ‖ other), in nats. dense, other: logits, N × V."""
+    total = 0.0
+    for p, q in zip(dense.split(ROWS), other.split(ROWS), strict=True):
+        log_p, log_q = (one.to(torch.float32).log_softmax(dim=-1) for one in (p, q))
+        total += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return total

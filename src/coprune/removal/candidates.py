@@ -1,0 +1,331 @@
+"""What a budget costs: KL to the dense model, computed anew only from the first block that is another.
+
+A budget is compared with the best so far on more and more of the tokens, and let go of as soon as it falls behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from coprune.base.files import write_text
+from coprune.model.blocks import Block
+from coprune.model.matrices import Matrix
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.recording import Recording, record_batches
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.evolution import Exchanges, Steps, next_tries
+from coprune.removal.block_scores import kl_of_logits, logits_of
+from coprune.removal.channels_and_heads import Part
+from coprune.removal.unit_scores import Search, refitted, score_named
+from coprune.run.calibrating import first_batches
+from coprune.run.journal import run_identity
+from coprune.run.session import Session
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A part with what it keeps at every level, the whole part first."""
+
+    block: Block
+    part: Part
+    counts: list[int]
+    """Units that are kept."""
+    keeps: list[list[Tensor]]
+    """Which: U bool for each consumer, by level."""
+    costs: list[float]
+    """Squared error of the consumers' outputs, relative to them."""
+    moved: float
+    """What the block changes in the hidden states of the dense model."""
+    inputs: Mapping[str, Inputs]
+    """Of the consumers in the dense model, by name."""
+
+    def steps_to(self, count: int) -> int:
+        """How many steps it loses when so many units are kept."""
+        return self.counts.index(count)
+
+
+@dataclass(frozen=True)
+class Consumers:
+    """The matrices whose columns fall silent, solved for anew from their Gram matrices."""
+
+    levels: Sequence[Levels]
+    refit: bool
+    before: Mapping[str, Tensor]
+    """Of every consumer, the dense weight."""
+
+    @classmethod
+    def of(cls, session: Session, levels: Sequence[Levels]) -> Self:
+        """Those of a dense model."""
+        refit = score_named(session.opened.recipe.structure.score_of("units")).refit
+        return cls(levels, refit, {c.name: c.read().clone() for own in levels for c in own.part.fold.consumers})
+
+    @property
+    def places(self) -> list[int]:
+        """Number of the block that every part is in."""
+        return [own.block.index for own in self.levels]
+
+    def write(self, part: int, level: int) -> None:
+        """Silence what a part loses at a level."""
+        own = self.levels[part]
+        for keep, consumer in zip(own.keeps[level], own.part.fold.consumers, strict=True):
+            consumer.write(self._solved(own, consumer, keep))
+
+    def _solved(self, own: Levels, consumer: Matrix, keep: Tensor) -> Tensor:
+        weight, columns = self.before[consumer.name], own.part.columns(keep)
+        if bool(keep.all()):
+            return weight
+        known = own.inputs.get(consumer.name)
+        statistic = None if known is None else known.statistic
+        if self.refit and isinstance(statistic, Gram) and statistic.count:
+            return refitted(weight, statistic, columns)
+        return weight.masked_fill(~columns, 0.0)
+
+
+BEHIND = 0.005
+"""A budget is let go of where the batches that it has seen cost so much more than they do with the best: about what two
+budgets of the same cost differ by on some hundred tokens."""
+
+Hidden = list[Tensor]
+"""What a block is given, by batch."""
+
+
+@dataclass
+class Candidates:
+    """The model with one budget after another."""
+
+    session: Session
+    forms: Consumers
+    dropped: Sequence[int]
+    """Numbers of blocks that go."""
+    recording: Recording
+    dense: list[Tensor]
+    """Logits of the dense model, by batch."""
+    now: Steps
+    """The budget that the weights have."""
+    settled: Steps
+    """The budget by which is known what every block is given."""
+    hidden: list[Hidden]
+    """What that is, and at the end what the last block gives."""
+    sums: dict[Steps, list[float]] = field(default_factory=dict)
+    """Of budgets that were looked at to the end: KL in nats, by batch."""
+    touched: set[int] = field(default_factory=set)
+    """Numbers of the parts that are not as they were, or may not be."""
+
+    @classmethod
+    @contextmanager
+    def of(cls, session: Session, forms: Consumers, dropped: Sequence[int], tokens: int) -> Iterator[Candidates]:
+        """For a while; in the end the model is dense as before. tokens: of the calibration, to be looked at at least."""
+        found = cls._begun(session, forms, dropped, tokens)
+        try:
+            yield found
+        finally:
+            with torch.no_grad():
+                for part in found.touched:
+                    forms.write(part, 0)
+
+    @classmethod
+    @torch.no_grad()
+    def _begun(cls, session: Session, forms: Consumers, dropped: Sequence[int], tokens: int) -> Candidates:
+        opened = session.opened
+        assert opened.samples is not None
+        recording = record_batches(session.model, first_batches(opened.task.batches(opened.samples.tokens), tokens))
+        none = (0,) * len(forms.places)
+        found = cls(session, forms, (), recording, [], none, none, [list(recording.hidden)])
+        found._run_from(0)
+        found.dense = [found._logits(batch, one) for batch, one in enumerate(found.hidden[-1])]
+        if dropped:
+            found.dropped = dropped
+            found._run_from(0)
+        return found
+
+    @torch.no_grad()
+    def cost(self, steps: Steps, near: Steps | None) -> float:
+        """KL(dense ‖ with these steps), in nats per token.
+
+        Args:
+            steps: the budget.
+            near: one that this and the next ones are much like, and are compared with; None to look at all tokens.
+
+        Returns:
+            For one that fell behind, the cost of `near` and what it is behind so far, as if the rest were alike.
+        """
+        if near is not None:
+            self._settle(near)
+        best = None if near is None else self._sums_of(near)
+        self._become(steps)
+        first = self._first_other(steps, self.settled)
+        rows, count = sum(len(one) for one in self.dense), len(self.dense)
+        own: list[float] = []
+        for batch, hidden in enumerate(self.hidden[first]):
+            for block in self.session.model.blocks[first:]:
+                hidden = self._run(block, batch, hidden)
+            own.append(self._divergence(batch, hidden))
+            seen = len(own)
+            # On one batch, two, four …
+            if best is not None and seen < count and seen & (seen - 1) == 0:
+                behind = sum(own) - sum(best[:seen])
+                if behind > BEHIND * sum(best[:seen]):
+                    return (sum(best) + behind * count / seen) / rows
+        self.sums[steps] = own
+        return sum(own) / rows
+
+    def _settle(self, near: Steps) -> None:
+        if near != self.settled:
+            first = self._first_other(near, self.settled)
+            self._become(near)
+            self._run_from(first)
+            self.settled = near
+
+    def _sums_of(self, settled: Steps) -> list[float]:
+        """Of the budget by which the hidden states are known; another process, or run, may have looked at it."""
+        if settled not in self.sums:
+            self.sums[settled] = [self._divergence(batch, one) for batch, one in enumerate(self.hidden[-1])]
+        return self.sums[settled]
+
+    def _first_other(self, one: Steps, other: Steps) -> int:
+        """Number of the first block in which two budgets differ; the number of blocks where none does."""
+        differing = (at for at, a, b in zip(self.forms.places, one, other, strict=True) if a != b)
+        return min(differing, default=len(self.session.model.blocks))
+
+    def _become(self, steps: Steps) -> None:
+        """Give the parts the weights of a budget."""
+        for part, (before, after) in enumerate(zip(self.now, steps, strict=True)):
+            if before != after:
+                self.touched.add(part)
+                self.forms.write(part, after)
+        self.now = steps
+
+    def _run(self, block: Block, batch: int, hidden: Tensor) -> Tensor:
+        return hidden if block.index in self.dropped else self.recording.run(block, batch, hidden)
+
+    def _run_from(self, first: int) -> None:
+        """Run the blocks from one on, and note what each is given."""
+        self.hidden = self.hidden[: first + 1]
+        for block in self.session.model.blocks[first:]:
+            self.hidden.append([self._run(block, batch, one) for batch, one in enumerate(self.hidden[-1])])
+
+    def _divergence(self, batch: int, hidden: Tensor) -> float:
+        return kl_of_logits(self.dense[batch], self._logits(batch, hidden))
+
+    def _logits(self, batch: int, hidden: Tensor) -> Tensor:
+        return logits_of(self.session.model, self.recording.tokens[batch], hidden)
+
+
+FINDS_FILE = "search.json"
+"""What a search has tried, in the run's folder."""
+
+
+@dataclass
+class Finds:
+    """What was tried so far, and what it cost."""
+
+    path: Path | None
+    """Where that is kept; None where no folder is wanted."""
+    identity: str
+    """Of the recipe, the model and the data."""
+    tried: list[tuple[Steps, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, session: Session) -> Finds:
+        """What an earlier run of the same kind found, or nothing; the first process's answer for all."""
+        found = session.opened.around.processes.from_first(lambda: cls._read(session))
+        return found if session.opened.around.writes else replace(found, path=None)
+
+    @classmethod
+    def _read(cls, session: Session) -> Finds:
+        opened = session.opened
+        known = run_identity(opened.recipe, opened.loaded.fingerprint(session.model.blocks), opened.fingerprint)
+        identity = hashlib.sha256(json.dumps(known.settings, sort_keys=True, default=str).encode()).hexdigest()
+        found = cls(opened.recipe.run_folder / FINDS_FILE if opened.around.writes else None, identity)
+        if found.path is not None and found.path.is_file():
+            try:
+                content: dict[str, Any] = json.loads(found.path.read_text(encoding="utf-8"))
+                if content["identity"] == identity:
+                    tried = [(tuple(steps), float(cost)) for steps, cost in content["tried"]]
+                    found.tried, found.seconds = tried, float(content["seconds"])
+            except (ValueError, KeyError, TypeError):
+                return found  # somebody else's, or damaged: the search begins anew
+        return found
+
+    def add(self, tries: Sequence[tuple[Steps, float]], seconds: float) -> None:
+        """Note tries that were made side by side, all at once, so that a killed search makes the same ones again."""
+        self.tried += tries
+        self.seconds += seconds
+        if self.path is not None:
+            content = {"identity": self.identity, "seconds": self.seconds, "tried": self.tried}
+            write_text(self.path, json.dumps(content) + "\n")
+
+    @property
+    def best(self) -> tuple[Steps, float]:
+        """The first of those that cost least."""
+        return min(self.tried, key=lambda one: one[1])
+
+    def share_done(self, asked: Search) -> float:
+        """How much of the search is over; 1 at its end."""
+        return min(1.0, self.seconds / (60 * asked.minutes) if asked.minutes else len(self.tried) / asked.rounds)
+
+    def is_over(self, asked: Search) -> bool:
+        """Whether nothing is left to be tried."""
+        return bool(self.tried) and self.share_done(asked) >= 1.0
+
+
+STARTS = ("uniform", "error")
+"""What is tried first."""
+
+
+def search_steps(
+    session: Session,
+    asked: Search,
+    finds: Finds,
+    exchanges: Exchanges,
+    first: Sequence[Steps],
+    opened: AbstractContextManager[Candidates],
+) -> Steps:
+    """Search for the steps with which the model stays nearest to the dense one; every process makes a try at a time.
+
+    Args:
+        session: of the run.
+        asked: how long.
+        finds: what was tried before.
+        exchanges: what may change places.
+        first: what is tried first; may be left out where that was done.
+        opened: what tells the cost of a budget, for as long as it is entered.
+    """
+    reporter, processes = session.opened.around.reporter, session.opened.around.processes
+    if finds.tried:
+        reporter.say(f"{len(finds.tried)} tries of the search were made by an earlier run.")
+    with reporter.bar("Searching", 1.0) as advance, opened as candidates:
+        done = 0.0
+        while (share := finds.share_done(asked)) < 1.0:
+            advance(share - done)
+            started, done = time.perf_counter(), share
+            count = len(finds.tried)
+            number = min(processes.size, asked.rounds - count) if asked.rounds else processes.size
+            starts = first[count : count + number]
+            tries = starts or next_tries(finds.tried, exchanges, asked.seed, number)
+            # What is tried first is looked at to the end; all else may be let go of as soon as it falls behind the best.
+            best = None if starts else finds.best[0]
+            costs = processes.in_order([candidates.cost(steps, best) for steps in processes.own(tries)])
+            took = processes.gather(time.perf_counter() - started)[0]
+            finds.add([*zip(tries, costs, strict=True)], took)
+        advance(1.0 - done)
+    return say_best(session, finds)
+
+
+def say_best(session: Session, finds: Finds) -> Steps:
+    """Tell of the best that was found, and return it."""
+    steps, cost = finds.best
+    starts = ", ".join(f"{name} {found:.4f}" for name, (_, found) in zip(STARTS, finds.tried, strict=False))
+    session.opened.around.reporter.say(f"The best of {len(finds.tried)} tries: KL {cost:.4f} ({starts}).")
+    return steps

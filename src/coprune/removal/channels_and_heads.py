@@ -1,0 +1,275 @@
+"""Parts of a block that can be removed as a whole: channels of an MLP, key-value heads with their query heads.
+
+A part is a fold (`coprune.model.folding`): what a consumer is multiplied with, channel by channel, comes from certain rows
+of certain producers, which was proven on the block's output. Removing a channel takes those rows, and the consumer's
+column. A head takes the rows of its query and key as well; they are the matrices fed by the same tensor as its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from coprune.model.blocks import Block
+from coprune.model.folding import Fold, bias_of, close
+from coprune.model.matrices import Matrix
+from coprune.model.proven_folds import folds_of_blocks
+from coprune.model.walk.proven import ProvenModel
+
+Kind = Literal["channels", "heads"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units of one kind that a block may lose: as many of every consumer (of every expert)."""
+
+    block: str
+    kind: Kind
+    fold: Fold
+    beside: tuple[tuple[Matrix, int], ...] = ()
+    """Other matrices that lose rows with a unit, with the rows that one unit has."""
+    vectors: tuple[tuple[str, nn.Parameter], ...] = ()
+    """Parameters with one value per query head."""
+    group: int = 1
+    """So many units are kept or go together."""
+
+    @property
+    def name(self) -> str:
+        """The name of its first consumer, which no other part has."""
+        return self.fold.consumers[0].name
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        return self.fold.layout.size if self.kind == "channels" else self.fold.layout.segments
+
+    @property
+    def repeats(self) -> int:
+        """Query heads of a unit; 1 for channels."""
+        return self.fold.layout.repeats
+
+    @cached_property
+    def units(self) -> Tensor:
+        """The consumer's columns by unit: U × K int64."""
+        layout = self.fold.layout
+        if self.kind == "channels":
+            return torch.arange(layout.size)[:, None]
+        return torch.arange(layout.segments * layout.repeats * layout.size).view(layout.segments, -1)
+
+    @property
+    def grouped(self) -> Tensor:
+        """The consumer's columns by what goes together: U / group × K · group int64."""
+        return self.units.view(self.count // self.group, -1)
+
+    def ungrouped(self, keep: Tensor) -> Tensor:
+        """Units that are kept, U bool, by the groups that are: U / group bool."""
+        return keep.repeat_interleave(self.group)
+
+    def columns(self, keep: Tensor) -> Tensor:
+        """Which of the consumer's columns are kept: C bool. keep: U bool."""
+        return keep.repeat_interleave(self.units.shape[1])
+
+    def masks(self, keeps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is kept of every parameter that loses something: bool, by its name. keeps: U bool for each consumer."""
+        found: dict[str, Tensor] = {}
+        for consumer, producers, keep in zip(self.fold.consumers, self.fold.producers, keeps, strict=True):
+            _mask(found, consumer, self.columns(keep), inputs=True)
+            for producer in producers:
+                _mask(found, producer, self.fold.layout.rows_of(keep), inputs=False)
+        for matrix, rows in self.beside:
+            _mask(found, matrix, keeps[0].repeat_interleave(rows), inputs=False)
+        for name, parameter in self.vectors:
+            found[name] = keeps[0].repeat_interleave(self.repeats).to(_place_of(parameter))
+        return found
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters that lose something with a unit."""
+        return frozenset(self.masks([torch.ones(self.count, dtype=torch.bool)] * len(self.fold.consumers)))
+
+    def silent(self) -> list[Tensor]:
+        """Units that are zeros in every matrix and bias: U bool for each consumer. The block has to be in memory."""
+        units = torch.arange(self.count)
+        found = []
+        for consumer, producers in zip(self.fold.consumers, self.fold.producers, strict=True):
+            heard = [self.columns(units)[_any_number(consumer.read().T)]]
+            heard += [self.fold.layout.rows_of(units)[_speaks(producer)] for producer in producers]
+            heard += [units.repeat_interleave(rows)[_speaks(matrix)] for matrix, rows in self.beside]
+            found.append(torch.ones(self.count, dtype=torch.bool).index_fill(0, torch.cat(heard), False))
+        return found
+
+
+def _speaks(matrix: Matrix) -> Tensor:
+    """Which of a matrix's outputs can be anything else than zero: bool."""
+    bias = bias_of(matrix)
+    speaks = _any_number(matrix.read())
+    return speaks if bias is None else speaks | (bias != 0).cpu()
+
+
+def _any_number(rows: Tensor) -> Tensor:
+    return (rows != 0).any(dim=1).cpu()
+
+
+def _mask(found: dict[str, Tensor], matrix: Matrix, keep: Tensor, inputs: bool) -> None:
+    """Note what is kept of a matrix's inputs or outputs, and of the bias of its outputs."""
+    parameter: Tensor = getattr(matrix.owner, matrix.attribute)
+    keep = keep.to(_place_of(parameter))
+    whole = found.setdefault(matrix.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=keep.device))
+    own = whole if matrix.expert is None else whole[matrix.expert]
+    own = own.view(own.shape[0], -1)
+    along_rows = (matrix.input_dim == 0) == inputs
+    own &= keep[:, None] if along_rows else keep[None, :]
+    bias = None if inputs else bias_of(matrix)
+    if bias is None:
+        return
+    if matrix.expert is None:
+        found[f"{matrix.name}.bias"] = keep
+        return
+    stacked: Tensor = getattr(matrix.owner, f"{matrix.attribute}_bias")
+    rows = found.setdefault(f"{matrix.parameter}_bias", torch.ones(stacked.shape, dtype=torch.bool, device=keep.device))
+    rows[matrix.expert] = keep
+
+
+def _place_of(parameter: Tensor) -> torch.device:
+    """Where a parameter is; a mask of one that is not in memory can be made all the same."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
+
+
+def parts_of(
+    block: Block, folds: Sequence[Fold], groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]
+) -> Iterator[Part]:
+    """The parts of a block. groups: its matrices by the tensor that feeds them; run: runs it on a sample."""
+    for fold in folds:
+        if not fold.layout.is_heads():
+            part = Part(block.name, "channels", fold)
+        else:
+            part = _heads_of(block, fold, groups, run)
+        if is_apart(block.module, part, run):
+            yield part
+
+
+def _heads_of(block: Block, fold: Fold, groups: Sequence[Sequence[Matrix]], run: Callable[[], Tensor]) -> Part:
+    """Heads with the queries and keys that are theirs."""
+    layout, value = fold.layout, fold.producers[0][0]
+    part = Part(block.name, "heads", fold, vectors=tuple(_per_head(block, value, layout.segments * layout.repeats)))
+    if layout.before:  # its matrix holds the keys, and may hold the queries; else these are made of something else
+        used = [matrix for group in groups for matrix in group]
+        names = [matrix.name for matrix in used]
+        others = [m for m in used[: names.index(part.name)] if m.expert is None and m.name != value.name]
+        fitting = [(m, m.shape[0] // layout.segments) for m in others if m.shape[0] % layout.segments == 0]
+        return replace(part, beside=tuple(one for one in fitting if _is_theirs(block.module, part, one, run)))
+    group = next(group for group in groups if any(matrix.name == value.name for matrix in group))
+    keys, queries = layout.segments * layout.size, fold.consumers[0].shape[1]
+    rows = {keys: layout.size, queries: layout.repeats * layout.size}
+    if fold.gate is not None:
+        rows[fold.gate.shape[0]] = fold.gate.shape[0] // layout.segments
+    beside = tuple((m, rows[m.shape[0]]) for m in group if m.name != value.name and m.shape[0] in rows)
+    return replace(part, beside=beside)
+
+
+def _is_theirs(module: nn.Module, part: Part, other: tuple[Matrix, int], run: Callable[[], Tensor]) -> bool:
+    """Whether rows of a matrix are the heads' as well: those of silent heads touch no other head, and did something before."""
+    whole = replace(part, beside=(other,))
+    if not is_apart(module, whole, run):
+        return False
+    name = other[0].parameter
+    dense = run()
+    with put_back(module, part.block, [name]):
+        silence(module, part.block, {name: whole.masks([_every_other(part)])[name]})
+        return not close(run(), dense)
+
+
+def _per_head(block: Block, value: Matrix, heads: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the module that holds the value projection, with one value per query head (attention sinks)."""
+    path = value.name.rpartition(".")[0]
+    holder = block.module.get_submodule(path.removeprefix(f"{block.name}").removeprefix("."))
+    for name, parameter in holder.named_parameters(recurse=False):
+        if tuple(parameter.shape) == (heads,):
+            yield f"{path}.{name}", parameter
+
+
+@torch.no_grad()
+def is_apart(module: nn.Module, part: Part, run: Callable[[], Tensor]) -> bool:
+    """Whether what makes some units touches no other unit: a norm over all of them, between producer and consumer, does.
+
+    Units whose columns are silent in the consumers must make no difference any more when their rows are silent too.
+
+    Args:
+        module: the block, which is as before in the end.
+        part: as it was found.
+        run: runs the block on a sample and returns its output.
+    """
+    masks = part.masks([_every_other(part)] * len(part.fold.consumers))
+    consumers = {consumer.parameter for consumer in part.fold.consumers}
+    with put_back(module, part.block, masks):
+        silence(module, part.block, {name: mask for name, mask in masks.items() if name in consumers})
+        alone = run()
+        silence(module, part.block, masks)
+        return close(run(), alone)
+
+
+def _every_other(part: Part) -> Tensor:
+    return torch.arange(part.count) % 2 == 0
+
+
+def step_of(units: int, align: int, group: int = 1) -> int:
+    """How many units are kept or removed together: `align`, or the largest power of two below it, that divides them.
+
+    group: so many can only go together, whatever `align` is.
+    """
+    units, align = units // group, -(-align // group)
+    steps = [align, *(1 << power for power in reversed(range((align - 1).bit_length())))]
+    return group * next(step for step in steps if units % step == 0 and step < max(units, 2))
+
+
+def groups_of(parts: Iterable[Part], kind: Kind) -> dict[int, int]:
+    """How many units of a kind go together, by how many there are."""
+    return {part.count: part.group for part in parts if part.kind == kind}
+
+
+def filled(keep: Tensor, count: int) -> Tensor:
+    """So many units: those that are kept, and the first of the others. keep: U bool."""
+    whole = keep.clone()
+    whole[(~keep).nonzero().flatten()[: count - int(keep.sum())]] = True
+    return whole
+
+
+def together(masks: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is kept of every parameter where two parts were removed: what both keep."""
+    return {**masks, **{name: mask & masks[name] if name in masks else mask for name, mask in more.items()}}
+
+
+def parameter_of(module: nn.Module, prefix: str, name: str) -> nn.Parameter:
+    return module.get_parameter(name.removeprefix(f"{prefix}."))
+
+
+@contextmanager
+def put_back(module: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
+    """Give some parameters of a module their values again when the block ends. prefix: the module's path."""
+    before = {name: parameter_of(module, prefix, name).detach().clone() for name in names}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                parameter_of(module, prefix, name).copy_(values)
+
+
+@torch.no_grad()
+def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None:
+    """Set what is not kept to zero, in place. prefix: the module's path, with which the masks' names begin."""
+    for name, mask in masks.items():
+        parameter = parameter_of(module, prefix, name)
+        parameter.masked_fill_(~mask.to(parameter.device), 0.0)
+
+
+def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
+    """What could be removed of every block that stays, proven on one sample."""
+    for block, folds, run in folds_of_blocks(model, dropped):
+        yield block.name, [*parts_of(block, folds, model.structure.groups[block.index], run)]

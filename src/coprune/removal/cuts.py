@@ -1,0 +1,205 @@
+"""What a run removes, as far as that is known before the walk, and what is kept of a block, as edits and in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coprune.model.as_saved import Layout, masks_as_saved, saved_name, slices_kept, whole_slices
+from coprune.model.blocks import Block
+from coprune.model.edit import DropBlock, Edit, KeepExperts, KeepSlices, PadUnits
+from coprune.model.slices import runs_of
+from coprune.recipe.structure import Left
+from coprune.removal.channels_and_heads import Kind, Part, filled, together
+from coprune.removal.mixtures import Mixture
+from coprune.run.session import Session
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run removes, as far as that is known before the walk."""
+
+    dropped: Sequence[int] = ()
+    """Numbers of the blocks that go."""
+    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """What may get smaller, by block."""
+    keep: Mapping[Kind, Mapping[int, int]] = field(default_factory=dict)
+    """How many units of a part are saved, by kind and by how many there are."""
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    """Whose experts get fewer, by block."""
+    experts: Mapping[int, int] = field(default_factory=dict)
+    """How many are kept, by how many there are."""
+    uneven: Mapping[str, int] = field(default_factory=dict)
+    """How many units are kept where blocks differ, by the part's name; the others that are saved are zeros."""
+
+    def count(self, part: Part) -> int:
+        """Units of a part that are kept."""
+        return self.uneven.get(part.name, self.saved(part))
+
+    def saved(self, part: Part) -> int:
+        """Units of a part in the saved model: as many as the configuration can say."""
+        return self.keep[part.kind][part.count]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Old numbers and new ones that the configuration has to tell: units, query heads, experts."""
+        units = [part for parts in self.parts.values() for part in parts]
+        found = [(part.count * times, self.saved(part) * times) for part in units for times in (1, part.repeats)]
+        return list(dict.fromkeys([*found, *self.experts.items()]))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a block."""
+
+    units: Sequence[tuple[Part, Sequence[Tensor]]] = ()
+    """Units of its parts, U bool for each consumer."""
+    experts: Tensor | None = None
+    """E bool, if any go."""
+
+    @cached_property
+    def masks(self) -> dict[str, Tensor]:
+        """What is kept of its parameters, bool, by name."""
+        return _masks(self.units)
+
+    def padded(self, plan: Plan) -> Cut:
+        """The same with silent units, as many as are saved."""
+        return Cut([(part, [filled(keep, plan.saved(part)) for keep in keeps]) for part, keeps in self.units])
+
+    def padding(self, plan: Plan) -> int:
+        """How many parameters are saved as zeros for nothing else than to pad."""
+        real = self.masks
+        return sum(int((mask & ~real[name]).sum()) for name, mask in self.padded(plan).masks.items())
+
+
+def _masks(units: Sequence[tuple[Part, Sequence[Tensor]]]) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for part, keeps in units:
+        masks = together(masks, part.masks(keeps))
+    return masks
+
+
+def edits_of_block(session: Session, plan: Plan, block: Block, cut: Cut, layout: Layout | None = None) -> list[Edit]:
+    """What is done to a block. layout: of the checkpoint, if that is not as transformers would save the model."""
+    model = session.model
+    if block.index in plan.dropped:
+        return [dropped(session, block.index, layout)]
+    edits: list[Edit] = []
+    if cut.units:
+        saved = cut.padded(plan)
+        edits.append(KeepSlices(kept=slices_kept(model.module, block.name, saved.masks, layout)))
+        edits += _pads(plan, cut, saved)
+    if cut.experts is not None:
+        edits.append(keep_experts(model.module, block.module, plan.mixtures[block.name], cut.experts, layout))
+    return edits
+
+
+def _pads(plan: Plan, cut: Cut, saved: Cut) -> Iterator[PadUnits]:
+    for (part, keeps), (_, whole) in zip(cut.units, saved.units, strict=True):
+        if part.name in plan.uneven:
+            real = [runs_of(keep[own]) for keep, own in zip(keeps, whole, strict=True)]
+            yield PadUnits(part=part.kind, units=plan.saved(part), real=real)
+
+
+def dropped(session: Session, index: int, layout: Layout | None = None) -> DropBlock:
+    """A block as one that goes. layout: as in `edits_of_block`."""
+    model = session.model
+    block = model.names[index]
+    saved = saved_name(model.module, block, layout)
+    entries = model.structure.answers[index].entries
+    return DropBlock(block=block, entries=entries, saved=None if saved == block else saved)
+
+
+def anywhere(plan: Plan, block: Block) -> Cut:
+    """Arbitrary places of a block to cut at."""
+    if block.index in plan.dropped:
+        return Cut()
+    # Other ones for every expert, so that what belongs together by its place alone would show.
+    units = [
+        (part, [_spread(part.count, plan.count(part)).roll(i) for i in range(len(part.fold.consumers))])
+        for part in plan.parts.get(block.name, ())
+    ]
+    mixture = plan.mixtures.get(block.name)
+    if mixture is None:
+        return Cut(units)
+    # Unevenly, so that groups which nobody noticed would show.
+    generator = torch.Generator().manual_seed(block.index)
+    order = (
+        torch.rand(mixture.groups, mixture.count // mixture.groups, generator=generator).argsort(dim=1).argsort(dim=1)
+    )
+    return Cut(units, (order < plan.experts[mixture.count] // mixture.groups).flatten())
+
+
+def _spread(units: int, count: int) -> Tensor:
+    """So many units, all over those that there are."""
+    keep = torch.zeros(units, dtype=torch.bool)
+    keep[torch.linspace(0, units - 1, count).round().long()] = True
+    return keep
+
+
+def words_of(plan: Plan, blocks: int, share: float | Left | None = None) -> Iterator[str]:
+    """What a plan removes, for people. blocks: how many there are; share: of experts, as it was asked for."""
+    for kind, keep in plan.keep.items():
+        name = "key-value heads with their query heads" if kind == "heads" else kind
+        counts = " and ".join(f"{old} → {_kept(plan, kind, old)}" for old in sorted(keep))
+        yield f"{name} {counts} of every block"
+    for old, new in sorted(plan.experts.items()):
+        exactly = new if share is None or isinstance(share, Left) else round(old * (1 - share))
+        near = f" ({share:g} of them would leave {exactly}; {new} is easier to serve)" if exactly != new else ""
+        yield f"experts {old} → {new} of every mixture{near}"
+    if plan.dropped:
+        yield f"blocks {blocks} → {blocks - len(plan.dropped)}"
+
+
+def _kept(plan: Plan, kind: Kind, old: int) -> str:
+    """How many units are kept of parts that had so many."""
+    parts = [part for own in plan.parts.values() for part in own if (part.kind, part.count) == (kind, old)]
+    counts = [plan.count(part) for part in parts] or [plan.keep[kind][old]]
+    least, most, mean = min(counts), max(counts), sum(counts) / len(counts)
+    return str(most) if least == most else f"{least} to {most} ({mean:g} on average)"
+
+
+def keep_experts(
+    model: PreTrainedModel, block: nn.Module, mixture: Mixture, keep: Tensor, layout: Layout | None = None
+) -> KeepExperts:
+    """Tell which experts of a mixture are left.
+
+    Args:
+        model: the model.
+        block: that the mixture is in.
+        mixture: as it was found.
+        keep: E bool.
+        layout: as in `slices_kept`.
+
+    Raises:
+        UnsupportedModel: what would be left of a tensor is no whole slices of it.
+    """
+    masks = masks_as_saved(model, mixture.block, mixture.masks(block, keep), layout)
+    gone = {number for number, kept in enumerate(keep.tolist()) if not kept}
+    tables = [path for path, dim in mixture.sliced.items() if dim == 0 and path.startswith(f"{mixture.experts}.")]
+    return KeepExperts(
+        kept=whole_slices(masks),
+        router=mixture.router,
+        added=list(mixture.added),
+        count=mixture.count,
+        experts=keep.nonzero().flatten().tolist(),
+        numbered=[*_numbered(masks, gone, mixture.count), *(f"{mixture.block}.{path}[" for path in tables)],
+    )
+
+
+def _numbered(masks: Mapping[str, Tensor], gone: set[int], count: int) -> Iterator[str]:
+    """Beginnings of tensors' names in which an expert's number follows: all numbers are there, and those gone have no mask."""
+    left_out = {name for name, mask in masks.items() if not bool(mask.any())}
+    found = set()
+    for name in left_out:
+        for digits in re.finditer(r"(?<![^.])\d+(?=\.)", name):
+            before, after = name[: digits.start()], name[digits.end() :]
+            alike = [f"{before}{number}{after}" for number in range(count)]
+            if masks.keys() >= set(alike) and {n for n, other in enumerate(alike) if other in left_out} == gone:
+                found.add(before)
+    yield from sorted(found)

@@ -1,0 +1,188 @@
+"""Calls of a mixture's experts: which tokens go to which, with which gates, and what each expert answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coprune.base.errors import UnsupportedModel
+from coprune.model.folding import close
+from coprune.model.routing import forward_as
+
+Forward = Callable[..., Any]
+_NOTHING, _NOTHING_OF_HALVES = 1e-4, 2e-2
+"""Gates below this share of the largest are rounding."""
+Place = int | str
+"""Where an argument stands in a call: its position or its keyword."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One call of a mixture's experts: T tokens, k of the experts for each."""
+
+    index: Tensor
+    """T × k int64: which experts a token goes to."""
+    gates: Tensor
+    """T × k: by how much each answer is multiplied."""
+    answers: Tensor
+    """T × k × H: what each of the experts answers."""
+
+    @property
+    def total(self) -> Tensor:
+        """T × H: the sum of the answers, times their gates."""
+        return (self.answers * self.gates[..., None]).sum(dim=1).to(self.answers.dtype)
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """How a mixture's experts are called: with tokens, the experts that each goes to, and their gates."""
+
+    hidden: Place
+    index: Place
+    gates: Place
+
+    @classmethod
+    def seen(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExpertCall | None:
+        """Read it from one call; None if that does not say which token goes where."""
+        places: dict[Place, Any] = _places(args, kwargs)
+        given = {place: value for place, value in places.items() if isinstance(value, Tensor)}
+        flat = {place: value for place, value in given.items() if value.ndim == 2}
+        index = [place for place, value in flat.items() if not value.is_floating_point() and value.dtype != torch.bool]
+        if len(index) != 1:
+            return None
+        shape = flat[index[0]].shape
+        floats = [place for place, value in flat.items() if value.is_floating_point() and len(value) == shape[0]]
+        gates = [place for place in floats[1:] if flat[place].shape == shape]
+        return cls(floats[0], index[0], gates[0]) if len(gates) == 1 else None
+
+    def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed:
+        """Run the experts so that every answer is seen by itself: each token once for each of its experts."""
+        given: dict[Place, Any] = _places(args, kwargs)
+        index, gates, hidden = given[self.index], given[self.gates], given[self.hidden]
+        top = index.shape[1]
+        given[self.hidden] = hidden.repeat_interleave(top, dim=0)
+        given[self.index], given[self.gates] = index.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1)
+        named = {place: value for place, value in given.items() if isinstance(place, str)}
+        out: Tensor = forward(*(given[place] for place in range(len(args))), **named)
+        return Routed(index, gates, out.reshape(*index.shape, -1))
+
+    def watch(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
+        """What the experts return, as the sum of what each answers, and these answers."""
+        routed = self.run(own, args, kwargs)
+        return routed.total, routed
+
+    def explains(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the experts' answers, times their gates, are what they return."""
+        return close(self.run(own, args, kwargs).total, own(*args, **kwargs))
+
+    def index_of(self, own: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """T × k int64: which experts the tokens of a call go to."""
+        found: Tensor = args[self.index] if isinstance(self.index, int) else kwargs[self.index]
+        return found
+
+
+def _places(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Place, Any]:
+    """A call's arguments by where they stand."""
+    found: dict[Place, Any] = dict(enumerate(args))
+    for name, value in kwargs.items():
+        found[name] = value
+    return found
+
+
+@dataclass(frozen=True)
+class ListedCall:
+    """How the experts of a list are called: one after another, with the rows of their tokens."""
+
+    experts: nn.ModuleList
+
+    def explains(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the experts' answers, times their gates, and what comes without them are what the holder returns."""
+        try:
+            out, routed = self.watch(own, args, kwargs)
+            return close(routed.total + self._with(own, args, kwargs, _silence), _rows(out))
+        except Exception:  # whatever a model's code says to other answers, where the list holds no experts
+            return False
+
+    def index_of(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """T × k int64: which experts the tokens of a call go to."""
+        return self._chosen(own, args, kwargs)[0]
+
+    def watch(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Routed]:
+        """What the holder returns, and each of the answers in it. Raises UnsupportedModel where rows are no tokens."""
+        index, gates = self._chosen(own, args, kwargs)
+        calls: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def keep(number: int, forward: Forward, hidden: Tensor) -> Tensor:
+            out: Tensor = forward(hidden)
+            calls[number] = _rows(hidden), _rows(out)
+            return out
+
+        with self._answering(keep):
+            out = own(*args, **kwargs)
+        width = next(iter(calls.values()))[0].shape[-1]
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape[-1:] == (width,)]
+        tokens = _bytes(_rows(given[0]))
+        answers = _rows(out).new_zeros(*index.shape, _rows(out).shape[-1])
+        for number, (hidden, answer) in calls.items():
+            places = {row: place for place, row in enumerate(_bytes(hidden))}
+            chosen = (index == number).nonzero().tolist()
+            if any(tokens[token] not in places for token, _ in chosen):
+                raise UnsupportedModel("an expert is given something else than its tokens")
+            for token, slot in chosen:
+                answers[token, slot] = answer[places[tokens[token]]]
+        return out, Routed(index, gates, answers)
+
+    def _chosen(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The experts of every token, T × k int64, and their gates."""
+        base, told = (self._with(own, args, kwargs, answer) for answer in (_silence, _speak))
+        gates = (told - base)[:, : len(self.experts)].float()
+        rounding = _NOTHING if base.dtype.itemsize >= 4 else _NOTHING_OF_HALVES
+        used = gates.abs() > rounding * gates.abs().max()
+        index = gates.abs().topk(max(1, int(used.sum(dim=1).max())), dim=1).indices
+        return index, gates.gather(1, index)
+
+    def _with(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], answer: _Answer) -> Tensor:
+        with self._answering(answer):
+            return _rows(own(*args, **kwargs))
+
+    @contextmanager
+    def _answering(self, answer: _Answer) -> Iterator[None]:
+        """For a while, let every expert answer something else."""
+
+        def instead(number: int, forward: Forward) -> Forward:
+            return lambda hidden, *args, **kwargs: answer(number, forward, hidden)
+
+        with ExitStack() as ended:
+            for number, expert in enumerate(self.experts):
+                ended.enter_context(forward_as(expert, instead(number, expert.forward)))
+            yield
+
+
+_Answer = Callable[[int, Forward, Tensor], Tensor]
+"""What an expert answers: by its number, its own forward, and its tokens."""
+
+
+def _silence(number: int, forward: Forward, hidden: Tensor) -> Tensor:
+    return torch.zeros_like(hidden)
+
+
+def _speak(number: int, forward: Forward, hidden: Tensor) -> Tensor:
+    """One, in a channel of the expert's own."""
+    out = torch.zeros_like(hidden)
+    out[..., number] = 1
+    return out
+
+
+def _rows(output: Any) -> Tensor:
+    """What a module returns, or is given, as T × H."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found.reshape(-1, found.shape[-1])
+
+
+def _bytes(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.detach().cpu().contiguous().view(torch.uint8).numpy()]

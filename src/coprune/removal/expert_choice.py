@@ -1,0 +1,356 @@
+"""Experts that a run removes: which mixtures there are, a pass that scores them, and the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.files import write_text
+from coprune.base.validation import reason
+from coprune.base.words import per_cent
+from coprune.evaluation.tasks import Samples
+from coprune.model.carried import find_carried
+from coprune.model.checkpoint.shards import read_tensor
+from coprune.model.edit import KeepCarried, KeepExperts
+from coprune.model.edits import Edits
+from coprune.model.leftovers import lists_of
+from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
+from coprune.recipe.structure import Left, StructurePart
+from coprune.removal.expert_calls import Routed
+from coprune.removal.expert_scores import ExpertSums, coverage, expert_score_named, kept_experts, weight_score
+from coprune.removal.mixtures import Mixture, find_mixtures
+from coprune.run.calibrating import counted_batches, record_counted
+from coprune.run.session import Session
+
+
+def find_experts(session: Session) -> dict[str, Mixture]:
+    """The mixtures of all blocks, proven on one sample. Raises UnsupportedModel where one cannot be made smaller."""
+    model, found = session.model, dict[str, Mixture]()
+    recording = record_batches(model, [model.structure.sample])
+    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+        if not isinstance(event, BlockDone):
+            continue
+        block = event.block
+        run = partial(recording.run, block, 0, event.before[0])
+        for mixture in find_mixtures(block, model.chosen.blocks[block.index], run):
+            if isinstance(mixture, str):
+                raise UnsupportedModel(f"{mixture}, so experts cannot be removed")
+            if block.name in found:
+                raise UnsupportedModel(f"{block.name} holds more than one mixture of experts")
+            found[block.name] = mixture
+    if not found:
+        raise _no_mixture(session)
+    return found
+
+
+def _no_mixture(session: Session) -> UnsupportedModel:
+    listed = [path for block in session.model.blocks for path in lists_of(block)]
+    beside = f"; {listed[0]} is a list of modules, of which none could be proved to be a mixture" if listed else ""
+    return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
+
+
+def experts_left(mixture: Mixture, asked: StructurePart) -> int:
+    """Return how many experts are kept: as many of every group, and enough for a token. Raises BadInput where none goes."""
+    share = asked.shares["experts"]
+    kept = (
+        share.count
+        if isinstance(share, Left)
+        else count_left(mixture.count, share, mixture.groups, asked.align_experts)
+    )
+    of_groups = f" in {mixture.groups} groups" if mixture.groups > 1 else ""
+    if kept >= mixture.count:
+        none = f"{kept} of" if isinstance(share, Left) else f"{share:g} of"
+        why = "are all that there are" if isinstance(share, Left) else "is none"
+        fix = "keep fewer" if isinstance(share, Left) else "give a larger share"
+        raise BadInput(f"{none} {mixture.count} experts{of_groups} {why}", field="remove", fix=fix)
+    if kept % mixture.groups:
+        fix = f"keep {max(1, kept // mixture.groups) * mixture.groups}"
+        raise BadInput(f"{kept} experts are not as many of each of {mixture.groups} groups", field="remove", fix=fix)
+    if kept * mixture.used < mixture.top * mixture.groups:
+        where = f" of {mixture.used} of {mixture.groups} groups" if mixture.groups > 1 else ""
+        raise BadInput(
+            f"a token goes to {mixture.top} experts{where}, and {kept} of {mixture.count} would be left",
+            field="remove",
+            fix="give a smaller share",
+        )
+    return kept
+
+
+def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
+    """What comes to each expert, by domain: known before, or found by one pass of all domains over the dense model.
+
+    Raises:
+        BadInput: the scores that are named are of another model.
+    """
+    opened = session.opened
+    named: dict[str, Samples] = dict(opened.domains)
+    if not named and opened.samples is not None:
+        named["calibration"] = opened.samples
+    counts = "" if opened.recipe.calibration.calibrate_on == "all" else " generated"
+    data = {name: f"{one.fingerprint}{counts}" for name, one in named.items()}
+    processes, model = opened.around.processes, opened.loaded.fingerprint(session.model.blocks)
+    known = processes.from_first(lambda: known_scores(session, model, data, mixtures))
+    if known is not None:
+        opened.around.reporter.say("The experts' scores are known, so no text runs through the model.")
+        return known
+    scored = gather_scores(session, mixtures, named)
+    keep_scores(session, model, data, scored)
+    return scored
+
+
+def gather_scores(session: Session, mixtures: Mapping[str, Mixture], domains: Mapping[str, Samples]) -> Scored:
+    """Run every domain's samples through the dense model once, and sum up what comes to each expert.
+
+    Args:
+        session: the run.
+        mixtures: by block.
+        domains: samples by name.
+    """
+    opened, model = session.opened, session.model
+    processes = opened.around.processes
+    batches = [
+        (name, batch)
+        for name, samples in domains.items()
+        for batch in counted_batches(opened.task, opened.recipe, samples, processes)
+    ]
+    sums = {name: {block: ExpertSums.empty(m.count) for block, m in mixtures.items()} for name in domains}
+    recording = record_counted(model, [batch for _, batch in batches], opened.activations())
+    with ExitStack() as watching, opened.around.reporter.bar("Scoring experts", len(model.blocks)) as advance:
+        for block in model.blocks:
+            if (mixture := mixtures.get(block.name)) is not None:
+                see = _in_turn([(sums[name][block.name], batch.counted) for name, batch in batches])
+                watching.enter_context(mixture.watched(block.module, see))
+        for _ in Walk(model.idle(), recording, None, Dense(), advance=advance):
+            pass
+    return _of_all(session, sums)
+
+
+def _in_turn(places: Sequence[tuple[ExpertSums, Tensor | None]]) -> Callable[[Routed], None]:
+    """Adds what one batch after the other shows. places: where to, and which tokens count, batch by batch."""
+    left = iter(places)
+
+    def see(routed: Routed) -> None:
+        sums, counted = next(left)
+        sums.update(routed, counted)
+
+    return see
+
+
+def _of_all(session: Session, own: Scored) -> Scored:
+    """What all processes saw together."""
+    first, *others = session.opened.around.processes.gather(own)
+    for other in others:
+        for name, blocks in other.items():
+            for block, sums in blocks.items():
+                first[name][block].add(sums)
+    return first
+
+
+def choose_experts(
+    session: Session, mixtures: Mapping[str, Mixture], left: Mapping[int, int]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Choose the experts of every block.
+
+    Args:
+        session: the run.
+        mixtures: by block.
+        left: how many experts are kept, by how many there are.
+
+    Returns:
+        E bool by block, and the share of its score that every domain keeps, in the mean over the blocks.
+    """
+    asked = session.opened.recipe.structure
+    score = expert_score_named(asked.score_of("experts"))
+    scored = expert_scores(session, mixtures)
+    numbers = {block.name: block.index for block in session.model.blocks}
+    keeps, covered = dict[str, Tensor](), dict.fromkeys(scored, 0.0)
+    for block, mixture in mixtures.items():
+        scores = {name: score.score(sums[block], numbers[block]) for name, sums in scored.items()}
+        keeps[block] = kept_experts(scores, left[mixture.count], mixture.groups, asked.weights)
+        for name, share in coverage(scores, keeps[block]).items():
+            covered[name] += share / len(mixtures)
+    kept = ", ".join(f"{name} {per_cent(share)}" for name, share in covered.items())
+    session.opened.around.reporter.say(f"The experts that stay have of the score of all: {kept}.")
+    return keeps, covered
+
+
+def cut_carried(session: Session, mixtures: Mapping[str, Mixture], edits: Edits) -> list[KeepCarried]:
+    """Choose the experts of mixtures that the model does not load, of which as many stay as of its blocks'.
+
+    Args:
+        session: the run.
+        mixtures: by block.
+        edits: what was cut of the blocks.
+    """
+    entries, made = session.model.weights.carried_entries, list[KeepCarried]()
+    cut = {name: edit for name, own in edits.by_block.items() for edit in own if isinstance(edit, KeepExperts)}
+    for path, carried in find_carried({name: entry.shape for name, entry in entries.items()}, cut).items():
+        block, like = next((name, edit) for name, edit in cut.items() if edit.count == carried.count)
+        score = weight_score(carried.norms([*entries], lambda name: read_tensor(entries[name])))
+        keep = kept_experts({path: score}, len(like.experts), mixtures[block].groups, None)
+        made.append(carried.edit(keep))
+        session.opened.around.reporter.say(f"Removing {made[-1].describe()}.")
+    return made
+
+
+EXPERTS_FILE = "experts.json"
+"""In a run's folder."""
+Scored = dict[str, dict[str, ExpertSums]]
+"""What was summed up of every mixture, by domain and block."""
+
+
+class _Kept(BaseModel):
+    """Sums of the experts of one block, over the tokens of one domain."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: list[float]
+    weighted: list[float]
+
+
+class ExpertScores(BaseModel):
+    """What was summed up, and of which model and samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """Fingerprint of its weights."""
+    data: dict[str, str]
+    """Fingerprint of the samples, by domain."""
+    sums: dict[str, dict[str, _Kept]]
+    """By domain and block."""
+
+    @classmethod
+    def of(cls, model: str, data: dict[str, str], scored: Scored) -> Self:
+        """What a pass gave."""
+        sums = {
+            name: {block: _Kept(tokens=s.tokens.tolist(), weighted=s.weighted.tolist()) for block, s in blocks.items()}
+            for name, blocks in scored.items()
+        }
+        return cls(model=model, data=data, sums=sums)
+
+    def scored(self) -> Scored:
+        """As a pass gives it."""
+        return {
+            name: {
+                block: ExpertSums(*(torch.tensor(values, dtype=torch.float64) for values in (s.tokens, s.weighted)))
+                for block, s in blocks.items()
+            }
+            for name, blocks in self.sums.items()
+        }
+
+    def tells_of(self, block: str, mixture: Mixture) -> bool:
+        """Whether every domain has sums of all experts of a mixture."""
+        found = [own.get(block) for own in self.sums.values()]
+        return bool(found) and all(
+            one is not None and len(one.tokens) == len(one.weighted) == mixture.count for one in found
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file. Raises BadInput where it is missing or damaged."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror}", field="domains", value=path) from None
+        except ValidationError as error:
+            detail = reason(error.errors()[0])
+            raise BadInput(f"{path} holds no scores of experts: {detail}", field="domains", value=path) from None
+
+
+def own_file(session: Session) -> Path:
+    """Where a run keeps its scores."""
+    return session.opened.recipe.run_folder / EXPERTS_FILE
+
+
+def known_scores(session: Session, model: str, data: dict[str, str], mixtures: Mapping[str, Mixture]) -> Scored | None:
+    """Scores that need no pass: those that the recipe names, or those of this run before it was killed.
+
+    Args:
+        session: the run.
+        model: fingerprint of its weights.
+        data: fingerprints of the samples, by domain.
+        mixtures: by block, those whose scores are wanted.
+
+    Raises:
+        BadInput: the file that is named is of another model, lacks a mixture, or has other domains than have weights.
+    """
+    asked = session.opened.recipe.structure
+    if asked.kept_scores is not None:
+        kept = ExpertScores.read(asked.kept_scores)
+        if kept.model != model:
+            raise BadInput(
+                f"{asked.kept_scores} holds scores of another model", field="domains", value=asked.kept_scores
+            )
+        if (
+            lacking := next((block for block, one in mixtures.items() if not kept.tells_of(block, one)), None)
+        ) is not None:
+            raise BadInput(
+                f"{asked.kept_scores} holds no scores of the experts in {lacking}",
+                field="domains",
+                value=asked.kept_scores,
+                fix="name the texts of the domains, or the scores of a run that removed experts alone",
+            )
+        if asked.weights is not None and asked.weights.keys() != kept.sums.keys():
+            named = ", ".join(kept.sums)
+            raise BadInput(f"weights are of the domains that there are ({named})", field="blend", value=asked.blend)
+        return kept.scored()
+    path = own_file(session)
+    if not session.opened.around.writes or not path.is_file():
+        return None
+    try:
+        kept = ExpertScores.read(path)
+    except BadInput:
+        return None  # cut off when the run was killed, or something else's
+    return kept.scored() if (kept.model, kept.data) == (model, data) else None
+
+
+def keep_scores(session: Session, model: str, data: dict[str, str], scored: Scored) -> None:
+    """Keep a pass's sums beside the run, where it leaves anything."""
+    if session.opened.around.writes:
+        write_text(own_file(session), ExpertScores.of(model, data, scored).model_dump_json() + "\n")
+
+
+SERVED = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
+"""Numbers of experts that vLLM's kernels are compiled for; others run slower, or not at all."""
+_FEW = 16
+"""Mixtures of so many experts run on one device, and keep any number."""
+_NEAR = 0.1
+"""A served number is taken where it changes how many experts go by no more than this share of them."""
+
+
+def count_left(count: int, share: float, groups: int = 1, align: int | None = None) -> int:
+    """Return how many experts stay when about a share of them goes.
+
+    Args:
+        count: how many there are.
+        share: of them that goes.
+        groups: of which as many have to stay.
+        align: what the number has to be a multiple of; None for a served number where one is near, else one that
+            divides well among devices: a multiple of 8, or of less in mixtures of fewer than 64.
+
+    Returns:
+        The number, no less than one of every group; `count` if none would go.
+    """
+    by_itself = align is None and count > _FEW
+    fine = min(8, 1 << (count // 8).bit_length() - 1) if by_itself else align or 1
+    step, wanted = math.lcm(groups, fine), count * (1 - share)
+    if by_itself:
+        near = [
+            served for served in SERVED if served % groups == 0 and abs(served - wanted) <= _NEAR * (count - wanted)
+        ]
+        if near:
+            return min(near, key=lambda served: abs(served - wanted))
+    kept = max(step, round(wanted / step) * step)
+    return kept - step if by_itself and kept >= count > round(wanted) and count > step else min(kept, count)

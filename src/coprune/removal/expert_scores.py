@@ -1,0 +1,193 @@
+"""Which experts of a mixture are kept: scores of single experts, and the choice among them, for one domain or several.
+
+E experts. Scores add over tokens, so they are gathered once per domain of text, and blended as often as one likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import UnsupportedModel
+from coprune.base.options import one_of
+from coprune.base.words import Set
+from coprune.recipe.choice import Choice
+from coprune.removal.expert_calls import Routed
+
+_STARTS = 8
+"""From so many choices exchanges begin."""
+
+
+@dataclass
+class ExpertSums:
+    """What is remembered of the tokens that came to each expert, in float64 on the CPU."""
+
+    tokens: Tensor
+    """E: how many came to each."""
+    weighted: Tensor
+    """E: the sum of gate · ‖answer‖₂ over them."""
+
+    @classmethod
+    def empty(cls, experts: int) -> ExpertSums:
+        """Of no token."""
+        return cls(torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64))
+
+    def update(self, routed: Routed, counted: Tensor | None = None) -> None:
+        """Add what one call of the experts showed.
+
+        Args:
+            routed: the call, of all tokens of a batch.
+            counted: which of them count, B × S bool; None for all.
+
+        Raises:
+            UnsupportedModel: nobody can tell which tokens were routed.
+        """
+        if counted is not None:
+            if counted.numel() != len(routed.index):
+                raise UnsupportedModel(
+                    f"a mixture routes {len(routed.index)} rows of {counted.numel()} tokens, so nobody can tell which they are",
+                    fix=("count all tokens with ", Set("calibrate_on", "all")),
+                )
+            own = counted.flatten()
+            routed = Routed(routed.index[own], routed.gates[own], routed.answers[own])
+        index = routed.index.flatten().cpu()
+        weighted = routed.gates.to(torch.float64) * torch.linalg.vector_norm(
+            routed.answers, dim=-1, dtype=torch.float32
+        )
+        self.tokens.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
+        self.weighted.index_add_(0, index, weighted.flatten().cpu())
+
+    def add(self, other: ExpertSums) -> None:
+        """Add what was seen of other tokens."""
+        self.tokens += other.tokens
+        self.weighted += other.weighted
+
+
+class ExpertScore(Protocol):
+    """Says how much every expert matters."""
+
+    def score(self, sums: ExpertSums, block: int) -> Tensor:
+        """E float64, larger for what is kept first.
+
+        Args:
+            sums: of the tokens of one domain.
+            block: number of the block.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class REAP:
+    """Router-weighted expert activation: the mean of gate · ‖answer‖₂ over the tokens of an expert (arXiv 2510.13999)."""
+
+    def score(self, sums: ExpertSums, block: int) -> Tensor:
+        return sums.weighted / sums.tokens.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """How many of the tokens come to an expert."""
+
+    def score(self, sums: ExpertSums, block: int) -> Tensor:
+        return sums.tokens / sums.tokens.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class RandomExperts:
+    """Any experts: what the others have to be better than."""
+
+    seed: int = 0
+
+    def score(self, sums: ExpertSums, block: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + block)
+        return torch.rand(len(sums.tokens), dtype=torch.float64, generator=generator)
+
+
+EXPERT_SCORES: dict[str, ExpertScore] = {"reap": REAP(), "frequency": Frequency(), "random": RandomExperts()}
+"""Every score of experts by its name."""
+
+
+def expert_score_named(asked: Choice) -> ExpertScore:
+    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    return one_of(EXPERT_SCORES, "score", asked.name, asked.options)
+
+
+def weight_score(norms: Iterable[Tensor]) -> Tensor:
+    """Return how much every expert may answer by its weights alone: E float64, the largest is one.
+
+    norms: of the router's rows, and of every matrix of the experts, E each. What a gated MLP answers grows as their product.
+    """
+    logs = torch.stack([norm.double().clamp_min(1e-300).log() for norm in norms]).sum(dim=0)
+    return (logs - logs.max()).exp()
+
+
+def kept_experts(scores: Mapping[str, Tensor], count: int, groups: int, weights: Mapping[str, float] | None) -> Tensor:
+    """Choose the experts that are kept: as many of every group, and of equal ones the first.
+
+    Args:
+        scores: E float64, at least zero, by domain.
+        count: experts to keep, a multiple of `groups`.
+        groups: equal runs of experts of which as many have to be left.
+        weights: of the domains, for the largest weighted mean of what they keep; None for the best of the worst.
+
+    Returns:
+        E bool.
+    """
+    shares = torch.stack([score / score.sum().clamp_min(1e-300) for score in scores.values()])
+    if weights is not None:
+        means = torch.tensor([weights[name] for name in scores], dtype=torch.float64)
+        return _largest(means @ shares, count, groups)
+    if len(shares) == 1:
+        return _largest(shares[0], count, groups)
+    return _max_min(shares, count, groups)
+
+
+def coverage(scores: Mapping[str, Tensor], keep: Tensor) -> dict[str, float]:
+    """What share of its score every domain keeps. scores: E by domain; keep: E bool."""
+    return {name: float(score[keep].sum() / score.sum().clamp_min(1e-300)) for name, score in scores.items()}
+
+
+def _largest(score: Tensor, count: int, groups: int) -> Tensor:
+    keep = torch.zeros(groups, len(score) // groups, dtype=torch.bool)
+    order = score.view(groups, -1).argsort(dim=1, descending=True, stable=True)
+    return keep.scatter_(1, order[:, : count // groups], True).flatten()
+
+
+def _max_min(shares: Tensor, count: int, groups: int) -> Tensor:
+    """The choice whose worst domain keeps most: from the best weighted means, by exchanges as long as they help.
+
+    shares: D × E, every domain's adding up to one.
+    """
+    weights, found = torch.full((len(shares),), 1 / len(shares), dtype=torch.float64), list[Tensor]()
+    for _ in range(64):
+        keep = _largest(weights @ shares, count, groups)
+        kept = shares[:, keep].sum(dim=1)
+        if not any(torch.equal(keep, other) for other in found):
+            found.append(keep)
+        # Domains that keep less weigh more the next time.
+        weights = torch.softmax(weights.log() - 4 * (kept - kept.mean()), dim=0)
+
+    def worst(keep: Tensor) -> float:
+        return float(shares[:, keep].sum(dim=1).min())
+
+    starts = sorted(found, key=worst, reverse=True)[:_STARTS]
+    return max((_exchanged(shares, keep, groups) for keep in starts), key=worst)
+
+
+def _exchanged(shares: Tensor, keep: Tensor, groups: int) -> Tensor:
+    """Exchange a kept expert for another one of its group while the worst domain keeps more by that."""
+    group = torch.arange(len(keep)) // (len(keep) // groups)
+    while True:
+        inside, outside = keep.nonzero().flatten(), (~keep).nonzero().flatten()
+        kept = shares[:, keep].sum(dim=1)
+        after = (kept[:, None, None] - shares[:, inside, None] + shares[:, None, outside]).amin(dim=0)
+        after = after.masked_fill(group[inside, None] != group[outside], -torch.inf)
+        place = int(after.argmax()) if after.numel() else 0
+        if not after.numel() or float(after.flatten()[place]) <= float(kept.min()) + 1e-12:
+            return keep
+        keep = keep.clone()
+        keep[inside[place // len(outside)]], keep[outside[place % len(outside)]] = False, True

@@ -1,0 +1,285 @@
+"""What a removal will do, tried on the model beforehand: the configuration is found, and what cannot work is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.base.errors import CopruneError, UnsupportedModel
+from coprune.base.words import per_cent
+from coprune.model.as_saved import smaller_tensors, usual_layout
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.lazy import forget_parameters
+from coprune.model.checkpoint.load import prepare, quiet_transformers
+from coprune.model.edit import Configure
+from coprune.model.edits import Edits
+from coprune.model.folding import close, head_size
+from coprune.model.proven_folds import first_tokens
+from coprune.model.routing import Ties
+from coprune.model.walk.proven import ProvenModel
+from coprune.model.walk.record import BlockCall, forward_logits, replaced_forwards, run_without_blocks
+from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.walk import Walk
+from coprune.removal.channels_and_heads import put_back, silence
+from coprune.removal.cuts import Cut, Plan, anywhere, dropped, edits_of_block, words_of
+from coprune.removal.smaller_model import (
+    Resized,
+    build_smaller,
+    fill,
+    lend_outside,
+    possible_changes,
+    ratio_of,
+    refusal_of,
+    smaller_skeleton,
+)
+from coprune.run.session import Session
+
+_ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 6e-2  # thirty blocks in bfloat16 make 2e-2
+
+
+def rehearse(session: Session, plan: Plan) -> Configure:
+    """Cut the model at arbitrary places, build what results, and compare the two; then everything is as it was.
+
+    So the configuration is found, and everything that could not work is refused before anything slow. Raises UnsupportedModel.
+    """
+    model, module = session.model, session.model.module
+    cuts = {block.name: anywhere(plan, block) for block in model.blocks}
+    layout = partial(usual_layout, module) if model.weights.streams else None
+    edits = Edits({b.name: edits_of_block(session, plan, b, cuts[b.name], layout) for b in model.blocks})
+    cut = Rehearsed(session, plan, cuts, edits)
+    shapes = {name: tuple(tensor.shape) for name, tensor in smaller_tensors(module, edits, layout).items()}
+    proof: Proof = cut.as_a_whole if layout is None else cut.block_by_block
+    changes, after = _proven_changes(session, plan, shapes, proof)
+    written = model.weights.in_file(changes)
+    if written is None:
+        raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} has no place for {_told(changes)}")
+    padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
+    share = session.opened.recipe.structure.shares.get("experts")
+    words = words_of(plan, len(model.blocks), share)
+    removed = f"{', '.join(words)}: {_sizes(module.num_parameters(), after, padding)}"
+    worded = None if written == changes else written
+    return Configure(changes=changes, written=worded, removed=removed, parameters=after - padding, padding=padding)
+
+
+def _told(changes: Mapping[str, Any]) -> str:
+    """Changes of a configuration, in words."""
+    return ", ".join(f"{place} = {value}" for place, value in changes.items())
+
+
+def _sizes(before: int, saved: int, padding: int) -> str:
+    """How many parameters there were and are, in words. padding: zeros among those that are saved."""
+    left = saved - padding
+    words = f"{before:,} → {left:,} parameters ({per_cent(left / before - 1, 1, signed=True)})"
+    if not padding:
+        return words
+    held = "the folder is as large as before" if saved == before else f"the folder holds {saved:,}"
+    return f"{words}; {held}, padded with zeros to the widest block, and coprune export leaves them out"
+
+
+Proof = Callable[[Mapping[str, Any]], int | None]
+"""Whether a change of the configuration makes the model that is wanted: its number of parameters, None if it does not."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A model that is cut at arbitrary places, and what it is compared with."""
+
+    session: Session
+    plan: Plan
+    cuts: Mapping[str, Cut]
+    """By block."""
+    edits: Edits
+
+    @contextmanager
+    def _silent(self, block: Block) -> Iterator[None]:
+        """For a while, let a block do without what is cut."""
+        cut = self.cuts[block.name]
+        with ExitStack() as ended:
+            ended.enter_context(put_back(block.module, block.name, cut.masks))
+            silence(block.module, block.name, cut.masks)
+            if cut.experts is not None:
+                ended.enter_context(self.plan.mixtures[block.name].silent(block.module, cut.experts))
+            yield
+
+    def as_a_whole(self, changes: Mapping[str, Any]) -> int | None:
+        """Compare the logits of the silenced model and of the small one."""
+        model, module = self.session.model, self.session.model.module
+        idle = [block for block in model.blocks if block.index in self.plan.dropped]
+        with ExitStack() as ended:
+            ended.enter_context(replaced_forwards(idle, lambda block: dropped(self.session, block.index).idle))
+            for block in model.blocks:
+                ended.enter_context(self._silent(block))
+            small = build_smaller(module, smaller_tensors(module, self.edits), changes)
+            ties, left = self._ties(), {block.name: self.edits.place(block.name) for block in model.blocks}
+            # While the silence lasts: of what is not cut, the small model has the very tensors.
+            big = {block.name: block.module for block in model.blocks}
+            own = {name: small.get_submodule(place) for name, place in left.items() if place is not None}
+
+            def same_on(sample: Tensor) -> bool:
+                with ties.noted(big):
+                    expected = forward_logits(module, sample)
+                with ties.followed(own):
+                    return alike(forward_logits(small, sample), expected)
+
+            same = same_on(model.structure.sample)
+            for _ in self._otherwise((small, module)) if same else ():
+                same = same and same_on(first_tokens(model.structure.sample))
+        return small.num_parameters() if same else None
+
+    def block_by_block(self, changes: Mapping[str, Any]) -> int | None:
+        """The same without the whole model in memory."""
+        model, module = self.session.model, self.session.model.module
+        small = prepare(smaller_skeleton(module, changes))
+        small.tie_weights()  # for the number of its parameters
+        sample = model.structure.sample
+        same = same_block_by_block(model, small, self.edits, self._silent, self._ties(), sample)
+        for _ in self._otherwise((small, module)) if same else ():
+            same = same and same_block_by_block(
+                model, small, self.edits, self._silent, self._ties(), first_tokens(sample)
+            )
+        return small.num_parameters() if same else None
+
+    def _ties(self) -> Ties:
+        kept = {n: c.experts.nonzero().flatten().tolist() for n, c in self.cuts.items() if c.experts is not None}
+        return Ties(kept, self.session.model.module.dtype)
+
+    def _otherwise(self, both: Sequence[PreTrainedModel]) -> Iterator[None]:
+        """Where heads go, have attention computed in each other way for a while: each reads other numbers of a configuration."""
+        ways = [*ATTENTION] if "heads" in self.plan.keep else []
+        for way in ways:
+            if way != both[0].config._attn_implementation and all(one._supports_sdpa or way == "eager" for one in both):
+                with ExitStack() as ended, quiet_transformers():
+                    for one in both:
+                        ended.enter_context(attending(one, way))
+                    yield
+
+
+ATTENTION = ("eager", "sdpa")
+"""Ways of computing attention that transformers has without another package."""
+
+
+@contextmanager
+def attending(model: PreTrainedModel, way: str) -> Iterator[None]:
+    """For a while, have a model compute its attention in another way, as transformers calls these."""
+    own = {key: getattr(model.config, key) for key in model.config.sub_configs}
+    before = {key: one._attn_implementation for key, one in own.items() if one is not None}
+    before[""] = model.config._attn_implementation
+    model.set_attn_implementation(way)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _proven_changes(
+    session: Session, plan: Plan, shapes: Mapping[str, tuple[int, ...]], proof: Proof
+) -> tuple[dict[str, Any], int]:
+    """The change of the configuration with which a model of these shapes computes what the silenced model does; its size."""
+    module, resized = session.model.module, resized_by(session, plan)
+    fitting, said = 0, ""
+    layout = usual_layout if session.model.weights.streams else None
+    for changes in possible_changes(module, shapes, resized, layout):
+        fitting += 1
+        try:
+            after = proof(changes)
+        except (CopruneError, MemoryError):
+            raise
+        except Exception as error:  # whatever a model's code says to a configuration that fits its shapes alone
+            said = f" (its code says: {str(error).partition(chr(10))[0]})"
+            continue
+        if after is not None:
+            return changes, after
+    refused = refusal_of(module, resized)
+    if refused is not None:
+        raise UnsupportedModel(f"no configuration says what would be left: {refused.rstrip('.')}")
+    if fitting:
+        raise UnsupportedModel(
+            "a smaller model with the same weights computes something else than the model with these parts silenced, so they "
+            f"cannot be removed{said}"
+        )
+    raise UnsupportedModel(
+        f"no change of the configuration of {type(module).__name__} gives the smaller shapes, so what would result could not be "
+        "loaded"
+    )
+
+
+def resized_by(session: Session, plan: Plan) -> Resized:
+    """Return what the configuration has to tell of a plan."""
+    blocks, head = len(session.model.blocks), head_size(session.model.module)
+    unsaid = {"head_dim": head} if head is not None and "heads" in plan.keep else {}
+    return Resized(plan.sizes(), blocks, plan.dropped, unsaid, _arguments(plan, blocks))
+
+
+def _arguments(plan: Plan, blocks: int) -> dict[str, float]:
+    """What a library's arguments may say of a plan, as timm calls it. blocks: how many there are."""
+    channels = [part for parts in plan.parts.values() for part in parts if part.kind == "channels"]
+    ratios = {ratio_of(plan.saved(part), part.fold.consumers[0].shape[0]) for part in channels}
+    found: dict[str, float] = {"mlp_ratio": ratios.pop()} if len(ratios) == 1 else {}
+    return found | ({"depth": blocks - len(plan.dropped)} if plan.dropped else {})
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits are the same but for rounding, which many blocks without half of their parts make a hundred times as large
+    as one block does; a configuration that fits the shapes alone is off by a hundredth at least."""
+    a, b = found.float(), expected.float()
+    rounding = _ROUNDING_OF_HALVES if expected.dtype.itemsize < 4 else _ROUNDING
+    return close(found, expected) or bool((a - b).norm() <= rounding * b.norm())
+
+
+def same_block_by_block(
+    model: ProvenModel,
+    small: PreTrainedModel,
+    edits: Edits,
+    silent: Callable[[Block], AbstractContextManager[None]],
+    ties: Ties,
+    sample: Tensor,
+) -> bool:
+    """Compare what every silenced block gives and what its place in the small model does, both read for that alone.
+
+    Each is called as its own model calls it; what lies outside the blocks is the same in both.
+
+    Args:
+        model: the big model.
+        small: a skeleton of the small one, which gets what lies outside the blocks and has nothing of its blocks in the end.
+        edits: what makes the small model of the big one.
+        silent: lets a block do without what is cut, for a while.
+        ties: lets the small model choose experts as the big one does, where its router does not decide.
+        sample: what they are compared on.
+    """
+    module = model.module
+    left = [block for block in model.blocks if edits.place(block.name) is not None]
+    lend_outside(small, module, model.names)
+    recording, called = record_batches(model, [sample]), _calls(model, small, edits, left, sample)
+    for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
+        if not isinstance(event, BlockDone) or event.block not in left:
+            continue
+        block, call, (own, own_call) = event.block, recording.calls[0][event.block.index], next(called)
+        with torch.no_grad(), silent(block):
+            fill(small, own, smaller_tensors(module, edits, partial(usual_layout, module), block.name), module)
+            with ties.noted({block.name: block.module}):
+                expected = call.run(block.module, event.before[0])
+            with ties.followed({block.name: own}):
+                same = close(own_call.run(own, event.before[0]), expected)
+        forget_parameters(own)
+        if not same:
+            return False
+    return True
+
+
+def _calls(
+    model: ProvenModel, small: PreTrainedModel, edits: Edits, left: Sequence[Block], sample: Tensor
+) -> Iterator[tuple[torch.nn.Module, BlockCall]]:
+    """The small model's blocks, and how it calls them on the sample."""
+    names = [edits.place(block.name) or "" for block in left]
+    blocks = [Block(index, name, small.get_submodule(name)) for index, name in enumerate(names)]
+    answers = [model.structure.answers[block.index] for block in left]
+    _, calls = run_without_blocks(small, blocks, sample, answers)
+    return zip((block.module for block in blocks), calls, strict=True)

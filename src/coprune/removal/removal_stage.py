@@ -1,0 +1,217 @@
+"""A run that removes channels, heads or blocks: what there is, a rehearsal of the cut, and the walk that does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coprune.base.devices import memory_within
+from coprune.model.as_saved import smaller_tensors
+from coprune.model.blocks import Block
+from coprune.model.edit import Configure
+from coprune.model.edits import Edits
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.shown import BlockDone, Past
+from coprune.model.walk.statistics import Gram
+from coprune.model.walk.walk import Walk
+from coprune.pruning.pruner import MatrixResult
+from coprune.pruning.reconstructed import reconstruct_cut
+from coprune.recipe.recipe import Recipe
+from coprune.removal.block_scores import block_score_named
+from coprune.removal.budget import find_for_budget, spread_budget
+from coprune.removal.channels_and_heads import Kind, Part, parameter_of
+from coprune.removal.cuts import Cut, Plan, edits_of_block
+from coprune.removal.expert_choice import choose_experts, cut_carried
+from coprune.removal.expert_scores import expert_score_named
+from coprune.removal.rehearsal import rehearse
+from coprune.removal.shares import Removable, find_removable, only_consumers, plan_removal
+from coprune.removal.smaller_model import build_smaller
+from coprune.removal.uneven_widths import spread_units
+from coprune.removal.unit_scores import remove_units, score_named, spreading_named
+from coprune.run.calibrating import moves_of, record_to_prune
+from coprune.run.journal import BlockOutcome, Output
+from coprune.run.prune_blocks import Outcome, all_edits, finish_block
+from coprune.run.session import Session
+from coprune.run.share import SharedOutput
+
+
+def check_names(recipe: Recipe) -> None:
+    """Look up the scores and the allocation that a recipe names. Raises BadInput for an unknown name or option."""
+    score_named(recipe.structure.score_of("units"))
+    block_score_named(recipe.structure.score_of("blocks"))
+    expert_score_named(recipe.structure.score_of("experts"))
+    if recipe.structure.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
+        spreading_named(recipe.allocation)
+
+
+def what_may_go(session: Session) -> Removable | None:
+    """What the recipe removes, found before anything slow; None where it removes nothing.
+
+    Raises:
+        BadInput: nothing of it would go, or all.
+        UnsupportedModel: the model has no such parts, or no configuration tells of what would be left.
+    """
+    shares = session.opened.recipe.structure.shares
+    if not shares:
+        return None
+    return find_for_budget(session) if "parameters" in shares else find_removable(session)
+
+
+def remove_parts(session: Session, output: Output | None, found: Removable) -> Outcome:
+    """Remove what the recipe says, going on where an earlier run stopped.
+
+    Args:
+        session: of the run.
+        output: where the blocks go.
+        found: what may go.
+
+    Raises:
+        UnsupportedModel: no configuration tells of what would be left.
+    """
+    opened, model = session.opened, session.model
+    started = time.perf_counter()
+    shared = SharedOutput(opened.around.processes, output, model.weights)
+    finished = shared.finished()
+    plan, configure = _planned(session, shared, found)
+    opened.around.reporter.say(f"Removing {configure.removed}.")
+    experts, covered = choose_experts(session, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
+    with opened.around.reporter.bar("Removing", len(model.blocks)) as advance:
+        walk = Walk(
+            only_consumers(model, plan),
+            # Blocks that go were chosen before; without parts, only who trains the others asks for inputs.
+            record_to_prune(session) if plan.parts or session.reconstruction is not None else None,
+            Gram,
+            moves_of(session),
+            Past(finished, shared.restore),
+            opened.around.processes,
+            advance,
+        )
+        with shared.settled(), memory_within(lambda: walk.at):
+            results = _remove(session, walk, shared, plan, experts)
+    earlier = [result for outcome in finished.values() for result in outcome.results]
+    seconds = time.perf_counter() - started
+    carried = cut_carried(session, plan.mixtures, all_edits(session, shared))
+    return Outcome(earlier + results, all_edits(session, shared, configure, *carried), seconds, covered)
+
+
+def _planned(session: Session, shared: SharedOutput, found: Removable) -> tuple[Plan, Configure]:
+    """What goes, as far as an earlier run settled it or as is settled now, and how the configuration tells of it."""
+    settled = shared.settled_before() or {}
+    if (known := settled.get("plan")) is not None:
+        plan = as_settled(session, found, known)
+        return plan, rehearse(session, plan)
+    even, configure = _even(session, found, settled.get("even"))
+    shared.keep_settled({"even": settled_in(even)})
+    plan = spread_units(session, even)
+    if plan is not even:
+        configure = rehearse(session, plan)
+    shared.keep_settled({"plan": settled_in(plan)})
+    return plan, configure
+
+
+def _even(session: Session, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
+    """The same with as many units of every block. settled: by an earlier run, if it came so far."""
+    if found.rehearsed is not None:
+        return found.rehearsed
+    asked = session.opened.recipe.structure
+    budget = asked.share("parameters") if "parameters" in asked.shares else None
+    if settled is not None:
+        even = as_settled(session, found, settled)
+    else:
+        even = plan_removal(session, found) if budget is None else spread_budget(session, budget, found)
+    return even, rehearse(session, even)
+
+
+def _remove(
+    session: Session, walk: Walk, shared: SharedOutput, plan: Plan, experts: Mapping[str, Tensor]
+) -> list[MatrixResult]:
+    """Cut every block when the walk is through with it, and write it. experts: which are kept, by block."""
+    inputs: dict[str, Inputs] = {}
+    results: list[MatrixResult] = []
+    # Blocks before the first cut have nothing to make up for.
+    losing = [b.index for b in session.model.blocks if plan.parts.get(b.name) or b.name in experts]
+    first = min([*losing, *plan.dropped])
+    for event in walk:
+        if not isinstance(event, BlockDone):
+            inputs |= event.known()
+            continue
+        block = event.block
+        units, own = _cut_units(session, plan, block, inputs)
+        layout = partial(session.model.weights.layout, block.name)
+        if (left := experts.get(block.name)) is not None:
+            plan.mixtures[block.name].never_choose(block.module, left)
+        cut = Cut(units, left)
+        if first <= block.index and block.index not in plan.dropped:
+            own = _reconstruct(session, walk, event, (cut.masks, own))
+        edits = edits_of_block(session, plan, block, cut, layout)
+        finish_block(session, shared, block, BlockOutcome(own, edits))
+        results, inputs = results + own, {}
+    return results
+
+
+def _cut_units(
+    session: Session, plan: Plan, block: Block, inputs: Mapping[str, Inputs]
+) -> tuple[list[tuple[Part, list[Tensor]]], list[MatrixResult]]:
+    """Cut a block's parts, in place. Each is cut by one process, which tells the others what is left of it."""
+    score = score_named(session.opened.recipe.structure.score_of("units"))
+    parts, processes = plan.parts.get(block.name, ()), session.opened.around.processes
+    apart = sum(len(part.parameters) for part in parts) == len({name for part in parts for name in part.parameters})
+    jobs = [[part] for part in parts] if apart else [[*parts]]
+
+    def cut(part: Part) -> tuple[list[Tensor], list[MatrixResult]]:
+        kept, results = remove_units(block.module, part, inputs, score, plan.count(part))
+        return [own.cpu() for own in kept], results
+
+    done = [
+        one for job in processes.in_order([[cut(part) for part in job] for job in processes.own(jobs)]) for one in job
+    ]
+    changed = {name: at % processes.size for at, job in enumerate(jobs) for part in job for name in part.parameters}
+    processes.broadcast(
+        [(parameter_of(block.module, block.name, name).detach(), changed[name]) for name in sorted(changed)]
+    )
+    units = [(part, kept) for part, (kept, _) in zip(parts, done, strict=True)]
+    return units, [result for _, results in done for result in results]
+
+
+def _reconstruct(
+    session: Session, walk: Walk, done: BlockDone, cut: tuple[Mapping[str, Tensor], list[MatrixResult]]
+) -> list[MatrixResult]:
+    """Train what is left of a block, if that is asked for."""
+    if session.reconstruction is None or walk.recording is None:
+        return cut[1]
+    chosen = session.model.chosen.blocks[done.block.index]
+    return reconstruct_cut(session.reconstruction, done, walk.recording, chosen, cut)
+
+
+def smaller_model(session: Session, edits: Edits) -> PreTrainedModel:
+    """What is left, as a model of its own in memory."""
+    module = session.model.module
+    changes = next(edit.changes for edit in edits.all() if isinstance(edit, Configure))
+    layout = partial(session.model.weights.layout, "")
+    return build_smaller(module, smaller_tensors(module, edits, layout), changes)
+
+
+def settled_in(plan: Plan) -> dict[str, Any]:
+    """What was chosen in a plan, as JSON."""
+    sizes = {kind: [*map(list, keep.items())] for kind, keep in plan.keep.items()}
+    experts = [*map(list, plan.experts.items())]
+    return {"dropped": [*plan.dropped], "keep": sizes, "experts": experts, "uneven": dict(plan.uneven)}
+
+
+def as_settled(session: Session, found: Removable, settled: dict[str, Any]) -> Plan:
+    """The plan in which this was chosen.
+
+    Args:
+        session: of the run.
+        found: what may go of its model.
+        settled: as `settled_in` gave it.
+    """
+    keep: dict[Kind, dict[int, int]] = {kind: dict(sizes) for kind, sizes in settled["keep"].items()}
+    rest = found.without({session.model.names[index] for index in settled["dropped"]})
+    parts = {name: [part for part in own if part.kind in keep] for name, own in rest.parts.items()} if keep else {}
+    return Plan(settled["dropped"], parts, keep, rest.mixtures, dict(settled["experts"]), settled["uneven"])

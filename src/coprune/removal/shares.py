@@ -1,0 +1,288 @@
+"""What a run removes: the parts that there are, how many of each stay, and which blocks go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.words import Setting
+from coprune.model.as_saved import slices_kept
+from coprune.model.blocks import Block
+from coprune.model.checkpoint.encoding import Encoding
+from coprune.model.edit import Configure
+from coprune.model.walk.proven import ProvenModel
+from coprune.recipe.structure import StructurePart
+from coprune.removal.block_scores import block_score_named
+from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, step_of
+from coprune.removal.cuts import Plan
+from coprune.removal.expert_choice import experts_left, find_experts, known_scores
+from coprune.removal.mixtures import Mixture
+from coprune.removal.rehearsal import rehearse, resized_by
+from coprune.removal.smaller_model import refusal_of
+from coprune.run.session import Session
+from coprune.run.stored_as import encoding_for
+
+_MOST_SHARES = 3
+"""Others that are rehearsed where the share of heads that was asked for is refused."""
+
+
+@dataclass(frozen=True)
+class Removable:
+    """What a run may remove, found and rehearsed before anything slow."""
+
+    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """Of the kinds that are asked for, by block; of all blocks."""
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    blocks: bool = True
+    """Whether blocks may go, where that is left to a budget."""
+    rehearsed: tuple[Plan, Configure] | None = None
+    """What goes, and how the configuration tells of it, where no block has to be chosen for that."""
+
+    def without(self, gone: Collection[str]) -> Removable:
+        """The same of the blocks that stay. gone: names of the others."""
+        parts = {name: own for name, own in self.parts.items() if name not in gone}
+        return replace(self, parts=parts, mixtures={n: own for n, own in self.mixtures.items() if n not in gone})
+
+    def routers(self, blocks: Sequence[Block]) -> dict[str, list[Tensor]]:
+        """Return the matrices that choose among the experts, by block."""
+        return {
+            block.name: self.mixtures[block.name].routing_matrices(block.module)
+            for block in blocks
+            if block.name in self.mixtures
+        }
+
+
+def find_removable(session: Session) -> Removable:
+    """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
+    asked, model = session.opened.recipe.structure, session.model
+    kinds = _kinds(asked.shares)
+    parts = {
+        name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
+    }
+    require_align(session, parts)
+    parts = in_steps(session, parts)
+    for kind in kinds:
+        _say_without(session, kind, parts)
+    found = Removable(parts, find_experts(session) if "experts" in asked.shares else {})
+    if found.mixtures and asked.kept_scores is not None and "blocks" not in asked.shares:
+        whose = session.opened.loaded.fingerprint(model.blocks)
+        session.opened.around.processes.from_first(lambda: known_scores(session, whose, {}, found.mixtures))
+    if "blocks" in asked.shares:
+        _require_blocks(session, _count_of_blocks(session, asked.share("blocks")))
+    rest = _plan_of(session, found, ())
+    if not rest.keep and not rest.experts:
+        return found
+    try:
+        configure = rehearse(session, rest)
+    except UnsupportedModel as error:
+        there: dict[str, Collection[str]] = {kind: having(kind, parts) for kind in kinds}
+        alone = left_alone(session, there | ({"experts": found.mixtures} if found.mixtures else {}))
+        raise alone or _with_a_share_that_works(session, rest, error) from None
+    return found if "blocks" in asked.shares else replace(found, rehearsed=(rest, configure))
+
+
+def _with_a_share_that_works(session: Session, plan: Plan, error: UnsupportedModel) -> UnsupportedModel:
+    """The refusal of a plan, and the share of heads nearest to it with which the rest can go, if there is one."""
+    heads = plan.keep.get("heads", {})
+    if len(heads) != 1:
+        return error
+    ((units, asked),) = heads.items()
+    step = groups_of((part for own in plan.parts.values() for part in own), "heads").get(units, 1)
+    counts = range(step, units, step)
+    others = [replace(plan, keep={**plan.keep, "heads": {units: kept}}) for kept in counts if kept != asked]
+    near = sorted(others, key=lambda other: abs(other.keep["heads"][units] - asked))
+    accepted = (one for one in near if refusal_of(session.model.module, resized_by(session, one)) is None)
+    for other in islice(accepted, _MOST_SHARES):
+        try:
+            rehearse(session, other)
+        except UnsupportedModel:
+            continue
+        return error.advised(f"heads={share_of(units, other.keep['heads'][units])} works")
+    return error
+
+
+def share_of(units: int, kept: int) -> str:
+    """Return the share, with the fewest digits, by which so many of some units are kept."""
+    shares = (f"{1 - kept / units:.{digits}f}" for digits in range(1, 9))
+    return next(share for share in shares if kept_count(units, float(share), 1) == kept)
+
+
+def plan_removal(session: Session, found: Removable) -> Plan:
+    """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
+    asked = session.opened.recipe.structure
+    dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.share("blocks"))))
+    score = asked.score_of("blocks")
+    session.opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
+    return _plan_of(session, found, dropped)
+
+
+def _kinds(shares: Collection[str]) -> list[Kind]:
+    return [kind for kind in ("channels", "heads") if kind in shares]
+
+
+def left_alone(session: Session, there: Mapping[str, Collection[str]]) -> BadInput | None:
+    """What include and exclude keep from getting smaller, where every block would have to; None if nothing.
+
+    there: by what is removed, the names of the blocks in which some of it can go.
+    """
+    model, selection = session.model, session.model.chosen.selection
+    for kind, names in there.items():
+        for block, own in zip(model.blocks, model.chosen.candidates, strict=True):
+            if block.name not in names and any(selection.against(matrix.name) is not None for matrix in own):
+                cause = f"{kind} are removed from every block alike, and matrices of {block.name} are to be left alone"
+                fix = ("loosen ", Setting("include"), " or ", Setting("exclude"))
+                return BadInput(cause, field="exclude" if selection.exclude else "include", fix=fix)
+    return None
+
+
+def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
+    """Names of the blocks that have parts of a kind."""
+    return {name for name, own in parts.items() if any(part.kind == kind for part in own)}
+
+
+def require_align(session: Session, parts: Mapping[str, Sequence[Part]]) -> None:
+    """Raise BadInput where channels are to be kept in multiples of more than there are. The default gives way."""
+    align = session.opened.recipe.structure.align
+    most = max((part.count for own in parts.values() for part in own if part.kind == "channels"), default=align)
+    if align > most and align != StructurePart.model_fields["align"].default:
+        cause = f"the blocks have {most} channels at most, which cannot be kept in multiples of {align}"
+        raise BadInput(cause, field="align", value=align, fix=f"give {step_of(most, most)} or less")
+
+
+def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part]]) -> None:
+    """Say which blocks have no parts of a kind. Raises UnsupportedModel where none has."""
+    there = having(kind, parts)
+    without = [name for name in parts if name not in there]
+    if len(without) == len(parts):
+        raise left_alone(session, {kind: there}) or UnsupportedModel(
+            f"no {kind} of the model's blocks could be proved to be removable, so nothing was removed"
+        )
+    if without:
+        have = " has" if len(without) == 1 else f" and {len(without) - 1} other blocks have"
+        session.opened.around.reporter.say(f"Left alone: {without[0]}{have} no {kind} that can be removed.")
+
+
+def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
+    """What goes when some blocks do. Raises BadInput where that is nothing of what is asked for."""
+    asked, keep = session.opened.recipe.structure, dict[Kind, dict[int, int]]()
+    rest = found.without({session.model.names[index] for index in dropped})
+    for kind in _kinds(asked.shares):
+        groups = groups_of((part for own in rest.parts.values() for part in own), kind)
+        if not groups:
+            raise UnsupportedModel(f"none of the blocks that stay has {kind} that can be removed")
+        keep[kind] = _kept(kind, groups, asked.share(kind), asked.align)
+    left = {mixture.count: experts_left(mixture, asked) for mixture in rest.mixtures.values()}
+    return Plan(dropped, rest.parts, keep, rest.mixtures, left)
+
+
+def _count_of_blocks(session: Session, share: float) -> int:
+    """How many blocks go. Raises BadInput where that is none, all, or more than may go."""
+    model = session.model
+    count, stay = round(share * len(model.blocks)), len(model.chosen.untouched())
+    if not 0 < count < len(model.blocks):
+        cause = f"{share:g} of {len(model.blocks)} blocks is {count}"
+        raise BadInput(cause, field="remove", fix="give another share")
+    if count > len(model.blocks) - stay:
+        cause = f"{count} of {len(model.blocks)} blocks cannot go where {stay} are left alone"
+        fix = ("give a smaller share, or loosen ", Setting("include"), " or ", Setting("exclude"))
+        raise BadInput(cause, field="remove", fix=fix)
+    return count
+
+
+def _require_blocks(session: Session, count: int) -> None:
+    """Raise UnsupportedModel where no configuration tells of so many blocks less, wherever they are."""
+    blocks = range(len(session.model.blocks))
+    refused = UnsupportedModel("no block can be removed")
+    for some in (blocks[-count:], blocks[:count], blocks[:: -(-len(blocks) // count)]):
+        try:
+            rehearse(session, Plan(list(some)))
+        except UnsupportedModel as error:
+            refused = error
+        else:
+            return
+    raise refused
+
+
+def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> dict[int, int]:
+    """How many units are kept, by how many there are. Raises BadInput where none goes."""
+    kept = {old: kept_count(old, share, align if kind == "channels" else 1, group) for old, group in groups.items()}
+    if all(new == old for old, new in kept.items()):
+        of, fix = " and ".join(map(str, sorted(groups))), "give a larger share, or leave it out"
+        together = f", where {max(groups.values())} go together" if max(groups.values()) > 1 else ""
+        raise BadInput(f"{share:g} of {of} {kind} is none{together}", field="remove", fix=fix)
+    return kept
+
+
+def kept_count(units: int, share: float, align: int, group: int = 1) -> int:
+    """How many units are kept: a multiple of `align`, or of the largest power of two below it that divides them.
+
+    group: so many can only go together.
+    """
+    step = step_of(units, align, group)
+    kept = max(step, round(units * (1 - share) / step) * step)
+    return min(kept, units)
+
+
+def blocks_that_go(session: Session, count: int) -> list[int]:
+    """Numbers of the blocks that are missed least."""
+    opened = session.opened
+    assert opened.samples is not None
+    score = block_score_named(opened.recipe.structure.score_of("blocks"))
+    with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
+        batches = opened.task.batches(opened.samples.tokens)
+        return score.choose(session.model, batches, count, advance, opened.around.processes)
+
+
+def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:
+    """The model with no other matrix than those whose inputs have to be known."""
+    wanted = {m.name for parts in plan.parts.values() for part in parts for m in part.fold.consumers}
+    blocks = [[matrix for matrix in own if matrix.name in wanted] for own in model.chosen.blocks]
+    groups = [[g for group in own if (g := [m for m in group if m.name in wanted])] for own in model.structure.groups]
+    chosen = replace(model.chosen, blocks=blocks, outside=[])
+    return replace(model, chosen=chosen, structure=replace(model.structure, groups=groups))
+
+
+_MOST = 512
+
+
+def in_steps(session: Session, parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Part]]:
+    """Return the same parts, whose units go in groups as large as the source's encoding needs.
+
+    Raises:
+        UnsupportedModel: its scales are for so much that no smaller group of units can go.
+    """
+    encoding = encoding_for(session.opened.recipe, session.model.weights)
+    if encoding.name != "source":
+        return {name: [*own] for name, own in parts.items()}
+    groups: dict[tuple[str, int], int] = {}
+    for own in parts.values():
+        for part in own:
+            key = part.kind, part.count
+            groups[key] = _group(session, encoding, part, groups.get(key, 1))
+    return {name: [replace(part, group=groups[part.kind, part.count]) for part in own] for name, own in parts.items()}
+
+
+def _group(session: Session, encoding: Encoding, part: Part, least: int) -> int:
+    """The smallest group of units that can go by itself. least: to begin with."""
+    refused = UnsupportedModel(f"no {part.kind} of {part.block} can be removed")
+    powers = (1 << power for power in range(_MOST.bit_length()))
+    for group in powers:
+        if group < least or part.count % group or 2 * group > part.count:
+            continue
+        every_other = torch.arange(part.count) // group % 2 == 0
+        masks = part.masks([every_other] * len(part.fold.consumers))
+        layout = partial(session.model.weights.layout, part.block)
+        try:
+            for name, kept in slices_kept(session.model.module, part.block, masks, layout).items():
+                encoding.require_cut(name, kept)
+        except UnsupportedModel as error:
+            refused = error
+        else:
+            return group
+    raise refused

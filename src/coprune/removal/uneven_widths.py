@@ -1,0 +1,170 @@
+"""Channels and heads spread unevenly over the blocks, by what each block loses when it keeps fewer and fewer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from coprune.model.blocks import Block
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.recording import Dense
+from coprune.model.walk.shown import BlockDone
+from coprune.model.walk.statistics import Gram
+from coprune.model.walk.walk import Walk
+from coprune.pruning.allocation.base import Uniform
+from coprune.pruning.evolution import Exchanges, Steps
+from coprune.removal.candidates import Candidates, Consumers, Finds, Levels, search_steps
+from coprune.removal.channels_and_heads import Kind, Part, step_of
+from coprune.removal.cuts import Plan
+from coprune.removal.shares import only_consumers
+from coprune.removal.unit_scores import (
+    ByError,
+    Score,
+    Search,
+    by_norm,
+    cheapest,
+    curve,
+    energy,
+    joined,
+    movement,
+    score_named,
+    some_tokens,
+    spreading_named,
+)
+from coprune.run.calibrating import record_calibration
+from coprune.run.session import Session
+
+
+def spread_units(session: Session, plan: Plan) -> Plan:
+    """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that."""
+    opened = session.opened
+    asked = spreading_named(opened.recipe.allocation)
+    if isinstance(asked, Uniform):
+        return plan
+    if not any(plan.parts.values()):
+        opened.around.reporter.say("Only blocks go, so there is nothing to spread over the others.")
+        return plan
+    levels = _measured(session, plan)
+    alike = alike_parts(levels)
+    even = tuple(own.steps_to(plan.count(own.part)) for own in levels)
+    scales = _scales(session, plan, levels, even, asked if isinstance(asked, ByError) else ByError())
+    # Another process's machine may round otherwise; what the first one finds counts.
+    steps = opened.around.processes.from_first(lambda: least_error(levels, alike, even, scales))
+    if isinstance(asked, Search):
+        exchanges = Exchanges(alike, [len(own.counts) - 1 for own in levels])
+        candidates = Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens)
+        steps = search_steps(session, asked, Finds.of(session), exchanges, [even, steps], candidates)
+    return unevenly(plan, levels, steps)
+
+
+def _scales(session: Session, plan: Plan, levels: Sequence[Levels], even: Steps, asked: ByError) -> list[float]:
+    """By what the errors of every part count."""
+    if not asked.tokens or session.model.weights.streams:
+        if asked.tokens:
+            session.opened.around.reporter.say(
+                "A streamed model's blocks count by what they change in the hidden states."
+            )
+        return [own.moved**asked.movement for own in levels]
+    found, none, processes = [], [0] * len(levels), session.opened.around.processes
+    jobs = processes.own(range(len(levels)))
+    with (
+        Candidates.of(session, Consumers.of(session, levels), plan.dropped, asked.tokens) as candidates,
+        session.opened.around.reporter.bar("Weighing blocks", len(jobs)) as advance,
+    ):
+        base = candidates.cost(tuple(none), None) if plan.dropped else 0.0
+        for at in jobs:
+            alone = (*none[:at], even[at], *none[at + 1 :])
+            lost = max(candidates.cost(alone, None) - base, 0.0)
+            found.append(lost / max(levels[at].costs[even[at]], 1e-12))
+            advance(1.0)
+    return processes.in_order(found)
+
+
+def unevenly(plan: Plan, levels: Sequence[Levels], steps: Steps) -> Plan:
+    """The plan in which every part loses so many steps, and is saved as wide as the widest of its size."""
+    counts = {own.part.name: own.counts[taken] for own, taken in zip(levels, steps, strict=True)}
+    widest: dict[Kind, dict[int, int]] = {kind: dict(keep) for kind, keep in plan.keep.items()}
+    for kind, keep in widest.items():
+        for size in keep:
+            own = [counts[one.part.name] for one in levels if (one.part.kind, one.part.count) == (kind, size)]
+            keep[size] = max(own, default=keep[size])
+    alike = all(counts[own.part.name] == widest[own.part.kind][own.part.count] for own in levels)
+    return replace(plan, keep=widest, uneven={} if alike else counts)
+
+
+def alike_parts(levels: Sequence[Levels]) -> list[list[int]]:
+    """Numbers of the parts among which steps can be exchanged: of one kind, with as many units of the same size."""
+    found: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    for at, own in enumerate(levels):
+        consumers = own.part.fold.consumers
+        found[own.part.kind, own.part.count, len(consumers) * consumers[0].shape[0]].append(at)
+    return list(found.values())
+
+
+def least_error(
+    levels: Sequence[Levels], alike: Sequence[Sequence[int]], even: Steps, scales: Sequence[float]
+) -> Steps:
+    """Steps where they cost least, as many altogether as evenly. scales: by what the errors of every part count."""
+    steps = [0] * len(levels)
+    for group in alike:
+        costs = [[cost * scales[at] for cost in levels[at].costs] for at in group]
+        for at, taken in zip(group, cheapest(costs, sum(even[at] for at in group)), strict=True):
+            steps[at] = taken
+    return tuple(steps)
+
+
+@torch.no_grad()
+def _measured(session: Session, plan: Plan) -> list[Levels]:
+    """What keeping fewer units costs every part, from one walk over the dense model."""
+    model, align = session.model, session.opened.recipe.structure.align
+    score = score_named(session.opened.recipe.structure.score_of("units"))
+    recording = record_calibration(session)
+    batches = 0 if recording is None else len(recording.hidden)
+    keep = partial(some_tokens, batches=batches, total=None if recording is None else recording.uneven)
+    levels: list[Levels] = []
+    inputs: dict[str, Inputs] = {}
+    with session.opened.around.reporter.bar("Measuring what blocks lose", len(model.blocks)) as advance:
+        processes = session.opened.around.processes
+        walk = Walk(
+            only_consumers(model, plan), recording, Gram, Dense(keep=keep), processes=processes, advance=advance
+        )
+        for event in walk:
+            if not isinstance(event, BlockDone):
+                inputs |= event.known()
+                continue
+            after = [keep(hidden) for hidden in event.after]
+            moved = movement(joined(event.before), joined(after), processes)
+            for part in plan.parts.get(event.block.name, ()):
+                counts = list(
+                    range(part.count, 0, -step_of(part.count, align if part.kind == "channels" else 1, part.group))
+                )
+                levels.append(_levels(event.block, part, counts, inputs, (score, moved)))
+            inputs = {}
+    return levels
+
+
+def _levels(
+    block: Block, part: Part, counts: list[int], inputs: Mapping[str, Inputs], how: tuple[Score, float]
+) -> Levels:
+    """What a part keeps at every level, and what that costs, relative to its outputs. how: score, what its block moves."""
+    keeps: list[list[Tensor]] = [[] for _ in counts]
+    costs, total = [0.0] * len(counts), 0.0
+    for consumer in part.fold.consumers:
+        weight, known = consumer.read(), inputs.get(consumer.name)
+        statistic = None if known is None else known.statistic
+        units, numbers = part.grouped.to(weight.device), [count // part.group for count in counts]
+        if not isinstance(statistic, Gram) or not statistic.count:
+            for own, count in zip(keeps, numbers, strict=True):
+                own.append(part.ungrouped(by_norm(weight, units, count)))
+            continue
+        total += statistic.count * energy(weight, statistic)
+        for at, (keep, cost) in enumerate(curve(how[0], weight, statistic, units, numbers)):
+            keeps[at].append(part.ungrouped(keep))
+            costs[at] += statistic.count * cost
+    seen = {consumer.name: inputs[consumer.name] for consumer in part.fold.consumers if consumer.name in inputs}
+    return Levels(block, part, counts, keeps, [cost / total if total else 0.0 for cost in costs], how[1], seen)

@@ -1,0 +1,443 @@
+"""Which channels or heads of a block are kept: the published scores, and the one that removes what costs least.
+
+Shapes: O × C is the consumer, the matrix whose inputs the channels are (a down projection, an output projection). A unit
+is what is removed as a whole: one channel, or the K channels of a key-value head with all its query heads. U units.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.base.kernels.shifted import inverse_of_factor
+from coprune.base.options import one_of, require_not_negative, require_positive, with_options
+from coprune.base.precision import full_float32, total
+from coprune.base.processes import ALONE, Processes
+from coprune.model.matrices import Matrix, mask_checksum
+from coprune.model.walk.inputs import Inputs
+from coprune.model.walk.statistics import Gram
+from coprune.pruning.allocation.base import Uniform
+from coprune.pruning.linear_algebra import damped_cholesky
+from coprune.pruning.pruner import MatrixResult
+from coprune.recipe.choice import Choice
+from coprune.removal.channels_and_heads import Part, silence
+
+Curve = list[tuple[Tensor, float]]
+"""What is kept (U bool) at several numbers of units, and the squared error of the consumer's outputs then, a token."""
+
+
+class Score(Protocol):
+    """Chooses the units that are kept."""
+
+    @property
+    def refit(self) -> bool:
+        """Whether the consumer's kept columns are solved for anew."""
+        ...
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        """Choose units.
+
+        Args:
+            weight: the consumer, O × C float32.
+            statistic: of its inputs.
+            units: the columns of every unit, U × K int64.
+            count: how many units to keep.
+
+        Returns:
+            U bool, True where kept.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Keep the units whose columns have the largest norm."""
+
+    refit: bool = False
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        return by_norm(weight, units, count)
+
+
+@dataclass(frozen=True)
+class WandaSP:
+    """Keep the units with the largest ‖W_:c‖ · n_c, n the root mean square of the input (arXiv 2306.11695, 2312.11983)."""
+
+    refit: bool = False
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        score = weight.square().sum(dim=0) * statistic.mean_square
+        return largest(score[units].sum(dim=1), count)
+
+
+@dataclass(frozen=True)
+class FLAP:
+    """Keep the units with the largest Var(x_c) · ‖W_:c‖²: what hardly varies can go (arXiv 2312.11983).
+
+    The authors put the mean of what is removed into the consumer's bias. Most language models have none, so here the
+    refit, if it is asked for, makes up for it.
+    """
+
+    refit: bool = False
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        variance = (statistic.mean_square - statistic.mean.square()).clamp_min(0)
+        return largest((weight.square().sum(dim=0) * variance)[units].sum(dim=1), count)
+
+
+@dataclass(frozen=True)
+class OBS:
+    """Remove, a few at a time, the units whose loss the others make up for best.
+
+    The error of removing the columns R of W, when the others are free to change, is tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) with H the
+    damped Gram matrix (the optimal brain surgeon on columns, as in arXiv 2203.07259 for heads and channels).
+    """
+
+    refit: bool = True
+    damping: float = 0.01
+    """Added to the Gram matrix, as a fraction of its mean diagonal."""
+    steps: int = 32
+    """In how many steps the units are removed."""
+
+    def __post_init__(self) -> None:
+        require_positive(damping=self.damping, steps=self.steps)
+
+    def keep(self, weight: Tensor, statistic: Gram, units: Tensor, count: int) -> Tensor:
+        with full_float32():
+            surgery = Surgery.on(weight, statistic, units, self.damping)
+            while (surplus := int(surgery.left.sum()) - count) > 0:
+                surgery.remove(min(surplus, max(1, -(-(len(units) - count) // self.steps))))
+        return surgery.left
+
+
+@dataclass
+class Surgery:
+    """Units on their way out, a few at a time; what is left of the weight makes up for what went."""
+
+    units: Tensor
+    left: Tensor
+    """U bool."""
+    current: Tensor
+    """O × C: the weight, solved for anew."""
+    inverse: Tensor
+    """C × C, of the damped Gram matrix of the columns that are left."""
+    lost: float = 0.0
+    """Squared error of the outputs so far, a token."""
+
+    @classmethod
+    def on(cls, weight: Tensor, statistic: Gram, units: Tensor, damping: float) -> Surgery:
+        """With all units there. Arguments as of `Score.keep`; damping: as of `OBS`."""
+        lower, _ = damped_cholesky(statistic.gram, damping)
+        left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
+        return cls(units, left, weight.clone(), inverse_of_factor(lower))
+
+    def remove(self, number: int) -> None:
+        """Remove so many of the units that cost least."""
+        current, inverse = self.current, self.inverse
+        cost = removal_cost(current, inverse, self.units).masked_fill(~self.left, torch.inf)
+        chosen = cost.topk(number, largest=False).indices
+        self.left[chosen] = False
+        columns = self.units[chosen].flatten()
+        gone = current[:, columns]
+        self.lost += float((gone * torch.linalg.solve(inverse[columns][:, columns], gone.T).T).sum())
+        push = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+        current -= gone @ push
+        inverse -= inverse[:, columns] @ push
+        # What was removed stays removed, whatever rounding leaves there.
+        inverse[columns], inverse[:, columns] = 0.0, 0.0
+        inverse[columns, columns] = 1.0
+        current[:, columns] = 0.0
+
+
+def curve(score: Score, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
+    """What keeping fewer and fewer units costs; those kept are among those kept before.
+
+    Args:
+        score: chooses them, and says whether what is left is solved for anew.
+        weight, statistic, units: as of `Score.keep`.
+        counts: descending.
+    """
+    if isinstance(score, OBS):
+        return _in_one_go(score, weight, statistic, units, counts)
+    found, whole = Curve(), energy(weight, statistic)
+    for count in counts:
+        keep = score.keep(weight, statistic, units, count)
+        columns = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+        columns[units[keep].flatten()] = True
+        left = refitted(weight, statistic, columns) if score.refit else weight.masked_fill(~columns, 0.0)
+        found.append((keep, whole * statistic.relative_error(weight, left)))
+    return found
+
+
+def energy(weight: Tensor, statistic: Gram) -> float:
+    """‖XWᵀ‖² / T, of all tokens seen. weight: O × C float32."""
+    with full_float32():
+        return float(total((weight @ statistic.gram) * weight))
+
+
+def _in_one_go(score: OBS, weight: Tensor, statistic: Gram, units: Tensor, counts: Sequence[int]) -> Curve:
+    """The whole curve from one removal that goes on to the last count."""
+    found, most = Curve(), max(1, len(units) // (3 * score.steps))  # as fine as removing a third in all steps
+    with full_float32():
+        surgery = Surgery.on(weight, statistic, units, score.damping)
+        for count in counts:
+            while (surplus := int(surgery.left.sum()) - count) > 0:
+                surgery.remove(min(surplus, most))
+            found.append((surgery.left.clone(), surgery.lost))
+    return found
+
+
+SCORES: dict[str, Score] = {"magnitude": Magnitude(), "wanda_sp": WandaSP(), "flap": FLAP(), "obs": OBS()}
+"""Every score of channels and heads by its name."""
+
+
+def score_named(asked: Choice) -> Score:
+    """Look up a score with its options. Raises BadInput for an unknown name or option."""
+    return one_of(SCORES, "score", asked.name, asked.options)
+
+
+def by_norm(weight: Tensor, units: Tensor, count: int) -> Tensor:
+    """Keep the units whose columns have the largest norm: U bool. weight: O × C; units: U × K."""
+    return largest(weight.square().sum(dim=0)[units].sum(dim=1), count)
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """True for the `count` largest entries; of equal ones, the first."""
+    keep = torch.zeros(len(score), dtype=torch.bool, device=score.device)
+    keep[score.argsort(descending=True, stable=True)[:count]] = True
+    return keep
+
+
+def removal_cost(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
+    """tr(W_R (H⁻¹_RR)⁻¹ W_Rᵀ) for every unit R: U. weight: O × C; inverse: H⁻¹, C × C; units: U × K."""
+    own = inverse[units[:, :, None], units[:, None, :]]
+    parts = weight[:, units].permute(1, 2, 0)
+    cost: Tensor = (parts * torch.linalg.solve(own, parts)).sum(dim=(1, 2))
+    return cost
+
+
+LEAST_DAMPING = 0.01
+"""Of a refit, however many tokens it sees."""
+
+
+def refitted(weight: Tensor, statistic: Gram, keep: Tensor, damping: float | None = None) -> Tensor:
+    """The consumer whose kept columns give what all gave, as well as they can: W_k = W H_:k H_kk⁻¹, zeros elsewhere.
+
+    Args:
+        weight: O × C float32.
+        statistic: of its inputs.
+        keep: C bool.
+        damping: added to the Gram matrix, as a fraction of its mean diagonal; by default C / T for T tokens, since what few
+            tokens say of many columns is mostly noise.
+    """
+    with full_float32():
+        gram = statistic.gram
+        damping = max(LEAST_DAMPING, len(keep) / statistic.count) if damping is None else damping
+        gram.diagonal().add_(damping * gram.diagonal().mean())
+        lower, _ = damped_cholesky(gram[keep][:, keep], 1e-7)
+        solved = torch.cholesky_solve(gram[keep] @ weight.T, lower).T
+    result = torch.zeros_like(weight)
+    result[:, keep] = solved
+    return result
+
+
+def remove_units(
+    module: torch.nn.Module, part: Part, inputs: Mapping[str, Inputs], score: Score, count: int
+) -> tuple[list[Tensor], list[MatrixResult]]:
+    """Keep `count` units of a part, in place: the others are zeros afterwards.
+
+    Args:
+        module: the block.
+        part: what may be removed of it.
+        inputs: Gram matrices of the consumers' inputs, by name; a consumer that is not named saw no token.
+        score: chooses, and says whether the consumer is solved for anew.
+        count: units to keep.
+
+    Returns:
+        Which units are kept (U bool for each consumer), and figures of the consumers.
+    """
+    keeps, results = [], []
+    for consumer in part.fold.consumers:
+        started, weight = time.perf_counter(), consumer.read()
+        known, events = _known(inputs.get(consumer.name))
+        units, number = part.grouped.to(weight.device), count // part.group
+        chosen = by_norm(weight, units, number) if known is None else score.keep(weight, known, units, number)
+        keep = part.ungrouped(chosen)
+        columns = part.columns(keep)
+        solved = refitted(weight, known, columns) if known is not None and score.refit else weight
+        consumer.write(solved.masked_fill(~columns, 0.0))
+        keeps.append(keep)
+        result = _result(consumer, known, weight, columns, time.perf_counter() - started)
+        results.append(result.model_copy(update={"events": events}))
+    silence(module, part.block, part.masks(keeps))
+    return keeps, results
+
+
+def _known(inputs: Inputs | None) -> tuple[Gram | None, tuple[str, ...]]:
+    """Return the Gram matrix of a consumer's inputs if it saw any, and events."""
+    statistic = None if inputs is None else inputs.statistic
+    if inputs is None or not isinstance(statistic, Gram) or not statistic.count:
+        return None, ("no calibration token came to it, so its channels went by their norm",)
+    if not bool(
+        statistic.gram.diagonal().any()
+    ):  # as to an expert that sees all tokens, times zero where they are others'
+        return None, ("nothing but zeros came to it, so its channels went by their norm",)
+    return statistic, ()
+
+
+def _result(consumer: Matrix, known: Gram | None, weight: Tensor, columns: Tensor, seconds: float) -> MatrixResult:
+    after = consumer.read()
+    left = after[:, columns]
+    return MatrixResult(
+        name=consumer.name,
+        shape=(left.shape[0], left.shape[1]),
+        sparsity=1 - int(left.count_nonzero()) / left.numel(),
+        relative_layer_error=None if known is None else known.relative_error(weight, after),
+        tokens=None if known is None else known.count,
+        mask_checksum=mask_checksum(left if consumer.input_dim == 1 else left.T),
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class ByError:
+    """Remove what costs least: the relative errors of the consumers' outputs, as measured on the dense model.
+
+    Errors of different blocks are made comparable by what the cut of each block alone does to the model's distributions.
+    """
+
+    tokens: int = 1024
+    """Of the calibration, at least so many are run for that (of images: one batch); 0: errors count by `movement`."""
+    movement: float = 1.0
+    """With 0 tokens, errors count by what their block changes in the hidden states, to this power; 0: all blocks alike."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(tokens=self.tokens, movement=self.movement)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Move steps of a budget from part to part, and keep what brings the model's distributions nearer to the dense model's.
+
+    Paper: EvoPress, arXiv 2410.14649.
+    """
+
+    minutes: float = 0.0
+    """How long, all runs that were killed in between together."""
+    rounds: int = 0
+    """Or how many tries."""
+    tokens: int = 2048
+    """Of the calibration, at least so many are looked at (of images: one batch)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_not_negative(minutes=self.minutes, rounds=self.rounds, tokens=self.tokens)
+
+    def require_end(self) -> None:
+        """Raise BadInput unless it is said when to stop."""
+        if bool(self.minutes) == bool(self.rounds):
+            fix = "write search:minutes=8, or search:rounds=100"
+            wrong = "a search goes on for some minutes or for some rounds, one of the two"
+            raise BadInput(wrong, field="allocation", value="search", fix=fix)
+
+
+SPREADINGS: dict[str, Uniform | ByError | Search] = {"uniform": Uniform(), "error": ByError(), "search": Search()}
+"""Every way to spread units over the blocks, by its name."""
+
+
+def spreading_named(asked: Choice) -> Uniform | ByError | Search:
+    """Look a way up; what spreads zeros alone is uniform for units. Raises BadInput for an option that there is not."""
+    if asked.name not in SPREADINGS:
+        return SPREADINGS["uniform"]
+    found = with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
+    if isinstance(found, Search):
+        found.require_end()
+    return found
+
+
+def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
+    """Take steps where they cost least, along the convex curves below the measured ones.
+
+    Args:
+        costs: of every part, what it costs to take 0, 1, 2 … steps.
+        steps: how many are taken altogether.
+
+    Returns:
+        How many steps are taken of every part.
+    """
+    slopes = [_slopes(own) for own in costs]
+    taken = [0] * len(costs)
+    queue = [(own[0], part) for part, own in enumerate(slopes) if own]
+    heapq.heapify(queue)
+    for _ in range(steps):
+        _, part = heapq.heappop(queue)
+        taken[part] += 1
+        if taken[part] < len(slopes[part]):
+            heapq.heappush(queue, (slopes[part][taken[part]], part))
+    return taken
+
+
+def _slopes(costs: Sequence[float]) -> list[float]:
+    """What each step costs on the largest convex curve below the costs, ascending."""
+    found: list[float] = []
+    start = 0
+    while start < len(costs) - 1:
+        slope, end = min(((costs[i] - costs[start]) / (i - start), i) for i in range(start + 1, len(costs)))
+        found += [slope] * (end - start)
+        start = end
+    return found
+
+
+MOVED_TOKENS = 1024
+"""Of the hidden states that blocks change, about so many are looked at."""
+
+
+def some_tokens(hidden: Tensor, batches: int, total: int | None = None) -> Tensor:
+    """Rows of one batch's hidden states (N × H float32), about a thousand of all batches; of models of images, whole
+    samples. Each of several processes has its own.
+
+    total: rows of all batches, where they hold different numbers of them (`Recording.uneven`).
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.ndim == 3 else hidden.flatten(1)
+    per_batch = -(-MOVED_TOKENS // batches) if total is None else -(-MOVED_TOKENS * len(rows) // total)
+    step = max(1, len(rows) // per_batch)
+    return rows[step // 2 :: step][:per_batch].to(torch.float32, copy=True)
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor | None:
+    """All rows as one tensor; None where there are none."""
+    return torch.cat(list(rows)) if len(rows) else None
+
+
+def movement(before: Tensor | None, after: Tensor | None, processes: Processes = ALONE) -> float:
+    """How much a block changes the hidden states: ‖after − before‖² / ‖after‖², mean over rows.
+
+    By rows, because the first token of many models is a thousand times larger than the rest.
+
+    Args:
+        before: N × H.
+        after: N × H.
+        processes: those that go through the block together, each with rows of its own.
+
+    Returns:
+        1 where that means nothing: without data, or where a block changes their shape.
+    """
+    found = processes.gather(_changes(before, after))
+    rows = sum(number for _, number in found)
+    return sum(change for change, _ in found) / rows if rows else 1.0
+
+
+def _changes(before: Tensor | None, after: Tensor | None) -> tuple[float, int]:
+    """What `movement` says of each row, added up, and of how many rows that is."""
+    if before is None or after is None or before.shape != after.shape:
+        return 0.0, 0
+    size = after.square().sum(dim=1)
+    change = (after - before).square().sum(dim=1)
+    return float((change / size.clamp_min(1e-30)).double().sum()), len(after)

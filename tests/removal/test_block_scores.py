@@ -1,0 +1,100 @@
+"""Blocks that go by what the model says without them, against whole forwards of the model without them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel, ProvenModel
+from coprune.recipe.choice import Choice
+from coprune.removal.block_scores import Divergence, block_score_named, divergences, influences
+from support.pico import pico_model, pico_tokens
+
+BATCHES = [pico_tokens(2, 24), pico_tokens(2, 24, seed=1)]
+
+
+def proven(family: str = "llama") -> ProvenModel:
+    deeper: dict[str, Any] = {"num_hidden_layers": 5} if family == "llama" else {}
+    module = pico_model(family, **deeper)
+    return prove_replay(FoundModel.without_matrices(InMemory(module)), pico_tokens(1, 24))
+
+
+def distance(model: ProvenModel, gone: Collection[int]) -> float:
+    """KL to the dense model of the model without some blocks, by whole forwards, in nats per token."""
+    module: Any = model.module
+    layers, total = module.model.layers, 0.0
+    for batch in BATCHES:
+        log_p = module(batch, use_cache=False).logits.log_softmax(dim=-1)
+        module.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i not in gone)
+        log_q = module(batch, use_cache=False).logits.log_softmax(dim=-1)
+        module.model.layers = layers
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total / sum(batch.numel() for batch in BATCHES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_divergence_is_that_of_the_whole_model_without_the_block(family: str) -> None:
+    model = proven(family)
+    if family == "gemma3_text":  # two kinds of blocks, each called in its own way
+        found = divergences(model, BATCHES, [3])
+        assert found[3] == pytest.approx(distance(model, [3]), rel=1e-3)
+        return
+    for gone in ([], [1]):
+        found = divergences(model, BATCHES, [0, 2, 4], gone)
+        assert found == {index: pytest.approx(distance(model, [*gone, index]), rel=1e-3) for index in (0, 2, 4)}
+
+
+@torch.no_grad()
+def test_influence_is_one_minus_the_mean_cosine() -> None:
+    model = proven()
+    module: Any = model.module
+    states = [module(batch, output_hidden_states=True, use_cache=False).hidden_states for batch in BATCHES]
+    found = influences(model, BATCHES)
+    for index in range(4):  # what comes after the last block is normalised
+        pairs = [(own[index].flatten(0, 1), own[index + 1].flatten(0, 1)) for own in states]
+        cosines = torch.cat([(a * b).sum(dim=1) / a.norm(dim=1) / b.norm(dim=1) for a, b in pairs])
+        assert found[index] == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_one_block_goes_after_another_and_each_time_the_best_does() -> None:
+    model = proven()
+    gone: list[int] = []
+    for _ in range(3):
+        left = [index for index in range(5) if index not in gone]
+        gone.append(min(left, key=lambda index: distance(model, [*gone, index])))
+    assert Divergence(tokens=1000, candidates=0).choose(model, BATCHES, 3) == gone
+
+
+def test_few_tokens_and_few_candidates_are_tried() -> None:
+    model, tried = proven(), list[tuple[int, int]]()
+
+    def watched(own: ProvenModel, batches: list[Tensor], candidates: list[int], gone: list[int]) -> dict[int, float]:
+        tried.append((len(batches), len(candidates)))
+        return divergences(own, batches, candidates, gone)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coprune.removal.block_scores.divergences", watched)
+        assert len(set(Divergence(tokens=30, candidates=2).choose(model, BATCHES, 3))) == 3
+    assert tried == [(1, 5), (1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("kl:tokens=0", "tokens"),
+        ("influence:tokens=3", "has no options"),
+        ("kl:luck=1", "option of score 'kl': 'luck'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(score: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        block_score_named(Choice.of(score))

@@ -1,0 +1,36 @@
+"""How many experts stay: near what was asked for, and as servers of mixtures take them."""
+
+from __future__ import annotations
+
+import pytest
+
+from coprune.removal.expert_choice import SERVED, count_left
+
+
+@pytest.mark.parametrize("count", [17, 24, 32, 60, 64, 128, 160, 256, 384, 512])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5])
+def test_a_share_leaves_a_number_that_is_near_and_is_served_or_divides_well(count: int, share: float) -> None:
+    kept, step = count_left(count, share), min(8, 1 << (count // 8).bit_length() - 1)
+    assert 0 < kept < count
+    assert kept in SERVED or kept % step == 0
+    wanted = count * (1 - share)
+    assert abs(kept - wanted) <= max(step, 0.1 * share * count)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "groups", "align", "kept"),
+    [
+        (128, 0.1, 1, None, 112),
+        (128, 0.1, 1, 1, 115),
+        (512, 0.4, 1, None, 320),  # served, where a multiple of 8 would be a little nearer
+        (256, 0.5, 8, None, 128),
+        (60, 0.25, 1, None, 44),
+        (16, 0.2, 1, None, 13),  # few enough for any number
+        (16, 0.2, 4, None, 12),
+        (24, 0.3, 3, None, 18),  # as many of every group, and even
+        (128, 0.3, 1, 32, 96),
+        (8, 0.01, 1, None, 8),
+    ],
+)
+def test_counts(count: int, share: float, groups: int, align: int | None, kept: int) -> None:
+    assert count_left(count, share, groups, align) == kept

@@ -1,0 +1,92 @@
+"""Scores of experts by their formulas, and the choice among them for one domain or several."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from coprune.base.errors import BadInput
+from coprune.recipe.choice import Choice
+from coprune.recipe.structure import SCORES
+from coprune.removal.block_scores import BLOCK_SCORES
+from coprune.removal.expert_calls import Routed
+from coprune.removal.expert_scores import (
+    EXPERT_SCORES,
+    ExpertSums,
+    coverage,
+    expert_score_named,
+    kept_experts,
+)
+from coprune.removal.unit_scores import SCORES as UNITS
+
+INDEX = torch.tensor([[0, 1], [0, 2], [1, 0]])
+GATES = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]])
+# Answers of length 5, 13 and 1 for the experts 0, 1 and 2.
+ANSWERS = torch.tensor([[3.0, 4.0], [5.0, 12.0], [0.0, 1.0]])[INDEX]
+
+
+def sums() -> ExpertSums:
+    found = ExpertSums.empty(4)
+    found.update(Routed(INDEX, GATES, ANSWERS))
+    return found
+
+
+def test_scores_are_their_formulas() -> None:
+    reap = EXPERT_SCORES["reap"].score(sums(), 0)
+    expected = [(0.75 + 0.5 + 0.1) * 5 / 3, (0.25 + 0.9) * 13 / 2, 0.5 * 1, 0]
+    torch.testing.assert_close(reap, torch.tensor(expected, dtype=torch.float64))
+    frequency = EXPERT_SCORES["frequency"].score(sums(), 0)
+    torch.testing.assert_close(frequency, torch.tensor([3, 2, 1, 0], dtype=torch.float64) / 6)
+    both = sums()
+    both.add(sums())
+    torch.testing.assert_close(EXPERT_SCORES["reap"].score(both, 0), reap)  # a mean: twice the tokens change nothing
+    one, other = (EXPERT_SCORES["random"].score(sums(), block) for block in (0, 1))
+    assert not torch.equal(one, other)
+    assert torch.equal(one, EXPERT_SCORES["random"].score(sums(), 0))
+
+
+def test_names_and_options() -> None:
+    named = {
+        "units": set(UNITS),
+        "blocks": set(BLOCK_SCORES),
+        "experts": set(EXPERT_SCORES),
+        "rows": {"counts", "bits"},
+    }
+    assert named == {kind: set(names) for kind, names in SCORES.items()}
+    seeded = expert_score_named(Choice.of("random:seed=1"))
+    assert not torch.equal(seeded.score(sums(), 0), EXPERT_SCORES["random"].score(sums(), 0))
+    with pytest.raises(BadInput, match="unknown score"):
+        expert_score_named(Choice(name="reep"))
+    with pytest.raises(BadInput, match="has no options"):
+        expert_score_named(Choice.of("reap:seed=1"))
+
+
+def test_every_group_keeps_as_many() -> None:
+    score = {"text": torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)}
+    assert kept_experts(score, 4, 1, None).tolist() == [True] * 4 + [False] * 4
+    assert kept_experts(score, 4, 2, None).nonzero().flatten().tolist() == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_max_min_is_the_best_of_all_choices(seed: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(8, generator=generator, dtype=torch.float64) ** 3 for name in ("a", "b", "c")}
+    keep = kept_experts(scores, 4, groups, None)
+    assert keep.view(groups, -1).sum(dim=1).tolist() == [4 // groups] * groups
+    worst = min(coverage(scores, keep).values())
+    every = [torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(c), True) for c in combinations(range(8), 4)]
+    allowed = [one for one in every if one.view(groups, -1).sum(dim=1).tolist() == [4 // groups] * groups]
+    best = max(min(coverage(scores, one).values()) for one in allowed)
+    assert worst >= best - 0.02  # found by exchanges, which may end a little below the best of all
+    for name in scores:  # what is best for one domain alone is no better for the worst of all
+        assert worst >= min(coverage(scores, kept_experts({name: scores[name]}, 4, groups, None)).values()) - 1e-12
+
+
+def test_weights_count_shares_of_scores() -> None:
+    scores = {"loud": torch.tensor([100.0, 1.0, 1.0]), "quiet": torch.tensor([0.1, 0.1, 0.8])}
+    scores = {name: score.double() for name, score in scores.items()}
+    assert kept_experts(scores, 1, 1, {"loud": 1.0, "quiet": 0.0}).tolist() == [True, False, False]
+    assert kept_experts(scores, 1, 1, {"loud": 1.0, "quiet": 2.0}).tolist() == [False, False, True]

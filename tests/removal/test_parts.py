@@ -1,0 +1,301 @@
+"""Channels, heads and blocks removed: the small model is the big one with those parts silent, on disk and in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coprune
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.progress import Reporter
+from coprune.recipe.recipe import make_recipe
+from coprune.removal import rehearsal, shares, smaller_model
+from coprune.removal.rehearsal import alike
+from coprune.removal.smaller_model import Resized, possible_changes
+from coprune.run import stages
+from coprune.run.stages import run_recipe
+from support.killing import killed_when
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import listing, save_pico, write_words
+from support.saved import load_clean, saved_like
+
+IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [
+        ("llama", "channels=0.4,heads=0.5,blocks=0.34"),
+        ("gpt2", "channels=0.4,blocks=0.34"),  # input × output weights, an MLP of four times the width by default
+        ("qwen2", "heads=0.5"),  # biases; the width of a head has to be said now
+        ("gemma3_text", "channels=0.4,heads=0.5,blocks=0.25"),  # tied; norms after; two kinds of attention
+        ("phi3", "channels=0.4"),  # gate and up are one matrix
+        ("phi3", "heads=0.5"),  # query, key and value are one
+        ("falcon", "channels=0.4,blocks=0.34"),
+        ("mixtral", "channels=0.4,heads=0.5"),  # every expert other channels; saved one by one
+        ("gpt_oss", "channels=0.4,heads=0.5"),  # experts in one tensor, interleaved, with biases and sinks
+        # Three sizes of MLPs; queries, keys and values of low rank.
+        ("deepseek_v3", "channels=0.4,heads=0.5,blocks=0.34"),
+        ("minicpm3", "heads=0.5"),
+        ("afmoe", "heads=0.5"),  # a gate of every head's answers
+        ("jamba", "channels=0.4"),
+    ],
+)
+def test_the_small_model_is_the_big_one_with_the_parts_silent(family: str, remove: str, tmp_path: Path) -> None:
+    model = pico_model(family)
+    before = model.num_parameters()
+    result = coprune.prune(model, remove=remove, save_model=tmp_path / "small", **SETTINGS)
+    small = saved_like(model, result.model, tmp_path / "small", rounding=1e-6)
+    assert small.num_parameters() < before
+    tokens = pico_tokens(2, 16)
+    with torch.no_grad():
+        made: Any = result.model
+        assert made.generate(tokens[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+    assert f"{before:,} → {small.num_parameters():,} parameters" in result.report.edits[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "stays", "place", "left"),
+    [
+        ("deepseek_v3", {}, [1, 2], "first_k_dense_replace", 0),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, [1, 2], "mlp_only_layers", [0]),
+    ],
+)
+def test_the_configuration_says_which_of_the_blocks_left_are_dense(
+    family: str, settings: dict[str, Any], stays: list[int], place: str, left: Any, tmp_path: Path
+) -> None:
+    model = pico_model(family, **settings)
+    asked: dict[str, Any] = {"remove": "blocks=0.34", "exclude": [f"model.layers.{index}.*" for index in stays]}
+    result = coprune.prune(model, save_model=tmp_path / "small", **asked, **SETTINGS)
+    small = saved_like(model, result.model, tmp_path / "small", rounding=1e-6)
+    assert getattr(small.config, place) == left
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_right_only_as_the_model_computes_its_attention_now_is_found_out(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of compressed keys and values no shape tells how many heads they have, and sdpa does not ask either."""
+    right = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setattr(rehearsal, "possible_changes", lambda *_: iter([{"num_attention_heads": 2}, right]))
+    save_pico(tmp_path / "model", "deepseek_v3")
+    write_words(tmp_path / "words.txt")
+    data = {"dataset": str(tmp_path / "words.txt"), "nsamples": 4, "seqlen": 16, "stream": stream}
+    asked = SETTINGS | {"remove": "heads=0.5", "save_model": tmp_path / "small"} | data
+    coprune.prune(tmp_path / "model", **asked)
+    assert load_clean(tmp_path / "small").config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_a_configuration_says_against_heads_is_said_with_a_share_that_works(family: str) -> None:
+    """Six heads in a width of 64."""
+    settings: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    with pytest.raises(
+        UnsupportedModel, match=r"not a multiple of the number of attention heads \(6\); heads=0.5 works"
+    ):
+        coprune.prune(pico_model(family, **settings), remove="heads=0.25", **SETTINGS)
+    coprune.prune(pico_model(family, **settings), remove="heads=0.5", **SETTINGS)
+
+
+def test_numbers_that_make_shapes_which_nobody_wants_are_not_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many numbers that are as large as what was cut, not all their combinations can be tried."""
+    same: dict[str, Any] = {"num_hidden_layers": 4, "head_dim": 16}
+    small = pico_model("llama", num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, **same)
+    shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    resized = Resized([(4, 2), (2, 1), (96, 64)])
+    monkeypatch.setattr(smaller_model, "MOST_CANDIDATES", 8)
+    changes = next(possible_changes(pico_model("llama", **same), shapes, resized))
+    assert changes == {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    monkeypatch.setattr(smaller_model, "_fitting", lambda model, first, sizes, *more: sizes)
+    assert not [*possible_changes(pico_model("llama", **same), shapes, resized)]
+
+
+def test_an_expert_to_which_nothing_but_zeros_come_loses_channels_by_their_norm() -> None:
+    """Of this family every expert sees all tokens, those of others as zeros."""
+    settings = SETTINGS | {"dataset": pico_tokens(1, 4)}
+    result = coprune.prune(pico_model("llama4_text"), remove="channels=0.4", **settings)
+    assert any("nothing but zeros came to it" in event for event in result.report.events)
+
+
+def test_the_rest_is_untouched_where_nothing_is_solved_anew(tmp_path: Path) -> None:
+    model = pico_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = coprune.prune(model, remove="channels=0.4", score="magnitude", **SETTINGS).model
+    assert small is not None
+    for name, tensor in small.state_dict().items():
+        if "mlp." not in name:
+            assert torch.equal(tensor, before[name])
+    for block in range(3):
+        up, gate, down = (f"model.layers.{block}.mlp.{part}_proj.weight" for part in ("up", "gate", "down"))
+        kept = before[down].square().sum(dim=0).argsort(descending=True, stable=True)[:64].sort().values
+        assert torch.equal(small.state_dict()[down], before[down][:, kept])
+        assert torch.equal(small.state_dict()[up], before[up][kept])
+        assert torch.equal(small.state_dict()[gate], before[gate][kept])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "same"), [(torch.bfloat16, 0.04, True), (torch.bfloat16, 0.1, False), (torch.float32, 0.04, False)]
+)
+def test_half_precision_may_round_more_before_a_cut_is_refused(dtype: torch.dtype, off: float, same: bool) -> None:
+    logits, noise = torch.randn(2, 1, 50, 300, generator=torch.Generator().manual_seed(0))
+    assert alike((logits + off * noise).to(dtype), logits.to(dtype)) == same
+
+
+def test_blocks_of_least_influence_go() -> None:
+    model = pico_model("llama")
+    influence: dict[int, float] = {}
+
+    def look(index: int, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        influence[index] = 1 - float(torch.cosine_similarity(args[0], output, dim=-1).mean())
+
+    blocks = model.get_submodule("model.layers")
+    hooks = [block.register_forward_hook(partial(look, i)) for i, block in enumerate(blocks.children())]
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    ups = [model.get_parameter(f"model.layers.{i}.mlp.up_proj.weight").clone() for i in range(3)]
+    small = coprune.prune(model, remove="blocks=0.34", score="influence", **SETTINGS).model
+    assert small is not None
+    left = [small.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in range(2)]
+    gone = min(influence, key=influence.__getitem__)
+    expected = [up for i, up in enumerate(ups) if i != gone]
+    assert all(torch.equal(a, b) for a, b in zip(left, expected, strict=True))
+
+
+@pytest.mark.parametrize("remove", ["blocks=0.34", "blocks=0.67", "parameters=0.2"])
+@pytest.mark.parametrize("score", ["influence", "kl:tokens=64"])
+def test_a_block_of_which_nothing_is_wanted_stays(remove: str, score: str) -> None:
+    """Whichever it is, since of any score one of the three would go first."""
+    for stays in range(3):
+        model = pico_model("llama")
+        up = model.get_parameter(f"model.layers.{stays}.mlp.up_proj.weight").clone()
+        scores = [score, "magnitude"] if remove.startswith("parameters") else score
+        asked: dict[str, Any] = {"remove": remove, "score": scores, "exclude": f"model.layers.{stays}.*"}
+        small = coprune.prune(model, **asked, **SETTINGS).model
+        assert small is not None
+        assert any(torch.equal(tensor, up) for tensor in small.state_dict().values())
+
+
+def test_tokens_that_end_a_text_are_no_list_of_blocks() -> None:
+    """Three of them, and three blocks."""
+    result = coprune.prune(pico_model("llama", eos_token_id=[2, 5, 7]), remove="blocks=0.34", **SETTINGS)
+    made: Any = result.model
+    assert made.config.num_hidden_layers == 2
+    assert made.config.eos_token_id == made.generation_config.eos_token_id == [2, 5, 7]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=4)
+    write_words(tmp_path / "words.txt")
+
+    def run(out: str) -> None:
+        settings = {"remove": "channels=0.4,heads=0.5,blocks=0.25", "align": 16, "nsamples": 4, "seqlen": 16}
+        settings |= {"reconstruct": 4}
+        places = {"save": str(tmp_path / out / "run"), "save_model": str(tmp_path / out / "small")}
+        data = {"model": str(tmp_path / "llama"), "dataset": str(tmp_path / "words.txt"), "evaluate": False}
+        run_recipe(make_recipe(settings | places | data), reporter=Reporter(quiet=True))
+
+    def finished() -> list[Path]:
+        return [*(tmp_path / "killed" / ".small.partial").glob("model-*.json")]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    run("whole")
+    assert killed_when(lambda: run("killed"), lambda: len(finished()) >= 2, ("journal", "writer", "walk"))
+    assert finished()
+    assert not (tmp_path / "killed" / "small").exists()
+    run("killed")
+    torch.set_num_threads(threads)
+    whole, found = listing(tmp_path / "whole" / "small"), listing(tmp_path / "killed" / "small")
+    assert whole.pop("README.md") is not None  # names the folders
+    assert found.pop("README.md") is not None
+    assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "message"),
+    [
+        (
+            "olmo2",
+            "heads=0.5",
+            "no heads of the model's blocks could be proved to be removable",
+        ),  # a norm over all heads
+        (
+            "gpt2",
+            "heads=0.5",
+            "no change of the configuration of GPT2LMHeadModel",
+        ),  # heads as wide together as the model
+        ("mamba", "channels=0.4", "no channels"),
+        ("bloom", "channels=0.4", "no change of the configuration of BloomForCausalLM"),  # always four times the width
+    ],
+)
+def test_what_cannot_be_cut_is_refused_and_the_model_is_as_it_was(family: str, remove: str, message: str) -> None:
+    model = pico_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match=message):
+        coprune.prune(model, remove=remove, **SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [("gpt2", "heads=0.5,blocks=0.34"), ("rwkv", "blocks=0.34"), ("llama", "experts=0.5,blocks=0.34")],
+)
+def test_a_refusal_comes_before_all_that_is_slow(
+    family: str, remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> Any:
+        raise AssertionError("this takes hours")
+
+    monkeypatch.setattr(stages, "measure_dense", slow)
+    monkeypatch.setattr(shares, "blocks_that_go", slow)
+    with pytest.raises(UnsupportedModel):
+        coprune.prune(pico_model(family), remove=remove, save=tmp_path / "run", **SETTINGS)
+    assert not [*(tmp_path / "run").glob("*")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remove": "chanels=0.3"}, "did you mean 'channels'"),
+        ({"remove": "channels=1.5"}, "a number between 0 and 1, not '1.5'"),
+        ({"remove": "channels"}, "not ''"),
+        ({"remove": ["channels=0.3", "channels=0.2"]}, "said twice"),
+        ({"remove": "blocks=0.01"}, "0.01 of 3 blocks is 0"),
+        ({"remove": "blocks=0.67", "include": "*.1.*"}, "2 of 3 blocks cannot go where 2 are left alone"),
+        ({"remove": "channels=0.4", "align": 97}, "have 96 channels at most, .* multiples of 97; give 32 or less"),
+        ({"remove": "parameters=0.2", "align": 97}, "have 96 channels at most"),
+        ({"remove": "channels=0.01"}, "0.01 of 96 channels is none"),
+        ({"remove": "heads=0.1,channels=0.4"}, "0.1 of 2 heads is none"),
+        ({"remove": "heads=0.5", "score": "best"}, "unknown score 'best'"),
+        ({"remove": "heads=0.5", "score": "obs:luck=3"}, "option of score 'obs': 'luck'"),
+        ({"remove": "heads=0.5", "permute": True}, "permute reorders channels"),
+        ({"remove": "heads=0.5", "refine": "refit"}, "for which refine=… means nothing"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        coprune.prune(pico_model("llama"), **SETTINGS | settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "settings"),
+    [
+        ("llama", "channels=0.33", {"exclude": "model.layers.1.*"}),
+        ("llama", "heads=0.5,channels=0.33", {"include": "*.mlp.*"}),
+        ("mixtral", "experts=0.5", {"exclude": "*.1.mlp.experts.*"}),
+    ],
+)
+def test_what_include_and_exclude_keep_from_getting_smaller_is_said(
+    family: str, remove: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        BadInput, match=r"removed from every block alike, and matrices of model\.layers\.[01] are to be"
+    ):
+        coprune.prune(pico_model(family), remove=remove, **SETTINGS, **settings)

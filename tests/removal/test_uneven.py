@@ -1,0 +1,317 @@
+"""Uneven budgets: as much goes as was asked, where it costs least, and the padded model on the disk is the silenced one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.commands.app import app
+from coprune.model.edit import PadUnits
+from coprune.model.edits import Edits
+from coprune.recipe.recipe import make_recipe
+from coprune.removal import budget, candidates, removal_stage, shares, uneven_widths
+from coprune.report.schema import Report
+from coprune.run import stages
+from coprune.run.result import Result
+from coprune.run.stages import run_recipe
+from support.killing import count_lines, killed_at
+from support.pico import pico_model
+from support.pico_folder import listing, save_pico, write_words
+from support.saved import assert_same_tensors, load_clean, saved_like, tensors_of
+from support.torchrun import ENVIRONMENT, run_together, torchrun
+
+IDS = torch.randint(60, (8, 32), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": IDS, "align": 16, "evaluate": False, "quiet": True}
+
+
+def damped(family: str = "llama") -> Any:
+    """A model whose first block's MLP hardly matters, so that others should keep more."""
+    model = pico_model(family)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if ".0.mlp." in name and "down" in name:
+                tensor.mul_(0.01)
+    return model
+
+
+def real_counts(folder: Path) -> list[tuple[str, list[int]]]:
+    """Kind and number of units of every part that are no padding, by consumer."""
+    pads = [edit for edit in Edits.read(folder).all() if isinstance(edit, PadUnits)]
+    return [(pad.part, [sum(end - start for start, end in runs) for runs in pad.real]) for pad in pads]
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "allocation", "kept"),
+    [
+        ("llama", "channels=0.33", "error", {"channels": 3 * 64}),
+        ("llama", "channels=0.33,heads=0.5", "search:rounds=6", {"channels": 3 * 64, "heads": 3}),
+        ("mixtral", "channels=0.33", "error:tokens=0", {"channels": 3 * 64}),  # other channels of every expert
+        ("gemma3_text", "channels=0.4,blocks=0.25", "search:rounds=4", None),
+    ],
+)
+def test_exactly_as_much_goes_and_the_padded_model_is_the_silenced_one(
+    family: str, remove: str, allocation: str, kept: dict[str, int] | None, tmp_path: Path
+) -> None:
+    model, folder = damped(family), tmp_path / "small"
+    result = coprune.prune(model, remove=remove, allocation=allocation, save_model=folder, **SETTINGS)
+    small = saved_like(model, result.model, folder, rounding=1e-5)
+    counts = real_counts(folder)
+    assert counts
+    for kind, total in (kept or {}).items():
+        own = [count for part, count in counts if part == kind]
+        assert all(len({*count}) == 1 for count in own)
+        assert not own or sum(count[0] for count in own) == total
+    assert result.report.left is not None
+    assert small.num_parameters() == result.report.left + result.report.padding
+    assert "padded with zeros to the widest block" in result.report.edits[0]
+    even = coprune.prune(damped(family), remove=remove, **SETTINGS)
+    if "blocks" not in remove:
+        assert result.report.left == even.report.left
+
+
+@pytest.mark.parametrize("allocation", ["error:tokens=0", "search:rounds=3"])
+def test_a_budget_over_parameters_is_spread_unevenly_too(allocation: str) -> None:
+    def run(spread: str) -> Report:
+        return coprune.prune(damped(), remove="parameters=0.2", score="magnitude", allocation=spread, **SETTINGS).report
+
+    even, uneven = run("uniform"), run(allocation)
+    assert uneven.left == even.left
+    assert "of every block" in even.edits[0]
+    assert " on average) of every block" in uneven.edits[0]
+
+
+def test_where_only_blocks_go_nothing_is_spread(tmp_path: Path) -> None:
+    report = coprune.prune(pico_model("bloom"), remove="parameters=0.3", allocation="error", **SETTINGS).report
+    assert report.edits[0].startswith("blocks 3 → 2: ")
+
+
+def test_padding_is_zeros_in_every_tensor_and_what_is_real_is_not(tmp_path: Path) -> None:
+    coprune.prune(damped(), remove="channels=0.33", allocation="error", save_model=tmp_path / "small", **SETTINGS)
+    small, edits = load_clean(tmp_path / "small"), Edits.read(tmp_path / "small").by_block
+    padded = 0
+    for block, own in edits.items():
+        for pad in (edit for edit in own if isinstance(edit, PadUnits)):
+            real = torch.zeros(pad.units, dtype=torch.bool)
+            for start, end in pad.real[0]:
+                real[start:end] = True
+            weights: dict[str, Tensor] = {
+                part: small.get_parameter(f"{block}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")
+            }
+            for rows in (weights["gate"], weights["up"], weights["down"].T):
+                assert bool((rows[~real] == 0).all())
+                assert bool((rows[real] != 0).any(dim=1).all())
+            padded += int((~real).sum())
+    assert padded > 0
+
+
+def test_a_block_that_hardly_matters_loses_most_and_a_folder_as_large_as_before_is_said_to_be(tmp_path: Path) -> None:
+    settings = SETTINGS | {"remove": "channels=0.33", "allocation": "error", "save_model": tmp_path / "small"}
+    report = coprune.prune(damped(), **settings).report
+    assert "; the folder is as large as before, padded with zeros" in report.edits[0]
+    assert report.left is not None
+    assert report.left + report.padding == report.model.parameters
+    assert "an ordinary model, in part zeros" in (tmp_path / "small" / "README.md").read_text()
+    first, *others = (counts[0] for _, counts in real_counts(tmp_path / "small"))
+    assert first == 16
+    assert min(others) > 64
+
+
+def test_a_search_takes_no_worse_than_what_it_starts_from() -> None:
+    def kl(**settings: Any) -> float:
+        model = damped()
+        coprune.prune(model, remove="channels=0.33", score="magnitude", **SETTINGS, **settings)
+        with torch.no_grad():
+            log_p, log_q = (m(IDS, use_cache=False).logits.log_softmax(dim=-1) for m in (damped(), model))
+        return float((log_p.exp() * (log_p - log_q)).sum() / IDS.numel())
+
+    # By norms, a run does just what its search tried.
+    even, found = kl(), kl(allocation="search:rounds=20")
+    assert found <= min(even, kl(allocation="error"))
+    assert found < even
+
+
+def settings_of(home: Path, out: str) -> dict[str, Any]:
+    words = str(home / "words.txt")
+    what = {
+        "remove": "channels=0.33,heads=0.5",
+        "align": 16,
+        "allocation": "search:rounds=8",
+        "nsamples": 4,
+        "seqlen": 16,
+    }
+    places = {"save": str(home / out / "run"), "save_model": str(home / out / "small")}
+    return what | places | {"model": str(home / "llama"), "dataset": words, "evaluate": False}
+
+
+def run(home: Path, out: str) -> Result:
+    return run_recipe(make_recipe(settings_of(home, out)), reporter=Reporter(quiet=True))
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def without_card(folder: Path) -> dict[str, Any]:
+    found = listing(folder)
+    assert found.pop("README.md") is not None  # names the folders
+    return found
+
+
+@pytest.mark.slow  # minutes, since every line of coprune's is counted
+@pytest.mark.parametrize(("out", "share"), [("early", 3), ("late", 9)])
+def test_a_killed_search_and_run_go_on_to_the_same_bytes(out: str, share: int, tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked, where pools of threads do not follow
+    _, lines = count_lines(lambda: run(tmp_path, "whole"), ("search/finds", "search/tries", "run/journal"))
+    finds = json.loads((tmp_path / "whole" / "run" / "search.json").read_text())
+    assert len(finds["tried"]) == 8
+    assert killed_at(lambda: run(tmp_path, out), lines * share // 10, ("search/finds", "search/tries", "run/journal"))
+    tried = len(json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"])
+    assert (0 < tried < 8) if out == "early" else tried == 8
+    assert bool(list((tmp_path / out / ".small.partial").glob("model-*.json"))) == (out == "late")
+    run(tmp_path, out)
+    torch.set_num_threads(threads)
+    assert without_card(tmp_path / out / "small") == without_card(tmp_path / "whole" / "small")
+    assert json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] == finds["tried"]
+
+
+@pytest.mark.slow
+def test_a_search_of_two_processes_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=4)
+    write_words(tmp_path / "words.txt")
+
+    def command(out: str) -> list[str]:
+        settings = settings_of(tmp_path, out) | {"allocation": "search:rounds=41", "nsamples": 64, "seqlen": 32}
+        recipe = tmp_path / f"{out}.yaml"
+        recipe.write_text(make_recipe(settings).to_yaml())
+        return torchrun(2, "-m", "coprune", "prune", "--recipe", str(recipe))
+
+    def tried(out: str) -> list[Any]:
+        file = tmp_path / out / "run" / "search.json"
+        found: list[Any] = json.loads(file.read_text())["tried"] if file.is_file() else []
+        return found
+
+    run_together(command("whole"))
+    with subprocess.Popen(command("killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True) as one:
+        while len(tried("killed")) < 6:
+            assert one.poll() is None
+            time.sleep(0.01)
+        os.killpg(one.pid, signal.SIGKILL)
+    assert 6 <= len(tried("killed")) < 41
+    assert len(tried("killed")) % 2 == 0  # both tries of a round, or neither
+    run_together(command("killed"))
+    assert len(tried("killed")) == 41
+    assert tried("killed") == tried("whole")
+    assert without_card(tmp_path / "killed" / "small") == without_card(tmp_path / "whole" / "small")
+
+
+def test_an_interrupted_search_and_the_command_line_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pico(tmp_path / "llama", num_hidden_layers=2)
+    write_words(tmp_path / "words.txt")
+    run(tmp_path, "called")
+    with monkeypatch.context() as patched:
+        patched.setattr(candidates, "next_tries", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "stopped")
+    finds = [json.loads((tmp_path / out / "run" / "search.json").read_text())["tried"] for out in ("called", "stopped")]
+    assert finds[0][:2] == finds[1]
+    run(tmp_path, "stopped")
+    assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "called" / "small")
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in settings_of(tmp_path, "typed").items()]
+    words = [word for word in words if not word.startswith(("--model", "--evaluate"))]
+    done = CliRunner().invoke(app, ["prune", str(tmp_path / "llama"), *words, "--no-eval"])
+    assert done.exit_code == 0, done.output
+    assert without_card(tmp_path / "typed" / "small") == without_card(tmp_path / "called" / "small")
+
+
+def test_a_streamed_model_is_cut_to_the_same_bytes(tmp_path: Path) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    for out, stream in (("whole", False), ("streamed", True)):
+        settings = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": "channels=0.33"}
+        run_recipe(make_recipe(settings | {"stream": stream}), reporter=Reporter(quiet=True))
+    assert_same_tensors(*(tensors_of(tmp_path / out / "small") for out in ("streamed", "whole")))
+
+
+@pytest.mark.parametrize("remove", ["channels=0.33,blocks=0.34", "parameters=0.3"])
+def test_what_was_settled_is_not_chosen_anew(remove: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+
+    def go(out: str) -> None:
+        asked = settings_of(tmp_path, out) | {"allocation": "error:tokens=0", "remove": remove, "score": "kl:tokens=64"}
+        run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
+
+    go("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(removal_stage, "finish_block", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped")
+    with monkeypatch.context() as patched:
+        for module, name in ((shares, "blocks_that_go"), (budget, "costs_of"), (uneven_widths, "_measured")):
+            patched.setattr(module, name, interrupt)
+        go("stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(uneven_widths, "_measured", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go("early")
+    with monkeypatch.context() as patched:
+        for module, name in ((shares, "blocks_that_go"), (budget, "costs_of")):
+            patched.setattr(module, name, interrupt)
+        go("early")
+    assert without_card(tmp_path / "early" / "small") == without_card(tmp_path / "whole" / "small")
+    assert without_card(tmp_path / "stopped" / "small") == without_card(tmp_path / "whole" / "small")
+
+
+def test_what_was_weighed_in_memory_does_not_go_on_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pico(tmp_path / "llama")
+    write_words(tmp_path / "words.txt")
+    asked = settings_of(tmp_path, "stopped") | {"allocation": "error", "remove": "channels=0.33"}
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "build_report", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
+    with pytest.raises(BadInput, match="what blocks are weighed by was 'logits' and is 'hidden states'"):
+        run_recipe(make_recipe(asked | {"stream": True}), reporter=Reporter(quiet=True))
+    run_recipe(make_recipe(asked), reporter=Reporter(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remove": "channels=0.3", "allocation": "owl"}, "uniform, error, search, not by owl"),
+        ({"remove": "channels=0.3", "allocation": "alpha:epsilon=0.2"}, "not by alpha"),
+        ({"remove": "blocks=0.34", "allocation": "error"}, "none are removed"),
+        ({"remove": "experts=0.3", "allocation": "error"}, "none are removed"),
+        ({"remove": "channels=0.3", "allocation": "search"}, "for some minutes or for some rounds"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=3,minutes=1"}, "one of the two"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=-3"}, "must not be negative"),
+        ({"remove": "channels=0.3", "allocation": "search:tries=3"}, "unknown option of allocation 'search'"),
+        ({"remove": "channels=0.3", "allocation": "luck"}, "not by luck"),
+        ({"remove": "channels=0.3", "allocation": "search:rounds=3", "stream": True}, "has to be in memory"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_starts(settings: dict[str, Any], message: str) -> None:
+    if "stream" in settings:
+        with pytest.raises(BadInput, match=message):
+            make_recipe({"model": "x", **settings})
+        return
+    with pytest.raises(BadInput, match=message):
+        coprune.prune(pico_model("llama"), **SETTINGS, **settings)
