@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coprune.commands.terminal import show
+
+if TYPE_CHECKING:
+    from coprune.gguf_files.importance import ImatrixArguments
 
 
 def export(
@@ -26,13 +29,25 @@ def export(
         typer.Option(
             "--type",
             help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with llama-cpp-py-sync installed also q6_k, q5_k_m, q4_k_m, "
-            "iq4_nl, q3_k_m, q2_k …",
+            "iq4_nl, q3_k_m, iq3_xxs, q2_k, iq2_xs …",
         ),
     ] = "f16",
     padded: Annotated[
         bool,
         typer.Option("--padded", help="Keep channels and heads that are all zeros, which pad blocks to one width."),
     ] = False,
+    imatrix: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|FILE|none",
+            help="How much every input of a matrix matters, for types of llama.cpp's quantiser: measured on --dataset (auto), or "
+            "a file of llama-imatrix. Types below iq3_s need it.",
+        ),
+    ] = "none",
+    dataset: Annotated[str, typer.Option(help="Text that --imatrix auto measures on.")] = "embedded",
+    save_imatrix: Annotated[
+        Path | None, typer.Option(help="Write that to this file too, in llama.cpp's format.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp, Ollama and others: what was removed is gone there too.
@@ -43,4 +58,5 @@ def export(
     from coprune.gguf_files.export import export
     from coprune.report.folder import model_of
 
-    show(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet)))
+    how: ImatrixArguments = {"imatrix": imatrix, "dataset": dataset, "save_imatrix": save_imatrix}
+    show(str(export(model_of(model), output, like=like, type=type_, padded=padded, quiet=quiet, **how)))

@@ -9,17 +9,28 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
+from coprune.base.errors import BadInput, CopruneError, UnsupportedModel, unknown_name
 from coprune.base.files import require_usable, write_durably
 from coprune.base.progress import Reporter
-from coprune.base.words import Setting, Sheet, Shown
+from coprune.base.words import LeaveOut, Set, Setting, Sheet, Shown
+from coprune.gguf_files.importance import (
+    AUTO,
+    NONE,
+    Asked,
+    ImatrixArguments,
+    in_file,
+    read_importance,
+    write_importance,
+)
 from coprune.gguf_files.llama_cpp import (
     BY_LLAMA_CPP,
+    NEED_IMPORTANCE,
     PLAIN,
     LlamaCpp,
     has_llama_cpp,
@@ -34,6 +45,8 @@ from coprune.gguf_files.smaller import Exported, exported, planned_shape
 from coprune.gguf_files.verify import require_same, require_written
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.edits import history_of
+
+_USUAL_TEXT = "embedded"
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +83,7 @@ def export(
     type: str = "f16",
     padded: bool = False,
     quiet: bool = False,
+    **how: Unpack[ImatrixArguments],
 ) -> Gguf:
     """Write a model as a GGUF file, which llama.cpp and all that builds on it can run.
 
@@ -78,9 +92,12 @@ def export(
         output: the file to write.
         like: a GGUF file of the source model, in any type, whose metadata, tokenizer and order are taken over; by default the
             one that the model was made from.
-        type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, q3_k_m …
+        type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, iq3_xxs …
         padded: keep channels and heads that are all zeros, with which some folders pad their blocks to one width.
         quiet: no progress bars and lines.
+        how: `imatrix`, for types that llama.cpp's quantiser makes: `auto` measures how much every input matters on the text
+            `dataset`, a file in llama.cpp's format is read, `none` (default) weighs all inputs alike; `save_imatrix` names a file
+            to write it to.
 
     Returns:
         What was written.
@@ -91,6 +108,7 @@ def export(
     """
     target, reporter = expand_home(output), Reporter(quiet)
     require_type(type)
+    weighing = _weighing(type, how)
     _require_free(target)
     with reporter.libraries():
         location = locate(model)
@@ -101,7 +119,7 @@ def export(
     written: list[Whole] = []
 
     def write(final: Path) -> None:
-        written.append(_write(making, type, final, partial(_beside, final)))
+        written.append(_write(making, type, final, partial(_beside, final), weighing))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, write)
@@ -118,7 +136,30 @@ def _without_zeros(source: Exported, reporter: Reporter) -> Narrow:
         return Narrow(source, None)
 
 
-def _write(making: Making, kind: str, final: Path, beside: Beside) -> Whole:
+def _weighing(kind: str, how: ImatrixArguments) -> Asked:
+    """Read which importance matrix is asked for. Raises BadInput for one that has no effect, and a type that lacks one."""
+    named, save = how.get("imatrix") or NONE, how.get("save_imatrix")
+    for name in how:
+        if name not in ImatrixArguments.__annotations__:
+            raise unknown_name("setting", name, ImatrixArguments.__annotations__, field=name)
+    if named != NONE and kind not in BY_LLAMA_CPP:
+        cause = f"an importance matrix has no effect on the type {kind}, which llama.cpp's quantiser does not make"
+        raise BadInput(cause, field="imatrix", value=str(named), fix=LeaveOut("imatrix"))
+    if named == NONE and kind in NEED_IMPORTANCE:
+        cause = f"the type {kind} needs an importance matrix"
+        raise BadInput(cause, field="type", value=kind, fix=("add ", Set("imatrix", AUTO), ", or name a file of it"))
+    if named == NONE and save is not None:
+        fix = ("add ", Set("imatrix", AUTO))
+        raise BadInput("there is no importance matrix to save", field="save_imatrix", value=str(save), fix=fix)
+    target = None if save is None else expand_home(save)
+    require_usable(target, "save_imatrix") if target is not None else None
+    if named in (AUTO, NONE):
+        return Asked(data=how.get("dataset", _USUAL_TEXT) if named == AUTO else None, save=target)
+    read_importance(expand_home(named))
+    return Asked(file=expand_home(named), save=target)
+
+
+def _write(making: Making, kind: str, final: Path, beside: Beside, weighing: Asked) -> Whole:
     """Write a file of a type, by way of float16 where llama.cpp quantises it or has to show which of two files is right."""
     exact = kind if kind in PLAIN or (making.narrow.apart is None and kind not in BY_LLAMA_CPP) else "f16"
     whole = making.chosen(exact, beside)
@@ -128,8 +169,14 @@ def _write(making: Making, kind: str, final: Path, beside: Beside) -> Whole:
         return whole
     with beside() as halves:
         whole.write(halves, making.reporter)
+        importance = weighing.find(making.narrow.alike.location, making.reporter)
+        if importance is not None and weighing.file is None:
+            names = {name: planned.source for name, planned in whole.plan.tensors.items()}
+            importance = in_file(importance, names, making.example, whole.source)
+        if importance is not None and weighing.save is not None:
+            write_importance(weighing.save, importance)
         making.reporter.say(f"Quantising to {kind}")
-        quantize(halves, final, kind)
+        quantize(halves, final, kind, importance)
     return whole
 
 

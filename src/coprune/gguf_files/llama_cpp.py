@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -50,12 +50,30 @@ _KEPT: list[Any] = []
 """What the library calls has to live as long as it."""
 
 
-def quantize(source: Path, target: Path, kind: str) -> None:
-    """Let llama.cpp quantise a file of float16. kind: a type such as q4_k_m. Raises BadInput if it refuses."""
+def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, Tensor] | None = None) -> None:
+    """Let llama.cpp quantise a file of float16.
+
+    Args:
+        source: the file.
+        target: the new file.
+        kind: a type such as q4_k_m.
+        importance: mean squares of the inputs of the file's tensors, by their names.
+
+    Raises:
+        BadInput: it refuses.
+    """
     ffi, library = _library()
     asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     asked.ftype = ffi.typeof("enum llama_ftype").relements[f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"]
     asked.nthread = torch.get_num_threads()
+    held: list[Any] = []
+    if importance:
+        entries = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)  # the last one, empty, ends it
+        for entry, (name, means) in zip(entries, importance.items(), strict=False):
+            values = np.ascontiguousarray(means.numpy(), dtype=np.float32)
+            held += [ffi.new("char[]", name.encode()), values]
+            entry.name, entry.data, entry.size = held[-2], ffi.cast("const float *", values.ctypes.data), values.size
+        asked.imatrix = entries
     if library.llama_model_quantize(str(source).encode(), str(target).encode(), asked) != 0:
         raise BadInput(f"llama.cpp could not make the type {kind} of this model", field="type", value=kind)
 
@@ -142,10 +160,27 @@ class LlamaCpp:
 PLAIN = ("f32", "f16", "bf16")
 QUANTISED = {"q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
 """Types of blocks of 32 that the gguf package makes, with their bits."""
+NEED_IMPORTANCE = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+"""Types that llama.cpp's quantiser makes with an importance matrix alone."""
 BY_LLAMA_CPP = (
-    *("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+    *(
+        "q6_k",
+        "q5_k_m",
+        "q5_k_s",
+        "q4_k_m",
+        "q4_k_s",
+        "iq4_nl",
+        "iq4_xs",
+        "q3_k_l",
+        "q3_k_m",
+        "q3_k_s",
+        "iq3_m",
+        "iq3_s",
+        "q2_k",
+    ),
+    *NEED_IMPORTANCE,
 )
-"""Types that llama.cpp's quantiser makes without an importance matrix."""
+"""Types that llama.cpp's quantiser makes."""
 TYPES = (*PLAIN, *QUANTISED, *BY_LLAMA_CPP)
 _BLOCK = 32
 _LARGEST_HALF = 65504.0

@@ -1,0 +1,175 @@
+"""How much every input of a matrix matters, for llama.cpp's quantiser: the mean squares that a walk sees (its imatrix)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.files import write_durably
+from coprune.base.progress import Reporter
+from coprune.data import calibration_windows
+from coprune.data.bos import put_by, tokens_at_bos
+from coprune.gguf_files.plan import Example
+from coprune.gguf_files.smaller import Exported
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.load import gguf_reader, load_model
+from coprune.model.checkpoint.locate import Location
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.choosing import choose_matrices
+from coprune.model.generation import positions_of
+from coprune.model.transformers_private import revert_conversion, saved_tensors
+from coprune.model.walk.prove import prove_replay
+from coprune.model.walk.proven import FoundModel
+from coprune.model.walk.recording import Dense, record_batches
+from coprune.model.walk.shown import MatricesReady
+from coprune.model.walk.statistics import InputNorm
+from coprune.model.walk.walk import Walk
+
+Importance = Mapping[str, Tensor]
+"""By the name of a tensor in the file: mean squares of its inputs (experts × inputs, or 1 × inputs), float32."""
+AUTO, NONE = "auto", "none"
+_SAMPLES, _SEQLEN = 16, 512
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_LEAST = 1e-10
+"""In place of zero, which would leave a weight to chance."""
+
+
+class ImatrixArguments(TypedDict, total=False):
+    """Which importance matrix the quantiser is given."""
+
+    imatrix: Path | str | None
+    """`auto` to measure it, a file in llama.cpp's format, or `none`."""
+    dataset: str
+    """Text that `auto` measures on."""
+    save_imatrix: Path | str | None
+    """File to write it to, in llama.cpp's format."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The same, read and checked."""
+
+    file: Path | None = None
+    data: str | None = None
+    save: Path | None = None
+
+    def find(self, location: Location, reporter: Reporter) -> Importance | Mapping[str, Tensor] | None:
+        """Return the importance that is in the file, or what was measured by the checkpoint's names; None for neither."""
+        if self.file is not None:
+            return read_importance(self.file)
+        return None if self.data is None else measured(location, self.data, reporter)
+
+
+@torch.no_grad()
+def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict[str, Tensor]:
+    """Measure the inputs of every matrix in a model's blocks.
+
+    Args:
+        location: the model.
+        data: a corpus, or samples of token ids (N × S).
+        reporter: shows the bar.
+
+    Returns:
+        Tensors by the names of the checkpoint, in the shapes of the weights: every row holds the mean squares of its inputs,
+        and NaN stands for what is no such matrix.
+
+    Raises:
+        BadInput: the text cannot be read.
+        UnsupportedModel: the model cannot be walked.
+    """
+    model, tokenizer = load_model(location, "float32")
+    if isinstance(data, str):
+        seqlen = min(_SEQLEN, positions_of(model) or _SEQLEN)
+        windows = calibration_windows(data, tokenizer, _SAMPLES, seqlen, seed=0).tokens
+        bos = put_by(tokenizer)
+        data = windows if bos is None else tokens_at_bos(windows, bos)
+    blocks = find_blocks(model)
+    chosen = choose_matrices(model, blocks)
+    proven = prove_replay(FoundModel(InMemory(model), blocks, chosen), data[:1])
+    with reporter.bar("Importance of the weights", len(blocks)) as advance:
+        walk = Walk(proven, record_batches(proven, [*data.split(1)]), InputNorm, Dense(), advance=advance)
+        seen: dict[str, Tensor] = {}
+        for event in walk:
+            if isinstance(event, MatricesReady):
+                seen |= {name: statistic.mean_square for name, statistic in event.statistics().items()}
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    for matrix in chosen.all():
+        # Of an expert that no token was routed to, all inputs matter alike.
+        mean = seen.get(matrix.name, torch.ones(matrix.shape[1]))
+        matrix.write(mean.clamp_min(_LEAST).expand(matrix.shape))
+    return revert_conversion(model, saved_tensors(model))
+
+
+def in_file(means: Mapping[str, Tensor], names: Mapping[str, str], example: Example, source: Exported) -> Importance:
+    """Return what was measured as a file's tensors need it.
+
+    Args:
+        means: as `measured` gives them.
+        names: of the file's tensors, each with the name that the example has for it.
+        example: the file that it is made like.
+        source: the model that is written.
+    """
+    seen, found = replace(source, tensors=means), dict[str, Tensor]()
+    for name, own in names.items():
+        if not example.pieces[own] or len(example.shapes[own]) < 2:
+            continue
+        try:
+            values = example.values(own, seen)
+        except UnsupportedModel:  # of several equal tensors, which is no matrix of a block
+            continue
+        rows = values[:, 0] if values.ndim > 2 else values[:1]
+        if bool(rows.isfinite().all()):
+            found[name] = rows.contiguous()
+    return found
+
+
+def write_importance(file: Path, importance: Importance) -> None:
+    """Write an importance matrix in llama.cpp's own format. Raises CopruneError if the disk is full."""
+    from gguf import GGUFWriter
+
+    def write(path: Path) -> None:
+        with closing(GGUFWriter(path, "")) as writer:
+            # The package names an architecture in every file; what llama.cpp reads is this type.
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", ["coprune"])
+            writer.add_uint32("imatrix.chunk_count", 1)
+            writer.add_uint32("imatrix.chunk_size", 1)
+            for name, mean in importance.items():
+                writer.add_tensor(name + _SUMS, mean.numpy())
+                writer.add_tensor(name + _COUNTS, np.ones((len(mean), 1), dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(file, write)
+
+
+def read_importance(file: Path) -> Importance:
+    """Read an importance matrix in llama.cpp's GGUF format. Raises BadInput if it is none."""
+    with_field = {"field": "imatrix", "value": str(file)}
+    if not file.is_file():
+        raise BadInput(f"{file} is no file", **with_field, fix="write auto, none, or a file of llama-imatrix")
+    stored = {one.name: torch.from_numpy(np.array(one.data)) for one in gguf_reader(file, field="imatrix").tensors}
+    found = {}
+    for name, sums in stored.items():
+        counts = stored.get(name.removesuffix(_SUMS) + _COUNTS)
+        if not name.endswith(_SUMS) or counts is None:
+            continue
+        rows = sums.float().reshape(counts.numel(), -1)
+        seen = counts.float().reshape(-1, 1)
+        found[name.removesuffix(_SUMS)] = torch.where(seen > 0, rows / seen.clamp_min(1), 1.0).clamp_min(_LEAST)
+    if not found:
+        raise BadInput(
+            f"{file} holds no importance matrix", **with_field, fix="write one with llama-imatrix, or take auto"
+        )
+    return found

@@ -1,0 +1,82 @@
+"""The importance matrix that llama.cpp's quantiser is given: measured, written, read, and of use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+import coprune
+from coprune.base.errors import BadInput
+from coprune.base.progress import Reporter
+from coprune.gguf_files.importance import measured, read_importance
+from coprune.gguf_files.llama_cpp import decode, has_llama_cpp
+from coprune.model.checkpoint.locate import locate
+from support.pico import pico_model, pico_tokens
+from support.pico_folder import save
+from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.saved import load_clean
+
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("importance")
+    model = distinct_norms(pico_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1))
+    save(model, folder / "dense")
+    write_pico_gguf(model, folder / "f32.gguf")
+    (folder / "text.txt").write_text(" ".join(f"w{3 + place * 7 % 250}" for place in range(3000)))
+    return folder
+
+
+def test_it_is_the_mean_square_of_what_a_matrix_is_given(place: Path) -> None:
+    model, tokens, given = load_clean(place / "dense"), pico_tokens(3, 16), list[torch.Tensor]()
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
+    with torch.no_grad():
+        model(tokens)
+    found = measured(locate(place / "dense"), tokens, Reporter(quiet=True))["model.layers.0.mlp.down_proj.weight"]
+    torch.testing.assert_close(found, given[0].square().mean(dim=(0, 1)).expand_as(found))
+
+
+@needs_llama_cpp
+def test_it_is_written_and_read_as_llama_cpp_has_it_and_lowers_the_weighted_error(place: Path, tmp_path: Path) -> None:
+    how = {"like": place / "f32.gguf", "type": "iq2_xs", "quiet": True}
+    text = str(place / "text.txt")
+    one = coprune.export(
+        place / "dense", tmp_path / "1.gguf", imatrix="auto", dataset=text, save_imatrix=tmp_path / "i.gguf", **how
+    )
+    again = coprune.export(place / "dense", tmp_path / "2.gguf", imatrix=tmp_path / "i.gguf", **how)
+    assert one.path.read_bytes() == again.path.read_bytes()
+    importance = read_importance(tmp_path / "i.gguf")
+    assert {name.split(".")[2] for name in importance} == {
+        *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    how["type"] = "q2_k"
+    weighted = coprune.export(place / "dense", tmp_path / "3.gguf", imatrix=tmp_path / "i.gguf", **how)
+    alike = coprune.export(place / "dense", tmp_path / "4.gguf", **how)
+    name = "blk.0.ffn_down.weight"
+    before, *after = (
+        next(decode(one) for one in GGUFReader(file).tensors if one.name == name)
+        for file in (place / "f32.gguf", weighted.path, alike.path)
+    )
+    errors = [float(((found - before).square() * importance[name]).sum()) for found in after]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"type": "iq2_xs"}, "needs an importance matrix"),
+        ({"type": "q8_0", "imatrix": "auto"}, "no effect"),
+        ({"type": "q2_k", "imatrix": "missing.gguf"}, "no file"),
+        ({"type": "q2_k", "save_imatrix": "i.gguf"}, "no importance matrix to save"),
+    ],
+)
+@needs_llama_cpp
+def test_bad_input(how: dict[str, str], said: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        coprune.export(place / "dense", tmp_path / "out.gguf", like=place / "f32.gguf", quiet=True, **how)  # type: ignore[arg-type]
