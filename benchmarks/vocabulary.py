@@ -71,7 +71,7 @@ def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
         return file
     whole = exported(asked, source, kind)
     settings = {"model": str(whole), "remove": f"vocabulary={tokens}", "vocabulary_languages": asked.languages or ()}
-    structure = make_recipe(settings).structure
+    structure = make_recipe(settings).remove
     cutting = Cutting(
         GgufSource(GgufFile(whole, whole.name)), Asked(structure, "embedded", runs=False), Reporter(quiet=True)
     )

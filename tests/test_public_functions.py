@@ -109,7 +109,7 @@ def test_a_method_is_an_object_or_a_name(inside: Path) -> None:
     ]
     assert found[0].recipe == found[1].recipe
     assert len({tuple(matrix.mask_checksum for matrix in report.matrices) for report in found}) == 1
-    assert found[2].recipe.method.name == f"{__name__}.Copied"
+    assert found[2].recipe.prune.method.name == f"{__name__}.Copied"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def test_a_preset_is_what_the_command_makes_of_it(inside: Path, tmp_path: Path, 
             "--nsamples", 4, "--seqlen", 32, "--no-eval", "--no-stream", "--save", tmp_path / "run", "-q")  # fmt: skip
     report = coprune.prune("model", preset="balanced", dataset="words.txt", evaluate=False, **SMALL).report
     told = coprune.Report.read(tmp_path / "run" / "report.json")
-    assert report.recipe.method.name == "sparsegpt"
+    assert report.recipe.prune.method.name == "sparsegpt"
     assert [m.mask_checksum for m in report.matrices] == [m.mask_checksum for m in told.matrices]
     assert report.recipe == told.recipe.replaced(save=None)
 

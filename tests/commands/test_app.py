@@ -19,10 +19,9 @@ import pytest
 from coprune.commands.table import COMMANDS, command_named
 from coprune.pruning.methods import METHODS
 from coprune.recipe.flags import flags_of
-from coprune.recipe.flat import FLAT
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.parts import is_common
-from coprune.recipe.recipe import FIELDS
+from coprune.recipe.tree import FIELDS, FLAT
 from support.commands import run_command
 from support.pico_folder import listing, save_pico, write_words
 
@@ -131,7 +130,7 @@ def test_a_command_written_for_the_seed(coprune: Callable[..., str], place: Path
         *("--save_model", "pruned", "--use_variant", "--seqlen", "32", "--eval-data", "test.txt"),
     )
     report = report_in(place / "out")
-    assert report["recipe"]["method"]["name"] == "wanda_variant"
+    assert report["recipe"]["prune"]["method"]["name"] == "wanda_variant"
     assert report["sparsity"]["matrices"] == 0.5
     header, line = (place / "out" / "log_wanda_variant.txt").read_text().splitlines()
     assert header.split("\t") == ["method", "actual_sparsity", "ppl_test"]
@@ -147,7 +146,7 @@ def test_a_run_repeats_from_its_recipe(coprune: Callable[..., str], place: Path)
     coprune("prune", "--recipe", "a/recipe.yaml", "--save", "b", "--save-model", "y")
     assert (place / "x" / "model.safetensors").read_bytes() == (place / "y" / "model.safetensors").read_bytes()
     first, second = (report_in(place / name) for name in "ab")
-    assert first["recipe"]["method"] == {"name": "sparsegpt", "block_size": 32}
+    assert first["recipe"]["prune"]["method"] == {"name": "sparsegpt", "block_size": 32}
     strip = [[{k: v for k, v in m.items() if k != "seconds"} for m in r["matrices"]] for r in (first, second)]
     assert strip[0] == strip[1]
 
@@ -157,8 +156,8 @@ def test_what_is_typed_replaces_what_the_recipe_and_the_preset_say(coprune: Call
     coprune("prune", "model", "--recipe", "recipe.yaml", "--preset", "fast", "--dataset", "words.txt", "--seqlen", "32",
             "--sparsity", "0.75", "--save", "out")  # fmt: skip
     recipe = report_in(place / "out")["recipe"]
-    assert (recipe["model"]["name"], recipe["pattern"]["sparsity"]) == ("model", 0.75)
-    assert (recipe["calibration"]["samples"], recipe["calibration"]["propagation"]) == (7, "sequential")
+    assert (recipe["model"]["name"], recipe["prune"]["sparsity"]) == ("model", 0.75)
+    assert (recipe["calibrate"]["samples"], recipe["calibrate"]["propagation"]) == (7, "sequential")
 
 
 def test_the_default_run_folder_names_model_target_and_method(coprune: Callable[..., str], place: Path) -> None:
@@ -261,7 +260,7 @@ def test_a_new_method_is_one_file_and_one_line(
         coprune("prune", "model", *SMALL, "-m", "lottery", "--my-option", "0.5", "-p", "2:4", "--save", "out",
                 "--save-model", "pruned", "--propagation", "sequential", "--refine", "refit")  # fmt: skip
         report = report_in(place / "out")
-        assert report["recipe"]["method"] == {"name": "lottery", "my_option": 0.5}
+        assert report["recipe"]["prune"]["method"] == {"name": "lottery", "my_option": 0.5}
         assert report["sparsity"]["matrices"] == 0.5
         assert "--my-option" in coprune("methods", "lottery")
         ended = run_command(["prune", "model", "-q", "-m", "lottery", "--my-option", "-1"], monkeypatch, capsys)

@@ -51,9 +51,9 @@ def test_token_ids_say_how_many_samples_there_are_unless_told() -> None:
     with handed_over({"dataset": ids}, "dataset", "eval_data") as found:
         assert given_samples(found["dataset"]) == {"nsamples": 4, "seqlen": 8}
         recipe, _ = read_call("model", None, "balanced", None, found)
-        assert (recipe.calibration.samples, recipe.calibration.seqlen) == (4, 8)
+        assert (recipe.calibrate.samples, recipe.calibrate.seqlen) == (4, 8)
         recipe, _ = read_call("model", None, None, None, found | {"nsamples": 2})
-        assert recipe.calibration.samples == 2
+        assert recipe.calibrate.samples == 2
     assert given_samples("c4") == {}
     assert named(ids)["dataset"] != named(ids.view(8, 4))["dataset"]
 

@@ -66,9 +66,9 @@ def test_a_continuation_is_the_likeliest_one() -> None:
 
 
 def test_the_papers_tasks_unless_others_are_named() -> None:
-    assert not make_recipe({"model": "m"}).evaluation.runs_tasks
+    assert not make_recipe({"model": "m"}).evaluate.runs_tasks
     assert zero_shot_settings(make_recipe({"model": "m", "eval_zero_shot": True})).tasks == PAPER_TASKS
-    assert make_recipe({"model": "m", "tasks": "piqa"}).evaluation.runs_tasks
+    assert make_recipe({"model": "m", "tasks": "piqa"}).evaluate.runs_tasks
     assert zero_shot_settings(make_recipe({"model": "m", "tasks": "piqa, rte"})).tasks == ("piqa", "rte")
 
 

@@ -9,11 +9,12 @@ import pytest
 import coprune
 from coprune.base.errors import BadInput
 from coprune.pruning.methods import METHODS
-from coprune.recipe.flat import FLAT, PARTS, flatten, layered, nest, word_for
+from coprune.recipe.flat import flatten, layered, nest, word_for
 from coprune.recipe.measuring import measuring_recipe
+from coprune.recipe.parts import ReconstructPart
 from coprune.recipe.presets import PRESETS, preset_settings
-from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
-from coprune.recipe.reconstruction import ReconstructionPart
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.tree import FIELDS, FLAT, OLDER_PARTS, PARTS
 
 FLAT_SETTINGS = {
     "model": "m",
@@ -36,6 +37,21 @@ FLAT_SETTINGS = {
     "save_model": "out/model",
 }
 NESTED_SETTINGS = {
+    "model": {"name": "m", "dtype": "bfloat16"},
+    "prune": {
+        "method": {"name": "sparsegpt", "block-size": 64},
+        "pattern": "2:4",
+        "exclude": ["*.q_proj"],
+        "allocation": {"name": "uniform"},
+        "refine": [{"name": "swaps"}, {"name": "refit", "rounds": 10}],
+        "reconstruct": 3,
+    },
+    "calibrate": {"samples": 32, "seqlen": 64, "propagation": "sequential"},
+    "train": {"mode": "lora"},
+    "evaluate": {"data": ["a.txt", "b.txt"], "few_shot": 2, "task_folder": "tasks"},
+    "output": {"run": "out/run", "model": "out/model"},
+}
+OLDER_SETTINGS = {
     "model": {"name": "m", "dtype": "bfloat16"},
     "method": {"name": "sparsegpt", "block-size": 64},
     "pattern": {"name": "2:4"},
@@ -66,18 +82,14 @@ MIXED_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", [NESTED_SETTINGS, MIXED_SETTINGS])
+@pytest.mark.parametrize("settings", [NESTED_SETTINGS, OLDER_SETTINGS, MIXED_SETTINGS])
 def test_all_ways_to_say_it_make_one_recipe(settings: dict[str, Any]) -> None:
     assert make_recipe(settings) == make_recipe(FLAT_SETTINGS)
     assert Recipe.model_validate(settings) == make_recipe(FLAT_SETTINGS)
 
 
 def test_every_field_of_every_part_has_a_word_and_every_word_a_field() -> None:
-    places = set()
-    for part, field in Recipe.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        places |= {part} if inner is None or part == "allocation" else {f"{part}.{name}" for name in inner}
-    assert places == set(FLAT.values())
+    assert {place.partition(".")[0] for place in FLAT.values()} == set(Recipe.model_fields)
     assert all(word_for(place) == word for word, place in FLAT.items())
     assert all(field.description for field in FIELDS.values())
 
@@ -85,18 +97,18 @@ def test_every_field_of_every_part_has_a_word_and_every_word_a_field() -> None:
 def test_no_option_of_a_method_is_called_like_a_setting() -> None:
     options = {name for method in METHODS.values() for name in vars(method)}
     assert options & set(FLAT) == {"score"}  # which is a method's unless something is removed
-    assert options & set(PARTS) == {"selection"}  # which calls tell apart, since a part is a mapping
+    assert options & {*PARTS, *OLDER_PARTS} == {"selection"}  # which calls tell apart, since a part is a mapping
 
 
 def test_a_score_is_a_methods_option_where_nothing_is_removed() -> None:
     asked = {"model": "m", "method": "ablate_mag_seq", "score": "wanda"}
-    assert make_recipe(asked).method.options == {"score": "wanda"}
+    assert make_recipe(asked).prune.method.options == {"score": "wanda"}
     removing = make_recipe({"model": "m", "score": "flap", "remove": "heads=0.5"})
-    assert (removing.structure.score_of("units").name, removing.method.options) == ("flap", {})
+    assert (removing.remove.score_of("units").name, removing.prune.method.options) == ("flap", {})
     with pytest.raises(BadInput, match="is of channels and heads, and none are removed"):
         make_recipe({"model": "m", "structure": {"score": "flap"}})
     both = make_recipe({"model": "m", "score": ["frequency", "flap:refit=true"], "remove": "heads=0.5,experts=0.5"})
-    assert {kind: str(score) for kind, score in both.structure.scores.items()} == {
+    assert {kind: str(score) for kind, score in both.remove.scores.items()} == {
         "units": "flap:refit=true",
         "experts": "frequency",
     }
@@ -112,7 +124,7 @@ def test_the_values_come_back_by_their_words() -> None:
     assert make_recipe(recipe.flat()) == recipe
     assert recipe.setting("refine") == ("swaps", "refit:rounds=10")
     assert recipe.replaced(nsamples=3, save=None).setting("nsamples") == 3
-    assert recipe.replaced(nsamples=3).calibration.seqlen == 64
+    assert recipe.replaced(nsamples=3).calibrate.seqlen == 64
 
 
 @pytest.mark.parametrize(
@@ -126,12 +138,12 @@ def test_the_values_come_back_by_their_words() -> None:
         ({"sparsitty": 0.5}, "unknown recipe field 'sparsitty'; did you mean 'sparsity'?"),
         (
             {"calibration": {"sampels": 3}},
-            "unknown recipe field 'calibration.sampels'; did you mean 'calibration.samples'",
+            "unknown recipe field 'calibration.sampels'; did you mean 'calibrate.samples'",
         ),
-        ({"calibration.sampels": 3}, "did you mean 'calibration.samples'"),
-        ({"calibratoin.samples": 3}, "did you mean 'calibration.samples'"),
+        ({"calibration.sampels": 3}, "did you mean 'calibrate.samples'"),
+        ({"calibratoin.samples": 3}, "did you mean 'calibrate.samples'"),
         ({"calibratoin": {"samples": 3}}, "did you mean 'calibration'"),
-        ({"calibration": 32}, "calibration has settings of its own, such as calibration.propagation, and cannot be 32"),
+        ({"calibration": 32}, "calibration has settings of its own, such as calibrate.data, and cannot be 32"),
         ({"nsamples": "many"}, "^nsamples cannot be 'many'"),
         ({"calibration": {"samples": "many"}}, "^calibration.samples cannot be 'many'"),
         ({"calibration.samples": 0}, "^calibration.samples cannot be 0"),
@@ -189,12 +201,12 @@ def test_steps_of_reconstruction_take_the_place_of_a_presets_tokens() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_go_without_the_reconstruction_that_they_have(preset: str) -> None:
     recipe = make_recipe(layered({"model": "m"}, preset_settings(preset), {"reconstruct": 0}))
-    assert recipe.reconstruction == ReconstructionPart()
+    assert recipe.prune.reconstruct == ReconstructPart()
 
 
 def test_the_variant_of_wanda_by_the_name_of_its_switch() -> None:
-    assert make_recipe({"model": "m", "use_variant": True}).method.name == "wanda_variant"
-    assert make_recipe({"model": "m", "use_variant": False}).method.name == "wanda"
+    assert make_recipe({"model": "m", "use_variant": True}).prune.method.name == "wanda_variant"
+    assert make_recipe({"model": "m", "use_variant": False}).prune.method.name == "wanda"
 
 
 def test_nothing_said_is_nothing_nested() -> None:
@@ -204,7 +216,7 @@ def test_nothing_said_is_nothing_nested() -> None:
 
 def test_the_name_of_a_score_says_what_it_is_of() -> None:
     both = make_recipe({"model": "m", "score": ["kl:tokens=9", "flap:refit=true"], "remove": "heads=0.5,blocks=0.5"})
-    assert {kind: str(score) for kind, score in both.structure.scores.items()} == {
+    assert {kind: str(score) for kind, score in both.remove.scores.items()} == {
         "units": "flap:refit=true",
         "blocks": "kl:tokens=9",
     }
@@ -226,5 +238,5 @@ def test_a_measurement_refuses_what_it_would_ignore(setting: dict[str, Any]) -> 
         BadInput, match=r"says how to prune or where that goes, and a measurement prunes nothing; leave out "
     ):
         measuring_recipe("m", {"seqlen": 64, **setting})
-    assert measuring_recipe("m", {"seqlen": 64, "calibration.batch_size": 2}).calibration.batch_size == 2
-    assert measuring_recipe("m", {"answers": {"require": "loops<1"}}).evaluation.data is None
+    assert measuring_recipe("m", {"seqlen": 64, "calibration.batch_size": 2}).calibrate.batch_size == 2
+    assert measuring_recipe("m", {"answers": {"require": "loops<1"}}).evaluate.data is None

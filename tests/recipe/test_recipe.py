@@ -16,7 +16,8 @@ from coprune.base.errors import BadInput
 from coprune.recipe.flat import layered
 from coprune.recipe.parts import Decides, decided_by
 from coprune.recipe.presets import PRESETS, preset_settings
-from coprune.recipe.recipe import DEFAULTS, FIELDS, Recipe, make_recipe
+from coprune.recipe.recipe import DEFAULTS, Recipe, make_recipe
+from coprune.recipe.tree import FIELDS
 from coprune.training.settings import FinetuneSettings
 
 # What may differ between an interrupted run and its resumption.
@@ -129,8 +130,8 @@ def test_a_recipe_is_written_part_by_part_and_reads_the_same(tmp_path: Path) -> 
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
     written = yaml.safe_load(recipe.to_yaml())
-    assert written["method"] == {"name": "sparsegpt", "block_size": 64}
-    assert written["refine"] == [{"name": "refit", "rounds": 10}]
+    assert written["prune"]["method"] == {"name": "sparsegpt", "block_size": 64}
+    assert written["prune"]["refine"] == [{"name": "refit", "rounds": 10}]
     assert written["output"] == {"run": "out/run", "encoding": "source", "report_to": "wandb,mlflow"}
     assert yaml.safe_load(make_recipe({"model": "m"}).to_yaml())["output"] == {"encoding": "source"}
 
@@ -154,7 +155,7 @@ def test_a_kept_recipe_tells_nobody() -> None:
 def test_data_that_nobody_named_stays_so(tmp_path: Path) -> None:
     for settings, named in (({"model": "m"}, False), ({"model": "m", "dataset": "wikitext2"}, True)):
         (tmp_path / "recipe.yaml").write_text(make_recipe(settings).to_yaml(), encoding="utf-8")
-        read = Recipe.from_yaml(tmp_path / "recipe.yaml").calibration
+        read = Recipe.from_yaml(tmp_path / "recipe.yaml").calibrate
         assert ("data" in read.model_fields_set) is named
         assert read.data == "wikitext2"
 
@@ -173,7 +174,7 @@ def test_a_recipe_in_json_of_before_parts_is_read() -> None:
 )
 def test_presets_make_recipes(preset: str, said: dict[str, Any]) -> None:
     settings = preset_settings(preset, said)
-    assert make_recipe({"model": "m", **settings, **said}).method.name == PRESETS[preset]["method"]
+    assert make_recipe({"model": "m", **settings, **said}).prune.method.name == PRESETS[preset]["method"]
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,9 @@ def test_an_allocation_is_of_units_or_of_zeros(
     asked = make_recipe(settings(home, remove=remove, save=tmp_path / "run", **more))
     prepare_solver(asked)  # as a sweep and an estimate do
     run_recipe(asked, reporter=QUIET)
-    said = [str(Report.read(tmp_path / "run" / half / "report.json").recipe.allocation) for half in ("cut", "zeros")]
+    said = [
+        str(Report.read(tmp_path / "run" / half / "report.json").recipe.prune.allocation) for half in ("cut", "zeros")
+    ]
     assert said == [of_units, of_zeros]
 
 

@@ -17,10 +17,11 @@ from coprune.pruning.methods import METHODS, Pruned, apply_keep, method_named
 from coprune.pruning.methods.given import choice_of
 from coprune.pruning.methods.sparsegpt import SparseGPT
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import FLAT, PARTS, flatten
+from coprune.recipe.flat import flatten
 from coprune.recipe.pattern import Target
 from coprune.recipe.presets import PRESETS, preset_settings
-from coprune.recipe.recipe import FIELDS, Recipe, make_recipe
+from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.tree import FIELDS, FLAT, OLDER_PARTS, PARTS
 from coprune.run.arguments import MethodArguments, ProcessorArguments, PruneArguments
 from coprune.run.checks import prepare_solver
 from coprune.run.prune import options_of, read_call, sort_options
@@ -47,12 +48,14 @@ def test_settings_are_the_recipes_or_the_methods_own() -> None:
     [("sparsegpt:block_size=64", {"damping": 0.1}), ("sparsegpt", {"options": {"block_size": 64}, "damping": 0.1})],
 )
 def test_options_may_come_with_the_name_or_by_themselves(method: str, settings: dict[str, Any]) -> None:
-    assert recipe_of(method, **settings).method == Choice(name="sparsegpt", options={"block_size": 64, "damping": 0.1})
+    assert recipe_of(method, **settings).prune.method == Choice(
+        name="sparsegpt", options={"block_size": 64, "damping": 0.1}
+    )
 
 
 def test_an_option_may_be_called_like_a_part() -> None:
     assert sorted_for("ablate_mag_seq", {"selection": "iterative"})["options"] == {"selection": "iterative"}
-    assert recipe_of("ablate_mag_seq", selection={"exclude": "*.q_proj"}).selection.exclude == ("*.q_proj",)
+    assert recipe_of("ablate_mag_seq", selection={"exclude": "*.q_proj"}).prune.exclude == ("*.q_proj",)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +82,10 @@ def test_a_preset_gives_what_is_not_said(preset: str) -> None:
     # Groups leave no room for an allocation.
     evenly = {name: value for name, value in PRESETS[preset].items() if name != "allocation"}
     assert groups == make_recipe(base | evenly | {"pattern": "2:4"})
-    assert str(recipe_of(preset=preset, sparsity=0.6).allocation) == PRESETS[preset].get("allocation", "uniform")
+    assert str(recipe_of(preset=preset, sparsity=0.6).prune.allocation) == PRESETS[preset].get("allocation", "uniform")
     assert recipe_of(preset=preset, pattern="2:4", permute=False) == groups.replaced(permute=False)
-    assert recipe_of("wanda", preset=preset).method == Choice(name="wanda")
-    assert recipe_of(preset="balanced", damping=0.1).method.options == {"damping": 0.1}
+    assert recipe_of("wanda", preset=preset).prune.method == Choice(name="wanda")
+    assert recipe_of(preset="balanced", damping=0.1).prune.method.options == {"damping": 0.1}
 
 
 @dataclass(frozen=True)
@@ -111,17 +114,17 @@ class Smallest:
 )
 def test_a_known_method_is_named_by_what_repeats_it(method: Any, choice: Choice) -> None:
     recipe = recipe_of(method)
-    assert recipe.method == choice
+    assert recipe.prune.method == choice
     assert recipe.given == []
     made = method() if isinstance(method, type) else method
-    assert method_named(recipe.method.name, recipe.method.options) == made
+    assert method_named(recipe.prune.method.name, recipe.prune.method.options) == made
 
 
 def test_an_unknown_method_is_named_by_its_class_and_the_recipe_says_so() -> None:
     recipe, given = read_call("model", Smallest(power=2.0), None, None, {})
     assert given.method == Smallest(power=2.0)
-    assert recipe.method.name == f"{__name__}.Smallest"
-    assert recipe.method.options == {"given": True, "power": 2.0, "names": "('a',)"}
+    assert recipe.prune.method.name == f"{__name__}.Smallest"
+    assert recipe.prune.method.options == {"given": True, "power": 2.0, "names": "('a',)"}
     told = recipe.to_yaml()
     assert told.startswith("# This file alone does not repeat the run: the method ")
     again = make_recipe(yaml.safe_load(told))
@@ -144,7 +147,7 @@ def test_what_is_no_method_is_refused(method: Any) -> None:
 
 
 def test_the_arguments_of_prune_are_the_settings_and_the_methods_options() -> None:
-    settings = set(FLAT) | set(PARTS) | set(OTHER_WORDS)
+    settings = set(FLAT) | {part for part in PARTS if "." not in part} | set(OLDER_PARTS) | set(OTHER_WORDS)
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method)}
     others = set(typing.get_type_hints(ProcessorArguments))
     assert set(typing.get_type_hints(PruneArguments)) == (settings - {"model", "method"}) | options | others

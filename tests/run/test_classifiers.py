@@ -155,7 +155,7 @@ def test_a_preset_that_permutes_and_turns_takes_classifiers(tmp_path: Path, fami
     images: dict[str, Any] = {"dataset": "digits", "nsamples": 8, "eval_images": 40, "quiet": True}
     report = coprune.prune(source, preset="balanced", pattern="2:4", **images).report
     assert report.sparsity.matrices == 0.5
-    assert report.recipe.pattern.rotate
+    assert report.recipe.prune.rotate
     report = coprune.prune(source, preset="balanced", sparsity=0.6, **images).report
     assert report.sparsity.matrices == pytest.approx(0.6, abs=1e-3)
     assert len({matrix.sparsity for matrix in report.matrices}) > 1

@@ -250,4 +250,4 @@ def test_a_recipe_with_a_rank_is_another_run_in_another_folder() -> None:
     assert recipe.deciding(Decides.RESULT)["low_rank_rounds"] == 2
     assert recipe.run_folder == Path("out/pico/2-4-rank-32/wanda")
     assert recipe.shape == "2:4, rank 32 added"
-    assert make_recipe({"model": "models/pico"}).low_rank.rank == 0
+    assert make_recipe({"model": "models/pico"}).prune.low_rank.rank == 0

@@ -131,7 +131,7 @@ def compare_reports(one: Path, other: Path, exact: bool) -> None:
     assert a.sparsity == b.sparsity
     for ours, theirs in zip(a.matrices, b.matrices, strict=True):
         # Wanda's and magnitude's errors are measured on a few tokens, which are others.
-        if exact and a.recipe.method.name == "sparsegpt":
+        if exact and a.recipe.prune.method.name == "sparsegpt":
             assert ours.relative_layer_error == pytest.approx(theirs.relative_layer_error, rel=1e-3)
     for one_text, other_text in zip(a.perplexity, b.perplexity, strict=True):
         assert one_text.windows == other_text.windows

@@ -77,7 +77,7 @@ def test_a_kept_recipe_is_nested_and_tells_nobody(coprune: Callable[..., str], p
     coprune(*MODEL, "--save", "a", "--log-json", "log.jsonl")
     kept = yaml.safe_load((place / "a" / "recipe.yaml").read_text())
     assert kept["model"]["name"] == "model"
-    assert kept["calibration"]["samples"] == 4
+    assert kept["calibrate"]["samples"] == 4
     assert kept["output"] == {"run": "a", "encoding": "source"}
 
 

@@ -334,7 +334,7 @@ def test_a_run_of_flat_settings_goes_on_from_a_nested_recipe(
     half_done("wanda")
     nested = tmp_path / "nested.yaml"
     nested.write_text(recipe_of("wanda", place, tmp_path).to_yaml())
-    assert yaml.safe_load(nested.read_text())["calibration"]["samples"] == 6
+    assert yaml.safe_load(nested.read_text())["calibrate"]["samples"] == 6
     run_recipe(Recipe.from_yaml(nested))
     assert "blocks were finished" in capsys.readouterr().err
     assert checkpoint(tmp_path) == checkpoint(undisturbed("wanda")[0])

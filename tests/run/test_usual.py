@@ -37,8 +37,8 @@ def test_what_does_not_fit_is_trained_block_by_block(model: Path, monkeypatch: p
     monkeypatch.setattr("coprune.training.after_pruning.require_room_to_train", refuse)
     recipe = recipe_that_fits({"model": str(model), "preset": "best", **TARGET})
     assert recipe == make_recipe({"model": str(model), "preset": "best", "train": "blocks", **TARGET})
-    assert recipe.finetune.mode is None
-    assert recipe.reconstruction.steps == 200
+    assert recipe.train.mode is None
+    assert recipe.prune.reconstruct.steps == 200
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_whoever_says_how_to_prune_gets_just_that(model: Path, said: dict[str, o
 
 @pytest.mark.parametrize("said", [{"stream": True}, {"encoding": "packed"}], ids=lambda said: next(iter(said)))
 def test_what_rules_out_a_training_of_the_whole_model_leaves_blocks(model: Path, said: dict[str, object]) -> None:
-    assert recipe_that_fits({"model": str(model), "preset": "best", **TARGET, **said}).finetune.mode is None
+    assert recipe_that_fits({"model": str(model), "preset": "best", **TARGET, **said}).train.mode is None
 
 
 def test_a_model_that_was_handed_over_is_trained_block_by_block(model: Path) -> None:
     settings = {"model": str(model), "preset": "best", **TARGET}
-    assert recipe_that_fits(settings, in_memory=True).finetune.mode is None
+    assert recipe_that_fits(settings, in_memory=True).train.mode is None
 
 
 def test_older_names_train_the_whole_model() -> None:

@@ -12,8 +12,8 @@ import yaml
 
 from coprune.base.errors import BadInput
 from coprune.recipe.choice import Choice
-from coprune.recipe.low_rank import LowRankPart
 from coprune.recipe.outcome import OutputPart
+from coprune.recipe.parts import LowRankPart
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import Sweep
@@ -90,7 +90,7 @@ def test_zipped_lists_go_in_step() -> None:
     runs = runs_of(
         nsamples=[8, 16], method=["wanda", "magnitude"], seqlen=[32, 64], sweep={"zip": ["nsamples", "seqlen"]}
     )
-    found = [(run.recipe.calibration.samples, run.recipe.calibration.seqlen, run.recipe.method.name) for run in runs]
+    found = [(run.recipe.calibrate.samples, run.recipe.calibrate.seqlen, run.recipe.prune.method.name) for run in runs]
     assert found == [(8, 32, "wanda"), (8, 32, "magnitude"), (16, 64, "wanda"), (16, 64, "magnitude")]
 
 
@@ -157,7 +157,7 @@ def test_nested_lists_expand_like_flat_ones(kind: str) -> None:
 )
 def test_methods_are_listed_with_their_options(methods: list[dict[str, Any] | str]) -> None:
     runs = runs_of(method=methods, seed=[0, 1])
-    assert [(run.recipe.method.name, run.recipe.method.options) for run in runs[::2]] == [
+    assert [(run.recipe.prune.method.name, run.recipe.prune.method.options) for run in runs[::2]] == [
         ("wanda", {}),
         ("sparsegpt", {"block_size": 64}),
         ("sparsegpt", {"block_size": 128}),
@@ -168,30 +168,35 @@ def test_methods_are_listed_with_their_options(methods: list[dict[str, Any] | st
         "sparsegpt/block_size-64/seed-0",
     ]
     typed = Sweep.make(PLAIN | {"method": methods}).with_settings({"method": "magnitude"})
-    assert [run.recipe.method for run in expand(typed)] == [Choice.of("magnitude")]
+    assert [run.recipe.prune.method for run in expand(typed)] == [Choice.of("magnitude")]
 
 
 def test_an_option_of_the_method_may_have_a_list() -> None:
     runs = runs_of(method={"name": "sparsegpt", "block_size": [64, 128], "damping": 0.1})
-    assert [run.recipe.method.options["block_size"] for run in runs] == [64, 128]
-    assert [run.recipe.method.options["damping"] for run in runs] == [0.1, 0.1]
+    assert [run.recipe.prune.method.options["block_size"] for run in runs] == [64, 128]
+    assert [run.recipe.prune.method.options["damping"] for run in runs] == [0.1, 0.1]
 
 
 def test_a_method_that_is_typed_has_no_options_of_another() -> None:
     sweep = Sweep.make(PLAIN | {"method": "sparsegpt:block_size=64"})
     for typed, expected in (("wanda", "wanda"), ("sparsegpt", "sparsegpt:block_size=64"), ("admm:rho=2", "admm:rho=2")):
-        assert [str(run.recipe.method) for run in expand(sweep.with_settings({"method": typed}))] == [expected]
+        assert [str(run.recipe.prune.method) for run in expand(sweep.with_settings({"method": typed}))] == [expected]
     shared = Sweep.make(PLAIN | {"method": ["sparsegpt", "admm"], "options": {"damping": 0.1}})
-    assert [str(run.recipe.method) for run in expand(shared.with_settings({"method": "admm"}))] == ["admm:damping=0.1"]
+    assert [str(run.recipe.prune.method) for run in expand(shared.with_settings({"method": "admm"}))] == [
+        "admm:damping=0.1"
+    ]
 
 
 def test_an_included_method_has_options_of_its_own() -> None:
     listed = ["sparsegpt:block_size=64", "sparsegpt:block_size=128"]
     found = runs_of(method=listed, sweep={"include": [{"method": "ablate_mag_seq"}]})
-    assert [run.recipe.method.options for run in found] == [{"block_size": 64}, {"block_size": 128}, {}]
+    assert [run.recipe.prune.method.options for run in found] == [{"block_size": 64}, {"block_size": 128}, {}]
     nested = {"method": {"name": "sparsegpt", "block_size": [64, 128]}}
     found = runs_of(method=["wanda", "magnitude"], sweep={"include": [nested]})
-    assert [str(run.recipe.method) for run in found[2:]] == ["sparsegpt:block_size=64", "sparsegpt:block_size=128"]
+    assert [str(run.recipe.prune.method) for run in found[2:]] == [
+        "sparsegpt:block_size=64",
+        "sparsegpt:block_size=128",
+    ]
 
 
 def test_an_exclusion_may_name_a_list_that_is_one_value() -> None:
@@ -206,7 +211,7 @@ def test_an_exclusion_may_list_methods_with_their_options() -> None:
     found = runs_of(**lists, sweep={"exclude": [out]})
     left = [("wanda", "4:8"), ("sparsegpt:block_size=64", "4:8")]
     left += [("sparsegpt:block_size=128", pattern) for pattern in ("4:8", "2:4")]
-    assert [(str(run.recipe.method), run.recipe.pattern.name) for run in found] == left
+    assert [(str(run.recipe.prune.method), run.recipe.prune.pattern) for run in found] == left
     with pytest.raises(BadInput, match="matches no run"):
         runs_of(**lists, sweep={"exclude": [{"method": ["wanda", "sparsegpt:block_size=32"]}]})
 
@@ -221,7 +226,7 @@ def test_models_of_one_name_get_folders_of_their_own() -> None:
 
 def test_logged_items_go_to_folders_of_their_own() -> None:
     found = runs_of(seed=[0, 1], tasks="boolq", log_samples="out/items")
-    assert [run.recipe.evaluation.log_samples for run in found] == [Path("out/items/seed-0"), Path("out/items/seed-1")]
+    assert [run.recipe.evaluate.log_samples for run in found] == [Path("out/items/seed-0"), Path("out/items/seed-1")]
 
 
 def test_the_folder_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

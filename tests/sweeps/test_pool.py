@@ -115,7 +115,7 @@ def test_an_unforeseen_error_is_retried_and_in_the_end_reported(
     left, real = [crashes], stages.run_recipe
 
     def crashing(recipe: Recipe, *others: Any, **named: Any) -> Any:
-        if recipe.method.name == "magnitude" and left[0]:
+        if recipe.prune.method.name == "magnitude" and left[0]:
             left[0] -= 1
             raise RuntimeError("out of luck")
         return real(recipe, *others, **named)

@@ -12,7 +12,7 @@ def test_presets_are_listed_like_methods() -> None:
     assert [run.name for run in found[:2]] == ["balanced/2-4", "balanced/unstructured"]
     assert [run.way for run in found[::2]] == ["balanced (sparsegpt)", "best (alps)", "wanda"]
     for run, preset in zip(found, ["balanced"] * 2 + ["best"] * 2, strict=False):
-        target = {"pattern": run.recipe.pattern.name}
+        target = {"pattern": run.recipe.prune.pattern}
         alone = make_recipe(PLAIN | target | preset_settings(preset, target) | {"seed": 3})
         assert run.recipe.gives_as(alone)
     assert names(preset=["balanced", "tuned"], sweep={"folders": "{preset}-{method}"}) == [
@@ -27,6 +27,6 @@ def test_an_included_preset_brings_its_own_method() -> None:
     lists = {"method": ["wanda", "sparsegpt:block_size=64"], "pattern": ["2:4", "4:8"]}
     found = runs_of(**lists, sweep={"include": [{"preset": ["balanced", "best"], "pattern": "2:4"}]})
     assert [run.way for run in found] == ["wanda"] * 2 + ["sparsegpt"] * 2 + ["balanced (sparsegpt)", "best (alps)"]
-    assert not found[-1].recipe.method.options
+    assert not found[-1].recipe.prune.method.options
     (_, own) = runs_of(method="magnitude", sweep={"include": [{"preset": "best", "method": "wanda"}]})
     assert own.way == "best (wanda)"

@@ -95,13 +95,13 @@ def test_the_table_has_methods_down_patterns_across_and_spread_over_seeds(
 def test_a_preset_is_told_beside_its_method(here: tuple[Sweep, list[Run], dict[str, Report]], tmp_path: Path) -> None:
     sweep, runs, reports = here
     named = Sweep.make({**sweep.settings, "preset": ["fast"], "save": str(tmp_path)})
-    runs = [replace(run, preset="fast" if run.recipe.method.name == "wanda" else None) for run in runs]
+    runs = [replace(run, preset="fast" if run.recipe.prune.method.name == "wanda" else None) for run in runs]
     (table,) = paper_tables(named, runs, reports)
     assert list(table.rows) == ["dense", "fast (wanda)", "magnitude"]
     collect(named, runs, {}, {}, Ledger())
     with (tmp_path / "results.csv").open(newline="") as file:
         told = [(row["method"], row["preset"]) for row in csv.DictReader(file)]
-    assert told == [(run.recipe.method.name, run.preset or "") for run in runs]
+    assert told == [(run.recipe.prune.method.name, run.preset or "") for run in runs]
 
 
 def test_the_page_and_the_rows_tell_what_is_done(

@@ -35,7 +35,7 @@ def test_a_pruning_hands_on_how_it_is_trained() -> None:
     found = settings_of(recipe)
     assert (found.tokens, found.rate, found.accumulate, found.bf16) == (4096, 2e-4, 2, True)
     assert found.teacher == "m"
-    alone = pruning_of(recipe).finetune
+    alone = pruning_of(recipe).train
     assert alone == type(alone)()
     with pytest.raises(BadInput, match=r"'model.layers.1.\*' goes by numbers"):
         make_recipe({"model": "m", "finetune": "dense", "remove": "blocks=0.5", "exclude": "model.layers.1.*"})
@@ -75,7 +75,7 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
     )
     assert result.report.finetuned is not None
     assert (result.report.finetuned.mode, result.report.finetuned.steps) == ("distill", 5)
-    assert (result.report.recipe.pattern.permute, result.report.recipe.pattern.rotate) == (True, True)
+    assert (result.report.recipe.prune.permute, result.report.recipe.prune.rotate) == (True, True)
     assert result.report.saved_model == tmp_path / "run" / "finetune" / "model"
     assert result.model is not None
     assert find_masks(result.model).patterns == {"2:4": 14}
@@ -152,7 +152,7 @@ def test_an_earlier_run_is_replaced_once_the_new_one_is_known_to_work(dense: Pat
             again(overwrite=True, **changes)
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
     second = again(overwrite=True, seed=1)
-    assert first.report.recipe.calibration.seed != second.report.recipe.calibration.seed
+    assert first.report.recipe.calibrate.seed != second.report.recipe.calibrate.seed
     assert second.report.saved_model == model
     with pytest.raises(BadInput, match="another run"):
         again()
@@ -213,7 +213,7 @@ def test_a_run_that_was_killed_in_either_half_goes_on_from_its_own_recipe(
                 coprune.prune(str(dense), **asked, log_json=tmp_path / "log.jsonl")
         kept = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
         # Nobody is told when a kept recipe is run again, which makes it no other run.
-        assert (kept.finetune.mode, kept.output.log_json) == ("dense", None)
+        assert (kept.train.mode, kept.output.log_json) == ("dense", None)
     found = run_recipe(kept, reporter=Reporter(quiet=True)).report
     assert (found.saved_model, (tmp_path / "model" / "config.json").is_file()) == (tmp_path / "model", True)
 

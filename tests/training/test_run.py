@@ -350,7 +350,7 @@ def test_pruning_and_fine_tuning_in_one_run(home: Path, tmp_path: Path) -> None:
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert find_masks(tuned).patterns == {"2:4": 14}
     assert all(torch.equal(zero, zeros_of(tuned)[name]) for name, zero in pruned.items())
-    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").finetune.mode == "lora"
+    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").train.mode == "lora"
     with pytest.raises(BadInput, match="finished run"):
         run_recipe(make_recipe(settings), reporter=QUIET)
 

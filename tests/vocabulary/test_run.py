@@ -59,7 +59,7 @@ def test_alone_it_leaves_a_model_a_report_and_a_page(dense: Path, words: Path, t
     assert result.model is not None
     assert result.processor("Hello").input_ids
     again = coprune.Recipe.from_yaml(save / "recipe.yaml")
-    assert again.structure.vocabulary == result.report.recipe.structure.vocabulary
+    assert again.remove.vocabulary == result.report.recipe.remove.vocabulary
 
 
 def test_bits_of_the_smaller_model_are_what_the_report_says(dense: Path, words: Path, tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
-from coprune.recipe.flat import FLAT, TRAIN, place_of
+from coprune.recipe.flat import TRAIN
 from coprune.recipe.measuring import SETTINGS
 from coprune.recipe.parts import is_common
-from coprune.recipe.recipe import DEFAULTS, FIELDS
+from coprune.recipe.recipe import DEFAULTS
 from coprune.recipe.retired import retired
+from coprune.recipe.tree import FIELDS, FLAT, LEAVES
 from coprune.training.settings import FinetuneSettings
 
 Command = Callable[..., None]
@@ -37,23 +38,6 @@ _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
 _NAMED_TWICE = ("model_option", "use_variant")
 """Options of the Wanda repository for what an argument and a method are called here."""
-_TITLES = {
-    "model": "The model",
-    "method": "What is pruned, and how",
-    "pattern": "What is pruned, and how",
-    "selection": "What is pruned, and how",
-    "allocation": "What is pruned, and how",
-    "refine": "What is pruned, and how",
-    "low_rank": "What is pruned, and how",
-    "reconstruction": "What is pruned, and how",
-    "structure": "What is removed as a whole (--remove)",
-    "calibration": "Calibration",
-    "finetune": "Fine-tuning",
-    "evaluation": "Measuring",
-    "answers": "What the models write",
-    "output": "Where it goes",
-}
-"""What the options of a recipe's parts are called together."""
 # A fine-tuning's settings that are called otherwise on the command line, where the word has another meaning.
 _FLAGS_OF_TRAINING = {
     "seqlen": ["--seqlen", "--block-size", "--block_size"],
@@ -131,7 +115,8 @@ def finetune_options() -> list[inspect.Parameter]:
             field,
             field.default,
             _FLAGS_OF_TRAINING.get(name),
-            title=titles.get(name) or (_title(name) if FLAT.get(name, "").startswith("answers.") else "The training"),
+            title=titles.get(name)
+            or (_title(name) if FLAT.get(name, "").startswith("evaluate.answers.") else "The training"),
         )
         for name, field in FinetuneSettings.model_fields.items()
         if name not in _NOT_OPTIONS
@@ -139,7 +124,7 @@ def finetune_options() -> list[inspect.Parameter]:
 
 
 def _title(setting: str) -> str | None:
-    return _TITLES[place_of(setting)[0]] if setting in FLAT else None
+    return LEAVES[setting].part.title if setting in LEAVES else None
 
 
 _INSPECTED: dict[str, str | None] = {

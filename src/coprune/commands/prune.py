@@ -39,7 +39,7 @@ def prune(
     from coprune.run.repeat import where_to
     from coprune.run.stages import run_recipe
 
-    with joined_processes(train=recipe.finetune.mode is not None) as processes:
+    with joined_processes(train=recipe.train.mode is not None) as processes:
         asked, named = recipe, {name for name in ("save", "save_model") if typed[name] is not None}
         recipe, said = processes.from_first(lambda: where_to(asked, typed["recipe"] is not None, named))
         if processes.first and said is not None:
@@ -72,16 +72,16 @@ def _next_step(report: Report) -> Words:
     if report.answers is None or not report.answers.degenerates:
         if recipe.output.encoding == "packed" or recipe.output.as_gguf:
             return ("how fast it is here: ", Command("bench", saved))
-        if recipe.structure.remove and report.model.task == "text":
+        if recipe.remove.parts and report.model.task == "text":
             return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
         return (
             "stored smaller, bit for bit the same: ",
             Command("pack", saved, saved.with_name(f"{saved.name}-packed")),
         )
-    if recipe.finetune.mode is not None:
+    if recipe.train.mode is not None:
         return ("prune less, or train longer with ", Set("finetune_minutes", ...))
     dense = Set("teacher", recipe.model.name)
-    train = Command("finetune", saved, Set("mode", "distill"), dense, Set("dataset", recipe.calibration.data))
-    if recipe.structure.remove or recipe.reconstruction.steps:
+    train = Command("finetune", saved, Set("mode", "distill"), dense, Set("dataset", recipe.calibrate.data))
+    if recipe.remove.parts or recipe.prune.reconstruct.steps:
         return ("train it toward the dense model: ", train)
     return ("repair more while pruning with ", Set("preset", "balanced"), ", or train the result: ", train)

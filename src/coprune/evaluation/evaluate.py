@@ -72,9 +72,9 @@ def _evaluate(
     recipe = measuring_recipe(held[0].name if held[0] else str(model), settings)
     if not measures_anything(recipe):
         raise nothing_to_measure()
-    if (wrong := cannot_require(recipe.answers, None if against is not None else _NAMES_DENSE)) is not None:
+    if (wrong := cannot_require(recipe.evaluate.answers, None if against is not None else _NAMES_DENSE)) is not None:
         raise wrong
-    if against is not None and not recipe.evaluation.data and not recipe.answers.is_asked:
+    if against is not None and not recipe.evaluate.data and not recipe.evaluate.answers.is_asked:
         raise BadInput(
             "closeness to another model is measured on text, or along its answers",
             field="against",

@@ -59,14 +59,16 @@ class Extras:
         Raises:
             BadInput: as `harness_tasks.find_tasks` and `read_prompts`, or for tasks in several processes.
         """
-        look = Look(plan_of(recipe.answers, recipe.output.model is not None), recipe.model if in_files else None)
-        if not recipe.evaluation.runs_tasks:
+        look = Look(
+            plan_of(recipe.evaluate.answers, recipe.output.model is not None), recipe.model if in_files else None
+        )
+        if not recipe.evaluate.runs_tasks:
             return cls(recipe, None, look)
         if processes > 1:
             raise BadInput(
                 "zero-shot tasks run in one process",
                 field="tasks",
-                value=recipe.evaluation.tasks,
+                value=recipe.evaluate.tasks,
                 fix=("leave them out, save the model, and run: ", Command("evaluate", "FOLDER", Set("tasks", ...))),
             )
         from coprune.evaluation.harness_tasks import find_tasks
@@ -75,11 +77,11 @@ class Extras:
 
     def measure(self, which: Which, loaded: Loaded, reporter: Reporter) -> None:
         """Let the dense model answer, and if the model is in memory run the tasks and continue the prompt."""
-        asked, weights, tokenizer = self.recipe.evaluation, loaded.weights, loaded.tokenizer
+        asked, weights, tokenizer = self.recipe.evaluate, loaded.weights, loaded.tokenizer
         if tokenizer is None or (which == "dense" and not asked.dense):
             return
         if which == "dense":
-            self.look.ask_dense(loaded, reporter, self.recipe.calibration.batch_size)
+            self.look.ask_dense(loaded, reporter, self.recipe.calibrate.batch_size)
         if weights.streams:
             return
         if self.tasks is not None:
@@ -105,13 +107,13 @@ class Extras:
         """Both models' continuations, if there are any."""
         if "pruned" not in self.texts:
             return None
-        prompt = self.recipe.evaluation.prompt
+        prompt = self.recipe.evaluate.prompt
         return TextSample(prompt=prompt, dense=self.texts.get("dense"), pruned=self.texts["pruned"])
 
 
 def measures_anything(recipe: Recipe) -> bool:
     """Whether a recipe names texts, tasks or prompts."""
-    return bool(recipe.evaluation.data) or recipe.evaluation.runs_tasks or recipe.answers.is_asked
+    return bool(recipe.evaluate.data) or recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
 
 
 def nothing_to_measure() -> BadInput:
@@ -122,14 +124,14 @@ def nothing_to_measure() -> BadInput:
 
 def zero_shot_settings(recipe: Recipe) -> ZeroShotSettings:
     """Which tasks a recipe asks for, and how they are run."""
-    asked = recipe.evaluation
+    asked = recipe.evaluate
     names = PAPER_TASKS if asked.tasks is None else tuple(n.strip() for n in asked.tasks.split(",") if n.strip())
     return ZeroShotSettings(
         names,
         asked.few_shot,
         asked.task_folder,
         asked.limit,
-        recipe.calibration.batch_size,
+        recipe.calibrate.batch_size,
         asked.chat_template,
         asked.gen_kwargs,
         asked.log_samples,

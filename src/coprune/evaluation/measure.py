@@ -62,11 +62,11 @@ class Subject:
         self.fingerprint, self.name = self._source.fingerprint, self._source.name
         self.label = Path(self.name).name
         self.classifies = self._source.classifies
-        self._asked = split_texts(recipe.evaluation.data)
+        self._asked = split_texts(recipe.evaluate.data)
         require_texts([] if self.classifies else self._asked)
         self._tasks = tasks
         self._cache = cache
-        plan = plan_of(recipe.answers, saves=False)
+        plan = plan_of(recipe.evaluate.answers, saves=False)
         if plan is not None and self.classifies:
             raise BadInput(f"{self.name} classifies images, and writes nothing", field="generate")
         self._answers = None
@@ -102,11 +102,11 @@ class Subject:
             return self._leader.bos
         if self.classifies or not self._asked:
             return None
-        first, asked = self._asked[0], self.recipe.calibration.bos
+        first, asked = self._asked[0], self.recipe.calibrate.bos
         return self._cache.get(self._key("bos", asked=asked, **self._text_key(first)), BosChoice, self._choose_bos)
 
     def _choose_bos(self) -> BosChoice:
-        task = self._task(self._asked[0], self.recipe.calibration.bos)
+        task = self._task(self._asked[0], self.recipe.calibrate.bos)
         return task.choose_bos(score_in_memory(self.loaded.model), None, task.evaluation(self._reporter))
 
     def _task(self, asked: Text, bos: str) -> TextTask:
@@ -126,7 +126,7 @@ class Subject:
             accuracy=self._accuracies() if self.classifies else (),
             zero_shot=None if self._tasks is None else self._zero_shot(self._tasks),
             answers=answers,
-            required=() if answers is None else judge(self.recipe.answers.conditions, answers),
+            required=() if answers is None else judge(self.recipe.evaluate.answers.conditions, answers),
         )
 
     def _accuracies(self) -> tuple[Accuracy, ...]:
@@ -181,7 +181,7 @@ class Subject:
         def measure() -> Perplexity:
             if asked.label in self._perplexities:
                 return self._perplexities[asked.label]
-            text, asks = self.text(asked), asked.recipe(self.recipe).calibration
+            text, asks = self.text(asked), asked.recipe(self.recipe).calibrate
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             with self._reporter.bar(f"Perplexity on {asked.label}", len(text.tokens) // seqlen) as advance:
                 found = perplexity(self.loaded.model, text.tokens, seqlen, asks.batch_size, text.token_bytes, advance)
@@ -191,7 +191,7 @@ class Subject:
 
     def _compare_on(self, asked: Text, dense: Subject) -> Callable[[], Closeness]:
         def compare() -> Closeness:
-            text, asks = self.text(asked), asked.recipe(self.recipe).calibration
+            text, asks = self.text(asked), asked.recipe(self.recipe).calibrate
             seqlen = choose_seqlen(self.loaded.model, asks.seqlen)
             if dense.text(asked).fingerprint != text.fingerprint:
                 raise OtherTokens(
@@ -241,8 +241,8 @@ class Subject:
         return {
             "text": fingerprint,
             "name": asked.label,
-            "seqlen": recipe.calibration.seqlen,
-            "tokens": recipe.evaluation.tokens,
+            "seqlen": recipe.calibrate.seqlen,
+            "tokens": recipe.evaluate.tokens,
         }
 
     def _key(self, what: str, **settings: Any) -> str:
@@ -291,7 +291,7 @@ class MeasuredAnswers:
     def _ask(self) -> Answers:
         questions, loaded = self._questions, self._loaded()
         assert loaded.tokenizer is not None
-        size = self._recipe.calibration.batch_size
+        size = self._recipe.calibrate.batch_size
         return ask(loaded.model, loaded.tokenizer, questions, self._reporter, size)
 
     def facts(self, dense: MeasuredAnswers | None) -> AnswerFacts:

@@ -134,10 +134,10 @@ def choose_device(name: str) -> torch.device:
 
 def streams(recipe: Recipe) -> bool:
     """Whether a folder's blocks stay on the disk until the walk reaches them; where parts are removed, if that is asked for."""
-    if recipe.structure.remove:
+    if recipe.remove.parts:
         return recipe.model.stream is True
-    needs = recipe.pattern.reshapes or recipe.evaluation.runs_tasks or recipe.answers.is_asked
-    whole = needs or recipe.calibration.is_own or recipe.allocation.name in WHOLE_MODEL
+    needs = recipe.prune.reshapes or recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
+    whole = needs or recipe.calibrate.is_own or recipe.prune.allocation.name in WHOLE_MODEL
     return recipe.model.stream is not False and not whole
 
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Piece, Set, Words
-from coprune.recipe.parts import Decides, Part, Shown
+from coprune.recipe.parts import Decides, Part, Shown, Word
 
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
 
@@ -57,13 +57,17 @@ Require = Annotated[
 class AnswersPart(Part):
     """What the dense and the pruned model write."""
 
-    prompts: Prompts = None
-    count: Count = None
-    new_tokens: NewTokens = 128
+    title = "What the models write"
+    prefix = "generate_"
+    head = "prompts"
+
+    prompts: Annotated[Prompts, Word("generate")] = None
+    count: Annotated[Count, Word("generate_prompts")] = None
+    new_tokens: Annotated[NewTokens, Word("generate_tokens")] = 128
     temperature: Temperature = 0.8
     seed: Seed = 0
-    gate: Gate = True
-    require: Require = None
+    gate: Annotated[Gate, Word("gate")] = True
+    require: Annotated[Require, Word("require")] = None
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

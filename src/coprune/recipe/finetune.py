@@ -6,11 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from coprune.base.errors import BadInput
-from coprune.base.words import Command, LeaveOut, Set, Setting, Words
-from coprune.recipe.flat import word_for
-from coprune.recipe.outcome import OutputPart
-from coprune.recipe.parts import Decides, Part, Shown
+from coprune.recipe.parts import Decides, Part, Shown, Word
 
 _RESULT = Decides.RESULT | Decides.COST
 Mode = Literal["lora", "dense", "distill", "lora-distill"]
@@ -47,11 +43,15 @@ def has_teacher(mode: str | None) -> bool:
     return mode in ("distill", "lora-distill")
 
 
-class FinetunePart(Part):
+class TrainPart(Part):
     """Training of the pruned model."""
+
+    title = "Fine-tuning"
+    prefix = "finetune_"
 
     mode: Annotated[
         Mode | None,
+        Word("finetune"),
         _RESULT,
         Shown.COMMON,
         Field(description="Fine-tune the pruned model with its zeros kept (coprune finetune has more settings)."),
@@ -64,6 +64,7 @@ class FinetunePart(Part):
     ] = None
     learning_rate: Annotated[
         float | None,
+        Word("finetune_lr"),
         _RESULT,
         Field(description="Peak rate of the fine-tuning. [1e-4 for lora, 2e-3 for lora-distill, else 5e-5]", gt=0),
     ] = None
@@ -77,21 +78,3 @@ class FinetunePart(Part):
         _RESULT,
         Field(description="What the fine-tuning computes in; trained weights are float32."),
     ] = "float32"
-
-
-def cannot_finetune(asked: FinetunePart, output: OutputPart) -> BadInput | None:
-    """What is wrong with how the model is trained, with the fix; None if nothing is."""
-    if asked.mode is None and (field := asked.first_said()) is not None:
-        word = word_for(f"finetune.{field}")
-        cause: Words = (
-            Setting(word),
-            " says how the pruned model is trained, and nothing is trained without ",
-            Setting("finetune"),
-        )
-        return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set("finetune", "lora")))
-    if asked.mode is None:
-        return None
-    if output.encoding == "packed":
-        pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
-        return BadInput("a fine-tuned model is saved dense", field="encoding", value=output.encoding, fix=pack)
-    return None

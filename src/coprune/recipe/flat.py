@@ -1,8 +1,4 @@
-"""One word for every setting of a recipe, beside its place in the recipe's parts.
-
-`nsamples` is the word for `calibration.samples`. Options of the command line, columns of a sweep's table and messages
-about runs go by these words; files and calls may use words, places, or both, but say nothing twice.
-"""
+"""Settings as people say them: by flat names, by places in the tree, or as whole parts, but none of them twice."""
 
 from __future__ import annotations
 
@@ -15,111 +11,23 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import LeaveOut, Set
 from coprune.recipe.choice import Choice, split_choice
 from coprune.recipe.retired import GONE_PARTS, passed_over, retired
+from coprune.recipe.tree import FLAT, LEAVES, OLDER_PARTS, PARTS, WORDS, todays_place
 
-FLAT: dict[str, str] = {
-    "model": "model.name",
-    "method": "method.name",
-    "options": "method.options",
-    "sparsity": "pattern.sparsity",
-    "pattern": "pattern.name",
-    "include": "selection.include",
-    "exclude": "selection.exclude",
-    "propagation": "calibration.propagation",
-    "refine": "refine",
-    "allocation": "allocation",
-    "permute": "pattern.permute",
-    "rotate": "pattern.rotate",
-    "remove": "structure.remove",
-    "score": "structure.score",
-    "domains": "structure.domains",
-    "blend": "structure.blend",
-    "align": "structure.align",
-    "align_experts": "structure.align_experts",
-    "vocabulary_text": "structure.vocabulary_text",
-    "vocabulary_languages": "structure.vocabulary_languages",
-    "vocabulary_force": "structure.vocabulary_force",
-    "low_rank": "low_rank.rank",
-    "low_rank_rounds": "low_rank.rounds",
-    "reconstruct": "reconstruction.steps",
-    "reconstruct_tokens": "reconstruction.tokens",
-    "reconstruct_lr": "reconstruction.learning_rate",
-    "reconstruct_rates": "reconstruction.rates",
-    "reconstruct_dtype": "reconstruction.dtype",
-    "finetune": "finetune.mode",
-    "finetune_minutes": "finetune.minutes",
-    "finetune_tokens": "finetune.tokens",
-    "finetune_lr": "finetune.learning_rate",
-    "finetune_rates": "finetune.rates",
-    "finetune_scope": "finetune.scope",
-    "finetune_accumulate": "finetune.accumulate",
-    "finetune_dtype": "finetune.dtype",
-    "dataset": "calibration.data",
-    "nsamples": "calibration.samples",
-    "seqlen": "calibration.seqlen",
-    "calibrate_on": "calibration.calibrate_on",
-    "bos": "calibration.bos",
-    "seed": "calibration.seed",
-    "activation_memory": "calibration.activation_memory",
-    "device_activation_memory": "calibration.device_activation_memory",
-    "batch_size": "calibration.batch_size",
-    "dtype": "model.dtype",
-    "device": "model.device",
-    "cache_dir": "model.cache_dir",
-    "evaluate": "evaluation.perplexity",
-    "evaluate_dense": "evaluation.dense",
-    "eval_data": "evaluation.data",
-    "eval_images": "evaluation.images",
-    "eval_tokens": "evaluation.tokens",
-    "eval_zero_shot": "evaluation.zero_shot",
-    "tasks": "evaluation.tasks",
-    "num_fewshot": "evaluation.few_shot",
-    "include_path": "evaluation.task_folder",
-    "limit": "evaluation.limit",
-    "apply_chat_template": "evaluation.chat_template",
-    "gen_kwargs": "evaluation.gen_kwargs",
-    "log_samples": "evaluation.log_samples",
-    "prompt": "evaluation.prompt",
-    "generate": "answers.prompts",
-    "generate_prompts": "answers.count",
-    "generate_tokens": "answers.new_tokens",
-    "generate_temperature": "answers.temperature",
-    "generate_seed": "answers.seed",
-    "gate": "answers.gate",
-    "require": "answers.require",
-    "report_to": "output.report_to",
-    "push_to_hub": "output.push_to_hub",
-    "private": "output.private",
-    "log_json": "output.log_json",
-    "check_memory": "model.check_memory",
-    "layer_error": "evaluation.layer_error",
-    "stream": "model.stream",
-    "save": "output.run",
-    "save_model": "output.model",
-    "overwrite": "output.overwrite",
-    "encoding": "output.encoding",
-}
 # The Wanda repository's words that are not coprune's own.
 _OTHER_WORDS = {"prune_method": "method", "sparsity_ratio": "sparsity", "sparsity_type": "pattern"}
 _VARIANT = "use_variant"
 PRESET = "preset"  # stands for settings in what is said; no recipe keeps it
 TRAIN = "train"  # says which of a preset's settings; no recipe keeps it either
-_WORDS = {place: word for word, place in FLAT.items()}
-PARTS = tuple(dict.fromkeys(place.split(".")[0] for place in FLAT.values()))
 _METHOD = "method"  # whatever else is said of it is an option of its own
+_OF_METHOD = "prune.method"
 _DEFAULT_METHOD = "wanda"
 _SCORE = "score"  # which some methods have as an option: it is theirs where nothing is removed
 
 
-def place_of(word: str) -> tuple[str, str | None]:
-    """The part of a recipe that a setting is in, and its field there (None where the part is the setting)."""
-    part, _, field = FLAT[word].partition(".")
-    return part, field or None
-
-
 def is_setting(name: str) -> bool:
     """Whether something names a setting, one that is retired, or a part of a recipe."""
-    known = name in FLAT or name in _OTHER_WORDS or name in PARTS or name in (_VARIANT, PRESET, TRAIN) or "." in name
-    return known or name in GONE_PARTS or retired(name) is not None
+    known = {*FLAT, *_OTHER_WORDS, *PARTS, *OLDER_PARTS, _VARIANT, PRESET, TRAIN, *GONE_PARTS}
+    return name in known or "." in name or retired(name) is not None
 
 
 def word_for(name: str) -> str:
@@ -127,13 +35,13 @@ def word_for(name: str) -> str:
     word = _OTHER_WORDS.get(name, name)
     if word in FLAT or word in (_VARIANT, PRESET, TRAIN):
         return word
-    if name in _WORDS:
-        return _WORDS[name]
+    place = todays_place(name)
+    if place in WORDS:
+        return WORDS[place]
     if (gone := retired(name)) is not None:
         raise gone
-    part = name.partition(".")[0]
-    inside = [place for place in _WORDS if place.startswith(f"{part}.")]
-    known = [*FLAT, *PARTS, PRESET, TRAIN, *_OTHER_WORDS, *(_WORDS if "." in name else ())]
+    inside = [known for known in WORDS if known.startswith(f"{place.rpartition('.')[0]}.")]
+    known = [*FLAT, *PARTS, *OLDER_PARTS, PRESET, TRAIN, *_OTHER_WORDS, *(WORDS if "." in name else ())]
     raise unknown_name("recipe field", name, inside if "." in name and inside else known, field=name)
 
 
@@ -183,11 +91,11 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
         flat.setdefault(_METHOD, _DEFAULT_METHOD)
     parts: dict[str, Any] = {}
     for word, value in flat.items():
-        part, field = place_of(word)
-        if field is None:
-            parts[part] = value
-        else:
-            parts.setdefault(part, {})[field] = value
+        *path, name = LEAVES[word].path
+        part = parts
+        for step in path:
+            part = part.setdefault(step, {})
+        part[name] = value
     return parts
 
 
@@ -219,23 +127,26 @@ def _said(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def _within(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What one entry of a mapping says: a setting, or those of a whole part."""
-    if key in (_METHOD, "prune_method", "method.name") and isinstance(value, str | Mapping | Choice):
+    place, said = todays_place(key), value.__dict__ if isinstance(value, BaseModel) else value
+    if (key in (_METHOD, "prune_method") or place in (_OF_METHOD, f"{_OF_METHOD}.name")) and isinstance(
+        value, str | Mapping | Choice
+    ):
         yield from _within_method(key, value)
-    elif key.startswith(f"{_METHOD}.") and key not in _WORDS:
-        yield "method.options", {key.removeprefix(f"{_METHOD}.").replace("-", "_"): value}
+    elif place.startswith(f"{_OF_METHOD}.") and place not in WORDS:
+        yield f"{_METHOD}.options", {place.removeprefix(f"{_OF_METHOD}.").replace("-", "_"): value}
     elif key in GONE_PARTS:
         inside = value if isinstance(value, Mapping) else {GONE_PARTS[key]: value}
         yield from ((f"{key}.{field}", inner) for field, inner in inside.items())
-    elif key not in PARTS or FLAT.get(key) == key:
+    elif place in PARTS and isinstance(said, Mapping):
+        told = value.model_fields_set if isinstance(value, BaseModel) else said
+        for field in told:
+            yield from _within(f"{key}.{field}", said[field])
+    elif place not in PARTS or key in (*FLAT, TRAIN):
         yield key, value
-    elif isinstance(value, BaseModel):
-        yield from ((f"{key}.{field}", getattr(value, field)) for field in value.model_fields_set)
-    elif isinstance(value, Mapping):
-        yield from ((f"{key}.{field}", inner) for field, inner in value.items())
-    elif key in FLAT:
-        yield key, value
+    elif value is not None and (head := PARTS[place].head) is not None:
+        yield f"{key}.{head}", value
     elif value is not None:
-        example = next(place for place in _WORDS if place.startswith(f"{key}."))
+        example = next(known for known in WORDS if known.startswith(f"{place}."))
         raise BadInput(
             f"{key} has settings of its own, such as {example}, and cannot be {value!r}", field=key, value=value
         )

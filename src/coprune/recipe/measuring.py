@@ -73,7 +73,7 @@ def measuring_recipe(model: str, settings: Mapping[str, Any]) -> Recipe:
             cause = f"{name} says how to prune or where that goes, and a measurement prunes nothing"
             raise BadInput(cause, field=name, value=settings.get(name), fix=LeaveOut(name))
     recipe = make_recipe({"model": model} | {word: value for word, value in named.items() if value is not None})
-    named_others = recipe.evaluation.runs_tasks or recipe.answers.is_asked
-    if recipe.evaluation.data is None and not named_others:
+    named_others = recipe.evaluate.runs_tasks or recipe.evaluate.answers.is_asked
+    if recipe.evaluate.data is None and not named_others:
         return recipe.replaced(eval_data="wikitext2")
     return recipe

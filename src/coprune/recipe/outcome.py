@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from coprune.recipe.parts import Decides, Part, Shown
+from coprune.recipe.answers import AnswersPart
+from coprune.recipe.parts import Decides, Part, Shown, Word
 
 _RESULT = Decides.RESULT | Decides.COST
 _MEASUREMENT = Decides.MEASUREMENT | Decides.COST
@@ -30,13 +31,20 @@ Overwrite = Annotated[
 CommaSeparated = Annotated[str | None, BeforeValidator(_joined)]
 
 
-class EvaluationPart(Part):
+class EvaluatePart(Part):
     """What is measured of the dense and the pruned model."""
 
-    perplexity: Annotated[bool, _MEASUREMENT, Shown.COMMON, Field(description="Measure perplexity.")] = True
-    dense: Annotated[bool, _MEASUREMENT, Field(description="Measure the dense model's perplexity too.")] = True
+    title = "Measuring"
+
+    perplexity: Annotated[
+        bool, Word("evaluate"), _MEASUREMENT, Shown.COMMON, Field(description="Measure perplexity.")
+    ] = True
+    dense: Annotated[
+        bool, Word("evaluate_dense"), _MEASUREMENT, Field(description="Measure the dense model's perplexity too.")
+    ] = True
     data: Annotated[
         CommaSeparated,
+        Word("eval_data"),
         _MEASUREMENT,
         Shown.COMMON,
         Field(
@@ -46,17 +54,20 @@ class EvaluationPart(Part):
     ] = None
     images: Annotated[
         int | None,
+        Word("eval_images"),
         _MEASUREMENT,
         Field(description="Use only so many images of each evaluation set, evenly spaced. [all]", ge=1),
     ] = None
     tokens: Annotated[
         int | None,
+        Word("eval_tokens"),
         _MEASUREMENT,
         Shown.COMMON,
         Field(description="Use only so many tokens of each evaluation text. [all]", ge=2),
     ] = None
     zero_shot: Annotated[
         bool,
+        Word("eval_zero_shot"),
         _MEASUREMENT,
         Field(description="Run zero-shot tasks on the dense and the pruned model (needs coprune[eval])."),
     ] = False
@@ -69,9 +80,12 @@ class EvaluationPart(Part):
             "winogrande,arc_easy,arc_challenge,openbookqa]"
         ),
     ] = None
-    few_shot: Annotated[int, _MEASUREMENT, Field(description="Solved examples before every question.", ge=0)] = 0
+    few_shot: Annotated[
+        int, Word("num_fewshot"), _MEASUREMENT, Field(description="Solved examples before every question.", ge=0)
+    ] = 0
     task_folder: Annotated[
         Path | None,
+        Word("include_path"),
         Decides.MEASUREMENT,
         Field(
             description="Folder with task definitions of your own (YAML), which can run code (`!function`): trust it."
@@ -81,7 +95,10 @@ class EvaluationPart(Part):
         int | None, _MEASUREMENT, Field(description="Only the first so many items of each task. [all]", ge=1)
     ] = None
     chat_template: Annotated[
-        bool, Decides.MEASUREMENT, Field(description="Put the tasks' prompts in the tokenizer's chat template.")
+        bool,
+        Word("apply_chat_template"),
+        Decides.MEASUREMENT,
+        Field(description="Put the tasks' prompts in the tokenizer's chat template."),
     ] = False
     gen_kwargs: Annotated[
         str | None,
@@ -104,6 +121,7 @@ class EvaluationPart(Part):
     layer_error: Annotated[
         bool, _RESULT, Field(description="Measure every matrix's relative layer error (costs little).")
     ] = True
+    answers: AnswersPart = AnswersPart()
 
     @property
     def runs_tasks(self) -> bool:
@@ -114,14 +132,18 @@ class EvaluationPart(Part):
 class OutputPart(Part):
     """What is written, and who is told."""
 
+    title = "Where it goes"
+
     run: Annotated[
         Path | None,
+        Word("save"),
         Decides.WHERE,
         Shown.COMMON,
         Field(description="Run folder for recipe, report and log. [out/MODEL/PATTERN/METHOD]"),
     ] = None
     model: Annotated[
         Path | None,
+        Word("save_model"),
         _MEASUREMENT | Decides.WHETHER,
         Shown.COMMON,
         Field(

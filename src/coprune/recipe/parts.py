@@ -1,17 +1,18 @@
-"""The parts of a recipe that say what is pruned, and how.
+"""The parts of a recipe that say which model is pruned, how, and what it sees meanwhile.
 
-The fields' descriptions are the help texts of the command's options, and every field says what it decides.
-Nothing heavy is imported here.
+A field's description is the help text of the command's option, and every field says what it decides. A field's flat name is its
+own, behind the prefix of its part, unless it says another word. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum, Flag, auto
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -20,6 +21,7 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.validation import is_text, one_is_enough
 from coprune.base.words import Command, Words
+from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.sources import split_sources, text_of
 
@@ -48,6 +50,13 @@ class Shown(Enum):
 
     COMMON = auto()
     """In the short help, since most people need it at some time; every other one in `--help-all`."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """The flat name of a field that is not called like it."""
+
+    name: str
 
 
 def is_common(field: FieldInfo) -> bool:
@@ -90,6 +99,12 @@ class Part(BaseModel):
     """A part of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    title: ClassVar[str]
+    """What the options of its fields are called together."""
+    prefix: ClassVar[str] = ""
+    """What the flat names of its fields begin with."""
+    head: ClassVar[str | None] = None
+    """The field that a value is of which is given for the whole part, which has no flat name of its own."""
 
     @field_validator("*")
     @classmethod
@@ -109,7 +124,14 @@ class Part(BaseModel):
 class ModelPart(Part):
     """Which model, and how it is held."""
 
-    name: Annotated[str, _RESULT, Field(description="Hub id, local folder, GGUF file, or smollm2-135m.", min_length=1)]
+    title = "The model"
+
+    name: Annotated[
+        str,
+        Word("model"),
+        _RESULT,
+        Field(description="Hub id, local folder, GGUF file, or smollm2-135m.", min_length=1),
+    ]
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         _RESULT,
@@ -145,10 +167,80 @@ def _per_cent(value: Any) -> Any:
         return value
 
 
-class PatternPart(Part):
-    """How much is pruned, and in which pattern."""
+class LowRankPart(Part):
+    """What is added to pruned matrices."""
 
-    name: Annotated[
+    title = "What is pruned, and how"
+    prefix = "low_rank_"
+    head = "rank"
+
+    rank: Annotated[
+        int,
+        Word("low_rank"),
+        _RESULT,
+        Field(
+            description="Add a matrix of this rank to every pruned linear layer, found together with its zeros. The saved "
+            "model is the sparse part, with the rest beside it as an adapter that PEFT and transformers load (needs "
+            "coprune[finetune]).",
+            ge=0,
+        ),
+    ] = 0
+    rounds: Annotated[
+        int,
+        _RESULT,
+        Field(description="How often a matrix is pruned and approximated in turns for that; the best counts.", ge=1),
+    ] = 8
+
+
+class ReconstructPart(Part):
+    """Training of every pruned block."""
+
+    title = "What is pruned, and how"
+    prefix = "reconstruct_"
+    head = "steps"
+
+    steps: Annotated[
+        int,
+        Word("reconstruct"),
+        _RESULT,
+        Field(description="Train every pruned block for so many steps toward the dense model's outputs.", ge=0),
+    ] = 0
+    tokens: Annotated[
+        int,
+        _RESULT,
+        Field(
+            description="With reconstruct: train every block on at least so many tokens, with more steps where samples are "
+            "short, so that half as long ones do not halve the training. [as many as the steps hold]",
+            ge=0,
+        ),
+    ] = 0
+    learning_rate: Annotated[
+        float, Word("reconstruct_lr"), _RESULT, Field(description="Learning rate of that.", gt=0)
+    ] = 2.5e-3
+    rates: Annotated[
+        Literal["absolute", "relative"],
+        _RESULT,
+        Field(
+            description="relative: reconstruct_lr times the size (root mean square) of each matrix and vector is its rate, so "
+            "that one serves models with smaller or larger weights; absolute: reconstruct_lr is the rate of all that is trained.",
+        ),
+    ] = "relative"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _RESULT,
+        Field(description="What blocks compute in while they are trained."),
+    ] = "float32"
+
+
+class PrunePart(Part):
+    """Which weights are pruned, in which pattern, and what mends the rest."""
+
+    title = "What is pruned, and how"
+
+    method: Annotated[
+        Choice, _RESULT, Shown.COMMON, Field(description="How weights are chosen and mended; see: coprune methods.")
+    ] = USUAL_METHOD
+    pattern: Annotated[
         str,
         Decides.RESULT,
         Shown.COMMON,
@@ -180,8 +272,38 @@ class PatternPart(Part):
             "outputs as they are. Loads the whole model into memory."
         ),
     ] = False
+    include: Annotated[
+        Globs,
+        _RESULT,
+        Field(description="Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."),
+    ] = ()
+    exclude: Annotated[
+        Globs, _RESULT, Shown.COMMON, Field(description="Leave matrices that match this pattern alone; repeatable.")
+    ] = ()
+    allocation: Annotated[
+        Choice,
+        _RESULT,
+        Shown.COMMON,
+        Field(
+            description="How the sparsity is spread over the matrices: uniform, owl or fisher (options as in "
+            "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities; how channels and heads that are "
+            "removed are spread over the blocks: uniform, "
+            "error or search:minutes=8."
+        ),
+    ] = Choice(name="uniform")
+    refine: Annotated[
+        tuple[Choice, ...],
+        BeforeValidator(one_is_enough),
+        _RESULT,
+        Field(
+            description="Improve every mask's weights: refit, swaps (which ends with a refit), options as in "
+            "refit:rounds=10; repeatable."
+        ),
+    ] = ()
+    low_rank: LowRankPart = LowRankPart()
+    reconstruct: ReconstructPart = ReconstructPart()
 
-    @field_validator("name", mode="before")
+    @field_validator("pattern", mode="before")
     @classmethod
     def _quoted(cls, value: Any) -> Any:
         """YAML reads 2:4 as two minutes and four seconds."""
@@ -196,34 +318,24 @@ class PatternPart(Part):
         return self.permute or self.rotate
 
     @property
-    def is_said(self) -> bool:
+    def asks_for_zeros(self) -> bool:
         """Whether somebody asked for zeros, or they are only what a run without any word of them makes."""
-        return self.sparsity is not None or self.name != "unstructured"
+        return self.sparsity is not None or self.pattern != "unstructured"
 
     @property
     def ratio(self) -> float:
         """The fraction of zeros that is asked for."""
-        return parse_pattern(self.name).ratio(self.sparsity)
+        return parse_pattern(self.pattern).ratio(self.sparsity)
 
 
-class SelectionPart(Part):
-    """Which matrices are pruned."""
-
-    include: Annotated[
-        Globs,
-        _RESULT,
-        Field(description="Prune only matrices that match this pattern, e.g. '*.q_proj'; repeatable."),
-    ] = ()
-    exclude: Annotated[
-        Globs, _RESULT, Shown.COMMON, Field(description="Leave matrices that match this pattern alone; repeatable.")
-    ] = ()
-
-
-class CalibrationPart(Part):
+class CalibratePart(Part):
     """What the model sees while it is pruned."""
+
+    title = "Calibration"
 
     data: Annotated[
         str,
+        Word("dataset"),
         BeforeValidator(text_of),
         _RESULT,
         Shown.COMMON,
@@ -233,7 +345,9 @@ class CalibrationPart(Part):
             "shares: self=0.5,wikitext2=0.5. Images: digits, a folder of classes, .parquet, or a datasets id."
         ),
     ] = "wikitext2"
-    samples: Annotated[int, _RESULT, Shown.COMMON, Field(description="Number of calibration samples.", ge=1)] = 128
+    samples: Annotated[
+        int, Word("nsamples"), _RESULT, Shown.COMMON, Field(description="Number of calibration samples.", ge=1)
+    ] = 128
     seqlen: Annotated[
         int | None,
         _RESULT,

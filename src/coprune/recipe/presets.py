@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Set, Words
 from coprune.recipe.finetune import has_adapters
@@ -123,14 +125,20 @@ def preset_settings(name: str, said: Mapping[str, Any] | None = None, train: str
     return {word: value for word, value in settings.items() if not left_out.get(word)}
 
 
+def way_said(settings: Mapping[str, Any]) -> Any:
+    """Return where a preset is said to train; None where nothing says so, as where `train` holds a part of a recipe."""
+    way = settings.get(TRAIN)
+    return None if isinstance(way, Mapping | BaseModel) else way
+
+
 def with_preset(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings with those of the preset that is named among them, if one is; what is said beside it wins.
 
     Raises:
         BadInput: there is no such preset, or a setting is unknown or said twice.
     """
-    said = {name: value for name, value in settings.items() if name not in (PRESET, TRAIN)}
-    preset, train = settings.get(PRESET), settings.get(TRAIN)
+    preset, train = settings.get(PRESET), way_said(settings)
+    said = {name: value for name, value in settings.items() if name != PRESET and (name != TRAIN or train is None)}
     if preset is None and train is not None:
         alone = "train says where a preset trains, and no preset is named"
         raise BadInput(alone, field=TRAIN, value=train, fix=("add ", Set(PRESET, BARE)))

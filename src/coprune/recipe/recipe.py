@@ -9,82 +9,38 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ValidationError, model_validator
 
 from coprune.base.errors import BadInput
-from coprune.base.validation import explain, one_is_enough, read_yaml
-from coprune.base.words import Command, LeaveOut, Set, Setting, Words
-from coprune.recipe.answers import LIKENESS, AnswersPart, cannot_require
+from coprune.base.validation import explain, read_yaml
+from coprune.base.words import Command, LeaveOut, Set, Setting, Words, parts_of
+from coprune.recipe.answers import LIKENESS, cannot_require
 from coprune.recipe.choice import USUAL_METHOD, Choice
-from coprune.recipe.finetune import FinetunePart, cannot_finetune
-from coprune.recipe.flat import FLAT, names_said, nest, place_of
-from coprune.recipe.low_rank import LowRankPart, cannot_add
-from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import (
-    CalibrationPart,
-    Decides,
-    ModelPart,
-    PatternPart,
-    SelectionPart,
-    Shown,
-    deciding,
-    refuse_numbers,
-)
+from coprune.recipe.flat import names_said, nest
+from coprune.recipe.outcome import OutputPart
+from coprune.recipe.parts import Decides, ModelPart, Part, deciding, refuse_numbers
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.presets import with_preset
-from coprune.recipe.reconstruction import ReconstructionPart, cannot_reconstruct
-from coprune.recipe.structure import SPREADING, WHOLE_MODEL, StructurePart, cannot_score
+from coprune.recipe.structure import SPREADING, WHOLE_MODEL, RemovePart, cannot_score
+from coprune.recipe.tree import FIELDS, FLAT, LEAVES, Tree
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class Parts(Protocol):
-    """The parts of a recipe that may contradict each other."""
-
-    @property
-    def model(self) -> ModelPart: ...
-    @property
-    def method(self) -> Choice: ...
-    @property
-    def allocation(self) -> Choice: ...
-    @property
-    def pattern(self) -> PatternPart: ...
-    @property
-    def structure(self) -> StructurePart: ...
-    @property
-    def selection(self) -> SelectionPart: ...
-    @property
-    def refine(self) -> tuple[Choice, ...]: ...
-    @property
-    def calibration(self) -> CalibrationPart: ...
-    @property
-    def low_rank(self) -> LowRankPart: ...
-    @property
-    def finetune(self) -> FinetunePart: ...
-    @property
-    def reconstruction(self) -> ReconstructionPart: ...
-    @property
-    def evaluation(self) -> EvaluationPart: ...
-    @property
-    def answers(self) -> AnswersPart: ...
-    @property
-    def output(self) -> OutputPart: ...
-
-
-def contradiction(recipe: Parts) -> BadInput | None:
+def contradiction(recipe: Tree) -> BadInput | None:
     """What is wrong with a recipe's settings taken together, with the fix; None if nothing is."""
     return (
-        _of_target(recipe.pattern.name, recipe.pattern.sparsity)
-        or cannot_reconstruct(recipe.reconstruction, recipe.calibration)
-        or cannot_finetune(recipe.finetune, recipe.output)
+        _of_target(recipe.prune.pattern, recipe.prune.sparsity)
+        or _of_reconstruction(recipe)
         or _of_training(recipe)
-        or cannot_add(recipe.low_rank, recipe.structure, recipe.finetune, recipe.output)
+        or _of_low_rank(recipe)
         or _of_reshaping(recipe)
-        or _of_domains(recipe.structure)
+        or _of_domains(recipe.remove)
         or _of_allocation(recipe)
-        or cannot_score(recipe.structure)
+        or cannot_score(recipe.remove)
         or _of_removal(recipe)
         or _of_streaming(recipe)
         or _of_answers(recipe)
@@ -93,10 +49,63 @@ def contradiction(recipe: Parts) -> BadInput | None:
     )
 
 
-def _of_training(recipe: Parts) -> BadInput | None:
+def _unused(asked: Part, head: str, example: object, why: Words) -> BadInput | None:
+    """What is wrong where a part says how something is done that its head, a setting, does not ask for.
+
+    example: a value of the head that asks for it.
+    """
+    field = asked.first_said()
+    if field is None:
+        return None
+    word = next(word for word, leaf in LEAVES.items() if leaf.part is type(asked) and leaf.path[-1] == field)
+    cause: Words = (Setting(word), *parts_of(why), Setting(head))
+    return BadInput(cause, field=word, value=getattr(asked, field), fix=("add ", Set(head, example)))
+
+
+def _of_reconstruction(recipe: Tree) -> BadInput | None:
+    asked = recipe.prune.reconstruct
+    if asked.steps and recipe.calibrate.propagation == "dense":
+        return BadInput(
+            "reconstruct trains a block on what the pruned blocks before it give, which propagation dense never computes",
+            field="reconstruct",
+            value=asked.steps,
+            fix=("take ", Set("propagation", "block"), " or ", Set("propagation", "sequential")),
+        )
+    why = " says how blocks are trained, and none is trained without "
+    return None if asked.steps else _unused(asked, "reconstruct", 6, why)
+
+
+def _of_training(recipe: Tree) -> BadInput | None:
+    if recipe.train.mode is None:
+        why = " says how the pruned model is trained, and nothing is trained without "
+        return _unused(recipe.train, "finetune", "lora", why)
+    if recipe.output.encoding == "packed":
+        pack: Words = (LeaveOut("encoding"), ", and pack the fine-tuned model: ", Command("pack", "FOLDER", "OUT"))
+        return BadInput("a fine-tuned model is saved dense", field="encoding", value=recipe.output.encoding, fix=pack)
     # A training leaves alone what pruning did.
-    trains = recipe.finetune.mode is not None
-    return refuse_numbers(recipe.selection.exclude, "exclude", recipe.structure.shares) if trains else None
+    return refuse_numbers(recipe.prune.exclude, "exclude", recipe.remove.shares)
+
+
+_NO_LOW_RANK: dict[str, Words] = {
+    "remove": (Setting("low_rank"), " adds to matrices that keep their shapes, and remove makes them smaller"),
+    "finetune": ("fine-tuning would train the sparse part alone, for which the rest was found as it is",),
+    "encoding": ("PEFT puts no adapter on packed layers",),
+}
+
+
+def _of_low_rank(recipe: Tree) -> BadInput | None:
+    asked = recipe.prune.low_rank
+    if not asked.rank:
+        return _unused(asked, "low_rank", 32, " says how low rank is found, and none is without ")
+    given = {
+        "remove": bool(recipe.remove.parts),
+        "finetune": recipe.train.mode is not None,
+        "encoding": recipe.output.encoding == "packed",
+    }
+    for setting in (name for name, is_given in given.items() if is_given):
+        fix: Words = (LeaveOut(setting), ", or ", LeaveOut("low_rank"))
+        return BadInput(_NO_LOW_RANK[setting], field=setting, fix=fix)
+    return None
 
 
 def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
@@ -114,36 +123,36 @@ def _of_target(pattern: str, sparsity: float | None) -> BadInput | None:
     return BadInput(wrong, field="sparsity", value=sparsity, fix="leave one out")
 
 
-def _of_reshaping(recipe: Parts) -> BadInput | None:
-    if recipe.pattern.permute and parse_pattern(recipe.pattern.name).n_of_m is None:
+def _of_reshaping(recipe: Tree) -> BadInput | None:
+    if recipe.prune.permute and parse_pattern(recipe.prune.pattern).n_of_m is None:
         fix: Words = ("give a pattern of them, such as ", Set("pattern", "2:4"))
         return BadInput("permute reorders channels for groups of N:M", field="permute", value=True, fix=fix)
-    if recipe.pattern.rotate and recipe.pattern.sparsity == 0:
+    if recipe.prune.rotate and recipe.prune.sparsity == 0:
         nothing = "rotate makes smaller what the pattern takes, and sparsity 0 takes nothing"
         return BadInput(nothing, field="rotate", value=True, fix=LeaveOut("rotate"))
-    asked = next((name for name in ("permute", "rotate") if getattr(recipe.pattern, name)), None)
+    asked = next((name for name in ("permute", "rotate") if getattr(recipe.prune, name)), None)
     if asked is not None and recipe.model.stream:
         fix = ("leave out ", Set(asked, True), " or ", Set("stream", True))
         return BadInput(f"{asked} needs the whole model in memory", field=asked, value=True, fix=fix)
     return None
 
 
-def _of_removal(recipe: Parts) -> BadInput | None:
+def _of_removal(recipe: Tree) -> BadInput | None:
     """Removing makes a smaller model; what sets weights to zero needs a pattern or a sparsity beside it."""
-    if not recipe.structure.remove:
+    if not recipe.remove.parts:
         return None
-    if recipe.pattern.is_said:
-        return _of_both(recipe) if recipe.structure.shares else None
-    if recipe.finetune.mode is not None and not recipe.structure.shares:
+    if recipe.prune.asks_for_zeros:
+        return _of_both(recipe) if recipe.remove.shares else None
+    if recipe.train.mode is not None and not recipe.remove.shares:
         cause: Words = "a model that lost nothing but tokens is not trained in the same run"
         fix: Words = (LeaveOut("finetune"), ", save the model and run: ", Command("finetune", "FOLDER"))
         return BadInput(cause, field="finetune", fix=fix)
     said = {
-        "method": recipe.method != USUAL_METHOD,
-        "permute": recipe.pattern.permute,
-        "rotate": recipe.pattern.rotate,
-        "refine": bool(recipe.refine),
-        "propagation": recipe.calibration.propagation != "block",
+        "method": recipe.prune.method != USUAL_METHOD,
+        "permute": recipe.prune.permute,
+        "rotate": recipe.prune.rotate,
+        "refine": bool(recipe.prune.refine),
+        "propagation": recipe.calibrate.propagation != "block",
         "encoding": recipe.output.encoding == "packed",
     }
     for setting, given in said.items():
@@ -154,33 +163,35 @@ def _of_removal(recipe: Parts) -> BadInput | None:
     return None
 
 
-def _of_both(recipe: Parts) -> BadInput | None:
+def _of_both(recipe: Tree) -> BadInput | None:
     """Parts removed and zeros in what is left are two halves of a run."""
-    if recipe.evaluation.runs_tasks:
+    if recipe.evaluate.runs_tasks:
         fix: Words = ("save the model and run: ", Command("evaluate", "FOLDER", Set("tasks", ...)))
         return BadInput("zero-shot tasks are not run by a run that cuts and prunes", field="tasks", fix=fix)
-    asked, shares = recipe.selection, recipe.structure.shares
+    asked, shares = recipe.prune, recipe.remove.shares
     return refuse_numbers(asked.include, "include", shares) or refuse_numbers(asked.exclude, "exclude", shares)
 
 
-def _of_allocation(recipe: Parts) -> BadInput | None:
+def _of_allocation(recipe: Tree) -> BadInput | None:
     """Zeros are spread over matrices, channels and heads over blocks; with both in one run, one word may be for either."""
-    asked, shares = recipe.allocation.name, recipe.structure.shares.keys()
+    asked, shares = recipe.prune.allocation.name, recipe.remove.shares.keys()
     if asked in WHOLE_MODEL and recipe.model.stream:
         wrong = f"{WHOLE_MODEL[asked]}, which has to be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
-    units, zeros = recipe.structure.spreads, not shares or recipe.pattern.is_said
+    units, zeros = recipe.remove.spreads, not shares or recipe.prune.asks_for_zeros
     if asked == "uniform" or (units and asked in SPREADING) or zeros:
         return None
     fix = ("take ", Set("allocation", "uniform"))
     if units:
-        cause = f"channels and heads are spread over the blocks by {', '.join(SPREADING)}, not by {recipe.allocation}"
+        cause = (
+            f"channels and heads are spread over the blocks by {', '.join(SPREADING)}, not by {recipe.prune.allocation}"
+        )
     else:
-        cause = f"allocation {recipe.allocation} spreads channels or heads over the blocks, and none are removed"
-    return BadInput(cause, field="allocation", value=str(recipe.allocation), fix=fix)
+        cause = f"allocation {recipe.prune.allocation} spreads channels or heads over the blocks, and none are removed"
+    return BadInput(cause, field="allocation", value=str(recipe.prune.allocation), fix=fix)
 
 
-def _of_domains(asked: StructurePart) -> BadInput | None:
+def _of_domains(asked: RemovePart) -> BadInput | None:
     """Domains and their weights are for experts."""
     weights = asked.weights
     if asked.domains and "experts" not in asked.shares:
@@ -192,8 +203,8 @@ def _of_domains(asked: StructurePart) -> BadInput | None:
     return None
 
 
-def _of_streaming(recipe: Parts) -> BadInput | None:
-    if recipe.model.stream and recipe.evaluation.runs_tasks:
+def _of_streaming(recipe: Tree) -> BadInput | None:
+    if recipe.model.stream and recipe.evaluate.runs_tasks:
         return BadInput(
             "zero-shot tasks need the whole model in memory",
             field="stream",
@@ -203,16 +214,16 @@ def _of_streaming(recipe: Parts) -> BadInput | None:
     return None
 
 
-def _of_answers(recipe: Parts) -> BadInput | None:
-    asked = recipe.answers
-    dense: Words | None = None if recipe.evaluation.dense else ("leave out ", Set("evaluate_dense", False))
+def _of_answers(recipe: Tree) -> BadInput | None:
+    asked = recipe.evaluate.answers
+    dense: Words | None = None if recipe.evaluate.dense else ("leave out ", Set("evaluate_dense", False))
     if (wrong := cannot_require(asked, dense)) is not None:
         return wrong
     if recipe.model.stream and asked.is_asked:
         later = Command("evaluate", "FOLDER", Set("generate", "builtin"))
         fix: Words = (LeaveOut("stream"), ", or save the model and run: ", later)
         return BadInput("answers need the whole model in memory", field="stream", value=True, fix=fix)
-    if recipe.structure.shares and recipe.pattern.is_said:
+    if recipe.remove.shares and recipe.prune.asks_for_zeros:
         for condition in asked.conditions:
             if condition.name in LIKENESS:
                 cause = f"{condition.text} is about the dense model, which a run that cuts and prunes does not keep"
@@ -221,9 +232,9 @@ def _of_answers(recipe: Parts) -> BadInput | None:
     return None
 
 
-def _of_calibration(recipe: Parts) -> BadInput | None:
+def _of_calibration(recipe: Tree) -> BadInput | None:
     try:
-        own = recipe.calibration.is_own
+        own = recipe.calibrate.is_own
     except BadInput as error:
         return error
     if own and recipe.model.stream:
@@ -258,48 +269,10 @@ def _of_folders(output: OutputPart) -> BadInput | None:
 
 
 _NOT_HELD = "This file alone does not repeat the run: {what} was handed over in Python."
-_RESULT = Decides.RESULT | Decides.COST
 
 
-class Recipe(BaseModel):
+class Recipe(Tree):
     """One pruning run, part by part; it is made from the parts as from flat settings such as `nsamples`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: ModelPart
-    method: Annotated[
-        Choice, _RESULT, Shown.COMMON, Field(description="How weights are chosen and mended; see: coprune methods.")
-    ] = USUAL_METHOD
-    pattern: PatternPart = PatternPart()
-    structure: StructurePart = StructurePart()
-    selection: SelectionPart = SelectionPart()
-    calibration: CalibrationPart = CalibrationPart()
-    allocation: Annotated[
-        Choice,
-        _RESULT,
-        Shown.COMMON,
-        Field(
-            description="How the sparsity is spread over the matrices: uniform, owl or fisher (options as in "
-            "owl:spread=0.1), or a FILE.yaml of patterns of names and sparsities; how channels and heads that are "
-            "removed are spread over the blocks: uniform, "
-            "error or search:minutes=8."
-        ),
-    ] = Choice(name="uniform")
-    refine: Annotated[
-        tuple[Choice, ...],
-        BeforeValidator(one_is_enough),
-        _RESULT,
-        Field(
-            description="Improve every mask's weights: refit, swaps (which ends with a refit), options as in "
-            "refit:rounds=10; repeatable."
-        ),
-    ] = ()
-    low_rank: LowRankPart = LowRankPart()
-    reconstruction: ReconstructionPart = ReconstructionPart()
-    finetune: FinetunePart = FinetunePart()
-    evaluation: EvaluationPart = EvaluationPart()
-    answers: AnswersPart = AnswersPart()
-    output: OutputPart = OutputPart()
 
     @model_validator(mode="before")
     @classmethod
@@ -315,24 +288,24 @@ class Recipe(BaseModel):
     @property
     def cuts_and_prunes(self) -> bool:
         """Whether what is left of a model that parts are removed from gets zeros too."""
-        return bool(self.structure.shares) and self.pattern.is_said
+        return bool(self.remove.shares) and self.prune.asks_for_zeros
 
     @property
     def sets_zeros(self) -> bool:
         """Whether weights are set to zero, beside what may be removed."""
-        return not self.structure.remove or self.pattern.is_said
+        return not self.remove.parts or self.prune.asks_for_zeros
 
     @property
     def way(self) -> str:
         """What decides which weights go: the score of what is removed, the method of the zeros."""
-        scores = [score.name for score in self.structure.scores.values()]
-        return "-".join([*scores, *([self.method.name] if self.sets_zeros else [])])
+        scores = [score.name for score in self.remove.scores.values()]
+        return "-".join([*scores, *([self.prune.method.name] if self.sets_zeros else [])])
 
     @property
     def shape(self) -> str:
         """What is removed, the pattern of the zeros, and the rank of what is added."""
-        removed, rank = self.structure.remove, self.low_rank.rank
-        zeros = [self.pattern.name] if self.sets_zeros else []
+        removed, rank = self.remove.parts, self.prune.low_rank.rank
+        zeros = [self.prune.pattern] if self.sets_zeros else []
         return ", ".join([*removed, *zeros, *([f"rank {rank} added"] if rank else [])])
 
     @property
@@ -341,17 +314,17 @@ class Recipe(BaseModel):
         if self.output.run is not None:
             return self.output.run
         name = Path(self.model.name).name.removesuffix(".gguf") or "model"
-        if self.structure.remove:
-            shares = [f"{kind}-{share:g}" for kind, share in self.structure.shares.items()]
-            own = [] if self.structure.vocabulary is None else self.structure.only_vocabulary().remove
+        if self.remove.parts:
+            shares = [f"{kind}-{share:g}" for kind, share in self.remove.shares.items()]
+            own = [] if self.remove.vocabulary is None else self.remove.only_vocabulary().parts
             gone = "-".join([*shares, *(re.sub("[=: ]+", "-", one.removesuffix("%")) for one in own)])
             return Path("out") / name / f"without-{gone}{self._target if self.sets_zeros else ''}" / self.way
-        return Path("out") / name / self._target.removeprefix("-") / self.method.name
+        return Path("out") / name / self._target.removeprefix("-") / self.prune.method.name
 
     @property
     def _target(self) -> str:
-        label = parse_pattern(self.pattern.name).label(f"{self.pattern.ratio:g}")
-        added = f"-rank-{self.low_rank.rank}" if self.low_rank.rank else ""
+        label = parse_pattern(self.prune.pattern).label(f"{self.prune.ratio:g}")
+        added = f"-rank-{self.prune.low_rank.rank}" if self.prune.low_rank.rank else ""
         return re.sub("[: =,]", "-", f"-{label}{added}")
 
     def flat(self) -> dict[str, Any]:
@@ -360,22 +333,20 @@ class Recipe(BaseModel):
 
     def setting(self, word: str) -> Any:
         """The value of one setting, by its flat name."""
-        part, field = place_of(word)
-        value = getattr(self, part)
-        if field is not None:
-            return _as_text(getattr(value, field))
-        return tuple(map(str, value)) if isinstance(value, tuple) else str(value)
+        value: Any = self
+        for name in LEAVES[word].path:
+            value = getattr(value, name)
+        return _as_text(value)
 
     def replaced(self, **settings: Any) -> Recipe:
         """The recipe with other values, by their flat names, which are not checked anew."""
-        changed: dict[str, Any] = {}
+        changed = self
         for word, value in settings.items():
-            part, field = place_of(word)
-            if field is None:
-                changed[part] = value
-            else:
-                changed[part] = changed.get(part, getattr(self, part)).model_copy(update={field: value})
-        return self.model_copy(update=changed)
+            path = LEAVES[word].path
+            if isinstance(value, Choice) and word == "method":
+                path = path[:-1]  # with its options
+            changed = _with(changed, path, value)
+        return changed
 
     def untold(self) -> Recipe:
         """The recipe as a run keeps it: repeated, it tells nobody and replaces nothing unless that is asked for again."""
@@ -384,7 +355,7 @@ class Recipe(BaseModel):
     @property
     def given(self) -> list[str]:
         """What a call from Python handed over, so that the recipe by itself does not repeat the run."""
-        return [f"the method {self.method.name}"] if self.method.is_given else []
+        return [f"the method {self.prune.method.name}"] if self.prune.method.is_given else []
 
     def deciding(self, what: Decides) -> dict[str, Any]:
         """The settings that decide something, by their flat names."""
@@ -408,9 +379,9 @@ class Recipe(BaseModel):
             usual: whether settings are in it that are as they are where nothing is said.
         """
         parts = self.model_dump(mode="json", exclude_none=True, exclude_defaults=not usual)
-        if "data" not in self.calibration.model_fields_set:
-            parts.get("calibration", {}).pop("data", None)  # its default depends on what the model reads
-        said = {part: settings for part, settings in parts.items() if settings not in ({}, [])}
+        if "data" not in self.calibrate.model_fields_set:
+            parts.get("calibrate", {}).pop("data", None)  # its default depends on what the model reads
+        said = _without_empty(parts)
         note = f"# {_NOT_HELD.format(what=' and '.join(self.given))}\n" if self.given else ""
         return note + yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10_000)
 
@@ -420,6 +391,11 @@ class Recipe(BaseModel):
         return make_recipe(read_settings(path))
 
 
+def _without_empty(parts: dict[str, Any]) -> dict[str, Any]:
+    within = {name: _without_empty(value) if isinstance(value, dict) else value for name, value in parts.items()}
+    return {name: value for name, value in within.items() if value not in ({}, [])}
+
+
 def _as_text(value: Any) -> Any:
     """A choice, or several, as text; all else as it is."""
     if isinstance(value, tuple):
@@ -427,16 +403,12 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Choice) else value
 
 
-def _field(word: str) -> FieldInfo:
-    """The field of a setting; of a choice's name and options, that of the choice."""
-    part, name = place_of(word)
-    field = Recipe.model_fields[part]
-    inner: Any = field.annotation
-    return field if name is None or inner is Choice else inner.model_fields[name]
+def _with(part: Kind, path: tuple[str, ...], value: Any) -> Kind:
+    """A part, or a recipe, with another value at a place in it."""
+    first, *rest = path
+    return part.model_copy(update={first: _with(getattr(part, first), tuple(rest), value) if rest else value})
 
 
-FIELDS: dict[str, FieldInfo] = {word: _field(word) for word in FLAT}
-"""The fields of all settings by their flat names."""
 DEFAULTS: dict[str, Any] = {**Recipe(model=ModelPart(name="-")).flat(), "model": None}
 """What all settings are where nothing is said of them, by their flat names."""
 
@@ -473,7 +445,9 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
 
 def _named(place: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, str]:
     """The word of the setting at a place, and what to call it: by the name by which it was said."""
-    word = next((word for word in FLAT if place_of(word) in (place[:2], (place[0], None))), place[0])
-    if word not in FLAT:
-        return word, word
-    return word, ".".join([names.get(word, word), *place[2 if place_of(word)[1] else 1 :]])
+    for word, leaf in LEAVES.items():
+        # Of a method's name and options, the place is that of both.
+        path = leaf.path[:-1] if leaf.field.annotation is Choice and leaf.path[-1] == "name" else leaf.path
+        if place[: len(path)] == path or path[: len(place)] == place:
+            return word, ".".join([names.get(word, word), *place[len(path) :]])
+    return place[0], ".".join(place)

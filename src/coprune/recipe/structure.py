@@ -14,7 +14,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import one_is_enough
 from coprune.base.words import Set, Setting, Words
 from coprune.recipe.choice import Choice
-from coprune.recipe.parts import Decides, Part, Shown
+from coprune.recipe.parts import Decides, Part, Shown, Word
 from coprune.recipe.vocabulary import PART as VOCABULARY
 from coprune.recipe.vocabulary import Target, shares_of, target_of
 
@@ -52,11 +52,14 @@ def _as_words(value: Any) -> Any:
     )
 
 
-class StructurePart(Part):
+class RemovePart(Part):
     """What is removed: channels of the MLPs, attention heads, whole blocks, experts."""
 
-    remove: Annotated[
+    title = "What is removed as a whole (--remove)"
+
+    parts: Annotated[
         tuple[str, ...],
+        Word("remove"),
         BeforeValidator(one_is_enough),
         Decides.RESULT | Decides.COST,
         Shown.COMMON,
@@ -135,7 +138,7 @@ class StructurePart(Part):
         ),
     ] = None
 
-    @field_validator("remove")
+    @field_validator("parts")
     @classmethod
     def _check(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
         shares(asked)
@@ -207,7 +210,7 @@ class StructurePart(Part):
     @property
     def shares(self) -> dict[Removable, float | Left]:
         """The share of each that is removed of the blocks, or what is left of it."""
-        return shares(self.remove)
+        return shares(self.parts)
 
     def share(self, kind: Removable) -> float:
         """The share of something that is removed, which is asked for as a share."""
@@ -218,23 +221,23 @@ class StructurePart(Part):
     @property
     def vocabulary(self) -> Target | None:
         """How much of the vocabulary is removed; None for nothing."""
-        return _vocabulary(self.remove)
+        return _vocabulary(self.parts)
 
     def without_vocabulary(self) -> Self:
         """Return what is removed of the blocks alone."""
-        left = tuple(text for text in _texts(self.remove) if _name(text) != VOCABULARY)
+        left = tuple(text for text in _texts(self.parts) if _name(text) != VOCABULARY)
         score = tuple(one for one in self.score if _scored(one.name) != "rows")
         gone = {"vocabulary_text": (), "vocabulary_languages": (), "vocabulary_force": False}
-        return self.model_copy(update={"remove": left, "score": score, **gone})
+        return self.model_copy(update={"parts": left, "score": score, **gone})
 
     def only_vocabulary(self) -> Self:
         """Return what is removed of the vocabulary alone."""
         score = tuple(one for one in self.score if _scored(one.name) == "rows")
-        own = tuple(text for text in _texts(self.remove) if _name(text) == VOCABULARY)
-        return self.model_copy(update={"remove": own, "score": score, "domains": (), "blend": "max-min"})
+        own = tuple(text for text in _texts(self.parts) if _name(text) == VOCABULARY)
+        return self.model_copy(update={"parts": own, "score": score, "domains": (), "blend": "max-min"})
 
 
-def cannot_score(asked: StructurePart) -> BadInput | None:
+def cannot_score(asked: RemovePart) -> BadInput | None:
     """What is wrong with a score of what is not removed; None if there is none."""
     if asked.vocabulary is None:
         for field in ("vocabulary_text", "vocabulary_languages", "vocabulary_force"):

@@ -113,7 +113,7 @@ def _blocks_can_go(session: Session) -> bool:
 
 
 def _align(session: Session, kind: Kind) -> int:
-    return session.opened.recipe.structure.align if kind == "channels" else 1
+    return session.opened.recipe.remove.align if kind == "channels" else 1
 
 
 def _levels(parts: Parts, kind: Kind, align: int) -> list[Level]:
@@ -214,7 +214,7 @@ def costs_of(session: Session, plans: Sequence[Plan]) -> list[float]:
     for plan in plans:
         for name, parts in plan.parts.items():
             every[name] += [part for part in parts if part not in every[name]]
-    score = score_named(opened.recipe.structure.score_of("units"))
+    score = score_named(opened.recipe.remove.score_of("units"))
     inputs: dict[str, Inputs] = {}
     with opened.around.reporter.bar(f"Trying {len(plans)} ways", len(model.blocks)) as advance:
         walk = Walk(

@@ -66,7 +66,7 @@ class Consumers:
     @classmethod
     def of(cls, session: Session, levels: Sequence[Levels]) -> Self:
         """Those of a dense model."""
-        refit = score_named(session.opened.recipe.structure.score_of("units")).refit
+        refit = score_named(session.opened.recipe.remove.score_of("units")).refit
         return cls(levels, refit, {c.name: c.read().clone() for own in levels for c in own.part.fold.consumers})
 
     @property

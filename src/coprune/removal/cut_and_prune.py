@@ -21,7 +21,7 @@ from coprune.pruning.allocation.by_file import ByFile
 from coprune.recipe.choice import USUAL_METHOD, Choice
 from coprune.recipe.parts import Decides, refuse_numbers
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.structure import RemovePart
 from coprune.removal.unit_scores import SPREADINGS
 from coprune.report.card import model_card
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE, announce, finish_run_folder
@@ -117,39 +117,39 @@ def _check_allocation(recipe: Recipe) -> None:
     """Raise BadInput for an allocation of zeros that there is not, or whose file goes by numbers that do not stay."""
     asked = allocation_named(_for_zeros(recipe))
     globs = [glob for glob, _ in asked.entries] if isinstance(asked, ByFile) else []
-    if (wrong := refuse_numbers(globs, "allocation", recipe.structure.shares)) is not None:
+    if (wrong := refuse_numbers(globs, "allocation", recipe.remove.shares)) is not None:
         raise wrong
 
 
 def _for_units(recipe: Recipe) -> Choice:
     """How the cut spreads channels and heads."""
-    return recipe.allocation if _spreads_units(recipe) else _UNIFORM
+    return recipe.prune.allocation if _spreads_units(recipe) else _UNIFORM
 
 
 def _for_zeros(recipe: Recipe) -> Choice:
     """How the zeros are spread."""
-    return _UNIFORM if _spreads_units(recipe) else recipe.allocation
+    return _UNIFORM if _spreads_units(recipe) else recipe.prune.allocation
 
 
 def _spreads_units(recipe: Recipe) -> bool:
     """Whether the recipe's allocation is one of channels and heads, and such are removed."""
-    return recipe.structure.spreads and recipe.allocation.name in SPREADINGS
+    return recipe.remove.spreads and recipe.prune.allocation.name in SPREADINGS
 
 
 def cutting_of(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe of the cut. folder: of its run; None to leave the smaller model in memory."""
     own = recipe.replaced(**_NO_ZEROS, save=folder, save_model=None if folder is None else folder / "model")
-    return own.model_copy(update={"method": USUAL_METHOD, "allocation": _for_units(recipe)})
+    return own.replaced(method=USUAL_METHOD, allocation=_for_units(recipe))
 
 
 def pruning_of(recipe: Recipe, cut: Report, folder: Path | None) -> Recipe:
     """The recipe of the zeros in what the cut left. folder: of its run, if it leaves one."""
     # As the dense model spoke for, so that all figures are of the same windows.
-    bos = recipe.calibration.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
+    bos = recipe.calibrate.bos if cut.bos is None or cut.bos.used == "as given" else cut.bos.used
     model = recipe.model.name if cut.saved_model is None else str(cut.saved_model)
-    whole = recipe.model_copy(update={"structure": StructurePart(), "allocation": _for_zeros(recipe)})
+    whole = recipe.model_copy(update={"remove": RemovePart()}).replaced(allocation=_for_zeros(recipe))
     # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
-    require = None if recipe.answers.require is None else "loops>=0"
+    require = None if recipe.evaluate.answers.require is None else "loops>=0"
     # The folder goes to the Hub when the card of both halves is in it.
     own = {"push_to_hub": None, "private": None, "prompt": "", "require": require}
     return whole.replaced(model=model, save=folder, bos=bos, evaluate_dense=False, **own)
@@ -204,7 +204,7 @@ def _of_both(recipe: Recipe, cut: Report, pruned: Report) -> Report:
             ],
             "bos": cut.bos,
             "answers": answers,
-            "required": judge(recipe.answers.conditions, answers),
+            "required": judge(recipe.evaluate.answers.conditions, answers),
             "events": [*cut.events, *pruned.events],
             "edits": [*cut.edits, *pruned.edits],
             "covered": cut.covered,

@@ -26,7 +26,7 @@ from coprune.model.leftovers import lists_of
 from coprune.model.walk.recording import Dense, record_batches
 from coprune.model.walk.shown import BlockDone
 from coprune.model.walk.walk import Walk
-from coprune.recipe.structure import Left, StructurePart
+from coprune.recipe.structure import Left, RemovePart
 from coprune.removal.expert_calls import Routed
 from coprune.removal.expert_scores import ExpertSums, coverage, expert_score_named, kept_experts, weight_score
 from coprune.removal.mixtures import Mixture, find_mixtures
@@ -60,7 +60,7 @@ def _no_mixture(session: Session) -> UnsupportedModel:
     return UnsupportedModel(f"the model has no mixture of experts that tokens are routed to{beside}")
 
 
-def experts_left(mixture: Mixture, asked: StructurePart) -> int:
+def experts_left(mixture: Mixture, asked: RemovePart) -> int:
     """Return how many experts are kept: as many of every group, and enough for a token. Raises BadInput where none goes."""
     share = asked.shares["experts"]
     kept = (
@@ -97,7 +97,7 @@ def expert_scores(session: Session, mixtures: Mapping[str, Mixture]) -> Scored:
     named: dict[str, Samples] = dict(opened.domains)
     if not named and opened.samples is not None:
         named["calibration"] = opened.samples
-    counts = "" if opened.recipe.calibration.calibrate_on == "all" else " generated"
+    counts = "" if opened.recipe.calibrate.calibrate_on == "all" else " generated"
     data = {name: f"{one.fingerprint}{counts}" for name, one in named.items()}
     processes, model = opened.around.processes, opened.loaded.fingerprint(session.model.blocks)
     known = processes.from_first(lambda: known_scores(session, model, data, mixtures))
@@ -170,7 +170,7 @@ def choose_experts(
     Returns:
         E bool by block, and the share of its score that every domain keeps, in the mean over the blocks.
     """
-    asked = session.opened.recipe.structure
+    asked = session.opened.recipe.remove
     score = expert_score_named(asked.score_of("experts"))
     scored = expert_scores(session, mixtures)
     numbers = {block.name: block.index for block in session.model.blocks}
@@ -286,7 +286,7 @@ def known_scores(session: Session, model: str, data: dict[str, str], mixtures: M
     Raises:
         BadInput: the file that is named is of another model, lacks a mixture, or has other domains than have weights.
     """
-    asked = session.opened.recipe.structure
+    asked = session.opened.recipe.remove
     if asked.kept_scores is not None:
         kept = ExpertScores.read(asked.kept_scores)
         if kept.model != model:

@@ -62,7 +62,7 @@ def rehearse(session: Session, plan: Plan) -> Configure:
     if written is None:
         raise UnsupportedModel(f"config.json of {model.weights.model.name_or_path} has no place for {_told(changes)}")
     padding = sum(own.padding(plan) for own in cuts.values()) if plan.uneven else 0
-    share = session.opened.recipe.structure.shares.get("experts")
+    share = session.opened.recipe.remove.shares.get("experts")
     words = words_of(plan, len(model.blocks), share)
     removed = f"{', '.join(words)}: {_sizes(module.num_parameters(), after, padding)}"
     worded = None if written == changes else written

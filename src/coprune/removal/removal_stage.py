@@ -42,11 +42,11 @@ from coprune.run.share import SharedOutput
 
 def check_names(recipe: Recipe) -> None:
     """Look up the scores and the allocation that a recipe names. Raises BadInput for an unknown name or option."""
-    score_named(recipe.structure.score_of("units"))
-    block_score_named(recipe.structure.score_of("blocks"))
-    expert_score_named(recipe.structure.score_of("experts"))
-    if recipe.structure.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
-        spreading_named(recipe.allocation)
+    score_named(recipe.remove.score_of("units"))
+    block_score_named(recipe.remove.score_of("blocks"))
+    expert_score_named(recipe.remove.score_of("experts"))
+    if recipe.remove.spreads or not recipe.cuts_and_prunes:  # or else the allocation is of the zeros
+        spreading_named(recipe.prune.allocation)
 
 
 def what_may_go(session: Session) -> Removable | None:
@@ -56,7 +56,7 @@ def what_may_go(session: Session) -> Removable | None:
         BadInput: nothing of it would go, or all.
         UnsupportedModel: the model has no such parts, or no configuration tells of what would be left.
     """
-    shares = session.opened.recipe.structure.shares
+    shares = session.opened.recipe.remove.shares
     if not shares:
         return None
     return find_for_budget(session) if "parameters" in shares else find_removable(session)
@@ -118,7 +118,7 @@ def _even(session: Session, found: Removable, settled: dict[str, Any] | None) ->
     """The same with as many units of every block. settled: by an earlier run, if it came so far."""
     if found.rehearsed is not None:
         return found.rehearsed
-    asked = session.opened.recipe.structure
+    asked = session.opened.recipe.remove
     budget = asked.share("parameters") if "parameters" in asked.shares else None
     if settled is not None:
         even = as_settled(session, found, settled)
@@ -158,7 +158,7 @@ def _cut_units(
     session: Session, plan: Plan, block: Block, inputs: Mapping[str, Inputs]
 ) -> tuple[list[tuple[Part, list[Tensor]]], list[MatrixResult]]:
     """Cut a block's parts, in place. Each is cut by one process, which tells the others what is left of it."""
-    score = score_named(session.opened.recipe.structure.score_of("units"))
+    score = score_named(session.opened.recipe.remove.score_of("units"))
     parts, processes = plan.parts.get(block.name, ()), session.opened.around.processes
     apart = sum(len(part.parameters) for part in parts) == len({name for part in parts for name in part.parameters})
     jobs = [[part] for part in parts] if apart else [[*parts]]

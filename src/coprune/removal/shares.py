@@ -17,7 +17,7 @@ from coprune.model.blocks import Block
 from coprune.model.checkpoint.encoding import Encoding
 from coprune.model.edit import Configure
 from coprune.model.walk.proven import ProvenModel
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.channels_and_heads import Kind, Part, find_parts, groups_of, step_of
 from coprune.removal.cuts import Plan
@@ -60,7 +60,7 @@ class Removable:
 
 def find_removable(session: Session) -> Removable:
     """Find what a recipe's shares are of, and refuse what cannot go. Raises BadInput, UnsupportedModel."""
-    asked, model = session.opened.recipe.structure, session.model
+    asked, model = session.opened.recipe.remove, session.model
     kinds = _kinds(asked.shares)
     parts = {
         name: [part for part in found if part.kind in kinds] for name, found in (find_parts(model, ()) if kinds else ())
@@ -115,7 +115,7 @@ def share_of(units: int, kept: int) -> str:
 
 def plan_removal(session: Session, found: Removable) -> Plan:
     """Choose the blocks that go, and say how much of the others. Raises BadInput, UnsupportedModel."""
-    asked = session.opened.recipe.structure
+    asked = session.opened.recipe.remove
     dropped = sorted(blocks_that_go(session, _count_of_blocks(session, asked.share("blocks"))))
     score = asked.score_of("blocks")
     session.opened.around.reporter.say(f"Blocks that go, by {score}: {', '.join(map(str, dropped))}.")
@@ -148,9 +148,9 @@ def having(kind: Kind, parts: Mapping[str, Sequence[Part]]) -> set[str]:
 
 def require_align(session: Session, parts: Mapping[str, Sequence[Part]]) -> None:
     """Raise BadInput where channels are to be kept in multiples of more than there are. The default gives way."""
-    align = session.opened.recipe.structure.align
+    align = session.opened.recipe.remove.align
     most = max((part.count for own in parts.values() for part in own if part.kind == "channels"), default=align)
-    if align > most and align != StructurePart.model_fields["align"].default:
+    if align > most and align != RemovePart.model_fields["align"].default:
         cause = f"the blocks have {most} channels at most, which cannot be kept in multiples of {align}"
         raise BadInput(cause, field="align", value=align, fix=f"give {step_of(most, most)} or less")
 
@@ -170,7 +170,7 @@ def _say_without(session: Session, kind: Kind, parts: Mapping[str, Sequence[Part
 
 def _plan_of(session: Session, found: Removable, dropped: Sequence[int]) -> Plan:
     """What goes when some blocks do. Raises BadInput where that is nothing of what is asked for."""
-    asked, keep = session.opened.recipe.structure, dict[Kind, dict[int, int]]()
+    asked, keep = session.opened.recipe.remove, dict[Kind, dict[int, int]]()
     rest = found.without({session.model.names[index] for index in dropped})
     for kind in _kinds(asked.shares):
         groups = groups_of((part for own in rest.parts.values() for part in own), kind)
@@ -233,7 +233,7 @@ def blocks_that_go(session: Session, count: int) -> list[int]:
     """Numbers of the blocks that are missed least."""
     opened = session.opened
     assert opened.samples is not None
-    score = block_score_named(opened.recipe.structure.score_of("blocks"))
+    score = block_score_named(opened.recipe.remove.score_of("blocks"))
     with opened.around.reporter.bar("Choosing blocks", 1.0) as advance:
         batches = opened.task.batches(opened.samples.tokens)
         return score.choose(session.model, batches, count, advance, opened.around.processes)

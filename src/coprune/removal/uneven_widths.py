@@ -43,7 +43,7 @@ from coprune.run.session import Session
 def spread_units(session: Session, plan: Plan) -> Plan:
     """Let blocks keep different numbers of units, as many altogether as a rehearsed plan says, if the recipe asks for that."""
     opened = session.opened
-    asked = spreading_named(opened.recipe.allocation)
+    asked = spreading_named(opened.recipe.prune.allocation)
     if isinstance(asked, Uniform):
         return plan
     if not any(plan.parts.values()):
@@ -121,8 +121,8 @@ def least_error(
 @torch.no_grad()
 def _measured(session: Session, plan: Plan) -> list[Levels]:
     """What keeping fewer units costs every part, from one walk over the dense model."""
-    model, align = session.model, session.opened.recipe.structure.align
-    score = score_named(session.opened.recipe.structure.score_of("units"))
+    model, align = session.model, session.opened.recipe.remove.align
+    score = score_named(session.opened.recipe.remove.score_of("units"))
     recording = record_calibration(session)
     batches = 0 if recording is None else len(recording.hidden)
     keep = partial(some_tokens, batches=batches, total=None if recording is None else recording.uneven)

@@ -100,7 +100,7 @@ def _calibrated_on(report: Report) -> str:
 
 def _what_was_done(report: Report) -> str:
     said = []
-    if report.recipe.structure.remove:
+    if report.recipe.remove.parts:
         kind = "an ordinary model, in part zeros" if report.padding else "an ordinary, smaller model"
         said.append(f"Removed: {'; '.join(report.edits)}. What is left is {kind}.")
     if report.has_zeros:

@@ -71,7 +71,7 @@ def _head(report: Report, links: Sequence[str]) -> str:
     lead = (
         f'<p class="soft">{text(model.source)}: {text(model.model_type)}, {model.blocks} blocks, '
         f"{model.parameters:,} parameters in {text(model.dtype)}. Pattern {text(recipe.shape)}, "
-        f"{text(recipe.calibration.propagation)} propagation.{text(calibration)}</p>"
+        f"{text(recipe.calibrate.propagation)} propagation.{text(calibration)}</p>"
     )
     if report.low_rank is not None:
         lead += f'<p class="soft">Added: {text(report.low_rank.line())}.</p>'

@@ -177,7 +177,7 @@ class Report(Shown, BaseModel):
         for text in self.perplexity[:1]:
             dense = "" if text.dense is None else f"{text.dense:.2f} → "
             tuned = {} if self.finetuned is None else self.finetuned.perplexity
-            after = f" → {tuned[text.data]:.2f} after {recipe.finetune.mode}" if text.data in tuned else ""
+            after = f" → {tuned[text.data]:.2f} after {recipe.train.mode}" if text.data in tuned else ""
             measured = f", perplexity {dense}{text.pruned:.2f}{after} on {text.data}"
         if self.vocabulary is not None and not self.perplexity:
             measured = "".join(f", {text.line()}" for text in self.vocabulary.texts[:1])
@@ -190,7 +190,7 @@ class Report(Shown, BaseModel):
         recipe, model, zeros = self.recipe, self.model, self.sparsity
         rows = [
             ("model", f"{model.source}, {model.parameters:,} parameters, {model.dtype}"),
-            ("method", f"{recipe.way}, {recipe.shape}, {recipe.calibration.propagation} propagation"),
+            ("method", f"{recipe.way}, {recipe.shape}, {recipe.calibrate.propagation} propagation"),
         ]
         if self.has_zeros:
             matrices = f"{per_cent(zeros.matrices)} of the {len(self.matrices)} pruned matrices"
@@ -206,7 +206,7 @@ class Report(Shown, BaseModel):
         rows += [("removed", line) for line in self.edits]
         if self.covered:
             kept = ", ".join(f"{name} {per_cent(share)}" for name, share in self.covered.items())
-            rows.append(("kept", f"of the experts' score by {recipe.structure.score_of('experts')}: {kept}"))
+            rows.append(("kept", f"of the experts' score by {recipe.remove.score_of('experts')}: {kept}"))
         rows += [("left", layer) for layer in self.left_out]
         took = f"{self.prune_seconds:.1f} s to prune, {self.total_seconds:.1f} s in all"
         rows.append(("took", f"{took}, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"))

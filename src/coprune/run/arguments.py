@@ -15,12 +15,10 @@ from coprune.data.given import CalibrationData, TextData
 from coprune.evaluation.arguments import AnswerArguments
 from coprune.recipe.answers import AnswersPart
 from coprune.recipe.choice import Choice
-from coprune.recipe.finetune import FinetunePart, Mode
-from coprune.recipe.low_rank import LowRankPart
-from coprune.recipe.outcome import EvaluationPart, OutputPart
-from coprune.recipe.parts import CalibrationPart, PatternPart, SelectionPart
-from coprune.recipe.reconstruction import ReconstructionPart
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.finetune import Mode, TrainPart
+from coprune.recipe.outcome import EvaluatePart, OutputPart
+from coprune.recipe.parts import CalibratePart, LowRankPart, PrunePart, ReconstructPart
+from coprune.recipe.structure import RemovePart
 
 File = str | Path
 Options = Mapping[str, bool | int | float | str | None]
@@ -49,18 +47,20 @@ class MethodArguments(TypedDict, total=False):
 class CalibrationArguments(TypedDict, total=False):
     """How much is pruned, of what, on which data."""
 
+    prune: PrunePart | Mapping[str, Any]
     options: Options
     use_variant: bool
     sparsity: float | None
     sparsity_ratio: float | None
-    pattern: str | PatternPart | Mapping[str, Any]
+    pattern: str | Mapping[str, Any]
     sparsity_type: str
     permute: bool
     rotate: bool
     include: str | Sequence[str]
     exclude: str | Sequence[str]
-    selection: Literal["sequential", "iterative"] | SelectionPart | Mapping[str, Any]
-    calibration: CalibrationPart | Mapping[str, Any]
+    selection: Literal["sequential", "iterative"] | Mapping[str, Any]
+    calibrate: CalibratePart | Mapping[str, Any]
+    calibration: CalibratePart | Mapping[str, Any]
     dataset: CalibrationData
     nsamples: int
     seqlen: int | None
@@ -75,7 +75,7 @@ class CalibrationArguments(TypedDict, total=False):
     refine: Named | Sequence[Named]
     low_rank: int | LowRankPart | Mapping[str, Any]
     low_rank_rounds: int
-    reconstruction: ReconstructionPart | Mapping[str, Any]
+    reconstruction: ReconstructPart | Mapping[str, Any]
     reconstruct: int
     reconstruct_tokens: int
     reconstruct_lr: float
@@ -86,8 +86,8 @@ class CalibrationArguments(TypedDict, total=False):
 class StructureArguments(TypedDict, total=False):
     """What is removed as a whole."""
 
-    structure: StructurePart | Mapping[str, Any]
-    remove: str | Sequence[str]
+    structure: RemovePart | Mapping[str, Any]
+    remove: str | Sequence[str] | RemovePart | Mapping[str, Any]
     domains: str | Sequence[str] | Mapping[str, File]
     blend: str
     align: int
@@ -105,7 +105,8 @@ class OutcomeArguments(AnswerArguments, total=False):
     cache_dir: File | None
     stream: bool | None
     check_memory: bool
-    finetune: Mode | FinetunePart | Mapping[str, Any] | None
+    train: Literal["whole", "blocks"] | TrainPart | Mapping[str, Any] | None
+    finetune: Mode | TrainPart | Mapping[str, Any] | None
     finetune_minutes: float | None
     finetune_tokens: int | None
     finetune_lr: float | None
@@ -113,8 +114,8 @@ class OutcomeArguments(AnswerArguments, total=False):
     finetune_scope: Literal["all", "blocks"]
     finetune_accumulate: int | None
     finetune_dtype: Literal["float32", "bfloat16"]
-    evaluation: EvaluationPart | Mapping[str, Any]
-    evaluate: bool
+    evaluation: EvaluatePart | Mapping[str, Any]
+    evaluate: bool | EvaluatePart | Mapping[str, Any]
     evaluate_dense: bool
     eval_data: TextData | None
     eval_images: int | None

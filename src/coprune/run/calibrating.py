@@ -28,7 +28,7 @@ dense was 8 % less at 2:4 and 4 % at 60 % on text like that of the calibration; 
 
 def moves_of(session: Session) -> Moves:
     """How the walk of a run moves its inputs on."""
-    asked, keep = session.opened.recipe.calibration, session.reconstruction is not None
+    asked, keep = session.opened.recipe.calibrate, session.reconstruction is not None
     if asked.propagation == "dense":
         return Dense()
     if asked.propagation == "sequential":
@@ -42,7 +42,7 @@ def solving_of(session: Session) -> Solving:
     processes = session.opened.around.processes
     if processes.size == 1:
         return SolvingAlone()
-    sequential = session.opened.recipe.calibration.propagation == "sequential"
+    sequential = session.opened.recipe.calibrate.propagation == "sequential"
     outside = [[matrix] for matrix in session.model.chosen.outside]
     stages = [*session.model.structure.groups, outside]
     if sequential:
@@ -88,7 +88,7 @@ def counted_batches(task: Task, recipe: Recipe, samples: Samples, processes: Pro
     """This process's share of some samples, in batches."""
     own, marks = processes.share(samples.tokens), samples.generated if isinstance(samples, Windows) else None
     batches = task.batches(own)
-    if recipe.calibration.calibrate_on == "all" or marks is None:
+    if recipe.calibrate.calibrate_on == "all" or marks is None:
         return [Counted(batch, None) for batch in batches]
     return [Counted(*pair) for pair in zip(batches, task.batches(own, processes.share(marks)), strict=True)]
 

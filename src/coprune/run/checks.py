@@ -28,7 +28,7 @@ from coprune.pruning.refine.reconstruct import Reconstruction
 from coprune.recipe.choice import Choice
 from coprune.recipe.pattern import Target, parse_pattern
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.structure import RemovePart
 from coprune.report.folder import RECIPE_FILE, REPORT_FILE
 from coprune.report.links import PAGE_FILE
 from coprune.report.schema import DISTRIBUTIONS_FILE
@@ -50,17 +50,17 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
         BadInput: a name or option is unknown, or a combination cannot be.
     """
     if recipe.cuts_and_prunes:  # what is left gets zeros, whose turn comes when the cut is done
-        prepare_solver(recipe.model_copy(update={"structure": StructurePart()}), given)
-    if recipe.structure.remove:
+        prepare_solver(recipe.model_copy(update={"remove": RemovePart()}), given)
+    if recipe.remove.parts:
         from coprune.run.to_removal import check_names
 
         check_names(recipe)
         # What is removed goes by Gram matrices, as SparseGPT does, and nothing is set to zero beside it.
         return Solver(METHODS["sparsegpt"]), Target(parse_pattern("unstructured"), 0.0)
-    method = given if given is not None else _method_of(recipe.method)
-    refinements = tuple(refinement_named(asked) for asked in recipe.refine)
+    method = given if given is not None else _method_of(recipe.prune.method)
+    refinements = tuple(refinement_named(asked) for asked in recipe.prune.refine)
     solver = Solver(method, refinements, low_rank_of(recipe))
-    target = Target(parse_pattern(recipe.pattern.name), recipe.pattern.ratio)
+    target = Target(parse_pattern(recipe.prune.pattern), recipe.prune.ratio)
     # A rehearsal costs milliseconds and finds here what would otherwise stop the run at its first matrix.
     group = target.multiple if target.multiple > 1 else 4
     if group > LARGEST_GROUP:
@@ -75,7 +75,7 @@ def prepare_solver(recipe: Recipe, given: Method | None = None) -> tuple[Solver,
 
 def low_rank_of(recipe: Recipe) -> LowRank | None:
     """What is added to pruned matrices, if the recipe asks for that. Raises BadInput where PEFT is missing."""
-    asked = recipe.low_rank
+    asked = recipe.prune.low_rank
     if not asked.rank:
         return None
     if find_spec("peft") is None:
@@ -112,7 +112,7 @@ def _method_of(asked: Choice) -> Method:
 
 def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
     """The training of every pruned block, if the recipe asks for it."""
-    asked = recipe.reconstruction
+    asked = recipe.prune.reconstruct
     if asked.steps == 0:
         return None
     return Reconstruction(
@@ -121,27 +121,27 @@ def prepare_reconstruction(recipe: Recipe) -> Reconstruction | None:
         learning_rate=asked.learning_rate,
         rates=asked.rates,
         dtype=asked.dtype,
-        seed=recipe.calibration.seed,
+        seed=recipe.calibrate.seed,
     )
 
 
 def check_processes(recipe: Recipe, size: int) -> None:
     """Raise BadInput for what several processes cannot do together."""
-    if size > 1 and recipe.reconstruction.steps:
+    if size > 1 and recipe.prune.reconstruct.steps:
         raise BadInput(
             "reconstruct trains a block on all samples in one process",
             field="reconstruct",
-            value=recipe.reconstruction.steps,
+            value=recipe.prune.reconstruct.steps,
             fix=(LeaveOut("reconstruct"), ", or run without torchrun"),
         )
-    if size > 1 and recipe.low_rank.rank:
+    if size > 1 and recipe.prune.low_rank.rank:
         raise BadInput(
             "what is added to a matrix is found and kept in one process",
             field="low_rank",
-            value=recipe.low_rank.rank,
+            value=recipe.prune.low_rank.rank,
             fix=(LeaveOut("low_rank"), ", or run without torchrun"),
         )
-    samples = recipe.calibration.samples
+    samples = recipe.calibrate.samples
     if size > samples:
         raise BadInput(
             f"{size} processes cannot share {samples} samples",
@@ -208,9 +208,9 @@ def check_widths(matrices: Iterable[Matrix], target: Target) -> None:
 
 def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
     """Raise BadInput where the sparsity cannot be spread as asked, as far as no block has to be looked at for that."""
-    if recipe.structure.remove:
+    if recipe.remove.parts:
         return
-    allocation = allocation_named(recipe.allocation)
+    allocation = allocation_named(recipe.prune.allocation)
     # Whether limits leave room does not depend on what is measured. What experts there are shows when the model runs.
     if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):
         allocation.allocate(units_of(model.chosen, model.names), {}, target)
@@ -218,15 +218,15 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
 
 def reads_calibration(recipe: Recipe) -> bool:
     """Whether the calibration text is looked at: not where all that goes are experts, scored on texts of their own."""
-    only_experts = set(recipe.structure.shares) == {"experts"} and bool(recipe.structure.domains)
-    return not only_experts or recipe.reconstruction.steps > 0
+    only_experts = set(recipe.remove.shares) == {"experts"} and bool(recipe.remove.domains)
+    return not only_experts or recipe.prune.reconstruct.steps > 0
 
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:
     """Whether the calibration data decides the result: for a statistic, reconstruction, allocation, permutation or rotation."""
-    if solver.statistic is not None or recipe.reconstruction.steps > 0 or recipe.pattern.reshapes:
+    if solver.statistic is not None or recipe.prune.reconstruct.steps > 0 or recipe.prune.reshapes:
         return True
-    return allocation_named(recipe.allocation).statistic is not None
+    return allocation_named(recipe.prune.allocation).statistic is not None
 
 
 _FILES = (f".{REPORT_FILE}", PAGE_FILE, DISTRIBUTIONS_FILE, "search.json", "bench.json", "log_*.txt")

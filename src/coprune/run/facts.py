@@ -76,7 +76,7 @@ def build_report(session: Session, found: Found) -> Report:
         sample=found.extras.sample(),
         answers=(answers := found.extras.look.facts()),
         no_answers=found.extras.look.left_out,
-        required=judge(opened.recipe.answers.conditions, answers),
+        required=judge(opened.recipe.evaluate.answers.conditions, answers),
         phases=found.phases,
         made=MadeFacts.here(),
     )
@@ -118,7 +118,7 @@ def _calibration(opened: Opened) -> CalibrationFacts | None:
         nsamples=nsamples,
         seqlen=shape[0] if len(shape) == 1 else None,
         image_size=(shape[1], shape[2]) if len(shape) == 3 else None,
-        seed=opened.recipe.calibration.seed,
+        seed=opened.recipe.calibrate.seed,
         fingerprint=samples.fingerprint,
         sources=list(samples.parts) if isinstance(samples, Windows) else [],
         counted=_counted(opened),
@@ -127,7 +127,7 @@ def _calibration(opened: Opened) -> CalibrationFacts | None:
 
 def _counted(opened: Opened) -> int | None:
     marks = opened.samples.generated if isinstance(opened.samples, Windows) else None
-    return None if marks is None or opened.recipe.calibration.calibrate_on == "all" else int(marks.sum())
+    return None if marks is None or opened.recipe.calibrate.calibrate_on == "all" else int(marks.sum())
 
 
 def _sparsity(session: Session, results: list[MatrixResult]) -> SparsityFacts:

@@ -43,20 +43,20 @@ def run_halves(
         require_login(own.output.push_to_hub)
     if around.replaces is None:
         around = replace(around, replaces=around.processes.from_first(lambda: _replaced(recipe, own)))
-    around = replace(around, whole=None if own.finetune.mode is None else own)
+    around = replace(around, whole=None if own.train.mode is None else own)
     turns = [around]  # the first half replaces what was there, once it has checked all it can
 
     def half(asked: Recipe, its: Given) -> Result:
-        of_source = own.finetune.mode is not None or bool(asked.structure.remove)
+        of_source = own.train.mode is not None or bool(asked.remove.parts)
         turn = turns.pop() if turns else replace(around, replaces=None)
         return run(asked, its, turn, write, reuse if of_source else None)
 
-    return _tuned(own, given, around, half) if own.finetune.mode is not None else _cut(own, given, around, write, half)
+    return _tuned(own, given, around, half) if own.train.mode is not None else _cut(own, given, around, write, half)
 
 
 def _replaced(recipe: Recipe, own: Recipe) -> Recipe | None:
     """The run that replaces what is there, if this one does; what both halves would refuse is refused before either."""
-    trains = own.finetune.mode is not None
+    trains = own.train.mode is not None
     first, second = TUNED if trains else CUT
     if recipe.output.overwrite:
         refuse_own_source(recipe)

@@ -72,17 +72,17 @@ def inspect(
 
 def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, given: Given = NOTHING) -> Inspection:
     """Look at what a recipe would prune. Raises BadInput as a run with the recipe would."""
-    if recipe.structure.remove:
+    if recipe.remove.parts:
         cause = "inspect tells where zeros would be, and not which parts would be removed"
         raise BadInput(cause, field="remove", fix=LeaveOut("remove"))
     _, target = prepare_solver(recipe)
-    allocation_named(recipe.allocation)
+    allocation_named(recipe.prune.allocation)
     with reporter.libraries():
         loaded = given.loaded or _open(recipe, reporter)
     if isinstance(loaded.weights, Imagined):
         weights = False
     blocks = find_blocks(loaded.model)
-    chosen = choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude)
+    chosen = choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude)
     check_widths(chosen.all(), target)
     targets = _plan(recipe, loaded, FoundModel(loaded.weights, blocks, chosen), target, reporter)
     found: list[InspectedMatrix] = []
@@ -101,19 +101,19 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
         matrices=(*found, *_inspected(chosen.outside, None, targets, {})),
         left_out=tuple(str(layers) for layers in chosen.left_out if layers.kind not in kinds),
         target=target,
-        allocation=str(recipe.allocation),
+        allocation=str(recipe.prune.allocation),
         stored=() if loaded.weights.stored_as is None else tuple(loaded.weights.stored_as.lines()),
     )
 
 
 def _open(recipe: Recipe, reporter: Reporter) -> Loaded:
     """Open the model, by its configuration alone where its weights are not here and nothing needs them."""
-    allocation = allocation_named(recipe.allocation)
+    allocation = allocation_named(recipe.prune.allocation)
     if (loaded := open_without_weights(recipe.model)) is None:
-        return open_model(recipe.model, stream=recipe.allocation.name not in WHOLE_MODEL)
+        return open_model(recipe.model, stream=recipe.prune.allocation.name not in WHOLE_MODEL)
     if allocation.looks:
         raise BadInput(
-            f"allocation {recipe.allocation} looks at weights, and there is a configuration of {loaded.source} alone",
+            f"allocation {recipe.prune.allocation} looks at weights, and there is a configuration of {loaded.source} alone",
             field="allocation",
             fix=LeaveOut("allocation"),
         )
@@ -139,7 +139,7 @@ def _count_zeros(weights: Weights, block: str, matrices: list[Matrix]) -> dict[s
 
 def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, reporter: Reporter) -> dict[str, Target]:
     """What every chosen matrix would become, by name."""
-    recording, allocation = None, allocation_named(recipe.allocation)
+    recording, allocation = None, allocation_named(recipe.prune.allocation)
     if allocation.statistic is not None:
         task = task_for(recipe, loaded)
         samples = task.calibration(True, reporter)

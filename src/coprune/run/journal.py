@@ -218,17 +218,17 @@ def may_round_otherwise(recipe: Recipe) -> bool:
 
     Not where a step of training takes one batch, nor where what goes from one block must fit what goes from the others.
     """
-    fits = recipe.structure.remove or recipe.pattern.reshapes
-    return not (recipe.reconstruction.steps or fits)
+    fits = recipe.remove.parts or recipe.prune.reshapes
+    return not (recipe.prune.reconstruct.steps or fits)
 
 
 def weighs_blocks(recipe: Recipe) -> bool:
     """Whether blocks are weighed by what a run does with all of the model in memory, and by something else without."""
-    if not recipe.structure.remove:
+    if not recipe.remove.parts:
         return False  # options of the same name are others for zeros
     from coprune.run.to_removal import ByError, spreading_named
 
-    by = spreading_named(recipe.allocation)
+    by = spreading_named(recipe.prune.allocation)
     return isinstance(by, ByError) and by.tokens > 0
 
 
@@ -239,9 +239,9 @@ def run_identity(
     settings, rounding = recipe.deciding(Decides.RESULT), recipe.deciding(Decides.ROUNDING)
     if not may_round_otherwise(recipe):
         settings, rounding = settings | rounding, {}
-    if recipe.allocation.is_file:
-        settings["allocation file"] = Path(recipe.allocation.name).read_text(encoding="utf-8")
-    if (kept := recipe.structure.kept_scores) is not None and kept.is_file():
+    if recipe.prune.allocation.is_file:
+        settings["allocation file"] = Path(recipe.prune.allocation.name).read_text(encoding="utf-8")
+    if (kept := recipe.remove.kept_scores) is not None and kept.is_file():
         settings["experts' scores"] = hashlib.sha256(kept.read_bytes()).hexdigest()
     if weighs_blocks(recipe):
         settings["what blocks are weighed by"] = "hidden states" if streams else "logits"

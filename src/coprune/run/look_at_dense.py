@@ -32,19 +32,19 @@ def look_at_dense(session: Session, record: Record) -> Callable[[Matrix], Target
     opened, model = session.opened, session.model
     recipe, reporter, processes = opened.recipe, opened.around.reporter, opened.around.processes
     # In this order, since values are turned for the groups in which inputs stand.
-    if recipe.pattern.permute:
+    if recipe.prune.permute:
         _permute(session)
-    if recipe.pattern.rotate:
+    if recipe.prune.rotate:
         _rotate(session)
-    allocation, recording = allocation_named(recipe.allocation), None
+    allocation, recording = allocation_named(recipe.prune.allocation), None
     if allocation.statistic is not None:
         recording = _record_few(session, allocation.first) if allocation.first else record()
     bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
     with bar as advance:
         targets = plan_targets(allocation, model, recording, opened.target, processes, advance)
     targets = processes.from_first(lambda: targets)
-    if recipe.allocation.name != "uniform":
-        reporter.say(f"Allocation {recipe.allocation}: {describe_targets(model.chosen, targets)}")
+    if recipe.prune.allocation.name != "uniform":
+        reporter.say(f"Allocation {recipe.prune.allocation}: {describe_targets(model.chosen, targets)}")
     return lambda matrix: targets[matrix.name]
 
 

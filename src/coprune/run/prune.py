@@ -36,9 +36,10 @@ from coprune.model.opened import (
 from coprune.pruning.methods import Method, find_method, is_option, option_names
 from coprune.pruning.methods.given import choice_of
 from coprune.recipe.choice import Choice
-from coprune.recipe.flat import FLAT, PARTS, PRESET, TRAIN, is_setting, layered
-from coprune.recipe.presets import PRESETS, preset_settings, usual_preset
+from coprune.recipe.flat import PRESET, is_setting, layered
+from coprune.recipe.presets import PRESETS, preset_settings, usual_preset, way_said
 from coprune.recipe.recipe import Recipe, make_recipe
+from coprune.recipe.tree import FLAT, PARTS
 from coprune.run.arguments import PruneArguments
 from coprune.run.estimate.found import Estimate, PresetCosts
 from coprune.run.result import Result
@@ -136,7 +137,7 @@ def _recipe_of(model: Any, preset: str, processor: Any, settings: Mapping[str, A
 
 def _after_vocabulary(recipe: Recipe, reporter: Reporter) -> Recipe:
     """What a run does once it has cut a vocabulary. Raises BadInput where that is nothing."""
-    if recipe.structure.vocabulary is None:
+    if recipe.remove.vocabulary is None:
         return recipe
     if (rest := rest_of(recipe)) is None:
         cause = "a run that only cuts a vocabulary takes little more than copying the model"
@@ -170,7 +171,7 @@ def estimate_recipe(
         if not presets:
             return found
         if asked.loaded is None:  # once for all of them, and no more of it than they need
-            asked = Given(open_model(recipe.model, stream=not recipe.calibration.is_own))
+            asked = Given(open_model(recipe.model, stream=not recipe.calibrate.is_own))
         costs, quiet = dict[str, PresetCosts](), Reporter(quiet=True)
         with reporter.bar("Estimating presets", len(presets)) as advance:
             for name, other in presets.items():
@@ -184,7 +185,7 @@ def estimate_recipe(
 
 def _estimate(recipe: Recipe, given: Given, reporter: Reporter, remember: Remember) -> Estimate:
     loaded = given.loaded
-    asked = recipe.calibration
+    asked = recipe.calibrate
     reads = loaded is not None and loaded.processor is not None and not asked.is_own
     if loaded is None or not isinstance(loaded.weights, Imagined) or reads:
         return _estimate_open(recipe, given, reporter, remember)
@@ -201,7 +202,7 @@ def _estimate_open(recipe: Recipe, given: Given, reporter: Reporter, remember: R
     found = open_run(recipe, given, Surroundings(reporter), remember).estimate()
     if found is None:
         raise BadInput("only runs on language models can be estimated so far", field="model")
-    if recipe.finetune.mode is not None and recipe.finetune.tokens is None and recipe.finetune.minutes is None:
+    if recipe.train.mode is not None and recipe.train.tokens is None and recipe.train.minutes is None:
         reporter.say("The fine-tuning afterwards is not counted, since nothing says how long it is.")
     return found
 
@@ -242,7 +243,7 @@ def read_call(
         processor = settings[name] if settings.get(name) is not None else processor
     loaded = None if isinstance(model, str | Path) else _in_memory(model, processor, said)
     named, given = (method, None) if method is None or isinstance(method, str | Mapping | Choice) else choice_of(method)
-    usual = {} if preset is None else preset_settings(preset, train=said.get(TRAIN))
+    usual = {} if preset is None else preset_settings(preset, train=way_said(said))
     chosen = named if named is not None else usual.get("method", _DEFAULT_METHOD)
     own = None if isinstance(chosen, Choice) and chosen.is_given else options_of(chosen)
     by_call = ({} if named is None else {"method": named}) | sort_options(said, own)

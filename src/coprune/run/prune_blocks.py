@@ -60,9 +60,9 @@ def prune_blocks(session: Session, output: Output | None, reuse: Reuse) -> Outco
     started = time.perf_counter()
     target_of = look_at_dense(session, lambda: record_calibration(session, dense=False))
     known = reuse.gathered(session, finished, lambda: record_calibration(session, dense=False))
-    with reporter.bar(f"Pruning with {recipe.method.name}", len(model.blocks)) as advance:
+    with reporter.bar(f"Pruning with {recipe.prune.method.name}", len(model.blocks)) as advance:
         # In `dense` propagation nothing has to run through blocks that are all known.
-        recording = None if recipe.calibration.propagation == "dense" and known else record_to_prune(session)
+        recording = None if recipe.calibrate.propagation == "dense" and known else record_to_prune(session)
         walk = Walk(
             model,
             recording,
@@ -113,7 +113,7 @@ def _prune(
         walk,
         opened.solver,
         target_of,
-        opened.recipe.evaluation.layer_error,
+        opened.recipe.evaluate.layer_error,
         block_done,
         solving_of(session),
     )
@@ -125,7 +125,7 @@ def _idle_trainings(recipe: Recipe, results: Sequence[MatrixResult]) -> str | No
     if not idle or 3 * idle < trainings:
         return None
     smaller: tuple[str | Piece, ...] = ("A smaller ", Setting("reconstruct_lr"), " may.")
-    if recipe.reconstruction.rates == "absolute":
+    if recipe.prune.reconstruct.rates == "absolute":
         by_size = Together((Set("reconstruct_rates", "relative"), Set("reconstruct_lr", DEFAULTS["reconstruct_lr"])))
         smaller = ("Rates by the size of each matrix may: ", by_size, ".")
     return say((f"The training of {idle} of {trainings} blocks gained nothing. ", *smaller))

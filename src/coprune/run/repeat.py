@@ -50,7 +50,7 @@ def _settings_in(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if not (folder / REPORT_FILE).is_file():
         # An unfinished run goes on where only last bits would differ, as its journal does.
         there |= {name: value for name, value in recipe.deciding(Decides.ROUNDING).items() if name in there}
-    if recipe.finetune.mode is None:
+    if recipe.train.mode is None:
         return there
     from coprune.training.after_pruning import pruning_of  # needs an extra, as fine-tuning does
 
@@ -88,7 +88,7 @@ def _numbered(folder: Path, number: int) -> Path:
 
 
 def _is_finished(run: Path, recipe: Recipe) -> bool:
-    tuned = recipe.finetune.mode is None or (run / "finetune" / "finetune.json").is_file()
+    tuned = recipe.train.mode is None or (run / "finetune" / "finetune.json").is_file()
     return (run / REPORT_FILE).is_file() and tuned
 
 

@@ -118,7 +118,7 @@ class Opened:
 
         What is beyond goes beside the run folder, whose disk is meant for large files, or to the folder for temporary ones.
         """
-        asked, folder = self.recipe.calibration, self.recipe.run_folder
+        asked, folder = self.recipe.calibrate, self.recipe.run_folder
         limit = None if asked.activation_memory is None else int(asked.activation_memory * GIB / lists)
         room = device_room(self.loaded.device, asked.device_activation_memory)
         own = None if room is None else replace(room, nbytes=room.nbytes // lists)
@@ -149,11 +149,11 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
         BadInput, UnsupportedModel: for what cannot be done as asked.
     """
     started = time.perf_counter()
-    if recipe.evaluation.perplexity and recipe.evaluation.data is not None:
-        plain_names(recipe.evaluation.data)
+    if recipe.evaluate.perplexity and recipe.evaluate.data is not None:
+        plain_names(recipe.evaluate.data)
     solver, target = prepare_solver(recipe, given.method)
-    if not recipe.structure.remove:
-        allocation_named(recipe.allocation)
+    if not recipe.remove.parts:
+        allocation_named(recipe.prune.allocation)
     check_processes(recipe, around.processes.size)
     reporter, loaded = around.reporter, given.loaded
     require_history(expand_home(recipe.model.name))
@@ -168,9 +168,9 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     found = FoundModel(
         loaded.weights,
         blocks,
-        choose_matrices(loaded.model, blocks, recipe.selection.include, recipe.selection.exclude),
+        choose_matrices(loaded.model, blocks, recipe.prune.include, recipe.prune.exclude),
     )
-    if "experts" in recipe.structure.shares:
+    if "experts" in recipe.remove.shares:
         from coprune.run.to_removal import may_have_experts
 
         if not may_have_experts(found):
@@ -178,7 +178,7 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
     # Whether parameters of three dimensions are experts shows when the model runs.
     check_widths((matrix for matrix in found.chosen.all() if matrix.expert is None), target)
     check_allocation(recipe, found, target)
-    check_rank((matrix for block in found.chosen.blocks for matrix in block), recipe.low_rank.rank)
+    check_rank((matrix for block in found.chosen.blocks for matrix in block), recipe.prune.low_rank.rank)
     task = task_for(recipe, loaded, around.processes, remember)
     samples = task.calibration(needs_inputs(recipe, solver), reporter) if reads_calibration(recipe) else None
     domains = _domains(recipe, loaded, around, remember)
@@ -189,25 +189,25 @@ def open_run(recipe: Recipe, given: Given, around: Surroundings, remember: Remem
 
 def _require_reach(recipe: Recipe) -> None:
     """Raise BadInput where the text is a corpus of the Hub, which does not answer: before a model is loaded."""
-    reads_text = "data" in recipe.calibration.model_fields_set or locates_gguf(recipe.model.name)
-    for source in split_sources(recipe.calibration.data) if reads_text and reads_calibration(recipe) else ():
+    reads_text = "data" in recipe.calibrate.model_fields_set or locates_gguf(recipe.model.name)
+    for source in split_sources(recipe.calibrate.data) if reads_text and reads_calibration(recipe) else ():
         corpus = HUB_CORPORA.get(source.name)
         if corpus is not None and source.name not in EMBEDDED:
-            with about("dataset", recipe.calibration.data):
+            with about("dataset", recipe.calibrate.data):
                 require_dataset(corpus.dataset, recipe.model.cache_dir, Set("dataset", "embedded"))
 
 
 def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
     """Say where bfloat16 was asked for, and a processor that lacks its products does without."""
     # A training afterwards speaks for itself.
-    if recipe.reconstruction.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
+    if recipe.prune.reconstruct.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
         reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
 
 
 def _domains(recipe: Recipe, loaded: Loaded, around: Surroundings, remember: Remember) -> dict[str, Windows]:
     """Samples of every domain. Raises BadInput where a model does not read text."""
     found = {}
-    for name, text in recipe.structure.texts.items():
+    for name, text in recipe.remove.texts.items():
         task = task_for(recipe.replaced(dataset=text), loaded, around.processes, remember)
         samples = task.calibration(True, around.reporter)
         if not isinstance(samples, Windows):
@@ -228,7 +228,7 @@ def prove_run(opened: Opened) -> Session:
     for left_out in [*model.chosen.left_out, *opened.loaded.left_out]:
         opened.around.reporter.say(f"Left alone: {left_out}.")
     settled, reconstruction = _settle_bos(opened, model), prepare_reconstruction(opened.recipe)
-    not_added = wrap_layers(model, called) if opened.recipe.low_rank.rank else []
+    not_added = wrap_layers(model, called) if opened.recipe.prune.low_rank.rank else []
     for name in not_added:
         opened.around.reporter.say(f"Nothing is added to {name}.")
     return Session(settled, model, reconstruction, not_added)
@@ -242,7 +242,7 @@ def _settle_bos(opened: Opened, model: ProvenModel) -> Opened:
     choice = task.choose_bos(score_of(model, opened.activations()), opened.looked_at, opened.data)
     if (line := choice.line()) is not None:
         opened.around.reporter.say(f"The token that begins a text: {line}.")
-        if recipe.calibration.bos == "auto" and choice.used == "every":
+        if recipe.calibrate.bos == "auto" and choice.used == "every":
             usual = ("The papers' way, once at the start of the text, is ", Set("bos", "first"), ".")
             opened.around.reporter.say(say(usual))
     domains = {name: task.samples_begun(choice, one) for name, one in opened.domains.items()}

@@ -86,11 +86,11 @@ def run_recipe(
 def _run_among(recipe: Recipe, given: Given, around: Surroundings, write: bool, reuse: Reuse | None = None) -> Result:
     """As `run_recipe`, of a whole run or of its half."""
     started, processes = time.perf_counter(), around.processes
-    if recipe.structure.vocabulary is not None:
+    if recipe.remove.vocabulary is not None:
         return cut_vocabulary(recipe, given, around, write, _run_among)
     if recipe.output.as_gguf:
         refuse_other_changes(recipe, given)
-    if recipe.finetune.mode is not None or recipe.cuts_and_prunes:
+    if recipe.train.mode is not None or recipe.cuts_and_prunes:
         return run_halves(recipe, given, around, write, _run_among, reuse)
     if processes.size == 1 and write and (report := announced(recipe)) is not None:
         finish_run_folder(recipe, report)
@@ -159,7 +159,7 @@ def _run(recipe: Recipe, given: Given, around: Surroundings, reuse: Reuse, phase
 
 
 def _what_may_go(session: Session) -> Removable | None:
-    if not session.opened.recipe.structure.remove:
+    if not session.opened.recipe.remove.parts:
         return None
     from coprune.run.to_removal import what_may_go
 
@@ -271,7 +271,7 @@ class Phases:
 def measure_dense(session: Session, extras: Extras) -> dict[str, Measured]:
     """Everything that is measured of the dense model."""
     opened = session.opened
-    found = measure(session, "dense") if opened.recipe.evaluation.dense else {}
+    found = measure(session, "dense") if opened.recipe.evaluate.dense else {}
     if opened.around.processes.first:
         extras.measure("dense", opened.loaded, opened.around.reporter)
     return found
@@ -282,13 +282,13 @@ def look_at_pruned(session: Session, extras: Extras, edits: Edits) -> None:
     opened, reporter = session.opened, session.opened.around.reporter
     if extras.look.looks:
         with opened.loaded.whole(reporter) as module:
-            model = _smaller_model(session, edits) if opened.recipe.structure.remove else module
-            extras.look.ask(model, opened.loaded, reporter, opened.recipe.calibration.batch_size)
+            model = _smaller_model(session, edits) if opened.recipe.remove.parts else module
+            extras.look.ask(model, opened.loaded, reporter, opened.recipe.calibrate.batch_size)
 
 
 def measure_alone(session: Session) -> dict[str, Measured]:
     """The same of what is in the weights alone, where matrices of low rank are added to them; nothing elsewhere."""
-    if not session.opened.recipe.low_rank.rank:
+    if not session.opened.recipe.prune.low_rank.rank:
         return {}
     with without_factors(session.model.module):
         return measure(session, "sparse")
@@ -311,7 +311,7 @@ def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -
 
     device: whose memory that is about; in_memory: whether the model was handed over, and so is there whatever is asked for.
     """
-    calibration = recipe.calibration
+    calibration = recipe.calibrate
     batch = [Set("batch_size", 1)] if calibration.batch_size != 1 else []
     activations = "activation_memory" if in_host_memory(device) else "device_activation_memory"
     onward = [Set(activations, 0)] if recipe.setting(activations) != 0 else []
@@ -322,7 +322,7 @@ def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -
         onward = batch + onward
     else:
         anew = batch + anew
-    if calibration.propagation == "sequential" and not recipe.structure.remove:
+    if calibration.propagation == "sequential" and not recipe.remove.parts:
         anew.append(Set("propagation", "block"))
     begun = ("Begun anew, it takes less with ", Together(tuple(anew)))
     if not onward:

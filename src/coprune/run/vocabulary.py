@@ -97,11 +97,11 @@ def cut_vocabulary(recipe: Recipe, given: Given, around: Surroundings, write: bo
 
 def rest_of(recipe: Recipe) -> Recipe | None:
     """Return what is asked for besides the vocabulary; None for nothing."""
-    left = recipe.structure.without_vocabulary()
-    if not left.remove and not recipe.pattern.is_said:
+    left = recipe.remove.without_vocabulary()
+    if not left.parts and not recipe.prune.asks_for_zeros:
         return None
     told = {"push_to_hub": None, "private": None, "overwrite": None}
-    return recipe.model_copy(update={"structure": left}).replaced(**told)
+    return recipe.model_copy(update={"remove": left}).replaced(**told)
 
 
 def _refuse(recipe: Recipe, around: Surroundings, alone: bool) -> None:
@@ -114,7 +114,7 @@ def _refuse(recipe: Recipe, around: Surroundings, alone: bool) -> None:
             both = f"{model} would be a GGUF file, and what else is asked for leaves a folder"
             raise BadInput(both, field="save_model", value=model, fix="name a folder, and export that")
         return
-    for field, asked in (("tasks", recipe.evaluation.runs_tasks), ("generate", recipe.answers.is_asked)):
+    for field, asked in (("tasks", recipe.evaluate.runs_tasks), ("generate", recipe.evaluate.answers.is_asked)):
         if asked:
             cause: Words = (Setting(field), " is not measured by a run that only cuts a vocabulary")
             later = Command("evaluate", "FOLDER", Set(field, ...))
@@ -223,13 +223,13 @@ def _chosen(recipe: Recipe, around: Surroundings, source: Source, keep: Path | N
     if (known := _known(recipe, keep)) is not None:
         return known
     asked = Asked(
-        structure=recipe.structure,
-        data=recipe.calibration.data,
+        structure=recipe.remove,
+        data=recipe.calibrate.data,
         cache_dir=recipe.model.cache_dir,
         dtype=recipe.model.dtype,
         device=choose_device(recipe.model.device),
-        runs=recipe.evaluation.perplexity and recipe.model.stream is not True,
-        tokens=recipe.evaluation.tokens,
+        runs=recipe.evaluate.perplexity and recipe.model.stream is not True,
+        tokens=recipe.evaluate.tokens,
         state=None if keep is None else keep / _TRIES,
     )
     cutting = Cutting(source, asked, around.reporter)

@@ -31,7 +31,7 @@ class Run:
     @property
     def way(self) -> str:
         """What tables call it: its method, or its preset with the method that it brought."""
-        method = self.recipe.method.name
+        method = self.recipe.prune.method.name
         return method if self.preset is None else f"{self.preset} ({method})"
 
 
@@ -119,9 +119,9 @@ def _run(sweep: Sweep, combination: Settings, models: Mapping[str, str]) -> Run:
         own, also = sweep.folders, {"model": model, PRESET: folder_part(PRESET, combination.get(PRESET), bare=True)}
         name = _default_folder(sweep, combination, model) if own is None else _folder(own, plain, also)
         places = {field: expand_home(combination[field]) / name for field in FOLDERS if combination.get(field)}
-        places["save"] = sweep.folder / (name or plain.method.name)
+        places["save"] = sweep.folder / (name or plain.prune.method.name)
         recipe = make_recipe({**combination, **elsewhere, **places})
-        return Run(name or plain.method.name, recipe, combination.get(PRESET))
+        return Run(name or plain.prune.method.name, recipe, combination.get(PRESET))
     except BadInput as error:
         told = ", ".join(f"{field} {combination.get(field)}" for field in varied(sweep))
         raise (error.within(f"the run with {told}") if told else error) from None
@@ -152,7 +152,7 @@ def _model_parts(sweep: Sweep) -> dict[str, str]:
 
 def _folder(template: str, recipe: Recipe, also: Mapping[str, str]) -> str:
     known = {name: folder_part(name, value, bare=True) for name, value in recipe.flat().items()}
-    known |= {"sparsity": f"{recipe.pattern.ratio:g}", **also}
+    known |= {"sparsity": f"{recipe.prune.ratio:g}", **also}
     try:
         # Fields alone: a width (`{method:>1000000000}`) or an attribute has no sense in a path.
         if any(spec or conversion for _, _, spec, conversion in Formatter().parse(template)):

@@ -21,8 +21,9 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.validation import explain
 from coprune.base.words import Set
 from coprune.recipe.choice import Choice, split_choice
-from coprune.recipe.flat import FLAT, PRESET, flatten, layered, word_for
+from coprune.recipe.flat import PRESET, flatten, layered, word_for
 from coprune.recipe.recipe import DEFAULTS, read_settings
+from coprune.recipe.tree import FLAT
 
 _LIST_FIELDS = tuple(name for name, default in DEFAULTS.items() if default == ())
 # Each run of a sweep would write to the same place.

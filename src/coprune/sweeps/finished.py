@@ -103,7 +103,7 @@ def models_to_compare(name: str) -> list[str]:
 
 def _is_to_train(recipe: Recipe, report: Report) -> bool:
     """Whether a run that trains has not done so yet: its report is the pruning's."""
-    return recipe.finetune.mode is not None and report.finetuned is None
+    return recipe.train.mode is not None and report.finetuned is None
 
 
 def _pruning_of(recipe: Recipe) -> Recipe:

@@ -70,7 +70,7 @@ def results_markdown(
 ) -> str:
     """The tables, what is missing in them, and what the sweep took."""
     parts = [markdown(table) for table in paper_tables(sweep, runs, reports)]
-    seeds = {run.recipe.calibration.seed for run in runs}
+    seeds = {run.recipe.calibrate.seed for run in runs}
     if len(seeds) > 1:
         parts.append(f"Mean ± standard deviation over the seeds {', '.join(map(str, sorted(seeds)))}.\n")
     parts.append(f"{len(reports)} of {len(runs)} runs are done. {ledger.line()}".rstrip() + "\n")
@@ -82,8 +82,8 @@ def results_markdown(
 def _row(run: Run, report: Report | None, failure: str | None, fields: Sequence[str]) -> Row:
     recipe = run.recipe
     state = "done" if report is not None else "failed" if failure is not None else "not done"
-    row: Row = {"run": run.name, "state": state, "model": recipe.model.name, "method": recipe.method.name}
-    row |= {"pattern": recipe.pattern.name, "ratio": recipe.pattern.ratio, "seed": recipe.calibration.seed}
+    row: Row = {"run": run.name, "state": state, "model": recipe.model.name, "method": recipe.prune.method.name}
+    row |= {"pattern": recipe.prune.pattern, "ratio": recipe.prune.ratio, "seed": recipe.calibrate.seed}
     others = [name for name in ("dataset", "nsamples", "seqlen", *fields) if name != PRESET]
     row |= ({PRESET: run.preset} if PRESET in fields else {}) | {name: _plain(recipe.setting(name)) for name in others}
     if report is not None:

@@ -126,9 +126,9 @@ class SweepReuse(Reuse):
         opened = session.opened
         texts = [data for data in opened.data.values() if isinstance(data, EvaluationText)]
         alone = opened.around.processes.size == 1
-        if opened.recipe.evaluation.log_samples is not None and opened.recipe.evaluation.runs_tasks:
+        if opened.recipe.evaluate.log_samples is not None and opened.recipe.evaluate.runs_tasks:
             return measure()  # whose items are logged beside the run's
-        if not opened.recipe.evaluation.dense or len(texts) < len(opened.data) or not alone:
+        if not opened.recipe.evaluate.dense or len(texts) < len(opened.data) or not alone:
             return measure()
         anew: dict[str, Measured] | None = None
 
@@ -197,7 +197,7 @@ def dense_key(session: Session) -> str:
     names += ["generate", "generate_prompts", "generate_tokens", "generate_temperature", "generate_seed"]
     settings = {name: session.opened.recipe.setting(name) for name in names}
     recipe = session.opened.recipe
-    plan = plan_of(recipe.answers, recipe.output.model is not None)
+    plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)
     settings["answers"] = None if plan is None else plan.prompts.fingerprint
     return json.dumps(_computed(session) | settings | {"texts": texts}, sort_keys=True, default=str)
 
@@ -209,7 +209,7 @@ def statistics_key(session: Session) -> str:
     statistic = opened.solver.statistic
     facts = {
         "samples": opened.samples.fingerprint,
-        "calibrate_on": opened.recipe.calibration.calibrate_on,
+        "calibrate_on": opened.recipe.calibrate.calibrate_on,
         "batches": [tuple(batch.shape) for batch in opened.task.batches(opened.samples.tokens)],
         "statistic": None if statistic is None else statistic.__name__,
         "groups": [[[matrix.name for matrix in group] for group in groups] for groups in model.structure.groups],

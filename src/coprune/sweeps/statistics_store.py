@@ -45,14 +45,14 @@ def shared_places(session: Session, finished: Mapping[str, object]) -> list[str]
     opened, model = session.opened, session.model
     recipe, alone = opened.recipe, opened.around.processes.size == 1
     # Permuted or rotated weights are others in every run.
-    if not alone or opened.samples is None or recipe.pattern.reshapes:
+    if not alone or opened.samples is None or recipe.prune.reshapes:
         return []
     names = model.names
-    if recipe.calibration.propagation == "dense":
+    if recipe.calibrate.propagation == "dense":
         places = [*names, OUTSIDE] if model.chosen.outside else names
     else:
         # In `sequential` propagation it would be one group, before anything in the first block is pruned.
-        places = names[:1] if recipe.calibration.propagation == "block" else []
+        places = names[:1] if recipe.calibrate.propagation == "block" else []
     return [name for name in places if name not in finished]
 
 

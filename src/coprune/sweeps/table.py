@@ -106,7 +106,7 @@ def _table(model: str, runs: Sequence[Run], measure: Measure, beside: Sequence[s
 
 def _column(run: Run) -> str:
     recipe = run.recipe
-    return parse_pattern(recipe.pattern.name).label(f"{100 * recipe.pattern.ratio:g} %")
+    return parse_pattern(recipe.prune.pattern).label(f"{100 * recipe.prune.ratio:g} %")
 
 
 def _row(run: Run, beside: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from coprune.model.checkpoint.source_encoding import checkpoint_entries
 from coprune.model.imagined import Imagined
 from coprune.model.room import room_on
 from coprune.model.walk.activations import GIB
-from coprune.recipe.finetune import LEARNING_RATES, FinetunePart, has_adapters, has_teacher
+from coprune.recipe.finetune import LEARNING_RATES, TrainPart, has_adapters, has_teacher
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
@@ -117,7 +117,7 @@ def _of_both(report: Report, recipe: Recipe, found: FinetuneReport) -> Report:
 
 def _require_teacher(recipe: Recipe) -> None:
     """Refuse a distillation from a model that is in memory alone, where pruning changes it."""
-    if not has_teacher(recipe.finetune.mode):
+    if not has_teacher(recipe.train.mode):
         return
     try:
         locate(recipe.model.name, recipe.model.cache_dir)
@@ -125,17 +125,17 @@ def _require_teacher(recipe: Recipe) -> None:
         raise BadInput(
             f"distillation loads the dense model anew, and {recipe.model.name} is in memory alone",
             field="finetune",
-            value=recipe.finetune.mode,
+            value=recipe.train.mode,
             fix=("name the model's folder, or use ", Set("finetune", "dense")),
         ) from None
 
 
 def _require_room(recipe: Recipe, settings: FinetuneSettings) -> None:
     """Refuse a training that could never fit, before anything is pruned; of what parts are removed from, less is trained."""
-    if has_adapters(recipe.finetune.mode) or recipe.structure.remove or not recipe.model.check_memory:
+    if has_adapters(recipe.train.mode) or recipe.remove.parts or not recipe.model.check_memory:
         return
     where = locate(recipe.model.name, recipe.model.cache_dir)
-    distills = has_teacher(recipe.finetune.mode)
+    distills = has_teacher(recipe.train.mode)
     require_room_to_train(where, settings.optimizer, settings.scope, distills, training_device(settings.device))
 
 
@@ -151,7 +151,7 @@ def _finetuned_before(settings: FinetuneSettings) -> FinetuneReport | None:
 def pruning_of(recipe: Recipe) -> Recipe:
     """The recipe of the pruning alone."""
     pruned = recipe.run_folder / "pruned"
-    untrained = recipe.model_copy(update={"finetune": FinetunePart()})
+    untrained = recipe.model_copy(update={"train": TrainPart()})
     return untrained.replaced(save_model=pruned, generate=None, require=None, push_to_hub=None, private=None)
 
 
@@ -159,33 +159,33 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
     """The settings of the fine-tuning: data, length, seed, evaluation and device of the pruning."""
     # A dataset that nobody named stays so, since it depends on the model what that means.
     # Of several the largest that is text as it stands: a training reads one.
-    sources = split_sources(recipe.calibration.data)
+    sources = split_sources(recipe.calibrate.data)
     plain = [source for source in sources if source.is_text and not reads_conversations(source)]
-    named = "data" in recipe.calibration.model_fields_set and plain
+    named = "data" in recipe.calibrate.model_fields_set and plain
     data = {"dataset": max(plain, key=lambda source: source.share).name} if named else {}
     return make_settings(
         data
         | {
             "model": str(recipe.run_folder / "pruned"),
-            "mode": recipe.finetune.mode,
-            "teacher": recipe.model.name if has_teacher(recipe.finetune.mode) else None,
-            "seqlen": recipe.calibration.seqlen,
-            "minutes": recipe.finetune.minutes,
-            "tokens": recipe.finetune.tokens,
-            "learning_rate": recipe.finetune.learning_rate,
-            "rates": recipe.finetune.rates,
-            "scope": recipe.finetune.scope,
-            "exclude": recipe.selection.exclude,
-            "accumulate": recipe.finetune.accumulate,
-            "bf16": recipe.finetune.dtype == "bfloat16",
-            "seed": recipe.calibration.seed,
+            "mode": recipe.train.mode,
+            "teacher": recipe.model.name if has_teacher(recipe.train.mode) else None,
+            "seqlen": recipe.calibrate.seqlen,
+            "minutes": recipe.train.minutes,
+            "tokens": recipe.train.tokens,
+            "learning_rate": recipe.train.learning_rate,
+            "rates": recipe.train.rates,
+            "scope": recipe.train.scope,
+            "exclude": recipe.prune.exclude,
+            "accumulate": recipe.train.accumulate,
+            "bf16": recipe.train.dtype == "bfloat16",
+            "seed": recipe.calibrate.seed,
             "device": recipe.model.device,
             "cache_dir": recipe.model.cache_dir,
-            "evaluate": recipe.evaluation.perplexity,
-            "eval_data": recipe.evaluation.data,
-            "eval_tokens": recipe.evaluation.tokens,
-            "bos": recipe.calibration.bos,
-            "eval_images": recipe.evaluation.images,
+            "evaluate": recipe.evaluate.perplexity,
+            "eval_data": recipe.evaluate.data,
+            "eval_tokens": recipe.evaluate.tokens,
+            "bos": recipe.calibrate.bos,
+            "eval_images": recipe.evaluate.images,
             **_answers_of(recipe),
             "report_to": recipe.output.report_to or "none",
             "save": recipe.run_folder / "finetune",
@@ -196,7 +196,7 @@ def settings_of(recipe: Recipe) -> FinetuneSettings:
 
 def _answers_of(recipe: Recipe) -> dict[str, Any]:
     """Settings about answers: with the dense model only where those are asked for, since it is loaded once more for that."""
-    asked = recipe.answers
+    asked = recipe.evaluate.answers
     dense = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
     words = (
         "generate",

@@ -29,10 +29,10 @@ from coprune.recipe.answers import (
     cannot_require,
 )
 from coprune.recipe.finetune import LEARNING_RATES, EvalSeqlen, Mode, Rates, Scope, has_adapters, has_teacher
-from coprune.recipe.flat import FLAT
 from coprune.recipe.outcome import Overwrite
 from coprune.recipe.parts import Decides, Globs, Part
 from coprune.recipe.retired import passed_over, retired
+from coprune.recipe.tree import FLAT
 
 _RESULT, _MEASURED = Decides.RESULT, Decides.MEASUREMENT
 _OLDER = "block_size"  # what `seqlen` was called
@@ -41,7 +41,7 @@ _SEQLEN = Field(
     ge=2,
     validation_alias=AliasChoices("seqlen", _OLDER),
 )
-_ANSWERS = {place.partition(".")[2]: word for word, place in FLAT.items() if place.startswith("answers.")}
+_ANSWERS = {place.rpartition(".")[2]: word for word, place in FLAT.items() if place.startswith("evaluate.answers.")}
 
 
 class FinetuneSettings(Part):

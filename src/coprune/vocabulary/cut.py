@@ -21,7 +21,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting, Words, say
 from coprune.model.checkpoint.load import DtypeName, load_model, load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile
-from coprune.recipe.structure import StructurePart
+from coprune.recipe.structure import RemovePart
 from coprune.recipe.vocabulary import Loss
 from coprune.vocabulary.bits import by_bits
 from coprune.vocabulary.choose import Kept, Weights, choose, closure, possible
@@ -48,7 +48,7 @@ _ALWAYS = ("en", "de", "fr", "es", "ru", "zh", "ar", "hi")
 class Asked:
     """What is asked of a cut."""
 
-    structure: StructurePart
+    structure: RemovePart
     data: str
     """The calibration text."""
     cache_dir: Path | None = None
@@ -82,7 +82,7 @@ class Cutting:
         self.texts = read_texts(texts, languages, self.asked.data, self.asked.cache_dir, self.reporter)
         if not self.asked.runs and isinstance(structure.vocabulary, Loss):
             fix = ("keep a number of tokens, or leave out ", Set("evaluate", False))
-            raise BadInput("a loss is measured with the model", field="remove", value=structure.remove[0], fix=fix)
+            raise BadInput("a loss is measured with the model", field="remove", value=structure.parts[0], fix=fix)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -253,7 +253,7 @@ class Cutting:
         if saved < LEAST_SAVED and not self.asked.structure.vocabulary_force:
             cause = f"{len(kept.old):,} of {self.source.rows:,} tokens save {saved:.1%} of the weights' bytes, which does not pay"
             fix = ("keep fewer, or do it all the same with ", Set("vocabulary_force", True))
-            raise BadInput(cause, field="remove", value=self.asked.structure.remove[0], fix=fix)
+            raise BadInput(cause, field="remove", value=self.asked.structure.parts[0], fix=fix)
 
 
 class Tries:

@@ -63,7 +63,7 @@ def test_answers_are_the_same_ones_whether_a_device_is_named_or_found(
     few = asked(place, generate_temperature=0)
     del few["quiet"]
     part = measuring_recipe(str(place / "dense"), few).model
-    plan = plan_of(measuring_recipe(str(place / "dense"), few).answers, saves=False)
+    plan = plan_of(measuring_recipe(str(place / "dense"), few).evaluate.answers, saves=False)
     assert plan is not None
     monkeypatch.setattr("coprune.model.opened.default_device", lambda: torch.device("cpu"))
     found, named = (answers_key("model", part.model_copy(update={"device": name}), plan) for name in ("auto", "cpu"))

@@ -45,17 +45,17 @@ class ImageTask:
 
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded, self._processes = recipe, loaded, processes  # images are not tokenised
-        if recipe.evaluation.runs_tasks:
+        if recipe.evaluate.runs_tasks:
             cause = f"{loaded.source} classifies images, and zero-shot tasks are for language models"
-            raise BadInput(cause, field="tasks", value=recipe.evaluation.tasks)
-        if recipe.calibration.calibrate_on == "generated":
+            raise BadInput(cause, field="tasks", value=recipe.evaluate.tasks)
+        if recipe.calibrate.calibrate_on == "generated":
             raise BadInput(
                 "no model wrote images", field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on")
             )
 
     def _named(self, names: str | None) -> str:
         """The images that were asked for: by these names or else the dataset, whose default is a text."""
-        if names is None and "data" not in self._recipe.calibration.model_fields_set:
+        if names is None and "data" not in self._recipe.calibrate.model_fields_set:
             raise BadInput(
                 f"{self._loaded.source} classifies images, and none are named",
                 field="dataset",
@@ -64,7 +64,7 @@ class ImageTask:
                     ": digits, a folder of classes, a parquet file or a datasets id",
                 ),
             )
-        return names or self._recipe.calibration.data
+        return names or self._recipe.calibrate.data
 
     @cached_property
     def transform(self) -> Transform:
@@ -82,14 +82,14 @@ class ImageTask:
 
     def calibration(self, needed: bool, reporter: Reporter) -> ImageSamples | None:
         recipe = self._recipe
-        if not needed and not recipe.evaluation.layer_error:
+        if not needed and not recipe.evaluate.layer_error:
             return None
         # Layer errors alone take a thousand patches or so.
-        nsamples = recipe.calibration.samples if needed else min(recipe.calibration.samples, 64)
-        reporter.say(f"Calibration: {nsamples} images from {recipe.calibration.data}.")
-        with about("dataset", recipe.calibration.data):
+        nsamples = recipe.calibrate.samples if needed else min(recipe.calibrate.samples, 64)
+        reporter.say(f"Calibration: {nsamples} images from {recipe.calibrate.data}.")
+        with about("dataset", recipe.calibrate.data):
             images = labelled_images(self._named(None), "calibration", recipe.model.cache_dir)
-        return draw_images(images, self.transform, nsamples, recipe.calibration.seed)
+        return draw_images(images, self.transform, nsamples, recipe.calibrate.seed)
 
     def training_images(self) -> tuple[LabelledImages, Tensor]:
         """The images of the dataset, and their labels (N int64) as the model numbers its classes."""
@@ -98,13 +98,13 @@ class ImageTask:
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
-        if not recipe.evaluation.perplexity:
+        if not recipe.evaluate.perplexity:
             return {}
-        names = [name.strip() for name in self._named(recipe.evaluation.data).split(",") if name.strip()]
+        names = [name.strip() for name in self._named(recipe.evaluate.data).split(",") if name.strip()]
         found: dict[str, Data] = {}
         for name in names:
             with about("eval_data", name):
-                images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluation.images)
+                images = labelled_images(name, "evaluation", recipe.model.cache_dir).first(recipe.evaluate.images)
                 if len(images) == 0:
                     raise BadInput(f"{name} holds no image")
                 self._labels(images)  # refuses labels that the model does not have
@@ -126,7 +126,7 @@ class ImageTask:
         return torch.split(samples.to(self._loaded.device), self._batch_size(samples))
 
     def _batch_size(self, pixels: Tensor) -> int:
-        return self._recipe.calibration.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
+        return self._recipe.calibrate.batch_size or max(1, BATCH_VALUES // pixels[0].numel())
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Accuracy:
         assert isinstance(data, LabelledImages)

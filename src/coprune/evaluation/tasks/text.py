@@ -45,40 +45,40 @@ class TextTask:
     def __init__(self, recipe: Recipe, loaded: Loaded, processes: Processes, remember: Remember) -> None:
         self._recipe, self._loaded = recipe, loaded
         self._processes, self._remember = processes, remember
-        self.seqlen = choose_seqlen(loaded.model, recipe.calibration.seqlen)
-        self._tokenizer = beginning(loaded.tokenizer, recipe.calibration.bos)
+        self.seqlen = choose_seqlen(loaded.model, recipe.calibrate.seqlen)
+        self._tokenizer = beginning(loaded.tokenizer, recipe.calibrate.bos)
 
     def calibration(self, needed: bool, reporter: Reporter) -> Windows | None:
-        recipe, nsamples = self._recipe, self._recipe.calibration.samples
+        recipe, nsamples = self._recipe, self._recipe.calibrate.samples
         if not needed:
-            if not recipe.evaluation.layer_error:
+            if not recipe.evaluate.layer_error:
                 return None
             nsamples = min(nsamples, -(-4 * InputSample.tokens // self.seqlen))
-        with about("dataset", recipe.calibration.data):
-            lengths = sorted({*sample_lengths(recipe.calibration.data, self._loaded, self.seqlen)})
+        with about("dataset", recipe.calibrate.data):
+            lengths = sorted({*sample_lengths(recipe.calibrate.data, self._loaded, self.seqlen)})
             said = " or ".join(map(str, lengths))
-            reporter.say(f"Calibration: {nsamples} samples of {said} tokens from {recipe.calibration.data}.")
+            reporter.say(f"Calibration: {nsamples} samples of {said} tokens from {recipe.calibrate.data}.")
             try:
                 windows = self._samples(nsamples, reporter)
             except BadInput as error:
-                if needed or "data" in recipe.calibration.model_fields_set:
+                if needed or "data" in recipe.calibrate.model_fields_set:
                     raise
                 # Nobody named a text, and what is pruned does not depend on any.
                 reporter.say(f"No layer errors, since nothing is calibrated on: {error}")
                 return None
-            if recipe.calibration.calibrate_on == "generated":
+            if recipe.calibrate.calibrate_on == "generated":
                 require_generated(windows)
         if windows.text_tokens is not None and windows.tokens.numel() > windows.text_tokens:
             drawn = f"{windows.tokens.numel():,} tokens are drawn from a text of {windows.text_tokens:,}"
             reporter.say(f"Samples overlap, since {drawn}: fewer of them tell as much, and more text tells more.")
-        return windows_at_bos(windows, self._bos) if recipe.calibration.bos == "every" else windows
+        return windows_at_bos(windows, self._bos) if recipe.calibrate.bos == "every" else windows
 
     def _samples(self, nsamples: int, reporter: Reporter) -> Windows:
         recipe = self._recipe
-        asked = recipe.evaluation
+        asked = recipe.evaluate
         window = self.seqlen if asked.perplexity and asked.data is None else None
-        sampling = Sampling(nsamples, self.seqlen, recipe.calibration.seed, recipe.model.cache_dir, window)
-        named, loaded, processes = recipe.calibration.data, self._loaded, self._processes
+        sampling = Sampling(nsamples, self.seqlen, recipe.calibrate.seed, recipe.model.cache_dir, window)
+        named, loaded, processes = recipe.calibrate.data, self._loaded, self._processes
         windows = self._remember(
             ("calibration", *self._source, named, *sampling),
             lambda: read_samples(named, loaded, self._tokenizer, sampling, processes, reporter),
@@ -89,7 +89,7 @@ class TextTask:
     @property
     def _source(self) -> tuple[str, str]:
         """What decides the tokens of a text."""
-        return self._loaded.source, self._recipe.calibration.bos
+        return self._loaded.source, self._recipe.calibrate.bos
 
     @property
     def _bos(self) -> int:
@@ -110,7 +110,7 @@ class TextTask:
             windows = first_of_a_length(samples.tokens)
         elif texts:
             windows = cut_windows(texts[0].tokens, self.seqlen)
-        asked, tokenizer = self._recipe.calibration.bos, self._loaded.tokenizer
+        asked, tokenizer = self._recipe.calibrate.bos, self._loaded.tokenizer
         return self._processes.from_first(lambda: choose_bos(asked, tokenizer, windows, score))
 
     def samples_begun(self, choice: BosChoice, samples: Windows) -> Windows:
@@ -128,16 +128,16 @@ class TextTask:
 
     def _shifts(self, choice: BosChoice) -> bool:
         """Whether windows are to begin otherwise than they were read: what was asked for is done in reading."""
-        return self._recipe.calibration.bos == "auto" and choice.used == "every"
+        return self._recipe.calibrate.bos == "auto" and choice.used == "every"
 
     def evaluation(self, reporter: Reporter) -> dict[str, Data]:
         recipe = self._recipe
-        if not recipe.evaluation.perplexity:
+        if not recipe.evaluate.perplexity:
             return {}
-        if recipe.evaluation.data is not None:
-            return {name: self._read(name) for name in plain_names(recipe.evaluation.data)}
-        found, why = dict[str, Data](), f"{recipe.calibration.data} has no test split"
-        for source in split_sources(recipe.calibration.data):
+        if recipe.evaluate.data is not None:
+            return {name: self._read(name) for name in plain_names(recipe.evaluate.data)}
+        found, why = dict[str, Data](), f"{recipe.calibrate.data} has no test split"
+        for source in split_sources(recipe.calibrate.data):
             if source.is_own or reads_conversations(source):
                 continue
             if not holds_out(source.name):
@@ -159,14 +159,14 @@ class TextTask:
         return found
 
     def _read(self, name: str, held_out: bool = False) -> EvaluationText:
-        tokenizer, folder, limit = self._tokenizer, self._recipe.model.cache_dir, self._recipe.evaluation.tokens
+        tokenizer, folder, limit = self._tokenizer, self._recipe.model.cache_dir, self._recipe.evaluate.tokens
         with about("eval_data", name):
             text = self._remember(
                 ("evaluation", *self._source, name, self.seqlen, folder, limit, held_out),
                 lambda: evaluation_tokens(name, tokenizer, self.seqlen, folder, limit, held_out),
             )
             self.check_ids(text.tokens)
-        return text_at_bos(text, self._bos, self.seqlen) if self._recipe.calibration.bos == "every" else text
+        return text_at_bos(text, self._bos, self.seqlen) if self._recipe.calibrate.bos == "every" else text
 
     def check_ids(self, tokens: Tensor) -> None:
         """Refuse token ids that the model does not know: they may be handed over, or be of another's tokenizer."""
@@ -185,7 +185,7 @@ class TextTask:
 
     def measure(self, model: ProvenModel, data: Data, activations: Activations, advance: Advance) -> Perplexity:
         assert isinstance(data, EvaluationText)
-        size, blocks = self._recipe.calibration.batch_size, len(model.blocks)
+        size, blocks = self._recipe.calibrate.batch_size, len(model.blocks)
 
         def measure(text: EvaluationText) -> Perplexity:
             if not model.weights.streams:
@@ -201,7 +201,7 @@ class TextTask:
             self._loaded.model,
             data.tokens,
             self.seqlen,
-            self._recipe.calibration.batch_size,
+            self._recipe.calibrate.batch_size,
             data.token_bytes,
             advance=lambda done: advance(done / windows),
         )
@@ -241,8 +241,8 @@ def samples_per_batch(recipe: Recipe, seqlen: int, device: torch.device) -> int:
     measurement, since sums over other batches differ in their last bits, and a run must give the same again.
     """
     # Reconstruction takes one step per batch, so there the size decides more than the time.
-    tokens = 512 if in_host_memory(device) and not recipe.reconstruction.steps else 4096
-    return recipe.calibration.batch_size or max(1, tokens // seqlen)
+    tokens = 512 if in_host_memory(device) and not recipe.prune.reconstruct.steps else 4096
+    return recipe.calibrate.batch_size or max(1, tokens // seqlen)
 
 
 def split_batches(

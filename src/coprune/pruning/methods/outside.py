@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from coprune.base.errors import BadInput
 from coprune.model.walk.statistics import Statistic
 from coprune.pruning.methods.base import Method
-from coprune.recipe.flat import FLAT
+from coprune.recipe.tree import FLAT
 
 GROUP = "coprune.methods"
 

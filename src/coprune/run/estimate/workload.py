@@ -60,7 +60,7 @@ def estimate_run(planned: Planned, loaded: Loaded, found: FoundModel, processes:
     block = measure_block(found, sample.to(loaded.device), trained=settings.reconstruction_steps > 0)
     shapes = Counter(matrix.shape for matrix in found.chosen.all())
     budget = CALIBRATION_SECONDS / max(1, len(shapes))
-    trials = Trials(solver, planned.target, planned.recipe.evaluation.layer_error, loaded.device)
+    trials = Trials(solver, planned.target, planned.recipe.evaluate.layer_error, loaded.device)
     with Busyness(loaded.device) as busyness:
         solving = {shape: measure_solving(shape, trials, budget) for shape in shapes}
         head = measure_head(loaded.model, loaded.device)
@@ -110,8 +110,8 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         ((samples_per_batch(recipe, length, loaded.device), length) for length in {*lengths}),
         key=lambda pair: pair[0] * pair[1],
     )
-    evaluation_batch = recipe.calibration.batch_size or default_batch_size(seqlen, vocabulary)
-    memory = recipe.calibration.activation_memory
+    evaluation_batch = recipe.calibrate.batch_size or default_batch_size(seqlen, vocabulary)
+    memory = recipe.calibrate.activation_memory
     windows_of = [len(text.tokens) // seqlen for text in texts]
     return Settings(
         samples=0 if windows is None else -(-len(windows.tokens) // processes.size),
@@ -119,26 +119,28 @@ def _settings(planned: Planned, loaded: Loaded, found: FoundModel, processes: Pr
         batch=batch,
         evaluation_tokens=tuple(-(-count // processes.size) * seqlen for count in windows_of),
         evaluation_batch=min([evaluation_batch, *windows_of]) * seqlen,
-        evaluations=1 + recipe.evaluation.dense + (recipe.low_rank.rank > 0),
-        propagation=recipe.calibration.propagation,
+        evaluations=1 + recipe.evaluate.dense + (recipe.prune.low_rank.rank > 0),
+        propagation=recipe.calibrate.propagation,
         streamed=loaded.weights.streams and streams(recipe),
-        dense_beside=recipe.reconstruction.steps > 0,
+        dense_beside=recipe.prune.reconstruct.steps > 0,
         reconstruction_steps=_steps(recipe, sum(lengths) / len(lengths) * min(batch, len(lengths))),
         activation_limit=None if memory is None else int(memory * GIB),
-        device_room=device_room(loaded.device, recipe.calibration.device_activation_memory),
+        device_room=device_room(loaded.device, recipe.calibrate.device_activation_memory),
         saved=recipe.output.model is not None,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         processes=processes.size,
         mean_length=sum(lengths) / len(lengths),
         batch_length=batch_length,
         training=_training(recipe, loaded),
-        added_bytes=4 * recipe.low_rank.rank * sum(sum(m.shape) for m in found.chosen.all() if may_get_factors(m)),
+        added_bytes=4
+        * recipe.prune.low_rank.rank
+        * sum(sum(m.shape) for m in found.chosen.all() if may_get_factors(m)),
     )
 
 
 def _training(recipe: Recipe, loaded: Loaded) -> Training | None:
     """The training that the recipe asks for, if it says how long that is."""
-    asked = recipe.finetune
+    asked = recipe.train
     if asked.mode is None or (asked.tokens is None and asked.minutes is None):
         return None
     sizes = [(name, parameter.numel()) for name, parameter in loaded.model.named_parameters()]
@@ -155,5 +157,5 @@ def _training(recipe: Recipe, loaded: Loaded) -> Training | None:
 
 def _steps(recipe: Recipe, tokens: float) -> int:
     """Steps of reconstruction, with so many tokens in the mean batch."""
-    asked = recipe.reconstruction
+    asked = recipe.prune.reconstruct
     return max(asked.steps, math.ceil(asked.tokens / tokens)) if asked.steps else 0
