@@ -246,7 +246,7 @@ def test_folders_are_named_by_words_or_places() -> None:
     [
         ({"metod": ["wanda"]}, "did you mean 'method'"),
         ({"method": []}, "empty list"),
-        ({"calibration": {"sampels": [1, 2]}}, "did you mean 'calibration.samples'"),
+        ({"calibration": {"sampels": [1, 2]}}, "did you mean 'calibrate.samples'"),
         ({"calibration": {"samples": [1, 2]}, "nsamples": [1, 2]}, "nsamples is said twice"),
         ({"calibration": {"samples": []}}, "empty list"),
         ({"method": ["wanda:group=row", "wanda"], "options": {"group": "row"}}, "options are said twice"),
