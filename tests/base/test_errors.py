@@ -85,6 +85,13 @@ def test_every_error_is_public_documented_and_survives_pickling(kind: type[Copru
     assert again.text(CommandLine()) == error.text(CommandLine()) == "x --stream; leave out --stream."
 
 
+def test_what_a_file_holds_is_not_quoted_whole() -> None:
+    text = str(BadInput("no number: " + "x" * 100_000, fix="see 'here'"))
+    assert len(text) < 1100
+    assert text.startswith("no number: xxx")
+    assert text.endswith("; see 'here'.")
+
+
 def test_bad_input_alone_is_a_value_error() -> None:
     kinds: list[type[Exception]] = [kind for kind in KINDS if issubclass(kind, ValueError)]
     assert kinds == [BadInput]

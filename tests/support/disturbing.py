@@ -73,12 +73,14 @@ def in_child(
 def _work(work: Work, out: Path, kill_at: int | None, largest: int | None) -> None:
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(out / "cache")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if largest is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, unlimited[1]))
     calls = Calls(out, kill_at)
     try:
         work(out)
     except CopruneError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)  # what is said may go to a file, too
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(3)
     (out.parent / "calls.json").write_text(json.dumps(calls.count))

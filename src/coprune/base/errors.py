@@ -24,6 +24,8 @@ from coprune.base.words import Face, Words, ended, parts_of, say
 
 _FEW = 30
 """So many names are listed in a message."""
+_LONGEST = 1_000
+"""Characters of a cause or a fix, which may quote what somebody's file holds."""
 
 
 class CopruneError(Exception):
@@ -51,10 +53,10 @@ class CopruneError(Exception):
 
     def text(self, face: Face | None = None) -> str:
         """The whole message, as a face says it; by default the one that this process speaks as."""
-        cause = say(self.cause, face)
+        cause = _bounded(say(self.cause, face))
         if self.fix is None:
             return ended(cause)
-        fix = say(self.fix, face)
+        fix = _bounded(say(self.fix, face))
         return ended(f"{cause.removesuffix('.')}{'.' if fix[:1].isupper() else ';'} {fix}")
 
     def advised(self, fix: Words) -> Self:
@@ -139,3 +141,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None =
     listed = f"Known: {', '.join(names)}" if not near or len(names) <= _FEW else ""
     hint = f"did you mean {near[0]!r}?" if near else ""
     return BadInput(f"unknown {kind} {name!r}", field=field, value=name, fix=f"{hint} {listed}".strip())
+
+
+def _bounded(text: str) -> str:
+    """Leave out the middle of what is too long to read."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST - 200]} […] {text[-190:]}"
