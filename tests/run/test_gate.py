@@ -102,15 +102,16 @@ def test_a_streamed_model_that_does_not_fit_is_not_asked_and_that_is_said(
     assert "What the model writes is not looked at" in ended.err
 
 
+@pytest.mark.parametrize("below", [96, 97], ids=["once it is cut", "dense"])
 def test_a_model_that_transformers_does_not_let_write_is_told_of(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    below: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As hybrids that have lost the last of their attention."""
+    """As hybrids that have lost the last of their attention, or have none."""
 
     whole = GenerationMixin.generate
 
     def fail_if_cut(model: Any, *arguments: Any, **options: Any) -> Any:
-        if model.config.intermediate_size < 96:
+        if model.config.intermediate_size < below:
             raise ValueError("no cache")
         return whole(model, *arguments, **options)
 

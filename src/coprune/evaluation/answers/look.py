@@ -67,7 +67,11 @@ class Look:
         reporter.say(f"What the model writes is not looked at: {self.left_out}.")
 
     def ask_dense(self, loaded: Loaded, reporter: Reporter, batch_size: int | None = None) -> None:
-        """Let the dense model answer, or take the answers that it gave before."""
+        """Let the dense model answer, or take the answers that it gave before.
+
+        Raises:
+            UnsupportedModel: it cannot, and somebody asked for its answers.
+        """
         if (questions := self._questions) is None or (tokenizer := loaded.tokenizer) is None:
             return
 
@@ -75,7 +79,13 @@ class Look:
             with loaded.whole(reporter) as model:
                 return ask(model, tokenizer, questions, reporter, batch_size)
 
-        self.dense = answer() if self._model is None else kept_answers(self._model, questions.plan, answer)
+        try:
+            self.dense = answer() if self._model is None else kept_answers(self._model, questions.plan, answer)
+        except UnsupportedModel as error:
+            if questions.plan.is_asked:
+                raise
+            self._questions = None
+            self._leave_out(error, reporter)
 
     def keep_rows(self, loaded: Loaded) -> None:
         """Keep the dense model's logits along its answers, before the model is changed."""
